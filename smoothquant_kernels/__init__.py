@@ -1,0 +1,21 @@
+"""SmoothQuant W8A8 INT8 inference for Hugging Face models: smoothing that proves itself, exact kernels, one package."""
+
+from __future__ import annotations
+
+from smoothquant_kernels import ops
+from smoothquant_kernels.config import SmoothQuantConfig
+from smoothquant_kernels.convert import quantize_model, smooth_and_quantize
+from smoothquant_kernels.errors import SmoothQuantError
+from smoothquant_kernels.linear import QuantizedActivation, W8A8Linear
+from smoothquant_kernels.smooth import smooth_lm
+
+__all__ = [
+    "QuantizedActivation",
+    "SmoothQuantConfig",
+    "SmoothQuantError",
+    "W8A8Linear",
+    "ops",
+    "quantize_model",
+    "smooth_and_quantize",
+    "smooth_lm",
+]

@@ -1,0 +1,158 @@
+"""Argument checks of the ops: what was passed, what is allowed. Shared by the CPU and the fake kernels."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from smoothquant_kernels.reference import ACTIVATIONS, FUSED_KINDS, MAX_K
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+GRANULARITIES = ("token", "tensor")
+KINDS = (*ACTIVATIONS, *FUSED_KINDS)
+
+
+def _shape(t: Tensor) -> str:
+    return str(tuple(t.shape))
+
+
+def _require_dtype(
+    op: str, name: str, t: Tensor, allowed: tuple[torch.dtype, ...], hint: str = ""
+) -> None:
+    if t.dtype not in allowed:
+        names = " or ".join(str(d).removeprefix("torch.") for d in allowed)
+        got = str(t.dtype).removeprefix("torch.")
+        raise TypeError(f"{op}: {name} must be {names}, got {got}.{hint}")
+
+
+def _require_device(op: str, name: str, t: Tensor, like: Tensor) -> None:
+    if t.device != like.device:
+        raise ValueError(
+            f"{op}: {name} is on {t.device}, but the activation is on {like.device}; move them to one device."
+        )
+
+
+def _require_vector(
+    op: str, name: str, t: Tensor | None, like: Tensor, sizes: tuple[int, ...], what: str
+) -> None:
+    if t is None:
+        return
+    _require_dtype(op, name, t, (torch.float32,), " Scales and smoothing factors stay in float32.")
+    _require_device(op, name, t, like)
+    if t.dim() != 1 or t.shape[0] not in sizes:
+        allowed = " or ".join(f"[{s}]" for s in dict.fromkeys(sizes))
+        raise ValueError(f"{op}: {name} must have shape {allowed} ({what}), got {_shape(t)}.")
+
+
+def activation_input(op: str, x: Tensor) -> None:
+    """Checks x [..., K]: a float tensor with at least one channel."""
+    _require_dtype(op, "x", x, FLOATS)
+    if x.dim() < 1 or x.shape[-1] < 1:
+        raise ValueError(f"{op}: x must have shape [..., K] with K >= 1, got {_shape(x)}.")
+
+
+def quantiser(
+    op: str,
+    x: Tensor,
+    k: int,
+    inv_smooth: Tensor | None,
+    scale: Tensor | None,
+    granularity: str,
+) -> None:
+    """Checks what every producer of int8 shares."""
+    activation_input(op, x)
+    _require_vector(op, "inv_smooth", inv_smooth, x, (k,), "one factor per channel of x")
+    _require_vector(op, "scale", scale, x, (1,), "a static scale for the whole tensor")
+    if granularity not in GRANULARITIES:
+        raise ValueError(
+            f"{op}: granularity must be 'token' or 'tensor', got {granularity!r}; give `scale` for the static scheme."
+        )
+
+
+def same_as_x(op: str, name: str, t: Tensor | None, x: Tensor) -> None:
+    """Checks a tensor that is combined with x elementwise (residual, gate)."""
+    if t is None:
+        return
+    _require_dtype(op, name, t, (x.dtype,))
+    _require_device(op, name, t, x)
+    if t.shape != x.shape:
+        raise ValueError(f"{op}: {name} must have x's shape {_shape(x)}, got {_shape(t)}.")
+
+
+def norm_parameter(op: str, name: str, t: Tensor | None, x: Tensor) -> None:
+    """Checks a norm's weight or bias [K]."""
+    if t is None:
+        return
+    _require_dtype(op, name, t, FLOATS)
+    _require_device(op, name, t, x)
+    if t.shape != x.shape[-1:]:
+        raise ValueError(f"{op}: {name} must have shape [{x.shape[-1]}], got {_shape(t)}.")
+
+
+def activation_kind(op: str, x: Tensor, kind: str, gate: Tensor | None) -> int:
+    """Checks kind and gate; returns the number of output channels."""
+    if kind not in KINDS:
+        raise ValueError(f"{op}: kind must be one of {', '.join(KINDS)}; got {kind!r}.")
+    activation_input(op, x)
+    if kind not in FUSED_KINDS:
+        same_as_x(op, "gate", gate, x)
+        return int(x.shape[-1])
+    if gate is not None:
+        raise ValueError(f"{op}: kind {kind!r} reads gate and up from one x [..., 2K]; drop `gate`.")
+    if x.shape[-1] % 2:
+        raise ValueError(f"{op}: kind {kind!r} needs x [..., 2K], got an odd size: {_shape(x)}.")
+    return int(x.shape[-1]) // 2
+
+
+def gemm(
+    op: str,
+    x_q: Tensor,
+    w_q: Tensor,
+    x_scale: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype = torch.float32,
+) -> None:
+    """Checks the operands of an int8 GEMM."""
+    hint = " Quantise it first (ops.quantize)."
+    _require_dtype(op, "x_q", x_q, (torch.int8,), hint)
+    _require_dtype(op, "w_q", w_q, (torch.int8,), hint)
+    _require_device(op, "w_q", w_q, x_q)
+    if x_q.dim() < 1 or w_q.dim() != 2 or w_q.shape[0] < 1 or x_q.shape[-1] != w_q.shape[1]:
+        raise ValueError(
+            f"{op}: x_q must be [..., K] and w_q [N, K] with the same K and N >= 1, "
+            f"got {_shape(x_q)} and {_shape(w_q)}."
+        )
+    n, k = w_q.shape
+    if not 1 <= k <= MAX_K:
+        raise ValueError(
+            f"{op}: K must be in [1, {MAX_K}] so that an int32 sum cannot overflow, got {k}; split the layer over K."
+        )
+    m = math.prod(x_q.shape[:-1])
+    _require_vector(op, "x_scale", x_scale, x_q, (m, 1), "per token or per tensor")
+    _require_vector(op, "w_scale", w_scale, x_q, (n, 1), "per output channel or per tensor")
+    if bias is not None:
+        _require_dtype(op, "bias", bias, FLOATS)
+        _require_device(op, "bias", bias, x_q)
+        if bias.shape != (n,):
+            raise ValueError(f"{op}: bias must have shape [{n}], got {_shape(bias)}.")
+    if out_dtype not in FLOATS:
+        raise TypeError(f"{op}: out_dtype must be float16, bfloat16 or float32, got {out_dtype}.")
+
+
+def gemm_residual(op: str, residual: Tensor | None, x_q: Tensor, w_q: Tensor) -> None:
+    """Checks a residual [..., N] that the epilogue adds."""
+    if residual is None:
+        return
+    _require_dtype(op, "residual", residual, FLOATS)
+    _require_device(op, "residual", residual, x_q)
+    expected = (*x_q.shape[:-1], w_q.shape[0])
+    if tuple(residual.shape) != expected:
+        raise ValueError(f"{op}: residual must have shape {expected}, got {_shape(residual)}.")
+
+
+def requant_scale(op: str, out_scale: Tensor, x_q: Tensor) -> None:
+    """Checks the static scale [1] of an int8 output."""
+    _require_vector(op, "out_scale", out_scale, x_q, (1,), "the scale of the int8 output")

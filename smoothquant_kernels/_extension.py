@@ -1,0 +1,211 @@
+"""The CUDA library: whether it is here, what it was built with, and what to say when it is not.
+
+Importing this module never fails. It registers the CUDA kernels when the library was built and
+fits the installed torch; otherwise `extension_status().reason` says why not and how to build it.
+
+The facts about the build come from a JSON file beside the library and not from a compiled Python
+module: they can then be read where the library cannot be loaded (a torch without CUDA), and nothing
+in the package depends on the Python version, so one wheel serves them all.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from smoothquant_kernels._library import _LIBRARY, NAMESPACE, define_op
+
+_FOLDER = Path(__file__).resolve().parent
+LIBRARY_NAME = "libsmoothquant_kernels.so"
+BUILD_INFO_NAME = "_build_info.json"
+BUILD_COMMAND = (
+    "SMOOTHQUANT_KERNELS_BUILD=cuda pip install --no-build-isolation --no-deps . "
+    "(in a source tree, with nvcc and a CUDA build of torch)"
+)
+
+
+@dataclass(frozen=True)
+class ExtensionStatus:
+    """The state of the CUDA library.
+
+    Attributes:
+        available: the library is loaded and its CUDA kernels are registered.
+        reason: empty when available; else why not, with the command that builds it.
+        archs: what it was built for, as in TORCH_CUDA_ARCH_LIST, e.g. ``("8.0+PTX", "9.0a")``.
+        cutlass_version: e.g. ``"4.2.0"``.
+        cuda_version: of the compiler, e.g. ``"13.0"``.
+        torch_target: the oldest torch that the library runs with, e.g. ``"2.10"``.
+    The last four are empty when no library was built.
+    """
+
+    available: bool
+    reason: str
+    archs: tuple[str, ...] = ()
+    cutlass_version: str = ""
+    cuda_version: str = ""
+    torch_target: str = ""
+
+
+_lock = threading.Lock()
+_explained: set[str] = set()  # ops whose CUDA kernel only raises
+_status: ExtensionStatus | None = None
+
+
+def extension_status() -> ExtensionStatus:
+    """Loads the library on the first call, from whichever thread, and says how that went."""
+    global _status
+    with _lock:
+        if _status is None:
+            _status = _load(_FOLDER)
+        return _status
+
+
+def build_info(folder: Path = _FOLDER) -> dict[str, Any]:
+    """All recorded facts about the build (flags, registers of each kernel); empty when none was."""
+    try:
+        facts = json.loads((folder / BUILD_INFO_NAME).read_text())
+    except (OSError, ValueError):
+        return {}
+    return facts if isinstance(facts, dict) else {}
+
+
+def _load(folder: Path) -> ExtensionStatus:
+    library = folder / LIBRARY_NAME
+    if not library.is_file():
+        return ExtensionStatus(
+            False, f"the CUDA library was not built; to build it: {BUILD_COMMAND}"
+        )
+    facts = build_info(folder)
+    built = ExtensionStatus(
+        available=True,
+        reason="",
+        archs=tuple(str(arch) for arch in facts.get("archs", ())),
+        cutlass_version=str(facts.get("cutlass_version", "")),
+        cuda_version=str(facts.get("cuda_version", "")),
+        torch_target=str(facts.get("torch_target", "")),
+    )
+    problem = _mismatch(built.cuda_version, built.torch_target)
+    if problem is None:
+        try:
+            torch.ops.load_library(str(library))
+        except OSError as error:
+            problem = f"{library.name} does not load with torch {torch.__version__}: {error}"
+    if problem is None:
+        return built
+    reason = f"{problem}; to build it again: {BUILD_COMMAND}"
+    return replace(built, available=False, reason=reason)
+
+
+def _mismatch(cuda_version: str, torch_target: str) -> str | None:
+    """What is known to go wrong, asked first: an initialiser that throws would end the process."""
+    if not cuda_version or not torch_target:
+        return f"{BUILD_INFO_NAME} is missing or damaged beside {LIBRARY_NAME}"
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is a build without CUDA (libtorch_cuda is missing)"
+    if torch.version.cuda.split(".")[0] != cuda_version.split(".")[0]:
+        return (
+            f"the CUDA library was built with CUDA {cuda_version}, but torch {torch.__version__} "
+            f"comes with CUDA {torch.version.cuda}"
+        )
+    if _release(torch.__version__) < _release(torch_target):
+        return (
+            f"the CUDA library needs torch {torch_target} or newer, but this is {torch.__version__}"
+        )
+    return None
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:2])
+
+
+# --------------------------------------------------------------------------------- missing kernels
+
+
+def missing_kernel_message(op: str, device: torch.device | None = None) -> str:
+    """The sentence for a CUDA call that no kernel can serve.
+
+    Args:
+        op: the op's name, without the namespace.
+        device: the GPU of the call; named with its compute capability when given.
+    """
+    status = extension_status()
+    where = ""
+    if device is not None and device.type == "cuda" and torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability(device)
+        where = f" on {torch.cuda.get_device_name(device)} (compute capability {major}.{minor})"
+    cause = status.reason or (
+        f"the library was built from other sources than this package; to build it: {BUILD_COMMAND}"
+    )
+    built = f"; built for {' '.join(status.archs)}" if status.archs else ""
+    return f"no CUDA kernel for {op}{where}: {cause}{built}"
+
+
+def raise_missing_kernel(op: str, device: torch.device | None = None) -> NoReturn:
+    """Raises the RuntimeError of `missing_kernel_message`."""
+    raise RuntimeError(missing_kernel_message(op, device))
+
+
+def has_cuda_kernel(op: str) -> bool:
+    """Whether the library has registered a CUDA kernel for the op."""
+    if not extension_status().available or op in _explained:
+        return False
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{op}", "CUDA"))
+
+
+def explain_missing_kernel(op: str) -> None:
+    """Gives an op without a CUDA kernel one that raises the sentence above.
+
+    Without it, a CUDA tensor gets the dispatcher's "Could not run ... with arguments from the
+    'CUDA' backend", which lists forty backends and not the remedy. Call it once for each op, after
+    define_op.
+    """
+    if has_cuda_kernel(op) or op in _explained:
+        return
+    _explained.add(op)
+    _LIBRARY.impl(op, _explainer(op), "CUDA")
+
+
+def _explainer(op: str) -> Callable[..., Any]:
+    def explain(*args: Any, **kwargs: Any) -> NoReturn:
+        values = (*args, *kwargs.values())
+        devices = (value.device for value in values if isinstance(value, torch.Tensor))
+        raise_missing_kernel(
+            op, next((device for device in devices if device.type == "cuda"), None)
+        )
+
+    return explain
+
+
+# --------------------------------------------------------------------------------------- self-test
+
+
+def _check_saturate(x: torch.Tensor) -> None:
+    if x.dtype != torch.float32:
+        dtype = str(x.dtype).removeprefix("torch.")
+        raise RuntimeError(f"_saturate_s8: x must be float32, got {dtype} of shape {list(x.shape)}")
+
+
+def _saturate_s8_cpu(x: torch.Tensor) -> torch.Tensor:
+    _check_saturate(x)
+    # As cvt.rni.sat.s8.f32 does: half to even, saturating, NaN gives 0. The cast alone would wrap.
+    y = torch.nan_to_num(x, nan=0.0).round().clamp(-128, 127).to(torch.int8)
+    return y.contiguous()
+
+
+def _saturate_s8_fake(x: torch.Tensor) -> torch.Tensor:
+    _check_saturate(x)
+    return torch.empty(x.shape, dtype=torch.int8, device=x.device)
+
+
+# float32 -> int8, rounded half to even, saturating, NaN to 0. It is the smallest op there is: the
+# tests and `doctor` use it to see that the library is built, loaded and right.
+saturate_s8 = define_op(
+    "_saturate_s8(Tensor x) -> Tensor", cpu=_saturate_s8_cpu, fake=_saturate_s8_fake
+)
+explain_missing_kernel("_saturate_s8")

@@ -1,0 +1,36 @@
+"""The torch operator library: one namespace, one way to register an op.
+
+Python owns each op's schema, fake (meta) kernel, CPU kernel and docstring. The CUDA extension, when it was
+built, only adds CUDA kernels to the schemas defined here, so everything but those kernels imports, traces,
+exports and tests itself without a GPU and without a compiler.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+NAMESPACE = "smoothquant_kernels"
+
+# Kept alive for the life of the process: dropping a Library unregisters its ops.
+_LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+
+
+def define_op(
+    schema: str, *, cpu: Callable[..., Any], fake: Callable[..., Any]
+) -> torch._ops.OpOverload:
+    """Registers an op of this package and returns its callable overload.
+
+    Args:
+        schema: the op's signature without the namespace, e.g. ``"f(Tensor x) -> Tensor"``.
+        cpu: the CPU kernel.
+        fake: shape and dtype propagation, without reading data.
+    """
+    name = schema.split("(", 1)[0]
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
+    _LIBRARY.impl(name, cpu, "CPU")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
+    overload: torch._ops.OpOverload = getattr(getattr(torch.ops, NAMESPACE), name).default
+    return overload

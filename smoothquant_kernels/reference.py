@@ -1,0 +1,179 @@
+"""The specification: what every kernel of this package computes, in plain PyTorch.
+
+Where a kernel and this file disagree, one of them has a bug. Everything here is written to be read, not to be
+fast, and gives the same bits on every device and at every thread count: integer sums are exact, every float32
+operation is a single correctly rounded one in the order written, and sums of many terms are taken in float64.
+
+Names follow the glossary of docs/numerics.md: `x` [..., K] activation, `w` [N, K] weight, `M` the number of rows
+(tokens) of `x`, `inv_smooth` [K] float32 = 1 / s, `x_scale` [M] or [1], `w_scale` [N] or [1].
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+QMAX = 127
+#: |int8 product| <= 2**14, so this many of them always fit a signed 32-bit accumulator.
+MAX_K = 131_071
+#: Scales below the smallest normal float32 are taken as zero: their reciprocal would overflow.
+MIN_SCALE = torch.finfo(torch.float32).tiny
+
+#: Activation functions of `act_quantize`, on float64 (the result is rounded once to float32).
+ACTIVATIONS = {
+    "relu": torch.relu,
+    "gelu": torch.nn.functional.gelu,
+    "gelu_tanh": lambda t: torch.nn.functional.gelu(t, approximate="tanh"),
+    "silu": torch.nn.functional.silu,
+}
+#: Kinds that read one fused [..., 2K] tensor, gate first: kind -> activation.
+FUSED_KINDS = {"silu_mul": "silu", "gelu_mul": "gelu", "gelu_tanh_mul": "gelu_tanh"}
+
+
+def scale_from_absmax(absmax: Tensor) -> Tensor:
+    """`absmax / 127` in float32, zero where that is below the smallest normal number; NaN and Inf stay."""
+    # A tensor divisor: PyTorch multiplies by a rounded reciprocal when a CUDA tensor is divided by a Python number.
+    scale = absmax.float() / torch.full_like(absmax, QMAX, dtype=torch.float32)
+    return torch.where(scale < MIN_SCALE, torch.zeros_like(scale), scale)
+
+
+def inverse_scale(scale: Tensor) -> Tensor:
+    """`1 / scale` in float32; 0 where the scale is 0, negative, NaN or Inf, so that such a row quantises to 0."""
+    usable = (scale >= MIN_SCALE) & torch.isfinite(scale)
+    return torch.where(usable, torch.ones_like(scale) / scale, torch.zeros_like(scale))
+
+
+def round_to_int8(x: Tensor) -> Tensor:
+    """Round half to even, saturate to [-127, 127], NaN becomes 0."""
+    return torch.nan_to_num(torch.round(x), nan=0.0).clamp(-QMAX, QMAX).to(torch.int8)
+
+
+def quantize(
+    x: Tensor,
+    inv_smooth: Tensor | None = None,
+    scale: Tensor | None = None,
+    granularity: str = "token",
+) -> tuple[Tensor, Tensor]:
+    """Divide by the smoothing factors and quantise; see `ops.quantize`.
+
+    * dynamic per token: `x_scale[m] = max_k |x * inv_smooth| / 127`; a row with a NaN or Inf gets a NaN or Inf
+      scale and zeros, which makes its (and only its) products non-finite;
+    * dynamic per tensor: one scale [1]; a NaN or Inf anywhere makes it, and so every product, non-finite;
+    * static (`scale` given): the values saturate; `x_scale[m] = scale`, or NaN for a row with a NaN or Inf, so that
+      a broken token is as loud under a static scale as under a dynamic one.
+    """
+    v = x.float()
+    if inv_smooth is not None:
+        v = v * inv_smooth
+    rows = v.reshape(-1, v.shape[-1])
+    absmax = rows.abs().amax(dim=-1)  # amax propagates NaN
+    if scale is not None:
+        inverse = inverse_scale(scale.float())
+        x_scale = torch.where(torch.isfinite(absmax), scale.float(), torch.nan)
+    else:
+        if granularity == "tensor":
+            absmax = absmax.amax(dim=0, keepdim=True) if len(absmax) else absmax.new_zeros(1)
+        x_scale = scale_from_absmax(absmax)
+        inverse = inverse_scale(x_scale)
+    return round_to_int8(rows * inverse[:, None]).reshape(x.shape), x_scale
+
+
+def quantize_weight(w: Tensor, granularity: str = "channel") -> tuple[Tensor, Tensor]:
+    """Quantise a weight [N, K] per output channel (`w_scale` [N]) or per tensor (`w_scale` [1])."""
+    return quantize(w, granularity={"channel": "token", "tensor": "tensor"}[granularity])
+
+
+def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """Correctly rounded float32 `a * b + c`, as the GPU's and CPU's fused multiply-add compute it.
+
+    The float64 product of two float32 numbers is exact. The float64 sum is not, and rounding it again to float32
+    could double-round, so its last bit is made odd whenever bits were lost (round to odd, Boldo & Melquiond 2008):
+    then the second rounding is the only one.
+    """
+    p, c64 = torch.broadcast_tensors(a.double() * b.double(), c.double())
+    s = p + c64
+    t = s - p
+    lost = (p - (s - t)) + (c64 - t)  # Knuth's TwoSum: s + lost is the exact sum
+    even = (s.contiguous().view(torch.int64) & 1) == 0
+    adjust = torch.isfinite(s) & torch.isfinite(lost) & (lost != 0) & even
+    towards = torch.where(lost > 0, torch.inf, -torch.inf).to(s.dtype)
+    return torch.where(adjust, torch.nextafter(s, towards), s).float()
+
+
+def gemm_s8(
+    x_q: Tensor,
+    w_q: Tensor,
+    x_scale: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    out_dtype: torch.dtype = torch.float16,
+) -> Tensor:
+    """INT8 GEMM with fused dequantisation: `fma(acc * w_scale, x_scale, bias) + residual`, rounded once."""
+    acc = (x_q.reshape(-1, x_q.shape[-1]).double() @ w_q.double().T).float()  # exact, then one rounding
+    y = acc * w_scale.float()
+    x_column = x_scale.float()[:, None]
+    y = y * x_column if bias is None else fma(y, x_column, bias.float())
+    if residual is not None:
+        y = y + residual.reshape(y.shape).float()
+    return y.to(out_dtype).reshape(*x_q.shape[:-1], w_q.shape[0])
+
+
+def gemm_s8_requant(
+    x_q: Tensor,
+    w_q: Tensor,
+    x_scale: Tensor,
+    w_scale: Tensor,
+    out_scale: Tensor,
+    bias: Tensor | None = None,
+    relu: bool = False,
+) -> Tensor:
+    """`gemm_s8` whose float32 result is quantised by a static scale, after an optional ReLU."""
+    y = gemm_s8(x_q, w_q, x_scale, w_scale, bias, out_dtype=torch.float32)
+    if relu:
+        y = torch.relu(y)
+    return round_to_int8(y * inverse_scale(out_scale.float()))
+
+
+def add_residual(x: Tensor, residual: Tensor | None) -> Tensor:
+    """`x + residual` in float32, rounded to x's type: what the unfused model adds and what the next layer reads."""
+    return x if residual is None else (x.float() + residual.float()).to(x.dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Float32 RMSNorm: `(x * rstd) * weight`, the mean of squares taken in float64."""
+    rstd = torch.rsqrt(x.double().square().mean(-1, keepdim=True) + eps).float()
+    return (x.float() * rstd) * weight.float()
+
+
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """Float32 LayerNorm: `((x - mean) * rstd) * weight + bias`, mean and variance taken in float64."""
+    mean = x.double().mean(-1, keepdim=True)
+    rstd = torch.rsqrt((x.double() - mean).square().mean(-1, keepdim=True) + eps).float()
+    y = (x.float() - mean.float()) * rstd
+    if weight is not None:
+        y = y * weight.float()
+    return y if bias is None else y + bias.float()
+
+
+def activation(x: Tensor, kind: str, gate: Tensor | None = None) -> Tensor:
+    """Float32 `act(x)`, or `act(gate) * x`, or for the fused kinds `act(x[..., :K]) * x[..., K:]`."""
+    if kind in FUSED_KINDS:
+        gate, x = x.chunk(2, dim=-1)
+        kind = FUSED_KINDS[kind]
+    act = ACTIVATIONS[kind]
+    if gate is None:
+        return act(x.double()).float()
+    return act(gate.double()).float() * x.float()
+
+
+def smoothing_factors(x_absmax: Tensor, w_absmax: Tensor, alpha: float) -> Tensor:
+    """SmoothQuant's `s_j = max|X_j|^alpha / max|W_j|^(1 - alpha)` in float32 (paper, section 3.2, eq. 4).
+
+    A channel that is dead on either side (maximum 0), or whose factor over- or underflows, gets `s = 1`.
+    """
+    x, w = x_absmax.double(), w_absmax.double()
+    smooth = (x.pow(alpha) / w.pow(1.0 - alpha)).float()
+    inverse = 1.0 / smooth
+    usable = (x > 0) & (w > 0) & (smooth >= MIN_SCALE) & (inverse >= MIN_SCALE) & smooth.isfinite()
+    return torch.where(usable, smooth, torch.ones_like(smooth))

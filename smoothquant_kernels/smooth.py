@@ -1,0 +1,248 @@
+"""Smoothing a float model: factors from calibration, folded where that is proved exact, divided at run time elsewhere."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from smoothquant_kernels.calibrate import (
+    ActivationStatistics,
+    CalibrationData,
+    calibration_batches,
+    collect_statistics,
+)
+from smoothquant_kernels.config import SmoothQuantConfig
+from smoothquant_kernels.errors import SmoothQuantError
+from smoothquant_kernels.fold import (
+    Smoothing,
+    divide_at_run_time,
+    fold_verified,
+    has_norm_producer,
+)
+from smoothquant_kernels.groups import Group, find_groups
+from smoothquant_kernels.linear import weight_of
+from smoothquant_kernels.modules import (
+    Batch,
+    evaluating,
+    output_tensor,
+    partition_linears,
+    run,
+    shared_parameters,
+)
+from smoothquant_kernels.reference import smoothing_factors
+
+_TRACE_TOKENS = 32  # enough to tell structures apart; kept in memory for every linear
+_FOLDS_AT_ONCE = 16  # verified together; their parameters are kept until then
+INFO = "smoothquant_info"
+
+
+# --- factors ----------------------------------------------------------------------------------------------------------
+
+
+def round_to_power_of_two(smooth: Tensor) -> Tensor:
+    """The nearest power of two, in the logarithm; multiplying by it is exact in every floating-point type."""
+    return torch.exp2(torch.log2(smooth.double()).round()).float()
+
+
+def group_factors(
+    model: nn.Module, group: Group, absmax: Tensor, config: SmoothQuantConfig
+) -> Tensor:
+    """s [K] of a group: the activation's maxima against the largest weight of all its linears per channel."""
+    columns = [weight_of(model.get_submodule(n)).detach().abs().amax(0).float() for n in group.linears]
+    smooth = smoothing_factors(absmax, torch.stack(columns).amax(0), config.alpha)
+    return round_to_power_of_two(smooth) if config.smooth_rounding == "power_of_two" else smooth
+
+
+# --- the driver -------------------------------------------------------------------------------------------------------
+
+
+def _relative_difference(output: Tensor, before: Tensor) -> float:
+    return float((output.float() - before.float()).abs().max() / before.float().abs().max().clamp_min(1e-30))
+
+
+def _small_batch(batch: Batch) -> Batch:
+    """The first row and the first few tokens of a batch of token ids; other inputs are taken whole."""
+    if "input_ids" not in batch:
+        return batch
+    shape = batch["input_ids"].shape
+    return {
+        k: v[:1, :_TRACE_TOKENS] if v.shape[:2] == shape[:2] else v for k, v in batch.items()
+    }
+
+
+def _chain_first(batches: Any) -> tuple[Batch, Any]:
+    iterator = iter(batches)
+    first = next(iterator, None)
+    if first is None:
+        raise SmoothQuantError(
+            "the calibration data is empty: give at least one batch or string with tokens."
+        )
+    return first, itertools.chain([first], iterator)
+
+
+def smooth_lm(
+    model: nn.Module,
+    calibration_data: CalibrationData,
+    alpha: float | None = None,
+    *,
+    config: SmoothQuantConfig | None = None,
+    tokenizer: Any = None,
+    progress: bool = True,
+) -> nn.Module:
+    """Smooths a float model in place: the function stays, the activations' outlier channels move into the weights.
+
+    Args:
+        model: a Hugging Face model, or any module whose forward takes the batches' entries by name.
+        calibration_data: an iterable of token-id tensors [T] or [B, T], of dicts of tensors, or of strings.
+        alpha: migration strength in [0, 1]; None takes the configuration's.
+        config: everything else; the default is the best measured one (docs/accuracy.md).
+        tokenizer: turns strings into token ids.
+        progress: show a progress bar.
+
+    Returns:
+        The model, with `model.smoothquant_info` saying what was done to each linear.
+
+    Raises:
+        SmoothQuantError: no linears, no data, NaN or Inf in weights or activations (the layer is named), alpha outside
+            [0, 1], or the float model's output moved by more than `config.verify_tolerance`. The checks of data and
+            weights come before the first change to the model.
+
+    Equivalent to:
+        for each group of linears that read one tensor x:
+            s = x.abs().amax(0) ** alpha / w.abs().amax(0) ** (1 - alpha)
+            x, w = x / s, w * s
+
+    Source: SmoothQuant (Xiao et al., 2022), sections 3.2 and 4.
+    """
+    config = config or SmoothQuantConfig()
+    if alpha is not None:
+        config = config.replace(alpha=alpha)
+    linears, skipped = partition_linears(model, config.skip)
+    check_finite_weights(linears)
+    batches = calibration_batches(
+        calibration_data,
+        tokenizer=tokenizer,
+        window=config.calibration_window,
+        max_tokens=config.calibration_tokens,
+    )
+    first, batches = _chain_first(batches)
+    statistics = collect_statistics(
+        model, linears, batches, max_tokens=config.calibration_tokens, progress=progress
+    )
+    small = _small_batch(first)
+    shared = shared_parameters(model)
+    smoothable = [
+        n for n in linears if n in statistics.absmax and f"{n}.weight" not in shared
+    ]
+    groups = find_groups(model, smoothable, small, folding=config.folding)
+    with evaluating(model):
+        before = output_tensor(run(model, small)).clone()
+        tolerance = max(config.verify_tolerance, _rounding(before.dtype))
+
+        def difference() -> float:
+            return _relative_difference(output_tensor(run(model, small)), before)
+
+        outcomes = _apply(model, groups, statistics, config, lambda: difference() <= tolerance)
+        change = difference()
+    if not change <= tolerance:
+        raise SmoothQuantError(
+            f"smoothing changed the model's output by {change:.1e} relative, more than "
+            f"{config.verify_tolerance:.1e}; use smooth_rounding='power_of_two', or load the model in float32."
+        )
+    layers = _describe(linears, statistics, outcomes, shared)
+    info = {
+        "config": config.to_dict(),
+        "layers": layers,
+        "skipped": [{"name": n, "reason": r} for n, r in skipped.items()],
+        "verification": {"relative_change": change, "bit_exact": change == 0.0},
+        "calibration_tokens": statistics.tokens,
+    }
+    setattr(model, INFO, info)
+    return model
+
+
+def _rounding(dtype: torch.dtype) -> float:
+    """What rounding every product of a model in this type once more may cost; nothing to speak of in float32."""
+    return 0.0 if dtype == torch.float32 else 16 * torch.finfo(dtype).eps
+
+
+def check_finite_weights(linears: Mapping[str, nn.Module]) -> None:
+    """Raises SmoothQuantError naming the first layer whose weight or bias has NaN or Inf."""
+    for name, module in linears.items():
+        for what, parameter in module.named_parameters(recurse=False):
+            if not bool(parameter.isfinite().all()):
+                raise SmoothQuantError(
+                    f"the {what} of layer {name} has NaN or Inf values; repair or reload the checkpoint."
+                )
+
+
+def _apply(
+    model: nn.Module,
+    groups: Sequence[Group],
+    statistics: ActivationStatistics,
+    config: SmoothQuantConfig,
+    same_output: Callable[[], bool],
+) -> dict[str, tuple[str, str]]:
+    """Smooths all groups; returns name -> (``"folded"`` or ``"runtime"``, why) and divides `statistics` by s."""
+
+    def factors(group: Group) -> Tensor:
+        return group_factors(model, group, statistics.absmax[group.linears[0]], config)
+
+    result: dict[str, tuple[str, str]] = {}
+
+    def note(smoothing: Smoothing, how: str, why: str) -> None:
+        for name in smoothing.group.linears:
+            result[name] = (how, why)
+            statistics.absmax[name] = statistics.absmax[name] / smoothing.smooth
+
+    foldable = [g for g in groups if g.producer is not None]
+    # Linear producers first: folding into the rows of v_proj or up_proj changes the weight that their own group looks at.
+    foldable.sort(key=lambda g: has_norm_producer(model, g))
+    for start in range(0, len(foldable), _FOLDS_AT_ONCE):
+        part = foldable[start : start + _FOLDS_AT_ONCE]
+        done, refused = fold_verified(model, part, factors, same_output, config.verify_tolerance)
+        for smoothing in done:
+            note(smoothing, "folded", f"into {smoothing.group.producer}")
+        for smoothing in refused:
+            divide_at_run_time(model, smoothing)
+            producer = smoothing.group.producer
+            note(smoothing, "runtime", f"folding into {producer} would change the model")
+    for group in groups:
+        if group.producer is None:
+            smoothing = Smoothing(group, factors(group))
+            divide_at_run_time(model, smoothing)
+            note(smoothing, "runtime", group.reason)
+    return result
+
+
+def _describe(
+    linears: Mapping[str, nn.Module],
+    statistics: ActivationStatistics,
+    outcomes: Mapping[str, tuple[str, str]],
+    shared: Mapping[str, list[str]],
+) -> list[dict[str, Any]]:
+    """One JSON-able entry a linear; `x_absmax`, the largest smoothed input seen, becomes the static scale."""
+    layers = []
+    for name, module in linears.items():
+        how, why = outcomes.get(name, ("none", ""))
+        if f"{name}.weight" in shared:
+            why = f"its weight is also {shared[f'{name}.weight'][0]}"
+        elif name not in statistics.absmax:
+            why = "never called during calibration"
+        absmax = statistics.absmax.get(name)
+        n, k = weight_of(module).shape
+        layers.append(
+            {
+                "name": name,
+                "smoothing": how,
+                "reason": why,
+                "in_features": k,
+                "out_features": n,
+                "x_absmax": None if absmax is None else float(absmax.max()),
+            }
+        )
+    return layers

@@ -1,0 +1,311 @@
+"""Text to calibrate on and to evaluate on, and its cutting into windows of tokens."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+
+from .errors import SmoothQuantError
+from .models import hub_is_reachable
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["Window", "load_text", "token_windows", "topics"]
+
+Half = Literal["calibration", "evaluation"]
+
+# Shorter paragraphs ("For example:", "Changed in version 3.9:") repeat in any technical text and
+# give nothing away.
+_LONG_PARAGRAPH = 80
+
+
+def topics(half: Half) -> list[str]:
+    """Half of the Python language reference that every Python carries in `pydoc_data`: English
+    prose with code.
+
+    The even topics of the sorted names are for calibration, the odd ones for evaluation. Many
+    topics are excerpts of others ("for" of "compound") or second names of the same text ("else",
+    "if"), so a topic that mostly repeats longer ones is left out before the split, and a paragraph
+    that is still in both halves leaves the calibration half. The text is that of the running
+    Python's documentation: compare numbers within one minor version only.
+
+    Args:  half: "calibration" or "evaluation".
+    Returns: one text per topic, in a fixed order.
+    Raises: SmoothQuantError if `half` is another word, or this Python was stripped of `pydoc_data`.
+    Equivalent to:
+        names = sorted(name for name in table if not mostly_in_longer_topics(name))
+        [table[name] for name in names[half == "evaluation" :: 2]]
+    Source: https://docs.python.org/3/reference/
+    """
+    if half not in get_args(Half):
+        raise SmoothQuantError(
+            f'The halves of topics are "calibration" and "evaluation", not {half!r}.'
+        )
+    try:
+        from pydoc_data.topics import topics as table
+    except ImportError as error:
+        raise SmoothQuantError(
+            "This Python has no pydoc_data module; give a text file instead of topics."
+        ) from error
+    names = _without_excerpts(table)
+    evaluation = [table[name] for name in names[1::2]]
+    if half == "evaluation":
+        return evaluation
+    return _without_shared_paragraphs([table[name] for name in names[0::2]], evaluation)
+
+
+def _paragraphs(text: str) -> list[str]:
+    return re.split(r"\n[ \t]*\n", text)
+
+
+def _key(paragraph: str) -> str | None:
+    """What copies of a paragraph share, whatever their indentation; None for a short one."""
+    words = " ".join(paragraph.split())
+    return words if len(words) >= _LONG_PARAGRAPH else None
+
+
+def _keys(text: str) -> set[str]:
+    return {key for paragraph in _paragraphs(text) if (key := _key(paragraph)) is not None}
+
+
+def _without_excerpts(table: Mapping[str, str]) -> list[str]:
+    seen: set[str] = set()
+    texts: set[str] = set()
+    kept = []
+    for name in sorted(table, key=lambda name: (-len(table[name]), name)):
+        keys = _keys(table[name])
+        repeated = sum(len(key) for key in keys & seen)
+        # The second condition finds copies of a text that has no long paragraph.
+        if 2 * repeated > sum(len(key) for key in keys) or table[name] in texts:
+            continue
+        kept.append(name)
+        seen |= keys
+        texts.add(table[name])
+    return sorted(kept)
+
+
+def _without_shared_paragraphs(texts: list[str], others: list[str]) -> list[str]:
+    foreign = set().union(*map(_keys, others))
+    return ["\n\n".join(p for p in _paragraphs(text) if _key(p) not in foreign) for text in texts]
+
+
+def load_text(source: str | Path | Sequence[str]) -> list[str]:
+    """Texts from wherever they are.
+
+    Args:
+        source: one of: a list of texts; a text file; a .jsonl file with a "text" in each line; a
+            folder of .txt files; "topics:calibration" or "topics:evaluation" (see `topics`); the
+            name of a data set on the Hugging Face hub with a column "text", as "name",
+            "name:config" or "name:config:split" (split: "train" unless given; needs the package
+            datasets).
+    Returns: the texts in order, at least one, each with a visible character: blank ones become part
+        of the text before them, so that the texts joined by blank lines are what they were.
+    Raises: SmoothQuantError if there is no such source, it cannot be read as UTF-8, or it has no
+        text.
+    Equivalent to:
+        [Path(source).read_text(encoding="utf-8")]
+    """
+    if not isinstance(source, str | Path):
+        texts, name = list(source), "the list"
+        if wrong := [text for text in texts if not isinstance(text, str)]:
+            raise SmoothQuantError(
+                f"A list of texts may hold only str, not {type(wrong[0]).__name__}."
+            )
+    else:
+        texts, name = _read(source), str(source)
+    if not any(text.strip() for text in texts):
+        raise SmoothQuantError(f"There is no text in {name}.")
+    return _without_blanks(texts)
+
+
+def _without_blanks(rows: Sequence[str]) -> list[str]:
+    """Rows, the blank ones attached to their neighbours so that `"\\n\\n".join` gives the same.
+
+    Published perplexities of WikiText join all of its rows, a third of which are empty.
+    """
+    texts: list[str] = []
+    lead = ""
+    for row in rows:
+        if row.strip():
+            texts.append(row if texts else lead + row)
+        elif texts:
+            texts[-1] += "\n\n" + row
+        else:
+            lead += row + "\n\n"
+    return texts
+
+
+def _read(source: str | Path) -> list[str]:
+    name = str(source)
+    if isinstance(source, str):
+        if name.startswith("topics:"):
+            return topics(name.removeprefix("topics:"))  # type: ignore[arg-type]  # checked there
+        if not name.strip() or any(mark in name for mark in "\n\t"):
+            raise SmoothQuantError(
+                "A source of text is a name, without line breaks; pass a text itself as [text]."
+            )
+    path = Path(source).expanduser()
+    if path.is_dir():
+        files = sorted(path.glob("*.txt"))
+        if not files:
+            raise SmoothQuantError(f"The folder {path} holds no .txt file.")
+        return [_read_file(file) for file in files]
+    if path.is_file():
+        return _read_jsonl(path) if path.suffix.lower() == ".jsonl" else [_read_file(path)]
+    if isinstance(source, Path) or not re.fullmatch(
+        r"\w[\w.-]*(/\w[\w.-]*)?(:[^:/\s]*){0,2}", name
+    ):
+        raise SmoothQuantError(
+            f"There is no file or folder {source}; to pass a text itself, pass [text]."
+        )
+    return _read_dataset(name)
+
+
+def _read_file(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise SmoothQuantError(
+            f"{path} is not UTF-8 text (byte {error.start}); convert it first."
+        ) from error
+    except OSError as error:
+        raise SmoothQuantError(f"{path} cannot be read: {error.strerror}.") from error
+
+
+def _read_jsonl(path: Path) -> list[str]:
+    texts = []
+    # Split at newlines only: splitlines() would also cut at U+2028, which JSON strings may hold as
+    # it is.
+    for number, line in enumerate(_read_file(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise SmoothQuantError(f"{path}, line {number}, is not JSON: {error.msg}.") from error
+        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+            raise SmoothQuantError(f'{path}, line {number}, has no string named "text".')
+        texts.append(row["text"])
+    return texts
+
+
+def _read_dataset(name: str) -> list[str]:
+    if find_spec("datasets") is None:
+        raise SmoothQuantError(
+            f"There is no file or folder {name}; if it is a data set on the Hugging Face hub, run "
+            "`pip install datasets`."
+        )
+    repo, config, split = (*name.split(":"), "", "")[:3]
+    rows: Any
+    online = hub_is_reachable(repo, "dataset")
+    try:
+        import datasets
+
+        download = datasets.DownloadConfig(local_files_only=not online)
+        rows = datasets.load_dataset(
+            repo, config or None, split=split or "train", download_config=download
+        )
+        columns = list(rows.column_names)
+    except Exception as error:
+        # What comes out depends on the data set's format; each says that it is not to be had.
+        reason = " ".join(str(error).split())[:300]
+        where = "" if online else " (the hub cannot be reached; the local cache was tried)"
+        raise SmoothQuantError(
+            f"There is no file or folder {name}, nor a data set{where}: {reason}"
+        ) from error
+    if "text" not in columns:
+        raise SmoothQuantError(
+            f'The data set {name} has no column "text", only {", ".join(columns)}.'
+        )
+    return [str(text) for text in rows["text"]]
+
+
+@dataclass(frozen=True, eq=False)
+class Window:
+    """A piece of the token stream: a model reads all of it, its last `scored` tokens count."""
+
+    input_ids: torch.Tensor  # [1, T] int64
+    scored: int  # 1 <= scored < T: the first token has nothing before it
+
+
+def token_windows(
+    texts: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    window: int,
+    stride: int | None = None,
+    max_tokens: int | None = None,
+) -> list[Window]:
+    """Sliding windows over the texts, joined by blank lines, that score each token exactly once.
+
+    The tokens that the tokenizer itself puts in front of a text (BOS, where there is one) stand in
+    front of every window and are never scored; those that it puts behind (EOS) are left off. With
+    no BOS, the very first token of the text has no context and is the one token that is not scored.
+
+    Args:
+        texts: texts; tokenizer: what turns them into tokens.
+        window: tokens per window, BOS included; at least 2.
+        stride: tokens that a window after the first scores. None: as many as can be, `window - 1`,
+            so that the windows overlap in one token (or only in BOS): fastest. A smaller one gives
+            every token more context.
+        max_tokens: use the first so many tokens of the text.
+    Returns: windows in the order of the text. All have `window` tokens unless the text is shorter;
+        the last one reaches back as far as it can and scores what is left.
+    Raises: SmoothQuantError if a size is out of range or the text has no token to score.
+    Equivalent to:
+        ids = tokenizer("\\n\\n".join(texts)).input_ids[:max_tokens]
+        ends = [window, window + stride, window + 2 * stride, ..., len(ids)]
+        [Window(ids[end - window : end], scored=end - previous_end) for end in ends]
+    Source: the strided evaluation of fixed-length models in the Hugging Face documentation; there
+        the first token of each window is lost when the stride equals the window.
+    """
+    front = len(prefix := front_tokens(tokenizer))
+    if window < max(2, front + 1):
+        raise SmoothQuantError(f"window must be at least {max(2, front + 1)} tokens, not {window}.")
+    if max_tokens is not None and max_tokens < 1:
+        raise SmoothQuantError(f"max_tokens must be at least 1, not {max_tokens}.")
+    longest = window - max(front, 1)
+    stride = longest if stride is None else stride
+    if not 1 <= stride <= longest:
+        raise SmoothQuantError(
+            f"stride must be between 1 and {longest} for a window of {window} (a token needs one "
+            f"before it), not {stride}."
+        )
+    ids = token_ids("\n\n".join(texts), tokenizer)[:max_tokens]
+    done = 0 if front else 1
+    if len(ids) <= done:
+        raise SmoothQuantError(
+            f"The text has {len(ids)} tokens, too few to score one; give a longer text."
+        )
+    windows = []
+    end = min(window - front, len(ids))
+    while done < len(ids):
+        start = max(0, end - (window - front))
+        windows.append(Window(torch.tensor([prefix + ids[start:end]]), end - done))
+        done, end = end, min(end + stride, len(ids))
+    return windows
+
+
+def token_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens of the text alone, without those that the tokenizer puts around it."""
+    # verbose=False: the warning that the text is longer than the model is for those who feed it
+    # whole.
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def front_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The special tokens that the tokenizer puts in front of a text: [bos], mostly, or none."""
+    plain = token_ids("a", tokenizer)
+    dressed = list(tokenizer("a")["input_ids"])
+    for front in range(len(dressed) - len(plain) + 1):
+        if dressed[front : front + len(plain)] == plain:
+            return dressed[:front]
+    return []

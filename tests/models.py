@@ -1,0 +1,113 @@
+"""Tiny random models of the decoder families, made from their configurations without a download."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers as t
+from torch import nn
+
+VOCAB = 131
+HIDDEN = 32
+LLAMA_LIKE: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": HIDDEN,
+    "intermediate_size": 88,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+}
+GQA = {**LLAMA_LIKE, "num_key_value_heads": 2}
+
+
+def _opt() -> t.OPTConfig:
+    return t.OPTConfig(
+        vocab_size=VOCAB,
+        hidden_size=HIDDEN,
+        ffn_dim=88,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        word_embed_proj_dim=HIDDEN,
+    )
+
+
+def _bloom(residual_post_layernorm: bool) -> t.BloomConfig:
+    return t.BloomConfig(
+        vocab_size=VOCAB,
+        hidden_size=HIDDEN,
+        n_layer=2,
+        n_head=4,
+        apply_residual_connection_post_layernorm=residual_post_layernorm,
+    )
+
+
+def _neox(parallel: bool) -> t.GPTNeoXConfig:
+    return t.GPTNeoXConfig(**LLAMA_LIKE, use_parallel_residual=parallel)
+
+
+def _gpt2() -> t.GPT2Config:
+    return t.GPT2Config(vocab_size=VOCAB, n_embd=HIDDEN, n_layer=2, n_head=4, n_positions=128)
+
+
+CONFIGS: dict[str, Callable[[], Any]] = {
+    "llama": lambda: t.LlamaConfig(**LLAMA_LIKE, num_key_value_heads=4),
+    "llama_gqa": lambda: t.LlamaConfig(**GQA),
+    "llama_bias": lambda: t.LlamaConfig(**LLAMA_LIKE, attention_bias=True, mlp_bias=True),
+    "mistral": lambda: t.MistralConfig(**GQA),
+    "qwen2": lambda: t.Qwen2Config(**GQA),
+    "qwen3": lambda: t.Qwen3Config(**GQA, head_dim=8),
+    "opt": _opt,
+    "bloom": lambda: _bloom(False),
+    "bloom_post": lambda: _bloom(True),
+    "gpt_neox": lambda: _neox(True),
+    "gpt_neox_serial": lambda: _neox(False),
+    "gpt2": _gpt2,
+}
+
+
+def make_model(family: str, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
+    """A random model whose norms and biases are not at their initial ones and zeros, in evaluation mode."""
+    torch.manual_seed(seed)
+    model = t.AutoModelForCausalLM.from_config(CONFIGS[family]())
+    generator = torch.Generator().manual_seed(seed + 1)
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
+        else:
+            parameter.data *= 4.0  # the initial 0.02 makes every model nearly linear
+    return model.to(dtype).eval()
+
+
+def token_batches(count: int = 4, length: int = 24, rows: int = 2) -> list[torch.Tensor]:
+    """Random token ids [rows, length]."""
+    generator = torch.Generator().manual_seed(7)
+    return [
+        torch.randint(0, VOCAB, (rows, length), generator=generator) for _ in range(count)
+    ]
+
+
+def logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """[B, T, V] in the model's dtype."""
+    with torch.no_grad():
+        result: torch.Tensor = model(input_ids=ids).logits
+    return result
+
+
+def plant_outliers(model: nn.Module, norms: dict[str, list[str]], *, seed: int = 0) -> None:
+    """Scales 6 random channels of each norm's output by 20-60 and the reading weights by the inverse.
+
+    The function stays the same, as in OPT, where training put such channels there (paper, section 3.1).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for norm_name, readers in norms.items():
+        norm = model.get_submodule(norm_name)
+        channels = torch.randperm(norm.weight.shape[0], generator=generator)[:6]
+        factor = 20 + 40 * torch.rand(6, generator=generator)
+        norm.weight.data[channels] *= factor
+        if getattr(norm, "bias", None) is not None:
+            norm.bias.data[channels] *= factor
+        for reader in readers:
+            model.get_submodule(reader).weight.data[:, channels] /= factor

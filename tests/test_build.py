@@ -1,0 +1,300 @@
+"""The build: architectures, where CUTLASS is looked for, build modes, and what the wheel holds."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import build_commands
+import build_support
+import pytest
+from build_support import ROOT, BuildError, Nvcc, Torch, parse_archs
+
+SETUPTOOLS = pytest.importorskip("setuptools")
+needs_setuptools = pytest.mark.skipif(
+    int(SETUPTOOLS.__version__.split(".")[0]) < 77, reason="setuptools >= 77 builds the package"
+)
+
+# ----------------------------------------------------------------------------------- architectures
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("8.0;8.9;9.0a+PTX", ["8.0", "8.9", "9.0a+PTX"]),
+        ("8.0 8.6", ["8.0", "8.6"]),
+        ("8.0, 12.0 ;; 10.0f", ["8.0", "12.0", "10.0f"]),
+        ("9.0a;9.0a", ["9.0a"]),
+        (None, ["8.0+PTX", "8.9", "9.0a"]),
+        ("  ", ["8.0+PTX", "8.9", "9.0a"]),
+    ],
+)
+def test_architectures_are_read(text: str | None, expected: list[str]) -> None:
+    assert [str(arch) for arch in parse_archs(text)] == expected
+
+
+@pytest.mark.parametrize("token", ["Ampere", "native", "8", "8.0a+ptx", "sm_80", "8.05", "all"])
+def test_a_name_is_no_architecture(token: str) -> None:
+    with pytest.raises(BuildError, match=f"'{re.escape(token)}' is not an architecture; write"):
+        parse_archs(f"8.0;{token}")
+
+
+def test_an_architecture_without_int8_mma_is_refused() -> None:
+    with pytest.raises(BuildError, match=r"'7.5' is too old; the INT8 kernels need 8.0"):
+        parse_archs("7.5")
+
+
+def test_gencode() -> None:
+    plain, ptx = parse_archs("9.0a;8.0+PTX")
+    assert plain.gencode == "-gencode=arch=compute_90a,code=[sm_90a]"
+    assert ptx.gencode == "-gencode=arch=compute_80,code=[sm_80,compute_80]"
+
+
+def test_sources_are_compiled_for_the_architectures_in_their_name() -> None:
+    archs = parse_archs("8.0+PTX;8.9;9.0a")
+
+    def codes(name: str) -> list[str]:
+        return [arch.code for arch in build_support.archs_of_source(name, archs)]
+
+    assert codes("csrc/gemm/instances/tile_sm90.cu") == ["90a"]
+    assert codes("csrc/gemm/instances/tile_sm80.cu") == ["80", "89"]
+    assert codes("csrc/quantize/saturate.cu") == ["80", "89", "90a"]
+
+
+# ------------------------------------------------------------------------------------------ CUTLASS
+
+
+def fake_cutlass(root: Path, version: tuple[int, int, int]) -> Path:
+    header = root / "include" / "cutlass" / "version.h"
+    header.parent.mkdir(parents=True)
+    names = ("MAJOR", "MINOR", "PATCH")
+    lines = [f"#define CUTLASS_{n} {v}" for n, v in zip(names, version, strict=True)]
+    header.write_text("\n".join(lines))
+    return root
+
+
+def test_cutlass_path_wins_over_third_party_and_that_over_pypi(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = fake_cutlass(tmp_path / "given", (4, 1, 0))
+    pypi = fake_cutlass(tmp_path / "pypi", (4, 2, 0))
+    monkeypatch.setattr(build_support, "_pypi_cutlass", lambda: pypi)
+    project = tmp_path / "project"
+
+    assert build_support.find_cutlass({}, project).version == "4.2.0"
+    submodule = fake_cutlass(project / "third_party" / "cutlass", (4, 0, 7))
+    found = build_support.find_cutlass({}, project)
+    assert (found.root, found.version) == (submodule, "4.0.7")
+    assert found.includes == (submodule / "include", submodule / "tools" / "util" / "include")
+    found = build_support.find_cutlass({"CUTLASS_PATH": str(given)}, project)
+    assert (found.root, found.version) == (given, "4.1.0")
+
+
+def test_a_wrong_cutlass_path_is_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pypi = fake_cutlass(tmp_path / "pypi", (4, 2, 0))
+    monkeypatch.setattr(build_support, "_pypi_cutlass", lambda: pypi)
+    with pytest.raises(BuildError, match=r"does not contain include/cutlass/version\.h"):
+        build_support.find_cutlass({"CUTLASS_PATH": str(tmp_path)}, tmp_path)
+
+
+def test_no_cutlass_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build_support, "_pypi_cutlass", lambda: None)
+    with pytest.raises(BuildError, match=r"pip install --no-deps nvidia-cutlass==4\.2\.0\.0"):
+        build_support.find_cutlass({}, tmp_path)
+
+
+# -------------------------------------------------------------------------------- torch and modes
+
+
+@pytest.mark.parametrize(
+    ("torch", "expected"),
+    [
+        (Torch(Path("t"), "2.9.1+cu130", "13.0", True), "torch 2.9.1.cu130 is too old.*2.10"),
+        (Torch(Path("t"), "2.13.0+cpu", None, False), "torch 2.13.0.cpu is a build without CUDA"),
+        (Torch(Path("t"), "2.12.0+cu126", "12.6", True), "built with CUDA 12.6, but .* CUDA 13.0"),
+    ],
+)
+def test_a_torch_that_cannot_be_linked_is_refused(torch: Torch, expected: str) -> None:
+    with pytest.raises(BuildError, match=expected):
+        build_support.check_torch(torch, Nvcc("/cuda/bin/nvcc", "13.0"))
+
+
+def test_torch_is_found_without_importing_it() -> None:
+    import torch
+
+    found = build_support.find_torch()
+    assert found.version == torch.__version__
+    assert found.cuda == torch.version.cuda
+    assert (found.include / "torch" / "csrc" / "stable" / "library.h").is_file()
+
+
+def test_the_oldest_torch_is_the_same_in_the_build_and_in_the_requirements() -> None:
+    text = (ROOT / "pyproject.toml").read_text()
+    wanted = re.search(r'"torch>=([\d.]+)"', text)
+    assert wanted is not None
+    assert wanted.group(1) == build_support.version_text(build_support.TORCH_TARGET)
+    assert build_commands.torch_target_macro() == "-DTORCH_TARGET_VERSION=0x020a000000000000"
+
+
+def test_max_jobs() -> None:
+    assert build_support.jobs({"MAX_JOBS": "3"}) == 3
+    assert build_support.jobs({}) == os.cpu_count()
+    with pytest.raises(BuildError, match="MAX_JOBS=no is not a positive number"):
+        build_support.jobs({"MAX_JOBS": "no"})
+
+
+def run_setup(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """setup.py in a process that sees only the given variables; no nvcc unless one is named."""
+    env = {"PATH": "/nowhere", "CUDA_HOME": "/nowhere/cuda", **env}
+    command = [sys.executable, "setup.py", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+
+
+@needs_setuptools
+def test_mode_cuda_without_nvcc_is_one_sentence() -> None:
+    done = run_setup("--name", SMOOTHQUANT_KERNELS_BUILD="cuda")
+    assert done.returncode == 1
+    assert done.stderr == (
+        "smoothquant-kernels: SMOOTHQUANT_KERNELS_BUILD=cuda: nvcc was not found: "
+        "CUDA_HOME=/nowhere/cuda has no bin/nvcc.\n"
+    )
+
+
+@needs_setuptools
+def test_an_unknown_mode_lists_the_allowed() -> None:
+    done = run_setup("--name", SMOOTHQUANT_KERNELS_BUILD="gpu")
+    assert done.returncode == 1
+    assert "SMOOTHQUANT_KERNELS_BUILD=gpu is not one of auto, cuda, none." in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@needs_setuptools
+def test_a_wrong_architecture_stops_even_mode_auto() -> None:
+    done = run_setup("--name", TORCH_CUDA_ARCH_LIST="Hopper")
+    assert done.returncode == 1
+    assert "'Hopper' is not an architecture" in done.stderr
+
+
+@needs_setuptools
+def test_mode_auto_without_nvcc_says_that_it_builds_pure_python(tmp_path: Path) -> None:
+    done = run_setup("build", "--build-base", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "building the pure-Python package, without CUDA kernels: nvcc was not found" in (
+        done.stderr
+    )
+    assert not list(tmp_path.rglob("*.so"))
+
+
+def test_mode_auto_with_nvcc_but_no_torch_is_pure_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_torch() -> Torch:
+        raise BuildError("torch is not installed")
+
+    monkeypatch.setattr(build_support, "find_nvcc", lambda env: Nvcc("nvcc", "13.0"))
+    monkeypatch.setattr(build_support, "find_torch", no_torch)
+    plan, message = build_support.make_plan({}, "linux")
+    assert plan is None
+    assert "torch is not installed" in message
+    with pytest.raises(BuildError, match="BUILD=cuda: torch is not installed"):
+        build_support.make_plan({"SMOOTHQUANT_KERNELS_BUILD": "cuda"}, "linux")
+
+
+def test_ptxas_output_is_read() -> None:
+    text = """
+ptxas info    : Compiling entry function '_Zone' for 'sm_80'
+ptxas info    : Function properties for _Zone
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 14 registers, used 0 barriers, 376 bytes cmem[0]
+ptxas info    : Compiling entry function '_Ztwo' for 'sm_90a'
+ptxas info    : Function properties for _Ztwo
+    944 bytes stack frame, 8 bytes spill stores, 12 bytes spill loads
+ptxas warning : (C7510) Potential Performance Loss: wgmma.mma_async is serialized
+ptxas info    : Used 168 registers, used 2 barriers, 944 bytes cumulative stack size
+"""
+    one, two = build_commands.parse_ptxas(text)
+    (warning,) = build_commands.ptxas_warnings(text)
+    assert "C7510" in warning
+    assert (one.kernel, one.arch, one.registers, one.stack, one.spills) == (
+        "_Zone",
+        "sm_80",
+        14,
+        0,
+        0,
+    )
+    assert (two.arch, two.registers, two.stack, two.spills) == ("sm_90a", 168, 944, 20)
+
+
+def test_a_changed_file_or_command_is_compiled_again(tmp_path: Path) -> None:
+    source = tmp_path / "a.cpp"
+    source.write_text("int a() { return 1; }\n")
+    output = tmp_path / "a.o"
+    command = ["g++", "-c", str(source), "-o", str(output), "-MD", "-MF", f"{output}.d"]
+
+    def compiled(command: list[str]) -> bool:
+        """Whether the compiler ran: it puts a new file in place of the object."""
+        if output.exists():
+            os.utime(output, (2e9, 2e9))  # newer than every file, and told from a new object
+        build_commands.run(command, output, [])
+        return output.stat().st_mtime != 2e9
+
+    assert compiled(command)
+    assert not compiled(command)
+    assert compiled([*command, "-DX"])
+    os.utime(source, (2.1e9, 2.1e9))
+    assert compiled([*command, "-DX"])
+    source.write_text("syntax error\n")
+    with pytest.raises(BuildError, match=r"g\+\+ failed on a.o"):
+        build_commands.run(command, output, [])
+
+
+# ------------------------------------------------------------------------------- sdist and wheel
+
+
+def build(kind: str, where: Path) -> Path:
+    env = {**os.environ, "SMOOTHQUANT_KERNELS_BUILD": "none"}
+    program = f"import setuptools.build_meta as b; b.build_{kind}({str(where)!r})"
+    # A wheel is made by way of build/; a copy of the tree keeps two test workers apart.
+    tree = where / "tree"
+    if not tree.exists():
+        files = ["pyproject.toml", "setup.py", "MANIFEST.in", "LICENSE", "README.md"]
+        folders = ["csrc", "tools", "smoothquant_kernels", "third_party"]
+        present = [name for name in (*files, *folders) if (ROOT / name).exists()]
+        tree.mkdir(parents=True)
+        subprocess.run(["cp", "-r", *present, str(tree)], cwd=ROOT, check=True)
+        # A library built earlier must not slip into a package that says it is pure Python.
+        (tree / "smoothquant_kernels" / build_support.LIBRARY_NAME).write_text("stale")
+    subprocess.run(
+        [sys.executable, "-c", program], cwd=tree, env=env, check=True, capture_output=True
+    )
+    (made,) = where.glob("*.whl" if kind == "wheel" else "*.tar.gz")
+    return made
+
+
+@needs_setuptools
+def test_the_pure_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
+    wheel = build("wheel", tmp_path)
+    assert wheel.name == "smoothquant_kernels-0.1.0-py3-none-any.whl"
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "smoothquant_kernels/py.typed" in names
+    assert "smoothquant_kernels/_extension.py" in names
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    folders = {name.split("/")[0] for name in names}
+    assert folders == {"smoothquant_kernels", "smoothquant_kernels-0.1.0.dist-info"}
+    assert not [name for name in names if name.endswith((".so", ".cu", "_build_info.json"))]
+
+
+@needs_setuptools
+def test_the_sdist_holds_what_builds_the_kernels(tmp_path: Path) -> None:
+    sdist = build("sdist", tmp_path)
+    with tarfile.open(sdist) as archive:
+        names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
+    wanted = {*build_commands.sources(), "tools/build_support.py", "tools/build_commands.py"}
+    wanted |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*.h")}
+    assert wanted <= names
+    assert not [name for name in names if name.endswith(".so")]

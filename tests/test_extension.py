@@ -1,0 +1,287 @@
+"""The CUDA library's state and errors; its smallest op on the CPU, in the simulator, on a GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import threading
+from pathlib import Path
+
+import build_support
+import pytest
+import simulator
+import torch
+
+from smoothquant_kernels import _extension
+
+INF, NAN = float("inf"), float("nan")
+# Value -> int8: ties to even, both ends, past the ends, subnormal, signed zero, not finite.
+EDGES = {
+    0.0: 0, 0.5: 0, -0.5: 0, 1.5: 2, -1.5: -2, 2.5: 2, -2.5: -2,
+    0.49999997: 0, 0.50000006: 1,
+    126.5: 126, 127.0: 127, 127.49: 127, 127.5: 127, 128.0: 127, 1e9: 127, 3e38: 127, INF: 127,
+    -127.5: -128, -128.0: -128, -128.5: -128, -128.51: -128, -129.0: -128, -3e38: -128, -INF: -128,
+    1e-45: 0, -1e-45: 0, NAN: 0,
+}  # fmt: skip
+
+
+def edge_tensors(device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
+    x = torch.tensor(list(EDGES), dtype=torch.float32, device=device)
+    return x, torch.tensor(list(EDGES.values()), dtype=torch.int8, device=device)
+
+
+def saturate_reference(x: torch.Tensor) -> torch.Tensor:
+    """Written another way than the CPU kernel: in float64, by Python's round (half to even)."""
+    values = [0 if v != v else max(-128.0, min(127.0, v)) for v in x.double().flatten().tolist()]
+    return torch.tensor([round(v) for v in values], dtype=torch.int8).reshape(x.shape)
+
+
+def assert_same(got: torch.Tensor, expected: torch.Tensor) -> None:
+    assert (got.dtype, got.shape, got.device) == (torch.int8, expected.shape, expected.device)
+    wrong = (got != expected).nonzero()
+    first = tuple(wrong[0].tolist()) if len(wrong) else ()
+    assert not len(wrong), f"{len(wrong)} differ, first at {first}: {got[first]}, {expected[first]}"
+
+
+# ------------------------------------------------------------------------------------------ the op
+
+
+def test_saturate_on_edges() -> None:
+    x, expected = edge_tensors()
+    assert_same(_extension.saturate_s8(x), expected)
+    assert_same(saturate_reference(x), expected)
+    assert _extension.saturate_s8(torch.tensor([-0.0])).item() == 0  # not a key beside 0.0
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 7), (1,), (3, 5), (2, 3, 4), (1000,), ()])
+def test_saturate_shapes(shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1)) * 150
+    assert_same(_extension.saturate_s8(x), saturate_reference(x))
+
+
+def test_saturate_of_a_view_is_contiguous() -> None:
+    x = (torch.randn(6, 8, generator=torch.Generator().manual_seed(2)) * 99).t()[1::2, ::2]
+    y = _extension.saturate_s8(x)
+    assert y.is_contiguous()
+    assert_same(y, saturate_reference(x))
+
+
+@pytest.mark.parametrize("shape", [(4,), (3, 5), (0,)])
+def test_saturate_opcheck(shape: tuple[int, ...]) -> None:
+    torch.library.opcheck(_extension.saturate_s8, (torch.randn(shape),))
+    torch.library.opcheck(_extension.saturate_s8, (torch.randn(*shape, 2).transpose(0, -1),))
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_saturate_of_another_type_says_what_it_got(device: str) -> None:
+    x = torch.zeros(2, 3, dtype=torch.float16, device=device)
+    with pytest.raises(RuntimeError, match=r"x must be float32, got float16 of shape \[2, 3\]"):
+        _extension.saturate_s8(x)
+
+
+# ----------------------------------------------------------------------------- the library's state
+
+
+def test_status_is_frozen_and_consistent() -> None:
+    status = _extension.extension_status()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        status.available = True  # type: ignore[misc]
+    assert status.available == (status.reason == "")
+    assert status.available or "SMOOTHQUANT_KERNELS_BUILD=cuda" in status.reason
+    assert _extension.extension_status() is status
+
+
+def facts(**changed: object) -> dict[str, object]:
+    base = {"archs": ["8.0+PTX"], "cutlass_version": "4.2.0", "cuda_version": "13.0"}
+    return {**base, "torch_target": "2.10", **changed}
+
+
+def fake_install(folder: Path, **changed: object) -> Path:
+    (folder / _extension.LIBRARY_NAME).write_bytes(b"not a library")
+    (folder / _extension.BUILD_INFO_NAME).write_text(json.dumps(facts(**changed)))
+    return folder
+
+
+def test_no_library(tmp_path: Path) -> None:
+    status = _extension._load(tmp_path)
+    assert not status.available
+    assert status.reason.startswith("the CUDA library was not built; to build it: SMOOTHQUANT")
+    assert status.archs == ()
+
+
+@pytest.mark.parametrize(
+    ("changed", "cuda", "expected"),
+    [
+        ({}, None, "is a build without CUDA (libtorch_cuda is missing)"),
+        ({}, "12.6", "was built with CUDA 13.0, but torch"),
+        ({"torch_target": "99.1"}, "13.0", "needs torch 99.1 or newer"),
+        ({"cuda_version": ""}, "13.0", "_build_info.json is missing or damaged"),
+        ({}, "13.0", "libsmoothquant_kernels.so does not load with torch"),
+    ],
+)
+def test_a_library_that_does_not_fit_is_not_loaded(
+    changed: dict[str, object],
+    cuda: str | None,
+    expected: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    status = _extension._load(fake_install(tmp_path, **changed))
+    assert not status.available
+    assert expected in status.reason
+    assert "to build it again: SMOOTHQUANT_KERNELS_BUILD=cuda" in status.reason
+    assert status.archs == ("8.0+PTX",)
+
+
+def test_many_threads_load_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    gate = threading.Barrier(8)
+
+    def load(folder: Path) -> _extension.ExtensionStatus:
+        calls.append(folder)
+        return _extension.ExtensionStatus(False, "test")
+
+    monkeypatch.setattr(_extension, "_status", None)
+    monkeypatch.setattr(_extension, "_load", load)
+    seen: list[_extension.ExtensionStatus] = []
+
+    def ask() -> None:
+        gate.wait()
+        seen.append(_extension.extension_status())
+
+    threads = [threading.Thread(target=ask) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(calls) == 1
+    assert len({id(status) for status in seen}) == 1
+
+
+def test_a_missing_kernel_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    status = _extension.ExtensionStatus(False, "it was not built; to build it: X", ("8.0",))
+    monkeypatch.setattr(_extension, "_status", status)
+    assert not _extension.has_cuda_kernel("gemm_s8")
+    expected = "no CUDA kernel for gemm_s8: it was not built; to build it: X; built for 8.0"
+    with pytest.raises(RuntimeError, match=expected):
+        _extension.raise_missing_kernel("gemm_s8")
+
+
+def test_an_op_without_a_cuda_kernel_has_one_that_explains() -> None:
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(
+        "smoothquant_kernels::_saturate_s8", "CUDA"
+    )
+    if not _extension.has_cuda_kernel("_saturate_s8"):
+        keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+        with pytest.raises(RuntimeError, match="no CUDA kernel for _saturate_s8: "):
+            _extension.saturate_s8.redispatch(keys, torch.ones(2))
+
+
+def test_names_agree_with_the_build() -> None:
+    assert _extension.LIBRARY_NAME == build_support.LIBRARY_NAME
+    assert _extension.BUILD_INFO_NAME == build_support.BUILD_INFO_NAME
+
+
+# -------------------------------------------------------------------------------- the built library
+
+
+def require_library() -> None:
+    status = _extension.extension_status()
+    if not status.available:
+        # `make test-cuda` has just built it: there a library that does not load is a failure.
+        give_up = pytest.fail if os.environ.get("SQK_REQUIRE_LIBRARY") else pytest.skip
+        give_up(f"no CUDA library: {status.reason}")
+
+
+@pytest.mark.cuda_build
+def test_the_built_library_registers_its_kernels() -> None:
+    require_library()
+    status = _extension.extension_status()
+    assert status.archs and status.cutlass_version and status.cuda_version
+    assert status.torch_target == build_support.version_text(build_support.TORCH_TARGET)
+    assert _extension.has_cuda_kernel("_saturate_s8")
+    x, expected = edge_tensors()
+    assert_same(_extension.saturate_s8(x), expected)  # the CPU kernel is still Python's
+
+
+@pytest.mark.cuda_build
+def test_no_kernel_has_a_stack_frame_or_spills() -> None:
+    require_library()
+    kernels = _extension.build_info()["kernels"]
+    assert kernels, "the build recorded no kernels"
+    assert not [use for use in kernels if use["stack"] or use["spills"]]
+    assert not _extension.build_info()["warnings"]  # C7510: wgmma made serial
+
+
+@pytest.mark.cuda
+def test_saturate_on_a_gpu() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    require_library()
+    x, expected = edge_tensors("cuda")
+    assert_same(_extension.saturate_s8(x), expected)
+    view = (torch.randn(300, 700, device="cuda") * 99).t()[1:, ::2]
+    assert_same(_extension.saturate_s8(view).cpu(), saturate_reference(view.cpu()))
+    assert _extension.saturate_s8(torch.empty(0, 4, device="cuda")).shape == (0, 4)
+    with pytest.raises(RuntimeError, match="x must be float32, got float16"):
+        _extension.saturate_s8(x.half())
+
+
+# ------------------------------------------------------------------------------------ the simulator
+
+BINDING = """
+import sys, torch
+from smoothquant_kernels import _extension
+x, expected = torch.load(sys.argv[1])
+torch.ops.load_library(sys.argv[2])  # takes the place of the CPU kernel
+assert torch.equal(_extension.saturate_s8(x), expected), _extension.saturate_s8(x)
+view = (torch.randn(30, 70) * 99).t()[1:, ::2]
+y = _extension.saturate_s8(view)
+assert y.is_contiguous() and torch.equal(y, _extension._saturate_s8_cpu(view))
+assert _extension.saturate_s8(torch.empty(0, 4)).shape == (0, 4)
+try:
+    _extension.saturate_s8(torch.zeros(2, 3, dtype=torch.float16))
+except RuntimeError as error:
+    print(error)
+"""
+
+C_ENTRY = """
+import ctypes, sys, torch
+library = ctypes.CDLL(sys.argv[1])
+entry = library.sqk_saturate_s8
+entry.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
+# More elements than one pass of the largest grid takes (4096 x 256), to see the loop's second step.
+x = (torch.arange(4096 * 256 + 77) % 1021 - 510) * 0.5
+y = torch.full((x.numel() + 1,), 99, dtype=torch.int8)
+assert entry(x.data_ptr(), y.data_ptr(), x.numel(), None) == 0
+assert torch.equal(y[:-1], x.round().clamp(-128, 127).to(torch.int8)) and y[-1] == 99
+assert entry(x.data_ptr(), y.data_ptr(), -1, None) == 1  # kInvalidArgument
+assert entry(None, y.data_ptr(), 5, None) == 1
+assert entry(None, None, 0, None) == 0
+"""
+
+
+@pytest.mark.simulator
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_saturate_in_the_simulator(
+    arch: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    simulator.require()
+    torch.save(edge_tensors(), tmp_path / "edges.pt")
+    stats = tmp_path / "stats.json"
+    monkeypatch.setenv("PTXSIM_STATS", str(stats))
+    said = simulator.run(BINDING, str(tmp_path / "edges.pt"), str(simulator.library()), arch=arch)
+    assert "_saturate_s8: x must be float32, got float16 of shape [2, 3]" in said
+    launches = stats.read_text().splitlines()
+    assert len(launches) == 2, "the edges and the view; nothing for 0 elements"
+    assert all("saturate_s8_kernel" in line for line in launches)
+
+
+@pytest.mark.simulator
+@pytest.mark.slow
+def test_the_c_entry_in_the_simulator() -> None:
+    simulator.require()
+    simulator.run(C_ENTRY, str(simulator.library()), checks="")

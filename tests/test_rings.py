@@ -1,0 +1,105 @@
+"""The rings of the source tree and its habits: includes, file sizes, no paths of some machine."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from build_support import ROOT
+
+CSRC = ROOT / "csrc"
+C_SUFFIXES = {".cu", ".cuh", ".h", ".hpp", ".cpp"}
+TEXT_SUFFIXES = C_SUFFIXES | {".py", ".toml", ".md", ".yaml", ".yml", ".sh", ".in", ".cfg", ""}
+LONGEST_FILE = 400
+FOREIGN = ("torch", "ATen", "c10", "pybind11")
+
+
+def c_files() -> list[Path]:
+    return sorted(path for path in CSRC.rglob("*") if path.suffix in C_SUFFIXES)
+
+
+def project_files() -> list[Path]:
+    """What git has or would add; without git, everything outside hidden folders and build/."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        names = done.stdout.splitlines()
+    except (OSError, subprocess.CalledProcessError):
+        found = (path.relative_to(ROOT) for path in ROOT.rglob("*") if path.is_file())
+        names = [
+            str(path)
+            for path in found
+            if not any(part.startswith(".") or part == "build" for part in path.parts)
+        ]
+    paths = [ROOT / name for name in names]
+    return [path for path in paths if path.is_file() and path.suffix in TEXT_SUFFIXES]
+
+
+def includes(path: Path) -> list[str]:
+    return re.findall(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', path.read_text(), re.M)
+
+
+def includes_of_torch(path: Path) -> list[str]:
+    return [name for name in includes(path) if name.split("/")[0] in FOREIGN]
+
+
+def test_only_the_binding_includes_torch() -> None:
+    files = c_files()
+    assert any(includes_of_torch(path) for path in files), "the pattern finds nothing at all"
+    outside = [path for path in files if CSRC / "torch" not in path.parents]
+    wrong = {str(path.relative_to(ROOT)): includes_of_torch(path) for path in outside}
+    assert not {name: found for name, found in wrong.items() if found}
+
+
+def test_public_headers_know_neither_cutlass_nor_cuda() -> None:
+    for path in (CSRC / "include").rglob("*.h"):
+        for name in includes(path):
+            assert "/" not in name or name.startswith("sqk/"), f"{path.name} includes {name}"
+
+
+def test_the_binding_does_not_reach_past_the_public_headers() -> None:
+    for path in (CSRC / "torch").iterdir():
+        for name in includes(path):
+            own = (CSRC / "torch" / name).is_file()
+            ok = own or "/" not in name or name.split("/")[0] in ("sqk", "torch")
+            assert ok, f"{path.name} includes {name}"
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not here")
+@pytest.mark.parametrize("header", sorted((CSRC / "include").rglob("*.h")), ids=lambda p: p.name)
+def test_a_public_header_compiles_alone(header: Path, tmp_path: Path) -> None:
+    source = tmp_path / "alone.cpp"
+    name = header.relative_to(CSRC / "include")
+    source.write_text(f'#include "{name}"\n#include "{name}"\n')
+    flags = ["-std=c++17", "-Wall", "-Wextra", "-Werror", "-fsyntax-only", f"-I{CSRC / 'include'}"]
+    done = subprocess.run(["g++", *flags, source], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_no_file_is_longer_than_a_reader_takes_in_at_once() -> None:
+    code = C_SUFFIXES | {".py", ".sh"}
+    lengths = {
+        str(path.relative_to(ROOT)): len(path.read_text().splitlines())
+        for path in project_files()
+        if path.suffix in code
+    }
+    assert lengths, "no file was found"
+    assert not {name: count for name, count in lengths.items() if count > LONGEST_FILE}
+
+
+# Written in pieces, so that this file does not find itself.
+MACHINE_PATH = re.compile(
+    r"(?<![\w.])/(?:" + "|".join(("wo" + "rk", "ho" + "me", "Us" + "ers")) + ")/"
+)
+
+
+def test_no_file_names_a_folder_of_some_machine() -> None:
+    found = {
+        str(path.relative_to(ROOT)): match.group()
+        for path in project_files()
+        if (match := MACHINE_PATH.search(path.read_text(errors="replace")))
+    }
+    assert not found
