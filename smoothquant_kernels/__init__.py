@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from smoothquant_kernels import ops
+from smoothquant_kernels.calibrate import calibrate_model
 from smoothquant_kernels.config import SmoothQuantConfig
 from smoothquant_kernels.convert import quantize_model, smooth_and_quantize
 from smoothquant_kernels.errors import SmoothQuantError
@@ -14,6 +15,7 @@ __all__ = [
     "SmoothQuantConfig",
     "SmoothQuantError",
     "W8A8Linear",
+    "calibrate_model",
     "ops",
     "quantize_model",
     "smooth_and_quantize",

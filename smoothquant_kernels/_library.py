@@ -30,7 +30,8 @@ def define_op(
     """
     name = schema.split("(", 1)[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
-    _LIBRARY.impl(name, cpu, "CPU")
+    # Without no_grad, autograd would record some of the steps inside and give a part of the gradient as the whole.
+    _LIBRARY.impl(name, torch.no_grad()(cpu), "CPU")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
     overload: torch._ops.OpOverload = getattr(getattr(torch.ops, NAMESPACE), name).default
     return overload

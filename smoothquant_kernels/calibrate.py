@@ -10,10 +10,14 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
+from smoothquant_kernels.config import SmoothQuantConfig
 from smoothquant_kernels.errors import SmoothQuantError
-from smoothquant_kernels.modules import Batch, evaluating, run
+from smoothquant_kernels.modules import Batch, evaluating, partition_linears, run
 
 CalibrationData = Iterable[Any]
+_SAMPLE_TOKENS = (
+    32  # enough to tell structures apart; tracing keeps the inputs of every linear for them
+)
 
 
 @dataclass
@@ -23,10 +27,12 @@ class ActivationStatistics:
     Attributes:
         absmax: module name -> [K] float32 largest |x| per channel over all tokens that are not padding.
         tokens: how many tokens were seen.
+        sample: a small batch of the data, on which structure is found and folds are verified.
     """
 
     absmax: dict[str, Tensor] = field(default_factory=dict)
     tokens: int = 0
+    sample: Batch = field(default_factory=dict)
 
     def update(self, name: str, x: Tensor, mask: Tensor | None) -> None:
         """Merges the input x [..., K] of one call; `mask` (bool, one value a token) leaves padding out."""
@@ -48,6 +54,14 @@ class ActivationStatistics:
                     f"calibration found NaN or Inf in the input of layer {name} ({bad} of {absmax.numel()} channels); "
                     "check the checkpoint, or calibrate in a wider dtype (bfloat16 or float32)."
                 )
+
+
+def _small(batch: Batch) -> Batch:
+    """The first row and the first few tokens of a batch of token ids; other inputs are taken whole."""
+    if "input_ids" not in batch:
+        return batch
+    shape = batch["input_ids"].shape
+    return {k: v[:1, :_SAMPLE_TOKENS] if v.shape[:2] == shape[:2] else v for k, v in batch.items()}
 
 
 def _is_batched(value: Any) -> bool:
@@ -107,7 +121,9 @@ def calibration_batches(
             if ids is None or ids.dim() != 2:
                 yield batch
                 continue
-            tokens = int(batch["attention_mask"].sum()) if "attention_mask" in batch else ids.numel()
+            tokens = (
+                int(batch["attention_mask"].sum()) if "attention_mask" in batch else ids.numel()
+            )
             if ids.numel() == 0:
                 continue
             if tokens > left and ids.shape[0] == 1:
@@ -164,6 +180,8 @@ def collect_statistics(
             task = bar.add_task("calibrating (tokens)", total=max_tokens)
             for batch in batches:
                 attention = batch.get("attention_mask")
+                if not statistics.sample:
+                    statistics.sample = _small(batch)
                 mask = attention.bool() if attention is not None and attention.dim() == 2 else None
                 run(model, batch, logits=False)
                 ids = batch.get("input_ids")
@@ -180,3 +198,44 @@ def collect_statistics(
         )
     statistics.check_finite()
     return statistics
+
+
+def calibrate_model(
+    model: nn.Module,
+    data: CalibrationData,
+    config: SmoothQuantConfig | None = None,
+    *,
+    tokenizer: Any = None,
+    progress: bool = True,
+) -> ActivationStatistics:
+    """Measures a float model once, for any number of `smooth_lm` calls on copies of it.
+
+    Args:
+        model: a float model; it is left unchanged.
+        data: token-id tensors [T] or [B, T], dicts of tensors, or strings (with `tokenizer`); any iterable.
+        config: `skip`, `calibration_tokens` and `calibration_window` are used.
+        tokenizer: turns strings into token ids.
+        progress: show a progress bar.
+
+    Returns:
+        The statistics, to be passed to `smooth_lm` in place of calibration data.
+
+    Raises:
+        SmoothQuantError: no linears, no data, wrong data, or NaN or Inf in an input (the layer is named).
+
+    Equivalent to:
+        for each linear: absmax = torch.stack([x.abs().flatten(0, -2).amax(0) for x in its inputs]).amax(0)
+
+    Source: SmoothQuant (Xiao et al., 2022), section 3.2 ("we use the calibration samples to estimate the scale").
+    """
+    config = config or SmoothQuantConfig()
+    batches = calibration_batches(
+        data,
+        tokenizer=tokenizer,
+        window=config.calibration_window,
+        max_tokens=config.calibration_tokens,
+    )
+    linears, _ = partition_linears(model, config.skip)
+    return collect_statistics(
+        model, linears, batches, max_tokens=config.calibration_tokens, progress=progress
+    )

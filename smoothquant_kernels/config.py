@@ -10,8 +10,10 @@ from typing import Any
 from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.linear import ACTIVATION_SCHEMES, WEIGHT_GRANULARITIES
 
-ROUNDINGS = ("power_of_two", "none")
+ROUNDINGS = ("auto", "power_of_two", "none")
 FOLDINGS = ("auto", "never")
+#: The best measured migration strengths (docs/accuracy.md). One scale for a whole tensor needs flatter activations.
+DEFAULT_ALPHA = {"per_token": 0.6, "per_tensor": 0.8, "static": 0.8}
 
 
 @dataclass(frozen=True)
@@ -20,12 +22,15 @@ class SmoothQuantConfig:
 
     Attributes:
         alpha: migration strength in [0, 1]: 0 leaves the activations as they are, 1 moves all difficulty into the
-            weights (paper, section 3.2, eq. 4). docs/accuracy.md has the measurements behind the default.
+            weights (paper, section 3.2, eq. 4). None takes the best measured value for the activation scheme, see
+            `DEFAULT_ALPHA` and docs/accuracy.md.
+        smooth: False leaves the activations as they are and only measures their ranges: naive W8A8, to compare with.
         activation_scheme: ``"per_token"`` (O1), ``"per_tensor"`` (dynamic, O2), ``"static"`` (calibrated, O3).
         weight_granularity: ``"channel"`` or ``"tensor"``.
         w_bit, a_bit: bits of weights and activations; 8 is what there is.
         smooth_rounding: ``"power_of_two"`` rounds every factor to the nearest power of two, so that folding changes no
-            bit of the float model in any dtype; ``"none"`` uses the formula's value.
+            bit of the float model in any dtype; ``"none"`` uses the formula's value, which balances a little better
+            and costs float roundings; ``"auto"`` is ``"none"`` for float32 models and ``"power_of_two"`` for others.
         folding: ``"auto"`` folds factors into the producer where that is proved to preserve the function and divides
             at run time elsewhere; ``"never"`` divides at run time everywhere.
         verify_tolerance: largest relative change of the float model's logits that a fold may cause.
@@ -34,12 +39,13 @@ class SmoothQuantConfig:
         calibration_window: strings are cut into windows of this many tokens.
     """
 
-    alpha: float = 0.8
+    alpha: float | None = None
+    smooth: bool = True
     activation_scheme: str = "per_token"
     weight_granularity: str = "channel"
     w_bit: int = 8
     a_bit: int = 8
-    smooth_rounding: str = "power_of_two"
+    smooth_rounding: str = "auto"
     folding: str = "auto"
     verify_tolerance: float = 1e-5
     skip: tuple[str, ...] = ()
@@ -50,7 +56,7 @@ class SmoothQuantConfig:
         def fail(name: str, allowed: str) -> None:
             raise SmoothQuantError(f"{name} must be {allowed}; got {getattr(self, name)!r}.")
 
-        if not _is_number(self.alpha) or not 0.0 <= self.alpha <= 1.0:
+        if self.alpha is not None and not (_is_number(self.alpha) and 0.0 <= self.alpha <= 1.0):
             fail("alpha", "a number in [0, 1]")
         for name, allowed in (
             ("activation_scheme", ACTIVATION_SCHEMES),
@@ -60,18 +66,27 @@ class SmoothQuantConfig:
         ):
             if getattr(self, name) not in allowed:
                 fail(name, f"one of {', '.join(allowed)}")
+        if not isinstance(self.smooth, bool):
+            fail("smooth", "true or false")
         for name in ("w_bit", "a_bit"):
-            if getattr(self, name) != 8:
+            if type(getattr(self, name)) is not int or getattr(self, name) != 8:
                 fail(name, "8 (int8 weights and activations; other widths are not supported yet)")
         if not _is_number(self.verify_tolerance) or not 0.0 <= self.verify_tolerance < 1.0:
             fail("verify_tolerance", "a number in [0, 1)")
-        if isinstance(self.skip, str) or not all(isinstance(p, str) for p in self.skip):
-            fail("skip", "a sequence of module-name patterns")
+        if not isinstance(self.skip, (list, tuple)) or not all(
+            isinstance(pattern, str) for pattern in self.skip
+        ):
+            fail("skip", "a list or tuple of module-name patterns")
         object.__setattr__(self, "skip", tuple(self.skip))
         for name in ("calibration_tokens", "calibration_window"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 fail(name, "a whole number >= 1")
+
+    @property
+    def effective_alpha(self) -> float:
+        """`alpha`, or the default of the activation scheme."""
+        return DEFAULT_ALPHA[self.activation_scheme] if self.alpha is None else self.alpha
 
     def replace(self, **changes: Any) -> SmoothQuantConfig:
         """A copy with some values changed."""

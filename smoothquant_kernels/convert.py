@@ -28,7 +28,7 @@ def quantize_model(
         model: what `smooth_lm` returned; or any float model, which gives plain ("naive") W8A8.
         w_bit, a_bit: 8.
         config: schemes and patterns to skip; the default is what the model was smoothed with, else the package's. The
-            static scheme needs the ranges that `smooth_lm` measured (alpha=0 measures without smoothing).
+            static scheme needs the ranges that `smooth_lm` measured (`smooth=False` measures only).
 
     Returns:
         The model; its output head stays in float. `model.smoothquant_info` lists every layer.
@@ -56,7 +56,7 @@ def quantize_model(
         if missing:
             raise SmoothQuantError(
                 f"the static scheme needs a calibrated range for {missing[0]} ({len(missing)} of {len(linears)} layers "
-                "have none): run smooth_lm on calibration data first (alpha=0 measures without smoothing), or skip them."
+                "have none): run smooth_lm on calibration data first (smooth=False only measures), or skip them."
             )
     layers = []
     for name in list(linears):

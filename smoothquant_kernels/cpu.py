@@ -56,21 +56,33 @@ def _prepack(w_q: Tensor) -> Tensor:
     return packed
 
 
+# The caller's default dtype and device must not matter here: everything made below is float32 and on the CPU.
+_randn = functools.partial(torch.randn, dtype=torch.float32, device="cpu")
+_ones = functools.partial(torch.ones, dtype=torch.float32, device="cpu")
+_zero_points = functools.partial(torch.zeros, dtype=torch.int32, device="cpu")
+_empty = functools.partial(torch.empty, dtype=torch.float32, device="cpu")
+
+
+def _random_int8(rows: int, columns: int, generator: torch.Generator) -> Tensor:
+    shape = (rows, columns)
+    return torch.randint(-127, 128, shape, generator=generator, dtype=torch.int8, device="cpu")
+
+
 def _is_exact(mode: str) -> bool:
     """Runs `mode` on operands whose 16-bit partial sums saturate, and on random ones, for several kernel sizes."""
     generator = torch.Generator().manual_seed(0)
     try:
         for m, n, k in ((1, 64, 256), (3, 17, 31), (64, 64, 256)):
-            x = torch.randint(-127, 128, (m, k), generator=generator, dtype=torch.int8)
-            w = torch.randint(-127, 128, (n, k), generator=generator, dtype=torch.int8)
+            x = _random_int8(m, k, generator)
+            w = _random_int8(n, k, generator)
             x[0], w[0], w[-1] = 127, 127, -127
             x[-1, ::2] = -127
-            w_scale = torch.rand(n, generator=generator)
-            packed, zeros = _prepack(w), torch.zeros(n, dtype=torch.int32)
+            w_scale = _randn(n, generator=generator).abs()
+            packed, zeros = _prepack(w), _zero_points(n)
             if mode == "vnni":
                 y = _qlinear(_to_u8(x), 128, packed, w_scale, zeros)
             else:
-                parts = _qlinear(_split_signs(x), 0, packed, torch.ones(n), zeros)
+                parts = _qlinear(_split_signs(x), 0, packed, _ones(n), zeros)
                 y = (parts[:m] - parts[m:]) * w_scale
             if not torch.equal(y, (x.double() @ w.double().T).float() * w_scale):
                 return False
@@ -98,8 +110,8 @@ def _addcmul_is_fused() -> bool:
     """Whether `torch.addcmul` rounds once here, for the layouts used below (it does with FMA instructions)."""
     generator = torch.Generator().manual_seed(0)
     for m, n in ((1, 1), (7, 1), (1, 67), (5, 7), (33, 131)):
-        y = torch.randn(m, n, generator=generator)
-        scale = torch.randn(m, 1, generator=generator)
+        y = _randn(m, n, generator=generator)
+        scale = _randn(m, 1, generator=generator)
         bias = -(y[0] * scale[0])  # cancels in the first row, where only a fused result is not zero
         if not torch.equal(torch.addcmul(bias, y, scale), reference.fma(y, scale, bias)):
             return False
@@ -114,6 +126,7 @@ class _Packed:
     """
 
     version: int
+    address: int
     mode: str
     zeros: Tensor
     chunks: tuple[tuple[int, int, Tensor | None], ...]
@@ -132,23 +145,27 @@ def _chunk_bounds(w_q: Tensor) -> list[tuple[int, int]]:
 
 
 def _pack(w_q: Tensor, mode: str, version: int) -> _Packed:
-    zeros = torch.zeros(w_q.shape[0], dtype=torch.int32)
+    zeros = _zero_points(w_q.shape[0])
     bounds = [(0, w_q.shape[1])] if mode == "vnni" else _chunk_bounds(w_q)
     # float mode converts at every call: keeping float32 copies would take four times the weight's memory
     chunks = tuple((a, b, None if mode == "float" else _prepack(w_q[:, a:b])) for a, b in bounds)
-    return _Packed(version, mode, zeros, chunks)
+    return _Packed(version, w_q.data_ptr(), mode, zeros, chunks)
 
 
 _PACKED: Any = WeakTensorKeyDictionary()
 
 
 def _packed_weight(w_q: Tensor) -> _Packed:
-    """The packed form of w_q, made at its first use and kept while w_q lives and is not written to."""
+    """The packed form of w_q, made at its first use and kept while w_q lives and is not written to.
+
+    A write is noticed by the tensor's version; one through `.data` or a NumPy view has none and is not.
+    """
     mode = gemm_mode()
     if w_q.is_inference():  # no version counter, so a later write could not be noticed
         return _pack(w_q, mode, -1)
     cached = _PACKED.get(w_q)
-    if cached is not None and cached.version == w_q._version and cached.mode == mode:
+    now = (w_q._version, w_q.data_ptr(), mode)
+    if cached is not None and (cached.version, cached.address, cached.mode) == now:
         return cached  # type: ignore[no-any-return]
     packed = _pack(w_q, mode, w_q._version)
     _PACKED[w_q] = packed
@@ -159,19 +176,23 @@ def _scaled_product(x_q: Tensor, w_q: Tensor, w_scale: Tensor) -> Tensor:
     """float32 [M, N]: float32(x_q @ w_q.T) * w_scale for contiguous x_q [M, K], w_scale [N] or [1]."""
     m, n = x_q.shape[0], w_q.shape[0]
     if m == 0:
-        return torch.empty(0, n)
+        return _empty(0, n)
     packed = _packed_weight(w_q)
     if packed.mode == "vnni":
         scales = w_scale if w_scale.shape[0] == n else w_scale.expand(n).contiguous()
-        return _qlinear(_to_u8(x_q), 128, packed.chunks[0][2], scales, packed.zeros)
+        whole = packed.chunks[0][2]
+        assert whole is not None
+        return _qlinear(_to_u8(x_q), 128, whole, scales, packed.zeros)
     total: Tensor | None = None
     for start, stop, weight in packed.chunks:
         part = x_q if len(packed.chunks) == 1 else x_q[:, start:stop].contiguous()
-        if packed.mode == "split":
-            signs = _qlinear(_split_signs(part), 0, weight, torch.ones(n), packed.zeros)
+        if weight is not None:
+            signs = _qlinear(_split_signs(part), 0, weight, _ones(n), packed.zeros)
             product = signs[:m].sub_(signs[m:])
         else:
-            product = part.float() @ w_q[:, start:stop].float().t()
+            with torch.autocast("cpu", enabled=False):
+                product = part.float() @ w_q[:, start:stop].float().t()
+            product = product.add_(0.0)  # one product may be -0, an int32 sum is not
         if len(packed.chunks) == 1:
             return product.mul_(w_scale)
         exact = product.to(torch.int32)  # the slices are exact in float32, their sum need not be
@@ -267,11 +288,11 @@ def quantize(
     m = rows.shape[0]
     step = max(1, _CHUNK_BYTES // (4 * k))
     chunks = [(i, min(i + step, m)) for i in range(0, m, step)]
-    x_q = torch.empty(m, k, dtype=torch.int8)
+    x_q = x.new_empty((m, k), dtype=torch.int8)
 
     if scale is None and granularity == "tensor":
         parts = [_rows(rows, a, b, inv_smooth).abs().amax() for a, b in chunks]
-        absmax = torch.stack(parts).amax().view(1) if parts else torch.zeros(1)
+        absmax = torch.stack(parts).amax().view(1) if parts else _empty(1).zero_()
         x_scale = reference.scale_from_absmax(absmax)
         inverse = reference.inverse_scale(x_scale)
         saturate = not bool(x_scale.isfinite())
@@ -279,7 +300,7 @@ def quantize(
             _round_rows(_rows(rows, a, b, inv_smooth), inverse, x_q[a:b], saturate)
         return x_q.view(x.shape), x_scale
 
-    x_scale = torch.empty(m)
+    x_scale = _empty(m)
     for a, b in chunks:
         v = _rows(rows, a, b, inv_smooth)
         absmax = v.abs().amax(-1)

@@ -45,6 +45,11 @@ class Smoothing:
     smooth: Tensor
 
 
+def round_to_power_of_two(smooth: Tensor) -> Tensor:
+    """The nearest power of two, in the logarithm; multiplying by it is exact in every floating-point type."""
+    return torch.exp2(torch.log2(smooth.double()).round()).float()
+
+
 def _scale_parameter(parameter: Tensor | None, factor: Tensor, offset: float = 0.0) -> None:
     """parameter := (parameter + offset) * factor - offset, in float32."""
     if parameter is not None:
@@ -161,5 +166,3 @@ def divide_at_run_time(model: nn.Module, smoothing: Smoothing) -> None:
     for name in smoothing.group.linears:
         linear = model.get_submodule(name)
         replace_module(model, name, SmoothedLinear.from_linear(linear, smoothing.smooth))
-
-

@@ -206,7 +206,9 @@ def _probe(model: nn.Module, batch: Batch, trace: _Trace, groups: list[Group]) -
             continue
         with _Hooks(model) as hooks:
             for producer, i in trial.items():
-                _add_probe(hooks, producer, groups[i], trace, lambda i=i, p=producer: found.update({i: p}))  # type: ignore[misc]
+                _add_probe(
+                    hooks, producer, groups[i], trace, lambda i=i, p=producer: found.update({i: p})
+                )  # type: ignore[misc]
             run(model, batch)
     taken: set[str] = set()
     result = []
@@ -258,7 +260,9 @@ def _unsound(model: nn.Module, batch: Batch, trace: _Trace, groups: list[Group])
     if len(groups) == 1:
         return groups
     half = len(groups) // 2
-    return _unsound(model, batch, trace, groups[:half]) + _unsound(model, batch, trace, groups[half:])
+    return _unsound(model, batch, trace, groups[:half]) + _unsound(
+        model, batch, trace, groups[half:]
+    )
 
 
 def _role(name: str) -> str:

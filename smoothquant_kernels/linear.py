@@ -138,14 +138,23 @@ class W8A8Linear(nn.Module):
         )
         w = weight.detach().float()
         inv_smooth = getattr(linear, "inv_smooth", None)  # a SmoothedLinear: its weight has s in it
+        if smooth is not None:
+            s = smooth.detach().to(w.device, torch.float32)
+            if s.shape != (k,):
+                raise SmoothQuantError(f"smooth must have shape [{k}], got {tuple(s.shape)}.")
+            inverse = 1.0 / s
+            usable = (s > 0) & s.isfinite() & inverse.isfinite()
+            if not bool(usable.all()):
+                raise SmoothQuantError(
+                    "smooth must be positive and finite, and so must be its reciprocals; "
+                    f"got {s[~usable][0].item()}."
+                )
+            w = w * s
+            inv_smooth = inverse if inv_smooth is None else inv_smooth * inverse
         if inv_smooth is not None:
             new.inv_smooth = inv_smooth.detach().clone()
-        if smooth is not None:
-            s = smooth.to(w.device, torch.float32)
-            if s.shape != (k,) or not bool(((s > 0) & s.isfinite()).all()):
-                raise SmoothQuantError(f"smooth must be [{k}] positive finite factors.")
-            w = w * s
-            new.inv_smooth = 1.0 / s
+        if not bool(w.isfinite().all()):
+            raise SmoothQuantError("the weight (times smooth) is too large for float32.")
         new.w_q, new.w_scale = reference.quantize_weight(w, weight_granularity)
         if bias is not None:
             new.bias = bias.detach().float().clone()
@@ -187,7 +196,7 @@ class W8A8Linear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> W8A8Linear:
         """Moves the buffers like any module, but never rounds the float32 ones to another type."""
         before = {name: b for name, b in self._buffers.items() if b is not None}
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, old in before.items():
             new = self._buffers[name]
             if new is not None and new.dtype != old.dtype:

@@ -76,7 +76,9 @@ def shared_parameters(model: nn.Module) -> dict[str, list[str]]:
     names: dict[int, list[str]] = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names[parameter.data_ptr() if not parameter.is_meta else id(parameter)].append(name)
-    return {n: [o for o in group if o != n] for group in names.values() for n in group if len(group) > 1}
+    return {
+        n: [o for o in group if o != n] for group in names.values() for n in group if len(group) > 1
+    }
 
 
 def model_device(model: nn.Module) -> torch.device:

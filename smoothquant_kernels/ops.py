@@ -42,34 +42,17 @@ def _fake_quantize(
     return _fake_quantised(x, x.shape[-1], scale, granularity)
 
 
-def _fake_rms_norm_quantize(
-    x: Tensor,
-    weight: Tensor,
-    eps: float,
-    *,
-    residual: Tensor | None = None,
-    inv_smooth: Tensor | None = None,
-    scale: Tensor | None = None,
-    granularity: str = "token",
-) -> tuple[Tensor, Tensor, Tensor]:
-    op = "rms_norm_quantize"
-    cpu.check_norm(op, x, weight, None, residual, inv_smooth, scale, granularity)
-    total = x.new_empty(0 if residual is None else x.shape)
-    return *_fake_quantised(x, x.shape[-1], scale, granularity), total
-
-
-def _fake_layer_norm_quantize(
+def _fake_norm_quantize(
+    op: str,
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    eps: float,
     *,
     residual: Tensor | None = None,
     inv_smooth: Tensor | None = None,
     scale: Tensor | None = None,
     granularity: str = "token",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    op = "layer_norm_quantize"
     cpu.check_norm(op, x, weight, bias, residual, inv_smooth, scale, granularity)
     total = x.new_empty(0 if residual is None else x.shape)
     return *_fake_quantised(x, x.shape[-1], scale, granularity), total
@@ -132,13 +115,17 @@ _rms_norm_quantize = define_op(
     "rms_norm_quantize(Tensor x, Tensor weight, float eps, *, Tensor? residual=None, "
     f"{_QUANTISER}) -> (Tensor, Tensor, Tensor)",
     cpu=cpu.rms_norm_quantize,
-    fake=_fake_rms_norm_quantize,
+    fake=lambda x, weight, eps, **options: _fake_norm_quantize(
+        "rms_norm_quantize", x, weight, None, **options
+    ),
 )
 _layer_norm_quantize = define_op(
     "layer_norm_quantize(Tensor x, Tensor? weight, Tensor? bias, float eps, *, "
     f"Tensor? residual=None, {_QUANTISER}) -> (Tensor, Tensor, Tensor)",
     cpu=cpu.layer_norm_quantize,
-    fake=_fake_layer_norm_quantize,
+    fake=lambda x, weight, bias, eps, **options: _fake_norm_quantize(
+        "layer_norm_quantize", x, weight, bias, **options
+    ),
 )
 _act_quantize = define_op(
     f"act_quantize(Tensor x, str kind, *, Tensor? gate=None, {_QUANTISER}) -> (Tensor, Tensor)",
@@ -159,13 +146,21 @@ _gemm_s8_requant = define_op(
 )
 
 
-def _eager_cpu(t: Tensor) -> bool:
+def _eager_cpu(x: Tensor, *others: Tensor | None) -> bool:
     """Whether the CPU kernel can be called without the dispatcher, which costs a Python op some microseconds.
 
-    A tracer's tensors are of a subclass, except under dynamo, which says that it is compiling.
+    Not where somebody looks at the ops as they go by: dynamo, which says so; other tracers, whose tensors are of a
+    subclass or which sit in the stack of dispatch modes; autograd.
     """
-    plain = type(t) is Tensor or type(t) is torch.nn.Parameter
-    return plain and t.is_cpu and not torch.compiler.is_compiling()
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return False
+    if torch._C._len_torch_dispatch_stack() or not x.is_cpu:
+        return False
+    if type(x) is not Tensor and type(x) is not torch.nn.Parameter:
+        return False
+    if not torch.is_grad_enabled():
+        return True
+    return not any(t is not None and t.requires_grad for t in (x, *others))
 
 
 # --- the public functions ---------------------------------------------------------------------------------------------
@@ -202,7 +197,7 @@ def quantize(
 
     Source: SmoothQuant (Xiao et al., 2022), section 3.2, eq. 3; schemes O1, O2, O3 of table 2.
     """
-    op = cpu.quantize if _eager_cpu(x) else _quantize
+    op = cpu.quantize if _eager_cpu(x, inv_smooth, scale) else _quantize
     result: tuple[Tensor, Tensor] = op(
         x, inv_smooth=inv_smooth, scale=scale, granularity=granularity
     )
@@ -370,7 +365,7 @@ def gemm_s8(
 
     Source: SmoothQuant (Xiao et al., 2022), section 4 and eq. 2; the paper's O1 scheme.
     """
-    op = cpu.gemm_s8 if _eager_cpu(x_q) else _gemm_s8
+    op = cpu.gemm_s8 if _eager_cpu(x_q, x_scale, w_scale, bias, residual) else _gemm_s8
     y: Tensor = op(
         x_q, w_q, x_scale, w_scale, bias=bias, residual=residual, out_dtype=out_dtype
     )
@@ -406,6 +401,6 @@ def gemm_s8_requant(
 
     Source: SmoothQuant (Xiao et al., 2022), section 4; the paper's O3 scheme.
     """
-    op: Any = cpu.gemm_s8_requant if _eager_cpu(x_q) else _gemm_s8_requant
+    op: Any = cpu.gemm_s8_requant if _eager_cpu(x_q, x_scale, w_scale, out_scale, bias) else _gemm_s8_requant
     y: Tensor = op(x_q, w_q, x_scale, w_scale, out_scale, bias=bias, relu=relu)
     return y

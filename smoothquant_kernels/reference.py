@@ -10,6 +10,8 @@ Names follow the glossary of docs/numerics.md: `x` [..., K] activation, `w` [N, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -20,7 +22,7 @@ MAX_K = 131_071
 MIN_SCALE = torch.finfo(torch.float32).tiny
 
 #: Activation functions of `act_quantize`, on float64 (the result is rounded once to float32).
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu,
     "gelu": torch.nn.functional.gelu,
     "gelu_tanh": lambda t: torch.nn.functional.gelu(t, approximate="tanh"),
@@ -65,7 +67,7 @@ def quantize(
     v = x.float()
     if inv_smooth is not None:
         v = v * inv_smooth
-    rows = v.reshape(-1, v.shape[-1])
+    rows = v.reshape(-1, v.shape[-1]).contiguous()
     absmax = rows.abs().amax(dim=-1)  # amax propagates NaN
     if scale is not None:
         inverse = inverse_scale(scale.float())
@@ -110,8 +112,8 @@ def gemm_s8(
     out_dtype: torch.dtype = torch.float16,
 ) -> Tensor:
     """INT8 GEMM with fused dequantisation: `fma(acc * w_scale, x_scale, bias) + residual`, rounded once."""
-    acc = (x_q.reshape(-1, x_q.shape[-1]).double() @ w_q.double().T).float()  # exact, then one rounding
-    y = acc * w_scale.float()
+    acc = x_q.reshape(-1, x_q.shape[-1]).double() @ w_q.double().T  # exact
+    y = acc.to(torch.int32).float() * w_scale.float()  # int32 has no -0, and neither has float32 of it
     x_column = x_scale.float()[:, None]
     y = y * x_column if bias is None else fma(y, x_column, bias.float())
     if residual is not None:

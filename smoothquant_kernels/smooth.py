@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from smoothquant_kernels.calibrate import (
-    ActivationStatistics,
-    CalibrationData,
-    calibration_batches,
-    collect_statistics,
-)
+from smoothquant_kernels.calibrate import ActivationStatistics, CalibrationData, calibrate_model
 from smoothquant_kernels.config import SmoothQuantConfig
 from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.fold import (
@@ -22,11 +17,11 @@ from smoothquant_kernels.fold import (
     divide_at_run_time,
     fold_verified,
     has_norm_producer,
+    round_to_power_of_two,
 )
 from smoothquant_kernels.groups import Group, find_groups
 from smoothquant_kernels.linear import weight_of
 from smoothquant_kernels.modules import (
-    Batch,
     evaluating,
     output_tensor,
     partition_linears,
@@ -35,7 +30,6 @@ from smoothquant_kernels.modules import (
 )
 from smoothquant_kernels.reference import smoothing_factors
 
-_TRACE_TOKENS = 32  # enough to tell structures apart; kept in memory for every linear
 _FOLDS_AT_ONCE = 16  # verified together; their parameters are kept until then
 INFO = "smoothquant_info"
 
@@ -43,50 +37,33 @@ INFO = "smoothquant_info"
 # --- factors ----------------------------------------------------------------------------------------------------------
 
 
-def round_to_power_of_two(smooth: Tensor) -> Tensor:
-    """The nearest power of two, in the logarithm; multiplying by it is exact in every floating-point type."""
-    return torch.exp2(torch.log2(smooth.double()).round()).float()
-
-
 def group_factors(
     model: nn.Module, group: Group, absmax: Tensor, config: SmoothQuantConfig
 ) -> Tensor:
     """s [K] of a group: the activation's maxima against the largest weight of all its linears per channel."""
-    columns = [weight_of(model.get_submodule(n)).detach().abs().amax(0).float() for n in group.linears]
-    smooth = smoothing_factors(absmax, torch.stack(columns).amax(0), config.alpha)
-    return round_to_power_of_two(smooth) if config.smooth_rounding == "power_of_two" else smooth
+    columns = [
+        weight_of(model.get_submodule(n)).detach().abs().amax(0).float() for n in group.linears
+    ]
+    smooth = smoothing_factors(absmax, torch.stack(columns).amax(0), config.effective_alpha)
+    rounding = config.smooth_rounding
+    if rounding == "auto":
+        dtype = weight_of(model.get_submodule(group.linears[0])).dtype
+        rounding = "none" if dtype == torch.float32 else "power_of_two"
+    return round_to_power_of_two(smooth) if rounding == "power_of_two" else smooth
 
 
 # --- the driver -------------------------------------------------------------------------------------------------------
 
 
 def _relative_difference(output: Tensor, before: Tensor) -> float:
-    return float((output.float() - before.float()).abs().max() / before.float().abs().max().clamp_min(1e-30))
-
-
-def _small_batch(batch: Batch) -> Batch:
-    """The first row and the first few tokens of a batch of token ids; other inputs are taken whole."""
-    if "input_ids" not in batch:
-        return batch
-    shape = batch["input_ids"].shape
-    return {
-        k: v[:1, :_TRACE_TOKENS] if v.shape[:2] == shape[:2] else v for k, v in batch.items()
-    }
-
-
-def _chain_first(batches: Any) -> tuple[Batch, Any]:
-    iterator = iter(batches)
-    first = next(iterator, None)
-    if first is None:
-        raise SmoothQuantError(
-            "the calibration data is empty: give at least one batch or string with tokens."
-        )
-    return first, itertools.chain([first], iterator)
+    return float(
+        (output.float() - before.float()).abs().max() / before.float().abs().max().clamp_min(1e-30)
+    )
 
 
 def smooth_lm(
     model: nn.Module,
-    calibration_data: CalibrationData,
+    calibration_data: CalibrationData | ActivationStatistics,
     alpha: float | None = None,
     *,
     config: SmoothQuantConfig | None = None,
@@ -97,7 +74,8 @@ def smooth_lm(
 
     Args:
         model: a Hugging Face model, or any module whose forward takes the batches' entries by name.
-        calibration_data: an iterable of token-id tensors [T] or [B, T], of dicts of tensors, or of strings.
+        calibration_data: an iterable of token-id tensors [T] or [B, T], of dicts of tensors, or of strings; or
+            what `calibrate_model` measured on this model or a copy of it.
         alpha: migration strength in [0, 1]; None takes the configuration's.
         config: everything else; the default is the best measured one (docs/accuracy.md).
         tokenizer: turns strings into token ids.
@@ -123,20 +101,18 @@ def smooth_lm(
         config = config.replace(alpha=alpha)
     linears, skipped = partition_linears(model, config.skip)
     check_finite_weights(linears)
-    batches = calibration_batches(
-        calibration_data,
-        tokenizer=tokenizer,
-        window=config.calibration_window,
-        max_tokens=config.calibration_tokens,
-    )
-    first, batches = _chain_first(batches)
-    statistics = collect_statistics(
-        model, linears, batches, max_tokens=config.calibration_tokens, progress=progress
-    )
-    small = _small_batch(first)
+    if isinstance(calibration_data, ActivationStatistics):
+        statistics = dataclasses.replace(calibration_data, absmax=dict(calibration_data.absmax))
+    else:
+        statistics = calibrate_model(
+            model, calibration_data, config, tokenizer=tokenizer, progress=progress
+        )
+    small = statistics.sample
     shared = shared_parameters(model)
     smoothable = [
-        n for n in linears if n in statistics.absmax and f"{n}.weight" not in shared
+        n
+        for n in linears
+        if config.smooth and n in statistics.absmax and f"{n}.weight" not in shared
     ]
     groups = find_groups(model, smoothable, small, folding=config.folding)
     with evaluating(model):
@@ -228,11 +204,14 @@ def _describe(
     """One JSON-able entry a linear; `x_absmax`, the largest smoothed input seen, becomes the static scale."""
     layers = []
     for name, module in linears.items():
-        how, why = outcomes.get(name, ("none", ""))
-        if f"{name}.weight" in shared:
-            why = f"its weight is also {shared[f'{name}.weight'][0]}"
+        if name in outcomes:
+            how, why = outcomes[name]
+        elif f"{name}.weight" in shared:
+            how, why = "none", f"its weight is also {shared[f'{name}.weight'][0]}"
         elif name not in statistics.absmax:
-            why = "never called during calibration"
+            how, why = "none", "never called during calibration"
+        else:
+            how, why = "none", "smoothing is switched off"
         absmax = statistics.absmax.get(name)
         n, k = weight_of(module).shape
         layers.append(

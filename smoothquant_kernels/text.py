@@ -305,7 +305,8 @@ def front_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The special tokens that the tokenizer puts in front of a text: [bos], mostly, or none."""
     plain = token_ids("a", tokenizer)
     dressed = list(tokenizer("a")["input_ids"])
-    for front in range(len(dressed) - len(plain) + 1):
+    # From behind: where "a" is unknown and the unknown token is BOS itself, the first match is BOS.
+    for front in reversed(range(len(dressed) - len(plain) + 1)):
         if dressed[front : front + len(plain)] == plain:
             return dressed[:front]
     return []

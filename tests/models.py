@@ -84,9 +84,7 @@ def make_model(family: str, *, dtype: torch.dtype = torch.float32, seed: int = 0
 def token_batches(count: int = 4, length: int = 24, rows: int = 2) -> list[torch.Tensor]:
     """Random token ids [rows, length]."""
     generator = torch.Generator().manual_seed(7)
-    return [
-        torch.randint(0, VOCAB, (rows, length), generator=generator) for _ in range(count)
-    ]
+    return [torch.randint(0, VOCAB, (rows, length), generator=generator) for _ in range(count)]
 
 
 def logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:

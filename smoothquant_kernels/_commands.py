@@ -1,0 +1,265 @@
+"""The work of the commands quantize, evaluate and generate: each returns what it found as plain
+values, and `render_*` makes what people read from just these values."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+from torch import nn
+
+from smoothquant_kernels._console import Document, megabytes, note, quiet_stderr, show_progress
+from smoothquant_kernels._inspect import (
+    describe_config,
+    describe_verification,
+    is_checkpoint,
+    render_layers,
+    summarise_layers,
+    weight_files,
+)
+from smoothquant_kernels._pipeline import (
+    calibration_windows,
+    check_output,
+    choose_device,
+    choose_dtype,
+    linear_bytes,
+    load_any,
+    load_tokenizer,
+    note_ranges,
+    read_config,
+    tensor_bytes,
+)
+from smoothquant_kernels.calibrate import calibrate_model
+from smoothquant_kernels.checkpoint import save_quantized
+from smoothquant_kernels.config import SmoothQuantConfig
+from smoothquant_kernels.convert import quantize_model
+from smoothquant_kernels.errors import SmoothQuantError
+from smoothquant_kernels.evaluate import evaluate as evaluate_model
+from smoothquant_kernels.models import load_model
+from smoothquant_kernels.modules import evaluating, model_device, partition_linears
+from smoothquant_kernels.smooth import INFO, check_finite_weights, smooth_lm
+from smoothquant_kernels.text import load_text
+
+__all__ = ["complete", "evaluate", "generate", "quantize", "read_config"]
+
+
+# --- quantize -------------------------------------------------------------------------------------
+
+
+def quantize(
+    source: str,
+    output: Path,
+    config: SmoothQuantConfig,
+    *,
+    calibration: str,
+    dtype: str,
+    device: str,
+    smooth: bool,
+    force: bool,
+) -> Document:
+    """`smoothquant-kernels quantize`."""
+    begin = time.perf_counter()
+    check_output(output, force=force)
+    float_type, where = choose_dtype(dtype), choose_device(device)
+    if is_checkpoint(Path(source)):
+        raise SmoothQuantError(f"{source} is quantised already; give the original model.")
+    measured = smooth or config.activation_scheme == "static"
+    texts = load_text(calibration) if measured else []
+    note(f"loading {source}")
+    tokenizer = load_tokenizer(source)
+    with quiet_stderr():
+        plain: Any = load_model(source, dtype=float_type)
+    model: nn.Module = plain.to(where)
+    linears, skipped = partition_linears(model, config.skip)
+    check_finite_weights(linears)  # before the calibration, which can take long
+    before = {"model": tensor_bytes(model), "linears": linear_bytes(model, list(skipped))}
+    if measured:
+        windows = calibration_windows(texts, tokenizer, config)
+        count = sum(ids.shape[1] for ids in windows)
+        note(f"calibrating on {count} tokens of {calibration}")
+        statistics = calibrate_model(model, windows, config, progress=show_progress())
+        if smooth:
+            smooth_lm(model, statistics, config=config)
+        else:
+            note_ranges(model, statistics, config)
+    quantize_model(model, config=config)
+    after = {"model": tensor_bytes(model), "linears": linear_bytes(model, list(skipped))}
+    note(f"saving {output}")
+    save_quantized(model, output, tokenizer=tokenizer, overwrite=force)
+    info: dict[str, Any] = getattr(model, INFO)
+    return {
+        "model": source,
+        "output": str(output),
+        "config": info["config"],
+        "smoothed": smooth,
+        "calibration": {"source": calibration, "tokens": info.get("calibration_tokens")}
+        if measured
+        else None,
+        **summarise_layers(info["layers"], info["skipped"]),
+        "verification": info.get("verification"),
+        "bytes": {
+            "model_before": before["model"],
+            "model_after": after["model"],
+            "linears_before": before["linears"],
+            "linears_after": after["linears"],
+            "weight_files": sum(file.stat().st_size for file in weight_files(output)),
+        },
+        "seconds": time.perf_counter() - begin,
+    }
+
+
+def render_quantize(document: Document) -> Group:
+    size = document["bytes"]
+    facts = Table.grid(padding=(0, 2))
+    facts.add_row("settings", describe_config(document))
+    if (calibration := document["calibration"]) is not None:
+        facts.add_row("calibrated on", f"{calibration['tokens']} tokens of {calibration['source']}")
+    if (check := document["verification"]) is not None:
+        facts.add_row("verified", describe_verification(check))
+    facts.add_row(
+        "size",
+        f"model {megabytes(size['model_before'])} -> {megabytes(size['model_after'])}, "
+        f"its quantised linears {megabytes(size['linears_before'])} -> "
+        f"{megabytes(size['linears_after'])}",
+    )
+    facts.add_row("seconds", f"{document['seconds']:.1f}")
+    saved = Text(f"saved {document['output']}", style="bold")
+    return Group(render_layers(document), facts, saved)
+
+
+# --- evaluate -------------------------------------------------------------------------------------
+
+
+def evaluate(
+    source: str,
+    *,
+    reference: str | None,
+    text: str,
+    window: int,
+    max_tokens: int | None,
+    last_word: bool,
+    dtype: str,
+    device: str,
+) -> Document:
+    """`smoothquant-kernels evaluate`."""
+    texts = load_text(text)
+    model, quantised = load_any(source, dtype=dtype, device=device)
+    original = None if reference is None else load_any(reference, dtype=dtype, device=device)[0]
+    tokenizer = load_tokenizer(source, reference)
+    note(f"evaluating on {text}")
+    result = evaluate_model(
+        model,
+        texts,
+        tokenizer,
+        reference=original,
+        window=window,
+        max_tokens=max_tokens,
+        last_word=last_word,
+        progress=show_progress(),
+    )
+    return {
+        "model": source,
+        "quantised": quantised,
+        "reference": reference,
+        "text": text,
+        "window": window,
+        "result": result.to_dict(),
+    }
+
+
+def render_evaluate(document: Document) -> Table:
+    result = document["result"]
+    table = Table(title=f"{document['model']} on {document['text']}", title_justify="left")
+    table.add_column("")
+    table.add_column("value", justify="right")
+    table.add_column("standard error", justify="right")
+    table.add_row("tokens scored", f"{result['tokens']}", "")
+    table.add_row("perplexity", f"{result['perplexity']:.4f}", "")
+    table.add_row("nats per token", f"{result['nll']:.4f}", f"{result['nll_stderr']:.4f}")
+    if document["reference"] is not None:
+        table.add_row(
+            "more nats than the reference",
+            f"{result['delta_nll']:+.4f}",
+            f"{result['delta_nll_stderr']:.4f}",
+        )
+        table.add_row(
+            "KL divergence from it", f"{result['mean_kl']:.5f}", f"{result['kl_stderr']:.5f}"
+        )
+        table.add_row("same most probable token", f"{result['top1_agreement']:.2%}", "")
+    if result["last_word_accuracy"] is not None:
+        table.add_row("last words right", f"{result['last_word_accuracy']:.2%}", "")
+    table.add_row("seconds", f"{result['seconds']:.1f}", "")
+    return table
+
+
+# --- generate -------------------------------------------------------------------------------------
+
+
+def generate(
+    source: str, prompt: str, *, max_new_tokens: int, chat: bool, dtype: str, device: str
+) -> Document:
+    """`smoothquant-kernels generate`."""
+    model, quantised = load_any(source, dtype=dtype, device=device)
+    tokenizer = load_tokenizer(source)
+    answer = complete(model, tokenizer, prompt, max_new_tokens=max_new_tokens, chat=chat)
+    return {"model": source, "quantised": quantised, "prompt": prompt, "chat": chat, **answer}
+
+
+def complete(
+    model: Any,
+    tokenizer: Any,
+    prompt: str,
+    *,
+    max_new_tokens: int,
+    chat: bool = False,
+) -> Document:
+    """Continues a prompt greedily; the text, the number of tokens and the time."""
+    from transformers import GenerationConfig
+
+    if chat:
+        if not getattr(tokenizer, "chat_template", None):
+            raise SmoothQuantError("this model has no chat template; leave out --chat.")
+        messages = [{"role": "user", "content": prompt}]
+        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    # A chat template writes the special tokens itself.
+    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat)["input_ids"]
+    if not ids.shape[1]:
+        raise SmoothQuantError("the prompt is empty; give some text to continue.")
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if isinstance(positions, int) and ids.shape[1] + max_new_tokens > positions:
+        raise SmoothQuantError(
+            f"the prompt of {ids.shape[1]} tokens and {max_new_tokens} new ones exceed the "
+            f"{positions} positions of the model; ask for fewer."
+        )
+    stop = getattr(model.generation_config, "eos_token_id", None) or tokenizer.eos_token_id
+    # A configuration of our own: that of the model may ask for sampling or penalties.
+    settings: Any = GenerationConfig  # its constructor carries no annotations
+    greedy = settings(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        eos_token_id=stop,
+        pad_token_id=stop[0] if isinstance(stop, list) else stop,
+    )
+    ids = ids.to(model_device(model))
+    begin = time.perf_counter()
+    with evaluating(model), quiet_stderr():
+        output = model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=greedy
+        )
+    seconds = time.perf_counter() - begin
+    new = output[0, ids.shape[1] :]
+    return {
+        "text": tokenizer.decode(new, skip_special_tokens=True),
+        "new_tokens": len(new),
+        "seconds": seconds,
+    }
+
+
+def render_generate(document: Document) -> str:
+    # Plain text, not wrapped: it is for copying and for pipes.
+    return str(document["text"] if document["chat"] else document["prompt"] + document["text"])

@@ -1,0 +1,355 @@
+"""`smoothquant-kernels demo`: a real model on this machine, naive W8A8 against SmoothQuant."""
+
+from __future__ import annotations
+
+import copy
+import math
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor, nn
+
+from smoothquant_kernels._commands import complete
+from smoothquant_kernels._console import Document, json_text, megabytes, note, quiet_stderr
+from smoothquant_kernels._inspect import summarise_layers
+from smoothquant_kernels._pipeline import (
+    calibration_windows,
+    check_target,
+    linear_bytes,
+    note_ranges,
+)
+from smoothquant_kernels.calibrate import ActivationStatistics, calibrate_model
+from smoothquant_kernels.checkpoint import load_quantized, save_quantized
+from smoothquant_kernels.config import SmoothQuantConfig
+from smoothquant_kernels.convert import quantize_model
+from smoothquant_kernels.errors import SmoothQuantError
+from smoothquant_kernels.evaluate import Reference, evaluate
+from smoothquant_kernels.linear import ACTIVATION_SCHEMES
+from smoothquant_kernels.models import builtin_demo_model, load_model, load_tokenizer
+from smoothquant_kernels.modules import Batch, evaluating, partition_linears, run
+from smoothquant_kernels.plot import LayerMaxima, has_matplotlib, peak_to_median, plot_maxima
+from smoothquant_kernels.smooth import INFO, smooth_lm
+from smoothquant_kernels.text import load_text
+
+PROMPT = "What is gravity?"
+RESULT, PLOT, CHECKPOINT = "demo.json", "activations.png", "checkpoint"
+_SAVED_SCHEME = "per_token"  # the most accurate one
+_PLOTTED_SCHEME = "static"  # the one that outliers hurt most
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is measured."""
+
+    calibration_tokens: int
+    evaluation_tokens: int
+    new_tokens: int
+
+
+# Two slow cores manage about 300 tokens a second in float32, and each row of the table reads all.
+FULL, QUICK = Size(4096, 3072, 40), Size(1024, 512, 24)
+
+
+# --- the run --------------------------------------------------------------------------------------
+
+
+def run_demo(output: Path, *, quick: bool, calibration: str, text: str) -> Document:
+    """Measures, saves, plots; returns all numbers.
+
+    Raises:
+        SmoothQuantError: the model's package is not installed, a text is missing, or the folder
+            cannot be written.
+    """
+    begin = time.perf_counter()
+    source, size = builtin_demo_model(), QUICK if quick else FULL
+    _check_folder(output)
+    calibration_text, evaluation_text = load_text(calibration), load_text(text)
+    note(f"loading {source.name}")
+    with quiet_stderr():
+        tokenizer, model = load_tokenizer(source), load_model(source)
+    config = SmoothQuantConfig(calibration_tokens=size.calibration_tokens)
+    note(f"calibrating once, for all schemes, on {size.calibration_tokens} tokens of {calibration}")
+    windows = calibration_windows(calibration_text, tokenizer, config)
+    statistics = calibrate_model(model, windows, config, progress=False)
+
+    reference = Reference(model)
+    rows: list[Document] = []
+
+    def measure(variant: str, scheme: str | None, candidate: nn.Module) -> None:
+        note(f"evaluating {variant}{f' {scheme}' if scheme else ''}")
+        result = evaluate(
+            candidate,
+            evaluation_text,
+            tokenizer,
+            reference=reference,
+            max_tokens=size.evaluation_tokens,
+        )
+        linears = linear_bytes(candidate, [s["name"] for s in _left_out(model)])
+        rows.append(
+            {"variant": variant, "scheme": scheme, "linear_bytes": linears, **result.to_dict()}
+        )
+
+    measure("float32", None, model)
+    for scheme in ACTIVATION_SCHEMES:
+        measure("naive W8A8", scheme, _naive(model, statistics, scheme))
+    plots: list[LayerMaxima] = []
+    with _folder(output) as folder:
+        saved: Document = {}
+        for scheme in ACTIVATION_SCHEMES:
+            candidate = copy.deepcopy(model)
+            smooth_lm(candidate, statistics, config=config.replace(activation_scheme=scheme))
+            if scheme == _PLOTTED_SCHEME:
+                plots = _maxima(model, candidate, statistics)
+            quantize_model(candidate)
+            measure("SmoothQuant W8A8", scheme, candidate)
+            if scheme == _SAVED_SCHEME:
+                saved = _save_and_reload(candidate, tokenizer, folder, windows[0], size)
+        note(f"asking the float32 model: {PROMPT}")
+        original = complete(model, tokenizer, PROMPT, max_new_tokens=size.new_tokens, chat=True)
+        plotted = has_matplotlib()
+        if plotted:
+            alpha = config.replace(activation_scheme=_PLOTTED_SCHEME).effective_alpha
+            title = (
+                f"{source.stem}: largest activation per channel on {statistics.tokens:,} tokens, "
+                f"alpha = {alpha}"
+            )
+            plot_maxima(plots, folder / PLOT, title=title)
+        else:
+            note("no figure, because matplotlib is not installed: pip install matplotlib")
+        document = {
+            "model": str(source),
+            "quick": quick,
+            "calibration": {"source": calibration, "tokens": statistics.tokens},
+            "evaluation": {"source": text, "tokens": rows[0]["tokens"]},
+            "rows": [_with_change(row) for row in rows],
+            "activations": [
+                {
+                    "layer": layer.name,
+                    "peak_to_median_before": peak_to_median(layer.before),
+                    "peak_to_median_after": peak_to_median(layer.after),
+                }
+                for layer in plots
+            ],
+            "checkpoint": saved["checkpoint"],
+            "generation": {"prompt": PROMPT, "float32": original, "int8": saved["generation"]},
+            "files": {
+                "folder": str(output),
+                "checkpoint": str(output / CHECKPOINT),
+                "plot": str(output / PLOT) if plotted else None,
+                "result": str(output / RESULT),
+            },
+            "seconds": time.perf_counter() - begin,
+        }
+        (folder / RESULT).write_text(json_text(document), encoding="utf-8")
+    return document
+
+
+def _left_out(model: nn.Module) -> list[dict[str, str]]:
+    return [{"name": n, "reason": r} for n, r in partition_linears(model)[1].items()]
+
+
+def _with_change(row: Document) -> Document:
+    """Adds the change of perplexity, whose error is that of the paired differences."""
+    ratio = math.exp(row["delta_nll"])
+    return {
+        **row,
+        "perplexity_change_percent": 100 * (ratio - 1),
+        "perplexity_change_stderr": 100 * ratio * row["delta_nll_stderr"],
+    }
+
+
+def _naive(model: nn.Module, statistics: ActivationStatistics, scheme: str) -> nn.Module:
+    """A copy quantised without smoothing, on the same calibrated ranges."""
+    candidate = copy.deepcopy(model)
+    note_ranges(candidate, statistics, SmoothQuantConfig(activation_scheme=scheme))
+    return quantize_model(candidate)
+
+
+def _save_and_reload(model: Any, tokenizer: Any, folder: Path, ids: Tensor, size: Size) -> Document:
+    """Saves the checkpoint, loads it again and lets the loaded model prove itself."""
+    note("saving the checkpoint and loading it again")
+    save_quantized(model, folder / CHECKPOINT, tokenizer=tokenizer)
+    with quiet_stderr():
+        again: Any = load_quantized(folder / CHECKPOINT)
+        tokenizer = load_tokenizer(folder / CHECKPOINT)
+    batch = {"input_ids": ids[:, :128]}
+    with evaluating(model), evaluating(again):
+        same = torch.equal(run(model, batch).logits, run(again, batch).logits)
+    note(f"asking the int8 model: {PROMPT}")
+    info: dict[str, Any] = getattr(model, INFO)
+    files = [file for file in (folder / CHECKPOINT).rglob("*") if file.is_file()]
+    return {
+        "checkpoint": {
+            "scheme": _SAVED_SCHEME,
+            "bytes": sum(file.stat().st_size for file in files),
+            "reloaded_logits_bit_identical": same,
+            "verification": info["verification"],
+            "smoothing": summarise_layers(info["layers"], info["skipped"])["smoothing"],
+        },
+        "generation": complete(again, tokenizer, PROMPT, max_new_tokens=size.new_tokens, chat=True),
+    }
+
+
+# --- the figure -----------------------------------------------------------------------------------
+
+
+def _maxima(
+    before: nn.Module, after: nn.Module, statistics: ActivationStatistics
+) -> list[LayerMaxima]:
+    """The two down_proj with the greatest outliers, and the worst layer of two other kinds."""
+    absmax = statistics.absmax
+    worst = sorted(absmax, key=lambda name: -peak_to_median(absmax[name]))
+
+    def first(kind: str, count: int = 1) -> list[str]:
+        return [name for name in worst if name.endswith(kind)][:count]
+
+    names = [*first("down_proj", 2), *first("q_proj"), *first("o_proj")]
+    factors = _factors(before, after, statistics.sample, names)
+    return [LayerMaxima(n, absmax[n], absmax[n] / factors[n]) for n in names]
+
+
+def _factors(
+    before: nn.Module, after: nn.Module, batch: Batch, names: Sequence[str]
+) -> dict[str, Tensor]:
+    """What each channel of the layers' inputs was divided by, wherever the division was put.
+
+    Read off the inputs of both models at the token where the channel is largest.
+    """
+    x, y = _inputs(before, batch, names), _inputs(after, batch, names)
+    factors = {}
+    for name in names:
+        token = x[name].abs().argmax(0, keepdim=True)
+        old, new = x[name].gather(0, token)[0], y[name].gather(0, token)[0]
+        factors[name] = torch.where((old == 0) | (new == 0), torch.ones_like(old), old / new)
+    return factors
+
+
+def _inputs(model: nn.Module, batch: Batch, names: Sequence[str]) -> dict[str, Tensor]:
+    """[tokens, K] inputs of layers, after a division at run time."""
+    found: dict[str, Tensor] = {}
+
+    def record(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            x = args[0].detach().reshape(-1, args[0].shape[-1]).float()
+            inverse = getattr(module, "inv_smooth", None)
+            found[name] = x if inverse is None else x * inverse
+
+        return hook
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(record(name)) for name in names]
+    try:
+        with evaluating(model):
+            run(model, batch, logits=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+# --- the folder -----------------------------------------------------------------------------------
+
+
+def _check_folder(output: Path) -> None:
+    """A folder of an earlier demo is replaced; anything else is somebody's."""
+    if output.exists() and not (output / RESULT).is_file():
+        raise SmoothQuantError(
+            f"{output} exists and is not the result of a demo; give another name with --output."
+        )
+    check_target(output)
+
+
+@contextmanager
+def _folder(output: Path) -> Iterator[Path]:
+    """A temporary folder that takes the final name when all went well."""
+    target = output.absolute()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        folder.chmod(0o755)
+        yield folder
+        if target.exists():
+            shutil.rmtree(target)
+        folder.rename(target)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+# --- for people -----------------------------------------------------------------------------------
+
+
+def render_demo(document: Document) -> Group:
+    table = Table(title=_title(document), title_justify="left")
+    table.add_column("model")
+    for name in (
+        "scheme", "perplexity", "change %", "mean KL", "same top-1", "linears MB", "seconds",
+    ):  # fmt: skip
+        table.add_column(name, justify="left" if name == "scheme" else "right")
+    previous = None
+    for row in document["rows"]:
+        if previous not in (None, row["variant"]):
+            table.add_section()
+        previous = row["variant"]
+        change = f"{row['perplexity_change_percent']:+.2f} ± {row['perplexity_change_stderr']:.2f}"
+        original = row["scheme"] is None
+        table.add_row(
+            row["variant"],
+            row["scheme"] or "",
+            f"{row['perplexity']:.3f}",
+            "" if original else change,
+            "" if original else f"{row['mean_kl']:.4f}",
+            "" if original else f"{row['top1_agreement']:.1%}",
+            f"{row['linear_bytes'] / 1e6:.1f}",
+            f"{row['seconds']:.1f}",
+        )
+    checkpoint, said, files = document["checkpoint"], document["generation"], document["files"]
+    smoothing = checkpoint["smoothing"]
+    facts = Table.grid(padding=(0, 2))
+    facts.add_column(no_wrap=True)
+    facts.add_column()
+    facts.add_row(
+        "smoothed",
+        f"{smoothing['folded']} layers by folding, {smoothing['runtime']} at run time, "
+        f"{smoothing['none']} not",
+    )
+    same = "bit-identical" if checkpoint["reloaded_logits_bit_identical"] else "DIFFERENT"
+    facts.add_row(
+        "checkpoint",
+        f"{files['checkpoint']} ({checkpoint['scheme']}, {megabytes(checkpoint['bytes'])}); "
+        f"reloaded, its logits are {same}",
+    )
+    facts.add_row("figure", files["plot"] or "none: matplotlib is not installed")
+    facts.add_row("numbers", files["result"])
+    facts.add_row("asked", said["prompt"])
+    facts.add_row("float32 says", _one_line(said["float32"]["text"]))
+    facts.add_row("int8 says", _one_line(said["int8"]["text"]))
+    facts.add_row("seconds", f"{document['seconds']:.0f} in all")
+    return Group(table, facts, Text(_advice(document), style="dim"))
+
+
+def _title(document: Document) -> str:
+    tokens = document["evaluation"]["tokens"]
+    return (
+        f"{Path(document['model']).stem}, {tokens} tokens of {document['evaluation']['source']}; "
+        f"calibrated on {document['calibration']['tokens']} of {document['calibration']['source']}"
+    )
+
+
+def _advice(document: Document) -> str:
+    text = "± is one standard error of the paired difference per token."
+    if document["quick"]:
+        text += " Few tokens were read: leave out --quick for numbers to compare."
+    return text
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

@@ -1,0 +1,175 @@
+"""`smoothquant-kernels doctor`: what is installed here and what will run where."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from smoothquant_kernels import cpu
+from smoothquant_kernels._console import Document
+from smoothquant_kernels._extension import extension_status, has_cuda_kernel
+from smoothquant_kernels.errors import SmoothQuantError
+
+_PACKAGES = ("transformers", "safetensors", "accelerate", "gguf", "matplotlib", "datasets")
+# Names as /proc/cpuinfo has them (x86, then ARM): those that decide how fast int8 products are.
+_CPU_FLAGS = (
+    "avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx_vnni_int8", "amx_int8",
+    "avx512_bf16", "asimddp", "i8mm", "sve",
+)  # fmt: skip
+_MODES = {
+    "vnni": "8-bit dot products with 32-bit sums (VNNI, AMX or the like): the fast way",
+    "split": "no VNNI: positive and negative activations are multiplied apart, twice the work, "
+    "the same bits",
+    "float": "no usable oneDNN: exact float32 products, slower than float, the same bits",
+}
+OPS = (
+    "quantize",
+    "rms_norm_quantize",
+    "layer_norm_quantize",
+    "act_quantize",
+    "gemm_s8",
+    "gemm_s8_requant",
+)
+
+
+def examine() -> Document:
+    """Everything that explains where int8 layers run on this machine, and why not elsewhere."""
+    return {
+        "package": _version("smoothquant-kernels"),
+        "location": str(Path(__file__).resolve().parent),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch": torch.__version__,
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "cuda": _cuda(),
+        "extension": _extension(),
+        "cpu": _cpu(),
+        "verdict": _verdict(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _cuda() -> dict[str, Any]:
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    devices = []
+    for index in range(count):
+        properties = torch.cuda.get_device_properties(index)
+        devices.append(
+            {
+                "name": properties.name,
+                "capability": f"{properties.major}.{properties.minor}",
+                "memory_bytes": properties.total_memory,
+            }
+        )
+    return {"torch_built_with": torch.version.cuda, "devices": devices}
+
+
+def _extension() -> dict[str, Any]:
+    status = extension_status()
+    return {
+        "available": status.available,
+        "reason": status.reason,
+        "archs": list(status.archs),
+        "cutlass_version": status.cutlass_version,
+        "cuda_version": status.cuda_version,
+        "torch_target": status.torch_target,
+        "cuda_kernels": [op for op in OPS if has_cuda_kernel(op)],
+    }
+
+
+def _cpu() -> dict[str, Any]:
+    name, flags = _cpuinfo(Path("/proc/cpuinfo"))
+    try:
+        mode, meaning = cpu.gemm_mode(), ""
+    except SmoothQuantError as error:  # the environment variable that forces a mode is wrong
+        mode, meaning = "", str(error)
+    return {
+        "name": name or platform.processor() or platform.machine(),
+        "torch_capability": torch.backends.cpu.get_cpu_capability(),
+        "features": [flag for flag in _CPU_FLAGS if flag in flags],
+        "gemm_mode": mode,
+        "gemm_mode_meaning": meaning or _MODES[mode],
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _cpuinfo(path: Path) -> tuple[str, set[str]]:
+    """Name and flags of the first processor; empty where the file does not exist (not Linux)."""
+    try:
+        lines = path.read_text().split("\n\n")[0].splitlines()
+    except OSError:
+        return "", set()
+    fields = {k.strip(): v.strip() for k, _, v in (line.partition(":") for line in lines)}
+    return fields.get("model name", ""), set(
+        (fields.get("flags") or fields.get("Features") or "").split()
+    )
+
+
+def _verdict() -> list[str]:
+    """What will run where, in sentences."""
+    status, gpus = extension_status(), torch.cuda.is_available()
+    missing = [op for op in OPS if not has_cuda_kernel(op)]
+    sentences = []
+    if gpus and status.available:
+        sentences.append(
+            "models on a GPU run on the CUDA kernels"
+            + (f", but these ops have none yet: {', '.join(missing)}." if missing else ".")
+        )
+    elif gpus:
+        sentences.append(f"models on a GPU do not run: {status.reason}.")
+    elif status.available:
+        sentences.append("the CUDA kernels are ready, but torch sees no GPU here.")
+    else:
+        sentences.append("torch sees no GPU here, and the CUDA kernels are not needed.")
+    sentences.append(
+        "models on the CPU run on oneDNN through torch, with the same numbers as everywhere."
+    )
+    return sentences
+
+
+def render_doctor(document: Document) -> Table:
+    cuda, extension, chip = document["cuda"], document["extension"], document["cpu"]
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    table.add_row("package", f"{document['package'] or 'not installed'} ({document['location']})")
+    table.add_row("Python", f"{document['python']} on {document['platform']}")
+    built = f"CUDA {cuda['torch_built_with']}" if cuda["torch_built_with"] else "no CUDA"
+    table.add_row("torch", f"{document['torch']}, built with {built}")
+    others = (f"{k} {v or '(not installed)'}" for k, v in document["packages"].items())
+    table.add_row("with", ", ".join(others))
+    for index, gpu in enumerate(cuda["devices"]):
+        memory = gpu["memory_bytes"] / 2**30
+        table.add_row(
+            f"GPU {index}",
+            f"{gpu['name']}, compute capability {gpu['capability']}, {memory:.0f} GiB",
+        )
+    if not cuda["devices"]:
+        table.add_row("GPU", "none that torch can use")
+    state = "loaded" if extension["available"] else f"not in use: {extension['reason']}"
+    table.add_row("CUDA library", state)
+    if extension["archs"]:
+        table.add_row(
+            "",
+            f"built for {' '.join(extension['archs'])} with CUDA {extension['cuda_version']}, "
+            f"CUTLASS {extension['cutlass_version']}, for torch {extension['torch_target']} "
+            "or newer",
+        )
+    table.add_row("CPU", f"{chip['name']}; torch uses {chip['torch_capability']}")
+    table.add_row("", f"features: {', '.join(chip['features']) or 'none known'}")
+    table.add_row("", f"{chip['threads']} threads")
+    table.add_row("int8 on the CPU", f"{chip['gemm_mode']}: {chip['gemm_mode_meaning']}")
+    for index, sentence in enumerate(document["verdict"]):
+        table.add_row("so" if index == 0 else "", sentence)
+    return table

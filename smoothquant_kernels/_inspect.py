@@ -1,0 +1,213 @@
+"""`smoothquant-kernels inspect`: what a checkpoint holds, from its manifest and the headers of its
+safetensors files. No weight is read."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from smoothquant_kernels._console import Document, general_name, megabytes
+from smoothquant_kernels._manifest import MANIFEST, Manifest, check_files, read_manifest
+from smoothquant_kernels.config import DEFAULT_ALPHA
+from smoothquant_kernels.errors import SmoothQuantError
+
+# Bytes of an element, by the names that safetensors headers use.
+_BYTES = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
+    "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
+}  # fmt: skip
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether this is a folder that `save_quantized` wrote, by its manifest."""
+    return (path / MANIFEST).is_file()
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of a checkpoint."""
+    return sorted(directory.glob("*.safetensors"))
+
+
+def inspect_checkpoint(directory: Path) -> Document:
+    """Everything that is known about a checkpoint without its weights.
+
+    Raises:
+        SmoothQuantError: it is not a checkpoint, or a file is missing or damaged.
+    """
+    manifest = read_manifest(directory)
+    check_files(directory, manifest, verify=False)
+    sizes = _tensor_bytes(directory, manifest)
+    info = manifest.info
+    described = {layer["name"]: layer for layer in info.get("layers", [])}
+    layers = []
+    for name, module in manifest.modules.items():
+        layer = described.get(name, {"smoothing": "none", "reason": ""})
+        layers.append(
+            {
+                "name": name,
+                **module,
+                "smoothing": layer["smoothing"],
+                "reason": layer["reason"],
+                "bytes": sum(size for key, size in sizes.items() if key.startswith(f"{name}.")),
+            }
+        )
+    in_layers = sum(layer["bytes"] for layer in layers)
+    return {
+        "directory": str(directory),
+        "format_version": json.loads((directory / MANIFEST).read_text("utf-8"))["format_version"],
+        "package_version": manifest.package_version,
+        "model": manifest.model["name"],
+        "config": info.get("config", {}),
+        "calibration_tokens": info.get("calibration_tokens"),
+        "verification": info.get("verification"),
+        **summarise_layers(layers, info.get("skipped", [])),
+        "layers": layers,
+        "bytes": {
+            "quantised_layers": in_layers,
+            "float_tensors": sum(sizes.values()) - in_layers,
+            "files": {name: entry["size"] for name, entry in manifest.files.items()},
+        },
+    }
+
+
+def _tensor_bytes(directory: Path, manifest: Manifest) -> dict[str, int]:
+    """Bytes of each tensor, as the files' headers say."""
+    from safetensors import SafetensorError, safe_open
+
+    sizes = {}
+    for file in sorted({entry["file"] for entry in manifest.tensors.values()}):
+        try:
+            with safe_open(directory / file, framework="pt") as opened:
+                for name in opened.keys():
+                    header = opened.get_slice(name)
+                    shape = header.get_shape()
+                    if shape != manifest.tensors[name]["shape"]:
+                        raise SmoothQuantError(
+                            f"{directory / file} does not belong to this checkpoint: {name} has "
+                            f"shape {shape} there."
+                        )
+                    sizes[name] = math.prod(shape) * _BYTES[header.get_dtype()]
+        except (SafetensorError, KeyError, OSError) as error:
+            raise SmoothQuantError(
+                f"{directory / file} is damaged or of another checkpoint ({error}): copy it again."
+            ) from error
+    return sizes
+
+
+def summarise_layers(
+    layers: Sequence[dict[str, Any]], skipped: Sequence[dict[str, Any]]
+) -> Document:
+    """Counts, with layers that differ only in their number taken together."""
+    groups: Counter[tuple[str, str, str, int, int]] = Counter(
+        (
+            general_name(layer["name"]),
+            layer["smoothing"],
+            general_name(layer["reason"]),
+            layer["out_features"],
+            layer["in_features"],
+        )
+        for layer in layers
+    )
+    left_out = Counter((general_name(s["name"]), s["reason"]) for s in skipped)
+    return {
+        "quantised": len(layers),
+        "smoothing": {
+            how: sum(layer["smoothing"] == how for layer in layers)
+            for how in ("folded", "runtime", "none")
+        },
+        "groups": [
+            {
+                "layers": name,
+                "count": count,
+                "out_features": n,
+                "in_features": k,
+                "smoothing": smoothing,
+                "reason": reason,
+            }
+            for (name, smoothing, reason, n, k), count in groups.items()
+        ],
+        "skipped": [
+            {"layers": name, "count": count, "reason": reason}
+            for (name, reason), count in left_out.items()
+        ],
+    }
+
+
+def render_layers(document: Document) -> Group:
+    """The table of `summarise_layers`, and one line of totals."""
+    table = Table()
+    table.add_column("layers")
+    table.add_column("number", justify="right")
+    table.add_column("out x in", justify="right")
+    table.add_column("smoothing")
+    table.add_column("how, why")
+    for group in document["groups"]:
+        table.add_row(
+            group["layers"],
+            f"{group['count']}",
+            f"{group['out_features']} x {group['in_features']}",
+            group["smoothing"],
+            group["reason"],
+        )
+    for skipped in document["skipped"]:
+        table.add_row(skipped["layers"], f"{skipped['count']}", "", "left out", skipped["reason"])
+    smoothing = document["smoothing"]
+    skips = sum(skipped["count"] for skipped in document["skipped"])
+    return Group(
+        table,
+        Text(
+            f"{document['quantised']} layers in int8: {smoothing['folded']} smoothed by folding, "
+            f"{smoothing['runtime']} at run time, {smoothing['none']} not; {skips} left in float"
+        ),
+    )
+
+
+def describe_verification(check: dict[str, Any]) -> str:
+    """What is known about the float model after smoothing."""
+    if check.get("bit_exact"):
+        return "the smoothed float model's logits equal the original's bit for bit"
+    return f"smoothing moved the float model's logits by {check['relative_change']:.1e}, relative"
+
+
+def describe_config(document: Document) -> str:
+    """The settings that decide about accuracy, in words."""
+    config, smoothing = document["config"], document["smoothing"]
+    scheme = config.get("activation_scheme")
+    text = f"activations {scheme}, weights per {config.get('weight_granularity')}"
+    if not smoothing["folded"] + smoothing["runtime"]:
+        return f"{text}, not smoothed"
+    alpha = config.get("alpha")
+    return f"{text}, alpha {DEFAULT_ALPHA.get(str(scheme)) if alpha is None else alpha}"
+
+
+def render_inspect(document: Document) -> Group:
+    size = document["bytes"]
+    facts = Table.grid(padding=(0, 2))
+    facts.add_row("model", document["model"])
+    facts.add_row(
+        "format",
+        f"version {document['format_version']}, written by smoothquant-kernels "
+        f"{document['package_version']}",
+    )
+    if document["config"]:
+        facts.add_row("settings", describe_config(document))
+    if document["calibration_tokens"]:
+        facts.add_row("calibrated on", f"{document['calibration_tokens']} tokens")
+    if document["verification"]:
+        facts.add_row("verified", describe_verification(document["verification"]))
+    facts.add_row(
+        "size",
+        f"{megabytes(size['quantised_layers'])} in the int8 layers, "
+        f"{megabytes(size['float_tensors'])} in float tensors",
+    )
+    files = ", ".join(f"{name} {megabytes(bytes_)}" for name, bytes_ in size["files"].items())
+    facts.add_row("files", files)
+    return Group(render_layers(document), facts)

@@ -1,0 +1,221 @@
+"""The manifest of a checkpoint folder: what is in it, as JSON that is checked before it is believed."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, TypedDict, get_origin, get_type_hints
+
+from smoothquant_kernels.errors import SmoothQuantError
+
+MANIFEST = "smoothquant.json"
+FORMAT = "smoothquant-kernels"
+FORMAT_VERSION = 1
+
+
+class FileEntry(TypedDict):
+    """A file of the folder."""
+
+    size: int
+    sha256: str
+
+
+class TensorEntry(TypedDict):
+    """A tensor: its safetensors file, `torch.dtype` without the prefix, shape."""
+
+    file: str
+    dtype: str
+    shape: list[int]
+
+
+class ModelEntry(TypedDict):
+    """The model's class. `rebuild`: whether transformers makes the same modules from config.json."""
+
+    name: str
+    module: str
+    rebuild: bool
+    attention: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything in smoothquant.json but the format, its version and the digest.
+
+    Attributes:
+        model: the class.
+        info: `model.smoothquant_info`.
+        modules: name of each replaced module -> its class and constructor arguments.
+        shared_modules: another name of such a module -> its name in `modules`.
+        tensors: name in the state dict -> where it is.
+        tied: another name of a tensor -> its name in `tensors`.
+        non_persistent: names in `tensors` that the state dict does not have.
+        files: path relative to the folder -> size and digest; all files but the manifest.
+        package_version: of the writer; for people, nothing depends on it.
+    """
+
+    model: ModelEntry
+    info: dict[str, Any]
+    modules: dict[str, dict[str, Any]]
+    shared_modules: dict[str, str]
+    tensors: dict[str, TensorEntry]
+    tied: dict[str, str]
+    non_persistent: list[str]
+    files: dict[str, FileEntry]
+    package_version: str
+
+    def to_json(self) -> str:
+        """JSON text with the format's name, its version and the digest of all the rest.
+
+        Raises:
+            SmoothQuantError: `info` holds something that JSON cannot.
+        """
+        body = {"format": FORMAT, "format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
+        try:
+            return json.dumps({**body, "digest": digest(body)}, indent=1, allow_nan=False) + "\n"
+        except (TypeError, ValueError) as error:
+            raise SmoothQuantError(
+                f"model.smoothquant_info must hold plain finite JSON values to be saved: {error}."
+            ) from None
+
+
+def digest(body: dict[str, Any]) -> str:
+    """SHA-256 of the canonical JSON: sorted keys, no spaces, ASCII."""
+    text = json.dumps(body, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode("ascii")).hexdigest()
+
+
+def file_entry(path: Path) -> FileEntry:
+    """Size and digest of a file."""
+    sha256 = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            sha256.update(block)
+    return {"size": path.stat().st_size, "sha256": sha256.hexdigest()}
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a checkpoint folder, with every value of the right type and every path inside the folder.
+
+    Raises:
+        SmoothQuantError: there is no such folder, it is not a checkpoint, a newer release wrote it, or the manifest
+            was altered.
+    """
+    path = folder / MANIFEST
+    if not folder.is_dir():
+        raise SmoothQuantError(
+            f"there is no folder {folder}: give a folder that save_quantized wrote."
+        )
+    try:
+        text = path.read_text("utf-8")
+    except FileNotFoundError:
+        raise SmoothQuantError(
+            f"{folder} is not a checkpoint of this package, it has no {MANIFEST}: give a folder that "
+            "save_quantized wrote."
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise SmoothQuantError(f"{path} cannot be read: {error}.") from None
+    try:
+        body = json.loads(text)
+    except (ValueError, RecursionError):
+        raise _damaged(path, "it is not valid JSON") from None
+    if not isinstance(body, dict) or body.get("format") != FORMAT:
+        raise SmoothQuantError(
+            f'{path} was not written by this package: its "format" is not "{FORMAT}".'
+        )
+    # Before the digest: a later format may compute it in another way.
+    version = body.pop("format_version", None)
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise _damaged(path, f"its format_version is {version!r}")
+    if version > FORMAT_VERSION:
+        raise SmoothQuantError(
+            f"{folder} is in format {version} and this release reads up to {FORMAT_VERSION}: "
+            "upgrade with `pip install --upgrade smoothquant-kernels`."
+        )
+    expected = body.pop("digest", None)
+    try:
+        actual = digest({**body, "format_version": version})
+    except (ValueError, RecursionError):
+        raise _damaged(path, "it holds NaN or is nested too deep") from None
+    if expected != actual:
+        raise _damaged(path, "its digest does not match its content")
+    del body["format"]
+    return _parse(body, lambda what: _damaged(path, what))
+
+
+def check_files(folder: Path, manifest: Manifest, *, verify: bool) -> None:
+    """Whether the files are there and, with `verify`, are byte for byte what was saved.
+
+    Raises:
+        SmoothQuantError: naming the first file that is not.
+    """
+    for name, entry in manifest.files.items():
+        path = folder / name
+        if not path.is_file():
+            raise SmoothQuantError(f"{folder} is incomplete, {name} is missing: copy it again.")
+        if not verify:
+            continue
+        size = path.stat().st_size
+        if size != entry["size"]:
+            raise SmoothQuantError(
+                f"{path} has {size} bytes and was saved with {entry['size']}: copy it again."
+            )
+        if file_entry(path)["sha256"] != entry["sha256"]:
+            raise SmoothQuantError(
+                f"{path} is not what was saved (its SHA-256 differs): copy it again, or pass verify=False if you "
+                "changed it on purpose."
+            )
+
+
+def _damaged(path: Path, what: str) -> SmoothQuantError:
+    return SmoothQuantError(f"{path} is damaged or was altered ({what}): copy it again.")
+
+
+def _parse(body: dict[str, Any], fail: Callable[[str], SmoothQuantError]) -> Manifest:
+    """The dataclass from parsed JSON. A digest proves no origin, so that every value is looked at."""
+    _check_record(body, Manifest, "the manifest", fail)
+    _check_record(body["model"], ModelEntry, "model", fail)
+    for field, entry in (("files", FileEntry), ("tensors", TensorEntry)):
+        for name, value in body[field].items():
+            _check_record(value, entry, name, fail)
+    names = [*body["tied"].values(), *body["shared_modules"].values(), *body["non_persistent"]]
+    if not all(type(name) is str for name in names):
+        raise fail("a name is not a string")
+    if not all(type(arguments) is dict for arguments in body["modules"].values()):
+        raise fail("the arguments of a module are not an object")
+    manifest = Manifest(**body)
+    for name in manifest.files:
+        path = PurePosixPath(name)
+        if path.is_absolute() or not path.parts or ".." in path.parts or "\\" in name:
+            raise fail(f"the path {name!r} leaves the folder")
+    for name, tensor in manifest.tensors.items():
+        if tensor["file"] not in manifest.files:
+            raise fail(f"the file of {name} is not listed")
+        if not all(type(size) is int and size >= 0 for size in tensor["shape"]):
+            raise fail(f"the shape of {name} is wrong")
+    for aliases, targets in (
+        (manifest.tied, set(manifest.tensors)),
+        (manifest.shared_modules, set(manifest.modules)),
+    ):
+        for alias, target in aliases.items():
+            if target not in targets or alias in targets:
+                raise fail(f"{alias} refers to nothing")
+    if not set(manifest.non_persistent) <= set(manifest.tensors):
+        raise fail("non_persistent names no tensor")
+    return manifest
+
+
+def _check_record(
+    value: object, record: type, where: str, fail: Callable[[str], SmoothQuantError]
+) -> None:
+    """Whether an object has exactly the fields of a dataclass or TypedDict, each of its type."""
+    hints = get_type_hints(record)
+    if not isinstance(value, dict) or value.keys() != hints.keys():
+        raise fail(f"the entries of {where} are not the expected ones")
+    for key, hint in hints.items():
+        kind = dict if hint is ModelEntry else get_origin(hint) or hint
+        if type(value[key]) is not kind:  # and not isinstance: True is no size
+            raise fail(f"{key} of {where} is of the wrong type")

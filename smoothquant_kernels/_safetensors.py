@@ -1,0 +1,163 @@
+"""Safetensors files whose tensors can be used where they are mapped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from smoothquant_kernels._manifest import FileEntry, TensorEntry
+from smoothquant_kernels.errors import SmoothQuantError
+
+# torch's allocator aligns to 64 bytes. A float GEMM may add in another order for other alignments,
+# so that a reloaded model would not be bit-identical; and vector loads are faster.
+ALIGNMENT = 64
+
+_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+def check_storable(name: str, value: object) -> Tensor:
+    """The tensor, if the format has it.
+
+    Raises:
+        SmoothQuantError: it is not a tensor, is sparse, has no data (meta device), or is of a type without a name.
+    """
+    if not isinstance(value, Tensor):
+        raise SmoothQuantError(
+            f"the state {name} is a {type(value).__name__}, only tensors can be saved."
+        )
+    if value.is_meta:
+        raise SmoothQuantError(f"{name} has no data (meta device): load the whole model first.")
+    if value.layout != torch.strided or value.dtype not in _NAMES:
+        raise SmoothQuantError(
+            f"{name} is {value.layout}, {value.dtype}: only dense tensors of a safetensors type can be saved."
+        )
+    return value
+
+
+def size_of(tensor: Tensor) -> int:
+    """Bytes in the file."""
+    return tensor.numel() * tensor.element_size()
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> FileEntry:
+    """Writes one file and returns its size and digest; at most one tensor is copied at a time.
+
+    `safetensors.torch.save_file` aligns the data to 8 bytes. Here it starts at a multiple of 64 and tensors whose
+    size is a multiple of 64 come first, so that all of these are aligned when the file is mapped.
+
+    Equivalent to:
+        safetensors.torch.save_file(tensors, path, {"format": "pt"})
+    """
+    names = sorted(tensors, key=lambda name: size_of(tensors[name]) % ALIGNMENT != 0)
+    sha256 = hashlib.sha256()
+    size = 0
+    with path.open("wb") as file:
+        for part in _parts(names, tensors):
+            file.write(part)
+            sha256.update(part)
+            size += len(part)
+    return {"size": size, "sha256": sha256.hexdigest()}
+
+
+def _parts(names: Iterable[str], tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in names:
+        start, end = end, end + size_of(tensors[name])
+        header[name] = {
+            "dtype": _NAMES[tensors[name].dtype],
+            "shape": list(tensors[name].shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    yield len(text).to_bytes(8, "little") + text
+    for name in names:
+        data = tensors[name].detach().cpu().contiguous()
+        if data.numel():
+            yield data.reshape(-1).view(torch.uint8).numpy().data
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """The tensor, copied if a mapping has put it where the allocator would not."""
+    return tensor.clone() if tensor.data_ptr() % ALIGNMENT else tensor
+
+
+def unique(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors, each once, and the other names of those that have several."""
+    tensors: dict[str, Tensor] = {}
+    tied: dict[str, str] = {}
+    first: dict[tuple[object, ...], str] = {}
+    for name, value in state.items():
+        t = check_storable(name, value)
+        key = (t.device, t.data_ptr(), t.dtype, t.shape, t.stride())
+        if t.numel() and first.setdefault(key, name) != name:
+            tied[name] = first[key]
+        else:
+            tensors[name] = t
+    return tensors, tied
+
+
+def assign_files(tensors: Mapping[str, Tensor], limit: int) -> dict[str, str]:
+    """The file of each tensor, in order, as many in a file as fit."""
+    numbers: dict[str, int] = {}
+    number = used = 0
+    for name, tensor in tensors.items():
+        if used and used + size_of(tensor) > limit:
+            number, used = number + 1, 0
+        used += size_of(tensor)
+        numbers[name] = number
+    # Not model.safetensors: loaders that look for that name would take the rest for a float model.
+    if number == 0:
+        return dict.fromkeys(tensors, "smoothquant.safetensors")
+    return {n: f"smoothquant-{i + 1:05}-of-{number + 1:05}.safetensors" for n, i in numbers.items()}
+
+
+def dtype_name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def read(folder: Path, entries: Mapping[str, TensorEntry]) -> dict[str, Tensor]:
+    """The tensors, mapped, each as the manifest describes it."""
+    tensors: dict[str, Tensor] = {}
+    for file in sorted({entry["file"] for entry in entries.values()}):
+        names = {name for name, entry in entries.items() if entry["file"] == file}
+        try:
+            with safe_open(folder / file, framework="pt", device="cpu") as data:
+                if found := names.symmetric_difference(data.keys()):
+                    raise SmoothQuantError(
+                        f"{folder / file} does not match the manifest at {min(found)}: copy it again."
+                    )
+                tensors |= {name: data.get_tensor(name) for name in names}
+        except (SafetensorError, OSError) as error:
+            raise SmoothQuantError(
+                f"{folder / file} cannot be read ({error}): copy it again."
+            ) from None
+    for name, entry in entries.items():
+        t = tensors[name]
+        if list(t.shape) != entry["shape"] or dtype_name(t) != entry["dtype"]:
+            raise SmoothQuantError(
+                f"{name} is {dtype_name(t)} {list(t.shape)} in {entry['file']} and {entry['dtype']} {entry['shape']} "
+                "in the manifest: copy the checkpoint again."
+            )
+    return tensors

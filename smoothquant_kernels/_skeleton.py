@@ -1,0 +1,220 @@
+"""Models without weights: what a checkpoint describes, made so that its tensors can be put in."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from smoothquant_kernels._manifest import Manifest
+from smoothquant_kernels.errors import SmoothQuantError
+from smoothquant_kernels.fold import SmoothedLinear
+from smoothquant_kernels.linear import W8A8Linear, is_float_linear, weight_of
+from smoothquant_kernels.modules import replace_module
+
+QUANT_METHOD = "smoothquant_kernels"
+# Which attention runs is not in config.json, but logits depend on it bit for bit. Only torch's own:
+# the name of any other may be a repository whose code transformers would fetch and run.
+ATTENTIONS = ("eager", "sdpa")
+_IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
+_CODE_KEYS = {"auto_map", *_IMPLEMENTATIONS, *(f"_{n}" for n in _IMPLEMENTATIONS)}
+_CODE_KEYS |= {f"_{n}_internal" for n in _IMPLEMENTATIONS}
+
+
+# --- transformers models ----------------------------------------------------------------------------------------------
+
+
+def is_transformers(cls: type) -> bool:
+    """Whether transformers defines this class, told without importing it."""
+    return cls.__module__.startswith("transformers.models.")
+
+
+def find_class(name: str) -> type[Any]:
+    """The transformers model class of this name. No other code is ever looked up or fetched.
+
+    Raises:
+        SmoothQuantError: the installed release has none.
+    """
+    import transformers
+
+    found = getattr(transformers, name, None)
+    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+        raise SmoothQuantError(
+            f"transformers {transformers.__version__} has no model class {name}: install the release that the "
+            "checkpoint was made with, or pass model= with a model of that class."
+        )
+    return found
+
+
+def config_json(model: Any) -> str:
+    """The text of config.json. Its quantization_config says that the weights are not plain ones."""
+    values = json.loads(model.config.to_json_string())
+    values["architectures"] = [type(model).__name__]
+    values["dtype"] = str(model.dtype).removeprefix("torch.")
+    values["quantization_config"] = {"quant_method": QUANT_METHOD}
+    return json.dumps(values, indent=2) + "\n"
+
+
+def build(cls: type[Any], config_text: str, attention: str) -> nn.Module:
+    """The model of a class and config.json: parameters on the meta device, buffers computed.
+
+    Raises:
+        SmoothQuantError: the configuration does not make such a model.
+    """
+    from accelerate import init_empty_weights
+
+    try:
+        values = _without_code(json.loads(config_text))
+        del values[
+            "quantization_config"
+        ]  # the loaded model has replaced modules, nothing to convert
+        config = cls.config_class.from_dict(values)
+        if attention in ATTENTIONS:
+            config._attn_implementation = attention
+        # Buffers are real: those that no checkpoint holds (rotary frequencies) are computed here.
+        with init_empty_weights(include_buffers=False):
+            return cls(config)  # type: ignore[no-any-return]
+    except Exception as error:
+        # Each model reads its configuration in its own way and raises what it likes.
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise SmoothQuantError(
+            f"config.json does not make a {cls.__name__} ({reason[:200]}): install the release of transformers that it "
+            "was made with."
+        ) from error
+
+
+def _without_code(value: Any) -> Any:
+    """The configuration without the keys that can name code to fetch."""
+    if isinstance(value, dict):
+        return {k: _without_code(v) for k, v in value.items() if k not in _CODE_KEYS}
+    return [_without_code(v) for v in value] if isinstance(value, list) else value
+
+
+# --- replaced modules -------------------------------------------------------------------------------------------------
+
+
+def describe_modules(model: nn.Module) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """Constructor arguments of each replaced module, and the other names of those that have several."""
+    modules: dict[str, dict[str, Any]] = {}
+    shared: dict[str, str] = {}
+    first: dict[nn.Module, str] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if not isinstance(module, (W8A8Linear, SmoothedLinear)):
+            continue
+        if first.setdefault(module, name) != name:
+            shared[name] = first[module]
+            continue
+        modules[name] = {
+            "class": type(module).__name__,
+            "in_features": module.in_features,
+            "out_features": module.out_features,
+            "bias": module.bias is not None,
+        }
+        if isinstance(module, W8A8Linear):
+            modules[name] |= {
+                "activation_scheme": module.activation_scheme,
+                "weight_granularity": module.weight_granularity,
+                "smooth": module.inv_smooth is not None,
+            }
+    return modules, shared
+
+
+def make_module(name: str, arguments: Mapping[str, Any]) -> nn.Module:
+    """A replaced module on the meta device.
+
+    Raises:
+        SmoothQuantError: the arguments are not those that `describe_modules` gives.
+    """
+    values = dict(arguments)
+    kind = values.pop("class", None)
+    types = {"in_features": int, "out_features": int, "bias": bool}
+    if kind == "W8A8Linear":
+        types |= {"activation_scheme": str, "weight_granularity": str, "smooth": bool}
+    fits = values.keys() == types.keys() and all(type(values[k]) is t for k, t in types.items())
+    if kind not in ("W8A8Linear", "SmoothedLinear") or not fits:
+        raise SmoothQuantError(
+            f"the manifest's arguments of {name} are not understood: {dict(arguments)}."
+        )
+    if kind == "W8A8Linear":
+        return W8A8Linear(**values, device="meta")
+    if min(values["in_features"], values["out_features"]) < 1:
+        raise SmoothQuantError(f"the manifest's sizes of {name} are not positive.")
+    new = SmoothedLinear(**values, device="meta")
+    new.register_buffer("inv_smooth", torch.empty(new.in_features, device="meta"))
+    return new
+
+
+def make_modules(manifest: Manifest) -> dict[str, nn.Module]:
+    """All of them, by every name they have."""
+    made = {name: make_module(name, values) for name, values in manifest.modules.items()}
+    return made | {alias: made[name] for alias, name in manifest.shared_modules.items()}
+
+
+def mismatches(
+    model: nn.Module, modules: Mapping[str, nn.Module], manifest: Manifest
+) -> Iterator[str]:
+    """What keeps the checkpoint from fitting into the model, as phrases. Nothing is changed."""
+    expected = model.state_dict(keep_vars=True)
+    existing = dict(model.named_modules(remove_duplicate=False))
+    for name, new in modules.items():
+        old = existing.get(name)
+        if old is None:
+            yield f"it has no module {name}"
+        elif not is_float_linear(old) and not isinstance(old, W8A8Linear):
+            yield f"{name} is a {type(old).__name__}"
+        elif (sizes := _sizes(old)) != _sizes(new):
+            yield f"{name} maps {sizes[0]} to {sizes[1]} features, not {_sizes(new)}"
+        elif (getattr(old, "bias", None) is None) != (new.bias is None):
+            yield f"{name} has {'no' if new.bias is not None else 'a'} bias"
+        for key in [k for k in expected if k.startswith(f"{name}.")]:
+            del expected[key]
+        expected.update({f"{name}.{k}": t for k, t in new.state_dict(keep_vars=True).items()})
+    kept = set(expected)
+    stored = {**manifest.tensors, **{a: manifest.tensors[n] for a, n in manifest.tied.items()}}
+    for name in manifest.non_persistent:
+        owner, _, leaf = name.rpartition(".")
+        if owner not in existing or leaf not in existing[owner]._buffers or name in expected:
+            yield f"it has no buffer {name} outside its state dict"
+        del stored[name]
+    for name, buffer in model.named_buffers(remove_duplicate=False):
+        # Not in the state dict, so nothing will give it a value.
+        if buffer.is_meta and name not in kept and name not in manifest.non_persistent:
+            yield f"its buffer {name} has no data (meta device)"
+    for name, entry in stored.items():
+        want = expected.pop(name, None)
+        if not isinstance(want, Tensor):
+            yield f"it has no tensor {name}"
+        elif list(want.shape) != entry["shape"]:
+            yield f"{name} has shape {list(want.shape)}, not {entry['shape']}"
+        elif not _same_kind(
+            want, entry["dtype"], isinstance(modules.get(name.rpartition(".")[0]), W8A8Linear)
+        ):
+            yield f"{name} is {want.dtype}, not {entry['dtype']}"
+    for name in expected:
+        yield f"{name} is not in the checkpoint"
+
+
+def _sizes(module: nn.Module) -> tuple[int, int]:
+    if isinstance(module, W8A8Linear):
+        return module.in_features, module.out_features
+    n, k = weight_of(module).shape
+    return k, n
+
+
+def _same_kind(want: Tensor, dtype: str, exact: bool) -> bool:
+    """The checkpoint decides between float types, except inside a W8A8Linear."""
+    stored = getattr(torch, dtype, None)
+    if not isinstance(stored, torch.dtype):
+        return False
+    if exact:
+        return stored == want.dtype
+    return stored == want.dtype or (stored.is_floating_point and want.is_floating_point())
+
+
+def install(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    """Puts the replaced modules in."""
+    for name, new in modules.items():
+        replace_module(model, name, new.train(model.training))

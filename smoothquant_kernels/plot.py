@@ -1,0 +1,103 @@
+"""Figures. matplotlib is optional: `pip install smoothquant-kernels[demo]`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from smoothquant_kernels.errors import SmoothQuantError
+
+_BEFORE, _AFTER = "#c8553d", "#2a6f97"  # far apart in hue and in lightness
+
+
+@dataclass(frozen=True, eq=False)
+class LayerMaxima:
+    """Largest |activation| per input channel of one layer, before and after smoothing: [K] each."""
+
+    name: str
+    before: Tensor
+    after: Tensor
+
+
+def peak_to_median(absmax: Tensor) -> float:
+    """How far the largest channel stands above the typical one: what an int8 scale suffers from."""
+    return float(absmax.max() / absmax.median().clamp_min(torch.finfo(torch.float32).tiny))
+
+
+def has_matplotlib() -> bool:
+    """Whether figures can be drawn."""
+    return find_spec("matplotlib") is not None
+
+
+def plot_maxima(layers: Sequence[LayerMaxima], path: Path, *, title: str) -> None:
+    """Draws the activation maxima of some layers per channel, before and after smoothing.
+
+    Args:
+        layers: one row of the figure each.
+        path: the file to write; the ending says the format (.png, .svg, .pdf).
+        title: the heading.
+
+    Raises:
+        SmoothQuantError: matplotlib is not installed, or there is no layer.
+    """
+    if not has_matplotlib():
+        raise SmoothQuantError("figures need matplotlib: run `pip install matplotlib`.")
+    if not layers:
+        raise SmoothQuantError("there is no layer to draw.")
+    # The object interface, not pyplot: no global state and no display.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    height = 2.1 * len(layers) + 1.3
+    figure = Figure(figsize=(11, height), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, fontsize=13, fontweight="bold")
+    grid = figure.subplots(len(layers), 2, sharey="row", squeeze=False)
+    for row, layer in zip(grid, layers, strict=True):
+        _draw(row[0], layer.before, _BEFORE)
+        _draw(row[1], layer.after, _AFTER)
+        row[0].set_ylabel("max |x|")
+        row[0].set_title(layer.name, loc="left", fontsize=10, fontweight="bold", family="monospace")
+        values = torch.cat([layer.before, layer.after])
+        values = values[values > 0]
+        if len(values):
+            # Dead channels must not stretch the axis; room above for the numbers.
+            low = float(values.quantile(0.002)) / 2
+            row[0].set_ylim(low, float(values.max()) * 6)
+    for axes, what in zip(grid[0], ("before smoothing", "after smoothing"), strict=True):
+        axes.annotate(
+            what, (0.5, 1.14), xycoords="axes fraction", ha="center", fontsize=12,
+        )  # fmt: skip
+    for axes in grid[-1]:
+        axes.set_xlabel("input channel")
+    figure.savefig(path)
+
+
+def _draw(axes: Any, absmax: Tensor, colour: str) -> None:
+    values = absmax.cpu().float()
+    axes.set_yscale("log")
+    channels = range(len(values))
+    axes.fill_between(channels, values.clamp_min(1e-12).numpy(), 1e-12, step="mid",
+                      color=colour, linewidth=0.0)  # fmt: skip
+    median = float(values.median())
+    axes.axhline(median, color="black", linewidth=0.9, linestyle=(0, (4, 3)))
+    axes.set_xlim(-0.01 * len(values), 1.01 * len(values))
+    axes.text(
+        0.985, 0.93, f"largest {_short(float(values.max()))} = "
+        f"{_short(peak_to_median(values))} x median (dashed)",
+        transform=axes.transAxes, ha="right", va="top", fontsize=9,
+        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1.5},
+    )  # fmt: skip
+    axes.grid(axis="y", alpha=0.25, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

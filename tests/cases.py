@@ -1,0 +1,182 @@
+"""Shapes, dtypes and rows on which kernels break, for every test that runs one.
+
+Nothing here depends on where the kernel runs: the CPU path, a simulator and a GPU get the same operands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+
+#: (M, K): none, one and several rows; one, odd and even channels; vectors with and without a tail.
+QUANTIZE_SHAPES = ((0, 8), (1, 1), (17, 1), (1, 31), (5, 7), (3, 513), (33, 64), (2, 4099))
+
+#: (M, N, K): below, at and above the usual tiles, with odd and one-element sides.
+GEMM_SHAPES = (
+    (0, 3, 5),
+    (1, 1, 1),
+    (1, 64, 64),
+    (4, 1, 1),
+    (1, 3, 2048),
+    (3, 17, 31),
+    (16, 96, 64),
+    (17, 33, 257),
+    (65, 130, 100),
+)
+
+#: Every kind of scale a quantiser takes; "static" is filled in by `quantize_options`.
+SCHEMES = ("token", "tensor", "static")
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def activations(m: int, k: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    """[M, K] as a language model has them: normal, with a few channels a hundred times larger."""
+    g = generator(seed)
+    x = torch.randn(m, k, generator=g)
+    x[:, torch.rand(k, generator=g) < 0.03] *= 100
+    return x.to(dtype)
+
+
+def inverse_smooth(k: int, seed: int = 0) -> Tensor:
+    """[K] float32 reciprocals of smoothing factors, no powers of two."""
+    return torch.rand(k, generator=generator(seed + 1)) * 1.9 + 0.1
+
+
+def random_int8(*shape: int, seed: int = 0, low: int = -128, high: int = 127) -> Tensor:
+    return torch.randint(low, high + 1, shape, generator=generator(seed), dtype=torch.int8)
+
+
+def quantize_options(scheme: str, scale: float = 0.013) -> dict[str, object]:
+    """Keyword arguments of the quantisers for one of `SCHEMES`."""
+    if scheme == "static":
+        return {"scale": torch.tensor([scale])}
+    return {"granularity": scheme}
+
+
+# --- rows ---------------------------------------------------------------------------------------
+
+
+def _ties(k: int, dtype: torch.dtype) -> Tensor:
+    """Under a scale of exactly 1: every tie between two integers, of both signs."""
+    row = torch.arange(k) % 253 - 126.0
+    row = row + torch.where(row < 0, -0.5, 0.5)
+    row[0] = 127.0
+    return row
+
+
+def _spike(k: int, dtype: torch.dtype) -> Tensor:
+    """The only large value comes last, where a vectorised maximum has its tail."""
+    row = torch.full((k,), 0.01)
+    row[-1] = -1000.0
+    return row
+
+
+def _mixed(k: int, dtype: torch.dtype) -> Tensor:
+    """The largest number beside the smallest."""
+    row = torch.full((k,), torch.finfo(dtype).tiny)
+    row[k // 2] = -torch.finfo(dtype).max
+    return row
+
+
+def _last(value: float) -> Callable[[int, torch.dtype], Tensor]:
+    def row(k: int, dtype: torch.dtype) -> Tensor:
+        result = torch.linspace(-2, 2, k)
+        result[-1] = value
+        return result
+
+    return row
+
+
+def _nan_then_large(k: int, dtype: torch.dtype) -> Tensor:
+    """A maximum that compares with `>` forgets the NaN at the larger value that follows."""
+    row = torch.linspace(1, 2, k)
+    row[0] = torch.nan
+    return row
+
+
+_SMALLEST = torch.finfo(torch.float32).smallest_normal
+
+#: name -> (K, dtype) -> float32 row, to be rounded to dtype.
+FINITE_ROWS: dict[str, Callable[[int, torch.dtype], Tensor]] = {
+    "zero": lambda k, dtype: torch.zeros(k),
+    "minus_zero": lambda k, dtype: torch.full((k,), -0.0),
+    "constant": lambda k, dtype: torch.full((k,), 3.25),
+    "negative_constant": lambda k, dtype: torch.full((k,), -1e-3),
+    "ties": _ties,
+    "spike": _spike,
+    "mixed": _mixed,
+    "largest": lambda k, dtype: torch.full((k,), torch.finfo(dtype).max),
+    "subnormal": lambda k, dtype: torch.full((k,), torch.finfo(dtype).tiny / 4),
+    # Only float32 and bfloat16 reach down to where the scale itself is no normal number.
+    "scale_subnormal": lambda k, dtype: torch.full((k,), 126.0 * _SMALLEST),
+    "scale_smallest": lambda k, dtype: torch.full((k,), 128.0 * _SMALLEST),
+}
+BROKEN_ROWS: dict[str, Callable[[int, torch.dtype], Tensor]] = {
+    "nan_last": _last(torch.nan),
+    "inf_last": _last(torch.inf),
+    "minus_inf_last": _last(-torch.inf),
+    "nan_first": _nan_then_large,
+    "all_nan": lambda k, dtype: torch.full((k,), torch.nan),
+    "all_inf": lambda k, dtype: torch.full((k,), torch.inf),
+}
+
+
+def rows(
+    table: dict[str, Callable[[int, torch.dtype], Tensor]], k: int, dtype: torch.dtype
+) -> Tensor:
+    """[len(table), K] dtype."""
+    return torch.stack([make(k, dtype) for make in table.values()]).to(dtype)
+
+
+# --- GEMM operands --------------------------------------------------------------------------------
+
+
+class Gemm(NamedTuple):
+    """Operands of `gemm_s8`."""
+
+    x_q: Tensor
+    w_q: Tensor
+    x_scale: Tensor
+    w_scale: Tensor
+    bias: Tensor
+    residual: Tensor
+
+
+def gemm_operands(
+    m: int,
+    n: int,
+    k: int,
+    *,
+    per_token: bool = True,
+    per_channel: bool = True,
+    dtype: torch.dtype = torch.float32,
+    largest_weight: int = 128,
+    seed: int = 0,
+) -> Gemm:
+    """Full-range operands with a row of -128 on each side; outputs of the order of 1."""
+    x_q = random_int8(m, k, seed=seed)
+    high = min(largest_weight, 127)
+    w_q = random_int8(n, k, seed=seed + 1, low=-largest_weight, high=high)
+    if m > 1:
+        x_q[-1] = -128
+    if n > 1:
+        w_q[-1] = -largest_weight
+        w_q[0] = high
+    g = generator(seed + 2)
+    unit = 1.0 / (74.0 * k**0.5)
+    return Gemm(
+        x_q,
+        w_q,
+        (torch.rand(m if per_token else 1, generator=g) + 0.1) * unit,
+        (torch.rand(n if per_channel else 1, generator=g) + 0.1) / 74.0,
+        torch.randn(n, generator=g).to(dtype),
+        torch.randn(m, n, generator=g).to(dtype),
+    )

@@ -1,0 +1,79 @@
+"""What several test files share: no network, tiny models made on the spot, and one small real model."""
+
+from __future__ import annotations
+
+import os
+
+# Before anything imports huggingface_hub, which reads them once. A test that needs the network is a bad test.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> tuple[Any, Any]:
+    """(model, tokenizer) of SmolLM2-135M-Instruct in float32. Shared: change a deep copy, never the model."""
+    from smoothquant_kernels.errors import SmoothQuantError
+    from smoothquant_kernels.models import builtin_demo_model, load_model, load_tokenizer
+
+    try:
+        path = builtin_demo_model()
+    except SmoothQuantError as error:
+        pytest.skip(str(error))
+    pytest.importorskip("gguf", reason="the real model is a GGUF file: pip install gguf")
+    return load_model(path), load_tokenizer(path)
+
+
+@pytest.fixture
+def tiny_llama() -> Callable[..., Any]:
+    """Makes a LLaMA of some ten thousand random weights; keyword arguments go to its config."""
+
+    def make(*, seed: int = 0, dtype: torch.dtype = torch.float32, **config: Any) -> Any:
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        sizes = {
+            "vocab_size": 96,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 128,
+            # Ten times the usual: random logits should differ as those of a trained model do.
+            "initializer_range": 0.2,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        }
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = LlamaForCausalLM(LlamaConfig(**{**sizes, **config}))
+        return model.to(dtype).eval()
+
+    return make
+
+
+@pytest.fixture
+def word_tokenizer() -> Callable[..., Any]:
+    """Makes a tokenizer of whole words: the i-th word is token i. `bos` is put in front of every text."""
+
+    def make(words: Sequence[str], *, bos: str | None = None) -> Any:
+        from tokenizers import Tokenizer, models, pre_tokenizers, processors
+        from transformers import PreTrainedTokenizerFast
+
+        vocabulary = {word: i for i, word in enumerate(words)}
+        core = Tokenizer(models.WordLevel(vocabulary, unk_token=words[0]))
+        core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        if bos is not None:
+            core.post_processor = processors.TemplateProcessing(
+                single=f"{bos} $A", special_tokens=[(bos, vocabulary[bos])]
+            )
+        return PreTrainedTokenizerFast(tokenizer_object=core, bos_token=bos)
+
+    return make

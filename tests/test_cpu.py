@@ -1,0 +1,438 @@
+"""The CPU kernels give the reference's bits, in every mode, for every layout, at every thread count."""
+
+from __future__ import annotations
+
+import gc
+import os
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import cases
+import numpy as np
+import pytest
+import torch
+from compare import assert_all_bitwise_equal, assert_bitwise_equal
+from smoothquant_kernels import SmoothQuantError, cpu, ops, reference
+from torch import Tensor
+
+
+@pytest.fixture(params=cpu.MODES)
+def mode(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each way to multiply, whichever this processor would choose."""
+    if request.param != "float" and not hasattr(torch.ops.onednn, "qlinear_pointwise"):
+        pytest.skip("this torch has no oneDNN")
+    if request.param == "split" and not cpu._is_exact("split"):
+        pytest.skip("two stacked operands are not exact on this processor")
+    monkeypatch.setattr(cpu, "gemm_mode", lambda: request.param)
+    return str(request.param)
+
+
+def largest_weight(mode: str) -> int:
+    """Without VNNI, oneDNN adds pairs of u8 x s8 products in 16 bits: only |w| <= 64 cannot saturate them there.
+
+    255 * 64 * 2 < 2^15. With that limit the mode can be tested on any processor; with VNNI it is tested in full.
+    """
+    return 64 if mode == "vnni" and not cpu._is_exact("vnni") else 128
+
+
+# --- gemm -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [*cases.GEMM_SHAPES, (64, 200, 300), (2, 9, 20_000)], ids=str)
+@pytest.mark.parametrize("per_token", [True, False])
+@pytest.mark.parametrize("per_channel", [True, False])
+def test_gemm(mode: str, shape: tuple[int, int, int], per_token: bool, per_channel: bool) -> None:
+    op = cases.gemm_operands(
+        *shape, per_token=per_token, per_channel=per_channel, largest_weight=largest_weight(mode)
+    )
+    for bias in (None, op.bias, op.bias.half()):
+        for residual in (None, op.residual, op.residual.bfloat16()):
+            for dtype in cases.FLOATS:
+                found = ops.gemm_s8(*op[:4], bias=bias, residual=residual, out_dtype=dtype)
+                expected = reference.gemm_s8(*op[:4], bias, residual, dtype)
+                assert_bitwise_equal(found, expected, f"{dtype}")
+        for relu in (False, True):
+            args = (*op[:4], torch.tensor([0.02]))
+            found = ops.gemm_s8_requant(*args, bias=bias, relu=relu)
+            assert_bitwise_equal(found, reference.gemm_s8_requant(*args, bias, relu), "requant")
+
+
+def test_sums_that_float32_cannot_hold(mode: str) -> None:
+    k = reference.MAX_K
+    op = cases.gemm_operands(3, 4, k, largest_weight=largest_weight(mode))
+    op.x_q[0] = 127
+    op.w_q[0, ::3] = 13  # an odd sum of some 10^9
+    acc = op.x_q.long() @ op.w_q.long().T
+    assert bool((acc.abs() > 2**28).any()) and not torch.equal(acc.float().long(), acc)
+    if mode != "vnni":
+        assert len(cpu._chunk_bounds(op.w_q)) > 10
+    for bias in (None, op.bias):
+        found = ops.gemm_s8(*op[:4], bias=bias, out_dtype=torch.float32)
+        assert_bitwise_equal(found, reference.gemm_s8(*op[:4], bias, out_dtype=torch.float32))
+
+
+def test_the_slices_of_k_keep_every_partial_sum_exact() -> None:
+    for k in (1, 1023, 1025, 5000):
+        w_q = cases.random_int8(3, k)
+        w_q[1] = -128
+        bounds = cpu._chunk_bounds(w_q)
+        assert [b for _, b in bounds[:-1]] == [a for a, _ in bounds[1:]], "no gap, no overlap"
+        assert bounds[0][0] == 0 and bounds[-1][1] == k
+        for start, stop in bounds:
+            assert int(w_q[:, start:stop].long().abs().sum(1).max()) * 128 <= 2**24
+    assert len(cpu._chunk_bounds(torch.ones(2, 100_000, dtype=torch.int8))) == 1, "no more than needed"
+
+
+def test_zero_sums_are_plus_zero(mode: str) -> None:
+    for k in (1, 3):
+        x_q, w_q = torch.zeros(2, k, dtype=torch.int8), torch.full((3, k), -5, dtype=torch.int8)
+        y = ops.gemm_s8(x_q, w_q, torch.ones(2), torch.ones(3), out_dtype=torch.float32)
+        assert_bitwise_equal(y, torch.zeros(2, 3))
+
+
+def test_any_layout_of_the_operands(mode: str) -> None:
+    op = cases.gemm_operands(12, 10, 36, largest_weight=largest_weight(mode))
+    expected = reference.gemm_s8(*op[:4], op.bias, op.residual)
+
+    def strided(t: Tensor) -> Tensor:
+        wide = torch.zeros(*t.shape[:-1], 2 * t.shape[-1] + 1, dtype=t.dtype)
+        wide[..., 1::2] = t
+        return wide[..., 1::2]  # every second element, from an odd address
+
+    def transposed(t: Tensor) -> Tensor:
+        return t.t().contiguous().t() if t.dim() == 2 else t.flip(0).flip(0)
+
+    for layout in (strided, transposed):
+        moved = [layout(t) for t in op]
+        found = ops.gemm_s8(*moved[:4], bias=moved[4], residual=moved[5])
+        assert_bitwise_equal(found, expected, layout.__name__)
+    deep = ops.gemm_s8(
+        op.x_q.view(2, 3, 2, 36), *op[1:4], bias=op.bias, residual=op.residual.view(2, 3, 2, 10)
+    )
+    assert_bitwise_equal(deep, expected.view(2, 3, 2, 10), "leading dimensions")
+    vector = ops.gemm_s8(op.x_q[0], op.w_q, op.x_scale[:1], op.w_scale)
+    assert vector.shape == (10,)
+    expanded = ops.gemm_s8(op.x_q[:1].expand(12, 36), op.w_q, op.x_scale[:1].expand(12), op.w_scale)
+    assert_bitwise_equal(expanded, vector.expand(12, 10).contiguous(), "expanded")
+
+
+def test_the_output_is_rounded_to_nearest_even_once() -> None:
+    """Out of the range of float16 is Inf; 65519.99 is still its largest number."""
+    x_q = torch.tensor([[127, 1]], dtype=torch.int8)
+    w_q = torch.tensor([[100, 0], [-100, 0], [100, 0], [0, 1], [0, 1], [0, 1]], dtype=torch.int8)
+    wanted = [65520.0, -65520.0, 65519.0, 2049.0, 2051.0, 1 + 3 * 2.0**-9]
+    bias = torch.tensor(wanted, dtype=torch.float64) - (x_q.double() @ w_q.double().T)[0]
+    args = (x_q, w_q, torch.ones(1), torch.ones(1))
+    y = ops.gemm_s8(*args, bias=bias.float(), out_dtype=torch.float32)
+    assert y[0].tolist() == wanted
+    half = ops.gemm_s8(*args, bias=bias.float(), out_dtype=torch.float16)
+    with np.errstate(over="ignore"):
+        assert half[0].tolist() == np.array(wanted, dtype=np.float16).tolist()
+    assert half[0, :5].tolist() == [torch.inf, -torch.inf, 65504.0, 2048.0, 2052.0]
+    brain = ops.gemm_s8(*args, bias=bias.float(), out_dtype=torch.bfloat16)
+    assert brain[0, 5].item() == 1.0 + 2**-7  # 1 + 0.75 * 2^-7
+    huge = ops.gemm_s8(x_q, w_q, torch.tensor([3e38]), torch.tensor([1.0]), out_dtype=torch.bfloat16)
+    assert huge[0, 0].item() == torch.inf
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 8), (5, 67, 8), (33, 1, 8), (7, 130, 64)], ids=str)
+def test_with_and_without_a_fused_addcmul(
+    shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    op = cases.gemm_operands(*shape)
+    product = ops.gemm_s8(*op[:4], out_dtype=torch.float32)
+    bias = -product[0] * 1.0000001  # cancels in the first row, where an unfused result differs
+    expected = reference.gemm_s8(*op[:4], bias, out_dtype=torch.float32)
+    assert_bitwise_equal(ops.gemm_s8(*op[:4], bias=bias, out_dtype=torch.float32), expected)
+    assert not torch.equal(product + bias, expected)
+    monkeypatch.setattr(cpu, "_addcmul_is_fused", lambda: False)
+    assert_bitwise_equal(ops.gemm_s8(*op[:4], bias=bias, out_dtype=torch.float32), expected)
+
+
+# --- which mode -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fresh_mode(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The mode is chosen once a process; chosen anew here, and once more afterwards."""
+    monkeypatch.delenv("SMOOTHQUANT_KERNELS_CPU", raising=False)
+    cpu.gemm_mode.cache_clear()
+    cpu._addcmul_is_fused.cache_clear()
+    yield
+    cpu.gemm_mode.cache_clear()
+    cpu._addcmul_is_fused.cache_clear()
+
+
+@pytest.mark.usefixtures("fresh_mode")
+def test_the_fastest_exact_mode_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    exact = [m for m in ("vnni", "split") if cpu._is_exact(m)]
+    assert cpu.gemm_mode() == [*exact, "float"][0]
+    original = cpu._qlinear
+    monkeypatch.setattr(cpu, "_qlinear", lambda *args: original(*args) * 1.0001)
+    cpu.gemm_mode.cache_clear()
+    assert cpu.gemm_mode() == "float", "a product that is off by a little is not used"
+
+
+@pytest.mark.usefixtures("fresh_mode")
+@pytest.mark.parametrize("wanted", ["auto", "float", "split"])
+def test_the_environment_can_force_a_slower_mode(
+    wanted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(os.environ, "SMOOTHQUANT_KERNELS_CPU", wanted)
+    if wanted == "auto":
+        assert cpu.gemm_mode() in cpu.MODES
+    else:
+        assert cpu.gemm_mode() in cpu.MODES[cpu.MODES.index(wanted) :]
+
+
+@pytest.mark.usefixtures("fresh_mode")
+def test_an_unknown_mode_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(os.environ, "SMOOTHQUANT_KERNELS_CPU", "fast")
+    with pytest.raises(SmoothQuantError, match="must be auto, vnni, split, float; got 'fast'"):
+        cpu.gemm_mode()
+
+
+# --- the packed weights -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def packs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Ids of the weights that were packed, in order."""
+    seen: list[int] = []
+    original = cpu._pack
+
+    def counting(w_q: Tensor, *args: Any) -> Any:
+        seen.append(id(w_q))
+        return original(w_q, *args)
+
+    monkeypatch.setattr(cpu, "_pack", counting)
+    return seen
+
+
+def assert_right(op: cases.Gemm, w_q: Tensor) -> None:
+    args = (op.x_q, w_q, op.x_scale, op.w_scale)
+    assert_bitwise_equal(ops.gemm_s8(*args), reference.gemm_s8(*args))
+
+
+def test_a_weight_is_packed_once_until_it_is_written_to(mode: str, packs: list[int]) -> None:
+    op = cases.gemm_operands(5, 6, 7, largest_weight=64)
+    w_q = op.w_q
+    writes = (
+        lambda: None,
+        lambda: w_q.fill_(3),
+        lambda: w_q[2].neg_(),  # through a view
+        lambda: w_q.copy_(cases.random_int8(6, 7, seed=9, low=-64, high=64)),
+        lambda: setattr(w_q, "data", cases.random_int8(6, 7, seed=8, low=-64, high=64)),
+    )
+    for count, write in enumerate(writes, start=1):
+        write()
+        assert_right(op, w_q)
+        assert_right(op, w_q)
+        assert len(packs) == count
+
+
+def test_the_cache_does_not_keep_a_weight_alive(mode: str) -> None:
+    gc.collect()
+    before = len(cpu._PACKED)
+    op = cases.gemm_operands(2, 3, 4, largest_weight=64)
+    w_q = op.w_q.clone()
+    assert_right(op, w_q)
+    assert len(cpu._PACKED) == before + 1
+    alive = weakref.ref(w_q)
+    del w_q
+    gc.collect()
+    assert alive() is None and len(cpu._PACKED) == before
+
+
+def test_another_mode_packs_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    op = cases.gemm_operands(2, 3, 4)
+    for mode in ("float", "split", "float"):
+        if mode == "float" or cpu._is_exact(mode):
+            monkeypatch.setattr(cpu, "gemm_mode", lambda mode=mode: mode)
+            assert_right(op, op.w_q)
+
+
+def test_inference_tensors(mode: str) -> None:
+    with torch.inference_mode():
+        op = cases.gemm_operands(2, 3, 4, largest_weight=64)
+        assert_right(op, op.w_q)
+        op.w_q.neg_()  # has no version: nothing could notice
+        assert_right(op, op.w_q)
+    assert_right(op, op.w_q)
+    plain = cases.gemm_operands(2, 3, 4, largest_weight=64)
+    with torch.inference_mode():
+        assert_right(plain, plain.w_q)
+        plain.w_q.neg_()
+        assert_right(plain, plain.w_q)
+
+
+# --- quantisers -------------------------------------------------------------------------------------
+
+
+def check_quantize(x: Tensor, what: str = "") -> None:
+    for inv_smooth in (None, cases.inverse_smooth(x.shape[-1])):
+        for scheme in cases.SCHEMES:
+            options: dict[str, Any] = cases.quantize_options(scheme)
+            found = ops.quantize(x, inv_smooth=inv_smooth, **options)
+            expected = reference.quantize(x, inv_smooth, **options)
+            assert_all_bitwise_equal(found, expected, f"{what} {scheme}")
+            assert found[0].is_contiguous()
+
+
+@pytest.mark.parametrize("dtype", cases.FLOATS, ids=str)
+@pytest.mark.parametrize("shape", cases.QUANTIZE_SHAPES, ids=str)
+def test_quantize(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    check_quantize(cases.activations(*shape, dtype))
+
+
+@pytest.mark.parametrize("dtype", cases.FLOATS, ids=str)
+@pytest.mark.parametrize("k", [1, 2, 31, 64, 127])
+def test_quantize_edge_rows(k: int, dtype: torch.dtype) -> None:
+    good = cases.rows(cases.FINITE_ROWS, k, dtype)
+    bad = cases.rows(cases.BROKEN_ROWS, k, dtype)
+    check_quantize(good, "finite")
+    check_quantize(torch.cat([good, bad, good]), "all")
+    for name, row in zip(cases.FINITE_ROWS, good, strict=True):
+        check_quantize(row[None], name)
+    for name, row in zip(cases.BROKEN_ROWS, bad, strict=True):
+        check_quantize(torch.stack([good[2], row]), name)
+
+
+def test_random_bits_quantise_alike() -> None:
+    g = cases.generator(0)
+    bits = torch.randint(-(2**31), 2**31, (400, 40), generator=g).to(torch.int32)
+    x = bits.view(torch.float32)
+    check_quantize(x)
+    check_quantize(torch.where(x.isfinite(), x, 1.0))
+
+
+@pytest.mark.parametrize("rows_at_a_time", [0, 1, 3, 4])
+@pytest.mark.parametrize("m", [1, 3, 4, 5, 8, 9])
+def test_rows_are_the_same_in_any_chunks(
+    m: int, rows_at_a_time: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    k = 10
+    monkeypatch.setattr(cpu, "_CHUNK_BYTES", 4 * k * rows_at_a_time)
+    check_quantize(cases.activations(m, k))
+    broken = cases.activations(m, k, torch.float16)
+    broken[m // 2, 3] = torch.nan
+    check_quantize(broken)
+
+
+def test_any_layout_of_x() -> None:
+    base = cases.activations(24, 40)
+    odd = torch.zeros(24 * 40 + 1)
+    odd[1:] = base.reshape(-1)
+    layouts = {
+        "transposed": base.t(),
+        "strided": base[::2, 1::3],
+        "narrowed": base[:, 3:20],
+        "unaligned": odd[1:].view(24, 40),
+        "expanded": base[:1].expand(7, 40),
+        "expanded columns": base[:, :1].expand(24, 9),
+        "permuted": base.view(2, 12, 40).permute(1, 2, 0),
+        "deep": base.view(2, 3, 4, 40),
+        "vector": base[0],
+        "empty": base.view(2, 12, 40)[:, :0],
+    }
+    for dtype in cases.FLOATS:
+        for name, x in layouts.items():
+            check_quantize(x if dtype == torch.float32 else x.to(dtype), name)
+
+
+@pytest.mark.parametrize("dtype", cases.FLOATS, ids=str)
+@pytest.mark.parametrize("scheme", cases.SCHEMES)
+def test_fused_producers(dtype: torch.dtype, scheme: str) -> None:
+    x, other = (cases.activations(6, 34, dtype, seed) for seed in (0, 1))
+    weight, bias = cases.inverse_smooth(34).to(dtype), cases.inverse_smooth(34, 3)
+    options: dict[str, Any] = cases.quantize_options(scheme)
+    inv_smooth = cases.inverse_smooth(34, 7)
+    for residual in (None, other):
+        total = reference.add_residual(x, residual)
+        for found, y in (
+            (
+                ops.rms_norm_quantize(
+                    x, weight, 1e-5, residual=residual, inv_smooth=inv_smooth, **options
+                ),
+                reference.rms_norm(total, weight, 1e-5),
+            ),
+            (
+                ops.layer_norm_quantize(
+                    x, weight, bias, 1e-5, residual=residual, inv_smooth=inv_smooth, **options
+                ),
+                reference.layer_norm(total, weight, bias, 1e-5),
+            ),
+        ):
+            quantized = reference.quantize(y, inv_smooth, **options)
+            expected = quantized if residual is None else (*quantized, total)
+            assert_all_bitwise_equal(found, expected)
+    for kind in (*reference.ACTIVATIONS, *reference.FUSED_KINDS):
+        fused = kind in reference.FUSED_KINDS
+        inverse = inv_smooth[:17] if fused else inv_smooth
+        for gate in (None,) if fused else (None, other):
+            act = ops.act_quantize(x, kind, gate=gate, inv_smooth=inverse, **options)
+            y = reference.activation(x, kind, gate)
+            assert_all_bitwise_equal(act, reference.quantize(y, inverse, **options), kind)
+
+
+# --- surroundings -----------------------------------------------------------------------------------
+
+
+def run_everything(mode: str) -> list[Tensor]:
+    op = cases.gemm_operands(300, 130, 257, largest_weight=largest_weight(mode))
+    x = cases.activations(300, 513)
+    weight = cases.inverse_smooth(513)
+    return [
+        ops.gemm_s8(*op[:4], bias=op.bias, residual=op.residual),
+        ops.gemm_s8_requant(*op[:4], torch.tensor([0.02]), relu=True),
+        *ops.quantize(x, inv_smooth=weight),
+        *ops.quantize(x, granularity="tensor"),
+        *ops.rms_norm_quantize(x, weight, 1e-6, residual=x),
+        *ops.act_quantize(x, "gelu"),
+    ]
+
+
+def test_thread_count_does_not_matter(mode: str) -> None:
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        expected = run_everything(mode)
+        torch.set_num_threads(2)
+        found = run_everything(mode)
+    finally:
+        torch.set_num_threads(threads)
+    assert_all_bitwise_equal(found, expected)
+
+
+@pytest.mark.usefixtures("fresh_mode")
+def test_defaults_of_the_caller_do_not_matter() -> None:
+    op = cases.gemm_operands(3, 4, 50, per_channel=False)
+    x, empty = cases.activations(3, 5), cases.activations(0, 5)
+
+    def results() -> list[Tensor]:
+        cpu.gemm_mode.cache_clear()
+        cpu._addcmul_is_fused.cache_clear()
+        chosen.append(cpu.gemm_mode())
+        y = ops.gemm_s8(op.x_q, op.w_q.clone(), *op[2:4], bias=op.bias)
+        none = ops.gemm_s8(op.x_q[:0], op.w_q, op.x_scale[:0], op.w_scale)
+        return [y, none, *ops.quantize(x), *ops.quantize(empty, granularity="tensor")]
+
+    chosen: list[str] = []
+    expected = results()
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        assert_all_bitwise_equal(results(), expected, "default dtype")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with torch.device("meta"):
+        assert_all_bitwise_equal(results(), expected, "default device")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_all_bitwise_equal(results(), expected, "autocast")
+    assert len(set(chosen)) == 1, f"another mode was chosen: {chosen}"
+
+
+def test_autocast_does_not_reach_inside(mode: str) -> None:
+    expected = run_everything(mode)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_all_bitwise_equal(run_everything(mode), expected)

@@ -1,0 +1,313 @@
+"""Smoothing keeps the function, uses the formula's factors and leaves a faithful account of what it did."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from models import CONFIGS, make_model, plant_outliers, token_batches
+from models import logits as run
+from torch import nn
+
+from smoothquant_kernels import (
+    SmoothQuantConfig,
+    SmoothQuantError,
+    W8A8Linear,
+    quantize_model,
+    smooth_and_quantize,
+    smooth_lm,
+)
+from smoothquant_kernels.calibrate import calibration_batches, collect_statistics
+from smoothquant_kernels.fold import SmoothedLinear, norm_offset, round_to_power_of_two
+from smoothquant_kernels.modules import partition_linears
+
+IDS = token_batches(1, length=40)[0]
+
+
+def smoothed(model: nn.Module, **options: Any) -> nn.Module:
+    """A smoothed copy; with powers of two unless said otherwise, so that equality can be demanded."""
+    config = SmoothQuantConfig(**{"smooth_rounding": "power_of_two", **options})
+    return smooth_lm(copy.deepcopy(model), token_batches(), config=config, progress=False)
+
+
+def layers(model: nn.Module) -> dict[str, dict[str, Any]]:
+    return {layer["name"]: layer for layer in model.smoothquant_info["layers"]}
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_powers_of_two_change_no_bit(family: str) -> None:
+    model = make_model(family)
+    result = smoothed(model)
+    assert torch.equal(run(result, IDS), run(model, IDS))
+    assert result.smoothquant_info["verification"] == {"relative_change": 0.0, "bit_exact": True}
+    changed = [n for n, layer in layers(result).items() if layer["smoothing"] != "none"]
+    assert len(changed) == len(partition_linears(model)[0])
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt2", "bloom_post", "gpt_neox"])
+def test_exact_factors_keep_the_function(family: str) -> None:
+    """Without the rounding to powers of two every smoothed product is rounded once more: some 1e-7 each."""
+    model = make_model(family)
+    before, after = run(model, IDS), run(smoothed(model, smooth_rounding="none"), IDS)
+    assert (after - before).abs().max() <= 1e-5 * before.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_models_keep_every_bit(dtype: torch.dtype) -> None:
+    """Folding the unrounded factors into bfloat16 norm weights would change each channel by up to 0.4 %."""
+    model = make_model("opt", dtype=dtype)
+    assert torch.equal(run(smoothed(model), IDS), run(model, IDS))
+
+
+def test_factors_are_those_of_the_formula() -> None:
+    """s from the definition, read back from the weights (folded) and from inv_smooth (run time)."""
+    model = make_model("llama_gqa")
+    result = smoothed(model, alpha=0.7, smooth_rounding="none")
+    names, _ = partition_linears(model)
+    batches = calibration_batches(token_batches())
+    absmax = collect_statistics(model, names, batches, progress=False).absmax
+    prefix = "model.layers.1."
+    group = [f"{prefix}self_attn.{n}_proj" for n in "qkv"]
+    columns = torch.stack([model.get_submodule(n).weight.abs().amax(0) for n in group]).amax(0)
+    s = absmax[group[0]] ** 0.7 / columns**0.3
+    norms = [m.get_submodule(f"{prefix}input_layernorm").weight for m in (model, result)]
+    torch.testing.assert_close(norms[0] / norms[1], s, rtol=1e-5, atol=0)
+    for name in group:
+        ratio = result.get_submodule(name).weight / model.get_submodule(name).weight
+        torch.testing.assert_close(ratio, s.expand_as(ratio), rtol=1e-5, atol=0)
+        assert layers(result)[name]["smoothing"] == "folded"
+        expected = (absmax[name] / s).max().item()
+        assert layers(result)[name]["x_absmax"] == pytest.approx(expected, rel=1e-5)
+
+    out = f"{prefix}self_attn.o_proj"
+    s_out = absmax[out] ** 0.7 / model.get_submodule(out).weight.abs().amax(0) ** 0.3
+    layer = result.get_submodule(out)
+    assert isinstance(layer, SmoothedLinear)
+    assert layers(result)[out]["smoothing"] == "runtime"
+    torch.testing.assert_close(layer.inv_smooth, 1 / s_out, rtol=1e-5, atol=0)
+
+
+def test_power_of_two_rounding() -> None:
+    s = torch.tensor([1.0, 1.41, 1.42, 0.71, 0.70, 3e-30, 5e30])
+    result = round_to_power_of_two(s)
+    mantissa, _ = torch.frexp(result)
+    assert (mantissa == 0.5).all()
+    assert result[:5].tolist() == [1.0, 1.0, 2.0, 0.5 if s[3] < 2**-0.5 else 1.0, 0.5]
+    assert ((result / s).log2().abs() <= 0.5 + 1e-6).all()
+
+
+def test_alpha_zero_leaves_activations_at_the_weights_mercy() -> None:
+    """alpha = 0: s = 1 / max|W_j|, so the maxima of the smoothed weight's columns are all alike."""
+    model = make_model("llama")
+    result = smoothed(model, alpha=0.0, smooth_rounding="none", folding="never")
+    weight = result.get_submodule("model.layers.0.mlp.down_proj").weight
+    torch.testing.assert_close(weight.abs().amax(0), torch.ones(weight.shape[1]))
+
+
+def test_folding_never_divides_everywhere() -> None:
+    result = smoothed(make_model("opt"), folding="never")
+    assert {layer["smoothing"] for layer in layers(result).values()} == {"runtime"}
+    assert torch.equal(run(result, IDS), run(make_model("opt"), IDS))
+
+
+class OnePlusNorm(nn.Module):
+    """Gemma's norm: (1 + weight) * y."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(-0.5, 0.5, 16))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * (1 + self.weight)
+
+
+class SquareNorm(OnePlusNorm):
+    """A norm that does not scale with its weight in either way."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.weight**2
+
+
+def test_norm_parametrisations_are_told_apart() -> None:
+    factor = 2.0 ** torch.arange(-8, 8).float().mul(0.5).round()
+    assert norm_offset(nn.LayerNorm(16), factor, 1e-5) == 0.0
+    assert norm_offset(OnePlusNorm(), factor, 1e-5) == 1.0
+    assert norm_offset(SquareNorm(), factor, 1e-5) is None
+    module = OnePlusNorm()
+    norm_offset(module, factor, 1e-5)
+    assert torch.equal(module.weight, OnePlusNorm().weight)
+
+
+def test_fold_that_changes_the_model_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If a producer that is no producer slipped through the search, verification downgrades its group only."""
+    import smoothquant_kernels.smooth as module
+    from smoothquant_kernels.groups import Group, find_groups
+
+    def wrong_groups(*args: Any, **options: Any) -> list[Group]:
+        found = find_groups(*args, **options)
+        wrong = "model.layers.0.mlp.gate_proj"  # behind a SiLU: not homogeneous
+        return [
+            Group(g.linears, wrong) if g.linears == ("model.layers.0.mlp.down_proj",) else g
+            for g in found
+        ]
+
+    monkeypatch.setattr(module, "find_groups", wrong_groups)
+    model = make_model("llama")
+    result = smoothed(model)
+    bad = layers(result).pop("model.layers.0.mlp.down_proj")
+    assert bad["smoothing"] == "runtime" and "would change the model" in bad["reason"]
+    others = [layer for n, layer in layers(result).items() if n != bad["name"]]
+    assert {layer["smoothing"] for layer in others} == {"folded"}
+    assert torch.equal(run(result, IDS), run(model, IDS))
+
+
+def test_tied_linear_is_quantised_but_not_smoothed() -> None:
+    model = make_model("llama")
+    first, second = (model.model.layers[i].mlp.down_proj for i in (0, 1))
+    second.weight = first.weight
+    before = run(model, IDS)
+    result = smoothed(model)
+    assert torch.equal(run(result, IDS), before)
+    for name in ("model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"):
+        assert layers(result)[name]["smoothing"] == "none"
+        assert "its weight is also" in layers(result)[name]["reason"]
+    quantize_model(result)
+    assert isinstance(result.model.layers[1].mlp.down_proj, W8A8Linear)
+
+
+# --- quantisation ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "bloom", "gpt_neox", "gpt2", "qwen3"])
+@pytest.mark.parametrize("scheme", ["per_token", "per_tensor", "static"])
+def test_every_linear_but_the_head_is_int8(family: str, scheme: str) -> None:
+    model = make_model(family)
+    expected = run(model, IDS)
+    config = SmoothQuantConfig(activation_scheme=scheme, alpha=0.5)
+    names = set(partition_linears(model)[0])
+    result = smooth_and_quantize(model, token_batches(), config, progress=False)
+    assert result is model
+    quantised = {n for n, m in model.named_modules() if isinstance(m, W8A8Linear)}
+    assert quantised == names == set(layers(model))
+    assert {layer["activation_scheme"] for layer in layers(model).values()} == {scheme}
+    assert [s["reason"] for s in model.smoothquant_info["skipped"]] == [
+        "output head: stays in float"
+    ]
+    # int8 rounds each operand by at most 1/254 of its range; a wrong scale or layout is off by far more than 20 %
+    error = (run(model, IDS) - expected).norm() / expected.norm()
+    assert 0 < error < 0.2
+
+
+@pytest.mark.parametrize("scheme", ["per_token", "per_tensor", "static"])
+def test_planted_outliers_break_naive_and_not_smoothed(scheme: str) -> None:
+    """The paper's situation: outlier channels that the weights undo (section 3.1)."""
+    model = make_model("opt")
+    norms = {}
+    for i in (0, 1):
+        prefix = f"model.decoder.layers.{i}."
+        norms[prefix + "self_attn_layer_norm"] = [f"{prefix}self_attn.{n}_proj" for n in "qkv"]
+        norms[prefix + "final_layer_norm"] = [prefix + "fc1"]
+    clean = run(model, IDS)
+    plant_outliers(model, norms)
+    torch.testing.assert_close(run(model, IDS), clean, rtol=1e-3, atol=1e-3)
+
+    def error(smooth: bool) -> float:
+        m = copy.deepcopy(model)
+        config = SmoothQuantConfig(activation_scheme=scheme, alpha=0.5)
+        if smooth:
+            smooth_lm(m, token_batches(), config=config, progress=False)
+        else:  # measures ranges, changes nothing
+            smooth_lm(m, token_batches(), config=config, progress=False)
+            info = m.smoothquant_info
+            m = copy.deepcopy(model)
+            ranges = collect_statistics(
+                m, partition_linears(m)[0], calibration_batches(token_batches()), progress=False
+            ).absmax
+            for layer in info["layers"]:
+                layer["x_absmax"] = float(ranges[layer["name"]].max())
+            m.smoothquant_info = info
+        quantize_model(m, config=config)
+        return float((run(m, IDS) - clean).norm() / clean.norm())
+
+    assert error(smooth=True) < 0.5 * error(smooth=False)
+
+
+def test_quantise_without_smoothing_is_naive_w8a8() -> None:
+    model = make_model("llama")
+    reference = copy.deepcopy(model)
+    quantize_model(model, w_bit=8, a_bit=8)
+    layer = model.get_submodule("model.layers.0.mlp.up_proj")
+    plain = W8A8Linear.from_linear(reference.get_submodule("model.layers.0.mlp.up_proj"))
+    assert torch.equal(layer.w_q, plain.w_q) and layer.inv_smooth is None
+    assert {layer["smoothing"] for layer in layers(model).values()} == {"none"}
+
+
+def test_calls_of_the_field() -> None:
+    """`smooth_lm(model, data, alpha=0.5)` and `quantize_model(model, w_bit=8, a_bit=8)`, both returning the model."""
+    model = make_model("llama")
+    assert smooth_lm(model, token_batches(), alpha=0.5) is model
+    assert model.smoothquant_info["config"]["alpha"] == 0.5
+    assert quantize_model(model, w_bit=8, a_bit=8) is model
+
+
+def test_static_scale_is_the_smoothed_maximum_over_127() -> None:
+    model = make_model("llama")
+    smooth_lm(model, token_batches(), progress=False)
+    expected = {n: layer["x_absmax"] / 127 for n, layer in layers(model).items()}
+    quantize_model(model, config=SmoothQuantConfig(activation_scheme="static"))
+    for name, scale in expected.items():
+        assert model.get_submodule(name).x_scale.item() == pytest.approx(scale, rel=1e-6)
+
+
+def test_skip_patterns_and_second_quantisation() -> None:
+    model = make_model("llama")
+    config = SmoothQuantConfig(skip=("*.down_proj", "*layers.0*q_proj"))
+    smooth_and_quantize(model, token_batches(), config, progress=False)
+    kept = {n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    assert kept == {
+        "model.layers.0.mlp.down_proj",
+        "model.layers.1.mlp.down_proj",
+        "model.layers.0.self_attn.q_proj",
+        "lm_head",
+    }
+    with pytest.raises(SmoothQuantError, match="quantised already"):
+        quantize_model(model)
+
+
+@pytest.mark.parametrize("call", ["smooth", "quantize"])
+def test_nan_weight_is_named_and_nothing_is_changed(call: str) -> None:
+    model = make_model("llama")
+    model.model.layers[1].mlp.up_proj.weight.data[3, 4] = float("nan")
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(SmoothQuantError, match=r"weight of layer model\.layers\.1\.mlp\.up_proj"):
+        if call == "smooth":
+            smooth_lm(model, token_batches(), progress=False)
+        else:
+            quantize_model(model)
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[k].nan_to_num(), v.nan_to_num()) for k, v in before.items())
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m: smooth_lm(m, token_batches(), alpha=1.5), r"alpha must be a number in \[0, 1\]"),
+        (lambda m: smooth_lm(m, []), "calibration data is empty"),
+        (lambda m: quantize_model(m, w_bit=4), "w_bit must be 8"),
+        (lambda m: quantize_model(m, a_bit=16), "a_bit must be 8"),
+        (
+            lambda m: quantize_model(m, config=SmoothQuantConfig(activation_scheme="static")),
+            "run smooth_lm on calibration data first",
+        ),
+        (lambda m: smooth_lm(nn.Sequential(nn.ReLU()), token_batches()), "no linear layer"),
+        (lambda m: quantize_model(m, config=SmoothQuantConfig(skip=("*",))), "were skipped"),
+    ],
+)
+def test_wrong_requests_are_refused(call: Any, message: str) -> None:
+    model = make_model("llama")
+    with pytest.raises(SmoothQuantError, match=message):
+        call(model)
+    assert torch.equal(run(model, IDS), run(make_model("llama"), IDS))
