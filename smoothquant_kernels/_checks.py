@@ -100,7 +100,9 @@ def activation_kind(op: str, x: Tensor, kind: str, gate: Tensor | None) -> int:
         same_as_x(op, "gate", gate, x)
         return int(x.shape[-1])
     if gate is not None:
-        raise ValueError(f"{op}: kind {kind!r} reads gate and up from one x [..., 2K]; drop `gate`.")
+        raise ValueError(
+            f"{op}: kind {kind!r} reads gate and up from one x [..., 2K]; drop `gate`."
+        )
     if x.shape[-1] % 2:
         raise ValueError(f"{op}: kind {kind!r} needs x [..., 2K], got an odd size: {_shape(x)}.")
     return int(x.shape[-1]) // 2

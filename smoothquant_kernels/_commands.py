@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
-from smoothquant_kernels._console import Document, megabytes, note, quiet_stderr, show_progress
+from smoothquant_kernels._console import Document, note, quiet_stderr, readable_size, show_progress
 from smoothquant_kernels._inspect import (
     describe_config,
     describe_verification,
@@ -123,9 +123,9 @@ def render_quantize(document: Document) -> Group:
         facts.add_row("verified", describe_verification(check))
     facts.add_row(
         "size",
-        f"model {megabytes(size['model_before'])} -> {megabytes(size['model_after'])}, "
-        f"its quantised linears {megabytes(size['linears_before'])} -> "
-        f"{megabytes(size['linears_after'])}",
+        f"model {readable_size(size['model_before'])} -> {readable_size(size['model_after'])}, "
+        f"its quantised linears {readable_size(size['linears_before'])} -> "
+        f"{readable_size(size['linears_after'])}",
     )
     facts.add_row("seconds", f"{document['seconds']:.1f}")
     saved = Text(f"saved {document['output']}", style="bold")
@@ -253,8 +253,12 @@ def complete(
         )
     seconds = time.perf_counter() - begin
     new = output[0, ids.shape[1] :]
+    # Many tokenizers drop the space before the first token that they decode, so decode the whole.
+    whole = tokenizer.decode(output[0], skip_special_tokens=True)
+    start = tokenizer.decode(ids[0], skip_special_tokens=True)
+    text = whole[len(start) :] if whole.startswith(start) else tokenizer.decode(new)
     return {
-        "text": tokenizer.decode(new, skip_special_tokens=True),
+        "text": text.strip() if chat else text,
         "new_tokens": len(new),
         "seconds": seconds,
     }

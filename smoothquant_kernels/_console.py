@@ -31,7 +31,7 @@ def serve(
     as_json: bool,
     verbose: bool = False,
 ) -> None:
-    """Runs a command and prints its document: as JSON, or as `render` (text, or what rich can print) has it.
+    """Runs a command and prints its document: as JSON, or as `render` has it (text, a renderable).
 
     Raises:
         typer.Exit: 2 after a SmoothQuantError, whose sentence is printed; 130 after Ctrl-C.
@@ -123,9 +123,12 @@ def quiet_stderr() -> Iterator[None]:
         yield
 
 
-def megabytes(size: float) -> str:
-    """A size for people, in 10^6 bytes."""
-    return f"{size / 1e6:,.1f} MB" if size < 1e9 else f"{size / 1e9:,.2f} GB"
+def readable_size(size: float) -> str:
+    """A size for people."""
+    for unit, bytes_ in (("GB", 1e9), ("MB", 1e6)):
+        if size >= bytes_:
+            return f"{size / bytes_:,.1f} {unit}"
+    return f"{size / 1e3:,.1f} kB"
 
 
 def general_name(text: str) -> str:

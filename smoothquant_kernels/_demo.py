@@ -20,7 +20,7 @@ from rich.text import Text
 from torch import Tensor, nn
 
 from smoothquant_kernels._commands import complete
-from smoothquant_kernels._console import Document, json_text, megabytes, note, quiet_stderr
+from smoothquant_kernels._console import Document, json_text, note, quiet_stderr, readable_size
 from smoothquant_kernels._inspect import summarise_layers
 from smoothquant_kernels._pipeline import (
     calibration_windows,
@@ -57,7 +57,7 @@ class Size:
 
 
 # Two slow cores manage about 300 tokens a second in float32, and each row of the table reads all.
-FULL, QUICK = Size(4096, 3072, 40), Size(1024, 512, 24)
+FULL, QUICK = Size(4096, 3072, 40), Size(1024, 512, 20)
 
 
 # --- the run --------------------------------------------------------------------------------------
@@ -103,14 +103,18 @@ def run_demo(output: Path, *, quick: bool, calibration: str, text: str) -> Docum
     for scheme in ACTIVATION_SCHEMES:
         measure("naive W8A8", scheme, _naive(model, statistics, scheme))
     plots: list[LayerMaxima] = []
+    plotted_alpha = math.nan
     with _folder(output) as folder:
         saved: Document = {}
+        smoothed, alpha = model, math.nan
         for scheme in ACTIVATION_SCHEMES:
-            candidate = copy.deepcopy(model)
-            smooth_lm(candidate, statistics, config=config.replace(activation_scheme=scheme))
+            chosen = config.replace(activation_scheme=scheme)
+            if chosen.effective_alpha != alpha:  # schemes of the same alpha share the smoothing
+                smoothed, alpha = copy.deepcopy(model), chosen.effective_alpha
+                smooth_lm(smoothed, statistics, config=chosen)
             if scheme == _PLOTTED_SCHEME:
-                plots = _maxima(model, candidate, statistics)
-            quantize_model(candidate)
+                plots, plotted_alpha = _maxima(model, smoothed, statistics), alpha
+            candidate = quantize_model(copy.deepcopy(smoothed), config=chosen)
             measure("SmoothQuant W8A8", scheme, candidate)
             if scheme == _SAVED_SCHEME:
                 saved = _save_and_reload(candidate, tokenizer, folder, windows[0], size)
@@ -118,10 +122,9 @@ def run_demo(output: Path, *, quick: bool, calibration: str, text: str) -> Docum
         original = complete(model, tokenizer, PROMPT, max_new_tokens=size.new_tokens, chat=True)
         plotted = has_matplotlib()
         if plotted:
-            alpha = config.replace(activation_scheme=_PLOTTED_SCHEME).effective_alpha
             title = (
                 f"{source.stem}: largest activation per channel on {statistics.tokens:,} tokens, "
-                f"alpha = {alpha}"
+                f"alpha = {plotted_alpha}"
             )
             plot_maxima(plots, folder / PLOT, title=title)
         else:
@@ -324,7 +327,7 @@ def render_demo(document: Document) -> Group:
     same = "bit-identical" if checkpoint["reloaded_logits_bit_identical"] else "DIFFERENT"
     facts.add_row(
         "checkpoint",
-        f"{files['checkpoint']} ({checkpoint['scheme']}, {megabytes(checkpoint['bytes'])}); "
+        f"{files['checkpoint']} ({checkpoint['scheme']}, {readable_size(checkpoint['bytes'])}); "
         f"reloaded, its logits are {same}",
     )
     facts.add_row("figure", files["plot"] or "none: matplotlib is not installed")

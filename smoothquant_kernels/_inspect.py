@@ -14,7 +14,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from smoothquant_kernels._console import Document, general_name, megabytes
+from smoothquant_kernels._console import Document, general_name, readable_size
 from smoothquant_kernels._manifest import MANIFEST, Manifest, check_files, read_manifest
 from smoothquant_kernels.config import DEFAULT_ALPHA
 from smoothquant_kernels.errors import SmoothQuantError
@@ -205,9 +205,9 @@ def render_inspect(document: Document) -> Group:
         facts.add_row("verified", describe_verification(document["verification"]))
     facts.add_row(
         "size",
-        f"{megabytes(size['quantised_layers'])} in the int8 layers, "
-        f"{megabytes(size['float_tensors'])} in float tensors",
+        f"{readable_size(size['quantised_layers'])} in the int8 layers, "
+        f"{readable_size(size['float_tensors'])} in float tensors",
     )
-    files = ", ".join(f"{name} {megabytes(bytes_)}" for name, bytes_ in size["files"].items())
+    files = ", ".join(f"{name} {readable_size(bytes_)}" for name, bytes_ in size["files"].items())
     facts.add_row("files", files)
     return Group(render_layers(document), facts)

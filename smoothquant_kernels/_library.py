@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 NAMESPACE = "smoothquant_kernels"
 
@@ -35,3 +36,20 @@ def define_op(
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
     overload: torch._ops.OpOverload = getattr(getattr(torch.ops, NAMESPACE), name).default
     return overload
+
+
+def eager_cpu(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether the CPU kernel can be called without the dispatcher, which costs a Python op some microseconds.
+
+    Not where somebody looks at the ops as they go by: dynamo, which says so; other tracers, whose tensors are of a
+    subclass or which sit in the stack of dispatch modes; autograd.
+    """
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return False
+    if torch._C._len_torch_dispatch_stack() or not x.is_cpu:
+        return False
+    if type(x) is not Tensor and type(x) is not torch.nn.Parameter:
+        return False
+    if not torch.is_grad_enabled():
+        return True
+    return not any(t is not None and t.requires_grad for t in (x, *others))

@@ -82,18 +82,19 @@ def quantize(
     alpha: Annotated[
         float | None,
         typer.Option(
-            help="Migration strength in [0, 1].  [default: the scheme's best measured one]"
+            help="Migration strength in [0, 1].", show_default="the scheme's best measured one"
         ),
     ] = None,
     scheme: Annotated[
         str | None,
         typer.Option(
-            help="Activation scales: per_token, per_tensor or static.  [default: per_token]",
+            help="Activation scales: per_token, per_tensor or static.",
+            show_default="per_token",
         ),
     ] = None,
     weight_granularity: Annotated[
         str | None,
-        typer.Option(help="Weight scales: channel or tensor.  [default: channel]"),
+        typer.Option(help="Weight scales: channel or tensor.", show_default="channel"),
     ] = None,
     skip: Annotated[
         list[str] | None,
@@ -110,7 +111,7 @@ def quantize(
     ] = "topics:calibration",
     calibration_tokens: Annotated[
         int | None,
-        typer.Option(help="Tokens of it to use.  [default: 16384]", metavar="N"),
+        typer.Option(help="Tokens of it to use.", show_default="16384", metavar="N"),
     ] = None,
     dtype: Dtype = "float32",
     device: Device = "auto",

@@ -28,6 +28,7 @@ from smoothquant_kernels.errors import SmoothQuantError
 
 MODES = ("vnni", "split", "float")
 _EXACT_FLOAT = 2**24  # every integer up to here is a float32 number
+_VNNI_MAX_K = (2**31 - 1) // (255 * 128)  # x + 128 reaches 255: a longer uint8 sum could pass 2**31
 _CHUNK_BYTES = 1 << 20  # rows quantised at a time: the passes over one chunk stay in the L2 cache
 
 
@@ -86,7 +87,7 @@ def _is_exact(mode: str) -> bool:
                 y = (parts[:m] - parts[m:]) * w_scale
             if not torch.equal(y, (x.double() @ w.double().T).float() * w_scale):
                 return False
-    except (RuntimeError, AttributeError, NotImplementedError):  # an op or a type that this build lacks
+    except (RuntimeError, AttributeError):  # an op or a type that this build lacks
         return False
     return True
 
@@ -161,6 +162,8 @@ def _packed_weight(w_q: Tensor) -> _Packed:
     A write is noticed by the tensor's version; one through `.data` or a NumPy view has none and is not.
     """
     mode = gemm_mode()
+    if mode == "vnni" and w_q.shape[1] > _VNNI_MAX_K:
+        mode = "split"
     if w_q.is_inference():  # no version counter, so a later write could not be noticed
         return _pack(w_q, mode, -1)
     cached = _PACKED.get(w_q)

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from smoothquant_kernels.groups import Group
-from smoothquant_kernels.linear import weight_of
+from smoothquant_kernels.linear import KeepsBufferTypes, weight_of
 from smoothquant_kernels.modules import replace_module
 
 
-class SmoothedLinear(nn.Linear):
+class SmoothedLinear(KeepsBufferTypes, nn.Linear):
     """A float linear whose input is divided by smoothing factors: `F.linear(x * inv_smooth, weight * s, bias)`."""
 
     inv_smooth: Tensor

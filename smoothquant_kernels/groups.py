@@ -1,21 +1,22 @@
 """Which linears read the same tensor, and which producer could absorb their smoothing factors: found, not listed.
 
-Smoothing divides a linear's input by s. Where another module produces that input channel by channel (a norm's weight; the
-rows of `v_proj` behind attention, of `up_proj` behind the gate, of `fc1` behind a ReLU), 1 / s can be folded into it. Whether
-it can is not looked up by architecture but tried on the model itself:
+Smoothing divides a linear's input by s. Where another module produces that input channel by channel (a norm's weight;
+the rows of `v_proj` behind attention, of `up_proj` behind the gate, of `fc1` behind a ReLU), 1 / s can be folded into
+it. Whether it can is not looked up by architecture but tried on the model itself:
 
-1. *trace*: one forward pass; linears that are given the very same tensor form a group, and a norm whose output that tensor is
-   becomes the candidate;
-2. *probe*: for a group without one, earlier linears of K output features are candidates. Their output is multiplied by random
-   powers of two, channel by channel. If the group's input is multiplied by just these, the producer is found;
-3. *prove*: all producers' outputs are multiplied and all groups' inputs divided again. Powers of two are exact in floating
-   point, so the model's output keeps every bit (but for products so small that they are subnormal), unless something else
-   reads a producer too (a residual branch, a hidden consumer). Such groups are found by bisection and keep the run-time
-   division, which needs no producer.
+1. *trace*: one forward pass; linears that are given the very same tensor form a group, and a norm whose output that
+   tensor is becomes the candidate;
+2. *probe*: for a group without one, earlier linears of K output features are candidates. Their output is multiplied by
+   random powers of two, channel by channel. If the group's input is multiplied by just these, the producer is found;
+3. *prove*: all producers' outputs are multiplied and all groups' inputs divided again. Powers of two are exact in
+   floating point, so the model's output keeps every bit (but for products so small that they are subnormal), unless
+   something else reads a producer too (a residual branch, a hidden consumer). Such groups are found by bisection and
+   keep the run-time division, which needs no producer.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -206,17 +207,16 @@ def _probe(model: nn.Module, batch: Batch, trace: _Trace, groups: list[Group]) -
             continue
         with _Hooks(model) as hooks:
             for producer, i in trial.items():
-                _add_probe(
-                    hooks, producer, groups[i], trace, lambda i=i, p=producer: found.update({i: p})
-                )  # type: ignore[misc]
+                on_match = functools.partial(found.__setitem__, i, producer)
+                _add_probe(hooks, producer, groups[i], trace, on_match)
             run(model, batch)
     taken: set[str] = set()
     result = []
     for i, group in enumerate(groups):
-        producer = found.get(i)
-        if producer is not None and producer not in taken:
-            taken.add(producer)
-            group = replace(group, producer=producer)
+        match = found.get(i)
+        if match is not None and match not in taken:
+            taken.add(match)
+            group = replace(group, producer=match)
         elif group.producer is None and not group.reason:
             group = group.without_producer("no producer scales its channels one by one")
         result.append(group)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from smoothquant_kernels import ops, reference
 from smoothquant_kernels.errors import SmoothQuantError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 ACTIVATION_SCHEMES = ("per_token", "per_tensor", "static")
 WEIGHT_GRANULARITIES = ("channel", "tensor")
@@ -27,7 +30,21 @@ class QuantizedActivation(NamedTuple):
     dtype: torch.dtype
 
 
-class W8A8Linear(nn.Module):
+class KeepsBufferTypes(nn.Module):
+    """A module whose buffers keep their type under `.half()`, `.to(dtype)` and the like; parameters follow."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Moves the buffers like any module, but never rounds the float32 ones to another type."""
+        before = {name: b for name, b in self._buffers.items() if b is not None}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, old in before.items():
+            new = self._buffers[name]
+            if new is not None and new.dtype != old.dtype:
+                self._buffers[name] = old.to(new.device)
+        return self
+
+
+class W8A8Linear(KeepsBufferTypes):
     """Linear layer on int8: `y = gemm_s8(quantize(x / s), w_q) + bias`, returned in x's type.
 
     Args:
@@ -113,7 +130,7 @@ class W8A8Linear(nn.Module):
             linear: an `nn.Linear` (a smoothed one keeps its run-time division), or GPT-2's `Conv1D` (weight [K, N]);
                 left unchanged.
             activation_scheme, weight_granularity: as in the constructor.
-            smooth: [K] float32 smoothing factors s, positive, for a plain layer: the weight is multiplied by s here, the input divided by
+            smooth: [K] float32 smoothing factors s, positive: the weight is multiplied by s here, the input divided by
                 s at run time. None where smoothing is folded into the weights already, or not wanted.
             x_scale: the static scale of the (smoothed) input, > 0; exactly when the scheme is ``"static"``.
 
@@ -192,16 +209,6 @@ class W8A8Linear(nn.Module):
             self.w_scale[:, None] if self.w_scale.shape[0] > 1 else self.w_scale
         )
         return w if self.inv_smooth is None else w * self.inv_smooth
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> W8A8Linear:
-        """Moves the buffers like any module, but never rounds the float32 ones to another type."""
-        before = {name: b for name, b in self._buffers.items() if b is not None}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, old in before.items():
-            new = self._buffers[name]
-            if new is not None and new.dtype != old.dtype:
-                self._buffers[name] = old.to(new.device)
-        return self
 
     def extra_repr(self) -> str:
         text = (

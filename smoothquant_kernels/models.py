@@ -251,7 +251,6 @@ def _plain(model: PreTrainedModel, name: str) -> PreTrainedModel:
     config = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    config.name_or_path = name
     loaded: Any = type(model).from_pretrained(
         None,
         config=config,
@@ -264,6 +263,7 @@ def _plain(model: PreTrainedModel, name: str) -> PreTrainedModel:
         raise SmoothQuantError(
             f"{name}.gguf does not hold the weights of a {type(model).__name__}."
         )
+    plain.name_or_path = plain.config.name_or_path = name
     if model.generation_config is not None:
         plain.generation_config = copy.deepcopy(model.generation_config)
     return cast("PreTrainedModel", plain)

@@ -66,9 +66,12 @@ def partition_linears(
 
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Puts `new` where the module `name` is."""
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, new)
+    """Puts `new` where the module `name` is, and under every other name that the same module has."""
+    old = model.get_submodule(name)
+    names = [n for n, module in model.named_modules(remove_duplicate=False) if module is old]
+    for alias in names:
+        parent, _, child = alias.rpartition(".")
+        setattr(model.get_submodule(parent), child, new)
 
 
 def shared_parameters(model: nn.Module) -> dict[str, list[str]]:

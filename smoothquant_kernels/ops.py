@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from smoothquant_kernels import _checks, cpu
-from smoothquant_kernels._library import define_op
+from smoothquant_kernels._library import define_op, eager_cpu
 
 # --- fake kernels: the same checks, the same shapes, no data ----------------------------------------------------------
 
@@ -146,23 +146,6 @@ _gemm_s8_requant = define_op(
 )
 
 
-def _eager_cpu(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether the CPU kernel can be called without the dispatcher, which costs a Python op some microseconds.
-
-    Not where somebody looks at the ops as they go by: dynamo, which says so; other tracers, whose tensors are of a
-    subclass or which sit in the stack of dispatch modes; autograd.
-    """
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
-        return False
-    if torch._C._len_torch_dispatch_stack() or not x.is_cpu:
-        return False
-    if type(x) is not Tensor and type(x) is not torch.nn.Parameter:
-        return False
-    if not torch.is_grad_enabled():
-        return True
-    return not any(t is not None and t.requires_grad for t in (x, *others))
-
-
 # --- the public functions ---------------------------------------------------------------------------------------------
 
 
@@ -197,7 +180,7 @@ def quantize(
 
     Source: SmoothQuant (Xiao et al., 2022), section 3.2, eq. 3; schemes O1, O2, O3 of table 2.
     """
-    op = cpu.quantize if _eager_cpu(x, inv_smooth, scale) else _quantize
+    op = cpu.quantize if eager_cpu(x, inv_smooth, scale) else _quantize
     result: tuple[Tensor, Tensor] = op(
         x, inv_smooth=inv_smooth, scale=scale, granularity=granularity
     )
@@ -365,10 +348,8 @@ def gemm_s8(
 
     Source: SmoothQuant (Xiao et al., 2022), section 4 and eq. 2; the paper's O1 scheme.
     """
-    op = cpu.gemm_s8 if _eager_cpu(x_q, x_scale, w_scale, bias, residual) else _gemm_s8
-    y: Tensor = op(
-        x_q, w_q, x_scale, w_scale, bias=bias, residual=residual, out_dtype=out_dtype
-    )
+    op = cpu.gemm_s8 if eager_cpu(x_q, x_scale, w_scale, bias, residual) else _gemm_s8
+    y: Tensor = op(x_q, w_q, x_scale, w_scale, bias=bias, residual=residual, out_dtype=out_dtype)
     return y
 
 
@@ -401,6 +382,7 @@ def gemm_s8_requant(
 
     Source: SmoothQuant (Xiao et al., 2022), section 4; the paper's O3 scheme.
     """
-    op: Any = cpu.gemm_s8_requant if _eager_cpu(x_q, x_scale, w_scale, out_scale, bias) else _gemm_s8_requant
+    short = eager_cpu(x_q, x_scale, w_scale, out_scale, bias)
+    op: Any = cpu.gemm_s8_requant if short else _gemm_s8_requant
     y: Tensor = op(x_q, w_q, x_scale, w_scale, out_scale, bias=bias, relu=relu)
     return y

@@ -14,6 +14,8 @@ from torch import Tensor
 from smoothquant_kernels.errors import SmoothQuantError
 
 _BEFORE, _AFTER = "#c8553d", "#2a6f97"  # far apart in hue and in lightness
+_FLOOR = 1e-12  # where the bars begin: a logarithmic axis has no zero
+_OUTLIER = 3.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,19 +74,22 @@ def plot_maxima(layers: Sequence[LayerMaxima], path: Path, *, title: str) -> Non
             row[0].set_ylim(low, float(values.max()) * 6)
     for axes, what in zip(grid[0], ("before smoothing", "after smoothing"), strict=True):
         axes.annotate(
-            what, (0.5, 1.14), xycoords="axes fraction", ha="center", fontsize=12,
+            what, (0.5, 1.2), xycoords="axes fraction", ha="center", fontsize=12,
         )  # fmt: skip
     for axes in grid[-1]:
         axes.set_xlabel("input channel")
+    figure.align_ylabels(grid[:, 0])
     figure.savefig(path)
 
 
 def _draw(axes: Any, absmax: Tensor, colour: str) -> None:
     values = absmax.cpu().float()
     axes.set_yscale("log")
-    channels = range(len(values))
-    axes.fill_between(channels, values.clamp_min(1e-12).numpy(), 1e-12, step="mid",
-                      color=colour, linewidth=0.0)  # fmt: skip
+    channels = torch.arange(len(values))
+    axes.fill_between(channels, _FLOOR, values.clamp_min(_FLOOR), step="mid", color=colour, lw=0)
+    # A single channel among thousands is thinner than a pixel, and it is what this is about.
+    high = values > _OUTLIER * values.median()
+    axes.vlines(channels[high], _FLOOR, values[high], color=colour, lw=1.4)
     median = float(values.median())
     axes.axhline(median, color="black", linewidth=0.9, linestyle=(0, (4, 3)))
     axes.set_xlim(-0.01 * len(values), 1.01 * len(values))

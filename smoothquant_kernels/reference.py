@@ -113,7 +113,7 @@ def gemm_s8(
 ) -> Tensor:
     """INT8 GEMM with fused dequantisation: `fma(acc * w_scale, x_scale, bias) + residual`, rounded once."""
     acc = x_q.reshape(-1, x_q.shape[-1]).double() @ w_q.double().T  # exact
-    y = acc.to(torch.int32).float() * w_scale.float()  # int32 has no -0, and neither has float32 of it
+    y = acc.to(torch.int32).float() * w_scale.float()  # by way of int32, which has no -0
     x_column = x_scale.float()[:, None]
     y = y * x_column if bias is None else fma(y, x_column, bias.float())
     if residual is not None:

@@ -1,4 +1,4 @@
-"""Smoothing a float model: factors from calibration, folded where that is proved exact, divided at run time elsewhere."""
+"""Smoothing a float model: factors from calibration, folded where that is proved exact, else divided at run time."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ def _apply(
             statistics.absmax[name] = statistics.absmax[name] / smoothing.smooth
 
     foldable = [g for g in groups if g.producer is not None]
-    # Linear producers first: folding into the rows of v_proj or up_proj changes the weight that their own group looks at.
+    # Linear producers first: a fold into the rows of v_proj or up_proj changes the weight that their own group reads.
     foldable.sort(key=lambda g: has_norm_producer(model, g))
     for start in range(0, len(foldable), _FOLDS_AT_ONCE):
         part = foldable[start : start + _FOLDS_AT_ONCE]

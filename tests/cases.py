@@ -6,10 +6,12 @@ Nothing here depends on where the kernel runs: the CPU path, a simulator and a G
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from smoothquant_kernels import W8A8Linear
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -180,3 +182,17 @@ def gemm_operands(
         torch.randn(n, generator=g).to(dtype),
         torch.randn(m, n, generator=g).to(dtype),
     )
+
+
+# --- layers -----------------------------------------------------------------------------------------
+
+
+def float_linear(k: int, n: int, bias: bool = True, seed: int = 0) -> nn.Linear:
+    torch.manual_seed(seed)
+    return nn.Linear(k, n, bias)
+
+
+def quantized(linear: nn.Module, scheme: str = "per_token", **options: Any) -> W8A8Linear:
+    if scheme == "static":
+        options.setdefault("x_scale", 0.02)
+    return W8A8Linear.from_linear(linear, activation_scheme=scheme, **options)

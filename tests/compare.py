@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -50,6 +50,16 @@ def assert_all_bitwise_equal(actual: object, expected: object, what: str = "") -
     assert len(actual) == len(expected), f"{what}: {len(actual)} results, not {len(expected)}"
     for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
         assert_bitwise_equal(a, e, f"{what}[{i}]")
+
+
+def assert_same_buffers(found: nn.Module, expected: nn.Module) -> None:
+    """The same buffers, None where None, with the same bits."""
+    assert found._buffers.keys() == expected._buffers.keys()
+    for name, buffer in expected._buffers.items():
+        other = found._buffers[name]
+        assert (other is None) == (buffer is None), name
+        if buffer is not None and other is not None:
+            assert_bitwise_equal(other, buffer, name)
 
 
 def _libm_fmaf() -> Callable[[float, float, float], float]:

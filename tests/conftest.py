@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 
-# Before anything imports huggingface_hub, which reads them once. A test that needs the network is a bad test.
+# Before anything imports huggingface_hub, which reads them once. A test that needs the network is a
+# bad test.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
@@ -15,6 +16,13 @@ from typing import Any
 
 import pytest
 import torch
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Sends all tests of the real model to one worker of pytest-xdist, which loads it once."""
+    for item in items:
+        if "smollm2" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("smollm2"))
 
 
 @pytest.fixture(scope="session")
@@ -53,7 +61,7 @@ def tiny_llama() -> Callable[..., Any]:
         }
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = LlamaForCausalLM(LlamaConfig(**{**sizes, **config}))
+            model: Any = LlamaForCausalLM(LlamaConfig(**{**sizes, **config}))
         return model.to(dtype).eval()
 
     return make
@@ -74,6 +82,7 @@ def word_tokenizer() -> Callable[..., Any]:
             core.post_processor = processors.TemplateProcessing(
                 single=f"{bos} $A", special_tokens=[(bos, vocabulary[bos])]
             )
-        return PreTrainedTokenizerFast(tokenizer_object=core, bos_token=bos)
+        make_tokenizer: Any = PreTrainedTokenizerFast
+        return make_tokenizer(tokenizer_object=core, bos_token=bos)
 
     return make

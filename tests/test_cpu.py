@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 from compare import assert_all_bitwise_equal, assert_bitwise_equal
-from smoothquant_kernels import SmoothQuantError, cpu, ops, reference
 from torch import Tensor
+
+from smoothquant_kernels import SmoothQuantError, cpu, ops, reference
 
 
 @pytest.fixture(params=cpu.MODES)
@@ -72,6 +73,26 @@ def test_sums_that_float32_cannot_hold(mode: str) -> None:
         assert_bitwise_equal(found, reference.gemm_s8(*op[:4], bias, out_dtype=torch.float32))
 
 
+@pytest.mark.parametrize("extra", [0, 1])
+def test_the_longest_unsigned_sum(mode: str, extra: int) -> None:
+    """uint8 operands are at most 255: up to this K no sum can leave int32, above it "vnni" gives way."""
+    k = cpu._VNNI_MAX_K + extra
+    assert (255 * 128 * k < 2**31) == (extra == 0)
+    limit = largest_weight(mode)
+    x_q, w_q = (
+        torch.full((2, k), 127, dtype=torch.int8),
+        torch.full((2, k), -limit, dtype=torch.int8),
+    )
+    x_q[1] = -128
+    w_q[1] = min(limit, 127)
+    args = (x_q, w_q, torch.ones(2), torch.ones(2))
+    found = ops.gemm_s8(*args, out_dtype=torch.float32)
+    assert_bitwise_equal(found, reference.gemm_s8(*args, out_dtype=torch.float32))
+    packed = cpu._packed_weight(w_q)
+    assert packed.mode == ("split" if mode == "vnni" and extra else mode)
+    assert cpu._packed_weight(w_q) is packed
+
+
 def test_the_slices_of_k_keep_every_partial_sum_exact() -> None:
     for k in (1, 1023, 1025, 5000):
         w_q = cases.random_int8(3, k)
@@ -81,7 +102,9 @@ def test_the_slices_of_k_keep_every_partial_sum_exact() -> None:
         assert bounds[0][0] == 0 and bounds[-1][1] == k
         for start, stop in bounds:
             assert int(w_q[:, start:stop].long().abs().sum(1).max()) * 128 <= 2**24
-    assert len(cpu._chunk_bounds(torch.ones(2, 100_000, dtype=torch.int8))) == 1, "no more than needed"
+    assert len(cpu._chunk_bounds(torch.ones(2, 100_000, dtype=torch.int8))) == 1, (
+        "no more than needed"
+    )
 
 
 def test_zero_sums_are_plus_zero(mode: str) -> None:
@@ -132,7 +155,9 @@ def test_the_output_is_rounded_to_nearest_even_once() -> None:
     assert half[0, :5].tolist() == [torch.inf, -torch.inf, 65504.0, 2048.0, 2052.0]
     brain = ops.gemm_s8(*args, bias=bias.float(), out_dtype=torch.bfloat16)
     assert brain[0, 5].item() == 1.0 + 2**-7  # 1 + 0.75 * 2^-7
-    huge = ops.gemm_s8(x_q, w_q, torch.tensor([3e38]), torch.tensor([1.0]), out_dtype=torch.bfloat16)
+    huge = ops.gemm_s8(
+        x_q, w_q, torch.tensor([3e38]), torch.tensor([1.0]), out_dtype=torch.bfloat16
+    )
     assert huge[0, 0].item() == torch.inf
 
 
@@ -265,115 +290,6 @@ def test_inference_tensors(mode: str) -> None:
         assert_right(plain, plain.w_q)
         plain.w_q.neg_()
         assert_right(plain, plain.w_q)
-
-
-# --- quantisers -------------------------------------------------------------------------------------
-
-
-def check_quantize(x: Tensor, what: str = "") -> None:
-    for inv_smooth in (None, cases.inverse_smooth(x.shape[-1])):
-        for scheme in cases.SCHEMES:
-            options: dict[str, Any] = cases.quantize_options(scheme)
-            found = ops.quantize(x, inv_smooth=inv_smooth, **options)
-            expected = reference.quantize(x, inv_smooth, **options)
-            assert_all_bitwise_equal(found, expected, f"{what} {scheme}")
-            assert found[0].is_contiguous()
-
-
-@pytest.mark.parametrize("dtype", cases.FLOATS, ids=str)
-@pytest.mark.parametrize("shape", cases.QUANTIZE_SHAPES, ids=str)
-def test_quantize(shape: tuple[int, int], dtype: torch.dtype) -> None:
-    check_quantize(cases.activations(*shape, dtype))
-
-
-@pytest.mark.parametrize("dtype", cases.FLOATS, ids=str)
-@pytest.mark.parametrize("k", [1, 2, 31, 64, 127])
-def test_quantize_edge_rows(k: int, dtype: torch.dtype) -> None:
-    good = cases.rows(cases.FINITE_ROWS, k, dtype)
-    bad = cases.rows(cases.BROKEN_ROWS, k, dtype)
-    check_quantize(good, "finite")
-    check_quantize(torch.cat([good, bad, good]), "all")
-    for name, row in zip(cases.FINITE_ROWS, good, strict=True):
-        check_quantize(row[None], name)
-    for name, row in zip(cases.BROKEN_ROWS, bad, strict=True):
-        check_quantize(torch.stack([good[2], row]), name)
-
-
-def test_random_bits_quantise_alike() -> None:
-    g = cases.generator(0)
-    bits = torch.randint(-(2**31), 2**31, (400, 40), generator=g).to(torch.int32)
-    x = bits.view(torch.float32)
-    check_quantize(x)
-    check_quantize(torch.where(x.isfinite(), x, 1.0))
-
-
-@pytest.mark.parametrize("rows_at_a_time", [0, 1, 3, 4])
-@pytest.mark.parametrize("m", [1, 3, 4, 5, 8, 9])
-def test_rows_are_the_same_in_any_chunks(
-    m: int, rows_at_a_time: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    k = 10
-    monkeypatch.setattr(cpu, "_CHUNK_BYTES", 4 * k * rows_at_a_time)
-    check_quantize(cases.activations(m, k))
-    broken = cases.activations(m, k, torch.float16)
-    broken[m // 2, 3] = torch.nan
-    check_quantize(broken)
-
-
-def test_any_layout_of_x() -> None:
-    base = cases.activations(24, 40)
-    odd = torch.zeros(24 * 40 + 1)
-    odd[1:] = base.reshape(-1)
-    layouts = {
-        "transposed": base.t(),
-        "strided": base[::2, 1::3],
-        "narrowed": base[:, 3:20],
-        "unaligned": odd[1:].view(24, 40),
-        "expanded": base[:1].expand(7, 40),
-        "expanded columns": base[:, :1].expand(24, 9),
-        "permuted": base.view(2, 12, 40).permute(1, 2, 0),
-        "deep": base.view(2, 3, 4, 40),
-        "vector": base[0],
-        "empty": base.view(2, 12, 40)[:, :0],
-    }
-    for dtype in cases.FLOATS:
-        for name, x in layouts.items():
-            check_quantize(x if dtype == torch.float32 else x.to(dtype), name)
-
-
-@pytest.mark.parametrize("dtype", cases.FLOATS, ids=str)
-@pytest.mark.parametrize("scheme", cases.SCHEMES)
-def test_fused_producers(dtype: torch.dtype, scheme: str) -> None:
-    x, other = (cases.activations(6, 34, dtype, seed) for seed in (0, 1))
-    weight, bias = cases.inverse_smooth(34).to(dtype), cases.inverse_smooth(34, 3)
-    options: dict[str, Any] = cases.quantize_options(scheme)
-    inv_smooth = cases.inverse_smooth(34, 7)
-    for residual in (None, other):
-        total = reference.add_residual(x, residual)
-        for found, y in (
-            (
-                ops.rms_norm_quantize(
-                    x, weight, 1e-5, residual=residual, inv_smooth=inv_smooth, **options
-                ),
-                reference.rms_norm(total, weight, 1e-5),
-            ),
-            (
-                ops.layer_norm_quantize(
-                    x, weight, bias, 1e-5, residual=residual, inv_smooth=inv_smooth, **options
-                ),
-                reference.layer_norm(total, weight, bias, 1e-5),
-            ),
-        ):
-            quantized = reference.quantize(y, inv_smooth, **options)
-            expected = quantized if residual is None else (*quantized, total)
-            assert_all_bitwise_equal(found, expected)
-    for kind in (*reference.ACTIVATIONS, *reference.FUSED_KINDS):
-        fused = kind in reference.FUSED_KINDS
-        inverse = inv_smooth[:17] if fused else inv_smooth
-        for gate in (None,) if fused else (None, other):
-            act = ops.act_quantize(x, kind, gate=gate, inv_smooth=inverse, **options)
-            y = reference.activation(x, kind, gate)
-            assert_all_bitwise_equal(act, reference.quantize(y, inverse, **options), kind)
 
 
 # --- surroundings -----------------------------------------------------------------------------------

@@ -89,7 +89,7 @@ def test_the_type_of_the_weights_is_the_one_asked_for(folder: Path) -> None:
 
 
 def test_a_tokenizer_from_a_folder(folder: Path, word_tokenizer: Callable[..., Any]) -> None:
-    with pytest.raises(SmoothQuantError, match="holds neither tokenizer files nor a .gguf"):
+    with pytest.raises(SmoothQuantError, match=r"holds neither tokenizer files nor a \.gguf"):
         load_tokenizer(folder)
     word_tokenizer(["<s>", "x", "y"], bos="<s>").save_pretrained(folder)
     assert load_tokenizer(folder)("y x").input_ids == [0, 2, 1]
@@ -125,7 +125,10 @@ def change_config(folder: Path, **values: Any) -> None:
         (break_weights, "could not be loaded: "),
         (break_header, "could not be loaded: "),
         (lambda path: (path / "config.json").write_text("{"), "could not be loaded: "),
-        (lambda path: change_config(path, model_type="nonesuch"), "could not be loaded: .*nonesuch"),
+        (
+            lambda path: change_config(path, model_type="nonesuch"),
+            "could not be loaded: .*nonesuch",
+        ),
         (lambda path: change_config(path, model_type="vit"), "could not be loaded: .*ViTConfig"),
         (lambda path: change_config(path, hidden_size=64), "could not be loaded: "),
         (
@@ -239,7 +242,7 @@ def test_gguf_files_that_cannot_be_loaded(tmp_path: Path, tiny_llama: Callable[.
 
 
 def test_a_file_that_is_no_model(folder: Path) -> None:
-    with pytest.raises(SmoothQuantError, match="give the folder that holds config.json"):
+    with pytest.raises(SmoothQuantError, match=r"give the folder that holds config\.json"):
         load_model(folder / "model.safetensors")
 
 
@@ -265,7 +268,8 @@ def test_the_demo_model_is_plain_and_whole(smollm2: tuple[Any, Any], tmp_path: P
     assert {weight.dtype for weight in model.parameters()} == {torch.float32}
     assert sum(weight.numel() for weight in model.parameters()) == 134_515_008
     assert len(tokenizer) == model.config.vocab_size == 49_152
-    # A wrong permutation of q and k, a transposed weight or an untied head would end this sentence differently.
+    # A wrong permutation of q and k, a transposed weight or an untied head would end this sentence
+    # differently.
     ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
     with torch.no_grad():
         best = model(input_ids=ids).logits[0, -1].argmax()

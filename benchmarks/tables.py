@@ -1,0 +1,139 @@
+"""Writes the measured tables into README.md and docs/ from the files in benchmarks/results/.
+
+    python benchmarks/tables.py [--check]
+
+A table stands between `<!-- table: NAME ... -->` and `<!-- end table -->`. `--check` changes nothing and fails if a
+table is out of date.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES = ("README.md", "docs/accuracy.md", "docs/cpu.md")
+MARKED = re.compile(r"(<!-- table: (\w+)[^>]*-->\n).*?(<!-- end table -->)", re.DOTALL)
+
+
+def newest(pattern: str) -> dict[str, Any] | None:
+    """The results file of the newest folder (`<machine>_<date>/`) that has one."""
+    files = sorted(RESULTS.glob(f"*/{pattern}"), key=lambda f: f.parent.name.rsplit("_", 1)[-1])
+    return json.loads(files[-1].read_text()) if files else None
+
+
+def markdown(header: list[str], rows: list[list[str]], left: int = 1) -> str:
+    """A table whose first `left` columns are text and the others numbers."""
+    rule = ["---"] * left + ["---:"] * (len(header) - left)
+    return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *rows)) + "\n"
+
+
+def _change(row: dict[str, Any]) -> list[str]:
+    if "scheme" in row:
+        return [
+            f"{row['change_percent']:+.2f} ± {row['change_stderr']:.2f} %",
+            f"{row['mean_kl']:.4f}",
+            f"{100 * row['top1_agreement']:.1f} %",
+        ]
+    return ["", "", ""]
+
+
+def _accuracy_rows(rows: list[dict[str, Any]], key: str | None = None) -> str:
+    header = [
+        "model",
+        "scheme",
+        *([key] if key else []),
+        "perplexity",
+        "change",
+        "mean KL",
+        "same top-1",
+    ]
+    body = [
+        [
+            row["model"],
+            row.get("scheme", ""),
+            *([str(row[key])] if key else []),
+            f"{row['perplexity']:.3f}",
+            *_change(row),
+        ]
+        for row in rows
+    ]
+    return markdown(header, body, left=3 if key else 2)
+
+
+def _caption(facts: dict[str, Any]) -> str:
+    return (
+        f"{facts['model']}, {facts['evaluation_tokens']} tokens of Python's documentation topics that calibration "
+        f"({facts['calibration_tokens']} tokens of other topics) never saw; torch {facts['torch']}, CPU; "
+        "± is one standard error of the paired difference; `python benchmarks/bench_accuracy.py`.\n\n"
+    )
+
+
+def accuracy(part: str, key: str | None = None) -> str:
+    data = newest("accuracy.json")
+    if data is None or part not in data:
+        return "Not measured yet.\n"
+    return _caption(data["facts"]) + _accuracy_rows(data[part], key)
+
+
+def cpu_linear() -> str:
+    data = newest("linear_cpu.json")
+    if data is None:
+        return "Not measured yet.\n"
+    machine = data["machine"]
+    caption = (
+        f"{machine['cpu']}, {machine['capability']}, int8 mode `{machine['int8_mode']}`, {machine['threads']} thread, "
+        f"torch {machine['torch']}; medians of interleaved calls; `{machine['command']}`.\n\n"
+    )
+    rows = [
+        [
+            row["layer"],
+            f"{row['N']} x {row['K']}",
+            str(row["M"]),
+            f"{row['int8_us']:.0f}",
+            f"{row['gops']:.0f}",
+            f"{row['vs_float32']:.2f}x",
+            f"{row['vs_bfloat16']:.2f}x",
+        ]
+        for row in data["rows"]
+    ]
+    header = ["layer", "N x K", "M", "W8A8Linear us", "GOPS", "vs float32", "vs bfloat16"]
+    return caption + markdown(header, rows, left=2)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "accuracy": lambda: accuracy("schemes"),
+    "alpha": lambda: accuracy("alpha", "alpha"),
+    "rounding": lambda: accuracy("rounding", "smooth_rounding"),
+    "planted": lambda: accuracy("planted"),
+    "cpu_linear": cpu_linear,
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true")
+    check = parser.parse_args().check
+    stale = []
+    for page in PAGES:
+        path = ROOT / page
+        old = path.read_text()
+        new = MARKED.sub(lambda m: m[1] + TABLES[m[2]]() + m[3], old)
+        if new != old:
+            stale.append(page)
+            if not check:
+                path.write_text(new)
+    print(("out of date: " if check else "written: ") + (", ".join(stale) or "none"))
+    return int(check and bool(stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,96 @@
+"""Quantised tiny models, and what the tests of their checkpoints compare."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from models import GQA, token_batches
+from models import logits as run
+from torch import nn
+
+from smoothquant_kernels import SmoothQuantConfig, SmoothQuantError, smooth_and_quantize
+from smoothquant_kernels._manifest import MANIFEST, digest
+
+WEIGHTS = "smoothquant.safetensors"
+IDS = token_batches(1)[0]
+
+
+def llama(**changed: Any) -> nn.Module:
+    """Grouped queries: o_proj is divided at run time, the rest is folded."""
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**GQA, **changed})).eval()
+
+
+def quantized(make: Callable[[], nn.Module] = llama, scheme: str = "static", **options: Any) -> Any:
+    """A new model, smoothed and quantised."""
+    torch.manual_seed(0)
+    model = make()
+    half = next(model.parameters()).dtype != torch.float32
+    options = {"alpha": 0.75, "verify_tolerance": 0.1 if half else 1e-5, **options}
+    config = SmoothQuantConfig(activation_scheme=scheme, **options)
+    return smooth_and_quantize(model, [IDS], config, progress=False)
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    return run(model, IDS)
+
+
+def assert_same_bits(got: torch.Tensor, expected: torch.Tensor) -> None:
+    assert (got.dtype, got.shape) == (expected.dtype, expected.shape)
+    wrong = (got != expected).nonzero()
+    assert bool(expected.isfinite().all())
+    first = tuple(wrong[0].tolist()) if len(wrong) else ()
+    assert not len(wrong), f"{len(wrong)} differ, first at {first}: {got[first]}, {expected[first]}"
+
+
+def assert_same_state(got: nn.Module, expected: nn.Module) -> None:
+    """State, buffers outside it, and which names are one tensor."""
+    for group in (
+        lambda m: m.state_dict(),
+        lambda m: dict(m.named_buffers(remove_duplicate=False)),
+    ):
+        a, b = group(got), group(expected)
+        assert list(a) == list(b)
+        for name, value in b.items():
+            assert a[name].dtype == value.dtype, name
+            assert torch.equal(a[name], value), name
+            assert a[name].device.type == "cpu"
+    parameters = dict(got.named_parameters(remove_duplicate=False))
+    for name, p in expected.named_parameters(remove_duplicate=False):
+        others = [n for n, o in expected.named_parameters(remove_duplicate=False) if o is p]
+        assert all(parameters[o] is parameters[name] for o in others)
+
+
+def contents(folder: Path) -> dict[str, str]:
+    files = [f for f in folder.rglob("*") if f.is_file()]
+    return {str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+
+
+def manifest_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / MANIFEST).read_text())
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Changes the manifest and makes its digests right again, as one who wants to deceive would."""
+    values = manifest_of(folder)
+    for name in (WEIGHTS, "config.json"):
+        data = (folder / name).read_bytes()
+        values["files"][name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    change(values)
+    del values["digest"]
+    (folder / MANIFEST).write_text(json.dumps({**values, "digest": digest(values)}))
+
+
+def refusal(call: Callable[[], object]) -> str:
+    """The sentence: one line, one full stop at its end."""
+    with pytest.raises(SmoothQuantError) as caught:
+        call()
+    text = str(caught.value)
+    assert "\n" not in text and text.endswith("."), text
+    return text

@@ -1,0 +1,131 @@
+"""`SmoothQuantConfig`: what it refuses, and that it survives JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import given, settings
+
+from smoothquant_kernels import SmoothQuantConfig, SmoothQuantError
+from smoothquant_kernels.config import DEFAULT_ALPHA, FOLDINGS, ROUNDINGS
+from smoothquant_kernels.linear import ACTIVATION_SCHEMES, WEIGHT_GRANULARITIES
+
+configs = st.builds(
+    SmoothQuantConfig,
+    alpha=st.none() | st.floats(0, 1) | st.sampled_from([0, 1]),
+    smooth=st.booleans(),
+    activation_scheme=st.sampled_from(ACTIVATION_SCHEMES),
+    weight_granularity=st.sampled_from(WEIGHT_GRANULARITIES),
+    smooth_rounding=st.sampled_from(ROUNDINGS),
+    folding=st.sampled_from(FOLDINGS),
+    verify_tolerance=st.floats(0, 1, exclude_max=True),
+    skip=st.lists(st.text(max_size=8), max_size=3),
+    calibration_tokens=st.integers(1, 2**60),
+    calibration_window=st.integers(1, 2**20),
+)
+
+
+def test_the_strategy_covers_every_setting() -> None:
+    """A new setting belongs into `configs` and into REFUSED."""
+    fields = {f.name for f in dataclasses.fields(SmoothQuantConfig)}
+    assert fields == {name for name, _, _ in REFUSED}
+
+
+@settings(max_examples=100, deadline=None)
+@given(configs)
+def test_json_round_trip(config: SmoothQuantConfig) -> None:
+    text = config.to_json()
+    assert SmoothQuantConfig.from_json(text) == config
+    assert SmoothQuantConfig.from_json(text).to_json() == text
+    assert SmoothQuantConfig.from_dict(config.to_dict()) == config
+    assert hash(SmoothQuantConfig.from_json(text)) == hash(config)
+    assert json.loads(text).keys() == {f.name for f in dataclasses.fields(config)}
+
+
+REFUSED: list[tuple[str, Any, str]] = [
+    *[("alpha", v, "alpha must be a number in [0, 1]") for v in (-0.1, 1.1, math.nan, math.inf)],
+    *[("alpha", v, "alpha must be a number in [0, 1]") for v in ("0.5", True, [0.5])],
+    *[("smooth", v, "smooth must be true or false") for v in ("yes", None, 1)],
+    *[
+        ("activation_scheme", v, "must be one of per_token, per_tensor, static")
+        for v in ("token", "", None, 1, ["per_token"])
+    ],
+    *[("weight_granularity", v, "must be one of channel, tensor") for v in ("row", None)],
+    *[("smooth_rounding", v, f"must be one of {', '.join(ROUNDINGS)}") for v in ("nearest", None)],
+    *[("folding", v, f"must be one of {', '.join(FOLDINGS)}") for v in ("always", None, False)],
+    *[("w_bit", v, "w_bit must be 8 (int8 weights and") for v in (4, 16, "8", 8.0, True, None)],
+    *[("a_bit", v, "a_bit must be 8 (int8 weights and") for v in (4, 16, "8", 8.0, None)],
+    *[
+        ("verify_tolerance", v, "verify_tolerance must be a number in [0, 1)")
+        for v in (-1e-9, 1.0, math.nan, "small", None, False)
+    ],
+    *[
+        ("skip", v, "skip must be a list or tuple of module-name patterns")
+        for v in ("lm_head", None, 5, [5], ["a", None], {"a": 1})
+    ],
+    *[
+        (name, v, f"{name} must be a whole number >= 1")
+        for name in ("calibration_tokens", "calibration_window")
+        for v in (0, -1, 1.0, "8", None, True)
+    ],
+]
+
+
+@pytest.mark.parametrize(("name", "value", "sentence"), REFUSED)
+def test_refusals(name: str, value: Any, sentence: str) -> None:
+    expected = f"{re.escape(sentence)}.*; got {re.escape(repr(value))}"
+    with pytest.raises(SmoothQuantError, match=expected):
+        SmoothQuantConfig(**{name: value})
+    with pytest.raises(SmoothQuantError, match=expected):
+        SmoothQuantConfig.from_dict({name: value})
+    with pytest.raises(SmoothQuantError, match=expected):
+        SmoothQuantConfig().replace(**{name: value})
+    if not isinstance(value, dict):
+        with pytest.raises(SmoothQuantError, match=re.escape(sentence)):
+            SmoothQuantConfig.from_json(json.dumps({name: value}))
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("", "the configuration is not valid JSON"),
+        ("{alpha: 1}", "the configuration is not valid JSON"),
+        ("[]", "the configuration must be a JSON object, got list."),
+        ("null", "the configuration must be a JSON object, got NoneType."),
+        ('{"aplha": 1, "beta": 2}', "unknown setting aplha, beta; known are a_bit,"),
+    ],
+)
+def test_text_that_is_no_configuration(text: str, sentence: str) -> None:
+    with pytest.raises(SmoothQuantError, match=re.escape(sentence)):
+        SmoothQuantConfig.from_json(text)
+
+
+def test_frozen_hashable_and_replaceable() -> None:
+    config = SmoothQuantConfig(skip=["a", "b"])  # type: ignore[arg-type]
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.alpha = 0.1  # type: ignore[misc]
+    assert config.skip == ("a", "b")
+    changed = config.replace(alpha=0.25)
+    assert changed.alpha == 0.25 and changed.skip == ("a", "b") and config.alpha != 0.25
+    assert {config: 1}[SmoothQuantConfig(skip=("a", "b"))] == 1
+    assert changed != config
+    with pytest.raises(TypeError, match="beta"):
+        config.replace(beta=1)
+
+
+def test_missing_settings_take_their_defaults() -> None:
+    assert SmoothQuantConfig.from_json("{}") == SmoothQuantConfig()
+    assert SmoothQuantConfig.from_json('{"skip": ["x*"]}').skip == ("x*",)
+
+
+def test_alpha_depends_on_the_scheme_unless_it_is_given() -> None:
+    assert DEFAULT_ALPHA.keys() == set(ACTIVATION_SCHEMES)
+    for scheme, alpha in DEFAULT_ALPHA.items():
+        assert SmoothQuantConfig(activation_scheme=scheme).effective_alpha == alpha
+        assert SmoothQuantConfig(activation_scheme=scheme, alpha=0).effective_alpha == 0

@@ -1,0 +1,288 @@
+"""`W8A8Linear` as a module: made from float layers, moved, saved, compiled; and how far it is from them."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable
+from typing import Any
+
+import cases
+import compare
+import pytest
+import torch
+from compare import assert_bitwise_equal
+from torch import nn
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+from smoothquant_kernels import QuantizedActivation, SmoothQuantError, W8A8Linear, reference
+from smoothquant_kernels.fold import SmoothedLinear
+from smoothquant_kernels.linear import (
+    ACTIVATION_SCHEMES,
+    WEIGHT_GRANULARITIES,
+    is_float_linear,
+    weight_of,
+)
+
+U = 2.0**-24
+SIZES = ((1, 1), (5, 1), (1, 7), (31, 17), (64, 48))
+
+
+# --- the numbers ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("k_n", SIZES, ids=str)
+@pytest.mark.parametrize("scheme", ACTIVATION_SCHEMES)
+@pytest.mark.parametrize("granularity", WEIGHT_GRANULARITIES)
+def test_forward_is_the_reference(k_n: tuple[int, int], scheme: str, granularity: str) -> None:
+    k, n = k_n
+    for bias in (True, False):
+        for smooth in (None, cases.inverse_smooth(k)):
+            linear = cases.float_linear(k, n, bias)
+            layer = cases.quantized(linear, scheme, weight_granularity=granularity, smooth=smooth)
+            w = linear.weight.detach() * (1.0 if smooth is None else smooth)
+            w_q, w_scale = reference.quantize_weight(w, granularity)
+            assert w_scale.shape == (n if granularity == "channel" else 1,)
+            for dtype in cases.FLOATS:
+                x = cases.activations(6, k, dtype).view(2, 3, k)
+                x_q, x_scale = reference.quantize(
+                    x,
+                    None if smooth is None else 1 / smooth,
+                    torch.tensor([0.02]) if scheme == "static" else None,
+                    "tensor" if scheme == "per_tensor" else "token",
+                )
+                b = linear.bias if bias else None
+                expected = reference.gemm_s8(x_q, w_q, x_scale, w_scale, b, out_dtype=dtype)
+                assert_bitwise_equal(layer(x), expected.detach(), f"{dtype}")
+
+
+@pytest.mark.parametrize("k_n", [*SIZES, (300, 40)], ids=str)
+@pytest.mark.parametrize("scheme", ACTIVATION_SCHEMES)
+@pytest.mark.parametrize("granularity", WEIGHT_GRANULARITIES)
+@pytest.mark.parametrize("smoothed", [False, True])
+def test_the_error_is_within_its_bound(
+    k_n: tuple[int, int], scheme: str, granularity: str, smoothed: bool
+) -> None:
+    """Each operand is off by at most e = scale * (1/2 + 255 U), see test_reference.py. So, over the K terms,
+
+        |y - x.w - b| <= e_x sum|w'| + e_w (sum|x'| + K e_x)      x' = x / s, w' = w s
+
+    plus the roundings of 1/s, x * (1/s), w * s (3 U each term) and of the result: int32 to float32, * w_scale,
+    * x_scale + b (3 U of |acc| scales and |y|).
+    """
+    k, n = k_n
+    linear, x = cases.float_linear(k, n), cases.activations(9, k)
+    s = cases.inverse_smooth(k) if smoothed else torch.ones(k)
+    x_scale = float((x / s).abs().max() / 127 * (1 + 4 * U))
+    options: dict[str, Any] = {"x_scale": x_scale} if scheme == "static" else {}
+    layer = cases.quantized(
+        linear, scheme, weight_granularity=granularity, smooth=s if smoothed else None, **options
+    )
+    with torch.no_grad():
+        xs, ws = (x / s).double(), (linear.weight * s).double()
+        exact = F.linear(x.double(), linear.weight.double(), linear.bias.double())
+        step = 0.5 + 255 * U
+        e_x = layer.quantize_input(x).x_scale.double().expand(9)[:, None] * step
+        e_w = layer.w_scale.double().expand(n)[None] * step
+        sum_x, sum_w = xs.abs().sum(1)[:, None], ws.abs().sum(1)[None]
+        quantising = e_x * sum_w + e_w * (sum_x + k * e_x)
+        products = xs.abs() @ ws.abs().T
+        rounding = 3.1 * U * products + 3.1 * U * (exact.abs() + products + quantising)
+        error = (layer(x).double() - exact).abs()
+    assert bool((error <= quantising + rounding).all())
+    if k >= 300:  # the bound is one: the error is not much below it for nothing
+        assert float((error / quantising).max()) > 0.005
+
+
+def test_smoothing_helps_where_a_channel_is_an_outlier() -> None:
+    linear, x = cases.float_linear(64, 32), torch.randn(50, 64, generator=cases.generator(1))
+    x[:, 7] *= 200
+    smooth = reference.smoothing_factors(x.abs().amax(0), linear.weight.detach().abs().amax(0), 0.5)
+    exact = F.linear(x, linear.weight, linear.bias)
+    for scheme in ("per_token", "per_tensor"):
+        plain = (cases.quantized(linear, scheme)(x) - exact).abs().mean()
+        smoothed = (cases.quantized(linear, scheme, smooth=smooth)(x) - exact).abs().mean()
+        assert bool(smoothed < 0.3 * plain)
+
+
+@pytest.mark.parametrize("scheme", ACTIVATION_SCHEMES)
+def test_conv1d_is_the_transposed_linear(scheme: str) -> None:
+    conv = Conv1D(5, 12)
+    linear = cases.float_linear(12, 5)
+    with torch.no_grad():
+        linear.weight.copy_(conv.weight.t())
+        linear.bias.copy_(conv.bias)
+    smooth = cases.inverse_smooth(12)
+    layer = cases.quantized(conv, scheme, smooth=smooth)
+    compare.assert_same_buffers(layer, cases.quantized(linear, scheme, smooth=smooth))
+    assert layer.w_q.is_contiguous() and layer.in_features == 12 and layer.out_features == 5
+
+
+def test_a_smoothed_linear_keeps_its_division() -> None:
+    linear, smooth = cases.float_linear(12, 5), cases.inverse_smooth(12)
+    smoothed = SmoothedLinear.from_linear(linear, smooth)
+    compare.assert_same_buffers(cases.quantized(smoothed), cases.quantized(linear, smooth=smooth))
+    again = torch.full((12,), 4.0)
+    twice = cases.quantized(SmoothedLinear.from_linear(linear, smooth), smooth=again)
+    compare.assert_same_buffers(twice, cases.quantized(linear, smooth=smooth * again))
+
+
+def test_q_k_and_v_can_share_one_quantisation() -> None:
+    linears = [cases.float_linear(24, n, seed=n) for n in (24, 8, 8)]
+    smooth = cases.inverse_smooth(24)
+    x = cases.activations(10, 24, torch.float16).view(2, 5, 24)
+    for scheme in ACTIVATION_SCHEMES:
+        layers = [cases.quantized(linear, scheme, smooth=smooth) for linear in linears]
+        shared = layers[0].quantize_input(x)
+        assert isinstance(shared, QuantizedActivation) and shared.x_q.shape == x.shape
+        for layer in layers:
+            assert_bitwise_equal(layer(shared), layer(x), scheme)
+            assert layer(shared).dtype == torch.float16
+
+
+def test_a_broken_token_breaks_only_itself() -> None:
+    x = cases.activations(5, 31)
+    broken = x.clone()
+    broken[2, 30] = torch.nan
+    for scheme in ("per_token", "static"):
+        layer = cases.quantized(cases.float_linear(31, 4), scheme)
+        y, good = layer(broken), layer(x)
+        keep = [0, 1, 3, 4]
+        assert_bitwise_equal(y[keep], good[keep])
+        assert not bool(y[2].isfinite().any())
+    assert not bool(
+        cases.quantized(cases.float_linear(31, 4), "per_tensor")(broken).isfinite().any()
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_weights_of_any_float_type(dtype: torch.dtype) -> None:
+    linear = cases.float_linear(7, 3).to(dtype)
+    layer = cases.quantized(linear)
+    w_q, w_scale = reference.quantize_weight(linear.weight.detach().float())
+    assert_bitwise_equal(layer.w_q, w_q)
+    assert_bitwise_equal(layer.w_scale, w_scale)
+    assert layer.bias is not None and layer.bias.dtype == torch.float32
+
+
+def test_from_linear_leaves_the_float_layer_and_its_mode() -> None:
+    linear = cases.float_linear(7, 3).eval()
+    before = copy.deepcopy(linear.state_dict())
+    layer = cases.quantized(linear, smooth=cases.inverse_smooth(7))
+    assert not layer.training and cases.quantized(linear.train()).training
+    assert layer.bias is not None
+    layer.bias.zero_()
+    for name, value in linear.state_dict().items():
+        assert_bitwise_equal(value, before[name])
+
+
+def test_dequantized_weight_is_within_half_a_step() -> None:
+    linear, smooth = cases.float_linear(33, 4), cases.inverse_smooth(33)
+    for granularity in WEIGHT_GRANULARITIES:
+        for s in (None, smooth):
+            layer = cases.quantized(linear, weight_granularity=granularity, smooth=s)
+            error = (layer.dequantized_weight() - linear.weight.detach()).abs()
+            limit = 0.5001 * layer.w_scale.expand(4)[:, None] / (1.0 if s is None else s)
+            assert bool((error <= limit).all())
+
+
+# --- refusals -----------------------------------------------------------------------------------------
+
+
+def spoiled(value: float) -> nn.Linear:
+    linear = cases.float_linear(4, 3)
+    with torch.no_grad():
+        linear.weight[1, 2] = value
+    return linear
+
+
+LINEAR = cases.float_linear(4, 3)
+ONES = torch.ones(4)
+REFUSED: dict[str, tuple[Callable[[], object], str]] = {
+    "scheme": (
+        lambda: W8A8Linear(4, 3, activation_scheme="token"),
+        "activation_scheme must be one of per_token, per_tensor, static; got 'token'.",
+    ),
+    "granularity": (
+        lambda: W8A8Linear(4, 3, weight_granularity="row"),
+        "weight_granularity must be channel or tensor; got 'row'.",
+    ),
+    "no inputs": (lambda: W8A8Linear(0, 3), "in_features must be in [1, 131071] and out_features"),
+    "no outputs": (lambda: W8A8Linear(4, 0), "out_features >= 1; got 4 and 0."),
+    "too long": (lambda: W8A8Linear(131_072, 1, device="meta"), "got 131072 and 1."),
+    "nan": (
+        lambda: cases.quantized(spoiled(torch.nan)),
+        "the weight has NaN or Inf values; repair",
+    ),
+    "inf": (
+        lambda: cases.quantized(spoiled(-torch.inf)),
+        "the weight has NaN or Inf values; repair",
+    ),
+    "too large": (
+        lambda: cases.quantized(spoiled(3e38), smooth=4 * ONES),
+        "is too large for float32.",
+    ),
+    "double": (lambda: cases.quantized(huge_double()), "is too large for float32."),
+    "smooth shape": (lambda: cases.quantized(LINEAR, smooth=torch.ones(3)), "shape [4], got (3,)."),
+    "smooth zero": (
+        lambda: cases.quantized(LINEAR, smooth=0 * ONES),
+        "must be positive and finite",
+    ),
+    "smooth nan": (
+        lambda: cases.quantized(LINEAR, smooth=ONES * torch.nan),
+        "reciprocals; got nan.",
+    ),
+    "smooth tiny": (
+        lambda: cases.quantized(LINEAR, smooth=ONES * 1e-39),
+        "so must be its reciprocals",
+    ),
+    "no x_scale": (
+        lambda: cases.quantized(LINEAR, "static", x_scale=None),
+        "x_scale must be given for the static scheme, and only for it; calibrate the layer first.",
+    ),
+    "x_scale": (
+        lambda: cases.quantized(LINEAR, x_scale=0.1),
+        "x_scale must be given for the static",
+    ),
+    "x_scale zero": (
+        lambda: cases.quantized(LINEAR, "static", x_scale=0.0),
+        "positive and finite, got 0",
+    ),
+    "x_scale nan": (
+        lambda: cases.quantized(LINEAR, "static", x_scale=torch.nan),
+        "finite, got nan.",
+    ),
+    "module": (
+        lambda: cases.quantized(nn.Conv1d(4, 3, 1)),
+        "expected nn.Linear or Conv1D, got Conv1d; only these can be quantised.",
+    ),
+}
+
+
+def huge_double() -> nn.Linear:
+    linear = cases.float_linear(4, 3).double()
+    with torch.no_grad():
+        linear.weight.mul_(1e300)
+    return linear
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_refusals(what: str) -> None:
+    make, sentence = REFUSED[what]
+    with pytest.raises(SmoothQuantError, match=re.escape(sentence)):
+        make()
+
+
+def test_a_wrong_input_is_refused_by_the_op() -> None:
+    layer = cases.quantized(LINEAR)
+    with pytest.raises(TypeError, match="quantize: x must be float16 or bfloat16 or float32"):
+        layer(torch.ones(2, 4, dtype=torch.float64))
+    with pytest.raises(ValueError, match=re.escape("got (2, 5) and (3, 4)")):
+        layer(torch.ones(2, 5))
+
+
+def test_which_modules_are_float_linears() -> None:
+    assert is_float_linear(LINEAR) and is_float_linear(Conv1D(3, 4))
+    assert not is_float_linear(nn.Conv1d(4, 3, 1)) and not is_float_linear(cases.quantized(LINEAR))
+    assert weight_of(Conv1D(3, 4)).shape == (3, 4) == weight_of(LINEAR).shape
