@@ -30,7 +30,6 @@ from smoothquant_kernels._pipeline import (
     linear_bytes,
     load_any,
     load_tokenizer,
-    note_ranges,
     read_config,
     tensor_bytes,
 )
@@ -59,7 +58,6 @@ def quantize(
     calibration: str,
     dtype: str,
     device: str,
-    smooth: bool,
     force: bool,
 ) -> Document:
     """`smoothquant-kernels quantize`."""
@@ -68,7 +66,7 @@ def quantize(
     float_type, where = choose_dtype(dtype), choose_device(device)
     if is_checkpoint(Path(source)):
         raise SmoothQuantError(f"{source} is quantised already; give the original model.")
-    measured = smooth or config.activation_scheme == "static"
+    measured = config.smooth or config.activation_scheme == "static"
     texts = load_text(calibration) if measured else []
     note(f"loading {source}")
     tokenizer = load_tokenizer(source)
@@ -83,10 +81,7 @@ def quantize(
         count = sum(ids.shape[1] for ids in windows)
         note(f"calibrating on {count} tokens of {calibration}")
         statistics = calibrate_model(model, windows, config, progress=show_progress())
-        if smooth:
-            smooth_lm(model, statistics, config=config)
-        else:
-            note_ranges(model, statistics, config)
+        smooth_lm(model, statistics, config=config)
     quantize_model(model, config=config)
     after = {"model": tensor_bytes(model), "linears": linear_bytes(model, list(skipped))}
     note(f"saving {output}")
@@ -96,7 +91,6 @@ def quantize(
         "model": source,
         "output": str(output),
         "config": info["config"],
-        "smoothed": smooth,
         "calibration": {"source": calibration, "tokens": info.get("calibration_tokens")}
         if measured
         else None,
@@ -119,8 +113,7 @@ def render_quantize(document: Document) -> Group:
     facts.add_row("settings", describe_config(document))
     if (calibration := document["calibration"]) is not None:
         facts.add_row("calibrated on", f"{calibration['tokens']} tokens of {calibration['source']}")
-    if (check := document["verification"]) is not None:
-        facts.add_row("verified", describe_verification(check))
+    facts.add_row("verified", describe_verification(document))
     facts.add_row(
         "size",
         f"model {readable_size(size['model_before'])} -> {readable_size(size['model_after'])}, "

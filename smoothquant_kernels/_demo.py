@@ -26,7 +26,6 @@ from smoothquant_kernels._pipeline import (
     calibration_windows,
     check_target,
     linear_bytes,
-    note_ranges,
 )
 from smoothquant_kernels.calibrate import ActivationStatistics, calibrate_model
 from smoothquant_kernels.checkpoint import load_quantized, save_quantized
@@ -37,12 +36,13 @@ from smoothquant_kernels.evaluate import Reference, evaluate
 from smoothquant_kernels.linear import ACTIVATION_SCHEMES
 from smoothquant_kernels.models import builtin_demo_model, load_model, load_tokenizer
 from smoothquant_kernels.modules import Batch, evaluating, partition_linears, run
-from smoothquant_kernels.plot import LayerMaxima, has_matplotlib, peak_to_median, plot_maxima
-from smoothquant_kernels.smooth import INFO, smooth_lm
-from smoothquant_kernels.text import load_text
+from smoothquant_kernels.plot import LayerMaxima, has_matplotlib, plot_maxima
+from smoothquant_kernels.smooth import INFO, peak, smooth_lm
+from smoothquant_kernels.text import load_text, token_windows
 
 PROMPT = "What is gravity?"
 RESULT, PLOT, CHECKPOINT = "demo.json", "activations.png", "checkpoint"
+_WINDOW = 512
 _SAVED_SCHEME = "per_token"  # the most accurate one
 _PLOTTED_SCHEME = "static"  # the one that outliers hurt most
 
@@ -83,6 +83,12 @@ def run_demo(output: Path, *, quick: bool, calibration: str, text: str) -> Docum
     statistics = calibrate_model(model, windows, config, progress=False)
 
     reference = Reference(model)
+    note(f"reading {size.evaluation_tokens} tokens of {text} with the original, to compare with")
+    # Now and not within the first row, whose time would be counted twice.
+    for window in token_windows(
+        evaluation_text, tokenizer, window=_WINDOW, max_tokens=size.evaluation_tokens
+    ):
+        reference.log_probs(window)
     rows: list[Document] = []
 
     def measure(variant: str, scheme: str | None, candidate: nn.Module) -> None:
@@ -92,6 +98,7 @@ def run_demo(output: Path, *, quick: bool, calibration: str, text: str) -> Docum
             evaluation_text,
             tokenizer,
             reference=reference,
+            window=_WINDOW,
             max_tokens=size.evaluation_tokens,
         )
         linears = linear_bytes(candidate, [s["name"] for s in _left_out(model)])
@@ -103,17 +110,17 @@ def run_demo(output: Path, *, quick: bool, calibration: str, text: str) -> Docum
     for scheme in ACTIVATION_SCHEMES:
         measure("naive W8A8", scheme, _naive(model, statistics, scheme))
     plots: list[LayerMaxima] = []
-    plotted_alpha = math.nan
     with _folder(output) as folder:
         saved: Document = {}
-        smoothed, alpha = model, math.nan
+        smoothed, alphas = model, None
         for scheme in ACTIVATION_SCHEMES:
             chosen = config.replace(activation_scheme=scheme)
-            if chosen.effective_alpha != alpha:  # schemes of the same alpha share the smoothing
-                smoothed, alpha = copy.deepcopy(model), chosen.effective_alpha
+            wanted = [chosen.alpha_of(peak(x)) for x in statistics.absmax.values()]
+            if wanted != alphas:  # schemes of the same alphas share the smoothing
+                smoothed, alphas = copy.deepcopy(model), wanted
                 smooth_lm(smoothed, statistics, config=chosen)
             if scheme == _PLOTTED_SCHEME:
-                plots, plotted_alpha = _maxima(model, smoothed, statistics), alpha
+                plots = _maxima(model, smoothed, statistics, chosen)
             candidate = quantize_model(copy.deepcopy(smoothed), config=chosen)
             measure("SmoothQuant W8A8", scheme, candidate)
             if scheme == _SAVED_SCHEME:
@@ -122,10 +129,7 @@ def run_demo(output: Path, *, quick: bool, calibration: str, text: str) -> Docum
         original = complete(model, tokenizer, PROMPT, max_new_tokens=size.new_tokens, chat=True)
         plotted = has_matplotlib()
         if plotted:
-            title = (
-                f"{source.stem}: largest activation per channel on {statistics.tokens:,} tokens, "
-                f"alpha = {plotted_alpha}"
-            )
+            title = f"{source.stem}: largest activation per channel on {statistics.tokens:,} tokens"
             plot_maxima(plots, folder / PLOT, title=title)
         else:
             note("no figure, because matplotlib is not installed: pip install matplotlib")
@@ -138,8 +142,8 @@ def run_demo(output: Path, *, quick: bool, calibration: str, text: str) -> Docum
             "activations": [
                 {
                     "layer": layer.name,
-                    "peak_to_median_before": peak_to_median(layer.before),
-                    "peak_to_median_after": peak_to_median(layer.after),
+                    "peak_to_median_before": peak(layer.before),
+                    "peak_to_median_after": peak(layer.after),
                 }
                 for layer in plots
             ],
@@ -174,8 +178,8 @@ def _with_change(row: Document) -> Document:
 def _naive(model: nn.Module, statistics: ActivationStatistics, scheme: str) -> nn.Module:
     """A copy quantised without smoothing, on the same calibrated ranges."""
     candidate = copy.deepcopy(model)
-    note_ranges(candidate, statistics, SmoothQuantConfig(activation_scheme=scheme))
-    return quantize_model(candidate)
+    config = SmoothQuantConfig(activation_scheme=scheme, smooth=False)
+    return quantize_model(smooth_lm(candidate, statistics, config=config))
 
 
 def _save_and_reload(model: Any, tokenizer: Any, folder: Path, ids: Tensor, size: Size) -> Document:
@@ -207,18 +211,26 @@ def _save_and_reload(model: Any, tokenizer: Any, folder: Path, ids: Tensor, size
 
 
 def _maxima(
-    before: nn.Module, after: nn.Module, statistics: ActivationStatistics
+    before: nn.Module,
+    after: nn.Module,
+    statistics: ActivationStatistics,
+    config: SmoothQuantConfig,
 ) -> list[LayerMaxima]:
     """The two down_proj with the greatest outliers, and the worst layer of two other kinds."""
     absmax = statistics.absmax
-    worst = sorted(absmax, key=lambda name: -peak_to_median(absmax[name]))
+    worst = sorted(absmax, key=lambda name: -peak(absmax[name]))
 
     def first(kind: str, count: int = 1) -> list[str]:
         return [name for name in worst if name.endswith(kind)][:count]
 
     names = [*first("down_proj", 2), *first("q_proj"), *first("o_proj")]
     factors = _factors(before, after, statistics.sample, names)
-    return [LayerMaxima(n, absmax[n], absmax[n] / factors[n]) for n in names]
+    layers = []
+    for name in names:
+        top = peak(absmax[name])
+        note = f"alpha = {config.alpha_of(top)}, int8 scales {config.scheme_of(top)}"
+        layers.append(LayerMaxima(name, absmax[name], absmax[name] / factors[name], note))
+    return layers
 
 
 def _factors(

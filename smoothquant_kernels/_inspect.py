@@ -106,11 +106,12 @@ def summarise_layers(
     layers: Sequence[dict[str, Any]], skipped: Sequence[dict[str, Any]]
 ) -> Document:
     """Counts, with layers that differ only in their number taken together."""
-    groups: Counter[tuple[str, str, str, int, int]] = Counter(
+    groups: Counter[tuple[str, str, str, str, int, int]] = Counter(
         (
             general_name(layer["name"]),
             layer["smoothing"],
             general_name(layer["reason"]),
+            layer["activation_scheme"],
             layer["out_features"],
             layer["in_features"],
         )
@@ -129,10 +130,11 @@ def summarise_layers(
                 "count": count,
                 "out_features": n,
                 "in_features": k,
+                "activation_scheme": scheme,
                 "smoothing": smoothing,
                 "reason": reason,
             }
-            for (name, smoothing, reason, n, k), count in groups.items()
+            for (name, smoothing, reason, scheme, n, k), count in groups.items()
         ],
         "skipped": [
             {"layers": name, "count": count, "reason": reason}
@@ -147,6 +149,7 @@ def render_layers(document: Document) -> Group:
     table.add_column("layers")
     table.add_column("number", justify="right")
     table.add_column("out x in", justify="right")
+    table.add_column("scales")
     table.add_column("smoothing")
     table.add_column("how, why")
     for group in document["groups"]:
@@ -154,11 +157,14 @@ def render_layers(document: Document) -> Group:
             group["layers"],
             f"{group['count']}",
             f"{group['out_features']} x {group['in_features']}",
+            group["activation_scheme"],
             group["smoothing"],
             group["reason"],
         )
     for skipped in document["skipped"]:
-        table.add_row(skipped["layers"], f"{skipped['count']}", "", "left out", skipped["reason"])
+        table.add_row(
+            skipped["layers"], f"{skipped['count']}", "", "", "left out", skipped["reason"]
+        )
     smoothing = document["smoothing"]
     skips = sum(skipped["count"] for skipped in document["skipped"])
     return Group(
@@ -170,8 +176,11 @@ def render_layers(document: Document) -> Group:
     )
 
 
-def describe_verification(check: dict[str, Any]) -> str:
+def describe_verification(document: Document) -> str:
     """What is known about the float model after smoothing."""
+    check, smoothing = document["verification"], document["smoothing"]
+    if check is None or not smoothing["folded"] + smoothing["runtime"]:
+        return "nothing was smoothed"
     if check.get("bit_exact"):
         return "the smoothed float model's logits equal the original's bit for bit"
     return f"smoothing moved the float model's logits by {check['relative_change']:.1e}, relative"
@@ -184,8 +193,11 @@ def describe_config(document: Document) -> str:
     text = f"activations {scheme}, weights per {config.get('weight_granularity')}"
     if not smoothing["folded"] + smoothing["runtime"]:
         return f"{text}, not smoothed"
-    alpha = config.get("alpha")
-    return f"{text}, alpha {DEFAULT_ALPHA.get(str(scheme)) if alpha is None else alpha}"
+    if (alpha := config.get("alpha")) is not None:
+        return f"{text}, alpha {alpha}"
+    # Layers with massive activations may have another scheme, and with it another alpha.
+    schemes = {g["activation_scheme"] for g in document["groups"] if g["smoothing"] != "none"}
+    return f"{text}, alpha {', '.join(str(DEFAULT_ALPHA.get(s)) for s in sorted(schemes))}"
 
 
 def render_inspect(document: Document) -> Group:
@@ -201,8 +213,7 @@ def render_inspect(document: Document) -> Group:
         facts.add_row("settings", describe_config(document))
     if document["calibration_tokens"]:
         facts.add_row("calibrated on", f"{document['calibration_tokens']} tokens")
-    if document["verification"]:
-        facts.add_row("verified", describe_verification(document["verification"]))
+    facts.add_row("verified", describe_verification(document))
     facts.add_row(
         "size",
         f"{readable_size(size['quantised_layers'])} in the int8 layers, "

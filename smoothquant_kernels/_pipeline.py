@@ -14,12 +14,9 @@ from smoothquant_kernels import checkpoint, models
 from smoothquant_kernels._console import note, quiet_stderr
 from smoothquant_kernels._extension import extension_status
 from smoothquant_kernels._inspect import is_checkpoint
-from smoothquant_kernels.calibrate import ActivationStatistics
 from smoothquant_kernels.config import SmoothQuantConfig
 from smoothquant_kernels.errors import SmoothQuantError
-from smoothquant_kernels.linear import W8A8Linear, is_float_linear, weight_of
-from smoothquant_kernels.modules import partition_linears
-from smoothquant_kernels.smooth import INFO
+from smoothquant_kernels.linear import W8A8Linear, is_float_linear
 from smoothquant_kernels.text import token_windows
 
 if TYPE_CHECKING:
@@ -132,34 +129,6 @@ def calibration_windows(
         max_tokens=config.calibration_tokens,
     )
     return [window.input_ids for window in windows]
-
-
-def note_ranges(
-    model: nn.Module, statistics: ActivationStatistics, config: SmoothQuantConfig
-) -> None:
-    """Lets `quantize_model` use measured ranges on a model that was not smoothed: naive W8A8."""
-    linears, skipped = partition_linears(model, config.skip)
-    layers = []
-    for name, module in linears.items():
-        absmax = statistics.absmax.get(name)
-        n, k = weight_of(module).shape
-        layers.append(
-            {
-                "name": name,
-                "smoothing": "none",
-                "reason": "not smoothed",
-                "in_features": k,
-                "out_features": n,
-                "x_absmax": None if absmax is None else float(absmax.max()),
-            }
-        )
-    info = {
-        "config": config.to_dict(),
-        "layers": layers,
-        "skipped": [{"name": n, "reason": r} for n, r in skipped.items()],
-        "calibration_tokens": statistics.tokens,
-    }
-    setattr(model, INFO, info)
 
 
 def tensor_bytes(module: nn.Module) -> int:

@@ -15,6 +15,7 @@ from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.modules import Batch, evaluating, partition_linears, run
 
 CalibrationData = Iterable[Any]
+_PEAK_TOKENS = 4096  # whose sizes are kept; enough for a median
 _SAMPLE_TOKENS = (
     32  # enough to tell structures apart; tracing keeps the inputs of every linear for them
 )
@@ -26,11 +27,13 @@ class ActivationStatistics:
 
     Attributes:
         absmax: module name -> [K] float32 largest |x| per channel over all tokens that are not padding.
+        token_absmax: module name -> float32 largest |x| of each of the first few thousand tokens.
         tokens: how many tokens were seen.
         sample: a small batch of the data, on which structure is found and folds are verified.
     """
 
     absmax: dict[str, Tensor] = field(default_factory=dict)
+    token_absmax: dict[str, Tensor] = field(default_factory=dict)
     tokens: int = 0
     sample: Batch = field(default_factory=dict)
 
@@ -41,9 +44,19 @@ class ActivationStatistics:
             rows = rows[mask.reshape(-1).to(rows.device)]
         if not rows.shape[0]:
             return
-        absmax = rows.abs().amax(0).float()  # exact: a maximum does not round
+        magnitude = rows.abs()
+        absmax = magnitude.amax(0).float()  # exact: a maximum does not round
         old = self.absmax.get(name)
         self.absmax[name] = absmax if old is None else torch.maximum(old, absmax)
+        seen = self.token_absmax.get(name, absmax.new_empty(0))
+        tokens = magnitude[: _PEAK_TOKENS - len(seen)].amax(1).float()
+        self.token_absmax[name] = torch.cat([seen, tokens])
+
+    def peak(self, name: str) -> float:
+        """The largest token over the median token of a layer's input, by their largest elements; 1 if all are zero."""
+        tokens = self.token_absmax[name]
+        median = tokens[tokens > 0].median() if bool((tokens > 0).any()) else tokens.new_ones(())
+        return max(1.0, float(self.absmax[name].max() / median))
 
     def check_finite(self) -> None:
         """Raises SmoothQuantError naming the first layer (in calling order) that saw NaN or Inf."""

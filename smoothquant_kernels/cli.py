@@ -140,11 +140,11 @@ def quantize(
                 weight_granularity=weight_granularity,
                 skip=tuple(skip) if skip else None,
                 calibration_tokens=calibration_tokens,
+                smooth=False if no_smooth else None,
             ),
             calibration=calibration,
             dtype=dtype,
             device=device,
-            smooth=not no_smooth,
             force=force,
         )
 

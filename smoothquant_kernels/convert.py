@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from smoothquant_kernels.calibrate import CalibrationData
+from smoothquant_kernels.calibrate import ActivationStatistics, CalibrationData
 from smoothquant_kernels.config import SmoothQuantConfig
 from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.linear import W8A8Linear
@@ -50,29 +50,29 @@ def quantize_model(
     linears, skipped = partition_linears(model, config.skip)
     check_finite_weights(linears)
     described = {layer["name"]: layer for layer in info.get("layers", [])}
-    static = config.activation_scheme == "static"
-    if static:
-        missing = [n for n in linears if described.get(n, {}).get("x_absmax") is None]
-        if missing:
-            raise SmoothQuantError(
-                f"the static scheme needs a calibrated range for {missing[0]} ({len(missing)} of {len(linears)} layers "
-                "have none): run smooth_lm on calibration data first (smooth=False only measures), or skip them."
-            )
+    schemes = {n: config.scheme_of(described.get(n, {}).get("x_peak")) for n in linears}
+    static = [n for n in linears if schemes[n] == "static"]
+    missing = [n for n in static if described.get(n, {}).get("x_absmax") is None]
+    if missing:
+        raise SmoothQuantError(
+            f"the static scheme needs a calibrated range for {missing[0]} ({len(missing)} of {len(linears)} layers "
+            "have none): run smooth_lm on calibration data first (smooth=False only measures), or skip them."
+        )
     layers = []
     for name in list(linears):
         linear = linears.pop(name)  # so that each float layer is freed as soon as it is replaced
         layer = described.get(name, {"name": name, "smoothing": "none", "reason": "not smoothed"})
         new = W8A8Linear.from_linear(
             linear,
-            activation_scheme=config.activation_scheme,
+            activation_scheme=schemes[name],
             weight_granularity=config.weight_granularity,
-            x_scale=max(layer["x_absmax"] / QMAX, MIN_SCALE) if static else None,
+            x_scale=max(layer["x_absmax"] / QMAX, MIN_SCALE) if schemes[name] == "static" else None,
         )
         replace_module(model, name, new)
         layers.append(
             {
                 **layer,
-                "activation_scheme": config.activation_scheme,
+                "activation_scheme": schemes[name],
                 "in_features": new.in_features,
                 "out_features": new.out_features,
             }
@@ -90,7 +90,7 @@ def quantize_model(
 
 def smooth_and_quantize(
     model: nn.Module,
-    calibration_data: CalibrationData,
+    calibration_data: CalibrationData | ActivationStatistics,
     config: SmoothQuantConfig | None = None,
     *,
     tokenizer: Any = None,

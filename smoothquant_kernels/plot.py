@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from smoothquant_kernels.errors import SmoothQuantError
+from smoothquant_kernels.smooth import peak
 
 _BEFORE, _AFTER = "#c8553d", "#2a6f97"  # far apart in hue and in lightness
 _FLOOR = 1e-12  # where the bars begin: a logarithmic axis has no zero
@@ -20,16 +21,15 @@ _OUTLIER = 3.0
 
 @dataclass(frozen=True, eq=False)
 class LayerMaxima:
-    """Largest |activation| per input channel of one layer, before and after smoothing: [K] each."""
+    """Largest |activation| per input channel of one layer, before and after smoothing: [K] each.
+
+    `note` says what was done, in a few words.
+    """
 
     name: str
     before: Tensor
     after: Tensor
-
-
-def peak_to_median(absmax: Tensor) -> float:
-    """How far the largest channel stands above the typical one: what an int8 scale suffers from."""
-    return float(absmax.max() / absmax.median().clamp_min(torch.finfo(torch.float32).tiny))
+    note: str = ""
 
 
 def has_matplotlib() -> bool:
@@ -66,6 +66,7 @@ def plot_maxima(layers: Sequence[LayerMaxima], path: Path, *, title: str) -> Non
         _draw(row[1], layer.after, _AFTER)
         row[0].set_ylabel("max |x|")
         row[0].set_title(layer.name, loc="left", fontsize=10, fontweight="bold", family="monospace")
+        row[1].set_title(layer.note, loc="left", fontsize=10)
         values = torch.cat([layer.before, layer.after])
         values = values[values > 0]
         if len(values):
@@ -84,18 +85,19 @@ def plot_maxima(layers: Sequence[LayerMaxima], path: Path, *, title: str) -> Non
 
 def _draw(axes: Any, absmax: Tensor, colour: str) -> None:
     values = absmax.cpu().float()
+    alive = values[values > 0]
+    median = float(alive.median()) if len(alive) else _FLOOR
     axes.set_yscale("log")
     channels = torch.arange(len(values))
     axes.fill_between(channels, _FLOOR, values.clamp_min(_FLOOR), step="mid", color=colour, lw=0)
     # A single channel among thousands is thinner than a pixel, and it is what this is about.
-    high = values > _OUTLIER * values.median()
+    high = values > _OUTLIER * median
     axes.vlines(channels[high], _FLOOR, values[high], color=colour, lw=1.4)
-    median = float(values.median())
     axes.axhline(median, color="black", linewidth=0.9, linestyle=(0, (4, 3)))
     axes.set_xlim(-0.01 * len(values), 1.01 * len(values))
     axes.text(
         0.985, 0.93, f"largest {_short(float(values.max()))} = "
-        f"{_short(peak_to_median(values))} x median (dashed)",
+        f"{_short(peak(values))} x median (dashed)",
         transform=axes.transAxes, ha="right", va="top", fontsize=9,
         bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1.5},
     )  # fmt: skip

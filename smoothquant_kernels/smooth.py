@@ -38,13 +38,13 @@ INFO = "smoothquant_info"
 
 
 def group_factors(
-    model: nn.Module, group: Group, absmax: Tensor, config: SmoothQuantConfig
+    model: nn.Module, group: Group, absmax: Tensor, peak: float, config: SmoothQuantConfig
 ) -> Tensor:
     """s [K] of a group: the activation's maxima against the largest weight of all its linears per channel."""
     columns = [
         weight_of(model.get_submodule(n)).detach().abs().amax(0).float() for n in group.linears
     ]
-    smooth = smoothing_factors(absmax, torch.stack(columns).amax(0), config.effective_alpha)
+    smooth = smoothing_factors(absmax, torch.stack(columns).amax(0), config.alpha_of(peak))
     rounding = config.smooth_rounding
     if rounding == "auto":
         dtype = weight_of(model.get_submodule(group.linears[0])).dtype
@@ -108,6 +108,7 @@ def smooth_lm(
             model, calibration_data, config, tokenizer=tokenizer, progress=progress
         )
     small = statistics.sample
+    peaks = {name: statistics.peak(name) for name in statistics.absmax}
     shared = shared_parameters(model)
     smoothable = [
         n
@@ -122,7 +123,9 @@ def smooth_lm(
         def difference() -> float:
             return _relative_difference(output_tensor(run(model, small)), before)
 
-        outcomes = _apply(model, groups, statistics, config, lambda: difference() <= tolerance)
+        outcomes = _apply(
+            model, groups, statistics, peaks, config, lambda: difference() <= tolerance
+        )
         change = difference()
     if not change <= tolerance:
         raise SmoothQuantError(
@@ -130,6 +133,8 @@ def smooth_lm(
             f"{config.verify_tolerance:.1e}; use smooth_rounding='power_of_two', or load the model in float32."
         )
     layers = _describe(linears, statistics, outcomes, shared)
+    for layer in layers:
+        layer["x_peak"] = peaks.get(layer["name"])
     info = {
         "config": config.to_dict(),
         "layers": layers,
@@ -160,13 +165,15 @@ def _apply(
     model: nn.Module,
     groups: Sequence[Group],
     statistics: ActivationStatistics,
+    peaks: Mapping[str, float],
     config: SmoothQuantConfig,
     same_output: Callable[[], bool],
 ) -> dict[str, tuple[str, str]]:
     """Smooths all groups; returns name -> (``"folded"`` or ``"runtime"``, why) and divides `statistics` by s."""
 
     def factors(group: Group) -> Tensor:
-        return group_factors(model, group, statistics.absmax[group.linears[0]], config)
+        name = group.linears[0]
+        return group_factors(model, group, statistics.absmax[name], peaks[name], config)
 
     result: dict[str, tuple[str, str]] = {}
 

@@ -10,7 +10,11 @@ from models import VOCAB, make_model, token_batches
 from torch import nn
 
 from smoothquant_kernels import SmoothQuantError
-from smoothquant_kernels.calibrate import calibration_batches, collect_statistics
+from smoothquant_kernels.calibrate import (
+    ActivationStatistics,
+    calibration_batches,
+    collect_statistics,
+)
 from smoothquant_kernels.modules import partition_linears
 
 
@@ -56,6 +60,17 @@ def test_maxima_equal_those_of_all_inputs(family: str) -> None:
         expected = by_hand(model, name, [{"input_ids": ids} for ids in data])
         assert torch.equal(result.absmax[name], expected), name
         assert result.absmax[name].dtype == torch.float32
+
+
+def test_peak_is_the_largest_token_over_the_median_one() -> None:
+    x = torch.ones(9, 4)
+    x[:, 1] = torch.tensor([2.0, 3, 4, 5, 6, 7, 8, 9, -300])
+    result = ActivationStatistics()
+    result.update("layer", x[:5], None)
+    result.update("layer", x[5:], None)
+    assert result.peak("layer") == 300 / 6
+    result.update("zeros", torch.zeros(3, 4), None)
+    assert result.peak("zeros") == 1.0
 
 
 def test_padding_does_not_count() -> None:

@@ -13,7 +13,13 @@ import pytest
 from hypothesis import given, settings
 
 from smoothquant_kernels import SmoothQuantConfig, SmoothQuantError
-from smoothquant_kernels.config import DEFAULT_ALPHA, FOLDINGS, ROUNDINGS
+from smoothquant_kernels.config import (
+    DEFAULT_ALPHA,
+    FOLDINGS,
+    MASSIVE_CHOICES,
+    MASSIVE_PEAK,
+    ROUNDINGS,
+)
 from smoothquant_kernels.linear import ACTIVATION_SCHEMES, WEIGHT_GRANULARITIES
 
 configs = st.builds(
@@ -21,6 +27,7 @@ configs = st.builds(
     alpha=st.none() | st.floats(0, 1) | st.sampled_from([0, 1]),
     smooth=st.booleans(),
     activation_scheme=st.sampled_from(ACTIVATION_SCHEMES),
+    massive_activations=st.sampled_from(MASSIVE_CHOICES),
     weight_granularity=st.sampled_from(WEIGHT_GRANULARITIES),
     smooth_rounding=st.sampled_from(ROUNDINGS),
     folding=st.sampled_from(FOLDINGS),
@@ -56,6 +63,7 @@ REFUSED: list[tuple[str, Any, str]] = [
         ("activation_scheme", v, "must be one of per_token, per_tensor, static")
         for v in ("token", "", None, 1, ["per_token"])
     ],
+    *[("massive_activations", v, "must be one of per_token, keep") for v in ("static", None)],
     *[("weight_granularity", v, "must be one of channel, tensor") for v in ("row", None)],
     *[("smooth_rounding", v, f"must be one of {', '.join(ROUNDINGS)}") for v in ("nearest", None)],
     *[("folding", v, f"must be one of {', '.join(FOLDINGS)}") for v in ("always", None, False)],
@@ -127,5 +135,15 @@ def test_missing_settings_take_their_defaults() -> None:
 def test_alpha_depends_on_the_scheme_unless_it_is_given() -> None:
     assert DEFAULT_ALPHA.keys() == set(ACTIVATION_SCHEMES)
     for scheme, alpha in DEFAULT_ALPHA.items():
-        assert SmoothQuantConfig(activation_scheme=scheme).effective_alpha == alpha
-        assert SmoothQuantConfig(activation_scheme=scheme, alpha=0).effective_alpha == 0
+        assert SmoothQuantConfig(activation_scheme=scheme).alpha_of(10.0) == alpha
+        assert SmoothQuantConfig(activation_scheme=scheme, alpha=0).alpha_of(10.0) == 0
+
+
+@pytest.mark.parametrize("scheme", ["per_token", "per_tensor", "static"])
+def test_layers_with_massive_activations_go_per_token(scheme: str) -> None:
+    config = SmoothQuantConfig(activation_scheme=scheme)
+    assert config.scheme_of(MASSIVE_PEAK - 0.1) == config.scheme_of(None) == scheme
+    assert config.scheme_of(MASSIVE_PEAK) == "per_token"
+    assert config.alpha_of(MASSIVE_PEAK) == DEFAULT_ALPHA["per_token"]
+    for kept in (config.replace(massive_activations="keep"), config.replace(smooth=False)):
+        assert kept.scheme_of(1e6) == scheme

@@ -107,7 +107,7 @@ def test_maxima_after_smoothing_are_those_of_the_smoothed_model(
     statistics = calibrate_model(model, data, progress=False)
     smooth_lm(smoothed, statistics, config=config)
     after = calibrate_model(smoothed, data, progress=False)
-    layers = _demo._maxima(model, smoothed, statistics)
+    layers = _demo._maxima(model, smoothed, statistics, config)
     assert [layer.name.rsplit(".", 1)[1] for layer in layers] == [
         "down_proj", "down_proj", "q_proj", "o_proj",
     ]  # fmt: skip
@@ -123,13 +123,16 @@ def test_maxima_after_smoothing_are_those_of_the_smoothed_model(
 def test_figure_shows_every_layer_and_its_outlier(tmp_path: Path) -> None:
     before = torch.ones(64)
     before[7] = 300.0
-    layers = [plot.LayerMaxima("a.down_proj", before, torch.ones(64)) for _ in range(2)]
+    layers = [
+        plot.LayerMaxima("a.down_proj", before, torch.ones(64), "alpha = 1") for _ in range(2)
+    ]
     plot.plot_maxima(layers, tmp_path / "f.svg", title="A title")
     # Text is drawn as glyphs, but matplotlib leaves it in comments.
     svg = (tmp_path / "f.svg").read_text()
     assert svg.count("<!-- a.down_proj -->") == 2
     assert svg.count("largest 300 = 300 x median (dashed)") == 2
     assert svg.count("largest 1 = 1 x median (dashed)") == 2
+    assert svg.count("<!-- alpha = 1 -->") == 2
     assert "before smoothing" in svg and "after smoothing" in svg and "A title" in svg
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from planted import llama_readers, plant_outliers
 
 from smoothquant_kernels import (
     SmoothQuantConfig,
@@ -22,9 +22,6 @@ from smoothquant_kernels import (
 from smoothquant_kernels.calibrate import ActivationStatistics
 from smoothquant_kernels.evaluate import Reference, evaluate
 from smoothquant_kernels.text import token_windows, topics
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
-from planted import llama_readers, plant_outliers
 
 pytestmark = pytest.mark.real_model
 CALIBRATION_TOKENS = 2048

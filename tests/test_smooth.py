@@ -15,6 +15,7 @@ from smoothquant_kernels import (
     SmoothQuantConfig,
     SmoothQuantError,
     W8A8Linear,
+    calibrate_model,
     quantize_model,
     smooth_and_quantize,
     smooth_lm,
@@ -331,3 +332,36 @@ def test_wrong_requests_are_refused(call: Any, message: str) -> None:
     with pytest.raises(SmoothQuantError, match=message):
         call(model)
     assert torch.equal(run(model, IDS), run(make_model("llama"), IDS))
+
+
+@pytest.mark.parametrize("scheme", ["per_tensor", "static"])
+def test_massive_activations_are_found_and_go_per_token(scheme: str) -> None:
+    """One token, 9, drives one channel in front of one down_proj far beyond what any other token reaches."""
+    model = make_model("llama")
+    name = "model.layers.1.mlp.down_proj"
+    batches = [ids.masked_fill(ids == 9, 8) for ids in token_batches()]
+    batches[1][0, 5] = 9
+
+    def massive(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
+        (x,) = args
+        here = x.shape[:2] == batches[1].shape and torch.equal(current[0], batches[1])
+        factor = torch.ones(x.shape[:2])
+        factor[0, 5] = 1000.0 if here else 1.0
+        return (x * factor[..., None],)
+
+    current: list[torch.Tensor] = [batches[0]]
+    model.model.register_forward_pre_hook(
+        lambda _, args, kwargs: current.__setitem__(0, kwargs["input_ids"]), with_kwargs=True
+    )
+    handle = model.get_submodule(name).register_forward_pre_hook(massive)
+    statistics = calibrate_model(model, batches, progress=False)
+    handle.remove()
+    config = SmoothQuantConfig(activation_scheme=scheme)
+    smooth_and_quantize(model, statistics, config, progress=False)
+    found = {n for n, layer in layers(model).items() if layer["activation_scheme"] == "per_token"}
+    assert found == {name}
+    assert layers(model)[name]["x_peak"] == statistics.peak(name)
+    assert statistics.peak(name) > 100
+    layer = model.get_submodule(name)
+    assert layer.activation_scheme == "per_token" and layer.x_scale is None
+    assert model.get_submodule("model.layers.0.mlp.down_proj").activation_scheme == scheme
