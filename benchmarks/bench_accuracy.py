@@ -80,6 +80,15 @@ class Bench:
         return self.row(name, model, **facts)
 
 
+def write(path: Path | None, facts: dict[str, Any], parts: dict[str, Any]) -> None:
+    """After every part, so that an interrupted run leaves what it has measured."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps({"facts": facts, **parts}, indent=2) + "\n")
+        temporary.replace(path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -93,6 +102,12 @@ def main() -> None:
     path = builtin_demo_model()
     model, tokenizer = load_model(path), load_tokenizer(path)
     bench = Bench(model, tokenizer, args.tokens, args.calibration)
+    facts = {
+        "model": path.stem,
+        "torch": torch.__version__,
+        "evaluation_tokens": args.tokens,
+        "calibration_tokens": args.calibration,
+    }
     parts: dict[str, Any] = {"schemes": [bench.row("float32", model)]}
     if "schemes" in args.parts:
         for scheme in args.schemes:
@@ -108,36 +123,31 @@ def main() -> None:
                 massive_activations="keep",
             )
             parts["schemes"].append(row)
+    write(args.json, facts, parts)
+    if "planted" in args.parts:
+        planted = copy.deepcopy(model)
+        plant_outliers(planted, llama_readers(planted))
+        other = Bench(planted, tokenizer, args.tokens, args.calibration)
+        parts["planted"] = [
+            other.row("float32, outliers planted", planted),
+            other.quantised("naive W8A8", activation_scheme="per_token", smooth=False),
+            other.quantised("SmoothQuant W8A8", activation_scheme="per_token"),
+        ]
+    write(args.json, facts, parts)
     if "alpha" in args.parts:
         parts["alpha"] = [
             bench.quantised("SmoothQuant W8A8", activation_scheme=scheme, alpha=alpha)
             for scheme in args.schemes
             for alpha in ALPHAS
         ]
+    write(args.json, facts, parts)
     if "rounding" in args.parts:
         parts["rounding"] = [
             bench.quantised("SmoothQuant W8A8", activation_scheme=scheme, smooth_rounding=rounding)
             for scheme in args.schemes
             for rounding in ("none", "power_of_two")
         ]
-    if "planted" in args.parts:
-        planted = copy.deepcopy(model)
-        plant_outliers(planted, llama_readers(planted))
-        bench = Bench(planted, tokenizer, args.tokens, args.calibration)
-        parts["planted"] = [
-            bench.row("float32, outliers planted", planted),
-            bench.quantised("naive W8A8", activation_scheme="per_token", smooth=False),
-            bench.quantised("SmoothQuant W8A8", activation_scheme="per_token"),
-        ]
-    if args.json:
-        facts = {
-            "model": path.stem,
-            "torch": torch.__version__,
-            "evaluation_tokens": args.tokens,
-            "calibration_tokens": args.calibration,
-        }
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({"facts": facts, **parts}, indent=2) + "\n")
+    write(args.json, facts, parts)
 
 
 if __name__ == "__main__":

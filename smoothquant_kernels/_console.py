@@ -20,7 +20,7 @@ from smoothquant_kernels.errors import SmoothQuantError
 Document = dict[str, Any]
 
 USER_ERROR, INTERRUPTED = 2, 130
-_PIPE_WIDTH = 110  # of tables that go into a file or a pipe, where there is no terminal to ask
+_PIPE_WIDTH = 124  # of tables that go into a file or a pipe, where there is no terminal to ask
 _VERBOSE = False
 
 

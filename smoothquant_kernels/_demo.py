@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import shutil
 import tempfile
 import time
@@ -36,8 +37,8 @@ from smoothquant_kernels.evaluate import Reference, evaluate
 from smoothquant_kernels.linear import ACTIVATION_SCHEMES
 from smoothquant_kernels.models import builtin_demo_model, load_model, load_tokenizer
 from smoothquant_kernels.modules import Batch, evaluating, partition_linears, run
-from smoothquant_kernels.plot import LayerMaxima, has_matplotlib, plot_maxima
-from smoothquant_kernels.smooth import INFO, peak, smooth_lm
+from smoothquant_kernels.plot import LayerMaxima, has_matplotlib, peak_to_median, plot_maxima
+from smoothquant_kernels.smooth import INFO, smooth_lm
 from smoothquant_kernels.text import load_text, token_windows
 
 PROMPT = "What is gravity?"
@@ -57,7 +58,7 @@ class Size:
 
 
 # Two slow cores manage about 300 tokens a second in float32, and each row of the table reads all.
-FULL, QUICK = Size(4096, 3072, 40), Size(1024, 512, 20)
+FULL, QUICK = Size(4096, 3072, 40), Size(512, 512, 16)
 
 
 # --- the run --------------------------------------------------------------------------------------
@@ -73,6 +74,7 @@ def run_demo(output: Path, *, quick: bool, calibration: str, text: str) -> Docum
     begin = time.perf_counter()
     source, size = builtin_demo_model(), QUICK if quick else FULL
     _check_folder(output)
+    leave_busy_cores()
     calibration_text, evaluation_text = load_text(calibration), load_text(text)
     note(f"loading {source.name}")
     with quiet_stderr():
@@ -115,7 +117,7 @@ def run_demo(output: Path, *, quick: bool, calibration: str, text: str) -> Docum
         smoothed, alphas = model, None
         for scheme in ACTIVATION_SCHEMES:
             chosen = config.replace(activation_scheme=scheme)
-            wanted = [chosen.alpha_of(peak(x)) for x in statistics.absmax.values()]
+            wanted = [chosen.alpha_of(statistics.peak(name)) for name in statistics.absmax]
             if wanted != alphas:  # schemes of the same alphas share the smoothing
                 smoothed, alphas = copy.deepcopy(model), wanted
                 smooth_lm(smoothed, statistics, config=chosen)
@@ -142,8 +144,8 @@ def run_demo(output: Path, *, quick: bool, calibration: str, text: str) -> Docum
             "activations": [
                 {
                     "layer": layer.name,
-                    "peak_to_median_before": peak(layer.before),
-                    "peak_to_median_after": peak(layer.after),
+                    "peak_to_median_before": peak_to_median(layer.before),
+                    "peak_to_median_after": peak_to_median(layer.after),
                 }
                 for layer in plots
             ],
@@ -163,6 +165,21 @@ def run_demo(output: Path, *, quick: bool, calibration: str, text: str) -> Docum
 
 def _left_out(model: nn.Module) -> list[dict[str, str]]:
     return [{"name": n, "reason": r} for n, r in partition_linears(model)[1].items()]
+
+
+def leave_busy_cores() -> None:
+    """Takes no more threads than cores that are free.
+
+    Threads that wait for one whose core is busy with another program spin meanwhile: on two cores,
+    one of them busy, two threads took six times as long as one.
+    """
+    if not hasattr(os, "getloadavg"):  # Windows
+        return
+    threads, cores = torch.get_num_threads(), os.cpu_count() or 1
+    free = max(1, cores - round(os.getloadavg()[0]))
+    if free < threads:
+        note(f"other programs keep the cores busy: using {free} of {threads} threads")
+        torch.set_num_threads(free)
 
 
 def _with_change(row: Document) -> Document:
@@ -218,7 +235,7 @@ def _maxima(
 ) -> list[LayerMaxima]:
     """The two down_proj with the greatest outliers, and the worst layer of two other kinds."""
     absmax = statistics.absmax
-    worst = sorted(absmax, key=lambda name: -peak(absmax[name]))
+    worst = sorted(absmax, key=lambda name: -peak_to_median(absmax[name]))
 
     def first(kind: str, count: int = 1) -> list[str]:
         return [name for name in worst if name.endswith(kind)][:count]
@@ -227,7 +244,7 @@ def _maxima(
     factors = _factors(before, after, statistics.sample, names)
     layers = []
     for name in names:
-        top = peak(absmax[name])
+        top = statistics.peak(name)
         note = f"alpha = {config.alpha_of(top)}, int8 scales {config.scheme_of(top)}"
         layers.append(LayerMaxima(name, absmax[name], absmax[name] / factors[name], note))
     return layers

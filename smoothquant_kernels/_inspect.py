@@ -146,12 +146,12 @@ def summarise_layers(
 def render_layers(document: Document) -> Group:
     """The table of `summarise_layers`, and one line of totals."""
     table = Table()
-    table.add_column("layers")
-    table.add_column("number", justify="right")
+    table.add_column("layers", overflow="fold")
+    table.add_column("no.", justify="right")
     table.add_column("out x in", justify="right")
     table.add_column("scales")
     table.add_column("smoothing")
-    table.add_column("how, why")
+    table.add_column("how, why", overflow="fold")
     for group in document["groups"]:
         table.add_row(
             group["layers"],

