@@ -283,7 +283,10 @@ def _compare(
     """Per scored token, float64 on the CPU: nll; and, empty without a reference, nll minus that of
     the reference, KL(reference || model), and whether the most probable token is the same (0, 1).
     """
-    log_p = _log_probs(model, window)
+    if reference is not None and reference.model is model:
+        log_p = reference.log_probs(window)  # so that it runs once
+    else:
+        log_p = _log_probs(model, window)
     targets = window.input_ids[0, -window.scored :, None].to(log_p.device)
     nll = -log_p.gather(-1, targets)[:, 0].double().cpu()
     if reference is None:
