@@ -19,10 +19,11 @@ import torch
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Sends all tests of the real model to one worker of pytest-xdist, which loads it once."""
+    """Sends all tests of the real model to one worker of pytest-xdist, which loads it once, and starts them first."""
     for item in items:
         if "smollm2" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.xdist_group("smollm2"))
+    items.sort(key=lambda item: item.get_closest_marker("real_model") is None)
 
 
 @pytest.fixture(scope="session")

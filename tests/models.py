@@ -92,20 +92,3 @@ def logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         result: torch.Tensor = model(input_ids=ids).logits
     return result
-
-
-def plant_outliers(model: nn.Module, norms: dict[str, list[str]], *, seed: int = 0) -> None:
-    """Scales 6 random channels of each norm's output by 20-60 and the reading weights by the inverse.
-
-    The function stays the same, as in OPT, where training put such channels there (paper, section 3.1).
-    """
-    generator = torch.Generator().manual_seed(seed)
-    for norm_name, readers in norms.items():
-        norm = model.get_submodule(norm_name)
-        channels = torch.randperm(norm.weight.shape[0], generator=generator)[:6]
-        factor = 20 + 40 * torch.rand(6, generator=generator)
-        norm.weight.data[channels] *= factor
-        if getattr(norm, "bias", None) is not None:
-            norm.bias.data[channels] *= factor
-        for reader in readers:
-            model.get_submodule(reader).weight.data[:, channels] /= factor

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from models import CONFIGS, make_model, plant_outliers, token_batches
+from models import CONFIGS, make_model, token_batches
 from models import logits as run
+from planted import plant_outliers
 from torch import nn
 
 from smoothquant_kernels import (
@@ -235,21 +236,8 @@ def test_planted_outliers_break_naive_and_not_smoothed(scheme: str) -> None:
     torch.testing.assert_close(run(model, IDS), clean, rtol=1e-3, atol=1e-3)
 
     def error(smooth: bool) -> float:
-        m = copy.deepcopy(model)
-        config = SmoothQuantConfig(activation_scheme=scheme, alpha=0.5)
-        if smooth:
-            smooth_lm(m, token_batches(), config=config, progress=False)
-        else:  # measures ranges, changes nothing
-            smooth_lm(m, token_batches(), config=config, progress=False)
-            info = m.smoothquant_info
-            m = copy.deepcopy(model)
-            ranges = collect_statistics(
-                m, partition_linears(m)[0], calibration_batches(token_batches()), progress=False
-            ).absmax
-            for layer in info["layers"]:
-                layer["x_absmax"] = float(ranges[layer["name"]].max())
-            m.smoothquant_info = info
-        quantize_model(m, config=config)
+        config = SmoothQuantConfig(activation_scheme=scheme, alpha=0.5, smooth=smooth)
+        m = smooth_and_quantize(copy.deepcopy(model), token_batches(), config, progress=False)
         return float((run(m, IDS) - clean).norm() / clean.norm())
 
     assert error(smooth=True) < 0.5 * error(smooth=False)
