@@ -377,7 +377,9 @@ def test_module_and_version() -> None:
 
 def test_interrupt_leaves_nothing(tiny: Path, text: Path, tmp_path: Path) -> None:
     output = tmp_path / "out" / "q"
-    text.with_name("long.txt").write_text(f"{TEXT}\n" * 1200)  # seconds of work, so that the signal finds some
+    text.with_name("long.txt").write_text(
+        f"{TEXT}\n" * 1200
+    )  # seconds of work, so that the signal finds some
     process = subprocess.Popen(
         [
             sys.executable, "-m", "smoothquant_kernels", "quantize", str(tiny), "-o", str(output),
