@@ -91,6 +91,24 @@ def norm_parameter(op: str, name: str, t: Tensor | None, x: Tensor) -> None:
         raise ValueError(f"{op}: {name} must have shape [{x.shape[-1]}], got {_shape(t)}.")
 
 
+def norm(
+    op: str,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    inv_smooth: Tensor | None,
+    scale: Tensor | None,
+    granularity: str,
+) -> None:
+    """Checks the arguments of both norm producers."""
+    k = x.shape[-1] if x.dim() else 0
+    quantiser(op, x, k, inv_smooth, scale, granularity)
+    norm_parameter(op, "weight", weight, x)
+    norm_parameter(op, "bias", bias, x)
+    same_as_x(op, "residual", residual, x)
+
+
 def activation_kind(op: str, x: Tensor, kind: str, gate: Tensor | None) -> int:
     """Checks kind and gate; returns the number of output channels."""
     if kind not in KINDS:

@@ -29,6 +29,7 @@ from smoothquant_kernels.errors import SmoothQuantError
 MODES = ("vnni", "split", "float")
 _EXACT_FLOAT = 2**24  # every integer up to here is a float32 number
 _VNNI_MAX_K = (2**31 - 1) // (255 * 128)  # x + 128 reaches 255: a longer uint8 sum could pass 2**31
+_CHUNK_RESULTS = 1 << 20  # float32 products made at a time: finished while in the cache
 _CHUNK_BYTES = 1 << 20  # rows quantised at a time: the passes over one chunk stay in the L2 cache
 
 
@@ -229,10 +230,23 @@ def gemm_s8(
     """CPU kernel of `ops.gemm_s8`."""
     _checks.gemm("gemm_s8", x_q, w_q, x_scale, w_scale, bias, out_dtype)
     _checks.gemm_residual("gemm_s8", residual, x_q, w_q)
-    y = _dequantised(x_q, w_q, x_scale, w_scale, bias)
-    if residual is not None:
-        y = y.add_(residual.reshape(y.shape).float())
-    return y.to(out_dtype).view(*x_q.shape[:-1], w_q.shape[0])
+    rows, n = x_q.reshape(-1, x_q.shape[-1]), w_q.shape[0]
+    m = rows.shape[0]
+    extra = None if residual is None else residual.reshape(m, n)
+
+    def part(start: int, stop: int) -> Tensor:
+        scale = x_scale if x_scale.shape[0] == 1 else x_scale[start:stop]
+        y = _dequantised(rows[start:stop], w_q, scale, w_scale, bias)
+        return y if extra is None else y.add_(extra[start:stop].float())
+
+    step = max(128, _CHUNK_RESULTS // n)
+    if m <= step:
+        return part(0, m).to(out_dtype).view(*x_q.shape[:-1], n)
+    result = x_q.new_empty((*x_q.shape[:-1], n), dtype=out_dtype)
+    for start in range(0, m, step):
+        stop = min(start + step, m)
+        result.view(m, n)[start:stop] = part(start, stop)
+    return result
 
 
 def gemm_s8_requant(
@@ -331,11 +345,11 @@ def rms_norm_quantize(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """CPU kernel of `ops.rms_norm_quantize`; the third result is empty without a residual."""
     op = "rms_norm_quantize"
-    check_norm(op, x, weight, None, residual, inv_smooth, scale, granularity)
+    _checks.norm(op, x, weight, None, residual, inv_smooth, scale, granularity)
     total = reference.add_residual(x, residual)
     y = reference.rms_norm(total, weight, eps)
-    x_q, x_scale = quantize(y, inv_smooth=inv_smooth, scale=scale, granularity=granularity)
-    return x_q, x_scale, x.new_empty(0) if residual is None else total
+    q = quantize(y, inv_smooth=inv_smooth, scale=scale, granularity=granularity)
+    return *q, x.new_empty(0) if residual is None else total
 
 
 def layer_norm_quantize(
@@ -351,29 +365,11 @@ def layer_norm_quantize(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """CPU kernel of `ops.layer_norm_quantize`; the third result is empty without a residual."""
     op = "layer_norm_quantize"
-    check_norm(op, x, weight, bias, residual, inv_smooth, scale, granularity)
+    _checks.norm(op, x, weight, bias, residual, inv_smooth, scale, granularity)
     total = reference.add_residual(x, residual)
     y = reference.layer_norm(total, weight, bias, eps)
-    x_q, x_scale = quantize(y, inv_smooth=inv_smooth, scale=scale, granularity=granularity)
-    return x_q, x_scale, x.new_empty(0) if residual is None else total
-
-
-def check_norm(
-    op: str,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    inv_smooth: Tensor | None,
-    scale: Tensor | None,
-    granularity: str,
-) -> None:
-    """Checks the arguments of both norm producers."""
-    k = x.shape[-1] if x.dim() else 0
-    _checks.quantiser(op, x, k, inv_smooth, scale, granularity)
-    _checks.norm_parameter(op, "weight", weight, x)
-    _checks.norm_parameter(op, "bias", bias, x)
-    _checks.same_as_x(op, "residual", residual, x)
+    q = quantize(y, inv_smooth=inv_smooth, scale=scale, granularity=granularity)
+    return *q, x.new_empty(0) if residual is None else total
 
 
 def act_quantize(

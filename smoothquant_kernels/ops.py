@@ -53,7 +53,7 @@ def _fake_norm_quantize(
     scale: Tensor | None = None,
     granularity: str = "token",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    cpu.check_norm(op, x, weight, bias, residual, inv_smooth, scale, granularity)
+    _checks.norm(op, x, weight, bias, residual, inv_smooth, scale, granularity)
     total = x.new_empty(0 if residual is None else x.shape)
     return *_fake_quantised(x, x.shape[-1], scale, granularity), total
 

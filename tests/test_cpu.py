@@ -352,3 +352,18 @@ def test_autocast_does_not_reach_inside(mode: str) -> None:
     expected = run_everything(mode)
     with torch.autocast("cpu", torch.bfloat16):
         assert_all_bitwise_equal(run_everything(mode), expected)
+
+
+def test_results_made_in_chunks_are_those_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows are multiplied some at a time, here 128: the last chunk is a part, and scalar scales have no rows."""
+    generator = torch.Generator().manual_seed(3)
+    x_q = torch.randint(-127, 128, (3, 100, 40), generator=generator, dtype=torch.int8)
+    w_q = torch.randint(-127, 128, (24, 40), generator=generator, dtype=torch.int8)
+    w_scale, bias = torch.rand(24, generator=generator), torch.randn(24, generator=generator)
+    residual = torch.randn(3, 100, 24, generator=generator)
+    monkeypatch.setattr(cpu, "_CHUNK_RESULTS", 1)
+    for x_scale in (torch.rand(300, generator=generator), torch.rand(1, generator=generator)):
+        for extra in (None, residual):
+            args = (x_q, w_q, x_scale, w_scale)
+            y = cpu.gemm_s8(*args, bias=bias, residual=extra, out_dtype=torch.float16)
+            assert_bitwise_equal(y, reference.gemm_s8(*args, bias, extra, torch.float16))
