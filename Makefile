@@ -3,7 +3,7 @@
 #   make test       all tests that need no compiler and no GPU (those that could use one skip with a reason)
 #   make test-cuda  builds the CUDA kernels (needs nvcc) and tests them; GPU tests skip without a GPU
 #   make lint       ruff, mypy and clang-format
-#   make bench      the benchmarks and the tuner (needs nvcc and a GPU)
+#   make bench      the benchmark of the CPU linear layer, one thread
 #   make clean      removes environments and builds
 
 PYTHON ?= python3
@@ -51,8 +51,8 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $$(find csrc -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.cpp')
 
-bench: install-cuda
-	PATH="$(abspath $(BIN_CUDA)):$$PATH" bash benchmarks/run_on_gpu.sh
+bench: $(STAMP)
+	$(BIN)/python benchmarks/bench_linear.py --device cpu --threads 1
 
 install: $(STAMP)
 
