@@ -77,10 +77,6 @@ def _small(batch: Batch) -> Batch:
     return {k: v[:1, :_SAMPLE_TOKENS] if v.shape[:2] == shape[:2] else v for k, v in batch.items()}
 
 
-def _is_batched(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.dim() >= 1
-
-
 def _to_batches(item: Any, tokenizer: Any, window: int) -> Iterator[Batch]:
     if isinstance(item, Mapping):
         batch = {k: v for k, v in item.items() if isinstance(v, Tensor)}
@@ -89,7 +85,7 @@ def _to_batches(item: Any, tokenizer: Any, window: int) -> Iterator[Batch]:
                 f"a calibration batch must hold tensors, got a mapping with {sorted(map(str, item))}."
             )
         yield {k: v[None] if v.dim() == 1 else v for k, v in batch.items()}
-    elif _is_batched(item):
+    elif isinstance(item, Tensor) and item.dim() >= 1:
         if item.is_floating_point() or item.dim() > 2:
             raise SmoothQuantError(
                 f"a calibration tensor must hold token ids [T] or [B, T], got {item.dtype} {tuple(item.shape)}; "

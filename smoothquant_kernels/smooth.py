@@ -132,12 +132,9 @@ def smooth_lm(
             f"smoothing changed the model's output by {change:.1e} relative, more than "
             f"{config.verify_tolerance:.1e}; use smooth_rounding='power_of_two', or load the model in float32."
         )
-    layers = _describe(linears, statistics, outcomes, shared)
-    for layer in layers:
-        layer["x_peak"] = peaks.get(layer["name"])
     info = {
         "config": config.to_dict(),
-        "layers": layers,
+        "layers": _describe(linears, statistics, peaks, outcomes, shared),
         "skipped": [{"name": n, "reason": r} for n, r in skipped.items()],
         "verification": {"relative_change": change, "bit_exact": change == 0.0},
         "calibration_tokens": statistics.tokens,
@@ -205,6 +202,7 @@ def _apply(
 def _describe(
     linears: Mapping[str, nn.Module],
     statistics: ActivationStatistics,
+    peaks: Mapping[str, float],
     outcomes: Mapping[str, tuple[str, str]],
     shared: Mapping[str, list[str]],
 ) -> list[dict[str, Any]]:
@@ -229,6 +227,7 @@ def _describe(
                 "in_features": k,
                 "out_features": n,
                 "x_absmax": None if absmax is None else float(absmax.max()),
+                "x_peak": peaks.get(name),
             }
         )
     return layers
