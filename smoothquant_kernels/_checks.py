@@ -60,6 +60,7 @@ def quantiser(
     inv_smooth: Tensor | None,
     scale: Tensor | None,
     granularity: str,
+    k_multiple: int,
 ) -> None:
     """Checks what every producer of int8 shares."""
     activation_input(op, x)
@@ -69,6 +70,8 @@ def quantiser(
         raise ValueError(
             f"{op}: granularity must be 'token' or 'tensor', got {granularity!r}; give `scale` for the static scheme."
         )
+    if k_multiple < 1:
+        raise ValueError(f"{op}: k_multiple must be at least 1, got {k_multiple}.")
 
 
 def same_as_x(op: str, name: str, t: Tensor | None, x: Tensor) -> None:
@@ -100,10 +103,11 @@ def norm(
     inv_smooth: Tensor | None,
     scale: Tensor | None,
     granularity: str,
+    k_multiple: int,
 ) -> None:
     """Checks the arguments of both norm producers."""
     k = x.shape[-1] if x.dim() else 0
-    quantiser(op, x, k, inv_smooth, scale, granularity)
+    quantiser(op, x, k, inv_smooth, scale, granularity, k_multiple)
     norm_parameter(op, "weight", weight, x)
     norm_parameter(op, "bias", bias, x)
     same_as_x(op, "residual", residual, x)

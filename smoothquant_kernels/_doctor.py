@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.markup import escape
 from rich.table import Table
 
 from smoothquant_kernels import cpu
 from smoothquant_kernels._console import Document
-from smoothquant_kernels._extension import extension_status, has_cuda_kernel
+from smoothquant_kernels._extension import dispatch_tables, extension_status, has_cuda_kernel
 from smoothquant_kernels.errors import SmoothQuantError
+from smoothquant_kernels.ops import OPS
 
 _PACKAGES = ("transformers", "safetensors", "accelerate", "gguf", "matplotlib", "datasets")
 # Names as /proc/cpuinfo has them (x86, then ARM): those that decide how fast int8 products are.
@@ -27,14 +29,6 @@ _MODES = {
     "the same bits",
     "float": "no usable oneDNN: exact float32 products, slower than float, the same bits",
 }
-OPS = (
-    "quantize",
-    "rms_norm_quantize",
-    "layer_norm_quantize",
-    "act_quantize",
-    "gemm_s8",
-    "gemm_s8_requant",
-)
 
 
 def examine() -> Document:
@@ -85,6 +79,7 @@ def _extension() -> dict[str, Any]:
         "cuda_version": status.cuda_version,
         "torch_target": status.torch_target,
         "cuda_kernels": [op for op in OPS if has_cuda_kernel(op)],
+        "tables": dispatch_tables(),
     }
 
 
@@ -166,6 +161,10 @@ def render_doctor(document: Document) -> Table:
             f"CUTLASS {extension['cutlass_version']}, for torch {extension['torch_target']} "
             "or newer",
         )
+    for op, rows in extension["tables"].items():
+        for index, row in enumerate(rows):
+            text = escape(f"{row['path']}: {row['when']}")  # "[m]" is no markup
+            table.add_row(f"{op} by" if index == 0 else "", text)
     table.add_row("CPU", f"{chip['name']}; torch uses {chip['torch_capability']}")
     table.add_row("", f"features: {', '.join(chip['features']) or 'none known'}")
     table.add_row("", f"{chip['threads']} threads")

@@ -10,6 +10,7 @@ in the package depends on the Python version, so one wheel serves them all.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import threading
 from collections.abc import Callable
@@ -73,6 +74,24 @@ def build_info(folder: Path = _FOLDER) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return facts if isinstance(facts, dict) else {}
+
+
+def dispatch_tables() -> dict[str, list[dict[str, str]]]:
+    """Which kernel of the library serves which problem, as the library itself has it.
+
+    Returns: op -> rows of {"path", "when", "why"}, in the library's order. Empty when no library is
+    loaded or it has no such tables; never raises.
+    """
+    if not extension_status().available:
+        return {}
+    try:
+        table = ctypes.CDLL(str(_FOLDER / LIBRARY_NAME)).sqk_quantize_table
+        table.restype = ctypes.c_char_p
+        rows = json.loads(table())
+        columns = ("path", "when", "why")
+        return {"quantize": [{name: str(row[name]) for name in columns} for row in rows]}
+    except (OSError, AttributeError, KeyError, TypeError, ValueError):
+        return {}
 
 
 def _load(folder: Path) -> ExtensionStatus:

@@ -1,5 +1,7 @@
 """The CPU kernels: the numbers of `reference.py`, bit for bit, as fast as PyTorch's own building blocks allow.
 
+The norms and activations in front of `quantize` are in `_cpu_fused.py`.
+
 The int8 product runs in oneDNN (`onednn.qlinear_pointwise`, uint8 x int8 with float32 output). Which way of calling
 it is exact depends on the processor, so it is measured once per process, on data that would saturate:
 
@@ -269,7 +271,7 @@ def gemm_s8_requant(
     return y_q.view(*x_q.shape[:-1], w_q.shape[0])
 
 
-# --- quantisers -------------------------------------------------------------------------------------------------------
+# --- quantiser --------------------------------------------------------------------------------------------------------
 
 
 def _rows(x: Tensor, start: int, stop: int, inv_smooth: Tensor | None) -> Tensor:
@@ -297,15 +299,20 @@ def quantize(
     inv_smooth: Tensor | None = None,
     scale: Tensor | None = None,
     granularity: str = "token",
+    k_multiple: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """CPU kernel of `ops.quantize`."""
-    _checks.quantiser("quantize", x, x.shape[-1] if x.dim() else 0, inv_smooth, scale, granularity)
-    k = x.shape[-1]
+    k = x.shape[-1] if x.dim() else 0
+    _checks.quantiser("quantize", x, k, inv_smooth, scale, granularity, k_multiple)
     rows = x.detach().reshape(-1, k)
     m = rows.shape[0]
     step = max(1, _CHUNK_BYTES // (4 * k))
     chunks = [(i, min(i + step, m)) for i in range(0, m, step)]
-    x_q = x.new_empty((m, k), dtype=torch.int8)
+    padded = reference.padded_k(k, k_multiple)
+    values = x_q = x.new_empty((m, padded), dtype=torch.int8)
+    if padded > k:
+        values = x_q[:, :k]
+        x_q[:, k:] = 0
 
     if scale is None and granularity == "tensor":
         parts = [_rows(rows, a, b, inv_smooth).abs().amax() for a, b in chunks]
@@ -314,8 +321,8 @@ def quantize(
         inverse = reference.inverse_scale(x_scale)
         saturate = not bool(x_scale.isfinite())
         for a, b in chunks:
-            _round_rows(_rows(rows, a, b, inv_smooth), inverse, x_q[a:b], saturate)
-        return x_q.view(x.shape), x_scale
+            _round_rows(_rows(rows, a, b, inv_smooth), inverse, values[a:b], saturate)
+        return x_q.view(*x.shape[:-1], padded), x_scale
 
     x_scale = _empty(m)
     for a, b in chunks:
@@ -328,61 +335,6 @@ def quantize(
         else:
             chunk_scale = torch.where(absmax.isfinite(), scale, torch.nan)
             inverse, saturate = reference.inverse_scale(scale), True
-        _round_rows(v, inverse, x_q[a:b], saturate)
+        _round_rows(v, inverse, values[a:b], saturate)
         x_scale[a:b] = chunk_scale
-    return x_q.view(x.shape), x_scale
-
-
-def rms_norm_quantize(
-    x: Tensor,
-    weight: Tensor,
-    eps: float,
-    *,
-    residual: Tensor | None = None,
-    inv_smooth: Tensor | None = None,
-    scale: Tensor | None = None,
-    granularity: str = "token",
-) -> tuple[Tensor, Tensor, Tensor]:
-    """CPU kernel of `ops.rms_norm_quantize`; the third result is empty without a residual."""
-    op = "rms_norm_quantize"
-    _checks.norm(op, x, weight, None, residual, inv_smooth, scale, granularity)
-    total = reference.add_residual(x, residual)
-    y = reference.rms_norm(total, weight, eps)
-    q = quantize(y, inv_smooth=inv_smooth, scale=scale, granularity=granularity)
-    return *q, x.new_empty(0) if residual is None else total
-
-
-def layer_norm_quantize(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    *,
-    residual: Tensor | None = None,
-    inv_smooth: Tensor | None = None,
-    scale: Tensor | None = None,
-    granularity: str = "token",
-) -> tuple[Tensor, Tensor, Tensor]:
-    """CPU kernel of `ops.layer_norm_quantize`; the third result is empty without a residual."""
-    op = "layer_norm_quantize"
-    _checks.norm(op, x, weight, bias, residual, inv_smooth, scale, granularity)
-    total = reference.add_residual(x, residual)
-    y = reference.layer_norm(total, weight, bias, eps)
-    q = quantize(y, inv_smooth=inv_smooth, scale=scale, granularity=granularity)
-    return *q, x.new_empty(0) if residual is None else total
-
-
-def act_quantize(
-    x: Tensor,
-    kind: str,
-    *,
-    gate: Tensor | None = None,
-    inv_smooth: Tensor | None = None,
-    scale: Tensor | None = None,
-    granularity: str = "token",
-) -> tuple[Tensor, Tensor]:
-    """CPU kernel of `ops.act_quantize`."""
-    k = _checks.activation_kind("act_quantize", x, kind, gate)
-    _checks.quantiser("act_quantize", x, k, inv_smooth, scale, granularity)
-    y = reference.activation(x, kind, gate)
-    return quantize(y, inv_smooth=inv_smooth, scale=scale, granularity=granularity)
+    return x_q.view(*x.shape[:-1], padded), x_scale

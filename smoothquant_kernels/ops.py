@@ -8,142 +8,67 @@ Shapes: `M` is the number of tokens, the product of all leading dimensions of `x
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from smoothquant_kernels import _checks, cpu
+from smoothquant_kernels import _cpu_fused, _fakes, cpu
+from smoothquant_kernels._extension import explain_missing_kernel
 from smoothquant_kernels._library import define_op, eager_cpu
-
-# --- fake kernels: the same checks, the same shapes, no data ----------------------------------------------------------
-
-
-def _fake_quantised(
-    x: Tensor, k: int, scale: Tensor | None, granularity: str
-) -> tuple[Tensor, Tensor]:
-    per_tensor = scale is None and granularity == "tensor"
-    rows = 1 if per_tensor else math.prod(x.shape[:-1])
-    return (
-        x.new_empty((*x.shape[:-1], k), dtype=torch.int8),
-        x.new_empty((rows,), dtype=torch.float32),
-    )
-
-
-def _fake_quantize(
-    x: Tensor,
-    *,
-    inv_smooth: Tensor | None = None,
-    scale: Tensor | None = None,
-    granularity: str = "token",
-) -> tuple[Tensor, Tensor]:
-    _checks.quantiser("quantize", x, x.shape[-1] if x.dim() else 0, inv_smooth, scale, granularity)
-    return _fake_quantised(x, x.shape[-1], scale, granularity)
-
-
-def _fake_norm_quantize(
-    op: str,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    *,
-    residual: Tensor | None = None,
-    inv_smooth: Tensor | None = None,
-    scale: Tensor | None = None,
-    granularity: str = "token",
-) -> tuple[Tensor, Tensor, Tensor]:
-    _checks.norm(op, x, weight, bias, residual, inv_smooth, scale, granularity)
-    total = x.new_empty(0 if residual is None else x.shape)
-    return *_fake_quantised(x, x.shape[-1], scale, granularity), total
-
-
-def _fake_act_quantize(
-    x: Tensor,
-    kind: str,
-    *,
-    gate: Tensor | None = None,
-    inv_smooth: Tensor | None = None,
-    scale: Tensor | None = None,
-    granularity: str = "token",
-) -> tuple[Tensor, Tensor]:
-    k = _checks.activation_kind("act_quantize", x, kind, gate)
-    _checks.quantiser("act_quantize", x, k, inv_smooth, scale, granularity)
-    return _fake_quantised(x, k, scale, granularity)
-
-
-def _fake_gemm_s8(
-    x_q: Tensor,
-    w_q: Tensor,
-    x_scale: Tensor,
-    w_scale: Tensor,
-    *,
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    _checks.gemm("gemm_s8", x_q, w_q, x_scale, w_scale, bias, out_dtype)
-    _checks.gemm_residual("gemm_s8", residual, x_q, w_q)
-    return x_q.new_empty((*x_q.shape[:-1], w_q.shape[0]), dtype=out_dtype)
-
-
-def _fake_gemm_s8_requant(
-    x_q: Tensor,
-    w_q: Tensor,
-    x_scale: Tensor,
-    w_scale: Tensor,
-    out_scale: Tensor,
-    *,
-    bias: Tensor | None = None,
-    relu: bool = False,
-) -> Tensor:
-    _checks.gemm("gemm_s8_requant", x_q, w_q, x_scale, w_scale, bias)
-    _checks.requant_scale("gemm_s8_requant", out_scale, x_q)
-    return x_q.new_empty((*x_q.shape[:-1], w_q.shape[0]))
-
 
 # --- schemas ----------------------------------------------------------------------------------------------------------
 
-_QUANTISER = 'Tensor? inv_smooth=None, Tensor? scale=None, str granularity="token"'
+_QUANTISER = (
+    'Tensor? inv_smooth=None, Tensor? scale=None, str granularity="token", int k_multiple=1'
+)
 
 _quantize = define_op(
     f"quantize(Tensor x, *, {_QUANTISER}) -> (Tensor, Tensor)",
     cpu=cpu.quantize,
-    fake=_fake_quantize,
+    fake=_fakes.quantize,
 )
 _rms_norm_quantize = define_op(
     "rms_norm_quantize(Tensor x, Tensor weight, float eps, *, Tensor? residual=None, "
     f"{_QUANTISER}) -> (Tensor, Tensor, Tensor)",
-    cpu=cpu.rms_norm_quantize,
-    fake=lambda x, weight, eps, **options: _fake_norm_quantize(
-        "rms_norm_quantize", x, weight, None, **options
-    ),
+    cpu=_cpu_fused.rms_norm_quantize,
+    fake=_fakes.rms_norm_quantize,
 )
 _layer_norm_quantize = define_op(
     "layer_norm_quantize(Tensor x, Tensor? weight, Tensor? bias, float eps, *, "
     f"Tensor? residual=None, {_QUANTISER}) -> (Tensor, Tensor, Tensor)",
-    cpu=cpu.layer_norm_quantize,
-    fake=lambda x, weight, bias, eps, **options: _fake_norm_quantize(
-        "layer_norm_quantize", x, weight, bias, **options
-    ),
+    cpu=_cpu_fused.layer_norm_quantize,
+    fake=_fakes.layer_norm_quantize,
 )
 _act_quantize = define_op(
     f"act_quantize(Tensor x, str kind, *, Tensor? gate=None, {_QUANTISER}) -> (Tensor, Tensor)",
-    cpu=cpu.act_quantize,
-    fake=_fake_act_quantize,
+    cpu=_cpu_fused.act_quantize,
+    fake=_fakes.act_quantize,
 )
 _gemm_s8 = define_op(
     "gemm_s8(Tensor x_q, Tensor w_q, Tensor x_scale, Tensor w_scale, *, Tensor? bias=None, "
     "Tensor? residual=None, ScalarType out_dtype) -> Tensor",
     cpu=cpu.gemm_s8,
-    fake=_fake_gemm_s8,
+    fake=_fakes.gemm_s8,
 )
 _gemm_s8_requant = define_op(
     "gemm_s8_requant(Tensor x_q, Tensor w_q, Tensor x_scale, Tensor w_scale, Tensor out_scale, *, "
     "Tensor? bias=None, bool relu=False) -> Tensor",
     cpu=cpu.gemm_s8_requant,
-    fake=_fake_gemm_s8_requant,
+    fake=_fakes.gemm_s8_requant,
 )
+
+OPS = (
+    "quantize",
+    "rms_norm_quantize",
+    "layer_norm_quantize",
+    "act_quantize",
+    "gemm_s8",
+    "gemm_s8_requant",
+)
+# The library was loaded above, before there were schemas: the dispatcher takes kernels and schemas in either order.
+for _op in OPS:
+    explain_missing_kernel(_op)
 
 
 # --- the public functions ---------------------------------------------------------------------------------------------
@@ -155,6 +80,7 @@ def quantize(
     inv_smooth: Tensor | None = None,
     scale: Tensor | None = None,
     granularity: str = "token",
+    k_multiple: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """Divide by the smoothing factors and quantise to int8, in one pass.
 
@@ -163,26 +89,29 @@ def quantize(
         inv_smooth: [K] float32, the reciprocals 1 / s of the smoothing factors.
         scale: [1] float32, a calibrated (static) scale; `granularity` then has no effect.
         granularity: ``"token"`` for a scale per row, ``"tensor"`` for one scale; both dynamic.
+        k_multiple: pads x_q with columns of zeros until this divides their number. They add nothing to a GEMM whose
+            weight is padded likewise, and give it rows that are aligned for any K.
 
     Returns:
-        x_q: [..., K] int8 in [-127, 127], contiguous.
+        x_q: [..., K] int8 in [-127, 127], contiguous; K rounded up to a multiple of k_multiple.
         x_scale: float32, [M]; [1] for ``"tensor"``. A token with a NaN or Inf has a non-finite scale, so that its
             output cannot look sound; under ``"tensor"`` all tokens share that fate.
 
     Raises:
         TypeError: a dtype is not one of the above.
-        ValueError: a shape or device does not fit, or granularity is unknown.
+        ValueError: a shape or device does not fit, granularity is unknown, or k_multiple is below 1.
 
     Equivalent to:
         v = x.float() * inv_smooth
         x_scale = v.abs().amax(-1) / 127
         x_q = torch.round(v * (1 / x_scale)[..., None]).clamp(-127, 127).to(torch.int8)
+        x_q = torch.nn.functional.pad(x_q, (0, -K % k_multiple))
 
     Source: SmoothQuant (Xiao et al., 2022), section 3.2, eq. 3; schemes O1, O2, O3 of table 2.
     """
     op = cpu.quantize if eager_cpu(x, inv_smooth, scale) else _quantize
     result: tuple[Tensor, Tensor] = op(
-        x, inv_smooth=inv_smooth, scale=scale, granularity=granularity
+        x, inv_smooth=inv_smooth, scale=scale, granularity=granularity, k_multiple=k_multiple
     )
     return result
 
@@ -196,6 +125,7 @@ def rms_norm_quantize(
     inv_smooth: Tensor | None = None,
     scale: Tensor | None = None,
     granularity: str = "token",
+    k_multiple: int = 1,
 ) -> tuple[Tensor, ...]:
     """RMSNorm, smoothing and int8 quantisation in one pass, with an optional residual added first.
 
@@ -204,7 +134,7 @@ def rms_norm_quantize(
         weight: [K] float, the norm's weight.
         eps: added to the mean of squares.
         residual: like x; the norm reads `x + residual`, rounded to x's type as an unfused model adds it.
-        inv_smooth, scale, granularity: as in `quantize`.
+        inv_smooth, scale, granularity, k_multiple: as in `quantize`.
 
     Returns:
         (x_q, x_scale), and x + residual (x's shape and dtype) where a residual was given. The norm's own output stays
@@ -228,6 +158,7 @@ def rms_norm_quantize(
         inv_smooth=inv_smooth,
         scale=scale,
         granularity=granularity,
+        k_multiple=k_multiple,
     )
     return tuple(quantised) if residual is None else (*quantised, total)
 
@@ -242,6 +173,7 @@ def layer_norm_quantize(
     inv_smooth: Tensor | None = None,
     scale: Tensor | None = None,
     granularity: str = "token",
+    k_multiple: int = 1,
 ) -> tuple[Tensor, ...]:
     """LayerNorm, smoothing and int8 quantisation in one pass, with an optional residual added first.
 
@@ -249,7 +181,7 @@ def layer_norm_quantize(
         x: [..., K] float16, bfloat16 or float32.
         weight, bias: [K] float or None.
         eps: added to the variance.
-        residual, inv_smooth, scale, granularity: as in `rms_norm_quantize`.
+        residual, inv_smooth, scale, granularity, k_multiple: as in `rms_norm_quantize`.
 
     Returns:
         (x_q, x_scale), and x + residual where a residual was given.
@@ -273,6 +205,7 @@ def layer_norm_quantize(
         inv_smooth=inv_smooth,
         scale=scale,
         granularity=granularity,
+        k_multiple=k_multiple,
     )
     return tuple(quantised) if residual is None else (*quantised, total)
 
@@ -285,6 +218,7 @@ def act_quantize(
     inv_smooth: Tensor | None = None,
     scale: Tensor | None = None,
     granularity: str = "token",
+    k_multiple: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """Activation function (gated or not), smoothing and int8 quantisation in one pass.
 
@@ -293,10 +227,10 @@ def act_quantize(
         kind: ``"relu"``, ``"gelu"``, ``"gelu_tanh"``, ``"silu"``; or ``"silu_mul"``, ``"gelu_mul"``,
             ``"gelu_tanh_mul"``, which read both halves from x.
         gate: like x; given, the result is act(gate) * x.
-        inv_smooth, scale, granularity: as in `quantize`, over the K outputs.
+        inv_smooth, scale, granularity, k_multiple: as in `quantize`, over the K outputs.
 
     Returns:
-        (x_q, x_scale), x_q of shape [..., K].
+        (x_q, x_scale), x_q of shape [..., K], K rounded up to a multiple of k_multiple.
 
     Raises:
         TypeError, ValueError: as in `quantize`; also for an unknown kind or an odd fused size.
@@ -308,7 +242,13 @@ def act_quantize(
     Source: Shazeer (2020), GLU Variants Improve Transformer; SmoothQuant, section 4.
     """
     result: tuple[Tensor, Tensor] = _act_quantize(
-        x, kind, gate=gate, inv_smooth=inv_smooth, scale=scale, granularity=granularity
+        x,
+        kind,
+        gate=gate,
+        inv_smooth=inv_smooth,
+        scale=scale,
+        granularity=granularity,
+        k_multiple=k_multiple,
     )
     return result
 

@@ -50,11 +50,23 @@ def round_to_int8(x: Tensor) -> Tensor:
     return torch.nan_to_num(torch.round(x), nan=0.0).clamp(-QMAX, QMAX).to(torch.int8)
 
 
+def padded_k(k: int, k_multiple: int) -> int:
+    """K rounded up to a multiple of `k_multiple`."""
+    return (k + k_multiple - 1) // k_multiple * k_multiple
+
+
+def pad_k(x_q: Tensor, k_multiple: int) -> Tensor:
+    """`x_q` [..., K] with columns of zeros up to `padded_k`: they add nothing to a GEMM whose weight has them too."""
+    k = x_q.shape[-1]
+    return torch.nn.functional.pad(x_q, (0, padded_k(k, k_multiple) - k))
+
+
 def quantize(
     x: Tensor,
     inv_smooth: Tensor | None = None,
     scale: Tensor | None = None,
     granularity: str = "token",
+    k_multiple: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """Divide by the smoothing factors and quantise; see `ops.quantize`.
 
@@ -63,6 +75,8 @@ def quantize(
     * dynamic per tensor: one scale [1]; a NaN or Inf anywhere makes it, and so every product, non-finite;
     * static (`scale` given): the values saturate; `x_scale[m] = scale`, or NaN for a row with a NaN or Inf, so that
       a broken token is as loud under a static scale as under a dynamic one.
+
+    Then `pad_k` by `k_multiple`.
     """
     v = x.float()
     if inv_smooth is not None:
@@ -77,7 +91,8 @@ def quantize(
             absmax = absmax.amax(dim=0, keepdim=True) if len(absmax) else absmax.new_zeros(1)
         x_scale = scale_from_absmax(absmax)
         inverse = inverse_scale(x_scale)
-    return round_to_int8(rows * inverse[:, None]).reshape(x.shape), x_scale
+    x_q = round_to_int8(rows * inverse[:, None]).reshape(x.shape)
+    return pad_k(x_q, k_multiple), x_scale
 
 
 def quantize_weight(w: Tensor, granularity: str = "channel") -> tuple[Tensor, Tensor]:

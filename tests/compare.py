@@ -10,6 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+#: Op results compared with the reference in this process; the simulator's and the GPU's reports name it.
+compared = 0
+
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -38,6 +41,12 @@ def assert_bitwise_equal(actual: Tensor, expected: Tensor, what: str = "") -> No
             f"{prefix}{int(wrong.sum())} of {wrong.numel()} elements differ, first at {where}: "
             f"{_describe(actual[where])} != {_describe(expected[where])}"
         )
+
+
+def count_result() -> None:
+    """One more result of an op was compared."""
+    global compared
+    compared += 1
 
 
 def assert_all_bitwise_equal(actual: object, expected: object, what: str = "") -> None:

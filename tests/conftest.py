@@ -18,6 +18,15 @@ import pytest
 import torch
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--backend",
+        choices=("cpu", "simulator", "cuda"),
+        default="cpu",
+        help="where tests/kernels runs the ops (default: cpu)",
+    )
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Sends all tests of the real model to one worker of pytest-xdist, which loads it once, and starts them first."""
     for item in items:

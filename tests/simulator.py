@@ -11,11 +11,13 @@ import fcntl
 import os
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import build_commands
 import pytest
-from build_support import ROOT, BuildError, Torch, find_cutlass, find_nvcc, find_torch
+from backends import LIBRARY_VARIABLE
+from build_support import ROOT, BuildError, find_cutlass, find_nvcc, find_torch
 
 _BUILD = ROOT / "build" / "simulator"
 # PTX only: the simulator ignores SASS, and leaving it out halves the compile time.
@@ -47,50 +49,128 @@ def require() -> None:
 
 def library() -> Path:
     """All kernels and their binding, bound to the CPU key; built once, then as sources change."""
-    nvcc, cutlass, torch = find_nvcc(os.environ), find_cutlass(os.environ), find_torch()
     _BUILD.mkdir(parents=True, exist_ok=True)
     with open(_BUILD / "lock", "w") as lock:  # pytest-xdist: one worker builds, the others wait
         fcntl.flock(lock, fcntl.LOCK_EX)
-        return _build(nvcc.path, cutlass, torch)
+        build = _BUILD.relative_to(ROOT)
+        tasks = [_task(source, build) for source in build_commands.sources()]
+        build_commands.compile_all(tasks, os.environ)
+        return _link(_BUILD, [output for _, output in tasks])
 
 
-def _build(nvcc: str, cutlass: build_commands.Cutlass, torch: Torch) -> Path:
+def library_with(root: Path, sources: Sequence[str]) -> Path:
+    """The library with some sources from a changed copy; the other objects are those of `library()`, called before.
+
+    Args:
+        root: the folder in which the copy of csrc lies; what is built is put there.
+        sources: to compile there, e.g. "csrc/quantize/launch.cu".
+    """
+    objects = [
+        (root if source in sources else _BUILD) / _object_name(source)
+        for source in build_commands.sources()
+    ]
+    for source in sources:
+        command, output = _task(source, root, root)
+        build_commands.run(command, output, build_commands.launcher(os.environ))
+    return _link(root, objects)
+
+
+def _object_name(source: str) -> str:
+    return source.replace("/", ".") + ".o"
+
+
+def _task(source: str, build: Path, root: Path | None = None) -> tuple[list[str], Path]:
+    """The command that compiles a source of the checkout, or of a copy elsewhere, and its object."""
     flags = ["-DSQK_SIMULATOR", "-DSQK_WITH_SM90=1", "-DSQK_ARCHS=8.0+PTX/9.0a+PTX"]
-    tasks = []
-    for source in build_commands.sources():
-        output = _BUILD.relative_to(ROOT) / (source.replace("/", ".") + ".o")
-        if source.endswith(".cpp"):
-            command = build_commands.cxx_command(source, str(output), torch.include, flags)
-        else:
-            codes = _GENCODES[1:] if Path(source).stem.endswith("_sm90") else _GENCODES
-            codes = _GENCODES[:1] if Path(source).stem.endswith("_sm80") else codes
-            command = build_commands.cuda_command(
-                nvcc, source, str(output), cutlass, codes, [*flags, "--no-compress"]
-            )
-        tasks.append((command, output))
-    build_commands.compile_all(tasks, os.environ)
-    target = _BUILD / "libsqk_simulator.so"
-    link = [nvcc, "-shared", "-cudart", "shared", "-o", str(target)]
-    link += [str(output) for _, output in tasks]
-    link += [f"-L{torch.root / 'lib'}", "-Xlinker=--no-undefined", "-ltorch_cpu", "-lc10"]
-    build_commands.run(link, target, [], objects=[output for _, output in tasks])
+    output = build / _object_name(source)
+    if source.endswith(".cpp"):
+        include = find_torch().include
+        command = build_commands.cxx_command(source, str(output), include, flags)
+    else:
+        codes = _GENCODES[1:] if Path(source).stem.endswith("_sm90") else _GENCODES
+        # Newer GPUs run PTX for 8.0 too: enough for a copy, in half the time.
+        one = Path(source).stem.endswith("_sm80") or root is not None
+        nvcc, cutlass = find_nvcc(os.environ).path, find_cutlass(os.environ)
+        command = build_commands.cuda_command(
+            nvcc,
+            source,
+            str(output),
+            cutlass,
+            codes[:1] if one else codes,
+            [*flags, "--no-compress"],
+        )
+    if root is not None:
+        moved = {source: str(root / source)}
+        for folder in ("csrc/include", "csrc"):
+            moved[f"-I{folder}"] = f"-I{root / folder}"
+        command = [moved.get(part, part) for part in command]
+    return command, output
+
+
+def _link(build: Path, objects: list[Path]) -> Path:
+    target = build / "libsqk_simulator.so"
+    torch = find_torch().root / "lib"
+    link = [find_nvcc(os.environ).path, "-shared", "-cudart", "shared", "-o", str(target)]
+    link += [str(output) for output in objects]
+    link += [f"-L{torch}", "-Xlinker=--no-undefined", "-ltorch_cpu", "-lc10"]
+    build_commands.run(link, target, [], objects=objects)
     return target
 
 
-def run(script: str, *arguments: str, arch: str = "sm_80", checks: str = "init,race") -> str:
-    """Runs a Python program under the simulator, CPU tensors standing for CUDA ones.
+def python(
+    arguments: Sequence[str],
+    *,
+    arch: str = "sm_80",
+    checks: str = "init,race",
+    stats: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> subprocess.CompletedProcess[str]:
+    """Runs Python under the simulator, CPU tensors standing for CUDA ones.
+
+    Args:
+        arguments: Python's own.
+        arch: the GPU to simulate.
+        checks: the simulator's own checks; what they find fails the launch.
+        stats: a file for one line of JSON per launch.
+        environment: variables to set beside those that are there.
+    """
+    program = launcher()
+    assert program is not None, "call require() first"
+    command = [str(program), "--arch", arch, "--check", checks, "--torch"]
+    command += [] if stats is None else ["--stats", str(stats)]
+    command += ["--", sys.executable, *arguments]
+    # One thread: the kernels are what takes time, and the simulator has threads of its own.
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env=variables, check=False
+    )
+
+
+def kernel_tests(
+    library: Path, *arguments: str, arch: str = "sm_80", checks: str = "init,race"
+) -> subprocess.CompletedProcess[str]:
+    """Runs tests/kernels in the simulator; the arguments are pytest's, e.g. a selection."""
+    pytest_command = ["-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider"]
+    pytest_command += ["tests/kernels", "--backend", "simulator", *arguments]
+    return python(
+        pytest_command, arch=arch, checks=checks, environment={LIBRARY_VARIABLE: str(library)}
+    )
+
+
+def run(
+    script: str,
+    *arguments: str,
+    arch: str = "sm_80",
+    checks: str = "init,race",
+    stats: Path | None = None,
+) -> str:
+    """Runs a Python program under the simulator and returns what it printed.
 
     Args:
         script: the program's text; it exits with an error when something is wrong.
         arguments: its sys.argv[1:].
-        arch: the GPU to simulate.
-        checks: the simulator's own checks; what they find fails the launch.
-    Returns: what the program printed.
+        arch, checks, stats: as for `python`.
     """
-    program = launcher()
-    assert program is not None, "call require() first"
-    command = [str(program), "--arch", arch, "--check", checks, "--torch", "--"]
-    command += [sys.executable, "-c", script, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    done = python(["-c", script, *arguments], arch=arch, checks=checks, stats=stats)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     return done.stdout

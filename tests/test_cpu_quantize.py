@@ -7,7 +7,7 @@ from typing import Any
 import cases
 import pytest
 import torch
-from compare import assert_all_bitwise_equal
+from compare import assert_all_bitwise_equal, assert_bitwise_equal
 from torch import Tensor
 
 from smoothquant_kernels import cpu, ops, reference
@@ -17,10 +17,11 @@ def check_quantize(x: Tensor, what: str = "") -> None:
     for inv_smooth in (None, cases.inverse_smooth(x.shape[-1])):
         for scheme in cases.SCHEMES:
             options: dict[str, Any] = cases.quantize_options(scheme)
-            found = ops.quantize(x, inv_smooth=inv_smooth, **options)
-            expected = reference.quantize(x, inv_smooth, **options)
-            assert_all_bitwise_equal(found, expected, f"{what} {scheme}")
-            assert found[0].is_contiguous()
+            for k_multiple in (1, 7, 16):
+                found = ops.quantize(x, inv_smooth=inv_smooth, **options, k_multiple=k_multiple)
+                expected = reference.quantize(x, inv_smooth, **options, k_multiple=k_multiple)
+                assert_all_bitwise_equal(found, expected, f"{what} {scheme} {k_multiple}")
+                assert found[0].is_contiguous()
 
 
 @pytest.mark.parametrize("dtype", cases.FLOATS, ids=str)
@@ -84,12 +85,27 @@ def test_any_layout_of_x() -> None:
             check_quantize(x if dtype == torch.float32 else x.to(dtype), name)
 
 
+@pytest.mark.parametrize("k", [1, 16, 21, 50])
+def test_padded_operands_give_the_product_of_the_unpadded(k: int) -> None:
+    x, w = cases.activations(9, k), cases.activations(5, k, seed=1)
+    w_q, w_scale = ops.quantize(w)
+    x_q, x_scale = ops.quantize(x)
+    expected = ops.gemm_s8(x_q, w_q, x_scale, w_scale, out_dtype=torch.float32)
+    for k_multiple in (7, 16):
+        padded_w, _ = ops.quantize(w, k_multiple=k_multiple)
+        padded_x, x_scale = ops.quantize(x, k_multiple=k_multiple)
+        found = ops.gemm_s8(padded_x, padded_w, x_scale, w_scale, out_dtype=torch.float32)
+        assert_bitwise_equal(found, expected)
+
+
+# 17 divides the number of channels, also that of the fused kinds; 16 divides neither.
+@pytest.mark.parametrize(("m", "k_multiple"), [(6, 1), (6, 16), (6, 17), (0, 1), (0, 16)])
 @pytest.mark.parametrize("dtype", cases.FLOATS, ids=str)
 @pytest.mark.parametrize("scheme", cases.SCHEMES)
-def test_fused_producers(dtype: torch.dtype, scheme: str) -> None:
-    x, other = (cases.activations(6, 34, dtype, seed) for seed in (0, 1))
+def test_fused_producers(dtype: torch.dtype, scheme: str, m: int, k_multiple: int) -> None:
+    x, other = (cases.activations(m, 34, dtype, seed) for seed in (0, 1))
     weight, bias = cases.inverse_smooth(34).to(dtype), cases.inverse_smooth(34, 3)
-    options: dict[str, Any] = cases.quantize_options(scheme)
+    options: dict[str, Any] = {**cases.quantize_options(scheme), "k_multiple": k_multiple}
     inv_smooth = cases.inverse_smooth(34, 7)
     for residual in (None, other):
         total = reference.add_residual(x, residual)

@@ -5,15 +5,20 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
+import subprocess
+import sys
 import threading
 from pathlib import Path
+from typing import Any
 
+import build_commands
 import build_support
 import pytest
 import simulator
 import torch
 
-from smoothquant_kernels import _extension
+from smoothquant_kernels import _extension, ops
 
 INF, NAN = float("inf"), float("nan")
 # Value -> int8: ties to even, both ends, past the ends, subnormal, signed zero, not finite.
@@ -169,14 +174,76 @@ def test_a_missing_kernel_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
         _extension.raise_missing_kernel("gemm_s8")
 
 
-def test_an_op_without_a_cuda_kernel_has_one_that_explains() -> None:
-    assert torch._C._dispatch_has_kernel_for_dispatch_key(
-        "smoothquant_kernels::_saturate_s8", "CUDA"
-    )
-    if not _extension.has_cuda_kernel("_saturate_s8"):
+X = torch.ones(2, 4)
+# A call of every op that the dispatcher accepts; what the tensors hold is never looked at.
+CALLS: dict[str, tuple[Any, ...]] = {
+    "_saturate_s8": (X,),
+    "quantize": (X,),
+    "rms_norm_quantize": (X, X, 1e-5),
+    "layer_norm_quantize": (X, None, None, 1e-5),
+    "act_quantize": (X, "relu"),
+    "gemm_s8": (X, X, X, X),
+    "gemm_s8_requant": (X, X, X, X, X),
+}
+
+
+def test_every_op_is_called_here() -> None:
+    assert set(CALLS) == {"_saturate_s8", *ops.OPS}
+
+
+@pytest.mark.parametrize("op", CALLS)
+def test_an_op_without_a_cuda_kernel_has_one_that_explains(op: str) -> None:
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"smoothquant_kernels::{op}", "CUDA")
+    if not _extension.has_cuda_kernel(op):
         keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
-        with pytest.raises(RuntimeError, match="no CUDA kernel for _saturate_s8: "):
-            _extension.saturate_s8.redispatch(keys, torch.ones(2))
+        options = {"out_dtype": torch.float16} if op == "gemm_s8" else {}
+        overload = getattr(torch.ops.smoothquant_kernels, op).default
+        with pytest.raises(RuntimeError, match=f"no CUDA kernel for {op}: "):
+            overload.redispatch(keys, *CALLS[op], **options)
+
+
+# A library with a CUDA kernel for one op only.
+LIBRARY = """
+#include <torch/csrc/stable/library.h>
+#include <stdexcept>
+void kernel(StableIValue*, uint64_t, uint64_t) { throw std::runtime_error("the library's own"); }
+STABLE_TORCH_LIBRARY_IMPL(smoothquant_kernels, CUDA, m) { m.impl("quantize", &kernel); }
+"""
+WITH_LIBRARY = """
+import torch
+torch.version.cuda = "13.0"  # so that the library is taken for one that fits
+from smoothquant_kernels import _extension
+assert _extension.extension_status().available, _extension.extension_status()
+assert _extension.has_cuda_kernel("quantize") and not _extension.has_cuda_kernel("gemm_s8")
+keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+for op, args in (("quantize", ()), ("act_quantize", ("relu",))):
+    try:
+        getattr(torch.ops.smoothquant_kernels, op).default.redispatch(keys, torch.ones(2, 4), *args)
+    except RuntimeError as error:
+        print(error)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not here")
+def test_the_kernels_of_a_library_stay(tmp_path: Path) -> None:
+    package = tmp_path / "smoothquant_kernels"
+    package.mkdir()
+    for source in Path(_extension.__file__).parent.glob("*.py"):
+        shutil.copy(source, package)
+    (package / _extension.BUILD_INFO_NAME).write_text(json.dumps(facts()))
+    (tmp_path / "library.cpp").write_text(LIBRARY)
+    found = build_support.find_torch()
+    command = ["g++", *build_commands.CXX_FLAGS, build_commands.torch_target_macro(), "-shared"]
+    command += [f"-I{found.include}", "library.cpp", f"-L{found.root / 'lib'}", "-ltorch_cpu"]
+    subprocess.run([*command, "-o", package / _extension.LIBRARY_NAME], cwd=tmp_path, check=True)
+    said = subprocess.run(
+        [sys.executable, "-c", WITH_LIBRARY], cwd=tmp_path, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)}, check=False,
+    )  # fmt: skip
+    assert said.returncode == 0, said.stderr
+    assert "the library's own" in said.stdout
+    assert "no CUDA kernel for act_quantize: the library was built from other" in said.stdout
 
 
 def test_names_agree_with_the_build() -> None:

@@ -55,20 +55,25 @@ def calls(m: int = M) -> list[Call]:
     return [
         Call("quantize", (x,), {}),
         Call("quantize", (x,), {**smooth, "granularity": "tensor"}),
-        Call("quantize", (x,), {**smooth, "scale": static, "granularity": "tensor"}),
+        Call(
+            "quantize", (x,), {**smooth, "scale": static, "granularity": "tensor", "k_multiple": 16}
+        ),
         Call("rms_norm_quantize", (x, weight, 1e-5), {}),
         Call(
-            "rms_norm_quantize", (x, weight, 1e-5), {"residual": other, **smooth, "scale": static}
+            "rms_norm_quantize",
+            (x, weight, 1e-5),
+            {"residual": other, **smooth, "scale": static, "k_multiple": 7},
         ),
         Call("layer_norm_quantize", (x, None, None, 1e-5), {}),
         Call(
             "layer_norm_quantize",
             (x, weight, inv_smooth, 1e-5),
-            {"residual": other, **smooth, "granularity": "tensor"},
+            {"residual": other, **smooth, "granularity": "tensor", "k_multiple": 16},
         ),
         Call("act_quantize", (x, "relu"), {}),
+        Call("act_quantize", (x, "silu"), {"gate": other, **smooth, "k_multiple": K // 2}),
         Call("act_quantize", (x, "silu"), {"gate": other, **smooth, "granularity": "tensor"}),
-        Call("act_quantize", (x, "gelu_tanh_mul"), {**half, "scale": static}),
+        Call("act_quantize", (x, "gelu_tanh_mul"), {**half, "scale": static, "k_multiple": 16}),
         Call("gemm_s8", gemm[:4], {"out_dtype": torch.float16}),
         Call("gemm_s8", gemm[:4], {**every, "out_dtype": torch.bfloat16}),
         Call("gemm_s8", scalar[:4], {**every, "out_dtype": torch.float32}),
@@ -155,6 +160,20 @@ def test_one_graph_serves_every_number_of_tokens() -> None:
     for m in (0, 1):
         arguments = layer_arguments(m)
         assert_all_bitwise_equal(compiled(*arguments), whole_layer(*arguments), f"M = {m}")
+
+
+def test_one_graph_serves_every_number_of_padded_channels() -> None:
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def padded(x: Tensor) -> Any:
+        return ops.quantize(x, k_multiple=16)
+
+    compiled = torch.compile(padded, fullgraph=True, backend=counter, dynamic=True)
+    for k in (18, 16, 33, 7):
+        x = cases.activations(M, k)
+        assert_all_bitwise_equal(compiled(x), padded(x), f"K = {k}")
+    assert counter.frame_count == 1
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
@@ -289,6 +308,10 @@ REFUSED: list[tuple[Call, type[Exception], str]] = [
     (_quantize(scale=torch.ones(4)), ValueError, "scale must have shape [1] (a static scale"),
     (_quantize(scale=torch.ones(1).double()), TypeError, "scale must be float32, got float64."),
     (_quantize(granularity="row"), ValueError, "must be 'token' or 'tensor', got 'row'; give"),
+    (_quantize(k_multiple=0), ValueError, "quantize: k_multiple must be at least 1, got 0."),
+    (_rms(k_multiple=0), ValueError, "k_multiple must be at least 1, got 0."),
+    (_layer_norm(k_multiple=-1), ValueError, "k_multiple must be at least 1, got -1."),
+    (_act(k_multiple=-16), ValueError, "k_multiple must be at least 1, got -16."),
     (_rms(x=X.double()), TypeError, f"rms_norm_quantize: x must be {FLOAT_NAMES}, got float64."),
     (_rms(weight=torch.ones(5)), ValueError, "weight must have shape [6], got (5,)."),
     (_rms(weight=torch.ones(6).int()), TypeError, f"weight must be {FLOAT_NAMES}, got int32."),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import cases
 import hypothesis.strategies as st
@@ -177,6 +178,22 @@ def test_shapes(shape: tuple[int, ...], scheme: str) -> None:
     m = math.prod(shape[:-1])
     assert x_q.shape == x.shape and x_q.dtype == torch.int8 and x_q.is_contiguous()
     assert x_scale.shape == (1 if scheme == "tensor" else m,) and x_scale.dtype == torch.float32
+
+
+@pytest.mark.parametrize("k_multiple", [1, 7, 16])
+@pytest.mark.parametrize("shape", [(0, 8), (3, 1), (3, 16), (2, 3, 21), (2, 0, 3), (6,)])
+@pytest.mark.parametrize("scheme", cases.SCHEMES)
+def test_padding_of_k(shape: tuple[int, ...], k_multiple: int, scheme: str) -> None:
+    *leading, k = shape
+    x = cases.activations(math.prod(leading), k).reshape(shape)
+    options: dict[str, Any] = cases.quantize_options(scheme)
+    plain, scale = reference.quantize(x, **options)
+    x_q, x_scale = reference.quantize(x, **options, k_multiple=k_multiple)
+    assert x_q.shape == (*leading, math.ceil(k / k_multiple) * k_multiple)
+    assert x_q.dtype == torch.int8 and x_q.is_contiguous()
+    assert_bitwise_equal(x_q[..., :k], plain)
+    assert not x_q[..., k:].any()
+    assert_bitwise_equal(x_scale, scale)
 
 
 @pytest.mark.parametrize("scale", [0.0, -1.0, 1e-39, math.nan, math.inf])

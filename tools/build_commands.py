@@ -73,7 +73,7 @@ def cuda_command(
 
 def cxx_command(source: str, output: str, torch_include: Path, extra: list[str]) -> list[str]:
     compiler = os.environ.get("CXX", "g++")
-    includes = ["-Icsrc/include", "-isystem", str(torch_include)]
+    includes = ["-Icsrc/include", "-Icsrc", "-isystem", str(torch_include)]
     dependencies = ["-MD", "-MF", f"{output}.d"]
     # Errors of torch's inline functions name their file; keep the builder's folders out of them.
     includes.append(f"-ffile-prefix-map={torch_include}/=")
@@ -128,8 +128,12 @@ def parse_ptxas(text: str) -> list[KernelUse]:
 
 
 def ptxas_warnings(text: str) -> list[str]:
-    """What ptxas warns of, e.g. C7510: a wgmma kernel that it had to make serial."""
-    return sorted({line for line in text.splitlines() if line.startswith("ptxas warning")})
+    """What ptxas warns of, e.g. C7510: a wgmma kernel that it had to make serial.
+
+    It calls that one "info" in some versions, with the words below.
+    """
+    wanted = re.compile(r"ptxas warning|ptxas info *: .*Potential Performance Loss")
+    return sorted({line for line in text.splitlines() if wanted.match(line)})
 
 
 def _prerequisites(output: Path) -> list[Path] | None:

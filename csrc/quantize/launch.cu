@@ -1,0 +1,148 @@
+// Launches the row kernels by plan. Kernel ring: no torch.
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <atomic>
+
+#include "quantize/kernels.h"
+
+namespace sqk {
+namespace {
+
+// What a block gets without asking, kernel by kernel: 48 KiB, less the kernel's own few buffers.
+constexpr int64_t kDefaultShared = 47 * 1024;
+constexpr int kMaxDevices = 64;
+
+RowKernel find_kernel(Producer producer, DType dtype, QuantizePath path) {
+  if (path == QuantizePath::kCluster) {
+#if SQK_WITH_SM90
+    return cluster_kernel_for(producer, dtype);
+#else
+    return nullptr;
+#endif
+  }
+  switch (producer) {
+    case Producer::kQuantize:
+      return row_kernel_for<Producer::kQuantize>(dtype, path);
+    case Producer::kRmsNorm:
+      return row_kernel_for<Producer::kRmsNorm>(dtype, path);
+    case Producer::kLayerNorm:
+      return row_kernel_for<Producer::kLayerNorm>(dtype, path);
+    case Producer::kRelu:
+      return row_kernel_for<Producer::kRelu>(dtype, path);
+    case Producer::kGelu:
+      return row_kernel_for<Producer::kGelu>(dtype, path);
+    case Producer::kGeluTanh:
+      return row_kernel_for<Producer::kGeluTanh>(dtype, path);
+    case Producer::kSilu:
+      return row_kernel_for<Producer::kSilu>(dtype, path);
+  }
+  return nullptr;
+}
+
+Status launch(RowKernel kernel, RowParams& params, const QuantizePlan& plan, int64_t blocks,
+              cudaStream_t stream) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(static_cast<unsigned>(plan.threads));
+  config.dynamicSmemBytes = static_cast<size_t>(plan.shared_bytes);
+  config.stream = stream;
+  cudaLaunchAttribute cluster;
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {static_cast<unsigned>(plan.cluster), 1, 1};
+  config.attrs = &cluster;
+  config.numAttrs = plan.cluster > 1 ? 1 : 0;
+  void* arguments[] = {&params};
+  return status_from_cuda(
+      cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), arguments));
+}
+
+}  // namespace
+
+Status quantize_device(QuantizeDevice* device) {
+  // One word per device, so that threads need no lock: sms (16 bits), capability (16), KiB (32).
+  static std::atomic<uint64_t> known[kMaxDevices];
+  int current = 0;
+  cudaError_t error = cudaGetDevice(&current);
+  if (error != cudaSuccess) return status_from_cuda(error);
+  const bool remember = current < kMaxDevices;
+  uint64_t word = remember ? known[current].load(std::memory_order_relaxed) : 0;
+  if (word == 0) {
+    int sms = 0, major = 0, minor = 0, shared = 0;
+    const auto ask = [&](int* value, cudaDeviceAttr attribute) {
+      if (error == cudaSuccess) error = cudaDeviceGetAttribute(value, attribute, current);
+    };
+    ask(&sms, cudaDevAttrMultiProcessorCount);
+    ask(&major, cudaDevAttrComputeCapabilityMajor);
+    ask(&minor, cudaDevAttrComputeCapabilityMinor);
+    ask(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+    if (error != cudaSuccess) return status_from_cuda(error);
+    word = static_cast<uint64_t>(sms) | static_cast<uint64_t>(10 * major + minor) << 16 |
+           static_cast<uint64_t>(shared) << 32;
+    if (remember) known[current].store(word, std::memory_order_relaxed);
+  }
+  device->sms = static_cast<int32_t>(word & 0xffff);
+  device->capability = static_cast<int32_t>(word >> 16 & 0xffff);
+  device->shared_bytes = static_cast<int32_t>(word >> 32);
+  // The cluster kernels are compiled for 9.0a, which is code for 9.0 and for nothing newer.
+  device->clusters = SQK_WITH_SM90 && device->capability == 90;
+  return Status::kSuccess;
+}
+
+int64_t quantize_workspace_bytes(const QuantizeParams& params) {
+  QuantizeDevice device;
+  QuantizePlan plan;
+  Status status = quantize_device(&device);
+  if (status == Status::kSuccess) status = plan_quantize(params, device, &plan);
+  return status == Status::kSuccess ? plan.workspace_bytes : -1;
+}
+
+Status quantize(const QuantizeParams& params, cudaStream_t stream) {
+  QuantizeDevice device;
+  QuantizePlan plan;
+  Status status = quantize_device(&device);
+  if (status == Status::kSuccess) status = plan_quantize(params, device, &plan);
+  if (status != Status::kSuccess || plan.launches == 0) return status;
+  if (plan.workspace_bytes > 0 && params.workspace == nullptr) return Status::kInvalidArgument;
+  if (params.workspace_bytes < plan.workspace_bytes) return Status::kWorkspaceTooSmall;
+  RowKernel kernel = find_kernel(params.producer, params.dtype, plan.path);
+  if (kernel == nullptr) return Status::kUnsupportedArch;
+  if (plan.shared_bytes > kDefaultShared) {
+    const cudaError_t error =
+        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                             cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(plan.shared_bytes));
+    if (error != cudaSuccess) return status_from_cuda(error);
+  }
+
+  RowParams row = {};
+  row.q = params;
+  row.splits = plan.splits;
+  row.slice = plan.slice;
+  row.slots = plan.slots;
+  row.maxima = static_cast<uint32_t*>(params.workspace);
+  if (plan.launches == 2) {
+    row.pass = Pass::kMeasure;
+    status = launch(kernel, row, plan, plan.blocks, stream);
+    if (status != Status::kSuccess) return status;
+    if (params.residual != nullptr) {  // the first pass wrote x + residual
+      row.q.x = params.sum;
+      row.q.x_stride = params.sum_stride;
+      row.q.residual = nullptr;
+    }
+  }
+  const bool per_tensor = params.scheme == Scheme::kPerTensor;
+  row.pass = plan.launches == 2 || per_tensor ? Pass::kApply : Pass::kWhole;
+  row.maxima_count = per_tensor ? plan.workspace_bytes / 4 : plan.splits;
+  return launch(kernel, row, plan, std::max<int64_t>(1, plan.blocks), stream);
+}
+
+}  // namespace sqk
+
+extern "C" int32_t sqk_quantize(const sqk::QuantizeParams* params, void* stream) {
+  return static_cast<int32_t>(sqk::quantize(*params, static_cast<cudaStream_t>(stream)));
+}
+
+extern "C" int64_t sqk_quantize_workspace_bytes(const sqk::QuantizeParams* params) {
+  return sqk::quantize_workspace_bytes(*params);
+}

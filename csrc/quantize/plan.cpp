@@ -1,0 +1,191 @@
+// Which path a problem takes: the table, and the arithmetic around it. Kernel ring: no torch; this
+// file needs no CUDA compiler and no GPU.
+#include <algorithm>
+#include <string>
+
+#include "quantize/table.h"
+#include "sqk/quantize.h"
+
+namespace sqk {
+namespace {
+
+constexpr int64_t kMaxChannels = int64_t{1} << 30;  // positions in a row are 32-bit
+// Left of a block's shared memory to the reductions, and what the driver keeps for itself.
+constexpr int64_t kReservedShared = 2048;
+constexpr int64_t kMaxBlocks = 0x7fffffff;
+
+constexpr int64_t round_up(int64_t x, int64_t multiple) {
+  return (x + multiple - 1) / multiple * multiple;
+}
+constexpr int64_t divide_up(int64_t x, int64_t by) { return (x + by - 1) / by; }
+
+bool aligned(const void* pointer, int64_t stride_bytes, int64_t rows, int64_t to) {
+  if (pointer == nullptr) return true;
+  const bool steps = rows <= 1 || stride_bytes % to == 0;
+  return steps && reinterpret_cast<uintptr_t>(pointer) % static_cast<uintptr_t>(to) == 0;
+}
+
+// Whether whole 16-byte vectors of every row, and what belongs to them, can be accessed at once.
+bool can_vectorise(const QuantizeParams& p) {
+  const int64_t size = size_in_bytes(p.dtype), vec = 16 / size;
+  return p.k % vec == 0 && aligned(p.x, p.x_stride * size, p.m, 16) &&
+         aligned(p.gate, p.gate_stride * size, p.m, 16) &&
+         aligned(p.residual, p.residual_stride * size, p.m, 16) &&
+         (p.residual == nullptr || aligned(p.sum, p.sum_stride * size, p.m, 16)) &&
+         aligned(p.x_q, p.x_q_stride, p.m, vec) && aligned(p.inv_smooth, 0, 1, 16) &&
+         aligned(p.weight, 0, 1, std::min<int64_t>(16, vec * size_in_bytes(p.weight_dtype))) &&
+         aligned(p.bias, 0, 1, std::min<int64_t>(16, vec * size_in_bytes(p.bias_dtype)));
+}
+
+bool is_float(DType dtype) {
+  return dtype == DType::kFloat32 || dtype == DType::kFloat16 || dtype == DType::kBFloat16;
+}
+
+Status check(const QuantizeParams& p) {
+  const auto producer = static_cast<int32_t>(p.producer);
+  const auto path = static_cast<int32_t>(p.path);
+  if (producer < 0 || producer >= kProducers || path < -1 || path >= kQuantizePaths ||
+      !is_float(p.dtype) || p.scheme < Scheme::kPerToken || p.scheme > Scheme::kStatic) {
+    return Status::kInvalidArgument;
+  }
+  const bool norm = is_norm(p.producer);
+  if (p.m < 0 || p.k < 1 || p.k_padded < p.k || (p.m > 1 && p.x_q_stride < p.k_padded) ||
+      (p.scheme == Scheme::kStatic) != (p.scale != nullptr) ||
+      (p.gate != nullptr && !is_activation(p.producer)) ||
+      (!norm && (p.residual != nullptr || p.weight != nullptr)) ||
+      (p.bias != nullptr && p.producer != Producer::kLayerNorm) ||
+      (p.residual != nullptr && (p.sum == nullptr || (p.m > 1 && p.sum_stride < p.k))) ||
+      (p.weight != nullptr && !is_float(p.weight_dtype)) ||
+      (p.bias != nullptr && !is_float(p.bias_dtype))) {
+    return Status::kInvalidArgument;
+  }
+  if (p.m > 0 && (p.x == nullptr || p.x_q == nullptr)) return Status::kInvalidArgument;
+  if ((p.m > 0 || p.scheme == Scheme::kPerTensor) && p.x_scale == nullptr) {
+    return Status::kInvalidArgument;
+  }
+  return p.k > kMaxChannels ? Status::kUnsupportedShape : Status::kSuccess;
+}
+
+bool applies(const PathRule& rule, const QuantizeParams& p, const QuantizeDevice& device,
+             bool vectors) {
+  const bool norm = is_norm(p.producer);
+  return (vectors || rule.path == QuantizePath::kElement) &&
+         (!rule.clusters || (device.clusters && p.scheme != Scheme::kPerTensor)) && p.k >= rule.least_k && p.k <= rule.most_k &&
+         (rule.serves == Serves::kAll || (rule.serves == Serves::kNorms) == norm) &&
+         (rule.least_rows_per_sm == 0 || p.m >= rule.least_rows_per_sm * device.sms) &&
+         (rule.most_rows_per_sm_quarters == 0 ||
+          4 * p.m <= static_cast<int64_t>(rule.most_rows_per_sm_quarters) * device.sms);
+}
+
+const PathRule* find_rule(const QuantizeParams& p, const QuantizeDevice& device, bool vectors) {
+  for (const PathRule& rule : kPathRules) {
+    if (p.path == QuantizePath::kAuto && applies(rule, p, device, vectors)) return &rule;
+  }
+  return nullptr;
+}
+
+// A forced path must be able to hold the row.
+bool can_serve(QuantizePath path, const QuantizeParams& p, const QuantizeDevice& device,
+               bool vectors) {
+  return (vectors || path == QuantizePath::kElement) && p.k <= capacity(path) &&
+         (path != QuantizePath::kCluster || (device.clusters && p.scheme != Scheme::kPerTensor));
+}
+
+}  // namespace
+
+Status plan_quantize(const QuantizeParams& p, const QuantizeDevice& device, QuantizePlan* plan) {
+  *plan = QuantizePlan{};
+  const Status status = check(p);
+  if (status != Status::kSuccess) return status;
+  const bool vectors = can_vectorise(p);
+  const bool per_tensor = p.scheme == Scheme::kPerTensor;
+  QuantizePath path = p.path;
+  int splits = 1;
+  if (path == QuantizePath::kAuto) {
+    const PathRule* rule = find_rule(p, device, vectors);
+    path = rule->path;
+    if (rule->splits && p.m > 0) {
+      splits = static_cast<int>(std::max<int64_t>(
+          1, std::min<int64_t>(device.sms / p.m, p.k / kLeastSlice)));
+    }
+  } else if (!can_serve(path, p, device, vectors)) {
+    return Status::kUnsupportedShape;
+  }
+
+  const int vec = static_cast<int>(16 / size_in_bytes(p.dtype));
+  // Slices begin at vectors; 256 elements also keep the sectors of int8 whole.
+  const int64_t slice = round_up(divide_up(p.k, splits), splits == 1 ? vec : 256);
+  splits = static_cast<int>(divide_up(p.k, slice));
+  if (p.path == QuantizePath::kAuto && slice > capacity(path)) {
+    path = slice <= capacity(QuantizePath::kWide) ? QuantizePath::kWide : QuantizePath::kLong;
+  }
+  const int floats = floats_per_thread(path);
+  plan->path = path;
+  plan->vectorised = path != QuantizePath::kElement;
+  plan->cluster = 1;
+  plan->rows = 1;
+  plan->splits = splits;
+  plan->slice = static_cast<int32_t>(slice);
+  if (path == QuantizePath::kWarp) {
+    plan->threads = max_threads(path);
+    plan->rows = plan->threads / 32;
+  } else {
+    int64_t threads = divide_up(slice, floats);
+    // Unaligned rows: short ones get the short rows' eight elements a thread.
+    if (path == QuantizePath::kElement) threads = divide_up(slice, 8);
+    if (path == QuantizePath::kCluster) {
+      plan->cluster = 2;
+      while (plan->cluster < 8 && threads > plan->cluster * kClusterThreads) plan->cluster *= 2;
+      threads = divide_up(threads, plan->cluster);
+    }
+    plan->threads = static_cast<int>(std::clamp<int64_t>(round_up(threads, 32), 32, max_threads(path)));
+  }
+  if (path == QuantizePath::kLong || path == QuantizePath::kElement) {
+    const int64_t vectors_per_thread = divide_up(divide_up(slice, vec), plan->threads);
+    const int64_t slot_bytes = int64_t{4} * vec * plan->threads;
+    const int64_t room = std::max<int64_t>(0, device.shared_bytes - kReservedShared) / slot_bytes;
+    plan->slots = static_cast<int>(
+        std::max<int64_t>(0, std::min(room, vectors_per_thread - floats / vec)));
+    plan->shared_bytes = plan->slots * slot_bytes;
+  }
+
+  const bool two = per_tensor || splits > 1;
+  const int64_t teams = divide_up(p.m * splits, plan->rows);
+  // Two launches: few enough blocks that each can read all maxima, enough to fill every SM twice.
+  const int64_t most = per_tensor
+                           ? std::max<int64_t>(1, int64_t{device.sms} * 2048 / plan->threads)
+                           : kMaxBlocks / plan->cluster;
+  plan->blocks = std::min(teams, most) * plan->cluster;
+  plan->launches = p.m == 0 ? (per_tensor ? 1 : 0) : (two ? 2 : 1);
+  if (p.m > 0 && two) {
+    plan->workspace_bytes =
+        4 * (per_tensor ? plan->blocks * plan->rows : p.m * static_cast<int64_t>(splits));
+  }
+  return Status::kSuccess;
+}
+
+}  // namespace sqk
+
+extern "C" int32_t sqk_quantize_plan(const sqk::QuantizeParams* params,
+                                     const sqk::QuantizeDevice* device, sqk::QuantizePlan* plan) {
+  sqk::QuantizeDevice here;
+  if (device == nullptr) {
+    const sqk::Status status = sqk::quantize_device(&here);
+    if (status != sqk::Status::kSuccess) return static_cast<int32_t>(status);
+    device = &here;
+  }
+  return static_cast<int32_t>(sqk::plan_quantize(*params, *device, plan));
+}
+
+extern "C" const char* sqk_quantize_table() {
+  static const std::string text = [] {
+    std::string json = "[";
+    for (const sqk::PathRule& rule : sqk::kPathRules) {
+      json += json.size() > 1 ? ", " : "";
+      json += std::string("{\"path\": \"") + sqk::name(rule.path) + "\", \"when\": \"" + rule.when +
+              "\", \"why\": \"" + rule.why + "\"}";
+    }
+    return json + "]";
+  }();
+  return text.c_str();
+}

@@ -1,0 +1,152 @@
+// Maxima and sums over the threads that share a row. Kernel ring: no torch.
+//
+// The order of every sum is fixed by the number of threads, so the same call gives the same bits.
+#pragma once
+
+#include <cstdint>
+
+namespace sqk {
+
+constexpr unsigned kFullWarp = 0xffffffffu;
+constexpr int kMaxWarps = 32;
+constexpr int kMaxCluster = 8;
+
+// Of |x|, as the bits of a float32: as unsigned integers they are ordered as the numbers are, Inf
+// above all and NaN above Inf, so no maximum can lose a NaN.
+__device__ inline uint32_t absolute_bits(float x) { return __float_as_uint(x) & 0x7fffffffu; }
+
+__device__ inline float warp_sum(float x) {
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) x = __fadd_rn(x, __shfl_xor_sync(kFullWarp, x, step));
+  return x;
+}
+
+__device__ inline uint32_t warp_max(uint32_t x) { return __reduce_max_sync(kFullWarp, x); }
+
+// The cluster's PTX instead of cooperative_groups, which does not declare it below sm_90, where these
+// are parsed and never used.
+struct Cluster {
+  __device__ static int blocks() {
+    uint32_t n;
+    asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(n));
+    return static_cast<int>(n);
+  }
+  __device__ static int rank() {
+    uint32_t n;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(n));
+    return static_cast<int>(n);
+  }
+  __device__ static void sync() {
+    asm volatile("barrier.cluster.arrive.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
+  }
+  // *here = x, in the shared memory of another block of the cluster.
+  __device__ static void write(uint32_t* here, int block, uint32_t x) {
+    const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(here));
+    uint32_t there;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(block));
+    asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(there), "r"(x) : "memory");
+  }
+};
+
+enum class Group { kWarp, kBlock, kCluster };
+
+// One row's threads. Results reach every one of them. All threads of a group call alike.
+template <Group kGroup>
+class Team {
+ public:
+  __device__ Team() {
+    if constexpr (kGroup == Group::kCluster) {
+      // Nobody writes into a block's shared memory before that block runs.
+      Cluster::sync();
+    }
+  }
+
+  // Threads of the row, and which of them this is.
+  __device__ int size() const {
+    if constexpr (kGroup == Group::kWarp) {
+      return 32;
+    } else {
+      return blockDim.x * blocks();
+    }
+  }
+  __device__ int rank() const {
+    if constexpr (kGroup == Group::kWarp) {
+      return threadIdx.x % 32;
+    } else if constexpr (kGroup == Group::kBlock) {
+      return threadIdx.x;
+    } else {
+      return Cluster::rank() * blockDim.x + threadIdx.x;
+    }
+  }
+  // Rows at work at the same time, and which of them this is.
+  __device__ int64_t teams() const {
+    if constexpr (kGroup == Group::kWarp) {
+      return int64_t{gridDim.x} * (blockDim.x / 32);
+    } else {
+      return gridDim.x / blocks();
+    }
+  }
+  __device__ int64_t team() const {
+    if constexpr (kGroup == Group::kWarp) {
+      return int64_t{blockIdx.x} * (blockDim.x / 32) + threadIdx.x / 32;
+    } else {
+      return blockIdx.x / blocks();
+    }
+  }
+
+  __device__ float sum(float x) {
+    x = warp_sum(x);
+    // The bits of a missing warp or block are those of +0.
+    if constexpr (kGroup != Group::kWarp) {
+      x = warp_sum(__uint_as_float(exchange_warps(__float_as_uint(x))));
+    }
+    if constexpr (kGroup == Group::kCluster) {
+      x = warp_sum(__uint_as_float(exchange_blocks(__float_as_uint(x))));
+    }
+    return x;
+  }
+
+  __device__ uint32_t max(uint32_t x) {
+    x = warp_max(x);
+    if constexpr (kGroup != Group::kWarp) x = warp_max(exchange_warps(x));
+    if constexpr (kGroup == Group::kCluster) x = warp_max(exchange_blocks(x));
+    return x;
+  }
+
+ private:
+  __device__ int blocks() const {
+    if constexpr (kGroup == Group::kCluster) {
+      return Cluster::blocks();
+    } else {
+      return 1;
+    }
+  }
+
+  // Lane i gets warp i's value, 0 where there is none. Two buffers in turn: between a buffer's
+  // reads and its next writes lies the other buffer's barrier, so one barrier each is enough.
+  __device__ uint32_t exchange_warps(uint32_t x) {
+    __shared__ uint32_t buffer[2][kMaxWarps];
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    turn_ ^= 1;
+    if (lane == 0) buffer[turn_][warp] = x;
+    __syncthreads();
+    return lane < static_cast<int>(blockDim.x / 32) ? buffer[turn_][lane] : 0u;
+  }
+
+  // Lane i gets block i's value, 0 where there is none. The barrier is also what keeps a block
+  // alive until the others have written to it. Follows exchange_warps, whose turn it shares.
+  __device__ uint32_t exchange_blocks(uint32_t x) {
+    __shared__ uint32_t buffer[2][kMaxCluster];
+    const int lane = threadIdx.x % 32;
+    if (static_cast<int>(threadIdx.x) < blocks()) {
+      Cluster::write(&buffer[turn_][Cluster::rank()], threadIdx.x, x);
+    }
+    Cluster::sync();
+    return lane < blocks() ? buffer[turn_][lane] : 0u;
+  }
+
+  int turn_ = 0;
+};
+
+}  // namespace sqk

@@ -1,0 +1,132 @@
+// The paths of the int8 producers: what each can hold, and when each is taken. Kernel ring: no
+// torch. The one place to change when a measurement says otherwise; nothing here was tuned on a GPU.
+#pragma once
+
+#include <cstdint>
+
+#include "sqk/quantize.h"
+
+namespace sqk {
+
+constexpr const char* name(QuantizePath path) {
+  switch (path) {
+    case QuantizePath::kAuto:
+      return "auto";
+    case QuantizePath::kWarp:
+      return "warp";
+    case QuantizePath::kBlock:
+      return "block";
+    case QuantizePath::kWide:
+      return "wide";
+    case QuantizePath::kLong:
+      return "long";
+    case QuantizePath::kElement:
+      return "element";
+    case QuantizePath::kCluster:
+      return "cluster";
+  }
+  return "unknown";
+}
+
+// Elements of a row in each thread's registers, and the largest block. A thread of a block of 1024
+// has 64 registers, which do not hold 32 elements and the inputs in flight: 512 it is.
+constexpr int floats_per_thread(QuantizePath path) {
+  switch (path) {
+    case QuantizePath::kBlock:
+    case QuantizePath::kCluster:
+      return 8;
+    case QuantizePath::kLong:
+      return 48;
+    case QuantizePath::kElement:
+      return 16;
+    default:
+      return 32;
+  }
+}
+constexpr int max_threads(QuantizePath path) {
+  switch (path) {
+    case QuantizePath::kBlock:
+    case QuantizePath::kCluster:
+      return 1024;
+    case QuantizePath::kWarp:
+      return 128;  // four rows a block: short blocks leave short tails
+    default:
+      return 512;
+  }
+}
+
+constexpr int64_t kNoLimit = int64_t{1} << 40;
+constexpr int kClusterThreads = 256;   // per block, as long as eight blocks suffice
+constexpr int64_t kLeastSlice = 1024;  // elements: one access for each of 128 threads
+
+// The longest row that a path can take.
+constexpr int64_t capacity(QuantizePath path) {
+  switch (path) {
+    case QuantizePath::kWarp:
+      return 32 * floats_per_thread(path);
+    case QuantizePath::kBlock:
+    case QuantizePath::kWide:
+      return max_threads(path) * floats_per_thread(path);
+    case QuantizePath::kCluster:
+      return 8 * max_threads(path) * floats_per_thread(path);
+    default:
+      return kNoLimit;
+  }
+}
+
+enum class Serves { kAll, kNorms, kOthers };
+
+struct PathRule {
+  QuantizePath path;
+  int64_t least_k, most_k;
+  Serves serves;
+  int32_t least_rows_per_sm;          // 0: any number of rows
+  int32_t most_rows_per_sm_quarters;  // in quarters; 0: any number of rows
+  bool clusters;                      // only where the library has cluster kernels
+  bool splits;                        // slices of a row in blocks of their own, in two launches
+  const char* when;
+  const char* why;
+};
+
+// From top to bottom, the first that applies; rows that cannot be read 16 bytes at a time go to the
+// last. Norms are chosen by K alone: their sums depend on how a row is spread, and a token's bits
+// must not depend on how many tokens are beside it.
+constexpr PathRule kPathRules[] = {
+    {QuantizePath::kWarp, 1, 256, Serves::kNorms, 0, 0, false, false,  //
+     "norms, K <= 256", "32 lanes hold the row in one or two accesses: no block barrier"},
+    {QuantizePath::kWarp, 1, 1024, Serves::kOthers, 4, 0, false, false,
+     "K <= 1024, M >= 4 per SM", "no block barrier; enough rows to fill the GPU with warps"},
+    {QuantizePath::kCluster, 8192, 65536, Serves::kOthers, 0, 1, true, false,
+     "8192 <= K <= 65536, M <= SMs / 4, Hopper",
+     "few long rows: up to 8 SMs read one row, its maximum goes through their shared memory"},
+    {QuantizePath::kBlock, 16384, kNoLimit, Serves::kOthers, 0, 1, false, true,
+     "K >= 16384, M <= SMs / 4",
+     "few long rows without clusters: slices fill the SMs, a second launch reads them from L2"},
+    {QuantizePath::kBlock, 1, 4096, Serves::kAll, 0, 0, false, false,  //
+     "K <= 4096", "one access per thread, at most 512 threads: four rows or more in flight per SM"},
+    {QuantizePath::kBlock, 1, 8192, Serves::kOthers, 0, 8, false, false,
+     "K <= 8192, M <= 2 per SM", "one access per thread: the shortest chain for few rows"},
+    {QuantizePath::kWide, 1, 16384, Serves::kAll, 0, 0, false, false,  //
+     "K <= 16384", "64 bytes in flight per thread, and barriers among fewer threads"},
+    {QuantizePath::kLong, 1, kNoLimit, Serves::kAll, 0, 0, false, false,  //
+     "any K", "registers hold 24576 elements, shared memory the rest up to 49152 (Ada) or 65536 (A100)"},
+    {QuantizePath::kElement, 1, kNoLimit, Serves::kAll, 0, 0, false, false,
+     "rows, parameters or K not in multiples of 16 bytes",
+     "narrow accesses of adjacent lanes: the same sectors, more instructions"},
+};
+
+constexpr bool rules_hold() {
+  for (const PathRule& rule : kPathRules) {
+    const bool bounded = rule.most_k <= capacity(rule.path);
+    const bool falls_back = rule.splits;  // to kWide and kLong, where the slices are long
+    const bool batch_invariant = rule.serves == Serves::kOthers ||
+                                 (rule.least_rows_per_sm == 0 &&
+                                  rule.most_rows_per_sm_quarters == 0 && !rule.splits);
+    if (!(bounded || falls_back) || !batch_invariant || rule.least_k > rule.most_k) return false;
+    if (rule.path == QuantizePath::kCluster && !rule.clusters) return false;
+  }
+  return kPathRules[sizeof(kPathRules) / sizeof(kPathRules[0]) - 1].path == QuantizePath::kElement;
+}
+static_assert(rules_hold(), "a rule promises what its path cannot hold, or lets M choose for norms");
+
+}  // namespace sqk

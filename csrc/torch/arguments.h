@@ -1,0 +1,93 @@
+// Checks of arguments that several ops share, in the words of smoothquant_kernels/_checks.py.
+#pragma once
+
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "check.h"
+#include "sqk/dtype.h"
+#include "stable.h"
+
+namespace sqk {
+
+using MaybeTensor = std::optional<Tensor>;
+
+inline bool is_float(ScalarType dtype) {
+  return dtype == ScalarType::Half || dtype == ScalarType::BFloat16 || dtype == ScalarType::Float;
+}
+
+inline DType to_dtype(ScalarType dtype) {
+  if (dtype == ScalarType::Half) return DType::kFloat16;
+  return dtype == ScalarType::BFloat16 ? DType::kBFloat16 : DType::kFloat32;
+}
+
+// "(4, 8)", "(4,)", "()": as Python writes a tuple.
+inline std::string tuple_text(const Tensor& tensor) {
+  std::string text = "(";
+  for (int64_t i = 0; i < tensor.dim(); ++i) {
+    text += (i ? ", " : "") + std::to_string(tensor.size(i));
+  }
+  return text + (tensor.dim() == 1 ? ",)" : ")");
+}
+
+inline void check_float(const std::string& op, const char* name, const Tensor& tensor) {
+  SQK_CHECK(is_float(tensor.scalar_type()), op, ": ", name,
+            " must be float16 or bfloat16 or float32, got ", dtype_name(tensor.scalar_type()), ".");
+}
+
+inline void check_device(const std::string& op, const char* name, const Tensor& tensor,
+                         const Tensor& like) {
+  SQK_CHECK(tensor.device() == like.device(), op, ": ", name,
+            " is on another device than the activation; move them to one device.");
+}
+
+// A float32 vector of `size` elements, or nothing.
+inline void check_vector(const std::string& op, const char* name, const MaybeTensor& tensor,
+                         const Tensor& like, int64_t size, const char* what) {
+  if (!tensor) return;
+  SQK_CHECK(tensor->scalar_type() == ScalarType::Float, op, ": ", name, " must be float32, got ",
+            dtype_name(tensor->scalar_type()), ". Scales and smoothing factors stay in float32.");
+  check_device(op, name, *tensor, like);
+  SQK_CHECK(tensor->dim() == 1 && tensor->size(0) == size, op, ": ", name, " must have shape [",
+            size, "] (", what, "), got ", tuple_text(*tensor), ".");
+}
+
+// x [..., K] as rows of adjacent elements: the tensor itself where its strides allow, else a copy.
+struct Rows {
+  Tensor tensor;
+  const void* data;
+  int64_t stride;  // elements
+
+  explicit Rows(const Tensor& x) : tensor(uniform(x) ? x : torch::stable::contiguous(x)) {
+    data = tensor.const_data_ptr();
+    stride = 0;
+    // The stride of the innermost leading dimension that counts more than one row.
+    for (int64_t i = tensor.dim() - 2; i >= 0 && stride == 0; --i) {
+      if (tensor.size(i) > 1) stride = tensor.stride(i);
+    }
+  }
+
+  static int64_t count(const Tensor& x) {
+    int64_t rows = 1;
+    for (int64_t i = 0; i + 1 < x.dim(); ++i) rows *= x.size(i);
+    return rows;
+  }
+
+ private:
+  // Whether one stride leads from each row to the next.
+  static bool uniform(const Tensor& x) {
+    const int64_t last = x.dim() - 1;
+    if (x.size(last) > 1 && x.stride(last) != 1) return false;
+    int64_t next = -1;  // what an outer dimension's stride must be
+    for (int64_t i = last - 1; i >= 0; --i) {
+      if (x.size(i) == 1) continue;
+      if (next >= 0 && x.stride(i) != next) return false;
+      next = x.stride(i) * x.size(i);
+    }
+    return true;
+  }
+};
+
+}  // namespace sqk

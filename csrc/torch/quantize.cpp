@@ -1,0 +1,226 @@
+// Binding of csrc/quantize: the producers of int8 activations. Schemas, fakes and CPU kernels are
+// in smoothquant_kernels/ops.py.
+#include "sqk/quantize.h"
+
+#include <string>
+#include <tuple>
+
+#include "arguments.h"
+
+namespace sqk {
+namespace {
+
+// What all four ops take behind their own arguments.
+struct Target {
+  const MaybeTensor& inv_smooth;
+  const MaybeTensor& scale;
+  const std::string& granularity;
+  int64_t k_multiple;
+};
+
+void check_activation(const std::string& op, const Tensor& x) {
+  check_float(op, "x", x);
+  SQK_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) >= 1, op,
+            ": x must have shape [..., K] with K >= 1, got ", tuple_text(x), ".");
+}
+
+// x_q, x_scale and workspace are made here, and everything is launched. `params` holds the producer
+// and its inputs; the tensors that they point into must outlive the call.
+std::tuple<Tensor, Tensor> run(const std::string& op, const Tensor& x, int64_t k,
+                               const Target& target, QuantizeParams params) {
+  check_vector(op, "inv_smooth", target.inv_smooth, x, k, "one factor per channel of x");
+  check_vector(op, "scale", target.scale, x, 1, "a static scale for the whole tensor");
+  const bool per_tensor = target.granularity == "tensor";
+  SQK_CHECK(per_tensor || target.granularity == "token", op,
+            ": granularity must be 'token' or 'tensor', got '", target.granularity,
+            "'; give `scale` for the static scheme.");
+  SQK_CHECK(target.k_multiple >= 1, op, ": k_multiple must be at least 1, got ", target.k_multiple,
+            ".");
+  params.scheme = target.scale ? Scheme::kStatic
+                  : per_tensor ? Scheme::kPerTensor
+                               : Scheme::kPerToken;
+  params.dtype = to_dtype(x.scalar_type());
+  params.path = QuantizePath::kAuto;
+  params.m = Rows::count(x);
+  params.k = k;
+  params.k_padded = (k + target.k_multiple - 1) / target.k_multiple * target.k_multiple;
+
+  const Launch launch(x);
+  MaybeTensor inv_smooth;
+  if (target.inv_smooth) {
+    inv_smooth = torch::stable::contiguous(*target.inv_smooth);
+    params.inv_smooth = inv_smooth->const_data_ptr<float>();
+  }
+  if (target.scale) params.scale = target.scale->const_data_ptr<float>();
+  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+  sizes.back() = params.k_padded;
+  Tensor x_q = empty_on(x, sizes, ScalarType::Char);
+  Tensor x_scale =
+      empty_on(x, {params.scheme == Scheme::kPerTensor ? 1 : params.m}, ScalarType::Float);
+  params.x_q = x_q.mutable_data_ptr<int8_t>();
+  params.x_q_stride = params.k_padded;
+  params.x_scale = x_scale.mutable_data_ptr<float>();
+  params.workspace_bytes = quantize_workspace_bytes(params);
+  MaybeTensor workspace;
+  if (params.workspace_bytes > 0) {
+    workspace = empty_on(x, {params.workspace_bytes / 4}, ScalarType::Float);
+    params.workspace = workspace->mutable_data_ptr();
+  }
+  const Status status = quantize(params, launch.stream());
+  SQK_CHECK(status == Status::kSuccess, op, ": ", describe(status), "; x ", shape_text(x), " ",
+            dtype_name(x.scalar_type()));
+  return {x_q, x_scale};
+}
+
+std::tuple<Tensor, Tensor> quantize_op(const Tensor& x, const MaybeTensor& inv_smooth,
+                                       const MaybeTensor& scale, const std::string& granularity,
+                                       int64_t k_multiple) {
+  check_activation("quantize", x);
+  QuantizeParams params = {};
+  params.producer = Producer::kQuantize;
+  const Rows rows(x);
+  params.x = rows.data;
+  params.x_stride = rows.stride;
+  return run("quantize", x, x.size(x.dim() - 1), {inv_smooth, scale, granularity, k_multiple},
+             params);
+}
+
+// A tensor that is combined with x element by element.
+void check_like(const std::string& op, const char* name, const Tensor& tensor, const Tensor& x) {
+  SQK_CHECK(tensor.scalar_type() == x.scalar_type(), op, ": ", name, " must be ",
+            dtype_name(x.scalar_type()), ", got ", dtype_name(tensor.scalar_type()), ".");
+  check_device(op, name, tensor, x);
+  SQK_CHECK(tuple_text(tensor) == tuple_text(x), op, ": ", name, " must have x's shape ",
+            tuple_text(x), ", got ", tuple_text(tensor), ".");
+}
+
+MaybeTensor norm_parameter(const std::string& op, const char* name, const MaybeTensor& tensor,
+                           const Tensor& x) {
+  if (!tensor) return std::nullopt;
+  const int64_t k = x.size(x.dim() - 1);
+  check_float(op, name, *tensor);
+  check_device(op, name, *tensor, x);
+  SQK_CHECK(tensor->dim() == 1 && tensor->size(0) == k, op, ": ", name, " must have shape [", k,
+            "], got ", tuple_text(*tensor), ".");
+  return torch::stable::contiguous(*tensor);
+}
+
+std::tuple<Tensor, Tensor, Tensor> norm_op(const std::string& op, Producer producer,
+                                           const Tensor& x, const MaybeTensor& weight,
+                                           const MaybeTensor& bias, double eps,
+                                           const MaybeTensor& residual, const Target& target) {
+  check_activation(op, x);
+  const Launch launch(x);  // for the copies of what is not contiguous
+  const MaybeTensor w = norm_parameter(op, "weight", weight, x);
+  const MaybeTensor b = norm_parameter(op, "bias", bias, x);
+  QuantizeParams params = {};
+  params.producer = producer;
+  params.eps = static_cast<float>(eps);
+  const Rows rows(x);
+  params.x = rows.data;
+  params.x_stride = rows.stride;
+  if (w) {
+    params.weight = w->const_data_ptr();
+    params.weight_dtype = to_dtype(w->scalar_type());
+  }
+  if (b) {
+    params.bias = b->const_data_ptr();
+    params.bias_dtype = to_dtype(b->scalar_type());
+  }
+  std::optional<Rows> added;
+  Tensor sum = residual ? empty_on(x, x.sizes(), x.scalar_type())
+                        : empty_on(x, {int64_t{0}}, x.scalar_type());
+  if (residual) {
+    check_like(op, "residual", *residual, x);
+    added.emplace(*residual);
+    params.residual = added->data;
+    params.residual_stride = added->stride;
+    params.sum = sum.mutable_data_ptr();
+    params.sum_stride = x.size(x.dim() - 1);
+  }
+  auto [x_q, x_scale] = run(op, x, x.size(x.dim() - 1), target, params);
+  return {x_q, x_scale, sum};
+}
+
+std::tuple<Tensor, Tensor, Tensor> rms_norm_quantize_op(
+    const Tensor& x, const Tensor& weight, double eps, const MaybeTensor& residual,
+    const MaybeTensor& inv_smooth, const MaybeTensor& scale, const std::string& granularity,
+    int64_t k_multiple) {
+  return norm_op("rms_norm_quantize", Producer::kRmsNorm, x, weight, std::nullopt, eps, residual,
+                 {inv_smooth, scale, granularity, k_multiple});
+}
+
+std::tuple<Tensor, Tensor, Tensor> layer_norm_quantize_op(
+    const Tensor& x, const MaybeTensor& weight, const MaybeTensor& bias, double eps,
+    const MaybeTensor& residual, const MaybeTensor& inv_smooth, const MaybeTensor& scale,
+    const std::string& granularity, int64_t k_multiple) {
+  return norm_op("layer_norm_quantize", Producer::kLayerNorm, x, weight, bias, eps, residual,
+                 {inv_smooth, scale, granularity, k_multiple});
+}
+
+struct Kind {
+  const char* name;
+  Producer producer;
+  bool fused;  // x is [..., 2K]: gate, then up
+};
+constexpr Kind kKinds[] = {
+    {"relu", Producer::kRelu, false},
+    {"gelu", Producer::kGelu, false},
+    {"gelu_tanh", Producer::kGeluTanh, false},
+    {"silu", Producer::kSilu, false},
+    {"silu_mul", Producer::kSilu, true},
+    {"gelu_mul", Producer::kGelu, true},
+    {"gelu_tanh_mul", Producer::kGeluTanh, true},
+};
+
+const Kind& find_kind(const std::string& op, const std::string& name) {
+  std::string known;
+  for (const Kind& kind : kKinds) {
+    if (name == kind.name) return kind;
+    known += (known.empty() ? "" : ", ") + std::string(kind.name);
+  }
+  throw std::runtime_error(concat(op, ": kind must be one of ", known, "; got '", name, "'."));
+}
+
+std::tuple<Tensor, Tensor> act_quantize_op(const Tensor& x, const std::string& kind_name,
+                                           const MaybeTensor& gate, const MaybeTensor& inv_smooth,
+                                           const MaybeTensor& scale,
+                                           const std::string& granularity, int64_t k_multiple) {
+  const std::string op = "act_quantize";
+  const Kind& kind = find_kind(op, kind_name);
+  check_activation(op, x);
+  const int64_t columns = x.size(x.dim() - 1);
+  const int64_t k = kind.fused ? columns / 2 : columns;
+  QuantizeParams params = {};
+  params.producer = kind.producer;
+  const Rows rows(x);
+  params.x = rows.data;
+  params.x_stride = rows.stride;
+  std::optional<Rows> gates;
+  if (kind.fused) {
+    SQK_CHECK(!gate, op, ": kind '", kind_name,
+              "' reads gate and up from one x [..., 2K]; drop `gate`.");
+    SQK_CHECK(columns % 2 == 0, op, ": kind '", kind_name,
+              "' needs x [..., 2K], got an odd size: ", tuple_text(x), ".");
+    params.gate = rows.data;
+    params.gate_stride = rows.stride;
+    const int64_t offset = k * size_in_bytes(to_dtype(x.scalar_type()));
+    params.x = static_cast<const char*>(rows.data) + offset;
+  } else if (gate) {
+    check_like(op, "gate", *gate, x);
+    gates.emplace(*gate);
+    params.gate = gates->data;
+    params.gate_stride = gates->stride;
+  }
+  return run(op, x, k, {inv_smooth, scale, granularity, k_multiple}, params);
+}
+
+}  // namespace
+}  // namespace sqk
+
+STABLE_TORCH_LIBRARY_IMPL(smoothquant_kernels, SQK_DISPATCH_KEY, m) {
+  m.impl("quantize", TORCH_BOX(&sqk::quantize_op));
+  m.impl("rms_norm_quantize", TORCH_BOX(&sqk::rms_norm_quantize_op));
+  m.impl("layer_norm_quantize", TORCH_BOX(&sqk::layer_norm_quantize_op));
+  m.impl("act_quantize", TORCH_BOX(&sqk::act_quantize_op));
+}

@@ -1,0 +1,72 @@
+"""The CPU kernels of the fused producers: the reference's norm or activation, then `cpu.quantize`."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from smoothquant_kernels import _checks, reference
+from smoothquant_kernels.cpu import quantize
+
+
+def rms_norm_quantize(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    *,
+    residual: Tensor | None = None,
+    inv_smooth: Tensor | None = None,
+    scale: Tensor | None = None,
+    granularity: str = "token",
+    k_multiple: int = 1,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """CPU kernel of `ops.rms_norm_quantize`; the third result is empty without a residual."""
+    op = "rms_norm_quantize"
+    _checks.norm(op, x, weight, None, residual, inv_smooth, scale, granularity, k_multiple)
+    total = reference.add_residual(x, residual)
+    y = reference.rms_norm(total, weight, eps)
+    q = quantize(
+        y, inv_smooth=inv_smooth, scale=scale, granularity=granularity, k_multiple=k_multiple
+    )
+    return *q, x.new_empty(0) if residual is None else total
+
+
+def layer_norm_quantize(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    *,
+    residual: Tensor | None = None,
+    inv_smooth: Tensor | None = None,
+    scale: Tensor | None = None,
+    granularity: str = "token",
+    k_multiple: int = 1,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """CPU kernel of `ops.layer_norm_quantize`; the third result is empty without a residual."""
+    op = "layer_norm_quantize"
+    _checks.norm(op, x, weight, bias, residual, inv_smooth, scale, granularity, k_multiple)
+    total = reference.add_residual(x, residual)
+    y = reference.layer_norm(total, weight, bias, eps)
+    q = quantize(
+        y, inv_smooth=inv_smooth, scale=scale, granularity=granularity, k_multiple=k_multiple
+    )
+    return *q, x.new_empty(0) if residual is None else total
+
+
+def act_quantize(
+    x: Tensor,
+    kind: str,
+    *,
+    gate: Tensor | None = None,
+    inv_smooth: Tensor | None = None,
+    scale: Tensor | None = None,
+    granularity: str = "token",
+    k_multiple: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """CPU kernel of `ops.act_quantize`."""
+    k = _checks.activation_kind("act_quantize", x, kind, gate)
+    _checks.quantiser("act_quantize", x, k, inv_smooth, scale, granularity, k_multiple)
+    y = reference.activation(x, kind, gate)
+    return quantize(
+        y, inv_smooth=inv_smooth, scale=scale, granularity=granularity, k_multiple=k_multiple
+    )

@@ -1,0 +1,80 @@
+"""Where the ops run: `pytest --backend cpu | simulator | cuda tests/kernels`.
+
+The tests of tests/kernels are the same for all: the CPU kernels, the CUDA kernels' PTX run on the CPU by a
+simulator (tests/test_simulator.py starts pytest inside of it), and the CUDA kernels on a GPU. All are compared with
+`reference.py`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from smoothquant_kernels import _extension, ops
+
+NAMES = ("cpu", "simulator", "cuda")
+#: Set by tests/test_simulator.py for the pytest that it starts: the library to load.
+LIBRARY_VARIABLE = "SQK_SIMULATOR_LIBRARY"
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One place where kernels run.
+
+    Attributes:
+        name: one of `NAMES`.
+        device: of the tensors that go in.
+        library: the compiled kernels, or None for the CPU path, which has none.
+    """
+
+    name: str
+    device: str
+    library: Path | None
+
+    @property
+    def compiled(self) -> bool:
+        """Whether the CUDA sources are under test (and not the CPU path)."""
+        return self.library is not None
+
+    def put(self, t: Tensor) -> Tensor:
+        """A copy on the backend's device, with nothing of the strides kept: take views of the result."""
+        return t.detach().clone().contiguous().to(self.device)
+
+    @functools.cached_property
+    def c_library(self) -> ctypes.CDLL:
+        """The C entries."""
+        assert self.library is not None, "the CPU path has no C entries"
+        return ctypes.CDLL(str(self.library))
+
+
+def start(name: str) -> Backend:
+    """Makes the backend ready, or skips with the reason why it is not here."""
+    if name == "cpu":
+        return Backend("cpu", "cpu", None)
+    if name == "simulator":
+        path = os.environ.get(LIBRARY_VARIABLE)
+        if path is None:
+            pytest.skip("tests/test_simulator.py starts this inside of the simulator")
+        torch.ops.load_library(path)  # binds the CUDA kernels to the CPU key
+        ops.eager_cpu = lambda *tensors: False  # type: ignore[attr-defined]
+        return Backend("simulator", "cpu", Path(path))
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    require_library()
+    folder = Path(_extension.__file__).parent
+    return Backend("cuda", "cuda", folder / _extension.LIBRARY_NAME)
+
+
+def require_library() -> None:
+    """Skips without the CUDA library; fails where it was just built (`make test-cuda`)."""
+    status = _extension.extension_status()
+    if not status.available:
+        give_up = pytest.fail if os.environ.get("SQK_REQUIRE_LIBRARY") else pytest.skip
+        give_up(f"no CUDA library: {status.reason}")

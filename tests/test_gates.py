@@ -1,0 +1,267 @@
+"""The static gates on compiled kernels: every one fails on a planted defect and passes good kernels."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import build_support
+import kernel_gates
+import kernel_tables
+import pytest
+from kernel_gates import GATES, Gate, GatesError, failures_of
+from sass import Code, Kernel
+
+ROW_NAME = "void sqk::row_kernel<{}, (sqk::Producer){}, (sqk::QuantizePath){}>(sqk::RowParams)"
+
+
+def kernel(name: str = "void sqk::f<1>(int)", arch: str = "sm_80", **changed: object) -> Kernel:
+    base = Kernel("_Z1f", name, arch, 32, 0, 0, 256, True, Code())
+    return dataclasses.replace(base, **changed)  # type: ignore[arg-type]
+
+
+# ----------------------------------------------------------------------------------- the gate table
+
+
+def row(bits: int = 16, path: int = 2, **loads: int) -> Kernel:
+    name = ROW_NAME.format("__half" if bits == 16 else "float", 0, path)
+    widths = {int(width.strip("_")): number for width, number in loads.items()}
+    return kernel(name, code=Code(loads=widths))
+
+
+@pytest.mark.parametrize(
+    ("bad", "sentence"),
+    [
+        (kernel(stack=16), "f<1> on sm_80: 16 bytes of stack frame; allowed: none."),
+        (kernel(code=Code(local=2)), "2 loads and stores of local memory; allowed: none."),
+        (kernel(registers=65, max_threads=1024), "65 registers x 1024 threads and 0 bytes of"),
+        (kernel(registers=128, max_threads=1024, bounded=False), "assumed: it has no launch bounds"),
+        (kernel(shared=100 * 1024), "do not fit sm_86; so a launch can fail"),
+        # wide: 4 loads of x and 8 of the smoothing factors
+        (row(_32=16, _128=8), "8x128 16x32 loads (instructions x bits), not 12x128 or more"),
+        (row(32, _128=15), "15x128 loads (instructions x bits), not 16x128 or more"),
+        (row(16, 3), "no loads (instructions x bits), not 24x128 or more"),
+        (row(16, _128=12, _16=1), "1 loads of 16 bits; allowed: none."),
+        (kernel("gemm<int>(P)", "sm_90a", code=Code(counts={"IMMA": 4})), "no IGMMA; wanted"),
+        (kernel("sqk::Gemm(P)", code=Code(counts={"IDP": 4})), "no IMMA; wanted"),
+        (
+            kernel("gemm(P)", "sm_90a", code=Code(counts={"IGMMA": 4}, waiting_igmma=4)),
+            "each of 4 IGMMA is waited for",
+        ),
+    ],
+)  # fmt: skip
+def test_a_gate_fails_on_a_defect(bad: Kernel, sentence: str) -> None:
+    (failure,) = failures_of([bad], whole=False)
+    assert sentence in failure
+
+
+@pytest.mark.parametrize(
+    "good",
+    [
+        kernel(),
+        kernel(registers=64, max_threads=1024),
+        row(_32=3, _128=12),
+        row(32, _32=3, _128=16),
+        row(path=4, _16=32),  # the path of single elements
+        kernel("gemm(P)", "sm_90a", code=Code(counts={"IGMMA": 4}, waiting_igmma=1)),
+        kernel("gemm(P)", "sm_89", code=Code(counts={"IMMA": 4})),
+    ],
+)
+def test_gates_let_good_kernels_pass(good: Kernel) -> None:
+    assert failures_of([good], whole=False) == []
+
+
+def test_a_gate_that_guards_nothing_fails() -> None:
+    gate = Gate("g", kernel_gates.no_stack, "allowed: none.", kernels="other", archs="sm_80")
+    (failure,) = failures_of([kernel()], gates=[gate])
+    assert failure.startswith("gate 'g' guards nothing: no kernel's name matches 'other'")
+    assert failures_of([kernel()], gates=[gate], whole=False) == []
+    assert failures_of([kernel()], gates=[dataclasses.replace(gate, optional=True)]) == []
+    hopper = dataclasses.replace(gate, archs="sm_90a")
+    assert failures_of([kernel()], gates=[hopper]) == [], "nothing was compiled for Hopper"
+    assert failures_of([kernel(stack=8)], only="g<", gates=GATES[:1]) == []
+
+
+def test_ptxas_warnings_of_the_build_are_failures(tmp_path: Path) -> None:
+    library = tmp_path / build_support.LIBRARY_NAME
+    assert kernel_gates.build_warnings(library) == []
+    facts = {"warnings": ["ptxas info    : (C7510) Potential Performance Loss: wgmma ..."]}
+    (tmp_path / build_support.BUILD_INFO_NAME).write_text(json.dumps(facts))
+    (failure,) = kernel_gates.build_warnings(library)
+    assert "C7510" in failure and library.name in failure
+
+
+def test_markdown() -> None:
+    kernels = [kernel(), kernel(arch="sm_90a", registers=64, max_threads=1024)]
+    text = kernel_tables.markdown(kernels)
+    assert "### f\n\n| kernel | sm_80 (A100) | sm_86 (A10) | sm_89 (L40S) | sm_90 (H100) |" in text
+    assert "| `f<1>` | 32 / 64 | 32 / 48 | 32 / 48 | 64 / 32 |\n" in text
+
+
+def test_an_architecture_without_limits_has_no_occupancy() -> None:
+    assert kernel_tables.table_row(kernel(arch="sm_120"))[-2:] == ("-", "-")
+
+
+# ---------------------------------------------------------------------------------- the whole script
+
+
+def test_no_library_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert kernel_gates.main([str(tmp_path / "none.so")]) == 2
+    assert "none.so is not here; build the kernels" in capsys.readouterr().err
+
+
+def test_missing_tools_say_how_to_get_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel_gates, "_of_package", lambda package, program: None)
+    with pytest.raises(GatesError, match="cuobjdump was not found; run: pip install --no-deps nv"):
+        kernel_gates.find_tools({"PATH": "/nowhere", "CUDA_HOME": "/nowhere"})
+
+
+DEFECTS = """
+namespace sqk {
+enum class Producer : int { kQuantize };
+enum class QuantizePath : int { kBlock = 1 };
+
+__global__ void __launch_bounds__(64) array_in_memory(const int* x, int* y) {
+  int count[32] = {};
+  for (int i = 0; i < 32; ++i) count[x[i] & 31] += i;
+  y[threadIdx.x] = count[threadIdx.x & 31];
+}
+
+__device__ float4 sum(float4 a, float4 b) {
+  return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
+}
+
+// Every value is needed on both sides of the barrier.
+template <int kValues>
+__device__ void keep(const float* x, float* y) {
+  float v[kValues];
+#pragma unroll
+  for (int i = 0; i < kValues; ++i) v[i] = x[i * blockDim.x + threadIdx.x];
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < kValues; ++i) y[i * blockDim.x + threadIdx.x] = v[kValues - 1 - i] * v[i];
+}
+__global__ void __launch_bounds__(1024) spilled(const float* x, float* y) { keep<96>(x, y); }
+__global__ void unbounded(const float* x, float* y) { keep<96>(x, y); }
+
+template <typename T, Producer, QuantizePath>
+__global__ void __launch_bounds__(256) row_kernel(const T* x, T* y) {
+  for (int i = 0; i < 4; ++i) y[threadIdx.x * 4 + i] = x[threadIdx.x * 4 + i] + 1;
+}
+template __global__ void row_kernel<float, Producer::kQuantize, QuantizePath::kBlock>(
+    const float*, float*);
+}
+"""
+
+GOOD = """
+namespace sqk {
+enum class Producer : int { kQuantize };
+enum class QuantizePath : int { kBlock = 1 };
+template <typename T, Producer, QuantizePath>
+__global__ void __launch_bounds__(256) row_kernel(const float4* x, float4* y) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) y[i * 256 + threadIdx.x] = x[i * 256 + threadIdx.x];
+}
+template __global__ void row_kernel<float, Producer::kQuantize, QuantizePath::kBlock>(
+    const float4*, float4*);
+}
+"""
+
+WGMMA = """
+.version 8.4
+.target sm_90a
+.address_size 64
+.visible .entry gemm(.param .u64 p, .param .u64 a, .param .u64 b)
+{
+.reg .b32 %r<4>; .reg .b64 %d<3>; .reg .pred %t;
+ld.param.u64 %d0, [p]; ld.param.u64 %d1, [a]; ld.param.u64 %d2, [b];
+mov.u32 %r0, 0; mov.u32 %r1, 0; mov.u32 %r2, 0; mov.u32 %r3, 0;
+setp.eq.b32 %t, 1, 1;
+wgmma.fence.sync.aligned;
+STEPS
+wgmma.commit_group.sync.aligned;
+wgmma.wait_group.sync.aligned 0;
+st.global.v4.u32 [%d0], {%r0, %r1, %r2, %r3};
+ret;
+}
+"""
+STEP = """
+wgmma.mma_async.sync.aligned.m64n8k32.s32.s8.s8 {%r0, %r1, %r2, %r3}, %d1, %d2, %t;
+add.s64 %d1, %d1, 2; add.s64 %d2, %d2, 2;
+"""
+
+
+@pytest.fixture
+def compiled(tmp_path: Path) -> Callable[..., Path]:
+    """Compiles a text with nvcc; skips where nvcc or cuobjdump is not here."""
+    try:
+        nvcc = build_support.find_nvcc(os.environ)
+        kernel_gates.find_tools(os.environ)
+    except (build_support.BuildError, GatesError) as error:
+        pytest.skip(str(error))
+
+    def compile(text: str, *flags: str, suffix: str = ".cu") -> Path:
+        source, output = tmp_path / f"k{suffix}", tmp_path / "k.o"
+        source.write_text(text)
+        command = [nvcc.path, *flags, "-std=c++17", str(source), "-o", str(output)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return output
+
+    return compile
+
+
+def test_planted_defects_are_found(
+    compiled: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = compiled(DEFECTS, "-c", "-arch=sm_80")
+    assert kernel_gates.main([str(file), "--json", str(tmp_path / "out.json")]) == 1
+    result = json.loads((tmp_path / "out.json").read_text())
+    failures = result["failures"]
+
+    def failed(name: str, what: str) -> int:
+        return sum(text.startswith(f"{name} on sm_80: ") and what in text for text in failures)
+
+    assert failed("array_in_memory", "128 bytes of stack frame") == 1
+    assert failed("array_in_memory", "local memory") == 1
+    assert failed("spilled", "local memory") == 1
+    assert failed("unbounded", "1024 threads (assumed: it has no launch bounds)") == 1
+    assert failed("row_kernel<float, (Producer)0, (QuantizePath)1>", "not 4x128 or more") == 1
+    assert failed("unbounded", "local memory") == 0, "255 registers hold its values"
+    threads = {item["mangled"]: item["max_threads"] for item in result["kernels"]}
+    assert sorted(threads.values()) == [64, 256, 1024, 1024]
+    said = capsys.readouterr().out
+    assert f"4 compiled kernels, {len(GATES)} gates, {len(failures)} failures." in said
+
+
+def test_good_kernels_are_green(
+    compiled: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = compiled(GOOD, "-c", "-arch=sm_80")
+    assert kernel_gates.main([str(file), "--write-table", str(tmp_path / "t.md")]) == 0
+    assert "row_kernel<float, (Producer)0, (QuantizePath)1>" in (tmp_path / "t.md").read_text()
+    said = capsys.readouterr().out
+    assert "4x128" in said and "IGMMA" not in said
+    assert kernel_gates.main([str(file), "--only", "gemm"]) == 1
+    assert "no compiled kernel whose name matches 'gemm'" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("serial", [False, True])
+def test_serial_wgmma_is_found(compiled: Callable[..., Path], serial: bool) -> None:
+    step = STEP + ("add.s32 %r0, %r0, 1;" if serial else "")
+    file = compiled(WGMMA.replace("STEPS", step * 4), "-cubin", "-arch=sm_90a", suffix=".ptx")
+    (found,) = kernel_gates.read_kernels(file, os.environ)
+    assert (found.arch, found.code.counts["IGMMA"]) == ("sm_90a", 4)
+    assert bool(kernel_gates.wgmma_in_flight(found)) == serial
+
+
+def test_a_file_without_gpu_code_is_a_failure(
+    compiled: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = compiled("int host() { return 1; }", "-c", suffix=".cpp")
+    assert kernel_gates.main([str(file)]) == 1
+    assert "k.o: no compiled kernel in there." in capsys.readouterr().out

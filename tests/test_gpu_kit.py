@@ -1,0 +1,380 @@
+"""The GPU kit, rehearsed without a GPU: script, files and the benchmark's arithmetic. No test looks at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import bench_quantize as bench
+import gpu_timer
+import producers
+import pytest
+import torch
+from build_support import CUTLASS_PYPI
+from gpu_timer import Timing
+from producers import PRODUCERS, SCHEMES, Case
+from torch import Tensor
+
+from smoothquant_kernels import ops
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "benchmarks" / "run_on_gpu.sh"
+CPU = torch.device("cpu")
+
+needs_bash = pytest.mark.skipif(
+    not sys.platform.startswith("linux") or shutil.which("timeout") is None,
+    reason="the kit runs on Linux, with bash and coreutils",
+)
+
+
+def case(producer: str = "quantize", **changes: Any) -> Case:
+    facts = {"smooth": False, "scheme": "per_token", "dtype": torch.float16, "m": 4, "k": 8}
+    return Case(producer, **{**facts, **changes})
+
+
+# --- the script -------------------------------------------------------------------------------------------------------
+
+
+def kit(folder: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    facts = {
+        "OUT": str(folder / "out"),
+        "SQK_VENV": str(folder / "venv"),
+        "PYTHON": sys.executable,
+        "OMP_NUM_THREADS": "1",
+        "CUTLASS_PATH": str(folder),  # what is not compiled needs none
+    }
+    command = ["bash", str(SCRIPT), *arguments]
+    return subprocess.run(
+        command, env={**os.environ, **facts, **env}, capture_output=True, text=True, check=False
+    )
+
+
+@needs_bash
+@pytest.mark.slow
+def test_a_failing_stage_stops_no_other(tmp_path: Path) -> None:
+    done = kit(
+        tmp_path, "--dry-run", "quantize", "build", "info", SMOOTHQUANT_KERNELS_BUILD="nonsense"
+    )
+    out = tmp_path / "out"
+    summary = (out / "summary.txt").read_text()
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert done.stdout.endswith(summary)
+    assert "WITHOUT A GPU" in summary.splitlines()[0]
+    rows = [line.split() for line in summary.splitlines()[1:]]
+    assert [row[0] for row in rows] == ["setup", "info", "build", "quantize"]
+    assert [row[1] for row in rows] == ["ok", "ok", "failed", "ok"]
+    assert "SMOOTHQUANT_KERNELS_BUILD=nonsense is not one of" in done.stdout
+    files = {path.name for path in out.iterdir()}
+    assert files == {"summary.txt", "run.log", "info.json", "quantize.json", "quantize.csv"}
+    results = json.loads((out / "quantize.json").read_text())
+    assert {row["producer"] for row in results["rows"]} == set(PRODUCERS)
+    assert "rehearsal" in json.loads((out / "info.json").read_text())["device"]
+    assert "geomean all" in (out / "run.log").read_text()
+
+
+@needs_bash
+@pytest.mark.slow
+def test_a_rehearsed_sanitizer_runs_nothing_and_at_most_8_files_are_left(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    for i in range(8):
+        (out / f"earlier{i}.json").write_text("{}")
+    done = kit(tmp_path, "sanitizer", SQK_REHEARSE="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    tools = [line.split()[4] for line in done.stdout.splitlines() if line.startswith("would run")]
+    assert tools == ["memcheck", "racecheck", "initcheck", "synccheck"]
+    assert {path.name for path in out.iterdir()} == {"summary.txt", "more.tar.gz"}
+
+
+@needs_bash
+def test_an_unknown_stage_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    done = kit(tmp_path, "--dry-run", "info", "fly")
+    assert done.returncode == 2
+    assert done.stderr == (
+        "There is no stage 'fly'; the stages are: info build tests quantize sanitizer.\n"
+    )
+    assert not list(tmp_path.iterdir())
+
+
+@needs_bash
+def test_without_time_no_stage_starts(tmp_path: Path) -> None:
+    done = kit(tmp_path, "--dry-run", SQK_SECONDS="0")
+    assert done.returncode == 1
+    assert done.stdout.count("not started: no time left") == 6
+
+
+@needs_bash
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_without_a_gpu_it_names_the_rehearsal(tmp_path: Path) -> None:
+    done = kit(tmp_path, "info")
+    assert done.returncode == 2 and "--dry-run" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_kit_asks_for_the_cutlass_of_the_build() -> None:
+    lines = (ROOT / "benchmarks" / "gpu_requirements.txt").read_text().splitlines()
+    assert CUTLASS_PYPI in lines
+
+
+# --- bytes ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        # M 4, K 8: x 64, x_q 32, x_scale 16 bytes
+        ({}, 64 + 32 + 16),
+        ({"dtype": torch.float32}, 128 + 32 + 16),
+        ({"smooth": True}, 64 + 32 + 32 + 16),
+        ({"scheme": "per_tensor"}, 64 + 32 + 4),
+        ({"scheme": "static"}, 64 + 4 + 32 + 16),
+        ({"producer": "rms_norm_quantize"}, 64 + 16 + 32 + 16),
+        ({"producer": "rms_norm_quantize+residual"}, 64 + 64 + 16 + 32 + 16 + 64),
+        ({"producer": "layer_norm_quantize"}, 64 + 2 * 16 + 32 + 16),
+        ({"producer": "act_quantize:gelu"}, 64 + 32 + 16),
+        ({"producer": "act_quantize:silu+gate"}, 2 * 64 + 32 + 16),
+        ({"producer": "act_quantize:silu_mul"}, 128 + 32 + 16),
+    ],
+)
+def test_bytes_are_each_input_once_and_each_output_once(
+    changes: dict[str, Any], expected: int
+) -> None:
+    assert producers.bytes_moved(case(**{"producer": "quantize", **changes})) == expected
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("name", PRODUCERS)
+def test_the_bytes_are_those_of_the_tensors(name: str, scheme: str) -> None:
+    this = case(name, scheme=scheme, smooth=True, m=5, k=7)
+    inputs = producers.make_inputs(this, torch.Generator().manual_seed(0))
+    scale = producers.static_scale(this, inputs)
+    tensors = [*inputs.values(), *producers.run_op(this, inputs, scale)]
+    if scale is not None:
+        tensors.append(scale)
+    assert sum(t.numel() * t.element_size() for t in tensors) == producers.bytes_moved(this)
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("name", PRODUCERS)
+def test_every_producer_is_measured_beside_its_baselines(
+    name: str, scheme: str, dtype: torch.dtype
+) -> None:
+    this = case(name, scheme=scheme, dtype=dtype, smooth=True, m=16, k=515)
+    row = bench.measure(this, CPU, 0.0, bench.Compiler("none", 1))
+    assert row["us_p20"] <= row["us"] <= row["us_p80"]
+    assert "eager_missing" not in row and row["vs_eager"] > 0
+    assert "--compile none" in row["compiled_missing"] and row["vs_compiled"] is None
+
+
+def _one_element_off(function: Any, share: float) -> Any:
+    def wrong(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        x_q, *others = function(*args, **kwargs)
+        flat = x_q.view(-1)
+        count = max(1, int(share * flat.numel()))
+        flat[:count] += torch.where(flat[:count] > 0, -1, 1).to(torch.int8)
+        return (x_q, *others)
+
+    return wrong
+
+
+def run(capsys: pytest.CaptureFixture[str], *options: str) -> tuple[int, str]:
+    small = ["--device", "cpu", "--tokens", "16", "--widths", "256", "--dtypes", "fp16"]
+    status = bench.run(bench.parse([*small, "--seconds", "0", *options]))
+    return status, capsys.readouterr().out
+
+
+def test_a_wrong_op_is_not_timed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ops, "quantize", _one_element_off(ops.quantize, 0))
+    file = tmp_path / "q.json"
+    status, text = run(
+        capsys, "--quick", "--producers", "quantize", "act_quantize:relu", "--json", str(file)
+    )
+    assert status == 1
+    rows = json.loads(file.read_text())["rows"]
+    assert len(rows) == 4
+    for row in rows:
+        assert ("refused" in row) == (row["producer"] == "quantize")
+        assert ("us" in row) == (row["producer"] != "quantize")
+    assert "refused: 1 of 4096 elements of x_q differ, by up to 1" in text
+    assert "geomean quantize" not in text and "2 cases were refused" in text
+
+
+def test_one_step_in_a_hundred_is_allowed_where_float32_rounds_in_another_order(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    this = case("rms_norm_quantize", m=16, k=256)
+    right = ops.rms_norm_quantize
+    monkeypatch.setattr(ops, "rms_norm_quantize", _one_element_off(right, 0.009))
+    bench.measure(this, CPU, 0.0, bench.Compiler("none", 1))
+    monkeypatch.setattr(ops, "rms_norm_quantize", _one_element_off(right, 0.02))
+    with pytest.raises(bench.WrongResult, match="81 of 4096"):
+        bench.measure(this, CPU, 0.0, bench.Compiler("none", 1))
+
+
+def test_a_wrong_scale_or_sum_is_seen() -> None:
+    this = case("rms_norm_quantize+residual", m=3, k=64)
+    inputs = producers.make_inputs(this, torch.Generator().manual_seed(0))
+    right = producers.run_reference(this, inputs, None)
+    assert producers.wrong_op(this, right, right) == ""
+    x_q, x_scale, total = right
+    nan = x_scale.clone()
+    nan[1] = torch.nan
+    assert "x_scale" in producers.wrong_op(this, (x_q, nan, total), right)
+    assert "x_scale" in producers.wrong_op(this, (x_q, x_scale * 1.001, total), right)
+    assert "residual" in producers.wrong_op(this, (x_q, x_scale, total + 1), right)
+    assert "2 results, not 3" in producers.wrong_op(this, (x_q, x_scale), right)
+    assert "not torch.int8" in producers.wrong_op(this, (x_q[:2], x_scale, total), right)
+
+
+def test_a_compiler_that_fails_leaves_a_reason(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("no compiler here\nand much more")
+
+    monkeypatch.setattr(torch, "compile", fail)
+    file = tmp_path / "q.json"
+    options = ["--producers", "act_quantize:relu", "--compile", "default", "--json", str(file)]
+    status, text = run(capsys, *options)
+    rows = json.loads(file.read_text())["rows"]
+    assert status == 0 and len(rows) == 6
+    assert {row["compiled_missing"] for row in rows} == {"no compiler here"}
+    assert "- compiled" in text and "not compiled in 6 cases: no compiler here" in text
+
+
+# --- columns and order ------------------------------------------------------------------------------------------------
+
+
+def _timing(us: float) -> Timing:
+    return Timing(us, us, us, 10, 2)
+
+
+def test_the_printed_columns_add_up() -> None:
+    this = case(m=2048, k=4096)
+    moved = producers.bytes_moved(this)
+    times = {"op": 12.5, "copy": 13.0, "eager": 40.0}
+    row = bench.row_of(this, moved, {name: _timing(us) for name, us in times.items()})
+    name, us, rate, *ratios = (part.strip() for part in bench.line(this, row).split("|"))
+    assert name == "quantize fp16 M 2048 K 4096 per_token"
+    assert us == "12.50 us" and ratios == ["1.04x copy", "3.20x eager", "- compiled"]
+    assert float(rate.split()[0]) == pytest.approx(moved / 12.5e-6 / 1e9, abs=0.05)
+    assert row["gb_per_s"] * 1e9 * row["us"] * 1e-6 == pytest.approx(moved)
+    assert row["vs_copy"] * row["us"] == pytest.approx(row["copy_us"])
+
+
+def test_the_copy_moves_as_many_bytes() -> None:
+    (copy,) = bench.copies(1000, 1, CPU)
+    target = copy()
+    assert isinstance(target, Tensor) and 2 * target.numel() * target.element_size() == 1000
+
+
+def test_geometric_means_leave_out_what_is_missing() -> None:
+    rows = [
+        bench.row_of(case(), 1, {"op": _timing(1), "copy": _timing(2), "eager": _timing(3)}),
+        bench.row_of(case(), 1, {"op": _timing(1), "copy": _timing(8)}),
+        bench.row_of(case("act_quantize:relu"), 1, {"op": _timing(2), "copy": _timing(1)}),
+    ]
+    means = bench.geomeans(rows)
+    assert set(means) == {"quantize", "act_quantize:relu", "all"}
+    assert means["quantize"] == pytest.approx({"cases": 2, "copy": 4.0, "eager": 3.0})
+    assert means["all"]["copy"] == pytest.approx(2.0)
+
+
+def test_the_most_telling_cases_come_first() -> None:
+    names = list(PRODUCERS)
+    found = bench.cases(names, (2048, 1, 64), (4096, 5120), (14336, 11008))
+    assert len(found) == len(set(found)) == len(names) * 3 * 2 * 3 * 2 * 2
+    first = found[: len(names)]
+    assert [c.producer for c in first] == names
+    assert {(c.m, c.scheme, c.dtype, c.smooth) for c in first} == {
+        (2048, "per_token", torch.float16, False)
+    }
+    assert {c.k for c in first} == {4096, 14336}
+    second = found[len(names) : 2 * len(names)]
+    assert [c.producer for c in second] == names and {c.m for c in second} == {1}
+
+
+def test_a_spent_budget_starts_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    status, text = run(capsys, "--budget-seconds", "-1")
+    assert status == 1 and "66 of 66 cases were not started: the time is spent" in text
+
+
+# --- the timer --------------------------------------------------------------------------------------------------------
+
+
+def test_the_summary_is_median_and_fifths() -> None:
+    timing = gpu_timer.summary([5.0, 1.0, 2.0, 3.0, 4.0, 100.0], calls=7)
+    assert timing == Timing(3.5, 2.0, 5.0, 6, 7)
+
+
+def test_input_sets_exceed_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert gpu_timer.input_sets(1, CPU) == 2
+    monkeypatch.setattr(gpu_timer, "l2_bytes", lambda device: 50 << 20)
+    assert gpu_timer.input_sets(12 << 10, CPU) == gpu_timer.MOST_SETS
+    assert gpu_timer.input_sets(25 << 20, CPU) == 8
+    assert gpu_timer.input_sets(700 << 20, CPU) == 2
+
+
+def test_a_gpu_replay_is_one_graph_between_two_events_behind_a_cold_cache(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The order of the calls, on a pretended GPU: every input set once per graph, and variants in turn."""
+    log: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            log.append("event")
+
+        def elapsed_time(self, other: Event) -> float:
+            return 0.006  # milliseconds
+
+    class Graph:
+        def replay(self) -> None:
+            log.append("replay")
+
+    @contextlib.contextmanager
+    def scope(name: str) -> Any:
+        log.append(name)
+        yield
+        log.append("end")
+
+    cuda = SimpleNamespace(
+        Event=Event,
+        CUDAGraph=Graph,
+        Stream=lambda device: None,
+        stream=lambda stream: scope("side"),
+        graph=lambda graph: scope("capture"),
+        synchronize=lambda device: None,
+        _sleep=lambda cycles: log.append("sleep"),
+    )
+    flush = SimpleNamespace(sum=lambda: log.append("flush"))
+    fake = SimpleNamespace(cuda=cuda, ones=lambda *a, **k: flush, float32=None)
+    monkeypatch.setattr(gpu_timer, "torch", fake)
+    monkeypatch.setattr(gpu_timer, "l2_bytes", lambda device: 1024)
+    device: Any = SimpleNamespace(type="cuda")
+    calls = [lambda name=name: log.append(name) for name in "abc"]
+    recorded = gpu_timer.record(calls, device)
+    assert log == [*"abc", "side", "a", "end", "capture", *"abc", "end"]
+    log.clear()
+    times = gpu_timer.measure(
+        {"one": recorded, "two": recorded}, device=device, seconds=0, least=4, most=4
+    )
+    each = ["sleep", "flush", "event", "replay", "event"]
+    assert log == each * 2 * (2 + 4)
+    assert times["one"].us == pytest.approx(2.0) and times["one"].rounds == 4

@@ -1,0 +1,173 @@
+"""How a problem is spread over a GPU: pure arithmetic of csrc/quantize/plan.cpp, compiled without CUDA."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import c_interface
+import pytest
+from build_support import ROOT
+from c_interface import Device, Params, Plan
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+A100 = Device(sms=108, capability=80, shared_bytes=166912, clusters=0)
+ADA = Device(sms=142, capability=89, shared_bytes=101376, clusters=0)
+H100 = Device(sms=132, capability=90, shared_bytes=232448, clusters=1)
+SIZES = (4, 2, 2)
+REGISTERS = {"warp": 32, "block": 8, "wide": 32, "long": 48, "element": 16, "cluster": 8}
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no g++")
+    target = tmp_path_factory.mktemp("plan") / "plan.so"
+    # quantize_device asks the CUDA runtime; it stays undefined, and is never called here.
+    command = [compiler, "-std=c++17", "-Wall", "-Werror", "-shared", "-fPIC", "-o", str(target)]
+    command += ["-Icsrc/include", "-Icsrc", "csrc/quantize/plan.cpp"]
+    subprocess.run(command, cwd=ROOT, check=True)
+    loaded = ctypes.CDLL(str(target), mode=ctypes.RTLD_GLOBAL | 1)  # 1: RTLD_LAZY
+    loaded.sqk_quantize_plan.argtypes = [ctypes.c_void_p] * 3
+    loaded.sqk_quantize_table.restype = ctypes.c_char_p
+    return loaded
+
+
+def params(m: int, k: int, producer: str = "quantize", scheme: str = "token", **more: Any) -> Params:
+    """A problem at aligned addresses; nothing is read there."""
+    p = Params(m=m, k=k, k_padded=k, x=4096, x_q=4096, x_scale=4096, x_stride=k, x_q_stride=k)
+    p.producer, p.scheme = (
+        c_interface.PRODUCERS.index(producer),
+        c_interface.SCHEMES.index(scheme),
+    )
+    p.dtype, p.path = 1, c_interface.AUTO
+    p.scale = 4096 if scheme == "static" else None
+    for name, value in more.items():
+        setattr(p, name, value)
+    return p
+
+
+def plan(library: ctypes.CDLL, p: Params, device: Device) -> Plan:
+    result = Plan()
+    status = library.sqk_quantize_plan(ctypes.byref(p), ctypes.byref(device), ctypes.byref(result))
+    assert status == 0
+    return result
+
+
+def path(library: ctypes.CDLL, p: Params, device: Device = H100) -> str:
+    return c_interface.PATHS[plan(library, p, device).path]
+
+
+def test_the_table_is_shown(library: ctypes.CDLL) -> None:
+    rows = json.loads(library.sqk_quantize_table())
+    assert {row["path"] for row in rows} == set(c_interface.PATHS)
+    assert all(row["when"] and row["why"] for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("m", "k", "producer", "device", "expected"),
+    [
+        (4096, 128, "quantize", H100, "warp"),
+        (4096, 1024, "quantize", A100, "warp"),
+        (16, 1024, "quantize", A100, "block"),
+        (4096, 4096, "quantize", H100, "block"),
+        (4096, 8192, "quantize", H100, "wide"),
+        (200, 8192, "quantize", H100, "block"),
+        (16, 8192, "quantize", H100, "cluster"),
+        (34, 8192, "quantize", H100, "block"),
+        (1, 65536, "silu", H100, "cluster"),
+        (1, 65536, "silu", A100, "block"),
+        (4096, 28672, "silu", H100, "long"),
+        (4096, 16384, "silu", H100, "wide"),
+        (1, 4096, "rms_norm", H100, "block"),
+        (1, 8192, "rms_norm", H100, "wide"),
+        (8192, 128, "rms_norm", H100, "warp"),
+        (1, 128, "layer_norm", H100, "warp"),
+    ],
+)  # fmt: skip
+def test_paths(
+    library: ctypes.CDLL, m: int, k: int, producer: str, device: Device, expected: str
+) -> None:
+    assert path(library, params(m, k, producer), device) == expected
+
+
+def test_few_rows_fill_the_gpu(library: ctypes.CDLL) -> None:
+    for m in (1, 2, 4, 8, 16):
+        clusters = plan(library, params(m, 65536), H100)
+        assert (clusters.cluster, clusters.blocks, clusters.launches) == (8, 8 * m, 1)
+        split = plan(library, params(m, 65536), A100)
+        assert split.launches == 2 and split.workspace_bytes == 4 * m * split.splits
+        assert 60 <= split.blocks == m * split.splits <= A100.sms
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"x": 4098}, {"x_stride": 4097}, {"gate": 4098, "producer": "silu"}, {"x_q": 4100}, {"x_q_stride": 4097},
+        {"inv_smooth": 4100}, {"columns": 4097, "x_stride": 4104, "x_q_stride": 4104},
+        {"weight": 4098, "weight_dtype": 1, "producer": "rms_norm"}, {"bias": 4098, "bias_dtype": 2, "producer": "layer_norm"},
+        {"residual": 4098, "sum": 4096, "sum_stride": 4096, "producer": "rms_norm"},
+        {"residual": 4096, "sum": 4098, "sum_stride": 4096, "producer": "rms_norm"},
+    ],
+)  # fmt: skip
+def test_what_is_not_aligned_goes_one_element_at_a_time(
+    library: ctypes.CDLL, change: dict[str, Any]
+) -> None:
+    assert path(library, params(64, 4096)) != "element"
+    assert path(library, params(64, change.pop("columns", 4096), **change)) == "element"
+
+
+def test_the_stride_of_one_row_does_not_matter(library: ctypes.CDLL) -> None:
+    assert path(library, params(1, 4096, x_stride=4097, x_q_stride=1)) != "element"
+
+
+@settings(deadline=None, max_examples=400)
+@given(
+    m=st.integers(0, 100_000) | st.integers(0, 40),
+    k=st.integers(1, 300_000) | st.integers(1, 2000),
+    producer=st.sampled_from(c_interface.PRODUCERS),
+    scheme=st.sampled_from(c_interface.SCHEMES),
+    dtype=st.integers(0, 2),
+    device=st.sampled_from([A100, ADA, H100]),
+)
+def test_every_plan_can_be_launched(
+    library: ctypes.CDLL,
+    m: int,
+    k: int,
+    producer: str,
+    scheme: str,
+    dtype: int,
+    device: Device,
+) -> None:
+    p = params(m, k, producer, scheme, dtype=dtype)
+    found = plan(library, p, device)
+    name = c_interface.PATHS[found.path]
+    assert found.threads % 32 == 0 and 32 <= found.threads <= 1024
+    assert found.shared_bytes + 2048 <= device.shared_bytes
+    assert found.cluster in (1, 2, 4, 8) and (found.cluster == 1) == (name != "cluster")
+    assert name != "cluster" or device.clusters
+    assert found.splits * found.slice >= k > (found.splits - 1) * found.slice
+    # A team's registers and shared memory hold its slice, or the path reads again what they do not.
+    team = 32 if name == "warp" else found.threads * found.cluster
+    held = team * (REGISTERS[name] + found.slots * 16 // SIZES[dtype])
+    assert held >= min(found.slice, k) or name in ("long", "element")
+    if k <= 65536 and device is not ADA and name == "long":
+        assert held >= k, "rows up to 65,536 are read once"
+    if m > 0:
+        teams = found.blocks // found.cluster * found.rows
+        assert teams >= 1 and found.blocks % found.cluster == 0
+        if found.launches == 1:
+            assert teams >= m and found.workspace_bytes == 0
+    if scheme == "tensor":
+        assert found.launches == (2 if m else 1)
+        assert m == 0 or found.workspace_bytes == 4 * found.blocks * found.rows
+    if producer.endswith("norm"):
+        assert found.splits == 1
+        other = plan(library, params(1, k, producer, scheme, dtype=dtype), device)
+        assert (other.path, other.threads) == (found.path, found.threads), "batch invariance"

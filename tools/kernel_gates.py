@@ -1,0 +1,351 @@
+"""Checks compiled kernels without a GPU: stack frames, spills, wide loads, tensor cores, launches.
+
+    python tools/kernel_gates.py                    # the library of this checkout
+    python tools/kernel_gates.py build/kernels/*.o --only row_kernel
+
+The gates are the rows of GATES. Exit code: 0 green, 1 a gate failed, 2 nothing could be checked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from build_support import BUILD_INFO_NAME, LIBRARY_NAME, PACKAGE, ROOT
+from kernel_tables import markdown, print_table
+from occupancy import LIMITS, blocks_per_sm, code_for
+from sass import Kernel, kernels_in, widths
+
+TOOLS_PYPI = "nvidia-cuda-cuobjdump==13.5.37 nvidia-cuda-nvdisasm==13.5.37"
+
+
+class GatesError(Exception):
+    """Nothing could be checked; the message is one sentence for the user."""
+
+
+# ------------------------------------------------------------------------------------------- gates
+
+# A check says what is wrong with a kernel, or None.
+Check = Callable[[Kernel], str | None]
+
+
+def no_stack(kernel: Kernel) -> str | None:
+    return f"{kernel.stack} bytes of stack frame" if kernel.stack else None
+
+
+def no_local(kernel: Kernel) -> str | None:
+    found = kernel.code.local
+    return f"{found} loads and stores of local memory" if found else None
+
+
+def loads(bits: int, least: int = 1) -> Check:
+    """At least so many loads from global memory that are so wide, into registers or shared memory."""
+
+    def check(kernel: Kernel) -> str | None:
+        code = kernel.code
+        if code.loads.get(bits, 0) + code.copies.get(bits, 0) >= least:
+            return None
+        return f"{widths(code.loads)} loads (instructions x bits), not {least}x{bits} or more"
+
+    return check
+
+
+def no_loads(bits: int) -> Check:
+    """None from global memory that are so narrow."""
+
+    def check(kernel: Kernel) -> str | None:
+        found = kernel.code.loads.get(bits, 0)
+        return f"{found} loads of {bits} bits" if found else None
+
+    return check
+
+
+def uses(instruction: str) -> Check:
+    """One of sass.COUNTED."""
+
+    def check(kernel: Kernel) -> str | None:
+        return None if kernel.code.counts.get(instruction) else f"no {instruction}"
+
+    return check
+
+
+def wgmma_in_flight(kernel: Kernel) -> str | None:
+    total, waiting = kernel.code.counts.get("IGMMA", 0), kernel.code.waiting_igmma
+    return f"each of {total} IGMMA is waited for" if total > 1 and waiting == total else None
+
+
+def launchable(kernel: Kernel) -> str | None:
+    """A block of the largest size fits every GPU of the table that may run this code."""
+    for device in LIMITS:
+        if code_for(device, {kernel.arch}) and not blocks_per_sm(LIMITS[device], *kernel.used):
+            assumed = "" if kernel.bounded else " (assumed: it has no launch bounds)"
+            return (
+                f"{kernel.registers} registers x {kernel.max_threads} threads{assumed} and "
+                f"{kernel.shared} bytes of shared memory do not fit {device}"
+            )
+    return None
+
+
+@dataclass(frozen=True)
+class Gate:
+    name: str
+    check: Check
+    allowed: str  # what is, and what to do about it
+    kernels: str = ""  # a regex searched for in the demangled name, "void sqk::f<(sqk::E)1>(A)"
+    but: str = r"(?!)"  # another: those that the gate leaves out
+    archs: str = ""  # a regex searched for in the architecture
+    optional: bool = False  # True: there may be no such kernel
+
+    def guards(self, kernel: Kernel) -> bool:
+        return bool(
+            re.search(self.kernels, kernel.name)
+            and not re.search(self.but, kernel.name)
+            and re.search(self.archs, kernel.arch)
+        )
+
+
+# The quantisers' kernels: row_kernel<type, (sqk::Producer)number, (sqk::QuantizePath)number>.
+ROW_KERNEL = r"\brow_kernel<(?:{}), \(sqk::Producer\)[{}], \(sqk::QuantizePath\)[{}]>"
+HALVES = "__half|__nv_bfloat16"
+ROW_TYPES = (("float", 32), (HALVES, 16))  # bits of an element
+# Producers that read so many inputs, and so many parameters besides the smoothing factors.
+ROW_PRODUCERS = (("0", 1, 0), ("1", 2, 1), ("2", 2, 2), ("3-6", 2, 0))
+# Paths with so many elements in a thread's registers (csrc/quantize/table.h), on an architecture.
+# QuantizePath 4 reads one element at a time.
+ROW_PATHS = (("1", 8, ""), ("02", 32, ""), ("3", 48, ""), ("5", 8, "sm_90a"))
+
+
+def row_gates() -> tuple[Gate, ...]:
+    """All that a thread keeps in registers comes in 16-byte loads; parameters are float32."""
+    return tuple(
+        Gate(
+            "16-byte loads",
+            loads(128, inputs * floats * bits // 128 + (1 + parameters) * floats // 4),
+            "the name promises that rows are read 16 bytes at a time.",
+            kernels=ROW_KERNEL.format(types, producers, paths),
+            archs=archs,
+        )
+        for types, bits in ROW_TYPES
+        for producers, inputs, parameters in ROW_PRODUCERS
+        for paths, floats, archs in ROW_PATHS
+    )
+
+
+GEMM = r"(?i)gemm"
+
+GATES = (
+    Gate(
+        "stack",
+        no_stack,
+        "allowed: none. A call, or an array indexed at run time, lives there: inline or unroll it.",
+    ),
+    Gate(
+        "local memory",
+        no_local,
+        "allowed: none. Either registers are spilled (fewer values, or other launch bounds) or an "
+        "array is not in registers.",
+    ),
+    *row_gates(),
+    Gate(
+        "no 2-byte loads",
+        no_loads(16),
+        "allowed: none. The name promises that rows are read 16 bytes at a time.",
+        kernels=ROW_KERNEL.format(HALVES, "0-6", "0-35"),
+    ),
+    Gate(
+        "tensor cores of Hopper",
+        uses("IGMMA"),
+        "wanted: int8 wgmma. The tile's schedule or its data types chose other instructions.",
+        kernels=GEMM,
+        archs=r"sm_90a",
+        optional=True,
+    ),
+    Gate(
+        "wgmma in flight",
+        wgmma_in_flight,
+        "wanted: several per wait. ptxas made wgmma serial (it says why: C7510 to C7518); kernels "
+        "are compiled with -DNDEBUG, and nothing may touch accumulators between two wgmma.",
+        kernels=GEMM,
+        archs=r"sm_90a",
+        optional=True,
+    ),
+    Gate(
+        "tensor cores of Ampere and Ada",
+        uses("IMMA"),
+        "wanted: int8 mma.sync.",
+        kernels=GEMM,
+        archs=r"sm_8\d",
+        optional=True,
+    ),
+    Gate(
+        "launch",
+        launchable,
+        "so a launch can fail: declare __launch_bounds__, or use fewer registers.",
+    ),
+)
+
+
+def failures_of(
+    kernels: Sequence[Kernel], only: str = "", whole: bool = True, gates: Sequence[Gate] = GATES
+) -> list[str]:
+    """One sentence for each gate that a kernel fails.
+
+    Args:
+        kernels: all of the library.
+        only: a regex on the demangled name: kernels that are checked.
+        whole: False when the kernels are a part of a library, in which a gate may guard nothing.
+        gates: the table.
+    """
+    failures = []
+    for gate in gates:
+        guarded = [kernel for kernel in kernels if gate.guards(kernel)]
+        applies = any(re.search(gate.archs, kernel.arch) for kernel in kernels)
+        if whole and applies and not guarded and not gate.optional:
+            failures.append(
+                f"gate '{gate.name}' guards nothing: no kernel's name matches '{gate.kernels}'"
+                + (f" on '{gate.archs}'" if gate.archs else "")
+                + "; correct its row in tools/kernel_gates.py."
+            )
+        for kernel in guarded:
+            found = gate.check(kernel) if re.search(only, kernel.name) else None
+            if found:
+                failures.append(f"{kernel.short} on {kernel.arch}: {found}; {gate.allowed}")
+    return failures
+
+
+def build_warnings(library: Path) -> list[str]:
+    """What ptxas warned of when the library was built, as far as the facts beside it say."""
+    facts = library.parent / BUILD_INFO_NAME
+    if not facts.is_file():
+        return []
+    said = json.loads(facts.read_text()).get("warnings", [])
+    return [f"ptxas said while building {library.name}: {line}" for line in said]
+
+
+# ------------------------------------------------------------------------------------------- tools
+
+
+def _of_package(package: str, program: str) -> str | None:
+    """An executable that a PyPI package put into this environment."""
+    try:
+        files = importlib.metadata.files(package) or []
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    for file in files:
+        if file.parts[-2:] == ("bin", program):
+            return shutil.which(str(file.locate()))
+    return None
+
+
+def find_program(program: str, env: Mapping[str, str]) -> str | None:
+    """From PyPI, then CUDA_HOME, then PATH."""
+    home = env.get("CUDA_HOME")
+    return (
+        _of_package(f"nvidia-cuda-{program}", program)
+        or (shutil.which(str(Path(home) / "bin" / program)) if home else None)
+        or shutil.which(program, path=env.get("PATH"))
+    )
+
+
+def find_tools(env: Mapping[str, str]) -> tuple[str, str]:
+    """cuobjdump, and nvdisasm, which it calls."""
+    cuobjdump, nvdisasm = (find_program(name, env) for name in ("cuobjdump", "nvdisasm"))
+    if cuobjdump is None or nvdisasm is None:
+        missing = "nvdisasm" if cuobjdump else "cuobjdump"
+        raise GatesError(
+            f"{missing} was not found; run: pip install --no-deps {TOOLS_PYPI}\n"
+            "or set CUDA_HOME to a CUDA toolkit that has it."
+        )
+    return cuobjdump, nvdisasm
+
+
+def demangle(names: Sequence[str], env: Mapping[str, str]) -> dict[str, str]:
+    """By cu++filt or c++filt; without either, names stay mangled."""
+    filt = find_program("cu++filt", env) or find_program("c++filt", env)
+    if filt is None or not names:
+        return {}
+    text = "\n".join(names) + "\n"
+    done = subprocess.run([filt], input=text, capture_output=True, text=True, check=True)
+    return dict(zip(names, done.stdout.splitlines(), strict=True))
+
+
+def read_kernels(path: Path, env: Mapping[str, str]) -> list[Kernel]:
+    """Every kernel x architecture of a library, object or cubin; none when it holds no GPU code."""
+    cuobjdump, nvdisasm = find_tools(env)
+    places = os.pathsep.join([str(Path(nvdisasm).parent), env.get("PATH", os.defpath)])
+    texts = []
+    for option in ("--dump-resource-usage", "--dump-elf", "--dump-sass"):
+        done = subprocess.run(
+            [cuobjdump, option, str(path)],
+            env={**env, "PATH": places},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if "does not contain device code" in done.stderr + done.stdout:
+            return []
+        if done.returncode:
+            raise GatesError(f"cuobjdump {option} failed on {path.name}: {done.stderr.strip()}")
+        texts.append(done.stdout)
+    resources, elf, sass = texts
+    mangled = sorted(set(re.findall(r"^ Function (\S+):$", resources, re.M)))
+    return kernels_in(resources, elf, sass, demangle(mangled, env))
+
+
+# --------------------------------------------------------------------------------------------- run
+
+
+def run(arguments: argparse.Namespace, env: Mapping[str, str]) -> int:
+    files = arguments.files or [ROOT / PACKAGE / LIBRARY_NAME]
+    missing = [str(path) for path in files if not path.is_file()]
+    if missing:
+        raise GatesError(
+            f"{', '.join(missing)} is not here; build the kernels (see CONTRIBUTING.md) or name "
+            "a library."
+        )
+    kernels = [kernel for path in files for kernel in read_kernels(path, env)]
+    kernels.sort(key=lambda kernel: (kernel.short, kernel.mangled, kernel.arch))
+    libraries = [path for path in files if ".so" in path.suffixes]
+    failures = failures_of(kernels, arguments.only, whole=bool(libraries))
+    shown = [kernel for kernel in kernels if re.search(arguments.only, kernel.name)]
+    if not shown:
+        called = f" whose name matches '{arguments.only}'" if kernels else ""
+        names = ", ".join(path.name for path in files)
+        failures.append(f"{names}: no compiled kernel{called} in there.")
+    failures += [line for path in libraries for line in build_warnings(path)]
+    print_table(shown)
+    if arguments.json:
+        result = {"kernels": [asdict(kernel) for kernel in shown], "failures": failures}
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    if arguments.write_table:
+        arguments.write_table.write_text(markdown(shown))
+    print(f"\n{len(shown)} compiled kernels, {len(GATES)} gates, {len(failures)} failures.")
+    for failure in failures:
+        print(f"FAILED: {failure}")
+    return 1 if failures else 0
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Checks compiled kernels without a GPU.")
+    parser.add_argument("files", nargs="*", type=Path, metavar="LIBRARY.so|OBJECT.o")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="all that was found")
+    parser.add_argument("--only", default="", metavar="REGEX", help="on the demangled name")
+    parser.add_argument("--write-table", type=Path, metavar="FILE.md", help="registers, occupancy")
+    try:
+        return run(parser.parse_args(words), os.environ)
+    except GatesError as error:
+        print(f"kernel_gates: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
