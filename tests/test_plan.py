@@ -76,16 +76,19 @@ def test_the_table_is_shown(library: ctypes.CDLL) -> None:
         (4096, 128, "quantize", H100, "warp"),
         (4096, 1024, "quantize", A100, "warp"),
         (16, 1024, "quantize", A100, "block"),
-        (4096, 4096, "quantize", H100, "block"),
+        (4096, 4096, "quantize", H100, "wide"),
+        (200, 4096, "quantize", H100, "block"),
+        (300, 1024, "quantize", H100, "block"),
         (4096, 8192, "quantize", H100, "wide"),
         (200, 8192, "quantize", H100, "block"),
         (16, 8192, "quantize", H100, "cluster"),
         (34, 8192, "quantize", H100, "block"),
         (1, 65536, "silu", H100, "cluster"),
-        (1, 65536, "silu", A100, "block"),
+        (1, 65536, "silu", A100, "wide"),
         (4096, 28672, "silu", H100, "long"),
         (4096, 16384, "silu", H100, "wide"),
-        (1, 4096, "rms_norm", H100, "block"),
+        (1, 1024, "rms_norm", H100, "block"),
+        (1, 4096, "rms_norm", H100, "wide"),
         (1, 8192, "rms_norm", H100, "wide"),
         (8192, 128, "rms_norm", H100, "warp"),
         (1, 128, "layer_norm", H100, "warp"),
@@ -103,7 +106,7 @@ def test_few_rows_fill_the_gpu(library: ctypes.CDLL) -> None:
         assert (clusters.cluster, clusters.blocks, clusters.launches) == (8, 8 * m, 1)
         split = plan(library, params(m, 65536), A100)
         assert split.launches == 2 and split.workspace_bytes == 4 * m * split.splits
-        assert 60 <= split.blocks == m * split.splits <= A100.sms
+        assert 30 <= split.blocks == m * split.splits <= A100.sms
 
 
 @pytest.mark.parametrize(
@@ -129,7 +132,7 @@ def test_the_stride_of_one_row_does_not_matter(library: ctypes.CDLL) -> None:
 
 @settings(deadline=None, max_examples=400)
 @given(
-    m=st.integers(0, 100_000) | st.integers(0, 40),
+    m=st.integers(0, 1 << 27) | st.integers(0, 40),
     k=st.integers(1, 300_000) | st.integers(1, 2000),
     producer=st.sampled_from(c_interface.PRODUCERS),
     scheme=st.sampled_from(c_interface.SCHEMES),
@@ -155,18 +158,20 @@ def test_every_plan_can_be_launched(
     assert found.splits * found.slice >= k > (found.splits - 1) * found.slice
     # A team's registers and shared memory hold its slice, or the path reads again what they do not.
     team = 32 if name == "warp" else found.threads * found.cluster
-    held = team * (REGISTERS[name] + found.slots * 16 // SIZES[dtype])
+    registers = 32 if name == "long" and SIZES[dtype] == 4 else REGISTERS[name]
+    held = team * (registers + found.slots * 16 // SIZES[dtype])
     assert held >= min(found.slice, k) or name in ("long", "element")
-    if k <= 65536 and device is not ADA and name == "long":
-        assert held >= k, "rows up to 65,536 are read once"
+    if name == "long" and k <= (49152 if device is ADA else 65536) and SIZES[dtype] == 2:
+        assert held >= k, "rows of 16-bit elements are read once"
     if m > 0:
         teams = found.blocks // found.cluster * found.rows
         assert teams >= 1 and found.blocks % found.cluster == 0
         if found.launches == 1:
-            assert teams >= m and found.workspace_bytes == 0
+            assert teams == -(-m // found.rows) * found.rows and found.workspace_bytes == 0
     if scheme == "tensor":
         assert found.launches == (2 if m else 1)
-        assert m == 0 or found.workspace_bytes == 4 * found.blocks * found.rows
+        assert m == 0 or found.workspace_bytes == 4 * found.blocks
+        assert name in ("warp", "wide", "long", "element")
     if producer.endswith("norm"):
         assert found.splits == 1
         other = plan(library, params(1, k, producer, scheme, dtype=dtype), device)

@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -174,12 +175,15 @@ def run(
         return log.read_text()
     (ROOT / output).parent.mkdir(parents=True, exist_ok=True)
     print(shlex.join([*prefix, *command]), file=sys.stderr, flush=True)
+    began = time.time()
     done = subprocess.run(
         [*prefix, *command], cwd=ROOT, capture_output=True, text=True, check=False
     )
     said = done.stdout + done.stderr
     if done.returncode:
         raise BuildError(f"{Path(command[0]).name} failed on {output.name}:\n{said}")
+    # As old as what the compiler may have read: a source saved while it ran is newer.
+    os.utime(ROOT / output, (began, began))
     log.write_text(said)
     (ROOT / f"{output}.command").write_text(stamp)
     return said

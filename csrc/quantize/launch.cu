@@ -13,7 +13,7 @@ namespace {
 constexpr int64_t kDefaultShared = 47 * 1024;
 constexpr int kMaxDevices = 64;
 
-RowKernel find_kernel(Producer producer, DType dtype, QuantizePath path) {
+RowKernel find_kernel(Producer producer, DType dtype, QuantizePath path, Launches launches) {
   if (path == QuantizePath::kCluster) {
 #if SQK_WITH_SM90
     return cluster_kernel_for(producer, dtype);
@@ -23,19 +23,19 @@ RowKernel find_kernel(Producer producer, DType dtype, QuantizePath path) {
   }
   switch (producer) {
     case Producer::kQuantize:
-      return row_kernel_for<Producer::kQuantize>(dtype, path);
+      return row_kernel_for<Producer::kQuantize>(dtype, path, launches);
     case Producer::kRmsNorm:
-      return row_kernel_for<Producer::kRmsNorm>(dtype, path);
+      return row_kernel_for<Producer::kRmsNorm>(dtype, path, launches);
     case Producer::kLayerNorm:
-      return row_kernel_for<Producer::kLayerNorm>(dtype, path);
+      return row_kernel_for<Producer::kLayerNorm>(dtype, path, launches);
     case Producer::kRelu:
-      return row_kernel_for<Producer::kRelu>(dtype, path);
+      return row_kernel_for<Producer::kRelu>(dtype, path, launches);
     case Producer::kGelu:
-      return row_kernel_for<Producer::kGelu>(dtype, path);
+      return row_kernel_for<Producer::kGelu>(dtype, path, launches);
     case Producer::kGeluTanh:
-      return row_kernel_for<Producer::kGeluTanh>(dtype, path);
+      return row_kernel_for<Producer::kGeluTanh>(dtype, path, launches);
     case Producer::kSilu:
-      return row_kernel_for<Producer::kSilu>(dtype, path);
+      return row_kernel_for<Producer::kSilu>(dtype, path, launches);
   }
   return nullptr;
 }
@@ -105,13 +105,17 @@ Status quantize(const QuantizeParams& params, cudaStream_t stream) {
   if (status != Status::kSuccess || plan.launches == 0) return status;
   if (plan.workspace_bytes > 0 && params.workspace == nullptr) return Status::kInvalidArgument;
   if (params.workspace_bytes < plan.workspace_bytes) return Status::kWorkspaceTooSmall;
-  RowKernel kernel = find_kernel(params.producer, params.dtype, plan.path);
+  const bool per_tensor = params.scheme == Scheme::kPerTensor;
+  const bool two = per_tensor || plan.splits > 1;
+  RowKernel kernel = find_kernel(params.producer, params.dtype, plan.path,
+                                 two ? Launches::kTwo : Launches::kOne);
   if (kernel == nullptr) return Status::kUnsupportedArch;
   if (plan.shared_bytes > kDefaultShared) {
+    // The same for every call: another thread may be between this line and its launch.
     const cudaError_t error =
         cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                              cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(plan.shared_bytes));
+                             static_cast<int>(device.shared_bytes - kReservedShared));
     if (error != cudaSuccess) return status_from_cuda(error);
   }
 
@@ -131,8 +135,7 @@ Status quantize(const QuantizeParams& params, cudaStream_t stream) {
       row.q.residual = nullptr;
     }
   }
-  const bool per_tensor = params.scheme == Scheme::kPerTensor;
-  row.pass = plan.launches == 2 || per_tensor ? Pass::kApply : Pass::kWhole;
+  row.pass = two ? Pass::kApply : Pass::kWhole;
   row.maxima_count = per_tensor ? plan.workspace_bytes / 4 : plan.splits;
   return launch(kernel, row, plan, std::max<int64_t>(1, plan.blocks), stream);
 }

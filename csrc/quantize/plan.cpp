@@ -1,6 +1,7 @@
 // Which path a problem takes: the table, and the arithmetic around it. Kernel ring: no torch; this
 // file needs no CUDA compiler and no GPU.
 #include <algorithm>
+#include <iterator>
 #include <string>
 
 #include "quantize/table.h"
@@ -10,9 +11,7 @@ namespace sqk {
 namespace {
 
 constexpr int64_t kMaxChannels = int64_t{1} << 30;  // positions in a row are 32-bit
-// Left of a block's shared memory to the reductions, and what the driver keeps for itself.
-constexpr int64_t kReservedShared = 2048;
-constexpr int64_t kMaxBlocks = 0x7fffffff;
+constexpr int64_t kMaxRows = int64_t{1} << 27;      // a cluster of 8 per row is a legal grid
 
 constexpr int64_t round_up(int64_t x, int64_t multiple) {
   return (x + multiple - 1) / multiple * multiple;
@@ -63,32 +62,44 @@ Status check(const QuantizeParams& p) {
   if ((p.m > 0 || p.scheme == Scheme::kPerTensor) && p.x_scale == nullptr) {
     return Status::kInvalidArgument;
   }
-  return p.k > kMaxChannels ? Status::kUnsupportedShape : Status::kSuccess;
+  const bool positions_fit = p.k <= kMaxChannels && p.k_padded <= 2 * kMaxChannels;
+  return positions_fit && p.m <= kMaxRows ? Status::kSuccess : Status::kUnsupportedShape;
 }
 
-bool applies(const PathRule& rule, const QuantizeParams& p, const QuantizeDevice& device,
-             bool vectors) {
-  const bool norm = is_norm(p.producer);
-  return (vectors || rule.path == QuantizePath::kElement) &&
-         (!rule.clusters || (device.clusters && p.scheme != Scheme::kPerTensor)) && p.k >= rule.least_k && p.k <= rule.most_k &&
-         (rule.serves == Serves::kAll || (rule.serves == Serves::kNorms) == norm) &&
-         (rule.least_rows_per_sm == 0 || p.m >= rule.least_rows_per_sm * device.sms) &&
-         (rule.most_rows_per_sm_quarters == 0 ||
-          4 * p.m <= static_cast<int64_t>(rule.most_rows_per_sm_quarters) * device.sms);
-}
-
-const PathRule* find_rule(const QuantizeParams& p, const QuantizeDevice& device, bool vectors) {
-  for (const PathRule& rule : kPathRules) {
-    if (p.path == QuantizePath::kAuto && applies(rule, p, device, vectors)) return &rule;
+bool serves(Serves who, const QuantizeParams& p) {
+  switch (who) {
+    case Serves::kAll:
+      return true;
+    case Serves::kNorms:
+      return is_norm(p.producer);
+    case Serves::kOthers:
+      return !is_norm(p.producer);
+    case Serves::kPerTensor:
+      return p.scheme == Scheme::kPerTensor;
   }
-  return nullptr;
+  return false;
 }
 
-// A forced path must be able to hold the row.
+// Whether a path can take the problem at all.
 bool can_serve(QuantizePath path, const QuantizeParams& p, const QuantizeDevice& device,
                bool vectors) {
-  return (vectors || path == QuantizePath::kElement) && p.k <= capacity(path) &&
-         (path != QuantizePath::kCluster || (device.clusters && p.scheme != Scheme::kPerTensor));
+  return (vectors || path == QuantizePath::kElement) &&
+         (path != QuantizePath::kCluster || device.clusters) &&
+         (p.scheme != Scheme::kPerTensor || serves_two_launches(path));
+}
+
+bool applies(const PathRule& rule, const QuantizeParams& p, const QuantizeDevice& device) {
+  return p.k >= rule.least_k && p.k <= rule.most_k && serves(rule.serves, p) &&
+         (rule.least_rows_per_sm == 0 || p.m >= int64_t{rule.least_rows_per_sm} * device.sms) &&
+         (rule.most_rows_per_sm_quarters == 0 ||
+          4 * p.m <= int64_t{rule.most_rows_per_sm_quarters} * device.sms);
+}
+
+const PathRule& find_rule(const QuantizeParams& p, const QuantizeDevice& device, bool vectors) {
+  for (const PathRule& rule : kPathRules) {
+    if (can_serve(rule.path, p, device, vectors) && applies(rule, p, device)) return rule;
+  }
+  return *(std::end(kPathRules) - 1);
 }
 
 }  // namespace
@@ -102,13 +113,13 @@ Status plan_quantize(const QuantizeParams& p, const QuantizeDevice& device, Quan
   QuantizePath path = p.path;
   int splits = 1;
   if (path == QuantizePath::kAuto) {
-    const PathRule* rule = find_rule(p, device, vectors);
-    path = rule->path;
-    if (rule->splits && p.m > 0) {
-      splits = static_cast<int>(std::max<int64_t>(
-          1, std::min<int64_t>(device.sms / p.m, p.k / kLeastSlice)));
+    const PathRule& rule = find_rule(p, device, vectors);
+    path = rule.path;
+    if (rule.splits && p.m > 0) {
+      const int64_t most = std::min<int64_t>(device.sms / p.m, p.k / kLeastSlice);
+      splits = static_cast<int>(std::max<int64_t>(1, most));
     }
-  } else if (!can_serve(path, p, device, vectors)) {
+  } else if (!can_serve(path, p, device, vectors) || p.k > capacity(path)) {
     return Status::kUnsupportedShape;
   }
 
@@ -116,10 +127,8 @@ Status plan_quantize(const QuantizeParams& p, const QuantizeDevice& device, Quan
   // Slices begin at vectors; 256 elements also keep the sectors of int8 whole.
   const int64_t slice = round_up(divide_up(p.k, splits), splits == 1 ? vec : 256);
   splits = static_cast<int>(divide_up(p.k, slice));
-  if (p.path == QuantizePath::kAuto && slice > capacity(path)) {
-    path = slice <= capacity(QuantizePath::kWide) ? QuantizePath::kWide : QuantizePath::kLong;
-  }
-  const int floats = floats_per_thread(path);
+  if (slice > capacity(path)) path = QuantizePath::kLong;  // a rule that splits, and could not enough
+  const int floats = floats_per_thread(path, size_in_bytes(p.dtype));
   plan->path = path;
   plan->vectorised = path != QuantizePath::kElement;
   plan->cluster = 1;
@@ -138,7 +147,8 @@ Status plan_quantize(const QuantizeParams& p, const QuantizeDevice& device, Quan
       while (plan->cluster < 8 && threads > plan->cluster * kClusterThreads) plan->cluster *= 2;
       threads = divide_up(threads, plan->cluster);
     }
-    plan->threads = static_cast<int>(std::clamp<int64_t>(round_up(threads, 32), 32, max_threads(path)));
+    const int64_t most = max_threads(path);
+    plan->threads = static_cast<int>(std::min(round_up(threads, 32), most));
   }
   if (path == QuantizePath::kLong || path == QuantizePath::kElement) {
     const int64_t vectors_per_thread = divide_up(divide_up(slice, vec), plan->threads);
@@ -151,15 +161,13 @@ Status plan_quantize(const QuantizeParams& p, const QuantizeDevice& device, Quan
 
   const bool two = per_tensor || splits > 1;
   const int64_t teams = divide_up(p.m * splits, plan->rows);
-  // Two launches: few enough blocks that each can read all maxima, enough to fill every SM twice.
-  const int64_t most = per_tensor
-                           ? std::max<int64_t>(1, int64_t{device.sms} * 2048 / plan->threads)
-                           : kMaxBlocks / plan->cluster;
-  plan->blocks = std::min(teams, most) * plan->cluster;
+  // Per tensor, every block reads the maxima of all: blocks that are resident at the same time are
+  // enough, and they take the rows in turn.
+  const int64_t resident = device.sms * std::clamp<int64_t>(1024 / plan->threads, 1, 8);
+  plan->blocks = (per_tensor ? std::min(teams, resident) : teams) * plan->cluster;
   plan->launches = p.m == 0 ? (per_tensor ? 1 : 0) : (two ? 2 : 1);
   if (p.m > 0 && two) {
-    plan->workspace_bytes =
-        4 * (per_tensor ? plan->blocks * plan->rows : p.m * static_cast<int64_t>(splits));
+    plan->workspace_bytes = 4 * (per_tensor ? plan->blocks : p.m * splits);
   }
   return Status::kSuccess;
 }

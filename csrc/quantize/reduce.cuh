@@ -11,9 +11,19 @@ constexpr unsigned kFullWarp = 0xffffffffu;
 constexpr int kMaxWarps = 32;
 constexpr int kMaxCluster = 8;
 
-// Of |x|, as the bits of a float32: as unsigned integers they are ordered as the numbers are, Inf
-// above all and NaN above Inf, so no maximum can lose a NaN.
-__device__ inline uint32_t absolute_bits(float x) { return __float_as_uint(x) & 0x7fffffffu; }
+// The largest |x|, and NaN if there was one. As bits: float32 numbers without a sign are ordered as
+// their bits are as unsigned integers, Inf above all and NaN above Inf, so that no maximum of the
+// bits can lose a NaN.
+class AbsMax {
+ public:
+  __device__ void add(float x) {
+    asm("max.NaN.f32 %0, %0, %1;" : "+f"(largest_) : "f"(fabsf(x)));
+  }
+  __device__ uint32_t bits() const { return __float_as_uint(largest_); }
+
+ private:
+  float largest_ = 0.0f;
+};
 
 __device__ inline float warp_sum(float x) {
 #pragma unroll
@@ -36,10 +46,14 @@ struct Cluster {
     asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(n));
     return static_cast<int>(n);
   }
-  __device__ static void sync() {
-    asm volatile("barrier.cluster.arrive.aligned;" ::: "memory");
-    asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
+  // This block runs. Nothing was written that others would have to see: no release.
+  __device__ static void arrive_relaxed() {
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
   }
+  __device__ static void arrive() {
+    asm volatile("barrier.cluster.arrive.aligned;" ::: "memory");
+  }
+  __device__ static void wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
   // *here = x, in the shared memory of another block of the cluster.
   __device__ static void write(uint32_t* here, int block, uint32_t x) {
     const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(here));
@@ -56,10 +70,8 @@ template <Group kGroup>
 class Team {
  public:
   __device__ Team() {
-    if constexpr (kGroup == Group::kCluster) {
-      // Nobody writes into a block's shared memory before that block runs.
-      Cluster::sync();
-    }
+    // Nobody writes into a block's shared memory before that block runs: exchange_blocks waits.
+    if constexpr (kGroup == Group::kCluster) Cluster::arrive_relaxed();
   }
 
   // Threads of the row, and which of them this is.
@@ -139,14 +151,19 @@ class Team {
   __device__ uint32_t exchange_blocks(uint32_t x) {
     __shared__ uint32_t buffer[2][kMaxCluster];
     const int lane = threadIdx.x % 32;
+    if (!all_run_) Cluster::wait();
+    all_run_ = true;
     if (static_cast<int>(threadIdx.x) < blocks()) {
       Cluster::write(&buffer[turn_][Cluster::rank()], threadIdx.x, x);
     }
-    Cluster::sync();
+    __syncwarp();  // .aligned wants whole warps
+    Cluster::arrive();
+    Cluster::wait();
     return lane < blocks() ? buffer[turn_][lane] : 0u;
   }
 
   int turn_ = 0;
+  bool all_run_ = false;
 };
 
 }  // namespace sqk

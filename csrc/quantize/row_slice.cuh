@@ -15,7 +15,6 @@ struct PathTraits {
   static constexpr bool kVectors = kPath != QuantizePath::kElement;
   static constexpr bool kOverflows =
       kPath == QuantizePath::kLong || kPath == QuantizePath::kElement;
-  static constexpr int kFloats = floats_per_thread(kPath);  // of the row, in registers
   static constexpr Group kGroup = kPath == QuantizePath::kWarp      ? Group::kWarp
                                   : kPath == QuantizePath::kCluster ? Group::kCluster
                                                                     : Group::kBlock;
@@ -61,23 +60,30 @@ struct RowSlice {
 
   // The input in float32, behind the residual or the activation; +0 outside of the row.
   __device__ void begin(int i, const Packed<T>& a, const Packed<T>& b, float (&v)[kV]) const {
-    Packed<T> total;
+    if constexpr (kAct) {
+      // Asked once for all elements, so that their chains of instructions can overlap.
+      if (other != nullptr) {
 #pragma unroll
-    for (int e = 0; e < kV; ++e) {
-      v[e] = to_float(a.element[e]);
-      if constexpr (kNorm) {
-        if (other != nullptr) {
-          total.element[e] = from_float<T>(__fadd_rn(v[e], to_float(b.element[e])));
-          v[e] = to_float(total.element[e]);
+        for (int e = 0; e < kV; ++e) {
+          v[e] = __fmul_rn(activate<kProducer>(to_float(b.element[e])), to_float(a.element[e]));
         }
+      } else {
+#pragma unroll
+        for (int e = 0; e < kV; ++e) v[e] = activate<kProducer>(to_float(a.element[e]));
       }
-      if constexpr (kAct) {
-        v[e] = other != nullptr ? __fmul_rn(activate<kProducer>(to_float(b.element[e])), v[e])
-                                : activate<kProducer>(v[e]);
-      }
+    } else {
+#pragma unroll
+      for (int e = 0; e < kV; ++e) v[e] = to_float(a.element[e]);
     }
     if constexpr (kNorm) {
-      if (other != nullptr) store_sum(i, total);
+      if (other == nullptr) return;
+      Packed<T> total;
+#pragma unroll
+      for (int e = 0; e < kV; ++e) {
+        total.element[e] = from_float<T>(__fadd_rn(v[e], to_float(b.element[e])));
+        v[e] = to_float(total.element[e]);
+      }
+      store_sum(i, total);
     }
   }
 
@@ -154,14 +160,29 @@ struct RowSlice {
     }
   }
 
-  __device__ uint32_t absmax(int i, const float (&v)[kV]) const {
-    uint32_t largest = 0;
+  // Outside of the row v may be anything by now.
+  __device__ void measure(int i, const float (&v)[kV], AbsMax& largest) const {
+    if constexpr (Traits::kVectors) {
+      if (!has(i)) return;
+    }
 #pragma unroll
     for (int e = 0; e < kV; ++e) {
-      const uint32_t bits = absolute_bits(v[e]);
-      if (Traits::kVectors ? has(i) : has(i, e)) largest = bits > largest ? bits : largest;
+      if (Traits::kVectors || has(i, e)) largest.add(v[e]);
     }
-    return largest;
+  }
+
+  __device__ float add_squares(int i, const float (&v)[kV], float sum) const {
+#pragma unroll
+    for (int e = 0; e < kV; ++e) {
+      if constexpr (kProducer == Producer::kLayerNorm) {
+        const float d = __fsub_rn(v[e], moments.mean);
+        const bool inside = Traits::kVectors ? has(i) : has(i, e);
+        sum = inside ? __fmaf_rn(d, d, sum) : sum;
+      } else {
+        sum = __fmaf_rn(v[e], v[e], sum);  // v is +0 outside of the row
+      }
+    }
+    return sum;
   }
 
   __device__ void store(int i, const float (&v)[kV], float inverse) const {
@@ -193,7 +214,7 @@ struct Keep {
   using Traits = PathTraits<kPath>;
   using Slice = RowSlice<T, kProducer, kPath>;
   static constexpr int kV = kVec<T>;
-  static constexpr int kRegisters = Traits::kFloats / kV;
+  static constexpr int kRegisters = floats_per_thread(kPath, sizeof(T)) / kV;
   // With a second input this many vectors of each are in flight: more would not leave registers.
   static constexpr int kBatch = kProducer == Producer::kQuantize || kRegisters < 4 ? kRegisters
                                 : kRegisters % 4 == 0                              ? 4

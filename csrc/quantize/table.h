@@ -30,13 +30,13 @@ constexpr const char* name(QuantizePath path) {
 
 // Elements of a row in each thread's registers, and the largest block. A thread of a block of 1024
 // has 64 registers, which do not hold 32 elements and the inputs in flight: 512 it is.
-constexpr int floats_per_thread(QuantizePath path) {
+constexpr int floats_per_thread(QuantizePath path, int64_t element_bytes) {
   switch (path) {
     case QuantizePath::kBlock:
     case QuantizePath::kCluster:
       return 8;
     case QuantizePath::kLong:
-      return 48;
+      return element_bytes == 2 ? 48 : 32;  // float32 inputs in flight take registers of their own
     case QuantizePath::kElement:
       return 16;
     default:
@@ -55,26 +55,33 @@ constexpr int max_threads(QuantizePath path) {
   }
 }
 
+// Left of a block's shared memory to the reductions, and what the driver keeps for itself.
+constexpr int64_t kReservedShared = 2048;
 constexpr int64_t kNoLimit = int64_t{1} << 40;
 constexpr int kClusterThreads = 256;   // per block, as long as eight blocks suffice
-constexpr int64_t kLeastSlice = 1024;  // elements: one access for each of 128 threads
+constexpr int64_t kLeastSlice = 2048;  // elements: one warp's full registers, twice
 
 // The longest row that a path can take.
 constexpr int64_t capacity(QuantizePath path) {
   switch (path) {
     case QuantizePath::kWarp:
-      return 32 * floats_per_thread(path);
+      return 32 * floats_per_thread(path, 2);
     case QuantizePath::kBlock:
     case QuantizePath::kWide:
-      return max_threads(path) * floats_per_thread(path);
+      return max_threads(path) * floats_per_thread(path, 2);
     case QuantizePath::kCluster:
-      return 8 * max_threads(path) * floats_per_thread(path);
+      return 8 * max_threads(path) * floats_per_thread(path, 2);
     default:
       return kNoLimit;
   }
 }
 
-enum class Serves { kAll, kNorms, kOthers };
+// Compiled for the two launches of a per-tensor or split problem as well.
+constexpr bool serves_two_launches(QuantizePath path) {
+  return path != QuantizePath::kBlock && path != QuantizePath::kCluster;
+}
+
+enum class Serves { kAll, kNorms, kOthers, kPerTensor };
 
 struct PathRule {
   QuantizePath path;
@@ -82,35 +89,36 @@ struct PathRule {
   Serves serves;
   int32_t least_rows_per_sm;          // 0: any number of rows
   int32_t most_rows_per_sm_quarters;  // in quarters; 0: any number of rows
-  bool clusters;                      // only where the library has cluster kernels
   bool splits;                        // slices of a row in blocks of their own, in two launches
   const char* when;
   const char* why;
 };
 
-// From top to bottom, the first that applies; rows that cannot be read 16 bytes at a time go to the
-// last. Norms are chosen by K alone: their sums depend on how a row is spread, and a token's bits
-// must not depend on how many tokens are beside it.
+// From top to bottom, the first that applies and whose path can serve: clusters need Hopper, and rows
+// that cannot be read 16 bytes at a time go to the last. Norms are chosen by K alone: their sums
+// depend on how a row is spread, and a token's bits must not depend on how many are beside it.
 constexpr PathRule kPathRules[] = {
-    {QuantizePath::kWarp, 1, 256, Serves::kNorms, 0, 0, false, false,  //
+    {QuantizePath::kWarp, 1, 1024, Serves::kPerTensor, 0, 0, false,  //
+     "per tensor, K <= 1024", "four rows give one maximum: few maxima for the second launch"},
+    {QuantizePath::kWarp, 1, 256, Serves::kNorms, 0, 0, false,  //
      "norms, K <= 256", "32 lanes hold the row in one or two accesses: no block barrier"},
-    {QuantizePath::kWarp, 1, 1024, Serves::kOthers, 4, 0, false, false,
+    {QuantizePath::kWarp, 1, 1024, Serves::kOthers, 4, 0, false,  //
      "K <= 1024, M >= 4 per SM", "no block barrier; enough rows to fill the GPU with warps"},
-    {QuantizePath::kCluster, 8192, 65536, Serves::kOthers, 0, 1, true, false,
+    {QuantizePath::kBlock, 1, 1024, Serves::kAll, 0, 0, false,  //
+     "K <= 1024", "up to four warps a row, one access per thread: the shortest chain"},
+    {QuantizePath::kCluster, 8192, 65536, Serves::kOthers, 0, 1, false,
      "8192 <= K <= 65536, M <= SMs / 4, Hopper",
      "few long rows: up to 8 SMs read one row, its maximum goes through their shared memory"},
-    {QuantizePath::kBlock, 16384, kNoLimit, Serves::kOthers, 0, 1, false, true,
+    {QuantizePath::kWide, 16384, kNoLimit, Serves::kOthers, 0, 1, true,  //
      "K >= 16384, M <= SMs / 4",
      "few long rows without clusters: slices fill the SMs, a second launch reads them from L2"},
-    {QuantizePath::kBlock, 1, 4096, Serves::kAll, 0, 0, false, false,  //
-     "K <= 4096", "one access per thread, at most 512 threads: four rows or more in flight per SM"},
-    {QuantizePath::kBlock, 1, 8192, Serves::kOthers, 0, 8, false, false,
-     "K <= 8192, M <= 2 per SM", "one access per thread: the shortest chain for few rows"},
-    {QuantizePath::kWide, 1, 16384, Serves::kAll, 0, 0, false, false,  //
-     "K <= 16384", "64 bytes in flight per thread, and barriers among fewer threads"},
-    {QuantizePath::kLong, 1, kNoLimit, Serves::kAll, 0, 0, false, false,  //
-     "any K", "registers hold 24576 elements, shared memory the rest up to 49152 (Ada) or 65536 (A100)"},
-    {QuantizePath::kElement, 1, kNoLimit, Serves::kAll, 0, 0, false, false,
+    {QuantizePath::kBlock, 1, 8192, Serves::kOthers, 0, 8, false,  //
+     "K <= 8192, M <= 2 per SM", "one access per thread, and nothing else for the SM to do"},
+    {QuantizePath::kWide, 1, 16384, Serves::kAll, 0, 0, false,  //
+     "K <= 16384", "64 bytes in flight per thread, several rows per SM, barriers among few warps"},
+    {QuantizePath::kLong, 1, kNoLimit, Serves::kAll, 0, 0, false,  //
+     "any K", "registers hold 24576 16-bit elements, shared memory 24576 more (Ada) to 57344 (H100)"},
+    {QuantizePath::kElement, 1, kNoLimit, Serves::kAll, 0, 0, false,
      "rows, parameters or K not in multiples of 16 bytes",
      "narrow accesses of adjacent lanes: the same sectors, more instructions"},
 };
@@ -118,12 +126,11 @@ constexpr PathRule kPathRules[] = {
 constexpr bool rules_hold() {
   for (const PathRule& rule : kPathRules) {
     const bool bounded = rule.most_k <= capacity(rule.path);
-    const bool falls_back = rule.splits;  // to kWide and kLong, where the slices are long
+    const bool falls_back = rule.splits;  // to kLong, where the slices are long
     const bool batch_invariant = rule.serves == Serves::kOthers ||
                                  (rule.least_rows_per_sm == 0 &&
                                   rule.most_rows_per_sm_quarters == 0 && !rule.splits);
     if (!(bounded || falls_back) || !batch_invariant || rule.least_k > rule.most_k) return false;
-    if (rule.path == QuantizePath::kCluster && !rule.clusters) return false;
   }
   return kPathRules[sizeof(kPathRules) / sizeof(kPathRules[0]) - 1].path == QuantizePath::kElement;
 }

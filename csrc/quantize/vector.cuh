@@ -45,7 +45,7 @@ union Packed {
 // Not the read-only path (ld.global.nc): `sum` may lie where x or the residual was.
 __device__ inline uint4 load_streaming(const void* address) {
   uint4 v;
-  asm("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
       : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
       : "l"(address));
   return v;

@@ -18,6 +18,11 @@ struct Target {
   int64_t k_multiple;
 };
 
+MaybeTensor contiguous(const MaybeTensor& tensor) {
+  if (!tensor) return std::nullopt;
+  return torch::stable::contiguous(*tensor);
+}
+
 void check_activation(const std::string& op, const Tensor& x) {
   check_float(op, "x", x);
   SQK_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) >= 1, op,
@@ -36,6 +41,9 @@ std::tuple<Tensor, Tensor> run(const std::string& op, const Tensor& x, int64_t k
             "'; give `scale` for the static scheme.");
   SQK_CHECK(target.k_multiple >= 1, op, ": k_multiple must be at least 1, got ", target.k_multiple,
             ".");
+  constexpr int64_t kLargestMultiple = int64_t{1} << 20;
+  SQK_CHECK(target.k_multiple <= kLargestMultiple, op, ": k_multiple must be at most ",
+            kLargestMultiple, ", got ", target.k_multiple, ".");
   params.scheme = target.scale ? Scheme::kStatic
                   : per_tensor ? Scheme::kPerTensor
                                : Scheme::kPerToken;
@@ -46,9 +54,8 @@ std::tuple<Tensor, Tensor> run(const std::string& op, const Tensor& x, int64_t k
   params.k_padded = (k + target.k_multiple - 1) / target.k_multiple * target.k_multiple;
 
   const Launch launch(x);
-  MaybeTensor inv_smooth;
-  if (target.inv_smooth) {
-    inv_smooth = torch::stable::contiguous(*target.inv_smooth);
+  const MaybeTensor inv_smooth = contiguous(target.inv_smooth);
+  if (inv_smooth) {
     params.inv_smooth = inv_smooth->const_data_ptr<float>();
   }
   if (target.scale) params.scale = target.scale->const_data_ptr<float>();
@@ -94,15 +101,14 @@ void check_like(const std::string& op, const char* name, const Tensor& tensor, c
             tuple_text(x), ", got ", tuple_text(tensor), ".");
 }
 
-MaybeTensor norm_parameter(const std::string& op, const char* name, const MaybeTensor& tensor,
-                           const Tensor& x) {
-  if (!tensor) return std::nullopt;
+void check_norm_parameter(const std::string& op, const char* name, const MaybeTensor& tensor,
+                          const Tensor& x) {
+  if (!tensor) return;
   const int64_t k = x.size(x.dim() - 1);
   check_float(op, name, *tensor);
   check_device(op, name, *tensor, x);
   SQK_CHECK(tensor->dim() == 1 && tensor->size(0) == k, op, ": ", name, " must have shape [", k,
             "], got ", tuple_text(*tensor), ".");
-  return torch::stable::contiguous(*tensor);
 }
 
 std::tuple<Tensor, Tensor, Tensor> norm_op(const std::string& op, Producer producer,
@@ -110,9 +116,11 @@ std::tuple<Tensor, Tensor, Tensor> norm_op(const std::string& op, Producer produ
                                            const MaybeTensor& bias, double eps,
                                            const MaybeTensor& residual, const Target& target) {
   check_activation(op, x);
+  check_norm_parameter(op, "weight", weight, x);
+  check_norm_parameter(op, "bias", bias, x);
+  if (residual) check_like(op, "residual", *residual, x);
   const Launch launch(x);  // for the copies of what is not contiguous
-  const MaybeTensor w = norm_parameter(op, "weight", weight, x);
-  const MaybeTensor b = norm_parameter(op, "bias", bias, x);
+  const MaybeTensor w = contiguous(weight), b = contiguous(bias);
   QuantizeParams params = {};
   params.producer = producer;
   params.eps = static_cast<float>(eps);
@@ -131,7 +139,6 @@ std::tuple<Tensor, Tensor, Tensor> norm_op(const std::string& op, Producer produ
   Tensor sum = residual ? empty_on(x, x.sizes(), x.scalar_type())
                         : empty_on(x, {int64_t{0}}, x.scalar_type());
   if (residual) {
-    check_like(op, "residual", *residual, x);
     added.emplace(*residual);
     params.residual = added->data;
     params.residual_stride = added->stride;

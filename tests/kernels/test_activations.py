@@ -71,7 +71,7 @@ def test_shapes(backend: Backend, kind: str, m: int, k: int, dtype: torch.dtype)
 
 @pytest.mark.parametrize("dtype", cases.FLOATS, ids=str)
 @pytest.mark.parametrize("kind", FUSED)
-@pytest.mark.parametrize("shape", [(0, 16), (1, 2), (17, 62), (600, 128), (3, 2048), (2, 9000)])
+@pytest.mark.parametrize("shape", [(0, 16), (1, 2), (17, 62), (67, 128), (3, 2048), (2, 9000)])
 def test_fused_gates(
     backend: Backend, kind: str, shape: tuple[int, int], dtype: torch.dtype
 ) -> None:
@@ -80,7 +80,7 @@ def test_fused_gates(
 
 @pytest.mark.parametrize("dtype", cases.FLOATS, ids=str)
 @pytest.mark.parametrize("kind", ["gelu", "silu"])
-@pytest.mark.parametrize("shape", [(1, 8200), (1, 28672), (64, 8200), (64, 16392), (2, 65536), (34, 70001)])
+@pytest.mark.parametrize("shape", [(1, 8200), (1, 28672), (17, 8200), (3, 16392), (2, 65536), (3, 70001)])
 def test_long_rows(
     compiled: Backend, kind: str, shape: tuple[int, int], dtype: torch.dtype
 ) -> None:
@@ -110,7 +110,7 @@ def test_every_float16(backend: Backend, kind: str) -> None:
     """One value per row and scale, so that each is judged by its own bound and none hides behind a larger one."""
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.float16)
     finite = every[every.isfinite()]
-    check(backend, backend.put(finite[::7].reshape(-1, 1)), kind)
+    check(backend, backend.put(finite[::43].reshape(-1, 1)), kind)
     pad = finite.new_zeros(-len(finite) % 64)
     check(backend, backend.put(torch.cat([finite, pad]).view(-1, 64)), kind)
 

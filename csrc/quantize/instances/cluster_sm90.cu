@@ -7,19 +7,19 @@ RowKernel cluster_kernel_for(Producer producer, DType dtype) {
   constexpr QuantizePath kPath = QuantizePath::kCluster;
   switch (producer) {
     case Producer::kQuantize:
-      return row_kernel_of_type<Producer::kQuantize, kPath>(dtype);
+      return row_kernel_of_type<Producer::kQuantize, kPath, Launches::kOne>(dtype);
     case Producer::kRmsNorm:
-      return row_kernel_of_type<Producer::kRmsNorm, kPath>(dtype);
+      return row_kernel_of_type<Producer::kRmsNorm, kPath, Launches::kOne>(dtype);
     case Producer::kLayerNorm:
-      return row_kernel_of_type<Producer::kLayerNorm, kPath>(dtype);
+      return row_kernel_of_type<Producer::kLayerNorm, kPath, Launches::kOne>(dtype);
     case Producer::kRelu:
-      return row_kernel_of_type<Producer::kRelu, kPath>(dtype);
+      return row_kernel_of_type<Producer::kRelu, kPath, Launches::kOne>(dtype);
     case Producer::kGelu:
-      return row_kernel_of_type<Producer::kGelu, kPath>(dtype);
+      return row_kernel_of_type<Producer::kGelu, kPath, Launches::kOne>(dtype);
     case Producer::kGeluTanh:
-      return row_kernel_of_type<Producer::kGeluTanh, kPath>(dtype);
+      return row_kernel_of_type<Producer::kGeluTanh, kPath, Launches::kOne>(dtype);
     case Producer::kSilu:
-      return row_kernel_of_type<Producer::kSilu, kPath>(dtype);
+      return row_kernel_of_type<Producer::kSilu, kPath, Launches::kOne>(dtype);
   }
   return nullptr;
 }

@@ -6,18 +6,24 @@
 namespace sqk {
 
 template <Producer kProducer>
-RowKernel row_kernel_for(DType dtype, QuantizePath path) {
+RowKernel row_kernel_for(DType dtype, QuantizePath path, Launches launches) {
+  constexpr Launches kOne = Launches::kOne, kTwo = Launches::kTwo;
+  const bool two = launches == kTwo;
   switch (path) {
     case QuantizePath::kWarp:
-      return row_kernel_of_type<kProducer, QuantizePath::kWarp>(dtype);
+      return two ? row_kernel_of_type<kProducer, QuantizePath::kWarp, kTwo>(dtype)
+                 : row_kernel_of_type<kProducer, QuantizePath::kWarp, kOne>(dtype);
     case QuantizePath::kBlock:
-      return row_kernel_of_type<kProducer, QuantizePath::kBlock>(dtype);
+      return two ? nullptr : row_kernel_of_type<kProducer, QuantizePath::kBlock, kOne>(dtype);
     case QuantizePath::kWide:
-      return row_kernel_of_type<kProducer, QuantizePath::kWide>(dtype);
+      return two ? row_kernel_of_type<kProducer, QuantizePath::kWide, kTwo>(dtype)
+                 : row_kernel_of_type<kProducer, QuantizePath::kWide, kOne>(dtype);
     case QuantizePath::kLong:
-      return row_kernel_of_type<kProducer, QuantizePath::kLong>(dtype);
+      return two ? row_kernel_of_type<kProducer, QuantizePath::kLong, kTwo>(dtype)
+                 : row_kernel_of_type<kProducer, QuantizePath::kLong, kOne>(dtype);
     case QuantizePath::kElement:
-      return row_kernel_of_type<kProducer, QuantizePath::kElement>(dtype);
+      return two ? row_kernel_of_type<kProducer, QuantizePath::kElement, kTwo>(dtype)
+                 : row_kernel_of_type<kProducer, QuantizePath::kElement, kOne>(dtype);
     default:
       return nullptr;
   }

@@ -1,0 +1,298 @@
+"""The CUDA kernels on streams and in CUDA graphs: where they run, what they wait for, what a replay computes; and
+what memory they take, up to tensors of more than 2^31 elements."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import backends
+import cases
+import pytest
+import torch
+from compare import assert_all_bitwise_equal
+from test_cuda import CALLS, EPS, GPU, assert_like_the_cpu, move, problems, tensors
+from test_ops import Call
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+pytestmark = pytest.mark.cuda
+
+#: None, one and many rows; whole vectors or not; slices or a cluster for each of few long rows; shared memory.
+SHAPES = ((0, 64), (1, 8192), (5, 67), (300, 1024), (3, 16384), (2, 40000))
+SLEEP = 200_000_000  # cycles: about a tenth of a second
+GIB = 2**30
+
+
+@pytest.fixture(autouse=True)
+def gpu() -> None:
+    backends.start("cuda")
+
+
+@pytest.fixture
+def concurrent() -> None:
+    """Skips where streams are told to wait for each other."""
+    for name in ("CUDA_LAUNCH_BLOCKING", "CUDA_DEVICE_MAX_CONNECTIONS"):
+        if os.environ.get(name) == "1":
+            pytest.skip(f"{name} is 1")
+
+
+def overwrite(call: Call, source: Call) -> None:
+    """Copies the tensors of one call into those of another."""
+    for to, new in zip(tensors(call), tensors(source), strict=True):
+        to.copy_(new)
+
+
+def warm_up(calls: list[Call], stream: torch.cuda.Stream) -> None:
+    """Loads the kernels and gives the allocator blocks for the stream, which may make the GPU wait."""
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        results = [call.eager() for call in calls]
+    torch.cuda.synchronize()
+    del results
+
+
+# --- CUDA graphs ------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")  # without rows nothing is launched
+@pytest.mark.parametrize("side", [False, True], ids=["torch's stream", "our stream"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_graph_replays_with_new_inputs(shape: tuple[int, int], side: bool) -> None:
+    calls = problems(*shape)
+    others = [problems(*shape, seed=seed) for seed in (10, 20)]
+    stream = torch.cuda.Stream()
+    warm_up(calls, stream)
+    for i, call in enumerate(calls):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream if side else None):
+            found = call.eager()
+        for source in (call, *(other[i] for other in others)):
+            overwrite(call, source)
+            for result in tensors(found):
+                result.fill_(77)  # what a replay must overwrite
+            graph.replay()
+            assert_all_bitwise_equal(found, call.eager(), call.name)
+
+
+@pytest.mark.parametrize("shape", [(300, 1024), (2, 40000)], ids=str)
+def test_many_replays_of_a_graph_of_every_op(shape: tuple[int, int]) -> None:
+    """In one graph memory that an op gave back serves the next: workspaces and results must not meet."""
+    calls = problems(*shape, dtype=torch.bfloat16)
+    expected = [tensors(call.eager()) for call in calls]
+    warm_up(calls, torch.cuda.Stream())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = [tensors(call.eager()) for call in calls]
+    for _ in range(100):
+        for result in tensors(found):
+            result.fill_(77)
+        graph.replay()
+        for call, results, right in zip(calls, found, expected, strict=True):
+            assert all(map(torch.equal, results, right)), call.name
+
+
+def test_a_graph_beside_other_work() -> None:
+    """Replayed on a stream of its own while the same ops run on another."""
+    calls, stream = problems(300, 1024), torch.cuda.Stream()
+    expected = [call.eager() for call in calls]
+    warm_up(calls, stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        captured = [call.eager() for call in calls]
+    torch.cuda.synchronize()
+    for _ in range(10):
+        with torch.cuda.stream(stream):
+            graph.replay()
+        beside = [call.eager() for call in calls]
+    torch.cuda.synchronize()
+    for call, first, second, right in zip(calls, captured, beside, expected, strict=True):
+        assert_all_bitwise_equal(first, right, f"{call.name} in the graph")
+        assert_all_bitwise_equal(second, right, f"{call.name} beside it")
+
+
+# --- streams --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(64, 1024), (3, 16384), (2, 40000)], ids=str)
+def test_ops_run_on_the_current_stream(shape: tuple[int, int], concurrent: None) -> None:
+    """The inputs are filled on the stream after a long sleep: whoever runs elsewhere reads zeros."""
+    calls, stream = problems(*shape), torch.cuda.Stream()
+    expected = [call.eager() for call in calls]
+    warm_up(calls, stream)
+    for call, right in zip(calls, expected, strict=True):
+        empty = tree_map(lambda t: torch.zeros_like(t) if isinstance(t, Tensor) else t, call)
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(SLEEP)
+            overwrite(empty, call)
+            found = empty.eager()
+        waited = stream.query()
+        stream.synchronize()
+        assert not waited, f"{call.name} waited for the GPU"
+        assert_all_bitwise_equal(found, right, call.name)
+
+
+def test_work_on_the_default_stream_is_not_waited_for(concurrent: None) -> None:
+    calls, stream = problems(64, 1024) + problems(2, 40000), torch.cuda.Stream()
+    expected = [call.eager() for call in calls]
+    warm_up(calls, stream)
+    torch.cuda._sleep(10 * SLEEP)
+    awake = torch.cuda.Event()
+    awake.record()
+    with torch.cuda.stream(stream):
+        found = [call.eager() for call in calls]
+    stream.synchronize()
+    waited = awake.query()
+    torch.cuda.synchronize()
+    assert not waited, "the ops waited for another stream"
+    for call, result, right in zip(calls, found, expected, strict=True):
+        assert_all_bitwise_equal(result, right, call.name)
+
+
+@contextmanager
+def synchronising_is_an_error() -> Iterator[None]:
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
+def test_no_op_synchronises() -> None:
+    calls = [move(call, GPU) for call in CALLS]
+    for shape in SHAPES:
+        calls += problems(*shape)
+    some = torch.ones(1, device=GPU)
+    with synchronising_is_an_error():
+        with pytest.raises(RuntimeError, match="synchroniz"):  # the mode is on
+            some.item()
+        for call in calls:
+            call.eager()
+
+
+def test_threads_with_streams_of_their_own() -> None:
+    work = [problems(16 + i, 1024, seed=100 * i) + problems(2, 16384, seed=i) for i in range(8)]
+    expected = [[call.eager() for call in calls] for calls in work]
+    torch.cuda.synchronize()
+    together = threading.Barrier(len(work), timeout=60)
+
+    def run(calls: list[Call]) -> list[list[Any]]:
+        stream = torch.cuda.Stream()
+        together.wait()
+        with torch.cuda.stream(stream):
+            results = [[call.eager() for call in calls] for _ in range(10)]
+        stream.synchronize()
+        return results
+
+    with ThreadPoolExecutor(len(work)) as pool:
+        found = list(pool.map(run, work))
+    for calls, rounds, right in zip(work, found, expected, strict=True):
+        for results in rounds:
+            for call, result, one in zip(calls, results, right, strict=True):
+                assert_all_bitwise_equal(result, one, call.name)
+
+
+# --- memory and sizes -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def allocator(gpu: None) -> None:
+    """Skips where torch's own allocator keeps no accounts."""
+    if torch.cuda.get_allocator_backend() != "native":
+        pytest.skip("the allocator is not torch's own")
+    if os.environ.get("PYTORCH_NO_CUDA_MEMORY_CACHING"):
+        pytest.skip("the caching allocator is switched off")
+    torch._dynamo.reset()
+    gc.collect()
+    torch.cuda.synchronize()
+
+
+def held() -> int:
+    """Bytes asked of torch's allocator and not yet returned; `memory_allocated` rounds them up."""
+    return int(torch.cuda.memory_stats()["requested_bytes.all.current"])
+
+
+def test_a_call_keeps_no_memory_but_its_results(allocator: None) -> None:
+    for shape in ((64, 1024), (2, 40000), (0, 64)):
+        for call in problems(*shape):
+            before, allocated = held(), torch.cuda.memory_allocated()
+            found = call.eager()
+            assert held() - before == sum(t.nbytes for t in tensors(found)), call.name
+            del found
+            assert (held(), torch.cuda.memory_allocated()) == (before, allocated), call.name
+
+
+def test_a_thousand_calls_do_not_grow_memory(allocator: None) -> None:
+    def outside() -> int:
+        """Bytes in use on the GPU that are not torch's."""
+        free, total = torch.cuda.mem_get_info()
+        return total - free - torch.cuda.memory_reserved()
+
+    calls = problems(256, 1024) + problems(2, 40000)
+    for call in 2 * calls:  # loads the kernels
+        call.eager()
+    torch.cuda.synchronize()
+    reserved, others = torch.cuda.memory_reserved(), outside()
+    for i in range(1000):
+        calls[i % len(calls)].eager()
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_reserved() == reserved
+    assert outside() - others < 32 * 2**20  # other programs may use the GPU, too
+
+
+def require_memory(size: int) -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
+    free = torch.cuda.mem_get_info()[0]
+    if free < size:
+        pytest.skip(f"needs {size / GIB:.0f} GiB of free GPU memory, {free / GIB:.1f} are here")
+
+
+def ends(t: Tensor) -> Tensor:
+    """Some rows from the beginning, the middle and the end; all of a short tensor."""
+    if len(t) < 12:
+        return t
+    return torch.cat([t[:4], t[len(t) // 2 :][:4], t[-4:]])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("k", [256, 4096, 4099, 40000])
+def test_more_than_2_to_the_31_elements(k: int) -> None:
+    require_memory(20 * GIB)
+    x = torch.empty(2**31 // k + 9, k, dtype=torch.float16, device=GPU).normal_()
+    x[-1, -1] = 1000.0  # makes the scale of the whole tensor
+    assert x.numel() > 2**31
+    ones = torch.ones(k, device=GPU)
+    for granularity in cases.SCHEMES[:2]:
+        for call in (
+            Call("quantize", (x,), {"granularity": granularity}),
+            Call("rms_norm_quantize", (x, ones, EPS), {"granularity": granularity, "residual": x}),
+            Call("layer_norm_quantize", (x, None, None, EPS), {"granularity": granularity}),
+            Call("act_quantize", (x, "silu"), {"granularity": granularity, "gate": x}),
+        ):
+            found = [ends(t) for t in call.eager()]
+            assert_like_the_cpu(tree_map(lambda t: ends(t) if t is x else t, call), found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("k", [64, 67, 40000])
+def test_rows_more_than_2_to_the_31_elements_apart(k: int) -> None:
+    require_memory(12 * GIB)
+    stride = 2**31 + 64
+    x = torch.empty(stride + k, dtype=torch.float16, device=GPU).as_strided((2, k), (stride, 1))
+    x.copy_(cases.activations(2, k))
+    weight = move(cases.inverse_smooth(k), GPU)
+    for call in (
+        Call("quantize", (x,), {}),
+        Call("rms_norm_quantize", (x, weight, EPS), {"residual": x}),
+        Call("layer_norm_quantize", (x, None, weight, EPS), {"granularity": "tensor"}),
+        Call("act_quantize", (x, "gelu"), {"gate": x}),
+    ):
+        assert_like_the_cpu(call, call.eager())
