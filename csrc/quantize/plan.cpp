@@ -80,7 +80,11 @@ bool serves(Serves who, const QuantizeParams& p) {
   return false;
 }
 
-// Whether a path can take the problem at all.
+KernelClass class_of(QuantizePath path, const QuantizeParams& p, bool two_launches) {
+  return {path, size_in_bytes(p.dtype), is_norm(p.producer), two_launches};
+}
+
+// Whether a path can take the problem, as far as K does not matter.
 bool can_serve(QuantizePath path, const QuantizeParams& p, const QuantizeDevice& device,
                bool vectors) {
   return (vectors || path == QuantizePath::kElement) &&
@@ -97,7 +101,9 @@ bool applies(const PathRule& rule, const QuantizeParams& p, const QuantizeDevice
 
 const PathRule& find_rule(const QuantizeParams& p, const QuantizeDevice& device, bool vectors) {
   for (const PathRule& rule : kPathRules) {
-    if (can_serve(rule.path, p, device, vectors) && applies(rule, p, device)) return rule;
+    const bool two = p.scheme == Scheme::kPerTensor;
+    const bool fits = rule.splits || p.k <= capacity(class_of(rule.path, p, two));
+    if (fits && can_serve(rule.path, p, device, vectors) && applies(rule, p, device)) return rule;
   }
   return *(std::end(kPathRules) - 1);
 }
@@ -119,7 +125,8 @@ Status plan_quantize(const QuantizeParams& p, const QuantizeDevice& device, Quan
       const int64_t most = std::min<int64_t>(device.sms / p.m, p.k / kLeastSlice);
       splits = static_cast<int>(std::max<int64_t>(1, most));
     }
-  } else if (!can_serve(path, p, device, vectors) || p.k > capacity(path)) {
+  } else if (!can_serve(path, p, device, vectors) ||
+             p.k > capacity(class_of(path, p, per_tensor))) {
     return Status::kUnsupportedShape;
   }
 
@@ -127,7 +134,10 @@ Status plan_quantize(const QuantizeParams& p, const QuantizeDevice& device, Quan
   // Slices begin at vectors; 256 elements also keep the sectors of int8 whole.
   const int64_t slice = round_up(divide_up(p.k, splits), splits == 1 ? vec : 256);
   splits = static_cast<int>(divide_up(p.k, slice));
-  if (slice > capacity(path)) path = QuantizePath::kLong;  // a rule that splits, and could not enough
+  const bool two = per_tensor || splits > 1;
+  // A rule that splits, and could not enough.
+  if (slice > capacity(class_of(path, p, two))) path = QuantizePath::kLong;
+  const int most_threads = max_threads(class_of(path, p, two));
   const int floats = floats_per_thread(path, size_in_bytes(p.dtype));
   plan->path = path;
   plan->vectorised = path != QuantizePath::kElement;
@@ -136,7 +146,7 @@ Status plan_quantize(const QuantizeParams& p, const QuantizeDevice& device, Quan
   plan->splits = splits;
   plan->slice = static_cast<int32_t>(slice);
   if (path == QuantizePath::kWarp) {
-    plan->threads = max_threads(path);
+    plan->threads = most_threads;
     plan->rows = plan->threads / 32;
   } else {
     int64_t threads = divide_up(slice, floats);
@@ -147,8 +157,7 @@ Status plan_quantize(const QuantizeParams& p, const QuantizeDevice& device, Quan
       while (plan->cluster < 8 && threads > plan->cluster * kClusterThreads) plan->cluster *= 2;
       threads = divide_up(threads, plan->cluster);
     }
-    const int64_t most = max_threads(path);
-    plan->threads = static_cast<int>(std::min(round_up(threads, 32), most));
+    plan->threads = static_cast<int>(std::min<int64_t>(round_up(threads, 32), most_threads));
   }
   if (path == QuantizePath::kLong || path == QuantizePath::kElement) {
     const int64_t vectors_per_thread = divide_up(divide_up(slice, vec), plan->threads);
@@ -159,7 +168,6 @@ Status plan_quantize(const QuantizeParams& p, const QuantizeDevice& device, Quan
     plan->shared_bytes = plan->slots * slot_bytes;
   }
 
-  const bool two = per_tensor || splits > 1;
   const int64_t teams = divide_up(p.m * splits, plan->rows);
   // Per tensor, every block reads the maxima of all: blocks that are resident at the same time are
   // enough, and they take the rows in turn.

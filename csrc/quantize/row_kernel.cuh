@@ -39,16 +39,12 @@ __device__ inline uint32_t largest_of(const uint32_t* maxima, int64_t count,
   return block.max(largest);
 }
 
-// Blocks of the largest size per SM that registers must leave room for. Two, where that costs no
-// spills: while one waits at a barrier the other moves data.
 template <typename T, Producer kProducer, QuantizePath kPath, Launches kLaunches>
-constexpr int kBlocksPerSm = kPath == QuantizePath::kWide && kLaunches == Launches::kOne &&
-                                     sizeof(T) == 2 && !is_norm(kProducer)
-                                 ? 2
-                                 : 1;
+constexpr int kMaxThreads =
+    max_threads({kPath, sizeof(T), is_norm(kProducer), kLaunches == Launches::kTwo});
 
 template <typename T, Producer kProducer, QuantizePath kPath, Launches kLaunches>
-__global__ void __launch_bounds__(max_threads(kPath), kBlocksPerSm<T, kProducer, kPath, kLaunches>)
+__global__ void __launch_bounds__(kMaxThreads<T, kProducer, kPath, kLaunches>)
     row_kernel(const __grid_constant__ RowParams p) {
   using Traits = PathTraits<kPath>;
   using Slice = RowSlice<T, kProducer, kPath>;

@@ -28,8 +28,15 @@ constexpr const char* name(QuantizePath path) {
   return "unknown";
 }
 
-// Elements of a row in each thread's registers, and the largest block. A thread of a block of 1024
-// has 64 registers, which do not hold 32 elements and the inputs in flight: 512 it is.
+// What a kernel is compiled for, as far as its registers depend on it.
+struct KernelClass {
+  QuantizePath path;
+  int64_t element_bytes;
+  bool norm;
+  bool two_launches;
+};
+
+// Elements of a row in each thread's registers.
 constexpr int floats_per_thread(QuantizePath path, int64_t element_bytes) {
   switch (path) {
     case QuantizePath::kBlock:
@@ -43,13 +50,18 @@ constexpr int floats_per_thread(QuantizePath path, int64_t element_bytes) {
       return 32;
   }
 }
-constexpr int max_threads(QuantizePath path) {
-  switch (path) {
+
+// The largest block. A thread of a block of 1024 has 64 registers: enough for 32 elements and what
+// is in flight only where elements are small and there is little to compute.
+constexpr int max_threads(const KernelClass& kernel) {
+  switch (kernel.path) {
     case QuantizePath::kBlock:
     case QuantizePath::kCluster:
       return 1024;
     case QuantizePath::kWarp:
       return 128;  // four rows a block: short blocks leave short tails
+    case QuantizePath::kWide:
+      return kernel.element_bytes == 2 && !kernel.norm && !kernel.two_launches ? 1024 : 512;
     default:
       return 512;
   }
@@ -61,16 +73,17 @@ constexpr int64_t kNoLimit = int64_t{1} << 40;
 constexpr int kClusterThreads = 256;   // per block, as long as eight blocks suffice
 constexpr int64_t kLeastSlice = 2048;  // elements: one warp's full registers, twice
 
-// The longest row that a path can take.
-constexpr int64_t capacity(QuantizePath path) {
-  switch (path) {
+// The longest row that a kernel can take.
+constexpr int64_t capacity(const KernelClass& kernel) {
+  const int64_t floats = floats_per_thread(kernel.path, kernel.element_bytes);
+  switch (kernel.path) {
     case QuantizePath::kWarp:
-      return 32 * floats_per_thread(path, 2);
+      return 32 * floats;
     case QuantizePath::kBlock:
     case QuantizePath::kWide:
-      return max_threads(path) * floats_per_thread(path, 2);
+      return max_threads(kernel) * floats;
     case QuantizePath::kCluster:
-      return 8 * max_threads(path) * floats_per_thread(path, 2);
+      return 8 * max_threads(kernel) * floats;
     default:
       return kNoLimit;
   }
@@ -114,8 +127,9 @@ constexpr PathRule kPathRules[] = {
      "few long rows without clusters: slices fill the SMs, a second launch reads them from L2"},
     {QuantizePath::kBlock, 1, 8192, Serves::kOthers, 0, 8, false,  //
      "K <= 8192, M <= 2 per SM", "one access per thread, and nothing else for the SM to do"},
-    {QuantizePath::kWide, 1, 16384, Serves::kAll, 0, 0, false,  //
-     "K <= 16384", "64 bytes in flight per thread, several rows per SM, barriers among few warps"},
+    {QuantizePath::kWide, 1, 32768, Serves::kAll, 0, 0, false,
+     "K <= 32768 (16384: norms, float32, two launches)",
+     "64 bytes in flight per thread, several rows per SM, barriers among few warps"},
     {QuantizePath::kLong, 1, kNoLimit, Serves::kAll, 0, 0, false,  //
      "any K", "registers hold 24576 16-bit elements, shared memory 24576 more (Ada) to 57344 (H100)"},
     {QuantizePath::kElement, 1, kNoLimit, Serves::kAll, 0, 0, false,
@@ -125,7 +139,7 @@ constexpr PathRule kPathRules[] = {
 
 constexpr bool rules_hold() {
   for (const PathRule& rule : kPathRules) {
-    const bool bounded = rule.most_k <= capacity(rule.path);
+    const bool bounded = rule.most_k <= capacity({rule.path, 2, false, false});
     const bool falls_back = rule.splits;  // to kLong, where the slices are long
     const bool batch_invariant = rule.serves == Serves::kOthers ||
                                  (rule.least_rows_per_sm == 0 &&

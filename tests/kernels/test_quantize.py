@@ -151,6 +151,22 @@ def test_static_scales(backend: Backend, scale: float) -> None:
     assert_all_bitwise_equal(found, reference.quantize(x, scale=static))
 
 
+def test_the_order_of_the_multiplications(backend: Backend) -> None:
+    """(x * inv_smooth) * inverse, and no other order: on values beside ties, which another order would round away."""
+    k, scale = 1024, 0.013
+    inv_smooth = cases.inverse_smooth(k)
+    x = (cases.rows({"ties": cases.FINITE_ROWS["ties"]}, k, torch.float32) * scale) / inv_smooth
+    static = torch.tensor([scale])
+    expected = reference.quantize(x, inv_smooth, scale=static)
+    inverse = reference.inverse_scale(static)
+    other = reference.round_to_int8((x * inverse) * inv_smooth)
+    joint = reference.round_to_int8(x * (inverse * inv_smooth))
+    assert int((other != expected[0]).sum()) > 50 and int((joint != expected[0]).sum()) > 50
+    put = backend.put
+    found = ops.quantize(put(x), inv_smooth=put(inv_smooth), scale=put(static))
+    assert_all_bitwise_equal(found, expected)
+
+
 def test_the_result_is_the_same_every_time(backend: Backend) -> None:
     x = backend.put(cases.activations(300, 1096, torch.bfloat16))
     for granularity in ("token", "tensor"):
