@@ -43,8 +43,9 @@ template <typename T, Producer kProducer, QuantizePath kPath, Launches kLaunches
 constexpr int kMaxThreads =
     max_threads({kPath, sizeof(T), is_norm(kProducer), kLaunches == Launches::kTwo});
 
+// One block per SM is enough to ask for: without the 1, ptxas aims at more and spills.
 template <typename T, Producer kProducer, QuantizePath kPath, Launches kLaunches>
-__global__ void __launch_bounds__(kMaxThreads<T, kProducer, kPath, kLaunches>)
+__global__ void __launch_bounds__(kMaxThreads<T, kProducer, kPath, kLaunches>, 1)
     row_kernel(const __grid_constant__ RowParams p) {
   using Traits = PathTraits<kPath>;
   using Slice = RowSlice<T, kProducer, kPath>;
