@@ -4,6 +4,9 @@ Each is a `torch.library` op (`torch.ops.smoothquant_kernels.*`) with a fake ker
 (fullgraph=True)` and `torch.export`; the functions here are what users call. The numbers are those of `reference.py`.
 
 Shapes: `M` is the number of tokens, the product of all leading dimensions of `x` [..., K].
+
+The CUDA kernels check their arguments in C++, where torch's stable ABI knows one exception: what raises TypeError or
+ValueError on a CPU raises RuntimeError with the same sentence for CUDA tensors.
 """
 
 from __future__ import annotations

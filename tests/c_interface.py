@@ -91,9 +91,7 @@ def declare(library: ctypes.CDLL) -> ctypes.CDLL:
     return library
 
 
-def plan(
-    library: ctypes.CDLL, params: Params, device: Device | None = None
-) -> tuple[int, Plan]:
+def plan(library: ctypes.CDLL, params: Params, device: Device | None = None) -> tuple[int, Plan]:
     """(status, plan) on a described GPU, or on the current one."""
     result = Plan()
     where = None if device is None else byref(device)

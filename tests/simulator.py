@@ -97,7 +97,7 @@ def _task(source: str, build: Path, root: Path | None = None) -> tuple[list[str]
             str(output),
             cutlass,
             codes[:1] if one else codes,
-            [*flags, "--no-compress"],
+            [*flags, "--no-compress", "-lineinfo"],
         )
     if root is not None:
         moved = {source: str(root / source)}

@@ -218,7 +218,7 @@ ptxas warning : (C7510) Potential Performance Loss: wgmma.mma_async is serialize
 ptxas info    : Used 168 registers, used 2 barriers, 944 bytes cumulative stack size
 """
     one, two = build_commands.parse_ptxas(text)
-    (warning,) = build_commands.ptxas_warnings(text)
+    (warning,) = build_commands.warnings(text)
     assert "C7510" in warning
     assert (one.kernel, one.arch, one.registers, one.stack, one.spills) == (
         "_Zone",

@@ -6,7 +6,6 @@ import ctypes
 import json
 import shutil
 import subprocess
-from pathlib import Path
 from typing import Any
 
 import c_interface
@@ -39,7 +38,9 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     return loaded
 
 
-def params(m: int, k: int, producer: str = "quantize", scheme: str = "token", **more: Any) -> Params:
+def params(
+    m: int, k: int, producer: str = "quantize", scheme: str = "token", **more: Any
+) -> Params:
     """A problem at aligned addresses; nothing is read there."""
     p = Params(m=m, k=k, k_padded=k, x=4096, x_q=4096, x_scale=4096, x_stride=k, x_q_stride=k)
     p.producer, p.scheme = (
@@ -122,7 +123,8 @@ def test_few_rows_fill_the_gpu(library: ctypes.CDLL) -> None:
     [
         {"x": 4098}, {"x_stride": 4097}, {"gate": 4098, "producer": "silu"}, {"x_q": 4100}, {"x_q_stride": 4097},
         {"inv_smooth": 4100}, {"columns": 4097, "x_stride": 4104, "x_q_stride": 4104},
-        {"weight": 4098, "weight_dtype": 1, "producer": "rms_norm"}, {"bias": 4098, "bias_dtype": 2, "producer": "layer_norm"},
+        {"weight": 4098, "weight_dtype": 1, "producer": "rms_norm"},
+        {"bias": 4098, "bias_dtype": 2, "producer": "layer_norm"},
         {"residual": 4098, "sum": 4096, "sum_stride": 4096, "producer": "rms_norm"},
         {"residual": 4096, "sum": 4098, "sum_stride": 4096, "producer": "rms_norm"},
     ],

@@ -53,7 +53,6 @@ CUDA_FLAGS = (
     "-DNDEBUG",  # without it ptxas serialises wgmma (warning C7510)
     "-DCUTLASS_NAMESPACE=sqk",  # our CUTLASS and another extension's may live in one process
     "--expt-relaxed-constexpr",
-    "-lineinfo",
     "-Xcompiler=-fPIC,-fvisibility=hidden",
     "-Xptxas=-v",  # registers, stack and spills: read by parse_ptxas
 )
@@ -128,12 +127,14 @@ def parse_ptxas(text: str) -> list[KernelUse]:
     ]
 
 
-def ptxas_warnings(text: str) -> list[str]:
-    """What ptxas warns of, e.g. C7510: a wgmma kernel that it had to make serial.
+def warnings(text: str) -> list[str]:
+    """What the compilers warn of: nvcc in our sources, and ptxas, e.g. C7510: a wgmma kernel made serial.
 
-    It calls that one "info" in some versions, with the words below.
+    ptxas calls that one "info" in some versions, with the words below.
     """
-    wanted = re.compile(r"ptxas warning|ptxas info *: .*Potential Performance Loss")
+    wanted = re.compile(
+        r"ptxas warning|ptxas info *: .*Potential Performance Loss|csrc/\S+: warning"
+    )
     return sorted({line for line in text.splitlines() if wanted.match(line)})
 
 
@@ -252,5 +253,5 @@ def build_info(plan: Plan, said: str) -> dict[str, object]:
         "cuda_flags": list(CUDA_FLAGS),
         "cxx_flags": [*CXX_FLAGS, torch_target_macro()],
         "kernels": [vars(use) for use in sorted(kernels, key=lambda use: (use.kernel, use.arch))],
-        "warnings": ptxas_warnings(said),
+        "warnings": warnings(said),
     }

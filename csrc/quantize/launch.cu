@@ -107,15 +107,14 @@ Status quantize(const QuantizeParams& params, cudaStream_t stream) {
   if (params.workspace_bytes < plan.workspace_bytes) return Status::kWorkspaceTooSmall;
   const bool per_tensor = params.scheme == Scheme::kPerTensor;
   const bool two = per_tensor || plan.splits > 1;
-  RowKernel kernel = find_kernel(params.producer, params.dtype, plan.path,
-                                 two ? Launches::kTwo : Launches::kOne);
+  RowKernel kernel =
+      find_kernel(params.producer, params.dtype, plan.path, two ? Launches::kTwo : Launches::kOne);
   if (kernel == nullptr) return Status::kUnsupportedArch;
   if (plan.shared_bytes > kDefaultShared) {
     // The same for every call: another thread may be between this line and its launch.
-    const cudaError_t error =
-        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                             cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(device.shared_bytes - kReservedShared));
+    const cudaError_t error = cudaFuncSetAttribute(
+        reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+        static_cast<int>(device.shared_bytes - kReservedShared));
     if (error != cudaSuccess) return status_from_cuda(error);
   }
 

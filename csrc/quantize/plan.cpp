@@ -163,8 +163,8 @@ Status plan_quantize(const QuantizeParams& p, const QuantizeDevice& device, Quan
     const int64_t vectors_per_thread = divide_up(divide_up(slice, vec), plan->threads);
     const int64_t slot_bytes = int64_t{4} * vec * plan->threads;
     const int64_t room = std::max<int64_t>(0, device.shared_bytes - kReservedShared) / slot_bytes;
-    plan->slots = static_cast<int>(
-        std::max<int64_t>(0, std::min(room, vectors_per_thread - floats / vec)));
+    plan->slots =
+        static_cast<int>(std::max<int64_t>(0, std::min(room, vectors_per_thread - floats / vec)));
     plan->shared_bytes = plan->slots * slot_bytes;
   }
 

@@ -16,9 +16,7 @@ constexpr int kMaxCluster = 8;
 // bits can lose a NaN.
 class AbsMax {
  public:
-  __device__ void add(float x) {
-    asm("max.NaN.f32 %0, %0, %1;" : "+f"(largest_) : "f"(fabsf(x)));
-  }
+  __device__ void add(float x) { asm("max.NaN.f32 %0, %0, %1;" : "+f"(largest_) : "f"(fabsf(x))); }
   __device__ uint32_t bits() const { return __float_as_uint(largest_); }
 
  private:
@@ -33,8 +31,8 @@ __device__ inline float warp_sum(float x) {
 
 __device__ inline uint32_t warp_max(uint32_t x) { return __reduce_max_sync(kFullWarp, x); }
 
-// The cluster's PTX instead of cooperative_groups, which does not declare it below sm_90, where these
-// are parsed and never used.
+// The cluster's PTX instead of cooperative_groups, which does not declare it below sm_90, where
+// these are parsed and never used.
 struct Cluster {
   __device__ static int blocks() {
     uint32_t n;
@@ -50,9 +48,7 @@ struct Cluster {
   __device__ static void arrive_relaxed() {
     asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
   }
-  __device__ static void arrive() {
-    asm volatile("barrier.cluster.arrive.aligned;" ::: "memory");
-  }
+  __device__ static void arrive() { asm volatile("barrier.cluster.arrive.aligned;" ::: "memory"); }
   __device__ static void wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
   // *here = x, in the shared memory of another block of the cluster.
   __device__ static void write(uint32_t* here, int block, uint32_t x) {

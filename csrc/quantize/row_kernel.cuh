@@ -39,6 +39,17 @@ __device__ inline uint32_t largest_of(const uint32_t* maxima, int64_t count,
   return block.max(largest);
 }
 
+// All threads of a block as a team. Where a block is one already it must be the same object: two
+// would not know of each other's turns in the shared buffers.
+template <Group kGroup>
+__device__ Team<Group::kBlock>& whole_block(Team<kGroup>& team, Team<Group::kBlock>& of_warps) {
+  if constexpr (kGroup == Group::kBlock) {
+    return team;
+  } else {
+    return of_warps;
+  }
+}
+
 template <typename T, Producer kProducer, QuantizePath kPath, Launches kLaunches>
 constexpr int kMaxThreads =
     max_threads({kPath, sizeof(T), is_norm(kProducer), kLaunches == Launches::kTwo});
@@ -54,21 +65,13 @@ __global__ void __launch_bounds__(kMaxThreads<T, kProducer, kPath, kLaunches>, 1
   const QuantizeParams& q = p.q;
   Team<Traits::kGroup> team;
   const int rank = team.rank(), size = team.size();
-  const auto nothing = [](int, float(&)[kV]) {};
+  const auto nothing = [](int, float (&)[kV]) {};
   const bool measures = kTwo && p.pass == Pass::kMeasure;
   const bool applies = kTwo && p.pass == Pass::kApply;
   const bool per_tensor = kTwo && q.scheme == Scheme::kPerTensor;
 
-  // All teams of a block, for kTwo. Where a block is one team it must be the same object: two would
-  // not know of each other's turns in the shared buffers.
   Team<Group::kBlock> of_warps;
-  Team<Group::kBlock>& block = [&]() -> Team<Group::kBlock>& {
-    if constexpr (Traits::kGroup == Group::kBlock) {
-      return team;
-    } else {
-      return of_warps;
-    }
-  }();
+  Team<Group::kBlock>& block = whole_block(team, of_warps);  // for kTwo
   uint32_t tensor_absmax = 0;  // of what this team has seen, then of all
   if constexpr (kTwo) {
     if (applies && per_tensor) {
@@ -101,13 +104,15 @@ __global__ void __launch_bounds__(kMaxThreads<T, kProducer, kPath, kLaunches>, 1
             {}};
     Keep<T, kProducer, kPath> keep;
     AbsMax absmax;
-    const auto measure = [&](int i, float(&v)[kV]) { s.measure(i, v, absmax); };
+    const auto measure = [&](int i, float (&v)[kV]) { s.measure(i, v, absmax); };
 
     if constexpr (Slice::kNorm) {
       float partial = 0.0f;
-      const auto add_squares = [&](int i, float(&v)[kV]) { partial = s.add_squares(i, v, partial); };
+      const auto add_squares = [&](int i, float (&v)[kV]) {
+        partial = s.add_squares(i, v, partial);
+      };
       if constexpr (kProducer == Producer::kLayerNorm) {
-        keep.read(s, p.slots, [&](int, float(&v)[kV]) {
+        keep.read(s, p.slots, [&](int, float (&v)[kV]) {
 #pragma unroll
           for (int e = 0; e < kV; ++e) partial = __fadd_rn(partial, v[e]);
         });
@@ -120,7 +125,7 @@ __global__ void __launch_bounds__(kMaxThreads<T, kProducer, kPath, kLaunches>, 1
       s.moments.rstd = inverse_deviation(team.sum(partial), k, q.eps);
       keep.template visit<true>(
           s, p.slots,
-          [&](int i, float(&v)[kV]) {
+          [&](int i, float (&v)[kV]) {
             s.finish(i, v);
             measure(i, v);
           },
@@ -154,8 +159,8 @@ __global__ void __launch_bounds__(kMaxThreads<T, kProducer, kPath, kLaunches>, 1
       if (rank == 0 && from == 0) q.x_scale[row] = scale;
     }
     keep.template visit<false>(
-        s, p.slots, [&](int i, float(&v)[kV]) { s.store(i, v, inverse); },
-        [&](int i, float(&v)[kV]) { s.finish(i, v); });
+        s, p.slots, [&](int i, float (&v)[kV]) { s.store(i, v, inverse); },
+        [&](int i, float (&v)[kV]) { s.finish(i, v); });
     if (s.end == k) {
 #pragma unroll 1  // seldom any, and an unrolled loop would begin with a division
       for (int64_t c = q.k + rank; c < q.k_padded; c += size) s.out[c] = 0;

@@ -277,7 +277,8 @@ struct Keep {
   }
 
   // Shows every vector that `read` saw again. A vector that is kept nowhere is brought by `redo`
-  // from what `read` saw to where the others are. kWrite: `look` alters it, and later calls see that.
+  // from what `read` saw to where the others are. kWrite: `look` alters it, and later calls see
+  // that.
   template <bool kWrite, typename Look, typename Redo>
   __device__ void visit(const Slice& s, int slots, Look look, Redo redo) {
 #pragma unroll

@@ -1,5 +1,6 @@
 // The paths of the int8 producers: what each can hold, and when each is taken. Kernel ring: no
-// torch. The one place to change when a measurement says otherwise; nothing here was tuned on a GPU.
+// torch. The one place to change when a measurement says otherwise; nothing here was tuned on a
+// GPU.
 #pragma once
 
 #include <cstdint>
@@ -107,9 +108,9 @@ struct PathRule {
   const char* why;
 };
 
-// From top to bottom, the first that applies and whose path can serve: clusters need Hopper, and rows
-// that cannot be read 16 bytes at a time go to the last. Norms are chosen by K alone: their sums
-// depend on how a row is spread, and a token's bits must not depend on how many are beside it.
+// From top to bottom, the first that applies and whose path can serve: clusters need Hopper, and
+// rows that cannot be read 16 bytes at a time go to the last. Norms are chosen by K alone: their
+// sums depend on how a row is spread, and a token's bits must not depend on how many are beside it.
 constexpr PathRule kPathRules[] = {
     {QuantizePath::kWarp, 1, 1024, Serves::kPerTensor, 0, 0, false,  //
      "per tensor, K <= 1024", "four rows give one maximum: few maxima for the second launch"},
@@ -131,7 +132,8 @@ constexpr PathRule kPathRules[] = {
      "K <= 32768 (16384: norms, float32, two launches)",
      "64 bytes in flight per thread, several rows per SM, barriers among few warps"},
     {QuantizePath::kLong, 1, kNoLimit, Serves::kAll, 0, 0, false,  //
-     "any K", "registers hold 24576 16-bit elements, shared memory 24576 more (Ada) to 57344 (H100)"},
+     "any K",
+     "registers hold 24576 16-bit elements, shared memory 24576 more (Ada) to 57344 (H100)"},
     {QuantizePath::kElement, 1, kNoLimit, Serves::kAll, 0, 0, false,
      "rows, parameters or K not in multiples of 16 bytes",
      "narrow accesses of adjacent lanes: the same sectors, more instructions"},
@@ -141,13 +143,14 @@ constexpr bool rules_hold() {
   for (const PathRule& rule : kPathRules) {
     const bool bounded = rule.most_k <= capacity({rule.path, 2, false, false});
     const bool falls_back = rule.splits;  // to kLong, where the slices are long
-    const bool batch_invariant = rule.serves == Serves::kOthers ||
-                                 (rule.least_rows_per_sm == 0 &&
-                                  rule.most_rows_per_sm_quarters == 0 && !rule.splits);
+    const bool batch_invariant =
+        rule.serves == Serves::kOthers ||
+        (rule.least_rows_per_sm == 0 && rule.most_rows_per_sm_quarters == 0 && !rule.splits);
     if (!(bounded || falls_back) || !batch_invariant || rule.least_k > rule.most_k) return false;
   }
   return kPathRules[sizeof(kPathRules) / sizeof(kPathRules[0]) - 1].path == QuantizePath::kElement;
 }
-static_assert(rules_hold(), "a rule promises what its path cannot hold, or lets M choose for norms");
+static_assert(rules_hold(),
+              "a rule promises what its path cannot hold, or lets M choose for norms");
 
 }  // namespace sqk

@@ -149,10 +149,12 @@ std::tuple<Tensor, Tensor, Tensor> norm_op(const std::string& op, Producer produ
   return {x_q, x_scale, sum};
 }
 
-std::tuple<Tensor, Tensor, Tensor> rms_norm_quantize_op(
-    const Tensor& x, const Tensor& weight, double eps, const MaybeTensor& residual,
-    const MaybeTensor& inv_smooth, const MaybeTensor& scale, const std::string& granularity,
-    int64_t k_multiple) {
+std::tuple<Tensor, Tensor, Tensor> rms_norm_quantize_op(const Tensor& x, const Tensor& weight,
+                                                        double eps, const MaybeTensor& residual,
+                                                        const MaybeTensor& inv_smooth,
+                                                        const MaybeTensor& scale,
+                                                        const std::string& granularity,
+                                                        int64_t k_multiple) {
   return norm_op("rms_norm_quantize", Producer::kRmsNorm, x, weight, std::nullopt, eps, residual,
                  {inv_smooth, scale, granularity, k_multiple});
 }
@@ -191,8 +193,8 @@ const Kind& find_kind(const std::string& op, const std::string& name) {
 
 std::tuple<Tensor, Tensor> act_quantize_op(const Tensor& x, const std::string& kind_name,
                                            const MaybeTensor& gate, const MaybeTensor& inv_smooth,
-                                           const MaybeTensor& scale,
-                                           const std::string& granularity, int64_t k_multiple) {
+                                           const MaybeTensor& scale, const std::string& granularity,
+                                           int64_t k_multiple) {
   const std::string op = "act_quantize";
   const Kind& kind = find_kind(op, kind_name);
   check_activation(op, x);

@@ -32,7 +32,9 @@ def check(
     for inv_smooth in (None, cases.inverse_smooth(k)):
         for scheme in cases.SCHEMES:
             options: dict[str, Any] = cases.quantize_options(scheme)
-            on_device = {key: backend.put(v) if isinstance(v, Tensor) else v for key, v in options.items()}
+            on_device = {
+                key: backend.put(v) if isinstance(v, Tensor) else v for key, v in options.items()
+            }
             if inv_smooth is not None:
                 on_device["inv_smooth"] = backend.put(inv_smooth)
             found = ops.act_quantize(x, kind, gate=gate, k_multiple=k_multiple, **on_device)
@@ -80,7 +82,9 @@ def test_fused_gates(
 
 @pytest.mark.parametrize("dtype", cases.FLOATS, ids=str)
 @pytest.mark.parametrize("kind", ["gelu", "silu"])
-@pytest.mark.parametrize("shape", [(1, 8200), (1, 28672), (17, 8200), (3, 16392), (2, 65536), (3, 70001)])
+@pytest.mark.parametrize(
+    "shape", [(1, 8200), (1, 28672), (17, 8200), (3, 16392), (2, 65536), (3, 70001)]
+)
 def test_long_rows(
     compiled: Backend, kind: str, shape: tuple[int, int], dtype: torch.dtype
 ) -> None:
@@ -96,6 +100,8 @@ def test_edge_rows(backend: Backend, kind: str, k: int, dtype: torch.dtype) -> N
     bad = cases.rows(cases.BROKEN_ROWS, k, dtype)
     check(backend, backend.put(good), kind, what="finite")
     check(backend, backend.put(torch.cat([good, bad, good])), kind, what="all")
+    if k not in (62, 64):
+        return  # every path and vector has a row alone there
     for name, row in zip(cases.BROKEN_ROWS, bad, strict=True):
         check(backend, backend.put(torch.stack([good[2], row])), kind, what=name)
         if kind not in FUSED:
@@ -158,4 +164,6 @@ def test_refusals(backend: Backend, arguments: dict[str, Any], sentence: str) ->
     given: dict[str, Any] = {"x": torch.ones(4, 6), "kind": "silu", **arguments}
     on_device = {k: v.to(backend.device) if isinstance(v, Tensor) else v for k, v in given.items()}
     with pytest.raises((RuntimeError, TypeError, ValueError), match=sentence):
-        torch.ops.smoothquant_kernels.act_quantize(on_device.pop("x"), on_device.pop("kind"), **on_device)
+        torch.ops.smoothquant_kernels.act_quantize(
+            on_device.pop("x"), on_device.pop("kind"), **on_device
+        )

@@ -61,10 +61,14 @@ def check(
         for scheme in cases.SCHEMES:
             options: dict[str, Any] = cases.quantize_options(scheme)
             total = reference.add_residual(x.cpu(), None if residual is None else residual.cpu())
-            on_device = {key: backend.put(v) if isinstance(v, Tensor) else v for key, v in options.items()}
+            on_device = {
+                key: backend.put(v) if isinstance(v, Tensor) else v for key, v in options.items()
+            }
             if inv_smooth is not None:
                 on_device["inv_smooth"] = backend.put(inv_smooth)
-            found = parameters.run(backend, x, residual=residual, k_multiple=k_multiple, **on_device)
+            found = parameters.run(
+                backend, x, residual=residual, k_multiple=k_multiple, **on_device
+            )
             if residual is not None:
                 assert_bitwise_equal(found[2], total, f"{what} sum")
             else:
@@ -191,4 +195,6 @@ def test_refusals(backend: Backend, change: dict[str, Any], sentence: str) -> No
     on_device = {k: v.to(backend.device) if isinstance(v, Tensor) else v for k, v in given.items()}
     x = torch.ones(2, 8, device=backend.device)
     with pytest.raises((RuntimeError, TypeError, ValueError), match=sentence):
-        torch.ops.smoothquant_kernels.rms_norm_quantize(x, on_device.pop("weight"), EPS, **on_device)
+        torch.ops.smoothquant_kernels.rms_norm_quantize(
+            x, on_device.pop("weight"), EPS, **on_device
+        )

@@ -60,10 +60,10 @@ constexpr int kQuantizePaths = 6;
 struct QuantizeParams {
   Producer producer;
   Scheme scheme;
-  DType dtype;    // of x, gate, residual and sum: float32, float16 or bfloat16
+  DType dtype;        // of x, gate, residual and sum: float32, float16 or bfloat16
   QuantizePath path;  // kAuto, or a path to force: an error where it cannot serve
-  int64_t m;      // rows (tokens); 0 is allowed
-  int64_t k;      // channels, >= 1
+  int64_t m;          // rows (tokens); 0 is allowed
+  int64_t k;          // channels, >= 1
 
   const void* x;  // [m, k]
   int64_t x_stride;
@@ -88,7 +88,8 @@ struct QuantizeParams {
   int64_t k_padded;  // >= k
   float* x_scale;    // [m], or [1] per tensor
 
-  void* workspace;  // quantize_workspace_bytes() of device memory, aligned to 4; need not be cleared
+  void*
+      workspace;  // quantize_workspace_bytes() of device memory, aligned to 4; need not be cleared
   int64_t workspace_bytes;
 };
 
@@ -125,7 +126,8 @@ Status quantize_device(QuantizeDevice* device);
 // Bytes of workspace on the current GPU; negative for params that plan_quantize refuses.
 int64_t quantize_workspace_bytes(const QuantizeParams& params);
 
-// Launches on the current GPU. Nothing is allocated, nothing waits: safe to capture in a CUDA graph.
+// Launches on the current GPU. Nothing is allocated, nothing waits: safe to capture in a CUDA
+// graph.
 Status quantize(const QuantizeParams& params, cudaStream_t stream);
 
 }  // namespace sqk

@@ -1,4 +1,3 @@
 #include "quantize/instances/instance.cuh"
 
-template sqk::RowKernel sqk::row_kernel_for<sqk::Producer::kGelu>(DType, QuantizePath,
-                                                                         Launches);
+template sqk::RowKernel sqk::row_kernel_for<sqk::Producer::kGelu>(DType, QuantizePath, Launches);
