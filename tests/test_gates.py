@@ -44,7 +44,7 @@ def row(bits: int = 16, path: int = 2, **loads: int) -> Kernel:
         # wide: 4 loads of x and 8 of the smoothing factors
         (row(_32=16, _128=8), "8x128 16x32 loads (instructions x bits), not 12x128 or more"),
         (row(32, _128=15), "15x128 loads (instructions x bits), not 16x128 or more"),
-        (row(16, 3), "no loads (instructions x bits), not 24x128 or more"),
+        (row(16, 3), "no loads (instructions x bits), not 18x128 or more"),
         (row(16, _128=12, _16=1), "1 loads of 16 bits; allowed: none."),
         (kernel("gemm<int>(P)", "sm_90a", code=Code(counts={"IMMA": 4})), "no IGMMA; wanted"),
         (kernel("sqk::Gemm(P)", code=Code(counts={"IDP": 4})), "no IMMA; wanted"),

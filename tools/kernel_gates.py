@@ -114,14 +114,20 @@ class Gate:
 
 
 # The quantisers' kernels: row_kernel<type, (sqk::Producer)number, (sqk::QuantizePath)number, ...>.
-ROW_KERNEL = r"\brow_kernel<(?:{}), \(sqk::Producer\)[{}], \(sqk::QuantizePath\)[{}],"
+ROW_KERNEL = r"\brow_kernel<(?:{}), \(sqk::Producer\)[{}], \(sqk::QuantizePath\)[{}][,>]"
 HALVES = "__half|__nv_bfloat16"
 ROW_TYPES = (("float", 32), (HALVES, 16))  # bits of an element
 # Producers that read so many inputs, and so many parameters besides the smoothing factors.
 ROW_PRODUCERS = (("0", 1, 0), ("1", 2, 1), ("2", 2, 2), ("3-6", 2, 0))
-# Paths with so many elements in a thread's registers (csrc/quantize/table.h), on an architecture.
+# Paths with so many elements, by their bits, in a thread's registers (csrc/quantize/table.h), on an
+# architecture.
 # QuantizePath 4 reads one element at a time.
-ROW_PATHS = (("1", 8, ""), ("023", 32, ""), ("5", 8, "sm_90a"))
+ROW_PATHS = (
+    ("1", {16: 8, 32: 8}, ""),
+    ("02", {16: 32, 32: 32}, ""),
+    ("3", {16: 48, 32: 32}, ""),
+    ("5", {16: 8, 32: 8}, "sm_90a"),
+)
 
 
 def row_gates() -> tuple[Gate, ...]:
@@ -129,7 +135,7 @@ def row_gates() -> tuple[Gate, ...]:
     return tuple(
         Gate(
             "16-byte loads",
-            loads(128, inputs * floats * bits // 128 + (1 + parameters) * floats // 4),
+            loads(128, inputs * floats[bits] * bits // 128 + (1 + parameters) * floats[bits] // 4),
             "the name promises that rows are read 16 bytes at a time.",
             kernels=ROW_KERNEL.format(types, producers, paths),
             archs=archs,
