@@ -17,6 +17,7 @@ import build_support
 import pytest
 import simulator
 import torch
+from backends import require_library
 
 from smoothquant_kernels import _extension, ops
 
@@ -252,14 +253,6 @@ def test_names_agree_with_the_build() -> None:
 
 
 # -------------------------------------------------------------------------------- the built library
-
-
-def require_library() -> None:
-    status = _extension.extension_status()
-    if not status.available:
-        # `make test-cuda` has just built it: there a library that does not load is a failure.
-        give_up = pytest.fail if os.environ.get("SQK_REQUIRE_LIBRARY") else pytest.skip
-        give_up(f"no CUDA library: {status.reason}")
 
 
 @pytest.mark.cuda_build
