@@ -2,39 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from torch import Tensor
 
 from smoothquant_kernels import _checks, reference
 from smoothquant_kernels.cpu import quantize
 
 
-def rms_norm_quantize(
-    x: Tensor,
-    weight: Tensor,
-    eps: float,
-    *,
-    residual: Tensor | None = None,
-    inv_smooth: Tensor | None = None,
-    scale: Tensor | None = None,
-    granularity: str = "token",
-    k_multiple: int = 1,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """CPU kernel of `ops.rms_norm_quantize`; the third result is empty without a residual."""
-    op = "rms_norm_quantize"
-    _checks.norm(op, x, weight, None, residual, inv_smooth, scale, granularity, k_multiple)
-    total = reference.add_residual(x, residual)
-    y = reference.rms_norm(total, weight, eps)
-    q = quantize(
-        y, inv_smooth=inv_smooth, scale=scale, granularity=granularity, k_multiple=k_multiple
-    )
-    return *q, x.new_empty(0) if residual is None else total
-
-
-def layer_norm_quantize(
+def _norm_quantize(
+    op: str,
+    norm: Callable[[Tensor], Tensor],
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    eps: float,
     *,
     residual: Tensor | None = None,
     inv_smooth: Tensor | None = None,
@@ -42,15 +24,37 @@ def layer_norm_quantize(
     granularity: str = "token",
     k_multiple: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """CPU kernel of `ops.layer_norm_quantize`; the third result is empty without a residual."""
-    op = "layer_norm_quantize"
+    """The third result is empty without a residual."""
     _checks.norm(op, x, weight, bias, residual, inv_smooth, scale, granularity, k_multiple)
     total = reference.add_residual(x, residual)
-    y = reference.layer_norm(total, weight, bias, eps)
     q = quantize(
-        y, inv_smooth=inv_smooth, scale=scale, granularity=granularity, k_multiple=k_multiple
+        norm(total),
+        inv_smooth=inv_smooth,
+        scale=scale,
+        granularity=granularity,
+        k_multiple=k_multiple,
     )
     return *q, x.new_empty(0) if residual is None else total
+
+
+def rms_norm_quantize(
+    x: Tensor, weight: Tensor, eps: float, **options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """CPU kernel of `ops.rms_norm_quantize`."""
+    op = "rms_norm_quantize"
+    return _norm_quantize(
+        op, lambda t: reference.rms_norm(t, weight, eps), x, weight, None, **options
+    )
+
+
+def layer_norm_quantize(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, **options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """CPU kernel of `ops.layer_norm_quantize`."""
+    op = "layer_norm_quantize"
+    return _norm_quantize(
+        op, lambda t: reference.layer_norm(t, weight, bias, eps), x, weight, bias, **options
+    )
 
 
 def act_quantize(

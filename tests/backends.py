@@ -12,7 +12,9 @@ import functools
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import cases
 import pytest
 import torch
 from torch import Tensor
@@ -46,6 +48,11 @@ class Backend:
     def put(self, t: Tensor) -> Tensor:
         """A copy on the backend's device, with nothing of the strides kept: take views of the result."""
         return t.detach().clone().contiguous().to(self.device)
+
+    def options(self, scheme: str, inv_smooth: Tensor | None) -> dict[str, Any]:
+        """`cases.quantize_options` and the smoothing factors, on the backend's device."""
+        given = {**cases.quantize_options(scheme), "inv_smooth": inv_smooth}
+        return {k: self.put(v) if isinstance(v, Tensor) else v for k, v in given.items()}
 
     @functools.cached_property
     def c_library(self) -> ctypes.CDLL:

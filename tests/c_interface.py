@@ -72,7 +72,6 @@ class Plan(Structure):
         ("cluster", c_int32),
         ("splits", c_int32),
         ("slice", c_int32),
-        ("vectorised", c_int32),
         ("slots", c_int32),
         ("launches", c_int32),
         ("blocks", c_int64),

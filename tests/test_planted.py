@@ -120,7 +120,7 @@ MUTANTS = (
     Mutant(
         "a static scale hides a broken row",
         "row_kernel.cuh",
-        "scale = is_finite_bits(bits) ? given : __uint_as_float(0x7fffffffu);",
+        "scale = is_finite_bits(bits) ? given : __uint_as_float(kNanBits);",
         "scale = given;",
         QUANTIZE,
         "test_quantize.py",

@@ -60,7 +60,7 @@ Status launch(RowKernel kernel, RowParams& params, const QuantizePlan& plan, int
 }  // namespace
 
 Status quantize_device(QuantizeDevice* device) {
-  // One word per device, so that threads need no lock: sms (16 bits), capability (16), KiB (32).
+  // One word per device, so that threads need no lock: sms (16 bits), capability (16), bytes (32).
   static std::atomic<uint64_t> known[kMaxDevices];
   int current = 0;
   cudaError_t error = cudaGetDevice(&current);

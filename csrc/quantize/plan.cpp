@@ -140,7 +140,6 @@ Status plan_quantize(const QuantizeParams& p, const QuantizeDevice& device, Quan
   const int most_threads = max_threads(class_of(path, p, two));
   const int floats = floats_per_thread(path, size_in_bytes(p.dtype));
   plan->path = path;
-  plan->vectorised = path != QuantizePath::kElement;
   plan->cluster = 1;
   plan->rows = 1;
   plan->splits = splits;

@@ -40,6 +40,10 @@ __device__ float activate(float x) {
   }
 }
 
+constexpr float kSmallestNormal = 1.17549435e-38f;
+constexpr uint32_t kInfinityBits = 0x7f800000u;
+constexpr uint32_t kNanBits = 0x7fffffffu;
+
 // What a norm knows of its row.
 struct Moments {
   float mean = 0.0f;
@@ -51,20 +55,18 @@ struct Moments {
 __device__ inline float inverse_deviation(float sum_of_squares, int k, float eps) {
   const float variance = __fdiv_rn(sum_of_squares, static_cast<float>(k));
   const float rstd = __frcp_rn(__fsqrt_rn(__fadd_rn(variance, eps)));
-  return sum_of_squares < __uint_as_float(0x7f800000u) ? rstd : __uint_as_float(0x7fffffffu);
+  return sum_of_squares < __uint_as_float(kInfinityBits) ? rstd : __uint_as_float(kNanBits);
 }
 
 // The scale of a row from its maximum, as bits, and what to multiply by.
 __device__ inline float scale_of(uint32_t absmax_bits) {
-  constexpr float kSmallestNormal = 1.17549435e-38f;
   const float scale = __fdiv_rn(__uint_as_float(absmax_bits), 127.0f);
   return scale < kSmallestNormal ? 0.0f : scale;
 }
 __device__ inline float inverse_of(float scale) {
-  constexpr float kSmallestNormal = 1.17549435e-38f;
-  const bool usable = scale >= kSmallestNormal && scale < __uint_as_float(0x7f800000u);
+  const bool usable = scale >= kSmallestNormal && scale < __uint_as_float(kInfinityBits);
   return usable ? __frcp_rn(scale) : 0.0f;
 }
-__device__ inline bool is_finite_bits(uint32_t absmax_bits) { return absmax_bits < 0x7f800000u; }
+__device__ inline bool is_finite_bits(uint32_t absmax_bits) { return absmax_bits < kInfinityBits; }
 
 }  // namespace sqk

@@ -154,7 +154,7 @@ __global__ void __launch_bounds__(kMaxThreads<T, kProducer, kPath, kLaunches>, 1
       if (q.scheme == Scheme::kStatic) {
         const float given = *q.scale;
         inverse = inverse_of(given);
-        scale = is_finite_bits(bits) ? given : __uint_as_float(0x7fffffffu);
+        scale = is_finite_bits(bits) ? given : __uint_as_float(kNanBits);
       }
       if (rank == 0 && from == 0) q.x_scale[row] = scale;
     }

@@ -1,6 +1,7 @@
 // Checks of arguments that several ops share, in the words of smoothquant_kernels/_checks.py.
 #pragma once
 
+#include <algorithm>
 #include <optional>
 #include <string>
 #include <utility>
@@ -30,6 +31,11 @@ inline std::string tuple_text(const Tensor& tensor) {
     text += (i ? ", " : "") + std::to_string(tensor.size(i));
   }
   return text + (tensor.dim() == 1 ? ",)" : ")");
+}
+
+inline bool same_shape(const Tensor& a, const Tensor& b) {
+  const auto left = a.sizes(), right = b.sizes();
+  return std::equal(left.begin(), left.end(), right.begin(), right.end());
 }
 
 inline void check_float(const std::string& op, const char* name, const Tensor& tensor) {

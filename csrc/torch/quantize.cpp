@@ -97,8 +97,8 @@ void check_like(const std::string& op, const char* name, const Tensor& tensor, c
   SQK_CHECK(tensor.scalar_type() == x.scalar_type(), op, ": ", name, " must be ",
             dtype_name(x.scalar_type()), ", got ", dtype_name(tensor.scalar_type()), ".");
   check_device(op, name, tensor, x);
-  SQK_CHECK(tuple_text(tensor) == tuple_text(x), op, ": ", name, " must have x's shape ",
-            tuple_text(x), ", got ", tuple_text(tensor), ".");
+  SQK_CHECK(same_shape(tensor, x), op, ": ", name, " must have x's shape ", tuple_text(x), ", got ",
+            tuple_text(tensor), ".");
 }
 
 void check_norm_parameter(const std::string& op, const char* name, const MaybeTensor& tensor,

@@ -32,11 +32,7 @@ def check(
     for inv_smooth in (None, cases.inverse_smooth(k)):
         for scheme in cases.SCHEMES:
             options: dict[str, Any] = cases.quantize_options(scheme)
-            on_device = {
-                key: backend.put(v) if isinstance(v, Tensor) else v for key, v in options.items()
-            }
-            if inv_smooth is not None:
-                on_device["inv_smooth"] = backend.put(inv_smooth)
+            on_device = backend.options(scheme, inv_smooth)
             found = ops.act_quantize(x, kind, gate=gate, k_multiple=k_multiple, **on_device)
             assert found[0].is_contiguous() and not found[0][..., k:].any()
             rows = x.cpu().reshape(-1, x.shape[-1])

@@ -61,11 +61,7 @@ def check(
         for scheme in cases.SCHEMES:
             options: dict[str, Any] = cases.quantize_options(scheme)
             total = reference.add_residual(x.cpu(), None if residual is None else residual.cpu())
-            on_device = {
-                key: backend.put(v) if isinstance(v, Tensor) else v for key, v in options.items()
-            }
-            if inv_smooth is not None:
-                on_device["inv_smooth"] = backend.put(inv_smooth)
+            on_device = backend.options(scheme, inv_smooth)
             found = parameters.run(
                 backend, x, residual=residual, k_multiple=k_multiple, **on_device
             )

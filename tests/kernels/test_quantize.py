@@ -27,12 +27,9 @@ def check(backend: Backend, x: Tensor, what: str = "", multiples: tuple[int, ...
         for scheme in cases.SCHEMES:
             options: dict[str, Any] = cases.quantize_options(scheme)
             expected = reference.quantize(x.cpu(), inv_smooth, **options)
-            if scheme == "static":
-                options = {"scale": backend.put(options["scale"])}
-            if inv_smooth is not None:
-                options["inv_smooth"] = backend.put(inv_smooth)
+            on_device = backend.options(scheme, inv_smooth)
             for k_multiple in multiples:
-                found = ops.quantize(x, **options, k_multiple=k_multiple)
+                found = ops.quantize(x, **on_device, k_multiple=k_multiple)
                 padded = (reference.pad_k(expected[0], k_multiple), expected[1])
                 assert_all_bitwise_equal(found, padded, f"{what} {scheme} {k_multiple}")
                 assert found[0].is_contiguous()

@@ -88,8 +88,7 @@ struct QuantizeParams {
   int64_t k_padded;  // >= k
   float* x_scale;    // [m], or [1] per tensor
 
-  void*
-      workspace;  // quantize_workspace_bytes() of device memory, aligned to 4; need not be cleared
+  void* workspace;  // quantize_workspace_bytes(), aligned to 4; need not be cleared
   int64_t workspace_bytes;
 };
 
@@ -108,7 +107,6 @@ struct QuantizePlan {
   int32_t cluster;       // blocks per row that exchange their maximum in shared memory
   int32_t splits;        // slices of a row that exchange it through the workspace: two launches
   int32_t slice;         // elements per slice
-  int32_t vectorised;    // 1: 16-byte loads of x
   int32_t slots;         // vectors per thread kept in shared memory behind those in registers
   int32_t launches;      // kernels; 0 for m = 0 (except per tensor: its scale must be written)
   int64_t blocks;        // of each launch
