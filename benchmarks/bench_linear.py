@@ -1,24 +1,32 @@
-"""`W8A8Linear`, its quantisation included, against `nn.Linear` in float32 and bfloat16, in one run.
+"""`W8A8Linear`, its quantisation included, against `nn.Linear` in float types, in one run.
 
     python benchmarks/bench_linear.py --device cpu [--threads 1] [--json FILE]
+    python benchmarks/bench_linear.py --device cuda [--budget-seconds 60] [--json FILE]
 
-The baselines are stock `nn.Linear`, which lays its weight out anew at every call; `W8A8Linear` keeps a packed copy. The
-ratio that the hardware allows against prepacked weights is 4x float32 and 2x bfloat16 with 8-bit dot products (VNNI).
+On a CPU: against float32 and bfloat16. The baselines are stock `nn.Linear`, which lays its weight out anew at every
+call; `W8A8Linear` keeps a packed copy. The ratio that the hardware allows against prepacked weights is 4x float32 and
+2x bfloat16 with 8-bit dot products (VNNI).
+
+On a GPU (linear_gpu.py): against float16 and bfloat16, that is cuBLAS, for every scheme with and without smoothing at
+run time; all inputs float16 for int8. And host: what a call costs the CPU while the GPU has nothing queued.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import platform
 import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import linear_gpu
 import torch
-from shapes import CPU_LINEARS, CPU_TOKENS
+from bench_gemm import add_common_options, fill_in
+from bench_quantize import geomean
+from shapes import CPU_LINEARS, CPU_TOKENS, GPU_TOKENS
 from timer import interleaved, median_ratio
 from torch import nn
 
@@ -75,30 +83,13 @@ def environment(threads: int) -> dict[str, Any]:
     }
 
 
-def geomean(values: list[float]) -> float:
-    return math.exp(sum(map(math.log, values)) / len(values))
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--device", choices=["cpu"], default="cpu")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument(
-        "--scheme", choices=["per_token", "per_tensor", "static"], default="per_token"
-    )
-    parser.add_argument("--smooth", action="store_true", help="divide by s at run time as well")
-    parser.add_argument("--seconds", type=float, default=4.0, help="per line")
-    parser.add_argument("--tokens", type=int, nargs="*", default=list(CPU_TOKENS))
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
+def run_on_cpu(args: argparse.Namespace) -> int:
     torch.set_num_threads(args.threads)
     machine = environment(args.threads)
     print(", ".join(f"{key} {value}" for key, value in machine.items()))
     rows = []
     for name, (n, k) in CPU_LINEARS.items():
-        for tokens in args.tokens:
+        for tokens in args.tokens or CPU_TOKENS:
             row = {"layer": name, **measure(n, k, tokens, args.scheme, args.smooth, args.seconds)}
             rows.append(row)
             print(
@@ -110,12 +101,47 @@ def main() -> None:
         chosen = [r for r in rows if r["M"] >= low]
         if chosen:
             print(
-                f"geometric mean, {what}: {geomean([r['vs_float32'] for r in chosen]):.2f}x float32, "
-                f"{geomean([r['vs_bfloat16'] for r in chosen]):.2f}x bfloat16"
+                f"geometric mean, {what}: {geomean(r['vs_float32'] for r in chosen):.2f}x float32, "
+                f"{geomean(r['vs_bfloat16'] for r in chosen):.2f}x bfloat16"
             )
     if args.json:
         args.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n")
+    return 0
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cpu")
+    parser.add_argument("--rehearse", action="store_true", help="the GPU's form, on a CPU, on toys")
+    parser.add_argument("--threads", type=int, default=1, help="of a CPU")
+    parser.add_argument(
+        "--scheme", choices=linear_gpu.ACTIVATION_SCHEMES,
+        help="CPU: per_token; GPU: all, one after the other",
+    )  # fmt: skip
+    parser.add_argument("--smooth", action="store_true", help="only with the division by s")
+    add_common_options(parser)
+    args = parser.parse_args(arguments)
+    if args.rehearse and args.device == "cuda":
+        parser.error("--rehearse is for --device cpu")
+    args.gpu_form = args.rehearse or args.device == "cuda"
+    if args.gpu_form:
+        args.tokens = args.tokens or (None if args.rehearse else GPU_TOKENS)
+        fill_in(parser, args)
+    else:
+        args.scheme = args.scheme or "per_token"
+        args.seconds = 4.0 if args.seconds is None else args.seconds
+    return args
+
+
+def main() -> int:
+    args = parse()
+    if not args.gpu_form:
+        return run_on_cpu(args)
+    with torch.inference_mode():
+        return linear_gpu.run(args)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # Builds, tests and measures on a machine with a GPU, in one command and without a network (docs/gpu.md):
-#   benchmarks/run_on_gpu.sh [--dry-run] [STAGE ...]
+#   benchmarks/run_on_gpu.sh [--dry-run] [STAGE[:SECONDS] ...]
 # Results go to ${OUT:-gpu_out}. --dry-run (or SQK_REHEARSE=1) does on a CPU, on toy shapes, what needs no GPU.
 set -euo pipefail
 
-# name:seconds, in the order in which they run. A new stage is one word here and one function stage_<name> below, which
-# prints its short table, sends details through `short`, and returns 77 when there was nothing for it to do.
-STAGES=(info:60 build:300 tests:200 quantize:240 sanitizer:180)
+# name:seconds, in the order in which they run, the most telling first; the last one gets what the others leave. A new
+# stage is one word here and one function stage_<name> below, which prints its short table, sends details through
+# `short`, and returns 77 when there was nothing for it to do.
+STAGES=(info:30 build:200 tests:100 gemm:90 quantize:50 linear:35 tune:50 sanitizer:180)
 
 self=$(realpath "${BASH_SOURCE[0]}")
 root=$(dirname "$(dirname "$self")")
@@ -118,14 +119,38 @@ stage_tests() {
   return "$status"
 }
 
+# budget SECONDS: what a benchmark may spend before it starts its last case, when start and last case take SECONDS.
+budget() {
+  local left=$((SQK_STAGE_SECONDS - $1))
+  echo $((left > 10 ? left : 10))
+}
+
+stage_gemm() {
+  local options=(--device cpu)
+  if ! rehearsing; then options=(--device cuda --budget-seconds "$(budget 15)"); fi
+  short 40 "$python" benchmarks/bench_gemm.py "${options[@]}" --json "$out/gemm.json"
+}
+
 stage_quantize() {
-  local options=(--device cpu --quick)
+  local options=(--device cpu --quick) most
   if ! rehearsing; then
-    local budget=$((SQK_STAGE_SECONDS > 60 ? SQK_STAGE_SECONDS - 40 : 20)) # a case in progress may end
-    options=(--device cuda --budget-seconds "$budget" --compile-seconds $((budget / 3)))
+    most=$(budget 25) # the last case may have to compile
+    options=(--device cuda --budget-seconds "$most" --compile-seconds $((most / 3)))
   fi
-  short 40 "$python" benchmarks/bench_quantize.py "${options[@]}" \
-    --json "$out/quantize.json" --csv "$out/quantize.csv"
+  short 40 "$python" benchmarks/bench_quantize.py "${options[@]}" --json "$out/quantize.json"
+}
+
+stage_linear() {
+  local options=(--rehearse)
+  if ! rehearsing; then options=(--device cuda --budget-seconds "$(budget 15)"); fi
+  short 20 "$python" benchmarks/bench_linear.py "${options[@]}" --json "$out/linear.json"
+}
+
+stage_tune() {
+  local options=(--device cpu)
+  if ! rehearsing; then options=(--device cuda --budget-seconds "$(budget 15)"); fi
+  # A tune.json that is already there is continued.
+  short 50 "$python" benchmarks/tune.py "${options[@]}" --resume --json "$out/tune.json"
 }
 
 stage_sanitizer() {
@@ -186,7 +211,8 @@ bundle_if_too_many() {
 }
 
 main() {
-  local name stage chosen=() names=("${STAGES[@]%%:*}")
+  local name seconds stage names=("${STAGES[@]%%:*}")
+  local -A chosen=() # name -> seconds
   while (($#)); do
     case $1 in
     --dry-run) export SQK_REHEARSE=1 ;;
@@ -196,11 +222,12 @@ main() {
       exit 0
       ;;
     *)
-      if [[ " ${names[*]} " != *" $1 "* ]]; then
-        echo "There is no stage '$1'; the stages are: ${names[*]}." >&2
+      name=${1%%:*} seconds=${1#"$name"}
+      if [[ " ${names[*]} " != *" $name "* || ! $seconds =~ ^(:[0-9]+)?$ ]]; then
+        echo "There is no stage '$1'; the stages are: ${names[*]}; with :SECONDS, if wanted." >&2
         exit 2
       fi
-      chosen+=("$1")
+      chosen[$name]=${seconds#:}
       ;;
     esac
     shift
@@ -220,9 +247,8 @@ main() {
   run_stage setup 60
   for stage in "${STAGES[@]}"; do
     name=${stage%%:*}
-    if ((${#chosen[@]} == 0)) || [[ " ${chosen[*]} " == *" $name "* ]]; then
-      run_stage "$name" "${stage##*:}"
-    fi
+    seconds=${chosen[$name]:-${stage##*:}}
+    if ((${#chosen[@]} == 0)) || [[ -v chosen[$name] ]]; then run_stage "$name" "$seconds"; fi
   done
   bundle_if_too_many
   echo "== summary ($out)"

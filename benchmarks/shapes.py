@@ -1,6 +1,9 @@
-"""The shapes that benchmarks measure: (N, K) of `nn.Linear` weights in published models."""
+"""The shapes that benchmarks measure: (N, K) of `nn.Linear` weights in published models, and numbers of tokens."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 #: The CPU benchmark: square attention, both MLP directions of LLaMA-7B, and the MLP of SmolLM2-135M.
 CPU_LINEARS = {
@@ -21,3 +24,101 @@ GPU_TOKENS = (2048, 1, 64, 8192, 16, 256)
 #: The same in a rehearsal on a CPU: a width with a tail, and few rows.
 REHEARSAL_WIDTHS = (256, 515)
 REHEARSAL_TOKENS = (16, 1)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One linear layer of one model: its weight is [n, k]."""
+
+    model: str
+    name: str
+    n: int
+    k: int
+
+    def __str__(self) -> str:
+        return f"{self.model} {self.name}"
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """What fixes the linear layers of a decoder block: widths of the model, its MLP, and its keys (and values)."""
+
+    model: str
+    hidden: int
+    mlp: int
+    kv: int
+    gated: bool = True
+
+    def layers(self) -> tuple[Layer, ...]:
+        """The most telling first. `qkv` and `gate_up` are fused; `o` has the shape of q too, `up` that of gate."""
+        h = self.hidden
+        up, down, o = ("up", "down", "o") if self.gated else ("fc1", "fc2", "out")
+        shapes = {up: (self.mlp, h), down: (h, self.mlp), o: (h, h), "qkv": (h + 2 * self.kv, h)}
+        if self.gated:
+            shapes["gate_up"] = (2 * self.mlp, h)
+        if self.kv != h:
+            shapes["kv"] = (self.kv, h)
+        return tuple(Layer(self.model, name, n, k) for name, (n, k) in shapes.items())
+
+
+#: From the models' published configurations, the most telling first.
+DECODERS = (
+    Decoder("LLaMA-7B", 4096, 11008, 4096),
+    Decoder("LLaMA-70B", 8192, 28672, 1024),
+    Decoder("OPT-13B", 5120, 20480, 5120, gated=False),
+    Decoder("OPT-30B", 7168, 28672, 7168, gated=False),
+    Decoder("OPT-66B", 9216, 36864, 9216, gated=False),
+    Decoder("Llama 3 8B", 4096, 14336, 1024),
+    Decoder("Qwen2.5-7B", 3584, 18944, 512),
+    Decoder("LLaMA-13B", 5120, 13824, 5120),
+    Decoder("Mistral 7B", 4096, 14336, 1024),
+    Decoder("Llama 3 70B", 8192, 28672, 1024),
+    Decoder("OPT-175B", 12288, 49152, 12288, gated=False),
+)
+
+
+def by_place(*axes: Sequence[object]) -> list[tuple[int, ...]]:
+    """All places in the axes, each given most important first: by their sum, of equal ones by the first axis.
+
+    So the most telling combination comes first, then those that differ from it in one step of one axis, and a
+    benchmark that is cut short has seen something of everything that matters.
+    """
+    places: list[tuple[int, ...]] = [()]
+    for axis in axes:
+        places = [(*place, i) for place in places for i in range(len(axis))]
+    return sorted(places, key=lambda place: (sum(place), place))
+
+
+def llm_layers() -> dict[str, Layer]:
+    """Every layer of every model by "model layer", the most telling first."""
+    blocks = [decoder.layers() for decoder in DECODERS]
+    places = by_place(blocks, max(blocks, key=len))
+    found = [blocks[i][j] for i, j in places if j < len(blocks[i])]
+    return {str(layer): layer for layer in found}
+
+
+def distinct(layers: Sequence[Layer]) -> dict[Layer, list[str]]:
+    """One layer for each (N, K), the first; and the names of the others that share its shape."""
+    first: dict[tuple[int, int], Layer] = {}
+    found: dict[Layer, list[str]] = {}
+    for layer in layers:
+        kept = first.setdefault((layer.n, layer.k), layer)
+        names = found.setdefault(kept, [])
+        if kept is not layer:
+            names.append(str(layer))
+    return found
+
+
+LLM_LAYERS = llm_layers()
+#: What a GEMM meets: a prompt, decoding alone and in batches, long prompts, then what lies between.
+GEMM_TOKENS = (2048, 1, 16, 64, 8192, 8, 256, 32, 4096, 128, 1024, 512, 4, 2)
+#: Classes of M: (the last M, its name).
+M_CLASSES = ((8, "M <= 8"), (64, "M 9-64"), (512, "M 65-512"), (2**62, "M > 512"))
+
+#: A rehearsal on a CPU: shapes that tiles divide, and one that they do not.
+TOY_LAYERS = (Layer("toy", "up", 96, 64), Layer("toy", "down", 64, 96), Layer("toy", "odd", 40, 23))
+TOY_TOKENS = (32, 1)
+
+
+def m_class(m: int) -> str:
+    return next(name for last, name in M_CLASSES if m <= last)

@@ -18,7 +18,8 @@ namespace {
 // The remedy, for the two errors that a build for other architectures mends.
 constexpr char kUnsupportedArchText[] =
     "the library has no kernel for this GPU; it was built for " SQK_TEXT(SQK_ARCHS)  //
-    "; name yours in TORCH_CUDA_ARCH_LIST and build again";
+    "; name yours in TORCH_CUDA_ARCH_LIST (8.0+PTX serves any) and build again: "
+    "SMOOTHQUANT_KERNELS_BUILD=cuda pip install --no-build-isolation --no-deps .";
 
 }  // namespace
 

@@ -130,6 +130,31 @@ def activation_kind(op: str, x: Tensor, kind: str, gate: Tensor | None) -> int:
     return int(x.shape[-1]) // 2
 
 
+_QUANTISE_FIRST = " Quantise it first (ops.quantize)."
+
+
+def _gemm_weight(op: str, x: Tensor, w_q: Tensor, w_scale: Tensor, bias: Tensor | None) -> None:
+    """Checks what a GEMM has besides its activation x [..., K], float or int8."""
+    _require_dtype(op, "w_q", w_q, (torch.int8,), _QUANTISE_FIRST)
+    _require_device(op, "w_q", w_q, x)
+    if x.dim() < 1 or w_q.dim() != 2 or w_q.shape[0] < 1 or x.shape[-1] != w_q.shape[1]:
+        raise ValueError(
+            f"{op}: x_q must be [..., K] and w_q [N, K] with the same K and N >= 1, "
+            f"got {_shape(x)} and {_shape(w_q)}."
+        )
+    n, k = w_q.shape
+    if not 1 <= k <= MAX_K:
+        raise ValueError(
+            f"{op}: K must be in [1, {MAX_K}] so that an int32 sum cannot overflow, got {k}; split the layer over K."
+        )
+    _require_vector(op, "w_scale", w_scale, x, (n, 1), "per output channel or per tensor")
+    if bias is not None:
+        _require_dtype(op, "bias", bias, FLOATS)
+        _require_device(op, "bias", bias, x)
+        if bias.shape != (n,):
+            raise ValueError(f"{op}: bias must have shape [{n}], got {_shape(bias)}.")
+
+
 def gemm(
     op: str,
     x_q: Tensor,
@@ -140,30 +165,36 @@ def gemm(
     out_dtype: torch.dtype = torch.float32,
 ) -> None:
     """Checks the operands of an int8 GEMM."""
-    hint = " Quantise it first (ops.quantize)."
-    _require_dtype(op, "x_q", x_q, (torch.int8,), hint)
-    _require_dtype(op, "w_q", w_q, (torch.int8,), hint)
-    _require_device(op, "w_q", w_q, x_q)
-    if x_q.dim() < 1 or w_q.dim() != 2 or w_q.shape[0] < 1 or x_q.shape[-1] != w_q.shape[1]:
-        raise ValueError(
-            f"{op}: x_q must be [..., K] and w_q [N, K] with the same K and N >= 1, "
-            f"got {_shape(x_q)} and {_shape(w_q)}."
-        )
-    n, k = w_q.shape
-    if not 1 <= k <= MAX_K:
-        raise ValueError(
-            f"{op}: K must be in [1, {MAX_K}] so that an int32 sum cannot overflow, got {k}; split the layer over K."
-        )
+    _require_dtype(op, "x_q", x_q, (torch.int8,), _QUANTISE_FIRST)
+    _gemm_weight(op, x_q, w_q, w_scale, bias)
     m = math.prod(x_q.shape[:-1])
     _require_vector(op, "x_scale", x_scale, x_q, (m, 1), "per token or per tensor")
-    _require_vector(op, "w_scale", w_scale, x_q, (n, 1), "per output channel or per tensor")
-    if bias is not None:
-        _require_dtype(op, "bias", bias, FLOATS)
-        _require_device(op, "bias", bias, x_q)
-        if bias.shape != (n,):
-            raise ValueError(f"{op}: bias must have shape [{n}], got {_shape(bias)}.")
     if out_dtype not in FLOATS:
         raise TypeError(f"{op}: out_dtype must be float16, bfloat16 or float32, got {out_dtype}.")
+
+
+def linear(
+    op: str,
+    x: Tensor,
+    w_q: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    inv_smooth: Tensor | None,
+    scale: Tensor | None,
+    granularity: str,
+) -> None:
+    """Checks the operands of a whole linear layer."""
+    activation_input(op, x)
+    _gemm_weight(op, x, w_q, w_scale, bias)
+    quantiser(op, x, x.shape[-1], inv_smooth, scale, granularity, 1)
+
+
+def forced_tile(op: str, tile: int, splits: int) -> None:
+    """Checks the private arguments that choose a kernel."""
+    if tile < -1 or splits < 0:
+        raise ValueError(
+            f"{op}: tile must be -1 or a row of the table, splits at least 0, got {tile} and {splits}."
+        )
 
 
 def gemm_residual(op: str, residual: Tensor | None, x_q: Tensor, w_q: Tensor) -> None:

@@ -76,22 +76,67 @@ def build_info(folder: Path = _FOLDER) -> dict[str, Any]:
     return facts if isinstance(facts, dict) else {}
 
 
+def _entry(name: str, restype: Any = None) -> Any:
+    """A C entry of the loaded library, or None."""
+    if not extension_status().available:
+        return None
+    try:
+        entry = getattr(ctypes.CDLL(str(_FOLDER / LIBRARY_NAME)), name)
+    except (OSError, AttributeError):
+        return None
+    entry.restype = restype
+    return entry
+
+
+def _entry_json(name: str) -> Any:
+    entry = _entry(name, ctypes.c_char_p)
+    try:
+        return None if entry is None else json.loads(entry())
+    except (TypeError, ValueError):
+        return None
+
+
+def gemm_tables() -> dict[str, Any]:
+    """The GEMM tables of the library, by GPU: {"sm90": {"tiles": [...], "rules": [...]}, ...}; empty without one."""
+    tables = _entry_json("sqk_gemm_tables")
+    return tables if isinstance(tables, dict) else {}
+
+
+def gemm_plan(m: int, n: int, k: int) -> dict[str, Any]:
+    """What `gemm_s8` takes on the current GPU: {"table", "tile", "splits", "blocks", ...}; empty without a library."""
+    entry = _entry("sqk_gemm_choice", ctypes.c_char_p)
+    if entry is None:
+        return {}
+    size = ctypes.c_int64
+    choice: dict[str, Any] = json.loads(entry(size(m), size(n), size(k), None))
+    return choice
+
+
 def dispatch_tables() -> dict[str, list[dict[str, str]]]:
     """Which kernel of the library serves which problem, as the library itself has it.
 
     Returns: op -> rows of {"path", "when", "why"}, in the library's order. Empty when no library is
     loaded or it has no such tables; never raises.
     """
-    if not extension_status().available:
-        return {}
+    found: dict[str, list[dict[str, str]]] = {}
     try:
-        table = ctypes.CDLL(str(_FOLDER / LIBRARY_NAME)).sqk_quantize_table
-        table.restype = ctypes.c_char_p
-        rows = json.loads(table())
+        rows = _entry_json("sqk_quantize_table") or []
         columns = ("path", "when", "why")
-        return {"quantize": [{name: str(row[name]) for name in columns} for row in rows]}
-    except (OSError, AttributeError, KeyError, TypeError, ValueError):
+        if rows:
+            found["quantize"] = [{name: str(row[name]) for name in columns} for row in rows]
+        for gpu, table in gemm_tables().items():
+            names = [tile["name"] for tile in table["tiles"]]
+            found[f"gemm_s8 {gpu}"] = [
+                {
+                    "path": ", ".join(names[tile] for tile in rule["tiles"]),
+                    "when": str(rule["when"]),
+                    "why": str(rule["why"]),
+                }
+                for rule in table["rules"]
+            ]
+    except (KeyError, TypeError, IndexError):
         return {}
+    return found
 
 
 def _load(folder: Path) -> ExtensionStatus:

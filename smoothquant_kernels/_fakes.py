@@ -94,6 +94,38 @@ def gemm_s8(
     return x_q.new_empty((*x_q.shape[:-1], w_q.shape[0]), dtype=out_dtype)
 
 
+def gemm_s8_tile(
+    x_q: Tensor,
+    w_q: Tensor,
+    x_scale: Tensor,
+    w_scale: Tensor,
+    *,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    out_dtype: torch.dtype,
+    tile: int,
+    splits: int,
+) -> Tensor:
+    _checks.forced_tile("_gemm_s8_tile", tile, splits)
+    return gemm_s8(
+        x_q, w_q, x_scale, w_scale, bias=bias, residual=residual, out_dtype=out_dtype
+    )
+
+
+def linear_s8(
+    x: Tensor,
+    w_q: Tensor,
+    w_scale: Tensor,
+    *,
+    bias: Tensor | None = None,
+    inv_smooth: Tensor | None = None,
+    scale: Tensor | None = None,
+    granularity: str = "token",
+) -> Tensor:
+    _checks.linear("linear_s8", x, w_q, w_scale, bias, inv_smooth, scale, granularity)
+    return x.new_empty((*x.shape[:-1], w_q.shape[0]))
+
+
 def gemm_s8_requant(
     x_q: Tensor,
     w_q: Tensor,

@@ -271,6 +271,41 @@ def gemm_s8_requant(
     return y_q.view(*x_q.shape[:-1], w_q.shape[0])
 
 
+def gemm_s8_tile(
+    x_q: Tensor,
+    w_q: Tensor,
+    x_scale: Tensor,
+    w_scale: Tensor,
+    *,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    out_dtype: torch.dtype,
+    tile: int,
+    splits: int,
+) -> Tensor:
+    """`gemm_s8`: a CPU has no tiles to choose from."""
+    _checks.forced_tile("_gemm_s8_tile", tile, splits)
+    return gemm_s8(
+        x_q, w_q, x_scale, w_scale, bias=bias, residual=residual, out_dtype=out_dtype
+    )
+
+
+def linear_s8(
+    x: Tensor,
+    w_q: Tensor,
+    w_scale: Tensor,
+    *,
+    bias: Tensor | None = None,
+    inv_smooth: Tensor | None = None,
+    scale: Tensor | None = None,
+    granularity: str = "token",
+) -> Tensor:
+    """CPU kernel of `ops.linear_s8`."""
+    _checks.linear("linear_s8", x, w_q, w_scale, bias, inv_smooth, scale, granularity)
+    x_q, x_scale = quantize(x, inv_smooth=inv_smooth, scale=scale, granularity=granularity)
+    return gemm_s8(x_q, w_q, x_scale, w_scale, bias=bias, out_dtype=x.dtype)
+
+
 # --- quantiser --------------------------------------------------------------------------------------------------------
 
 

@@ -16,6 +16,26 @@ if TYPE_CHECKING:
 
 ACTIVATION_SCHEMES = ("per_token", "per_tensor", "static")
 WEIGHT_GRANULARITIES = ("channel", "tensor")
+#: Bytes that the rows of int8 operands start at multiples of, for the CUDA kernels' 16-byte loads.
+ROW_ALIGNMENT = 16
+
+
+def wants_aligned_rows(t: Tensor) -> bool:
+    """Whether kernels that load 16 bytes at a time will read this tensor's device."""
+    return t.is_cuda
+
+
+def packed_rows(w_q: Tensor) -> Tensor:
+    """w_q [N, K] int8 as the kernels of its device load it: on a GPU its rows start at multiples of 16 bytes.
+
+    The tensor itself where they do already. `gemm_s8` takes any other weight too, by a copy at every call.
+    """
+    n, k = w_q.shape
+    if not wants_aligned_rows(w_q) or (w_q.stride() == (k, 1) and k % ROW_ALIGNMENT == 0):
+        return w_q
+    padded = w_q.new_zeros(n, reference.padded_k(k, ROW_ALIGNMENT))
+    padded[:, :k] = w_q
+    return padded[:, :k]
 
 
 class QuantizedActivation(NamedTuple):
@@ -58,6 +78,7 @@ class W8A8Linear(KeepsBufferTypes):
     Buffers, of final type and shape from the start, so that `load_state_dict` works on a fresh layer:
         w_q [N, K] int8; w_scale [N] or [1]; bias [N] or None; inv_smooth [K] or None; x_scale [1] or None (static).
         All but w_q are float32 and stay so under `.half()`, `.bfloat16()`, `.double()` and `.to(dtype)`.
+        On a GPU the rows of w_q start at multiples of 16 bytes, so for other K it is a view of a wider tensor.
 
     Equivalent to:
         torch.nn.functional.linear(x / s, w * s, bias), up to the quantisation error.
@@ -108,7 +129,7 @@ class W8A8Linear(KeepsBufferTypes):
             self.register_buffer(name, value)
 
         w_q = torch.zeros(out_features, in_features, dtype=torch.int8, device=device)
-        self.register_buffer("w_q", w_q)
+        self.register_buffer("w_q", w_q if w_q.is_meta else packed_rows(w_q))
         buffer("w_scale", out_features if weight_granularity == "channel" else 1)
         buffer("bias", out_features if bias else None)
         buffer("inv_smooth", in_features if smooth else None)
@@ -172,7 +193,8 @@ class W8A8Linear(KeepsBufferTypes):
             new.inv_smooth = inv_smooth.detach().clone()
         if not bool(w.isfinite().all()):
             raise SmoothQuantError("the weight (times smooth) is too large for float32.")
-        new.w_q, new.w_scale = reference.quantize_weight(w, weight_granularity)
+        w_q, new.w_scale = reference.quantize_weight(w, weight_granularity)
+        new.w_q = packed_rows(w_q)
         if bias is not None:
             new.bias = bias.detach().float().clone()
         if (x_scale is not None) != (activation_scheme == "static"):
@@ -186,21 +208,43 @@ class W8A8Linear(KeepsBufferTypes):
             new.x_scale = value.clone()
         return new.train(linear.training)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        if not self.w_q.is_meta:
+            self.w_q = packed_rows(self.w_q)  # moving a view makes it dense
+        return self
+
     def quantize_input(self, x: Tensor) -> QuantizedActivation:
         """Smooths and quantises x [..., K] as this layer wants it, for all layers that share its input."""
         x_q, x_scale = ops.quantize(
             x,
             inv_smooth=self.inv_smooth,
             scale=self.x_scale,
-            granularity="tensor" if self.activation_scheme == "per_tensor" else "token",
+            granularity=self._granularity,
+            k_multiple=ROW_ALIGNMENT if wants_aligned_rows(x) else 1,
         )
+        if x_q.shape[-1] != self.in_features:
+            x_q = x_q[..., : self.in_features]
         return QuantizedActivation(x_q, x_scale, x.dtype)
+
+    @property
+    def _granularity(self) -> str:
+        return "tensor" if self.activation_scheme == "per_tensor" else "token"
 
     def forward(self, x: Tensor | QuantizedActivation) -> Tensor:
         """x [..., K] float16, bfloat16, float32 or already quantised -> [..., N]."""
-        q = x if isinstance(x, QuantizedActivation) else self.quantize_input(x)
-        return ops.gemm_s8(
-            q.x_q, self.w_q, q.x_scale, self.w_scale, bias=self.bias, out_dtype=q.dtype
+        if isinstance(x, QuantizedActivation):
+            return ops.gemm_s8(
+                x.x_q, self.w_q, x.x_scale, self.w_scale, bias=self.bias, out_dtype=x.dtype
+            )
+        return ops.linear_s8(
+            x,
+            self.w_q,
+            self.w_scale,
+            bias=self.bias,
+            inv_smooth=self.inv_smooth,
+            scale=self.x_scale,
+            granularity=self._granularity,
         )
 
     def dequantized_weight(self) -> Tensor:

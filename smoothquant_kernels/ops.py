@@ -60,6 +60,19 @@ _gemm_s8_requant = define_op(
     cpu=cpu.gemm_s8_requant,
     fake=_fakes.gemm_s8_requant,
 )
+_linear_s8 = define_op(
+    "linear_s8(Tensor x, Tensor w_q, Tensor w_scale, *, Tensor? bias=None, Tensor? inv_smooth=None, "
+    'Tensor? scale=None, str granularity="token") -> Tensor',
+    cpu=cpu.linear_s8,
+    fake=_fakes.linear_s8,
+)
+# For tests and the tuner: `gemm_s8` by a row of the current GPU's table, and by so many blocks for a tile's K.
+_gemm_s8_tile = define_op(
+    "_gemm_s8_tile(Tensor x_q, Tensor w_q, Tensor x_scale, Tensor w_scale, *, Tensor? bias=None, "
+    "Tensor? residual=None, ScalarType out_dtype, int tile=-1, int splits=0) -> Tensor",
+    cpu=cpu.gemm_s8_tile,
+    fake=_fakes.gemm_s8_tile,
+)
 
 OPS = (
     "quantize",
@@ -68,6 +81,8 @@ OPS = (
     "act_quantize",
     "gemm_s8",
     "gemm_s8_requant",
+    "linear_s8",
+    "_gemm_s8_tile",
 )
 # The library was loaded above, before there were schemas: the dispatcher takes kernels and schemas in either order.
 for _op in OPS:
@@ -328,4 +343,46 @@ def gemm_s8_requant(
     short = eager_cpu(x_q, x_scale, w_scale, out_scale, bias)
     op: Any = cpu.gemm_s8_requant if short else _gemm_s8_requant
     y: Tensor = op(x_q, w_q, x_scale, w_scale, out_scale, bias=bias, relu=relu)
+    return y
+
+
+def linear_s8(
+    x: Tensor,
+    w_q: Tensor,
+    w_scale: Tensor,
+    *,
+    bias: Tensor | None = None,
+    inv_smooth: Tensor | None = None,
+    scale: Tensor | None = None,
+    granularity: str = "token",
+) -> Tensor:
+    """A whole W8A8 linear layer: `quantize`, then `gemm_s8`, to the same bits; on a GPU one launch for a few tokens.
+
+    Args:
+        x: [..., K] float16, bfloat16 or float32.
+        w_q, w_scale, bias: as in `gemm_s8`.
+        inv_smooth, scale, granularity: as in `quantize`.
+
+    Returns:
+        [..., N] of x's dtype.
+
+    Raises:
+        TypeError, ValueError: as in `quantize` and `gemm_s8`.
+
+    Equivalent to:
+        x_q, x_scale = quantize(x, inv_smooth=inv_smooth, scale=scale, granularity=granularity)
+        gemm_s8(x_q, w_q, x_scale, w_scale, bias=bias, out_dtype=x.dtype)
+
+    Source: SmoothQuant (Xiao et al., 2022), section 4.
+    """
+    op = cpu.linear_s8 if eager_cpu(x, w_scale, bias, inv_smooth, scale) else _linear_s8
+    y: Tensor = op(
+        x,
+        w_q,
+        w_scale,
+        bias=bias,
+        inv_smooth=inv_smooth,
+        scale=scale,
+        granularity=granularity,
+    )
     return y

@@ -2,17 +2,44 @@
 
 from __future__ import annotations
 
+import json
+import math
 import subprocess
 import sys
+from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import bench_gemm
 import bench_linear
+import gemm_cases
+import linear_gpu
 import pytest
+import report
 import tables
 import torch
+from gemm_cases import Case, Expected
+from gpu_timer import Recorded, Timing
+from shapes import (
+    DECODERS,
+    GEMM_TOKENS,
+    LLM_LAYERS,
+    M_CLASSES,
+    TOY_LAYERS,
+    Layer,
+    distinct,
+    m_class,
+)
 from timer import interleaved, median_ratio
+from torch import Tensor
+
+from smoothquant_kernels import ops
 
 ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
+Ops = Callable[..., Tensor]
 
 
 @pytest.mark.parametrize("scheme", ["per_token", "static"])
@@ -69,3 +96,225 @@ def test_every_marked_table_is_known() -> None:
         m[2] for page in tables.PAGES for m in tables.MARKED.finditer((ROOT / page).read_text())
     }
     assert marked == set(tables.TABLES)
+
+
+# --- shapes -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_registry_of_layers() -> None:
+    assert {layer.model for layer in LLM_LAYERS.values()} == {d.model for d in DECODERS}
+    shapes = {name: (layer.n, layer.k) for name, layer in LLM_LAYERS.items()}
+    assert shapes["LLaMA-7B up"] == (11008, 4096) and shapes["LLaMA-7B down"] == (4096, 11008)
+    assert shapes["LLaMA-7B qkv"] == (3 * 4096, 4096) and "LLaMA-7B kv" not in shapes
+    assert shapes["LLaMA-70B qkv"] == (8192 + 2 * 1024, 8192) and shapes["LLaMA-70B kv"] == (
+        1024,
+        8192,
+    )
+    assert shapes["OPT-175B fc1"] == (49152, 12288) and shapes["OPT-175B fc2"] == (12288, 49152)
+    assert shapes["Qwen2.5-7B gate_up"] == (2 * 18944, 3584)
+    for (
+        decoder
+    ) in DECODERS:  # heads of 64 or 128 in all of these, and rows that every kernel can load
+        assert decoder.hidden % 64 == decoder.kv % 64 == decoder.mlp % 16 == 0
+        assert decoder.kv <= decoder.hidden < decoder.mlp
+
+
+def test_shapes_that_models_share_are_measured_once_and_the_most_telling_first() -> None:
+    layers = list(LLM_LAYERS.values())
+    kept = distinct(layers)
+    assert len({(layer.n, layer.k) for layer in kept}) == len(kept) < len(layers)
+    assert sorted([*map(str, kept), *chain(*kept.values())]) == sorted(LLM_LAYERS)
+    assert kept[LLM_LAYERS["LLaMA-7B o"]] == ["Llama 3 8B o", "Mistral 7B o"]
+    found = gemm_cases.cases(layers, GEMM_TOKENS)
+    assert len({case.key for case in found}) == len(found) == len(kept) * len(GEMM_TOKENS)
+    assert str(found[0]) == "LLaMA-7B up        M 2048 N 11008 K  4096"
+    early = found[: len(found) // 4]
+    assert {case.m for case in early} == set(GEMM_TOKENS) and len({c.layer for c in early}) > 12
+
+
+def test_classes_of_m() -> None:
+    assert [m_class(m) for m in (1, 8, 16, 64, 128, 512, 1024, 8192)] == [
+        name for _, name in M_CLASSES for _ in range(2)
+    ]
+
+
+# --- the GEMM ---------------------------------------------------------------------------------------------------------
+
+
+def timing(us: float) -> Timing:
+    return Timing(us, us, us, 10, 2)
+
+
+def test_the_gemm_line_adds_up() -> None:
+    case = Case(LLM_LAYERS["LLaMA-7B up"], 2048)
+    times = {"op": 200.0, "fp16": 340.0, "bf16": 330.0}
+    row = bench_gemm.row_of(
+        case, {n: timing(us) for n, us in times.items()}, {"int_mm": "why"}, "128x256x128"
+    )
+    moved = 2048 * 4096 + 11008 * 4096 + 4 * 2048 + 4 * 11008 + 2 * 2048 * 11008
+    assert row["bytes"] == moved and row["int_mm_missing"] == "why"
+    assert row["tops"] == pytest.approx(2 * 2048 * 11008 * 4096 / 200e-6 / 1e12)
+    assert row["gb_per_s"] == pytest.approx(moved / 200e-6 / 1e9)
+    assert [part.strip() for part in bench_gemm.line(case, row).split("|")] == [
+        "LLaMA-7B up        M 2048 N 11008 K  4096",
+        "200.00 us",
+        f"{row['tops']:.1f} TOPS",
+        f"{row['gb_per_s']:.1f} GB/s",
+        "1.70x fp16",
+        "1.65x bf16",
+        "- int_mm",
+        "tile 128x256x128",
+    ]
+
+
+def test_the_bytes_are_those_of_the_tensors() -> None:
+    case = Case(Layer("toy", "odd", 40, 23), 5)
+    a = gemm_cases.make_operands(case, gemm_cases.generator(case, CPU))
+    tensors = [a.x_q, a.w_q, a.x_scale, a.w_scale, gemm_cases.dispatched(a)]
+    assert sum(t.numel() * t.element_size() for t in tensors) == case.bytes
+    assert bool(gemm_cases.dispatched(a).isfinite().all())
+
+
+def test_geometric_means_by_class_leave_out_what_is_missing() -> None:
+    rows = [{"M": 1, "vs": 2.0}, {"M": 8, "vs": 8.0}, {"M": 64, "vs": None}, {"M": 4096, "vs": 1.0}]
+    means = report.geomeans(rows, ["vs"])
+    assert means["M <= 8"] == pytest.approx({"cases": 2, "vs": 4.0})
+    assert means["M 9-64"] == {"cases": 1} and "M 65-512" not in means
+    assert means["all"] == pytest.approx({"cases": 4, "vs": 16 ** (1 / 3)})
+
+
+def test_where_int_mm_cannot_run_the_reason_is_given() -> None:
+    assert "M > 16" in gemm_cases.int_mm_refusal(Case(TOY_LAYERS[0], 16))
+    assert "multiples of 8" in gemm_cases.int_mm_refusal(Case(TOY_LAYERS[2], 17))
+    assert gemm_cases.int_mm_refusal(Case(TOY_LAYERS[0], 17)) == ""
+
+
+def test_more_tokens_in_less_time_are_noted() -> None:
+    row = {"model": "LLaMA-7B", "layer": "up", "N": 8, "K": 8, "tile": "a"}
+    rows = [row | {"M": m, "us": us} for m, us in ((16, 5.0), (64, 9.0), (128, 7.0), (256, 6.9))]
+    (sentence,) = bench_gemm.cliffs(rows)
+    assert sentence == "LLaMA-7B up takes 9.00 us at M 64 (a), but 6.90 us at M 256 (a)"
+
+
+def off_by_one_step(function: Ops) -> Ops:
+    """`function` whose last element is one float16 step off."""
+
+    def wrong(*args: Any, **kwargs: Any) -> Tensor:
+        y = function(*args, **kwargs)
+        y.view(-1).view(torch.int16)[-1] ^= 1
+        return y
+
+    return wrong
+
+
+def run_gemm(capsys: pytest.CaptureFixture[str], *options: str) -> tuple[int, str]:
+    status = bench_gemm.run(bench_gemm.parse(["--device", "cpu", "--seconds", "0", *options]))
+    return status, capsys.readouterr().out
+
+
+def test_a_wrong_gemm_is_not_timed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, table = tmp_path / "gemm.json", tmp_path / "gemm.csv"
+    options = ["--tokens", "32", "--json", str(file), "--csv", str(table)]
+    assert run_gemm(capsys, *options)[0] == 0
+    data = json.loads(file.read_text())
+    assert all(row["us"] > 0 and row["tile"] == "64x64x64" for row in data["rows"])
+    assert data["geomeans"]["M 9-64"]["cases"] == len(table.read_text().splitlines()) - 1 == 3
+    monkeypatch.setattr(ops, "gemm_s8", off_by_one_step(ops.gemm_s8))
+    status, text = run_gemm(capsys, *options)
+    assert status == 1
+    assert (
+        "wrong: 1 of 3072 elements differ, first y[31, 95]" in text and "3 cases were wrong" in text
+    )
+    assert all("us" not in row and "wrong" in row for row in json.loads(file.read_text())["rows"])
+
+
+def test_every_tile_is_timed_and_a_wrong_one_is_not(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gemm_cases, "forced", off_by_one_step_tile(gemm_cases.forced, 2))
+    status, text = run_gemm(capsys, "--tokens", "8", "--tiles")
+    assert status == 1
+    names = {line.split("|")[0].strip() for line in text.splitlines() if "the time" in line}
+    assert names >= {"stream 8x16", "16x32x64", "16x32x64 /2", "16x32x64 /4"}
+    assert "64x64x64" not in names and text.count("| wrong: 1 of") == 3
+    assert "3 cases were wrong" in text
+
+
+def off_by_one_step_tile(function: Ops, bad: int) -> Ops:
+    def wrong(operands: gemm_cases.Operands, tile: int, splits: int) -> Tensor:
+        y = function(operands, tile, splits)
+        if tile == bad:
+            y[0, 0] += 1
+        return y
+
+    return wrong
+
+
+def test_a_sample_of_a_large_result_sees_every_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(Layer("toy", "wide", 200, 16), 130)
+    generator = gemm_cases.generator(case, CPU)
+    operands = gemm_cases.make_operands(case, generator)
+    y = gemm_cases.dispatched(operands)
+    monkeypatch.setattr(gemm_cases, "FULL_CHECK", 0)
+    monkeypatch.setattr(gemm_cases, "CHECK_BYTES", 64 << 10)  # several pieces
+    expected = Expected(case, operands, generator)
+    (rows, _, _), (_, columns, _) = expected.parts
+    assert [int(i) // 64 for i in rows] == [0, 1, 2] and [int(j) // 64 for j in columns] == [
+        0,
+        1,
+        2,
+        3,
+    ]
+    assert expected.wrong(y) == ""
+    for i in range(0, 128, 64):
+        for j in range(0, 192, 64):
+            spoilt = y.clone()
+            spoilt[i : i + 64, j : j + 64] = math.nan  # what no kernel has written
+            assert "elements differ" in expected.wrong(spoilt)
+    assert "not torch.float16 (130, 200)" in expected.wrong(y[:1])
+
+
+def test_clocks_are_read_while_the_gpu_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: log.append("wait"))
+    variant = Recorded(lambda: log.append("replay"), calls=2)
+
+    def sample() -> dict[str, float]:
+        log.append("sample")
+        return {"sm_mhz": 1000.0}
+
+    pretended: Any = SimpleNamespace(type="cuda")
+    found = gemm_cases.sample_under_load(variant, 10_000.0, sample, pretended)
+    assert found == {"sm_mhz": 1000.0} and log == [*["replay"] * 3, "sample", "wait"]
+
+
+def test_a_spent_budget_starts_no_gemm(capsys: pytest.CaptureFixture[str]) -> None:
+    status, text = run_gemm(capsys, "--budget-seconds", "-1")
+    assert status == 1 and "6 of 6 cases were not started: the time is spent" in text
+
+
+# --- whole layers, the GPU's form -------------------------------------------------------------------------------------
+
+
+def test_layers_of_every_kind_are_checked_and_timed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "linear.json"
+    options = ["--rehearse", "--tokens", "3", "--seconds", "0", "--json", str(file)]
+    assert linear_gpu.run(bench_linear.parse(options)) == 0
+    rows = json.loads(file.read_text())["rows"]
+    kinds = {(row["scheme"], row["smooth"]) for row in rows}
+    assert len(kinds) == 6 and len(rows) == 6 * len(TOY_LAYERS)
+    for row in rows:
+        operations = 2 * row["M"] * row["N"] * row["K"]
+        assert row["gops"] * 1e9 * row["int8_us"] * 1e-6 == pytest.approx(operations)
+        assert row["vs_float16"] * row["int8_us"] == pytest.approx(row["float16_us"])
+        assert row["host_us"] > 0 and row["float16_host_us"] > 0
+    capsys.readouterr()
+    for name in ("linear_s8", "gemm_s8"):  # whichever the layer uses
+        monkeypatch.setattr(ops, name, off_by_one_step(getattr(ops, name)))
+    assert linear_gpu.run(bench_linear.parse([*options, "--scheme", "static", "--smooth"])) == 1
+    text = capsys.readouterr().out
+    assert text.count("static+smooth     | wrong: 1 of") == 3 and "3 layers were wrong" in text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -59,24 +60,29 @@ def kit(folder: Path, *arguments: str, **env: str) -> subprocess.CompletedProces
 @needs_bash
 @pytest.mark.slow
 def test_a_failing_stage_stops_no_other(tmp_path: Path) -> None:
-    done = kit(
-        tmp_path, "--dry-run", "quantize", "build", "info", SMOOTHQUANT_KERNELS_BUILD="nonsense"
-    )
+    chosen = ["tune", "linear:30", "gemm", "quantize", "build", "info"]
+    done = kit(tmp_path, "--dry-run", *chosen, SMOOTHQUANT_KERNELS_BUILD="nonsense")
     out = tmp_path / "out"
     summary = (out / "summary.txt").read_text()
     assert done.returncode == 1, done.stdout + done.stderr
     assert done.stdout.endswith(summary)
     assert "WITHOUT A GPU" in summary.splitlines()[0]
     rows = [line.split() for line in summary.splitlines()[1:]]
-    assert [row[0] for row in rows] == ["setup", "info", "build", "quantize"]
-    assert [row[1] for row in rows] == ["ok", "ok", "failed", "ok"]
+    stages = ["setup", "info", "build", "gemm", "quantize", "linear", "tune"]
+    assert [row[0] for row in rows] == stages
+    assert [row[1] for row in rows] == ["failed" if name == "build" else "ok" for name in stages]
+    assert "== linear (at most 30 s)" in done.stdout and "== tune (at most 50 s)" in done.stdout
     assert "SMOOTHQUANT_KERNELS_BUILD=nonsense is not one of" in done.stdout
     files = {path.name for path in out.iterdir()}
-    assert files == {"summary.txt", "run.log", "info.json", "quantize.json", "quantize.csv"}
-    results = json.loads((out / "quantize.json").read_text())
-    assert {row["producer"] for row in results["rows"]} == set(PRODUCERS)
-    assert "rehearsal" in json.loads((out / "info.json").read_text())["device"]
-    assert "geomean all" in (out / "run.log").read_text()
+    results = {name: f"{name}.json" for name in ("info", "gemm", "quantize", "linear", "tune")}
+    assert files == {"summary.txt", "run.log", *results.values()} and len(files) <= 8
+    found = {name: json.loads((out / file).read_text()) for name, file in results.items()}
+    assert {row["producer"] for row in found["quantize"]["rows"]} == set(PRODUCERS)
+    assert len(found["gemm"]["rows"]) == len(found["tune"]["results"]) == 6
+    assert len(found["linear"]["rows"]) == 6 * 6
+    assert "rehearsal" in found["info"]["device"]
+    log = (out / "run.log").read_text()
+    assert "geomean all" in log and "constexpr GemmRule kToyRules[]" in log
 
 
 @needs_bash
@@ -94,20 +100,30 @@ def test_a_rehearsed_sanitizer_runs_nothing_and_at_most_8_files_are_left(tmp_pat
 
 
 @needs_bash
-def test_an_unknown_stage_is_refused_before_anything_runs(tmp_path: Path) -> None:
-    done = kit(tmp_path, "--dry-run", "info", "fly")
+@pytest.mark.parametrize("word", ["fly", "gemm:", "gemm:soon", "gemm:1:2"])
+def test_an_unknown_stage_is_refused_before_anything_runs(tmp_path: Path, word: str) -> None:
+    done = kit(tmp_path, "--dry-run", "info", word)
     assert done.returncode == 2
     assert done.stderr == (
-        "There is no stage 'fly'; the stages are: info build tests quantize sanitizer.\n"
+        f"There is no stage '{word}'; the stages are: info build tests gemm quantize linear tune sanitizer; "
+        "with :SECONDS, if wanted.\n"
     )
     assert not list(tmp_path.iterdir())
+
+
+@needs_bash
+def test_what_usually_runs_leaves_the_last_stage_some_time() -> None:
+    (words,) = re.findall(r"^STAGES=\((.*)\)$", SCRIPT.read_text(), re.MULTILINE)
+    limits = {name: int(seconds) for name, seconds in (word.split(":") for word in words.split())}
+    assert list(limits)[-1] == "sanitizer"
+    assert 20 + sum(limits.values()) - limits["info"] - limits["sanitizer"] < 570
 
 
 @needs_bash
 def test_without_time_no_stage_starts(tmp_path: Path) -> None:
     done = kit(tmp_path, "--dry-run", SQK_SECONDS="0")
     assert done.returncode == 1
-    assert done.stdout.count("not started: no time left") == 6
+    assert done.stdout.count("not started: no time left") == 9
 
 
 @needs_bash

@@ -276,7 +276,7 @@ def test_refusals(what: str) -> None:
 
 def test_a_wrong_input_is_refused_by_the_op() -> None:
     layer = cases.quantized(LINEAR)
-    with pytest.raises(TypeError, match="quantize: x must be float16 or bfloat16 or float32"):
+    with pytest.raises(TypeError, match="linear_s8: x must be float16 or bfloat16 or float32"):
         layer(torch.ones(2, 4, dtype=torch.float64))
     with pytest.raises(ValueError, match=re.escape("got (2, 5) and (3, 4)")):
         layer(torch.ones(2, 5))

@@ -200,8 +200,10 @@ def compile_all(tasks: list[tuple[list[str], Path]], env: Mapping[str, str]) -> 
 
 def compile_tasks(plan: Plan, build_dir: Path) -> list[tuple[list[str], Path]]:
     """One (command, object) for every source that some architecture of the plan wants."""
+    hopper = [arch.code == "90a" for arch in plan.archs]
     features = [
-        f"-DSQK_WITH_SM90={int(any(arch.code == '90a' for arch in plan.archs))}",
+        f"-DSQK_WITH_SM80={int(not all(hopper))}",
+        f"-DSQK_WITH_SM90={int(any(hopper))}",
         f"-DSQK_ARCHS={'/'.join(map(str, plan.archs))}",  # nvcc splits at commas
     ]
     tasks = []

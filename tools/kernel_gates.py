@@ -146,7 +146,10 @@ def row_gates() -> tuple[Gate, ...]:
     )
 
 
+# CUTLASS's GemmUniversal, mma_gemm_kernel and stream_gemm_kernel, which streams the weights through
+# mma.sync on every architecture.
 GEMM = r"(?i)gemm"
+STREAM = "stream_gemm_kernel"
 
 GATES = (
     Gate(
@@ -172,8 +175,8 @@ GATES = (
         uses("IGMMA"),
         "wanted: int8 wgmma. The tile's schedule or its data types chose other instructions.",
         kernels=GEMM,
+        but=STREAM,
         archs=r"sm_90a",
-        optional=True,
     ),
     Gate(
         "wgmma in flight",
@@ -181,8 +184,8 @@ GATES = (
         "wanted: several per wait. ptxas made wgmma serial (it says why: C7510 to C7518); kernels "
         "are compiled with -DNDEBUG, and nothing may touch accumulators between two wgmma.",
         kernels=GEMM,
+        but=STREAM,
         archs=r"sm_90a",
-        optional=True,
     ),
     Gate(
         "tensor cores of Ampere and Ada",
@@ -190,7 +193,12 @@ GATES = (
         "wanted: int8 mma.sync.",
         kernels=GEMM,
         archs=r"sm_8\d",
-        optional=True,
+    ),
+    Gate(
+        "tensor cores for few tokens",
+        uses("IMMA"),
+        "wanted: int8 mma.sync.",
+        kernels=STREAM,
     ),
     Gate(
         "launch",

@@ -89,19 +89,15 @@ Status quantize_device(QuantizeDevice* device) {
   return Status::kSuccess;
 }
 
-int64_t quantize_workspace_bytes(const QuantizeParams& params) {
+Status plan(const QuantizeParams& params, QuantizePlan* plan) {
   QuantizeDevice device;
-  QuantizePlan plan;
-  Status status = quantize_device(&device);
-  if (status == Status::kSuccess) status = plan_quantize(params, device, &plan);
-  return status == Status::kSuccess ? plan.workspace_bytes : -1;
+  const Status status = quantize_device(&device);
+  return status == Status::kSuccess ? plan_quantize(params, device, plan) : status;
 }
 
-Status quantize(const QuantizeParams& params, cudaStream_t stream) {
+Status quantize(const QuantizeParams& params, const QuantizePlan& plan, cudaStream_t stream) {
   QuantizeDevice device;
-  QuantizePlan plan;
   Status status = quantize_device(&device);
-  if (status == Status::kSuccess) status = plan_quantize(params, device, &plan);
   if (status != Status::kSuccess || plan.launches == 0) return status;
   if (plan.workspace_bytes > 0 && params.workspace == nullptr) return Status::kInvalidArgument;
   if (params.workspace_bytes < plan.workspace_bytes) return Status::kWorkspaceTooSmall;
@@ -142,9 +138,15 @@ Status quantize(const QuantizeParams& params, cudaStream_t stream) {
 }  // namespace sqk
 
 extern "C" int32_t sqk_quantize(const sqk::QuantizeParams* params, void* stream) {
-  return static_cast<int32_t>(sqk::quantize(*params, static_cast<cudaStream_t>(stream)));
+  sqk::QuantizePlan plan;
+  sqk::Status status = sqk::plan(*params, &plan);
+  if (status == sqk::Status::kSuccess) {
+    status = sqk::quantize(*params, plan, static_cast<cudaStream_t>(stream));
+  }
+  return static_cast<int32_t>(status);
 }
 
 extern "C" int64_t sqk_quantize_workspace_bytes(const sqk::QuantizeParams* params) {
-  return sqk::quantize_workspace_bytes(*params);
+  sqk::QuantizePlan plan;
+  return sqk::plan(*params, &plan) == sqk::Status::kSuccess ? plan.workspace_bytes : -1;
 }

@@ -54,6 +54,14 @@ template <typename T, Producer kProducer, QuantizePath kPath, Launches kLaunches
 constexpr int kMaxThreads =
     max_threads({kPath, sizeof(T), is_norm(kProducer), kLaunches == Launches::kTwo});
 
+// Once all blocks run, a kernel that was launched to overlap with this one may take the places of
+// those that end; it waits for this kernel's results (griddepcontrol.wait). Others are not affected.
+__device__ inline void allow_next_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
 // One block per SM is enough to ask for: without the 1, ptxas aims at more and spills.
 template <typename T, Producer kProducer, QuantizePath kPath, Launches kLaunches>
 __global__ void __launch_bounds__(kMaxThreads<T, kProducer, kPath, kLaunches>, 1)
@@ -72,6 +80,7 @@ __global__ void __launch_bounds__(kMaxThreads<T, kProducer, kPath, kLaunches>, 1
 
   Team<Group::kBlock> of_warps;
   Team<Group::kBlock>& block = whole_block(team, of_warps);  // for kTwo
+  allow_next_kernel();
   uint32_t tensor_absmax = 0;  // of what this team has seen, then of all
   if constexpr (kTwo) {
     if (applies && per_tensor) {

@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "check.h"
-#include "sqk/dtype.h"
+#include "sqk/quantize.h"
 #include "stable.h"
 
 namespace sqk {
@@ -31,6 +31,13 @@ inline std::string tuple_text(const Tensor& tensor) {
     text += (i ? ", " : "") + std::to_string(tensor.size(i));
   }
   return text + (tensor.dim() == 1 ? ",)" : ")");
+}
+
+// The same for [..., n] with the leading dimensions of x.
+inline std::string output_shape_text(const Tensor& x, int64_t n) {
+  std::string text = "(";
+  for (int64_t i = 0; i + 1 < x.dim(); ++i) text += std::to_string(x.size(i)) + ", ";
+  return text + std::to_string(n) + (x.dim() == 1 ? ",)" : ")");
 }
 
 inline bool same_shape(const Tensor& a, const Tensor& b) {
@@ -60,6 +67,25 @@ inline void check_vector(const std::string& op, const char* name, const MaybeTen
             size, "] (", what, "), got ", tuple_text(*tensor), ".");
 }
 
+// Scratch memory from torch's allocator, whose blocks start at multiples of 256 bytes at least; null
+// for none. `keep` owns it.
+inline void* make_workspace(const Tensor& like, int64_t bytes, MaybeTensor& keep) {
+  if (bytes == 0) return nullptr;
+  keep = empty_on(like, {bytes}, ScalarType::Char);
+  return keep->mutable_data_ptr();
+}
+
+inline MaybeTensor contiguous(const MaybeTensor& tensor) {
+  if (!tensor) return std::nullopt;
+  return torch::stable::contiguous(*tensor);
+}
+
+inline void check_activation_input(const std::string& op, const Tensor& x) {
+  check_float(op, "x", x);
+  SQK_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) >= 1, op,
+            ": x must have shape [..., K] with K >= 1, got ", tuple_text(x), ".");
+}
+
 // x [..., K] as rows of adjacent elements: the tensor itself where its strides allow, else a copy.
 struct Rows {
   Tensor tensor;
@@ -81,7 +107,6 @@ struct Rows {
     return rows;
   }
 
- private:
   // Whether one stride leads from each row to the next.
   static bool uniform(const Tensor& x) {
     const int64_t last = x.dim() - 1;
@@ -95,5 +120,24 @@ struct Rows {
     return true;
   }
 };
+
+// The checks that all quantisers share, and what they say of the scheme, the sizes and x's type.
+inline void check_quantizer(const std::string& op, const Tensor& x, int64_t k,
+                            const MaybeTensor& inv_smooth, const MaybeTensor& scale,
+                            const std::string& granularity, QuantizeParams& params) {
+  check_vector(op, "inv_smooth", inv_smooth, x, k, "one factor per channel of x");
+  check_vector(op, "scale", scale, x, 1, "a static scale for the whole tensor");
+  const bool per_tensor = granularity == "tensor";
+  SQK_CHECK(per_tensor || granularity == "token", op,
+            ": granularity must be 'token' or 'tensor', got '", granularity,
+            "'; give `scale` for the static scheme.");
+  params.scheme = scale        ? Scheme::kStatic
+                  : per_tensor ? Scheme::kPerTensor
+                               : Scheme::kPerToken;
+  params.dtype = to_dtype(x.scalar_type());
+  params.path = QuantizePath::kAuto;
+  params.m = Rows::count(x);
+  params.k = k;
+}
 
 }  // namespace sqk

@@ -18,39 +18,16 @@ struct Target {
   int64_t k_multiple;
 };
 
-MaybeTensor contiguous(const MaybeTensor& tensor) {
-  if (!tensor) return std::nullopt;
-  return torch::stable::contiguous(*tensor);
-}
-
-void check_activation(const std::string& op, const Tensor& x) {
-  check_float(op, "x", x);
-  SQK_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) >= 1, op,
-            ": x must have shape [..., K] with K >= 1, got ", tuple_text(x), ".");
-}
-
 // x_q, x_scale and workspace are made here, and everything is launched. `params` holds the producer
 // and its inputs; the tensors that they point into must outlive the call.
 std::tuple<Tensor, Tensor> run(const std::string& op, const Tensor& x, int64_t k,
                                const Target& target, QuantizeParams params) {
-  check_vector(op, "inv_smooth", target.inv_smooth, x, k, "one factor per channel of x");
-  check_vector(op, "scale", target.scale, x, 1, "a static scale for the whole tensor");
-  const bool per_tensor = target.granularity == "tensor";
-  SQK_CHECK(per_tensor || target.granularity == "token", op,
-            ": granularity must be 'token' or 'tensor', got '", target.granularity,
-            "'; give `scale` for the static scheme.");
+  check_quantizer(op, x, k, target.inv_smooth, target.scale, target.granularity, params);
   SQK_CHECK(target.k_multiple >= 1, op, ": k_multiple must be at least 1, got ", target.k_multiple,
             ".");
   constexpr int64_t kLargestMultiple = int64_t{1} << 20;
   SQK_CHECK(target.k_multiple <= kLargestMultiple, op, ": k_multiple must be at most ",
             kLargestMultiple, ", got ", target.k_multiple, ".");
-  params.scheme = target.scale ? Scheme::kStatic
-                  : per_tensor ? Scheme::kPerTensor
-                               : Scheme::kPerToken;
-  params.dtype = to_dtype(x.scalar_type());
-  params.path = QuantizePath::kAuto;
-  params.m = Rows::count(x);
-  params.k = k;
   params.k_padded = (k + target.k_multiple - 1) / target.k_multiple * target.k_multiple;
 
   const Launch launch(x);
@@ -67,13 +44,14 @@ std::tuple<Tensor, Tensor> run(const std::string& op, const Tensor& x, int64_t k
   params.x_q = x_q.mutable_data_ptr<int8_t>();
   params.x_q_stride = params.k_padded;
   params.x_scale = x_scale.mutable_data_ptr<float>();
-  params.workspace_bytes = quantize_workspace_bytes(params);
+  QuantizePlan plan;
+  Status status = sqk::plan(params, &plan);
   MaybeTensor workspace;
-  if (params.workspace_bytes > 0) {
-    workspace = empty_on(x, {params.workspace_bytes / 4}, ScalarType::Float);
-    params.workspace = workspace->mutable_data_ptr();
+  if (status == Status::kSuccess) {
+    params.workspace_bytes = plan.workspace_bytes;
+    params.workspace = make_workspace(x, plan.workspace_bytes, workspace);
+    status = quantize(params, plan, launch.stream());
   }
-  const Status status = quantize(params, launch.stream());
   SQK_CHECK(status == Status::kSuccess, op, ": ", describe(status), "; x ", shape_text(x), " ",
             dtype_name(x.scalar_type()));
   return {x_q, x_scale};
@@ -82,7 +60,7 @@ std::tuple<Tensor, Tensor> run(const std::string& op, const Tensor& x, int64_t k
 std::tuple<Tensor, Tensor> quantize_op(const Tensor& x, const MaybeTensor& inv_smooth,
                                        const MaybeTensor& scale, const std::string& granularity,
                                        int64_t k_multiple) {
-  check_activation("quantize", x);
+  check_activation_input("quantize", x);
   QuantizeParams params = {};
   params.producer = Producer::kQuantize;
   const Rows rows(x);
@@ -115,7 +93,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_op(const std::string& op, Producer produ
                                            const Tensor& x, const MaybeTensor& weight,
                                            const MaybeTensor& bias, double eps,
                                            const MaybeTensor& residual, const Target& target) {
-  check_activation(op, x);
+  check_activation_input(op, x);
   check_norm_parameter(op, "weight", weight, x);
   check_norm_parameter(op, "bias", bias, x);
   if (residual) check_like(op, "residual", *residual, x);
@@ -197,7 +175,7 @@ std::tuple<Tensor, Tensor> act_quantize_op(const Tensor& x, const std::string& k
                                            int64_t k_multiple) {
   const std::string op = "act_quantize";
   const Kind& kind = find_kind(op, kind_name);
-  check_activation(op, x);
+  check_activation_input(op, x);
   const int64_t columns = x.size(x.dim() - 1);
   const int64_t k = kind.fused ? columns / 2 : columns;
   QuantizeParams params = {};

@@ -121,17 +121,18 @@ Status plan_quantize(const QuantizeParams& params, const QuantizeDevice& device,
 // The current GPU, asked for at each call (and remembered per device).
 Status quantize_device(QuantizeDevice* device);
 
-// Bytes of workspace on the current GPU; negative for params that plan_quantize refuses.
-int64_t quantize_workspace_bytes(const QuantizeParams& params);
+// The plan on the current GPU.
+Status plan(const QuantizeParams& params, QuantizePlan* plan);
 
-// Launches on the current GPU. Nothing is allocated, nothing waits: safe to capture in a CUDA
-// graph.
-Status quantize(const QuantizeParams& params, cudaStream_t stream);
+// Launches on the current GPU, which `plan` is for. Nothing is allocated, nothing waits: safe to
+// capture in a CUDA graph.
+Status quantize(const QuantizeParams& params, const QuantizePlan& plan, cudaStream_t stream);
 
 }  // namespace sqk
 
 // The same for callers without C++. params->producer names the op; stream null: the default one.
 extern "C" SQK_EXPORT int32_t sqk_quantize(const sqk::QuantizeParams* params, void* stream);
+// Bytes of workspace on the current GPU; negative for params that plan_quantize refuses.
 extern "C" SQK_EXPORT int64_t sqk_quantize_workspace_bytes(const sqk::QuantizeParams* params);
 // device null: the current GPU.
 extern "C" SQK_EXPORT int32_t sqk_quantize_plan(const sqk::QuantizeParams* params,

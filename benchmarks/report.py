@@ -1,0 +1,73 @@
+"""What the benchmarks of GEMMs and layers share beside their cases: results files, ratios, means by classes of M."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench_quantize import geomean
+from gpu_timer import Timing
+from shapes import M_CLASSES, m_class
+
+Row = dict[str, Any]
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """At once or not at all: an interrupted run leaves what it had written before."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(data, indent=1) + "\n")
+    temporary.replace(path)
+
+
+def write_csv(path: Path, rows: Sequence[Row]) -> None:
+    """Rows of any columns; what is no single value stays out."""
+    plain = [{k: v for k, v in row.items() if not isinstance(v, (dict, list))} for row in rows]
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(name for row in plain for name in row)))
+        writer.writeheader()
+        writer.writerows(plain)
+
+
+def timing_columns(timing: Timing) -> Row:
+    return {
+        "us": timing.us,
+        "us_p20": timing.p20,
+        "us_p80": timing.p80,
+        "rounds": timing.rounds,
+        "calls": timing.calls,
+    }
+
+
+def ratio_columns(us: float, baselines: Mapping[str, Timing | None]) -> Row:
+    """For each baseline its microseconds and how many times as long as `us` it takes; None where it did not run."""
+    row: Row = {}
+    for name, timing in baselines.items():
+        row[f"{name}_us"] = timing.us if timing else None
+        row[f"vs_{name}"] = timing.us / us if timing else None
+    return row
+
+
+def ratios(row: Mapping[str, Any], names: Sequence[str]) -> str:
+    """`1.21x fp16 | - int_mm`"""
+    return " | ".join(
+        f"{row[f'vs_{name}']:.2f}x {name}" if row.get(f"vs_{name}") else f"- {name}"
+        for name in names
+    )
+
+
+def geomeans(rows: Sequence[Row], columns: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Geometric means by class of M and over all; a row counts where it has a value."""
+    groups = {name: [r for r in rows if m_class(r["M"]) == name] for _, name in M_CLASSES}
+    groups["all"] = list(rows)
+    means: dict[str, dict[str, float]] = {}
+    for name, group in groups.items():
+        if group:
+            means[name] = {"cases": len(group)}
+        for column in columns:
+            values = [row[column] for row in group if row.get(column)]
+            if values:
+                means[name][column] = geomean(values)
+    return means

@@ -1,0 +1,226 @@
+"""What the tuner concludes from its measurements: rules in the C++ of csrc/gemm/table_*.h, rates, what is lost.
+
+A result is {"model", "layer", "M", "N", "K", "dispatched": {"tile", "splits", "us"}, "times": [{"tile", "splits",
+"us", "rough"}, ...], "not_timed": [{"tile", "splits", "what", "why"}, ...], "sm_mhz", ...}. A rough time was taken
+alone and says only that others are better.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from bench_quantize import geomean
+from gemm_cases import Table, serves, tile_name
+from shapes import M_CLASSES, m_class
+
+Result = dict[str, Any]
+ANY_M = 1 << 40  # kAnyM in csrc/gemm/tile.h
+MOST_CANDIDATES = 4  # kMostCandidates
+#: A further candidate, or a rule of its own, must gain as much: less is noise, and choosing has its errors too.
+LEAST_GAIN = 1.01
+#: Multiply-adds of an SM in a clock, as in the tables: what a rate is a percentage of.
+MACS = {"sm80": 2048, "sm89": 1024, "sm90": 4096}
+
+
+@dataclass(frozen=True)
+class Rule:
+    most_m: int
+    tiles: tuple[int, ...]
+    cost: float  # geometric mean of the best candidate's time over the best tile's
+    results: int
+
+    def row(self, previous: int) -> str:
+        """As a table has it, with `previous` the most_m of the rule before (0: none)."""
+        padded = [*self.tiles, *[-1] * (MOST_CANDIDATES - len(self.tiles))]
+        most = "kAnyM" if self.most_m == ANY_M else str(self.most_m)
+        when = f"M <= {self.most_m}" if self.most_m < ANY_M else f"M > {previous}"
+        if previous == 0 and self.most_m == ANY_M:
+            when = "any M"
+        head = f"    {{{most}, {{{', '.join(map(str, padded))}}}, {json.dumps(when)},"
+        why = f"measured: {percent(self.cost)} off the best of all tiles, {self.results} problems"
+        if not self.results:
+            why = "not measured"
+        tail = f"{json.dumps(why)}}},"
+        one_line = f"{head} {tail}"
+        return one_line if len(one_line) <= 100 else f"{head}\n     {tail}"
+
+
+def percent(ratio: float) -> str:
+    return f"{100 * (ratio - 1):.1f} %"
+
+
+# --- rules ------------------------------------------------------------------------------------------------------------
+
+
+def best_times(result: Result) -> dict[int, float]:
+    """Microseconds by tile, with the splits that suit it best."""
+    found: dict[int, float] = {}
+    for time in result["times"]:
+        found[time["tile"]] = min(time["us"], found.get(time["tile"], math.inf))
+    return found
+
+
+def least_us(result: Result) -> float:
+    """The best tile's time."""
+    return min(time["us"] for time in result["times"] if not time["rough"])
+
+
+def cost(results: Sequence[Result], tiles: Iterable[int]) -> float:
+    """How far the best of some tiles is from the best of all, as a geometric mean; infinite where none serves."""
+    chosen = tuple(tiles)
+    ratios = []
+    for result in results:
+        times = best_times(result)
+        us = min((times.get(tile, math.inf) for tile in chosen), default=math.inf)
+        ratios.append(max(1.0, us / least_us(result)))
+    return math.inf if math.inf in ratios else geomean(ratios)
+
+
+def candidates(table: Table, results: Sequence[Result], most_m: int) -> tuple[int, ...]:
+    """The tiles for all M up to most_m: greedily, as long as one more gains enough, at most MOST_CANDIDATES."""
+    timed = {tile for result in results for tile in best_times(result)}
+    possible = [t["tile"] for t in table["tiles"] if serves(t, most_m)]
+    possible = [tile for tile in possible if tile in timed]
+    found: tuple[int, ...] = ()
+    while len(found) < MOST_CANDIDATES:
+        others = [t for t in possible if t not in found]
+        costs = {t: cost(results, (*found, t)) for t in others}
+        best = min(costs, key=lambda t: costs[t], default=None)
+        if best is None or cost(results, found) < LEAST_GAIN * costs[best]:
+            break
+        if math.isinf(costs[best]):
+            # None serves all alone: the one that serves most, so that the next can complete it.
+            best = max(others, key=lambda t: sum(t in best_times(r) for r in results))
+        found = (*found, best)
+    return found
+
+
+def rules(table: Table, results: Sequence[Result]) -> list[Rule]:
+    """A rule for every measured M, neighbours merged where that costs nothing; the last one is for any M. A tile that
+    was wrong anywhere is in none.
+
+    An M between two measured ones falls to the larger one's rule. Where the last one wants a streaming kernel, which
+    cannot serve any M, the table's own last rule stays behind it.
+    """
+    usable = [r for r in results if r["times"]]
+    wrong = {t["tile"] for r in results for t in r["not_timed"] if t["what"] == "wrong"}
+    table = table | {"tiles": [t for t in table["tiles"] if t["tile"] not in wrong]}
+    groups: list[tuple[int, list[Result]]] = [
+        (m, list(group))
+        for m, group in itertools.groupby(
+            sorted(usable, key=lambda r: r["M"]), key=lambda r: r["M"]
+        )
+    ]
+    if not groups:
+        return []
+    last, group = groups[-1]
+    if candidates(table, group, ANY_M) == candidates(table, group, last):
+        groups[-1] = (ANY_M, group)
+    found: list[tuple[Rule, list[Result]]] = []
+    for most_m, group in groups:
+        rule = make_rule(table, group, most_m)
+        if not rule.tiles:
+            continue  # the next rule serves these tokens too
+        if found:
+            before, earlier = found[-1]
+            pooled = make_rule(table, [*earlier, *group], most_m)
+            apart = geomean([before.cost] * len(earlier) + [rule.cost] * len(group))
+            # More candidates than either needs would leave more for the dispatch's arithmetic to get wrong.
+            as_few = len(pooled.tiles) <= min(len(before.tiles), len(rule.tiles))
+            if as_few and pooled.cost <= LEAST_GAIN * apart:
+                found[-1] = (pooled, [*earlier, *group])
+                continue
+        found.append((rule, group))
+    made = [rule for rule, _ in found]
+    if made and made[-1].most_m < ANY_M:
+        made.append(Rule(ANY_M, tuple(table["rules"][-1]["tiles"]), math.nan, 0))
+    return made
+
+
+def make_rule(table: Table, results: Sequence[Result], most_m: int) -> Rule:
+    tiles = candidates(table, results, most_m)
+    return Rule(most_m, tiles, cost(results, tiles), len(results))
+
+
+def cpp_rules(table: Table, results: Sequence[Result]) -> list[str]:
+    name = table["name"].capitalize()
+    found = rules(table, results)
+    limits = [0, *(rule.most_m for rule in found)]
+    rows = [rule.row(previous) for rule, previous in zip(found, limits, strict=False)]
+    return [f"constexpr GemmRule k{name}Rules[] = {{", *rows, "};"] if rows else []
+
+
+# --- rates ------------------------------------------------------------------------------------------------------------
+
+
+def rates(
+    table: Table, results: Sequence[Result], sms: int | None
+) -> dict[int, tuple[float, Result]]:
+    """The highest percentage of the tensor cores' peak, at the clock measured, by tile; and where it was reached.
+
+    What a tile multiplies beyond M and N counts: the rate is that of the instructions. First loads, last stores and an
+    unfilled last wave are in the time, so the main loop itself is somewhat faster; the largest problems say most.
+    """
+    found: dict[int, tuple[float, Result]] = {}
+    for result in results:
+        mhz = result.get("sm_mhz")
+        if not mhz or not sms:
+            continue
+        peak = 2 * MACS[table["name"]] * sms * mhz * 1e6
+        for tile, us in best_times(result).items():
+            row = table["tiles"][tile]
+            m = math.ceil(result["M"] / row["m"]) * row["m"]
+            n = math.ceil(result["N"] / row["n"]) * row["n"]
+            rate = 100 * 2 * m * n * result["K"] / (us * 1e-6) / peak
+            if rate > found.get(tile, (0.0, result))[0]:
+                found[tile] = (rate, result)
+    return found
+
+
+def rate_lines(table: Table, results: Sequence[Result], sms: int | None) -> list[str]:
+    found = rates(table, results, sms)
+    if not found:
+        return ["// rates: unknown, no clock was read"]
+    lines = ["// rate: percent of the peak at the clock measured; the table's own in brackets"]
+    for tile, (rate, at) in sorted(found.items()):
+        row = table["tiles"][tile]
+        lines.append(
+            f"//   {tile:2d} {row['name']:26s} {rate:5.1f} [{row['rate']}] at M {at['M']} N {at['N']} K {at['K']}, "
+            f"{at['sm_mhz']:.0f} MHz"
+        )
+    return lines
+
+
+# --- what the dispatch loses ------------------------------------------------------------------------------------------
+
+
+def loss(result: Result) -> float:
+    """The dispatch's time over the best tile's, at least 1: the dispatch takes one of them, give or take the noise."""
+    return max(1.0, result["dispatched"]["us"] / least_us(result))
+
+
+def named(table: Table, time: dict[str, Any]) -> str:
+    return tile_name(table, (time["tile"], time["splits"]) if time["tile"] >= 0 else None)
+
+
+def loss_line(table: Table, result: Result) -> str:
+    best = min((t for t in result["times"] if not t["rough"]), key=lambda t: t["us"])
+    now = result["dispatched"]
+    return (
+        f"{result['model'] + ' ' + result['layer']:18s} M {result['M']:4d} N {result['N']:5d} K {result['K']:5d} | "
+        f"{now['us']:8.2f} us {named(table, now):26s} | best {best['us']:8.2f} us {named(table, best):26s} | "
+        f"loses {percent(loss(result))}"
+    )
+
+
+def loss_means(results: Sequence[Result]) -> dict[str, float]:
+    """Geometric means of `loss` by class of M and over all."""
+    usable = [r for r in results if r["times"]]
+    groups = {name: [r for r in usable if m_class(r["M"]) == name] for _, name in M_CLASSES}
+    groups["all"] = usable
+    return {name: geomean(map(loss, group)) for name, group in groups.items() if group}

@@ -1,0 +1,165 @@
+// Launches GEMMs and linear layers by plan. Kernel ring: no torch.
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstdio>
+
+#include "gemm/kernels.h"
+
+namespace sqk {
+namespace {
+
+WgmmaEntry wgmma_entry([[maybe_unused]] int32_t tile) {
+#if SQK_WITH_SM90
+  for (const auto find : {wgmma_swap, wgmma_stream_k, wgmma_middle, wgmma_large}) {
+    const WgmmaEntry entry = find(tile);
+    if (entry.launch != nullptr) return entry;
+  }
+#endif
+  return {};
+}
+
+const GemmTile& tile_of(const GemmPlan& plan) { return gemm_table(plan.table).tiles[plan.tile]; }
+
+// The workspace of CUTLASS's scheduler, which plan_gemm cannot know.
+void add_workspace(const GemmParams& params, const GemmDevice& device, GemmPlan* plan) {
+  if (plan->launches == 0 || tile_of(*plan).kernel != GemmKernel::kWgmma) return;
+  const WgmmaEntry entry = wgmma_entry(plan->tile);
+  if (entry.workspace_bytes != nullptr) {
+    plan->workspace_bytes = entry.workspace_bytes(params, device);
+  }
+}
+
+Status check_workspace(const void* workspace, int64_t bytes, int64_t wanted) {
+  if (wanted > 0 && workspace == nullptr) return Status::kInvalidArgument;
+  return bytes < wanted ? Status::kWorkspaceTooSmall : Status::kSuccess;
+}
+
+Status launch(const GemmParams& params, const GemmPlan& plan, const QuantizeParams* fused,
+              cudaStream_t stream) {
+  GemmDevice device;
+  const Status status = gemm_device(&device);
+  if (status != Status::kSuccess || plan.launches == 0) return status;
+  const GemmTile& tile = tile_of(plan);
+  if (tile.kernel == GemmKernel::kStream) {
+    return launch_stream(params, fused, device, tile, stream);
+  }
+  GemmLaunch launch_tile = nullptr;
+  if (tile.kernel == GemmKernel::kWgmma) {
+    launch_tile = wgmma_entry(plan.tile).launch;
+  } else {
+#if SQK_WITH_SM80
+    launch_tile = mma_launch(plan.table, plan.tile);
+#endif
+  }
+  if (launch_tile == nullptr) return Status::kUnsupportedArch;
+  return launch_tile(params, device, plan, stream);
+}
+
+}  // namespace
+
+Status gemm_device(GemmDevice* device) {
+  QuantizeDevice known;
+  const Status status = quantize_device(&known);
+  // Clusters and wgmma come with the same architecture, 9.0a.
+  *device = {known.sms, known.capability, known.shared_bytes, known.clusters};
+  return status;
+}
+
+Status plan(const GemmParams& params, GemmPlan* plan) {
+  GemmDevice device;
+  Status status = gemm_device(&device);
+  if (status == Status::kSuccess) status = plan_gemm(params, device, plan);
+  if (status == Status::kSuccess) add_workspace(params, device, plan);
+  return status;
+}
+
+Status gemm_s8(const GemmParams& params, const GemmPlan& plan, cudaStream_t stream) {
+  const Status status =
+      check_workspace(params.workspace, params.workspace_bytes, plan.workspace_bytes);
+  return status == Status::kSuccess ? launch(params, plan, nullptr, stream) : status;
+}
+
+Status plan(const LinearParams& params, LinearPlan* out) {
+  *out = {};
+  Status status = plan(params.gemm, &out->gemm);
+  if (status != Status::kSuccess) return status;
+  out->fused = out->gemm.launches > 0 && tile_of(out->gemm).kernel == GemmKernel::kStream &&
+               stream_quantizes(params.quantize, params.gemm);
+  if (!out->fused) status = plan(params.quantize, &out->quantize);
+  // One follows the other in the stream: they can share.
+  out->workspace_bytes = std::max(out->gemm.workspace_bytes, out->quantize.workspace_bytes);
+  // The kernel that writes x_q comes right before; a clearing of counters would come between.
+  out->gemm.overlap = !out->fused && out->gemm.workspace_bytes == 0;
+  return status;
+}
+
+Status linear_s8(const LinearParams& params, const LinearPlan& plan, cudaStream_t stream) {
+  Status status = check_workspace(params.gemm.workspace, params.gemm.workspace_bytes,
+                                  plan.workspace_bytes);
+  if (status != Status::kSuccess) return status;
+  if (plan.fused) return launch(params.gemm, plan.gemm, &params.quantize, stream);
+  QuantizeParams quantizer = params.quantize;
+  quantizer.workspace = params.gemm.workspace;
+  quantizer.workspace_bytes = params.gemm.workspace_bytes;
+  status = quantize(quantizer, plan.quantize, stream);
+  if (status != Status::kSuccess) return status;
+  GemmParams gemm = params.gemm;
+  gemm.x_q = quantizer.x_q;
+  gemm.x_q_stride = quantizer.x_q_stride;
+  gemm.x_scale = quantizer.x_scale;
+  gemm.x_per_token = quantizer.scheme != Scheme::kPerTensor;
+  return launch(gemm, plan.gemm, nullptr, stream);
+}
+
+}  // namespace sqk
+
+extern "C" int32_t sqk_gemm_s8(const sqk::GemmParams* params, void* stream) {
+  sqk::GemmPlan plan;
+  sqk::Status status = sqk::plan(*params, &plan);
+  if (status == sqk::Status::kSuccess) {
+    status = sqk::gemm_s8(*params, plan, static_cast<cudaStream_t>(stream));
+  }
+  return static_cast<int32_t>(status);
+}
+
+extern "C" int32_t sqk_gemm_plan(const sqk::GemmParams* params, const sqk::GemmDevice* device,
+                                 sqk::GemmPlan* plan) {
+  return static_cast<int32_t>(device == nullptr ? sqk::plan(*params, plan)
+                                                : sqk::plan_gemm(*params, *device, plan));
+}
+
+extern "C" const char* sqk_gemm_choice(int64_t m, int64_t n, int64_t k,
+                                       const sqk::GemmDevice* device) {
+  thread_local char text[256];
+  sqk::GemmParams params = {};
+  params.m = m;
+  params.n = n;
+  params.k = k;
+  params.x_q_stride = params.w_q_stride = (k + 15) / 16 * 16;
+  params.y_stride = n;
+  params.y_dtype = sqk::DType::kFloat16;
+  params.tile = -1;
+  sqk::GemmPlan plan;
+  if (sqk_gemm_plan(&params, device, &plan) != 0 || plan.launches == 0) return "{}";
+  std::snprintf(text, sizeof text,
+                "{\"table\": \"%s\", \"tile\": %d, \"splits\": %d, \"blocks\": %lld, "
+                "\"workspace_bytes\": %lld, \"expected_clocks\": %.0f}",
+                sqk::gemm_table(plan.table).name, plan.tile, plan.splits,
+                static_cast<long long>(plan.blocks), static_cast<long long>(plan.workspace_bytes),
+                plan.expected_clocks);
+  return text;
+}
+
+extern "C" int32_t sqk_linear_s8(const sqk::LinearParams* params, void* stream) {
+  sqk::LinearPlan plan;
+  sqk::Status status = sqk::plan(*params, &plan);
+  if (status == sqk::Status::kSuccess) {
+    status = sqk::linear_s8(*params, plan, static_cast<cudaStream_t>(stream));
+  }
+  return static_cast<int32_t>(status);
+}
+
+extern "C" int32_t sqk_linear_plan(const sqk::LinearParams* params, sqk::LinearPlan* plan) {
+  return static_cast<int32_t>(sqk::plan(*params, plan));
+}

@@ -1,0 +1,305 @@
+// INT8 GEMM by mma.sync, for GPUs without wgmma. Kernel ring: no torch.
+//
+// A block computes a tile of y: cp.async keeps kStages - 1 tiles of x_q and w_q under way while
+// ldmatrix and mma.sync work on one. Where few tiles leave SMs idle, several blocks share a tile's
+// k: each leaves its sums in the workspace, and the one that comes last adds the others' to its
+// own.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "gemm/epilogue.cuh"
+#include "gemm/mma_ops.cuh"
+#include "gemm/splits.h"
+#include "launch_kernel.h"
+
+namespace sqk {
+
+struct MmaParams {
+  const int8_t* x_q;
+  const int8_t* w_q;
+  int64_t x_q_stride, w_q_stride;
+  int32_t k;
+  int32_t k_tiles;
+  int32_t m_tiles, n_tiles;
+  int32_t group;      // tiles along m that are worked off before the next ones along n
+  int32_t splits;     // blocks per tile
+  uint32_t* tickets;  // [tiles], 0 before the launch; for splits > 1
+  int4* partials;     // [splits, tiles, kM * kN / 4]; for splits > 1
+  Epilogue epilogue;
+};
+
+// A thread's share in copying one operand's tiles: piece `piece` of every kStep-th row.
+template <int kRows, int kK, int kThreads>
+class TileCopy {
+ public:
+  static constexpr int kPieces = kK / 16;
+  static constexpr int kStep = kThreads / kPieces;
+  static constexpr int kCopies = kRows / kStep;
+  // kStep % 8: the rows of a thread are swizzled alike and lie at fixed distances.
+  static_assert(kThreads % kPieces == 0 && kRows % kStep == 0 && kStep % 8 == 0);
+
+  // Rows behind the last one are that one again: they cost no predicates in the loop, a warp reads
+  // them once, and what comes of them is not stored.
+  __device__ TileCopy(const int8_t* base, int64_t stride, uint32_t row0, uint32_t rows)
+      : piece_(threadIdx.x % kPieces) {
+    const uint32_t row = threadIdx.x / kPieces;
+    to_ = swizzled<kK>(row, piece_);
+#pragma unroll
+    for (int i = 0; i < kCopies; ++i) {
+      from_[i] = base + min(row0 + row + i * kStep, rows - 1) * stride + 16 * piece_;
+    }
+  }
+
+  // The tile at the k-th element, of which only `valid` elements count.
+  __device__ void copy_part(uint32_t stage, int64_t k, int valid) const {
+    const int bytes = max(0, min(16, valid - 16 * piece_));
+    const int64_t offset = bytes > 0 ? k : -16 * piece_;  // an address that exists
+#pragma unroll
+    for (int i = 0; i < kCopies; ++i) {
+      copy_async(stage + to_ + i * kStep * kK, from_[i] + offset, bytes);
+    }
+  }
+
+  __device__ void advance(int64_t bytes) {
+#pragma unroll
+    for (int i = 0; i < kCopies; ++i) from_[i] += bytes;
+  }
+
+  // The tile that `advance` has come to.
+  __device__ void copy_whole(uint32_t stage) const {
+#pragma unroll
+    for (int i = 0; i < kCopies; ++i) copy_async(stage + to_ + i * kStep * kK, from_[i]);
+  }
+
+ private:
+  const int8_t* from_[kCopies];
+  int to_;
+  int piece_;
+};
+
+// Which tile a block works on: along m within a group, then along n, then the next group. Blocks
+// that run at the same time thus need few distinct rows of both operands, the weights stream by
+// once for each group, and the group's tokens stay in L2.
+struct TilePosition {
+  uint32_t m, n;
+};
+__device__ inline TilePosition tile_position(const MmaParams& p, uint32_t tile) {
+  if (p.m_tiles == 1) return {0, tile};  // few tokens: no time for divisions
+  const uint32_t in_group = static_cast<uint32_t>(p.group) * p.n_tiles;
+  const uint32_t first = tile / in_group * p.group;
+  const uint32_t rows =
+      min(static_cast<uint32_t>(p.group), p.m_tiles - first);  // the last is short
+  const uint32_t rest = tile % in_group;
+  return {first + rest % rows, rest / rows};
+}
+
+// Adds up what the blocks of a tile have; true for the one block that then holds all of it. kWords
+// 16-byte words a thread, in the order of the threads: writer and reader use the same, whole lines.
+template <int kWords, int kThreads>
+__device__ bool combine_splits(const MmaParams& p, uint32_t tile, uint32_t split, int32_t* acc) {
+  const int64_t words = int64_t{kWords} * kThreads;
+  const int64_t tiles = int64_t{p.m_tiles} * p.n_tiles;
+  int4* slot = p.partials + (split * tiles + tile) * words + threadIdx.x;
+#pragma unroll
+  for (int i = 0; i < kWords; ++i) {
+    const int32_t* sum = acc + 4 * i;
+    __stcg(slot + i * kThreads, make_int4(sum[0], sum[1], sum[2], sum[3]));
+  }
+  // Every thread's sums are visible before the block's ticket is.
+  __threadfence();
+  __syncthreads();
+  const bool last = threadIdx.x == 0 && atomicAdd(p.tickets + tile, 1u) + 1 == p.splits;
+  if (!__syncthreads_or(last)) return false;
+  __threadfence();
+#pragma unroll 1
+  for (int other = 0; other < p.splits; ++other) {
+    if (other == split) continue;
+    const int4* theirs = p.partials + (other * tiles + tile) * words + threadIdx.x;
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) {
+      const int4 sum = __ldcg(theirs + i * kThreads);
+      acc[4 * i] += sum.x;
+      acc[4 * i + 1] += sum.y;
+      acc[4 * i + 2] += sum.z;
+      acc[4 * i + 3] += sum.w;
+    }
+  }
+  return true;
+}
+
+// Two blocks of 128 threads can have 255 registers each. Without the second bound ptxas aims at
+// more blocks and spills.
+constexpr int mma_blocks_per_sm(int threads) { return threads <= 128 ? 2 : 1; }
+
+template <int kM, int kN, int kK, int kWarpsM, int kWarpsN, int kStages>
+__global__ void __launch_bounds__(32 * kWarpsM * kWarpsN, mma_blocks_per_sm(32 * kWarpsM * kWarpsN))
+    mma_gemm_kernel(const __grid_constant__ MmaParams p) {
+  constexpr int kThreads = 32 * kWarpsM * kWarpsN;
+  constexpr int kWarpM = kM / kWarpsM, kWarpN = kN / kWarpsN;
+  constexpr int kRows = kWarpM / 16, kColumns = kWarpN / 16;  // of 16 tokens, 16 channels
+  constexpr int kSteps = kK / 32;
+  constexpr int kStageBytes = (kM + kN) * kK;
+  static_assert(kWarpM % 16 == 0 && kWarpN % 16 == 0 && kSteps % 2 == 0 && kStages >= 2);
+  extern __shared__ __align__(128) int8_t stages[];
+
+  const uint32_t tiles = static_cast<uint32_t>(p.m_tiles) * p.n_tiles;
+  const uint32_t split = p.splits > 1 ? blockIdx.x / tiles : 0;
+  const uint32_t tile = blockIdx.x - split * tiles;
+  const TilePosition position = tile_position(p, tile);
+  const SplitRange range = split_range(p.k_tiles, p.splits, split);
+
+  const auto shared = static_cast<uint32_t>(__cvta_generic_to_shared(stages));
+  TileCopy<kM, kK, kThreads> x(p.x_q, p.x_q_stride, position.m * kM, p.epilogue.m);
+  TileCopy<kN, kK, kThreads> w(p.w_q, p.w_q_stride, position.n * kN, p.epilogue.n);
+
+  // The last tile of the range comes first, because it alone may be a part, which needs byte
+  // counts; the loop then knows whole tiles only. Integers: the order of the sum does not matter.
+  const int64_t k_first = int64_t{range.first} * kK, k_last = k_first + (range.count - 1) * kK;
+  const int valid = static_cast<int>(min(int64_t{kK}, p.k - k_last));
+  x.copy_part(shared, k_last, valid);
+  w.copy_part(shared + kM * kK, k_last, valid);
+  commit_copies();
+  x.advance(k_first);
+  w.advance(k_first);
+#pragma unroll
+  for (int i = 1; i < kStages - 1; ++i) {
+    if (i < range.count) {
+      x.copy_whole(shared + i * kStageBytes);
+      w.copy_whole(shared + i * kStageBytes + kM * kK);
+    }
+    x.advance(kK);
+    w.advance(kK);
+    commit_copies();
+  }
+
+  // Lane 8 i + r reads row r of matrix i. Of x_q: tokens 0-7 and 8-15 of the first 16 bytes, then
+  // of the second, as mma.sync wants its four words; of w_q: both pieces of channels 0-7, then of
+  // 8-15.
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int warp_m = warp / kWarpsN * kWarpM, warp_n = warp % kWarpsN * kWarpN;
+  const uint32_t x_lane = swizzled<kK>(warp_m + lane % 16, lane / 16);
+  const uint32_t w_lane = kM * kK + swizzled<kK>(warp_n + lane / 16 * 8 + lane % 8, lane / 8 % 2);
+
+  int32_t acc[kRows][kColumns][8] = {};
+  uint32_t a[2][kRows][4], b[2][kColumns][4];
+  const auto load_step = [&](uint32_t stage, int step) {
+    // Two pieces on: the swizzle is an exclusive or, and nothing else sets these bits.
+    const uint32_t from_x = (stage + x_lane) ^ 32 * step, from_w = (stage + w_lane) ^ 32 * step;
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) load_matrices(a[step % 2][i], from_x + i * 16 * kK);
+#pragma unroll
+    for (int j = 0; j < kColumns; ++j) load_matrices(b[step % 2][j], from_w + j * 16 * kK);
+  };
+
+  wait_for_copies<kStages - 2>();
+  __syncthreads();
+  constexpr uint32_t kEnd = kStages * kStageBytes;
+  uint32_t read = 0, write = kEnd - kStageBytes;  // stages, in bytes
+  load_step(shared, 0);
+#pragma unroll 1
+  for (int done = 0; done < range.count; ++done) {
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      if (step == kSteps - 1) {
+        // The next tile has arrived, and all warps have read this one, whose stage the next turn's
+        // copies overwrite: one barrier for both.
+        wait_for_copies<kStages - 2>();
+        __syncthreads();
+        read = read + kStageBytes == kEnd ? 0 : read + kStageBytes;
+      }
+      load_step(shared + read, (step + 1) % kSteps);  // behind the last tile: never used
+      if (step == 0) {
+        if (done + kStages - 1 < range.count) {
+          x.copy_whole(shared + write);
+          w.copy_whole(shared + write + kM * kK);
+        }
+        x.advance(kK);  // past the end too: a condition would cost more
+        w.advance(kK);
+        commit_copies();  // an empty group too: wait_for_copies counts them
+        write = write + kStageBytes == kEnd ? 0 : write + kStageBytes;
+      }
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+        for (int j = 0; j < kColumns; ++j) {
+          multiply_add(acc[i][j], a[step % 2][i], b[step % 2][j]);
+          multiply_add(acc[i][j] + 4, a[step % 2][i], b[step % 2][j] + 2);
+        }
+      }
+    }
+  }
+
+  if (p.splits > 1 && !combine_splits<kRows * kColumns * 2, kThreads>(p, tile, split, acc[0][0])) {
+    return;
+  }
+  // Registers have no index, and the epilogue is too long to be there for each i: the rows move up.
+  int channel0 = position.n * kN + warp_n;
+#pragma unroll 1
+  for (int i = 0; i < kRows; ++i) {
+    // As if it changed: what store_tokens loads per channel would be spilled if it left the loop.
+    asm volatile("" : "+r"(channel0));
+    store_tokens<2 * kColumns>(p.epilogue, acc[0][0], position.m * kM + warp_m + 16 * i, channel0);
+#pragma unroll
+    for (int row = 1; row < kRows; ++row) {
+#pragma unroll
+      for (int j = 0; j < kColumns; ++j) {
+#pragma unroll
+        for (int word = 0; word < 8; ++word) acc[row - 1][j][word] = acc[row][j][word];
+      }
+    }
+  }
+}
+
+// Tokens whose tiles make a group: of the 200 to 300 blocks that an A100 or an RTX 4090 runs at a
+// time, each some 128 x 128, a square is 2048 high, and its tokens at K = 8192 are 16 MiB of L2.
+constexpr int32_t kGroupTokens = 2048;
+
+template <int kM, int kN, int kK, int kWarpsM, int kWarpsN, int kStages>
+Status launch_mma(const GemmParams& params, const GemmDevice&, const GemmPlan& plan,
+                  cudaStream_t stream) {
+  const auto tiles_of = [](int64_t size, int64_t tile) { return (size + tile - 1) / tile; };
+  const int64_t m_tiles = tiles_of(params.m, kM), n_tiles = tiles_of(params.n, kN);
+  const int64_t k_tiles = tiles_of(params.k, kK), tiles = m_tiles * n_tiles;
+  const int64_t splits = plan.splits < 1 ? 1 : plan.splits < k_tiles ? plan.splits : k_tiles;
+  // Positions of a tile's last row and column, and the blocks of a grid.
+  if (m_tiles * kM > INT32_MAX || n_tiles * kN > INT32_MAX || tiles * splits > INT32_MAX) {
+    return Status::kUnsupportedShape;
+  }
+
+  MmaParams p = {};
+  p.x_q = params.x_q;
+  p.w_q = params.w_q;
+  p.x_q_stride = params.x_q_stride;
+  p.w_q_stride = params.w_q_stride;
+  p.k = static_cast<int32_t>(params.k);
+  p.k_tiles = static_cast<int32_t>(k_tiles);
+  p.m_tiles = static_cast<int32_t>(m_tiles);
+  p.n_tiles = static_cast<int32_t>(n_tiles);
+  // Groups of one size, so that none is left with a tile or two for which all weights stream by.
+  const int64_t groups = tiles_of(m_tiles, kGroupTokens / kM);
+  p.group = static_cast<int32_t>(tiles_of(m_tiles, groups));
+  p.splits = static_cast<int32_t>(splits);
+  p.epilogue = make_epilogue(params);
+
+  if (splits > 1) {
+    const int64_t counters = split_counter_bytes(tiles);
+    p.tickets = static_cast<uint32_t*>(params.workspace);
+    p.partials = reinterpret_cast<int4*>(static_cast<int8_t*>(params.workspace) + counters);
+    const cudaError_t error = cudaMemsetAsync(p.tickets, 0, counters, stream);
+    if (error != cudaSuccess) return status_from_cuda(error);
+  }
+
+  constexpr int kThreads = 32 * kWarpsM * kWarpsN, kSharedBytes = kStages * (kM + kN) * kK;
+  KernelLaunch launch = {};
+  launch.function =
+      reinterpret_cast<const void*>(&mma_gemm_kernel<kM, kN, kK, kWarpsM, kWarpsN, kStages>);
+  launch.grid = dim3(static_cast<unsigned>(tiles * splits));
+  launch.block = dim3(kThreads);
+  launch.shared_bytes = kSharedBytes;
+  launch.stream = stream;
+  static DevicesSeen seen;
+  return launch_kernel(launch, &p, kSharedBytes, seen);
+}
+
+}  // namespace sqk

@@ -1,0 +1,172 @@
+// Which tile a problem takes: the tables, and the arithmetic around them. Kernel ring: no torch; this
+// file needs no CUDA compiler and no GPU.
+#include <algorithm>
+#include <string>
+
+#include "gemm/splits.h"
+#include "gemm/table_sm80.h"
+#include "gemm/table_sm89.h"
+#include "gemm/table_sm90.h"
+
+namespace sqk {
+namespace {
+
+constexpr int64_t kMaxSide = int64_t{1} << 30;  // positions are 32-bit
+constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;
+
+constexpr int64_t divide_up(int64_t x, int64_t by) { return (x + by - 1) / by; }
+
+const GemmTableView* const kTables[kGemmTables] = {&kSm80Table, &kSm89Table, &kSm90Table};
+
+bool aligned(const void* pointer, int64_t stride, int64_t rows) {
+  return reinterpret_cast<uintptr_t>(pointer) % kGemmAlignment == 0 &&
+         (rows <= 1 || stride % kGemmAlignment == 0);
+}
+
+bool is_output(DType dtype) { return dtype >= DType::kFloat32 && dtype <= DType::kInt8; }
+
+Status check(const GemmParams& p) {
+  const bool int8 = p.y_dtype == DType::kInt8;
+  if (p.m < 0 || p.n < 1 || p.k < 1 || p.m > kMaxSide || p.n > kMaxSide || p.k > kMaxGemmK ||
+      !is_output(p.y_dtype) || int8 != (p.out_scale != nullptr) || (!int8 && p.relu != 0) ||
+      p.splits < 0 || p.tile < -1) {
+    return Status::kInvalidArgument;
+  }
+  if (p.residual != nullptr &&
+      (int8 || !is_output(p.residual_dtype) || p.residual_dtype == DType::kInt8)) {
+    return Status::kInvalidArgument;
+  }
+  if ((p.m > 1 && p.x_q_stride < p.k) || (p.n > 1 && p.w_q_stride < p.k) ||
+      (p.m > 1 && p.y_stride < p.n) || !aligned(p.x_q, p.x_q_stride, p.m) ||
+      !aligned(p.w_q, p.w_q_stride, p.n)) {
+    return Status::kInvalidArgument;
+  }
+  return Status::kSuccess;
+}
+
+GemmTable table_of(const GemmDevice& device) {
+  if (device.wgmma) return GemmTable::kSm90;
+  // A100's tiles want two blocks of 80 KiB on an SM, or one of 96: by what the GPU has, not by name.
+  return device.shared_bytes >= 160 * 1024 ? GemmTable::kSm80 : GemmTable::kSm89;
+}
+
+bool serves(const GemmTile& tile, const GemmParams& p, const GemmDevice& device) {
+  return shared_bytes(tile) <= device.shared_bytes &&
+         (tile.kernel != GemmKernel::kStream || p.m <= tile.m);
+}
+
+int64_t tiles_of(const GemmTile& tile, const GemmParams& p) {
+  // Clusters come whole: what is missing in the last one is launched all the same.
+  return divide_up(p.m, tile.m * tile.cluster_m) * tile.cluster_m *
+         divide_up(p.n, tile.n * tile.cluster_n) * tile.cluster_n;
+}
+
+// Clocks until a problem is done, by the busiest multiprocessor: what it multiplies or what it
+// loads, whichever takes longer, and a constant for each tile it works off; and not before memory
+// has delivered everything once, so that tiles which can do no better are equal.
+double expected_clocks(const GemmTile& tile, const GemmMachine& machine, const GemmParams& p,
+                       const GemmDevice& device, int64_t splits) {
+  const auto tiles = static_cast<double>(tiles_of(tile, p));
+  const double sms = device.sms, area = 1.0 * tile.m * tile.n;
+  const bool stream_k = tile.schedule == Schedule::kStreamK;
+  const auto k = static_cast<double>(divide_up(p.k, tile.k) * tile.k);
+  const double busy = stream_k ? sms : std::min(sms, tiles * static_cast<double>(splits));
+  const double bytes_per_clock =
+      std::min<double>(machine.sm_bytes, machine.l2_bytes * sms / busy);
+  const double loads =
+      k * (1.0 * tile.m / tile.cluster_n + 1.0 * tile.n / tile.cluster_m) / bytes_per_clock;
+  const double work = std::max(area * k / (machine.macs * tile.rate / 100.0), loads);
+  const double memory = (1.0 * p.n * p.k + 1.0 * p.m * p.k + 2.0 * p.m * p.n) / machine.memory_bytes;
+  double clocks = 0;
+  if (tile.kernel == GemmKernel::kStream) {
+    // A tile's reads go on while the one before is stored; the tokens stay in shared memory.
+    clocks = tiles / sms * k * tile.n / machine.l2_bytes + machine.overhead;
+  } else if (stream_k) {
+    // Parts of tiles go through the workspace, and its counters are cleared first.
+    clocks = tiles / sms * work + 2.0 * machine.overhead + machine.launch +
+             8.0 * area / machine.l2_bytes;
+  } else {
+    const auto blocks =
+        static_cast<double>(divide_up(static_cast<int64_t>(tiles) * splits, device.sms));
+    clocks = blocks * (work / static_cast<double>(splits) + machine.overhead);
+    if (splits > 1) {
+      clocks += static_cast<double>(splits) * 4.0 * area / machine.l2_bytes + machine.launch;
+    }
+  }
+  return std::max(clocks, memory + machine.overhead);
+}
+
+// Of 1 .. most_splits (and no more than k has tiles) what is done first.
+int64_t best_splits(const GemmTile& tile, const GemmMachine& machine, const GemmParams& p,
+                    const GemmDevice& device) {
+  const int64_t most = std::min<int64_t>(tile.most_splits, divide_up(p.k, tile.k));
+  int64_t best = 1;
+  for (int64_t splits = 2; splits <= most; ++splits) {
+    if (tiles_of(tile, p) * splits > 4 * device.sms) break;
+    if (expected_clocks(tile, machine, p, device, splits) <
+        expected_clocks(tile, machine, p, device, best)) {
+      best = splits;
+    }
+  }
+  return best;
+}
+
+// An estimate is not worth more: the rules name the simpler kernel first.
+constexpr double kClearlyLess = 0.97;
+
+int32_t choose(const GemmTableView& table, const GemmParams& p, const GemmDevice& device) {
+  const GemmRule* rule = table.rules;
+  while (p.m > rule->most_m) ++rule;
+  int32_t best = -1;
+  double least = 0;
+  for (int32_t candidate : rule->candidates) {
+    if (candidate < 0 || !serves(table.tiles[candidate], p, device)) continue;
+    const GemmTile& tile = table.tiles[candidate];
+    const int64_t splits = best_splits(tile, table.machine, p, device);
+    const double clocks = expected_clocks(tile, table.machine, p, device, splits);
+    if (best < 0 || clocks < kClearlyLess * least) {
+      best = candidate;
+      least = clocks;
+    }
+  }
+  return best;
+}
+
+}  // namespace
+
+const GemmTableView& gemm_table(GemmTable table) { return *kTables[static_cast<int>(table)]; }
+
+Status plan_gemm(const GemmParams& params, const GemmDevice& device, GemmPlan* plan) {
+  *plan = {};
+  const Status status = check(params);
+  if (status != Status::kSuccess) return status;
+  plan->table = table_of(device);
+  const GemmTableView& table = gemm_table(plan->table);
+  if (params.tile >= table.tile_count) return Status::kInvalidArgument;
+  if (params.m == 0) return Status::kSuccess;
+  plan->tile = params.tile >= 0 ? params.tile : choose(table, params, device);
+  if (plan->tile < 0 || !serves(table.tiles[plan->tile], params, device)) {
+    return Status::kUnsupportedShape;
+  }
+  const GemmTile& tile = table.tiles[plan->tile];
+  const int64_t most = std::min<int64_t>(tile.most_splits, divide_up(params.k, tile.k));
+  if (params.splits > tile.most_splits) return Status::kUnsupportedShape;
+  const int64_t splits = params.splits > 0
+                             ? std::min<int64_t>(params.splits, most)
+                             : best_splits(tile, table.machine, params, device);
+  plan->splits = static_cast<int32_t>(splits);
+  plan->launches = 1;
+  plan->tiles = tiles_of(tile, params);
+  plan->blocks = plan->tiles * splits;
+  if (plan->blocks > kMaxBlocks) return Status::kUnsupportedShape;
+  plan->shared_bytes = shared_bytes(tile);
+  plan->expected_clocks =
+      expected_clocks(tile, table.machine, params, device, splits);
+  if (splits > 1) {
+    plan->counter_bytes = split_counter_bytes(plan->tiles);
+    plan->workspace_bytes = split_workspace_bytes(tile, plan->tiles, plan->splits);
+  }
+  return Status::kSuccess;
+}
+
+}  // namespace sqk

@@ -1,0 +1,33 @@
+// How blocks share a tile's k through the workspace, in numbers. Kernel ring: no torch.
+//
+// The workspace of splits > 1: a ticket (4 bytes) for each tile, rounded up to 256 bytes, then
+// splits x tiles slots of int32 partial sums. Plain C++: the plan is made without a GPU.
+#pragma once
+
+#include <cstdint>
+
+#include "gemm/tile.h"
+
+namespace sqk {
+
+// Cleared before the launch.
+constexpr int64_t split_counter_bytes(int64_t tiles) { return (4 * tiles + 255) / 256 * 256; }
+
+// 0 for one block per tile, which needs no workspace.
+constexpr int64_t split_workspace_bytes(const GemmTile& tile, int64_t tiles, int32_t splits) {
+  if (splits <= 1) return 0;
+  return split_counter_bytes(tiles) + 4 * tiles * splits * tile.m * tile.n;
+}
+
+// Tiles of k that a block works off.
+struct SplitRange {
+  int32_t first, count;
+};
+
+// Lengths differ by one at most; none is 0 as long as there are as many tiles of k as splits.
+constexpr SplitRange split_range(int32_t k_tiles, int32_t splits, int32_t split) {
+  const int32_t each = k_tiles / splits, longer = k_tiles % splits;
+  return {split * each + (split < longer ? split : longer), each + (split < longer ? 1 : 0)};
+}
+
+}  // namespace sqk

@@ -1,0 +1,206 @@
+// The activations of a streaming GEMM in shared memory, copied or quantised by each block for
+// itself, in the order in which mma.sync wants them. Kernel ring: no torch.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "gemm/stream_ring.cuh"
+#include "quantize/producer.cuh"
+#include "quantize/reduce.cuh"
+#include "quantize/vector.cuh"
+
+namespace sqk {
+
+// Where element `at` of a token lies: chunk by chunk, in each one token behind the other, so that a
+// warp reads the chunk of 8 tokens from 512 adjacent bytes.
+__device__ inline int resident_offset(int token, int at, int m) {
+  return (at / kChunk * m + token) * kChunk + at % kChunk;
+}
+
+// One group of copies of each thread.
+__device__ inline void copy_rows(const StreamParams& p, uint8_t* to) {
+  const int m = p.epilogue.m, pieces = p.stages * (kStage / kPiece);
+  for (int i = threadIdx.x; i < m * pieces; i += blockDim.x) {
+    const int token = i / pieces, at = (i - token * pieces) * kPiece;
+    copy_piece(to + resident_offset(token, at, m), p.x_q + token * p.x_q_stride + at, p.k - at);
+  }
+  commit_copies();
+}
+
+// As Packed, for elements that were loaded one by one: each has a register of its own.
+template <typename T>
+struct Single {
+  T element[kVec<T>];
+};
+
+// Rows of x to int8, with the operations of the quantiser's kernels (quantize/row_kernel.cuh) in
+// their order. The warps share the rows, several a row or one, and take them in batches, twice:
+// forward for the maxima, backward to write; so the last batch, usually the only one, is read once.
+// kWide: 16 bytes at a time; else one element, any alignment.
+template <typename T, bool kWide>
+class RowQuantizer {
+ public:
+  __device__ RowQuantizer(const StreamParams& p, uint8_t* to, float* x_scale, uint32_t* maxima)
+      : p_(p), to_(to), x_scale_(x_scale), maxima_(maxima) {
+    const int warp = threadIdx.x / 32, warps = blockDim.x / 32, m = p.epilogue.m;
+    parts_ = max(1, warps >> (32 - __clz(m - 1)));  // as many as every row can have
+    at_once_ = warps / parts_;
+    part_ = warp % parts_;
+    row_ = warp / parts_;
+    batches_ = (p.stages * kStage + kBatch * parts_ - 1) / (kBatch * parts_);
+    steps_ = (m + at_once_ - 1) / at_once_ * batches_;
+  }
+
+  // `meanwhile` runs when the first batch was requested.
+  template <typename Meanwhile>
+  __device__ void run(Meanwhile meanwhile) {
+    AbsMax absmax;
+#pragma unroll 1
+    for (int i = 0; i < 2 * steps_ - 1; ++i) {
+      const int step = min(i, 2 * (steps_ - 1) - i);
+      const int row = row_ + step / batches_ * at_once_;
+      const int first = (step % batches_ * parts_ + part_) * kBatch;
+      fetch(row, first);
+      if (i == 0) meanwhile();
+#pragma unroll
+      for (int j = 0; j < kVectors; ++j) {
+        if (warp_has(first, j)) finish(j, absmax);
+      }
+      if (i < steps_) {
+        if ((step + 1) % batches_ == 0) {
+          const uint32_t bits = warp_max(absmax.bits());
+          if (threadIdx.x % 32 == 0 && row < p_.epilogue.m) maxima_[row * parts_ + part_] = bits;
+          absmax = AbsMax();
+        }
+      }
+      if (i == steps_ - 1) __syncthreads();
+      if (i >= steps_ - 1 && row < p_.epilogue.m) store(row, first, inverse(row));
+    }
+  }
+
+ private:
+  static constexpr int kV = kVec<T>;
+  static constexpr int kVectors = 32 / kV;  // of a thread's batch: 32 elements
+  static constexpr int kBatch = 32 * 32;    // elements of a warp's batch
+
+  // Element e of a thread's vector i in a batch. One by one: adjacent elements in adjacent lanes.
+  __device__ static int at(int i, int e) {
+    const int lane = threadIdx.x % 32;
+    return i * 32 * kV + (kWide ? lane * kV + e : e * 32 + lane);
+  }
+
+  // Whether any lane has something in vector i: short rows fill no batch.
+  __device__ bool warp_has(int first, int i) const {
+    return first + i * 32 * kV < p_.stages * kStage;
+  }
+
+  // Requests a batch. What lies behind the row is +0.
+  __device__ void fetch(int row, int first) {
+    const T* const x = static_cast<const T*>(p_.x) + row * p_.x_stride;
+    const int end = row < p_.epilogue.m ? p_.k : 0;
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      x_[i] = {};
+#pragma unroll
+      for (int e = 0; e < kV; ++e) {
+        v_[i][e] = 1.0f;
+        if (!kWide && first + at(i, e) < end) x_[i].element[e] = x[first + at(i, e)];
+      }
+      if constexpr (kWide) {
+        if (first + at(i, 0) < end) {
+          x_[i].bits = __ldg(reinterpret_cast<const uint4*>(x + first + at(i, 0)));
+        }
+      }
+    }
+    if (p_.inv_smooth == nullptr) return;
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      if constexpr (kWide) {
+        if (first + at(i, 0) < end) load_floats(p_.inv_smooth + first + at(i, 0), v_[i]);
+      } else {
+#pragma unroll
+        for (int e = 0; e < kV; ++e) {
+          if (first + at(i, e) < end) v_[i][e] = __ldg(p_.inv_smooth + first + at(i, e));
+        }
+      }
+    }
+  }
+
+  // Adds to a maximum that the second time nobody asks for.
+  __device__ void finish(int i, AbsMax& absmax) {
+    // Here and no earlier: taken apart in front of `meanwhile`, x would be waited for there.
+    if constexpr (kWide) {
+      uint4& bits = x_[i].bits;
+      asm volatile("" : "+r"(bits.x), "+r"(bits.y), "+r"(bits.z), "+r"(bits.w));
+    }
+#pragma unroll
+    for (int e = 0; e < kV; ++e) {
+      v_[i][e] = __fmul_rn(to_float(x_[i].element[e]), v_[i][e]);  // * 1 changes nothing
+      absmax.add(v_[i][e]);
+    }
+  }
+
+  // What to multiply a row by; its scale is left for the epilogue.
+  __device__ float inverse(int row) const {
+    const int lane = threadIdx.x % 32;
+    const bool per_tensor = p_.scheme == Scheme::kPerTensor;
+    const int first = per_tensor ? 0 : row * parts_;
+    const int count = per_tensor ? p_.epilogue.m * parts_ : parts_;
+    const uint32_t bits = warp_max(lane < count ? maxima_[first + lane] : 0u);
+    float scale = scale_of(bits);
+    float inverse = inverse_of(scale);
+    if (p_.scheme == Scheme::kStatic) {
+      const float given = __ldg(p_.scale);
+      inverse = inverse_of(given);
+      scale = is_finite_bits(bits) ? given : __uint_as_float(kNanBits);
+    }
+    if (part_ == 0 && lane == 0) x_scale_[row] = scale;
+    return inverse;
+  }
+
+  // Also what lies behind the row, up to the end of its last stage: 0.
+  __device__ void store(int row, int first, float inverse) const {
+    const int m = p_.epilogue.m, end = p_.stages * kStage;
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      if (!warp_has(first, i)) continue;
+      if constexpr (!kWide) {
+#pragma unroll
+        for (int e = 0; e < kV; ++e) {
+          if (first + at(i, e) >= end) continue;
+          to_[resident_offset(row, first + at(i, e), m)] = to_int8(__fmul_rn(v_[i][e], inverse));
+        }
+        continue;
+      }
+      if (first + at(i, 0) >= end) continue;
+      uint32_t words[kV / 4];
+#pragma unroll
+      for (int e = 0; e < kV; e += 4) {
+        words[e / 4] =
+            to_int8x4(__fmul_rn(v_[i][e], inverse), __fmul_rn(v_[i][e + 1], inverse),
+                      __fmul_rn(v_[i][e + 2], inverse), __fmul_rn(v_[i][e + 3], inverse));
+      }
+      uint8_t* const to = to_ + resident_offset(row, first + at(i, 0), m);
+      if constexpr (kV == 8) {
+        *reinterpret_cast<uint2*>(to) = make_uint2(words[0], words[1]);
+      } else {
+        *reinterpret_cast<uint32_t*>(to) = words[0];
+      }
+    }
+  }
+
+  const StreamParams& p_;
+  uint8_t* to_;
+  float* x_scale_;
+  uint32_t* maxima_;  // [row][part]
+  int parts_;         // warps that share a row
+  int at_once_;       // rows at work at a time
+  int part_, row_;    // of this warp; its rows are row_, row_ + at_once_, ...
+  int batches_;       // of a row for each of its warps
+  int steps_;         // batches of all of a warp's rows
+  std::conditional_t<kWide, Packed<T>, Single<T>> x_[kVectors];
+  float v_[kVectors][kV];  // inv_smooth, then x * inv_smooth
+};
+
+}  // namespace sqk
