@@ -31,6 +31,7 @@ Choice = tuple[int, int]
 #: What the tables of the CUDA library look like, for a rehearsal without one. No tile of it exists.
 TOY_TABLE: Table = {
     "name": "toy",
+    "machine": {"macs": 4096},
     "tiles": [
         {"tile": 0, "name": "stream 8x16", "kernel": "stream", "m": 8, "n": 16, "k": 64, "most_splits": 1, "rate": 50},
         {"tile": 1, "name": "16x32x64", "kernel": "mma", "m": 16, "n": 32, "k": 64, "most_splits": 4, "rate": 40},

@@ -16,9 +16,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import predict
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ("README.md", "docs/accuracy.md", "docs/cpu.md")
+PAGES = ("README.md", "docs/accuracy.md", "docs/cpu.md", "docs/performance.md")
 MARKED = re.compile(r"(<!-- table: (\w+)[^>]*-->\n).*?(<!-- end table -->)", re.DOTALL)
 
 
@@ -107,12 +109,27 @@ def cpu_linear() -> str:
     return caption + markdown(header, rows, left=2)
 
 
+def gemm_prediction(gpu: str) -> str:
+    """Arithmetic, not results: it needs the C++ compiler and no GPU."""
+    described = predict.GPUS[gpu]
+    caption = (
+        f"{described.name}: {described.sms} SMs at {described.ghz} GHz, {described.tops:.0f} TOPS, "
+        f"{described.gb_per_s:.0f} GB/s by its data sheet; `python benchmarks/predict.py --gpu {gpu}`.\n\n"
+    )
+    rows = predict.rows(predict.Planner(), described)
+    left = predict.HEADER.index("M")
+    return caption + markdown(predict.HEADER, rows, left=left)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "accuracy": lambda: accuracy("schemes"),
     "alpha": lambda: accuracy("alpha", "alpha"),
     "rounding": lambda: accuracy("rounding", "smooth_rounding"),
     "planted": lambda: accuracy("planted"),
     "cpu_linear": cpu_linear,
+    "gemm_h100": lambda: gemm_prediction("H100"),
+    "gemm_a100": lambda: gemm_prediction("A100"),
+    "gemm_l40s": lambda: gemm_prediction("L40S"),
 }
 
 

@@ -20,11 +20,9 @@ from shapes import M_CLASSES, m_class
 
 Result = dict[str, Any]
 ANY_M = 1 << 40  # kAnyM in csrc/gemm/tile.h
-MOST_CANDIDATES = 4  # kMostCandidates
+MOST_CANDIDATES = 6  # kMostCandidates
 #: A further candidate, or a rule of its own, must gain as much: less is noise, and choosing has its errors too.
 LEAST_GAIN = 1.01
-#: Multiply-adds of an SM in a clock, as in the tables: what a rate is a percentage of.
-MACS = {"sm80": 2048, "sm89": 1024, "sm90": 4096}
 
 
 @dataclass(frozen=True)
@@ -171,7 +169,7 @@ def rates(
         mhz = result.get("sm_mhz")
         if not mhz or not sms:
             continue
-        peak = 2 * MACS[table["name"]] * sms * mhz * 1e6
+        peak = 2 * table["machine"]["macs"] * sms * mhz * 1e6
         for tile, us in best_times(result).items():
             row = table["tiles"][tile]
             m = math.ceil(result["M"] / row["m"]) * row["m"]

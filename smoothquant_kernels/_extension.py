@@ -76,7 +76,7 @@ def build_info(folder: Path = _FOLDER) -> dict[str, Any]:
     return facts if isinstance(facts, dict) else {}
 
 
-def _entry(name: str, restype: Any = None) -> Any:
+def _entry(name: str, restype: Any = ctypes.c_int32) -> Any:
     """A C entry of the loaded library, or None."""
     if not extension_status().available:
         return None
@@ -104,11 +104,12 @@ def gemm_tables() -> dict[str, Any]:
 
 def gemm_plan(m: int, n: int, k: int) -> dict[str, Any]:
     """What `gemm_s8` takes on the current GPU: {"table", "tile", "splits", "blocks", ...}; empty without a library."""
-    entry = _entry("sqk_gemm_choice", ctypes.c_char_p)
-    if entry is None:
+    ask, choose = _entry("sqk_gemm_device"), _entry("sqk_gemm_choice", ctypes.c_char_p)
+    device = (ctypes.c_int32 * 4)()  # sqk::GemmDevice
+    if ask is None or choose is None or ask(device) != 0:
         return {}
     size = ctypes.c_int64
-    choice: dict[str, Any] = json.loads(entry(size(m), size(n), size(k), None))
+    choice: dict[str, Any] = json.loads(choose(size(m), size(n), size(k), device))
     return choice
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import c_gemm
 import cases
 import pytest
 import torch
@@ -77,6 +78,21 @@ def start(name: str) -> Backend:
     require_library()
     folder = Path(_extension.__file__).parent
     return Backend("cuda", "cuda", folder / _extension.LIBRARY_NAME)
+
+
+def gemm_tiles(name: str) -> list[dict[str, Any]]:
+    """The rows of the GEMM table for the backend's GPU; for the CPU one that says nothing; none without the backend.
+
+    For pytest's collection, before there is a Backend.
+    """
+    if name == "cpu":
+        return [cases.NO_TILE]
+    if name == "simulator":
+        path = os.environ.get(LIBRARY_VARIABLE)
+    else:
+        here = torch.cuda.is_available() and _extension.extension_status().available
+        path = str(Path(_extension.__file__).parent / _extension.LIBRARY_NAME) if here else None
+    return [] if path is None else c_gemm.tiles(c_gemm.declare(ctypes.CDLL(path)))
 
 
 def require_library() -> None:

@@ -5,7 +5,7 @@ Nothing here depends on where the kernel runs: the CPU path, a simulator and a G
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -182,6 +182,40 @@ def gemm_operands(
         torch.randn(n, generator=g).to(dtype),
         torch.randn(m, n, generator=g).to(dtype),
     )
+
+
+def covering(count: int, seed: int, **dimensions: Sequence[Any]) -> list[dict[str, Any]]:
+    """So many cases that each value of a dimension is in as many as any other, in a shuffled order, always the same."""
+    g = generator(seed)
+    columns = []
+    for values in dimensions.values():
+        order = torch.randperm(count, generator=g).tolist()
+        columns.append([values[i % len(values)] for i in order])
+    return [dict(zip(dimensions, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
+#: A row for a GEMM that has no tiles: the CPU's.
+NO_TILE = {
+    "tile": -1, "name": "none", "kernel": "cpu", "m": 16, "n": 16, "k": 32, "stages": 2, "cluster": [1, 1],
+    "most_splits": 1,
+}  # fmt: skip
+
+
+def k_of_all_stages(tile: dict[str, Any]) -> int:
+    """K for which a block has filled each of its stages once; of a streaming kernel: of each of its 16 warps."""
+    stage: int = tile["stages"] * tile["k"]
+    return stage or 16 * 3 * 128
+
+
+def gemm_sizes(tile: dict[str, Any]) -> dict[str, list[int]]:
+    """M, N and K that such a tile can take: one, below, at and above its edges, several tiles and clusters."""
+    sizes = {}
+    for side, cluster, odd in (("m", tile["cluster"][0], 3), ("n", tile["cluster"][1], 7)):
+        edge = tile[side]
+        sizes[side] = sorted({1, odd, edge - 1, edge, edge + 1, 2 * edge * cluster + odd})
+    if tile["kernel"] == "stream":
+        sizes["m"] = [m for m in sizes["m"] if m <= tile["m"]]
+    return {**sizes, "k": [1, 31, 100, tile["k"], tile["k"] + 1, k_of_all_stages(tile) + 33]}
 
 
 # --- layers -----------------------------------------------------------------------------------------

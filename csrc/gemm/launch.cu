@@ -2,7 +2,6 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
-#include <cstdio>
 
 #include "gemm/kernels.h"
 
@@ -29,6 +28,8 @@ void add_workspace(const GemmParams& params, const GemmDevice& device, GemmPlan*
     plan->workspace_bytes = entry.workspace_bytes(params, device);
   }
 }
+
+constexpr uintptr_t kAllocated = 256;  // an address as allocators give them
 
 Status check_workspace(const void* workspace, int64_t bytes, int64_t wanted) {
   if (wanted > 0 && workspace == nullptr) return Status::kInvalidArgument;
@@ -86,7 +87,13 @@ Status plan(const LinearParams& params, LinearPlan* out) {
   if (status != Status::kSuccess) return status;
   out->fused = out->gemm.launches > 0 && tile_of(out->gemm).kernel == GemmKernel::kStream &&
                stream_quantizes(params.quantize, params.gemm);
-  if (!out->fused) status = plan(params.quantize, &out->quantize);
+  if (!out->fused) {
+    QuantizeParams quantizer = params.quantize;
+    // Whoever plans first and allocates then has none yet, but will: from an allocator, so aligned.
+    if (quantizer.x_q == nullptr) quantizer.x_q = reinterpret_cast<int8_t*>(kAllocated);
+    if (quantizer.x_scale == nullptr) quantizer.x_scale = reinterpret_cast<float*>(kAllocated);
+    status = plan(quantizer, &out->quantize);
+  }
   // One follows the other in the stream: they can share.
   out->workspace_bytes = std::max(out->gemm.workspace_bytes, out->quantize.workspace_bytes);
   // The kernel that writes x_q comes right before; a clearing of counters would come between.
@@ -100,6 +107,9 @@ Status linear_s8(const LinearParams& params, const LinearPlan& plan, cudaStream_
   if (status != Status::kSuccess) return status;
   if (plan.fused) return launch(params.gemm, plan.gemm, &params.quantize, stream);
   QuantizeParams quantizer = params.quantize;
+  if (quantizer.m > 0 && (quantizer.x_q == nullptr || quantizer.x_scale == nullptr)) {
+    return Status::kInvalidArgument;
+  }
   quantizer.workspace = params.gemm.workspace;
   quantizer.workspace_bytes = params.gemm.workspace_bytes;
   status = quantize(quantizer, plan.quantize, stream);
@@ -123,32 +133,8 @@ extern "C" int32_t sqk_gemm_s8(const sqk::GemmParams* params, void* stream) {
   return static_cast<int32_t>(status);
 }
 
-extern "C" int32_t sqk_gemm_plan(const sqk::GemmParams* params, const sqk::GemmDevice* device,
-                                 sqk::GemmPlan* plan) {
-  return static_cast<int32_t>(device == nullptr ? sqk::plan(*params, plan)
-                                                : sqk::plan_gemm(*params, *device, plan));
-}
-
-extern "C" const char* sqk_gemm_choice(int64_t m, int64_t n, int64_t k,
-                                       const sqk::GemmDevice* device) {
-  thread_local char text[256];
-  sqk::GemmParams params = {};
-  params.m = m;
-  params.n = n;
-  params.k = k;
-  params.x_q_stride = params.w_q_stride = (k + 15) / 16 * 16;
-  params.y_stride = n;
-  params.y_dtype = sqk::DType::kFloat16;
-  params.tile = -1;
-  sqk::GemmPlan plan;
-  if (sqk_gemm_plan(&params, device, &plan) != 0 || plan.launches == 0) return "{}";
-  std::snprintf(text, sizeof text,
-                "{\"table\": \"%s\", \"tile\": %d, \"splits\": %d, \"blocks\": %lld, "
-                "\"workspace_bytes\": %lld, \"expected_clocks\": %.0f}",
-                sqk::gemm_table(plan.table).name, plan.tile, plan.splits,
-                static_cast<long long>(plan.blocks), static_cast<long long>(plan.workspace_bytes),
-                plan.expected_clocks);
-  return text;
+extern "C" int32_t sqk_gemm_device(sqk::GemmDevice* device) {
+  return static_cast<int32_t>(sqk::gemm_device(device));
 }
 
 extern "C" int32_t sqk_linear_s8(const sqk::LinearParams* params, void* stream) {

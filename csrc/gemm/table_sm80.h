@@ -39,7 +39,7 @@ constexpr GemmRule kSm80Rules[] = {
 };
 
 constexpr GemmTableView kSm80Table = {
-    "sm80", {2048, 30, 64, 1400, 1500, 2000}, kSm80Tiles, sizeof(kSm80Tiles) / sizeof(kSm80Tiles[0]),
+    "sm80", {2048, 30, 64, 1300, 1500, 2000}, kSm80Tiles, sizeof(kSm80Tiles) / sizeof(kSm80Tiles[0]),
     kSm80Rules, sizeof(kSm80Rules) / sizeof(kSm80Rules[0])};
 static_assert(table_holds(kSm80Table, 163 * 1024), "a row of the table breaks a rule of tile.h");
 

@@ -37,7 +37,7 @@ constexpr GemmRule kSm89Rules[] = {
 };
 
 constexpr GemmTableView kSm89Table = {
-    "sm89", {1024, 16, 40, 400, 1500, 3000}, kSm89Tiles, sizeof(kSm89Tiles) / sizeof(kSm89Tiles[0]),
+    "sm89", {1024, 16, 40, 350, 1500, 3000}, kSm89Tiles, sizeof(kSm89Tiles) / sizeof(kSm89Tiles[0]),
     kSm89Rules, sizeof(kSm89Rules) / sizeof(kSm89Rules[0])};
 static_assert(table_holds(kSm89Table, 99 * 1024), "a row of the table breaks a rule of tile.h");
 

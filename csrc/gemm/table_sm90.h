@@ -51,7 +51,7 @@ constexpr GemmRule kSm90Rules[] = {
 };
 
 constexpr GemmTableView kSm90Table = {
-    "sm90", {4096, 26, 64, 1900, 1500, 2500}, kSm90Tiles, sizeof(kSm90Tiles) / sizeof(kSm90Tiles[0]),
+    "sm90", {4096, 26, 64, 1650, 1500, 2500}, kSm90Tiles, sizeof(kSm90Tiles) / sizeof(kSm90Tiles[0]),
     kSm90Rules, sizeof(kSm90Rules) / sizeof(kSm90Rules[0])};
 static_assert(table_holds(kSm90Table, 227 * 1024), "a row of the table breaks a rule of tile.h");
 

@@ -89,12 +89,24 @@ std::string rule_json(const GemmRule& rule) {
       .end();
 }
 
+std::string machine_json(const GemmMachine& machine) {
+  return Object()
+      .add("macs", int64_t{machine.macs})
+      .add("l2_bytes", int64_t{machine.l2_bytes})
+      .add("sm_bytes", int64_t{machine.sm_bytes})
+      .add("memory_bytes", int64_t{machine.memory_bytes})
+      .add("overhead", int64_t{machine.overhead})
+      .add("launch", int64_t{machine.launch})
+      .end();
+}
+
 std::string tables_json() {
   Object tables;
   for (int i = 0; i < kGemmTables; ++i) {
     const GemmTableView& table = gemm_table(static_cast<GemmTable>(i));
     tables.add(table.name,
                Object()
+                   .add("machine", machine_json(table.machine))
                    .add("tiles", list(table.tile_count,
                                       [&](int row) { return tile_json(table.tiles[row], row); }))
                    .add("rules", list(table.rule_count,

@@ -60,7 +60,7 @@ struct GemmMachine {
   int32_t macs;          // int8 multiply-adds of an SM per clock
   int32_t l2_bytes;      // per SM and clock when all draw from L2
   int32_t sm_bytes;      // per clock that one SM can take in
-  int32_t memory_bytes;  // per clock from memory, for all SMs
+  int32_t memory_bytes;  // per clock from memory, for all SMs: nine tenths of the data sheet
   int32_t overhead;      // clocks for a tile's first loads and last stores
   int32_t launch;        // clocks for a further launch (clearing counters) in a graph
 };

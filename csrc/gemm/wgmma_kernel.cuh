@@ -153,7 +153,7 @@ class WgmmaGemm {
   using Tile = WgmmaTile<kRow>;
   using Kernel = typename Tile::Kernel;
   using Cluster = typename Tile::Cluster;
-  static constexpr const GemmTile& kTile = Tile::kTile;
+  static constexpr GemmTile kTile = kSm90Tiles[kRow];
   static constexpr bool kSwap = Tile::kSwap;
 
   // CUTLASS's own check would refuse a k that is no multiple of 16; TMA needs that of strides only,

@@ -1,8 +1,11 @@
-"""The backend under test, and a count of what was compared."""
+"""The backend under test, the rows of its GEMM table, and a count of what was compared."""
 
 from __future__ import annotations
 
+import ctypes
+
 import backends
+import c_gemm
 import compare
 import pytest
 
@@ -18,6 +21,22 @@ def compiled(backend: backends.Backend) -> backends.Backend:
     if not backend.compiled:
         pytest.skip("the CPU path has no CUDA kernels: --backend simulator or cuda")
     return backend
+
+
+@pytest.fixture(scope="session")
+def library(backend: backends.Backend) -> ctypes.CDLL:
+    """The C entries."""
+    if not backend.compiled:
+        pytest.skip("the CPU path has no C entries")
+    return c_gemm.declare(backend.c_library)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test that takes `tile` is run for each row of the GEMM table."""
+    if "tile" in metafunc.fixturenames:
+        tiles = backends.gemm_tiles(metafunc.config.getoption("--backend"))
+        names = [tile["name"].replace(" ", "_") for tile in tiles]
+        metafunc.parametrize("tile", tiles, ids=names)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

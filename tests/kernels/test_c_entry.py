@@ -31,14 +31,6 @@ FORCED = (
 POISON = 99
 
 
-@pytest.fixture(scope="module")
-def library(request: pytest.FixtureRequest) -> ctypes.CDLL:
-    compiled: Backend = request.getfixturevalue("backend")
-    if not compiled.compiled:
-        pytest.skip("the CPU path has no C entries")
-    return c_interface.declare(compiled.c_library)
-
-
 def has_clusters() -> bool:
     """Whether the GPU, simulated or real, runs the cluster kernels."""
     if torch.cuda.is_available():

@@ -123,7 +123,9 @@ extern "C" SQK_EXPORT int32_t sqk_linear_plan(const sqk::LinearParams* params,
 // The tables as JSON: {"sm80": {"tiles": [{"tile": 0, "name": ..., ...}, ...], "rules":
 // [{"most_m": ..., "tiles": [...], "when": ..., "why": ...}, ...]}, ...}; never freed.
 extern "C" SQK_EXPORT const char* sqk_gemm_tables();
-// What gemm_s8 takes for these sizes, as JSON: {"table": "sm90", "tile": 8, "splits": 1, ...}; {} where
-// it refuses. Valid until the same thread asks again.
+// What plan_gemm takes for these sizes on a GPU like this, as JSON: {"table": "sm90", "tile": 8,
+// "splits": 1, ...}; {} where it refuses. Valid until the same thread asks again.
 extern "C" SQK_EXPORT const char* sqk_gemm_choice(int64_t m, int64_t n, int64_t k,
                                                   const sqk::GemmDevice* device);
+// The current GPU.
+extern "C" SQK_EXPORT int32_t sqk_gemm_device(sqk::GemmDevice* device);

@@ -1,0 +1,381 @@
+"""What one call of the linear layer's ops costs the CPU, counted without a GPU.
+
+    python benchmarks/host_time.py [--gpus h100 a100] [--seconds 30] [--library FILE] [--json FILE]
+
+The binding is built for CPU tensors, as the tests' simulator has it (tests/simulator.py), and runs on a CUDA runtime in
+which every call succeeds at once and no kernel runs (null_cudart.c, built here). So everything of the library is timed:
+Python, dispatcher, boxing, argument checks, allocation, plan, CUTLASS's parameters. **What is missing**: the driver's
+part (a launch takes it some 2 to 3 us), torch's device guard and stream look-up, and its CUDA allocator, in whose place
+stands malloc. The columns of each line:
+
+    us      the public function, or the module's call; p80 beside it
+    python  of that, what the Python function adds to the op's overload
+    op      dispatcher, boxing, checks and allocation: the overload less the C entry
+    plan    the C entry that only plans
+    launch  the C entry that plans and launches, less the former
+    calls   of the CUDA runtime: a launches, b other calls
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import gc
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from timer import interleaved
+from torch import Tensor
+
+from smoothquant_kernels import W8A8Linear, ops
+
+ROOT = Path(__file__).resolve().parent.parent
+GPUS = ("h100", "a100")  # as null_use_device counts them
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+C_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # sqk::DType
+COUNTERS = (
+    "launches", "clears", "tensor_maps", "entry_points", "devices", "attributes", "function_attributes"
+)  # fmt: skip
+CALLS = 100  # in one sample: the clock is read twice for all of them
+ROUNDS = 200  # at most
+
+Call = Callable[[], object]
+
+
+class Missing(Exception):
+    """One sentence: what this machine lacks."""
+
+
+# --- what is loaded ---------------------------------------------------------------------------------------------------
+
+
+def simulator_library() -> Path:
+    """The binding for CPU tensors, built where it is not there or not current."""
+    sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "tests")]
+    try:
+        import build_support
+        import simulator
+    except ImportError as error:
+        raise Missing(
+            f"the library for CPU tensors is built by tests/simulator.py, which needs {error.name}."
+        ) from None
+    try:
+        build_support.find_cutlass(os.environ)
+        if build_support.find_torch().has_cuda_library:
+            raise Missing(
+                "this torch brings its own CUDA runtime; a torch without CUDA is needed."
+            )
+        return simulator.library()
+    except build_support.BuildError as error:
+        raise Missing(f"the library for CPU tensors cannot be built: {error}") from None
+
+
+def null_runtime(folder: Path) -> ctypes.CDLL:
+    """Compiles and loads null_cudart.c: libraries that are loaded later take it for the CUDA runtime."""
+    versions, library = folder / "versions", folder / "libcudart.so.13"
+    versions.write_text("libcudart.so.13 { *; };\n")
+    command = [os.environ.get("CC", "gcc"), "-O2", "-shared", "-fPIC", "-o", str(library)]
+    command += ["-Wl,-soname,libcudart.so.13", f"-Wl,--version-script={versions}"]
+    command.append(str(ROOT / "benchmarks" / "null_cudart.c"))
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        raise Missing(f"a C compiler is needed; {command[0]} is not here (CC names one).") from None
+    if done.returncode:
+        raise Missing(f"{command[0]} cannot compile null_cudart.c: {done.stderr.strip()}")
+    return ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+
+
+def load(library: Path, folder: Path) -> tuple[ctypes.CDLL, ctypes.CDLL]:
+    """(the null runtime, the library), with the ops bound to the CPU key."""
+    runtime = null_runtime(folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the CPU kernels are replaced
+        torch.ops.load_library(str(library))
+    # The CPU's short cut round the dispatcher is not taken; what asking for it costs, a GPU's call pays too.
+    asked = ops.eager_cpu
+    ops.eager_cpu = lambda x, *others: asked(x, *others) and False  # type: ignore[attr-defined]
+    # Large results from the heap: mapping pages anew for each is nothing that a GPU's allocator does.
+    with contextlib.suppress(AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+    return runtime, ctypes.CDLL(str(library))
+
+
+def c_structs(*names: str) -> list[type[ctypes.Structure]]:
+    """sqk's structs by name, as the headers have them, so that there is no second copy to keep in step."""
+    text = "".join(
+        (ROOT / "csrc" / "include" / "sqk" / f"{h}.h").read_text() for h in ("quantize", "gemm")
+    )
+    text = re.sub(r"//[^\n]*", "", text)
+    scalars: dict[str, Any] = {
+        "int64_t": ctypes.c_int64,
+        "int32_t": ctypes.c_int32,
+        "float": ctypes.c_float,
+        "double": ctypes.c_double,
+    }
+    known: dict[str, type[ctypes.Structure]] = {}
+    for name, body in re.findall(r"struct (\w+) \{(.*?)\n\};", text, re.S):
+        fields: list[tuple[str, Any]] = []
+        for kind, pointer, member in re.findall(r"(?:const )?(\w+)(\*?) (\w+);", body):
+            # Every enum there is an int32_t.
+            value = scalars.get(kind) or known.get(kind) or ctypes.c_int32
+            fields.append((member, ctypes.c_void_p if pointer else value))
+        known[name] = type(name, (ctypes.Structure,), {"_fields_": fields})
+    return [known[name] for name in names]
+
+
+# --- what is timed ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Case:
+    """One line.
+
+    Attributes:
+        op: a name for what `call` does.
+        call: as users call it.
+        overload: the op's overload with the same arguments; None where there is none, or several.
+        entries: (op, its C params): what `sqk_<op>` and `sqk_<op>_plan` are called with.
+        keep: what the params point into.
+    """
+
+    op: str
+    m: int
+    n: int
+    k: int
+    dtype: str
+    call: Call
+    overload: Call | None = None
+    entries: Sequence[tuple[str, ctypes.Structure]] = ()
+    keep: Sequence[object] = field(default_factory=list)
+
+
+def make_cases(m: int, n: int, k: int, dtype: str) -> Iterator[Case]:
+    """All ops on one problem: a weight per channel, tokens with a scale of their own, smoothing and bias."""
+    float_type = DTYPES[dtype]
+    x = torch.randn(m, k).to(float_type)
+    layer = W8A8Linear(k, n, smooth=True)
+    w_q, w_scale, bias, inv_smooth = layer.w_q, layer.w_scale, layer.bias, layer.inv_smooth
+    assert bias is not None and inv_smooth is not None
+    x_q, x_scale, y = torch.zeros(m, k, dtype=torch.int8), torch.ones(m), x.new_empty(m, n)
+    workspace = torch.zeros(64 << 20, dtype=torch.int8)
+    torch_ops = torch.ops.smoothquant_kernels
+    factors = {"inv_smooth": inv_smooth, "k_multiple": 16}
+    scales = {"bias": bias, "out_dtype": float_type}
+    both = {"bias": bias, "inv_smooth": inv_smooth}
+
+    quantize_type, gemm_type, linear_type = c_structs(
+        "QuantizeParams", "GemmParams", "LinearParams"
+    )
+    shared = {"workspace": workspace.data_ptr(), "workspace_bytes": workspace.numel()}
+    quantize = quantize_type(
+        dtype=C_DTYPES[float_type], path=-1, m=m, k=k, x=x.data_ptr(), x_stride=k,
+        inv_smooth=inv_smooth.data_ptr(), x_q=x_q.data_ptr(), x_q_stride=k, k_padded=k,
+        x_scale=x_scale.data_ptr(), **shared,
+    )  # fmt: skip
+    gemm = gemm_type(
+        m=m, n=n, k=k, x_q=x_q.data_ptr(), x_q_stride=k, w_q=w_q.data_ptr(), w_q_stride=k,
+        x_scale=x_scale.data_ptr(), w_scale=w_scale.data_ptr(), x_per_token=int(m > 1),
+        w_per_channel=1, bias=bias.data_ptr(), y=y.data_ptr(), y_stride=n,
+        y_dtype=C_DTYPES[float_type], tile=-1, **shared,
+    )  # fmt: skip
+    linear = linear_type(quantize=quantize, gemm=gemm)
+    entries = {"quantize": quantize, "gemm_s8": gemm, "linear_s8": linear}
+    keep = [x_q, x_scale, y, workspace, layer]
+
+    def case(op: str, call: Call, overload: Call | None = None, *names: str) -> Case:
+        used = [(name, entries[name]) for name in names]
+        return Case(op, m, n, k, dtype, call, overload, used, keep)
+
+    yield case(
+        "quantize",
+        lambda: ops.quantize(x, **factors),
+        lambda: torch_ops.quantize.default(x, **factors),
+        "quantize",
+    )
+    yield case(
+        "gemm_s8",
+        lambda: ops.gemm_s8(x_q, w_q, x_scale, w_scale, **scales),
+        lambda: torch_ops.gemm_s8.default(x_q, w_q, x_scale, w_scale, **scales),
+        "gemm_s8",
+    )
+
+    def pair(quantise: Any, multiply: Any) -> Tensor:
+        q, q_scale = quantise(x, **factors)
+        result: Tensor = multiply(q, w_q, q_scale, w_scale, **scales)
+        return result
+
+    yield case(
+        "quantize, gemm_s8",
+        lambda: pair(ops.quantize, ops.gemm_s8),
+        lambda: pair(torch_ops.quantize.default, torch_ops.gemm_s8.default),
+        "quantize",
+        "gemm_s8",
+    )
+    yield case(
+        "linear_s8",
+        lambda: ops.linear_s8(x, w_q, w_scale, **both),
+        lambda: torch_ops.linear_s8.default(x, w_q, w_scale, **both),
+        "linear_s8",
+    )
+    yield case("W8A8Linear", lambda: layer(x))
+
+
+def bare_case() -> Case:
+    """The smallest op of the library: what a dispatcher call, one tensor in and one out, cannot go below."""
+    x = torch.zeros(16)
+    call = torch.ops.smoothquant_kernels._saturate_s8.default
+    return Case("_saturate_s8", 1, 16, 16, "fp32", lambda: call(x), lambda: call(x))
+
+
+def counted(runtime: ctypes.CDLL, call: Call) -> dict[str, int]:
+    """How often one call asks the CUDA runtime for what."""
+    call()  # what is asked for once is not of interest
+    numbers = {name: ctypes.c_long.in_dll(runtime, f"null_{name}") for name in COUNTERS}
+    before = {name: number.value for name, number in numbers.items()}
+    call()
+    return {name: number.value - before[name] for name, number in numbers.items()}
+
+
+def variants(case: Case, library: ctypes.CDLL) -> dict[str, Call]:
+    """What is timed for a case: the call, the overload, and the C entries that launch and that only plan."""
+    found: dict[str, Call] = {"call": case.call}
+    if case.overload is not None:
+        found["overload"] = case.overload
+    for name, params in case.entries:
+        reference = ctypes.byref(params)
+        # sqk_gemm_plan serves gemm_s8; both ask the current GPU where no device is given.
+        planner = getattr(library, f"sqk_{name.removesuffix('_s8')}_plan")
+        plan = ctypes.byref(ctypes.create_string_buffer(512))
+        arguments = (reference, plan) if name == "linear_s8" else (reference, None, plan)
+        launcher = getattr(library, f"sqk_{name}")
+        if launcher(reference, None) or planner(*arguments):
+            raise RuntimeError(f"sqk_{name} refuses M {case.m}, N {case.n}, K {case.k}.")
+        found[f"launch {name}"] = lambda run=launcher, p=reference: run(p, None)
+        found[f"plan {name}"] = lambda run=planner, a=arguments: run(*a)
+    return found
+
+
+def repeated(call: Call) -> Call:
+    def run() -> None:
+        for _ in range(CALLS):
+            call()
+
+    return run
+
+
+def measure(
+    cases: Sequence[Case], gpu: str, runtime: ctypes.CDLL, library: ctypes.CDLL, seconds: float
+) -> list[dict[str, Any]]:
+    """The lines of one GPU; all cases take turns, so that a machine that slows down slows all of them."""
+    runtime.null_use_device(GPUS.index(gpu))
+    todo: dict[str, Call] = {
+        # What timing itself costs: a call of nothing, and one through ctypes.
+        "nothing": lambda: None,
+        "ctypes": lambda: runtime.null_call(None, None, None),
+    }
+    counts = []
+    for i, case in enumerate(cases):
+        counts.append(counted(runtime, case.call))
+        todo |= {f"{i} {name}": call for name, call in variants(case, library).items()}
+    gc.collect()
+    gc.disable()
+    try:
+        times = interleaved(
+            {name: repeated(call) for name, call in todo.items()}, seconds=seconds, most=ROUNDS
+        )
+    finally:
+        gc.enable()
+    us = {name: [t / CALLS * 1e6 for t in values] for name, values in times.items()}
+    middle = {name: statistics.median(values) for name, values in us.items()}
+    rows = []
+    for i, (case, count) in enumerate(zip(cases, counts, strict=True)):
+        sample = us[f"{i} call"]
+        row: dict[str, Any] = {
+            "op": case.op, "M": case.m, "N": case.n, "K": case.k, "dtype": case.dtype, "gpu": gpu,
+            "us": middle[f"{i} call"] - middle["nothing"],
+            "p80": statistics.quantiles(sample, n=5)[-1] - middle["nothing"],
+            "rounds": len(sample), "python_us": None, "op_us": None, "plan_us": None,
+            "launch_us": None, "calls": count,
+        }  # fmt: skip
+        if case.overload is not None:
+            row["python_us"] = middle[f"{i} call"] - middle[f"{i} overload"]
+            entries = [name for name, _ in case.entries]
+            plan = sum(middle[f"{i} plan {name}"] - middle["ctypes"] for name in entries)
+            both = sum(middle[f"{i} launch {name}"] - middle["ctypes"] for name in entries)
+            row["op_us"] = middle[f"{i} overload"] - middle["nothing"] - both
+            if entries:
+                row |= {"plan_us": plan, "launch_us": both - plan}
+        rows.append(row)
+    return rows
+
+
+def text_of(row: dict[str, Any]) -> str:
+    """`linear_s8 M 64 N 4096 K 4096 fp16 h100 | 9.80 us, p80 9.91 | ... | 2 launches, 7 other calls`"""
+    parts = " ".join(
+        f"{name} {row[f'{name}_us']:5.2f}" if row[f"{name}_us"] is not None else f"{name}     -"
+        for name in ("python", "op", "plan", "launch")
+    )
+    launches = row["calls"]["launches"]
+    other = sum(row["calls"].values()) - launches
+    where = f"M {row['M']:4d} N {row['N']} K {row['K']} {row['dtype']} {row['gpu']}"
+    return (
+        f"{row['op']:17s} {where} | {row['us']:6.2f} us, p80 {row['p80']:6.2f} | {parts} | "
+        f"{launches} launches, {other} other calls"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--gpus", nargs="+", choices=GPUS, default=GPUS)
+    parser.add_argument("--tokens", nargs="+", type=int, default=(1, 64, 2048))
+    parser.add_argument("--n", type=int, default=4096)
+    parser.add_argument("--k", type=int, default=4096)
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="fp16")
+    parser.add_argument("--seconds", type=float, default=30, help="about, for each GPU")
+    parser.add_argument("--library", type=Path, help="the binding for CPU tensors; else built")
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    rows: list[dict[str, Any]] = []
+    try:
+        path = given.library or simulator_library()
+        with tempfile.TemporaryDirectory() as folder:
+            runtime, library = load(path, Path(folder))
+    except Missing as error:
+        print(f"host_time: {error}", file=sys.stderr)
+        return 1
+    load_before = os.getloadavg()[0]
+    with torch.no_grad():
+        cases = [bare_case()]
+        for m in given.tokens:
+            cases += make_cases(m, given.n, given.k, given.dtype)
+        for gpu in given.gpus:
+            for row in measure(cases, gpu, runtime, library, given.seconds):
+                rows.append(row)
+                print(text_of(row), flush=True)
+    print(f"load of the machine: {load_before:.1f} before, {os.getloadavg()[0]:.1f} after")
+    if given.json:
+        facts = {"torch": torch.__version__, "load": [load_before, os.getloadavg()[0]]}
+        given.json.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,190 @@
+"""csrc/include/sqk/gemm.h for Python: the structs, calls with raw pointers, and the tables of tiles."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+from ctypes import POINTER, Structure, byref, c_char_p, c_double, c_int32, c_int64, c_void_p
+from typing import Any
+
+import c_interface
+import torch
+from c_interface import row_stride
+from torch import Tensor
+
+DTYPES = {**c_interface.DTYPES, torch.int8: 3}
+TABLES = ("sm80", "sm89", "sm90")
+#: What the first element and the stride of a row of x_q and w_q must be a multiple of, in bytes.
+ALIGNMENT = 16
+
+
+class Params(Structure):
+    """sqk::GemmParams."""
+
+    _fields_ = (
+        ("m", c_int64),
+        ("n", c_int64),
+        ("k", c_int64),
+        ("x_q", c_void_p),
+        ("x_q_stride", c_int64),
+        ("w_q", c_void_p),
+        ("w_q_stride", c_int64),
+        ("x_scale", c_void_p),
+        ("w_scale", c_void_p),
+        ("x_per_token", c_int32),
+        ("w_per_channel", c_int32),
+        ("bias", c_void_p),
+        ("residual", c_void_p),
+        ("residual_stride", c_int64),
+        ("y", c_void_p),
+        ("y_stride", c_int64),
+        ("out_scale", c_void_p),
+        ("y_dtype", c_int32),
+        ("residual_dtype", c_int32),
+        ("relu", c_int32),
+        ("tile", c_int32),
+        ("splits", c_int32),
+        ("workspace", c_void_p),
+        ("workspace_bytes", c_int64),
+    )
+
+
+class Device(Structure):
+    """sqk::GemmDevice."""
+
+    _fields_ = (
+        ("sms", c_int32),
+        ("capability", c_int32),
+        ("shared_bytes", c_int32),
+        ("wgmma", c_int32),
+    )
+
+
+class Plan(Structure):
+    """sqk::GemmPlan."""
+
+    _fields_ = (
+        ("table", c_int32),
+        ("tile", c_int32),
+        ("splits", c_int32),
+        ("launches", c_int32),
+        ("overlap", c_int32),
+        ("tiles", c_int64),
+        ("blocks", c_int64),
+        ("shared_bytes", c_int64),
+        ("counter_bytes", c_int64),
+        ("workspace_bytes", c_int64),
+        ("expected_clocks", c_double),
+    )
+
+
+class LinearParams(Structure):
+    """sqk::LinearParams."""
+
+    _fields_ = (("quantize", c_interface.Params), ("gemm", Params))
+
+
+class LinearPlan(Structure):
+    """sqk::LinearPlan."""
+
+    _fields_ = (
+        ("quantize", c_interface.Plan),
+        ("gemm", Plan),
+        ("fused", c_int32),
+        ("workspace_bytes", c_int64),
+    )
+
+
+def declare_plans(library: ctypes.CDLL) -> ctypes.CDLL:
+    """The argument types of the C entries that need no GPU."""
+    library.sqk_gemm_plan.argtypes = [POINTER(Params), POINTER(Device), POINTER(Plan)]
+    library.sqk_gemm_tables.restype = c_char_p
+    library.sqk_gemm_choice.argtypes = [c_int64, c_int64, c_int64, POINTER(Device)]
+    library.sqk_gemm_choice.restype = c_char_p
+    return library
+
+
+def declare(library: ctypes.CDLL) -> ctypes.CDLL:
+    """The argument types of all C entries."""
+    declare_plans(c_interface.declare(library))
+    library.sqk_gemm_s8.argtypes = [POINTER(Params), c_void_p]
+    library.sqk_gemm_device.argtypes = [POINTER(Device)]
+    library.sqk_linear_s8.argtypes = [POINTER(LinearParams), c_void_p]
+    library.sqk_linear_plan.argtypes = [POINTER(LinearParams), POINTER(LinearPlan)]
+    return library
+
+
+def tables(library: ctypes.CDLL) -> dict[str, Any]:
+    """All tables; the library is declared."""
+    found: dict[str, Any] = json.loads(library.sqk_gemm_tables())
+    return found
+
+
+def choice(library: ctypes.CDLL, m: int, n: int, k: int, device: Device) -> dict[str, Any]:
+    """What the rules take; empty where nothing is launched."""
+    found: dict[str, Any] = json.loads(library.sqk_gemm_choice(m, n, k, byref(device)))
+    return found
+
+
+def current_device(library: ctypes.CDLL) -> Device:
+    """The GPU that there is, simulated or real."""
+    device = Device()
+    assert library.sqk_gemm_device(byref(device)) == c_interface.SUCCESS
+    return device
+
+
+def tiles(library: ctypes.CDLL) -> list[dict[str, Any]]:
+    """The rows of the current GPU's table."""
+    table = choice(library, 64, 64, 64, current_device(library))["table"]
+    rows: list[dict[str, Any]] = tables(library)[table]["tiles"]
+    return rows
+
+
+def plan(library: ctypes.CDLL, params: Params, device: Device | None = None) -> tuple[int, Plan]:
+    """(status, plan) on a described GPU, or on the current one."""
+    result = Plan()
+    where = None if device is None else byref(device)
+    return library.sqk_gemm_plan(byref(params), where, byref(result)), result
+
+
+def linear_plan(library: ctypes.CDLL, params: LinearParams) -> tuple[int, LinearPlan]:
+    """(status, plan) on the current GPU."""
+    result = LinearPlan()
+    return library.sqk_linear_plan(byref(params), byref(result)), result
+
+
+def params_of(
+    x_q: Tensor | None,
+    w_q: Tensor,
+    x_scale: Tensor | None,
+    w_scale: Tensor,
+    y: Tensor,
+    *,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    out_scale: Tensor | None = None,
+    relu: bool = False,
+    tile: int = -1,
+    splits: int = 0,
+) -> Params:
+    """For two-dimensional tensors with adjacent columns, bias in float32; x_q and x_scale None: of a linear layer.
+
+    The struct holds addresses only: the tensors must live as long as it is used.
+    """
+    p = Params(m=y.shape[0], n=w_q.shape[0], k=w_q.shape[1], tile=tile, splits=splits)
+    p.w_q, p.w_q_stride = w_q.data_ptr(), row_stride(w_q)
+    p.w_scale, p.w_per_channel = w_scale.data_ptr(), w_scale.numel() > 1
+    if x_q is not None and x_scale is not None:
+        p.x_q, p.x_q_stride = x_q.data_ptr(), row_stride(x_q)
+        p.x_scale, p.x_per_token = x_scale.data_ptr(), x_scale.numel() > 1
+    else:
+        p.x_q_stride = -(-p.k // ALIGNMENT) * ALIGNMENT
+    if bias is not None:
+        p.bias = bias.data_ptr()
+    if residual is not None:
+        p.residual, p.residual_stride = residual.data_ptr(), row_stride(residual)
+        p.residual_dtype = DTYPES[residual.dtype]
+    if out_scale is not None:
+        p.out_scale, p.relu = out_scale.data_ptr(), relu
+    p.y, p.y_stride, p.y_dtype = y.data_ptr(), row_stride(y), DTYPES[y.dtype]
+    return p

@@ -1,0 +1,433 @@
+"""The int8 GEMMs give the reference's bits: every tile, every choice of the rules, every layout and edge."""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any
+
+import c_gemm
+import cases
+import pytest
+import torch
+from backends import Backend
+from cases import Gemm
+from compare import assert_bitwise_equal, count_result
+from torch import Tensor
+
+from smoothquant_kernels import ops, reference
+
+NAMES = ("x_q", "w_q", "x_scale", "w_scale", "bias", "residual")
+#: M on both sides of every rule of every table.
+TOKENS = (0, 1, 2, 5, 8, 9, 16, 17, 32, 33, 64, 65, 128, 129, 256, 257, 513)
+OTHER = {
+    torch.float16: torch.float32,
+    torch.bfloat16: torch.float16,
+    torch.float32: torch.bfloat16,
+}
+
+
+def check(
+    backend: Backend,
+    x_q: Tensor,
+    w_q: Tensor,
+    x_scale: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    dtype: torch.dtype = torch.float16,
+    tile: int | None = None,
+    splits: int = 0,
+    what: str = "",
+) -> Tensor:
+    """The operands lie on the backend's device, in any layout; tile None: the public op. Returns y on the CPU."""
+    arguments = (x_q, w_q, x_scale, w_scale)
+    added: dict[str, Any] = {"bias": bias, "residual": residual, "out_dtype": dtype}
+    if tile is None:
+        found = ops.gemm_s8(*arguments, **added)
+    else:
+        op = torch.ops.smoothquant_kernels._gemm_s8_tile
+        found = op(*arguments, **added, tile=tile, splits=splits)
+    on_cpu = [None if t is None else t.cpu() for t in (*arguments, bias, residual)]
+    expected = reference.gemm_s8(*on_cpu, dtype)  # type: ignore[arg-type]
+    assert found.is_contiguous()
+    assert_bitwise_equal(found, expected, what)
+    count_result()
+    return expected
+
+
+def on_device(backend: Backend, gemm: Gemm) -> Gemm:
+    return Gemm(*map(backend.put, gemm))
+
+
+def check_added(
+    backend: Backend, gemm: Gemm, case: dict[str, Any], dtype: torch.dtype, what: str, **how: Any
+) -> None:
+    """Operands of which a case of `cases.covering` names the scales, and the types of bias and residual."""
+    types = {"same": dtype, "other": OTHER[dtype]}
+    bias, residual = case.get("bias"), types.get(case.get("residual", ""))
+    check(
+        backend,
+        backend.put(gemm.x_q),
+        backend.put(gemm.w_q),
+        backend.put(gemm.x_scale[: None if case.get("per_token", True) else 1]),
+        backend.put(gemm.w_scale[: None if case.get("per_channel", True) else 1]),
+        None if bias is None else backend.put(gemm.bias.to(bias)),
+        None if residual is None else backend.put(gemm.residual.to(residual)),
+        dtype=dtype,
+        what=f"{what} {case}",
+        **how,
+    )
+
+
+# --- every tile -------------------------------------------------------------------------------------
+
+
+def test_smoke_gemm(backend: Backend, tile: dict[str, Any]) -> None:
+    m = min(tile["m"], 35)
+    for splits in sorted({1, tile["most_splits"]}):
+        for dtype, n, k in ((torch.float16, 48, 320), (torch.float32, 35, 139)):
+            case = {"bias": dtype, "residual": "same"}
+            gemm = cases.gemm_operands(m, n, k)
+            how = {"tile": tile["tile"], "splits": splits}
+            check_added(backend, gemm, case, dtype, tile["name"], **how)
+
+
+@pytest.mark.parametrize("dtype", cases.FLOATS, ids=str)
+def test_every_tile(backend: Backend, tile: dict[str, Any], dtype: torch.dtype) -> None:
+    added = list(product((None, torch.float32, torch.float16), ("", "same", "other")))
+    name, most = tile["name"], tile["most_splits"]
+    for i, case in enumerate(
+        cases.covering(
+            len(added),
+            cases.FLOATS.index(dtype) + 3 * tile["tile"],
+            added=added,
+            per_token=(True, False),
+            per_channel=(True, False),
+            splits=sorted({0, 1, min(2, most), most}),
+            **cases.gemm_sizes(tile),
+        )
+    ):
+        case["bias"], case["residual"] = case.pop("added")
+        gemm = cases.gemm_operands(case["m"], case["n"], case["k"], seed=i)
+        how = {"tile": tile["tile"], "splits": case["splits"]}
+        check_added(backend, gemm, case, dtype, name, **how)
+
+
+@pytest.mark.parametrize("turns", [2, 3])
+def test_the_stages_go_round(backend: Backend, tile: dict[str, Any], turns: int) -> None:
+    """A K much longer than what the stages hold, and split so that each part goes round as well."""
+    k = turns * cases.k_of_all_stages(tile) + 17
+    m, n = min(tile["m"], 20) - turns, 30 + turns
+    for splits in {1, min(3, tile["most_splits"])}:
+        gemm = cases.gemm_operands(m, n, splits * k)
+        how = {"tile": tile["tile"], "splits": splits}
+        check_added(backend, gemm, {}, torch.float32, tile["name"], **how)
+
+
+def test_more_tiles_than_blocks(compiled: Backend, tile: dict[str, Any]) -> None:
+    """Persistent blocks take tile after tile; along n, then along m."""
+    tiles = 2 * c_gemm.current_device(c_gemm.declare(compiled.c_library)).sms + 1
+    case = {"bias": torch.float32, "residual": "same"}
+    how = {"tile": tile["tile"], "splits": 1}
+    wide = cases.gemm_operands(min(tile["m"], 21), tiles * tile["n"] - 5, 100)
+    check_added(compiled, wide, case, torch.float16, tile["name"], **how)
+    if tile["kernel"] != "stream":
+        high = cases.gemm_operands(tiles * tile["m"] - 5, 21, 100)
+        check_added(compiled, high, case, torch.bfloat16, tile["name"], **how)
+
+
+def test_splits_give_the_same_bits_every_time(backend: Backend, tile: dict[str, Any]) -> None:
+    gemm = on_device(backend, cases.gemm_operands(min(tile["m"], 40), 200, 8 * tile["k"] + 5))
+    op = torch.ops.smoothquant_kernels._gemm_s8_tile
+    for splits in range(1, tile["most_splits"] + 1):
+        for _ in range(2):
+            y = op(*gemm[:4], out_dtype=torch.float16, tile=tile["tile"], splits=splits)
+            expected = reference.gemm_s8(*(t.cpu() for t in gemm[:4]), out_dtype=torch.float16)
+            assert_bitwise_equal(y, expected, f"{tile['name']} {splits}")
+            count_result()
+
+
+# --- as the rules choose ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", cases.GEMM_SHAPES, ids=str)
+def test_shapes(backend: Backend, shape: tuple[int, int, int]) -> None:
+    for case in cases.covering(
+        6,
+        sum(shape),
+        dtype=cases.FLOATS,
+        bias=(None, *cases.FLOATS),
+        residual=("", "same", "other"),
+        per_token=(True, False),
+        per_channel=(True, False),
+    ):
+        check_added(backend, cases.gemm_operands(*shape), case, case.pop("dtype"), str(shape))
+
+
+@pytest.mark.parametrize("m", TOKENS)
+def test_every_number_of_tokens(backend: Backend, m: int) -> None:
+    for i, (n, k) in enumerate(((33, 1000), (257, 99))):
+        dtype = cases.FLOATS[(m + i) % 3]
+        case = {"bias": dtype, "residual": "same"}
+        check_added(backend, cases.gemm_operands(m, n, k), case, dtype, f"{m} {n} {k}")
+
+
+@pytest.mark.parametrize("m", [3, 12, 20])
+def test_the_largest_sums(backend: Backend, m: int) -> None:
+    """Sums at both ends of int32, and some that float32 must round."""
+    n, k = 5, reference.MAX_K
+    largest = torch.full((m, k), -128, dtype=torch.int8)
+    random = cases.random_int8(m, k, low=100)
+    for x_q, w_q in (
+        (largest, largest[:1].expand(n, k)),
+        (random, cases.random_int8(n, k, low=101, seed=1)),
+    ):
+        for sign in (1, -1):
+            w = (w_q.int() * sign).clamp(-128, 127).to(torch.int8)
+            ones = backend.put(torch.ones(1))
+            y = check(
+                backend, backend.put(x_q), backend.put(w), ones, ones, dtype=torch.float32, what=f"{sign}"
+            )  # fmt: skip
+            assert float(y.abs().min()) > 1.2e9
+
+
+@pytest.mark.parametrize("m", [3, 40])
+def test_any_layout(backend: Backend, m: int) -> None:
+    """Views whose neighbours hold other numbers; what is not aligned to 16 bytes is copied first."""
+    k = 80
+    base = backend.put(cases.random_int8(2 * m, 3 * k))
+    odd = base.reshape(-1)[1 : 1 + m * k]
+    layouts = {
+        "whole": base[:m, :k],
+        "narrowed, aligned": base[:m, 16 : 16 + k],
+        "narrowed": base[:m, 3 : 3 + k],
+        "narrowed to an odd size": base[:m, 32 : 32 + k - 1],
+        "unaligned": odd.view(m, k),
+        "unaligned, odd size": odd[: m * (k - 3)].view(m, k - 3),
+        "transposed": base[:k, :m].t(),
+        "strided": base[::2, 1::3],
+        "every second row": base[1::2, :k],
+        "expanded": base[:1, :k].expand(m, k),
+        "expanded columns": base[:m, :1].expand(m, k),
+        "overlapping rows": base.as_strided((m, k), (16, 1)),
+    }
+    for name, view in layouts.items():
+        rows, size = view.shape
+        g = on_device(backend, cases.gemm_operands(rows, rows, size))
+        check(backend, view, g.w_q, *g[2:], what=f"x_q {name}")
+        check(backend, g.x_q, view, *g[2:], what=f"w_q {name}")
+        check(backend, view, view, *g[2:4], dtype=torch.float32, what=f"both {name}")
+
+
+def test_any_shape_of_x(backend: Backend) -> None:
+    base = backend.put(cases.random_int8(24, 96))
+    for name, x in {
+        "deep": base.view(2, 3, 4, 96),
+        "deep, with ones": base.view(24, 1, 1, 96)[::2],
+        "deep, narrowed": base.view(4, 6, 96)[:, 1:3, 16:64],
+        "permuted": base.view(2, 12, 96).permute(1, 2, 0),
+        "rows swapped": base.view(2, 12, 96).transpose(0, 1),
+        "vector": base[3],
+        "vector, strided": base[:, 5],
+        "empty": base.view(2, 12, 96)[:, :0],
+    }.items():
+        m = x[..., 0].numel()
+        g = on_device(backend, cases.gemm_operands(m, 19, x.shape[-1]))
+        residual = g.residual.view(*x.shape[:-1], 19)
+        y = check(backend, x, *g[1:4], g.bias, residual, what=name)
+        assert y.shape == residual.shape
+
+
+@pytest.mark.parametrize("m", [5, 70])
+def test_any_layout_of_what_is_added(backend: Backend, m: int) -> None:
+    n = 66
+    g = on_device(backend, cases.gemm_operands(m, n, 32))
+    wide = backend.put(torch.full((2 * m, 2 * n), torch.nan))
+    across = backend.put(torch.full((n, m + 1), torch.nan))
+    vectors = backend.put(torch.full((3, 2 * n + 1), torch.nan))
+    for name, view, vector in (
+        ("aligned", wide[:m, 8 : 8 + n], vectors[0, :n]),
+        ("unaligned", wide[:m, 3 : 3 + n], vectors[1, 1 : n + 1]),
+        ("strided", wide[::2, ::2], vectors[2, : 2 * n : 2]),
+        ("transposed", across[:, 1:].t(), g.bias),
+    ):
+        view.copy_(g.residual)
+        vector.copy_(g.w_scale)
+        for dtype in cases.FLOATS:
+            check(backend, *g[:3], vector, vector, view, dtype=dtype, what=name)
+        wide.fill_(torch.nan)
+    row = g.residual[:1].expand(m, n)
+    check(backend, *g[:3], g.w_scale[:1].expand(n), g.bias, row, what="expanded")
+
+
+# --- edges ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("m", [8, 16, 40, 130])
+def test_what_is_not_finite_stays_in_its_row_or_column(backend: Backend, m: int) -> None:
+    g = cases.gemm_operands(m, 70, 64)
+    rows, columns = (1, m - 1), (3, 42, 69)
+    g.x_scale[rows[0]], g.x_scale[rows[1]] = torch.nan, torch.inf
+    g.w_scale[columns[0]], g.w_scale[columns[1]], g.bias[columns[2]] = torch.nan, -torch.inf, torch.nan  # fmt: skip
+    g.residual[2, 20], g.residual[4, 21] = torch.inf, torch.nan
+    clear = torch.ones(m, 70, dtype=torch.bool)
+    clear[list(rows)], clear[:, list(columns)], clear[2, 20], clear[4, 21] = (False,) * 4
+    for dtype in cases.FLOATS:
+        y = check(backend, *on_device(backend, g), dtype=dtype)
+        assert bool((y.isfinite() == clear).all())
+
+
+@pytest.mark.parametrize("m", [8, 40])
+@pytest.mark.parametrize("dtype", cases.FLOATS, ids=str)
+def test_zeros_their_signs_and_the_smallest_numbers(
+    backend: Backend, m: int, dtype: torch.dtype
+) -> None:
+    """Zero and subnormal scales and sums, with nothing added and with zeros of both signs; overflow to infinity."""
+    g = cases.gemm_operands(m, 40, 48)
+    g.x_q[::3] = 0
+    for scale in (g.x_scale, g.w_scale):
+        scale[::2] *= torch.rand(len(scale[::2])) + 0.5
+        scale[1:8] = torch.tensor([0.0, -0.0, 1e-40, 1e-20, -1e-3, 1e18, 1e-38])
+    zeros = torch.zeros(m, 40)
+    for bias in (None, zeros[0], -zeros[0]):
+        for residual in (None, zeros, -zeros):
+            check(
+                backend,
+                *(backend.put(t) for t in g[:4]),
+                *(None if t is None else backend.put(t.to(dtype)) for t in (bias, residual)),
+                dtype=dtype,
+                what=f"{bias is not None} {residual is not None}",
+            )
+
+
+def check_requant(
+    backend: Backend, gemm: Gemm, out_scale: float, bias: bool, relu: bool, what: str = ""
+) -> Tensor:
+    options = {"bias": gemm.bias if bias else None, "relu": relu}
+    scale = torch.tensor([out_scale])
+    expected = reference.gemm_s8_requant(*gemm[:4], scale, **options)
+    put = backend.put
+    given = {k: put(v) if isinstance(v, Tensor) else v for k, v in options.items()}
+    found = ops.gemm_s8_requant(*map(put, gemm[:4]), put(scale), **given)
+    assert_bitwise_equal(found, expected, f"{what} {out_scale} {bias} {relu}")
+    count_result()
+    return expected
+
+
+@pytest.mark.parametrize("m", TOKENS)
+def test_requant(backend: Backend, m: int) -> None:
+    for i, (n, k) in enumerate(((33, 100), (130, 31), (64, 64))):
+        gemm = cases.gemm_operands(m, n, k, per_token=m % 2 == 1, per_channel=i != 1)
+        for relu in (False, True):
+            check_requant(backend, gemm, 0.013, relu ^ (i == 1), relu, f"{m} {n} {k}")
+
+
+@pytest.mark.parametrize("m", [5, 12, 40, 255])
+def test_requant_ties_saturation_and_broken_scales(backend: Backend, m: int) -> None:
+    x_q = (torch.arange(255) - 127).to(torch.int8)[:, None][:m]
+    w_q = torch.tensor([[1], [-1], [3], [0]], dtype=torch.int8)
+    ones = torch.ones(m)
+    gemm = Gemm(x_q, w_q, ones, torch.full((4,), 0.5), torch.tensor([0.0, 0.5, -1, 130]), ones)
+    broken = gemm._replace(x_scale=ones.clone())
+    broken.x_scale[:4] = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0])
+    for relu in (False, True):
+        for bias in (False, True):
+            y = check_requant(backend, gemm, 1.0, bias, relu, "ties")
+            assert m < 255 or int(y.max()) == 127
+            y = check_requant(backend, broken, 1.0, bias, relu, "broken")
+            assert not y[0].any(), "NaN becomes 0"
+            for out_scale in (0.0, -1.0, 1e-39, 1e-30, 3e38, torch.nan, torch.inf):
+                check_requant(backend, gemm, out_scale, bias, relu)
+
+
+# --- refusals ---------------------------------------------------------------------------------------
+
+G = cases.gemm_operands(4, 3, 6)
+LONG = torch.zeros(1, reference.MAX_K + 1, dtype=torch.int8)
+REFUSED: tuple[tuple[dict[str, Any], str], ...] = (
+    ({"x_q": G.residual}, "x_q must be int8, got float32. Quantise it first"),
+    ({"w_q": G.w_q.short()}, "w_q must be int8, got "),
+    ({"w_q": G.w_q.t()}, r"the same K and N >= 1, got \(4, 6\) and \(6, 3\)\."),
+    ({"w_q": G.w_q[:0]}, r"N >= 1, got \(4, 6\) and \(0, 6\)\."),
+    ({"x_q": G.x_q[:, :0], "w_q": G.w_q[:, :0]}, r"K must be in \[1, 131071\] so that"),
+    ({"x_q": LONG, "w_q": LONG}, "cannot overflow, got 131072; split the layer over K."),
+    ({"x_scale": torch.ones(3)}, r"x_scale must have shape \[4\] or \[1\] \(per token or per tensor\), got \(3,\)"),
+    ({"x_scale": torch.ones(4).half()}, "x_scale must be float32, got float16. Scales"),
+    ({"w_scale": torch.ones(3, 1)}, r"w_scale must have shape \[3\] or \[1\] \(per output channel"),
+    ({"w_scale": torch.ones(3).bfloat16()}, "w_scale must be float32, got bfloat16."),
+    ({"bias": torch.ones(4)}, r"bias must have shape \[3\], got \(4,\)\."),
+    ({"bias": torch.ones(3).int()}, "bias must be float16 or bfloat16 or float32, got int32."),
+)  # fmt: skip
+FLOAT_OUTPUT: tuple[tuple[dict[str, Any], str], ...] = (
+    ({"residual": torch.ones(3)}, r"residual must have shape \(4, 3\), got \(3,\)\."),
+    ({"residual": torch.ones(4, 4)}, r"residual must have shape \(4, 3\), got \(4, 4\)\."),
+    ({"residual": G.x_q[:, :3]}, "residual must be float16 or bfloat16 or float32, got int8."),
+    ({"out_dtype": torch.int8}, "out_dtype must be float16, bfloat16 or float32, got"),
+    ({"out_dtype": torch.float64}, "out_dtype must be float16, bfloat16 or float32, got"),
+)
+
+
+def refused(backend: Backend, op: str, change: dict[str, Any], sentence: str) -> None:
+    more = {
+        "gemm_s8": {"out_dtype": torch.float16},
+        "_gemm_s8_tile": {"out_dtype": torch.float16, "tile": 0, "splits": 0},
+        "gemm_s8_requant": {"out_scale": torch.ones(1)},
+    }
+    given = {**G._asdict(), "residual": None, **more[op], **change}
+    if op == "gemm_s8_requant":
+        del given["residual"]
+    moved = {
+        k: v.to(backend.device) if isinstance(v, Tensor) and not v.is_meta else v
+        for k, v in given.items()
+        if v is not None
+    }
+    # C++ raises RuntimeError only; the sentence is the same.
+    with pytest.raises((RuntimeError, TypeError, ValueError), match=f"^{op}: .*{sentence}"):
+        getattr(torch.ops.smoothquant_kernels, op)(**moved)
+
+
+@pytest.mark.parametrize(("change", "sentence"), REFUSED)
+@pytest.mark.parametrize("op", ["gemm_s8", "_gemm_s8_tile", "gemm_s8_requant"])
+def test_refusals(backend: Backend, op: str, change: dict[str, Any], sentence: str) -> None:
+    refused(backend, op, change, sentence)
+
+
+@pytest.mark.parametrize(("change", "sentence"), FLOAT_OUTPUT)
+@pytest.mark.parametrize("op", ["gemm_s8", "_gemm_s8_tile"])
+def test_refusals_of_float_outputs(
+    backend: Backend, op: str, change: dict[str, Any], sentence: str
+) -> None:
+    refused(backend, op, change, sentence)
+
+
+@pytest.mark.parametrize("name", NAMES[1:])
+def test_operands_on_two_devices_are_refused(backend: Backend, name: str) -> None:
+    if backend.device == "cuda":
+        pytest.skip("test_cuda.py")
+    refused(backend, "gemm_s8", {name: getattr(G, name).to("meta")}, f"{name} is on meta, but")
+
+
+def test_other_refusals(backend: Backend) -> None:
+    refused(
+        backend, "gemm_s8_requant", {"out_scale": torch.ones(2)}, r"out_scale must have shape \[1\]"
+    )
+    sentence = "tile must be -1 or a row of the table, splits at least 0, got"
+    for change, got in (({"tile": -2}, "-2 and 0"), ({"splits": -1}, "0 and -1")):
+        refused(backend, "_gemm_s8_tile", change, f"{sentence} {got}")
+
+
+def test_tiles_that_do_not_exist_or_do_not_fit_are_refused(compiled: Backend) -> None:
+    tiles = c_gemm.tiles(c_gemm.declare(compiled.c_library))
+    shape = "M 4, N 3, K 6"
+    change = {"tile": len(tiles)}
+    refused(
+        compiled, "_gemm_s8_tile", change, f"an argument is invalid; {shape}, tile {len(tiles)}"
+    )
+    for tile in tiles:
+        change = {"tile": tile["tile"], "splits": tile["most_splits"] + 1}
+        refused(compiled, "_gemm_s8_tile", change, f"no tile covers this shape; {shape}, tile")
+        if tile["kernel"] == "stream":
+            m = tile["m"] + 1
+            many = {"tile": tile["tile"], "x_q": G.x_q[:1].expand(m, 6), "x_scale": torch.ones(m)}
+            refused(compiled, "_gemm_s8_tile", many, f"no tile covers this shape; M {m}, N 3")
