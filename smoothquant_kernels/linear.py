@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,9 +31,11 @@ def packed_rows(w_q: Tensor) -> Tensor:
     The tensor itself where they do already. `gemm_s8` takes any other weight too, by a copy at every call.
     """
     n, k = w_q.shape
-    if not wants_aligned_rows(w_q) or (w_q.stride() == (k, 1) and k % ROW_ALIGNMENT == 0):
+    k_padded = reference.padded_k(k, ROW_ALIGNMENT)
+    aligned = w_q.stride() == (k_padded, 1) and w_q.storage_offset() % ROW_ALIGNMENT == 0
+    if not wants_aligned_rows(w_q) or aligned:
         return w_q
-    padded = w_q.new_zeros(n, reference.padded_k(k, ROW_ALIGNMENT))
+    padded = w_q.new_zeros(n, k_padded)
     padded[:, :k] = w_q
     return padded[:, :k]
 
@@ -213,6 +215,11 @@ class W8A8Linear(KeepsBufferTypes):
         if not self.w_q.is_meta:
             self.w_q = packed_rows(self.w_q)  # moving a view makes it dense
         return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        if not self.w_q.is_meta:
+            self.w_q = packed_rows(self.w_q)  # assign=True puts the given tensor in its place
 
     def quantize_input(self, x: Tensor) -> QuantizedActivation:
         """Smooths and quantises x [..., K] as this layer wants it, for all layers that share its input."""

@@ -81,7 +81,12 @@ def _object_name(source: str) -> str:
 
 def _task(source: str, build: Path, root: Path | None = None) -> tuple[list[str], Path]:
     """The command that compiles a source of the checkout, or of a copy elsewhere, and its object."""
-    flags = ["-DSQK_SIMULATOR", "-DSQK_WITH_SM80=1", "-DSQK_WITH_SM90=1", "-DSQK_ARCHS=8.0+PTX/9.0a+PTX"]
+    flags = [
+        "-DSQK_SIMULATOR",
+        "-DSQK_WITH_SM80=1",
+        "-DSQK_WITH_SM90=1",
+        "-DSQK_ARCHS=8.0+PTX/9.0a+PTX",
+    ]
     output = build / _object_name(source)
     if source.endswith(".cpp"):
         include = find_torch().include

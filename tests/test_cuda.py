@@ -30,11 +30,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from smoothquant_kernels import _extension, ops, reference
 
-#: These have CUDA kernels; an op that gets some later is tested as well from then on.
-REQUIRED = ("quantize", "rms_norm_quantize", "layer_norm_quantize", "act_quantize")
-TESTED = tuple(op for op in ops.OPS if op in REQUIRED or _extension.has_cuda_kernel(op))
 #: Those whose results may differ from the CPU's by what tests/tolerance.py derives.
-ROUNDED = REQUIRED[1:]
+ROUNDED = ("rms_norm_quantize", "layer_norm_quantize", "act_quantize")
 GPU = "cuda"
 EPS = 1e-5
 
@@ -82,7 +79,11 @@ def problems(m: int, k: int, dtype: torch.dtype = torch.float16, seed: int = 0) 
         Call("gemm_s8", gemm[:4], {**added, "out_dtype": dtype}),
         Call("gemm_s8_requant", (*gemm[:4], torch.ones(1)), {"bias": gemm.bias, "relu": True}),
     ]
-    return [move(call, GPU) for call in made if call.name in TESTED]
+    for scheme in cases.SCHEMES:
+        options = cases.quantize_options(scheme)
+        options |= {"inv_smooth": cases.inverse_smooth(k, seed), "bias": gemm.bias}
+        made.append(Call("linear_s8", (x, gemm.w_q, gemm.w_scale), options))
+    return [move(call, GPU) for call in made]
 
 
 def assert_like_the_cpu(call: Call, found: Any) -> None:
@@ -135,7 +136,7 @@ def test_the_same_bits_every_time() -> None:
 
 # --- tracers and autograd -----------------------------------------------------------------------------
 
-CALLS = [call for call in test_ops.calls() if call.name in TESTED]
+CALLS = test_ops.calls()
 each_call = pytest.mark.parametrize(
     "call", CALLS, ids=[f"{c.name}-{i}" for i, c in enumerate(CALLS)]
 )
@@ -345,7 +346,7 @@ def test_tensors_on_another_gpu_than_the_current() -> None:
 
 
 @pytest.mark.cuda_build
-@pytest.mark.parametrize("op", REQUIRED)
+@pytest.mark.parametrize("op", ops.OPS)
 def test_the_library_has_kernels_of(op: str) -> None:
     backends.require_library()
     assert _extension.has_cuda_kernel(op)

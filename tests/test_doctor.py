@@ -19,6 +19,21 @@ ROWS = [
 ]
 
 
+GEMM = {
+    "sm80": {
+        "tiles": [{"name": "16x32x64"}, {"name": "64x64x64"}],
+        "rules": [
+            {"most_m": 16, "tiles": [0], "when": "M <= 16", "why": "few tokens"},
+            {"most_m": 99, "tiles": [1, 0], "when": "M > 16", "why": "many"},
+        ],
+    },
+}
+GEMM_ROWS = [
+    {"path": "16x32x64", "when": "M <= 16", "why": "few tokens"},
+    {"path": "64x64x64, 16x32x64", "when": "M > 16", "why": "many"},
+]
+
+
 def install(folder: Path, monkeypatch: pytest.MonkeyPatch, source: str) -> None:
     """Puts a library of this C source in the place of the package's own."""
     if shutil.which("g++") is None:
@@ -30,8 +45,8 @@ def install(folder: Path, monkeypatch: pytest.MonkeyPatch, source: str) -> None:
     monkeypatch.setattr(_extension, "_status", _extension.ExtensionStatus(True, ""))
 
 
-def returning(value: str) -> str:
-    return f'extern "C" const char* sqk_quantize_table() {{ return {value}; }}'
+def returning(value: str, entry: str = "sqk_quantize_table") -> str:
+    return f'extern "C" const char* {entry}() {{ return {value}; }}\n'
 
 
 def as_c_string(text: str) -> str:
@@ -53,6 +68,30 @@ def test_doctor_shows_the_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     lines = [line.split() for line in rendered(document).splitlines()]
     assert ["quantize", "by", "warp:", "K", "<=", "1024"] in lines
     assert ["block:", "x_scale", "[m]"] in lines
+
+
+def test_doctor_shows_the_tables_of_the_gemm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = returning(as_c_string(json.dumps(ROWS)))
+    both += returning(as_c_string(json.dumps(GEMM)), "sqk_gemm_tables")
+    install(tmp_path, monkeypatch, both)
+    assert _extension.gemm_tables() == GEMM
+    expected = {"quantize": ROWS, "gemm_s8 sm80": GEMM_ROWS}
+    assert _extension.dispatch_tables() == expected
+    lines = [line.split() for line in rendered(_doctor.examine()).splitlines()]
+    assert ["gemm_s8", "sm80", "by", "16x32x64:", "M", "<=", "16"] in lines
+    assert ["64x64x64,", "16x32x64:", "M", ">", "16"] in lines
+
+
+@pytest.mark.parametrize(
+    "damaged", ["[]", '{"sm80": 1}', '{"sm80": {"tiles": [], "rules": [{"tiles": [0]}]}}']
+)
+def test_a_damaged_table_of_the_gemm_is_none(
+    damaged: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(tmp_path, monkeypatch, returning(as_c_string(damaged), "sqk_gemm_tables"))
+    assert _extension.dispatch_tables() == {}
 
 
 @pytest.mark.parametrize(

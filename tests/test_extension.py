@@ -185,6 +185,8 @@ CALLS: dict[str, tuple[Any, ...]] = {
     "act_quantize": (X, "relu"),
     "gemm_s8": (X, X, X, X),
     "gemm_s8_requant": (X, X, X, X, X),
+    "linear_s8": (X, X, X),
+    "_gemm_s8_tile": (X, X, X, X),
 }
 
 
@@ -197,7 +199,9 @@ def test_an_op_without_a_cuda_kernel_has_one_that_explains(op: str) -> None:
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"smoothquant_kernels::{op}", "CUDA")
     if not _extension.has_cuda_kernel(op):
         keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
-        options = {"out_dtype": torch.float16} if op == "gemm_s8" else {}
+        schema = getattr(torch.ops.smoothquant_kernels, op).default._schema
+        wants = {argument.name for argument in schema.arguments}
+        options = {"out_dtype": torch.float16} if "out_dtype" in wants else {}
         overload = getattr(torch.ops.smoothquant_kernels, op).default
         with pytest.raises(RuntimeError, match=f"no CUDA kernel for {op}: "):
             overload.redispatch(keys, *CALLS[op], **options)

@@ -179,13 +179,14 @@ def test_every_layer_has_a_plan(library: ctypes.CDLL, gpu: str) -> None:
 
 @each_gpu
 def test_no_cliff(library: ctypes.CDLL, gpu: str) -> None:
-    """One more token never doubles the expected time: a wave more is the most. Nor do more tokens take much less."""
+    """One more token costs a wave at most: twice the work, and a little where more SMs then share L2's bandwidth. Nor
+    do more tokens take much less."""
     jumps, drops = [], []
     for n, k, plans in sweep(library, gpu):
         most = 0.0
         for (m, one), (m_next, next_one) in pairwise(plans):
             most = max(most, one.expected_clocks)
-            if m_next == m + 1 and next_one.expected_clocks > 2 * one.expected_clocks:
+            if m_next == m + 1 and next_one.expected_clocks > 2.2 * one.expected_clocks:
                 jumps.append((m_next, n, k, next_one.expected_clocks / one.expected_clocks))
             if next_one.expected_clocks < 0.65 * most:
                 drops.append((m_next, n, k, next_one.expected_clocks / most))
@@ -238,7 +239,7 @@ def test_no_tokens_need_no_launch(library: ctypes.CDLL) -> None:
         {"x_q": 4100}, {"w_q": 4104}, {"x_q_stride": 72}, {"w_q_stride": 72}, {"x_q_stride": 48},
         {"w_q_stride": 48}, {"x_q_stride": -64}, {"y_stride": 63}, {"out_scale": 4096}, {"y_dtype": 3},
         {"y_dtype": 3, "out_scale": 4096, "residual": 4096}, {"residual": 4096, "residual_dtype": 3},
-        {"residual": 4096, "residual_dtype": -1},
+        {"residual": 4096, "residual_dtype": -1}, {"x_q_stride": 1 << 40}, {"w_q_stride": 1 << 40},
     ],
     ids=str,
 )  # fmt: skip

@@ -14,7 +14,7 @@ from compare import assert_bitwise_equal, assert_same_buffers
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from smoothquant_kernels import W8A8Linear
+from smoothquant_kernels import W8A8Linear, linear
 from smoothquant_kernels.linear import ACTIVATION_SCHEMES, WEIGHT_GRANULARITIES
 
 
@@ -199,3 +199,36 @@ def test_compile_with_a_shared_quantisation() -> None:
     x = cases.activations(3, 8)
     compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
     assert_bitwise_equal(compiled(x), both(x))
+
+
+# --- rows that start at multiples of 16 bytes --------------------------------------------------------------
+
+
+def test_a_packed_weight_is_a_weight_like_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU w_q is a view of a wider tensor where K asks for it; here the CPU is told that it is one."""
+    expected, x = every_buffer(), cases.activations(5, 6)
+    monkeypatch.setattr(linear, "wants_aligned_rows", lambda t: True)
+    stream = io.BytesIO()
+    torch.save(every_buffer().state_dict(), stream)
+    stream.seek(0)
+    made = W8A8Linear(6, 5, activation_scheme="static", smooth=True)
+    for layer in (
+        every_buffer(),
+        every_buffer().to("cpu"),
+        every_buffer().half(),
+        made,
+        copy.deepcopy(every_buffer()),
+        pickle.loads(pickle.dumps(every_buffer())),
+    ):
+        if layer is made:
+            layer.load_state_dict(torch.load(stream))
+        assert layer.w_q.shape == (5, 6) and layer.w_q.stride() == (16, 1)
+        assert_same_layer(layer, expected)
+        assert_bitwise_equal(layer(x), expected(x))
+        shared = layer.quantize_input(x)
+        assert shared.x_q.shape == (5, 6) and shared.x_q.stride() == (16, 1)
+        assert_bitwise_equal(layer(shared), expected(x))
+        assert_bitwise_equal(layer.dequantized_weight(), expected.dequantized_weight())
+    # K that is a multiple of 16 needs no second copy, whatever is asked.
+    w_q = cases.random_int8(3, 32)
+    assert linear.packed_rows(w_q) is w_q

@@ -79,6 +79,10 @@ def calls(m: int = M) -> list[Call]:
         Call("gemm_s8", scalar[:4], {**every, "out_dtype": torch.float32}),
         Call("gemm_s8_requant", (*gemm[:4], static), {}),
         Call("gemm_s8_requant", (*gemm[:4], static), {"bias": gemm.bias, "relu": True}),
+        Call("linear_s8", (x, gemm.w_q, gemm.w_scale), {"granularity": "tensor"}),
+        Call(
+            "linear_s8", (x, gemm.w_q, gemm.w_scale), {"bias": gemm.bias, **smooth, "scale": static}
+        ),
     ]
 
 
@@ -91,6 +95,16 @@ each_call = pytest.mark.parametrize("call", CALLS, ids=IDS)
 def test_opcheck(call: Call) -> None:
     result = torch.library.opcheck(call.overload, call.args, call.kwargs)
     assert set(result.values()) == {"SUCCESS"} and len(result) == 4
+
+
+def test_opcheck_of_the_op_that_forces_a_tile() -> None:
+    gemm = cases.gemm_operands(M, N, K)
+    op = torch.ops.smoothquant_kernels._gemm_s8_tile.default
+    for forced in ({}, {"tile": 2, "splits": 3}):
+        options = {"bias": gemm.bias, "out_dtype": torch.float16, **forced}
+        torch.library.opcheck(op, gemm[:4], options)
+        expected = ops.gemm_s8(*gemm[:4], bias=gemm.bias)
+        assert_all_bitwise_equal(op(*gemm[:4], **options), expected)
 
 
 @each_call
@@ -293,6 +307,11 @@ def _requant(**changes: Any) -> Call:
     return Call("gemm_s8_requant", (*operands, scale), changes)
 
 
+def _linear(**changes: Any) -> Call:
+    operands = [changes.pop(name, default) for name, default in (("x", X), ("w_q", G.w_q))]
+    return Call("linear_s8", (*operands, changes.pop("w_scale", G.w_scale)), changes)
+
+
 Gemm_names = ("x_q", "w_q", "x_scale", "w_scale")
 FLOAT_NAMES = "float16 or bfloat16 or float32"
 LONG = torch.zeros(1, reference.MAX_K + 1, dtype=torch.int8)
@@ -345,6 +364,10 @@ REFUSED: list[tuple[Call, type[Exception], str]] = [
     (_requant(w_scale=torch.ones(2)), ValueError, "gemm_s8_requant: w_scale must have shape [3]"),
     (_requant(out_scale=torch.ones(3)), ValueError, "out_scale must have shape [1] (the scale of"),
     (_requant(out_scale=torch.ones(1).half()), TypeError, "out_scale must be float32, got float16"),
+    (_linear(x=G.x_q), TypeError, f"linear_s8: x must be {FLOAT_NAMES}, got int8."),
+    (_linear(w_q=G.w_q[:, :5]), ValueError, "the same K and N >= 1, got (4, 6) and (3, 5)."),
+    (_linear(inv_smooth=torch.ones(3)), ValueError, "inv_smooth must have shape [6] (one factor"),
+    (_linear(granularity="row"), ValueError, "must be 'token' or 'tensor', got 'row'; give"),
 ]
 
 

@@ -8,8 +8,15 @@ import pytest
 import simulator
 from build_support import ROOT
 
-#: The GPUs, and the checks that stop a launch: every access is checked for its bounds in any case.
-ARCHS = ("sm_80", "sm_89", "sm_90")
+#: What of tests/kernels depends on the GPU's limits: its table of GEMM tiles, the longest rows that fit, small samples.
+LIMITS = (
+    "smoke or every_path or every_tile or go_round or more_tiles or not_be_cleared or every_number_of_tokens"
+    " or (long_rows and not bfloat16 and not float32)"
+)
+#: GPU -> (what is run, tests that must pass, results that must equal the reference): a suite that silently stopped to
+#: run would pass as well. sm_89 runs the PTX of sm_80; only its limits are of interest.
+ARCHS = {"sm_80": ("", 1500, 21_000), "sm_89": (LIMITS, 400, 3_000), "sm_90": ("", 1600, 21_000)}
+#: The checks that stop a launch: every access is checked for its bounds in any case.
 CHECKS = "init,race"
 
 
@@ -18,13 +25,15 @@ CHECKS = "init,race"
 @pytest.mark.parametrize("arch", ARCHS)
 def test_kernels(arch: str, capsys: pytest.CaptureFixture[str]) -> None:
     simulator.require()
-    done = simulator.kernel_tests(simulator.library(), "tests/kernels", arch=arch, checks=CHECKS)
+    selected, least_passed, least_results = ARCHS[arch]
+    arguments = ("tests/kernels", "-k", selected) if selected else ("tests/kernels",)
+    done = simulator.kernel_tests(simulator.library(), *arguments, arch=arch, checks=CHECKS)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-4000:]
     passed = re.search(r"(\d+) passed", done.stdout)
     results = re.search(r"compared with the reference: (\d+) results", done.stdout)
     assert passed and results, done.stdout[-2000:]
     with capsys.disabled():
         print(f"\n{arch}: {passed[0]}, {results[1]} results equal to the reference")
-    # A suite that silently stopped to run would pass as well.
     collected = len(list((ROOT / "tests" / "kernels").glob("test_*.py")))
-    assert collected >= 4 and int(passed[1]) > 900 and int(results[1]) > 15_000
+    assert collected >= 8
+    assert int(passed[1]) > least_passed and int(results[1]) > least_results

@@ -59,10 +59,30 @@ def test_rules_are_rows_that_cover_all_m() -> None:
     ]
     lines = tune_rules.cpp_rules(TOY_TABLE, results)
     assert parsed(lines) == [
-        (8, (0, -1, -1, -1, -1, -1), "M <= 8", "measured: 0.0 % off the best of all tiles, 8 problems"),
-        (64, (1, -1, -1, -1, -1, -1), "M <= 64", "measured: 0.0 % off the best of all tiles, 2 problems"),
-        (256, (2, -1, -1, -1, -1, -1), "M <= 256", "measured: 0.0 % off the best of all tiles, 1 problems"),
-        (ANY_M, (1, 2, -1, -1, -1, -1), "M > 256", "measured: 0.0 % off the best of all tiles, 2 problems"),
+        (
+            8,
+            (0, -1, -1, -1, -1, -1),
+            "M <= 8",
+            "measured: 0.0 % off the best of all tiles, 8 problems",
+        ),
+        (
+            64,
+            (1, -1, -1, -1, -1, -1),
+            "M <= 64",
+            "measured: 0.0 % off the best of all tiles, 2 problems",
+        ),
+        (
+            256,
+            (2, -1, -1, -1, -1, -1),
+            "M <= 256",
+            "measured: 0.0 % off the best of all tiles, 1 problems",
+        ),
+        (
+            ANY_M,
+            (1, 2, -1, -1, -1, -1),
+            "M > 256",
+            "measured: 0.0 % off the best of all tiles, 2 problems",
+        ),
     ]
 
 

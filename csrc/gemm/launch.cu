@@ -32,7 +32,11 @@ void add_workspace(const GemmParams& params, const GemmDevice& device, GemmPlan*
 constexpr uintptr_t kAllocated = 256;  // an address as allocators give them
 
 Status check_workspace(const void* workspace, int64_t bytes, int64_t wanted) {
-  if (wanted > 0 && workspace == nullptr) return Status::kInvalidArgument;
+  constexpr uintptr_t kAlignment = 16;
+  if (wanted > 0 &&
+      (workspace == nullptr || reinterpret_cast<uintptr_t>(workspace) % kAlignment != 0)) {
+    return Status::kInvalidArgument;
+  }
   return bytes < wanted ? Status::kWorkspaceTooSmall : Status::kSuccess;
 }
 
@@ -41,6 +45,10 @@ Status launch(const GemmParams& params, const GemmPlan& plan, const QuantizePara
   GemmDevice device;
   const Status status = gemm_device(&device);
   if (status != Status::kSuccess || plan.launches == 0) return status;
+  const bool has_x = fused != nullptr || (params.x_q != nullptr && params.x_scale != nullptr);
+  if (!has_x || params.w_q == nullptr || params.w_scale == nullptr || params.y == nullptr) {
+    return Status::kInvalidArgument;
+  }
   const GemmTile& tile = tile_of(plan);
   if (tile.kernel == GemmKernel::kStream) {
     return launch_stream(params, fused, device, tile, stream);
@@ -60,7 +68,7 @@ Status launch(const GemmParams& params, const GemmPlan& plan, const QuantizePara
 }  // namespace
 
 Status gemm_device(GemmDevice* device) {
-  QuantizeDevice known;
+  QuantizeDevice known = {};
   const Status status = quantize_device(&known);
   // Clusters and wgmma come with the same architecture, 9.0a.
   *device = {known.sms, known.capability, known.shared_bytes, known.clusters};
@@ -83,17 +91,20 @@ Status gemm_s8(const GemmParams& params, const GemmPlan& plan, cudaStream_t stre
 
 Status plan(const LinearParams& params, LinearPlan* out) {
   *out = {};
-  Status status = plan(params.gemm, &out->gemm);
+  QuantizeParams quantizer = params.quantize;
+  // Whoever plans first and allocates then has none yet, but will: from an allocator, so aligned.
+  if (quantizer.x_q == nullptr) quantizer.x_q = reinterpret_cast<int8_t*>(kAllocated);
+  if (quantizer.x_scale == nullptr) quantizer.x_scale = reinterpret_cast<float*>(kAllocated);
+  if (quantizer.m != params.gemm.m || quantizer.k != params.gemm.k) return Status::kInvalidArgument;
+  GemmParams gemm = params.gemm;
+  gemm.x_q = quantizer.x_q;
+  gemm.x_q_stride = quantizer.x_q_stride;
+  Status status = plan(gemm, &out->gemm);
+  if (status == Status::kSuccess) status = plan(quantizer, &out->quantize);
   if (status != Status::kSuccess) return status;
   out->fused = out->gemm.launches > 0 && tile_of(out->gemm).kernel == GemmKernel::kStream &&
-               stream_quantizes(params.quantize, params.gemm);
-  if (!out->fused) {
-    QuantizeParams quantizer = params.quantize;
-    // Whoever plans first and allocates then has none yet, but will: from an allocator, so aligned.
-    if (quantizer.x_q == nullptr) quantizer.x_q = reinterpret_cast<int8_t*>(kAllocated);
-    if (quantizer.x_scale == nullptr) quantizer.x_scale = reinterpret_cast<float*>(kAllocated);
-    status = plan(quantizer, &out->quantize);
-  }
+               stream_quantizes(quantizer, gemm);
+  if (out->fused) out->quantize = {};  // it was sound, and will not be launched
   // One follows the other in the stream: they can share.
   out->workspace_bytes = std::max(out->gemm.workspace_bytes, out->quantize.workspace_bytes);
   // The kernel that writes x_q comes right before; a clearing of counters would come between.
@@ -102,8 +113,8 @@ Status plan(const LinearParams& params, LinearPlan* out) {
 }
 
 Status linear_s8(const LinearParams& params, const LinearPlan& plan, cudaStream_t stream) {
-  Status status = check_workspace(params.gemm.workspace, params.gemm.workspace_bytes,
-                                  plan.workspace_bytes);
+  Status status =
+      check_workspace(params.gemm.workspace, params.gemm.workspace_bytes, plan.workspace_bytes);
   if (status != Status::kSuccess) return status;
   if (plan.fused) return launch(params.gemm, plan.gemm, &params.quantize, stream);
   QuantizeParams quantizer = params.quantize;

@@ -8,9 +8,9 @@
 
 #include <cuda_runtime.h>
 
-#include "gemm/epilogue.cuh"
 #include "gemm/mma_ops.cuh"
 #include "gemm/splits.h"
+#include "gemm/store_tokens.cuh"
 #include "launch_kernel.h"
 
 namespace sqk {
@@ -223,8 +223,9 @@ __global__ void __launch_bounds__(32 * kWarpsM * kWarpsN, mma_blocks_per_sm(32 *
       for (int i = 0; i < kRows; ++i) {
 #pragma unroll
         for (int j = 0; j < kColumns; ++j) {
-          multiply_add(acc[i][j], a[step % 2][i], b[step % 2][j]);
-          multiply_add(acc[i][j] + 4, a[step % 2][i], b[step % 2][j] + 2);
+          const uint32_t (&w)[4] = b[step % 2][j];
+          multiply_add(acc[i][j], a[step % 2][i], {w[0], w[1]});
+          multiply_add(acc[i][j] + 4, a[step % 2][i], {w[2], w[3]});
         }
       }
     }
@@ -253,7 +254,7 @@ __global__ void __launch_bounds__(32 * kWarpsM * kWarpsN, mma_blocks_per_sm(32 *
 
 // Tokens whose tiles make a group: of the 200 to 300 blocks that an A100 or an RTX 4090 runs at a
 // time, each some 128 x 128, a square is 2048 high, and its tokens at K = 8192 are 16 MiB of L2.
-constexpr int32_t kGroupTokens = 2048;
+constexpr int32_t kRasterTokens = 2048;
 
 template <int kM, int kN, int kK, int kWarpsM, int kWarpsN, int kStages>
 Status launch_mma(const GemmParams& params, const GemmDevice&, const GemmPlan& plan,
@@ -277,7 +278,7 @@ Status launch_mma(const GemmParams& params, const GemmDevice&, const GemmPlan& p
   p.m_tiles = static_cast<int32_t>(m_tiles);
   p.n_tiles = static_cast<int32_t>(n_tiles);
   // Groups of one size, so that none is left with a tile or two for which all weights stream by.
-  const int64_t groups = tiles_of(m_tiles, kGroupTokens / kM);
+  const int64_t groups = tiles_of(m_tiles, kRasterTokens / kM);
   p.group = static_cast<int32_t>(tiles_of(m_tiles, groups));
   p.splits = static_cast<int32_t>(splits);
   p.epilogue = make_epilogue(params);
@@ -286,8 +287,8 @@ Status launch_mma(const GemmParams& params, const GemmDevice&, const GemmPlan& p
     const int64_t counters = split_counter_bytes(tiles);
     p.tickets = static_cast<uint32_t*>(params.workspace);
     p.partials = reinterpret_cast<int4*>(static_cast<int8_t*>(params.workspace) + counters);
-    const cudaError_t error = cudaMemsetAsync(p.tickets, 0, counters, stream);
-    if (error != cudaSuccess) return status_from_cuda(error);
+    const Status status = status_from_call(cudaMemsetAsync(p.tickets, 0, counters, stream));
+    if (status != Status::kSuccess) return status;
   }
 
   constexpr int kThreads = 32 * kWarpsM * kWarpsN, kSharedBytes = kStages * (kM + kN) * kK;
@@ -299,7 +300,8 @@ Status launch_mma(const GemmParams& params, const GemmDevice&, const GemmPlan& p
   launch.shared_bytes = kSharedBytes;
   launch.stream = stream;
   static DevicesSeen seen;
-  return launch_kernel(launch, &p, kSharedBytes, seen);
+  const Status status = allow_shared_memory(launch.function, kSharedBytes, seen);
+  return status == Status::kSuccess ? launch_kernel(launch, &p) : status;
 }
 
 }  // namespace sqk

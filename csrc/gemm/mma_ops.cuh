@@ -1,4 +1,5 @@
-// The PTX of the mma.sync GEMM, and where its operands lie in shared memory. Kernel ring: no torch.
+// The PTX of the mma.sync GEMMs, and where operands lie in shared memory for ldmatrix. Kernel ring:
+// no torch.
 #pragma once
 
 #include <cstdint>
@@ -44,8 +45,8 @@ __device__ inline void load_matrices(uint32_t (&word)[4], uint32_t address) {
                : "memory");
 }
 
-// acc[16 tokens, 8 channels] += a[16 tokens, 32 of k] * b[32 of k, 8 channels]
-__device__ inline void multiply_add(int32_t* acc, const uint32_t (&a)[4], const uint32_t* b) {
+// acc[16 rows, 8 columns] += a[16 rows, 32 of k] * b[32 of k, 8 columns]
+__device__ inline void multiply_add(int32_t* acc, const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
       "{%8, %9}, {%0, %1, %2, %3};"
       : "+r"(acc[0]), "+r"(acc[1]), "+r"(acc[2]), "+r"(acc[3])

@@ -1,6 +1,7 @@
-// Which tile a problem takes: the tables, and the arithmetic around them. Kernel ring: no torch; this
-// file needs no CUDA compiler and no GPU.
+// Which tile a problem takes: the tables, and the arithmetic around them. Kernel ring: no torch;
+// this file needs no CUDA compiler and no GPU.
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 
 #include "gemm/splits.h"
@@ -23,6 +24,9 @@ bool aligned(const void* pointer, int64_t stride, int64_t rows) {
          (rows <= 1 || stride % kGemmAlignment == 0);
 }
 
+// What a tensor map can hold.
+constexpr int64_t kMaxStride = int64_t{1} << 40;
+
 bool is_output(DType dtype) { return dtype >= DType::kFloat32 && dtype <= DType::kInt8; }
 
 Status check(const GemmParams& p) {
@@ -36,6 +40,7 @@ Status check(const GemmParams& p) {
       (int8 || !is_output(p.residual_dtype) || p.residual_dtype == DType::kInt8)) {
     return Status::kInvalidArgument;
   }
+  if (p.x_q_stride >= kMaxStride || p.w_q_stride >= kMaxStride) return Status::kInvalidArgument;
   if ((p.m > 1 && p.x_q_stride < p.k) || (p.n > 1 && p.w_q_stride < p.k) ||
       (p.m > 1 && p.y_stride < p.n) || !aligned(p.x_q, p.x_q_stride, p.m) ||
       !aligned(p.w_q, p.w_q_stride, p.n)) {
@@ -46,7 +51,8 @@ Status check(const GemmParams& p) {
 
 GemmTable table_of(const GemmDevice& device) {
   if (device.wgmma) return GemmTable::kSm90;
-  // A100's tiles want two blocks of 80 KiB on an SM, or one of 96: by what the GPU has, not by name.
+  // A100's tiles want two blocks of 80 KiB on an SM, or one of 96: by what the GPU has, not by
+  // name.
   return device.shared_bytes >= 160 * 1024 ? GemmTable::kSm80 : GemmTable::kSm89;
 }
 
@@ -61,6 +67,17 @@ int64_t tiles_of(const GemmTile& tile, const GemmParams& p) {
          divide_up(p.n, tile.n * tile.cluster_n) * tile.cluster_n;
 }
 
+// Tiles that the busiest multiprocessor works off under CUTLASS's stream-K schedule: the last one
+// or two waves are shared over k, by as many blocks as get kLeastSteps tiles of k each; nothing is
+// shared where the waves are full or k is short.
+double stream_k_tiles(double tiles, double k_tiles, double sms) {
+  constexpr double kLeastSteps = 8;
+  const double full = std::floor(tiles / sms);
+  if (full * sms == tiles || k_tiles <= kLeastSteps) return std::ceil(tiles / sms);
+  const double whole = full > 1 ? full - 1 : 0, shared = tiles - whole * sms;
+  return whole + shared / std::max(1.0, std::min(sms, shared * k_tiles / kLeastSteps));
+}
+
 // Clocks until a problem is done, by the busiest multiprocessor: what it multiplies or what it
 // loads, whichever takes longer, and a constant for each tile it works off; and not before memory
 // has delivered everything once, so that tiles which can do no better are equal.
@@ -71,20 +88,21 @@ double expected_clocks(const GemmTile& tile, const GemmMachine& machine, const G
   const bool stream_k = tile.schedule == Schedule::kStreamK;
   const auto k = static_cast<double>(divide_up(p.k, tile.k) * tile.k);
   const double busy = stream_k ? sms : std::min(sms, tiles * static_cast<double>(splits));
-  const double bytes_per_clock =
-      std::min<double>(machine.sm_bytes, machine.l2_bytes * sms / busy);
-  const double loads =
-      k * (1.0 * tile.m / tile.cluster_n + 1.0 * tile.n / tile.cluster_m) / bytes_per_clock;
+  // A cluster shares what it draws from L2; each of its SMs still takes in all of it.
+  const double drawn = 1.0 * tile.m / tile.cluster_n + 1.0 * tile.n / tile.cluster_m;
+  const double loads = k * std::max(drawn * busy / (machine.l2_bytes * sms),
+                                    1.0 * (tile.m + tile.n) / machine.sm_bytes);
   const double work = std::max(area * k / (machine.macs * tile.rate / 100.0), loads);
-  const double memory = (1.0 * p.n * p.k + 1.0 * p.m * p.k + 2.0 * p.m * p.n) / machine.memory_bytes;
+  const double memory =
+      (1.0 * p.n * p.k + 1.0 * p.m * p.k + 2.0 * p.m * p.n) / machine.memory_bytes;
   double clocks = 0;
   if (tile.kernel == GemmKernel::kStream) {
     // A tile's reads go on while the one before is stored; the tokens stay in shared memory.
     clocks = tiles / sms * k * tile.n / machine.l2_bytes + machine.overhead;
   } else if (stream_k) {
     // Parts of tiles go through the workspace, and its counters are cleared first.
-    clocks = tiles / sms * work + 2.0 * machine.overhead + machine.launch +
-             8.0 * area / machine.l2_bytes;
+    clocks = stream_k_tiles(tiles, k / tile.k, sms) * work + 2.0 * machine.overhead +
+             machine.launch + 8.0 * area / machine.l2_bytes;
   } else {
     const auto blocks =
         static_cast<double>(divide_up(static_cast<int64_t>(tiles) * splits, device.sms));
@@ -151,17 +169,15 @@ Status plan_gemm(const GemmParams& params, const GemmDevice& device, GemmPlan* p
   const GemmTile& tile = table.tiles[plan->tile];
   const int64_t most = std::min<int64_t>(tile.most_splits, divide_up(params.k, tile.k));
   if (params.splits > tile.most_splits) return Status::kUnsupportedShape;
-  const int64_t splits = params.splits > 0
-                             ? std::min<int64_t>(params.splits, most)
-                             : best_splits(tile, table.machine, params, device);
+  const int64_t splits = params.splits > 0 ? std::min<int64_t>(params.splits, most)
+                                           : best_splits(tile, table.machine, params, device);
   plan->splits = static_cast<int32_t>(splits);
   plan->launches = 1;
   plan->tiles = tiles_of(tile, params);
   plan->blocks = plan->tiles * splits;
   if (plan->blocks > kMaxBlocks) return Status::kUnsupportedShape;
   plan->shared_bytes = shared_bytes(tile);
-  plan->expected_clocks =
-      expected_clocks(tile, table.machine, params, device, splits);
+  plan->expected_clocks = expected_clocks(tile, table.machine, params, device, splits);
   if (splits > 1) {
     plan->counter_bytes = split_counter_bytes(plan->tiles);
     plan->workspace_bytes = split_workspace_bytes(tile, plan->tiles, plan->splits);

@@ -10,19 +10,11 @@
 
 #include <type_traits>
 
+#include "gemm/store_channels.cuh"
 #include "gemm/stream_ring.cuh"
 #include "gemm/stream_rows.cuh"
 
 namespace sqk {
-
-// acc[16 channels][8 tokens] += w[16][32] x[8][32].
-__device__ inline void multiply_add(int32_t* acc, uint32_t w0, uint32_t w1, uint32_t w2,
-                                    uint32_t w3, uint32_t x0, uint32_t x1) {
-  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-      "{%8, %9}, {%0, %1, %2, %3};"
-      : "+r"(acc[0]), "+r"(acc[1]), "+r"(acc[2]), "+r"(acc[3])
-      : "r"(w0), "r"(w1), "r"(w2), "r"(w3), "r"(x0), "r"(x1));
-}
 
 // The epilogue's parameters of a tile to L2 while its weights arrive: else a short problem would
 // end with a wait for memory.
@@ -78,8 +70,8 @@ __global__ void __launch_bounds__(32 * kStreamWarps, 1)
 #pragma unroll
         for (int group = 0; group < kGroups; ++group) {
           const uint4& x = chunk[c].x[group];
-          multiply_add(acc + 4 * group, w[0].x, w[1].x, w[0].y, w[1].y, x.x, x.y);
-          multiply_add(acc + 4 * group, w[0].z, w[1].z, w[0].w, w[1].w, x.z, x.w);
+          multiply_add(acc + 4 * group, {w[0].x, w[1].x, w[0].y, w[1].y}, {x.x, x.y});
+          multiply_add(acc + 4 * group, {w[0].z, w[1].z, w[0].w, w[1].w}, {x.z, x.w});
         }
       }
     }

@@ -9,28 +9,18 @@
 
 #include <cstdint>
 
+#include "gemm/mma_ops.cuh"
 #include "gemm/stream_params.cuh"
 
 namespace sqk {
 
-// 16 bytes past L1: nobody on this SM wants these again. `from` is a multiple of 16.
+// cp.async by the generic address of its place. `from` is a multiple of 16.
 __device__ inline void copy_piece(void* to, const int8_t* from) {
-  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(address), "l"(from)
-               : "memory");
+  copy_async(static_cast<uint32_t>(__cvta_generic_to_shared(to)), from);
 }
 // The same of which only the first `bytes` exist, none if negative; the others become 0.
 __device__ inline void copy_piece(void* to, const int8_t* from, int bytes) {
-  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(address), "l"(from),
-               "r"(max(0, min(kPiece, bytes)))
-               : "memory");
-}
-__device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Until all but the newest kNewest groups of this thread have arrived.
-template <int kNewest>
-__device__ void wait_for_copies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kNewest) : "memory");
+  copy_async(static_cast<uint32_t>(__cvta_generic_to_shared(to)), from, max(0, min(kPiece, bytes)));
 }
 
 // One warp's weights, and what of x_q belongs to them, in the order in which it multiplies them.

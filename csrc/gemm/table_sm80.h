@@ -1,5 +1,6 @@
 // A100 and everything that has no table of its own but as much shared memory. Kernel ring: no
-// torch. The one place to change when a measurement says otherwise; nothing here was tuned on a GPU.
+// torch. The one place to change when a measurement says otherwise; nothing here was tuned on a
+// GPU.
 //
 // 108 SMs, 2048 multiply-adds and some 30 bytes from L2 per SM and clock, 164 KiB of shared memory:
 // two blocks of up to 80 KiB per SM hide each other's first loads and last stores.
@@ -11,9 +12,10 @@ namespace sqk {
 
 constexpr GemmTile kSm80Tiles[] = {
     {"stream 8x16", GemmKernel::kStream, 8, 16, 128, 1, 16, 0, Schedule::kNone, false, 1, 1, 1, 50,
-     "16 warps share k; 96 KiB of weights in flight per SM, in rings that run on from tile to tile"},
-    {"stream 16x16", GemmKernel::kStream, 16, 16, 128, 1, 16, 0, Schedule::kNone, false, 1, 1, 1, 50,
-     "the same with two groups of 8 tokens: the weights are still read once"},
+     "16 warps share k; 96 KiB of weights in flight per SM, in rings that run on from tile to "
+     "tile"},
+    {"stream 16x16", GemmKernel::kStream, 16, 16, 128, 1, 16, 0, Schedule::kNone, false, 1, 1, 1,
+     50, "the same with two groups of 8 tokens: the weights are still read once"},
     {"16x64x128", GemmKernel::kMma, 16, 64, 128, 1, 4, 6, Schedule::kNone, false, 1, 1, 8, 40,
      "60 KiB in flight per block, two blocks per SM: enough for the memory's latency"},
     {"32x64x128", GemmKernel::kMma, 32, 64, 128, 1, 4, 6, Schedule::kNone, false, 1, 1, 8, 55,
@@ -29,18 +31,30 @@ constexpr GemmTile kSm80Tiles[] = {
 };
 
 constexpr GemmRule kSm80Rules[] = {
-    {8, {0, -1, -1, -1, -1, -1}, "M <= 8", "weights are read once, in 16-byte loads; nothing else matters"},
-    {16, {1, 2, -1, -1, -1, -1}, "M <= 16", "as above; shared memory where the tokens' re-reading costs more"},
-    {32, {3, -1, -1, -1, -1, -1}, "M <= 32", "one tile holds all tokens: the weights are read once"},
+    {8,
+     {0, -1, -1, -1, -1, -1},
+     "M <= 8",
+     "weights are read once, in 16-byte loads; nothing else matters"},
+    {16,
+     {1, 2, -1, -1, -1, -1},
+     "M <= 16",
+     "as above; shared memory where the tokens' re-reading costs more"},
+    {32,
+     {3, -1, -1, -1, -1, -1},
+     "M <= 32",
+     "one tile holds all tokens: the weights are read once"},
     {64, {5, 4, -1, -1, -1, -1}, "M <= 64", "one tile holds all tokens: the weights are read once"},
     {128, {5, 4, 6, -1, -1, -1}, "M <= 128", "two tiles of 64 or one of 128: what fills the SMs"},
-    {512, {6, 5, 7, -1, -1, -1}, "M <= 512", "waves decide: 64x128 for the tails, 128x128 and splits else"},
-    {kAnyM, {6, 7, -1, -1, -1, -1}, "M > 512", "the largest tiles that their waves allow"},
+    {512,
+     {6, 5, 7, 4, -1, -1},
+     "M <= 512",
+     "waves decide: 64x128 for the tails, 128x128 and splits else"},
+    {kAnyM, {6, 7, 5, 4, -1, -1}, "M > 512", "the largest tiles that their waves allow"},
 };
 
-constexpr GemmTableView kSm80Table = {
-    "sm80", {2048, 30, 64, 1300, 1500, 2000}, kSm80Tiles, sizeof(kSm80Tiles) / sizeof(kSm80Tiles[0]),
-    kSm80Rules, sizeof(kSm80Rules) / sizeof(kSm80Rules[0])};
+constexpr GemmTableView kSm80Table = {"sm80",     {2048, 30, 64, 1300, 1500, 2000},
+                                      kSm80Tiles, sizeof(kSm80Tiles) / sizeof(kSm80Tiles[0]),
+                                      kSm80Rules, sizeof(kSm80Rules) / sizeof(kSm80Rules[0])};
 static_assert(table_holds(kSm80Table, 163 * 1024), "a row of the table breaks a rule of tile.h");
 
 }  // namespace sqk

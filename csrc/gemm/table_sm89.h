@@ -28,17 +28,26 @@ constexpr GemmTile kSm89Tiles[] = {
 };
 
 constexpr GemmRule kSm89Rules[] = {
-    {8, {0, -1, -1, -1, -1, -1}, "M <= 8", "weights are read once, in 16-byte loads; nothing else matters"},
-    {16, {1, 2, -1, -1, -1, -1}, "M <= 16", "as above; shared memory where the tokens' re-reading costs more"},
-    {32, {2, -1, -1, -1, -1, -1}, "M <= 32", "one tile holds all tokens: the weights are read once"},
+    {8,
+     {0, -1, -1, -1, -1, -1},
+     "M <= 8",
+     "weights are read once, in 16-byte loads; nothing else matters"},
+    {16,
+     {1, 2, -1, -1, -1, -1},
+     "M <= 16",
+     "as above; shared memory where the tokens' re-reading costs more"},
+    {32,
+     {2, -1, -1, -1, -1, -1},
+     "M <= 32",
+     "one tile holds all tokens: the weights are read once"},
     {64, {4, 3, -1, -1, -1, -1}, "M <= 64", "one tile holds all tokens: the weights are read once"},
     {256, {4, 3, 5, -1, -1, -1}, "M <= 256", "waves decide"},
-    {kAnyM, {5, 6, -1, -1, -1, -1}, "M > 256", "the largest tiles that their waves allow"},
+    {kAnyM, {5, 6, 4, 3, -1, -1}, "M > 256", "the largest tiles that their waves allow"},
 };
 
-constexpr GemmTableView kSm89Table = {
-    "sm89", {1024, 16, 40, 350, 1500, 3000}, kSm89Tiles, sizeof(kSm89Tiles) / sizeof(kSm89Tiles[0]),
-    kSm89Rules, sizeof(kSm89Rules) / sizeof(kSm89Rules[0])};
+constexpr GemmTableView kSm89Table = {"sm89",     {1024, 16, 40, 350, 1500, 3000},
+                                      kSm89Tiles, sizeof(kSm89Tiles) / sizeof(kSm89Tiles[0]),
+                                      kSm89Rules, sizeof(kSm89Rules) / sizeof(kSm89Rules[0])};
 static_assert(table_holds(kSm89Table, 99 * 1024), "a row of the table breaks a rule of tile.h");
 
 }  // namespace sqk

@@ -82,8 +82,7 @@ std::string rule_json(const GemmRule& rule) {
   while (candidates < kMostCandidates && rule.candidates[candidates] >= 0) ++candidates;
   return Object()
       .add("most_m", rule.most_m)
-      .add("tiles",
-           list(candidates, [&](int i) { return std::to_string(rule.candidates[i]); }))
+      .add("tiles", list(candidates, [&](int i) { return std::to_string(rule.candidates[i]); }))
       .add("when", rule.when)
       .add("why", rule.why)
       .end();

@@ -26,10 +26,10 @@ struct GemmTile {
   const char* name;
   GemmKernel kernel;
   int32_t m, n, k;
-  int32_t warps_m, warps_n;      // kMma: of a block, along m and n; kStream: 1 and at most so many
-  int32_t stages;                // tiles of x_q and w_q in shared memory at a time; kStream: 0
-  Schedule schedule;             // kWgmma
-  bool swap_ab;                  // kWgmma: w_q on the instruction's 64-row side, tokens on the other
+  int32_t warps_m, warps_n;  // kMma: of a block, along m and n; kStream: 1 and at most so many
+  int32_t stages;            // tiles of x_q and w_q in shared memory at a time; kStream: 0
+  Schedule schedule;         // kWgmma
+  bool swap_ab;              // kWgmma: w_q on the instruction's 64-row side, tokens on the other
   int32_t cluster_m, cluster_n;  // blocks along m and n that share what they load
   int32_t most_splits;           // kMma: blocks that may share a tile's k through the workspace
   int32_t rate;                  // percent of the tensor cores' peak in the main loop: an estimate

@@ -9,13 +9,16 @@
 
 #include <cuda_runtime.h>
 
+#include <cstring>
+
 #include "cute/tensor.hpp"
 #include "cutlass/cutlass.h"
 #include "cutlass/epilogue/collective/detail.hpp"
 #include "cutlass/gemm/collective/collective_builder.hpp"
 #include "cutlass/gemm/kernel/gemm_universal.hpp"
-#include "gemm/epilogue.cuh"
 #include "gemm/kernels.h"
+#include "gemm/store_channels.cuh"
+#include "gemm/store_tokens.cuh"
 #include "gemm/table_sm90.h"
 #include "launch_kernel.h"
 
@@ -76,7 +79,8 @@ class WgmmaEpilogue {
     constexpr int kParts = kRows / (64 * kWarpgroups);
     static_assert(decltype(cute::size(accumulators))::value == kParts * kPerThread);
     const int warpgroup = thread / 128, warp = thread % 128 / 32;
-    const int row0 = cute::get<0>(coordinates) * kRows, column0 = cute::get<1>(coordinates) * kColumns;
+    const int row0 = cute::get<0>(coordinates) * kRows,
+              column0 = cute::get<1>(coordinates) * kColumns;
     CUTLASS_PRAGMA_UNROLL
     for (int part = 0; part < kParts; ++part) {
       // The warpgroups lie side by side along the rows, and together are repeated.
@@ -163,18 +167,32 @@ class WgmmaGemm {
     a.mode = cutlass::gemm::GemmUniversalMode::kGemm;
     const int m = static_cast<int>(p.m), n = static_cast<int>(p.n), k = static_cast<int>(p.k);
     a.problem_shape = cute::make_shape(kSwap ? n : m, kSwap ? m : n, k, 1);
-    const int64_t x_stride = stride(p.m, p.x_q_stride), w_stride = stride(p.n, p.w_q_stride);
+    const int64_t x_stride = stride(p, p.m, p.x_q_stride);
+    const int64_t w_stride = stride(p, p.n, p.w_q_stride);
     a.mainloop.ptr_A = kSwap ? p.w_q : p.x_q;
     a.mainloop.dA = cute::make_stride(kSwap ? w_stride : x_stride, cute::_1{}, int64_t{0});
     a.mainloop.ptr_B = kSwap ? p.x_q : p.w_q;
     a.mainloop.dB = cute::make_stride(kSwap ? x_stride : w_stride, cute::_1{}, int64_t{0});
     a.epilogue = make_epilogue(p);
     a.hw_info.sm_count = device.sms;
+    if constexpr (kTile.schedule == Schedule::kStreamK) {
+      // By default CUTLASS shares no tiles where the last wave is half full: that is for plan_gemm
+      // to say, and it has.
+      a.scheduler.decomposition_mode = decltype(a.scheduler.decomposition_mode)::StreamK;
+    }
     return a;
   }
 
-  // One row may come with any stride, which a tensor map would refuse.
-  static int64_t stride(int64_t rows, int64_t given) { return rows > 1 ? given : kGemmAlignment; }
+  // One row may come with any stride; a tensor map wants one that holds the row.
+  static int64_t stride(const GemmParams& p, int64_t rows, int64_t given) {
+    return rows > 1 ? given : (p.k + kGemmAlignment - 1) / kGemmAlignment * kGemmAlignment;
+  }
+
+  // CUTLASS only prints when the driver refuses a tensor map, and goes on with an empty one.
+  static bool is_encoded(const cute::TmaDescriptor& map) {
+    const cute::TmaDescriptor empty = {};
+    return std::memcmp(&map, &empty, sizeof map) != 0;
+  }
 
  public:
   static int64_t workspace_bytes(const GemmParams& p, const GemmDevice& device) {
@@ -189,9 +207,13 @@ class WgmmaGemm {
       return Status::kUnsupportedShape;
     }
     auto params = Kernel::to_underlying_arguments(given, p.workspace);
+    if (!is_encoded(*params.mainloop.tma_load_a.get_tma_descriptor()) ||
+        !is_encoded(*params.mainloop.tma_load_b.get_tma_descriptor())) {
+      return Status::kInvalidArgument;
+    }
     KernelLaunch launch = {};
-    launch.function = reinterpret_cast<const void*>(
-        &wgmma_gemm_kernel<kRow, kTile.m, kTile.n, kTile.k>);
+    launch.function =
+        reinterpret_cast<const void*>(&wgmma_gemm_kernel<kRow, kTile.m, kTile.n, kTile.k>);
     launch.grid = Kernel::get_grid_shape(params);
     launch.block = Kernel::get_block_shape();
     launch.shared_bytes = Tile::kShared;
@@ -199,7 +221,8 @@ class WgmmaGemm {
     launch.cluster = dim3(cute::size<0>(Cluster{}), cute::size<1>(Cluster{}));
     launch.overlap = SQK_OVERLAP && plan.overlap;
     static DevicesSeen seen;
-    return launch_kernel(launch, &params, Tile::kShared, seen);
+    const Status status = allow_shared_memory(launch.function, Tile::kShared, seen);
+    return status == Status::kSuccess ? launch_kernel(launch, &params) : status;
   }
 };
 

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <atomic>
 
+#include "launch_kernel.h"
 #include "quantize/kernels.h"
 
 namespace sqk {
@@ -42,19 +43,14 @@ RowKernel find_kernel(Producer producer, DType dtype, QuantizePath path, Launche
 
 Status launch(RowKernel kernel, RowParams& params, const QuantizePlan& plan, int64_t blocks,
               cudaStream_t stream) {
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(static_cast<unsigned>(plan.threads));
-  config.dynamicSmemBytes = static_cast<size_t>(plan.shared_bytes);
-  config.stream = stream;
-  cudaLaunchAttribute cluster;
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {static_cast<unsigned>(plan.cluster), 1, 1};
-  config.attrs = &cluster;
-  config.numAttrs = plan.cluster > 1 ? 1 : 0;
-  void* arguments[] = {&params};
-  return status_from_cuda(
-      cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), arguments));
+  KernelLaunch launch = {};
+  launch.function = reinterpret_cast<const void*>(kernel);
+  launch.grid = dim3(static_cast<unsigned>(blocks));
+  launch.block = dim3(static_cast<unsigned>(plan.threads));
+  launch.shared_bytes = plan.shared_bytes;
+  launch.stream = stream;
+  launch.cluster = dim3(static_cast<unsigned>(plan.cluster));
+  return launch_kernel(launch, &params);
 }
 
 }  // namespace
@@ -108,10 +104,10 @@ Status quantize(const QuantizeParams& params, const QuantizePlan& plan, cudaStre
   if (kernel == nullptr) return Status::kUnsupportedArch;
   if (plan.shared_bytes > kDefaultShared) {
     // The same for every call: another thread may be between this line and its launch.
-    const cudaError_t error = cudaFuncSetAttribute(
+    status = status_from_call(cudaFuncSetAttribute(
         reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-        static_cast<int>(device.shared_bytes - kReservedShared));
-    if (error != cudaSuccess) return status_from_cuda(error);
+        static_cast<int>(device.shared_bytes - kReservedShared)));
+    if (status != Status::kSuccess) return status;
   }
 
   RowParams row = {};

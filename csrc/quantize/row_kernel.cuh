@@ -55,7 +55,8 @@ constexpr int kMaxThreads =
     max_threads({kPath, sizeof(T), is_norm(kProducer), kLaunches == Launches::kTwo});
 
 // Once all blocks run, a kernel that was launched to overlap with this one may take the places of
-// those that end; it waits for this kernel's results (griddepcontrol.wait). Others are not affected.
+// those that end; it waits for this kernel's results (griddepcontrol.wait). Others are not
+// affected.
 __device__ inline void allow_next_kernel() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");

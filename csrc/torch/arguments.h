@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -14,6 +15,27 @@
 namespace sqk {
 
 using MaybeTensor = std::optional<Tensor>;
+
+// An op's `str` argument. TORCH_BOX's own conversion, to std::string, leaks one at every call
+// (torch 2.13), so the ops take the handle, which is then theirs, and put it in here first of all.
+class Text {
+ public:
+  explicit Text(StringHandle handle) : handle_(handle) {}
+  Text(const Text&) = delete;
+  Text& operator=(const Text&) = delete;
+  ~Text() { torch_delete_string(handle_); }
+
+  std::string_view view() const {
+    size_t length = 0;
+    const char* data = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(handle_, &length));
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle_, &data));
+    return {data, length};
+  }
+
+ private:
+  StringHandle handle_;
+};
 
 inline bool is_float(ScalarType dtype) {
   return dtype == ScalarType::Half || dtype == ScalarType::BFloat16 || dtype == ScalarType::Float;
@@ -45,19 +67,31 @@ inline bool same_shape(const Tensor& a, const Tensor& b) {
   return std::equal(left.begin(), left.end(), right.begin(), right.end());
 }
 
-inline void check_float(const std::string& op, const char* name, const Tensor& tensor) {
+// A tensor's device by libtorch's own numbers, which are enough to compare and to allocate.
+// Tensor::device() asks libtorch for every device type by name until one is it.
+struct Place {
+  int32_t type, index;
+
+  explicit Place(const Tensor& tensor) {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &type));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor.get(), &index));
+  }
+  bool operator==(const Place& other) const { return type == other.type && index == other.index; }
+};
+
+inline void check_float(const char* op, const char* name, const Tensor& tensor) {
   SQK_CHECK(is_float(tensor.scalar_type()), op, ": ", name,
             " must be float16 or bfloat16 or float32, got ", dtype_name(tensor.scalar_type()), ".");
 }
 
-inline void check_device(const std::string& op, const char* name, const Tensor& tensor,
+inline void check_device(const char* op, const char* name, const Tensor& tensor,
                          const Tensor& like) {
-  SQK_CHECK(tensor.device() == like.device(), op, ": ", name,
+  SQK_CHECK(Place(tensor) == Place(like), op, ": ", name,
             " is on another device than the activation; move them to one device.");
 }
 
 // A float32 vector of `size` elements, or nothing.
-inline void check_vector(const std::string& op, const char* name, const MaybeTensor& tensor,
+inline void check_vector(const char* op, const char* name, const MaybeTensor& tensor,
                          const Tensor& like, int64_t size, const char* what) {
   if (!tensor) return;
   SQK_CHECK(tensor->scalar_type() == ScalarType::Float, op, ": ", name, " must be float32, got ",
@@ -67,20 +101,61 @@ inline void check_vector(const std::string& op, const char* name, const MaybeTen
             size, "] (", what, "), got ", tuple_text(*tensor), ".");
 }
 
-// Scratch memory from torch's allocator, whose blocks start at multiples of 256 bytes at least; null
-// for none. `keep` owns it.
+// Memory from torch's allocator on the device of `like`, as empty_on (stable.h), but not through
+// the dispatcher by an op's name, which costs a microsecond. Strides are elements.
+inline Tensor new_tensor(const Tensor& like, const int64_t* sizes, const int64_t* strides,
+                         int64_t dims, ScalarType dtype) {
+  const Place place(like);
+  const auto type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle made = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(dims, sizes, strides, type, place.type, place.index, &made));
+  return Tensor(made);
+}
+
+inline Tensor new_vector(const Tensor& like, int64_t size, ScalarType dtype) {
+  const int64_t stride = 1;
+  return new_tensor(like, &size, &stride, 1, dtype);
+}
+
+// Contiguous, of like's sizes but for the last one.
+inline Tensor new_rows(const Tensor& like, int64_t last, ScalarType dtype) {
+  const auto given = like.sizes();
+  const size_t dims = given.size();
+  std::vector<int64_t> shape(2 * dims);  // sizes, then strides
+  int64_t stride = 1;
+  for (size_t i = dims; i-- > 0;) {
+    shape[i] = i + 1 == dims ? last : given[i];
+    shape[dims + i] = stride;
+    stride *= std::max<int64_t>(shape[i], 1);
+  }
+  return new_tensor(like, shape.data(), shape.data() + dims, static_cast<int64_t>(dims), dtype);
+}
+
+// Scratch memory, whose blocks start at multiples of 256 bytes at least; null for none. `keep` owns
+// it.
 inline void* make_workspace(const Tensor& like, int64_t bytes, MaybeTensor& keep) {
   if (bytes == 0) return nullptr;
-  keep = empty_on(like, {bytes}, ScalarType::Char);
+  keep = new_vector(like, bytes, ScalarType::Char);
   return keep->mutable_data_ptr();
 }
 
-inline MaybeTensor contiguous(const MaybeTensor& tensor) {
-  if (!tensor) return std::nullopt;
-  return torch::stable::contiguous(*tensor);
+// The tensor itself where it is contiguous: asking is cheap, torch's op of that name is not.
+inline Tensor dense(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
-inline void check_activation_input(const std::string& op, const Tensor& x) {
+inline MaybeTensor dense(const MaybeTensor& tensor) {
+  if (!tensor) return std::nullopt;
+  return dense(*tensor);
+}
+
+// Of a tensor that has been checked to be float32: const_data_ptr<float>() would ask once more.
+inline const float* floats(const Tensor& tensor) {
+  return static_cast<const float*>(tensor.const_data_ptr());
+}
+
+inline void check_activation_input(const char* op, const Tensor& x) {
   check_float(op, "x", x);
   SQK_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) >= 1, op,
             ": x must have shape [..., K] with K >= 1, got ", tuple_text(x), ".");
@@ -92,48 +167,49 @@ struct Rows {
   const void* data;
   int64_t stride;  // elements
 
-  explicit Rows(const Tensor& x) : tensor(uniform(x) ? x : torch::stable::contiguous(x)) {
+  explicit Rows(const Tensor& x) : tensor(uniform(x) ? x : dense(x)) {
     data = tensor.const_data_ptr();
     stride = 0;
+    const auto sizes = tensor.sizes(), strides = tensor.strides();
     // The stride of the innermost leading dimension that counts more than one row.
-    for (int64_t i = tensor.dim() - 2; i >= 0 && stride == 0; --i) {
-      if (tensor.size(i) > 1) stride = tensor.stride(i);
+    for (size_t i = sizes.size() - 1; i-- > 0 && stride == 0;) {
+      if (sizes[i] > 1) stride = strides[i];
     }
   }
 
   static int64_t count(const Tensor& x) {
+    const auto sizes = x.sizes();
     int64_t rows = 1;
-    for (int64_t i = 0; i + 1 < x.dim(); ++i) rows *= x.size(i);
+    for (size_t i = 0; i + 1 < sizes.size(); ++i) rows *= sizes[i];
     return rows;
   }
 
   // Whether one stride leads from each row to the next.
   static bool uniform(const Tensor& x) {
-    const int64_t last = x.dim() - 1;
-    if (x.size(last) > 1 && x.stride(last) != 1) return false;
+    const auto sizes = x.sizes(), strides = x.strides();
+    const size_t last = sizes.size() - 1;
+    if (sizes[last] > 1 && strides[last] != 1) return false;
     int64_t next = -1;  // what an outer dimension's stride must be
-    for (int64_t i = last - 1; i >= 0; --i) {
-      if (x.size(i) == 1) continue;
-      if (next >= 0 && x.stride(i) != next) return false;
-      next = x.stride(i) * x.size(i);
+    for (size_t i = last; i-- > 0;) {
+      if (sizes[i] == 1) continue;
+      if (next >= 0 && strides[i] != next) return false;
+      next = strides[i] * sizes[i];
     }
     return true;
   }
 };
 
 // The checks that all quantisers share, and what they say of the scheme, the sizes and x's type.
-inline void check_quantizer(const std::string& op, const Tensor& x, int64_t k,
+inline void check_quantizer(const char* op, const Tensor& x, int64_t k,
                             const MaybeTensor& inv_smooth, const MaybeTensor& scale,
-                            const std::string& granularity, QuantizeParams& params) {
+                            std::string_view granularity, QuantizeParams& params) {
   check_vector(op, "inv_smooth", inv_smooth, x, k, "one factor per channel of x");
   check_vector(op, "scale", scale, x, 1, "a static scale for the whole tensor");
   const bool per_tensor = granularity == "tensor";
   SQK_CHECK(per_tensor || granularity == "token", op,
             ": granularity must be 'token' or 'tensor', got '", granularity,
             "'; give `scale` for the static scheme.");
-  params.scheme = scale        ? Scheme::kStatic
-                  : per_tensor ? Scheme::kPerTensor
-                               : Scheme::kPerToken;
+  params.scheme = scale ? Scheme::kStatic : per_tensor ? Scheme::kPerTensor : Scheme::kPerToken;
   params.dtype = to_dtype(x.scalar_type());
   params.path = QuantizePath::kAuto;
   params.m = Rows::count(x);

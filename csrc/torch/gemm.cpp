@@ -1,5 +1,5 @@
-// Binding of csrc/gemm: the int8 GEMMs and the whole linear layer. Schemas, fakes and CPU kernels are
-// in smoothquant_kernels/ops.py.
+// Binding of csrc/gemm: the int8 GEMMs and the whole linear layer. Schemas, fakes and CPU kernels
+// are in smoothquant_kernels/ops.py.
 #include "sqk/gemm.h"
 
 #include <string>
@@ -9,13 +9,13 @@
 namespace sqk {
 namespace {
 
-void check_int8(const std::string& op, const char* name, const Tensor& tensor) {
+void check_int8(const char* op, const char* name, const Tensor& tensor) {
   SQK_CHECK(tensor.scalar_type() == ScalarType::Char, op, ": ", name, " must be int8, got ",
             dtype_name(tensor.scalar_type()), ". Quantise it first (ops.quantize).");
 }
 
 // A scale: one for each, or one for all.
-void check_scale(const std::string& op, const char* name, const Tensor& scale, const Tensor& like,
+void check_scale(const char* op, const char* name, const Tensor& scale, const Tensor& like,
                  int64_t size, const char* what) {
   if (scale.dim() == 1 && scale.size(0) == 1) return check_vector(op, name, scale, like, 1, what);
   SQK_CHECK(scale.scalar_type() == ScalarType::Float, op, ": ", name, " must be float32, got ",
@@ -25,13 +25,13 @@ void check_scale(const std::string& op, const char* name, const Tensor& scale, c
             size == 1 ? "" : "] or [1", "] (", what, "), got ", tuple_text(scale), ".");
 }
 
-void check_weight(const std::string& op, const Tensor& x, const Tensor& w_q) {
+void check_weight(const char* op, const Tensor& x, const Tensor& w_q) {
   check_int8(op, "w_q", w_q);
   check_device(op, "w_q", w_q, x);
-  SQK_CHECK(x.dim() >= 1 && w_q.dim() == 2 && w_q.size(0) >= 1 &&
-                x.size(x.dim() - 1) == w_q.size(1),
-            op, ": x_q must be [..., K] and w_q [N, K] with the same K and N >= 1, got ",
-            tuple_text(x), " and ", tuple_text(w_q), ".");
+  SQK_CHECK(
+      x.dim() >= 1 && w_q.dim() == 2 && w_q.size(0) >= 1 && x.size(x.dim() - 1) == w_q.size(1), op,
+      ": x_q must be [..., K] and w_q [N, K] with the same K and N >= 1, got ", tuple_text(x),
+      " and ", tuple_text(w_q), ".");
   const int64_t k = w_q.size(1);
   SQK_CHECK(k >= 1 && k <= kMaxGemmK, op, ": K must be in [1, ", kMaxGemmK,
             "] so that an int32 sum cannot overflow, got ", k, "; split the layer over K.");
@@ -40,7 +40,7 @@ void check_weight(const std::string& op, const Tensor& x, const Tensor& w_q) {
 // What every op here has besides its activation. Tensors are kept as long as the call.
 class Gemm {
  public:
-  Gemm(const std::string& op, const Tensor& x, const Tensor& w_q, const Tensor& w_scale,
+  Gemm(const char* op, const Tensor& x, const Tensor& w_q, const Tensor& w_scale,
        const MaybeTensor& bias, ScalarType y_dtype)
       : op_(op), x_(x) {
     check_weight(op, x, w_q);
@@ -67,19 +67,19 @@ class Gemm {
   // What may copy: only now all arguments are known to be sound, and the device is the current one.
   void prepare() {
     params_.w_q = aligned_rows(*w_q_, params_.w_q_stride, w_rows_);
-    w_scale_ = torch::stable::contiguous(*w_scale_);
-    params_.w_scale = w_scale_->const_data_ptr<float>();
+    w_scale_ = dense(*w_scale_);
+    params_.w_scale = floats(*w_scale_);
     params_.w_per_channel = w_scale_->size(0) > 1;
     if (bias_) {
       bias_ = as_float32(*bias_);
-      params_.bias = bias_->const_data_ptr<float>();
+      params_.bias = floats(*bias_);
     }
   }
 
   void set_activation(const Tensor& x_q, const Tensor& x_scale) {
     params_.x_q = aligned_rows(x_q, params_.x_q_stride, x_rows_);
-    x_scale_ = torch::stable::contiguous(x_scale);
-    params_.x_scale = x_scale_->const_data_ptr<float>();
+    x_scale_ = dense(x_scale);
+    params_.x_scale = floats(*x_scale_);
     params_.x_per_token = x_scale_->size(0) > 1;
   }
 
@@ -92,9 +92,7 @@ class Gemm {
   }
 
   Tensor make_y() {
-    std::vector<int64_t> sizes(x_.sizes().begin(), x_.sizes().end());
-    sizes.back() = params_.n;
-    Tensor y = empty_on(x_, sizes, y_dtype_);
+    Tensor y = new_rows(x_, params_.n, y_dtype_);
     params_.y = y.mutable_data_ptr();
     params_.y_stride = params_.n;
     return y;
@@ -115,9 +113,10 @@ class Gemm {
   }
 
   void check(Status status) const {
-    SQK_CHECK(status == Status::kSuccess, op_, ": ", describe(status), "; M ", params_.m, ", N ",
-              params_.n, ", K ", params_.k,
-              params_.tile >= 0 ? concat(", tile ", params_.tile, ", splits ", params_.splits) : "");
+    SQK_CHECK(
+        status == Status::kSuccess, op_, ": ", describe(status), "; M ", params_.m, ", N ",
+        params_.n, ", K ", params_.k,
+        params_.tile >= 0 ? concat(", tile ", params_.tile, ", splits ", params_.splits) : "");
   }
 
  private:
@@ -135,21 +134,19 @@ class Gemm {
     }
     const int64_t last = t.dim() - 1;
     stride = (params_.k + kGemmAlignment - 1) / kGemmAlignment * kGemmAlignment;
-    std::vector<int64_t> sizes(t.sizes().begin(), t.sizes().end());
-    sizes.back() = stride;
-    Tensor padded = empty_on(t, sizes, ScalarType::Char);
+    Tensor padded = new_rows(t, stride, ScalarType::Char);
     Tensor columns = torch::stable::narrow(padded, last, 0, params_.k);
     torch::stable::copy_(columns, t);
     return static_cast<const int8_t*>(keep.emplace(padded).data);
   }
 
   static Tensor as_float32(const Tensor& t) {
-    if (t.scalar_type() == ScalarType::Float) return torch::stable::contiguous(t);
-    Tensor copy = empty_on(t, t.sizes(), ScalarType::Float);
+    if (t.scalar_type() == ScalarType::Float) return dense(t);
+    Tensor copy = new_vector(t, t.size(0), ScalarType::Float);
     return torch::stable::copy_(copy, t);
   }
 
-  const std::string& op_;
+  const char* op_;
   const Tensor& x_;
   GemmParams params_ = {};
   ScalarType y_dtype_;
@@ -157,12 +154,12 @@ class Gemm {
   std::optional<Rows> x_rows_, w_rows_, residual_;
 };
 
-void check_activation(const std::string& op, const Tensor& x_q, const Tensor& x_scale) {
+void check_activation(const char* op, const Tensor& x_q, const Tensor& x_scale) {
   check_int8(op, "x_q", x_q);
   check_scale(op, "x_scale", x_scale, x_q, Rows::count(x_q), "per token or per tensor");
 }
 
-Tensor gemm(const std::string& op, const Tensor& x_q, const Tensor& w_q, const Tensor& x_scale,
+Tensor gemm(const char* op, const Tensor& x_q, const Tensor& w_q, const Tensor& x_scale,
             const Tensor& w_scale, const MaybeTensor& bias, const MaybeTensor& residual,
             ScalarType out_dtype, int64_t tile, int64_t splits) {
   check_int8(op, "x_q", x_q);
@@ -206,7 +203,7 @@ Tensor gemm_s8_tile_op(const Tensor& x_q, const Tensor& w_q, const Tensor& x_sca
 Tensor gemm_s8_requant_op(const Tensor& x_q, const Tensor& w_q, const Tensor& x_scale,
                           const Tensor& w_scale, const Tensor& out_scale, const MaybeTensor& bias,
                           bool relu) {
-  const std::string op = "gemm_s8_requant";
+  const char* const op = "gemm_s8_requant";
   check_int8(op, "x_q", x_q);
   Gemm gemm(op, x_q, w_q, w_scale, bias, ScalarType::Char);
   check_activation(op, x_q, x_scale);
@@ -214,29 +211,33 @@ Tensor gemm_s8_requant_op(const Tensor& x_q, const Tensor& w_q, const Tensor& x_
   const Launch launch(x_q);
   gemm.prepare();
   gemm.set_activation(x_q, x_scale);
-  gemm.params().out_scale = out_scale.const_data_ptr<float>();
+  gemm.params().out_scale = floats(out_scale);
   gemm.params().relu = relu;
   return gemm.run(launch);
 }
 
+// Bytes, so that what lies behind them is aligned as a workspace must be.
+int64_t whole_blocks(int64_t bytes) { return (bytes + 255) / 256 * 256; }
+
 Tensor linear_s8_op(const Tensor& x, const Tensor& w_q, const Tensor& w_scale,
                     const MaybeTensor& bias, const MaybeTensor& inv_smooth,
-                    const MaybeTensor& scale, const std::string& granularity) {
-  const std::string op = "linear_s8";
+                    const MaybeTensor& scale, StringHandle granularity_handle) {
+  const char* const op = "linear_s8";
+  const Text granularity(granularity_handle);
   check_activation_input(op, x);
   Gemm gemm(op, x, w_q, w_scale, bias, x.scalar_type());
   LinearParams params = {};
   QuantizeParams& quantizer = params.quantize;
   quantizer.producer = Producer::kQuantize;
-  check_quantizer(op, x, gemm.params().k, inv_smooth, scale, granularity, quantizer);
+  check_quantizer(op, x, gemm.params().k, inv_smooth, scale, granularity.view(), quantizer);
   const Launch launch(x);
   gemm.prepare();
   const Rows rows(x);
   quantizer.x = rows.data;
   quantizer.x_stride = rows.stride;
-  const MaybeTensor factors = contiguous(inv_smooth);
-  if (factors) quantizer.inv_smooth = factors->const_data_ptr<float>();
-  if (scale) quantizer.scale = scale->const_data_ptr<float>();
+  const MaybeTensor factors = dense(inv_smooth);
+  if (factors) quantizer.inv_smooth = floats(*factors);
+  if (scale) quantizer.scale = floats(*scale);
   quantizer.k_padded = (quantizer.k + kGemmAlignment - 1) / kGemmAlignment * kGemmAlignment;
   quantizer.x_q_stride = quantizer.k_padded;
   Tensor y = gemm.make_y();
@@ -245,16 +246,22 @@ Tensor linear_s8_op(const Tensor& x, const Tensor& w_q, const Tensor& w_scale,
   LinearPlan plan;
   Status status = sqk::plan(params, &plan);
   if (status == Status::kSuccess) {
-    MaybeTensor x_q, x_scale, workspace;
+    // One allocation for all that lives as long as the call: x_q, x_scale, workspace.
+    int64_t x_q_bytes = 0, x_scale_bytes = 0;
     if (!plan.fused) {
-      x_q = empty_on(x, {quantizer.m * quantizer.k_padded}, ScalarType::Char);
-      x_scale = empty_on(x, {quantizer.scheme == Scheme::kPerTensor ? 1 : quantizer.m},
-                         ScalarType::Float);
-      quantizer.x_q = x_q->mutable_data_ptr<int8_t>();
-      quantizer.x_scale = x_scale->mutable_data_ptr<float>();
+      const int64_t scales = quantizer.scheme == Scheme::kPerTensor ? 1 : quantizer.m;
+      x_q_bytes = whole_blocks(quantizer.m * quantizer.k_padded);
+      x_scale_bytes = whole_blocks(scales * int64_t{sizeof(float)});
+    }
+    MaybeTensor keep;
+    auto* const memory = static_cast<int8_t*>(
+        make_workspace(x, x_q_bytes + x_scale_bytes + plan.workspace_bytes, keep));
+    if (!plan.fused) {
+      quantizer.x_q = memory;
+      quantizer.x_scale = reinterpret_cast<float*>(memory + x_q_bytes);
     }
     params.gemm.workspace_bytes = plan.workspace_bytes;
-    params.gemm.workspace = make_workspace(x, plan.workspace_bytes, workspace);
+    if (plan.workspace_bytes > 0) params.gemm.workspace = memory + x_q_bytes + x_scale_bytes;
     status = linear_s8(params, plan, launch.stream());
   }
   gemm.check(status);

@@ -3,6 +3,7 @@
 #include "sqk/quantize.h"
 
 #include <string>
+#include <string_view>
 #include <tuple>
 
 #include "arguments.h"
@@ -14,15 +15,15 @@ namespace {
 struct Target {
   const MaybeTensor& inv_smooth;
   const MaybeTensor& scale;
-  const std::string& granularity;
+  Text granularity;
   int64_t k_multiple;
 };
 
 // x_q, x_scale and workspace are made here, and everything is launched. `params` holds the producer
 // and its inputs; the tensors that they point into must outlive the call.
-std::tuple<Tensor, Tensor> run(const std::string& op, const Tensor& x, int64_t k,
-                               const Target& target, QuantizeParams params) {
-  check_quantizer(op, x, k, target.inv_smooth, target.scale, target.granularity, params);
+std::tuple<Tensor, Tensor> run(const char* op, const Tensor& x, int64_t k, const Target& target,
+                               QuantizeParams params) {
+  check_quantizer(op, x, k, target.inv_smooth, target.scale, target.granularity.view(), params);
   SQK_CHECK(target.k_multiple >= 1, op, ": k_multiple must be at least 1, got ", target.k_multiple,
             ".");
   constexpr int64_t kLargestMultiple = int64_t{1} << 20;
@@ -31,19 +32,17 @@ std::tuple<Tensor, Tensor> run(const std::string& op, const Tensor& x, int64_t k
   params.k_padded = (k + target.k_multiple - 1) / target.k_multiple * target.k_multiple;
 
   const Launch launch(x);
-  const MaybeTensor inv_smooth = contiguous(target.inv_smooth);
+  const MaybeTensor inv_smooth = dense(target.inv_smooth);
   if (inv_smooth) {
-    params.inv_smooth = inv_smooth->const_data_ptr<float>();
+    params.inv_smooth = floats(*inv_smooth);
   }
-  if (target.scale) params.scale = target.scale->const_data_ptr<float>();
-  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
-  sizes.back() = params.k_padded;
-  Tensor x_q = empty_on(x, sizes, ScalarType::Char);
+  if (target.scale) params.scale = floats(*target.scale);
+  Tensor x_q = new_rows(x, params.k_padded, ScalarType::Char);
   Tensor x_scale =
-      empty_on(x, {params.scheme == Scheme::kPerTensor ? 1 : params.m}, ScalarType::Float);
-  params.x_q = x_q.mutable_data_ptr<int8_t>();
+      new_vector(x, params.scheme == Scheme::kPerTensor ? 1 : params.m, ScalarType::Float);
+  params.x_q = static_cast<int8_t*>(x_q.mutable_data_ptr());
   params.x_q_stride = params.k_padded;
-  params.x_scale = x_scale.mutable_data_ptr<float>();
+  params.x_scale = static_cast<float*>(x_scale.mutable_data_ptr());
   QuantizePlan plan;
   Status status = sqk::plan(params, &plan);
   MaybeTensor workspace;
@@ -58,20 +57,20 @@ std::tuple<Tensor, Tensor> run(const std::string& op, const Tensor& x, int64_t k
 }
 
 std::tuple<Tensor, Tensor> quantize_op(const Tensor& x, const MaybeTensor& inv_smooth,
-                                       const MaybeTensor& scale, const std::string& granularity,
+                                       const MaybeTensor& scale, StringHandle granularity,
                                        int64_t k_multiple) {
+  const Target target{inv_smooth, scale, Text(granularity), k_multiple};
   check_activation_input("quantize", x);
   QuantizeParams params = {};
   params.producer = Producer::kQuantize;
   const Rows rows(x);
   params.x = rows.data;
   params.x_stride = rows.stride;
-  return run("quantize", x, x.size(x.dim() - 1), {inv_smooth, scale, granularity, k_multiple},
-             params);
+  return run("quantize", x, x.size(x.dim() - 1), target, params);
 }
 
 // A tensor that is combined with x element by element.
-void check_like(const std::string& op, const char* name, const Tensor& tensor, const Tensor& x) {
+void check_like(const char* op, const char* name, const Tensor& tensor, const Tensor& x) {
   SQK_CHECK(tensor.scalar_type() == x.scalar_type(), op, ": ", name, " must be ",
             dtype_name(x.scalar_type()), ", got ", dtype_name(tensor.scalar_type()), ".");
   check_device(op, name, tensor, x);
@@ -79,7 +78,7 @@ void check_like(const std::string& op, const char* name, const Tensor& tensor, c
             tuple_text(tensor), ".");
 }
 
-void check_norm_parameter(const std::string& op, const char* name, const MaybeTensor& tensor,
+void check_norm_parameter(const char* op, const char* name, const MaybeTensor& tensor,
                           const Tensor& x) {
   if (!tensor) return;
   const int64_t k = x.size(x.dim() - 1);
@@ -89,16 +88,16 @@ void check_norm_parameter(const std::string& op, const char* name, const MaybeTe
             "], got ", tuple_text(*tensor), ".");
 }
 
-std::tuple<Tensor, Tensor, Tensor> norm_op(const std::string& op, Producer producer,
-                                           const Tensor& x, const MaybeTensor& weight,
-                                           const MaybeTensor& bias, double eps,
-                                           const MaybeTensor& residual, const Target& target) {
+std::tuple<Tensor, Tensor, Tensor> norm_op(const char* op, Producer producer, const Tensor& x,
+                                           const MaybeTensor& weight, const MaybeTensor& bias,
+                                           double eps, const MaybeTensor& residual,
+                                           const Target& target) {
   check_activation_input(op, x);
   check_norm_parameter(op, "weight", weight, x);
   check_norm_parameter(op, "bias", bias, x);
   if (residual) check_like(op, "residual", *residual, x);
   const Launch launch(x);  // for the copies of what is not contiguous
-  const MaybeTensor w = contiguous(weight), b = contiguous(bias);
+  const MaybeTensor w = dense(weight), b = dense(bias);
   QuantizeParams params = {};
   params.producer = producer;
   params.eps = static_cast<float>(eps);
@@ -114,8 +113,8 @@ std::tuple<Tensor, Tensor, Tensor> norm_op(const std::string& op, Producer produ
     params.bias_dtype = to_dtype(b->scalar_type());
   }
   std::optional<Rows> added;
-  Tensor sum = residual ? empty_on(x, x.sizes(), x.scalar_type())
-                        : empty_on(x, {int64_t{0}}, x.scalar_type());
+  Tensor sum = residual ? new_rows(x, x.size(x.dim() - 1), x.scalar_type())
+                        : new_vector(x, 0, x.scalar_type());
   if (residual) {
     added.emplace(*residual);
     params.residual = added->data;
@@ -131,18 +130,18 @@ std::tuple<Tensor, Tensor, Tensor> rms_norm_quantize_op(const Tensor& x, const T
                                                         double eps, const MaybeTensor& residual,
                                                         const MaybeTensor& inv_smooth,
                                                         const MaybeTensor& scale,
-                                                        const std::string& granularity,
+                                                        StringHandle granularity,
                                                         int64_t k_multiple) {
   return norm_op("rms_norm_quantize", Producer::kRmsNorm, x, weight, std::nullopt, eps, residual,
-                 {inv_smooth, scale, granularity, k_multiple});
+                 {inv_smooth, scale, Text(granularity), k_multiple});
 }
 
 std::tuple<Tensor, Tensor, Tensor> layer_norm_quantize_op(
     const Tensor& x, const MaybeTensor& weight, const MaybeTensor& bias, double eps,
     const MaybeTensor& residual, const MaybeTensor& inv_smooth, const MaybeTensor& scale,
-    const std::string& granularity, int64_t k_multiple) {
+    StringHandle granularity, int64_t k_multiple) {
   return norm_op("layer_norm_quantize", Producer::kLayerNorm, x, weight, bias, eps, residual,
-                 {inv_smooth, scale, granularity, k_multiple});
+                 {inv_smooth, scale, Text(granularity), k_multiple});
 }
 
 struct Kind {
@@ -160,20 +159,23 @@ constexpr Kind kKinds[] = {
     {"gelu_tanh_mul", Producer::kGeluTanh, true},
 };
 
-const Kind& find_kind(const std::string& op, const std::string& name) {
-  std::string known;
+const Kind& find_kind(const char* op, std::string_view name) {
   for (const Kind& kind : kKinds) {
     if (name == kind.name) return kind;
-    known += (known.empty() ? "" : ", ") + std::string(kind.name);
   }
+  std::string known;
+  for (const Kind& kind : kKinds) known += (known.empty() ? "" : ", ") + std::string(kind.name);
   throw std::runtime_error(concat(op, ": kind must be one of ", known, "; got '", name, "'."));
 }
 
-std::tuple<Tensor, Tensor> act_quantize_op(const Tensor& x, const std::string& kind_name,
+std::tuple<Tensor, Tensor> act_quantize_op(const Tensor& x, StringHandle kind_handle,
                                            const MaybeTensor& gate, const MaybeTensor& inv_smooth,
-                                           const MaybeTensor& scale, const std::string& granularity,
+                                           const MaybeTensor& scale, StringHandle granularity,
                                            int64_t k_multiple) {
-  const std::string op = "act_quantize";
+  const char* const op = "act_quantize";
+  const Text kind_text(kind_handle);
+  const Target target{inv_smooth, scale, Text(granularity), k_multiple};
+  const std::string_view kind_name = kind_text.view();
   const Kind& kind = find_kind(op, kind_name);
   check_activation_input(op, x);
   const int64_t columns = x.size(x.dim() - 1);
@@ -199,7 +201,7 @@ std::tuple<Tensor, Tensor> act_quantize_op(const Tensor& x, const std::string& k
     params.gate = gates->data;
     params.gate_stride = gates->stride;
   }
-  return run(op, x, k, {inv_smooth, scale, granularity, k_multiple}, params);
+  return run(op, x, k, target, params);
 }
 
 }  // namespace

@@ -39,5 +39,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("tile", tiles, ids=names)
 
 
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> None:
+    """A kernel that failed would fail all that come after it: the simulator's GPU starts afresh."""
+    if call.excinfo is not None and item.config.getoption("--backend") == "simulator":
+        ctypes.CDLL("libcudart.so.13").ptxsim_reset()
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     terminalreporter.write_line(f"compared with the reference: {compare.compared} results")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from itertools import product
 from typing import Any
 
@@ -16,7 +17,6 @@ from torch import Tensor
 
 from smoothquant_kernels import ops, reference
 
-NAMES = ("x_q", "w_q", "x_scale", "w_scale", "bias", "residual")
 #: M on both sides of every rule of every table.
 TOKENS = (0, 1, 2, 5, 8, 9, 16, 17, 32, 33, 64, 65, 128, 129, 256, 257, 513)
 OTHER = {
@@ -114,6 +114,19 @@ def test_every_tile(backend: Backend, tile: dict[str, Any], dtype: torch.dtype) 
         check_added(backend, gemm, case, dtype, name, **how)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_every_tile_with_whole_groups_of_channels(
+    backend: Backend, tile: dict[str, Any], dtype: torch.dtype
+) -> None:
+    """Rows of y and of the residual at multiples of 16 bytes: the epilogue's short way, then 8 channels without it."""
+    m = min(tile["m"], 37)
+    for i, (bias, residual) in enumerate(product((None, torch.float32), ("", "same"))):
+        gemm = cases.gemm_operands(m, 2 * tile["n"] + 40, 160, seed=i)
+        scales = {"per_token": i % 2 == 0, "per_channel": i < 2}
+        case = {"bias": bias, "residual": residual, **scales}
+        check_added(backend, gemm, case, dtype, tile["name"], tile=tile["tile"], splits=0)
+
+
 @pytest.mark.parametrize("turns", [2, 3])
 def test_the_stages_go_round(backend: Backend, tile: dict[str, Any], turns: int) -> None:
     """A K much longer than what the stages hold, and split so that each part goes round as well."""
@@ -125,9 +138,11 @@ def test_the_stages_go_round(backend: Backend, tile: dict[str, Any], turns: int)
         check_added(backend, gemm, {}, torch.float32, tile["name"], **how)
 
 
-def test_more_tiles_than_blocks(compiled: Backend, tile: dict[str, Any]) -> None:
+def test_more_tiles_than_blocks(
+    compiled: Backend, library: ctypes.CDLL, tile: dict[str, Any]
+) -> None:
     """Persistent blocks take tile after tile; along n, then along m."""
-    tiles = 2 * c_gemm.current_device(c_gemm.declare(compiled.c_library)).sms + 1
+    tiles = 2 * c_gemm.current_device(library).sms + 1
     case = {"bias": torch.float32, "residual": "same"}
     how = {"tile": tile["tile"], "splits": 1}
     wide = cases.gemm_operands(min(tile["m"], 21), tiles * tile["n"] - 5, 100)
@@ -173,23 +188,17 @@ def test_every_number_of_tokens(backend: Backend, m: int) -> None:
         check_added(backend, cases.gemm_operands(m, n, k), case, dtype, f"{m} {n} {k}")
 
 
-@pytest.mark.parametrize("m", [3, 12, 20])
+@pytest.mark.parametrize("m", [3, 20])
 def test_the_largest_sums(backend: Backend, m: int) -> None:
-    """Sums at both ends of int32, and some that float32 must round."""
+    """The largest of int32, and negative ones that float32 must round."""
     n, k = 5, reference.MAX_K
     largest = torch.full((m, k), -128, dtype=torch.int8)
-    random = cases.random_int8(m, k, low=100)
-    for x_q, w_q in (
-        (largest, largest[:1].expand(n, k)),
-        (random, cases.random_int8(n, k, low=101, seed=1)),
-    ):
-        for sign in (1, -1):
-            w = (w_q.int() * sign).clamp(-128, 127).to(torch.int8)
-            ones = backend.put(torch.ones(1))
-            y = check(
-                backend, backend.put(x_q), backend.put(w), ones, ones, dtype=torch.float32, what=f"{sign}"
-            )  # fmt: skip
-            assert float(y.abs().min()) > 1.2e9
+    random = cases.random_int8(m, k, low=100), -cases.random_int8(n, k, low=101, seed=1)
+    ones = backend.put(torch.ones(1))
+    for x_q, w_q in ((largest, largest[:1].expand(n, k)), random):
+        operands = backend.put(x_q), backend.put(w_q)
+        y = check(backend, *operands, ones, ones, dtype=torch.float32)
+        assert float(y.abs().min()) > 1.6e9
 
 
 @pytest.mark.parametrize("m", [3, 40])
@@ -339,95 +348,3 @@ def test_requant_ties_saturation_and_broken_scales(backend: Backend, m: int) -> 
             assert not y[0].any(), "NaN becomes 0"
             for out_scale in (0.0, -1.0, 1e-39, 1e-30, 3e38, torch.nan, torch.inf):
                 check_requant(backend, gemm, out_scale, bias, relu)
-
-
-# --- refusals ---------------------------------------------------------------------------------------
-
-G = cases.gemm_operands(4, 3, 6)
-LONG = torch.zeros(1, reference.MAX_K + 1, dtype=torch.int8)
-REFUSED: tuple[tuple[dict[str, Any], str], ...] = (
-    ({"x_q": G.residual}, "x_q must be int8, got float32. Quantise it first"),
-    ({"w_q": G.w_q.short()}, "w_q must be int8, got "),
-    ({"w_q": G.w_q.t()}, r"the same K and N >= 1, got \(4, 6\) and \(6, 3\)\."),
-    ({"w_q": G.w_q[:0]}, r"N >= 1, got \(4, 6\) and \(0, 6\)\."),
-    ({"x_q": G.x_q[:, :0], "w_q": G.w_q[:, :0]}, r"K must be in \[1, 131071\] so that"),
-    ({"x_q": LONG, "w_q": LONG}, "cannot overflow, got 131072; split the layer over K."),
-    ({"x_scale": torch.ones(3)}, r"x_scale must have shape \[4\] or \[1\] \(per token or per tensor\), got \(3,\)"),
-    ({"x_scale": torch.ones(4).half()}, "x_scale must be float32, got float16. Scales"),
-    ({"w_scale": torch.ones(3, 1)}, r"w_scale must have shape \[3\] or \[1\] \(per output channel"),
-    ({"w_scale": torch.ones(3).bfloat16()}, "w_scale must be float32, got bfloat16."),
-    ({"bias": torch.ones(4)}, r"bias must have shape \[3\], got \(4,\)\."),
-    ({"bias": torch.ones(3).int()}, "bias must be float16 or bfloat16 or float32, got int32."),
-)  # fmt: skip
-FLOAT_OUTPUT: tuple[tuple[dict[str, Any], str], ...] = (
-    ({"residual": torch.ones(3)}, r"residual must have shape \(4, 3\), got \(3,\)\."),
-    ({"residual": torch.ones(4, 4)}, r"residual must have shape \(4, 3\), got \(4, 4\)\."),
-    ({"residual": G.x_q[:, :3]}, "residual must be float16 or bfloat16 or float32, got int8."),
-    ({"out_dtype": torch.int8}, "out_dtype must be float16, bfloat16 or float32, got"),
-    ({"out_dtype": torch.float64}, "out_dtype must be float16, bfloat16 or float32, got"),
-)
-
-
-def refused(backend: Backend, op: str, change: dict[str, Any], sentence: str) -> None:
-    more = {
-        "gemm_s8": {"out_dtype": torch.float16},
-        "_gemm_s8_tile": {"out_dtype": torch.float16, "tile": 0, "splits": 0},
-        "gemm_s8_requant": {"out_scale": torch.ones(1)},
-    }
-    given = {**G._asdict(), "residual": None, **more[op], **change}
-    if op == "gemm_s8_requant":
-        del given["residual"]
-    moved = {
-        k: v.to(backend.device) if isinstance(v, Tensor) and not v.is_meta else v
-        for k, v in given.items()
-        if v is not None
-    }
-    # C++ raises RuntimeError only; the sentence is the same.
-    with pytest.raises((RuntimeError, TypeError, ValueError), match=f"^{op}: .*{sentence}"):
-        getattr(torch.ops.smoothquant_kernels, op)(**moved)
-
-
-@pytest.mark.parametrize(("change", "sentence"), REFUSED)
-@pytest.mark.parametrize("op", ["gemm_s8", "_gemm_s8_tile", "gemm_s8_requant"])
-def test_refusals(backend: Backend, op: str, change: dict[str, Any], sentence: str) -> None:
-    refused(backend, op, change, sentence)
-
-
-@pytest.mark.parametrize(("change", "sentence"), FLOAT_OUTPUT)
-@pytest.mark.parametrize("op", ["gemm_s8", "_gemm_s8_tile"])
-def test_refusals_of_float_outputs(
-    backend: Backend, op: str, change: dict[str, Any], sentence: str
-) -> None:
-    refused(backend, op, change, sentence)
-
-
-@pytest.mark.parametrize("name", NAMES[1:])
-def test_operands_on_two_devices_are_refused(backend: Backend, name: str) -> None:
-    if backend.device == "cuda":
-        pytest.skip("test_cuda.py")
-    refused(backend, "gemm_s8", {name: getattr(G, name).to("meta")}, f"{name} is on meta, but")
-
-
-def test_other_refusals(backend: Backend) -> None:
-    refused(
-        backend, "gemm_s8_requant", {"out_scale": torch.ones(2)}, r"out_scale must have shape \[1\]"
-    )
-    sentence = "tile must be -1 or a row of the table, splits at least 0, got"
-    for change, got in (({"tile": -2}, "-2 and 0"), ({"splits": -1}, "0 and -1")):
-        refused(backend, "_gemm_s8_tile", change, f"{sentence} {got}")
-
-
-def test_tiles_that_do_not_exist_or_do_not_fit_are_refused(compiled: Backend) -> None:
-    tiles = c_gemm.tiles(c_gemm.declare(compiled.c_library))
-    shape = "M 4, N 3, K 6"
-    change = {"tile": len(tiles)}
-    refused(
-        compiled, "_gemm_s8_tile", change, f"an argument is invalid; {shape}, tile {len(tiles)}"
-    )
-    for tile in tiles:
-        change = {"tile": tile["tile"], "splits": tile["most_splits"] + 1}
-        refused(compiled, "_gemm_s8_tile", change, f"no tile covers this shape; {shape}, tile")
-        if tile["kernel"] == "stream":
-            m = tile["m"] + 1
-            many = {"tile": tile["tile"], "x_q": G.x_q[:1].expand(m, 6), "x_scale": torch.ones(m)}
-            refused(compiled, "_gemm_s8_tile", many, f"no tile covers this shape; M {m}, N 3")

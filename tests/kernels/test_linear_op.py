@@ -71,18 +71,18 @@ def test_smoke_linear(backend: Backend, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", cases.FLOATS, ids=str)
 @pytest.mark.parametrize("m", TOKENS)
 def test_every_number_of_tokens_and_channels(backend: Backend, m: int, dtype: torch.dtype) -> None:
-    for i, k in enumerate(CHANNELS):
+    for i, k in enumerate(CHANNELS if m < 17 else CHANNELS[:5]):
         n = (1, 17, 33, 64, 35, 16, 130)[(i + m) % 7]
         check_all(backend, backend.put(cases.activations(m, k, dtype)), n, f"{m} {n} {k}")
 
 
+@pytest.mark.parametrize("dtype", cases.FLOATS, ids=str)
 @pytest.mark.parametrize(
     ("m", "k"), [(1, 16384), (3, 9000), (8, 5120), (8, 5128), (5, 8195), (9, 5120), (1, 50000)]
 )
-def test_long_rows(backend: Backend, m: int, k: int) -> None:
+def test_long_rows(backend: Backend, m: int, k: int, dtype: torch.dtype) -> None:
     """On both sides of what a block quantises for itself; several rounds of a block's warps over a row."""
-    for dtype in cases.FLOATS:
-        check_all(backend, backend.put(cases.activations(m, k, dtype)), 20, f"{m} {k}")
+    check_all(backend, backend.put(cases.activations(m, k, dtype)), 20, f"{m} {k}")
 
 
 @pytest.mark.parametrize("dtype", cases.FLOATS, ids=str)

@@ -95,7 +95,8 @@ Status launch_stream(const GemmParams& params, const QuantizeParams* quantize,
   StreamParams p = {};
   p.epilogue = make_epilogue(params);
   p.w_q = params.w_q;
-  p.w_q_stride = params.w_q_stride;
+  // One row may come with any stride: lanes behind it must still name an aligned address.
+  p.w_q_stride = params.n > 1 ? params.w_q_stride : 0;
   p.k = static_cast<int32_t>(params.k);
   p.stages = static_cast<int32_t>(stream_stages(params.k));
   p.tiles = static_cast<int32_t>((params.n + kStreamChannels - 1) / kStreamChannels);
@@ -112,7 +113,7 @@ Status launch_stream(const GemmParams& params, const QuantizeParams* quantize,
              aligned(p.inv_smooth, 0, 1);
   } else {
     p.x_q = params.x_q;
-    p.x_q_stride = params.x_q_stride;
+    p.x_q_stride = params.m > 1 ? params.x_q_stride : 0;
   }
 
   const StreamKernel kernel = groups == 1 ? kernel_of<1>(quantize) : kernel_of<2>(quantize);
@@ -126,7 +127,9 @@ Status launch_stream(const GemmParams& params, const QuantizeParams* quantize,
   // Eight kernels come this way: each keeps its own account of the devices.
   static DevicesSeen seen[2][4];
   const int type = quantizes ? static_cast<int>(quantize->dtype) : 3;
-  return launch_kernel(config, &p, device.shared_bytes, seen[groups - 1][type]);
+  const Status status =
+      allow_shared_memory(config.function, device.shared_bytes, seen[groups - 1][type]);
+  return status == Status::kSuccess ? launch_kernel(config, &p) : status;
 }
 
 }  // namespace sqk

@@ -31,9 +31,9 @@ struct GemmParams {
   int64_t x_q_stride;
   const int8_t* w_q;  // [n, k]
   int64_t w_q_stride;
-  const float* x_scale;  // [m] or [1]
-  const float* w_scale;  // [n] or [1]
-  int32_t x_per_token;   // 1: x_scale is [m]
+  const float* x_scale;   // [m] or [1]
+  const float* w_scale;   // [n] or [1]
+  int32_t x_per_token;    // 1: x_scale is [m]
   int32_t w_per_channel;  // 1: w_scale is [n]
   const float* bias;      // [n] or null
   const void* residual;   // [m, n] of residual_dtype, or null; not for int8
@@ -49,7 +49,7 @@ struct GemmParams {
   int32_t tile;    // a row of the current GPU's table, or -1: chosen by its rules
   int32_t splits;  // blocks that share a tile's k, where the tile can; 0: chosen
 
-  void* workspace;  // gemm_workspace_bytes(), aligned to 256; need not be cleared
+  void* workspace;  // GemmPlan::workspace_bytes, aligned to 16; need not be cleared
   int64_t workspace_bytes;
 };
 
@@ -73,8 +73,8 @@ struct GemmPlan {
   int32_t overlap;        // 1: may start while the kernel before it in the stream ends
   int64_t tiles;          // of the output
   int64_t blocks;         // tiles * splits, as launched or, for persistent kernels, as worked off
-  int64_t shared_bytes;   // dynamic, per block
-  int64_t counter_bytes;  // at the start of the workspace, cleared before the launch
+  int64_t shared_bytes;   // dynamic, per block; of streaming kernels, which fill what is there: 0
+  int64_t counter_bytes;  // of splits, at the start of the workspace, cleared before the launch
   int64_t workspace_bytes;
   double expected_clocks;  // what the choice went by: an estimate, for comparisons only
 };
@@ -93,9 +93,9 @@ Status plan(const GemmParams& params, GemmPlan* plan);
 // capture in a CUDA graph.
 Status gemm_s8(const GemmParams& params, const GemmPlan& plan, cudaStream_t stream);
 
-// A linear layer: quantize.x -> quantize.x_q, quantize.x_scale -> gemm.y. gemm's x_q, x_scale and
-// x_per_token are not read. With few tokens and no norm or activation in front both are one launch
-// (plan.fused), and quantize.x_q and quantize.x_scale may be null.
+// A linear layer: quantize.x -> quantize.x_q, quantize.x_scale -> gemm.y, of one m and k. gemm's
+// x_q, its stride, x_scale and x_per_token are not read. With few tokens and no norm or activation
+// in front both are one launch (plan.fused), and quantize.x_q and quantize.x_scale may be null.
 struct LinearParams {
   QuantizeParams quantize;
   GemmParams gemm;

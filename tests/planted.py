@@ -1,0 +1,103 @@
+"""Defects planted in a copy of the CUDA kernels: how one is built, tested in the simulator, and has to show."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import simulator
+from build_support import ROOT, jobs
+
+# What a failure looks like.
+WRONG_VALUES = r"\d elements differ, first at \("
+NOT_WITHIN_THE_BOUND = r"int8 values are not within the bound|: scales .* not in "
+OUT_OF_BOUNDS = r"out-of-bounds global"
+UNINITIALISED = r"uninitiali[sz]ed"
+RACE = r"shared-memory race"
+WROTE_BESIDE = r"wrote beside y"
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One defect.
+
+    Attributes:
+        name: what is wrong.
+        file: below csrc.
+        old: text that occurs in it exactly once.
+        new: what stands there instead.
+        source: what is compiled with it.
+        suite: of tests/kernels.
+        tests: of the suite, for pytest's -k; they take some seconds at most.
+        symptom: a pattern of the output; None: the tests pass.
+        arch: the GPU to simulate.
+        cuts: (file, old, new) that leave out what the tests do not need, so that a copy compiles in a fraction of the
+            time; old occurs exactly once.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    source: str
+    suite: str
+    tests: str
+    symptom: str | None
+    arch: str = "sm_80"
+    cuts: tuple[tuple[str, str, str], ...] = ()
+
+
+def build_and_test(mutant: Mutant, root: Path) -> subprocess.CompletedProcess[str]:
+    """Runs the mutant's tests with a library that has the defect."""
+    shutil.copytree(ROOT / "csrc", root / "csrc")
+    for name, old, new in ((mutant.file, mutant.old, mutant.new), *mutant.cuts):
+        file = root / "csrc" / name
+        text = file.read_text()
+        assert text.count(old) == 1, f"{name} does not have this once: {old}"
+        file.write_text(text.replace(old, new))
+    library = simulator.library_with(root, [mutant.source])
+    suite = f"tests/kernels/{mutant.suite}"
+    return simulator.kernel_tests(library, suite, "-x", "-k", mutant.tests, arch=mutant.arch)
+
+
+Runs = dict[str, "Future[subprocess.CompletedProcess[str]]"]
+
+
+def run_all(
+    mutants: Sequence[Mutant],
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Runs]:
+    """What the selected mutants' tests said, name by name; they are built and run side by side."""
+    simulator.require()
+    simulator.library()
+    wanted = {
+        item.callspec.params["mutant"]
+        for item in request.session.items
+        if item.fspath == request.fspath
+    }
+    with ThreadPoolExecutor(jobs(os.environ)) as pool:
+        yield {
+            mutant.name: pool.submit(build_and_test, mutant, tmp_path_factory.mktemp("mutant"))
+            for mutant in mutants
+            if mutant in wanted
+        }
+
+
+def assert_caught(mutant: Mutant, runs: Runs) -> None:
+    """The tests failed as they should, or passed where nothing is wrong."""
+    done = runs[mutant.name].result()
+    said = done.stdout + done.stderr
+    if mutant.symptom is None:
+        assert done.returncode == 0, said
+        assert re.search(r"\d passed", said) and "skipped" not in said, said
+        return
+    assert done.returncode == 1, f"no test failed (exit {done.returncode}): {said}"
+    assert re.search(mutant.symptom, said), f"not {mutant.symptom!r}, but: {said[-6000:]}"

@@ -1,0 +1,108 @@
+"""benchmarks/host_time.py: sound lines, as many launches as promised, and no memory that is lost from call to call."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import host_time
+import pytest
+from build_support import ROOT
+
+pytestmark = [pytest.mark.simulator, pytest.mark.xdist_group("host_time")]
+
+#: Bytes that the heap grows by for each call: what malloc hands out and does not get back.
+LEAKS = """
+import ctypes, gc, pathlib, sys, tempfile
+import host_time, torch
+from smoothquant_kernels import ops
+
+class Heap(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in "abcdefghij"]
+
+libc = ctypes.CDLL(None)
+libc.mallinfo2.restype = Heap
+with tempfile.TemporaryDirectory() as folder:
+    host_time.load(pathlib.Path(sys.argv[1]), pathlib.Path(folder))
+cases = list(host_time.make_cases(1, 64, 64, "fp16"))
+x = torch.randn(4, 64)
+calls = {case.op: case.call for case in cases}
+calls["rms_norm_quantize"] = lambda: ops.rms_norm_quantize(x, x[0], 1e-6)
+calls["layer_norm_quantize"] = lambda: ops.layer_norm_quantize(x, None, None, 1e-6, residual=x)
+calls["act_quantize"] = lambda: ops.act_quantize(x, "silu_mul")
+with torch.no_grad():
+    for name, call in calls.items():
+        for _ in range(200):
+            call()
+        gc.collect()
+        before = libc.mallinfo2().h
+        for _ in range(2000):
+            call()
+        gc.collect()
+        print(name.replace(" ", ""), (libc.mallinfo2().h - before) / 2000)
+"""
+
+
+@pytest.fixture(scope="module")
+def library() -> Path:
+    try:
+        return host_time.simulator_library()
+    except host_time.Missing as error:
+        pytest.skip(str(error))
+
+
+def python(*arguments: str) -> str:
+    """Runs Python in a process of its own: the library takes the place of the ops' CPU kernels."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def test_lines_and_launches(library: Path, tmp_path: Path) -> None:
+    said = python(
+        *("benchmarks/host_time.py", "--library", str(library), "--json", str(tmp_path / "h.json")),
+        *("--tokens", "1", "64", "--n", "64", "--k", "64", "--seconds", "0.1"),
+    )
+    rows = json.loads((tmp_path / "h.json").read_text())["rows"]
+    launches = {(r["op"], r["M"], r["gpu"]): r["calls"]["launches"] for r in rows}
+    for gpu in host_time.GPUS:
+        assert launches["_saturate_s8", 1, gpu] == 1
+        for m, layer in ((1, 1), (64, 2)):  # a token: quantised by the GEMM's own launch
+            assert launches["quantize", m, gpu] == launches["gemm_s8", m, gpu] == 1
+            assert launches["quantize, gemm_s8", m, gpu] == 2
+            assert launches["linear_s8", m, gpu] == launches["W8A8Linear", m, gpu] == layer
+    assert len(rows) == len(launches) == len(host_time.GPUS) * (1 + 2 * 5)
+    for row in rows:
+        assert row["us"] > 0 and row["rounds"] >= 5
+        assert row["calls"]["attributes"] == 0, "what a GPU is like is asked for once"
+        assert row["calls"]["tensor_maps"] in ((0,) if row["gpu"] == "a100" else (0, 2))
+        assert any(
+            line.startswith(row["op"]) and f"M {row['M']:4d} " in line and row["gpu"] in line
+            for line in said.splitlines()
+        )
+
+
+def test_no_call_loses_memory(library: Path) -> None:
+    said = python("-c", LEAKS, str(library))
+    lost = {line.split()[0]: float(line.split()[1]) for line in said.splitlines()}
+    assert len(lost) == 8
+    assert all(bytes_per_call < 8 for bytes_per_call in lost.values()), lost
+
+
+def test_what_is_missing_is_said_in_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CC", str(tmp_path / "no-compiler"))
+    with pytest.raises(host_time.Missing, match="a C compiler is needed"):
+        host_time.null_runtime(tmp_path)

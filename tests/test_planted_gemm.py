@@ -1,0 +1,205 @@
+"""Defects planted in a copy of the GEMMs are caught by tests/kernels in the simulator, or by its checks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import planted
+import pytest
+from planted import OUT_OF_BOUNDS, RACE, WRONG_VALUES, WROTE_BESIDE, Mutant
+
+# With test_planted.py: one worker of pytest-xdist builds the library that both need.
+pytestmark = [pytest.mark.simulator, pytest.mark.slow, pytest.mark.xdist_group("planted")]
+
+INSTANCES = "csrc/gemm/instances"
+MMA, STREAM, LAUNCH = f"{INSTANCES}/mma_sm80.cu", f"{INSTANCES}/stream.cu", "csrc/gemm/launch.cu"
+OPS, ENTRY, LINEAR = "test_gemm.py", "test_gemm_c_entry.py", "test_linear_op.py"
+
+#: One row of one table is left of the mma.sync kernels; the tests are those of that row, on an A100. The first stores
+#: pairs of channels, the second groups of 32.
+PAIRS, GROUPS = ("32x64x128", 32, 6), ("64x64x128", 64, 4)
+#: Of the streaming kernels those of int8 and of float16.
+ONE_TYPE = tuple(
+    ("gemm/instances/stream.cu", f"stream_gemm_kernel<{other}, kGroups>", "nullptr")
+    for other in ("float", "__nv_bfloat16")
+)
+
+
+def mma(
+    name: str,
+    file: str,
+    old: str,
+    new: str,
+    suite: str,
+    tests: str,
+    symptom: str | None,
+    tile: tuple[str, int, int] = PAIRS,
+) -> Mutant:
+    """A mutant that the mma.sync kernel shows."""
+    row, m, stages = tile
+    condition = "kTile.kernel == GemmKernel::kMma"
+    here = f"{condition} && kTile.n == 64 && kTile.m == {m} && kTile.stages == {stages}"
+    cuts = (("gemm/instances/mma_sm80.cu", condition, here),)
+    tests = f"{tests} and {row}"
+    return Mutant(name, f"gemm/{file}", old, new, MMA, suite, tests, symptom, cuts=cuts)
+
+
+def stream(
+    name: str, file: str, old: str, new: str, suite: str, tests: str, symptom: str | None
+) -> Mutant:
+    """A mutant that the streaming kernels show."""
+    return Mutant(name, f"gemm/{file}", old, new, STREAM, suite, tests, symptom, cuts=ONE_TYPE)
+
+
+MUTANTS = (
+    mma(
+        "the product is rounded before the bias is added",
+        "epilogue.cuh",
+        "return __fmaf_rn(__fmul_rn(__int2float_rn(acc), w_scale), x_scale, bias);",
+        "return __fadd_rn(__fmul_rn(__fmul_rn(__int2float_rn(acc), w_scale), x_scale), bias);",
+        OPS,
+        "smoke_gemm",
+        WRONG_VALUES,
+    ),
+    mma(
+        "tokens 8 to 15 have the scales of tokens 0 to 7",
+        "store_tokens.cuh",
+        "min(token0 + g + 8 * h, e.m - 1)",
+        "min(token0 + g, e.m - 1)",
+        OPS,
+        "smoke_gemm",
+        WRONG_VALUES,
+    ),
+    mma(
+        "whole pairs are stored behind the last channel",
+        "store_tokens.cuh",
+        "const bool whole = e.wide && channel + 2 <= e.n;",
+        "const bool whole = e.wide;",
+        ENTRY,
+        "test_every_tile and float16",
+        f"{WROTE_BESIDE}|{OUT_OF_BOUNDS}",
+    ),
+    mma(
+        "odd channels have the bias of even ones",
+        "store_tokens.cuh",
+        "pairs.w_scale[j].y, x_scale[h], pairs.bias[j].y",
+        "pairs.w_scale[j].y, x_scale[h], pairs.bias[j].x",
+        OPS,
+        "smoke_gemm",
+        WRONG_VALUES,
+        GROUPS,
+    ),
+    mma(
+        "the last bytes of k are left out",
+        "mma_kernel.cuh",
+        "const int valid = static_cast<int>(min(int64_t{kK}, p.k - k_last));",
+        "const int valid = static_cast<int>(min(int64_t{kK}, p.k - k_last)) / 16 * 16;",
+        OPS,
+        "smoke_gemm",
+        WRONG_VALUES,
+    ),
+    mma(
+        "what lies behind k counts",
+        "mma_kernel.cuh",
+        "const int bytes = max(0, min(16, valid - 16 * piece_));",
+        "const int bytes = valid > 16 * piece_ ? 16 : 0;",
+        ENTRY,
+        "test_every_tile and float16",
+        f"{WRONG_VALUES}|{OUT_OF_BOUNDS}",
+    ),
+    mma(
+        "the first of a tile's blocks is forgotten",
+        "mma_kernel.cuh",
+        "for (int other = 0; other < p.splits; ++other) {",
+        "for (int other = 1; other < p.splits; ++other) {",
+        OPS,
+        "smoke_gemm",
+        WRONG_VALUES,
+    ),
+    mma(
+        "the tickets are not cleared",
+        "mma_kernel.cuh",
+        "cudaMemsetAsync(p.tickets, 0, counters, stream)",
+        "cudaSuccess",
+        ENTRY,
+        "need_not_be_cleared",
+        WRONG_VALUES,
+    ),
+    mma(
+        "a tile is read before its copies have arrived",
+        "mma_kernel.cuh",
+        "one barrier for both.\n        wait_for_copies<kStages - 2>();",
+        "one barrier for both.\n        wait_for_copies<kStages - 1>();",
+        OPS,
+        "stages_go_round",
+        f"{WRONG_VALUES}|{RACE}",
+    ),
+    mma(
+        "a stage is filled while others still read it",
+        "mma_kernel.cuh",
+        "wait_for_copies<kStages - 2>();\n        __syncthreads();",
+        "wait_for_copies<kStages - 2>();",
+        OPS,
+        "stages_go_round",
+        RACE,
+    ),
+    stream(
+        "a stage is read before its copies have arrived",
+        "stream_ring.cuh",
+        "wait_for_copies<kStreamStages - 1>();",
+        "wait_for_copies<kStreamStages>();",
+        OPS,
+        "stages_go_round and stream",
+        WRONG_VALUES,
+    ),
+    stream(
+        "a row's maximum is that of its first warp",
+        "stream_rows.cuh",
+        "const int count = per_tensor ? p_.epilogue.m * parts_ : parts_;",
+        "const int count = per_tensor ? p_.epilogue.m * parts_ : 1;",
+        LINEAR,
+        "long_rows and 5120 and float16 and not bfloat16",
+        WRONG_VALUES,
+    ),
+    Mutant(
+        "a per-tensor scale is taken for one per token",
+        "gemm/launch.cu",
+        "gemm.x_per_token = quantizer.scheme != Scheme::kPerTensor;",
+        "gemm.x_per_token = 1;",
+        LAUNCH,
+        LINEAR,
+        "smoke_linear",
+        f"{OUT_OF_BOUNDS}|{WRONG_VALUES}",
+    ),
+    # The same tests with the sources as they are: what fails above fails because of the defect.
+    mma(
+        "nothing is wrong: mma",
+        "splits.h",
+        "if (splits <= 1) return 0;",
+        "if (splits <= 1) return 0;",
+        ENTRY,
+        "((test_every_tile and float16) or need_not_be_cleared)",
+        None,
+    ),
+    stream(
+        "nothing is wrong: stream",
+        "splits.h",
+        "if (splits <= 1) return 0;",
+        "if (splits <= 1) return 0;",
+        LINEAR,
+        "(smoke_linear or (long_rows and 5120)) and float16 and not bfloat16",
+        None,
+    ),
+)
+
+
+@pytest.fixture(scope="module")
+def runs(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[planted.Runs]:
+    yield from planted.run_all(MUTANTS, request, tmp_path_factory)
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_a_planted_defect_is_caught(mutant: Mutant, runs: planted.Runs) -> None:
+    planted.assert_caught(mutant, runs)
