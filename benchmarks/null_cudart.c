@@ -2,6 +2,7 @@
 // left of an op is the time that it takes the CPU. It describes two GPUs, counts what it is asked
 // for, and stands in for libcudart.so.13 once it is loaded (the loader goes by that name).
 #include <stddef.h>
+#include <string.h>
 
 #define EXPORT __attribute__((visibility("default")))
 
@@ -58,8 +59,10 @@ EXPORT int cudaMemsetAsync(void* pointer, int value, size_t bytes, void* stream)
   return 0;
 }
 
-static int encode_tensor_map(void) {
+// cuTensorMapEncodeTiled: an empty map would mean that the driver has refused.
+static int encode_tensor_map(void* map) {
   ++null_tensor_maps;
+  memset(map, 1, 128);
   return 0;
 }
 

@@ -135,7 +135,9 @@ def main() -> int:
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     print(f"{GPUS[args.gpu].name}: arithmetic, not measured")
     for row in table:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        print(
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        )
     return 0
 
 

@@ -103,13 +103,11 @@ def gemm_s8_tile(
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     out_dtype: torch.dtype,
-    tile: int,
-    splits: int,
+    tile: int = -1,
+    splits: int = 0,
 ) -> Tensor:
     _checks.forced_tile("_gemm_s8_tile", tile, splits)
-    return gemm_s8(
-        x_q, w_q, x_scale, w_scale, bias=bias, residual=residual, out_dtype=out_dtype
-    )
+    return gemm_s8(x_q, w_q, x_scale, w_scale, bias=bias, residual=residual, out_dtype=out_dtype)
 
 
 def linear_s8(

@@ -44,9 +44,11 @@ def eager_cpu(x: Tensor, *others: Tensor | None) -> bool:
     Not where somebody looks at the ops as they go by: dynamo, which says so; other tracers, whose tensors are of a
     subclass or which sit in the stack of dispatch modes; autograd.
     """
+    if not x.is_cpu:  # first: on a GPU each question more is a part of every call
+        return False
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return False
-    if torch._C._len_torch_dispatch_stack() or not x.is_cpu:
+    if torch._C._len_torch_dispatch_stack():
         return False
     if type(x) is not Tensor and type(x) is not torch.nn.Parameter:
         return False

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import planted
+import mutants
 import pytest
-from planted import (
+from mutants import (
     NOT_WITHIN_THE_BOUND,
     OUT_OF_BOUNDS,
     RACE,
@@ -214,10 +214,10 @@ MUTANTS = (
 @pytest.fixture(scope="module")
 def runs(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[planted.Runs]:
-    yield from planted.run_all(MUTANTS, request, tmp_path_factory)
+) -> Iterator[mutants.Runs]:
+    yield from mutants.run_all(MUTANTS, request, tmp_path_factory)
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
-def test_a_planted_defect_is_caught(mutant: Mutant, runs: planted.Runs) -> None:
-    planted.assert_caught(mutant, runs)
+def test_a_planted_defect_is_caught(mutant: Mutant, runs: mutants.Runs) -> None:
+    mutants.assert_caught(mutant, runs)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import planted
+import mutants
 import pytest
-from planted import OUT_OF_BOUNDS, RACE, WRONG_VALUES, WROTE_BESIDE, Mutant
+from mutants import OUT_OF_BOUNDS, RACE, WRONG_VALUES, WROTE_BESIDE, Mutant
 
 # With test_planted.py: one worker of pytest-xdist builds the library that both need.
 pytestmark = [pytest.mark.simulator, pytest.mark.slow, pytest.mark.xdist_group("planted")]
@@ -196,10 +196,10 @@ MUTANTS = (
 @pytest.fixture(scope="module")
 def runs(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[planted.Runs]:
-    yield from planted.run_all(MUTANTS, request, tmp_path_factory)
+) -> Iterator[mutants.Runs]:
+    yield from mutants.run_all(MUTANTS, request, tmp_path_factory)
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
-def test_a_planted_defect_is_caught(mutant: Mutant, runs: planted.Runs) -> None:
-    planted.assert_caught(mutant, runs)
+def test_a_planted_defect_is_caught(mutant: Mutant, runs: mutants.Runs) -> None:
+    mutants.assert_caught(mutant, runs)
