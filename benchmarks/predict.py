@@ -14,6 +14,7 @@ import argparse
 import ctypes
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -24,6 +25,7 @@ from typing import Any
 from shapes import LLM_LAYERS
 
 ROOT = Path(__file__).resolve().parent.parent
+COMPILER = os.environ.get("CXX", "g++")
 SOURCES = ("csrc/gemm/plan.cpp", "csrc/gemm/tables.cpp")
 TOKENS = (1, 8, 16, 64, 128, 512, 2048, 8192)
 LAYERS = ("LLaMA-7B o", "LLaMA-7B up", "LLaMA-7B down", "LLaMA-70B up", "Llama 3 8B kv")
@@ -70,7 +72,7 @@ class Planner:
     def __init__(self) -> None:
         with tempfile.TemporaryDirectory() as folder:
             target = Path(folder) / "plan.so"
-            command = [os.environ.get("CXX", "g++"), "-std=c++17", "-O1", "-shared", "-fPIC"]
+            command = [COMPILER, "-std=c++17", "-O1", "-shared", "-fPIC"]
             command += ["-Icsrc/include", "-Icsrc", *SOURCES, "-o", str(target)]
             subprocess.run(command, cwd=ROOT, check=True)
             # Lazy: what asks the CUDA runtime stays undefined, and is not called.
@@ -131,6 +133,12 @@ def main() -> int:
     parser.add_argument("--gpu", choices=sorted(GPUS), default="H100")
     parser.add_argument("--tokens", type=int, nargs="*", default=list(TOKENS))
     args = parser.parse_args()
+    if shutil.which(COMPILER) is None:
+        print(
+            f"predict: {COMPILER} was not found; install a C++ compiler or set CXX.",
+            file=sys.stderr,
+        )
+        return 2
     table = [HEADER, *rows(Planner(), GPUS[args.gpu], tuple(args.tokens))]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     print(f"{GPUS[args.gpu].name}: arithmetic, not measured")

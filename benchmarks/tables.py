@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -109,8 +110,10 @@ def cpu_linear() -> str:
     return caption + markdown(header, rows, left=2)
 
 
-def gemm_prediction(gpu: str) -> str:
-    """Arithmetic, not results: it needs the C++ compiler and no GPU."""
+def gemm_prediction(gpu: str) -> str | None:
+    """Arithmetic, not results: it needs the C++ compiler and no GPU. None without the compiler: the table stays."""
+    if shutil.which(predict.COMPILER) is None:
+        return None
     described = predict.GPUS[gpu]
     caption = (
         f"{described.name}: {described.sms} SMs at {described.ghz} GHz, {described.tops:.0f} TOPS, "
@@ -121,7 +124,7 @@ def gemm_prediction(gpu: str) -> str:
     return caption + markdown(predict.HEADER, rows, left=left)
 
 
-TABLES: dict[str, Callable[[], str]] = {
+TABLES: dict[str, Callable[[], str | None]] = {
     "accuracy": lambda: accuracy("schemes"),
     "alpha": lambda: accuracy("alpha", "alpha"),
     "rounding": lambda: accuracy("rounding", "smooth_rounding"),
@@ -131,6 +134,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "gemm_a100": lambda: gemm_prediction("A100"),
     "gemm_l40s": lambda: gemm_prediction("L40S"),
 }
+
+
+def renewed(table: re.Match[str]) -> str:
+    text = TABLES[table[2]]()
+    return table[0] if text is None else table[1] + text + table[3]
 
 
 def main() -> int:
@@ -143,7 +151,7 @@ def main() -> int:
     for page in PAGES:
         path = ROOT / page
         old = path.read_text()
-        new = MARKED.sub(lambda m: m[1] + TABLES[m[2]]() + m[3], old)
+        new = MARKED.sub(renewed, old)
         if new != old:
             stale.append(page)
             if not check:

@@ -15,7 +15,10 @@ from smoothquant_kernels import cpu
 from smoothquant_kernels._console import Document
 from smoothquant_kernels._extension import dispatch_tables, extension_status, has_cuda_kernel
 from smoothquant_kernels.errors import SmoothQuantError
-from smoothquant_kernels.ops import OPS
+from smoothquant_kernels.ops import OPS as ALL_OPS
+
+#: Without the private ones, which serve tests and the tuner.
+OPS = tuple(op for op in ALL_OPS if not op.startswith("_"))
 
 _PACKAGES = ("transformers", "safetensors", "accelerate", "gguf", "matplotlib", "datasets")
 # Names as /proc/cpuinfo has them (x86, then ARM): those that decide how fast int8 products are.

@@ -177,8 +177,15 @@ def run(
     (ROOT / output).parent.mkdir(parents=True, exist_ok=True)
     print(shlex.join([*prefix, *command]), file=sys.stderr, flush=True)
     began = time.time()
+    # Another checkout of the same sources finds these objects in ccache: its paths are taken from its root.
+    cache = {"CCACHE_BASEDIR": str(ROOT), "CCACHE_NOHASHDIR": "1"} if prefix else {}
     done = subprocess.run(
-        [*prefix, *command], cwd=ROOT, capture_output=True, text=True, check=False
+        [*prefix, *command],
+        cwd=ROOT,
+        env={**os.environ, **cache},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     said = done.stdout + done.stderr
     if done.returncode:
