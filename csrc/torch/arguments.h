@@ -67,18 +67,6 @@ inline bool same_shape(const Tensor& a, const Tensor& b) {
   return std::equal(left.begin(), left.end(), right.begin(), right.end());
 }
 
-// A tensor's device by libtorch's own numbers, which are enough to compare and to allocate.
-// Tensor::device() asks libtorch for every device type by name until one is it.
-struct Place {
-  int32_t type, index;
-
-  explicit Place(const Tensor& tensor) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &type));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor.get(), &index));
-  }
-  bool operator==(const Place& other) const { return type == other.type && index == other.index; }
-};
-
 inline void check_float(const char* op, const char* name, const Tensor& tensor) {
   SQK_CHECK(is_float(tensor.scalar_type()), op, ": ", name,
             " must be float16 or bfloat16 or float32, got ", dtype_name(tensor.scalar_type()), ".");
@@ -101,35 +89,15 @@ inline void check_vector(const char* op, const char* name, const MaybeTensor& te
             size, "] (", what, "), got ", tuple_text(*tensor), ".");
 }
 
-// Memory from torch's allocator on the device of `like`, as empty_on (stable.h), but not through
-// the dispatcher by an op's name, which costs a microsecond. Strides are elements.
-inline Tensor new_tensor(const Tensor& like, const int64_t* sizes, const int64_t* strides,
-                         int64_t dims, ScalarType dtype) {
-  const Place place(like);
-  const auto type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
-  AtenTensorHandle made = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(dims, sizes, strides, type, place.type, place.index, &made));
-  return Tensor(made);
-}
-
 inline Tensor new_vector(const Tensor& like, int64_t size, ScalarType dtype) {
-  const int64_t stride = 1;
-  return new_tensor(like, &size, &stride, 1, dtype);
+  return empty_on(like, &size, 1, dtype);
 }
 
-// Contiguous, of like's sizes but for the last one.
+// Of like's sizes but for the last one.
 inline Tensor new_rows(const Tensor& like, int64_t last, ScalarType dtype) {
-  const auto given = like.sizes();
-  const size_t dims = given.size();
-  std::vector<int64_t> shape(2 * dims);  // sizes, then strides
-  int64_t stride = 1;
-  for (size_t i = dims; i-- > 0;) {
-    shape[i] = i + 1 == dims ? last : given[i];
-    shape[dims + i] = stride;
-    stride *= std::max<int64_t>(shape[i], 1);
-  }
-  return new_tensor(like, shape.data(), shape.data() + dims, static_cast<int64_t>(dims), dtype);
+  std::vector<int64_t> sizes(like.sizes().begin(), like.sizes().end());
+  if (!sizes.empty()) sizes.back() = last;
+  return empty_on(like, sizes.data(), sizes.size(), dtype);
 }
 
 // Scratch memory, whose blocks start at multiples of 256 bytes at least; null for none. `keep` owns

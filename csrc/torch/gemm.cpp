@@ -9,6 +9,9 @@
 namespace sqk {
 namespace {
 
+// Of a row whose next one is to be aligned.
+int64_t padded(int64_t k) { return (k + kGemmAlignment - 1) / kGemmAlignment * kGemmAlignment; }
+
 void check_int8(const char* op, const char* name, const Tensor& tensor) {
   SQK_CHECK(tensor.scalar_type() == ScalarType::Char, op, ": ", name, " must be int8, got ",
             dtype_name(tensor.scalar_type()), ". Quantise it first (ops.quantize).");
@@ -133,11 +136,11 @@ class Gemm {
       }
     }
     const int64_t last = t.dim() - 1;
-    stride = (params_.k + kGemmAlignment - 1) / kGemmAlignment * kGemmAlignment;
-    Tensor padded = new_rows(t, stride, ScalarType::Char);
-    Tensor columns = torch::stable::narrow(padded, last, 0, params_.k);
+    stride = padded(params_.k);
+    Tensor copy = new_rows(t, stride, ScalarType::Char);
+    Tensor columns = torch::stable::narrow(copy, last, 0, params_.k);
     torch::stable::copy_(columns, t);
-    return static_cast<const int8_t*>(keep.emplace(padded).data);
+    return static_cast<const int8_t*>(keep.emplace(copy).data);
   }
 
   static Tensor as_float32(const Tensor& t) {
@@ -238,7 +241,7 @@ Tensor linear_s8_op(const Tensor& x, const Tensor& w_q, const Tensor& w_scale,
   const MaybeTensor factors = dense(inv_smooth);
   if (factors) quantizer.inv_smooth = floats(*factors);
   if (scale) quantizer.scale = floats(*scale);
-  quantizer.k_padded = (quantizer.k + kGemmAlignment - 1) / kGemmAlignment * kGemmAlignment;
+  quantizer.k_padded = padded(quantizer.k);
   quantizer.x_q_stride = quantizer.k_padded;
   Tensor y = gemm.make_y();
   params.gemm = gemm.params();

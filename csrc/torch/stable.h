@@ -16,7 +16,9 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <optional>
+#include <vector>
 
 #include "sqk/status.h"
 
@@ -56,10 +58,33 @@ class Launch {
   cudaStream_t stream_ = nullptr;
 };
 
-// Memory from torch's allocator, on the device of `like`: safe to capture in a CUDA graph.
-inline Tensor empty_on(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes,
-                       ScalarType dtype) {
-  return torch::stable::empty(sizes, dtype, std::nullopt, like.device());
+// A tensor's device by libtorch's own numbers, which are enough to compare and to allocate.
+// Tensor::device() asks libtorch for every device type by name until one is it.
+struct Place {
+  int32_t type, index;
+
+  explicit Place(const Tensor& tensor) {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &type));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor.get(), &index));
+  }
+  bool operator==(const Place& other) const { return type == other.type && index == other.index; }
+};
+
+// Memory from torch's allocator, contiguous, on the device of `like`: safe to capture in a CUDA
+// graph. Not torch::stable::empty, which calls an op by its name: that costs a microsecond.
+inline Tensor empty_on(const Tensor& like, const int64_t* sizes, size_t dims, ScalarType dtype) {
+  std::vector<int64_t> strides(dims);
+  int64_t stride = 1;
+  for (size_t i = dims; i-- > 0;) {
+    strides[i] = stride;
+    stride *= std::max<int64_t>(sizes[i], 1);
+  }
+  const Place place(like);
+  const auto type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle made = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(dims), sizes, strides.data(), type, place.type, place.index, &made));
+  return Tensor(made);
 }
 
 }  // namespace sqk
