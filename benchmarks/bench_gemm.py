@@ -23,9 +23,19 @@ import gpu_state
 import gpu_timer
 import torch
 import torch.nn.functional as F
-from bench_quantize import WrongResult, first_line, usable
 from gemm_cases import Case, Expected, Operands
-from report import Row, geomeans, ratio_columns, ratios, timing_columns, write_csv, write_json
+from report import (
+    Row,
+    WrongResult,
+    first_line,
+    geomeans,
+    ratio_columns,
+    ratios,
+    timing_columns,
+    usable,
+    write_csv,
+    write_json,
+)
 from shapes import GEMM_TOKENS, LLM_LAYERS, TOY_LAYERS, TOY_TOKENS, distinct
 
 BASELINES = ("fp16", "bf16", "int_mm")

@@ -25,7 +25,7 @@ from typing import Any
 import linear_gpu
 import torch
 from bench_gemm import add_common_options, fill_in
-from bench_quantize import geomean
+from report import geomean
 from shapes import CPU_LINEARS, CPU_TOKENS, GPU_TOKENS
 from timer import interleaved, median_ratio
 from torch import nn

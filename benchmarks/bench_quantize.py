@@ -12,12 +12,11 @@ from __future__ import annotations
 import argparse
 import csv
 import itertools
-import json
 import math
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,15 +26,12 @@ import gpu_timer
 import producers
 import torch
 from producers import PRODUCERS, SCHEMES, Case
+from report import WrongResult, first_line, geomean, usable, write_json
 from shapes import GPU_TOKENS, HIDDEN_WIDTHS, MLP_WIDTHS, REHEARSAL_TOKENS, REHEARSAL_WIDTHS
 from torch import Tensor
 
 DTYPES = (torch.float16, torch.bfloat16)
 BASELINES = ("copy", "eager", "compiled")
-
-
-class WrongResult(Exception):
-    """The op's result is not the specification's."""
 
 
 @dataclass
@@ -78,10 +74,6 @@ def cases(
             m, k, scheme, dtype, smooth = (axis[i] for axis, i in zip(axes, place, strict=True))
             ranked.append((sum(place), turn, order, Case(name, smooth, scheme, dtype, m, k)))
     return [item[-1] for item in sorted(ranked, key=lambda item: item[:3])]
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 def measure(case: Case, device: torch.device, seconds: float, compiler: Compiler) -> dict[str, Any]:
@@ -173,11 +165,6 @@ def line(case: Case, row: dict[str, Any]) -> str:
     return f"{case!s:66s} | {row['us']:8.2f} us | {row['gb_per_s']:7.1f} GB/s | {ratios}"
 
 
-def geomean(values: Iterable[float]) -> float:
-    logs = [math.log(value) for value in values]
-    return math.exp(sum(logs) / len(logs))
-
-
 def geomeans(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """Per producer and over all; a baseline counts where it was measured."""
     groups = {name: [r for r in rows if r["producer"] == name] for name in PRODUCERS}
@@ -196,10 +183,8 @@ def geomeans(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
 def write(args: argparse.Namespace, facts: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     """After every case, so that an interrupted run leaves what it has measured."""
     if args.json:
-        data = {"machine": facts, "geomeans": geomeans([r for r in rows if "us" in r])}
-        temporary = args.json.with_suffix(".tmp")
-        temporary.write_text(json.dumps({**data, "rows": rows}, indent=1) + "\n")
-        temporary.replace(args.json)
+        means = geomeans([r for r in rows if "us" in r])
+        write_json(args.json, {"machine": facts, "geomeans": means, "rows": rows})
     if args.csv:
         with args.csv.open("w", newline="") as file:
             names = list(dict.fromkeys(name for row in rows for name in row))
@@ -239,17 +224,6 @@ def run(args: argparse.Namespace) -> int:
             break
     report(rows)
     return int(any("us" not in row for row in rows) or not rows)
-
-
-def usable(device: torch.device) -> bool:
-    """Frees what the next case, of other sizes, cannot use; False when a kernel has broken the CUDA context."""
-    try:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-            torch.cuda.empty_cache()
-    except RuntimeError:
-        return False
-    return True
 
 
 def report(rows: Sequence[dict[str, Any]]) -> None:

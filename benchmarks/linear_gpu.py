@@ -14,9 +14,8 @@ import gemm_cases
 import gpu_state
 import gpu_timer
 import torch
-from bench_quantize import first_line, usable
 from gemm_cases import Case, Expected, Operands
-from report import Row, geomeans, write_json
+from report import Row, first_line, geomeans, usable, write_json
 from torch import Tensor, nn
 
 from smoothquant_kernels import W8A8Linear, reference

@@ -1,18 +1,38 @@
-"""What the benchmarks of GEMMs and layers share beside their cases: results files, ratios, means by classes of M."""
+"""What the benchmarks share beside their cases: refused cases, results files, ratios, means by classes of M."""
 
 from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench_quantize import geomean
+import torch
 from gpu_timer import Timing
 from shapes import M_CLASSES, m_class
 
 Row = dict[str, Any]
+
+
+class WrongResult(Exception):
+    """The op's result is not the specification's."""
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+def usable(device: torch.device) -> bool:
+    """Frees what the next case, of other sizes, cannot use; False when a kernel has broken the CUDA context."""
+    try:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            torch.cuda.empty_cache()
+    except RuntimeError:
+        return False
+    return True
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
@@ -56,6 +76,11 @@ def ratios(row: Mapping[str, Any], names: Sequence[str]) -> str:
         f"{row[f'vs_{name}']:.2f}x {name}" if row.get(f"vs_{name}") else f"- {name}"
         for name in names
     )
+
+
+def geomean(values: Iterable[float]) -> float:
+    logs = [math.log(value) for value in values]
+    return math.exp(sum(logs) / len(logs))
 
 
 def geomeans(rows: Sequence[Row], columns: Sequence[str]) -> dict[str, dict[str, float]]:

@@ -26,9 +26,8 @@ import gpu_timer
 import torch
 import tune_rules
 from bench_gemm import add_common_options, fill_in
-from bench_quantize import WrongResult, first_line, usable
 from gemm_cases import Case, Choice, Expected, Operands, Table
-from report import write_json
+from report import WrongResult, first_line, usable, write_json
 from tune_rules import Result
 
 #: Tiles that a first, rough timing finds this much slower than the best are not timed again, nor are any beyond the

@@ -14,8 +14,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bench_quantize import geomean
 from gemm_cases import Table, serves, tile_name
+from report import geomean
 from shapes import M_CLASSES, m_class
 
 Result = dict[str, Any]
