@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import json
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from smoothquant_kernels.errors import SmoothQuantError
@@ -31,6 +33,11 @@ class SmoothQuantConfig:
             `DEFAULT_ALPHA` and docs/accuracy.md.
         smooth: False leaves the activations as they are and only measures their ranges: naive W8A8, to compare with.
         activation_scheme: ``"per_token"`` (O1), ``"per_tensor"`` (dynamic, O2), ``"static"`` (calibrated, O3).
+        alphas: layer -> alpha, for the layers that shall differ from `alpha`. Here and below, a layer is given by its
+            full name or by a shell-style pattern (``"*.down_proj"``); a full name counts before the first pattern that
+            matches. Layers that read one tensor share their factors, so they must agree.
+        schemes: layer -> activation scheme, for the layers that shall differ from `activation_scheme`.
+        clips: layer -> ratio in (0, 1]: a static scale covers this part of the calibrated range and the rest saturates.
         massive_activations: what the schemes with one scale for the tensor do with a layer that has massive
             activations (a token many times larger than the others, see `MASSIVE_PEAK`), which no smoothing of channels
             can balance: ``"per_token"`` gives that layer a scale per token, ``"keep"`` leaves it in the scheme.
@@ -50,6 +57,9 @@ class SmoothQuantConfig:
     alpha: float | None = None
     smooth: bool = True
     activation_scheme: str = "per_token"
+    alphas: Mapping[str, float] = field(default_factory=dict)
+    schemes: Mapping[str, str] = field(default_factory=dict)
+    clips: Mapping[str, float] = field(default_factory=dict)
     massive_activations: str = "per_token"
     weight_granularity: str = "channel"
     w_bit: int = 8
@@ -88,21 +98,43 @@ class SmoothQuantConfig:
         ):
             fail("skip", "a list or tuple of module-name patterns")
         object.__setattr__(self, "skip", tuple(self.skip))
+        for name, fine, wanted in _MAPS:
+            values = getattr(self, name)
+            if not isinstance(values, Mapping) or not all(
+                isinstance(layer, str) and fine(value) for layer, value in values.items()
+            ):
+                fail(name, f"a mapping of layer names or patterns to {wanted}")
+            object.__setattr__(self, name, dict(values))
         for name in ("calibration_tokens", "calibration_window"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 fail(name, "a whole number >= 1")
 
-    def scheme_of(self, x_peak: float | None) -> str:
+    def __hash__(self) -> int:
+        values = [getattr(self, f.name) for f in dataclasses.fields(self)]
+        return hash(tuple(frozenset(v.items()) if isinstance(v, dict) else v for v in values))
+
+    def scheme_of(self, x_peak: float | None, name: str = "") -> str:
         """The activation scheme of a layer whose largest token is `x_peak` times its median one."""
+        own: str | None = first_match(self.schemes, name)
+        if own is not None:
+            return own
         massive = x_peak is not None and x_peak >= MASSIVE_PEAK
         if massive and self.smooth and self.massive_activations == "per_token":
             return "per_token"
         return self.activation_scheme
 
-    def alpha_of(self, x_peak: float | None) -> float:
-        """`alpha`, or the default of the layer's activation scheme."""
-        return DEFAULT_ALPHA[self.scheme_of(x_peak)] if self.alpha is None else self.alpha
+    def alpha_of(self, x_peak: float | None, name: str = "") -> float:
+        """The layer's entry in `alphas`, or `alpha`, or the default of the layer's activation scheme."""
+        own: float | None = first_match(self.alphas, name)
+        if own is not None:
+            return own
+        return DEFAULT_ALPHA[self.scheme_of(x_peak, name)] if self.alpha is None else self.alpha
+
+    def clip_of(self, name: str) -> float:
+        """The part of the layer's calibrated range that its static scale covers."""
+        own: float | None = first_match(self.clips, name)
+        return 1.0 if own is None else own
 
     def replace(self, **changes: Any) -> SmoothQuantConfig:
         """A copy with some values changed."""
@@ -110,7 +142,7 @@ class SmoothQuantConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as JSON has them."""
-        return {**dataclasses.asdict(self), "skip": list(self.skip)}
+        return {**dataclasses.asdict(self), "skip": list(self.skip)}  # asdict copies the maps
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> SmoothQuantConfig:
@@ -147,3 +179,17 @@ class SmoothQuantConfig:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def first_match(values: Mapping[str, Any], name: str) -> Any:
+    """The value of the layer's own name, or of the first pattern that matches it, or None."""
+    if name in values:  # search results name every layer: do not try hundreds of patterns for each
+        return values[name]
+    return next((v for pattern, v in values.items() if fnmatch.fnmatchcase(name, pattern)), None)
+
+
+_MAPS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("alphas", lambda v: _is_number(v) and 0.0 <= v <= 1.0, "numbers in [0, 1]"),
+    ("schemes", lambda v: v in ACTIVATION_SCHEMES, f"one of {', '.join(ACTIVATION_SCHEMES)}"),
+    ("clips", lambda v: _is_number(v) and 0.0 < v <= 1.0, "numbers in (0, 1]"),
+)

@@ -15,6 +15,11 @@ from smoothquant_kernels.reference import MIN_SCALE, QMAX
 from smoothquant_kernels.smooth import INFO, check_finite_weights, smooth_lm
 
 
+def static_scale(absmax: float, clip: float) -> float:
+    """The scale whose int8 range covers `clip` times the calibrated range."""
+    return max(clip * absmax / QMAX, MIN_SCALE)
+
+
 def quantize_model(
     model: nn.Module,
     w_bit: int = 8,
@@ -50,7 +55,7 @@ def quantize_model(
     linears, skipped = partition_linears(model, config.skip)
     check_finite_weights(linears)
     described = {layer["name"]: layer for layer in info.get("layers", [])}
-    schemes = {n: config.scheme_of(described.get(n, {}).get("x_peak")) for n in linears}
+    schemes = {n: config.scheme_of(described.get(n, {}).get("x_peak"), n) for n in linears}
     static = [n for n in linears if schemes[n] == "static"]
     missing = [n for n in static if described.get(n, {}).get("x_absmax") is None]
     if missing:
@@ -66,7 +71,9 @@ def quantize_model(
             linear,
             activation_scheme=schemes[name],
             weight_granularity=config.weight_granularity,
-            x_scale=max(layer["x_absmax"] / QMAX, MIN_SCALE) if schemes[name] == "static" else None,
+            x_scale=static_scale(layer["x_absmax"], config.clip_of(name))
+            if schemes[name] == "static"
+            else None,
         )
         replace_module(model, name, new)
         layers.append(

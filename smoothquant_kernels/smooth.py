@@ -16,7 +16,6 @@ from smoothquant_kernels.fold import (
     Smoothing,
     divide_at_run_time,
     fold_verified,
-    has_norm_producer,
     round_to_power_of_two,
 )
 from smoothquant_kernels.groups import Group, find_groups
@@ -37,17 +36,33 @@ INFO = "smoothquant_info"
 # --- factors ----------------------------------------------------------------------------------------------------------
 
 
-def group_factors(
-    model: nn.Module, group: Group, absmax: Tensor, peak: float, config: SmoothQuantConfig
-) -> Tensor:
-    """s [K] of a group: the activation's maxima against the largest weight of all its linears per channel."""
+def group_alpha(group: Group, peak: float, config: SmoothQuantConfig) -> float:
+    """The migration strength of a group; raises SmoothQuantError if the configuration gives its linears several."""
+    alphas = {name: config.alpha_of(peak, name) for name in group.linears}
+    (first, alpha), *others = alphas.items()
+    if other := next((n for n, a in others if a != alpha), None):
+        raise SmoothQuantError(
+            f"{first} and {other} read the same tensor, so they share their smoothing factors, but alpha is {alpha} "
+            f"for one and {alphas[other]} for the other; give all of {', '.join(alphas)} the same."
+        )
+    return alpha
+
+
+def weight_absmax(model: nn.Module, group: Group) -> Tensor:
+    """[K] float32: the largest |w| of each input channel over all linears of the group."""
     columns = [
         weight_of(model.get_submodule(n)).detach().abs().amax(0).float() for n in group.linears
     ]
-    smooth = smoothing_factors(absmax, torch.stack(columns).amax(0), config.alpha_of(peak))
+    return torch.stack(columns).amax(0)
+
+
+def group_factors(
+    x_absmax: Tensor, w_absmax: Tensor, alpha: float, dtype: torch.dtype, config: SmoothQuantConfig
+) -> Tensor:
+    """s [K] float32 of a group of linears whose weights have this dtype."""
+    smooth = smoothing_factors(x_absmax, w_absmax, alpha)
     rounding = config.smooth_rounding
     if rounding == "auto":
-        dtype = weight_of(model.get_submodule(group.linears[0])).dtype
         rounding = "none" if dtype == torch.float32 else "power_of_two"
     return round_to_power_of_two(smooth) if rounding == "power_of_two" else smooth
 
@@ -134,7 +149,7 @@ def smooth_lm(
         )
     info = {
         "config": config.to_dict(),
-        "layers": _describe(linears, statistics, peaks, outcomes, shared),
+        "layers": _describe(linears, groups, statistics, peaks, outcomes, shared, config),
         "skipped": [{"name": n, "reason": r} for n, r in skipped.items()],
         "verification": {"relative_change": change, "bit_exact": change == 0.0},
         "calibration_tokens": statistics.tokens,
@@ -168,9 +183,19 @@ def _apply(
 ) -> dict[str, tuple[str, str]]:
     """Smooths all groups; returns name -> (``"folded"`` or ``"runtime"``, why) and divides `statistics` by s."""
 
-    def factors(group: Group) -> Tensor:
+    # All from the weights as they are now: a fold into the rows of v_proj or up_proj changes the weight that their own
+    # group reads, and what is quantised should not depend on what could be folded, and in which order.
+    planned: dict[Group, Tensor] = {}
+    for group in groups:
         name = group.linears[0]
-        return group_factors(model, group, statistics.absmax[name], peaks[name], config)
+        planned[group] = group_factors(
+            statistics.absmax[name],
+            weight_absmax(model, group),
+            group_alpha(group, peaks[name], config),
+            weight_of(model.get_submodule(name)).dtype,
+            config,
+        )
+    factors = planned.__getitem__
 
     result: dict[str, tuple[str, str]] = {}
 
@@ -180,8 +205,6 @@ def _apply(
             statistics.absmax[name] = statistics.absmax[name] / smoothing.smooth
 
     foldable = [g for g in groups if g.producer is not None]
-    # Linear producers first: a fold into the rows of v_proj or up_proj changes the weight that their own group reads.
-    foldable.sort(key=lambda g: has_norm_producer(model, g))
     for start in range(0, len(foldable), _FOLDS_AT_ONCE):
         part = foldable[start : start + _FOLDS_AT_ONCE]
         done, refused = fold_verified(model, part, factors, same_output, config.verify_tolerance)
@@ -201,13 +224,16 @@ def _apply(
 
 def _describe(
     linears: Mapping[str, nn.Module],
+    groups: Sequence[Group],
     statistics: ActivationStatistics,
     peaks: Mapping[str, float],
     outcomes: Mapping[str, tuple[str, str]],
     shared: Mapping[str, list[str]],
+    config: SmoothQuantConfig,
 ) -> list[dict[str, Any]]:
     """One JSON-able entry a linear; `x_absmax`, the largest smoothed input seen, becomes the static scale."""
     layers = []
+    members = {name: group.linears for group in groups for name in group.linears}
     for name, module in linears.items():
         if name in outcomes:
             how, why = outcomes[name]
@@ -224,6 +250,8 @@ def _describe(
                 "name": name,
                 "smoothing": how,
                 "reason": why,
+                "alpha": config.alpha_of(peaks[name], name) if name in outcomes else None,
+                "group": list(members.get(name, (name,))),
                 "in_features": k,
                 "out_features": n,
                 "x_absmax": None if absmax is None else float(absmax.max()),

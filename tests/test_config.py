@@ -27,6 +27,9 @@ configs = st.builds(
     alpha=st.none() | st.floats(0, 1) | st.sampled_from([0, 1]),
     smooth=st.booleans(),
     activation_scheme=st.sampled_from(ACTIVATION_SCHEMES),
+    alphas=st.dictionaries(st.text(max_size=8), st.floats(0, 1), max_size=3),
+    schemes=st.dictionaries(st.text(max_size=8), st.sampled_from(ACTIVATION_SCHEMES), max_size=3),
+    clips=st.dictionaries(st.text(max_size=8), st.floats(0, 1, exclude_min=True), max_size=3),
     massive_activations=st.sampled_from(MASSIVE_CHOICES),
     weight_granularity=st.sampled_from(WEIGHT_GRANULARITIES),
     smooth_rounding=st.sampled_from(ROUNDINGS),
@@ -63,6 +66,18 @@ REFUSED: list[tuple[str, Any, str]] = [
         ("activation_scheme", v, "must be one of per_token, per_tensor, static")
         for v in ("token", "", None, 1, ["per_token"])
     ],
+    *[
+        ("alphas", v, "alphas must be a mapping of layer names or patterns to numbers in [0, 1]")
+        for v in (0.5, [("a", 0.5)], {"a": 1.5}, {"a": "0.5"}, {"a": None}, {1: 0.5})
+    ],
+    *[
+        ("schemes", v, "schemes must be a mapping of layer names or patterns to one of per_token,")
+        for v in ("static", {"a": "token"}, {"a": None}, {None: "static"})
+    ],
+    *[
+        ("clips", v, "clips must be a mapping of layer names or patterns to numbers in (0, 1]")
+        for v in (0.9, {"a": 0}, {"a": 1.1}, {"a": math.nan}, {"a": True})
+    ],
     *[("massive_activations", v, "must be one of per_token, keep") for v in ("static", None)],
     *[("weight_granularity", v, "must be one of channel, tensor") for v in ("row", None)],
     *[("smooth_rounding", v, f"must be one of {', '.join(ROUNDINGS)}") for v in ("nearest", None)],
@@ -94,7 +109,7 @@ def test_refusals(name: str, value: Any, sentence: str) -> None:
         SmoothQuantConfig.from_dict({name: value})
     with pytest.raises(SmoothQuantError, match=expected):
         SmoothQuantConfig().replace(**{name: value})
-    if not isinstance(value, dict):
+    if not isinstance(value, dict) or all(isinstance(key, str) for key in value):
         with pytest.raises(SmoothQuantError, match=re.escape(sentence)):
             SmoothQuantConfig.from_json(json.dumps({name: value}))
 
@@ -147,3 +162,31 @@ def test_layers_with_massive_activations_go_per_token(scheme: str) -> None:
     assert config.alpha_of(MASSIVE_PEAK) == DEFAULT_ALPHA["per_token"]
     for kept in (config.replace(massive_activations="keep"), config.replace(smooth=False)):
         assert kept.scheme_of(1e6) == scheme
+
+
+def test_a_layer_of_its_own() -> None:
+    """A full name counts before patterns, and patterns in their order; the rest keeps what it had."""
+    config = SmoothQuantConfig(
+        alphas={"*.down_proj": 0.3, "a.*": 0.4, "a.down_proj": 0.5},
+        schemes={"*.down_proj": "static", "a.*": "per_tensor"},
+        clips={"b.*": 0.9},
+    )
+    assert config.alpha_of(1.0, "a.down_proj") == 0.5
+    assert config.alpha_of(1.0, "b.down_proj") == 0.3
+    assert config.alpha_of(1.0, "a.up_proj") == 0.4
+    assert config.alpha_of(1.0, "b.up_proj") == DEFAULT_ALPHA["per_token"]
+    assert config.replace(alpha=0.1).alpha_of(1.0, "b.up_proj") == 0.1
+    assert config.scheme_of(1.0, "a.down_proj") == "static"
+    assert config.scheme_of(1.0, "a.up_proj") == "per_tensor"
+    assert config.scheme_of(1.0, "b.up_proj") == "per_token"
+    assert config.clip_of("b.down_proj") == 0.9 and config.clip_of("a.down_proj") == 1.0
+    # the default alpha is that of the layer's own scheme; what is said of a layer is done, massive or not
+    assert config.alpha_of(1.0, "c.down_proj") == 0.3
+    assert SmoothQuantConfig(schemes={"x": "static"}).alpha_of(1.0, "x") == DEFAULT_ALPHA["static"]
+    assert config.scheme_of(1e6, "a.down_proj") == "static"
+
+
+def test_equal_configurations_have_equal_hashes() -> None:
+    pairs = [("a", 0.0), ("b", 1.0)]
+    one = SmoothQuantConfig(alpha=1, alphas=dict(pairs))
+    assert hash(one) == hash(SmoothQuantConfig(alpha=1.0, alphas=dict(reversed(pairs))))
