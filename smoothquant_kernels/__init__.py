@@ -9,10 +9,12 @@ from smoothquant_kernels.config import SmoothQuantConfig
 from smoothquant_kernels.convert import quantize_model, smooth_and_quantize
 from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.linear import QuantizedActivation, W8A8Linear
+from smoothquant_kernels.search import SearchResult, search_config
 from smoothquant_kernels.smooth import smooth_lm
 
 __all__ = [
     "QuantizedActivation",
+    "SearchResult",
     "SmoothQuantConfig",
     "SmoothQuantError",
     "W8A8Linear",
@@ -21,6 +23,7 @@ __all__ = [
     "ops",
     "quantize_model",
     "save_quantized",
+    "search_config",
     "smooth_and_quantize",
     "smooth_lm",
 ]

@@ -153,12 +153,12 @@ def evaluate(
         tokens=len(nll),
         perplexity=_exp(nll.mean().item()),
         nll=nll.mean().item(),
-        nll_stderr=_stderr(nll),
+        nll_stderr=stderr_of_mean(nll),
         mean_kl=kl.mean().item() if compared else None,
-        kl_stderr=_stderr(kl) if compared else None,
+        kl_stderr=stderr_of_mean(kl) if compared else None,
         top1_agreement=agree.mean().item() if compared else None,
         delta_nll=delta.mean().item() if compared else None,
-        delta_nll_stderr=_stderr(delta) if compared else None,
+        delta_nll_stderr=stderr_of_mean(delta) if compared else None,
         last_word_accuracy=last_word_accuracy(
             model, texts, tokenizer, window=window, max_tokens=max_tokens, progress=progress
         )
@@ -318,7 +318,7 @@ def _agree(log_r: torch.Tensor, log_p: torch.Tensor) -> torch.Tensor:
     return (same & ~log_r[:, 0].isnan() & ~log_p[:, 0].isnan()).double()
 
 
-def _stderr(values: torch.Tensor) -> float:
+def stderr_of_mean(values: torch.Tensor) -> float:
     """Standard error of the mean of a correlated series, by batch means (see `evaluate`)."""
     blocks = math.isqrt(len(values))
     if blocks < 2:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from smoothquant_kernels.calibrate import ActivationStatistics, CalibrationData, calibrate_model
-from smoothquant_kernels.config import SmoothQuantConfig
+from smoothquant_kernels.config import SmoothQuantConfig, first_match
 from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.fold import (
     Smoothing,
@@ -38,13 +38,18 @@ INFO = "smoothquant_info"
 
 def group_alpha(group: Group, peak: float, config: SmoothQuantConfig) -> float:
     """The migration strength of a group; raises SmoothQuantError if the configuration gives its linears several."""
-    alphas = {name: config.alpha_of(peak, name) for name in group.linears}
-    (first, alpha), *others = alphas.items()
-    if other := next((n for n, a in others if a != alpha), None):
-        raise SmoothQuantError(
-            f"{first} and {other} read the same tensor, so they share their smoothing factors, but alpha is {alpha} "
-            f"for one and {alphas[other]} for the other; give all of {', '.join(alphas)} the same."
-        )
+    first, *others = group.linears
+    alpha = config.alpha_of(peak, first)
+    own = first_match(config.alphas, first)
+    for other in (
+        others
+    ):  # without settings of their own they all take the default of the first one's scheme
+        if first_match(config.alphas, other) != own:
+            raise SmoothQuantError(
+                f"{first} and {other} read the same tensor, so they share their smoothing factors, but alpha is "
+                f"{alpha} for the first and {config.alpha_of(peak, other)} for the second; give all of "
+                f"{', '.join(group.linears)} the same."
+            )
     return alpha
 
 
@@ -65,6 +70,14 @@ def group_factors(
     if rounding == "auto":
         rounding = "none" if dtype == torch.float32 else "power_of_two"
     return round_to_power_of_two(smooth) if rounding == "power_of_two" else smooth
+
+
+def smoothable_linears(
+    model: nn.Module, linears: Iterable[str], statistics: ActivationStatistics
+) -> list[str]:
+    """Those that calibration has seen and whose weight is theirs alone."""
+    shared = shared_parameters(model)
+    return [n for n in linears if n in statistics.absmax and f"{n}.weight" not in shared]
 
 
 # --- the driver -------------------------------------------------------------------------------------------------------
@@ -125,11 +138,7 @@ def smooth_lm(
     small = statistics.sample
     peaks = {name: statistics.peak(name) for name in statistics.absmax}
     shared = shared_parameters(model)
-    smoothable = [
-        n
-        for n in linears
-        if config.smooth and n in statistics.absmax and f"{n}.weight" not in shared
-    ]
+    smoothable = smoothable_linears(model, linears, statistics) if config.smooth else []
     groups = find_groups(model, smoothable, small, folding=config.folding)
     with evaluating(model):
         before = output_tensor(run(model, small)).clone()
@@ -233,7 +242,7 @@ def _describe(
 ) -> list[dict[str, Any]]:
     """One JSON-able entry a linear; `x_absmax`, the largest smoothed input seen, becomes the static scale."""
     layers = []
-    members = {name: group.linears for group in groups for name in group.linears}
+    group_of = {name: group for group in groups for name in group.linears}
     for name, module in linears.items():
         if name in outcomes:
             how, why = outcomes[name]
@@ -250,12 +259,15 @@ def _describe(
                 "name": name,
                 "smoothing": how,
                 "reason": why,
-                "alpha": config.alpha_of(peaks[name], name) if name in outcomes else None,
-                "group": list(members.get(name, (name,))),
+                "alpha": None,
+                "group": [name],
                 "in_features": k,
                 "out_features": n,
                 "x_absmax": None if absmax is None else float(absmax.max()),
                 "x_peak": peaks.get(name),
             }
         )
+        if group := group_of.get(name):
+            alpha = group_alpha(group, peaks[group.linears[0]], config)
+            layers[-1] |= {"alpha": alpha, "group": list(group.linears)}
     return layers

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from smoothquant_kernels.errors import SmoothQuantError
-from smoothquant_kernels.evaluate import Reference, _stderr, evaluate
+from smoothquant_kernels.evaluate import Reference, evaluate, stderr_of_mean
 from smoothquant_kernels.text import token_windows, topics
 
 VOCABULARY = 96
@@ -237,7 +237,7 @@ def test_standard_errors_respect_the_correlation_of_neighbours() -> None:
     # With blocks of b = 64 the variance is short by 2 rho / (1 - rho^2) / b = 7 %: 94 % instead of
     # 95 %, and 64 blocks (Student's t) take 0.5 % more. 400 runs scatter by 1.2 %; the bounds are
     # four times that away.
-    assert 0.885 < coverage(_stderr) < 0.985
+    assert 0.885 < coverage(stderr_of_mean) < 0.985
     # The usual error is too small by sqrt((1 - rho) / (1 + rho)) = 1/3: 49 %.
     assert coverage(lambda row: (row.std() / math.sqrt(len(row))).item()) < 0.6
 
@@ -249,7 +249,7 @@ def test_standard_error_of_blocks_of_unequal_length(count: int) -> None:
     parts = np.array_split(values.numpy(), blocks)
     deviations = [len(part) / count * (part.mean() - values.numpy().mean()) for part in parts]
     expected = math.sqrt(sum(d * d for d in deviations) * blocks / (blocks - 1))
-    assert _stderr(values) == pytest.approx(expected, rel=1e-12)
+    assert stderr_of_mean(values) == pytest.approx(expected, rel=1e-12)
 
 
 # --- the reference's memory ---

@@ -1,0 +1,236 @@
+"""What a search found, and the JSON file that keeps it and that an interrupted search goes on from."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from smoothquant_kernels.config import SmoothQuantConfig
+from smoothquant_kernels.errors import SmoothQuantError
+from smoothquant_kernels.modules import Batch
+
+FORMAT = "smoothquant_kernels.search"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One candidate for a group, and what it costs.
+
+    Attributes:
+        scheme: activation scheme.
+        alpha: migration strength; None without smoothing.
+        clip: part of the calibrated range that a static scale covers.
+        cost: estimated KL divergence at the model's output, nats per prediction, of this group alone.
+    """
+
+    scheme: str
+    alpha: float | None
+    clip: float
+    cost: float
+
+
+@dataclass(frozen=True)
+class GroupResult:
+    """All candidates that were tried for the linears that read one tensor."""
+
+    linears: tuple[str, ...]
+    tried: tuple[Choice, ...]
+
+    def best(self, scheme: str) -> Choice:
+        """The cheapest of a scheme; the first of equals, so that the result is the same everywhere."""
+        return min((c for c in self.tried if c.scheme == scheme), key=lambda c: c.cost)
+
+    def at(self, scheme: str, alpha: float | None) -> Choice | None:
+        """The candidate without clipping, if it was tried."""
+        return next(
+            (c for c in self.tried if (c.scheme, c.alpha, c.clip) == (scheme, alpha, 1.0)), None
+        )
+
+
+@dataclass(frozen=True)
+class Validation:
+    """The whole quantised model on tokens that neither ranges nor choices were taken from.
+
+    Attributes:
+        tokens: predictions compared.
+        fixed_kl, searched_kl: mean KL divergence from the float model, nats.
+        difference, stderr: mean of searched minus fixed, paired, and its standard error.
+    """
+
+    tokens: int
+    fixed_kl: float
+    searched_kl: float
+    difference: float
+    stderr: float
+
+    @property
+    def worse(self) -> bool:
+        """Whether the searched settings lose by more than the standard error."""
+        return not self.difference <= self.stderr
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What `search_config` found.
+
+    Attributes:
+        config: for `smooth_lm` or `smooth_and_quantize`.
+        kept: ``"searched"``, or ``"fixed"`` if the validation spoke for the best fixed alpha.
+        fixed_alpha: the best single alpha by cost; None if the defaults of `config` were better than any.
+        fixed_cost, searched_cost: sums of the groups' costs.
+        groups: every candidate that was tried, group by group.
+        validation: None if there was no data for it.
+    """
+
+    config: SmoothQuantConfig
+    kept: str
+    fixed_alpha: float | None
+    fixed_cost: float
+    searched_cost: float
+    groups: tuple[GroupResult, ...]
+    validation: Validation | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as JSON has them."""
+        return {**dataclasses.asdict(self), "config": self.config.to_dict()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> SearchResult:
+        """The inverse of `to_dict`."""
+        validation = values["validation"]
+        return cls(
+            **{
+                **values,
+                "config": SmoothQuantConfig.from_dict(values["config"]),
+                "groups": tuple(_group(g) for g in values["groups"]),
+                "validation": None if validation is None else Validation(**validation),
+            }
+        )
+
+    @classmethod
+    def load(cls, path: str | Path) -> SearchResult:
+        """Reads the file of a finished search.
+
+        Raises:
+            SmoothQuantError: it cannot be read, is not one, or the search has not finished.
+        """
+        content = _read(Path(path))
+        if content["result"] is None:
+            raise SmoothQuantError(
+                f"the search in {path} was interrupted: run it again with this path, it goes on from there."
+            )
+        return cls.from_dict(content["result"])
+
+
+def _group(values: dict[str, Any]) -> GroupResult:
+    return GroupResult(tuple(values["linears"]), tuple(Choice(**c) for c in values["tried"]))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The file's content, its groups and result looked at once."""
+    try:
+        content: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        if content["format"] != FORMAT or content["version"] != FORMAT_VERSION:
+            raise ValueError(f"it is {content['format']!r} {content['version']!r}")
+        for values in content["groups"]:
+            _group(values)
+        if content["result"] is not None:
+            SearchResult.from_dict(content["result"])
+        if not isinstance(content["digest"], str):
+            raise ValueError("its digest is no text")
+    except OSError as error:
+        raise SmoothQuantError(f"{path} cannot be read: {error.strerror}.") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise SmoothQuantError(
+            f"{path} is not the file of a search of this release ({type(error).__name__}: {error}); "
+            "delete it or give another name."
+        ) from None
+    return content
+
+
+@dataclass
+class SearchFile:
+    """The groups that are done, kept in a file if there is a path."""
+
+    path: Path | None
+    digest: str
+    groups: dict[tuple[str, ...], GroupResult] = field(default_factory=dict)
+    result: SearchResult | None = None
+
+    @classmethod
+    def open(cls, path: str | Path | None, digest: str) -> SearchFile:
+        """Reads what an earlier run of the same search left, if anything.
+
+        Raises:
+            SmoothQuantError: the file is of another model, other data or settings, or is not one.
+        """
+        file = cls(None if path is None else Path(path), digest)
+        if file.path is not None and file.path.exists():
+            content = _read(file.path)
+            if content["digest"] != digest:
+                raise SmoothQuantError(
+                    f"{path} holds the search of another model, other data or settings; "
+                    "delete it or give another name."
+                )
+            file.groups = {g.linears: g for g in map(_group, content["groups"])}
+            if content["result"] is not None:
+                file.result = SearchResult.from_dict(content["result"])
+        file.save()  # finds out now, not after minutes, whether it can be written
+        return file
+
+    def add(self, group: GroupResult) -> None:
+        self.groups[group.linears] = group
+        self.save()
+
+    def finish(self, result: SearchResult) -> SearchResult:
+        self.result = result
+        self.save()
+        return result
+
+    def save(self) -> None:
+        """Whole or not at all."""
+        if self.path is None:
+            return
+        content = {
+            "format": FORMAT,
+            "version": FORMAT_VERSION,
+            "digest": self.digest,
+            "groups": [dataclasses.asdict(g) for g in self.groups.values()],
+            "result": None if self.result is None else self.result.to_dict(),
+        }
+        temporary = self.path.with_name(f".{self.path.name}.tmp")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
+            temporary.replace(self.path)
+        except OSError as error:
+            raise SmoothQuantError(
+                f"{self.path} cannot be written: {error.strerror}; give another place."
+            ) from error
+
+
+def fingerprint(model: nn.Module, batches: Sequence[Batch], settings: Any) -> str:
+    """Tells searches apart: names, shapes and some elements of all parameters, the data, and what was asked for."""
+    sha256 = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+
+    def add(name: str, t: Tensor) -> None:
+        step = max(1, t.numel() // 64)
+        some = t.detach().reshape(-1)[::step].double().cpu()
+        sha256.update(f"{name} {tuple(t.shape)} {t.dtype}".encode())
+        sha256.update(some.numpy().tobytes())
+
+    for name, parameter in model.named_parameters():
+        add(name, parameter)
+    for batch in batches:
+        for name, value in batch.items():
+            sha256.update(f"{name} {tuple(value.shape)}".encode())
+            sha256.update(value.detach().cpu().contiguous().double().numpy().tobytes())
+    return sha256.hexdigest()

@@ -1,0 +1,146 @@
+"""Trying candidates for one group: the int8 arithmetic of the layers to come, on recorded activations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from smoothquant_kernels import ops, reference
+from smoothquant_kernels._search_result import Choice, GroupResult
+from smoothquant_kernels._sensitivity import Recording
+from smoothquant_kernels.calibrate import ActivationStatistics
+from smoothquant_kernels.config import SmoothQuantConfig
+from smoothquant_kernels.convert import static_scale
+from smoothquant_kernels.groups import Group
+from smoothquant_kernels.linear import weight_of
+from smoothquant_kernels.smooth import group_factors, weight_absmax
+
+#: Tried for every group; then the neighbours of the best, this far away.
+ALPHAS: tuple[float, ...] = (0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+STEP = 0.05
+#: Parts of the calibrated range that a static scale may cover, and quantiles of |x| that it may end at.
+CLIPS = (0.9, 0.8, 0.65, 0.5)
+QUANTILES = (0.99999, 0.9999, 0.999)
+
+
+@dataclass
+class _Quantized:
+    """A group at one alpha: smoothing factors and int8 weights, to be used with any scale of the activations."""
+
+    inv_smooth: Tensor | None
+    absmax: float  # of the smoothed input, over the calibration data
+    weights: list[tuple[Tensor, Tensor]]
+
+
+@dataclass
+class Space:
+    """The candidates that a configuration allows."""
+
+    model: nn.Module
+    statistics: ActivationStatistics
+    config: SmoothQuantConfig
+
+    @property
+    def alphas(self) -> tuple[float | None, ...]:
+        return ALPHAS if self.config.smooth else (None,)
+
+    def schemes(self, group: Group, *, per_token: bool) -> list[str]:
+        """The group's own scheme and, where that is allowed, one scale per token."""
+        own = self.config.replace(massive_activations="keep").scheme_of(None, group.linears[0])
+        return [own] if own == "per_token" or not per_token else [own, "per_token"]
+
+    def explore(self, group: Group, schemes: list[str], recording: Recording) -> GroupResult:
+        """All candidates of a group with their costs, in an order that depends on nothing else."""
+        trial = _Trial(self, group, recording)
+        tried: list[Choice] = []
+        for alpha in self.alphas:
+            at_alpha = trial.quantized(alpha)
+            tried += [trial.choice(at_alpha, scheme, alpha) for scheme in schemes]
+        for scheme in schemes:
+            best = GroupResult(group.linears, tuple(tried)).best(scheme)
+            for alpha in _neighbours(best.alpha):
+                tried.append(trial.choice(trial.quantized(alpha), scheme, alpha))
+            if scheme == "static":
+                best = GroupResult(group.linears, tuple(tried)).best(scheme)
+                at_alpha = trial.quantized(best.alpha)
+                for clip in trial.clips(at_alpha):
+                    tried.append(trial.choice(at_alpha, scheme, best.alpha, clip))
+        return GroupResult(group.linears, tuple(tried))
+
+
+def _neighbours(alpha: float | None) -> Iterator[float]:
+    if alpha is not None:
+        yield from (round(alpha - STEP, 2), round(alpha + STEP, 2))
+
+
+class _Trial:
+    """One group's recorded input and its float outputs."""
+
+    def __init__(self, space: Space, group: Group, recording: Recording) -> None:
+        self.space, self.group, self.recording = space, group, recording
+        self.x = recording.x[group.linears[0]]
+        self.rows = recording.rows[group.linears[0]]
+        self.linears = [space.model.get_submodule(n) for n in group.linears]
+        self.weights = [weight_of(m).detach() for m in self.linears]
+        self.biases = [getattr(m, "bias", None) for m in self.linears]
+        self.y = [F.linear(self.x, w, b) for w, b in zip(self.weights, self.biases, strict=True)]
+
+    def quantized(self, alpha: float | None) -> _Quantized:
+        absmax = self.space.statistics.absmax[self.group.linears[0]]
+        weights = [w.float() for w in self.weights]
+        inv_smooth = None
+        if alpha is not None:
+            columns = weight_absmax(self.space.model, self.group)
+            dtype = self.weights[0].dtype
+            smooth = group_factors(absmax, columns, alpha, dtype, self.space.config)
+            absmax, inv_smooth = absmax / smooth, 1.0 / smooth
+            weights = [w * smooth for w in weights]
+        granularity = self.space.config.weight_granularity
+        return _Quantized(
+            inv_smooth,
+            float(absmax.max()),
+            [reference.quantize_weight(w, granularity) for w in weights],
+        )
+
+    def choice(
+        self, at_alpha: _Quantized, scheme: str, alpha: float | None, clip: float = 1.0
+    ) -> Choice:
+        x_q, x_scale = self._quantize(at_alpha, scheme, clip)
+        cost = 0.0
+        for name, y, bias, (w_q, w_scale) in zip(
+            self.group.linears, self.y, self.biases, at_alpha.weights, strict=True
+        ):
+            bias = None if bias is None else bias.detach()
+            y_q = ops.gemm_s8(x_q, w_q, x_scale, w_scale, bias=bias, out_dtype=y.dtype)
+            cost += self.recording.cost(name, y_q.float() - y.float())
+        return Choice(scheme, alpha, clip, cost)
+
+    def _quantize(self, at_alpha: _Quantized, scheme: str, clip: float) -> tuple[Tensor, Tensor]:
+        inv_smooth = at_alpha.inv_smooth
+        if scheme == "static":
+            scale = self.x.new_tensor([static_scale(at_alpha.absmax, clip)], dtype=torch.float32)
+            return ops.quantize(self.x, inv_smooth=inv_smooth, scale=scale)
+        if scheme == "per_token":
+            return ops.quantize(self.x, inv_smooth=inv_smooth)
+        # A dynamic scale per tensor is one for each call.
+        parts = [
+            ops.quantize(x, inv_smooth=inv_smooth, granularity="tensor")
+            for x in self.x.split(self.rows)
+        ]
+        scales = [s.expand(len(q)) for q, s in parts]
+        return torch.cat([q for q, _ in parts]), torch.cat(scales)
+
+    def clips(self, at_alpha: _Quantized) -> list[float]:
+        """Ratios to the calibrated range, the quantiles of the recorded |x| among them; descending."""
+        x = self.x.float() if at_alpha.inv_smooth is None else self.x * at_alpha.inv_smooth
+        flat = x.abs().reshape(-1)
+        quantiles = [
+            float(flat.kthvalue(max(1, round(q * flat.numel()))).values) / at_alpha.absmax
+            for q in QUANTILES
+            if at_alpha.absmax > 0
+        ]
+        return sorted({r for r in (*CLIPS, *quantiles) if 0.0 < r < 1.0}, reverse=True)

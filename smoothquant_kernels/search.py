@@ -1,0 +1,321 @@
+"""Choosing alpha, clipping and scheme per layer by what they cost at the model's output, in the real int8 numerics."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from smoothquant_kernels._search_result import (
+    Choice,
+    GroupResult,
+    SearchFile,
+    SearchResult,
+    Validation,
+    fingerprint,
+)
+from smoothquant_kernels._search_space import ALPHAS, Space
+from smoothquant_kernels._sensitivity import count_rows, divergence, record
+from smoothquant_kernels.calibrate import (
+    ActivationStatistics,
+    CalibrationData,
+    calibrate_model,
+    calibration_batches,
+)
+from smoothquant_kernels.config import SmoothQuantConfig
+from smoothquant_kernels.convert import quantize_model
+from smoothquant_kernels.errors import SmoothQuantError
+from smoothquant_kernels.evaluate import stderr_of_mean
+from smoothquant_kernels.groups import Group, find_groups
+from smoothquant_kernels.linear import weight_of
+from smoothquant_kernels.modules import Batch, evaluating, partition_linears, run
+from smoothquant_kernels.smooth import check_finite_weights, smooth_lm, smoothable_linears
+
+__all__ = ["Choice", "GroupResult", "SearchResult", "Validation", "search_config"]
+
+
+def search_config(
+    model: nn.Module,
+    data: CalibrationData,
+    config: SmoothQuantConfig | None = None,
+    *,
+    tokenizer: Any = None,
+    path: str | Path | None = None,
+    tokens: int = 1024,
+    validation_tokens: int = 1024,
+    per_token_share: float = 0.1,
+    max_bytes: int = 1 << 30,
+    progress: bool = True,
+) -> SearchResult:
+    """Finds the best alpha of every group (and clipping ratio, and scheme) for a configuration.
+
+    Each candidate is tried on activations that the ranges were not taken from, with the int8 arithmetic that the
+    quantised layer will do, and judged by the KL divergence that its error causes at the model's output, estimated from
+    gradients (docs/search.md). Then the whole quantised model is compared on further tokens with the best fixed alpha,
+    and if it is worse by more than the standard error, the fixed alpha is what is returned.
+
+    Args:
+        model: a float model; left unchanged.
+        data: as for `calibrate_model`; the last batches are held back for the search and for the validation.
+        config: what is searched for: its scheme, granularity, rounding, skips. `alphas` and `clips` are replaced. With
+            `smooth=False` only the clipping of static scales is searched.
+        tokenizer: turns strings into token ids.
+        path: a JSON file that keeps what is found; an interrupted search goes on from it. It ends as the result.
+        tokens, validation_tokens: held back, at most; no more than a quarter of the batches each. 0 for the second
+            skips the validation.
+        per_token_share: the part of the groups that a configuration with one scale per tensor may give a scale per
+            token, those that gain most. 0 leaves all in the scheme, and so does `massive_activations="keep"`.
+        max_bytes: bound of what is kept of inputs and gradients at a time: rows * (K + N) elements for each layer; more
+            layers than fit take further passes over the tokens. Beside it: the model, one batch's backward pass, one
+            layer's candidates and, for the validation, one quantised copy.
+        progress: show a progress bar.
+
+    Returns:
+        A `SearchResult`: `.config` for `smooth_lm` or `smooth_and_quantize`, and what was measured. The same model,
+        data and settings give the same result.
+
+    Raises:
+        SmoothQuantError: as `calibrate_model`; too little data to hold any back (fewer than three sequences); or `path`
+            belongs to another search, or cannot be written.
+
+    Equivalent to:
+        for each group: argmin over alpha of sum(g ** 2 * (w8a8(x / s, w * s) - w @ x) ** 2) / 2
+
+    Source: SmoothQuant (Xiao et al., 2022), section 3.2 (alpha by a grid search); weighting errors by the diagonal of
+    the Fisher information: Optimal Brain Damage (LeCun et al., 1990), BRECQ (Li et al., 2021), section 3.
+    """
+    config = config or SmoothQuantConfig()
+    if not 0.0 <= per_token_share <= 1.0 or tokens < 1 or validation_tokens < 0 or max_bytes < 1:
+        raise SmoothQuantError(
+            "per_token_share must be in [0, 1], tokens and max_bytes >= 1, validation_tokens >= 0; "
+            f"got {per_token_share}, {tokens}, {max_bytes} and {validation_tokens}."
+        )
+    if per_token_share == 0.0:
+        config = config.replace(massive_activations="keep")
+    linears, _ = partition_linears(model, config.skip)
+    check_finite_weights(linears)
+    batches = list(
+        calibration_batches(
+            data,
+            tokenizer=tokenizer,
+            window=config.calibration_window,
+            max_tokens=config.calibration_tokens,
+        )
+    )
+    seen, held, unseen = _split(batches, tokens, validation_tokens)
+    asked = [config.to_dict(), tokens, validation_tokens, per_token_share]
+    file = SearchFile.open(path, fingerprint(model, batches, asked))
+    if file.result is not None:
+        return file.result
+    statistics = calibrate_model(model, seen, config, progress=progress)
+    names = smoothable_linears(model, linears, statistics)
+    groups = find_groups(model, names, statistics.sample, folding="never")
+    per_token = config.massive_activations == "per_token"
+    _explore_all(
+        Space(model, statistics, config), groups, held, file, per_token, max_bytes, progress
+    )
+    found = [file.groups[g.linears] for g in groups if g.linears in file.groups]
+    budget = int(per_token_share * len(found)) if per_token else 0
+    searched, searched_cost = _searched(config, found, budget)
+    fixed_alpha, fixed_cost = _best_fixed(config, statistics, found)
+    fixed = config if fixed_alpha is None else config.replace(alpha=fixed_alpha, alphas={})
+    validation = _validate(model, statistics, fixed, searched, unseen) if unseen else None
+    keep_fixed = validation is not None and validation.worse
+    return file.finish(
+        SearchResult(
+            fixed if keep_fixed else searched,
+            "fixed" if keep_fixed else "searched",
+            fixed_alpha,
+            fixed_cost,
+            searched_cost,
+            tuple(found),
+            validation,
+        )
+    )
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+
+
+def _size(batch: Batch) -> int:
+    """Tokens, or rows of whatever else the model reads."""
+    return batch["input_ids"].numel() if "input_ids" in batch else len(next(iter(batch.values())))
+
+
+def _sequences(batches: Sequence[Batch]) -> list[Batch]:
+    """One batch for each row, where all tensors have the same number of rows."""
+    result: list[Batch] = []
+    for batch in batches:
+        counts = {len(v) for v in batch.values() if v.dim()}
+        if len(counts) != 1 or not all(v.dim() for v in batch.values()):
+            result.append(batch)
+            continue
+        result += [{k: v[i : i + 1] for k, v in batch.items()} for i in range(counts.pop())]
+    return result
+
+
+def _split(
+    batches: Sequence[Batch], tokens: int, validation_tokens: int
+) -> tuple[list[Batch], list[Batch], list[Batch]]:
+    """For the ranges, for the search and for the validation; the last two from the end, at most a quarter each."""
+    left = list(batches) if len(batches) >= 8 else _sequences(batches)
+    quarter = max(1, len(left) // 4)
+    if len(left) < (3 if validation_tokens else 2):
+        raise SmoothQuantError(
+            f"a search needs at least three sequences of calibration data, got {len(left)}: some for the ranges, some "
+            "to try candidates on, some to check the outcome; give more data, or shorter windows (calibration_window)."
+        )
+
+    def hold_back(wanted: int) -> list[Batch]:
+        held: list[Batch] = []
+        while len(held) < quarter and sum(map(_size, held)) < wanted:
+            held.append(left.pop())
+        return held[::-1]
+
+    unseen = hold_back(validation_tokens)
+    held = hold_back(tokens)
+    return left, held, unseen
+
+
+# --- candidates -------------------------------------------------------------------------------------------------------
+
+
+def _explore_all(
+    space: Space,
+    groups: Sequence[Group],
+    held: Sequence[Batch],
+    file: SearchFile,
+    per_token: bool,
+    max_bytes: int,
+    progress: bool,
+) -> None:
+    """Adds to `file` what every group costs with every candidate, passing over the tokens as often as memory asks."""
+    todo = [g for g in groups if g.linears not in file.groups]
+    if not todo:
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, transient=True, disable=not progress) as bar:
+        task = bar.add_task("searching (groups)", total=len(groups), completed=len(file.groups))
+        rows = count_rows(space.model, [g.linears[0] for g in todo], held)
+        called = [g for g in todo if rows.get(g.linears[0])]
+        for part in _parts(space.model, called, rows, max_bytes):
+            recording = record(space.model, part, held)
+            with torch.no_grad():
+                for group in part:
+                    schemes = space.schemes(group, per_token=per_token)
+                    file.add(space.explore(group, schemes, recording))
+                    recording.forget(group)
+                    bar.advance(task)
+
+
+def _parts(
+    model: nn.Module, groups: Sequence[Group], rows: Mapping[str, int], max_bytes: int
+) -> Iterator[list[Group]]:
+    """Runs of groups whose recordings fit; a group that does not fit alone is one for itself."""
+    part: list[Group] = []
+    used = 0
+    for group in groups:
+        weights: list[Tensor] = [weight_of(model.get_submodule(n)) for n in group.linears]
+        elements = weights[0].shape[1] + sum(w.shape[0] for w in weights)
+        size = rows[group.linears[0]] * elements * weights[0].element_size()
+        if part and used + size > max_bytes:
+            yield part
+            part, used = [], 0
+        part.append(group)
+        used += size
+    if part:
+        yield part
+
+
+# --- decisions --------------------------------------------------------------------------------------------------------
+
+
+def _own_scheme(config: SmoothQuantConfig, group: GroupResult) -> str:
+    return config.replace(massive_activations="keep").scheme_of(None, group.linears[0])
+
+
+def _searched(
+    config: SmoothQuantConfig, found: Sequence[GroupResult], budget: int
+) -> tuple[SmoothQuantConfig, float]:
+    """The cheapest candidate of each group; `budget` groups, those that gain most, go per token."""
+
+    def gain(group: GroupResult) -> float:
+        own = _own_scheme(config, group)
+        if not any(c.scheme == "per_token" for c in group.tried):
+            return 0.0
+        return group.best(own).cost - group.best("per_token").cost
+
+    order = sorted(found, key=gain, reverse=True)[:budget]
+    freed = {g.linears for g in order if gain(g) > 0.0}
+    alphas: dict[str, float] = {}
+    clips: dict[str, float] = {}
+    schemes = dict(config.schemes)
+    cost = 0.0
+    for group in found:
+        own = _own_scheme(config, group)
+        best = group.best("per_token" if group.linears in freed else own)
+        cost += best.cost
+        for name in group.linears:
+            if best.scheme != own:
+                schemes[name] = best.scheme
+            if best.alpha is not None:
+                alphas[name] = best.alpha
+            if best.clip < 1.0:
+                clips[name] = best.clip
+    chosen = config.replace(alphas=alphas, clips=clips, schemes=schemes, massive_activations="keep")
+    return chosen, cost
+
+
+def _best_fixed(
+    config: SmoothQuantConfig, statistics: ActivationStatistics, found: Sequence[GroupResult]
+) -> tuple[float | None, float]:
+    """The alpha, the same for all groups, of the least cost under the schemes that `config` gives by itself."""
+
+    def cost(alpha: float | None) -> float:
+        total = 0.0
+        for group in found:
+            name = group.linears[0]
+            peak = statistics.peak(name)
+            own = config.alpha_of(peak, name) if alpha is None else alpha
+            at = group.at(config.scheme_of(peak, name), own if config.smooth else None)
+            total += float("inf") if at is None else at.cost
+        return total
+
+    candidates: list[float | None] = [None, *(ALPHAS if config.smooth else ())]
+    best = min(candidates, key=cost)
+    return best, cost(best)
+
+
+def _validate(
+    model: nn.Module,
+    statistics: ActivationStatistics,
+    fixed: SmoothQuantConfig,
+    searched: SmoothQuantConfig,
+    unseen: Sequence[Batch],
+) -> Validation:
+    """Both whole models on the same tokens. One quantised copy is alive at a time, and its rows of KL are kept."""
+
+    def kl(config: SmoothQuantConfig) -> Tensor:
+        quantized = smooth_lm(copy.deepcopy(model), statistics, config=config, progress=False)
+        quantize_model(quantized, config=config)
+        with evaluating(model), evaluating(quantized):
+            return torch.cat([divergence(run(model, b), run(quantized, b)) for b in unseen])
+
+    a, b = kl(fixed), kl(searched)
+    return Validation(
+        tokens=len(a),
+        fixed_kl=float(a.mean()),
+        searched_kl=float(b.mean()),
+        difference=float((b - a).mean()),
+        stderr=stderr_of_mean(b - a),
+    )

@@ -1,0 +1,86 @@
+"""Settings of single layers: each reaches its layer and no other."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from models import logits, make_model, token_batches
+
+from smoothquant_kernels import (
+    SmoothQuantConfig,
+    SmoothQuantError,
+    calibrate_model,
+    smooth_and_quantize,
+    smooth_lm,
+)
+from smoothquant_kernels.config import DEFAULT_ALPHA
+
+LAYER = "model.layers.1."
+STATIC = SmoothQuantConfig(activation_scheme="static", smooth_rounding="none")
+
+
+def quantised(config: SmoothQuantConfig, family: str = "llama") -> Any:
+    return smooth_and_quantize(make_model(family), token_batches(), config, progress=False)
+
+
+def layers(model: Any) -> dict[str, dict[str, Any]]:
+    return {layer["name"]: layer for layer in model.smoothquant_info["layers"]}
+
+
+def test_each_setting_reaches_its_layer_alone() -> None:
+    plain = quantised(STATIC)
+    own = STATIC.replace(
+        alphas={f"{LAYER}mlp.down_proj": 0.2},
+        clips={f"{LAYER}self_attn.o_proj": 0.5},
+        schemes={f"{LAYER}mlp.gate_proj": "per_token", f"{LAYER}mlp.up_proj": "per_tensor"},
+    )
+    changed = quantised(own)
+    before, after = layers(plain), layers(changed)
+    different = {n for n in before if before[n] != after[n]}
+    # gate and up: their schemes, and the default alpha of the first one's, which they share
+    assert after[f"{LAYER}mlp.up_proj"]["alpha"] == DEFAULT_ALPHA["per_token"]
+    assert different == {f"{LAYER}mlp.{n}_proj" for n in ("down", "gate", "up")}
+    assert after[f"{LAYER}mlp.down_proj"]["alpha"] == 0.2
+    assert after[f"{LAYER}mlp.gate_proj"]["activation_scheme"] == "per_token"
+    assert after[f"{LAYER}mlp.up_proj"]["activation_scheme"] == "per_tensor"
+    o_proj = f"{LAYER}self_attn.o_proj"
+    scales = [m.get_submodule(o_proj).x_scale for m in (plain, changed)]
+    torch.testing.assert_close(scales[1], scales[0] / 2)
+
+
+def test_groups_are_told() -> None:
+    info = layers(quantised(STATIC))
+    qkv = [f"{LAYER}self_attn.{n}_proj" for n in "qkv"]
+    assert all(info[name]["group"] == qkv for name in qkv)
+    assert info[f"{LAYER}mlp.down_proj"]["group"] == [f"{LAYER}mlp.down_proj"]
+
+
+def test_layers_that_share_factors_must_agree() -> None:
+    model = make_model("llama")
+    before = copy.deepcopy(model.state_dict())
+    config = STATIC.replace(alphas={f"{LAYER}self_attn.k_proj": 0.9})
+    sentence = (
+        rf"{LAYER}self_attn.q_proj and {LAYER}self_attn.k_proj read the same tensor.*0.7.*0.9"
+    )
+    with pytest.raises(SmoothQuantError, match=sentence):
+        smooth_lm(model, token_batches(), config=config, progress=False)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_factors_do_not_depend_on_folding(family: str) -> None:
+    """A fold into v_proj's or up_proj's rows changes the weights that their own group's factors come from."""
+    statistics = calibrate_model(make_model(family), token_batches(), progress=False)
+    infos, outputs = [], []
+    for folding in ("auto", "never"):
+        config = SmoothQuantConfig(smooth_rounding="power_of_two", folding=folding)
+        model = smooth_and_quantize(make_model(family), statistics, config, progress=False)
+        infos.append([(x["name"], x["x_absmax"]) for x in layers(model).values()])
+        outputs.append(logits(model, token_batches(1)[0]))
+    assert infos[0] == infos[1]
+    # powers of two: int8 weights and activations are the same, and every scale is the same number or a power of two
+    # times it, so the outputs differ at most by what the norms' arithmetic rounds
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-5, atol=1e-5)
