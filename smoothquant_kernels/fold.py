@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from smoothquant_kernels.groups import Group
-from smoothquant_kernels.linear import KeepsBufferTypes, weight_of
+from smoothquant_kernels.linear import KeepsBufferTypes, is_float_linear, weight_of
 from smoothquant_kernels.modules import replace_module
 
 
@@ -56,53 +56,61 @@ def _scale_parameter(parameter: Tensor | None, factor: Tensor, offset: float = 0
         parameter.data.copy_((parameter.data.float() + offset) * factor - offset)
 
 
-def scale_output(module: nn.Module, factor: Tensor, offset: float = 0.0) -> None:
-    """Makes a norm or linear put out `factor` [channels] times what it did. `offset` is 1 for (1 + weight) norms."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    if weight.dim() == 1:
-        _scale_parameter(weight, factor, offset)
-    else:
-        rows = weight_of(module)  # a view: writes through
-        rows.data.copy_(rows.data.float() * factor[:, None])
-    _scale_parameter(getattr(module, "bias", None), factor)
+def scale_norm(module: nn.Module, factor: Tensor, offsets: Mapping[str, float]) -> None:
+    """Scales every vector of a norm by `factor` [channels]; `offsets`: name -> 1.0 for a weight used as 1 + weight."""
+    for name, parameter in module.named_parameters(recurse=False):
+        _scale_parameter(parameter, factor, offsets.get(name, 0.0))
 
 
-def norm_offset(module: nn.Module, factor: Tensor, tolerance: float) -> float | None:
-    """How a norm must be folded: 0 for weight * y, 1 for (1 + weight) * y (Gemma's), None if neither is right.
+def scale_rows(linear: nn.Module, factor: Tensor) -> None:
+    """Makes a linear put out `factor` [N] times what it did."""
+    rows = weight_of(linear)  # a view: writes through
+    rows.data.copy_(rows.data.float() * factor[:, None])
+    _scale_parameter(getattr(linear, "bias", None), factor)
 
-    Tried on random input: the folded norm must put out `factor` times what it did. The module is left as it was.
+
+def norm_offsets(module: nn.Module, factor: Tensor, tolerance: float) -> dict[str, float] | None:
+    """How a norm must be folded: {} for weight * y, {"weight": 1.0} for (1 + weight) * y (Gemma's), None if no way is.
+
+    Tried on random input: the folded norm must put out `factor` times what it did. So the parameters may have any
+    names; a bias is scaled like a weight. The module is left as it was.
     """
-    weight = module.weight
-    assert isinstance(weight, Tensor)
     saved = {n: p.data.clone() for n, p in module.named_parameters(recurse=False)}
+    first = next(iter(saved.values()))
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(8, weight.shape[0], generator=generator).to(weight.device, weight.dtype)
+    x = torch.randn(8, first.shape[0], generator=generator).to(first.device, first.dtype)
+    choices: list[dict[str, float]] = [{}, *({name: 1.0} for name in saved)]
     try:
         with torch.no_grad():
             expected = module(x).float() * factor
-            for offset in (0.0, 1.0):
-                scale_output(module, factor, offset)
-                error = (module(x).float() - expected).abs().max()
-                for name, parameter in module.named_parameters(recurse=False):
-                    parameter.data.copy_(saved[name])
-                if bool(error <= tolerance * expected.abs().max()):
-                    return offset
-    except (TypeError, RuntimeError):  # a norm that wants other arguments
-        pass
+            for offsets in choices:
+                scale_norm(module, factor, offsets)
+                error = (module(x).float() - expected).abs().amax(0)
+                _restore(module, saved)
+                # by channel: what (1 + w) / s - 1 loses counts in that channel, which the readers multiply by s again
+                if bool((error <= tolerance * expected.abs().amax(0)).all()):
+                    return offsets
+    except (TypeError, RuntimeError, AttributeError, ValueError):  # it wants other arguments
+        _restore(module, saved)
     return None
+
+
+def _restore(module: nn.Module, saved: Mapping[str, Tensor]) -> None:
+    for name, parameter in module.named_parameters(recurse=False):
+        parameter.data.copy_(saved[name])
 
 
 def fold(model: nn.Module, smoothing: Smoothing, tolerance: float) -> bool:
     """Folds 1 / s into the producer and s into the readers; False (and nothing changed) if the producer refuses."""
     producer = model.get_submodule(_producer(smoothing.group))
     factor = 1.0 / smoothing.smooth
-    offset: float | None = 0.0
-    if has_norm_producer(model, smoothing.group):
-        offset = norm_offset(producer, factor, tolerance)
-    if offset is None:
-        return False
-    scale_output(producer, factor, offset)
+    if is_float_linear(producer):
+        scale_rows(producer, factor)
+    else:
+        offsets = norm_offsets(producer, factor, tolerance)
+        if offsets is None:
+            return False
+        scale_norm(producer, factor, offsets)
     for name in smoothing.group.linears:
         weight = weight_of(model.get_submodule(name))
         weight.data.copy_(weight.data.float() * smoothing.smooth)
@@ -112,12 +120,6 @@ def fold(model: nn.Module, smoothing: Smoothing, tolerance: float) -> bool:
 def _producer(group: Group) -> str:
     assert group.producer is not None
     return group.producer
-
-
-def has_norm_producer(model: nn.Module, group: Group) -> bool:
-    """Whether the group's producer is a norm (its weight is a vector) rather than a linear."""
-    weight = model.get_submodule(_producer(group)).weight
-    return isinstance(weight, Tensor) and weight.dim() == 1
 
 
 def fold_verified(

@@ -9,9 +9,14 @@ it. Whether it can is not looked up by architecture but tried on the model itsel
 2. *probe*: for a group without one, earlier linears of K output features are candidates. Their output is multiplied by
    random powers of two, channel by channel. If the group's input is multiplied by just these, the producer is found;
 3. *prove*: all producers' outputs are multiplied and all groups' inputs divided again. Powers of two are exact in
-   floating point, so the model's output keeps every bit (but for products so small that they are subnormal), unless
+   floating point, so the model's outputs keep every bit (but for products so small that they are subnormal), unless
    something else reads a producer too (a residual branch, a hidden consumer). Such groups are found by bisection and
-   keep the run-time division, which needs no producer.
+   keep the run-time division, which needs no producer;
+4. *follow*: a reader whose effect the outputs do not show on this sample is still an operation: one more pass looks at
+   every operation that reads what a producer puts out (`_readers.py`), and refuses all but the group's linears.
+
+What a sample does not run cannot be seen: a linear of the producer's layer that was not called and could read the same
+tensor (it has as many input features) refuses the producer as well.
 """
 
 from __future__ import annotations
@@ -19,12 +24,22 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from smoothquant_kernels.modules import Batch, evaluating, output_tensor, run, shared_parameters
+from smoothquant_kernels._readers import UNWATCHED, Readers, readable
+from smoothquant_kernels.linear import is_float_linear, weight_of
+from smoothquant_kernels.modules import (
+    Batch,
+    Hooks,
+    evaluating,
+    is_channelwise,
+    is_read_by_others,
+    output_tensors,
+    run,
+    shared_parameters,
+)
 
 _CANDIDATES = 4  # earlier linears that are tried as producer of a group: q, k, v and one more
 
@@ -47,76 +62,24 @@ class _Trace:
 
     inputs: dict[str, list[Tensor]]
     norm_outputs: dict[str, list[Tensor]]
-    output: Tensor
-
-
-def _is_norm(module: nn.Module) -> bool:
-    weight = getattr(module, "weight", None)
-    return (
-        isinstance(weight, nn.Parameter)
-        and weight.dim() == 1
-        and "norm" in type(module).__name__.lower()
-        and not any(True for _ in module.children())
-    )
-
-
-def _first(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    return args[0] if args else next(iter(kwargs.values()), None)
-
-
-def _with_first(
-    args: tuple[Any, ...], kwargs: dict[str, Any], value: Tensor
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if args:
-        return (value, *args[1:]), kwargs
-    name = next(iter(kwargs))
-    return args, {**kwargs, name: value}
-
-
-class _Hooks:
-    """Forward hooks that are removed at the end of a `with` block."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._handles: list[Any] = []
-
-    def __enter__(self) -> _Hooks:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def on_input(self, name: str, change: Callable[[Tensor], Tensor | None]) -> None:
-        """Calls `change` with the module's input; what it returns, if anything, replaces the input."""
-
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            new = change(_first(args, kwargs))
-            return None if new is None else _with_first(args, kwargs, new)
-
-        module = self._model.get_submodule(name)
-        self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-
-    def on_output(self, name: str, change: Callable[[Tensor], Tensor | None]) -> None:
-        """Calls `change` with the module's output; what it returns, if anything, replaces the output."""
-
-        def hook(_: nn.Module, __: Any, output: Any) -> Any:
-            return change(output) if isinstance(output, Tensor) else None
-
-        self._handles.append(self._model.get_submodule(name).register_forward_hook(hook))
+    called: set[str]
+    outputs: list[Tensor]
 
 
 def _trace(model: nn.Module, batch: Batch, linears: Iterable[str]) -> _Trace:
     inputs: dict[str, list[Tensor]] = {}
     norms: dict[str, list[Tensor]] = {}
-    with _Hooks(model) as hooks:
+    called: set[str] = set()
+    with Hooks(model) as hooks:
         for name in linears:
             hooks.on_input(name, lambda x, n=name: inputs.setdefault(n, []).append(x))  # type: ignore[misc]
         for name, module in model.named_modules():
-            if _is_norm(module):
+            if is_float_linear(module):
+                hooks.on_input(name, lambda _, n=name: called.add(n))  # type: ignore[misc]
+            elif is_channelwise(module):
                 hooks.on_output(name, lambda y, n=name: norms.setdefault(n, []).append(y))  # type: ignore[misc]
-        output = output_tensor(run(model, batch)).clone()
-    return _Trace(inputs, norms, output)
+        outputs = [t.clone() for t in output_tensors(run(model, batch))]
+    return _Trace(inputs, norms, called, outputs)
 
 
 def _identity(t: Tensor) -> tuple[int, int, int]:
@@ -151,6 +114,8 @@ def _same(a: Tensor, b: Tensor, *, by_channel: bool = False) -> bool:
     """
     if a.shape != b.shape:
         return False
+    if not b.numel():
+        return True
     scale = b.abs().reshape(-1, b.shape[-1]).amax(0) if by_channel else b.abs().amax()
     info = torch.finfo(b.dtype)
     return bool(((a - b).abs() <= 8 * info.eps * (scale + info.tiny)).all())
@@ -192,24 +157,27 @@ def _out_features(module: nn.Module) -> int:
 
 def _probe(model: nn.Module, batch: Batch, trace: _Trace, groups: list[Group]) -> list[Group]:
     """Looks for a linear producer of each group that has none (step 2)."""
-    candidates = {
-        i: _candidates(model, trace, g)
-        for i, g in enumerate(groups)
-        if g.producer is None and not g.reason
-    }
+    # one trial at a time in a block: a query that is scaled changes what its block's values come to
+    waiting: dict[str, list[tuple[int, int, str]]] = {}
+    for i, group in enumerate(groups):
+        if group.producer is None and not group.reason:
+            for rank, name in enumerate(_candidates(model, trace, group)):
+                waiting.setdefault(_block(name), []).append((rank, i, name))
+    for trials in waiting.values():
+        trials.sort(reverse=True)
     found: dict[int, str] = {}
-    for rank in range(_CANDIDATES):
-        trial: dict[str, int] = {}
-        for i, names in candidates.items():
-            if i not in found and rank < len(names) and names[rank] not in trial:
-                trial[names[rank]] = i
-        if not trial:
-            continue
-        with _Hooks(model) as hooks:
-            for producer, i in trial.items():
+    while any(waiting.values()):
+        now = {name: i for _, i, name in (trials.pop() for trials in waiting.values() if trials)}
+        with Hooks(model) as hooks:
+            for name, inputs in trace.inputs.items():
+                # no trial reaches beyond the next linear
+                if len(inputs) == 1 and not any(name in groups[i].linears for i in now.values()):
+                    hooks.on_input(name, lambda _, x=inputs[0]: x)  # type: ignore[misc]
+            for producer, i in now.items():
                 on_match = functools.partial(found.__setitem__, i, producer)
                 _add_probe(hooks, producer, groups[i], trace, on_match)
             run(model, batch)
+        waiting = {b: [t for t in trials if t[1] not in found] for b, trials in waiting.items()}
     taken: set[str] = set()
     result = []
     for i, group in enumerate(groups):
@@ -224,7 +192,7 @@ def _probe(model: nn.Module, batch: Batch, trace: _Trace, groups: list[Group]) -
 
 
 def _add_probe(
-    hooks: _Hooks, producer: str, group: Group, trace: _Trace, on_match: Callable[[], None]
+    hooks: Hooks, producer: str, group: Group, trace: _Trace, on_match: Callable[[], None]
 ) -> None:
     original = trace.inputs[group.linears[0]][0]
     factors = _powers_of_two(original.shape[-1], original, seed=len(producer))
@@ -232,7 +200,7 @@ def _add_probe(
     def compare(x: Tensor) -> Tensor:
         if bool(original.any()) and _same(x, original * factors, by_channel=True):
             on_match()
-        return original  # what follows runs on undisturbed numbers, whatever was found here
+        return original
 
     hooks.on_output(producer, lambda y: y * factors)
     for name in group.linears:
@@ -241,7 +209,7 @@ def _add_probe(
 
 def _preserves_output(model: nn.Module, batch: Batch, trace: _Trace, groups: list[Group]) -> bool:
     """Multiplies the producers' outputs, divides the groups' inputs; whether the model's output keeps every bit."""
-    with _Hooks(model) as hooks:
+    with Hooks(model) as hooks:
         for seed, group in enumerate(groups):
             assert group.producer is not None
             x = trace.inputs[group.linears[0]][0]
@@ -249,8 +217,8 @@ def _preserves_output(model: nn.Module, batch: Batch, trace: _Trace, groups: lis
             hooks.on_output(group.producer, lambda y, f=factors: y * f)  # type: ignore[misc]
             for name in group.linears:
                 hooks.on_input(name, lambda y, f=factors: y / f)  # type: ignore[misc]
-        output = output_tensor(run(model, batch))
-    return _same(output, trace.output)
+        outputs = output_tensors(run(model, batch))
+    return len(outputs) == len(trace.outputs) and all(map(_same, outputs, trace.outputs))
 
 
 def _unsound(model: nn.Module, batch: Batch, trace: _Trace, groups: list[Group]) -> list[Group]:
@@ -263,6 +231,61 @@ def _unsound(model: nn.Module, batch: Batch, trace: _Trace, groups: list[Group])
     return _unsound(model, batch, trace, groups[:half]) + _unsound(
         model, batch, trace, groups[half:]
     )
+
+
+def _hidden_readers(model: nn.Module, batch: Batch, groups: list[Group]) -> dict[str, str]:
+    """Producers whose output is read by more than their group, with what reads it (step 4)."""
+    found = [(g.producer, g.linears) for g in groups if g.producer is not None]
+    marks = {producer: 1 << i for i, (producer, _) in enumerate(found)}
+    takes_off: dict[str, int] = {}
+    watched: dict[str, int] = {}
+    for producer, linears in found:
+        for name in (producer, *linears):
+            watched[name] = watched.get(name, 0) | marks[producer]
+        takes_off.update(dict.fromkeys(linears, marks[producer]))
+    readers = Readers({model.get_submodule(n): m for n, m in watched.items()})
+
+    def enter(name: str, _: Tensor) -> None:
+        readers.running, readers.inside = model.get_submodule(name), takes_off.get(name, 0)
+
+    def leave(name: str, y: Tensor) -> None:
+        readers.running, readers.inside = None, 0
+        if name in marks:
+            readers.mark(y, marks[name])
+
+    with Hooks(model) as hooks:
+        for name in watched:
+            hooks.on_input(name, functools.partial(enter, name))
+            hooks.on_output(name, functools.partial(leave, name))
+        try:
+            with readers:
+                output = run(model, batch)
+            readers.refuse_output(output)
+        except UNWATCHED as error:  # the model itself ran before
+            why = f"cannot be followed: {readable(error)}"
+            return dict.fromkeys(marks, why)
+    return {name: readers.refused[mark] for name, mark in marks.items() if mark in readers.refused}
+
+
+def _refuse_uncalled(model: nn.Module, trace: _Trace, groups: list[Group]) -> list[Group]:
+    """A linear that the sample did not reach may read the producer too."""
+    silent = [
+        (name, weight_of(module).shape[1])
+        for name, module in model.named_modules()
+        if is_float_linear(module) and not is_read_by_others(module) and name not in trace.called
+    ]
+
+    def refuse(group: Group) -> Group:
+        if group.producer is not None:
+            k = trace.inputs[group.linears[0]][0].shape[-1]
+            for name, width in silent:
+                if width == k and _block(name) == _block(group.producer):
+                    return group.without_producer(
+                        f"{name}, not called on the sample, may read {group.producer} too"
+                    )
+        return group
+
+    return [refuse(group) for group in groups]
 
 
 def _role(name: str) -> str:
@@ -282,32 +305,47 @@ def find_groups(
     Raises:
         Nothing of its own: a producer that cannot be proved is left out, with the reason in the group.
     """
+    linears = list(linears)
     with evaluating(model):
         trace = _trace(model, batch, linears)
         groups = _group_by_input(trace)
+        silent = [n for n in linears if n not in trace.inputs]
+        alone = [Group((n,), reason="not called on the sample batch") for n in silent]
         if folding == "never":
-            return [g.without_producer("folding is switched off") for g in groups]
+            return [g.without_producer("folding is switched off") for g in groups + alone]
         shared = shared_parameters(model)
         groups = _probe(model, batch, trace, groups)
-        groups = [_refuse_shared(g, shared) for g in groups]
+        groups = [_refuse_shared(model, g, shared) for g in groups]
         groups = _refuse_common_producers(groups)
+        groups = _refuse_uncalled(model, trace, groups)
         candidates = [g for g in groups if g.producer is not None]
         # alike groups side by side, so that a structural fault is bisected in few runs
         candidates.sort(key=lambda g: _role(g.linears[0]))
+        readers = _hidden_readers(model, batch, candidates) if candidates else {}
+        candidates = [g for g in candidates if g.producer not in readers]
         bad = {g.linears for g in _unsound(model, batch, trace, candidates)}
-        return [
-            g.without_producer(f"{g.producer} is read by something else as well")
-            if g.linears in bad
-            else g
-            for g in groups
-        ]
+        return [_judge(g, readers, bad) for g in groups] + alone
 
 
-def _refuse_shared(group: Group, shared: Mapping[str, list[str]]) -> Group:
-    if group.producer is not None:
-        others = [o for p in ("weight", "bias") for o in shared.get(f"{group.producer}.{p}", [])]
-        if others:
-            return group.without_producer(f"{group.producer} shares its weight with {others[0]}")
+def _judge(group: Group, readers: Mapping[str, str], bad: set[tuple[str, ...]]) -> Group:
+    reader = readers.get(group.producer or "")
+    if reader is None and group.linears not in bad:
+        return group
+    detail = "" if reader is None else f" ({reader})"
+    return group.without_producer(f"{group.producer} is read by something else as well{detail}")
+
+
+def _refuse_shared(model: nn.Module, group: Group, shared: Mapping[str, list[str]]) -> Group:
+    """Scaling a parameter that has two names would scale two places."""
+    if group.producer is None:
+        return group
+    for module in (group.producer, *group.linears):
+        for parameter, _ in model.get_submodule(module).named_parameters(recurse=False):
+            # a linear's bias is not scaled: sharing it is harmless, but for the producer
+            scaled = module == group.producer or parameter == "weight"
+            others = shared.get(f"{module}.{parameter}", []) if scaled else []
+            if others:
+                return group.without_producer(f"{module} shares its {parameter} with {others[0]}")
     return group
 
 

@@ -235,6 +235,11 @@ class W8A8Linear(KeepsBufferTypes):
         return QuantizedActivation(x_q, x_scale, x.dtype)
 
     @property
+    def weight(self) -> Tensor:
+        """`w_q`: what code that looks at a linear's dtype before it calls it finds (T5's feed-forward), int8."""
+        return self.w_q
+
+    @property
     def _granularity(self) -> str:
         return "tensor" if self.activation_scheme == "per_tensor" else "token"
 

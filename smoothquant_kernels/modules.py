@@ -5,16 +5,19 @@ from __future__ import annotations
 import fnmatch
 import inspect
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.utils import _pytree as pytree
 
 from smoothquant_kernels.errors import SmoothQuantError
-from smoothquant_kernels.linear import W8A8Linear, is_float_linear, weight_of
+from smoothquant_kernels.linear import W8A8Linear, is_conv1d, is_float_linear, weight_of
 from smoothquant_kernels.reference import MAX_K
 
 Batch = Mapping[str, Tensor]
@@ -39,10 +42,18 @@ def partition_linears(
     heads = output_heads(model)
     chosen: dict[str, nn.Module] = {}
     skipped: dict[str, str] = {}
+    like_linear: dict[type, bool] = {}  # one module of a class is tried
     quantized = 0
     for name, module in model.named_modules():
         quantized += isinstance(module, W8A8Linear)
         if not is_float_linear(module):
+            if holds_matrices(module):
+                what = (
+                    "expert weights"
+                    if "expert" in f"{name}.{type(module).__name__}".lower()
+                    else "weights"
+                )
+                skipped[name] = f"{what} in one 3-D parameter: stay in float"
             continue
         pattern = next((p for p in skip if fnmatch.fnmatchcase(name, p)), None)
         if pattern is not None:
@@ -53,6 +64,10 @@ def partition_linears(
             skipped[name] = f"more than {MAX_K} input features: an int32 sum could overflow"
         elif not weight_of(module).is_floating_point():
             skipped[name] = f"weight is {weight_of(module).dtype}, not float"
+        elif is_read_by_others(module):
+            skipped[name] = "its weight is read by nn.MultiheadAttention: stays in float"
+        elif not _remembered(like_linear, module):
+            skipped[name] = f"{type(module).__name__} computes more than a linear: stays in float"
         else:
             chosen[name] = module
     if not chosen:
@@ -63,6 +78,62 @@ def partition_linears(
             + (f"; {len(skipped)} were skipped." if skipped else ".")
         )
     return chosen, skipped
+
+
+def _remembered(verdicts: dict[type, bool], module: nn.Module) -> bool:
+    if type(module) not in verdicts:
+        verdicts[type(module)] = computes_linear(module)
+    return verdicts[type(module)]
+
+
+def holds_matrices(module: nn.Module) -> bool:
+    """Whether a module keeps several matrices in one 3-D parameter, as `transformers` 5 keeps experts."""
+    return not isinstance(module, _ConvNd) and any(
+        p.dim() == 3 and min(p.shape) > 1 and p.is_floating_point()
+        for p in module.parameters(recurse=False)
+    )
+
+
+def is_read_by_others(module: nn.Module) -> bool:
+    """Whether another module uses this linear's weight and never calls it: `nn.MultiheadAttention` and its out_proj."""
+    return isinstance(module, NonDynamicallyQuantizableLinear)
+
+
+def computes_linear(module: nn.Module) -> bool:
+    """Whether a linear with a forward of its own (Falcon's; a router that returns scores too) is one still: tried."""
+    if (
+        type(module).forward is nn.Linear.forward
+        or is_conv1d(module)
+        or hasattr(module, "inv_smooth")
+    ):
+        return True
+    weight = weight_of(module)
+    if weight.is_meta:
+        return True
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, weight.shape[1], generator=generator).to(weight.device, weight.dtype)
+    try:
+        with torch.no_grad():
+            got = module(x)
+    except (TypeError, RuntimeError, AttributeError, ValueError):  # it wants other arguments
+        return False
+    expected = F.linear(x, weight, getattr(module, "bias", None))
+    if not isinstance(got, Tensor) or got.shape != expected.shape or got.dtype != expected.dtype:
+        return False
+    # the order of K additions, and the rounding to a narrow type
+    bound = 8 * torch.finfo(x.dtype).eps * (x.float().abs() @ weight.detach().float().abs().t() + 1)
+    return bool(((got - expected).float().abs() <= bound).all())
+
+
+def is_channelwise(module: nn.Module) -> bool:
+    """Whether a module may be a norm by its shape: all it has are vectors of one length, whatever their names."""
+    parameters = list(module.parameters(recurse=False))
+    return (
+        bool(parameters)
+        and len({tuple(p.shape) for p in parameters}) == 1
+        and parameters[0].dim() == 1
+        and not any(True for _ in module.children())
+    )
 
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
@@ -115,19 +186,78 @@ def run(model: nn.Module, batch: Batch, *, logits: bool = True) -> Any:
     return model(**{k: v.to(device) for k, v in batch.items()}, **extra)
 
 
+def output_tensors(output: Any) -> list[Tensor]:
+    """Every float tensor of a model's output; the logits first where there are any.
+
+    Raises:
+        SmoothQuantError: the output holds no float tensor.
+    """
+    logits = getattr(output, "logits", None)
+    first = [logits] if isinstance(logits, Tensor) else []
+    # an unregistered mapping is a leaf to pytree
+    tree = dict(output) if isinstance(output, Mapping) else output
+    tensors = [
+        leaf
+        for leaf in (*first, *pytree.tree_leaves(tree))
+        if isinstance(leaf, Tensor) and leaf.is_floating_point()
+    ]
+    if not tensors:
+        raise SmoothQuantError(
+            f"the model returned no float tensor to compare ({type(output).__name__})."
+        )
+    return list({id(t): t for t in tensors}.values())
+
+
 def output_tensor(output: Any) -> Tensor:
     """The tensor that stands for an output: the logits where there are any, else the first float tensor.
 
     Raises:
         SmoothQuantError: the output holds no float tensor.
     """
-    logits = getattr(output, "logits", None)
-    candidates = [logits] if isinstance(logits, Tensor) else pytree.tree_leaves(output)
-    if isinstance(output, Mapping) and not isinstance(logits, Tensor):
-        candidates = list(output.values())
-    for value in candidates:
-        if isinstance(value, Tensor) and value.is_floating_point():
-            return value
-    raise SmoothQuantError(
-        f"the model returned no float tensor to compare ({type(output).__name__})."
-    )
+    return output_tensors(output)[0]
+
+
+def _first(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    return args[0] if args else next(iter(kwargs.values()), None)
+
+
+def _with_first(
+    args: tuple[Any, ...], kwargs: dict[str, Any], value: Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if args:
+        return (value, *args[1:]), kwargs
+    name = next(iter(kwargs))
+    return args, {**kwargs, name: value}
+
+
+class Hooks:
+    """Forward hooks that are removed at the end of a `with` block."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> Hooks:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def on_input(self, name: str, change: Callable[[Tensor], Tensor | None]) -> None:
+        """Calls `change` with the module's input; what it returns, if anything, replaces the input."""
+
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            new = change(_first(args, kwargs))
+            return None if new is None else _with_first(args, kwargs, new)
+
+        module = self._model.get_submodule(name)
+        self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+
+    def on_output(self, name: str, change: Callable[[Tensor], Tensor | None]) -> None:
+        """Calls `change` with the module's output; what it returns, if anything, replaces the output."""
+
+        def hook(_: nn.Module, __: Any, output: Any) -> Any:
+            return change(output) if isinstance(output, Tensor) else None
+
+        self._handles.append(self._model.get_submodule(name).register_forward_hook(hook))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from smoothquant_kernels.errors import SmoothQuantError
 
-_BEFORE, _AFTER = "#c8553d", "#2a6f97"  # far apart in hue and in lightness
+BEFORE, AFTER = "#c8553d", "#2a6f97"  # far apart in hue and in lightness
 _FLOOR = 1e-12  # where the bars begin: a logarithmic axis has no zero
 _OUTLIER = 3.0
 
@@ -67,8 +67,8 @@ def plot_maxima(layers: Sequence[LayerMaxima], path: Path, *, title: str) -> Non
     figure.suptitle(title, fontsize=13, fontweight="bold")
     grid = figure.subplots(len(layers), 2, sharey="row", squeeze=False)
     for row, layer in zip(grid, layers, strict=True):
-        _draw(row[0], layer.before, _BEFORE)
-        _draw(row[1], layer.after, _AFTER)
+        _draw(row[0], layer.before, BEFORE)
+        _draw(row[1], layer.after, AFTER)
         row[0].set_ylabel("max |x|")
         row[0].set_title(layer.name, loc="left", fontsize=10, fontweight="bold", family="monospace")
         row[1].set_title(layer.note, loc="left", fontsize=10)
@@ -101,8 +101,8 @@ def _draw(axes: Any, absmax: Tensor, colour: str) -> None:
     axes.axhline(median, color="black", linewidth=0.9, linestyle=(0, (4, 3)))
     axes.set_xlim(-0.01 * len(values), 1.01 * len(values))
     axes.text(
-        0.985, 0.93, f"largest {_short(float(values.max()))} = "
-        f"{_short(peak_to_median(values))} x median (dashed)",
+        0.985, 0.93, f"largest {short_number(float(values.max()))} = "
+        f"{short_number(peak_to_median(values))} x median (dashed)",
         transform=axes.transAxes, ha="right", va="top", fontsize=9,
         bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1.5},
     )  # fmt: skip
@@ -111,5 +111,6 @@ def _draw(axes: Any, absmax: Tensor, colour: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _short(value: float) -> str:
+def short_number(value: float) -> str:
+    """Three digits, or a whole number."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from smoothquant_kernels._readers import read_elsewhere
 from smoothquant_kernels.calibrate import ActivationStatistics, CalibrationData, calibrate_model
 from smoothquant_kernels.config import SmoothQuantConfig, first_match
 from smoothquant_kernels.errors import SmoothQuantError
@@ -29,7 +30,8 @@ from smoothquant_kernels.modules import (
 )
 from smoothquant_kernels.reference import smoothing_factors
 
-_FOLDS_AT_ONCE = 16  # verified together; their parameters are kept until then
+_FOLDS_AT_ONCE = 16  # verified together; their parameters are kept until then,
+_FOLD_BYTES = 1 << 26  # at most so many bytes of them, or those of one group
 INFO = "smoothquant_info"
 
 
@@ -136,6 +138,9 @@ def smooth_lm(
             model, calibration_data, config, tokenizer=tokenizer, progress=progress
         )
     small = statistics.sample
+    for name, reason in read_elsewhere(model, linears, small).items():
+        del linears[name]
+        skipped[name] = reason
     peaks = {name: statistics.peak(name) for name in statistics.absmax}
     shared = shared_parameters(model)
     smoothable = smoothable_linears(model, linears, statistics) if config.smooth else []
@@ -176,6 +181,11 @@ def check_finite_weights(linears: Mapping[str, nn.Module]) -> None:
     """Raises SmoothQuantError naming the first layer whose weight or bias has NaN or Inf."""
     for name, module in linears.items():
         for what, parameter in module.named_parameters(recurse=False):
+            if parameter.is_meta:
+                raise SmoothQuantError(
+                    f"the {what} of layer {name} has no data (meta device; accelerate puts offloaded weights there): "
+                    "load the model without offloading, or use smoothquant_kernels.stream.quantize_streamed."
+                )
             if not bool(parameter.isfinite().all()):
                 raise SmoothQuantError(
                     f"the {what} of layer {name} has NaN or Inf values; repair or reload the checkpoint."
@@ -214,8 +224,7 @@ def _apply(
             statistics.absmax[name] = statistics.absmax[name] / smoothing.smooth
 
     foldable = [g for g in groups if g.producer is not None]
-    for start in range(0, len(foldable), _FOLDS_AT_ONCE):
-        part = foldable[start : start + _FOLDS_AT_ONCE]
+    for part in _parts(model, foldable):
         done, refused = fold_verified(model, part, factors, same_output, config.verify_tolerance)
         for smoothing in done:
             note(smoothing, "folded", f"into {smoothing.group.producer}")
@@ -229,6 +238,21 @@ def _apply(
             divide_at_run_time(model, smoothing)
             note(smoothing, "runtime", group.reason)
     return result
+
+
+def _parts(model: nn.Module, groups: Sequence[Group]) -> Iterator[list[Group]]:
+    """Runs of groups that are folded and verified together."""
+    part: list[Group] = []
+    used = 0
+    for group in groups:
+        size = sum(weight_of(model.get_submodule(n)).nbytes for n in group.linears)
+        if part and (len(part) == _FOLDS_AT_ONCE or used + size > _FOLD_BYTES):
+            yield part
+            part, used = [], 0
+        part.append(group)
+        used += size
+    if part:
+        yield part
 
 
 def _describe(

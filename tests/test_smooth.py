@@ -22,7 +22,7 @@ from smoothquant_kernels import (
     smooth_lm,
 )
 from smoothquant_kernels.calibrate import calibration_batches, collect_statistics
-from smoothquant_kernels.fold import SmoothedLinear, norm_offset, round_to_power_of_two
+from smoothquant_kernels.fold import SmoothedLinear, norm_offsets, round_to_power_of_two
 from smoothquant_kernels.modules import partition_linears
 
 IDS = token_batches(1, length=40)[0]
@@ -134,11 +134,12 @@ class SquareNorm(OnePlusNorm):
 
 def test_norm_parametrisations_are_told_apart() -> None:
     factor = 2.0 ** torch.arange(-8, 8).float().mul(0.5).round()
-    assert norm_offset(nn.LayerNorm(16), factor, 1e-5) == 0.0
-    assert norm_offset(OnePlusNorm(), factor, 1e-5) == 1.0
-    assert norm_offset(SquareNorm(), factor, 1e-5) is None
+    assert norm_offsets(nn.LayerNorm(16), factor, 1e-5) == {}
+    assert norm_offsets(nn.LayerNorm(16, bias=False), factor, 1e-5) == {}
+    assert norm_offsets(OnePlusNorm(), factor, 1e-5) == {"weight": 1.0}
+    assert norm_offsets(SquareNorm(), factor, 1e-5) is None
     module = OnePlusNorm()
-    norm_offset(module, factor, 1e-5)
+    norm_offsets(module, factor, 1e-5)
     assert torch.equal(module.weight, OnePlusNorm().weight)
 
 

@@ -1,0 +1,71 @@
+"""Options that several commands share, with their help."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+TEXT_HELP = (
+    'a text file, a .jsonl file with "text", a folder of .txt files, topics:calibration, '
+    "topics:evaluation (Python's own documentation, in two halves), or a data set on the hub "
+    "as name[:config[:split]]"
+)
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", "-v", help="Show the libraries' warnings and progress bars.")
+]
+Device = Annotated[
+    str,
+    typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU if the CUDA kernels can run."),
+]
+Dtype = Annotated[str, typer.Option(help="Type of the float weights: float32, bfloat16, float16.")]
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL", help="A hub name, a folder, a folder with one GGUF file, or a GGUF file."
+    ),
+]
+AnyModel = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL_OR_CHECKPOINT",
+        help="A model as for quantize, or a folder that quantize wrote.",
+    ),
+]
+Window = Annotated[int, typer.Option(min=2, help="Tokens that the model reads at a time.")]
+
+# --- how a model is smoothed and quantised --------------------------------------------------------
+
+Alpha = Annotated[
+    float | None,
+    typer.Option(
+        help="Migration strength in [0, 1].", show_default="the scheme's best measured one"
+    ),
+]
+Scheme = Annotated[
+    str | None,
+    typer.Option(
+        help="Activation scales: per_token, per_tensor or static.", show_default="per_token"
+    ),
+]
+WeightGranularity = Annotated[
+    str | None, typer.Option(help="Weight scales: channel or tensor.", show_default="channel")
+]
+Skip = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="PATTERN", help="Layers that stay in float, e.g. '*.o_proj'; may be repeated."
+    ),
+]
+Config = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE.json", help="Settings; the options override them."),
+]
+Calibration = Annotated[
+    str, typer.Option(metavar="SOURCE", help=f"Text to calibrate on: {TEXT_HELP}.")
+]
+CalibrationTokens = Annotated[
+    int | None, typer.Option(help="Tokens of it to use.", show_default="16384", metavar="N")
+]

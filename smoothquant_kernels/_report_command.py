@@ -1,0 +1,128 @@
+"""The work of the command report."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from smoothquant_kernels._console import Document, show_progress
+from smoothquant_kernels._inspect import is_checkpoint
+from smoothquant_kernels._manifest import read_manifest
+from smoothquant_kernels._pipeline import (
+    calibration_windows,
+    check_target,
+    choose_device,
+    load_any,
+    load_tokenizer,
+    read_config,
+)
+from smoothquant_kernels.config import SmoothQuantConfig
+from smoothquant_kernels.errors import SmoothQuantError
+from smoothquant_kernels.report import check_report_folder, make_report
+from smoothquant_kernels.text import load_text, token_windows
+
+
+def report(
+    source: str,
+    output: Path,
+    *,
+    reference: str | None,
+    config: Path | None,
+    changes: Document,
+    calibration: str,
+    text: str | None,
+    tokens: int,
+    dtype: str,
+    device: str,
+    force: bool,
+) -> Document:
+    """`smoothquant-kernels report`; `changes` are the settings that were given as options."""
+    begin = time.perf_counter()
+    check_report_folder(output, overwrite=force)
+    check_target(output)
+    settings = _report_config(source, reference, config, changes)
+    where, held_source = choose_device(device), text or "topics:evaluation"
+    texts, held_texts = load_text(calibration), load_text(held_source)
+    original = source if reference is None else reference
+    model, quantised = load_any(original, dtype=dtype, device=device)
+    if quantised:
+        raise SmoothQuantError(f"{original} is quantised; a report needs the original model.")
+    tokenizer = load_tokenizer(original, None if reference is None else source)
+    held = token_windows(
+        held_texts, tokenizer, window=max(2, settings.calibration_window), max_tokens=tokens
+    )
+    document = make_report(
+        model.to(where),
+        calibration_windows(texts, tokenizer, settings),
+        output,
+        settings,
+        held=[window.input_ids for window in held],
+        tokenizer=tokenizer,
+        tokens=tokens,
+        text=None if text is None else held_texts,
+        name=_display_name(original),
+        sources=(calibration, held_source),
+        overwrite=force,
+        progress=show_progress(),
+    )
+    return {**document, "output": str(output), "seconds": time.perf_counter() - begin}
+
+
+def _report_config(
+    source: str, reference: str | None, config: Path | None, changes: Document
+) -> SmoothQuantConfig:
+    if not is_checkpoint(Path(source)):
+        if reference is not None:
+            raise SmoothQuantError(
+                f"--reference goes with a checkpoint, and {source} is none; leave it out."
+            )
+        return read_config(config, **changes)
+    if reference is None:
+        raise SmoothQuantError(
+            f"{source} is quantised; name the original model with --reference as well."
+        )
+    if config is not None or changes.keys() - {"calibration_tokens"}:
+        raise SmoothQuantError(
+            f"the settings are those of {source}; to try others, report on {reference} itself."
+        )
+    info = read_manifest(Path(source)).info
+    if "config" not in info:
+        raise SmoothQuantError(f"{source} does not say how it was made; report on the original.")
+    return SmoothQuantConfig.from_dict(info["config"]).replace(**changes)
+
+
+def _display_name(source: str) -> str:
+    """A hub's name as it is; of a file or folder its own name, not where it is on this machine."""
+    path = Path(source)
+    return (path.stem if path.is_file() else path.resolve().name) if path.exists() else source
+
+
+def render_report(document: Document) -> Group:
+    summary = document["summary"]
+    facts = Table.grid(padding=(0, 2))
+    facts.add_row(
+        "layers",
+        f"{summary['quantised']} in int8: {summary['folded']} smoothed by folding, "
+        f"{summary['runtime']} at run time, {summary['none']} not; {summary['skipped']} in float",
+    )
+    for key, what in (("sqnr_naive", "without smoothing"), ("sqnr", "as configured")):
+        if numbers := summary[key]:
+            facts.add_row(
+                what, f"{numbers['median']:.1f} dB median, {numbers['worst']:.1f} dB worst layer"
+            )
+    if (result := document["evaluation"]) is not None:
+        facts.add_row(
+            "perplexity",
+            f"{result['smoothed']['perplexity']:.3f}, float {result['float']['perplexity']:.3f}; "
+            f"KL divergence {result['smoothed']['mean_kl']:.4f}",
+        )
+    for entry in document["advice"]:
+        if entry["settings"]:
+            then = f"{entry['sqnr']:.1f} -> {entry['sqnr_then']:.1f} dB"
+            facts.add_row("advice", f"{entry['layer']}: {entry['text']} {then}")
+    facts.add_row("seconds", f"{document['seconds']:.1f}")
+    return Group(facts, Text(f"see {Path(document['output']) / 'report.html'}", style="bold"))

@@ -1,0 +1,217 @@
+"""What the report measures: the quantisation noise of each layer, alone, on tokens that calibration did not choose."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from smoothquant_kernels.calibrate import ActivationStatistics
+from smoothquant_kernels.config import SmoothQuantConfig
+from smoothquant_kernels.convert import static_scale
+from smoothquant_kernels.groups import Group
+from smoothquant_kernels.linear import W8A8Linear, weight_of
+from smoothquant_kernels.modules import Batch, evaluating, run
+from smoothquant_kernels.smooth import group_factors, weight_absmax
+
+#: Makes the layer that stands in for a float layer. It is called at every batch and the layer dropped again, so that
+#: only one of them is in memory at a time; quantising a weight is cheap beside multiplying a window of tokens with it.
+Stand = Callable[[nn.Module], nn.Module]
+SHOWN_TOKENS = 128  # rows of the heat maps
+
+
+@dataclass
+class Measured:
+    """Sums over all tokens that are not padding, in float64, and the first rows of some inputs.
+
+    Attributes:
+        signal: layer -> |y|^2, y the output of the float layer.
+        noise: layer -> |y_hat - y|^2 for each of its stand-ins.
+        shown: layer -> |x| [T, K] float32 of the first tokens, after a division at run time.
+        tokens: how many tokens were read.
+    """
+
+    signal: dict[str, float] = field(default_factory=dict)
+    noise: dict[str, list[float]] = field(default_factory=dict)
+    shown: dict[str, Tensor] = field(default_factory=dict)
+    tokens: int = 0
+
+    def relative(self, name: str, which: int = 0) -> float | None:
+        """|y_hat - y|^2 / |y|^2; None for a layer that was never called or whose output is zero."""
+        return self.noise[name][which] / self.signal[name] if self.signal.get(name) else None
+
+    def sqnr(self, name: str, which: int = 0) -> float | None:
+        """Signal to quantisation noise in dB; infinite for an exact layer."""
+        relative = self.relative(name, which)
+        return None if relative is None else decibel(relative)
+
+
+def decibel(relative_noise: float) -> float:
+    """10 log10(1 / noise)."""
+    return -10.0 * math.log10(relative_noise) if relative_noise > 0 else math.inf
+
+
+def measure(
+    model: nn.Module,
+    stands: Mapping[str, Sequence[Stand]],
+    batches: Iterable[Batch],
+    *,
+    shown: Sequence[str] = (),
+) -> Measured:
+    """Runs the float model and gives the input of each layer to its stand-ins too; the model computes what it did.
+
+    Args:
+        stands: layer -> what makes its stand-ins.
+        shown: layers whose first inputs are kept: at most `SHOWN_TOKENS` rows each.
+
+    Memory: beside the model, the input, the output and one stand-in of one layer for one batch, and `shown`.
+    """
+    result = Measured(noise={name: [0.0] * len(made) for name, made in stands.items()})
+    mask: Tensor | None = None
+
+    def record(name: str) -> Any:
+        def hook(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor
+        ) -> None:
+            x = args[0] if args else next(iter(kwargs.values()))
+            if name in shown and len(result.shown.get(name, ())) < SHOWN_TOKENS:
+                _keep(result.shown, name, module, _tokens(x, mask))
+            result.signal[name] = result.signal.get(name, 0.0) + _power(_tokens(y, mask))
+            for i, make in enumerate(stands[name]):
+                noise = _tokens(make(module)(x), mask).float() - _tokens(y, mask).float()
+                result.noise[name][i] += _power(noise)
+
+        return hook
+
+    handles = [
+        model.get_submodule(name).register_forward_hook(record(name), with_kwargs=True)
+        for name in stands
+    ]
+    try:
+        with evaluating(model):
+            for batch in batches:
+                attention = batch.get("attention_mask")
+                mask = attention.bool() if attention is not None and attention.dim() == 2 else None
+                run(model, batch, logits=False)
+                seen = mask if mask is not None else batch.get("input_ids")
+                if seen is not None:
+                    result.tokens += int(seen.sum()) if seen is mask else seen.numel()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return result
+
+
+def _tokens(x: Tensor, mask: Tensor | None) -> Tensor:
+    """[M, ...] rows that are not padding."""
+    rows = x.detach().reshape(-1, x.shape[-1])
+    if mask is not None and mask.numel() == rows.shape[0]:
+        rows = rows[mask.reshape(-1).to(rows.device)]
+    return rows
+
+
+def _power(x: Tensor) -> float:
+    """The sum of squares. Rows are summed in float32 and the rows' sums in float64, which keeps about six digits."""
+    return float(x.float().square().sum(-1).sum(dtype=torch.float64))
+
+
+def _keep(shown: dict[str, Tensor], name: str, module: nn.Module, x: Tensor) -> None:
+    old = shown.get(name)
+    x = x[: SHOWN_TOKENS - (0 if old is None else len(old))].float()
+    inverse = getattr(module, "inv_smooth", None)
+    x = (x if inverse is None else x * inverse).abs().cpu()
+    shown[name] = x if old is None else torch.cat([old, x])
+
+
+# --- stand-ins --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one layer is quantised.
+
+    `factor` [K] is what the layer's input is divided by in addition to what the module does already (None: nothing),
+    `x_absmax` the calibrated range of what is quantised, which only the static scheme needs.
+    """
+
+    alpha: float | None
+    scheme: str
+    x_absmax: float | None
+    factor: Tensor | None = None
+
+
+def stand_in(plan: Plan, name: str, config: SmoothQuantConfig) -> Stand:
+    """Makes the `W8A8Linear` that `quantize_model` would put in place of a float layer."""
+
+    def make(module: nn.Module) -> W8A8Linear:
+        scale = None
+        if plan.scheme == "static":
+            assert plan.x_absmax is not None
+            scale = static_scale(plan.x_absmax, config.clip_of(name))
+        return W8A8Linear.from_linear(
+            module,
+            activation_scheme=plan.scheme,
+            weight_granularity=config.weight_granularity,
+            smooth=plan.factor,
+            x_scale=scale,
+        )
+
+    return make
+
+
+class _Half(nn.Module):
+    """A `W8A8Linear` with only its weights or only its activations rounded to int8; the rest is float32."""
+
+    def __init__(self, quantised: W8A8Linear, original: nn.Module, *, weights: bool) -> None:
+        super().__init__()
+        self.quantised, self.weights = quantised, weights
+        inverse = getattr(original, "inv_smooth", None)
+        weight = weight_of(original).detach().float()
+        exact = weight if inverse is None else weight * inverse  # what multiplies the layer's input
+        self.weight = quantised.dequantized_weight() if weights else exact
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = x.float()
+        if not self.weights:
+            x_q, x_scale, _ = self.quantised.quantize_input(x)
+            z = x_q.float() * (
+                x_scale if x_scale.numel() == 1 else x_scale.reshape(*x.shape[:-1], 1)
+            )
+            inverse = self.quantised.inv_smooth
+            z = z if inverse is None else z / inverse
+        return F.linear(z, self.weight, self.quantised.bias).to(x.dtype)
+
+
+def half_stand_in(make: Stand, *, weights: bool) -> Stand:
+    """As `make`, but only weights (or only activations) are quantised: what either contributes to the noise."""
+
+    def half(module: nn.Module) -> nn.Module:
+        quantised = make(module)
+        assert isinstance(quantised, W8A8Linear)
+        return _Half(quantised, module, weights=weights)
+
+    return half
+
+
+# --- factors ----------------------------------------------------------------------------------------------------------
+
+
+def layer_factors(
+    model: nn.Module,
+    members: Sequence[str],
+    statistics: ActivationStatistics,
+    alpha: float | None,
+    config: SmoothQuantConfig,
+) -> Tensor:
+    """s [K] float32 that `smooth_lm` takes for linears of the unsmoothed model; ones where alpha is None."""
+    x_absmax = statistics.absmax[members[0]]
+    if alpha is None:
+        return torch.ones_like(x_absmax)
+    dtype = weight_of(model.get_submodule(members[0])).dtype
+    w_absmax = weight_absmax(model, Group(tuple(members)))
+    return group_factors(x_absmax, w_absmax, alpha, dtype, config)

@@ -1,0 +1,286 @@
+"""What calibration measures: kept, merged across processes, written to a file and read again."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from smoothquant_kernels._safetensors import check_storable, write_safetensors
+from smoothquant_kernels.errors import SmoothQuantError
+from smoothquant_kernels.modules import Batch
+
+_PEAK_TOKENS = 4096  # whose sizes are kept; enough for a median
+_FORMAT = "smoothquant-kernels statistics"
+_FORMAT_VERSION = 1
+
+
+@dataclass
+class ActivationStatistics:
+    """Running statistics of the inputs of linear layers.
+
+    Attributes:
+        absmax: module name -> [K] float32 largest |x| per channel over all tokens that are not padding.
+        token_absmax: module name -> float32 largest |x| of each of the first few thousand tokens.
+        tokens: how many tokens were seen.
+        sample: a small batch of the data, on which structure is found and folds are verified.
+        watched: names of all layers that were measured, also of those that no token reached (unused experts).
+    """
+
+    absmax: dict[str, Tensor] = field(default_factory=dict)
+    token_absmax: dict[str, Tensor] = field(default_factory=dict)
+    tokens: int = 0
+    sample: Batch = field(default_factory=dict)
+    watched: tuple[str, ...] = ()
+
+    def update(self, name: str, x: Tensor, mask: Tensor | None) -> None:
+        """Merges the input x [..., K] of one call; `mask` (bool, one value a token) leaves padding out."""
+        rows = x.detach().reshape(-1, x.shape[-1])
+        if mask is not None and mask.numel() == rows.shape[0]:
+            rows = rows[mask.reshape(-1).to(rows.device)]
+        if not rows.shape[0]:
+            return
+        magnitude = rows.abs()
+        absmax = magnitude.amax(0).float()  # exact: a maximum does not round
+        old = self.absmax.get(name)
+        self.absmax[name] = absmax if old is None else torch.maximum(old, absmax)
+        seen = self.token_absmax.get(name, absmax.new_empty(0))
+        tokens = magnitude[: _PEAK_TOKENS - len(seen)].amax(1).float()
+        self.token_absmax[name] = torch.cat([seen, tokens])
+
+    def peak(self, name: str) -> float:
+        """The largest token over the median token of a layer's input, by their largest elements; 1 if all are zero."""
+        tokens = self.token_absmax[name]
+        median = tokens[tokens > 0].median() if bool((tokens > 0).any()) else tokens.new_ones(())
+        return max(1.0, float(self.absmax[name].max() / median))
+
+    def check_not_empty(self) -> None:
+        """Raises SmoothQuantError if no input was seen."""
+        if not self.absmax:
+            raise SmoothQuantError(
+                "the calibration data is empty: give at least one batch or string with tokens."
+            )
+
+    def check_finite(self) -> None:
+        """Raises SmoothQuantError naming the first layer (in calling order) that saw NaN or Inf."""
+        for name, absmax in self.absmax.items():
+            bad = int((~absmax.isfinite()).sum())
+            if bad:
+                raise SmoothQuantError(
+                    f"calibration found NaN or Inf in the input of layer {name} ({bad} of {absmax.numel()} channels); "
+                    "check the checkpoint, or calibrate in a wider dtype (bfloat16 or float32)."
+                )
+
+    def merge(self, other: ActivationStatistics) -> None:
+        """Adds what `other` measured on more data, as if this object had seen that data after its own.
+
+        Args:
+            other: of the same model; not changed.
+
+        Raises:
+            SmoothQuantError: the two measured different layers, or a layer has another number of channels. Nothing is
+                changed then.
+
+        Equivalent to:
+            absmax = torch.maximum(absmax, other.absmax) for each layer; tokens += other.tokens
+        """
+        _check_alike([_summary(self), _summary(other)], "statistics")
+        for name, new in other.absmax.items():
+            old = self.absmax.get(name)
+            self.absmax[name] = new.clone() if old is None else old.maximum(new.to(old.device))
+            seen = self.token_absmax.get(name, self.absmax[name].new_empty(0))
+            more = other.token_absmax[name][: _PEAK_TOKENS - len(seen)].to(seen.device)
+            self.token_absmax[name] = torch.cat([seen, more])
+        self.tokens += other.tokens
+        self.sample = self.sample or other.sample
+        self.watched = self.watched or other.watched
+
+    def all_reduce(self, group: Any = None) -> None:
+        """Merges, in place, the statistics of all ranks of a process group, each of which saw a part of the data.
+
+        Every rank of the group must call it. Afterwards all ranks hold the same bits: those of one process that saw
+        the data of rank 0, then that of rank 1, and so on. `sample` is that of the first rank that has one.
+
+        Args:
+            group: a torch.distributed process group; None is the default one.
+
+        Raises:
+            SmoothQuantError: torch.distributed is not initialised; or, on every rank, the ranks measured different
+                layers or numbers of channels. Nothing is changed then.
+
+        Equivalent to:
+            torch.distributed.all_reduce(absmax[name], torch.distributed.ReduceOp.MAX, group) for each layer
+        """
+        import torch.distributed as dist
+
+        if not (dist.is_available() and dist.is_initialized()):
+            raise SmoothQuantError(
+                "all_reduce needs torch.distributed: call torch.distributed.init_process_group on every rank first."
+            )
+        summaries: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(summaries, _summary(self), group)
+        _check_alike(summaries, "ranks")  # the same list, so the same verdict, on all of them
+        home = next((t.device for t in self.absmax.values()), torch.device("cpu"))
+        nccl = dist.get_backend(group) == "nccl"
+        place = torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
+        sizes: dict[str, int] = {}
+        for summary in summaries:
+            sizes |= {n: k for n, k in summary["sizes"].items() if n not in sizes}
+        if not sizes:
+            self.check_not_empty()
+        zeros = {n: torch.zeros(k) for n, k in sizes.items() if n not in self.absmax}
+        flat = _flat([self.absmax.get(n, zeros.get(n)) for n in sizes], place)
+        dist.all_reduce(flat, dist.ReduceOp.MAX, group)  # exact, in whatever order
+        parts = flat.to(home).split(list(sizes.values()))
+        first = dict.fromkeys(sizes, 0)  # how many tokens of each layer are there already
+        collected: dict[str, list[Tensor]] = {n: [] for n in sizes}
+        for rank, summary in enumerate(summaries):
+            counts = {n: min(summary["peaks"].get(n, 0), _PEAK_TOKENS - first[n]) for n in sizes}
+            if not any(counts.values()):
+                continue
+            mine = rank == dist.get_rank(group)
+            sent = (
+                _flat([self.token_absmax[n][:c] for n, c in counts.items() if c], place)
+                if mine
+                else torch.empty(sum(counts.values()), device=place)
+            )
+            dist.broadcast(sent, _global_rank(group, rank), group)
+            for name, part in zip(counts, sent.to(home).split(list(counts.values())), strict=True):
+                collected[name].append(part)
+                first[name] += counts[name]
+        source = next((r for r, s in enumerate(summaries) if s["sample"]), 0)
+        sample = [{k: v.cpu() for k, v in self.sample.items()}]
+        dist.broadcast_object_list(sample, _global_rank(group, source), group)
+        self.absmax = {n: part.clone() for n, part in zip(sizes, parts, strict=True)}
+        self.token_absmax = {n: torch.cat(collected[n]) for n in sizes}
+        self.tokens = sum(summary["tokens"] for summary in summaries)
+        self.sample = sample[0]
+
+    def save(self, path: str | Path) -> Path:
+        """Writes one safetensors file, whole or not at all, so that calibration can be done elsewhere or once for all.
+
+        Args:
+            path: the file; an existing one is replaced when the new one is complete.
+
+        Returns:
+            The path.
+
+        Raises:
+            SmoothQuantError: there is nothing to save, or the file cannot be written.
+        """
+        self.check_not_empty()
+        target = Path(path).expanduser()
+        tensors = {f"absmax/{n}": t for n, t in self.absmax.items()}
+        tensors |= {f"token_absmax/{n}": t for n, t in self.token_absmax.items()}
+        tensors |= {f"sample/{n}": check_storable(n, t) for n, t in self.sample.items()}
+        facts = {
+            "format": _FORMAT,
+            "format_version": _FORMAT_VERSION,
+            "tokens": self.tokens,
+            "layers": list(self.absmax),
+            "sample": list(self.sample),
+            "watched": list(self.watched),
+        }
+        part = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+        try:
+            write_safetensors(part, tensors, {"statistics": json.dumps(facts)})
+            os.replace(part, target)
+        except OSError as error:
+            raise SmoothQuantError(
+                f"{target} cannot be written ({error.strerror or error}), nothing was saved: save elsewhere."
+            ) from error
+        finally:
+            part.unlink(missing_ok=True)
+        return target
+
+    @classmethod
+    def load(cls, path: str | Path) -> ActivationStatistics:
+        """Reads what `save` wrote; the tensors are on the CPU.
+
+        Raises:
+            SmoothQuantError: there is no such file, or it is not one of these, is damaged, or is of a newer release.
+        """
+        source = Path(path).expanduser()
+        try:
+            with safe_open(source, framework="pt", device="cpu") as data:
+                facts = json.loads((data.metadata() or {})["statistics"])
+                _check_facts(source, facts)
+                result = cls(tokens=facts["tokens"], watched=tuple(facts["watched"]))
+                for name in facts["layers"]:
+                    result.absmax[name] = data.get_tensor(f"absmax/{name}").clone()
+                    result.token_absmax[name] = data.get_tensor(f"token_absmax/{name}").clone()
+                result.sample = {n: data.get_tensor(f"sample/{n}").clone() for n in facts["sample"]}
+        except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
+            reason = " ".join(str(error).split())
+            raise SmoothQuantError(
+                f"{source} does not hold statistics that ActivationStatistics.save wrote ({reason[:200]}): give "
+                "another file, or calibrate again."
+            ) from None
+        vectors = [*result.absmax.values(), *result.token_absmax.values()]
+        if not all(t.dtype == torch.float32 and t.dim() == 1 for t in vectors):
+            raise SmoothQuantError(
+                f"{source} is damaged (its ranges must be float32 vectors): calibrate again."
+            )
+        return result
+
+
+def _check_facts(source: Path, facts: Any) -> None:
+    if not isinstance(facts, dict) or facts.get("format") != _FORMAT:
+        raise ValueError("its metadata is of another kind")
+    version = facts["format_version"]
+    if type(version) is not int or version > _FORMAT_VERSION:
+        raise SmoothQuantError(
+            f"{source} is in format {version} and this release reads up to {_FORMAT_VERSION}: "
+            "upgrade with `pip install --upgrade smoothquant-kernels`."
+        )
+    if type(facts["tokens"]) is not int:
+        raise ValueError("its number of tokens is not a whole number")
+
+
+def _summary(statistics: ActivationStatistics) -> dict[str, Any]:
+    """What must agree, and how much there is to send."""
+    return {
+        "watched": sorted(statistics.watched or statistics.absmax),
+        "sizes": {n: t.numel() for n, t in statistics.absmax.items()},
+        "peaks": {n: len(t) for n, t in statistics.token_absmax.items()},
+        "tokens": statistics.tokens,
+        "sample": bool(statistics.sample),
+    }
+
+
+def _check_alike(summaries: list[dict[str, Any]], what: str) -> None:
+    """Raises SmoothQuantError unless all measured the same layers of the same sizes; one that saw nothing fits all."""
+    used = [(i, s) for i, s in enumerate(summaries) if s["watched"]]
+    sizes: dict[str, int] = {}
+    for i, summary in used:
+        first, reference = used[0]
+        if different := set(summary["watched"]) ^ set(reference["watched"]):
+            raise SmoothQuantError(
+                f"{what} {first} and {i} measured different layers ({len(different)} differ, first "
+                f"{min(different)}): calibrate the same model with the same `skip` everywhere."
+            )
+        sizes |= summary["sizes"]
+    for i, summary in used:
+        wrong = next((n for n, k in summary["sizes"].items() if sizes[n] != k), None)
+        if wrong is not None:
+            raise SmoothQuantError(
+                f"layer {wrong} has {summary['sizes'][wrong]} input channels in {what} {i} and {sizes[wrong]} in "
+                "another: calibrate the same model everywhere."
+            )
+
+
+def _flat(parts: list[Any], place: torch.device) -> Tensor:
+    return torch.cat([p.to(place, torch.float32) for p in parts] or [torch.empty(0, device=place)])
+
+
+def _global_rank(group: Any, rank: int) -> int:
+    import torch.distributed as dist
+
+    return rank if group is None else dist.get_global_rank(group, rank)

@@ -1,0 +1,263 @@
+"""A model whose repeated blocks are run one at a time: found, proved to be a chain, and taken out of the model."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from smoothquant_kernels._stream_source import IN_MEMORY
+from smoothquant_kernels.errors import SmoothQuantError
+from smoothquant_kernels.linear import is_float_linear
+from smoothquant_kernels.modules import Batch, output_tensor, run
+
+
+def find_blocks(model: nn.Module) -> str:
+    """The name of the ModuleList whose members hold most parameters of linears; the outer one of two alike.
+
+    Raises:
+        SmoothQuantError: there is none.
+    """
+    best, most = "", 0
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList):
+            count = sum(
+                p.numel()
+                for m in module.modules()
+                if is_float_linear(m)
+                for p in m.parameters(recurse=False)
+            )
+            best, most = (name, count) if count > most else (best, most)
+    if not most:
+        raise SmoothQuantError(
+            f"{type(model).__name__} has no list of blocks with linear layers: {IN_MEMORY}."
+        )
+    return best
+
+
+class _Finished(Exception):
+    """The block that was wanted has run; nothing behind it is needed."""
+
+
+class _Slot(nn.Module):
+    """Stands where a block was; a block's attributes (its kind of attention, ...) are still there."""
+
+    def __init__(self, chain: BlockChain, index: int, block: nn.Module) -> None:
+        super().__init__()
+        self._call = (chain, index, block)  # in a tuple, so that they are not its submodules
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        chain, index, _ = self._call
+        return chain.visit(index, args, kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_call"][2], name)
+
+
+class _Visit(NamedTuple):
+    """A call of a placeholder: the hidden states that it read and put out, and its other arguments."""
+
+    block: int
+    read: Tensor
+    put_out: Tensor
+    others: list[Any]
+
+
+class BlockChain:
+    """The blocks of a model, each of which reads the output of the one before, and the model around them ("the rest").
+
+    The blocks are replaced by placeholders. They pass on what they get, except the one that has the turn: it calls the
+    block that was given for it. So masks, position embeddings and all else that the model hands to a block are
+    computed by the model itself, each time that they are needed.
+
+    Attributes:
+        names: of the blocks.
+        empty: the blocks as they came, without weights.
+        tuples: whether blocks return (hidden, ) instead of hidden.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.list_name = find_blocks(model)
+        found = model.get_submodule(self.list_name)
+        assert isinstance(found, nn.ModuleList)
+        self._list = found
+        self.empty = list(found)
+        self.names = [f"{self.list_name}.{i}" for i in range(len(self.empty))]
+        self._turn: tuple[int, Callable[..., Any], Tensor | None, bool] | None = None
+        self._result: Any = None
+        self._visits: list[_Visit] | None = None
+        self.tuples = False
+        for i, block in enumerate(self.empty):
+            found[i] = _Slot(self, i, block)
+
+    def restore(self) -> None:
+        """Puts the blocks back, without weights."""
+        for i, block in enumerate(self.empty):
+            self._list[i] = block
+
+    def copy_of(self, index: int) -> nn.Module:
+        """A block to be filled with weights and changed."""
+        return copy.deepcopy(self.empty[index])
+
+    # --- running ---
+
+    def visit(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What a placeholder does."""
+        name, hidden = ("", args[0]) if args else next(iter(kwargs.items()), ("", None))
+        if not isinstance(hidden, Tensor):
+            raise SmoothQuantError(
+                f"{self.names[index]} is not given hidden states as its first argument: {IN_MEMORY}."
+            )
+        others = pytree.tree_leaves((args[1:], {k: v for k, v in kwargs.items() if k != name}))
+        if self._turn is None or self._turn[0] != index:
+            self._note(index, hidden, hidden, others)
+            return (hidden,) if self.tuples else hidden
+        _, block, given, stop = self._turn
+        if given is not None:
+            given = given.to(hidden.device)
+            args, kwargs = ((given, *args[1:]), kwargs) if args else (args, {**kwargs, name: given})
+        output = block(*args, **kwargs)
+        result = self._hidden_of(output, index)
+        self._note(index, hidden, result, others)
+        if stop:
+            self._result = result
+            raise _Finished
+        return output
+
+    def _note(self, index: int, read: Tensor, put_out: Tensor, others: list[Any]) -> None:
+        if self._visits is not None:
+            self._visits.append(_Visit(index, read, put_out, others))
+
+    def _hidden_of(self, output: Any, index: int) -> Tensor:
+        """The hidden states in a block's output: it, or the first of a tuple, whose others the model must not need."""
+        first = output[0] if isinstance(output, tuple) and output else output
+        if not isinstance(first, Tensor):
+            raise SmoothQuantError(
+                f"{self.names[index]} returns a {type(output).__name__} and not hidden states: {IN_MEMORY}."
+            )
+        self.tuples = isinstance(output, tuple)
+        return first
+
+    @contextmanager
+    def _turn_of(
+        self, index: int, block: Callable[..., Any], hidden: Tensor | None, *, stop: bool
+    ) -> Iterator[None]:
+        self._turn = (index, block, hidden, stop)
+        try:
+            yield
+        finally:
+            self._turn = self._result = None
+
+    def step(self, index: int, block: nn.Module, batch: Batch, hidden: Tensor | None) -> Tensor:
+        """The block's output [B, T, H] for its input; None takes what the model gives to the first block."""
+        with self._turn_of(index, block, hidden, stop=True):
+            try:
+                run(self.model, batch, logits=False)
+            except _Finished:
+                return self._result  # type: ignore[no-any-return]
+        raise SmoothQuantError(f"{self.names[index]} was not called: {IN_MEMORY}.")
+
+    def finish(self, batch: Batch, hidden: Tensor, *, logits: bool = True) -> Tensor:
+        """The model's output, given that of the last block."""
+        last = len(self.names) - 1
+
+        def given(*args: Any, **kwargs: Any) -> Any:
+            return (hidden,) if self.tuples else hidden
+
+        with self._turn_of(last, given, None, stop=False):
+            return output_tensor(run(self.model, batch, logits=logits))
+
+    def output_after(
+        self, index: int, block: nn.Module, batch: Batch, hidden: Tensor | None
+    ) -> Tensor:
+        """The model's output if it ended behind this block: more telling than the block's own, which a few massive
+        activations can dominate."""
+        with self._turn_of(index, block, hidden, stop=False):
+            return output_tensor(run(self.model, batch))
+
+    # --- proof ---
+
+    def prove(self, first: nn.Module, batch: Batch) -> None:
+        """Checks that the blocks are a chain.
+
+        Each must be called once, in order, on just what the one before put out, and with other arguments that do not
+        depend on any block's output. `first` is the first block, with its weights.
+
+        Raises:
+            SmoothQuantError: it is not so.
+        """
+        self.step(0, first, batch, None)  # shows whether blocks return tuples
+        runs = []
+        for factor in (1.0, 0.0):
+
+            def block(*args: Any, factor: float = factor, **kwargs: Any) -> Any:
+                hidden = (args[0] if args else next(iter(kwargs.values()))) * factor
+                return (hidden,) if self.tuples else hidden
+
+            self._visits = []
+            try:
+                with self._turn_of(0, block, None, stop=False):
+                    run(self.model, batch)
+                runs.append(self._visits)
+            except (KeyError, AttributeError, IndexError, TypeError, RuntimeError) as error:
+                raise SmoothQuantError(
+                    f"the blocks {self.list_name} cannot be run one at a time ({str(error)[:200]}): {IN_MEMORY}."
+                ) from error
+            finally:
+                self._visits = None
+        for visits in runs:
+            if [visit.block for visit in visits] != list(range(len(self.names))):
+                raise SmoothQuantError(
+                    f"the blocks {self.list_name} are not called once each, in order: {IN_MEMORY}."
+                )
+            for before, visit in itertools.pairwise(visits):
+                if visit.read is not before.put_out:
+                    raise SmoothQuantError(
+                        f"{self.names[visit.block]} does not read the output of the block before it: {IN_MEMORY}."
+                    )
+        for one, two in zip(*runs, strict=True):
+            if not _same_arguments(one.others, two.others):
+                raise SmoothQuantError(
+                    f"an argument of {self.names[one.block]} depends on other blocks: {IN_MEMORY}."
+                )
+
+
+def _same_arguments(one: list[Any], two: list[Any]) -> bool:
+    def same(a: Any, b: Any) -> bool:
+        if isinstance(a, Tensor) and isinstance(b, Tensor):
+            return a.dtype == b.dtype and torch.equal(a, b)
+        return type(a) is type(b)
+
+    return len(one) == len(two) and all(map(same, one, two))
+
+
+class BlockView(nn.Module):
+    """A block under its full name, so that patterns of layer names and `smoothquant_info` need no translation.
+
+    Its forward gives the output that the model would have if it ended behind the block.
+    """
+
+    def __init__(
+        self, name: str, block: nn.Module, output: Callable[[Mapping[str, Tensor]], Tensor]
+    ):
+        super().__init__()
+        parent: nn.Module = self
+        *path, leaf = name.split(".")
+        for part in path:
+            parent.add_module(part, nn.Module())
+            parent = parent.get_submodule(part)
+        parent.add_module(leaf, block)
+        self._output = output
+
+    def forward(self, **batch: Tensor) -> Tensor:
+        return self._output(batch)

@@ -1,0 +1,153 @@
+"""What a streamed quantisation has done so far, on the disk, so that the same call can go on with it."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from smoothquant_kernels._folder import _sync
+from smoothquant_kernels._safetensors import write_safetensors
+from smoothquant_kernels.errors import SmoothQuantError
+from smoothquant_kernels.modules import Batch
+
+_CALL, _LOCK = "call.json", "lock"
+
+
+def digest_of(batches: Iterable[Batch]) -> str:
+    """SHA-256 of the calibration data."""
+    sha256 = hashlib.sha256()
+    for batch in batches:
+        for name, tensor in sorted(batch.items()):
+            sha256.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+            data = tensor.detach().cpu().contiguous().reshape(-1)
+            sha256.update(data.view(torch.uint8).numpy().data if data.numel() else b"")
+    return sha256.hexdigest()
+
+
+class WorkFolder:
+    """A folder beside the target: finished shards, what is known of their blocks, and the next block's input.
+
+    A block counts as done when its record is there, which is written last; so any file may be missing or half-written
+    at any time.
+
+    Attributes:
+        checkpoint: the folder that becomes the target.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.checkpoint = folder / "checkpoint"
+
+    def _record(self, index: int) -> Path:
+        return self.folder / f"block-{index:05}.json"
+
+    def _hidden(self, index: int) -> Path:
+        return self.folder / f"hidden-{index:05}.safetensors"
+
+    def records(self) -> list[dict[str, Any]]:
+        """What `finish_block` noted of the blocks that are done, the first ones without a gap."""
+        found: list[dict[str, Any]] = []
+        while self._record(len(found)).is_file():
+            found.append(json.loads(self._record(len(found)).read_text("utf-8")))
+        return found
+
+    def finish_block(
+        self, index: int, record: Mapping[str, Any], hidden: Mapping[str, Tensor]
+    ) -> None:
+        """Notes that a block's shard is written, with the hidden states behind it."""
+        part = self.folder / "hidden.tmp"
+        write_safetensors(part, hidden)
+        _sync(str(part))
+        os.replace(part, self._hidden(index + 1))
+        _write_text(self._record(index), json.dumps(record, allow_nan=False))
+        self._hidden(index).unlink(missing_ok=True)
+
+    def hidden(self, index: int) -> dict[str, Tensor]:
+        """The hidden states in front of a block."""
+        try:
+            return load_file(self._hidden(index))
+        except (SafetensorError, OSError) as error:
+            raise SmoothQuantError(
+                f"{self._hidden(index)} cannot be read ({error}): pass resume=False to start anew."
+            ) from None
+
+
+@contextmanager
+def work_folder(target: Path, call: Mapping[str, Any], *, resume: bool) -> Iterator[WorkFolder]:
+    """The folder `.<name>.partial` beside the target, new or as an interrupted call left it.
+
+    After an error it stays if a block is done.
+
+    Args:
+        call: everything that the result depends on, as JSON values.
+        resume: go on with what is there; False removes it.
+
+    Raises:
+        SmoothQuantError: what is there belongs to another call, or another process is at work in it.
+    """
+    folder = target.with_name(f".{target.name}.partial")
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder / _LOCK, os.O_CREAT | os.O_RDWR)
+    try:
+        try:
+            fcntl.flock(
+                descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB
+            )  # ends with the process, however it ends
+        except OSError:
+            raise SmoothQuantError(
+                f"another process is writing {target} (it works in {folder}): wait for it, or give another name."
+            ) from None
+        _start(folder, call, resume)
+        work = WorkFolder(folder)
+        try:
+            yield work
+        except BaseException:
+            if not work.records():  # nothing is lost
+                remove(folder)
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def remove(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _start(folder: Path, call: Mapping[str, Any], resume: bool) -> None:
+    note = folder / _CALL
+    wanted = json.loads(json.dumps(call))
+    if resume and note.is_file():
+        there = json.loads(note.read_text("utf-8"))
+        different = [key for key in wanted if there.get(key) != wanted[key]]
+        if different:
+            raise SmoothQuantError(
+                f"{folder} holds the unfinished work of a call with another {' and '.join(different)}: repeat that "
+                "call to finish it, or pass resume=False to drop it and start anew."
+            )
+        return
+    for entry in folder.iterdir():
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        elif entry.name != _LOCK:
+            entry.unlink()
+    (folder / "checkpoint").mkdir()
+    _write_text(note, json.dumps(wanted, indent=1))
+
+
+def _write_text(path: Path, text: str) -> None:
+    part = path.with_name(f"{path.name}.tmp")
+    part.write_text(text, "utf-8")
+    _sync(str(part))
+    os.replace(part, path)

@@ -1,0 +1,43 @@
+"""`lm_eval` on quantised checkpoints.
+
+    python -m smoothquant_kernels.lm_eval run --model hf --model_args pretrained=DIR --tasks ...
+
+The command line of the Language Model Evaluation Harness as it is (docs/evaluation.md), in a process where
+`from_pretrained` loads the folders of `save_quantized`.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib.util import find_spec
+
+from smoothquant_kernels._transformers import register_transformers
+from smoothquant_kernels.errors import SmoothQuantError
+
+
+def main() -> None:
+    """The command `lm_eval`, arguments from `sys.argv`.
+
+    Raises:
+        SmoothQuantError: the package lm-eval is not installed, or transformers is too old.
+
+    Equivalent to:
+        register_transformers(); lm_eval.__main__.cli_evaluate()
+
+    Source: https://github.com/EleutherAI/lm-evaluation-harness
+    """
+    if find_spec("lm_eval") is None:
+        raise SmoothQuantError(
+            "lm_eval is not installed: run `pip install 'smoothquant-kernels[eval]'`."
+        )
+    register_transformers()
+    from lm_eval.__main__ import cli_evaluate
+
+    cli_evaluate()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except SmoothQuantError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,352 @@
+"""A report on smoothing a model: its activations before and after, what int8 costs each layer, and what would help."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import statistics as stats
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from smoothquant_kernels import _report_page, _report_plots
+from smoothquant_kernels._console import Document, json_text, note
+from smoothquant_kernels._folder import new_folder
+from smoothquant_kernels._report_advice import advise
+from smoothquant_kernels._report_measure import (
+    Measured,
+    Plan,
+    layer_factors,
+    measure,
+    stand_in,
+)
+from smoothquant_kernels.calibrate import (
+    ActivationStatistics,
+    CalibrationData,
+    calibrate_model,
+    calibration_batches,
+)
+from smoothquant_kernels.config import SmoothQuantConfig
+from smoothquant_kernels.convert import quantize_model
+from smoothquant_kernels.errors import SmoothQuantError
+from smoothquant_kernels.evaluate import Reference, evaluate
+from smoothquant_kernels.linear import weight_of
+from smoothquant_kernels.modules import Batch, partition_linears
+from smoothquant_kernels.plot import has_matplotlib, peak_to_median
+from smoothquant_kernels.smooth import INFO, smooth_lm
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PAGE, NUMBERS, ADVISED = "report.html", "report.json", "advised.json"
+_WORST = 10
+_FIGURES = 5  # layers whose activations are drawn
+
+
+def make_report(
+    model: nn.Module,
+    data: CalibrationData | ActivationStatistics,
+    directory: str | Path,
+    config: SmoothQuantConfig | None = None,
+    *,
+    held: CalibrationData,
+    tokenizer: Any = None,
+    tokens: int = 2048,
+    text: Sequence[str] | None = None,
+    name: str | None = None,
+    sources: tuple[str, str] = ("", ""),
+    overwrite: bool = False,
+    progress: bool = False,
+) -> Document:
+    """Measures what smoothing and int8 do to each layer of a float model, and writes a page about it.
+
+    Args:
+        model: a float model; it is left unchanged.
+        data: what to calibrate on, or what `calibrate_model` measured on this model.
+        directory: the folder to write; it appears when all is done, or not at all.
+        config: how the model is smoothed and quantised.
+        held: what the layers are measured on, as `data`; better not the calibration data.
+        tokenizer: turns strings into token ids.
+        tokens: how many tokens of `held`, and of `text`, are used.
+        text: evaluate perplexity and KL divergence on these texts as well (needs `tokenizer`).
+        name: what the page calls the model; its class by default.
+        sources: names of the calibration data and of the held data, for the page.
+        overwrite: replace an earlier report.
+        progress: show progress bars.
+
+    Returns:
+        The numbers, as in ``report.json``. Per layer, `sqnr` is 10 log10(|y|^2 / |y_hat - y|^2) in dB over all held
+        tokens: y from the layer of the smoothed float model, y_hat from its `W8A8Linear` (exact int8 numerics) on the
+        same input, so noise of earlier layers is not in it. `sqnr_naive` is the same without smoothing.
+
+    Files:
+        ``report.html`` (one file: no script, no network), the figures (.png), ``report.json``, and, where advice was
+        found, ``advised.json``: `config` with all of it, for ``quantize --config``.
+
+    Memory:
+        The model and a smoothed copy; beside them, for one layer at a time, its int8 form and its input and output of
+        one batch; per channel the maxima; 128 tokens of five layers' inputs. With `text` also a quantised copy and up
+        to 2 GiB of log-probabilities.
+
+    Raises:
+        SmoothQuantError: as in `smooth_lm`; matplotlib is not installed; the folder exists or cannot be written.
+
+    Equivalent to:
+        y, y_hat = linear(x), W8A8Linear.from_linear(linear, ...)(x)
+        sqnr = 10 * (y.square().sum() / (y_hat - y).square().sum()).log10()
+
+    Source: SmoothQuant (Xiao et al., 2022), figures 1 and 4, sections 3 and 4.
+    """
+    config = config or SmoothQuantConfig()
+    directory = Path(directory)
+    check_report_folder(directory, overwrite=overwrite)
+    if text is not None and tokenizer is None:
+        raise SmoothQuantError("to evaluate on text, make_report needs the tokenizer as well.")
+    if tokens < 1:
+        raise SmoothQuantError(f"tokens must be at least 1, got {tokens}.")
+    batches = list(
+        calibration_batches(
+            held, tokenizer=tokenizer, window=config.calibration_window, max_tokens=tokens
+        )
+    )
+    if not batches:
+        raise SmoothQuantError("the held data is empty: give at least one batch with tokens.")
+    statistics = data
+    if not isinstance(statistics, ActivationStatistics):
+        note("calibrating")
+        statistics = calibrate_model(
+            model, statistics, config, tokenizer=tokenizer, progress=progress
+        )
+    note("smoothing a copy")
+    smoothed = smooth_lm(copy.deepcopy(model), statistics, config=config)
+    info: dict[str, Any] = getattr(smoothed, INFO)
+    layers = _layers(model, info, statistics, config)
+    chosen = _figure_layers(layers)
+    note(f"measuring {len(layers)} layers, not smoothed and smoothed")
+    before = _measure_naive(model, layers, statistics, batches, config, chosen)
+    after = _measure_smoothed(smoothed, layers, batches, config, chosen)
+    for layer in layers:
+        layer["sqnr_naive"], layer["sqnr"] = before.sqnr(layer["name"]), after.sqnr(layer["name"])
+    worst = sorted(
+        (la for la in layers if la["sqnr"] is not None), key=lambda la: (la["sqnr"], la["name"])
+    )[:_WORST]
+    note(f"trying other settings for the worst {len(worst)} layers")
+    named = {layer["name"]: layer for layer in layers}
+    advice = advise(
+        model, smoothed, [la["name"] for la in worst], named, statistics, batches, config
+    )
+    document: Document = {
+        "format_version": 1,
+        "model": name or type(model).__name__,
+        "config": config.to_dict(),
+        "calibration": {"source": sources[0], "tokens": statistics.tokens},
+        "held": {"source": sources[1], "tokens": after.tokens},
+        "summary": _summary(layers, info),
+        "verification": info["verification"] if config.smooth else None,
+        "layers": layers,
+        "skipped": info["skipped"],
+        "advice": advice,
+        "figures": [_channels(model, named[n], statistics, config) for n in chosen],
+        "evaluation": None,
+    }
+    if text is not None:
+        document["evaluation"] = _evaluate(
+            model, smoothed, statistics, config, text, tokenizer, tokens
+        )
+    del smoothed
+    with new_folder(directory, marker=NUMBERS, overwrite=overwrite) as folder:
+        pictures = _report_plots.draw(document, before.shown, after.shown, folder)
+        (folder / NUMBERS).write_text(json_text(document) + "\n", encoding="utf-8")
+        advised = advised_config(config, advice)
+        if advised != config:
+            (folder / ADVISED).write_text(advised.to_json() + "\n", encoding="utf-8")
+        page = _report_page.page(
+            document, pictures, folder, advised=ADVISED if advised != config else None
+        )
+        (folder / PAGE).write_text(page, encoding="utf-8")
+    return document
+
+
+def check_report_folder(directory: Path, *, overwrite: bool) -> None:
+    """Finds out, before long work, whether the report could be drawn and written."""
+    if not has_matplotlib():
+        raise SmoothQuantError(
+            "a report needs matplotlib for its figures: run `pip install matplotlib`."
+        )
+    if directory.exists() and not directory.is_dir():
+        raise SmoothQuantError(f"{directory} is a file: give the name of a folder.")
+    if directory.is_dir() and any(directory.iterdir()):
+        if not overwrite:
+            raise SmoothQuantError(f"{directory} exists already; give another name, or --force.")
+        if not (directory / NUMBERS).is_file():
+            raise SmoothQuantError(
+                f"{directory} is not a report and is not replaced; give another name."
+            )
+
+
+def advised_config(config: SmoothQuantConfig, advice: Iterable[Document]) -> SmoothQuantConfig:
+    """The configuration with all the settings that the advice names; the same one if there are none."""
+    alphas, schemes = dict(config.alphas), dict(config.schemes)
+    for entry in advice:
+        settings = entry["settings"] or {}
+        alphas.update(settings.get("alphas", {}))
+        schemes.update(settings.get("schemes", {}))
+    return config.replace(alphas=alphas, schemes=schemes)
+
+
+# --- the layers -------------------------------------------------------------------------------------------------------
+
+
+def split_name(name: str) -> tuple[int, str]:
+    """The number of the block (0 without one) and the layer's role in it: ``(3, "mlp.experts.*.w1")``."""
+    parts = name.split(".")
+    for i, part in enumerate(parts):
+        if part.isdigit() and i + 1 < len(parts):
+            return int(part), ".".join("*" if p.isdigit() else p for p in parts[i + 1 :])
+    return 0, name
+
+
+def _layers(
+    model: nn.Module,
+    info: dict[str, Any],
+    statistics: ActivationStatistics,
+    config: SmoothQuantConfig,
+) -> list[Document]:
+    naive = config.replace(smooth=False)
+    linears, _ = partition_linears(model, config.skip)
+    layers = []
+    for layer in info["layers"]:
+        name, peak = layer["name"], layer["x_peak"]
+        index, role = split_name(name)
+        entry = {
+            **layer,
+            "index": index,
+            "role": role,
+            "activation_scheme": config.scheme_of(peak, name),
+            "naive_scheme": naive.scheme_of(peak, name),
+            "float_bytes": weight_of(linears[name]).element_size(),
+            "channel_peak": None,
+            "channel_peak_smoothed": None,
+        }
+        if name in statistics.absmax:
+            absmax = statistics.absmax[name]
+            factors = layer_factors(model, layer["group"], statistics, layer["alpha"], config)
+            entry["channel_peak"] = peak_to_median(absmax)
+            entry["channel_peak_smoothed"] = peak_to_median(absmax / factors)
+        layers.append(entry)
+    return layers
+
+
+def _measure_naive(
+    model: nn.Module,
+    layers: Sequence[Document],
+    statistics: ActivationStatistics,
+    batches: Sequence[Batch],
+    config: SmoothQuantConfig,
+    shown: Sequence[str],
+) -> Measured:
+    stands = {}
+    for layer in layers:
+        if (absmax := statistics.absmax.get(layer["name"])) is not None:
+            plan = Plan(None, layer["naive_scheme"], float(absmax.max()))
+            stands[layer["name"]] = [stand_in(plan, layer["name"], config)]
+    return measure(model, stands, batches, shown=shown)
+
+
+def _measure_smoothed(
+    smoothed: nn.Module,
+    layers: Sequence[Document],
+    batches: Sequence[Batch],
+    config: SmoothQuantConfig,
+    shown: Sequence[str],
+) -> Measured:
+    stands = {}
+    for layer in layers:
+        if layer["x_absmax"] is not None:
+            plan = Plan(layer["alpha"], layer["activation_scheme"], layer["x_absmax"])
+            stands[layer["name"]] = [stand_in(plan, layer["name"], config)]
+    return measure(smoothed, stands, batches, shown=shown)
+
+
+def _figure_layers(layers: Sequence[Document]) -> list[str]:
+    """The layer with the greatest channel outlier of each role, one of each group of readers, the worst first."""
+    worst: dict[str, Document] = {}
+    for layer in layers:
+        if layer["channel_peak"] is None:
+            continue
+        reader = split_name(layer["group"][0])[1]  # q, k and v read one tensor: one figure
+        known = worst.get(reader)
+        if known is None or layer["channel_peak"] > known["channel_peak"]:
+            worst[reader] = layer
+    return [layer["name"] for layer in sorted(worst.values(), key=lambda la: -la["channel_peak"])][
+        :_FIGURES
+    ]
+
+
+def _channels(
+    model: nn.Module,
+    layer: Document,
+    statistics: ActivationStatistics,
+    config: SmoothQuantConfig,
+) -> Document:
+    """Maxima per channel over the calibration tokens, to six digits."""
+    absmax = statistics.absmax[layer["name"]]
+    factors = layer_factors(model, layer["group"], statistics, layer["alpha"], config)
+
+    def digits(values: Tensor) -> list[float]:
+        return [float(f"{v:.6g}") for v in values.tolist()]
+
+    return {
+        "layer": layer["name"],
+        "absmax": digits(absmax),
+        "absmax_smoothed": digits(absmax / factors),
+    }
+
+
+# --- the whole --------------------------------------------------------------------------------------------------------
+
+
+def _summary(layers: Sequence[Document], info: dict[str, Any]) -> Document:
+    def numbers(key: str) -> Document:
+        values = [layer[key] for layer in layers if layer[key] is not None]
+        return {"median": stats.median(values), "worst": min(values)} if values else {}
+
+    hows = [layer["smoothing"] for layer in layers]
+    return {
+        "quantised": len(layers),
+        **{how: hows.count(how) for how in ("folded", "runtime", "none")},
+        "skipped": len(info["skipped"]),
+        "sqnr_naive": numbers("sqnr_naive"),
+        "sqnr": numbers("sqnr"),
+    }
+
+
+def _evaluate(
+    model: nn.Module,
+    smoothed: nn.Module,
+    statistics: ActivationStatistics,
+    config: SmoothQuantConfig,
+    text: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: int,
+) -> Document:
+    """Perplexity and KL of the float model, of naive W8A8 and of the smoothed model, which is quantised in place."""
+    reference = Reference(model)
+
+    def score(what: str, candidate: nn.Module) -> Document:
+        note(f"evaluating {what}")
+        result = evaluate(
+            candidate, text, tokenizer, reference=reference, max_tokens=tokens,
+            window=config.calibration_window,
+        )  # fmt: skip
+        return {k: v for k, v in result.to_dict().items() if k != "seconds"}
+
+    done = {"float": score("the float model", model)}
+    done["smoothed"] = score("the smoothed int8 model", quantize_model(smoothed, config=config))
+    if config.smooth:
+        plain = dataclasses.replace(config, smooth=False)
+        naive = smooth_lm(copy.deepcopy(model), statistics, config=plain)
+        done["naive"] = score("the int8 model without smoothing", quantize_model(naive))
+    return done

@@ -1,0 +1,339 @@
+"""Quantising a checkpoint that is larger than memory: one block's weights at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from smoothquant_kernels import _skeleton as skeletons
+from smoothquant_kernels._folder import _check_target, _put, _seal
+from smoothquant_kernels._manifest import MANIFEST, FileEntry, TensorEntry
+from smoothquant_kernels._safetensors import dtype_name, unique, write_safetensors
+from smoothquant_kernels._stream_blocks import BlockChain, BlockView
+from smoothquant_kernels._stream_source import (
+    IN_MEMORY,
+    WeightSource,
+    empty_model,
+    fill,
+    match_names,
+    owned_outside,
+)
+from smoothquant_kernels._stream_work import WorkFolder, digest_of, remove, work_folder
+from smoothquant_kernels.calibrate import (
+    ActivationStatistics,
+    CalibrationData,
+    Recorder,
+    calibration_bar,
+    calibration_batches,
+    count_tokens,
+    small_batch,
+)
+from smoothquant_kernels.checkpoint import (
+    check_scales,
+    check_tokenizer,
+    config_texts,
+    constructed_again,
+    make_manifest,
+    non_persistent_buffers,
+    package_version,
+    write_other_files,
+)
+from smoothquant_kernels.config import SmoothQuantConfig
+from smoothquant_kernels.convert import quantize_model
+from smoothquant_kernels.errors import SmoothQuantError
+from smoothquant_kernels.modules import Batch, evaluating, partition_linears
+from smoothquant_kernels.smooth import INFO, _relative_difference, smooth_lm
+
+
+def quantize_streamed(
+    source: str | Path,
+    directory: str | Path,
+    data: CalibrationData,
+    config: SmoothQuantConfig | None = None,
+    *,
+    tokenizer: Any = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    overwrite: bool = False,
+    resume: bool = True,
+    progress: bool = True,
+) -> Path:
+    """Calibrates, smooths, quantises and saves a model of which one block at a time is in memory.
+
+    Memory: about two blocks, the weights outside the blocks (embeddings, head), and the hidden states of all
+    calibration tokens (tokens x hidden size). The folder that `load_quantized` reads appears when all is done. Until
+    then the work is in `.<name>.partial` beside it and survives an error or a killed process: the same call goes on
+    behind the last finished block.
+
+    Args:
+        source: a local folder with config.json and safetensors, of a transformers model whose blocks form a chain
+            (decoders and encoders; docs/streaming.md).
+        directory: the folder to write.
+        data: token-id tensors [T] or [B, T], dicts of tensors, or strings (with `tokenizer`).
+        config: `SmoothQuantConfig()` by default.
+        tokenizer: turns strings into token ids; its files are written too.
+        dtype: of the float model; None is that of config.json.
+        device: where the block that has the turn is computed; None is the CPU.
+        overwrite: replace an existing checkpoint, which is lost only after the new one is complete.
+        resume: go on with what an interrupted call left. If that call was another (source, data, settings), it is
+            an error; False drops what is left and starts anew.
+        progress: show a progress bar.
+
+    Returns:
+        The folder.
+
+    Raises:
+        SmoothQuantError: the source is not such a folder or such a model, what `smooth_lm` and `quantize_model`
+            raise, the folder exists, unfinished work there belongs to another call, or the disk refuses.
+
+    Equivalent to:
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        save_quantized(smooth_and_quantize(model, data, config), directory), in other files
+
+    Source: SmoothQuant (Xiao et al., 2022).
+    """
+    config = config or SmoothQuantConfig()
+    check_tokenizer(tokenizer)
+    target = Path(directory).expanduser().resolve()
+    _check_target(target, MANIFEST, overwrite)
+    weights = WeightSource(Path(source).expanduser().resolve())
+    model = empty_model(weights.folder, dtype)
+    batches = list(
+        calibration_batches(
+            data,
+            tokenizer=tokenizer,
+            window=config.calibration_window,
+            max_tokens=config.calibration_tokens,
+        )
+    )
+    if not batches:
+        ActivationStatistics().check_not_empty()
+    call = {
+        "source": [str(weights.folder), weights.identity()],
+        "dtype": str(model.dtype),
+        "config": config.to_dict(),
+        "calibration data": digest_of(batches),
+        "release": [package_version(), torch.__version__],
+    }
+    try:
+        with work_folder(target, call, resume=resume) as work, evaluating(model):
+            stream = _Stream(model, weights, batches, config, work, torch.device(device or "cpu"))
+            stream.run(progress=progress)
+            stream.finish(tokenizer)
+            _seal(work.checkpoint)
+            _put(work.checkpoint, target, overwrite)
+            remove(work.folder)
+    except OSError as error:
+        raise SmoothQuantError(
+            f"{target} cannot be written ({error.strerror or error}): free some space, then repeat the call to go on."
+        ) from error
+    return target
+
+
+class _Stream:
+    """One call: the chain of blocks, the hidden states in front of the next one, and the records of those done."""
+
+    def __init__(
+        self,
+        model: Any,
+        weights: WeightSource,
+        batches: list[Batch],
+        config: SmoothQuantConfig,
+        work: WorkFolder,
+        device: torch.device,
+    ) -> None:
+        self.model, self.weights, self.batches = model, weights, batches
+        self.config, self.work, self.device = config, work, device
+        self.names = match_names(model, weights)
+        self.order = [name for name, _ in model.named_modules()]
+        # Refuses early if nothing is to be quantised; what each layer computes is tried when it has its weights.
+        _, self.skipped_at_first = partition_linears(model, config.skip)
+        self.chain = BlockChain(model)
+        if tied := owned_outside(model, self.chain.empty):
+            raise SmoothQuantError(f"{tied[0]} is shared between blocks: {IN_MEMORY}.")
+        fill(model, "", self.names, weights)  # the blocks are out of it: this is the rest
+        model.to(device)
+        self.sample = small_batch(batches[0])
+        self.records = work.records()
+        # In front of the next block: of all batches, and of the sample in the original and in the smoothed model.
+        self.hidden: list[Tensor | None] = [None] * len(batches)
+        self.original: Tensor | None = None
+        self.smoothed: Tensor | None = None
+
+    # --- blocks ---
+
+    def run(self, *, progress: bool) -> None:
+        """All blocks that are not done yet."""
+        done = len(self.records)
+        if done:
+            states = self.work.hidden(done)
+            self.hidden = [states[f"batch.{i}"] for i in range(len(self.batches))]
+            self.original, self.smoothed = states["original"], states["smoothed"]
+            self.chain.tuples = self.records[-1]["tuples"]
+        else:
+            self.chain.prove(self._block(0), self.sample)
+        with calibration_bar(progress) as bar:
+            task = bar.add_task("quantising (blocks)", total=len(self.chain.names), completed=done)
+            for index in range(done, len(self.chain.names)):
+                self._do_block(index)
+                bar.advance(task)
+
+    def _block(self, index: int) -> nn.Module:
+        block = self.chain.copy_of(index)
+        fill(block, f"{self.chain.names[index]}.", self.names, self.weights)
+        return block.to(self.device)
+
+    def _do_block(self, index: int) -> None:
+        block = self._block(index)
+        original = self.original
+
+        def output(batch: Mapping[str, Tensor]) -> Tensor:
+            return self.chain.output_after(index, block, batch, original)
+
+        view = BlockView(self.chain.names[index], block, output)
+        linears, skipped = self._linears(view, index)
+        self.original, self.smoothed = self._measure(index, block, view, linears)
+        if linears:
+            quantize_model(view, config=self.config)
+        tensors, tied = unique(block.state_dict(prefix=f"{self.chain.names[index]}."))
+        modules, shared = skeletons.describe_modules(view)
+        check_scales(tensors, modules)
+        shard = f"smoothquant-{index + 1:05}-of-{len(self.chain.names) + 1:05}.safetensors"
+        entry = write_safetensors(self.work.checkpoint / shard, tensors)
+        record = {
+            "layers": getattr(view, INFO, {}).get("layers", []),
+            "skipped": skipped,
+            "modules": modules,
+            "shared": shared,
+            "tensors": _entries(tensors, shard),
+            "tied": tied,
+            "file": [shard, entry],
+            "tuples": self.chain.tuples,
+        }
+        states = {f"batch.{i}": h for i, h in enumerate(self.hidden) if h is not None}
+        states |= {"original": self.original, "smoothed": self.smoothed}
+        self.work.finish_block(index, record, states)
+        self.records.append(record)
+
+    def _linears(self, view: nn.Module, index: int) -> tuple[dict[str, nn.Module], dict[str, str]]:
+        """The linears of a block to quantise, and those that stay; there may be none to quantise."""
+        try:
+            return partition_linears(view, self.config.skip)
+        except SmoothQuantError:
+            prefix = f"{self.chain.names[index]}."
+            return {}, {n: r for n, r in self.skipped_at_first.items() if n.startswith(prefix)}
+
+    def _measure(
+        self, index: int, block: nn.Module, view: nn.Module, linears: Mapping[str, nn.Module]
+    ) -> tuple[Tensor, Tensor]:
+        """Calibrates and smooths the block; the sample behind it, in the original and in the smoothed model."""
+        statistics = self._statistics(linears)
+        with Recorder(statistics, linears) as recorder:
+            for i, batch in enumerate(self.batches):
+                recorder.start(batch)
+                self.hidden[i] = self.chain.step(index, block, batch, self.hidden[i]).cpu()
+        statistics.check_finite()
+        original = self.chain.step(index, block, self.sample, self.original).cpu()
+        if linears:
+            statistics.check_not_empty()
+            smooth_lm(view, statistics, config=self.config)
+        return original, self.chain.step(index, block, self.sample, self.smoothed).cpu()
+
+    def _statistics(self, linears: Mapping[str, nn.Module]) -> ActivationStatistics:
+        tokens = sum(count_tokens(batch) for batch in self.batches)
+        return ActivationStatistics(tokens=tokens, sample=self.sample, watched=tuple(linears))
+
+    # --- the rest ---
+
+    def _do_rest(self) -> tuple[list[dict[str, Any]], dict[str, str], float]:
+        """Smooths and quantises linears outside the blocks; their entries, what is skipped, and the model's change."""
+        model = self.model
+        before = self.chain.finish(self.sample, _known(self.original))
+        try:
+            linears, skipped = partition_linears(model, self.config.skip)
+        except SmoothQuantError:  # the usual case
+            rest, linears = {name for name, _ in model.named_modules()}, {}
+            skipped = {n: r for n, r in self.skipped_at_first.items() if n in rest}
+        if linears:
+            statistics = self._statistics(linears)
+            with Recorder(statistics, linears) as recorder:
+                for batch, hidden in zip(self.batches, self.hidden, strict=True):
+                    recorder.start(batch)
+                    self.chain.finish(batch, _known(hidden), logits=False)
+            statistics.check_finite()
+            # With all blocks left out, what is before them and what is behind them is a small model.
+            smooth_lm(model, statistics, config=self.config)
+        change = _relative_difference(self.chain.finish(self.sample, _known(self.smoothed)), before)
+        if linears:
+            quantize_model(model, config=self.config)
+        return getattr(model, INFO, {}).get("layers", []), skipped, change
+
+    def finish(self, tokenizer: Any) -> None:
+        """The rest's shard, the configuration and the manifest, as `save_quantized` has them."""
+        model, records = self.model, self.records
+        layers, skipped, change = self._do_rest()
+        rest, tied = unique(model.state_dict())
+        modules, shared = skeletons.describe_modules(model)
+        for record in records:
+            layers = layers + record["layers"]
+            skipped = skipped | record["skipped"]
+            modules, shared = modules | record["modules"], shared | record["shared"]
+            tied = tied | record["tied"]
+        place = {name: i for i, name in enumerate(self.order)}
+        info = {
+            "config": self.config.to_dict(),
+            "layers": sorted(layers, key=lambda layer: place[layer["name"]]),
+            "skipped": [
+                {"name": n, "reason": r}
+                for n, r in sorted(skipped.items(), key=lambda s: place[s[0]])
+            ],
+            "verification": {"relative_change": change, "bit_exact": change == 0.0},
+            "calibration_tokens": sum(count_tokens(batch) for batch in self.batches),
+        }
+        setattr(model, INFO, info)
+        check_scales(rest, modules)
+        self.chain.restore()
+        made = {name: skeletons.make_module(name, values) for name, values in modules.items()}
+        made |= {alias: made[name] for alias, name in shared.items()}
+        inside = tuple(f"{name}." for name in self.chain.names)
+        skeletons.install(model, {n: m for n, m in made.items() if n.startswith(inside)})
+        texts = config_texts(model)
+        again = constructed_again(model, texts)
+        names = list(model.state_dict())
+        buffers = non_persistent_buffers(model, again, set(names))
+        rest |= buffers
+        shard = f"smoothquant-{len(records) + 1:05}-of-{len(records) + 1:05}.safetensors"
+        entries = _entries(rest, shard)
+        for record in records:
+            entries |= record["tensors"]
+        manifest = make_manifest(
+            model,
+            again,
+            modules={n: modules[n] for n in self.order if n in modules},
+            shared=shared,
+            tensors={n: entries[n] for n in [*names, *buffers] if n in entries},
+            tied=tied,
+            non_persistent=list(buffers),
+        )
+        folder = self.work.checkpoint
+        files: dict[str, FileEntry] = {r["file"][0]: r["file"][1] for r in records}
+        manifest.files.update(files)
+        manifest.files[shard] = write_safetensors(folder / shard, rest)
+        write_other_files(folder, manifest, texts, tokenizer)
+        (folder / MANIFEST).write_text(manifest.to_json(), "utf-8")
+
+
+def _entries(tensors: Mapping[str, Tensor], file: str) -> dict[str, TensorEntry]:
+    return {
+        name: {"file": file, "dtype": dtype_name(t), "shape": list(t.shape)}
+        for name, t in tensors.items()
+    }
+
+
+def _known(hidden: Tensor | None) -> Tensor:
+    assert hidden is not None  # behind the first block it is
+    return hidden

@@ -1,0 +1,170 @@
+"""What smoothing does to each family of `families.py`, and the page that tells it.
+
+`python tests/family_table.py --write` rewrites docs/families.md; tests/test_families.py compares it with what happens.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import transformers as t
+from families import FAMILIES
+from torch import nn
+
+from smoothquant_kernels import SmoothQuantConfig, smooth_lm
+
+PATH = Path(__file__).resolve().parents[1] / "docs" / "families.md"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A float model, the same model smoothed, and the account that `smooth_lm` gave."""
+
+    model: nn.Module
+    smoothed: nn.Module
+    info: dict[str, Any]
+
+
+@functools.cache
+def smoothed(family: str) -> Outcome:
+    """With powers of two, so that the outputs can be compared bit for bit. Not to be changed: it is made once."""
+    data = [FAMILIES[family].inputs(seed) for seed in (3, 4)]
+    model = FAMILIES[family].make()
+    config = SmoothQuantConfig(smooth_rounding="power_of_two")
+    result = smooth_lm(copy.deepcopy(model), data, config=config, progress=False)
+    return Outcome(model, result, result.smoothquant_info)
+
+
+def role(name: str) -> str:
+    """A module's name without the numbers of layers."""
+    return ".".join(part for part in name.split(".") if not part.isdigit())
+
+
+@dataclass(frozen=True)
+class Row:
+    """One thing that happens to some linears: ``folded``, ``runtime``, ``none`` or ``float``, and into what or why."""
+
+    linears: tuple[str, ...]
+    how: str
+    why: str
+
+
+def _outcomes(info: dict[str, Any], short: Callable[[str], str]) -> list[Row]:
+    layers = {layer["name"]: layer for layer in info["layers"]}
+    rows = []
+    for name, layer in layers.items():
+        # what was folded together is told together
+        together = layer["group"] if layer["smoothing"] == "folded" else [name]
+        why = " ".join(short(word) for word in layer["reason"].split(" "))
+        rows.append(Row(tuple(dict.fromkeys(map(short, together))), layer["smoothing"], why))
+    rows += [Row((short(s["name"]),), "float", s["reason"]) for s in info["skipped"]]
+    return list(dict.fromkeys(rows))
+
+
+def rows(family: str) -> list[Row]:
+    """What happens to a family's linears, layers taken together, under names as short as is not ambiguous."""
+    outcome = smoothed(family)
+    names = {n for n, _ in outcome.model.named_modules() if n}
+    info = outcome.info
+    listed = [entry["name"] for entry in (*info["layers"], *info["skipped"])]
+    for length in range(1, 9):
+
+        def short(word: str, length: int = length) -> str:
+            bare = word.strip("(),")
+            return (
+                word.replace(bare, ".".join(role(bare).split(".")[-length:]))
+                if bare in names
+                else word
+            )
+
+        result = _outcomes(info, short)
+        told: dict[str, dict[str, set[Row]]] = {}
+        for entry in listed:
+            mine = {row for row in result if short(entry) in row.linears}
+            own = {
+                row
+                for row in _outcomes(_only(info, role(entry)), short)
+                if short(entry) in row.linears
+            }
+            told.setdefault(short(entry), {})[role(entry)] = own or mine
+        if all(len({frozenset(r) for r in by_role.values()}) == 1 for by_role in told.values()):
+            break
+    return result
+
+
+def _only(info: dict[str, Any], wanted: str) -> dict[str, Any]:
+    return {
+        key: [entry for entry in info[key] if role(entry["name"]) == wanted]
+        for key in ("layers", "skipped")
+    }
+
+
+_TITLES = {
+    "folded": "folded into",
+    "runtime": "divided at run time, because",
+    "none": "quantised, not smoothed",
+    "float": "left in float",
+}
+
+
+def _cell(found: list[Row], how: str) -> str:
+    """`q k v: reason`, one reason a line."""
+    merged: dict[tuple[str, ...], dict[str, None]] = {}
+    for row in found:
+        if row.how == how:
+            # what is folded together stays together
+            key = (row.why, *row.linears) if how == "folded" else (row.why,)
+            merged.setdefault(key, {}).update(dict.fromkeys(row.linears))
+    lines = []
+    for (why, *_), linears in merged.items():
+        named = ", ".join(f"`{n}`" for n in linears)
+        folded = how == "folded"
+        lines.append(f"{named} -> `{why.removeprefix('into ')}`" if folded else f"{named}: {why}")
+    return "<br>".join(lines)
+
+
+_INTRO = """# Architectures
+
+What `smooth_lm` does to each architecture, as found on a tiny random model of it (two layers, hidden size 32) by
+`tests/test_families.py`, which compares this page with what happens. No family is looked up anywhere: which linears
+read one tensor and what may absorb their factors is traced and proved on the model at hand
+([smoothing.md](smoothing.md)), so a model that is not listed here goes through the same steps.
+
+For every row the test demands that the smoothed model's outputs equal the float model's bit for bit (with factors that
+are powers of two; relative 1e-5 without that rounding), that every linear is in one of the columns, that the routers of
+mixtures of experts give the same logits, and that the int8 model runs and stays near the float one.
+
+* *folded into*: 1 / s is multiplied into that norm's weight, or into the rows of that linear; the layer runs as before.
+* *divided at run time*: the quantiser multiplies by 1 / s while it reads the input. That is always exact.
+* "is read by something else as well (aten.add reads it)": a residual branch, a router or an expert reads the same
+  tensor, and folding would change what it reads.
+* Experts that `transformers` 5 keeps in 3-D parameters stay in float; so do routers that are no `nn.Linear`.
+
+Written by `python tests/family_table.py --write`, with transformers {version}.
+"""
+
+
+def page() -> str:
+    """The text of docs/families.md."""
+    lines = [_INTRO.format(version=t.__version__)]
+    lines.append("| family | " + " | ".join(_TITLES.values()) + " |")
+    lines.append("|---" * (len(_TITLES) + 1) + "|")
+    for family in FAMILIES:
+        found = rows(family)
+        model = type(smoothed(family).model).__name__
+        cells = [_cell(found, how) for how in _TITLES]
+        lines.append(f"| {family} (`{model}`) | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["--write"]:
+        PATH.write_text(page(), encoding="utf-8")
+    else:
+        print(page())

@@ -1,0 +1,66 @@
+"""`quantize --search` and `quantize --stream`: what they write is what the library functions find."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import test_cli
+import torch
+from test_cli import QUANTIZE, Result, refused
+
+from smoothquant_kernels import load_quantized
+
+tiny, text, checkpoint = test_cli.tiny, test_cli.text, test_cli.checkpoint  # fixtures
+
+
+def test_search_writes_a_checkpoint_with_what_it_found(
+    tiny: Path, text: Path, tmp_path: Path
+) -> None:
+    options = tmp_path / "settings.json"
+    options.write_text(json.dumps({"calibration_window": 32, "calibration_tokens": 256}))
+    arguments = ("quantize", tiny, "--search", "--calibration", text, "--config", options)
+    done = Result(*arguments, "-o", tmp_path / "q", "--device", "cpu", "--json").json
+    kept = json.loads((tmp_path / "q.search.json").read_text())
+    config = done["config"]
+    assert config["alphas"] or config["alpha"] is not None or config["clips"]
+    assert json.dumps(config["alphas"]) in json.dumps(kept)  # the file ends as the result
+    assert Result("inspect", tmp_path / "q", "--json").json["config"] == config
+    again = Result(*arguments, "-o", tmp_path / "q", "--force", "--device", "cpu", "--json").json
+    assert again["config"] == config
+    assert json.loads((tmp_path / "q.search.json").read_text()) == kept
+
+
+def test_streaming_writes_the_same_model(
+    tiny: Path, text: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "q"
+    common = ("--calibration", text, *QUANTIZE)
+    done = Result("quantize", tiny, "-o", output, "--stream", *common, "--json").json
+    seen, whole = (Result("inspect", path, "--json").json for path in (output, checkpoint))
+    for key in ("quantised", "smoothing", "groups", "skipped", "config"):
+        assert seen[key] == done[key] == whole[key], key
+    sizes = [layer["out_features"] * layer["in_features"] for layer in seen["layers"]]
+    assert done["bytes"]["linears_before"] == 4 * sum(sizes)
+    ids = torch.arange(3, 15)[None]
+    with torch.no_grad():
+        a, b = (load_quantized(path)(input_ids=ids).logits for path in (output, checkpoint))
+    assert torch.equal(a, b)
+    shown = Result("quantize", tiny, "-o", tmp_path / "r", "--stream", *common)
+    assert shown.code == 0 and "saved" in shown.out, shown.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (("--search", "--stream"), "--search needs the whole model in memory"),
+        (("--search", "--no-smooth"), "nothing to search without smoothing"),
+        (("--restart",), "give both"),
+    ],
+)
+def test_options_that_do_not_go_together(
+    tiny: Path, tmp_path: Path, flags: tuple[str, ...], sentence: str
+) -> None:
+    assert sentence in refused("quantize", tiny, "-o", tmp_path / "q", *flags)
+    assert not (tmp_path / "q").exists()

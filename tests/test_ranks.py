@@ -1,0 +1,187 @@
+"""Statistics of several processes: merged bit for bit as if one had seen all the data; and saved to a file."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import pytest
+import torch
+from checkpoints import assert_same_state, refusal
+from models import make_model, token_batches
+
+from smoothquant_kernels import _statistics as module
+from smoothquant_kernels import smooth_and_quantize, smooth_lm
+from smoothquant_kernels.calibrate import ActivationStatistics, calibrate_model
+
+BATCHES = token_batches(6)
+
+
+def measured(batches: Any) -> ActivationStatistics:
+    return calibrate_model(make_model("llama"), batches, progress=False)
+
+
+def assert_equal(got: ActivationStatistics, expected: ActivationStatistics) -> None:
+    assert (got.tokens, got.watched) == (expected.tokens, expected.watched)
+    for name in ("absmax", "token_absmax", "sample"):
+        a, b = getattr(got, name), getattr(expected, name)
+        assert list(a) == list(b), name
+        assert all(torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in b), name
+
+
+@pytest.mark.parametrize("bound", [4096, 150])
+def test_merging_equals_seeing_all(monkeypatch: pytest.MonkeyPatch, bound: int) -> None:
+    """A bound below the number of tokens (288) is reached in the second part."""
+    monkeypatch.setattr(module, "_PEAK_TOKENS", bound)
+    whole, parts = measured(BATCHES), [measured(BATCHES[:2]), measured(BATCHES[2:])]
+    parts[0].merge(parts[1])
+    assert_equal(parts[0], whole)
+    assert len(next(iter(whole.token_absmax.values()))) == min(288, bound)
+
+
+def test_merging_refuses_another_model() -> None:
+    one, other = measured(BATCHES[:1]), measured(BATCHES[1:])
+    before = copy.deepcopy(one)
+    name = next(iter(other.absmax))
+    other.watched = other.watched[1:]
+    assert f"different layers (1 differ, first {name})" in refusal(lambda: one.merge(other))
+    other.watched = one.watched
+    other.absmax[name] = torch.ones(5)
+    assert f"layer {name} has" in refusal(lambda: one.merge(other))
+    assert_equal(one, before)
+
+
+def test_a_layer_that_only_one_part_called() -> None:
+    """Experts: all were watched, not all were reached."""
+    whole, one, other = measured(BATCHES), measured(BATCHES[:3]), measured(BATCHES[3:])
+    name = one.watched[-1]
+    for part in (one.absmax, one.token_absmax):
+        del part[name]
+    one.merge(other)
+    assert torch.equal(one.absmax[name], other.absmax[name])
+    assert torch.equal(one.absmax[one.watched[0]], whole.absmax[one.watched[0]])
+
+
+def test_file(tmp_path: Path) -> None:
+    statistics = measured(BATCHES)
+    path = statistics.save(tmp_path / "ranges.safetensors")
+    assert_equal(ActivationStatistics.load(path), statistics)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    one, two = (
+        smooth_and_quantize(make_model("llama"), s, progress=False)
+        for s in (statistics, ActivationStatistics.load(path))
+    )
+    assert_same_state(one, two)
+    data = path.read_bytes()
+    for damaged in (
+        data[:-9],
+        data[:40],
+        b"",
+        data.replace(b"kernels statistics", b"kernels statistisc"),
+    ):
+        path.write_bytes(damaged)
+        assert "give another file" in refusal(lambda: ActivationStatistics.load(path))
+    path.write_bytes(data.replace(b'format_version\\": 1', b'format_version\\": 2'))
+    assert "upgrade" in refusal(lambda: ActivationStatistics.load(path))
+    assert "give another file" in refusal(lambda: ActivationStatistics.load(tmp_path / "none"))
+    assert "cannot be written" in refusal(lambda: statistics.save(tmp_path / "none" / "x"))
+    assert "empty" in refusal(lambda: ActivationStatistics().save(tmp_path / "x"))
+
+
+# --- processes --------------------------------------------------------------------------------------------------------
+
+SCRIPT = """
+import sys
+import torch
+import torch.distributed as dist
+sys.path.insert(0, sys.argv[1])
+from test_ranks import BATCHES, measured
+from smoothquant_kernels import SmoothQuantError, _statistics
+rank, folder = int(sys.argv[3]), sys.argv[2]
+dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+for bound in (4096, 150):
+    _statistics._PEAK_TOKENS = bound
+    statistics = measured(BATCHES[:2] if rank == 0 else BATCHES[2:])
+    statistics.all_reduce()
+    statistics.save(f"{folder}/{bound}-{rank}")
+statistics = measured(BATCHES[:1])
+if rank == 1:
+    statistics.watched = (*statistics.watched, "another")
+try:
+    statistics.all_reduce()
+except SmoothQuantError as error:
+    print(error)
+dist.barrier()  # both are still there
+"""
+
+
+def test_two_gloo_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = [sys.executable, "-c", SCRIPT, str(Path(__file__).parent), str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    running = [
+        subprocess.Popen(
+            [*command, str(rank)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        printed = [process.communicate(timeout=120) for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    assert [p.returncode for p in running] == [0, 0], printed
+    said = [out.strip().splitlines()[-1] for out, _ in printed]
+    assert said[0] == said[1]
+    assert said[0].startswith("ranks 0 and 1 measured different layers (1 differ, first another)")
+    for bound in (4096, 150):
+        monkeypatch.setattr(module, "_PEAK_TOKENS", bound)
+        whole = measured(BATCHES)
+        for rank in range(2):
+            assert_equal(ActivationStatistics.load(tmp_path / f"{bound}-{rank}"), whole)
+
+
+def test_all_reduce_needs_a_group() -> None:
+    assert "init_process_group" in refusal(measured(BATCHES[:1]).all_reduce)
+
+
+# --- accelerate -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "places",
+    [
+        {"": "cpu"},
+        {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model": "cpu", "lm_head": "cpu"},
+    ],
+    ids=["one", "several"],
+)
+def test_dispatched_models(places: dict[str, str]) -> None:
+    """With accelerate's hooks on the modules, the result is the same."""
+    plain = smooth_and_quantize(make_model("llama"), BATCHES, progress=False)
+    model = accelerate.dispatch_model(
+        make_model("llama"), places, main_device="cpu", force_hooks=True
+    )
+    assert any(hasattr(m, "_hf_hook") for m in model.modules())
+    assert_same_state(smooth_and_quantize(model, BATCHES, progress=False), plain)
+
+
+@pytest.mark.parametrize("where", ["cpu", "disk"])
+def test_offloaded_models_are_refused(tmp_path: Path, where: str) -> None:
+    model = make_model("llama")
+    if where == "cpu":
+        accelerate.cpu_offload(model, execution_device="cpu")
+    else:
+        accelerate.disk_offload(model, tmp_path, execution_device="cpu")
+    text = refusal(lambda: calibrate_model(model, BATCHES, progress=False))
+    assert "quantize_streamed" in text and "meta" in text
+    text = refusal(lambda: smooth_lm(model, BATCHES, progress=False))
+    assert "quantize_streamed" in text and "meta" in text
