@@ -29,12 +29,12 @@ def new_folder(target: Path, *, marker: str, overwrite: bool) -> Iterator[Path]:
     target = target.expanduser().resolve()  # a link stays, what it points to is replaced
     folder = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
-        _check_target(target, marker, overwrite)
+        check_target(target, marker, overwrite)
         target.parent.mkdir(parents=True, exist_ok=True)
         folder.mkdir()
         yield folder
-        _seal(folder)
-        _put(folder, target, overwrite)
+        seal(folder)
+        put(folder, target, overwrite)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise SmoothQuantError(
@@ -47,7 +47,7 @@ def new_folder(target: Path, *, marker: str, overwrite: bool) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _check_target(target: Path, marker: str, overwrite: bool) -> None:
+def check_target(target: Path, marker: str, overwrite: bool) -> None:
     if target.exists() and not target.is_dir():
         raise SmoothQuantError(f"{target} is a file: give the name of a folder.")
     if not target.exists() or not any(target.iterdir()):
@@ -62,7 +62,7 @@ def _check_target(target: Path, marker: str, overwrite: bool) -> None:
         )
 
 
-def _seal(folder: Path) -> None:
+def seal(folder: Path) -> None:
     """Usual permissions for all files, and everything on the disk before the name appears."""
     for root, _, names in os.walk(folder, topdown=False):
         mode = stat.S_IMODE(os.stat(root).st_mode) & 0o666  # what the umask leaves
@@ -73,7 +73,7 @@ def _seal(folder: Path) -> None:
         _sync(root)
 
 
-def _put(folder: Path, target: Path, overwrite: bool) -> None:
+def put(folder: Path, target: Path, overwrite: bool) -> None:
     old = folder.with_name(folder.name.removesuffix(".tmp") + ".old")
     try:
         if overwrite and target.exists():

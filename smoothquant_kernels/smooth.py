@@ -85,7 +85,7 @@ def smoothable_linears(
 # --- the driver -------------------------------------------------------------------------------------------------------
 
 
-def _relative_difference(output: Tensor, before: Tensor) -> float:
+def relative_difference(output: Tensor, before: Tensor) -> float:
     return float(
         (output.float() - before.float()).abs().max() / before.float().abs().max().clamp_min(1e-30)
     )
@@ -150,7 +150,7 @@ def smooth_lm(
         tolerance = max(config.verify_tolerance, _rounding(before.dtype))
 
         def difference() -> float:
-            return _relative_difference(output_tensor(run(model, small)), before)
+            return relative_difference(output_tensor(run(model, small)), before)
 
         outcomes = _apply(
             model, groups, statistics, peaks, config, lambda: difference() <= tolerance

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from smoothquant_kernels import _skeleton as skeletons
-from smoothquant_kernels._folder import _check_target, _put, _seal
+from smoothquant_kernels._folder import check_target, put, seal
 from smoothquant_kernels._manifest import MANIFEST, FileEntry, TensorEntry
 from smoothquant_kernels._safetensors import dtype_name, unique, write_safetensors
 from smoothquant_kernels._stream_blocks import BlockChain, BlockView
@@ -46,7 +46,7 @@ from smoothquant_kernels.config import SmoothQuantConfig
 from smoothquant_kernels.convert import quantize_model
 from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.modules import Batch, evaluating, partition_linears
-from smoothquant_kernels.smooth import INFO, _relative_difference, smooth_lm
+from smoothquant_kernels.smooth import INFO, relative_difference, smooth_lm
 
 
 def quantize_streamed(
@@ -99,7 +99,7 @@ def quantize_streamed(
     config = config or SmoothQuantConfig()
     check_tokenizer(tokenizer)
     target = Path(directory).expanduser().resolve()
-    _check_target(target, MANIFEST, overwrite)
+    check_target(target, MANIFEST, overwrite)
     weights = WeightSource(Path(source).expanduser().resolve())
     model = empty_model(weights.folder, dtype)
     batches = list(
@@ -124,8 +124,8 @@ def quantize_streamed(
             stream = _Stream(model, weights, batches, config, work, torch.device(device or "cpu"))
             stream.run(progress=progress)
             stream.finish(tokenizer)
-            _seal(work.checkpoint)
-            _put(work.checkpoint, target, overwrite)
+            seal(work.checkpoint)
+            put(work.checkpoint, target, overwrite)
             remove(work.folder)
     except OSError as error:
         raise SmoothQuantError(
@@ -197,6 +197,7 @@ class _Stream:
         view = BlockView(self.chain.names[index], block, output)
         linears, skipped = self._linears(view, index)
         self.original, self.smoothed = self._measure(index, block, view, linears)
+        skipped |= {s["name"]: s["reason"] for s in getattr(view, INFO, {}).get("skipped", [])}
         if linears:
             quantize_model(view, config=self.config)
         tensors, tied = unique(block.state_dict(prefix=f"{self.chain.names[index]}."))
@@ -267,7 +268,7 @@ class _Stream:
             statistics.check_finite()
             # With all blocks left out, what is before them and what is behind them is a small model.
             smooth_lm(model, statistics, config=self.config)
-        change = _relative_difference(self.chain.finish(self.sample, _known(self.smoothed)), before)
+        change = relative_difference(self.chain.finish(self.sample, _known(self.smoothed)), before)
         if linears:
             quantize_model(model, config=self.config)
         return getattr(model, INFO, {}).get("layers", []), skipped, change
