@@ -41,7 +41,7 @@ demo: $(STAMP)
 	$(BIN)/smoothquant-kernels demo $(DEMO_ARGS)
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(PYTEST_WORKERS) --dist loadgroup tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(PYTEST_WORKERS) --dist loadgroup --durations=15 tests
 
 # Only what uses the built library: the rest is in `make test`. The variable turns "not loaded" from a skip into
 # a failure.

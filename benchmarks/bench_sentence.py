@@ -27,6 +27,7 @@ from smoothquant_kernels import (
     SmoothQuantError,
     calibrate_model,
     quantize_model,
+    search_config,
     smooth_lm,
 )
 from smoothquant_kernels.calibrate import ActivationStatistics
@@ -109,15 +110,21 @@ class Bench:
     def __init__(self, count: int = 300, calibration: int = 256) -> None:
         self.model, self.tokenizer = load_minilm()
         self.texts = sentences("evaluation", count)
-        data = list(batches(sentences("calibration", calibration), self.tokenizer))
+        self.data = list(batches(sentences("calibration", calibration), self.tokenizer))
         self.statistics: ActivationStatistics = calibrate_model(
-            self.model, data, SmoothQuantConfig(calibration_tokens=1 << 20), progress=False
+            self.model, self.data, SmoothQuantConfig(calibration_tokens=1 << 20), progress=False
         )
         self.reference = embed(self.model, self.tokenizer, self.texts)
 
     def quantised(self, **settings: Any) -> Any:
         config = SmoothQuantConfig(**settings)
         return quantize_model(smooth_lm(copy.deepcopy(self.model), self.statistics, config=config))
+
+    def searched(self, share: float) -> dict[str, Any]:
+        """Settings for static scales, a part of the groups per token, found on the calibration sentences."""
+        config = SmoothQuantConfig(activation_scheme="static", calibration_tokens=1 << 20)
+        result = search_config(self.model, self.data, config, per_token_share=share, progress=False)
+        return result.config.to_dict()
 
     def cosines(self, model: nn.Module) -> Tensor:
         """[sentences] float64, between the embeddings by the model and by the float one."""
@@ -154,6 +161,7 @@ def main() -> None:
     parser.add_argument("--sentences", type=int, default=300)
     parser.add_argument("--calibration", type=int, default=256, help="sentences")
     parser.add_argument("--alphas", type=float, nargs="*", default=[0.5, 0.8])
+    parser.add_argument("--shares", type=float, nargs="*", default=[0.1, 0.35])
     parser.add_argument("--config", type=Path, help="a SmoothQuantConfig as JSON: one more row")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -175,6 +183,10 @@ def main() -> None:
     cases.append(
         ("the same, MLP per token", {"activation_scheme": "static", "schemes": MLP_PER_TOKEN})
     )
+    for share in args.shares:
+        cases.append(
+            (f"searched, at most {share:.0%} of the groups per token", bench.searched(share))
+        )
     if args.config is not None:
         config = SmoothQuantConfig.from_json(args.config.read_text())
         cases.append((args.config.stem, config.to_dict()))
