@@ -22,7 +22,7 @@ from torch import Tensor, UntypedStorage, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from smoothquant_kernels.modules import Batch, Hooks, evaluating, run
+from smoothquant_kernels.modules import Batch, Hooks, evaluating, run, tensors_in
 
 #: How the reasons of `read_elsewhere` end.
 READ_ELSEWHERE = "reads its parameters from outside: stays in float"
@@ -96,7 +96,7 @@ class Readers(TorchDispatchMode):
 
     def refuse_output(self, output: Any) -> None:
         """What the model returns is read by its caller."""
-        for t in _tensors(output):
+        for t in tensors_in(output):
             self.refuse(self._marks.get(_storage(t), 0), "the model returns it")
 
     def __torch_dispatch__(

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from smoothquant_kernels.config import SmoothQuantConfig
@@ -62,19 +64,20 @@ class Validation:
     Attributes:
         tokens: predictions compared.
         fixed_kl, searched_kl: mean KL divergence from the float model, nats.
-        difference, stderr: mean of searched minus fixed, paired, and its standard error.
+        difference, stderr: mean of searched minus fixed, paired, and its standard error; None of fewer than four.
     """
 
     tokens: int
     fixed_kl: float
     searched_kl: float
     difference: float
-    stderr: float
+    stderr: float | None
 
     @property
     def worse(self) -> bool:
         """Whether the searched settings lose by more than the standard error."""
-        return not self.difference <= self.stderr
+        bound = self.stderr if self.stderr is not None else 0.0
+        return not self.difference <= bound
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,7 @@ class SearchResult:
         Raises:
             SmoothQuantError: it cannot be read, is not one, or the search has not finished.
         """
-        content = _read(Path(path))
+        content = _read(Path(path).expanduser())
         if content["result"] is None:
             raise SmoothQuantError(
                 f"the search in {path} was interrupted: run it again with this path, it goes on from there."
@@ -172,8 +175,8 @@ class SearchFile:
         Raises:
             SmoothQuantError: the file is of another model, other data or settings, or is not one.
         """
-        file = cls(None if path is None else Path(path), digest)
-        if file.path is not None and file.path.exists():
+        file = cls(None if path is None else Path(path).expanduser(), digest)
+        if file.path is not None and os.path.lexists(file.path):
             content = _read(file.path)
             if content["digest"] != digest:
                 raise SmoothQuantError(
@@ -218,19 +221,16 @@ class SearchFile:
 
 
 def fingerprint(model: nn.Module, batches: Sequence[Batch], settings: Any) -> str:
-    """Tells searches apart: names, shapes and some elements of all parameters, the data, and what was asked for."""
+    """Tells searches apart: all of the model's values, the data, and what was asked for."""
     sha256 = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
 
     def add(name: str, t: Tensor) -> None:
-        step = max(1, t.numel() // 64)
-        some = t.detach().reshape(-1)[::step].double().cpu()
         sha256.update(f"{name} {tuple(t.shape)} {t.dtype}".encode())
-        sha256.update(some.numpy().tobytes())
+        sha256.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
-    for name, parameter in model.named_parameters():
-        add(name, parameter)
+    for name, value in model.state_dict().items():
+        add(name, value)
     for batch in batches:
         for name, value in batch.items():
-            sha256.update(f"{name} {tuple(value.shape)}".encode())
-            sha256.update(value.detach().cpu().contiguous().double().numpy().tobytes())
+            add(name, value)
     return sha256.hexdigest()

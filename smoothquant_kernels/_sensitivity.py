@@ -56,13 +56,22 @@ class Recording:
         )
 
 
-def _rows(t: Tensor, batch: Batch) -> Tensor:
+def _rows(t: Tensor, batch: Batch, mask_name: str = "attention_mask") -> Tensor:
     """[M, last dimension], without the rows of padding tokens."""
-    rows = t.detach().reshape(-1, t.shape[-1])
-    mask = batch.get("attention_mask")
+    rows = t.reshape(-1, t.shape[-1])
+    mask = batch.get(mask_name)
     if mask is not None and mask.dim() == 2 and mask.numel() == rows.shape[0]:
         rows = rows[mask.reshape(-1).bool().to(rows.device)]
     return rows
+
+
+def _predictions(output: Any, batch: Batch) -> Tensor:
+    """[M, last dimension] float32: what stands for the output, without what is predicted at padding."""
+    decoder = any(
+        name.startswith("decoder_") for name in batch
+    )  # then the other mask is the encoder's
+    mask_name = "decoder_attention_mask" if decoder else "attention_mask"
+    return _rows(output_tensor(output).float(), batch, mask_name)
 
 
 @contextmanager
@@ -77,28 +86,27 @@ def _without_parameter_gradients(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def likelihood(output: Any, generator: torch.Generator) -> tuple[Tensor, int]:
+def likelihood(output: Any, batch: Batch, generator: torch.Generator) -> tuple[Tensor, int]:
     """The log-likelihood of outcomes drawn from the model's own predictions, up to a constant; and their number.
 
     Logits predict a label each. Any other output (embeddings, hidden states) is taken for the mean of a normal
     distribution whose width is the output's root mean square, so that the cost of an error is half of its square
     relative to the output's.
     """
-    values = output_tensor(output).float()
+    values = _predictions(output, batch)
     if getattr(output, "logits", None) is not None:
-        log_p = torch.log_softmax(values.reshape(-1, values.shape[-1]), -1)
+        log_p = torch.log_softmax(values, -1)
         p = log_p.detach().exp().cpu()
         labels = torch.multinomial(p, 1, generator=generator).to(log_p.device)
         return log_p.gather(-1, labels).sum(), len(labels)
     noise = torch.randn(values.shape, generator=generator).to(values.device)
     width = values.detach().square().mean().sqrt().clamp_min(1e-30) * values.shape[-1] ** 0.5
-    return (values * noise).sum() / width, values.numel() // values.shape[-1]
+    return (values * noise).sum() / width, len(values)
 
 
-def divergence(expected: Any, output: Any) -> Tensor:
+def divergence(expected: Any, output: Any, batch: Batch) -> Tensor:
     """What `likelihood` makes of two outputs: KL(expected || output) of each row [M], float64 on the CPU."""
-    a, b = (output_tensor(o) for o in (expected, output))
-    a, b = (t.reshape(-1, t.shape[-1]).float() for t in (a, b))
+    a, b = _predictions(expected, batch), _predictions(output, batch)
     if getattr(expected, "logits", None) is not None:
         log_a, log_b = torch.log_softmax(a, -1), torch.log_softmax(b, -1)
         return (log_a.exp() * (log_a - log_b)).sum(-1).double().cpu()
@@ -122,7 +130,7 @@ def record(
     def keep_input(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
             x = args[0] if args else next(iter(kwargs.values()))
-            xs[name].append(_rows(x, batch).clone())
+            xs[name].append(_rows(x.detach(), batch).clone())
 
         return hook
 
@@ -147,11 +155,14 @@ def record(
             for index, batch in enumerate(batches):
                 outputs.clear()
                 generator = torch.Generator().manual_seed(seed + index)
-                loss, count = likelihood(run(model, batch), generator)
+                loss, count = likelihood(run(model, batch), batch, generator)
                 predictions += count
+                if not outputs:  # experts that this batch did not reach
+                    continue
                 found = torch.autograd.grad(loss, [y for _, y in outputs], allow_unused=True)
                 for (name, y), g in zip(outputs, found, strict=True):
-                    gradients[name].append(_rows(torch.zeros_like(y) if g is None else g, batch))
+                    g = torch.zeros_like(y) if g is None else g
+                    gradients[name].append(_rows(g.detach(), batch))
     finally:
         outputs.clear()
         for handle in handles:

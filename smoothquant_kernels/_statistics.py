@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -197,7 +198,8 @@ class ActivationStatistics:
                 f"{target} cannot be written ({error.strerror or error}), nothing was saved: save elsewhere."
             ) from error
         finally:
-            part.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # the name itself may be what the disk refused
+                part.unlink(missing_ok=True)
         return target
 
     @classmethod

@@ -28,6 +28,8 @@ def small_batch(batch: Batch) -> Batch:
     def cut(v: Tensor) -> Tensor:
         if v.shape[:2] == shape[:2]:
             return v[:1, :_SAMPLE_TOKENS]
+        if v.dim() == 4 and v.shape[-2:] == (shape[1], shape[1]):  # a mask [B, 1, T, T]
+            return v[:1, :, :_SAMPLE_TOKENS, :_SAMPLE_TOKENS]
         return v[:1] if v.shape[:1] == shape[:1] else v  # images, decoder tokens of another length
 
     return {k: cut(v) for k, v in batch.items()}
@@ -86,9 +88,7 @@ def calibration_batches(
             if ids is None or ids.dim() != 2:
                 yield batch
                 continue
-            tokens = (
-                int(batch["attention_mask"].sum()) if "attention_mask" in batch else ids.numel()
-            )
+            tokens = count_tokens(batch)
             if ids.numel() == 0:
                 continue
             if tokens > left and ids.shape[0] == 1:

@@ -279,13 +279,18 @@ def _refuse_uncalled(model: nn.Module, trace: _Trace, groups: list[Group]) -> li
         if group.producer is not None:
             k = trace.inputs[group.linears[0]][0].shape[-1]
             for name, width in silent:
-                if width == k and _block(name) == _block(group.producer):
+                if width == k and _within(_block(name), _block(group.producer)):
                     return group.without_producer(
                         f"{name}, not called on the sample, may read {group.producer} too"
                     )
         return group
 
     return [refuse(group) for group in groups]
+
+
+def _within(inner: str, outer: str) -> bool:
+    """Whether a block is the other or a part of it; everything is a part of the model, whose name is empty."""
+    return not outer or inner == outer or inner.startswith(f"{outer}.")
 
 
 def _role(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 import inspect
 from collections import defaultdict
@@ -42,7 +43,6 @@ def partition_linears(
     heads = output_heads(model)
     chosen: dict[str, nn.Module] = {}
     skipped: dict[str, str] = {}
-    like_linear: dict[type, bool] = {}  # one module of a class is tried
     quantized = 0
     for name, module in model.named_modules():
         quantized += isinstance(module, W8A8Linear)
@@ -66,7 +66,7 @@ def partition_linears(
             skipped[name] = f"weight is {weight_of(module).dtype}, not float"
         elif is_read_by_others(module):
             skipped[name] = "its weight is read by nn.MultiheadAttention: stays in float"
-        elif not _remembered(like_linear, module):
+        elif not computes_linear(module):
             skipped[name] = f"{type(module).__name__} computes more than a linear: stays in float"
         else:
             chosen[name] = module
@@ -78,12 +78,6 @@ def partition_linears(
             + (f"; {len(skipped)} were skipped." if skipped else ".")
         )
     return chosen, skipped
-
-
-def _remembered(verdicts: dict[type, bool], module: nn.Module) -> bool:
-    if type(module) not in verdicts:
-        verdicts[type(module)] = computes_linear(module)
-    return verdicts[type(module)]
 
 
 def holds_matrices(module: nn.Module) -> bool:
@@ -115,7 +109,7 @@ def computes_linear(module: nn.Module) -> bool:
     try:
         with torch.no_grad():
             got = module(x)
-    except (TypeError, RuntimeError, AttributeError, ValueError):  # it wants other arguments
+    except Exception:  # it wants other arguments, and says so in its own way
         return False
     expected = F.linear(x, weight, getattr(module, "bias", None))
     if not isinstance(got, Tensor) or got.shape != expected.shape or got.dtype != expected.dtype:
@@ -180,10 +174,24 @@ def run(model: nn.Module, batch: Batch, *, logits: bool = True) -> Any:
     parameters = inspect.signature(model.forward).parameters
     if hasattr(model, "config") and "use_cache" not in batch and "use_cache" in parameters:
         extra["use_cache"] = False
-    if not logits and "logits_to_keep" in parameters and "logits_to_keep" not in batch:
+    whole = (
+        "labels" in batch or "logits_to_keep" in batch
+    )  # a loss needs the logits of all its labels
+    if not logits and "logits_to_keep" in parameters and not whole:
         extra["logits_to_keep"] = 1
     device = model_device(model)
     return model(**{k: v.to(device) for k, v in batch.items()}, **extra)
+
+
+def tensors_in(tree: Any) -> Iterator[Tensor]:
+    """All tensors of nested containers, those among them that pytree takes for leaves: mappings and dataclasses."""
+    for leaf in pytree.tree_leaves(tree):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif isinstance(leaf, Mapping):
+            yield from tensors_in(list(leaf.values()))
+        elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+            yield from tensors_in(list(vars(leaf).values()))
 
 
 def output_tensors(output: Any) -> list[Tensor]:
@@ -194,13 +202,7 @@ def output_tensors(output: Any) -> list[Tensor]:
     """
     logits = getattr(output, "logits", None)
     first = [logits] if isinstance(logits, Tensor) else []
-    # an unregistered mapping is a leaf to pytree
-    tree = dict(output) if isinstance(output, Mapping) else output
-    tensors = [
-        leaf
-        for leaf in (*first, *pytree.tree_leaves(tree))
-        if isinstance(leaf, Tensor) and leaf.is_floating_point()
-    ]
+    tensors = [t for t in (*first, *tensors_in(output)) if t.is_floating_point()]
     if not tensors:
         raise SmoothQuantError(
             f"the model returned no float tensor to compare ({type(output).__name__})."

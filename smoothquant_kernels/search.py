@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -115,7 +116,7 @@ def search_config(
     statistics = calibrate_model(model, seen, config, progress=progress)
     names = smoothable_linears(model, linears, statistics)
     groups = find_groups(model, names, statistics.sample, folding="never")
-    per_token = config.massive_activations == "per_token"
+    per_token = config.smooth and config.massive_activations == "per_token"
     _explore_all(
         Space(model, statistics, config), groups, held, file, per_token, max_bytes, progress
     )
@@ -123,7 +124,9 @@ def search_config(
     budget = int(per_token_share * len(found)) if per_token else 0
     searched, searched_cost = _searched(config, found, budget)
     fixed_alpha, fixed_cost = _best_fixed(config, statistics, found)
-    fixed = config if fixed_alpha is None else config.replace(alpha=fixed_alpha, alphas={})
+    fixed = config.replace(clips={})
+    if fixed_alpha is not None:
+        fixed = fixed.replace(alpha=fixed_alpha, alphas={})
     validation = _validate(model, statistics, fixed, searched, unseen) if unseen else None
     keep_fixed = validation is not None and validation.worse
     return file.finish(
@@ -309,13 +312,14 @@ def _validate(
         quantized = smooth_lm(copy.deepcopy(model), statistics, config=config, progress=False)
         quantize_model(quantized, config=config)
         with evaluating(model), evaluating(quantized):
-            return torch.cat([divergence(run(model, b), run(quantized, b)) for b in unseen])
+            return torch.cat([divergence(run(model, b), run(quantized, b), b) for b in unseen])
 
     a, b = kl(fixed), kl(searched)
+    stderr = stderr_of_mean(b - a)
     return Validation(
         tokens=len(a),
         fixed_kl=float(a.mean()),
         searched_kl=float(b.mean()),
         difference=float((b - a).mean()),
-        stderr=stderr_of_mean(b - a),
+        stderr=stderr if math.isfinite(stderr) else None,
     )

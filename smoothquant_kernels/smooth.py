@@ -142,6 +142,11 @@ def smooth_lm(
         del linears[name]
         skipped[name] = reason
     peaks = {name: statistics.peak(name) for name in statistics.absmax}
+    for name in (
+        statistics.absmax.keys() & linears.keys()
+    ):  # they may come from a file or from another rank's device
+        device = weight_of(linears[name]).device
+        statistics.absmax[name] = statistics.absmax[name].to(device)
     shared = shared_parameters(model)
     smoothable = smoothable_linears(model, linears, statistics) if config.smooth else []
     groups = find_groups(model, smoothable, small, folding=config.folding)

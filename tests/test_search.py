@@ -63,7 +63,7 @@ def test_cost_is_the_divergence_that_an_error_causes(name: str) -> None:
         hook = lambda _, __, y: y + next(parts).reshape(y.shape)  # noqa: E731
         handle = model.get_submodule(name).register_forward_hook(hook)
         for batch, before in zip(batches, expected, strict=True):
-            measured.append(divergence(before, run(model, batch)))
+            measured.append(divergence(before, run(model, batch), batch))
         handle.remove()
     kl = torch.cat(measured)
     assert len(kl) == recording.predictions == 24 * 2 * 24
@@ -86,7 +86,7 @@ def test_cost_without_labels_is_half_the_relative_squared_error() -> None:
     exact = 0.5 * (error.square() / per_batch).sum() / 2560
     # The mean of 20,480 squares of normal variables, each of relative scatter sqrt(2): one standard error is 1 %.
     assert recording.cost("0", error) == pytest.approx(float(exact), rel=0.04)
-    rows = divergence(y, y + error)
+    rows = divergence(y, y + error, {})
     half = 0.5 * error.square().sum(1) / y.square().sum(1).mean()
     torch.testing.assert_close(rows.float(), half)
 
@@ -159,7 +159,7 @@ def test_candidates_compute_what_the_layers_will(family: str, granularity: str) 
 
 def test_without_smoothing_only_clipping_is_searched() -> None:
     result = searched(make_model("llama"), STATIC.replace(smooth=False))
-    assert {c.alpha for g in result.groups for c in g.tried} == {None}
+    assert {(c.alpha, c.scheme) for g in result.groups for c in g.tried} == {(None, "static")}
     assert result.config.alphas == {} and not result.config.smooth
     assert all(0 < clip < 1 for clip in result.config.clips.values())
 
@@ -223,6 +223,22 @@ def test_fixed_alpha_is_kept_if_the_search_loses(
     assert result.kept == ("fixed" if worse else "searched")
     assert (result.config == seen[0]) == worse
     assert (result.config.alphas == {}) == worse
+
+
+def test_few_predictions_have_no_standard_error() -> None:
+    """Then the smaller mean decides; a difference that is no number never speaks for the search."""
+    assert not Validation(3, 0.02, 0.01, -0.01, None).worse
+    assert Validation(3, 0.01, 0.02, 0.01, None).worse
+    assert Validation(9, 0.01, 0.02, float("nan"), 0.1).worse
+
+
+def test_clips_are_searched_not_inherited(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[SmoothQuantConfig] = []
+    monkeypatch.setattr(
+        search_module, "_validate", lambda *a: seen.append(a[2]) or Validation(9, 1, 0, -1, 0.1)
+    )
+    searched(make_model("gpt2"), STATIC.replace(clips={"*": 0.05}))
+    assert seen[0].clips == {}
 
 
 def test_validation_measures_both_models(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -324,7 +340,7 @@ def finished(tmp_path: Path) -> Iterator[Path]:
 def test_file_of_another_search_is_refused(finished: Path) -> None:
     before = finished.read_bytes()
     other = make_model("gpt2")
-    other.transformer.h[1].mlp.c_fc.weight.data[0, 0] += 1.0
+    other.transformer.h[1].mlp.c_fc.weight.data[5, 5] += 1.0
     for call in (
         lambda: searched(other, path=finished),
         lambda: searched(make_model("gpt2"), STATIC.replace(alpha=0.3), path=finished),

@@ -1,0 +1,180 @@
+"""Models that no family here is like: readers out of sight, linears that are none, batches that reach little."""
+
+from __future__ import annotations
+
+from collections import UserDict
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from models import make_model, token_batches
+from torch import Tensor, nn
+
+from smoothquant_kernels import (
+    ActivationStatistics,
+    SmoothQuantConfig,
+    calibrate_model,
+    quantize_model,
+    search_config,
+    smooth_lm,
+)
+from smoothquant_kernels.linear import W8A8Linear
+
+EXACT = SmoothQuantConfig(smooth_rounding="power_of_two")
+
+
+def x(seed: int = 0) -> Tensor:
+    return torch.randn(3, 16, generator=torch.Generator().manual_seed(seed))
+
+
+class Heads(nn.Module):
+    """One of two heads reads the norm, as the task says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inp = nn.Linear(16, 16)
+        self.norm = nn.LayerNorm(16)
+        self.heads = nn.ModuleList(nn.Linear(16, 8) for _ in range(2))
+
+    def forward(self, x: Tensor, task: Tensor) -> Any:
+        return self.heads[int(task)](self.norm(self.inp(x)))
+
+
+def test_a_head_that_the_sample_does_not_reach_keeps_its_input() -> None:
+    model = Heads().eval()
+    calls = [{"x": x(i), "task": torch.tensor(i)} for i in range(2)]
+    before = [model(**c) for c in calls]
+    smooth_lm(model, calls, config=EXACT, progress=False)
+    assert all(torch.equal(model(**c), y) for c, y in zip(calls, before, strict=True))
+    reasons = {e["name"]: e["reason"] for e in model.smoothquant_info["layers"]}
+    assert "heads.1, not called on the sample, may read norm too" in reasons["heads.0"]
+
+
+@dataclass
+class Aux:
+    hidden: Tensor
+
+
+@pytest.mark.parametrize(
+    "container", [Aux, lambda h: UserDict(hidden=h), lambda h: [{"h": Aux(h)}]]
+)
+def test_what_the_model_returns_is_found_in_any_container(container: Any) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.norm, self.out = nn.Linear(16, 16), nn.LayerNorm(16), nn.Linear(16, 4)
+
+        def forward(self, x: Tensor) -> dict[str, Any]:
+            self.h = self.norm(self.a(x))
+            return {"logits": self.out(self.h), "aux": container(self.h)}
+
+    model = Model().eval()
+    model(x())
+    before = model.h.clone()
+    smooth_lm(model, [{"x": x()}], config=EXACT, progress=False)
+    model(x())
+    assert torch.equal(model.h, before)
+    (out,) = [e for e in model.smoothquant_info["layers"] if e["name"] == "out"]
+    assert out["smoothing"] == "runtime" and "the model returns it" in out["reason"]
+
+
+class Scaled(nn.Linear):
+    scale = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.scale
+
+
+class Indexing(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.reshape(-1, x.shape[2]))
+
+
+class Asserting(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.dim() == 3
+        return super().forward(x)
+
+
+def test_each_linear_of_its_own_kind_is_tried_by_itself() -> None:
+    model = nn.Sequential(Scaled(16, 16), Scaled(16, 16), Indexing(16, 16), Asserting(16, 16))
+    model[1].scale = 3.0
+    quantize_model(model)
+    assert [isinstance(m, W8A8Linear) for m in model] == [True, False, False, False]
+    assert [s["name"] for s in model.smoothquant_info["skipped"]] == ["1", "2", "3"]
+
+
+def test_statistics_may_come_from_another_device_or_file(tmp_path: Any) -> None:
+    """On the CPU only that they go through a file is shown; the move to the weights' device is one line."""
+    model, other = make_model("llama"), make_model("llama")
+    statistics = calibrate_model(model, token_batches(), progress=False)
+    path = statistics.save(tmp_path / "s.safetensors")
+    smooth_lm(model, statistics, config=EXACT, progress=False)
+    smooth_lm(other, ActivationStatistics.load(path), config=EXACT, progress=False)
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True)
+    )
+
+
+class Experts(nn.Module):
+    """Each batch reaches one of two experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(64, 16)
+        self.a, self.out = nn.Linear(16, 16), nn.Linear(16, 64)
+        self.experts = nn.ModuleList(nn.Linear(16, 16) for _ in range(2))
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        h = torch.relu(self.a(self.embed(input_ids)))
+        return self.out(h + self.experts[int(input_ids[0, 0]) % 2](h))
+
+
+def test_search_passes_over_batches_that_miss_an_expert() -> None:
+    generator = torch.Generator().manual_seed(0)
+    data = [torch.randint(0, 64, (1, 12), generator=generator) for _ in range(12)]
+    for i, ids in enumerate(data):
+        ids[0, 0] = i
+    options: dict[str, Any] = {"tokens": 24, "validation_tokens": 24, "progress": False}
+    whole = search_config(Experts(), data, **options)
+    assert search_config(Experts(), data, max_bytes=1, **options).groups == whole.groups
+    assert len(whole.groups) == 4
+
+
+def test_padding_is_no_prediction() -> None:
+    """The same tokens with padding behind them: the same costs and the same validation."""
+    model = make_model("llama")
+    generator = torch.Generator().manual_seed(1)
+    short = [torch.randint(0, 131, (1, 10), generator=generator) for _ in range(12)]
+    mask = torch.ones(1, 16, dtype=torch.long)
+    mask[:, 10:] = 0
+    padded = [
+        {"input_ids": torch.nn.functional.pad(ids, (0, 6)), "attention_mask": mask} for ids in short
+    ]
+    plain = [{"input_ids": ids, "attention_mask": mask[:, :10]} for ids in short]
+    options: dict[str, Any] = {"tokens": 20, "validation_tokens": 20, "progress": False}
+    a = search_config(model, plain, **options)
+    b = search_config(model, padded, **options)
+    assert a.validation is not None and b.validation is not None
+    assert (a.validation.tokens, b.validation.tokens) == (20, 20)
+    # float32 sums over rows of another length are added in another order
+    assert b.searched_cost == pytest.approx(a.searched_cost, rel=1e-3)
+    assert b.validation.fixed_kl == pytest.approx(a.validation.fixed_kl, rel=0.02)
+
+
+def test_labels_and_square_masks_in_batches() -> None:
+    """As data sets of transformers have them; the mask is longer than what structure is found on."""
+    ids = torch.randint(0, 131, (1, 48), generator=torch.Generator().manual_seed(2))
+    square = torch.ones(1, 1, 48, 48, dtype=torch.bool).tril()
+    for extra in ({"labels": ids}, {"attention_mask": square}):
+        model, plain = make_model("llama"), make_model("llama")
+        smooth_lm(model, [{"input_ids": ids, **extra}], config=EXACT, progress=False)
+        smooth_lm(plain, [{"input_ids": ids}], config=EXACT, progress=False)
+        changes = [
+            (p - q).abs().max() for p, q in zip(model.parameters(), plain.parameters(), strict=True)
+        ]
+        assert max(changes) == 0
