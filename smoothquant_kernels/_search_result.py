@@ -87,8 +87,9 @@ class SearchResult:
     Attributes:
         config: for `smooth_lm` or `smooth_and_quantize`.
         kept: ``"searched"``, or ``"fixed"`` if the validation spoke for the best fixed alpha.
-        fixed_alpha: the best single alpha by cost; None if the defaults of `config` were better than any.
-        fixed_cost, searched_cost: sums of the groups' costs.
+        fixed_alpha: the single alpha that the search was measured against: the best by cost; None if the alpha or the
+            defaults of the given configuration did better.
+        fixed_cost, searched_cost: sums of the groups' costs: of the best single alpha or the defaults; as searched.
         groups: every candidate that was tried, group by group.
         validation: None if there was no data for it.
     """

@@ -57,8 +57,9 @@ def search_config(
 
     Each candidate is tried on activations that the ranges were not taken from, with the int8 arithmetic that the
     quantised layer will do, and judged by the KL divergence that its error causes at the model's output, estimated from
-    gradients (docs/search.md). Then the whole quantised model is compared on further tokens with the best fixed alpha,
-    and if it is worse by more than the standard error, the fixed alpha is what is returned.
+    gradients (docs/search.md). Then the whole quantised model is compared on further tokens with the fixed alpha of the
+    least cost and with the defaults; if it is worse than the better of these by more than the standard error, that one
+    is returned.
 
     Args:
         model: a float model; left unchanged.
@@ -124,16 +125,19 @@ def search_config(
     budget = int(per_token_share * len(found)) if per_token else 0
     searched, searched_cost = _searched(config, found, budget)
     fixed_alpha, fixed_cost = _best_fixed(config, statistics, found)
-    fixed = config.replace(clips={})
+    defaults = config.replace(clips={})
+    fixed = [defaults]
     if fixed_alpha is not None:
-        fixed = fixed.replace(alpha=fixed_alpha, alphas={})
-    validation = _validate(model, statistics, fixed, searched, unseen) if unseen else None
+        fixed.append(defaults.replace(alpha=fixed_alpha, alphas={}))
+    validation, better = None, len(fixed) - 1
+    if unseen:
+        validation, better = _validate(model, statistics, fixed, searched, unseen)
     keep_fixed = validation is not None and validation.worse
     return file.finish(
         SearchResult(
-            fixed if keep_fixed else searched,
+            fixed[better] if keep_fixed else searched,
             "fixed" if keep_fixed else "searched",
-            fixed_alpha,
+            fixed_alpha if better else None,
             fixed_cost,
             searched_cost,
             tuple(found),
@@ -302,11 +306,14 @@ def _best_fixed(
 def _validate(
     model: nn.Module,
     statistics: ActivationStatistics,
-    fixed: SmoothQuantConfig,
+    fixed: Sequence[SmoothQuantConfig],
     searched: SmoothQuantConfig,
     unseen: Sequence[Batch],
-) -> Validation:
-    """Both whole models on the same tokens. One quantised copy is alive at a time, and its rows of KL are kept."""
+) -> tuple[Validation, int]:
+    """The searched model against the better of the fixed ones (its index is returned), all on the same tokens.
+
+    One quantised copy is alive at a time, and its rows of KL are kept.
+    """
 
     def kl(config: SmoothQuantConfig) -> Tensor:
         quantized = smooth_lm(copy.deepcopy(model), statistics, config=config, progress=False)
@@ -314,12 +321,15 @@ def _validate(
         with evaluating(model), evaluating(quantized):
             return torch.cat([divergence(run(model, b), run(quantized, b), b) for b in unseen])
 
-    a, b = kl(fixed), kl(searched)
+    rows = [kl(config) for config in fixed]
+    better = min(range(len(rows)), key=lambda i: float(rows[i].mean()))
+    a, b = rows[better], kl(searched)
     stderr = stderr_of_mean(b - a)
-    return Validation(
+    validation = Validation(
         tokens=len(a),
         fixed_kl=float(a.mean()),
         searched_kl=float(b.mean()),
         difference=float((b - a).mean()),
         stderr=stderr if math.isfinite(stderr) else None,
     )
+    return validation, better

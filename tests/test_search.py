@@ -212,16 +212,17 @@ def test_the_cheapest_candidates_are_taken(scheme: str) -> None:
 def test_fixed_alpha_is_kept_if_the_search_loses(
     worse: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[SmoothQuantConfig] = []
+    seen: list[list[SmoothQuantConfig]] = []
 
-    def validate(_: Any, __: Any, fixed: SmoothQuantConfig, *___: Any) -> Validation:
+    def validate(_: Any, __: Any, fixed: list[SmoothQuantConfig], *___: Any) -> Any:
         seen.append(fixed)
-        return Validation(100, 0.01, 0.02, 0.01, 0.009 if worse else 0.011)
+        return Validation(100, 0.01, 0.02, 0.01, 0.009 if worse else 0.011), len(fixed) - 1
 
     monkeypatch.setattr(search_module, "_validate", validate)
     result = searched(make_model("llama"))
     assert result.kept == ("fixed" if worse else "searched")
-    assert (result.config == seen[0]) == worse
+    assert seen[0][0] == STATIC and seen[0][-1].alpha == result.fixed_alpha
+    assert (result.config == seen[0][-1]) == worse
     assert (result.config.alphas == {}) == worse
 
 
@@ -234,11 +235,10 @@ def test_few_predictions_have_no_standard_error() -> None:
 
 def test_clips_are_searched_not_inherited(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[SmoothQuantConfig] = []
-    monkeypatch.setattr(
-        search_module, "_validate", lambda *a: seen.append(a[2]) or Validation(9, 1, 0, -1, 0.1)
-    )
+    outcome = Validation(9, 1, 0, -1, 0.1), 0
+    monkeypatch.setattr(search_module, "_validate", lambda *a: seen.extend(a[2]) or outcome)
     searched(make_model("gpt2"), STATIC.replace(clips={"*": 0.05}))
-    assert seen[0].clips == {}
+    assert all(config.clips == {} for config in seen)
 
 
 def test_validation_measures_both_models(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,7 +247,7 @@ def test_validation_measures_both_models(monkeypatch: pytest.MonkeyPatch) -> Non
     used: list[Any] = []
     original = search_module._validate
 
-    def validate(*args: Any) -> Validation:
+    def validate(*args: Any) -> Any:
         used.append(args)
         return original(*args)
 
@@ -257,7 +257,7 @@ def test_validation_measures_both_models(monkeypatch: pytest.MonkeyPatch) -> Non
     assert [b["input_ids"].tolist() for b in unseen] == [d.tolist() for d in DATA[-2:]]
     assert statistics.tokens == 4 * 48
     means = []
-    for config in (fixed, chosen):
+    for config in (*fixed, chosen):
         quantised = smooth_and_quantize(copy.deepcopy(model), statistics, config, progress=False)
         with torch.no_grad():
             p = [torch.log_softmax(model(**b).logits.double(), -1) for b in unseen]
@@ -266,8 +266,10 @@ def test_validation_measures_both_models(monkeypatch: pytest.MonkeyPatch) -> Non
         means.append(float(torch.stack(rows).mean()))
     assert result.validation is not None
     # float32 log-probabilities of about 5 are good to 5e-7, and the sum cancels down to some 1e-5
-    assert result.validation.fixed_kl == pytest.approx(means[0], abs=1e-6)
-    assert result.validation.searched_kl == pytest.approx(means[1], abs=1e-6)
+    assert len(means) == 3  # the defaults and the cheapest alpha: the better of them counts
+    assert result.validation.fixed_kl == pytest.approx(min(means[:2]), abs=1e-6)
+    assert result.validation.searched_kl == pytest.approx(means[2], abs=1e-6)
+    assert (result.fixed_alpha is None) == (means[0] < means[1])
 
 
 def test_encoders_and_images() -> None:
