@@ -27,6 +27,11 @@ CLIPS = (0.9, 0.8, 0.65, 0.5)
 QUANTILES = (0.99999, 0.9999, 0.999)
 
 
+def own_scheme(config: SmoothQuantConfig, group: Group | GroupResult) -> str:
+    """What the settings give a group whatever its activations are: the scheme of its first linear."""
+    return config.replace(massive_activations="keep").scheme_of(None, group.linears[0])
+
+
 @dataclass
 class _Quantized:
     """A group at one alpha: smoothing factors and int8 weights, to be used with any scale of the activations."""
@@ -50,7 +55,7 @@ class Space:
 
     def schemes(self, group: Group, *, per_token: bool) -> list[str]:
         """The group's own scheme and, where that is allowed, one scale per token."""
-        own = self.config.replace(massive_activations="keep").scheme_of(None, group.linears[0])
+        own = own_scheme(self.config, group)
         return [own] if own == "per_token" or not per_token else [own, "per_token"]
 
     def explore(self, group: Group, schemes: list[str], recording: Recording) -> GroupResult:

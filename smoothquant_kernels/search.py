@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from smoothquant_kernels._search_result import (
@@ -20,12 +19,13 @@ from smoothquant_kernels._search_result import (
     Validation,
     fingerprint,
 )
-from smoothquant_kernels._search_space import ALPHAS, Space
+from smoothquant_kernels._search_space import ALPHAS, Space, own_scheme
 from smoothquant_kernels._sensitivity import count_rows, divergence, record
 from smoothquant_kernels.calibrate import (
     ActivationStatistics,
     CalibrationData,
     calibrate_model,
+    calibration_bar,
     calibration_batches,
 )
 from smoothquant_kernels.config import SmoothQuantConfig
@@ -205,13 +205,7 @@ def _explore_all(
     todo = [g for g in groups if g.linears not in file.groups]
     if not todo:
         return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, transient=True, disable=not progress) as bar:
+    with calibration_bar(progress) as bar:
         task = bar.add_task("searching (groups)", total=len(groups), completed=len(file.groups))
         rows = count_rows(space.model, [g.linears[0] for g in todo], held)
         called = [g for g in todo if rows.get(g.linears[0])]
@@ -247,17 +241,13 @@ def _parts(
 # --- decisions --------------------------------------------------------------------------------------------------------
 
 
-def _own_scheme(config: SmoothQuantConfig, group: GroupResult) -> str:
-    return config.replace(massive_activations="keep").scheme_of(None, group.linears[0])
-
-
 def _searched(
     config: SmoothQuantConfig, found: Sequence[GroupResult], budget: int
 ) -> tuple[SmoothQuantConfig, float]:
     """The cheapest candidate of each group; `budget` groups, those that gain most, go per token."""
 
     def gain(group: GroupResult) -> float:
-        own = _own_scheme(config, group)
+        own = own_scheme(config, group)
         if not any(c.scheme == "per_token" for c in group.tried):
             return 0.0
         return group.best(own).cost - group.best("per_token").cost
@@ -269,7 +259,7 @@ def _searched(
     schemes = dict(config.schemes)
     cost = 0.0
     for group in found:
-        own = _own_scheme(config, group)
+        own = own_scheme(config, group)
         best = group.best("per_token" if group.linears in freed else own)
         cost += best.cost
         for name in group.linears:
