@@ -20,7 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from smoothquant_kernels.groups import Group
-from smoothquant_kernels.modules import Batch, evaluating, output_tensor, run
+from smoothquant_kernels.modules import (
+    Batch,
+    evaluating,
+    output_tensor,
+    run,
+    token_mask,
+    unpadded_rows,
+)
 
 
 @dataclass
@@ -56,22 +63,13 @@ class Recording:
         )
 
 
-def _rows(t: Tensor, batch: Batch, mask_name: str = "attention_mask") -> Tensor:
-    """[M, last dimension], without the rows of padding tokens."""
-    rows = t.reshape(-1, t.shape[-1])
-    mask = batch.get(mask_name)
-    if mask is not None and mask.dim() == 2 and mask.numel() == rows.shape[0]:
-        rows = rows[mask.reshape(-1).bool().to(rows.device)]
-    return rows
-
-
 def _predictions(output: Any, batch: Batch) -> Tensor:
     """[M, last dimension] float32: what stands for the output, without what is predicted at padding."""
     decoder = any(
         name.startswith("decoder_") for name in batch
     )  # then the other mask is the encoder's
     mask_name = "decoder_attention_mask" if decoder else "attention_mask"
-    return _rows(output_tensor(output).float(), batch, mask_name)
+    return unpadded_rows(output_tensor(output).float(), token_mask(batch, mask_name))
 
 
 @contextmanager
@@ -130,7 +128,7 @@ def record(
     def keep_input(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
             x = args[0] if args else next(iter(kwargs.values()))
-            xs[name].append(_rows(x.detach(), batch).clone())
+            xs[name].append(unpadded_rows(x.detach(), token_mask(batch)).clone())
 
         return hook
 
@@ -162,7 +160,7 @@ def record(
                 found = torch.autograd.grad(loss, [y for _, y in outputs], allow_unused=True)
                 for (name, y), g in zip(outputs, found, strict=True):
                     g = torch.zeros_like(y) if g is None else g
-                    gradients[name].append(_rows(g.detach(), batch))
+                    gradients[name].append(unpadded_rows(g.detach(), token_mask(batch)))
     finally:
         outputs.clear()
         for handle in handles:

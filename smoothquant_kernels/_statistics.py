@@ -16,7 +16,7 @@ from torch import Tensor
 
 from smoothquant_kernels._safetensors import check_storable, write_safetensors
 from smoothquant_kernels.errors import SmoothQuantError
-from smoothquant_kernels.modules import Batch
+from smoothquant_kernels.modules import Batch, unpadded_rows
 
 _PEAK_TOKENS = 4096  # whose sizes are kept; enough for a median
 _FORMAT = "smoothquant-kernels statistics"
@@ -43,9 +43,7 @@ class ActivationStatistics:
 
     def update(self, name: str, x: Tensor, mask: Tensor | None) -> None:
         """Merges the input x [..., K] of one call; `mask` (bool, one value a token) leaves padding out."""
-        rows = x.detach().reshape(-1, x.shape[-1])
-        if mask is not None and mask.numel() == rows.shape[0]:
-            rows = rows[mask.reshape(-1).to(rows.device)]
+        rows = unpadded_rows(x.detach(), mask)
         if not rows.shape[0]:
             return
         magnitude = rows.abs()

@@ -11,7 +11,14 @@ from torch import Tensor, nn
 from smoothquant_kernels._statistics import ActivationStatistics as ActivationStatistics
 from smoothquant_kernels.config import SmoothQuantConfig
 from smoothquant_kernels.errors import SmoothQuantError
-from smoothquant_kernels.modules import Batch, evaluating, partition_linears, run
+from smoothquant_kernels.modules import (
+    Batch,
+    check_present,
+    evaluating,
+    partition_linears,
+    run,
+    token_mask,
+)
 
 CalibrationData = Iterable[Any]
 _SAMPLE_TOKENS = (
@@ -135,17 +142,12 @@ class Recorder:
 
     def start(self, batch: Batch) -> None:
         """Says which batch runs next: its padding is not measured."""
-        self.mask = _token_mask(batch)
-
-
-def _token_mask(batch: Batch) -> Tensor | None:
-    attention = batch.get("attention_mask")
-    return attention.bool() if attention is not None and attention.dim() == 2 else None
+        self.mask = token_mask(batch)
 
 
 def count_tokens(batch: Batch) -> int:
     """Tokens of a batch that are not padding; 0 where it holds no token ids."""
-    if (mask := _token_mask(batch)) is not None:
+    if (mask := token_mask(batch)) is not None:
         return int(mask.sum())
     return batch["input_ids"].numel() if "input_ids" in batch else 0
 
@@ -193,16 +195,6 @@ def collect_statistics(
     statistics.check_not_empty()
     statistics.check_finite()
     return statistics
-
-
-def check_present(model: nn.Module) -> None:
-    """Raises SmoothQuantError if a parameter has no data: it is on the meta device, or accelerate has offloaded it."""
-    name = next((n for n, p in model.named_parameters() if p.is_meta), None)
-    if name is not None:
-        raise SmoothQuantError(
-            f"{name} has no data (meta device; accelerate puts offloaded weights there): load the model without "
-            "offloading, or use smoothquant_kernels.stream.quantize_streamed, which reads one block at a time."
-        )
 
 
 def calibrate_model(

@@ -22,7 +22,7 @@ tensor (it has as many input features) refuses the producer as well.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -366,3 +366,23 @@ def _refuse_common_producers(groups: list[Group]) -> list[Group]:
         else g
         for g in groups
     ]
+
+
+def runs_within(
+    groups: Iterable[Group],
+    size: Callable[[Group], int],
+    max_bytes: int,
+    max_groups: int | None = None,
+) -> Iterator[list[Group]]:
+    """The groups in runs whose sizes fit together; one that does not fit alone is a run for itself."""
+    part: list[Group] = []
+    used = 0
+    for group in groups:
+        more = size(group)
+        if part and (len(part) == max_groups or used + more > max_bytes):
+            yield part
+            part, used = [], 0
+        part.append(group)
+        used += more
+    if part:
+        yield part

@@ -130,6 +130,16 @@ def is_channelwise(module: nn.Module) -> bool:
     )
 
 
+def check_present(model: nn.Module, prefix: str = "") -> None:
+    """Raises SmoothQuantError if a parameter has no data: it is on the meta device, or accelerate has offloaded it."""
+    name = next((n for n, p in model.named_parameters(prefix) if p.is_meta), None)
+    if name is not None:
+        raise SmoothQuantError(
+            f"{name} has no data (meta device; accelerate puts offloaded weights there): load the model without "
+            "offloading, or use smoothquant_kernels.stream.quantize_streamed, which reads one block at a time."
+        )
+
+
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
     """Puts `new` where the module `name` is, and under every other name that the same module has."""
     old = model.get_submodule(name)
@@ -263,3 +273,17 @@ class Hooks:
             return change(output) if isinstance(output, Tensor) else None
 
         self._handles.append(self._model.get_submodule(name).register_forward_hook(hook))
+
+
+def token_mask(batch: Batch, name: str = "attention_mask") -> Tensor | None:
+    """[B, T] bool, False at padding; None where the batch has no such mask."""
+    mask = batch.get(name)
+    return mask.bool() if mask is not None and mask.dim() == 2 else None
+
+
+def unpadded_rows(t: Tensor, mask: Tensor | None) -> Tensor:
+    """[M, last dimension]: the rows of t but for those of padding; all where the mask is of something else."""
+    rows = t.reshape(-1, t.shape[-1])
+    if mask is not None and mask.numel() == rows.shape[0]:
+        rows = rows[mask.reshape(-1).to(rows.device)]
+    return rows

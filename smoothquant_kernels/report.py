@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import statistics as stats
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -125,8 +125,18 @@ def make_report(
     layers = _layers(model, info, statistics, config)
     chosen = _figure_layers(layers)
     note(f"measuring {len(layers)} layers, not smoothed and smoothed")
-    before = _measure_naive(model, layers, statistics, batches, config, chosen)
-    after = _measure_smoothed(smoothed, layers, batches, config, chosen)
+    naive = {
+        la["name"]: Plan(None, la["naive_scheme"], float(statistics.absmax[la["name"]].max()))
+        for la in layers
+        if la["name"] in statistics.absmax
+    }
+    planned = {
+        la["name"]: Plan(la["alpha"], la["activation_scheme"], la["x_absmax"])
+        for la in layers
+        if la["x_absmax"] is not None
+    }
+    before = _measure(model, naive, batches, config, chosen)
+    after = _measure(smoothed, planned, batches, config, chosen)
     for layer in layers:
         layer["sqnr_naive"], layer["sqnr"] = before.sqnr(layer["name"]), after.sqnr(layer["name"])
     worst = sorted(
@@ -239,35 +249,15 @@ def _layers(
     return layers
 
 
-def _measure_naive(
+def _measure(
     model: nn.Module,
-    layers: Sequence[Document],
-    statistics: ActivationStatistics,
+    plans: Mapping[str, Plan],
     batches: Sequence[Batch],
     config: SmoothQuantConfig,
     shown: Sequence[str],
 ) -> Measured:
-    stands = {}
-    for layer in layers:
-        if (absmax := statistics.absmax.get(layer["name"])) is not None:
-            plan = Plan(None, layer["naive_scheme"], float(absmax.max()))
-            stands[layer["name"]] = [stand_in(plan, layer["name"], config)]
+    stands = {name: [stand_in(plan, name, config)] for name, plan in plans.items()}
     return measure(model, stands, batches, shown=shown)
-
-
-def _measure_smoothed(
-    smoothed: nn.Module,
-    layers: Sequence[Document],
-    batches: Sequence[Batch],
-    config: SmoothQuantConfig,
-    shown: Sequence[str],
-) -> Measured:
-    stands = {}
-    for layer in layers:
-        if layer["x_absmax"] is not None:
-            plan = Plan(layer["alpha"], layer["activation_scheme"], layer["x_absmax"])
-            stands[layer["name"]] = [stand_in(plan, layer["name"], config)]
-    return measure(smoothed, stands, batches, shown=shown)
 
 
 def _figure_layers(layers: Sequence[Document]) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from smoothquant_kernels.config import SmoothQuantConfig
 from smoothquant_kernels.convert import quantize_model
 from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.evaluate import stderr_of_mean
-from smoothquant_kernels.groups import Group, find_groups
+from smoothquant_kernels.groups import Group, find_groups, runs_within
 from smoothquant_kernels.linear import weight_of
 from smoothquant_kernels.modules import Batch, evaluating, partition_linears, run
 from smoothquant_kernels.smooth import check_finite_weights, smooth_lm, smoothable_linears
@@ -209,7 +209,13 @@ def _explore_all(
         task = bar.add_task("searching (groups)", total=len(groups), completed=len(file.groups))
         rows = count_rows(space.model, [g.linears[0] for g in todo], held)
         called = [g for g in todo if rows.get(g.linears[0])]
-        for part in _parts(space.model, called, rows, max_bytes):
+
+        def recorded_bytes(group: Group) -> int:
+            weights = [weight_of(space.model.get_submodule(n)) for n in group.linears]
+            elements = weights[0].shape[1] + sum(w.shape[0] for w in weights)
+            return rows[group.linears[0]] * elements * weights[0].element_size()
+
+        for part in runs_within(called, recorded_bytes, max_bytes):
             recording = record(space.model, part, held)
             with torch.no_grad():
                 for group in part:
@@ -217,25 +223,6 @@ def _explore_all(
                     file.add(space.explore(group, schemes, recording))
                     recording.forget(group)
                     bar.advance(task)
-
-
-def _parts(
-    model: nn.Module, groups: Sequence[Group], rows: Mapping[str, int], max_bytes: int
-) -> Iterator[list[Group]]:
-    """Runs of groups whose recordings fit; a group that does not fit alone is one for itself."""
-    part: list[Group] = []
-    used = 0
-    for group in groups:
-        weights: list[Tensor] = [weight_of(model.get_submodule(n)) for n in group.linears]
-        elements = weights[0].shape[1] + sum(w.shape[0] for w in weights)
-        size = rows[group.linears[0]] * elements * weights[0].element_size()
-        if part and used + size > max_bytes:
-            yield part
-            part, used = [], 0
-        part.append(group)
-        used += size
-    if part:
-        yield part
 
 
 # --- decisions --------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,9 +19,10 @@ from smoothquant_kernels.fold import (
     fold_verified,
     round_to_power_of_two,
 )
-from smoothquant_kernels.groups import Group, find_groups
+from smoothquant_kernels.groups import Group, find_groups, runs_within
 from smoothquant_kernels.linear import weight_of
 from smoothquant_kernels.modules import (
+    check_present,
     evaluating,
     output_tensor,
     partition_linears,
@@ -43,9 +44,8 @@ def group_alpha(group: Group, peak: float, config: SmoothQuantConfig) -> float:
     first, *others = group.linears
     alpha = config.alpha_of(peak, first)
     own = first_match(config.alphas, first)
-    for other in (
-        others
-    ):  # without settings of their own they all take the default of the first one's scheme
+    # without settings of their own they all take the default of the first one's scheme
+    for other in others:
         if first_match(config.alphas, other) != own:
             raise SmoothQuantError(
                 f"{first} and {other} read the same tensor, so they share their smoothing factors, but alpha is "
@@ -142,9 +142,8 @@ def smooth_lm(
         del linears[name]
         skipped[name] = reason
     peaks = {name: statistics.peak(name) for name in statistics.absmax}
-    for name in (
-        statistics.absmax.keys() & linears.keys()
-    ):  # they may come from a file or from another rank's device
+    # they may come from a file or from another rank's device
+    for name in statistics.absmax.keys() & linears.keys():
         device = weight_of(linears[name]).device
         statistics.absmax[name] = statistics.absmax[name].to(device)
     shared = shared_parameters(model)
@@ -183,14 +182,10 @@ def _rounding(dtype: torch.dtype) -> float:
 
 
 def check_finite_weights(linears: Mapping[str, nn.Module]) -> None:
-    """Raises SmoothQuantError naming the first layer whose weight or bias has NaN or Inf."""
+    """Raises SmoothQuantError naming the first layer whose weight or bias has NaN or Inf, or no data."""
     for name, module in linears.items():
+        check_present(module, name)
         for what, parameter in module.named_parameters(recurse=False):
-            if parameter.is_meta:
-                raise SmoothQuantError(
-                    f"the {what} of layer {name} has no data (meta device; accelerate puts offloaded weights there): "
-                    "load the model without offloading, or use smoothquant_kernels.stream.quantize_streamed."
-                )
             if not bool(parameter.isfinite().all()):
                 raise SmoothQuantError(
                     f"the {what} of layer {name} has NaN or Inf values; repair or reload the checkpoint."
@@ -229,7 +224,11 @@ def _apply(
             statistics.absmax[name] = statistics.absmax[name] / smoothing.smooth
 
     foldable = [g for g in groups if g.producer is not None]
-    for part in _parts(model, foldable):
+
+    def weight_bytes(group: Group) -> int:
+        return sum(weight_of(model.get_submodule(n)).nbytes for n in group.linears)
+
+    for part in runs_within(foldable, weight_bytes, _FOLD_BYTES, _FOLDS_AT_ONCE):
         done, refused = fold_verified(model, part, factors, same_output, config.verify_tolerance)
         for smoothing in done:
             note(smoothing, "folded", f"into {smoothing.group.producer}")
@@ -243,21 +242,6 @@ def _apply(
             divide_at_run_time(model, smoothing)
             note(smoothing, "runtime", group.reason)
     return result
-
-
-def _parts(model: nn.Module, groups: Sequence[Group]) -> Iterator[list[Group]]:
-    """Runs of groups that are folded and verified together."""
-    part: list[Group] = []
-    used = 0
-    for group in groups:
-        size = sum(weight_of(model.get_submodule(n)).nbytes for n in group.linears)
-        if part and (len(part) == _FOLDS_AT_ONCE or used + size > _FOLD_BYTES):
-            yield part
-            part, used = [], 0
-        part.append(group)
-        used += size
-    if part:
-        yield part
 
 
 def _describe(
