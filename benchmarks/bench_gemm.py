@@ -1,47 +1,58 @@
-"""The INT8 GEMM with its dequantisation, on layers of large language models: as fast as FP16 cuBLAS allows to hope?
+"""The INT8 GEMM with its dequantisation, on layers of large language models, beside what else computes it.
 
-    python benchmarks/bench_gemm.py --device cuda [--budget-seconds 100] [--tiles] [--json FILE] [--csv FILE]
+    python benchmarks/bench_gemm.py --device cuda [--budget-seconds 100] [--tiles] [--json FILE] [--resume]
 
 Each line: microseconds of one call, TOPS, GB/s of the fewest bytes that can be moved, then how many times as fast as
-F.linear in float16 and bfloat16 (cuBLAS) and as torch._int_mm dequantised in PyTorch, and the tile that the dispatch
+each of the baselines (benchmarks/baselines.py, --baselines), "-" where one cannot run, and the tile that the dispatch
 took. More is better, everywhere but in the first column. A result that is not the specification's is not timed.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
+import functools
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
+import baselines
 import gemm_cases
 import gpu_state
 import gpu_timer
+import runner
 import torch
-import torch.nn.functional as F
 from gemm_cases import Case, Expected, Operands
 from report import (
     Row,
     WrongResult,
     first_line,
+    geomean,
     geomeans,
     ratio_columns,
     ratios,
     timing_columns,
-    usable,
-    write_csv,
-    write_json,
 )
 from shapes import GEMM_TOKENS, LLM_LAYERS, TOY_LAYERS, TOY_TOKENS, distinct
 
-BASELINES = ("fp16", "bf16", "int_mm")
-COLUMNS = ("vs_fp16", "vs_bf16", "vs_int_mm", "tops", "gb_per_s")
+BASELINES = baselines.USUAL
+COLUMNS = (*(f"vs_{name}" for name in baselines.NAMES), "tops", "gb_per_s")
 #: A larger M that is this much faster is worth a line.
 CLIFF = 1.03
+#: So many of the most telling cases are measured with real data too, right after they were with random.
+TELLING = 12
+
+
+def cases(args: argparse.Namespace) -> list[Case]:
+    """The most telling first. With both kinds of data the first ones come with either, before all others."""
+    chosen = gemm_cases.cases(args.layers, args.tokens)
+    if args.data == "random":
+        return chosen
+    real = [replace(case, data="real") for case in chosen]
+    if args.data == "real":
+        return real
+    return chosen[:TELLING] + real[:TELLING] + chosen[TELLING:]
 
 
 def measure(
@@ -51,6 +62,7 @@ def measure(
     *,
     tiles: bool = False,
     sample: gpu_state.Sampler = dict,
+    names: Sequence[str] = BASELINES,
 ) -> Row:
     """Checks, then times one case; `WrongResult` where the op is wrong."""
     generator = gemm_cases.generator(case, device)
@@ -66,14 +78,9 @@ def measure(
 
     ready = {"op": record(gemm_cases.dispatched)}
     reasons = {}
-    for name in BASELINES:
+    for name in names:
         try:
-            if name != "int_mm":
-                ready[name] = record_float(case, name, count, generator)
-            elif refusal := gemm_cases.int_mm_refusal(case):
-                reasons[name] = refusal
-            else:
-                ready[name] = record(gemm_cases.int_mm)
+            ready[name] = record_baseline(baselines.BY_NAME[name], case, sets, expected, device)
         except Exception as error:  # a baseline that cannot run must not hide the op
             reasons[name] = first_line(error)
     table = gemm_cases.current_table(device)
@@ -87,20 +94,34 @@ def measure(
         except RuntimeError as error:  # the tile cannot serve the shape
             reasons[name] = first_line(error)
     timings = gpu_timer.measure(ready, device=device, seconds=seconds)
-    row = row_of(
-        case, timings, reasons, gemm_cases.tile_name(table, gemm_cases.chosen(case, device))
-    )
+    tile = gemm_cases.tile_name(table, gemm_cases.chosen(case, device))
+    row = row_of(case, timings, reasons, tile, names)
     row |= {"tiles_wrong": wrong_tiles} if wrong_tiles else {}
     return row | gemm_cases.sample_under_load(ready["op"], row["us"], sample, device)
 
 
-def record_float(
-    case: Case, name: str, count: int, generator: torch.Generator
+def record_baseline(
+    baseline: baselines.Baseline,
+    case: Case,
+    sets: Sequence[Operands],
+    expected: Expected,
+    device: torch.device,
 ) -> gpu_timer.Recorded:
-    """`F.linear`, cuBLAS on a GPU, in the named type."""
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[name]
-    pairs = [gemm_cases.make_floats(case, dtype, generator) for _ in range(count)]
-    return gpu_timer.record([lambda p=p: F.linear(*p) for p in pairs], generator.device)
+    """Ready to be timed; raises, with the reason, where the baseline cannot run or does not compute y."""
+    if reason := baseline.refusal(case, device):
+        raise RuntimeError(reason)
+    calls = baseline.calls(sets)
+    gemm_cases.poison(case, device)
+    if wrong := baseline.wrong(expected, sets[0], calls[0]()):
+        raise WrongResult(f"wrong: {wrong}")
+    return gpu_timer.record(calls, device)
+
+
+def key_of(case: Case) -> Row:
+    """The columns that say which case a row is."""
+    names = ("model", "layer", "M", "N", "K", "data")
+    values = (case.layer.model, case.layer.name, *case.key, case.data)
+    return dict(zip(names, values, strict=True))
 
 
 def row_of(
@@ -108,34 +129,34 @@ def row_of(
     timings: dict[str, gpu_timer.Timing],
     reasons: dict[str, str] | None = None,
     tile: str = "-",
+    names: Sequence[str] = BASELINES,
 ) -> Row:
     """A line of the results: ratios are those of the medians; TOPS and GB/s follow from us."""
     us = timings["op"].us
     row: Row = {
-        "model": case.layer.model,
-        "layer": case.layer.name,
-        "M": case.m,
-        "N": case.n,
-        "K": case.k,
+        **key_of(case),
         "bytes": case.bytes,
         **timing_columns(timings["op"]),
         "tops": case.operations / us / 1e6,
         "gb_per_s": case.bytes / us / 1e3,
         "tile": tile,
-        **ratio_columns(us, {name: timings.get(name) for name in BASELINES}),
+        **ratio_columns(us, {name: timings.get(name) for name in names}),
     }
-    row |= {
-        f"{name}_missing": reason for name, reason in (reasons or {}).items() if name in BASELINES
-    }
-    others = {name: timing.us for name, timing in timings.items() if name not in ("op", *BASELINES)}
-    refused = {name: reason for name, reason in (reasons or {}).items() if name not in BASELINES}
+    row |= {f"{name}_missing": why for name, why in (reasons or {}).items() if name in names}
+    others = {name: timing.us for name, timing in timings.items() if name not in ("op", *names)}
+    refused = {name: reason for name, reason in (reasons or {}).items() if name not in names}
     return row | ({"tiles_us": others, "tiles_refused": refused} if others or refused else {})
+
+
+def compared(row: Row) -> list[str]:
+    """The baselines that a row has columns for, whether or not they ran."""
+    return [name for name in baselines.NAMES if f"vs_{name}" in row]
 
 
 def line(case: Case, row: Row) -> str:
     return (
         f"{case} | {row['us']:8.2f} us | {row['tops']:7.1f} TOPS | {row['gb_per_s']:7.1f} GB/s | "
-        f"{ratios(row, BASELINES)} | tile {row['tile']}"
+        f"{ratios(row, compared(row))} | tile {row['tile']}"
     )
 
 
@@ -153,7 +174,7 @@ def cliffs(rows: Sequence[Row]) -> list[str]:
     """Where more tokens take less time: the dispatch has missed a better tile."""
     found = []
     for row in rows:
-        same = [r for r in rows if (r["N"], r["K"]) == (row["N"], row["K"]) and r["M"] > row["M"]]
+        same = [r for r in rows if _same(r, row, "N", "K", "data") and r["M"] > row["M"]]
         least = min(same, key=lambda r: r["us"], default=row)
         if row["us"] > CLIFF * least["us"]:
             found.append(
@@ -163,42 +184,59 @@ def cliffs(rows: Sequence[Row]) -> list[str]:
     return found
 
 
+def _same(one: Row, other: Row, *names: str) -> bool:
+    return all(one.get(name) == other.get(name) for name in names)
+
+
+def means(rows: Sequence[Row]) -> dict[str, Any]:
+    """Geometric means, those of real data apart: they are of the most telling cases only."""
+    by_data = {data: [row for row in rows if row["data"] == data] for data in ("random", "real")}
+    return {
+        "geomeans": geomeans(by_data["random"], COLUMNS),
+        "geomeans_real": geomeans(by_data["real"], COLUMNS),
+    }
+
+
+def real_against_random(rows: Sequence[Row]) -> list[float]:
+    """Of the cases that were measured with both data, random's time over real's."""
+    return [
+        other["us"] / row["us"]
+        for row in rows
+        for other in rows
+        if (row["data"], other["data"]) == ("real", "random") and _same(row, other, "M", "N", "K")
+    ]
+
+
 def run(args: argparse.Namespace) -> int:
     """Measures what the budget allows; 1 where an op was wrong or failed, or nothing was measured."""
-    begin = time.monotonic()
     device = torch.device(args.device)
-    facts = gpu_state.machine(device) | {"command": " ".join(["python", *sys.argv])}
+    facts = runner.machine_facts(device)
     sample = gpu_state.sampler(device)
-    print(", ".join(f"{name} {value}" for name, value in facts.items()), flush=True)
-    chosen = gemm_cases.cases(args.layers, args.tokens)
+    chosen = cases(args)
     also = distinct(args.layers)
-    rows: list[Row] = []
-    for done, case in enumerate(chosen):
-        if time.monotonic() - begin > args.budget_seconds:
-            print(
-                f"{len(chosen) - done} of {len(chosen)} cases were not started: the time is spent"
-            )
-            break
-        try:
-            row = measure(case, device, args.seconds, tiles=args.tiles, sample=sample)
-            row["also"] = also[case.layer]
-            print("\n".join([line(case, row), *tile_lines(row)]), flush=True)
-        except Exception as error:  # one broken kernel must not hide the others
-            what = "wrong" if isinstance(error, WrongResult) else "failed"
-            names = ("model", "layer", "M", "N", "K")
-            row = dict(zip(names, (case.layer.model, case.layer.name, *case.key), strict=True))
-            row[what] = first_line(error)
-            print(f"{case} | {what}: {row[what]}", flush=True)
-        rows.append(row)
-        measured = [r for r in rows if "us" in r]
-        if args.json:
-            means = geomeans(measured, COLUMNS)
-            write_json(args.json, {"machine": facts, "geomeans": means, "rows": rows})
-        if args.csv:
-            write_csv(args.csv, rows)
-        if not usable(device):
-            print("the GPU does not answer any more: no further case is started")
-            break
+    by_key = {tuple(key_of(case).values()): case for case in chosen}
+    row_measure = functools.partial(
+        measure,
+        device=device,
+        seconds=args.seconds,
+        tiles=args.tiles,
+        sample=sample,
+        names=args.baselines,
+    )
+
+    def lines(row: Row) -> str:
+        case = by_key[tuple(row[name] for name in key_of(chosen[0]))]
+        return "\n".join([line(case, row), *tile_lines(row)])
+
+    rows = runner.run_cases(
+        chosen,
+        lambda case: row_measure(case) | {"also": also[case.layer]},
+        key=key_of,
+        line=lines,
+        args=args,
+        facts=facts,
+        summary=means,
+    )
     report(rows)
     return int(any(is_bad(row) for row in rows) or not rows)
 
@@ -211,12 +249,19 @@ def is_bad(row: Row) -> bool:
 def report(rows: Sequence[Row]) -> None:
     """The end of the printed table."""
     measured = [row for row in rows if "us" in row]
-    for name, means in geomeans(measured, COLUMNS).items():
+    names = [name for name in baselines.NAMES if any(name in compared(row) for row in measured)]
+    for title, group in means(measured).items():
+        suffix = title.removeprefix("geomeans").replace("_", " ")
+        for name, values in group.items():
+            print(
+                f"geomean {name:9s}{suffix} {values['cases']:4.0f} cases | {values['tops']:7.1f} TOPS | "
+                f"{values['gb_per_s']:7.1f} GB/s | {ratios(values, names)}"
+            )
+    if both := real_against_random(measured):
         print(
-            f"geomean {name:9s} {means['cases']:4.0f} cases | {means['tops']:7.1f} TOPS | "
-            f"{means['gb_per_s']:7.1f} GB/s | {ratios(means, BASELINES)}"
+            f"real data is {geomean(both):.3f}x as fast as random in the {len(both)} cases that have both"
         )
-    for name in BASELINES:
+    for name in names:
         for reason, count in Counter(row.get(f"{name}_missing") for row in measured).items():
             if reason:
                 print(f"no {name} in {count} cases: {reason}")
@@ -227,17 +272,13 @@ def report(rows: Sequence[Row]) -> None:
 
 
 def add_common_options(parser: argparse.ArgumentParser) -> None:
-    """What all benchmarks of layers and GEMMs on a GPU take."""
+    """What all benchmarks of layers and GEMMs on a GPU take, beside `runner.add_options`."""
     parser.add_argument(
         "--layers", nargs="+", choices=list(LLM_LAYERS), metavar="NAME",
         help="the most important first: " + ", ".join(LLM_LAYERS),
     )  # fmt: skip
     parser.add_argument("--tokens", type=int, nargs="+", help="M, the most important first")
     parser.add_argument("--seconds", type=float, help="to measure per case (GPU: 0.3)")
-    parser.add_argument(
-        "--budget-seconds", type=float, default=math.inf, help="no case starts later"
-    )
-    parser.add_argument("--json", type=Path)
 
 
 def fill_in(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -258,9 +299,20 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--tiles", action="store_true", help="every tile of the GPU's table too")
+    # fmt: off
+    parser.add_argument(
+        "--data", choices=["random", "real", "both"], default="both",
+        help=f"int8 values: random, of a model, or random and the first {TELLING} cases of a model too",
+    )
+    parser.add_argument(
+        "--baselines", nargs="+", choices=baselines.NAMES, default=list(BASELINES), metavar="NAME",
+        help="of " + "; ".join(f"{b.name}: {b.what}" for b in baselines.ALL),
+    )
+    # fmt: on
     add_common_options(parser)
-    parser.add_argument("--csv", type=Path)
+    runner.add_options(parser)
     args: Any = parser.parse_args(arguments)
+    runner.check_options(parser, args)
     fill_in(parser, args)
     return args
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
 import statistics
 import sys
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import linear_gpu
+import runner
 import torch
 from bench_gemm import add_common_options, fill_in
 from report import geomean
@@ -122,11 +124,15 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--smooth", action="store_true", help="only with the division by s")
     add_common_options(parser)
+    runner.add_options(parser)
     args = parser.parse_args(arguments)
     if args.rehearse and args.device == "cuda":
         parser.error("--rehearse is for --device cpu")
     args.gpu_form = args.rehearse or args.device == "cuda"
+    if not args.gpu_form and (args.resume or args.csv or args.budget_seconds < math.inf):
+        parser.error("--resume, --csv and --budget-seconds are for the GPU's form (--rehearse)")
     if args.gpu_form:
+        runner.check_options(parser, args)
         args.tokens = args.tokens or (None if args.rehearse else GPU_TOKENS)
         fill_in(parser, args)
     else:

@@ -10,7 +10,6 @@ each input read once, each output written once. A result that is not the specifi
 from __future__ import annotations
 
 import argparse
-import csv
 import itertools
 import math
 import sys
@@ -18,15 +17,16 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+import gemm_cases
 import gpu_state
 import gpu_timer
 import producers
+import runner
 import torch
 from producers import PRODUCERS, SCHEMES, Case
-from report import WrongResult, first_line, geomean, usable, write_json
+from report import Row, WrongResult, first_line, geomean, ratio_columns, ratios, timing_columns
 from shapes import GPU_TOKENS, HIDDEN_WIDTHS, MLP_WIDTHS, REHEARSAL_TOKENS, REHEARSAL_WIDTHS
 from torch import Tensor
 
@@ -76,7 +76,13 @@ def cases(
     return [item[-1] for item in sorted(ranked, key=lambda item: item[:3])]
 
 
-def measure(case: Case, device: torch.device, seconds: float, compiler: Compiler) -> dict[str, Any]:
+def measure(
+    case: Case,
+    device: torch.device,
+    seconds: float,
+    compiler: Compiler,
+    sample: gpu_state.Sampler = dict,
+) -> Row:
     """Checks, then times one case; `WrongResult` where the op is wrong."""
     moved = producers.bytes_moved(case)
     generator = torch.Generator(device).manual_seed(case.m * 1_000_003 + case.k)
@@ -114,7 +120,8 @@ def measure(case: Case, device: torch.device, seconds: float, compiler: Compiler
             compiler.seconds_left -= time.perf_counter() - start
     del actual, expected
     timings = gpu_timer.measure(ready, device=device, seconds=seconds)
-    return row_of(case, moved, timings, reasons)
+    row = row_of(case, moved, timings, reasons)
+    return row | gemm_cases.sample_under_load(ready["op"], row["us"], sample, device)
 
 
 def copies(moved: int, count: int, device: torch.device) -> list[gpu_timer.Call]:
@@ -127,45 +134,37 @@ def copies(moved: int, count: int, device: torch.device) -> list[gpu_timer.Call]
     return made
 
 
-def row_of(
-    case: Case,
-    moved: int,
-    timings: dict[str, gpu_timer.Timing],
-    reasons: dict[str, str] | None = None,
-) -> dict[str, Any]:
-    """A line of the results: ratios are those of the medians, GB/s = bytes / us / 1000."""
-    op = timings["op"]
-    row: dict[str, Any] = {
+def describe(case: Case) -> Row:
+    return {
         "producer": case.producer,
         "smooth": case.smooth,
         "scheme": case.scheme,
         "dtype": str(case.dtype).removeprefix("torch."),
         "M": case.m,
         "K": case.k,
-        "bytes": moved,
-        "us": op.us,
-        "us_p20": op.p20,
-        "us_p80": op.p80,
-        "gb_per_s": moved / op.us / 1e3,
-        "rounds": op.rounds,
-        "calls": op.calls,
     }
-    for name in BASELINES:
-        timing = timings.get(name)
-        row[f"{name}_us"] = timing.us if timing else None
-        row[f"vs_{name}"] = timing.us / op.us if timing else None
+
+
+def row_of(
+    case: Case,
+    moved: int,
+    timings: dict[str, gpu_timer.Timing],
+    reasons: dict[str, str] | None = None,
+) -> Row:
+    """A line of the results: ratios are those of the medians, GB/s = bytes / us / 1000."""
+    op = timings["op"]
+    row = describe(case) | {"bytes": moved, **timing_columns(op), "gb_per_s": moved / op.us / 1e3}
+    row |= ratio_columns(op.us, {name: timings.get(name) for name in BASELINES})
     return row | {f"{name}_missing": reason for name, reason in (reasons or {}).items()}
 
 
-def line(case: Case, row: dict[str, Any]) -> str:
-    ratios = " | ".join(
-        f"{row[f'vs_{name}']:.2f}x {name}" if row[f"vs_{name}"] else f"- {name}"
-        for name in BASELINES
-    )
-    return f"{case!s:66s} | {row['us']:8.2f} us | {row['gb_per_s']:7.1f} GB/s | {ratios}"
+def line(row: Row) -> str:
+    dtype = getattr(torch, row["dtype"])
+    case = Case(row["producer"], row["smooth"], row["scheme"], dtype, row["M"], row["K"])
+    return f"{case!s:66s} | {row['us']:8.2f} us | {row['gb_per_s']:7.1f} GB/s | {ratios(row, BASELINES)}"
 
 
-def geomeans(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
+def geomeans(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
     """Per producer and over all; a baseline counts where it was measured."""
     groups = {name: [r for r in rows if r["producer"] == name] for name in PRODUCERS}
     groups["all"] = list(rows)
@@ -180,62 +179,36 @@ def geomeans(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
     return means
 
 
-def write(args: argparse.Namespace, facts: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    """After every case, so that an interrupted run leaves what it has measured."""
-    if args.json:
-        means = geomeans([r for r in rows if "us" in r])
-        write_json(args.json, {"machine": facts, "geomeans": means, "rows": rows})
-    if args.csv:
-        with args.csv.open("w", newline="") as file:
-            names = list(dict.fromkeys(name for row in rows for name in row))
-            writer = csv.DictWriter(file, names)
-            writer.writeheader()
-            writer.writerows(rows)
-
-
 def run(args: argparse.Namespace) -> int:
-    """Measures what the budget allows; 1 where an op was refused or failed."""
-    begin = time.monotonic()
+    """Measures what the budget allows; 1 where an op was wrong or failed, or nothing was measured."""
     device = torch.device(args.device)
-    facts = gpu_state.machine(device) | {"command": " ".join(["python", *sys.argv])}
+    facts = runner.machine_facts(device)
     sample = gpu_state.sampler(device)
-    print(", ".join(f"{name} {value}" for name, value in facts.items()), flush=True)
     compiler = Compiler(args.compile, args.compile_seconds)
     chosen = cases(args.producers, args.tokens, args.hidden, args.mlp, args.dtypes)
     if args.quick:
         chosen = chosen[: 2 * len(args.producers)]
-    rows: list[dict[str, Any]] = []
-    for done, case in enumerate(chosen):
-        if time.monotonic() - begin > args.budget_seconds:
-            left = len(chosen) - done
-            print(f"{left} of {len(chosen)} cases were not started: the time is spent")
-            break
-        try:
-            row = measure(case, device, args.seconds, compiler)
-            rows.append(row | sample())
-            print(line(case, row), flush=True)
-        except Exception as error:  # one broken kernel must not hide the others
-            what = "refused" if isinstance(error, WrongResult) else "failed"
-            rows.append({**vars(case), "dtype": str(case.dtype), what: first_line(error)})
-            print(f"{case!s:66s} | {what}: {first_line(error)}", flush=True)
-        write(args, facts, rows)
-        if not usable(device):
-            print("the GPU does not answer any more: no further case is started")
-            break
+    rows = runner.run_cases(
+        chosen,
+        lambda case: measure(case, device, args.seconds, compiler, sample),
+        key=describe,
+        line=line,
+        args=args,
+        facts=facts,
+        summary=lambda rows: {"geomeans": geomeans(rows)},
+    )
     report(rows)
-    return int(any("us" not in row for row in rows) or not rows)
+    return runner.status(rows)
 
 
-def report(rows: Sequence[dict[str, Any]]) -> None:
+def report(rows: Sequence[Row]) -> None:
     """The end of the printed table."""
     for name, means in geomeans([r for r in rows if "us" in r]).items():
-        ratios = " | ".join(f"{means[b]:.2f}x {b}" for b in BASELINES if b in means)
-        print(f"geomean {name:30s} {means['cases']:4.0f} cases | {ratios}")
+        found = " | ".join(f"{means[b]:.2f}x {b}" for b in BASELINES if b in means)
+        print(f"geomean {name:30s} {means['cases']:4.0f} cases | {found}")
     for reason, count in Counter(row.get("compiled_missing") for row in rows).items():
         if reason:
             print(f"not compiled in {count} cases: {reason}")
-    if bad := sum("us" not in row for row in rows):
-        print(f"{bad} cases were refused or failed: see above")
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -253,15 +226,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtypes", nargs="+", choices=["fp16", "bf16"], default=["fp16", "bf16"])
     parser.add_argument("--seconds", type=float, help="to measure per case (GPU: 0.3, CPU: 0.05)")
     parser.add_argument(
-        "--budget-seconds", type=float, default=math.inf, help="no case starts later"
-    )
-    parser.add_argument(
         "--compile", choices=["none", "default", "max-autotune-no-cudagraphs"],
         help="how to compile the chain (GPU: max-autotune-no-cudagraphs, CPU: none)",
     )  # fmt: skip
     parser.add_argument("--compile-seconds", type=float, default=math.inf, help="for all compiling")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--csv", type=Path)
+    runner.add_options(parser)
     args = parser.parse_args(arguments)
     gpu = args.device == "cuda"
     args.dtypes = [torch.float16 if name == "fp16" else torch.bfloat16 for name in args.dtypes]
@@ -270,8 +239,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     args.mlp = args.widths or (MLP_WIDTHS if gpu else REHEARSAL_WIDTHS)
     args.seconds = args.seconds if args.seconds is not None else (0.3 if gpu else 0.05)
     args.compile = args.compile or ("max-autotune-no-cudagraphs" if gpu else "none")
-    if gpu and not torch.cuda.is_available():
-        parser.error("no CUDA GPU is visible to torch; --device cpu rehearses the benchmark")
+    runner.check_options(parser, args)
     return args
 
 

@@ -1,4 +1,4 @@
-"""INT8 GEMMs as cases of a benchmark: layers x tokens, random operands, what is right, the tiles that can be forced."""
+"""INT8 GEMMs as cases of a benchmark: layers x tokens, operands, what is right, the tiles that can be forced."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import gpu_state
 import gpu_timer
+import real_data
 import torch
 from shapes import Layer, by_place, distinct
 from torch import Tensor
@@ -24,6 +25,8 @@ CHECK_BYTES = 2**28
 #: How long the GPU works while its clocks are read: long enough for nvidia-smi, where pynvml is absent.
 LOAD_SECONDS = 0.06
 
+#: "random": all of int8 alike, the worst case for power; "real": with the values of a model (real_data.py).
+Data = Literal["random", "real"]
 #: As `_extension.gemm_tables()` has it, with its name.
 Table = dict[str, Any]
 #: A row of the table, and how many blocks share its k.
@@ -46,10 +49,11 @@ TOY_TABLE: Table = {
 
 @dataclass(frozen=True)
 class Case:
-    """One problem: the layer's weight and m tokens."""
+    """One problem: the layer's weight, m tokens, and what fills them."""
 
     layer: Layer
     m: int
+    data: Data = "random"
 
     @property
     def n(self) -> int:
@@ -74,7 +78,8 @@ class Case:
         return read + OUT_DTYPE.itemsize * self.m * self.n
 
     def __str__(self) -> str:
-        return f"{self.layer!s:18s} M {self.m:4d} N {self.n:5d} K {self.k:5d}"
+        shape = f"{self.layer!s:18s} M {self.m:4d} N {self.n:5d} K {self.k:5d}"
+        return shape if self.data == "random" else f"{shape} {self.data}"
 
 
 def cases(layers: Iterable[Layer], tokens: Sequence[int]) -> list[Case]:
@@ -99,8 +104,11 @@ def generator(case: Case, device: torch.device) -> torch.Generator:
 
 
 def make_operands(case: Case, generator: torch.Generator) -> Operands:
-    """Random int8 in all of [-127, 127]: real data, and more so zeros, would need less power."""
+    """Random int8 in all of [-127, 127], or what was recorded of a model: that, and more so zeros, needs less power."""
     device = generator.device
+    if case.data == "real":
+        site = "mlp" if case.layer.name in real_data.BEHIND_MLP else "norm"
+        return Operands(*real_data.draw(case.m, case.n, case.k, site, generator))
 
     def integers(*shape: int) -> Tensor:
         return torch.randint(-127, 128, shape, dtype=torch.int8, generator=generator, device=device)

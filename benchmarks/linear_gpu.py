@@ -5,17 +5,16 @@ from __future__ import annotations
 import argparse
 import itertools
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import gemm_cases
 import gpu_state
 import gpu_timer
+import runner
 import torch
 from gemm_cases import Case, Expected, Operands
-from report import Row, first_line, geomeans, usable, write_json
+from report import Row, geomeans
 from torch import Tensor, nn
 
 from smoothquant_kernels import W8A8Linear, reference
@@ -171,40 +170,22 @@ def means_by_kind(rows: Sequence[Row]) -> dict[str, dict[str, dict[str, float]]]
 
 def run(args: argparse.Namespace) -> int:
     """Measures what the budget allows; 1 where a layer was wrong or failed, or nothing was measured."""
-    begin = time.monotonic()
     device = torch.device(args.device)
-    facts = gpu_state.machine(device) | {"command": " ".join(["python", *sys.argv])}
+    facts = runner.machine_facts(device)
     sample = gpu_state.sampler(device)
-    print(", ".join(f"{name} {value}" for name, value in facts.items()), flush=True)
     schemes = [args.scheme] if args.scheme else ACTIVATION_SCHEMES
     kinds = list(itertools.product(schemes, (True,) if args.smooth else (False, True)))
-    chosen = gemm_cases.cases(args.layers, args.tokens)
-    rows: list[Row] = []
-    failed = 0
-    for done, case in enumerate(chosen):
-        if time.monotonic() - begin > args.budget_seconds:
-            print(
-                f"{len(chosen) - done} of {len(chosen)} cases were not started: the time is spent"
-            )
-            break
-        try:
-            found = measure(case, kinds, device, args.seconds, sample)
-            print("\n".join(map(line, found)), flush=True)
-            rows += found
-        except Exception as error:  # one broken kernel must not hide the others
-            failed += 1
-            print(f"{case} | failed: {first_line(error)}", flush=True)
-        if args.json:
-            data: dict[str, Any] = {"machine": facts, "geomeans": means_by_kind(rows)}
-            write_json(args.json, data | {"failed": failed, "rows": rows})
-        if not usable(device):
-            print("the GPU does not answer any more: no further case is started")
-            break
+    rows = runner.run_cases(
+        gemm_cases.cases(args.layers, args.tokens),
+        lambda case: measure(case, kinds, device, args.seconds, sample),
+        key=lambda case: {"layer": str(case.layer), "N": case.n, "K": case.k, "M": case.m},
+        line=line,
+        args=args,
+        facts=facts,
+        summary=lambda rows: {"geomeans": means_by_kind(rows)},
+    )
     print("geomeans: times as fast as float16, as bfloat16")
     for name, classes in means_by_kind(rows).items():
         means = [f"{m} {c['vs_float16']:.2f}x {c['vs_bfloat16']:.2f}x" for m, c in classes.items()]
         print(" | ".join([f"{name:17s}", *means]))
-    bad = sum("wrong" in row for row in rows)
-    if bad or failed:
-        print(f"{bad} layers were wrong, {failed} cases failed: see above")
-    return int(bool(bad or failed) or not rows)
+    return runner.status(rows)

@@ -1,11 +1,11 @@
-"""What `gemm_s8` should reach, by arithmetic alone: nothing here was measured.
+"""Floors of `gemm_s8` and what the dispatch takes, by arithmetic alone: nothing here was measured.
 
     python benchmarks/predict.py [--gpu H100] [--tokens 1 64 2048]
 
 For each layer: the floor, which no kernel can beat (operations over the tensor cores' peak, or the bytes that must
 move over the memory's bandwidth, whichever is longer), the tile that the tables choose, and the time that their
-arithmetic expects of it (csrc/gemm/plan.cpp, compiled here with the C++ compiler; no CUDA). A first run on a GPU is to
-be held against it.
+arithmetic expects of it (csrc/gemm/plan.cpp, compiled here with the C++ compiler; no CUDA). What a tile should really
+take, and why: model.py.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ class Gpu:
 
 GPUS = {
     "H100": Gpu("H100 SXM 80GB", 132, 90, 232448, True, 1.83, 1979, 3350),
+    "H200": Gpu("H200 SXM 141GB", 132, 90, 232448, True, 1.83, 1979, 4800),
     "A100": Gpu("A100 SXM 80GB", 108, 80, 166912, False, 1.41, 624, 2039),
     "L40S": Gpu("L40S", 142, 89, 101376, False, 2.52, 733, 864),
     "4090": Gpu("RTX 4090", 128, 89, 101376, False, 2.52, 661, 1008),
@@ -64,6 +65,13 @@ class Prediction:
     @property
     def of_floor(self) -> float:
         return self.floor_us / self.expected_us
+
+
+def floor(gpu: Gpu, m: int, n: int, k: int) -> tuple[float, str]:
+    """Microseconds that no kernel can beat, and what says so: "memory" or "compute"."""
+    compute = 2 * m * n * k / gpu.tops / 1e6
+    memory = (n * k + m * k + 4 * (m + n) + 2 * m * n) / gpu.gb_per_s / 1e3  # 16-bit y
+    return max(compute, memory), "compute" if compute > memory else "memory"
 
 
 class Planner:
@@ -92,18 +100,20 @@ class Planner:
 
     def predict(self, gpu: Gpu, m: int, n: int, k: int) -> Prediction:
         choice = self.choose(gpu, m, n, k)
-        compute = 2 * m * n * k / gpu.tops / 1e6
-        memory = (n * k + m * k + 4 * (m + n) + 2 * m * n) / gpu.gb_per_s / 1e3  # 16-bit y
         return Prediction(
-            max(compute, memory),
-            "compute" if compute > memory else "memory",
+            *floor(gpu, m, n, k),
             self.tables[choice["table"]]["tiles"][choice["tile"]]["name"],
             choice["splits"],
             choice["expected_clocks"] / gpu.ghz / 1e3,
         )
 
 
-def rows(planner: Planner, gpu: Gpu, tokens: tuple[int, ...] = TOKENS) -> list[list[str]]:
+#: Of model.prediction_table.
+HEADER = ["layer", "N x K", "tile", "better by the model", "bound by", "M", "floor us", "us (low .. high)"]  # fmt: skip
+HEADER += ["of the floor", "TOPS", "vs FP16"]
+
+
+def choices(planner: Planner, gpu: Gpu, tokens: tuple[int, ...] = TOKENS) -> list[list[str]]:
     found = []
     for layer in (LLM_LAYERS[name] for name in LAYERS):
         for m in tokens:
@@ -123,7 +133,16 @@ def rows(planner: Planner, gpu: Gpu, tokens: tuple[int, ...] = TOKENS) -> list[l
     return found
 
 
-HEADER = ["layer", "N x K", "tile", "M", "floor us", "bound by", "expected us", "of the floor"]
+CHOICE_HEADER = [
+    "layer",
+    "N x K",
+    "tile",
+    "M",
+    "floor us",
+    "bound by",
+    "expected us",
+    "of the floor",
+]
 
 
 def main() -> int:
@@ -139,7 +158,7 @@ def main() -> int:
             file=sys.stderr,
         )
         return 2
-    table = [HEADER, *rows(Planner(), GPUS[args.gpu], tuple(args.tokens))]
+    table = [CHOICE_HEADER, *choices(Planner(), GPUS[args.gpu], tuple(args.tokens))]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     print(f"{GPUS[args.gpu].name}: arithmetic, not measured")
     for row in table:

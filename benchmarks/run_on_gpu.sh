@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # Builds, tests and measures on a machine with a GPU, in one command and without a network (docs/gpu.md):
 #   benchmarks/run_on_gpu.sh [--dry-run] [STAGE[:SECONDS] ...]
-# Results go to ${OUT:-gpu_out}. --dry-run (or SQK_REHEARSE=1) does on a CPU, on toy shapes, what needs no GPU.
+# Results grow in ${SQK_RESULTS:-build/gpu_run}, where a further run continues them, and are packed into ${OUT:-gpu_out}.
+# --dry-run (or SQK_REHEARSE=1) does it all on a CPU, on toy shapes, the CUDA kernels in a simulator where there is one.
 set -euo pipefail
 
 # name:seconds, in the order in which they run, the most telling first; the last one gets what the others leave. A new
 # stage is one word here and one function stage_<name> below, which prints its short table, sends details through
 # `short`, and returns 77 when there was nothing for it to do.
-STAGES=(info:30 build:200 tests:100 gemm:90 quantize:50 linear:35 tune:50 sanitizer:180)
+STAGES=(info:30 build:190 tests:80 gemm:90 quantize:50 tune:60 linear:35 sanitizer:180)
 
 self=$(realpath "${BASH_SOURCE[0]}")
 root=$(dirname "$(dirname "$self")")
@@ -18,7 +19,8 @@ python=$venv/bin/python
 wheels=$(realpath -m "${SQK_WHEELS:-wheels}")
 out=$(realpath -m "${OUT:-gpu_out}")
 log=$out/run.log
-most_files=8 # more may not come back from a borrowed machine
+# Results of a rehearsal are never continued by a run.
+results=$(realpath -m "${SQK_RESULTS:-build/gpu_${SQK_REHEARSE:+dry_}run}")
 export PYTHONUNBUFFERED=1 PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 
 rehearsing() { [[ -n ${SQK_REHEARSE:-} ]]; }
@@ -68,7 +70,7 @@ missing and sys.exit("not installed for {}: {}".format(sys.argv[1], " ".join(mis
 }
 
 stage_info() {
-  "$python" benchmarks/gpu_state.py --json "$out/info.json"
+  "$python" benchmarks/gpu_state.py --json "$results/info.json"
 }
 
 stage_build() {
@@ -103,19 +105,28 @@ print(status)
 sys.exit(not status.available)'
 }
 
+# Whether a stage passed with these sources before; never, where it was asked for by name.
+passed_before() {
+  if rehearsing || [[ -n ${SQK_BY_NAME:-} ]] || ! grep -qxF "$1" "$results/passed" 2>/dev/null; then return 1; fi
+  echo "passed before, with the same sources"
+}
+
+# simulated COMMAND ...: Python under the simulator, the CUDA kernels' PTX on CPU tensors; 77 where it is not here.
+simulated() {
+  "$python" benchmarks/simulated.py --arch sm_90 -- "$@"
+}
+
 stage_tests() {
-  local status=0 run=("$python" -m pytest -q -p no:cacheprovider --maxfail=30)
-  if ! rehearsing; then
-    SQK_REQUIRE_LIBRARY=1 short 12 "${run[@]}" -m "cuda or cuda_build" tests --ignore=tests/kernels || status=1
+  local status=0 simulation=0 run=(-m pytest -q -p no:cacheprovider --maxfail=30)
+  if rehearsing; then
+    short 12 "$python" "${run[@]}" tests/kernels --backend cpu -k smoke || status=1
+    short 12 simulated "${run[@]}" tests/kernels --backend simulator -k smoke || simulation=$?
+    if ((simulation != 0 && simulation != 77)); then status=1; fi
+    return "$status"
   fi
-  if [[ ! -d tests/kernels ]]; then
-    echo "tests/kernels is not here"
-    if rehearsing; then return 77; fi
-  elif rehearsing; then
-    short 12 "${run[@]}" tests/kernels --backend cpu -k smoke || status=1
-  else
-    short 12 "${run[@]}" tests/kernels --backend cuda || status=1
-  fi
+  if passed_before tests; then return; fi
+  SQK_REQUIRE_LIBRARY=1 short 12 "$python" "${run[@]}" -m "cuda or cuda_build" tests --ignore=tests/kernels || status=1
+  short 12 "$python" "${run[@]}" tests/kernels --backend cuda || status=1
   return "$status"
 }
 
@@ -125,37 +136,43 @@ budget() {
   echo $((left > 10 ? left : 10))
 }
 
+# benchmark NAME LINES ON_CPU SECONDS [OPTION ...]: bench_NAME.py in either form, its file continued.
+benchmark() {
+  local name=$1 lines=$2 on_cpu=$3 options
+  options=(--device cuda --budget-seconds "$(budget "$4")" "${@:5}")
+  if rehearsing; then read -ra options <<<"$on_cpu"; fi
+  short "$lines" "$python" "benchmarks/bench_$name.py" "${options[@]}" --resume --json "$results/$name.json"
+}
+
 stage_gemm() {
-  local options=(--device cpu)
-  if ! rehearsing; then options=(--device cuda --budget-seconds "$(budget 15)"); fi
-  short 40 "$python" benchmarks/bench_gemm.py "${options[@]}" --json "$out/gemm.json"
+  local status=0
+  benchmark gemm 40 "--device cpu" 15 || status=1
+  if ! rehearsing && command -v "${CXX:-g++}" >/dev/null; then
+    # Against what was predicted before; says nothing about whether the run is right.
+    short 30 "$python" benchmarks/model.py --compare "$results/gemm.json" || true
+  fi
+  return "$status"
 }
 
 stage_quantize() {
-  local options=(--device cpu --quick) most
-  if ! rehearsing; then
-    most=$(budget 25) # the last case may have to compile
-    options=(--device cuda --budget-seconds "$most" --compile-seconds $((most / 3)))
-  fi
-  short 40 "$python" benchmarks/bench_quantize.py "${options[@]}" --json "$out/quantize.json"
+  local most
+  most=$(budget 20) # the last case may have to compile
+  benchmark quantize 40 "--device cpu --quick" 20 --compile-seconds $((most / 3))
 }
 
-stage_linear() {
-  local options=(--rehearse)
-  if ! rehearsing; then options=(--device cuda --budget-seconds "$(budget 15)"); fi
-  short 20 "$python" benchmarks/bench_linear.py "${options[@]}" --json "$out/linear.json"
-}
+stage_linear() { benchmark linear 20 --rehearse 10; }
 
 stage_tune() {
   local options=(--device cpu)
   if ! rehearsing; then options=(--device cuda --budget-seconds "$(budget 15)"); fi
-  # A tune.json that is already there is continued.
-  short 50 "$python" benchmarks/tune.py "${options[@]}" --resume --json "$out/tune.json"
+  short 50 "$python" benchmarks/tune.py "${options[@]}" --resume --json "$results/tune.json" \
+    --cache "$results/tune_cache.json"
 }
 
 stage_sanitizer() {
   local tool seconds command status=0 program
   program=$(PATH=$PATH:${CUDA_HOME:-/usr/local/cuda}/bin command -v compute-sanitizer || true)
+  if passed_before sanitizer; then return; fi
   # torch's caching allocator hides where a tensor ends.
   export PYTORCH_NO_CUDA_MEMORY_CACHING=1
   for tool in memcheck racecheck initcheck synccheck; do
@@ -198,16 +215,36 @@ run_stage() {
     esac
     if ((status != 0 && status != 77)); then failed=1; fi
   fi
+  if [[ $word == ok ]]; then echo "$name" >>"$results/passed"; fi
   printf '%-10s %-26s %4d s\n' "$name" "$word" $((SECONDS - begin)) >>"$out/summary.txt"
+  publish # a run that is cut off leaves what it has
 }
 
-bundle_if_too_many() {
-  local files
-  mapfile -t files < <(cd "$out" && find . -maxdepth 1 -type f ! -name summary.txt ! -name more.tar.gz)
-  if ((${#files[@]} + 1 > most_files)); then
-    (cd "$out" && tar -czf more.tar.gz "${files[@]}" && rm -- "${files[@]}")
-    echo "more than $most_files files: all but this one are in more.tar.gz" >>"$out/summary.txt"
+# Of everything that decides whether tests pass and how fast something is.
+sources_hash() {
+  find csrc smoothquant_kernels tests benchmarks tools setup.py -type f \
+    \( -name '*.py' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.cpp' -o -name '*.sh' \) -print0 |
+    LC_ALL=C sort -z | xargs -0 sha256sum | sha256sum | cut -d' ' -f1
+}
+
+# What other sources measured is kept, but not continued.
+begin_results() {
+  local now
+  now=$(sources_hash)
+  mkdir -p "$results"
+  if [[ -f $results/sources && $(<"$results/sources") != "$now" ]]; then
+    local before
+    before=$results.before.$(date +%s)
+    mv "$results" "$before"
+    mkdir "$results"
+    echo "the sources have changed: earlier results are in $before" | tee -a "$log"
   fi
+  echo "$now" >"$results/sources"
+}
+
+# What comes back from a borrowed machine may be a few files only: one archive.
+publish() {
+  tar -C "$results" -czf "$out/results.tar.gz.new" . && mv "$out/results.tar.gz.new" "$out/results.tar.gz"
 }
 
 main() {
@@ -217,7 +254,7 @@ main() {
     case $1 in
     --dry-run) export SQK_REHEARSE=1 ;;
     -h | --help)
-      sed -n '2,4s/^# \?//p' "$self"
+      sed -n '2,5s/^# \?//p' "$self"
       echo "Stages: ${names[*]}"
       exit 0
       ;;
@@ -243,15 +280,19 @@ main() {
   else
     : >"$out/summary.txt"
   fi
+  begin_results
   failed=0
   run_stage setup 60
   for stage in "${STAGES[@]}"; do
     name=${stage%%:*}
     seconds=${chosen[$name]:-${stage##*:}}
-    if ((${#chosen[@]} == 0)) || [[ -v chosen[$name] ]]; then run_stage "$name" "$seconds"; fi
+    if ((${#chosen[@]} == 0)); then
+      run_stage "$name" "$seconds"
+    elif [[ -v chosen[$name] ]]; then
+      SQK_BY_NAME=1 run_stage "$name" "$seconds"
+    fi
   done
-  bundle_if_too_many
-  echo "== summary ($out)"
+  echo "== summary ($out; results in $results)"
   cat "$out/summary.txt"
   exit "$failed"
 }

@@ -41,30 +41,50 @@ class Layer:
 
 @dataclass(frozen=True)
 class Decoder:
-    """What fixes the linear layers of a decoder block: widths of the model, its MLP, and its keys (and values)."""
+    """What fixes the linear layers of a decoder block: widths of the model, its MLP, and its keys (and values).
+
+    `query` is the width of the queries (heads x their width) where it is not that of the model; of a mixture of
+    `experts` each has an MLP of its own.
+    """
 
     model: str
     hidden: int
     mlp: int
     kv: int
     gated: bool = True
+    query: int = 0
+    experts: int = 1
+
+    @property
+    def q(self) -> int:
+        return self.query or self.hidden
 
     def layers(self) -> tuple[Layer, ...]:
-        """The most telling first. `qkv` and `gate_up` are fused; `o` has the shape of q too, `up` that of gate."""
+        """The most telling first. `qkv` and `gate_up` are fused; `up` has the shape of gate too, and `o` that of q
+        where the queries are as wide as the model."""
         h = self.hidden
         up, down, o = ("up", "down", "o") if self.gated else ("fc1", "fc2", "out")
-        shapes = {up: (self.mlp, h), down: (h, self.mlp), o: (h, h), "qkv": (h + 2 * self.kv, h)}
+        shapes = {up: (self.mlp, h), down: (h, self.mlp), o: (h, self.q)}
+        shapes["qkv"] = (self.q + 2 * self.kv, h)
         if self.gated:
             shapes["gate_up"] = (2 * self.mlp, h)
         if self.kv != h:
             shapes["kv"] = (self.kv, h)
+        if self.q != h:
+            shapes["q"] = (self.q, h)
         return tuple(Layer(self.model, name, n, k) for name, (n, k) in shapes.items())
 
+    @property
+    def parameters(self) -> int:
+        """Of all linear layers of one block, without biases."""
+        mlp = (3 if self.gated else 2) * self.hidden * self.mlp
+        return 2 * self.hidden * (self.q + self.kv) + self.experts * mlp
 
-#: From the models' published configurations, the most telling first.
+
+#: From the models' published configurations, the most telling first, small models last.
 DECODERS = (
     Decoder("LLaMA-7B", 4096, 11008, 4096),
-    Decoder("LLaMA-70B", 8192, 28672, 1024),
+    Decoder("LLaMA-70B", 8192, 28672, 1024),  # Llama 2
     Decoder("OPT-13B", 5120, 20480, 5120, gated=False),
     Decoder("OPT-30B", 7168, 28672, 7168, gated=False),
     Decoder("OPT-66B", 9216, 36864, 9216, gated=False),
@@ -74,6 +94,26 @@ DECODERS = (
     Decoder("Mistral 7B", 4096, 14336, 1024),
     Decoder("Llama 3 70B", 8192, 28672, 1024),
     Decoder("OPT-175B", 12288, 49152, 12288, gated=False),
+    Decoder("Llama 3 405B", 16384, 53248, 1024),
+    Decoder("BLOOM-176B", 14336, 57344, 14336, gated=False),
+    Decoder("Qwen3-32B", 5120, 25600, 1024, query=8192),
+    Decoder("Qwen3-8B", 4096, 12288, 1024),
+    Decoder("Qwen2.5-72B", 8192, 29568, 1024),
+    Decoder("Qwen2.5-32B", 5120, 27648, 1024),
+    Decoder("LLaMA-65B", 8192, 22016, 8192),
+    Decoder("LLaMA-30B", 6656, 17920, 6656),
+    Decoder("Mixtral 8x22B", 6144, 16384, 1024, experts=8),
+    Decoder("Mixtral 8x7B", 4096, 14336, 1024, experts=8),
+    Decoder("Qwen2.5-14B", 5120, 13824, 1024),
+    Decoder("Qwen3-14B", 5120, 17408, 1024),
+    Decoder("OPT-6.7B", 4096, 16384, 4096, gated=False),
+    Decoder("OPT-2.7B", 2560, 10240, 2560, gated=False),
+    Decoder("Qwen2.5-3B", 2048, 11008, 256),
+    Decoder("OPT-1.3B", 2048, 8192, 2048, gated=False),
+    Decoder("Qwen2.5-1.5B", 1536, 8960, 256),
+    Decoder("Qwen2.5-0.5B", 896, 4864, 128),
+    Decoder("OPT-350M", 1024, 4096, 1024, gated=False),
+    Decoder("OPT-125M", 768, 3072, 768, gated=False),
 )
 
 
@@ -111,7 +151,7 @@ def distinct(layers: Sequence[Layer]) -> dict[Layer, list[str]]:
 
 LLM_LAYERS = llm_layers()
 #: What a GEMM meets: a prompt, decoding alone and in batches, long prompts, then what lies between.
-GEMM_TOKENS = (2048, 1, 16, 64, 8192, 8, 256, 32, 4096, 128, 1024, 512, 4, 2)
+GEMM_TOKENS = (2048, 1, 16, 64, 8192, 8, 256, 32, 4096, 128, 1024, 512, 4, 2, 16384)
 #: Classes of M: (the last M, its name).
 M_CLASSES = ((8, "M <= 8"), (64, "M 9-64"), (512, "M 65-512"), (2**62, "M > 512"))
 

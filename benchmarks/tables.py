@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import model
 import predict
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -201,11 +202,11 @@ def gemm_prediction(gpu: str) -> str | None:
     described = predict.GPUS[gpu]
     caption = (
         f"{described.name}: {described.sms} SMs at {described.ghz} GHz, {described.tops:.0f} TOPS, "
-        f"{described.gb_per_s:.0f} GB/s by its data sheet; `python benchmarks/predict.py --gpu {gpu}`.\n\n"
+        f"{described.gb_per_s:.0f} GB/s by its data sheet; likely (low .. high) by "
+        f"`python benchmarks/model.py --gpu {gpu}`.\n\n"
     )
-    rows = predict.rows(predict.Planner(), described)
-    left = predict.HEADER.index("M")
-    return caption + markdown(predict.HEADER, rows, left=left)
+    header, rows = model.prediction_table(gpu)
+    return caption + markdown(header, rows, left=header.index("M"))
 
 
 TABLES: dict[str, Callable[[], str | None]] = {

@@ -1,10 +1,12 @@
 """Times every tile of the GPU's GEMM table and says which the dispatch should take.
 
     python benchmarks/tune.py --device cuda --json tune.json [--resume] [--budget-seconds 300]
-    python benchmarks/tune.py --report tune.json        # no GPU needed
+    python benchmarks/tune.py --report tune.json [--cache FILE]     # no GPU needed
+    SQK_TUNE_CACHE=FILE python ...                                 # GEMMs by what was measured
 
 Each line: what the dispatch takes and the best tile with their microseconds, and what the dispatch loses. Then new rows
-for csrc/gemm/table_*.h, in C++: rules and rates. A tile whose result is not the specification's is not timed.
+for csrc/gemm/table_*.h, in C++: rules, rates, and, of a tuning build, the candidates that are worth shipping. A tile
+whose result is not the specification's is not timed.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import math
 import statistics
 import sys
 import time
@@ -24,15 +27,15 @@ import gemm_cases
 import gpu_state
 import gpu_timer
 import torch
+import tune_choices
 import tune_rules
 from bench_gemm import add_common_options, fill_in
 from gemm_cases import Case, Choice, Expected, Operands, Table
 from report import WrongResult, first_line, usable, write_json
 from tune_rules import Result
 
-#: Tiles that a first, rough timing finds this much slower than the best are not timed again, nor are any beyond the
-#: fastest FINALISTS: their graphs hold outputs, and memory is limited.
-TOO_SLOW, FINALISTS = 1.4, 6
+from smoothquant_kernels._tune import VARIABLE, tune_cache
+
 #: What must be the same for measurements to be continued: the GPU and what its table calls a tile.
 TILE_FACTS = ("name", "kernel", "m", "n", "k", "stages", "schedule", "swap_ab", "cluster", "most_splits")  # fmt: skip
 
@@ -74,8 +77,7 @@ def measure(
             not_timed.append(named | {"what": "refused", "why": first_line(error)})
     if not rough:
         raise RuntimeError(f"no tile served the problem: {not_timed[0]['why']}")
-    best = sorted(rough, key=lambda choice: rough[choice].us)[:FINALISTS]
-    finals = [choice for choice in best if rough[choice].us <= TOO_SLOW * rough[best[0]].us]
+    finals = tune_choices.finalists(table, {choice: alone.us for choice, alone in rough.items()})
     ready = {"dispatched": variant(None)} | {str(choice): variant(choice) for choice in finals}
     timings = gpu_timer.measure(ready, device=device, seconds=seconds)
     now = timings["dispatched"]
@@ -83,7 +85,8 @@ def measure(
     for choice in rough:
         timing = timings.get(str(choice), rough[choice])
         named = dict(zip(("tile", "splits"), choice, strict=True))
-        times.append(named | {"us": timing.us, "rough": choice not in finals})
+        spread = {"p20": timing.p20, "p80": timing.p80} if choice in finals else {}
+        times.append(named | {"us": timing.us, "rough": choice not in finals} | spread)
     tile, splits = gemm_cases.chosen(case, device) or (-1, 0)
     result = describe(case) | {
         "dispatched": {"tile": tile, "splits": splits, "us": now.us},
@@ -131,6 +134,8 @@ def run(args: argparse.Namespace) -> int:
     table = gemm_cases.current_table(device)
     if table is None:
         sys.exit("the CUDA library is not loaded (python -m smoothquant_kernels doctor says why)")
+    if tune_cache().in_use:
+        sys.exit(f"{VARIABLE} is set: what the dispatch takes would be what it says. Unset it.")
     sample = gpu_state.sampler(device)
     results = earlier_results(args.json, machine, table) if args.resume else []
     done = {(result["M"], result["N"], result["K"]) for result in results}
@@ -155,7 +160,7 @@ def run(args: argparse.Namespace) -> int:
         if not usable(device):
             print("the GPU does not answer any more: no further problem is started")
             break
-    report({"machine": machine, "table": table, "results": results})
+    report({"machine": machine, "table": table, "results": results}, args)
     return int(any(is_bad(result) for result in results) or not results)
 
 
@@ -163,8 +168,8 @@ def is_bad(result: Result) -> bool:
     return not result["times"] or any(t["what"] == "wrong" for t in result["not_timed"])
 
 
-def report(data: dict[str, Any]) -> None:
-    """What the results say, printed: losses, what was wrong or refused, then rows of C++."""
+def report(data: dict[str, Any], args: argparse.Namespace) -> None:
+    """What the results say, printed: losses, what was wrong or refused, then rows of C++; and the cache, if wanted."""
     table, machine = data["table"], data["machine"]
     results = [result for result in data["results"] if result["times"]]
     for name, ratio in tune_rules.loss_means(results).items():
@@ -177,6 +182,8 @@ def report(data: dict[str, Any]) -> None:
     if bad := len(data["results"]) - len(results):
         print(f"{bad} problems failed")
     print("\n".join(cpp(table, machine, results)))
+    if args.cache:
+        tune_choices.write_cache(args.cache, data, args.with_candidates)
 
 
 def cpp(table: Table, machine: dict[str, Any], results: Sequence[Result]) -> list[str]:
@@ -196,7 +203,8 @@ def cpp(table: Table, machine: dict[str, Any], results: Sequence[Result]) -> lis
     return [
         f"// {machine['device']}, {at}, {machine.get('date', 'no date')};",
         f"// {', '.join(facts)}; benchmarks/tune.py: {len(results)} problems, M {', '.join(map(str, tokens)) or '-'}.",
-        *tune_rules.cpp_rules(table, results),
+        *tune_rules.cpp_rules(table, machine, results),
+        *tune_choices.promotions(table, machine, results),
         *tune_rules.rate_lines(table, results, machine.get("sms")),
     ]
 
@@ -207,11 +215,22 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     add_common_options(parser)
+    parser.add_argument(
+        "--budget-seconds", type=float, default=math.inf, help="no case starts later"
+    )
+    parser.add_argument("--json", type=Path, help="written after every case")
     parser.add_argument("--resume", action="store_true", help="keep what is in --json already")
     parser.add_argument("--report", type=Path, metavar="FILE", help="measure nothing")
+    parser.add_argument("--cache", type=Path, metavar="FILE", help=f"write what {VARIABLE} reads")
+    parser.add_argument(
+        "--with-candidates", action="store_true",
+        help="the cache may choose tiles that only a tuning build holds",
+    )  # fmt: skip
     args: Any = parser.parse_args(arguments)
     if args.resume and not args.json:
         parser.error("--resume continues a file: name it with --json")
+    if args.with_candidates and not args.cache:
+        parser.error("--with-candidates is for the cache: name it with --cache")
     if not args.report:
         fill_in(parser, args)
     return args
@@ -220,7 +239,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main() -> int:
     args = parse()
     if args.report:
-        report(json.loads(args.report.read_text()))
+        report(json.loads(args.report.read_text()), args)
         return 0
     with torch.inference_mode():
         return run(args)

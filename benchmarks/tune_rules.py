@@ -1,8 +1,8 @@
 """What the tuner concludes from its measurements: rules in the C++ of csrc/gemm/table_*.h, rates, what is lost.
 
 A result is {"model", "layer", "M", "N", "K", "dispatched": {"tile", "splits", "us"}, "times": [{"tile", "splits",
-"us", "rough"}, ...], "not_timed": [{"tile", "splits", "what", "why"}, ...], "sm_mhz", ...}. A rough time was taken
-alone and says only that others are better.
+"us", "rough", "p20", "p80"}, ...], "not_timed": [{"tile", "splits", "what", "why"}, ...], "sm_mhz", ...}. A rough time
+was taken alone, has no percentiles, and says only that others are better.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any
 from gemm_cases import Table, serves, tile_name
 from report import geomean
 from shapes import M_CLASSES, m_class
+from tune_choices import Result, candidate_tiles, literal, shipped_only, short, wrong_tiles
 
-Result = dict[str, Any]
 ANY_M = 1 << 40  # kAnyM in csrc/gemm/tile.h
 MOST_CANDIDATES = 6  # kMostCandidates
 #: A further candidate, or a rule of its own, must gain as much: less is noise, and choosing has its errors too.
@@ -31,8 +31,9 @@ class Rule:
     tiles: tuple[int, ...]
     cost: float  # geometric mean of the best candidate's time over the best tile's
     results: int
+    reason: str = "not measured"
 
-    def row(self, previous: int) -> str:
+    def row(self, previous: int) -> list[str]:
         """As a table has it, with `previous` the most_m of the rule before (0: none)."""
         padded = [*self.tiles, *[-1] * (MOST_CANDIDATES - len(self.tiles))]
         most = "kAnyM" if self.most_m == ANY_M else str(self.most_m)
@@ -40,12 +41,8 @@ class Rule:
         if previous == 0 and self.most_m == ANY_M:
             when = "any M"
         head = f"    {{{most}, {{{', '.join(map(str, padded))}}}, {json.dumps(when)},"
-        why = f"measured: {percent(self.cost)} off the best of all tiles, {self.results} problems"
-        if not self.results:
-            why = "not measured"
-        tail = f"{json.dumps(why)}}},"
-        one_line = f"{head} {tail}"
-        return one_line if len(one_line) <= 100 else f"{head}\n     {tail}"
+        one_line = f"{head} {json.dumps(self.reason)}}},"
+        return [one_line] if len(one_line) <= 100 else [head, *literal(self.reason, "},")]
 
 
 def percent(ratio: float) -> str:
@@ -106,7 +103,7 @@ def rules(table: Table, results: Sequence[Result]) -> list[Rule]:
     cannot serve any M, the table's own last rule stays behind it.
     """
     usable = [r for r in results if r["times"]]
-    wrong = {t["tile"] for r in results for t in r["not_timed"] if t["what"] == "wrong"}
+    wrong = wrong_tiles(results)
     table = table | {"tiles": [t for t in table["tiles"] if t["tile"] not in wrong]}
     groups: list[tuple[int, list[Result]]] = [
         (m, list(group))
@@ -142,14 +139,43 @@ def rules(table: Table, results: Sequence[Result]) -> list[Rule]:
 
 def make_rule(table: Table, results: Sequence[Result], most_m: int) -> Rule:
     tiles = candidates(table, results, most_m)
-    return Rule(most_m, tiles, cost(results, tiles), len(results))
+    off = cost(results, tiles)
+    return Rule(most_m, tiles, off, len(results), reason(table, results, tiles, off))
 
 
-def cpp_rules(table: Table, results: Sequence[Result]) -> list[str]:
+def reason(table: Table, results: Sequence[Result], tiles: Sequence[int], off: float) -> str:
+    """A rule's `why`: microseconds as geometric means, with its tiles and with the best other one in their place."""
+    if not tiles or math.isinf(off):
+        return "measured: nothing serves all problems"
+    low, high = (end(result["M"] for result in results) for end in (min, max))
+    span = f"M {low}" if low == high else f"M {low} .. {high}"
+
+    def mean(some: Sequence[int]) -> float:
+        return geomean(min(us for t, us in best_times(r).items() if t in some) for r in results)
+
+    names = {int(tile["tile"]): tile["name"] for tile in table["tiles"]}
+    others = [t for t in names if t not in tiles and all(t in best_times(r) for r in results)]
+    second = min(others, key=lambda tile: mean([tile]), default=None)
+    instead = "no other tile serves them all"
+    if second is not None:
+        instead = f"{mean([second]):.2f} us with {names[second]} instead"
+    gpu = f"{short(table['gpu'])}, " if table.get("gpu") else ""
+    return f"{gpu}{span}: {mean(tiles):.2f} us, {instead}; {percent(off)} off the best tiles, {len(results)} problems"
+
+
+def cpp_rules(table: Table, machine: dict[str, Any], results: Sequence[Result]) -> list[str]:
+    """Rules of shipped rows: a table's rules cannot name its candidates."""
     name = table["name"].capitalize()
-    found = rules(table, results)
+    kept = candidate_tiles(table)
+    shipped = table | {
+        "gpu": machine["device"],
+        "tiles": [tile for tile in table["tiles"] if tile["tile"] not in kept],
+    }
+    found = rules(shipped, shipped_only(table, results))
     limits = [0, *(rule.most_m for rule in found)]
-    rows = [rule.row(previous) for rule, previous in zip(found, limits, strict=False)]
+    rows = [
+        line for rule, previous in zip(found, limits, strict=False) for line in rule.row(previous)
+    ]
     return [f"constexpr GemmRule k{name}Rules[] = {{", *rows, "};"] if rows else []
 
 

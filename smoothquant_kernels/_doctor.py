@@ -13,7 +13,13 @@ from rich.table import Table
 
 from smoothquant_kernels import cpu
 from smoothquant_kernels._console import Document
-from smoothquant_kernels._extension import dispatch_tables, extension_status, has_cuda_kernel
+from smoothquant_kernels._extension import (
+    build_info,
+    dispatch_tables,
+    extension_status,
+    has_cuda_kernel,
+)
+from smoothquant_kernels._tune import tune_cache
 from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.ops import OPS as ALL_OPS
 
@@ -83,6 +89,8 @@ def _extension() -> dict[str, Any]:
         "torch_target": status.torch_target,
         "cuda_kernels": [op for op in OPS if has_cuda_kernel(op)],
         "tables": dispatch_tables(),
+        "tuning": bool(build_info().get("tuning")),
+        "tune_cache": tune_cache().state,  # after the GPUs were asked: CUDA has started
     }
 
 
@@ -164,6 +172,10 @@ def render_doctor(document: Document) -> Table:
             f"CUTLASS {extension['cutlass_version']}, for torch {extension['torch_target']} "
             "or newer",
         )
+    if extension["available"]:
+        table.add_row("SQK_TUNE_CACHE", escape(extension["tune_cache"]))
+    if extension["tuning"]:
+        table.add_row("", "a tuning build: with candidates, for benchmarks/tune.py")
     for op, rows in extension["tables"].items():
         for index, row in enumerate(rows):
             text = escape(f"{row['path']}: {row['when']}")  # "[m]" is no markup

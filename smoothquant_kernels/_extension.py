@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from smoothquant_kernels import _tune
 from smoothquant_kernels._library import _LIBRARY, NAMESPACE, define_op
 
 _FOLDER = Path(__file__).resolve().parent
@@ -162,6 +163,7 @@ def _load(folder: Path) -> ExtensionStatus:
         except OSError as error:
             problem = f"{library.name} does not load with torch {torch.__version__}: {error}"
     if problem is None:
+        _tune.load(library)
         return built
     reason = f"{problem}; to build it again: {BUILD_COMMAND}"
     return replace(built, available=False, reason=reason)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import subprocess
 import sys
 from collections.abc import Callable
-from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import baselines
 import bench_gemm
 import bench_linear
 import gemm_cases
@@ -22,16 +23,7 @@ import tables
 import torch
 from gemm_cases import Case, Expected
 from gpu_timer import Recorded, Timing
-from shapes import (
-    DECODERS,
-    GEMM_TOKENS,
-    LLM_LAYERS,
-    M_CLASSES,
-    TOY_LAYERS,
-    Layer,
-    distinct,
-    m_class,
-)
+from shapes import GEMM_TOKENS, LLM_LAYERS, TOY_LAYERS, Layer
 from timer import interleaved, median_ratio
 from torch import Tensor
 
@@ -98,46 +90,6 @@ def test_every_marked_table_is_known() -> None:
     assert marked == set(tables.TABLES)
 
 
-# --- shapes -----------------------------------------------------------------------------------------------------------
-
-
-def test_the_registry_of_layers() -> None:
-    assert {layer.model for layer in LLM_LAYERS.values()} == {d.model for d in DECODERS}
-    shapes = {name: (layer.n, layer.k) for name, layer in LLM_LAYERS.items()}
-    assert shapes["LLaMA-7B up"] == (11008, 4096) and shapes["LLaMA-7B down"] == (4096, 11008)
-    assert shapes["LLaMA-7B qkv"] == (3 * 4096, 4096) and "LLaMA-7B kv" not in shapes
-    assert shapes["LLaMA-70B qkv"] == (8192 + 2 * 1024, 8192) and shapes["LLaMA-70B kv"] == (
-        1024,
-        8192,
-    )
-    assert shapes["OPT-175B fc1"] == (49152, 12288) and shapes["OPT-175B fc2"] == (12288, 49152)
-    assert shapes["Qwen2.5-7B gate_up"] == (2 * 18944, 3584)
-    for (
-        decoder
-    ) in DECODERS:  # heads of 64 or 128 in all of these, and rows that every kernel can load
-        assert decoder.hidden % 64 == decoder.kv % 64 == decoder.mlp % 16 == 0
-        assert decoder.kv <= decoder.hidden < decoder.mlp
-
-
-def test_shapes_that_models_share_are_measured_once_and_the_most_telling_first() -> None:
-    layers = list(LLM_LAYERS.values())
-    kept = distinct(layers)
-    assert len({(layer.n, layer.k) for layer in kept}) == len(kept) < len(layers)
-    assert sorted([*map(str, kept), *chain(*kept.values())]) == sorted(LLM_LAYERS)
-    assert kept[LLM_LAYERS["LLaMA-7B o"]] == ["Llama 3 8B o", "Mistral 7B o"]
-    found = gemm_cases.cases(layers, GEMM_TOKENS)
-    assert len({case.key for case in found}) == len(found) == len(kept) * len(GEMM_TOKENS)
-    assert str(found[0]) == "LLaMA-7B up        M 2048 N 11008 K  4096"
-    early = found[: len(found) // 4]
-    assert {case.m for case in early} == set(GEMM_TOKENS) and len({c.layer for c in early}) > 12
-
-
-def test_classes_of_m() -> None:
-    assert [m_class(m) for m in (1, 8, 16, 64, 128, 512, 1024, 8192)] == [
-        name for _, name in M_CLASSES for _ in range(2)
-    ]
-
-
 # --- the GEMM ---------------------------------------------------------------------------------------------------------
 
 
@@ -145,16 +97,19 @@ def timing(us: float) -> Timing:
     return Timing(us, us, us, 10, 2)
 
 
+TIMES = {"op": 200.0, "fp16": 340.0, "bf16": 330.0, "fp8": 190.0, "triton": 273.21, "sgl": 1.0}
+
+
 def test_the_gemm_line_adds_up() -> None:
     case = Case(LLM_LAYERS["LLaMA-7B up"], 2048)
-    times = {"op": 200.0, "fp16": 340.0, "bf16": 330.0}
     row = bench_gemm.row_of(
-        case, {n: timing(us) for n, us in times.items()}, {"int_mm": "why"}, "128x256x128"
+        case, {n: timing(us) for n, us in TIMES.items()}, {"int_mm": "why"}, "128x256x128"
     )
     moved = 2048 * 4096 + 11008 * 4096 + 4 * 2048 + 4 * 11008 + 2 * 2048 * 11008
-    assert row["bytes"] == moved and row["int_mm_missing"] == "why"
+    assert row["bytes"] == moved and row["int_mm_missing"] == "why" and row["data"] == "random"
     assert row["tops"] == pytest.approx(2 * 2048 * 11008 * 4096 / 200e-6 / 1e12)
     assert row["gb_per_s"] == pytest.approx(moved / 200e-6 / 1e9)
+    assert row["fp8_us"] == 190.0 and row["vllm_us"] is None
     assert [part.strip() for part in bench_gemm.line(case, row).split("|")] == [
         "LLaMA-7B up        M 2048 N 11008 K  4096",
         "200.00 us",
@@ -163,8 +118,52 @@ def test_the_gemm_line_adds_up() -> None:
         "1.70x fp16",
         "1.65x bf16",
         "- int_mm",
+        "0.95x fp8",
+        "1.37x triton",
+        "- vllm",
+        "0.01x sgl",
         "tile 128x256x128",
     ]
+
+
+def columns_of(line: str) -> dict[str, float]:
+    """The numbers of a printed line by their units; "-" is none."""
+    parts = [part.split() for part in line.split("|")]
+    pairs = [part for part in parts if len(part) == 2 and part[0] not in ("-", "tile")]
+    return {unit: float(number.removesuffix("x")) for number, unit in pairs}
+
+
+@pytest.mark.parametrize("us", [3.14, 57.337, 901.5])
+def test_the_printed_columns_add_up(us: float) -> None:
+    """What is printed, times the printed us, within half a unit of the last digits of both."""
+    case = Case(LLM_LAYERS["LLaMA-7B down"], 64, "real")
+    times = TIMES | {"op": us}
+    row = bench_gemm.row_of(case, {n: timing(value) for n, value in times.items()}, {}, "a /4")
+    found = columns_of(bench_gemm.line(case, row))
+    shown = found.pop("us")
+    wanted = {"TOPS": case.operations / 1e6, "GB/s": case.bytes / 1e3, **times}
+    assert set(found) == set(wanted) - {"op"}
+    for name, value in found.items():
+        last = 0.05 if name in ("TOPS", "GB/s") else 0.005
+        # (value +- last) * (shown +- 0.005), and a millionth for the binary fractions
+        allowed = (last * shown + 0.005 * value + last * 0.005) * (1 + 1e-6)
+        assert abs(value * shown - wanted[name]) <= allowed, name
+
+
+def test_the_printed_means_are_those_of_the_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = []
+    for m, data, us in ((64, "random", 20.0), (16, "random", 10.0), (64, "real", 16.0)):
+        case = Case(LLM_LAYERS["LLaMA-7B o"], m, data)
+        times = {"op": us, "fp16": 2 * us, "triton": 40.0}
+        rows.append(bench_gemm.row_of(case, {n: timing(v) for n, v in times.items()}))
+    bench_gemm.report(rows)
+    lines = {line.split("|")[0].strip(): line for line in capsys.readouterr().out.splitlines()}
+    means = columns_of(lines["geomean M 9-64       2 cases"])
+    assert means["fp16"] == 2.0 and means["triton"] == pytest.approx(math.sqrt(8), abs=0.005)
+    tops = math.sqrt(rows[0]["tops"] * rows[1]["tops"])
+    assert means["TOPS"] == pytest.approx(tops, abs=0.05)
+    assert columns_of(lines["geomean M 9-64    real    1 cases"])["triton"] == 2.5
+    assert "real data is 1.250x as fast as random in the 1 cases that have both" in lines
 
 
 def test_the_bytes_are_those_of_the_tensors() -> None:
@@ -190,7 +189,7 @@ def test_where_int_mm_cannot_run_the_reason_is_given() -> None:
 
 
 def test_more_tokens_in_less_time_are_noted() -> None:
-    row = {"model": "LLaMA-7B", "layer": "up", "N": 8, "K": 8, "tile": "a"}
+    row = {"model": "LLaMA-7B", "layer": "up", "N": 8, "K": 8, "tile": "a", "data": "random"}
     rows = [row | {"M": m, "us": us} for m, us in ((16, 5.0), (64, 9.0), (128, 7.0), (256, 6.9))]
     (sentence,) = bench_gemm.cliffs(rows)
     assert sentence == "LLaMA-7B up takes 9.00 us at M 64 (a), but 6.90 us at M 256 (a)"
@@ -216,7 +215,7 @@ def test_a_wrong_gemm_is_not_timed(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file, table = tmp_path / "gemm.json", tmp_path / "gemm.csv"
-    options = ["--tokens", "32", "--json", str(file), "--csv", str(table)]
+    options = ["--tokens", "32", "--data", "random", "--json", str(file), "--csv", str(table)]
     assert run_gemm(capsys, *options)[0] == 0
     data = json.loads(file.read_text())
     assert all(row["us"] > 0 and row["tile"] == "64x64x64" for row in data["rows"])
@@ -234,12 +233,54 @@ def test_every_tile_is_timed_and_a_wrong_one_is_not(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(gemm_cases, "forced", off_by_one_step_tile(gemm_cases.forced, 2))
-    status, text = run_gemm(capsys, "--tokens", "8", "--tiles")
+    status, text = run_gemm(capsys, "--tokens", "8", "--tiles", "--data", "random")
     assert status == 1
     names = {line.split("|")[0].strip() for line in text.splitlines() if "the time" in line}
     assert names >= {"stream 8x16", "16x32x64", "16x32x64 /2", "16x32x64 /4"}
     assert "64x64x64" not in names and text.count("| wrong: 1 of") == 3
     assert "3 cases were wrong" in text
+
+
+def test_random_and_real_data_are_measured_and_a_run_is_continued(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, table = tmp_path / "gemm.json", tmp_path / "gemm.csv"
+    options = ["--tokens", "32", "--json", str(file), "--csv", str(table)]
+    assert run_gemm(capsys, *options)[0] == 0
+    data = json.loads(file.read_text())
+    assert [row["data"] for row in data["rows"]] == ["random"] * 3 + ["real"] * 3
+    assert data["geomeans"]["all"]["cases"] == data["geomeans_real"]["all"]["cases"] == 3
+    with table.open() as text:
+        written = list(csv.DictReader(text))
+    for row, plain in zip(data["rows"], written, strict=True):
+        assert row["also"] == [] and {f"vs_{name}" for name in baselines.USUAL} <= set(plain)
+        for name in baselines.USUAL:  # a number, or a reason
+            assert (row[f"vs_{name}"] is None) == bool(row.get(f"{name}_missing"))
+        assert row["vs_fp16"] * row["us"] == pytest.approx(row["fp16_us"])
+    del data["rows"][1]
+    file.write_text(json.dumps(data))
+    status, text_again = run_gemm(capsys, *options, "--resume")
+    assert status == 0 and "5 cases were measured before, 1 are left" in text_again
+    assert len(json.loads(file.read_text())["rows"]) == 6
+
+
+def test_the_most_telling_cases_come_with_real_data_early() -> None:
+    args = bench_gemm.parse(["--device", "cpu"])
+    args.layers, args.tokens = list(LLM_LAYERS.values()), GEMM_TOKENS
+    found, n = bench_gemm.cases(args), bench_gemm.TELLING
+    assert [case.data for case in found[: 2 * n + 1]] == ["random"] * n + ["real"] * n + ["random"]
+    assert [case.key for case in found[:n]] == [case.key for case in found[n : 2 * n]]
+    assert len({(case.key, case.data) for case in found}) == len(found)
+
+
+def test_a_baseline_that_is_wrong_is_not_timed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gemm_cases, "int_mm", off_by_one_step(gemm_cases.int_mm))
+    options = ["--tokens", "32", "--data", "real", "--baselines", "fp16", "int_mm"]
+    status, text = run_gemm(capsys, *options)
+    assert status == 0 and text.count("x fp16 | - int_mm | tile") == 3 and "bf16" not in text
+    assert "no int_mm in 1 cases: wrong: 1 of 3072 elements differ" in text
 
 
 def off_by_one_step_tile(function: Ops, bad: int) -> Ops:
@@ -292,7 +333,7 @@ def test_clocks_are_read_while_the_gpu_works(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_spent_budget_starts_no_gemm(capsys: pytest.CaptureFixture[str]) -> None:
     status, text = run_gemm(capsys, "--budget-seconds", "-1")
-    assert status == 1 and "6 of 6 cases were not started: the time is spent" in text
+    assert status == 1 and "12 of 12 cases were not started: the time is spent" in text
 
 
 # --- whole layers, the GPU's form -------------------------------------------------------------------------------------
@@ -317,4 +358,4 @@ def test_layers_of_every_kind_are_checked_and_timed(
         monkeypatch.setattr(ops, name, off_by_one_step(getattr(ops, name)))
     assert linear_gpu.run(bench_linear.parse([*options, "--scheme", "static", "--smooth"])) == 1
     text = capsys.readouterr().out
-    assert text.count("static+smooth     | wrong: 1 of") == 3 and "3 layers were wrong" in text
+    assert text.count("static+smooth     | wrong: 1 of") == 3 and "3 cases were wrong" in text

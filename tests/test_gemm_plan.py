@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import c_gemm
@@ -44,18 +46,29 @@ TOKENS = (*range(1, 600), *(m + i for m in range(640, 4097, 64) for i in (0, 1))
 FOR_THE_TUNER = {("sm80", "16x64x128"), ("sm90", "256x128x128")}
 
 
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+def compiled(folder: Path, *flags: str) -> ctypes.CDLL:
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("no g++")
-    target = tmp_path_factory.mktemp("gemm_plan") / "plan.so"
+    target = folder / "plan.so"
     # What asks the CUDA runtime stays undefined, and is never called here.
     command = [compiler, "-std=c++17", "-Wall", "-Werror", "-shared", "-fPIC", "-o", str(target)]
+    command += flags
     command += ["-Icsrc/include", "-Icsrc", "csrc/gemm/plan.cpp", "csrc/gemm/tables.cpp"]
     subprocess.run(command, cwd=ROOT, check=True)
-    loaded = ctypes.CDLL(str(target), mode=ctypes.RTLD_GLOBAL | 1)  # 1: RTLD_LAZY
-    return c_gemm.declare_plans(loaded)
+    # Not RTLD_GLOBAL: there are two such libraries, each with its own tables. 1: RTLD_LAZY.
+    return c_gemm.declare_plans(ctypes.CDLL(str(target), mode=ctypes.RTLD_LOCAL | 1))
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    return compiled(tmp_path_factory.mktemp("gemm_plan"))
+
+
+@pytest.fixture(scope="module")
+def tuning_library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """As a tuning build has it."""
+    return compiled(tmp_path_factory.mktemp("gemm_plan_tuning"), "-DSQK_TUNING=1")
 
 
 def params(m: int, n: int, k: int, **more: Any) -> Params:
@@ -136,6 +149,44 @@ def test_the_tables_are_whole(library: ctypes.CDLL) -> None:
             assert rule["when"] and rule["why"]
         wanted = {tile for rule in rules for tile in rule["tiles"]}
         assert wanted == set(range(len(tiles))), "a row that no rule names"
+
+
+@pytest.mark.parametrize("table", c_gemm.TABLES)
+def test_candidates_come_behind_what_is_shipped(
+    library: ctypes.CDLL, tuning_library: ctypes.CDLL, table: str
+) -> None:
+    """And nothing takes one by itself: a tuning build runs as any other."""
+    shipped, tuning = (c_gemm.tables(built)[table] for built in (library, tuning_library))
+    whole, count = tuning["tiles"], len(shipped["tiles"])
+    assert whole[:count] == shipped["tiles"] and tuning["rules"] == shipped["rules"]
+    assert not any(tile["candidate"] for tile in shipped["tiles"])
+    assert len(whole) > count and all(tile["candidate"] for tile in whole[count:])
+    assert [tile["tile"] for tile in whole] == list(range(len(whole)))
+    for names in ([tile["name"] for tile in whole], [tile["why"] for tile in whole[count:]]):
+        assert all(names) and len(set(names)) == len(names)
+    device = next(device for device, own in GPUS.values() if own == table)
+    for m, n, k in ((1, 4096, 4096), (40, 768, 3072), (333, 12288, 4096), (4096, 4096, 11008)):
+        p = params(m, n, k)
+        assert bytes(plan(tuning_library, p, device)) == bytes(plan(library, p, device))
+    for tile in whole[count:]:
+        for m in (1, tile["m"]):
+            p = params(m, 4096, 4096, tile=tile["tile"])
+            assert_can_be_launched(p, plan(tuning_library, p, device), device, whole)
+
+
+@pytest.mark.parametrize("table", c_gemm.TABLES)
+def test_every_candidate_has_a_kernel(tuning_library: ctypes.CDLL, table: str) -> None:
+    """Each place of Hopper's candidates is in one instance; those of mma.sync are instantiated from the whole list."""
+    sources = (ROOT / "csrc" / "gemm" / "instances").glob("tuning_*_sm90.cu")
+    places = [
+        int(place)
+        for source in sources
+        for found in re.findall(r"find_candidate<([\d, ]+)>", source.read_text())
+        for place in found.split(",")
+    ]
+    candidates = [t for t in c_gemm.tables(tuning_library)[table]["tiles"] if t["candidate"]]
+    wanted = [i for i, tile in enumerate(candidates) if tile["kernel"] == "wgmma"]
+    assert wanted == (sorted(places) if table == "sm90" else [])
 
 
 @pytest.mark.parametrize("table", c_gemm.TABLES)

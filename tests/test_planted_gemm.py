@@ -39,7 +39,7 @@ def mma(
     row, m, stages = tile
     condition = "kTile.kernel == GemmKernel::kMma"
     here = f"{condition} && kTile.n == 64 && kTile.m == {m} && kTile.stages == {stages}"
-    cuts = (("gemm/instances/mma_sm80.cu", condition, here),)
+    cuts = (("gemm/mma_rows.cuh", condition, here),)
     tests = f"{tests} and {row}"
     return Mutant(name, f"gemm/{file}", old, new, MMA, suite, tests, symptom, cuts=cuts)
 

@@ -2,21 +2,41 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import re
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
+import build_commands
+import build_support
+import c_gemm
 import gemm_cases
 import pytest
 import torch
 import tune
+import tune_choices
 import tune_rules
+from build_support import ROOT
 from gemm_cases import TOY_TABLE
 from tune_rules import ANY_M, Rule, rules
 
-#: A row of C++: {most_m, {four tiles}, "when", "why"},
+#: A row of C++: {most_m, {six tiles}, "when", "why"},
 ROW = re.compile(r'^\s*\{(\w+), \{(-?\d+(?:, -?\d+){5})\}, "([^"]+)",\s+"([^"]+)"\},$')
+MACHINE = {"device": "NVIDIA H100 80GB HBM3", "sms": 132, "date": "2026-01-31"}
+#: The toy table as a tuning build has it: tile 3 is no shipped one.
+TUNING_TABLE = TOY_TABLE | {
+    "tiles": [
+        *TOY_TABLE["tiles"],
+        {
+            "tile": 3, "name": "32x32x64", "kernel": "wgmma", "m": 32, "n": 32, "k": 64, "warps_m": 0, "warps_n": 0,
+            "stages": 5, "schedule": "stream-K", "swap_ab": True, "cluster": [2, 1], "most_splits": 1, "rate": 80,
+            "why": "for this test", "candidate": True,
+        },
+    ]
+}  # fmt: skip
 
 
 def result(
@@ -33,15 +53,15 @@ def result(
 
 
 def parsed(lines: list[str]) -> list[tuple[int, tuple[int, ...], str, str]]:
-    assert (
-        re.fullmatch(r"constexpr GemmRule k(Toy|Sm90)Rules\[\] = \{", lines[0])
-        and lines[-1] == "};"
-    )
+    assert all(len(line) <= 100 for line in lines)
+    text = re.sub(r'"\n\s+"', "", "\n".join(lines))  # adjacent strings are one
+    rows = re.split(r"\n(?!     )", text)
+    assert re.fullmatch(r"constexpr GemmRule k(Toy|Sm90)Rules\[\] = \{", rows[0])
+    assert rows[-1] == "};"
     found = []
-    for line in lines[1:-1]:
-        match = ROW.match(line.replace("\n", " "))
-        assert match, line
-        assert all(len(part) <= 100 for part in line.split("\n"))
+    for row in rows[1:-1]:
+        match = ROW.match(row)
+        assert match, row
         most = ANY_M if match[1] == "kAnyM" else int(match[1])
         found.append((most, tuple(map(int, match[2].split(", "))), match[3], match[4]))
     return found
@@ -57,31 +77,32 @@ def test_rules_are_rows_that_cover_all_m() -> None:
         result(1024, {1: 200.0, 2: 150.0}, now=1),
         result(1024, {1: 150.0, 2: 200.0}, now=1, n=96),
     ]
-    lines = tune_rules.cpp_rules(TOY_TABLE, results)
-    assert parsed(lines) == [
+    gpu = "H100 80GB HBM3"
+    assert parsed(tune_rules.cpp_rules(TOY_TABLE, MACHINE, results)) == [
         (
             8,
             (0, -1, -1, -1, -1, -1),
             "M <= 8",
-            "measured: 0.0 % off the best of all tiles, 8 problems",
+            f"{gpu}, M 1 .. 8: 10.00 us, 12.00 us with 16x32x64 instead; 0.0 % off the best tiles, 8 problems",
         ),
         (
             64,
             (1, -1, -1, -1, -1, -1),
             "M <= 64",
-            "measured: 0.0 % off the best of all tiles, 2 problems",
+            # the square roots of 11 * 20 and 20 * 20.05
+            f"{gpu}, M 16 .. 64: 14.83 us, 20.02 us with 64x64x64 instead; 0.0 % off the best tiles, 2 problems",
         ),
         (
             256,
             (2, -1, -1, -1, -1, -1),
             "M <= 256",
-            "measured: 0.0 % off the best of all tiles, 1 problems",
+            f"{gpu}, M 256: 40.00 us, 60.00 us with 16x32x64 instead; 0.0 % off the best tiles, 1 problems",
         ),
         (
             ANY_M,
             (1, 2, -1, -1, -1, -1),
             "M > 256",
-            "measured: 0.0 % off the best of all tiles, 2 problems",
+            f"{gpu}, M 1024: 150.00 us, no other tile serves them all; 0.0 % off the best tiles, 2 problems",
         ),
     ]
 
@@ -92,7 +113,7 @@ def test_a_streaming_kernel_is_never_for_more_tokens_than_its_tile_has() -> None
     )
     assert (first.most_m, first.tiles) == (8, (0,)) and last.most_m == ANY_M and 0 not in last.tiles
     # only M 8 was measured: what is beyond stays as the table has it
-    lines = tune_rules.cpp_rules(TOY_TABLE, [result(8, {0: 1.0, 1: 9.0})])
+    lines = tune_rules.cpp_rules(TOY_TABLE, MACHINE, [result(8, {0: 1.0, 1: 9.0})])
     assert parsed(lines)[-1] == (ANY_M, (2, 1, -1, -1, -1, -1), "M > 8", "not measured")
 
 
@@ -117,9 +138,129 @@ def test_a_candidate_that_is_refused_is_completed_by_one_that_is_not() -> None:
 
 
 def test_a_rule_of_one_row_says_any_m_and_a_long_row_is_broken() -> None:
-    assert '"any M"' in Rule(ANY_M, (3,), 1.0, 5).row(0)
-    long = Rule(ANY_M, (10, 11, 12, 13), 1.25, 123456).row(4096)
-    assert "\n     " in long and parsed(["constexpr GemmRule kSm90Rules[] = {", long, "};"])
+    assert Rule(ANY_M, (3,), 1.0, 5, "short").row(0) == [
+        '    {kAnyM, {3, -1, -1, -1, -1, -1}, "any M", "short"},'
+    ]
+    words = " ".join(f"word{i}" for i in range(60))
+    long = Rule(ANY_M, (10, 11, 12, 13), 1.25, 123456, words).row(4096)
+    assert len(long) > 3
+    assert parsed(["constexpr GemmRule kSm90Rules[] = {", *long, "};"])[0][3] == words
+
+
+# --- candidates of a tuning build -------------------------------------------------------------------------------------
+
+
+def spread(found: dict[str, Any], part: float) -> dict[str, Any]:
+    """The result with percentiles that far below and above each time."""
+    for time in found["times"]:
+        time.update(p20=(1 - part) * time["us"], p80=(1 + part) * time["us"])
+    return found
+
+
+def test_rules_name_no_candidate_and_are_compared_with_shipped_tiles() -> None:
+    results = [result(64, {1: 20.0, 2: 30.0, 3: 10.0}, now=1)]
+    ((_, tiles, _, why),) = parsed(tune_rules.cpp_rules(TUNING_TABLE, MACHINE, results))
+    assert tiles[:2] == (1, -1) and "20.00 us, 30.00 us with 64x64x64" in why and "0.0 % off" in why
+    only_rough = [result(64, {2: 30.0, 3: 10.0}, now=2)]
+    only_rough[0]["times"][0]["rough"] = True
+    assert tune_rules.cpp_rules(TUNING_TABLE, MACHINE, only_rough) == []
+
+
+def test_a_candidate_that_clearly_wins_is_to_be_promoted() -> None:
+    results = [
+        spread(result(256, {1: 22.0, 2: 20.0, 3: 16.0}, now=2), 0.01),
+        spread(result(512, {2: 20.0, 3: 21.0}, now=2), 0.01),
+        spread(result(4096, {2: 200.0, 3: 199.0}, now=2), 0.001),  # 0.5 %: may be noise
+        spread(result(8192, {2: 210.0, 3: 200.0}, now=2), 0.1),  # 5 %, and the rounds overlap
+    ]
+    lines = tune_choices.promotions(TUNING_TABLE, MACHINE, results)
+    gain = 100 * (1.25**0.5 - 1)
+    assert lines[:2] == [
+        "// promote this row: 32x32x64",
+        f"//   M 65-512: geomean gain {gain:.1f} % over 2 problems, clear in 1; "
+        "most 25.0 % at M 256 N 64 K 64: 16.00 us, 64x64x64 20.00 us",
+    ]
+    row = re.sub(r'"\n\s+"', "", "\n".join(lines[2:]))
+    assert re.sub(r"\s+", " ", row) == (
+        ' {"32x32x64", GemmKernel::kWgmma, 32, 32, 64, 0, 0, 5, Schedule::kStreamK, true, 2, 1, 1, 80, '
+        f'"for this test; H100 80GB HBM3: {gain:.1f} % off in 2 problems of M 65-512"}},'
+    )
+    assert all(len(line) <= 100 for line in lines[2:])
+    wrong = {"tile": 3, "splits": 1, "what": "wrong", "why": "1 of 64 elements differ"}
+    results[3]["not_timed"] = [wrong]
+    assert tune_choices.promotions(TUNING_TABLE, MACHINE, results) == []
+    assert tune_choices.promotions(TOY_TABLE, MACHINE, [result(64, {1: 2.0}, now=1)]) == []
+
+
+def test_a_candidate_never_drives_the_best_shipped_tile_out_of_the_finals() -> None:
+    many = TUNING_TABLE | {
+        "tiles": [
+            *TOY_TABLE["tiles"],
+            *({**TUNING_TABLE["tiles"][3], "tile": 3 + i} for i in range(6)),
+        ]
+    }
+    rough = {(3 + i, 1): 1.0 + i / 100 for i in range(6)} | {(1, 1): 5.0, (2, 1): 6.0}
+    assert tune_choices.finalists(many, rough) == [(1, 1), (3, 1), (4, 1), (5, 1)]
+    near = {(1, s): 10.0 + s for s in (1, 2, 4)} | {(2, 1): 15.5}
+    assert tune_choices.finalists(many, near) == [(1, 1), (1, 2), (1, 4)]  # 1.4 x 11 < 15.5
+
+
+def test_only_a_tuning_build_compiles_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
+    nvcc = build_support.Nvcc("nvcc", "13.0")
+    torch_here = build_support.Torch(Path("/torch"), "2.14.0", "13.0", True)
+    cutlass = build_support.Cutlass(Path("/cutlass"), "4.2.0")
+    archs = build_support.parse_archs("8.0;9.0a")
+    names = {path.name for path in (ROOT / "csrc" / "gemm" / "instances").glob("tuning_*")}
+    assert names
+    for tuning in (False, True):
+        plan = build_support.Plan(nvcc, torch_here, cutlass, archs, tuning)
+        tasks = build_commands.compile_tasks(plan, Path("build"))
+        compiled = {Path(word).name for command, _ in tasks for word in command}
+        assert names & compiled == (names if tuning else set())
+        assert all(("-DSQK_TUNING=1" in command) == tuning for command, _ in tasks)
+        assert build_commands.build_info(plan, "")["tuning"] is tuning
+    variable = build_support.TUNING_VARIABLE
+    found = [build_support.wants_tuning({variable: text}) for text in ("1", "0", "", " 1 ")]
+    assert found == [True, False, False, True] and not build_support.wants_tuning({})
+    with pytest.raises(build_support.BuildError, match=f"{variable}=yes is not one of 0, 1"):
+        build_support.wants_tuning({variable: "yes"})
+
+
+def test_rows_of_the_library_are_printed_as_they_are_written(tmp_path: Path) -> None:
+    """Every tile of every table, candidates too: JSON to C++ and back gives the same JSON."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no g++")
+    flags = ["-std=c++17", "-DSQK_TUNING=1", "-shared", "-fPIC", "-Icsrc/include", "-Icsrc"]
+    sources = ["csrc/gemm/plan.cpp", "csrc/gemm/tables.cpp"]
+    subprocess.run([compiler, *flags, *sources, "-o", tmp_path / "t.so"], cwd=ROOT, check=True)
+    library = c_gemm.declare_plans(ctypes.CDLL(str(tmp_path / "t.so"), mode=1))
+    own = {name: t["tiles"] for name, t in c_gemm.tables(library).items()}
+    assert all(any(tile["candidate"] for tile in tiles) for tiles in own.values())
+    text = ['#include "gemm/tile.h"', "using namespace sqk;"]
+    for name, tiles in own.items():
+        lines = [line for tile in tiles for line in tune_choices.cpp_row(tile)]
+        assert all(len(line) <= 100 for line in lines)
+        header = (ROOT / "csrc" / "gemm" / f"table_{name}.h").read_text()
+        text += [
+            f'#include "gemm/table_{name}.h"',
+            f"constexpr GemmTile {name}[] = {{",
+            *lines,
+            "};",
+        ]
+        assert f"k{name.capitalize()}Shipped[]" in header
+        text += [
+            f"constexpr bool same_{name}() {{ int i = 0; for (const GemmTile& t : k{name.capitalize()}Tiles) {{",
+            f"const GemmTile& u = {name}[i++]; if (t.kernel != u.kernel || t.m != u.m || t.n != u.n || t.k != u.k ||",
+            "t.warps_m != u.warps_m || t.warps_n != u.warps_n || t.stages != u.stages || t.schedule != u.schedule ||",
+            "t.swap_ab != u.swap_ab || t.cluster_m != u.cluster_m || t.cluster_n != u.cluster_n ||",
+            "t.most_splits != u.most_splits || t.rate != u.rate) return false; } return true; }",
+            f"static_assert(same_{name}());",
+        ]
+    (tmp_path / "rows.cpp").write_text("\n".join(text))
+    check = [compiler, *flags, "-fsyntax-only", str(tmp_path / "rows.cpp")]
+    done = subprocess.run(check, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_rates_count_what_a_tile_multiplies() -> None:
@@ -175,13 +316,10 @@ def test_the_tuner_continues_its_own_file(
     }  # 32 tokens are too many for tile 0
     text = capsys.readouterr().out
     assert "3 problems were measured before, 3 are left" in text
-    tune.report(both)
+    tune.report(both, tune.parse(["--device", "cpu"]))
     assert capsys.readouterr().out in text
     lines = [line for line in text.splitlines() if not line.startswith("//")]
-    table = lines[lines.index("constexpr GemmRule kToyRules[] = {") :]
-    # A long row has two lines.
-    table = re.split(r"\n(?!     )", "\n".join(table))
-    assert parsed(table)[-1][0] == ANY_M
+    assert parsed(lines[lines.index("constexpr GemmRule kToyRules[] = {") :])[-1][0] == ANY_M
 
 
 @pytest.mark.parametrize(

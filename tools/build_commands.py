@@ -40,11 +40,17 @@ def launcher(env: Mapping[str, str]) -> list[str]:
     return [path] if path else []
 
 
-def sources(root: Path = ROOT) -> list[str]:
-    """Kernels and binding, relative to the root and sorted, so that builds are reproducible."""
+def sources(root: Path = ROOT, *, tuning: bool = False) -> list[str]:
+    """Kernels and binding, relative to the root and sorted, so that builds are reproducible.
+
+    Args:
+        root: the checkout.
+        tuning: with `tuning_*.cu`, the tiles that only a tuning build holds.
+    """
     csrc = root / "csrc"
     found = [*csrc.rglob("*.cu"), *csrc.rglob("*.cpp")]
-    return sorted(path.relative_to(root).as_posix() for path in found)
+    kept = (path for path in found if tuning or not path.name.startswith("tuning_"))
+    return sorted(path.relative_to(root).as_posix() for path in kept)
 
 
 CUDA_FLAGS = (
@@ -212,9 +218,10 @@ def compile_tasks(plan: Plan, build_dir: Path) -> list[tuple[list[str], Path]]:
         f"-DSQK_WITH_SM80={int(not all(hopper))}",
         f"-DSQK_WITH_SM90={int(any(hopper))}",
         f"-DSQK_ARCHS={'/'.join(map(str, plan.archs))}",  # nvcc splits at commas
+        *(["-DSQK_TUNING=1"] if plan.tuning else []),
     ]
     tasks = []
-    for source in sources():
+    for source in sources(tuning=plan.tuning):
         output = build_dir / (source.replace("/", ".") + ".o")
         if source.endswith(".cpp"):
             command = cxx_command(
@@ -257,6 +264,7 @@ def build_info(plan: Plan, said: str) -> dict[str, object]:
         "archs": [str(arch) for arch in plan.archs],
         "cutlass_version": plan.cutlass.version,
         "cuda_version": plan.nvcc.version,
+        "tuning": plan.tuning,
         "torch_target": version_text(TORCH_TARGET),
         "torch_built_with": plan.torch.version,
         "cuda_flags": list(CUDA_FLAGS),

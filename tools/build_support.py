@@ -28,6 +28,7 @@ TORCH_TARGET = (2, 10)
 CUTLASS_PYPI = "nvidia-cutlass==4.2.0.0"
 MODE_VARIABLE = "SMOOTHQUANT_KERNELS_BUILD"
 MODES = ("auto", "cuda", "none")
+TUNING_VARIABLE = "SMOOTHQUANT_KERNELS_TUNING"
 
 # SASS for A100 (runs on 8.6 too), Ada and Hopper; the driver compiles the PTX for anything newer.
 DEFAULT_ARCHS = "8.0+PTX;8.9;9.0a"
@@ -243,6 +244,15 @@ class Plan:
     torch: Torch
     cutlass: Cutlass
     archs: tuple[Arch, ...]
+    tuning: bool = False  # with the tiles that are there for benchmarks/tune.py alone
+
+
+def wants_tuning(env: Mapping[str, str]) -> bool:
+    """SMOOTHQUANT_KERNELS_TUNING: 1 for a tuning build; not given, empty or 0 for any other."""
+    given = env.get(TUNING_VARIABLE, "").strip()
+    if given not in ("", "0", "1"):
+        raise BuildError(f"{TUNING_VARIABLE}={given} is not one of 0, 1.")
+    return given == "1"
 
 
 def make_plan(env: Mapping[str, str], platform: str = sys.platform) -> tuple[Plan | None, str]:
@@ -250,21 +260,21 @@ def make_plan(env: Mapping[str, str], platform: str = sys.platform) -> tuple[Pla
 
     Raises:
         BuildError: SMOOTHQUANT_KERNELS_BUILD has another value, or is ``cuda`` and something is
-            missing, or TORCH_CUDA_ARCH_LIST is wrong.
+            missing, or TORCH_CUDA_ARCH_LIST or SMOOTHQUANT_KERNELS_TUNING is wrong.
     """
     mode = env.get(MODE_VARIABLE) or "auto"
     if mode not in MODES:
         raise BuildError(f"{MODE_VARIABLE}={mode} is not one of {', '.join(MODES)}.")
     if mode == "none":
         return None, f"{MODE_VARIABLE}=none: building the pure-Python package."
-    archs = parse_archs(env.get("TORCH_CUDA_ARCH_LIST"))
+    archs, tuning = parse_archs(env.get("TORCH_CUDA_ARCH_LIST")), wants_tuning(env)
     try:
         if not platform.startswith("linux"):
             raise BuildError(f"the CUDA kernels are built on Linux only, not on {platform}.")
         nvcc = find_nvcc(env)
         torch = find_torch()
         check_torch(torch, nvcc)
-        plan = Plan(nvcc, torch, find_cutlass(env), archs)
+        plan = Plan(nvcc, torch, find_cutlass(env), archs, tuning)
     except BuildError as error:
         if mode == "cuda":
             raise BuildError(f"{MODE_VARIABLE}=cuda: {error}") from None
@@ -275,7 +285,7 @@ def make_plan(env: Mapping[str, str], platform: str = sys.platform) -> tuple[Pla
     named = " ".join(map(str, archs))
     return plan, (
         f"building the CUDA kernels for {named} with nvcc {nvcc.version}, torch {torch.version}, "
-        f"CUTLASS {plan.cutlass.version}."
+        f"CUTLASS {plan.cutlass.version}{', with the candidates of a tuning build' if tuning else ''}."
     )
 
 

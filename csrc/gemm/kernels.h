@@ -31,4 +31,11 @@ WgmmaEntry wgmma_stream_k(int32_t tile);
 WgmmaEntry wgmma_middle(int32_t tile);
 WgmmaEntry wgmma_large(int32_t tile);
 
+// instances/tuning_*.cu: the candidates, in a tuning build (SQK_TUNING).
+GemmLaunch mma_candidate(GemmTable table, int32_t tile);
+WgmmaEntry wgmma_candidate_pingpong(int32_t tile);
+WgmmaEntry wgmma_candidate_cooperative(int32_t tile);
+WgmmaEntry wgmma_candidate_swap(int32_t tile);
+WgmmaEntry wgmma_candidate_stream_k(int32_t tile);
+
 }  // namespace sqk

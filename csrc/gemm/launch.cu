@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "gemm/kernels.h"
+#include "gemm/measured.h"
 
 namespace sqk {
 namespace {
@@ -14,6 +15,13 @@ WgmmaEntry wgmma_entry([[maybe_unused]] int32_t tile) {
     const WgmmaEntry entry = find(tile);
     if (entry.launch != nullptr) return entry;
   }
+#if SQK_TUNING
+  for (const auto find : {wgmma_candidate_pingpong, wgmma_candidate_cooperative,
+                          wgmma_candidate_swap, wgmma_candidate_stream_k}) {
+    const WgmmaEntry entry = find(tile);
+    if (entry.launch != nullptr) return entry;
+  }
+#endif
 #endif
   return {};
 }
@@ -27,6 +35,23 @@ void add_workspace(const GemmParams& params, const GemmDevice& device, GemmPlan*
   if (entry.workspace_bytes != nullptr) {
     plan->workspace_bytes = entry.workspace_bytes(params, device);
   }
+}
+
+// Measured alone, another tile may beat the streaming one by less than the launch of a quantiser
+// costs: where the rules fuse the two, they stay.
+Status keep_fused(const QuantizeParams& quantizer, const GemmParams& gemm, GemmPlan* plan) {
+  if (plan->launches == 0 || gemm.tile >= 0 || tile_of(*plan).kernel == GemmKernel::kStream ||
+      !stream_quantizes(quantizer, gemm)) {
+    return Status::kSuccess;
+  }
+  GemmDevice device;
+  GemmPlan by_rules;
+  Status status = gemm_device(&device);
+  if (status == Status::kSuccess) status = plan_by_rules(gemm, device, &by_rules);
+  if (status == Status::kSuccess && tile_of(by_rules).kernel == GemmKernel::kStream) {
+    *plan = by_rules;
+  }
+  return status;
 }
 
 constexpr uintptr_t kAllocated = 256;  // an address as allocators give them
@@ -59,6 +84,9 @@ Status launch(const GemmParams& params, const GemmPlan& plan, const QuantizePara
   } else {
 #if SQK_WITH_SM80
     launch_tile = mma_launch(plan.table, plan.tile);
+#if SQK_TUNING
+    if (launch_tile == nullptr) launch_tile = mma_candidate(plan.table, plan.tile);
+#endif
 #endif
   }
   if (launch_tile == nullptr) return Status::kUnsupportedArch;
@@ -101,6 +129,8 @@ Status plan(const LinearParams& params, LinearPlan* out) {
   gemm.x_q_stride = quantizer.x_q_stride;
   Status status = plan(gemm, &out->gemm);
   if (status == Status::kSuccess) status = plan(quantizer, &out->quantize);
+  if (status != Status::kSuccess) return status;
+  if (has_measured()) status = keep_fused(quantizer, gemm, &out->gemm);
   if (status != Status::kSuccess) return status;
   out->fused = out->gemm.launches > 0 && tile_of(out->gemm).kernel == GemmKernel::kStream &&
                stream_quantizes(quantizer, gemm);

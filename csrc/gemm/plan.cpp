@@ -1,9 +1,16 @@
 // Which tile a problem takes: the tables, and the arithmetic around them. Kernel ring: no torch;
 // this file needs no CUDA compiler and no GPU.
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdio>
+#include <memory>
+#include <mutex>
+#include <tuple>
+#include <utility>
+#include <vector>
 
+#include "gemm/measured.h"
 #include "gemm/splits.h"
 #include "gemm/table_sm80.h"
 #include "gemm/table_sm89.h"
@@ -150,11 +157,45 @@ int32_t choose(const GemmTableView& table, const GemmParams& p, const GemmDevice
   return best;
 }
 
-}  // namespace
+// --- what was measured -----------------------------------------------------------------------
 
-const GemmTableView& gemm_table(GemmTable table) { return *kTables[static_cast<int>(table)]; }
+struct Choices {
+  GemmTable table;
+  int32_t sms;
+  std::vector<GemmMeasured> rows;  // by n, k, m
+};
 
-Status plan_gemm(const GemmParams& params, const GemmDevice& device, GemmPlan* plan) {
+// What plans read: complete before it is put here, and never changed or freed after.
+std::atomic<const Choices*> current{nullptr};
+
+bool before(const GemmMeasured& a, const GemmMeasured& b) {
+  return std::tie(a.n, a.k, a.m) < std::tie(b.n, b.k, b.m);
+}
+
+bool sound(const GemmTableView& table, const GemmMeasured& row) {
+  if (row.m < 1 || row.n < 1 || row.k < 1 || row.k > kMaxGemmK || row.tile < 0 ||
+      row.tile >= table.tile_count) {
+    return false;
+  }
+  const GemmTile& tile = table.tiles[row.tile];
+  return row.splits >= 1 && row.splits <= tile.most_splits &&
+         (tile.kernel != GemmKernel::kStream || row.m <= tile.m);
+}
+
+// From here on more tokens are more waves of the same tiles.
+constexpr int64_t kManyTokens = 1024;
+
+// Whether what is best for `measured` tokens says anything of `m`: tiles suit a number of tokens,
+// and the rules know more of a problem than a measurement at four times its size does.
+bool is_near(int64_t measured, int64_t m) {
+  return measured >= m ? measured < 2 * m : measured >= kManyTokens;
+}
+
+// --- plans -----------------------------------------------------------------------------------
+
+// With a row of what was measured, or nullptr: by the rules.
+Status make_plan(const GemmParams& params, const GemmDevice& device, const GemmMeasured* found,
+                 GemmPlan* plan) {
   *plan = {};
   const Status status = check(params);
   if (status != Status::kSuccess) return status;
@@ -162,15 +203,21 @@ Status plan_gemm(const GemmParams& params, const GemmDevice& device, GemmPlan* p
   const GemmTableView& table = gemm_table(plan->table);
   if (params.tile >= table.tile_count) return Status::kInvalidArgument;
   if (params.m == 0) return Status::kSuccess;
-  plan->tile = params.tile >= 0 ? params.tile : choose(table, params, device);
+  plan->tile = params.tile;
+  int64_t asked = params.splits;
+  if (found != nullptr && serves(table.tiles[found->tile], params, device)) {
+    plan->tile = found->tile;
+    asked = found->splits;
+  }
+  if (plan->tile < 0) plan->tile = choose(table, params, device);
   if (plan->tile < 0 || !serves(table.tiles[plan->tile], params, device)) {
     return Status::kUnsupportedShape;
   }
   const GemmTile& tile = table.tiles[plan->tile];
   const int64_t most = std::min<int64_t>(tile.most_splits, divide_up(params.k, tile.k));
   if (params.splits > tile.most_splits) return Status::kUnsupportedShape;
-  const int64_t splits = params.splits > 0 ? std::min<int64_t>(params.splits, most)
-                                           : best_splits(tile, table.machine, params, device);
+  const int64_t splits =
+      asked > 0 ? std::min(asked, most) : best_splits(tile, table.machine, params, device);
   plan->splits = static_cast<int32_t>(splits);
   plan->launches = 1;
   plan->tiles = tiles_of(tile, params);
@@ -183,6 +230,38 @@ Status plan_gemm(const GemmParams& params, const GemmDevice& device, GemmPlan* p
     plan->workspace_bytes = split_workspace_bytes(tile, plan->tiles, plan->splits);
   }
   return Status::kSuccess;
+}
+
+}  // namespace
+
+const GemmTableView& gemm_table(GemmTable table) { return *kTables[static_cast<int>(table)]; }
+
+bool has_measured() { return current.load(std::memory_order_acquire) != nullptr; }
+
+const GemmMeasured* find_measured(GemmTable table, int32_t sms, int64_t m, int64_t n, int64_t k) {
+  const Choices* choices = current.load(std::memory_order_acquire);
+  if (choices == nullptr || choices->table != table || choices->sms != sms) return nullptr;
+  const auto begin = choices->rows.begin(), end = choices->rows.end();
+  const auto serves = [&](const GemmMeasured& row) {
+    return row.n == n && row.k == k && is_near(row.m, m);
+  };
+  const auto found = std::lower_bound(begin, end, GemmMeasured{n, k, m, 0, 0}, before);
+  if (found != end && serves(*found)) return &*found;
+  // Behind the last one of this n and k, or far below the next.
+  const bool last = found == end || found->n != n || found->k != k;
+  return last && found != begin && serves(*(found - 1)) ? &*(found - 1) : nullptr;
+}
+
+Status plan_gemm(const GemmParams& params, const GemmDevice& device, GemmPlan* plan) {
+  const GemmMeasured* found = nullptr;
+  if (has_measured() && params.tile < 0 && params.splits == 0) {
+    found = find_measured(table_of(device), device.sms, params.m, params.n, params.k);
+  }
+  return make_plan(params, device, found, plan);
+}
+
+Status plan_by_rules(const GemmParams& params, const GemmDevice& device, GemmPlan* plan) {
+  return make_plan(params, device, nullptr, plan);
 }
 
 }  // namespace sqk
@@ -215,4 +294,33 @@ extern "C" const char* sqk_gemm_choice(int64_t m, int64_t n, int64_t k,
                 sqk::gemm_table(plan.table).name, plan.tile, plan.splits,
                 static_cast<long long>(plan.blocks), plan.expected_clocks);
   return text;
+}
+
+extern "C" int32_t sqk_gemm_use_measured(sqk::GemmTable table, int32_t sms,
+                                         const sqk::GemmMeasured* rows, int64_t count) {
+  using sqk::Status;
+  const auto index = static_cast<int32_t>(table);
+  if (index < 0 || index >= sqk::kGemmTables || count < 0 || (count > 0 && rows == nullptr)) {
+    return static_cast<int32_t>(Status::kInvalidArgument);
+  }
+  const auto sound = [&](const sqk::GemmMeasured& row) {
+    return sqk::sound(sqk::gemm_table(table), row);
+  };
+  const auto same = [](const sqk::GemmMeasured& a, const sqk::GemmMeasured& b) {
+    return std::tie(a.n, a.k, a.m) == std::tie(b.n, b.k, b.m);
+  };
+  auto choices = std::make_unique<sqk::Choices>();
+  *choices = {table, sms, {rows, rows + count}};
+  std::sort(choices->rows.begin(), choices->rows.end(), sqk::before);
+  if (!std::all_of(choices->rows.begin(), choices->rows.end(), sound) ||
+      std::adjacent_find(choices->rows.begin(), choices->rows.end(), same) != choices->rows.end()) {
+    return static_cast<int32_t>(Status::kInvalidArgument);
+  }
+  // Earlier lists stay: a plan on another thread may be reading one. There is one per call.
+  static std::mutex mutex;
+  static std::vector<std::unique_ptr<const sqk::Choices>> all;
+  const std::lock_guard<std::mutex> lock(mutex);
+  sqk::current.store(count > 0 ? choices.get() : nullptr, std::memory_order_release);
+  all.push_back(std::move(choices));
+  return static_cast<int32_t>(Status::kSuccess);
 }

@@ -6,11 +6,14 @@
 // two blocks of up to 80 KiB per SM hide each other's first loads and last stores.
 #pragma once
 
+#include <iterator>
+
+#include "gemm/candidates_sm80.h"
 #include "gemm/tile.h"
 
 namespace sqk {
 
-constexpr GemmTile kSm80Tiles[] = {
+constexpr GemmTile kSm80Shipped[] = {
     {"stream 8x16", GemmKernel::kStream, 8, 16, 128, 1, 16, 0, Schedule::kNone, false, 1, 1, 1, 50,
      "16 warps share k; 96 KiB of weights in flight per SM, in rings that run on from tile to "
      "tile"},
@@ -29,6 +32,8 @@ constexpr GemmTile kSm80Tiles[] = {
     {"128x256x64", GemmKernel::kMma, 128, 256, 64, 2, 4, 4, Schedule::kNone, false, 1, 1, 1, 88,
      "a third less from L2 than 128x128; one block of 8 warps per SM"},
 };
+
+constexpr auto kSm80Tiles = with_candidates(kSm80Shipped, kSm80Candidates);
 
 constexpr GemmRule kSm80Rules[] = {
     {8,
@@ -52,9 +57,13 @@ constexpr GemmRule kSm80Rules[] = {
     {kAnyM, {6, 7, 5, 4, -1, -1}, "M > 512", "the largest tiles that their waves allow"},
 };
 
-constexpr GemmTableView kSm80Table = {"sm80",     {2048, 30, 64, 1300, 1500, 2000},
-                                      kSm80Tiles, sizeof(kSm80Tiles) / sizeof(kSm80Tiles[0]),
-                                      kSm80Rules, sizeof(kSm80Rules) / sizeof(kSm80Rules[0])};
+constexpr GemmTableView kSm80Table = {"sm80",
+                                      {2048, 30, 64, 1300, 1500, 2000},
+                                      kSm80Tiles.data(),
+                                      static_cast<int32_t>(kSm80Tiles.size()),
+                                      static_cast<int32_t>(std::size(kSm80Shipped)),
+                                      kSm80Rules,
+                                      static_cast<int32_t>(std::size(kSm80Rules))};
 static_assert(table_holds(kSm80Table, 163 * 1024), "a row of the table breaks a rule of tile.h");
 
 }  // namespace sqk

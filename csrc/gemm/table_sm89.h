@@ -6,11 +6,14 @@
 // throughput of an A100 per SM, so 48 KiB a block, two blocks per SM, keep it fed.
 #pragma once
 
+#include <iterator>
+
+#include "gemm/candidates_sm89.h"
 #include "gemm/tile.h"
 
 namespace sqk {
 
-constexpr GemmTile kSm89Tiles[] = {
+constexpr GemmTile kSm89Shipped[] = {
     {"stream 8x16", GemmKernel::kStream, 8, 16, 128, 1, 8, 0, Schedule::kNone, false, 1, 1, 1, 50,
      "8 warps share k; 48 KiB of weights in flight per SM, in rings that run on from tile to tile"},
     {"stream 16x16", GemmKernel::kStream, 16, 16, 128, 1, 8, 0, Schedule::kNone, false, 1, 1, 1, 50,
@@ -26,6 +29,8 @@ constexpr GemmTile kSm89Tiles[] = {
     {"256x128x64", GemmKernel::kMma, 256, 128, 64, 4, 2, 3, Schedule::kNone, false, 1, 1, 1, 92,
      "72 KiB, one block of 8 warps; a third less from L2 than 128x128"},
 };
+
+constexpr auto kSm89Tiles = with_candidates(kSm89Shipped, kSm89Candidates);
 
 constexpr GemmRule kSm89Rules[] = {
     {8,
@@ -45,9 +50,13 @@ constexpr GemmRule kSm89Rules[] = {
     {kAnyM, {5, 6, 4, 3, -1, -1}, "M > 256", "the largest tiles that their waves allow"},
 };
 
-constexpr GemmTableView kSm89Table = {"sm89",     {1024, 16, 40, 350, 1500, 3000},
-                                      kSm89Tiles, sizeof(kSm89Tiles) / sizeof(kSm89Tiles[0]),
-                                      kSm89Rules, sizeof(kSm89Rules) / sizeof(kSm89Rules[0])};
+constexpr GemmTableView kSm89Table = {"sm89",
+                                      {1024, 16, 40, 350, 1500, 3000},
+                                      kSm89Tiles.data(),
+                                      static_cast<int32_t>(kSm89Tiles.size()),
+                                      static_cast<int32_t>(std::size(kSm89Shipped)),
+                                      kSm89Rules,
+                                      static_cast<int32_t>(std::size(kSm89Rules))};
 static_assert(table_holds(kSm89Table, 99 * 1024), "a row of the table breaks a rule of tile.h");
 
 }  // namespace sqk

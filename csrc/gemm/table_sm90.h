@@ -7,11 +7,14 @@
 // every byte of the weights read once with some 100 KiB in flight per SM.
 #pragma once
 
+#include <iterator>
+
+#include "gemm/candidates_sm90.h"
 #include "gemm/tile.h"
 
 namespace sqk {
 
-constexpr GemmTile kSm90Tiles[] = {
+constexpr GemmTile kSm90Shipped[] = {
     {"stream 8x16", GemmKernel::kStream, 8, 16, 128, 1, 16, 0, Schedule::kNone, false, 1, 1, 1, 50,
      "16 warps share k; 96 KiB of weights in flight per SM, in rings that run on from tile to "
      "tile"},
@@ -41,6 +44,8 @@ constexpr GemmTile kSm90Tiles[] = {
      2, 1, 1, 88, "the same where its last wave would be mostly empty: shared over k"},
 };
 
+constexpr auto kSm90Tiles = with_candidates(kSm90Shipped, kSm90Candidates);
+
 constexpr GemmRule kSm90Rules[] = {
     {8,
      {0, -1, -1, -1, -1, -1},
@@ -63,9 +68,13 @@ constexpr GemmRule kSm90Rules[] = {
     {kAnyM, {10, 11, 8, 12, 7, 9}, "M > 512", "the largest tiles that their waves allow"},
 };
 
-constexpr GemmTableView kSm90Table = {"sm90",     {4096, 26, 64, 1650, 1500, 2500},
-                                      kSm90Tiles, sizeof(kSm90Tiles) / sizeof(kSm90Tiles[0]),
-                                      kSm90Rules, sizeof(kSm90Rules) / sizeof(kSm90Rules[0])};
+constexpr GemmTableView kSm90Table = {"sm90",
+                                      {4096, 26, 64, 1650, 1500, 2500},
+                                      kSm90Tiles.data(),
+                                      static_cast<int32_t>(kSm90Tiles.size()),
+                                      static_cast<int32_t>(std::size(kSm90Shipped)),
+                                      kSm90Rules,
+                                      static_cast<int32_t>(std::size(kSm90Rules))};
 static_assert(table_holds(kSm90Table, 227 * 1024), "a row of the table breaks a rule of tile.h");
 
 }  // namespace sqk

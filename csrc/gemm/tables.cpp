@@ -56,7 +56,7 @@ std::string list(int count, const Item& item) {
   return text + "]";
 }
 
-std::string tile_json(const GemmTile& tile, int row) {
+std::string tile_json(const GemmTile& tile, int row, bool candidate) {
   const std::string cluster =
       "[" + std::to_string(tile.cluster_m) + ", " + std::to_string(tile.cluster_n) + "]";
   return Object()
@@ -66,6 +66,8 @@ std::string tile_json(const GemmTile& tile, int row) {
       .add("m", int64_t{tile.m})
       .add("n", int64_t{tile.n})
       .add("k", int64_t{tile.k})
+      .add("warps_m", int64_t{tile.warps_m})
+      .add("warps_n", int64_t{tile.warps_n})
       .add("stages", int64_t{tile.stages})
       .add("schedule", name(tile.schedule))
       .add("swap_ab", std::string(tile.swap_ab ? "true" : "false"))
@@ -74,6 +76,7 @@ std::string tile_json(const GemmTile& tile, int row) {
       .add("rate", int64_t{tile.rate})
       .add("shared_bytes", shared_bytes(tile))
       .add("why", tile.why)
+      .add("candidate", std::string(candidate ? "true" : "false"))
       .end();
 }
 
@@ -103,14 +106,17 @@ std::string tables_json() {
   Object tables;
   for (int i = 0; i < kGemmTables; ++i) {
     const GemmTableView& table = gemm_table(static_cast<GemmTable>(i));
-    tables.add(table.name,
-               Object()
-                   .add("machine", machine_json(table.machine))
-                   .add("tiles", list(table.tile_count,
-                                      [&](int row) { return tile_json(table.tiles[row], row); }))
-                   .add("rules", list(table.rule_count,
-                                      [&](int row) { return rule_json(table.rules[row]); }))
-                   .end());
+    tables.add(
+        table.name,
+        Object()
+            .add("machine", machine_json(table.machine))
+            .add("tiles", list(table.tile_count,
+                               [&](int row) {
+                                 return tile_json(table.tiles[row], row, row >= table.shipped);
+                               }))
+            .add("rules",
+                 list(table.rule_count, [&](int row) { return rule_json(table.rules[row]); }))
+            .end());
   }
   return tables.end();
 }

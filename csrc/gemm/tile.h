@@ -1,9 +1,17 @@
 // What a row of a GEMM table says: a tile, or when to take which. Kernel ring: no torch.
 #pragma once
 
+#include <array>
+#include <cstddef>
 #include <cstdint>
 
 #include "sqk/gemm.h"
+
+// 1: the tables end with candidates, tiles that are there for the tuner alone
+// (SMOOTHQUANT_KERNELS_TUNING=1 for the build, CONTRIBUTING.md).
+#ifndef SQK_TUNING
+#define SQK_TUNING 0
+#endif
 
 namespace sqk {
 
@@ -70,6 +78,7 @@ struct GemmTableView {
   GemmMachine machine;
   const GemmTile* tiles;
   int32_t tile_count;
+  int32_t shipped;  // the first ones; candidates of a tuning build come behind them
   const GemmRule* rules;
   int32_t rule_count;
 };
@@ -78,10 +87,22 @@ const GemmTableView& gemm_table(GemmTable table);
 
 constexpr int64_t kAnyM = int64_t{1} << 40;
 
-// What every table must hold; each is static_assert'ed with it.
-constexpr bool table_holds(const GemmTableView& t, int64_t shared_limit) {
-  for (int i = 0; i < t.tile_count; ++i) {
-    const GemmTile& tile = t.tiles[i];
+// A table's rows: what is shipped, and behind it, in a tuning build, its candidates, so that a row
+// of the rules means the same tile in every build.
+template <size_t kShipped, size_t kCandidates>
+constexpr auto with_candidates(const GemmTile (&shipped)[kShipped],
+                               const GemmTile (&candidates)[kCandidates]) {
+  std::array<GemmTile, kShipped + (SQK_TUNING ? kCandidates : 0)> rows{};
+  for (size_t i = 0; i < rows.size(); ++i) {
+    rows[i] = i < kShipped ? shipped[i] : candidates[i - kShipped];
+  }
+  return rows;
+}
+
+// What every row must hold, shipped or not.
+constexpr bool tiles_hold(const GemmTile* tiles, int64_t count, int64_t shared_limit) {
+  for (int64_t i = 0; i < count; ++i) {
+    const GemmTile& tile = tiles[i];
     if (shared_bytes(tile) > shared_limit) return false;
     if (tile.m < 8 || tile.n < 16 || tile.most_splits < 1 || tile.rate < 1 || tile.rate > 100) {
       return false;
@@ -98,11 +119,17 @@ constexpr bool table_holds(const GemmTableView& t, int64_t shared_limit) {
       if (rows / groups * columns > 64 * 256) return false;  // 128 accumulators a thread
     }
   }
+  return true;
+}
+
+// What every table must hold; each is static_assert'ed with it.
+constexpr bool table_holds(const GemmTableView& t, int64_t shared_limit) {
+  if (t.shipped > t.tile_count || !tiles_hold(t.tiles, t.tile_count, shared_limit)) return false;
   for (int i = 0; i < t.rule_count; ++i) {
     if (i > 0 && t.rules[i].most_m <= t.rules[i - 1].most_m) return false;
     if (t.rules[i].candidates[0] < 0) return false;
     for (int candidate : t.rules[i].candidates) {
-      if (candidate >= t.tile_count) return false;
+      if (candidate >= t.shipped) return false;
       // A streaming kernel takes no more tokens than its tile has.
       if (candidate >= 0 && t.tiles[candidate].kernel == GemmKernel::kStream &&
           t.rules[i].most_m > t.tiles[candidate].m) {

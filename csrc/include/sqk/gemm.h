@@ -79,6 +79,13 @@ struct GemmPlan {
   double expected_clocks;  // what the choice went by: an estimate, for comparisons only
 };
 
+// What was measured to be best for a problem, on the GPU that is there.
+struct GemmMeasured {
+  int64_t n, k, m;
+  int32_t tile;    // row of the table
+  int32_t splits;  // >= 1
+};
+
 // Pure arithmetic: no GPU is touched. kInvalidArgument for what the comments above rule out,
 // kUnsupportedShape for a tile that cannot serve the problem or does not fit the GPU.
 Status plan_gemm(const GemmParams& params, const GemmDevice& device, GemmPlan* plan);
@@ -127,5 +134,12 @@ extern "C" SQK_EXPORT const char* sqk_gemm_tables();
 // "splits": 1, ...}; {} where it refuses. Valid until the same thread asks again.
 extern "C" SQK_EXPORT const char* sqk_gemm_choice(int64_t m, int64_t n, int64_t k,
                                                   const sqk::GemmDevice* device);
+// From now on plans for GPUs with this table and as many multiprocessors take what was measured for
+// their n and k and about as many tokens, and the rules else; count 0: the rules alone. Results do
+// not change: all tiles give the same bits. kInvalidArgument, and nothing is changed, for a row
+// that the table does not hold or that cannot serve its problem, and where two are of the same
+// problem. Copies the rows; safe while other threads plan.
+extern "C" SQK_EXPORT int32_t sqk_gemm_use_measured(sqk::GemmTable table, int32_t sms,
+                                                    const sqk::GemmMeasured* rows, int64_t count);
 // The current GPU.
 extern "C" SQK_EXPORT int32_t sqk_gemm_device(sqk::GemmDevice* device);

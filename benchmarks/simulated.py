@@ -1,0 +1,50 @@
+"""Runs a program with the CUDA kernels' PTX on CPU tensors, where the simulator of tests/simulator.py is.
+
+    python benchmarks/simulated.py [--arch sm_90] -- -m pytest tests/kernels --backend simulator -k smoke
+
+What comes after `--` is Python's. Exits with 77 where the simulator, nvcc or CUTLASS is not here, and says which.
+Results are exact; times are those of the simulator and mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tools")]
+
+import pytest  # noqa: E402  (tests/ and tools/ are no packages)
+import simulator  # noqa: E402
+from backends import LIBRARY_VARIABLE  # noqa: E402
+
+SKIPPED = 77
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--arch", choices=["sm_80", "sm_89", "sm_90"], default="sm_90")
+    parser.add_argument("program", nargs="+")
+    args = parser.parse_args()
+    try:
+        simulator.require()
+    except pytest.skip.Exception as reason:
+        print(f"nothing is simulated: {reason}")
+        return SKIPPED
+    # Few multiprocessors: persistent kernels then go round on toy shapes.
+    variables = {LIBRARY_VARIABLE: str(simulator.library()), "PTXSIM_SMS": "8"}
+    done = simulator.python(args.program, arch=args.arch, environment=variables)
+    print(done.stdout, end="")
+    print(done.stderr, end="", file=sys.stderr)
+    return done.returncode
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except subprocess.SubprocessError as error:
+        sys.exit(f"simulated: {error}")

@@ -1,0 +1,201 @@
+"""`SQK_TUNE_CACHE`: what `benchmarks/tune.py --cache` measured on a user's own GPU, in place of the shipped rules.
+
+Which tile multiplies is a matter of speed alone: all give the same bits. Without the variable nothing is read. With it
+the file is read once, when the CUDA library is loaded, and handed to the library when torch starts CUDA: the GPUs are
+not asked before, because a process that has asked cannot fork workers any more. Whatever is wrong with the file is one
+warning, and the shipped rules stay.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+VARIABLE = "SQK_TUNE_CACHE"
+#: Of the file; another number is another layout.
+FORMAT = 1
+#: GemmTable of csrc/include/sqk/gemm.h.
+_TABLES = ("sm80", "sm89", "sm90")
+_MAKE = "write a new one on this machine: python benchmarks/tune.py --cache FILE"
+
+
+class _Measured(ctypes.Structure):
+    """sqk::GemmMeasured."""
+
+    _fields_ = (
+        ("n", ctypes.c_int64),
+        ("k", ctypes.c_int64),
+        ("m", ctypes.c_int64),
+        ("tile", ctypes.c_int32),
+        ("splits", ctypes.c_int32),
+    )
+
+
+class _Unusable(Exception):
+    """What is wrong with the file, and what to do."""
+
+
+@dataclass(frozen=True)
+class TuneCache:
+    """The state of the measured choices.
+
+    Attributes:
+        state: one line for people; of `doctor` too.
+        in_use: plans of the GPUs named `gpu` go by the file.
+        path, gpu, choices: the file, the GPU that it was measured on, and for how many problems it chooses.
+    """
+
+    state: str
+    in_use: bool = False
+    path: str = ""
+    gpu: str = ""
+    choices: int = 0
+
+
+_current = TuneCache(f"none: {VARIABLE} is not set")
+
+
+def tune_cache() -> TuneCache:
+    """Whether measured choices are in use, or why not."""
+    return _current
+
+
+def load(library: Path) -> None:
+    """Reads the file that SQK_TUNE_CACHE names, once, for the CUDA library that was just loaded. Never raises."""
+    global _current
+    path = os.environ.get(VARIABLE, "")
+    if not path:
+        return
+    try:
+        entries = ctypes.CDLL(str(library))
+        use = entries.sqk_gemm_use_measured
+        data = _read(Path(path))
+        rows = _rows(data, _tables(entries))
+    except _Unusable as error:
+        _refuse(path, str(error))
+        return
+    except (OSError, AttributeError) as error:
+        _refuse(path, f"the CUDA library cannot take it ({error}); build it again")
+        return
+    _current = TuneCache(
+        f"{path}, of {data['gpu']}: waits until CUDA is started",
+        path=path,
+        gpu=data["gpu"],
+        choices=len(rows),
+    )
+    _when_cuda_starts(lambda: _install(use, data, rows))
+
+
+def _when_cuda_starts(function: Callable[[], None]) -> None:
+    # As torch.cuda does with its own questions to the GPUs: now, if it runs already.
+    lazy: Callable[[Callable[[], None]], None] | None = getattr(torch.cuda, "_lazy_call", None)
+    if lazy is not None:
+        lazy(function)
+    elif torch.cuda.is_available():
+        function()
+
+
+def _refuse(path: str, why: str) -> None:
+    global _current
+    _current = TuneCache(f"not in use: {path}: {why}", path=path)
+    warnings.warn(
+        f"{VARIABLE}={path} is not used, and GEMMs go by the shipped rules: {why}. Or unset {VARIABLE}.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The file, its members checked for their types."""
+    try:
+        data: Any = json.loads(path.read_text())
+    except OSError as error:
+        raise _Unusable(f"it cannot be read ({error.strerror}); {_MAKE}") from None
+    except ValueError as error:
+        raise _Unusable(f"it is not JSON ({error}); {_MAKE}") from None
+    if isinstance(data, dict) and "results" in data:
+        raise _Unusable(
+            "it holds all that tune.py measured; make the cache of it: "
+            f"python benchmarks/tune.py --report {path} --cache FILE"
+        )
+    facts: dict[str, Any] = data if isinstance(data, dict) else {}
+    if facts.get("format") != FORMAT:
+        found = facts.get("format", "not given")
+        raise _Unusable(f"its format is {found}, this package reads {FORMAT}; {_MAKE}")
+    types = {"gpu": str, "sms": int, "table": str, "choices": list}
+    for name, kind in types.items():
+        if not isinstance(facts.get(name), kind):
+            raise _Unusable(f"its {name!r} is {facts.get(name)!r}, not {kind.__name__}; {_MAKE}")
+    return facts
+
+
+def _tables(entries: ctypes.CDLL) -> dict[str, Any]:
+    entry = entries.sqk_gemm_tables
+    entry.restype = ctypes.c_char_p
+    tables: dict[str, Any] = json.loads(entry())
+    return tables
+
+
+def _rows(data: Mapping[str, Any], tables: Mapping[str, Any]) -> list[_Measured]:
+    """The choices as the library takes them; tiles are known by their names."""
+    table = data["table"]
+    if table not in _TABLES or table not in tables:
+        raise _Unusable(
+            f"it is for the table {table!r}, the library has {', '.join(tables)}; {_MAKE}"
+        )
+    tiles = {tile["name"]: int(tile["tile"]) for tile in tables[table]["tiles"]}
+    rows = []
+    for choice in data["choices"]:
+        try:
+            numbers = [choice[name] for name in ("n", "k", "m", "splits")]
+            name = choice["tile"]
+        except (TypeError, KeyError):
+            numbers, name = [], None
+        sizes = numbers and all(type(i) is int and 0 < i < 1 << 31 for i in numbers)
+        if not sizes or not isinstance(name, str):
+            raise _Unusable(f"it has no choice of a tile in {str(choice)[:100]}; {_MAKE}")
+        if name not in tiles:
+            raise _Unusable(
+                f"its tile {name!r} is not in this library's table {table}: it is of another version, or "
+                f"of a build with SMOOTHQUANT_KERNELS_TUNING=1; {_MAKE}"
+            )
+        n, k, m, splits = numbers
+        rows.append(_Measured(n, k, m, tiles[name], splits))
+    return rows
+
+
+def _install(use: Any, data: Mapping[str, Any], rows: list[_Measured]) -> None:
+    """Hands the rows to the library if one of the GPUs is that of the file; called as CUDA starts."""
+    global _current
+    wanted, path = (data["gpu"], data["sms"]), _current.path
+    try:
+        here = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    except RuntimeError as error:
+        _refuse(path, f"the GPUs do not say what they are ({str(error).splitlines()[0]})")
+        return
+    if wanted not in [(gpu.name, gpu.multi_processor_count) for gpu in here]:
+        named = ", ".join(f"{gpu.name} ({gpu.multi_processor_count} SMs)" for gpu in here) or "none"
+        _refuse(path, f"it is of {wanted[0]} ({wanted[1]} SMs), the GPUs here: {named}; {_MAKE}")
+        return
+    table = _TABLES.index(data["table"])
+    array = (_Measured * len(rows))(*rows)
+    if use(ctypes.c_int32(table), ctypes.c_int32(data["sms"]), array, ctypes.c_int64(len(rows))):
+        _refuse(
+            path,
+            "the library refuses a choice: splits or tokens that its tile does not take, or two choices for "
+            f"one problem; {_MAKE}",
+        )
+        return
+    _current = replace(
+        _current,
+        in_use=True,
+        state=f"{path}: {len(rows)} measured choices of {data['gpu']} come before the rules",
+    )

@@ -1,0 +1,158 @@
+"""benchmarks/run_on_gpu.sh, rehearsed without a GPU: stages, files, what is continued. No test looks at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+from build_support import CUTLASS_PYPI
+from producers import PRODUCERS
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "benchmarks" / "run_on_gpu.sh"
+
+needs_bash = pytest.mark.skipif(
+    not sys.platform.startswith("linux") or shutil.which("timeout") is None,
+    reason="the kit runs on Linux, with bash and coreutils",
+)
+
+
+# --- the script -------------------------------------------------------------------------------------------------------
+
+
+def kit(folder: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    facts = {
+        "OUT": str(folder / "out"),
+        "SQK_RESULTS": str(folder / "results"),
+        "SQK_VENV": str(folder / "venv"),
+        "PYTHON": sys.executable,
+        "OMP_NUM_THREADS": "1",
+        "CUTLASS_PATH": str(folder),  # what is not compiled needs none
+    }
+    command = ["bash", str(SCRIPT), *arguments]
+    return subprocess.run(
+        command, env={**os.environ, **facts, **env}, capture_output=True, text=True, check=False
+    )
+
+
+@needs_bash
+@pytest.mark.slow
+def test_a_failing_stage_stops_no_other(tmp_path: Path) -> None:
+    chosen = ["tune", "linear:30", "gemm", "quantize", "build", "info"]
+    done = kit(tmp_path, "--dry-run", *chosen, SMOOTHQUANT_KERNELS_BUILD="nonsense")
+    out, results = tmp_path / "out", tmp_path / "results"
+    summary = (out / "summary.txt").read_text()
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert done.stdout.endswith(summary)
+    assert "WITHOUT A GPU" in summary.splitlines()[0]
+    rows = [line.split() for line in summary.splitlines()[1:]]
+    stages = ["setup", "info", "build", "gemm", "quantize", "tune", "linear"]
+    assert [row[0] for row in rows] == stages
+    assert [row[1] for row in rows] == ["failed" if name == "build" else "ok" for name in stages]
+    assert "== linear (at most 30 s)" in done.stdout and "== tune (at most 60 s)" in done.stdout
+    assert "SMOOTHQUANT_KERNELS_BUILD=nonsense is not one of" in done.stdout
+    assert {path.name for path in out.iterdir()} == {"summary.txt", "run.log", "results.tar.gz"}
+    with tarfile.open(out / "results.tar.gz") as packed:
+        names = {name.removeprefix("./") for name in packed.getnames()}
+    files = ("info", "gemm", "quantize", "linear", "tune")
+    assert names >= {f"{name}.json" for name in files}
+    found = {name: json.loads((results / f"{name}.json").read_text()) for name in files}
+    assert {row["producer"] for row in found["quantize"]["rows"]} == set(PRODUCERS)
+    assert len(found["tune"]["results"]) == 6
+    assert len(found["linear"]["rows"]) == 6 * 6
+    assert "rehearsal" in found["info"]["device"]
+    log = (out / "run.log").read_text()
+    assert "geomean all" in log and "constexpr GemmRule kToyRules[]" in log
+
+
+@needs_bash
+@pytest.mark.slow
+def test_a_whole_rehearsal_writes_every_file_and_a_second_one_continues_it(tmp_path: Path) -> None:
+    names = ("gemm", "quantize", "tune", "linear", "sanitizer")
+    limits = [f"{name}:300" for name in names]  # the machine may be slow
+    done = kit(tmp_path, "--dry-run", *limits, SQK_SECONDS="3000")
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    tools = [line.split()[4] for line in done.stdout.splitlines() if line.startswith("would run")]
+    assert tools == ["memcheck", "racecheck", "initcheck", "synccheck"]
+    results = tmp_path / "results"
+    for name in ("gemm", "quantize", "linear"):
+        rows = json.loads((results / f"{name}.json").read_text())["rows"]
+        assert rows and not any("failed" in row or "wrong" in row for row in rows)
+    before = (results / "gemm.json").read_text()
+    again = kit(tmp_path, "--dry-run", "gemm")
+    assert again.returncode == 0 and "0 are left" in again.stdout
+    assert json.loads((results / "gemm.json").read_text())["rows"] == json.loads(before)["rows"]
+
+
+@needs_bash
+def test_results_of_other_sources_are_kept_apart(tmp_path: Path) -> None:
+    results = tmp_path / "results"
+    results.mkdir()
+    (results / "sources").write_text("of another checkout\n")
+    (results / "gemm.json").write_text("{}")
+    done = kit(tmp_path, "--dry-run", "info")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (before,) = tmp_path.glob("results.before.*")
+    assert f"the sources have changed: earlier results are in {before}" in done.stdout
+    assert (before / "gemm.json").read_text() == "{}" and not (results / "gemm.json").exists()
+    assert (results / "info.json").exists()
+
+
+@needs_bash
+@pytest.mark.parametrize("word", ["fly", "gemm:", "gemm:soon", "gemm:1:2"])
+def test_an_unknown_stage_is_refused_before_anything_runs(tmp_path: Path, word: str) -> None:
+    done = kit(tmp_path, "--dry-run", "info", word)
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"There is no stage '{word}'; the stages are: "
+        "info build tests gemm quantize tune linear sanitizer; "
+        "with :SECONDS, if wanted.\n"
+    )
+    assert not list(tmp_path.iterdir())
+
+
+@needs_bash
+def test_what_usually_runs_leaves_the_last_stage_some_time() -> None:
+    (words,) = re.findall(r"^STAGES=\((.*)\)$", SCRIPT.read_text(), re.MULTILINE)
+    limits = {name: int(seconds) for name, seconds in (word.split(":") for word in words.split())}
+    assert list(limits)[-1] == "sanitizer"
+    assert 20 + sum(limits.values()) - limits["info"] - limits["sanitizer"] < 570
+
+
+@needs_bash
+def test_without_time_no_stage_starts(tmp_path: Path) -> None:
+    done = kit(tmp_path, "--dry-run", SQK_SECONDS="0")
+    assert done.returncode == 1
+    assert done.stdout.count("not started: no time left") == 9
+
+
+@needs_bash
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_without_a_gpu_it_names_the_rehearsal(tmp_path: Path) -> None:
+    done = kit(tmp_path, "info")
+    assert done.returncode == 2 and "--dry-run" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_kit_asks_for_the_cutlass_of_the_build() -> None:
+    lines = (ROOT / "benchmarks" / "gpu_requirements.txt").read_text().splitlines()
+    assert CUTLASS_PYPI in lines
+
+
+def test_without_the_simulator_nothing_is_simulated(tmp_path: Path) -> None:
+    command = [sys.executable, "benchmarks/simulated.py", "--", "-c", "print('run')"]
+    facts = {**os.environ, "SQK_PTXSIM": str(tmp_path)}
+    done = subprocess.run(command, cwd=ROOT, env=facts, capture_output=True, text=True, check=False)
+    assert done.returncode == 77
+    assert (
+        "nothing is simulated: the simulator is not here" in done.stdout
+        and "\nrun" not in done.stdout
+    )
