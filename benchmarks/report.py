@@ -35,11 +35,15 @@ def usable(device: torch.device) -> bool:
     return True
 
 
-def write_json(path: Path, data: Mapping[str, Any]) -> None:
+def write_text(path: Path, text: str) -> None:
     """At once or not at all: an interrupted run leaves what it had written before."""
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(data, indent=1) + "\n")
+    temporary.write_text(text)
     temporary.replace(path)
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    write_text(path, json.dumps(data, indent=1) + "\n")
 
 
 def write_csv(path: Path, rows: Sequence[Row]) -> None:

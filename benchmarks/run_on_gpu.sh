@@ -8,7 +8,7 @@ set -euo pipefail
 # name:seconds, in the order in which they run, the most telling first; the last one gets what the others leave. A new
 # stage is one word here and one function stage_<name> below, which prints its short table, sends details through
 # `short`, and returns 77 when there was nothing for it to do.
-STAGES=(info:30 build:190 tests:80 gemm:90 quantize:50 tune:60 linear:35 sanitizer:180)
+STAGES=(info:30 build:190 tests:80 gemm:80 quantize:35 tune:40 linear:20 block:35 model:30 report:20 sanitizer:180)
 
 self=$(realpath "${BASH_SOURCE[0]}")
 root=$(dirname "$(dirname "$self")")
@@ -169,6 +169,16 @@ stage_tune() {
     --cache "$results/tune_cache.json"
 }
 
+# Compiling a baseline takes seconds for each shape: the first one only.
+stage_block() { benchmark block 30 "--device cpu --quick" 15 --compile-seconds 8; }
+
+stage_model() { benchmark model 20 "--device cpu --quick" 10; }
+
+# Tables and pictures of what the stages before it have left, also when some failed.
+stage_report() {
+  short 40 "$python" benchmarks/make_report.py "$results" --out "$results/report"
+}
+
 stage_sanitizer() {
   local tool seconds command status=0 program
   program=$(PATH=$PATH:${CUDA_HOME:-/usr/local/cuda}/bin command -v compute-sanitizer || true)
@@ -245,6 +255,7 @@ begin_results() {
 # What comes back from a borrowed machine may be a few files only: one archive.
 publish() {
   tar -C "$results" -czf "$out/results.tar.gz.new" . && mv "$out/results.tar.gz.new" "$out/results.tar.gz"
+  if compgen -G "$results/report/*.png" >/dev/null; then cp "$results"/report/*.png "$out"; fi # at most four
 }
 
 main() {

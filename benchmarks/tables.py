@@ -19,23 +19,45 @@ from typing import Any
 
 import model
 import predict
+import result_tables
+from result_tables import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ("README.md", "docs/accuracy.md", "docs/cpu.md", "docs/performance.md")
+PAGES = ("README.md", "docs/accuracy.md", "docs/cpu.md", "docs/gpu.md", "docs/performance.md")
 MARKED = re.compile(r"(<!-- table: (\w+)[^>]*-->\n).*?(<!-- end table -->)", re.DOTALL)
 
 
-def newest(pattern: str) -> dict[str, Any] | None:
-    """The results file of the newest folder (`<machine>_<date>/`) that has one."""
-    files = sorted(RESULTS.glob(f"*/{pattern}"), key=lambda f: f.parent.name.rsplit("_", 1)[-1])
-    return json.loads(files[-1].read_text()) if files else None
+Data = dict[str, Any]
+NOT_MEASURED = "Not measured yet.\n"
 
 
-def markdown(header: list[str], rows: list[list[str]], left: int = 1) -> str:
-    """A table whose first `left` columns are text and the others numbers."""
-    rule = ["---"] * left + ["---:"] * (len(header) - left)
-    return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *rows)) + "\n"
+def newest(pattern: str, gpu: bool = False) -> Path | None:
+    """The results file of the newest folder (`<machine>_<date>/`) that has one; on request only a GPU's."""
+
+    def by_date(file: Path) -> tuple[str, str]:
+        machine, _, date = file.parent.name.rpartition("_")
+        return date, machine
+
+    files = sorted(RESULTS.glob(f"*/{pattern}"), key=by_date, reverse=True)
+    return next((file for file in files if not gpu or of_gpu(json.loads(file.read_text()))), None)
+
+
+def of_gpu(data: Data) -> bool:
+    """A rehearsal's machine says "cpu" for its device and has no CUDA."""
+    return bool(data.get("machine", {}).get("cuda"))
+
+
+def measured(
+    pattern: str, write: Callable[[Data], str | None], gpu: bool = False
+) -> Callable[[], str | None]:
+    """A table of the newest such file, which `write` gets, its "path" added; one line where there is none."""
+
+    def table() -> str | None:
+        path = newest(pattern, gpu)
+        return write(json.loads(path.read_text()) | {"path": path}) if path else NOT_MEASURED
+
+    return table
 
 
 def _change(row: dict[str, Any]) -> list[str]:
@@ -79,17 +101,13 @@ def _caption(facts: dict[str, Any]) -> str:
     )
 
 
-def accuracy(part: str, key: str | None = None) -> str:
-    data = newest("accuracy.json")
-    if data is None or part not in data:
-        return "Not measured yet.\n"
+def accuracy(data: Data, part: str, key: str | None = None) -> str:
+    if part not in data:
+        return NOT_MEASURED
     return _caption(data["facts"]) + _accuracy_rows(data[part], key)
 
 
-def cpu_linear() -> str:
-    data = newest("linear_cpu.json")
-    if data is None:
-        return "Not measured yet.\n"
+def cpu_linear(data: Data) -> str:
     machine = data["machine"]
     caption = (
         f"{machine['cpu']}, {machine['capability']}, int8 mode `{machine['int8_mode']}`, {machine['threads']} thread, "
@@ -111,10 +129,7 @@ def cpu_linear() -> str:
     return caption + markdown(header, rows, left=2)
 
 
-def search() -> str:
-    data = newest("search.json")
-    if data is None:
-        return "Not measured yet.\n"
+def search(data: Data) -> str:
     caption = _caption(data["facts"]).replace("bench_accuracy", "bench_search")
     header = ["settings", "scheme", "perplexity", "change", "mean KL", "same top-1", "cost"]
     rows = [
@@ -134,10 +149,7 @@ def search() -> str:
     return caption + markdown(header, rows, left=2) + note
 
 
-def sentence() -> str:
-    data = newest("sentence.json")
-    if data is None:
-        return "Not measured yet.\n"
+def sentence(data: Data) -> str:
     facts = data["facts"]
     caption = (
         f"{facts['model']}, {facts['sentences']} sentences of Python's documentation topics that calibration "
@@ -153,10 +165,7 @@ def sentence() -> str:
     return caption + markdown(header, rows, left=2)
 
 
-def peers() -> str:
-    data = newest("peers.json")
-    if data is None:
-        return "Not measured yet.\n"
+def peers(data: Data) -> str:
     facts, gib = data["facts"], 2**30
     versions = {k: v for row in data["rows"] for k, v in row["versions"].items()}
     used = ", ".join(
@@ -209,18 +218,89 @@ def gemm_prediction(gpu: str) -> str | None:
     return caption + markdown(header, rows, left=header.index("M"))
 
 
+def gpu_caption(data: Data) -> str:
+    """The machine, its clocks, the software, the date and the command: what every number needs beside it."""
+    machine = data["machine"]
+    clocks = [row["sm_mhz"] for row in data.get("rows", ()) if row.get("sm_mhz")]
+    under = (
+        f"{min(clocks):,.0f} to {max(clocks):,.0f} MHz under load" if clocks else "clocks unknown"
+    )
+    most = f" (at most {machine['max_sm_mhz']:,.0f})" if machine.get("max_sm_mhz") else ""
+    date = machine.get("date") or data["path"].parent.name.rpartition("_")[2]
+    return (
+        f"{machine['device']}, {under}{most}, driver {machine.get('driver') or 'unknown'}, CUDA {machine['cuda']}, "
+        f"torch {machine['torch']}, {date}; `{machine.get('command', 'command unknown')}`.\n\n"
+    )
+
+
+def cpu_caption(data: Data) -> str:
+    machine = data["machine"]
+    facts = [f"{machine.get('threads')} thread"] if machine.get("threads") else []
+    date = machine.get("date") or data["path"].parent.name.rpartition("_")[2]
+    facts += [f"torch {machine['torch']}", date]
+    return (
+        f"{machine['cpu']}, {', '.join(facts)}; `{machine.get('command', 'command unknown')}`.\n\n"
+    )
+
+
+def gpu_gemm(data: Data) -> str:
+    return (
+        gpu_caption(data)
+        + result_tables.means(data).markdown()
+        + "\n"
+        + result_tables.gemm(data).markdown()
+    )
+
+
+def gpu_targets(data: Data) -> str:
+    """What the folder of the newest GEMM results has of the files that targets need."""
+    files = {"gemm": data}
+    for name in ("linear", "quantize"):
+        path = data["path"].with_name(f"{name}.json")
+        if path.exists():
+            files[name] = json.loads(path.read_text())
+    return gpu_caption(data) + result_tables.targets(files).markdown()
+
+
+def gpu_predicted(data: Data) -> str | None:
+    """None without the C++ compiler: the table stays."""
+    if shutil.which(predict.COMPILER) is None:
+        return None
+    table = result_tables.predicted(data["path"])
+    if table is None:
+        return f"There is no prediction for {data['machine']['device']}.\n"
+    return gpu_caption(data) + table.markdown()
+
+
+def captioned(table: Callable[[Data], result_tables.Table]) -> Callable[[Data], str]:
+    return lambda data: (
+        (gpu_caption if of_gpu(data) else cpu_caption)(data) + table(data).markdown()
+    )
+
+
 TABLES: dict[str, Callable[[], str | None]] = {
-    "accuracy": lambda: accuracy("schemes"),
-    "alpha": lambda: accuracy("alpha", "alpha"),
-    "rounding": lambda: accuracy("rounding", "smooth_rounding"),
-    "planted": lambda: accuracy("planted"),
-    "search": search,
-    "sentence": sentence,
-    "peers": peers,
-    "cpu_linear": cpu_linear,
+    "accuracy": measured("accuracy.json", lambda data: accuracy(data, "schemes")),
+    "alpha": measured("accuracy.json", lambda data: accuracy(data, "alpha", "alpha")),
+    "rounding": measured(
+        "accuracy.json", lambda data: accuracy(data, "rounding", "smooth_rounding")
+    ),
+    "planted": measured("accuracy.json", lambda data: accuracy(data, "planted")),
+    "search": measured("search.json", search),
+    "sentence": measured("sentence.json", sentence),
+    "peers": measured("peers.json", peers),
+    "cpu_linear": measured("linear_cpu.json", cpu_linear),
+    "cpu_block": measured("block_cpu.json", captioned(result_tables.anything)),
+    "cpu_model": measured("model_cpu.json", captioned(result_tables.anything)),
     "gemm_h100": lambda: gemm_prediction("H100"),
     "gemm_a100": lambda: gemm_prediction("A100"),
     "gemm_l40s": lambda: gemm_prediction("L40S"),
+    "gpu_targets": measured("gemm.json", gpu_targets, gpu=True),
+    "gpu_gemm": measured("gemm.json", gpu_gemm, gpu=True),
+    "gpu_predicted": measured("gemm.json", gpu_predicted, gpu=True),
+    "gpu_quantize": measured("quantize.json", captioned(result_tables.quantize), gpu=True),
+    "gpu_linear": measured("linear.json", captioned(result_tables.linear), gpu=True),
+    "gpu_block": measured("block.json", captioned(result_tables.anything), gpu=True),
+    "gpu_model": measured("model.json", captioned(result_tables.anything), gpu=True),
 }
 
 

@@ -1,0 +1,298 @@
+"""A decoder block in W8A8, its quantisation included, against the same block in float types, in one run.
+
+    python benchmarks/bench_block.py [--device cuda] [--json FILE] [--budget-seconds 30]
+    python benchmarks/bench_block.py --device cpu [--quick]
+
+Prefill (one prompt) and decode (a token for each of a batch, after 1,024 others). `us` is of the fused ops (a norm or
+an activation function together with the quantisation, the residual in the GEMM); `unfused` is the block as
+`quantize_model` leaves it. On a CPU float32 takes the place of float16.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import blocks
+import gemm_cases
+import gpu_state
+import gpu_timer
+import runner
+import torch
+from bench_quantize import Compiler
+from blocks import Block, FusedBlock, Shape, Situation
+from report import Row, WrongResult, first_line, geomean, ratio_columns, ratios, timing_columns
+from shapes import by_place
+from torch import Tensor
+
+#: (phase, batch, new tokens of each, tokens before them), the most telling first.
+SITUATIONS = (
+    ("prefill", 1, 2048, 0),
+    ("decode", 16, 1, 1024),
+    ("decode", 1, 1, 1024),
+    ("prefill", 1, 512, 0),
+    ("decode", 64, 1, 1024),
+    ("prefill", 1, 8192, 0),
+    ("decode", 8, 1, 1024),
+    ("prefill", 1, 128, 0),
+)
+CPU_SITUATIONS = (("prefill", 1, 128, 0), ("decode", 1, 1, 128), ("decode", 8, 1, 128))
+TOY_SITUATIONS = (("prefill", 1, 8, 0), ("decode", 2, 1, 5))
+FLOATS = {"cuda": ("float16", "bfloat16"), "cpu": ("float32", "bfloat16")}
+#: Tokens that the smoothing factors are computed from.
+CALIBRATION = 128
+PARTS = ("gemm", "quantise", "attention")
+
+# Relative to what the exact block adds to x. An int8 rounding is off by peak / (127 sqrt(12)) in the mean square, that
+# is 0.2 % of the peak: with peaks of up to 20 times the root mean square, which products of normal variables have,
+# 4.5 %; of x and of w in two matrices behind each other 4.5 % x sqrt(4). A wrong scale or factor gives about 100 %.
+MOST_ERROR = 0.09
+# Some ten roundings to bfloat16 behind each other, each off by at most 2^-9.
+MOST_FLOAT_ERROR = 10 * 2.0**-9
+
+
+@dataclass(frozen=True)
+class Case:
+    shape: Shape
+    phase: str
+    batch: int
+    tokens: int
+    start: int
+
+    @property
+    def m(self) -> int:
+        return self.batch * self.tokens
+
+    @property
+    def operations(self) -> int:
+        """Of the matrices, without attention."""
+        return 2 * self.m * self.shape.parameters
+
+    def __str__(self) -> str:
+        return f"{self.shape.model:12s} {self.phase:7s} batch {self.batch:2d} M {self.m:4d} context {self.start:4d}"
+
+
+def describe(case: Case) -> Row:
+    return {
+        "model": case.shape.model,
+        "phase": case.phase,
+        "batch": case.batch,
+        "M": case.m,
+        "context": case.start,
+    }
+
+
+def cases(shapes: Sequence[Shape], situations: Sequence[tuple[str, int, int, int]]) -> list[Case]:
+    return [Case(shapes[i], *situations[j]) for i, j in by_place(shapes, situations)]
+
+
+@dataclass
+class Set:
+    """One copy of everything: blocks by variant, with what they read."""
+
+    variants: dict[str, tuple[Any, Tensor, Situation]]
+
+    def call(self, name: str, function: Callable[..., Any] | None = None) -> Callable[[], Any]:
+        module, x, at = self.variants[name]
+        return partial(function or module, x, at)
+
+
+def make_sets(case: Case, names: Sequence[str], device: torch.device) -> tuple[list[Set], Tensor]:
+    """Copies that share nothing, enough for a cold L2 where two or more are, and the exact result of the first.
+
+    Raises:
+        WrongResult: a variant is further from the exact block than its roundings explain.
+    """
+    generator = torch.Generator(device).manual_seed(case.m * 1_000_003 + case.shape.hidden)
+    shape, main = case.shape, getattr(torch, names[0])
+    exact = Block(shape, device).randomise(generator)
+    x = torch.randn(case.batch, case.tokens, shape.hidden, generator=generator, device=device)
+    x = x.to(main).float()  # what all variants but bfloat16's get exactly
+    at = Situation.make(shape, case.batch, case.tokens, case.start, x, generator)
+    sample = torch.randn(1, CALIBRATION, shape.hidden, generator=generator, device=device)
+    calibration = Situation.make(shape, 1, CALIBRATION, 0, sample, generator)
+    # Norms are stored in the model's type, as a checkpoint has them.
+    int8 = blocks.quantised(exact, sample, calibration)
+    int8.norm1.to(main), int8.norm2.to(main)
+    y = exact(x, at.to(torch.float32))
+    variants: dict[str, tuple[Any, Tensor, Situation]] = {}
+    for name in names:
+        dtype = getattr(torch, name)
+        variants[name] = (copy.deepcopy(exact).to(dtype), x.to(dtype), at.to(dtype))
+    del exact
+    variants["unfused"] = (int8, x.to(main), at.to(main))
+    variants["fused"] = (FusedBlock(int8), x.to(main), at.to(main))
+    first = Set(variants)
+    moved = case.shape.parameters  # bytes of int8 weights
+    count = gpu_timer.input_sets(moved, device)
+    return [first, *(Set(copy.deepcopy(variants)) for _ in range(count - 1))], y
+
+
+def errors(case: Case, first: Set, y: Tensor, names: Sequence[str]) -> dict[str, float]:
+    """Relative errors of "fused" and "unfused"; what is not explained by roundings is a `WrongResult`."""
+    found = {}
+    for name in (*names, "unfused", "fused"):
+        _, x, _ = first.variants[name]
+        error = blocks.relative_error(first.call(name)(), y, x)
+        most = MOST_FLOAT_ERROR if name in names else MOST_ERROR
+        if not error <= most:  # NaN too
+            raise WrongResult(
+                f"{name}: relative error {error:.3g}, at most {most:.3g} is explained"
+            )
+        found[name] = error
+    return found
+
+
+def measure(
+    case: Case,
+    device: torch.device,
+    seconds: float,
+    compiler: Compiler,
+    sample: gpu_state.Sampler = dict,
+) -> Row:
+    """Checks, then times one case: whole blocks and, of the fused one and of the first float one, their parts."""
+    names = FLOATS[device.type]
+    compiled = f"{names[0]}_compiled"
+    sets, y = make_sets(case, names, device)
+    error = errors(case, sets[0], y, names)
+    ready = {
+        name: gpu_timer.record([one.call(name) for one in sets], device)
+        for name in (*names, "unfused", "fused")
+    }
+    start, missing = time.perf_counter(), ""
+    try:
+        function = compiler(Block.forward)
+        calls = [one.call(names[0], partial(function, one.variants[names[0]][0])) for one in sets]
+        ready[compiled] = gpu_timer.record(calls, device)
+    except Exception as failure:  # a baseline that cannot run must not hide the others
+        missing = first_line(failure)
+    compiler.seconds_left -= time.perf_counter() - start
+    parts = [FusedBlock.parts(*one.variants["fused"]) for one in sets]
+    for part in PARTS:
+        ready[part] = gpu_timer.record([p[part] for p in parts], device)
+    calls = [blocks.float_linears(*one.variants[names[0]]) for one in sets]
+    ready["linears"] = gpu_timer.record(calls, device)
+    timings = gpu_timer.measure(ready, device=device, seconds=seconds)
+    row = row_of(case, timings, names, error["fused"])
+    if missing:
+        row[f"{compiled}_missing"] = missing
+    return row | gemm_cases.sample_under_load(ready["fused"], row["us"], sample, device)
+
+
+def row_of(
+    case: Case, timings: dict[str, gpu_timer.Timing], names: Sequence[str], error: float
+) -> Row:
+    """The parts are timed alone; `rest_us` is what the whole takes beyond them, less than 0 where parts overlap."""
+    op = timings["fused"]
+    row = describe(case) | timing_columns(op) | {"tops": case.operations / op.us / 1e6}
+    row |= {f"{part}_us": timings[part].us for part in PARTS}
+    row["rest_us"] = op.us - sum(timings[part].us for part in PARTS)
+    row[f"{names[0]}_linears_us"] = timings["linears"].us
+    others = (*names, f"{names[0]}_compiled", "unfused")
+    row |= ratio_columns(op.us, {name: timings.get(name) for name in others})
+    return row | {"error": error}
+
+
+def baselines(row: Row) -> list[str]:
+    return [key.removeprefix("vs_") for key in row if key.startswith("vs_")]
+
+
+def line(row: Row) -> str:
+    head = f"{row['model']:12s} {row['phase']:7s} batch {row['batch']:2d} M {row['M']:4d} context {row['context']:4d}"
+    parts = " + ".join(f"{row[f'{part}_us']:.1f} {part}" for part in PARTS)
+    return (
+        f"{head} | {row['us']:9.1f} us = {parts} + {row['rest_us']:.1f} rest | {row['tops']:6.1f} TOPS | "
+        f"{ratios(row, baselines(row))} | error {row['error']:.3f}"
+    )
+
+
+def means(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
+    """Geometric means of every ratio, by phase."""
+    found: dict[str, dict[str, float]] = {}
+    for phase in dict.fromkeys(row["phase"] for row in rows):
+        group = [row for row in rows if row["phase"] == phase]
+        found[phase] = {"cases": len(group)}
+        for name in dict.fromkeys(name for row in group for name in baselines(row)):
+            values = [row[f"vs_{name}"] for row in group if row.get(f"vs_{name}")]
+            if values:
+                found[phase][name] = geomean(values)
+    return found
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measures what the budget allows; 1 where a block was wrong or failed, or nothing was measured."""
+    device = torch.device(args.device)
+    facts = runner.machine_facts(device)
+    if device.type == "cpu":
+        torch.set_num_threads(args.threads)
+        facts["threads"] = args.threads
+    sample = gpu_state.sampler(device)
+    compiler = Compiler("default" if args.compile_seconds > 0 else "none", args.compile_seconds)
+    rows = runner.run_cases(
+        cases(args.shapes, args.situations),
+        lambda case: measure(case, device, args.seconds, compiler, sample),
+        key=describe,
+        line=line,
+        args=args,
+        facts=facts,
+        summary=lambda rows: {"geomeans": means(rows)},
+    )
+    for phase, found in means([row for row in rows if "us" in row]).items():
+        text = " | ".join(f"{found[n]:.2f}x {n}" for n in found if n != "cases")
+        print(f"geomean {phase:7s} {found['cases']:2.0f} cases | {text}")
+    return runner.status(rows)
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--quick", action="store_true", help="toy shapes, on a CPU")
+    parser.add_argument(
+        "--models", nargs="+", metavar="NAME",
+        help=f"on a GPU of {', '.join(s.model for s in blocks.GPU_SHAPES)}; on a CPU of "
+        f"{', '.join(s.model for s in blocks.CPU_SHAPES)}",
+    )  # fmt: skip
+    parser.add_argument("--threads", type=int, default=1, help="of a CPU")
+    parser.add_argument("--seconds", type=float, help="to measure per case (GPU: 0.4, CPU: 4)")
+    parser.add_argument(
+        "--compile-seconds",
+        type=float,
+        help="for torch.compile of a baseline (GPU: no limit, CPU: 0)",
+    )
+    runner.add_options(parser)
+    args = parser.parse_args(arguments)
+    gpu = args.device == "cuda"
+    if args.quick and gpu:
+        parser.error("--quick is for --device cpu")
+    there = blocks.GPU_SHAPES if gpu else blocks.TOY_SHAPES if args.quick else blocks.CPU_SHAPES
+    named = {shape.model: shape for shape in there}
+    for name in args.models or ():
+        if name not in named:
+            parser.error(f"there is no model {name!r} here; the models are: {', '.join(named)}")
+    args.shapes = [named[name] for name in args.models or named]
+    args.situations = SITUATIONS if gpu else TOY_SITUATIONS if args.quick else CPU_SITUATIONS
+    if args.seconds is None:
+        args.seconds = 0.4 if gpu else 0.0 if args.quick else 4.0
+    if args.compile_seconds is None:
+        args.compile_seconds = math.inf if gpu else 0.0
+    runner.check_options(parser, args)
+    return args
+
+
+def main() -> int:
+    args = parse()
+    with torch.inference_mode():
+        return run(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
