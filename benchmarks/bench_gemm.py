@@ -65,6 +65,7 @@ def measure(
     names: Sequence[str] = BASELINES,
 ) -> Row:
     """Checks, then times one case; `WrongResult` where the op is wrong."""
+    table = gemm_cases.current_table(device)  # first: in the simulator it binds the ops
     generator = gemm_cases.generator(case, device)
     count = gpu_timer.input_sets(case.bytes, device)
     sets = [gemm_cases.make_operands(case, generator) for _ in range(count)]
@@ -83,7 +84,6 @@ def measure(
             ready[name] = record_baseline(baselines.BY_NAME[name], case, sets, expected, device)
         except Exception as error:  # a baseline that cannot run must not hide the op
             reasons[name] = first_line(error)
-    table = gemm_cases.current_table(device)
     wrong_tiles = {}
     for choice in gemm_cases.choices(table, case.m) if tiles and table else ():
         name = gemm_cases.tile_name(table, choice)

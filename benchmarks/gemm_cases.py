@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -166,9 +168,20 @@ def int_mm_refusal(case: Case) -> str:
     return ""
 
 
+@functools.cache
+def has_cuda_ops(device: torch.device) -> bool:
+    """Whether the ops are the CUDA library's: on a GPU, and on a CPU in the simulator of simulated.py."""
+    path = os.environ.get("SQK_SIMULATOR_LIBRARY")
+    if device.type != "cuda" and path:
+        import simulated  # not a part of any measurement
+
+        simulated.bind(path)
+    return device.type == "cuda" or bool(path)
+
+
 def current_table(device: torch.device) -> Table | None:
     """The table of tiles and rules that serves the GPU, with its "name"; the toy one on the CPU, None without any."""
-    if device.type != "cuda":
+    if not has_cuda_ops(device):
         return TOY_TABLE
     plan = _extension.gemm_plan(16, 16, 16)
     if not plan:
@@ -178,7 +191,7 @@ def current_table(device: torch.device) -> Table | None:
 
 def chosen(case: Case, device: torch.device) -> Choice | None:
     """The tile and the splits that the dispatch takes, or None where no library says so."""
-    if device.type != "cuda":
+    if not has_cuda_ops(device):
         rule = next(r for r in TOY_TABLE["rules"] if case.m <= r["most_m"])
         return rule["tiles"][0], 1
     plan = _extension.gemm_plan(case.m, case.n, case.k)

@@ -1,7 +1,9 @@
 """Runs a program with the CUDA kernels' PTX on CPU tensors, where the simulator of tests/simulator.py is.
 
     python benchmarks/simulated.py [--arch sm_90] -- -m pytest tests/kernels --backend simulator -k smoke
+    python benchmarks/simulated.py -- benchmarks/bench_gemm.py --device cpu --tiles --data random --seconds 0
 
+The second one checks every tile of the real table by the benchmark's own code (`gemm_cases` calls `bind`).
 What comes after `--` is Python's. Exits with 77 where the simulator, nvcc or CUTLASS is not here, and says which.
 Results are exact; times are those of the simulator and mean nothing.
 """
@@ -9,18 +11,36 @@ Results are exact; times are those of the simulator and mean nothing.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tools")]
 
 import pytest  # noqa: E402  (tests/ and tools/ are no packages)
 import simulator  # noqa: E402
+import torch  # noqa: E402
 from backends import LIBRARY_VARIABLE  # noqa: E402
 
+from smoothquant_kernels import _extension, ops  # noqa: E402
+
 SKIPPED = 77
+
+
+def bind(path: str) -> None:
+    """In the program that is simulated: CPU tensors take the CUDA kernels, and the library's tables are used."""
+
+    def entry(name: str, restype: Any = ctypes.c_int32) -> Any:
+        found = getattr(ctypes.CDLL(path), name)
+        found.restype = restype
+        return found
+
+    torch.ops.load_library(path)
+    ops.eager_cpu = lambda *tensors: False  # type: ignore[attr-defined]
+    _extension._entry = entry
 
 
 def main() -> int:

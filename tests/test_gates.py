@@ -52,6 +52,13 @@ def row(bits: int = 16, path: int = 2, **loads: int) -> Kernel:
             kernel("gemm(P)", "sm_90a", code=Code(counts={"IGMMA": 4}, waiting_igmma=4)),
             "each of 4 IGMMA is waited for",
         ),
+        (
+            kernel(
+                "sqk::mma_gemm_kernel<256>(P)",
+                code=Code(counts={"IMMA": 4}, stores={128: 36, 32: 48, 16: 32}),
+            ),
+            "48 stores of 4 bytes, 32 of 2; allowed: as many.",
+        ),
     ],
 )  # fmt: skip
 def test_a_gate_fails_on_a_defect(bad: Kernel, sentence: str) -> None:
@@ -69,6 +76,10 @@ def test_a_gate_fails_on_a_defect(bad: Kernel, sentence: str) -> None:
         row(path=4, _16=32),  # the path of single elements
         kernel("gemm(P)", "sm_90a", code=Code(counts={"IGMMA": 4}, waiting_igmma=1)),
         kernel("gemm(P)", "sm_89", code=Code(counts={"IMMA": 4})),
+        kernel(
+            "sqk::mma_gemm_kernel<256>(P)",
+            code=Code(counts={"IMMA": 4}, stores={128: 40, 32: 32, 16: 32}),
+        ),
     ],
 )
 def test_gates_let_good_kernels_pass(good: Kernel) -> None:

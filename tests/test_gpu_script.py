@@ -12,6 +12,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import simulator
 import torch
 from build_support import CUTLASS_PYPI
 from producers import PRODUCERS
@@ -160,3 +161,29 @@ def test_without_the_simulator_nothing_is_simulated(tmp_path: Path) -> None:
         "nothing is simulated: the simulator is not here" in done.stdout
         and "\nrun" not in done.stdout
     )
+
+
+@pytest.mark.simulator
+@pytest.mark.slow
+def test_the_gemm_benchmark_runs_the_real_tiles_in_the_simulator(tmp_path: Path) -> None:
+    simulator.require()
+    file = tmp_path / "gemm.json"
+    command = [
+        sys.executable,
+        "benchmarks/simulated.py",
+        "--arch",
+        "sm_80",
+        "--",
+        "benchmarks/bench_gemm.py",
+    ]
+    command += ["--device", "cpu", "--tiles", "--data", "random", "--seconds", "0", "--tokens", "5"]
+    command += ["--baselines", "fp16", "--json", str(file)]
+    facts = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=facts, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    rows = json.loads(file.read_text())["rows"]
+    assert len(rows) == 3
+    for row in rows:
+        # Of the A100's table, not of the toy one, whose middle tile is 16x32x64.
+        assert {"16x64x128", "128x128x64"} < set(row["tiles_us"]) and "16x32x64" not in row["tiles_us"]
+        assert row["tile"] in row["tiles_us"] and "tiles_wrong" not in row

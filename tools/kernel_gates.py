@@ -69,6 +69,12 @@ def no_loads(bits: int) -> Check:
     return check
 
 
+def undivided_stores(kernel: Kernel) -> str | None:
+    """A GEMM stores single float32 and single 16-bit results at as many places; more of 4 bytes are parts of 16."""
+    wide, narrow = kernel.code.stores.get(32, 0), kernel.code.stores.get(16, 0)
+    return f"{wide} stores of 4 bytes, {narrow} of 2" if wide > narrow else None
+
+
 def uses(instruction: str) -> Check:
     """One of sass.COUNTED."""
 
@@ -193,6 +199,12 @@ GATES = (
         "wanted: int8 mma.sync.",
         kernels=GEMM,
         archs=r"sm_8\d",
+    ),
+    Gate(
+        "whole stores",
+        undivided_stores,
+        "allowed: as many. nvcc splits the 16-byte stores of a 16-bit y: csrc/gemm/store_tokens.cuh.",
+        kernels=r"\bmma_gemm_kernel<",
     ),
     Gate(
         "tensor cores for few tokens",

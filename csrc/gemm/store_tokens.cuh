@@ -118,6 +118,15 @@ __device__ inline void add_halves(bool bfloat16, uint32_t pair, float& a, float&
   b = __fadd_rn(b, high);
 }
 
+// One store of 16 bytes to global memory. Of an assignment of a uint4 nvcc 13.0 makes, in some of
+// the mma.sync kernels' copies of store_plain, four stores of 4 bytes, each of which touches all
+// sectors again.
+__device__ inline void store_16_bytes(void* to, const uint32_t (&word)[4]) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)),
+               "r"(word[0]), "r"(word[1]), "r"(word[2]), "r"(word[3])
+               : "memory");
+}
+
 // The scales and biases of a lane's pairs in four blocks of 8 channels.
 struct ChannelPairs {
   float2 w_scale[4], bias[4];
@@ -178,8 +187,7 @@ __device__ inline void store_plain(const Epilogue& e, const ChannelPairs& pairs,
     transpose_quad(word);
     if (is_there) {
       auto* row = static_cast<uint16_t*>(e.y) + token * e.y_stride;
-      *reinterpret_cast<uint4*>(row + first + 8 * t) =
-          make_uint4(word[0], word[1], word[2], word[3]);
+      store_16_bytes(row + first + 8 * t, word);
     }
   }
 }
