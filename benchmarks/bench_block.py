@@ -167,7 +167,7 @@ def measure(
         for name in (*names, "unfused", "fused")
     }
     start, missing = time.perf_counter(), ""
-    try:
+    try:  # without --compile-seconds it says so at once
         function = compiler(Block.forward)
         calls = [one.call(names[0], partial(function, one.variants[names[0]][0])) for one in sets]
         ready[compiled] = gpu_timer.record(calls, device)
@@ -180,8 +180,9 @@ def measure(
     calls = [blocks.float_linears(*one.variants[names[0]]) for one in sets]
     ready["linears"] = gpu_timer.record(calls, device)
     timings = gpu_timer.measure(ready, device=device, seconds=seconds)
-    row = row_of(case, timings, names, error["fused"])
-    if missing:
+    asked = [compiled] if compiler.mode != "none" else []
+    row = row_of(case, timings, [*names, *asked], error["fused"])
+    if missing and asked:
         row[f"{compiled}_missing"] = missing
     return row | gemm_cases.sample_under_load(ready["fused"], row["us"], sample, device)
 
@@ -195,8 +196,7 @@ def row_of(
     row |= {f"{part}_us": timings[part].us for part in PARTS}
     row["rest_us"] = op.us - sum(timings[part].us for part in PARTS)
     row[f"{names[0]}_linears_us"] = timings["linears"].us
-    others = (*names, f"{names[0]}_compiled", "unfused")
-    row |= ratio_columns(op.us, {name: timings.get(name) for name in others})
+    row |= ratio_columns(op.us, {name: timings.get(name) for name in (*names, "unfused")})
     return row | {"error": error}
 
 
@@ -290,7 +290,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> int:
     args = parse()
-    with torch.inference_mode():
+    # Not inference_mode: weights made in it have no version, so the CPU path would pack them anew at every call.
+    with torch.no_grad():
         return run(args)
 
 

@@ -224,8 +224,13 @@ def collect(tables: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write(tables: Mapping[str, Any], path: Path = COSTS) -> None:
-    """At once or not at all."""
+    """At once or not at all; what only the simulator can count is never lost."""
+    costs = collect(tables)
+    if "simulated" not in costs and path.is_file() and "simulated" in json.loads(path.read_text()):
+        sys.exit(
+            f"model: {path} has the simulator's counts, and there is no simulator here: nothing was written"
+        )
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(collect(tables), indent=1, sort_keys=True) + "\n")
+    temporary.write_text(json.dumps(costs, indent=1, sort_keys=True) + "\n")
     temporary.replace(path)
     print(f"written: {path}")

@@ -219,14 +219,18 @@ def linear(data: Mapping[str, Any], every: bool = False) -> Table:
 
 
 def anything(data: Mapping[str, Any]) -> Table:
-    """Blocks and models: the columns as the file has them, words first. Percentiles and clocks stay in the file."""
+    """Blocks and models: the columns as the file has them, words first.
+
+    Percentiles, clocks and the baselines' own times stay in the file, and so does what no row has (a CPU's peak).
+    """
     rows = [row for row in data["rows"] if not failed(row)]
+    aside = {*ASIDE, *(f"{name}_us" for name in baselines_of(rows))}
     columns = dict.fromkeys(
         name
         for row in rows
         for name, value in row.items()
-        if isinstance(value, (str, int, float)) or value is None
-        if name not in ASIDE and not name.endswith(("_p20", "_p80", "_missing"))
+        if isinstance(value, (str, int, float)) or name.startswith("vs_")
+        if name not in aside and not name.endswith(("_p20", "_p80", "_missing"))
     )
     text = [c for c in columns if all(isinstance(r.get(c), (str, bool)) for r in rows if c in r)]
     order = [*text, *(c for c in columns if c not in text)]
@@ -238,7 +242,9 @@ def _cell(name: str, value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
-        return times(value) if name.startswith("vs_") else f"{value:,.4g}"
+        if name.startswith("vs_"):
+            return times(value)
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
     return "-" if value is None else str(value)
 
 

@@ -85,8 +85,7 @@ def stock_models(
         )
         config = SmoothQuantConfig(calibration_tokens=CALIBRATION)
         ids = [w.input_ids.to(device) for w in windows]
-        with torch.inference_mode(False):
-            int8 = smooth_and_quantize(copy.deepcopy(model), ids, config, progress=False)
+        int8 = smooth_and_quantize(copy.deepcopy(model), ids, config, progress=False)
     else:
         torch.manual_seed(0)
         model = random_llama(shape, layers, main, device, words)

@@ -18,6 +18,8 @@ from gpu_timer import Timing
 from report import WrongResult
 from torch import Tensor, nn
 
+from smoothquant_kernels import cpu
+
 LLAMA, OPT = blocks.TOY_SHAPES
 QWEN = Shape("toy qwen", 64, 96, 4, 1, head_dim=16, qkv_bias=True)
 # float32 on both sides, a few hundred roundings of 2^-24 in other orders.
@@ -203,7 +205,7 @@ TIMES = {
 
 def made_row() -> dict[str, Any]:
     timings = {name: Timing(us, us - 1, us + 1, 20, 2) for name, us in TIMES.items()}
-    return bench_block.row_of(CASE, timings, ("float16", "bfloat16"), 0.02)
+    return bench_block.row_of(CASE, timings, ("float16", "bfloat16", "float16_compiled"), 0.02)
 
 
 def test_columns_add_up() -> None:
@@ -234,11 +236,16 @@ def test_means_are_by_phase() -> None:
 
 
 def test_the_cpu_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    pack, packed = cpu._pack, []
+    monkeypatch.setattr(cpu, "_pack", lambda *a: packed.append(a[0].shape) or pack(*a))
     file = tmp_path / "block.json"
     command = ["bench_block.py", "--device", "cpu", "--quick", "--json", str(file), "--resume"]
     monkeypatch.setattr("sys.argv", command)
     assert bench_block.main() == 0
     rows = json.loads(file.read_text())["rows"]
+    assert len(packed) <= 4 * 2 * 4, (
+        "four weights of two sets in four cases: not packed anew at every call"
+    )
     assert [(r["model"], r["phase"]) for r in rows] == [
         (s.model, p) for s in blocks.TOY_SHAPES for p in ("prefill", "decode")
     ]

@@ -305,3 +305,17 @@ def test_a_tile_that_is_gone_is_predicted_by_the_dispatch(models: dict[str, Mode
     found["rows"][0]["tile"] = "1x1x1"
     (row,) = model_compare.compare(found, model=models["H100"])
     assert not row["same_tile"] and row["ratio"] == pytest.approx(1.0)
+
+
+def test_the_simulators_counts_are_not_lost_where_it_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "costs.json"
+    file.write_text('{"simulated": {"sm80": {}}}')
+    monkeypatch.setattr(model_counters, "collect", lambda tables: {"kernels": {}})
+    with pytest.raises(SystemExit, match="nothing was written"):
+        model_counters.write({}, file)
+    assert file.read_text() == '{"simulated": {"sm80": {}}}'
+    monkeypatch.setattr(model_counters, "collect", lambda tables: {"simulated": {"sm90": {}}})
+    model_counters.write({}, file)
+    assert json.loads(file.read_text()) == {"simulated": {"sm90": {}}}

@@ -118,9 +118,9 @@ __device__ inline void add_halves(bool bfloat16, uint32_t pair, float& a, float&
   b = __fadd_rn(b, high);
 }
 
-// One store of 16 bytes to global memory. Of an assignment of a uint4 nvcc 13.0 makes, in some of
-// the mma.sync kernels' copies of store_plain, four stores of 4 bytes, each of which touches all
-// sectors again.
+// One store of 16 bytes to global memory. Of an assignment of a uint4 nvcc 13.0 makes four stores
+// of 4 bytes, each of which touches all sectors again, in every mma.sync kernel's store_plain (not
+// in wgmma's, and not in store_eight).
 __device__ inline void store_16_bytes(void* to, const uint32_t (&word)[4]) {
   asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)),
                "r"(word[0]), "r"(word[1]), "r"(word[2]), "r"(word[3])
