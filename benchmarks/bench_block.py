@@ -150,6 +150,14 @@ def errors(case: Case, first: Set, y: Tensor, names: Sequence[str]) -> dict[str,
     return found
 
 
+def wrong_float(y: Tensor, exact: Tensor, x: Tensor) -> str:
+    """Empty, or why a float block is wrong."""
+    error = blocks.relative_error(y, exact, x)
+    if error <= MOST_FLOAT_ERROR:
+        return ""
+    return f"wrong: relative error {error:.3g}, at most {MOST_FLOAT_ERROR:.3g} is explained"
+
+
 def measure(
     case: Case,
     device: torch.device,
@@ -170,6 +178,8 @@ def measure(
     try:  # without --compile-seconds it says so at once
         function = compiler(Block.forward)
         calls = [one.call(names[0], partial(function, one.variants[names[0]][0])) for one in sets]
+        if wrong := wrong_float(calls[0](), y, sets[0].variants[names[0]][1]):
+            raise WrongResult(wrong)
         ready[compiled] = gpu_timer.record(calls, device)
     except Exception as failure:  # a baseline that cannot run must not hide the others
         missing = first_line(failure)

@@ -115,6 +115,15 @@ def rotate(x: Tensor, at: Situation) -> Tensor:
     return x * at.cos + torch.cat((-high, low), dim=-1) * at.sin
 
 
+def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    """q [B, heads, T, d] over k, v [B, kv heads, S, d] -> [B, heads, T, d]"""
+    shared = q.shape[1] // k.shape[1]
+    if shared > 1 and q.is_cuda and q.dtype == torch.float32:
+        # No fused kernel shares float32 keys: PyTorch would make all T x S weights, of a long prompt some 50 GB.
+        k, v, shared = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1), 1
+    return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=shared > 1)
+
+
 def attend(shape: Shape, qkv: Tensor, at: Situation) -> Tensor:
     """qkv [B, T, (heads + 2 kv heads) head_dim] -> [B, T, heads x head_dim]; new keys and values are kept."""
     batch, tokens, _ = qkv.shape
@@ -124,9 +133,7 @@ def attend(shape: Shape, qkv: Tensor, at: Situation) -> Tensor:
         q, k = rotate(q, at), rotate(k, at)
     at.k[:, :, at.start :] = k
     at.v[:, :, at.start :] = v
-    y = F.scaled_dot_product_attention(
-        q, at.k, at.v, is_causal=tokens > 1, enable_gqa=shape.heads != shape.kv_heads
-    )
+    y = attention(q, at.k, at.v, causal=tokens > 1)
     return y.transpose(1, 2).reshape(batch, tokens, -1)
 
 

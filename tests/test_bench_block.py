@@ -185,6 +185,37 @@ def test_a_wrong_matrix_is_not_timed(name: str) -> None:
         bench_block.errors(CASE, sets[0], y, ("float32",))
 
 
+@pytest.mark.parametrize("shift", [0.0, 0.1])
+def test_a_wrong_compiled_baseline_is_not_timed(shift: float) -> None:
+    class Compiler(
+        bench_block.Compiler
+    ):  # what torch.compile would be asked for, without its minute
+        def __call__(self, function: Any) -> Any:
+            return lambda *a: function(*a) * (1 + shift)
+
+    row = bench_block.measure(CASE, torch.device("cpu"), 0.0, Compiler("default", 1.0))
+    if shift:
+        assert row["vs_float32_compiled"] is None
+        assert row["float32_compiled_missing"].startswith("wrong: relative error")
+    else:
+        assert row["vs_float32_compiled"] > 0 and "float32_compiled_missing" not in row
+
+
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_shared_keys_are_each_heads_own(tokens: int) -> None:
+    generator = torch.Generator().manual_seed(2)
+    q, k, v = (
+        torch.randn(2, h, n, 16, generator=generator) for h, n in ((6, tokens), (2, 9), (2, 9))
+    )
+    scores = q @ k.repeat_interleave(3, 1).transpose(2, 3) / 4
+    if tokens > 1:
+        scores += torch.full((9, 9), float("-inf")).triu(1)
+    expected = scores.softmax(-1) @ v.repeat_interleave(3, 1)
+    torch.testing.assert_close(
+        blocks.attention(q, k, v, tokens > 1), expected, rtol=EQUAL, atol=EQUAL
+    )
+
+
 def test_copies_share_nothing() -> None:
     sets, _ = bench_block.make_sets(CASE, ("float32", "bfloat16"), torch.device("cpu"))
     assert len(sets) == 2
