@@ -372,7 +372,7 @@ def bars(files: Mapping[str, Mapping[str, Any]], head: str, path: Path) -> Pictu
         dashed = f" (dashed: {QUANTISER_TARGET})" if copy else ""
         axes.set_title(title + dashed, fontsize=10, loc="left")
         most = max(value for values in means.values() for value in values.values())
-        axes.set_xlim(0, max(1.1, (1.1 if copy else 1.25) * most))
+        axes.set_xlim(0, max(1.1, (1.1 if copy else 1.4) * most))
         axes.spines[["top", "right"]].set_visible(False)
     for axes in panels[len(kinds) :]:
         axes.set_visible(False)

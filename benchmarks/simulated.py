@@ -58,8 +58,8 @@ def main() -> int:
     # Few multiprocessors: persistent kernels then go round on toy shapes.
     variables = {LIBRARY_VARIABLE: str(simulator.library()), "PTXSIM_SMS": "8"}
     done = simulator.python(args.program, arch=args.arch, environment=variables)
-    print(done.stdout, end="")
-    print(done.stderr, end="", file=sys.stderr)
+    print(done.stderr, end="", file=sys.stderr, flush=True)
+    print(done.stdout, end="", flush=True)  # last: who cuts the output wants its end
     return done.returncode
 
 
