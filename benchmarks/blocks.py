@@ -247,12 +247,12 @@ class FusedBlock(nn.Module):
             out_dtype=dtype,
         )
 
-    def producers(self, x: Tensor, qkv_out: Tensor, x2: Tensor, up_out: Tensor) -> list[Any]:
+    def producers(self, x: Tensor, attended: Tensor, x2: Tensor, up_out: Tensor) -> list[Any]:
         """The four producers of int8, given what they read: x, attention's output, x + attention, up's output."""
         block = self.block
         return [
             lambda: self.norm_quantize(block.norm1, x),
-            lambda: ops.quantize(qkv_out, inv_smooth=block.o.inv_smooth),
+            lambda: ops.quantize(attended, inv_smooth=block.o.inv_smooth),
             lambda: self.norm_quantize(block.norm2, x2),
             lambda: ops.act_quantize(up_out, self.kind, inv_smooth=block.down.inv_smooth),
         ]
