@@ -28,7 +28,16 @@ import runner
 import torch
 from bench_quantize import Compiler
 from blocks import Block, FusedBlock, Shape, Situation
-from report import Row, WrongResult, first_line, geomean, ratio_columns, ratios, timing_columns
+from report import (
+    Row,
+    WrongResult,
+    baselines_of,
+    first_line,
+    group_means,
+    ratio_columns,
+    ratios,
+    timing_columns,
+)
 from shapes import by_place
 from torch import Tensor
 
@@ -105,11 +114,7 @@ class Set:
 
 
 def make_sets(case: Case, names: Sequence[str], device: torch.device) -> tuple[list[Set], Tensor]:
-    """Copies that share nothing, enough for a cold L2 where two or more are, and the exact result of the first.
-
-    Raises:
-        WrongResult: a variant is further from the exact block than its roundings explain.
-    """
+    """Copies that share nothing, enough for a cold L2 where two or more are, and the exact result of them all."""
     generator = torch.Generator(device).manual_seed(case.m * 1_000_003 + case.shape.hidden)
     shape, main = case.shape, getattr(torch, names[0])
     exact = Block(shape, device).randomise(generator)
@@ -118,9 +123,7 @@ def make_sets(case: Case, names: Sequence[str], device: torch.device) -> tuple[l
     at = Situation.make(shape, case.batch, case.tokens, case.start, x, generator)
     sample = torch.randn(1, CALIBRATION, shape.hidden, generator=generator, device=device)
     calibration = Situation.make(shape, 1, CALIBRATION, 0, sample, generator)
-    # Norms are stored in the model's type, as a checkpoint has them.
-    int8 = blocks.quantised(exact, sample, calibration)
-    int8.norm1.to(main), int8.norm2.to(main)
+    int8 = blocks.quantised(exact, sample, calibration, dtype=main)
     y = exact(x, at.to(torch.float32))
     variants: dict[str, tuple[Any, Tensor, Situation]] = {}
     for name in names:
@@ -136,26 +139,21 @@ def make_sets(case: Case, names: Sequence[str], device: torch.device) -> tuple[l
 
 
 def errors(case: Case, first: Set, y: Tensor, names: Sequence[str]) -> dict[str, float]:
-    """Relative errors of "fused" and "unfused"; what is not explained by roundings is a `WrongResult`."""
+    """Relative errors of all variants, the float types `names` among them; `WrongResult` as `checked_error`."""
     found = {}
     for name in (*names, "unfused", "fused"):
         _, x, _ = first.variants[name]
-        error = blocks.relative_error(first.call(name)(), y, x)
         most = MOST_FLOAT_ERROR if name in names else MOST_ERROR
-        if not error <= most:  # NaN too
-            raise WrongResult(
-                f"{name}: relative error {error:.3g}, at most {most:.3g} is explained"
-            )
-        found[name] = error
+        found[name] = checked_error(name, first.call(name)(), y, x, most)
     return found
 
 
-def wrong_float(y: Tensor, exact: Tensor, x: Tensor) -> str:
-    """Empty, or why a float block is wrong."""
+def checked_error(what: str, y: Tensor, exact: Tensor, x: Tensor, most: float) -> float:
+    """The relative error; what roundings do not explain is a `WrongResult` that begins with `what`."""
     error = blocks.relative_error(y, exact, x)
-    if error <= MOST_FLOAT_ERROR:
-        return ""
-    return f"wrong: relative error {error:.3g}, at most {MOST_FLOAT_ERROR:.3g} is explained"
+    if not error <= most:  # NaN too
+        raise WrongResult(f"{what}: relative error {error:.3g}, at most {most:.3g} is explained")
+    return error
 
 
 def measure(
@@ -178,8 +176,8 @@ def measure(
     try:  # without --compile-seconds it says so at once
         function = compiler(Block.forward)
         calls = [one.call(names[0], partial(function, one.variants[names[0]][0])) for one in sets]
-        if wrong := wrong_float(calls[0](), y, sets[0].variants[names[0]][1]):
-            raise WrongResult(wrong)
+        x = sets[0].variants[names[0]][1]
+        checked_error("wrong", calls[0](), y, x, MOST_FLOAT_ERROR)
         ready[compiled] = gpu_timer.record(calls, device)
     except Exception as failure:  # a baseline that cannot run must not hide the others
         missing = first_line(failure)
@@ -210,39 +208,27 @@ def row_of(
     return row | {"error": error}
 
 
-def baselines(row: Row) -> list[str]:
-    return [key.removeprefix("vs_") for key in row if key.startswith("vs_")]
-
-
 def line(row: Row) -> str:
     head = f"{row['model']:12s} {row['phase']:7s} batch {row['batch']:2d} M {row['M']:4d} context {row['context']:4d}"
     parts = " + ".join(f"{row[f'{part}_us']:.1f} {part}" for part in PARTS)
     return (
         f"{head} | {row['us']:9.1f} us = {parts} + {row['rest_us']:.1f} rest | {row['tops']:6.1f} TOPS | "
-        f"{ratios(row, baselines(row))} | error {row['error']:.3f}"
+        f"{ratios(row, baselines_of([row]))} | error {row['error']:.3f}"
     )
 
 
 def means(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
     """Geometric means of every ratio, by phase."""
-    found: dict[str, dict[str, float]] = {}
-    for phase in dict.fromkeys(row["phase"] for row in rows):
-        group = [row for row in rows if row["phase"] == phase]
-        found[phase] = {"cases": len(group)}
-        for name in dict.fromkeys(name for row in group for name in baselines(row)):
-            values = [row[f"vs_{name}"] for row in group if row.get(f"vs_{name}")]
-            if values:
-                found[phase][name] = geomean(values)
-    return found
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row["phase"], []).append(row)
+    return group_means(groups, {name: f"vs_{name}" for name in baselines_of(rows)})
 
 
 def run(args: argparse.Namespace) -> int:
     """Measures what the budget allows; 1 where a block was wrong or failed, or nothing was measured."""
     device = torch.device(args.device)
-    facts = runner.machine_facts(device)
-    if device.type == "cpu":
-        torch.set_num_threads(args.threads)
-        facts["threads"] = args.threads
+    facts = runner.machine_facts(device, args.threads)
     sample = gpu_state.sampler(device)
     compiler = Compiler("default" if args.compile_seconds > 0 else "none", args.compile_seconds)
     rows = runner.run_cases(

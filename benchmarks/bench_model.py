@@ -24,9 +24,9 @@ import gpu_timer
 import runner
 import stacks
 import torch
-from bench_block import FLOATS, baselines, means
+from bench_block import FLOATS, means
 from blocks import SMOLLM2, TOY_SHAPES, Shape
-from report import Row, WrongResult, ratio_columns, ratios, timing_columns
+from report import Row, WrongResult, baselines_of, ratio_columns, ratios, timing_columns
 from torch import Tensor, nn
 
 #: (phase, batch, new tokens of each, tokens before them), the most telling first.
@@ -204,22 +204,18 @@ def line(row: Row) -> str:
         f"{row['model']:12s} {row['layers']:2d} layers {row['runtime']:12s} {row['phase']:7s} batch {row['batch']:2d} "
         f"M {row['M']:4d} context {row['context']:4d}"
     )
-    main = baselines(row)[0]
+    names = baselines_of([row])
     peak = f", peak {row['peak_mib']:.0f}" if row.get("peak_mib") else ""
     return (
-        f"{head} | {row['us'] / 1e3:8.2f} ms | {row['tokens_per_s']:9.1f} tokens/s | {ratios(row, baselines(row))} | "
-        f"weights {row['weights_mib']:.0f} MiB of {row[f'{main}_weights_mib']:.0f}{peak} | error {row['error']:.3f}"
+        f"{head} | {row['us'] / 1e3:8.2f} ms | {row['tokens_per_s']:9.1f} tokens/s | {ratios(row, names)} | "
+        f"weights {row['weights_mib']:.0f} MiB of {row[f'{names[0]}_weights_mib']:.0f}{peak} | error {row['error']:.3f}"
     )
 
 
 def run(args: argparse.Namespace) -> int:
     """Measures what the budget allows; 1 where a model was wrong or failed, or nothing was measured."""
     device = torch.device(args.device)
-    if device.type == "cpu":
-        torch.set_num_threads(args.threads)
-    facts = runner.machine_facts(device)
-    if device.type == "cpu":
-        facts["threads"] = args.threads
+    facts = runner.machine_facts(device, args.threads)
     sample = gpu_state.sampler(device)
     models = Models(args.shape, args.layers, device)
     rows = runner.run_cases(

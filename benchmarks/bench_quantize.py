@@ -26,7 +26,7 @@ import producers
 import runner
 import torch
 from producers import PRODUCERS, SCHEMES, Case
-from report import Row, WrongResult, first_line, geomean, ratio_columns, ratios, timing_columns
+from report import Row, WrongResult, first_line, group_means, ratio_columns, ratios, timing_columns
 from shapes import GPU_TOKENS, HIDDEN_WIDTHS, MLP_WIDTHS, REHEARSAL_TOKENS, REHEARSAL_WIDTHS
 from torch import Tensor
 
@@ -168,15 +168,7 @@ def geomeans(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
     """Per producer and over all; a baseline counts where it was measured."""
     groups = {name: [r for r in rows if r["producer"] == name] for name in PRODUCERS}
     groups["all"] = list(rows)
-    means: dict[str, dict[str, float]] = {}
-    for name, group in groups.items():
-        if group:
-            means[name] = {"cases": len(group)}
-        for baseline in BASELINES:
-            ratios = [r[f"vs_{baseline}"] for r in group if r[f"vs_{baseline}"]]
-            if ratios:
-                means[name][baseline] = geomean(ratios)
-    return means
+    return group_means(groups, {baseline: f"vs_{baseline}" for baseline in BASELINES})
 
 
 def run(args: argparse.Namespace) -> int:

@@ -199,8 +199,13 @@ class Block(nn.Module):
 
 
 @torch.no_grad()
-def quantised(block: Block, x: Tensor, at: Situation, alpha: float = 0.5) -> Block:
-    """The block in W8A8, per token and per channel, every matrix smoothed by what it reads for x; a copy."""
+def quantised(
+    block: Block, x: Tensor, at: Situation, alpha: float = 0.5, dtype: torch.dtype = torch.float32
+) -> Block:
+    """The block in W8A8, per token and per channel, every matrix smoothed by what it reads for x; a copy.
+
+    Its norms are of `dtype`, as a checkpoint of that type has them.
+    """
     made = copy.deepcopy(block)
     read = made.inputs(x, at)
     for name in LINEARS:
@@ -216,6 +221,8 @@ def quantised(block: Block, x: Tensor, at: Situation, alpha: float = 0.5) -> Blo
             linear.weight.mul_(s)
         layer = W8A8Linear.from_linear(linear, smooth=None if norm else s)
         setattr(made, name, layer)
+    for norm in FOLDED.values():
+        made.get_submodule(norm).to(dtype)
     return made
 
 
@@ -227,7 +234,13 @@ class FusedBlock(nn.Module):
         self.block = block
         self.kind = "silu_mul" if block.shape.gated else "relu"
 
-    def norm_quantize(self, norm: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
+    def quantise(self, name: str, x: Tensor) -> tuple[Tensor, ...]:
+        """The int8 input of a matrix, from x: the residual stream (norms), attention's output, or that of `up`."""
+        if name == "o":
+            return ops.quantize(x, inv_smooth=self.block.o.inv_smooth)
+        if name == "down":
+            return ops.act_quantize(x, self.kind, inv_smooth=self.block.down.inv_smooth)
+        norm = self.block.get_submodule(FOLDED[name])
         if isinstance(norm, nn.LayerNorm):
             return ops.layer_norm_quantize(x, norm.weight, norm.bias, EPS)
         assert isinstance(norm, nn.RMSNorm)
@@ -247,45 +260,30 @@ class FusedBlock(nn.Module):
             out_dtype=dtype,
         )
 
-    def producers(self, x: Tensor, attended: Tensor, x2: Tensor, up_out: Tensor) -> list[Any]:
-        """The four producers of int8, given what they read: x, attention's output, x + attention, up's output."""
-        block = self.block
-        return [
-            lambda: self.norm_quantize(block.norm1, x),
-            lambda: ops.quantize(attended, inv_smooth=block.o.inv_smooth),
-            lambda: self.norm_quantize(block.norm2, x2),
-            lambda: ops.act_quantize(up_out, self.kind, inv_smooth=block.down.inv_smooth),
-        ]
-
     def forward(self, x: Tensor, at: Situation) -> Tensor:
-        block, dtype = self.block, x.dtype
-        qkv = self.multiply("qkv", *self.norm_quantize(block.norm1, x), dtype, None)
-        a = attend(block.shape, qkv, at)
-        x = self.multiply("o", *ops.quantize(a, inv_smooth=block.o.inv_smooth), dtype, x)
-        up = self.multiply("up", *self.norm_quantize(block.norm2, x), dtype, None)
-        act = ops.act_quantize(up, self.kind, inv_smooth=block.down.inv_smooth)
-        return self.multiply("down", *act, dtype, x)
+        return self._run(x, at)[-1]
+
+    def _run(self, x: Tensor, at: Situation) -> tuple[Tensor, ...]:
+        """The result, last; before it qkv, attention's output, x + attention, and what `up` gives."""
+        dtype = x.dtype
+        qkv = self.multiply("qkv", *self.quantise("qkv", x), dtype, None)
+        attended = attend(self.block.shape, qkv, at)
+        x2 = self.multiply("o", *self.quantise("o", attended), dtype, x)
+        up = self.multiply("up", *self.quantise("up", x2), dtype, None)
+        return qkv, attended, x2, up, self.multiply("down", *self.quantise("down", up), dtype, x2)
 
     def parts(self, x: Tensor, at: Situation) -> dict[str, Any]:
         """Its work in three calls, each on what it reads in the whole: "gemm", "quantise", "attention"."""
-        block, dtype = self.block, x.dtype
-        first = self.norm_quantize(block.norm1, x)
-        qkv = self.multiply("qkv", *first, dtype, None)
-        a = attend(block.shape, qkv, at)
-        second = ops.quantize(a, inv_smooth=block.o.inv_smooth)
-        x2 = self.multiply("o", *second, dtype, x)
-        third = self.norm_quantize(block.norm2, x2)
-        up = self.multiply("up", *third, dtype, None)
-        fourth = ops.act_quantize(up, self.kind, inv_smooth=block.down.inv_smooth)
-        read = dict(zip(LINEARS, (first, second, third, fourth), strict=True))
+        qkv, attended, x2, up, _ = self._run(x, at)
+        read = dict(zip(LINEARS, (x, attended, x2, up), strict=True))
+        int8 = {name: self.quantise(name, t) for name, t in read.items()}
         added = {"o": x, "down": x2}
-        producers = self.producers(x, a, x2, up)
         return {
             "gemm": lambda: [
-                self.multiply(name, *read[name], dtype, added.get(name)) for name in LINEARS
+                self.multiply(name, *int8[name], x.dtype, added.get(name)) for name in LINEARS
             ],
-            "quantise": lambda: [produce() for produce in producers],
-            "attention": lambda: attend(block.shape, qkv, at),
+            "quantise": lambda: [self.quantise(name, t) for name, t in read.items()],
+            "attention": lambda: attend(self.block.shape, qkv, at),
         }
 
 

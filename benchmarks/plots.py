@@ -14,8 +14,8 @@ from typing import Any
 import predict
 from model_compare import gpu_of
 from predict import Gpu
-from report import Row, geomean
-from result_tables import baselines_of, good, layer_name, time_of, tops
+from report import Row, baselines_of, group_means
+from result_tables import good, layer_name, time_of, tops
 from shapes import M_CLASSES, m_class
 
 DPI = 100
@@ -280,16 +280,12 @@ Bars = tuple[str, dict[str, dict[str, float]]]  # a title; group -> baseline -> 
 
 def grouped(rows: Sequence[Row], name: Callable[[Row], str]) -> dict[str, dict[str, float]]:
     """Geometric means of every ratio, by name."""
-    found: dict[str, dict[str, float]] = {}
+    groups: dict[str, list[Row]] = {}
     for row in rows:
-        found.setdefault(name(row), {})
-    for group, means in found.items():
-        for baseline in baselines_of(rows):
-            values = [
-                r[f"vs_{baseline}"] for r in rows if name(r) == group and r.get(f"vs_{baseline}")
-            ]
-            if values:
-                means[baseline] = geomean(values)
+        groups.setdefault(name(row), []).append(row)
+    found = group_means(groups, {b: f"vs_{b}" for b in baselines_of(rows)})
+    for means in found.values():
+        del means["cases"]
     return {group: means for group, means in found.items() if means}
 
 

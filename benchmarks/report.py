@@ -91,12 +91,26 @@ def geomeans(rows: Sequence[Row], columns: Sequence[str]) -> dict[str, dict[str,
     """Geometric means by class of M and over all; a row counts where it has a value."""
     groups = {name: [r for r in rows if m_class(r["M"]) == name] for _, name in M_CLASSES}
     groups["all"] = list(rows)
+    return group_means(groups, {column: column for column in columns})
+
+
+def group_means(
+    groups: Mapping[str, Sequence[Row]], columns: Mapping[str, str]
+) -> dict[str, dict[str, float]]:
+    """Of each group that has rows: its "cases", and by name the geometric mean of a column where rows have a value."""
     means: dict[str, dict[str, float]] = {}
-    for name, group in groups.items():
-        if group:
-            means[name] = {"cases": len(group)}
-        for column in columns:
-            values = [row[column] for row in group if row.get(column)]
+    for group, rows in groups.items():
+        if rows:
+            means[group] = {"cases": len(rows)}
+        for name, column in columns.items():
+            values = [row[column] for row in rows if row.get(column)]
             if values:
-                means[name][column] = geomean(values)
+                means[group][name] = geomean(values)
     return means
+
+
+def baselines_of(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The NAMEs of all `vs_NAME`, in their order; also those that never ran."""
+    return list(
+        dict.fromkeys(k.removeprefix("vs_") for row in rows for k in row if k.startswith("vs_"))
+    )

@@ -14,8 +14,8 @@ from typing import Any
 import model_compare
 import predict
 import tune_rules
-from report import Row, geomean
-from shapes import M_CLASSES, m_class
+from report import Row, baselines_of, geomean, geomeans
+from shapes import m_class
 
 #: The times that a row may have, the op's own first: `us` of an op, `int8_us` of a layer.
 TIMES = ("us", "int8_us", "w8a8_us")
@@ -65,13 +65,6 @@ def markdown(header: list[str], rows: list[list[str]], left: int = 1) -> str:
 def time_of(row: Mapping[str, Any]) -> float | None:
     """Microseconds of what is measured; None where it failed, or is measured in something else."""
     return next((row[name] for name in TIMES if row.get(name)), None)
-
-
-def baselines_of(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    """The NAMEs of all `vs_NAME`, in their order; also those that never ran."""
-    return list(
-        dict.fromkeys(k.removeprefix("vs_") for row in rows for k in row if k.startswith("vs_"))
-    )
 
 
 def failed(row: Mapping[str, Any]) -> str:
@@ -154,19 +147,12 @@ def means(data: Mapping[str, Any]) -> Table:
     """Of GEMMs or layers, by class of M: how many cases, and how many times as fast as each baseline."""
     rows = good(data["rows"])
     names = baselines_of(rows)
-    groups = {name: [r for r in rows if m_class(r["M"]) == name] for _, name in M_CLASSES}
-    groups["all"] = rows
+    columns = [f"vs_{name}" for name in names]
     body = [
-        [name, str(len(group)), *(_mean(group, f"vs_{n}") for n in names)]
-        for name, group in groups.items()
-        if group
+        [name, str(found["cases"]), *(times(found.get(column)) for column in columns)]
+        for name, found in geomeans(rows, columns).items()
     ]
     return Table(["M", "cases", *(f"vs {n}" for n in names)], body)
-
-
-def _mean(rows: Iterable[Row], column: str) -> str:
-    values = [row[column] for row in rows if row.get(column)]
-    return times(geomean(values) if values else None)
 
 
 def quantize(data: Mapping[str, Any], every: bool = False) -> Table:

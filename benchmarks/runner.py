@@ -40,9 +40,12 @@ def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
         parser.error("no CUDA GPU is visible to torch; --device cpu rehearses the benchmark")
 
 
-def machine_facts(device: torch.device) -> dict[str, Any]:
-    """The machine and the command, printed: the first line of a benchmark."""
+def machine_facts(device: torch.device, threads: int | None = None) -> dict[str, Any]:
+    """The machine and the command, printed: the first line of a benchmark. On a CPU `threads`, if given, are set."""
     facts = gpu_state.machine(device) | {"command": " ".join(["python", *sys.argv])}
+    if threads is not None and device.type == "cpu":
+        torch.set_num_threads(threads)
+        facts["threads"] = threads
     print(", ".join(f"{name} {value}" for name, value in facts.items()), flush=True)
     return facts
 

@@ -133,8 +133,7 @@ def stack_models(
     for _ in range(layers):  # one float32 block at a time
         exact = Block(shape, device).randomise(generator)
         at = Situation.make(shape, 1, 128, 0, x, generator)
-        int8 = blocks.quantised(exact, x, at)
-        int8.norm1.to(main), int8.norm2.to(main)
+        int8 = blocks.quantised(exact, x, at, dtype=main)
         x = exact(x, at)
         parts["w8a8"].append(FusedBlock(int8))
         for name in names:
