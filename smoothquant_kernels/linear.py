@@ -29,7 +29,11 @@ def packed_rows(w_q: Tensor) -> Tensor:
     """w_q [N, K] int8 as the kernels of its device load it: on a GPU its rows start at multiples of 16 bytes.
 
     The tensor itself where they do already. `gemm_s8` takes any other weight too, by a copy at every call.
+    Never an inference tensor for a CPU: it has no version, so that no packed form of it can be kept.
     """
+    if w_q.is_inference() and not wants_aligned_rows(w_q):
+        with torch.inference_mode(False):
+            w_q = w_q.clone()
     n, k = w_q.shape
     k_padded = reference.padded_k(k, ROW_ALIGNMENT)
     aligned = w_q.stride() == (k_padded, 1) and w_q.storage_offset() % ROW_ALIGNMENT == 0
@@ -212,14 +216,20 @@ class W8A8Linear(KeepsBufferTypes):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
-        if not self.w_q.is_meta:
-            self.w_q = packed_rows(self.w_q)  # moving a view makes it dense
+        self._pack()  # moving a view makes it dense
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
+        self._pack()  # assign=True puts the given tensor in its place
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._pack()  # a copy made under inference_mode
+
+    def _pack(self) -> None:
         if not self.w_q.is_meta:
-            self.w_q = packed_rows(self.w_q)  # assign=True puts the given tensor in its place
+            self.w_q = packed_rows(self.w_q)
 
     def quantize_input(self, x: Tensor) -> QuantizedActivation:
         """Smooths and quantises x [..., K] as this layer wants it, for all layers that share its input."""

@@ -14,7 +14,7 @@ from compare import assert_bitwise_equal, assert_same_buffers
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from smoothquant_kernels import W8A8Linear, linear
+from smoothquant_kernels import W8A8Linear, cpu, linear
 from smoothquant_kernels.linear import ACTIVATION_SCHEMES, WEIGHT_GRANULARITIES
 
 
@@ -232,3 +232,36 @@ def test_a_packed_weight_is_a_weight_like_any_other(monkeypatch: pytest.MonkeyPa
     # K that is a multiple of 16 needs no second copy, whatever is asked.
     w_q = cases.random_int8(3, 32)
     assert linear.packed_rows(w_q) is w_q
+
+
+def loaded_with_assign() -> W8A8Linear:
+    layer = every_buffer()
+    given = {name: value.clone() for name, value in every_buffer().state_dict().items()}
+    layer.load_state_dict(given, assign=True)
+    return layer
+
+
+MADE: dict[str, Callable[[], W8A8Linear]] = {
+    "quantised": every_buffer,
+    "moved": lambda: every_buffer().to_empty(device="meta").to_empty(device="cpu"),
+    "loaded": loaded_with_assign,
+    "copied": lambda: copy.deepcopy(every_buffer()),
+    "unpickled": lambda: pickle.loads(pickle.dumps(every_buffer())),
+}
+
+
+@pytest.mark.parametrize("how", MADE)
+def test_inference_mode_packs_the_weight_once(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a layer was made in, its weight has a version, so that what was packed of it is kept."""
+    made, pack = [], cpu._pack
+    monkeypatch.setattr(cpu, "_pack", lambda *args: made.append(args) or pack(*args))
+    x = cases.activations(3, 6)
+    with torch.inference_mode():
+        layer = MADE[how]()
+        layer.load_state_dict(every_buffer().state_dict())
+        assert not layer.w_q.is_inference()
+        found = [layer(x), layer(x)]
+    found.append(layer(x))
+    assert len(made) == 1
+    for y in found:
+        assert_bitwise_equal(y, every_buffer()(x))
