@@ -270,7 +270,6 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> int:
     args = parse()
-    # Not inference_mode: weights made in it have no version, so the CPU path would pack them anew at every call.
     with torch.no_grad():
         return run(args)
 

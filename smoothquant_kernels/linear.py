@@ -31,6 +31,8 @@ def packed_rows(w_q: Tensor) -> Tensor:
     The tensor itself where they do already. `gemm_s8` takes any other weight too, by a copy at every call.
     Never an inference tensor for a CPU: it has no version, so that no packed form of it can be kept.
     """
+    if w_q.is_meta:
+        return w_q
     if w_q.is_inference() and not wants_aligned_rows(w_q):
         with torch.inference_mode(False):
             w_q = w_q.clone()
@@ -135,7 +137,7 @@ class W8A8Linear(KeepsBufferTypes):
             self.register_buffer(name, value)
 
         w_q = torch.zeros(out_features, in_features, dtype=torch.int8, device=device)
-        self.register_buffer("w_q", w_q if w_q.is_meta else packed_rows(w_q))
+        self.register_buffer("w_q", packed_rows(w_q))
         buffer("w_scale", out_features if weight_granularity == "channel" else 1)
         buffer("bias", out_features if bias else None)
         buffer("inv_smooth", in_features if smooth else None)
@@ -216,20 +218,16 @@ class W8A8Linear(KeepsBufferTypes):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
-        self._pack()  # moving a view makes it dense
+        self.w_q = packed_rows(self.w_q)  # moving a view makes it dense
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._pack()  # assign=True puts the given tensor in its place
+        self.w_q = packed_rows(self.w_q)  # assign=True puts the given tensor in its place
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._pack()  # a copy made under inference_mode
-
-    def _pack(self) -> None:
-        if not self.w_q.is_meta:
-            self.w_q = packed_rows(self.w_q)
+        self.w_q = packed_rows(self.w_q)  # a copy made under inference_mode
 
     def quantize_input(self, x: Tensor) -> QuantizedActivation:
         """Smooths and quantises x [..., K] as this layer wants it, for all layers that share its input."""

@@ -96,3 +96,19 @@ def word_tokenizer() -> Callable[..., Any]:
         return make_tokenizer(tokenizer_object=core, bos_token=bos)
 
     return make
+
+
+@pytest.fixture
+def packs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Ids of the weights that the CPU path packed, in order."""
+    from smoothquant_kernels import cpu
+
+    seen: list[int] = []
+    original = cpu._pack
+
+    def counting(w_q: torch.Tensor, *args: Any) -> Any:
+        seen.append(id(w_q))
+        return original(w_q, *args)
+
+    monkeypatch.setattr(cpu, "_pack", counting)
+    return seen

@@ -6,7 +6,6 @@ import gc
 import os
 import weakref
 from collections.abc import Iterator
-from typing import Any
 
 import cases
 import numpy as np
@@ -219,20 +218,6 @@ def test_an_unknown_mode_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # --- the packed weights -----------------------------------------------------------------------------
-
-
-@pytest.fixture
-def packs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Ids of the weights that were packed, in order."""
-    seen: list[int] = []
-    original = cpu._pack
-
-    def counting(w_q: Tensor, *args: Any) -> Any:
-        seen.append(id(w_q))
-        return original(w_q, *args)
-
-    monkeypatch.setattr(cpu, "_pack", counting)
-    return seen
 
 
 def assert_right(op: cases.Gemm, w_q: Tensor) -> None:
