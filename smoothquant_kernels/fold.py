@@ -7,34 +7,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from smoothquant_kernels.groups import Group
-from smoothquant_kernels.linear import KeepsBufferTypes, is_float_linear, weight_of
-from smoothquant_kernels.modules import replace_module
-
-
-class SmoothedLinear(KeepsBufferTypes, nn.Linear):
-    """A float linear whose input is divided by smoothing factors: `F.linear(x * inv_smooth, weight * s, bias)`."""
-
-    inv_smooth: Tensor
-
-    @classmethod
-    def from_linear(cls, linear: nn.Module, smooth: Tensor) -> SmoothedLinear:
-        """Takes over the parameters of an `nn.Linear` or `Conv1D`, the weight [N, K] multiplied by s [K]."""
-        weight = weight_of(linear)
-        bias = getattr(linear, "bias", None)
-        n, k = weight.shape
-        new = cls(k, n, bias is not None, device="meta", dtype=weight.dtype)
-        scaled = weight.detach().float() * smooth
-        new.weight = nn.Parameter(scaled.to(weight.dtype).contiguous(), weight.requires_grad)
-        if bias is not None:
-            new.bias = bias
-        new.register_buffer("inv_smooth", 1.0 / smooth)
-        return new.train(linear.training)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear((x.float() * self.inv_smooth).to(x.dtype), self.weight, self.bias)
+from smoothquant_kernels.linear import is_float_linear, set_pending_smooth, weight_of
 
 
 @dataclass(frozen=True)
@@ -164,7 +139,6 @@ def fold_verified(
 
 
 def divide_at_run_time(model: nn.Module, smoothing: Smoothing) -> None:
-    """Replaces the group's linears by ones that divide their own input."""
+    """Leaves the division to the quantizers of the group's linears; the float model stays as it is."""
     for name in smoothing.group.linears:
-        linear = model.get_submodule(name)
-        replace_module(model, name, SmoothedLinear.from_linear(linear, smoothing.smooth))
+        set_pending_smooth(model.get_submodule(name), smoothing.smooth)

@@ -95,11 +95,7 @@ def is_read_by_others(module: nn.Module) -> bool:
 
 def computes_linear(module: nn.Module) -> bool:
     """Whether a linear with a forward of its own (Falcon's; a router that returns scores too) is one still: tried."""
-    if (
-        type(module).forward is nn.Linear.forward
-        or is_conv1d(module)
-        or hasattr(module, "inv_smooth")
-    ):
+    if type(module).forward is nn.Linear.forward or is_conv1d(module):
         return True
     weight = weight_of(module)
     if weight.is_meta:
