@@ -13,7 +13,7 @@ from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.linear import W8A8Linear, is_float_linear
 from smoothquant_kernels.modules import holds_matrices
 
-_SUGGESTIONS = 3
+_SUGGESTIONS = 2
 _WILDCARDS = frozenset("*?[")
 
 
@@ -34,11 +34,10 @@ def check_patterns(model: nn.Module, config: SmoothQuantConfig) -> None:
             found = [pattern] if exact else (n for n in modules if fnmatch.fnmatchcase(n, pattern))
             matched = list(found)
             if not matched:
-                nearest = _nearest(pattern, linears)
-                advice = f"the nearest are {', '.join(map(repr, nearest))}" if nearest else ""
+                nearest = " or ".join(map(repr, _nearest(pattern, linears)))
                 raise SmoothQuantError(
                     f"{setting}: {pattern!r} matches no layer of {type(model).__name__}"
-                    + (f"; {advice}." if advice else ".")
+                    + (f"; did you mean {nearest}?" if nearest else ".")
                     + " A layer is given by its full name or by a shell-style pattern of it."
                 )
             if holders.issuperset(matched):
@@ -82,5 +81,6 @@ def _nearest(pattern: str, linears: Iterable[str]) -> list[str]:
             continue
         parts = ["*" if part.isdigit() else part for part in name.split(".")]
         candidates[".".join(parts)] = None
-        candidates |= {".".join(["*", *parts[i:]]): None for i in range(1, len(parts))}
+        tails = [parts[i:] for i in range(1, len(parts)) if parts[i] != "*"]
+        candidates |= {".".join(["*", *tail]): None for tail in tails}
     return difflib.get_close_matches(pattern, list(candidates), n=_SUGGESTIONS, cutoff=0.5)

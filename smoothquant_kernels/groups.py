@@ -24,11 +24,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from smoothquant_kernels._readers import UNWATCHED, Readers, readable
+from smoothquant_kernels._readers import UNWATCHED, Readers, readable, watched
 from smoothquant_kernels.linear import is_float_linear, weight_of
 from smoothquant_kernels.modules import (
     Batch,
@@ -238,32 +239,33 @@ def _hidden_readers(model: nn.Module, batch: Batch, groups: list[Group]) -> dict
     found = [(g.producer, g.linears) for g in groups if g.producer is not None]
     marks = {producer: 1 << i for i, (producer, _) in enumerate(found)}
     takes_off: dict[str, int] = {}
-    watched: dict[str, int] = {}
+    masks: dict[str, int] = {}
     for producer, linears in found:
         for name in (producer, *linears):
-            watched[name] = watched.get(name, 0) | marks[producer]
+            masks[name] = masks.get(name, 0) | marks[producer]
         takes_off.update(dict.fromkeys(linears, marks[producer]))
-    readers = Readers({model.get_submodule(n): m for n, m in watched.items()})
+    modules = {name: model.get_submodule(name) for name in masks}
+    readers = Readers({modules[name]: mask for name, mask in masks.items()})
+    silent = set(masks)
 
-    def enter(name: str, _: Tensor) -> None:
-        readers.running, readers.inside = model.get_submodule(name), takes_off.get(name, 0)
+    def enter(name: str) -> None:
+        silent.discard(name)
+        readers.running, readers.inside = modules[name], takes_off.get(name, 0)
 
-    def leave(name: str, y: Tensor) -> None:
+    def leave(name: str, y: Any) -> None:
         readers.running, readers.inside = None, 0
-        if name in marks:
+        if name in marks and isinstance(y, Tensor):
             readers.mark(y, marks[name])
 
-    with Hooks(model) as hooks:
-        for name in watched:
-            hooks.on_input(name, functools.partial(enter, name))
-            hooks.on_output(name, functools.partial(leave, name))
-        try:
-            with readers:
-                output = run(model, batch)
-            readers.refuse_output(output)
-        except UNWATCHED as error:  # the model itself ran before
-            why = f"cannot be followed: {readable(error)}"
-            return dict.fromkeys(marks, why)
+    try:
+        with watched(modules, enter, leave), readers:
+            output = run(model, batch)
+        readers.refuse_output(output)
+    except UNWATCHED as error:  # the model itself ran before
+        why = f"cannot be followed: {readable(error)}"
+        return dict.fromkeys(marks, why)
+    for name in silent:
+        readers.refuse(masks[name], f"{name} runs another way where it has no hooks")
     return {name: readers.refused[mark] for name, mark in marks.items() if mark in readers.refused}
 
 

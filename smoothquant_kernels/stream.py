@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from smoothquant_kernels import _skeleton as skeletons
 from smoothquant_kernels._folder import check_target, put, seal
 from smoothquant_kernels._manifest import MANIFEST, FileEntry, TensorEntry
+from smoothquant_kernels._patterns import check_patterns, patterns_within
 from smoothquant_kernels._safetensors import dtype_name, unique, write_safetensors
 from smoothquant_kernels._stream_blocks import BlockChain, BlockView
 from smoothquant_kernels._stream_source import (
@@ -102,6 +103,7 @@ def quantize_streamed(
     check_target(target, MANIFEST, overwrite)
     weights = WeightSource(Path(source).expanduser().resolve())
     model = empty_model(weights.folder, dtype)
+    check_patterns(model, config)
     batches = list(
         calibration_batches(
             data,
@@ -199,7 +201,7 @@ class _Stream:
         self.original, self.smoothed = self._measure(index, block, view, linears)
         skipped |= {s["name"]: s["reason"] for s in getattr(view, INFO, {}).get("skipped", [])}
         if linears:
-            quantize_model(view, config=self.config)
+            quantize_model(view, config=self._config_of(view))
         tensors, tied = unique(block.state_dict(prefix=f"{self.chain.names[index]}."))
         modules, shared = skeletons.describe_modules(view)
         check_scales(tensors, modules)
@@ -241,8 +243,12 @@ class _Stream:
         original = self.chain.step(index, block, self.sample, self.original).cpu()
         if linears:
             statistics.check_not_empty()
-            smooth_lm(view, statistics, config=self.config)
+            smooth_lm(view, statistics, config=self._config_of(view))
         return original, self.chain.step(index, block, self.sample, self.smoothed).cpu()
+
+    def _config_of(self, part: nn.Module) -> SmoothQuantConfig:
+        """The configuration without patterns for other parts of the model: all were checked on the whole one."""
+        return patterns_within(self.config, [name for name, _ in part.named_modules()])
 
     def _statistics(self, linears: Mapping[str, nn.Module]) -> ActivationStatistics:
         tokens = sum(count_tokens(batch) for batch in self.batches)
@@ -267,10 +273,10 @@ class _Stream:
                     self.chain.finish(batch, _known(hidden), logits=False)
             statistics.check_finite()
             # With all blocks left out, what is before them and what is behind them is a small model.
-            smooth_lm(model, statistics, config=self.config)
+            smooth_lm(model, statistics, config=self._config_of(model))
         change = relative_difference(self.chain.finish(self.sample, _known(self.smoothed)), before)
         if linears:
-            quantize_model(model, config=self.config)
+            quantize_model(model, config=self._config_of(model))
         return getattr(model, INFO, {}).get("layers", []), skipped, change
 
     def finish(self, tokenizer: Any) -> None:
