@@ -89,7 +89,8 @@ def _watch(model: nn.Module, names: dict[nn.Module, str], batch: Batch) -> _Seen
 
     try:
         with evaluating(model), watched(modules, enter, leave), selectors, readers:
-            run(model, batch)
+            output = run(model, batch)
+        selectors.finish(output)
     except UNWATCHED:
         return _Seen()
     for name, mark in marks.items():

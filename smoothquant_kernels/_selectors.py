@@ -23,8 +23,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from smoothquant_kernels._readers import storage_of, tensors_of
+from smoothquant_kernels.modules import tensors_in
 
 _STEPS = 16  # DeepSeek V3.2's indexer: 12 from its projections to its topk
+#: Operations that are there for their indices: read by Python (`tolist`) if nothing else reads them.
+_INDICES = frozenset("aten.topk aten.argmax aten.argmin aten.multinomial".split())
 #: Operations whose integer results say which of the marked numbers is the larger.
 _ORDER = frozenset("topk sort argsort argmax argmin kthvalue multinomial mode".split())
 _ORDER_ALONG = frozenset({"max", "min", "median"})  # with a dimension they return indices, too
@@ -60,6 +63,16 @@ class Selectors(TorchDispatchMode):
         self._remember(t)
         self._marks[storage_of(t)] = {mark: 0}
         self._choices.pop(storage_of(t), None)
+
+    def finish(self, output: Any) -> None:
+        """Indices that no operation read and that the model does not return were read by Python, unseen."""
+        returned = set()
+        for t in tensors_in(output):
+            returned |= self._choices.get(storage_of(t), {}).keys()
+        for choices in self._choices.values():
+            for mark, (chooser, _) in choices.items():
+                if chooser in _INDICES and mark not in returned:
+                    self.found.setdefault(mark, chooser)
 
     def _remember(self, t: Tensor) -> None:
         self._known.setdefault(storage_of(t), StorageWeakRef(t.untyped_storage()))

@@ -39,6 +39,7 @@ from smoothquant_kernels.modules import (
     is_read_by_others,
     output_tensors,
     run,
+    run_changed,
     shared_parameters,
 )
 
@@ -177,7 +178,7 @@ def _probe(model: nn.Module, batch: Batch, trace: _Trace, groups: list[Group]) -
             for producer, i in now.items():
                 on_match = functools.partial(found.__setitem__, i, producer)
                 _add_probe(hooks, producer, groups[i], trace, on_match)
-            run(model, batch)
+            run_changed(model, batch)
         waiting = {b: [t for t in trials if t[1] not in found] for b, trials in waiting.items()}
     taken: set[str] = set()
     result = []
@@ -218,7 +219,8 @@ def _preserves_output(model: nn.Module, batch: Batch, trace: _Trace, groups: lis
             hooks.on_output(group.producer, lambda y, f=factors: y * f)  # type: ignore[misc]
             for name in group.linears:
                 hooks.on_input(name, lambda y, f=factors: y / f)  # type: ignore[misc]
-        outputs = output_tensors(run(model, batch))
+        changed = run_changed(model, batch)
+    outputs = [] if changed is None else output_tensors(changed)
     return len(outputs) == len(trace.outputs) and all(map(_same, outputs, trace.outputs))
 
 
