@@ -7,6 +7,7 @@ not taken may read a weight that the path taken gives to a linear, and a quantiz
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from smoothquant_kernels._readers import UNWATCHED, Readers, watched
+from smoothquant_kernels._sample_inputs import repeated
 from smoothquant_kernels._selectors import Selectors, selects_by_name
 from smoothquant_kernels._source_reads import read_in_source
 from smoothquant_kernels.errors import SmoothQuantError
@@ -47,6 +49,10 @@ def stays_in_float(model: nn.Module, linears: Iterable[str], batch: Batch | None
     """
     names = {model.get_submodule(name): name for name in linears}
     seen = _watch(model, names, batch) if batch is not None else _Seen()
+    if batch is not None and (longer := repeated(model, batch)) is not None:
+        with contextlib.suppress(Exception):  # longer than the model goes
+            also = _watch(model, names, longer)
+            seen.read, seen.selects = also.read | seen.read, also.selects | seen.selects
     found = {name: f"{op} {_READ}" for name, op in seen.read.items()}
     for reader, layer in read_in_source(model):
         name = names.get(layer, "")

@@ -13,6 +13,7 @@ from smoothquant_kernels.linear import is_float_linear, weight_of
 from smoothquant_kernels.modules import Batch, evaluating, run
 
 _TOKENS = 8
+_REPEATS = 8
 _SAMPLES = 4000  # of a waveform
 
 
@@ -32,6 +33,20 @@ def runnable_batch(model: nn.Module) -> Batch | None:
                 continue
             return batch
     return None
+
+
+def repeated(model: nn.Module, batch: Batch) -> Batch | None:
+    """The batch with its tokens several times over, for paths that only long inputs take; None if it has no tokens.
+
+    The model may refuse it: positions end somewhere.
+    """
+    ids = batch.get("input_ids")
+    if ids is None or ids.dim() != 2 or not getattr(model, "takes_any_length", True):
+        return None
+    return {
+        k: v.repeat(1, _REPEATS, *[1] * (v.dim() - 2)) if v.shape[:2] == ids.shape else v
+        for k, v in batch.items()
+    }
 
 
 def _candidates(model: nn.Module) -> Iterator[Batch]:

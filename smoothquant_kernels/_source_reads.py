@@ -107,7 +107,10 @@ class _Reader:
         elif isinstance(node, ast.NamedExpr):
             target, paths = node.target, self._paths(node.value, env)
         elif isinstance(node, (ast.For, ast.comprehension)):
-            target, paths = node.target, _children(self._paths(_iterated(node.iter), env))
+            inner = _iterated(node.iter)
+            target, paths = node.target, self._paths(inner, env)
+            if not isinstance(inner, (ast.Tuple, ast.List)):  # whose parts it has given
+                paths = _children(paths)
         else:
             return
         # `for i, layer in enumerate(layers)`

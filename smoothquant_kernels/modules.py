@@ -54,6 +54,8 @@ def partition_linears(
                     else "weights"
                 )
                 skipped[name] = f"{what} in one 3-D parameter: stay in float"
+            elif getattr(module, "original_name", "") == "Linear":  # of a torch.jit.ScriptModule
+                skipped[name] = "TorchScript: stays in float"
             continue
         pattern = next((p for p in skip if fnmatch.fnmatchcase(name, p)), None)
         if pattern is not None:
