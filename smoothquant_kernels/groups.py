@@ -15,7 +15,7 @@ it. Whether it can is not looked up by architecture but tried on the model itsel
 4. *follow*: a reader whose effect the outputs do not show on this sample is still an operation: two more passes, one of
    them over longer input, look at every operation that reads a producer's output, without hooks (`_readers.py`).
 
-What a sample does not run cannot be seen: a linear of the producer's layer that was not called and is as wide refuses it.
+What a sample does not run cannot be seen: an uncalled linear of the producer's layer that is as wide refuses it.
 """
 
 from __future__ import annotations
