@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from smoothquant_kernels._readers import READ_ELSEWHERE
+from smoothquant_kernels._safetensors import align_tensors
 from smoothquant_kernels.calibrate import ActivationStatistics, CalibrationData
 from smoothquant_kernels.config import SmoothQuantConfig
 from smoothquant_kernels.errors import SmoothQuantError
@@ -96,6 +97,7 @@ def quantize_model(
         "skipped": [{"name": n, "reason": r} for n, r in reasons.items()],
     }
     setattr(model, INFO, new_info)
+    align_tensors(model)
     return model
 
 
