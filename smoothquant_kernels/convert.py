@@ -11,6 +11,7 @@ from smoothquant_kernels._float_layers import FOUND, stays_in_float
 from smoothquant_kernels._int8_error import static_scale
 from smoothquant_kernels._patterns import check_patterns
 from smoothquant_kernels._sample_inputs import runnable_batch
+from smoothquant_kernels._safetensors import align_tensors
 from smoothquant_kernels.calibrate import ActivationStatistics, CalibrationData
 from smoothquant_kernels.config import SmoothQuantConfig
 from smoothquant_kernels.errors import SmoothQuantError
@@ -107,6 +108,7 @@ def _quantize_into(model: nn.Module, config: SmoothQuantConfig, changes: Changes
     for name, new in made.items():
         changes.replace_module(model, name, new)
     changes.set_attribute(model, INFO, new_info)
+    align_tensors(model)
 
 
 def smooth_and_quantize(
