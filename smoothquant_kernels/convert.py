@@ -10,8 +10,8 @@ from smoothquant_kernels._changes import Changes
 from smoothquant_kernels._float_layers import FOUND, stays_in_float
 from smoothquant_kernels._int8_error import static_scale
 from smoothquant_kernels._patterns import check_patterns
-from smoothquant_kernels._sample_inputs import runnable_batch
 from smoothquant_kernels._safetensors import align_tensors
+from smoothquant_kernels._sample_inputs import runnable_batch
 from smoothquant_kernels.calibrate import ActivationStatistics, CalibrationData
 from smoothquant_kernels.config import SmoothQuantConfig
 from smoothquant_kernels.errors import SmoothQuantError
