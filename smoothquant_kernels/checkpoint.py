@@ -141,7 +141,7 @@ def _describe(
             f"the model has no quantised layer{smoothed}: run quantize_model on it first, or save a float model with "
             "save_pretrained."
         )
-    tensors, tied = unique(model.state_dict())
+    tensors, tied = unique(skeletons.layer_state(model))
     check_scales(tensors, modules)
     again = constructed_again(model, texts)
     non_persistent = non_persistent_buffers(model, again, tensors.keys() | tied.keys())
@@ -311,7 +311,9 @@ def _rebuild(folder: Path, manifest: Manifest) -> nn.Module:
         from transformers import GenerationConfig
 
         try:
-            values = json.loads((folder / GENERATION_CONFIG).read_text("utf-8"))
+            values = skeletons.plain_floats(
+                json.loads((folder / GENERATION_CONFIG).read_text("utf-8"))
+            )
             model.generation_config = GenerationConfig.from_dict(values)
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise SmoothQuantError(

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from smoothquant_kernels._attached import move_attached
+from smoothquant_kernels._float_types import check_float_types
 from smoothquant_kernels._readers import READ_ELSEWHERE
 from smoothquant_kernels.calibrate import ActivationStatistics, CalibrationData
 from smoothquant_kernels.config import SmoothQuantConfig
@@ -57,6 +59,7 @@ def quantize_model(
     for entry in info.get("skipped", []):
         if entry["reason"].endswith(READ_ELSEWHERE):  # which only running the model could show
             linears.pop(entry["name"], None)
+    check_float_types(linears)
     check_finite_weights(linears)
     described = {layer["name"]: layer for layer in info.get("layers", [])}
     schemes = {n: config.scheme_of(described.get(n, {}).get("x_peak"), n) for n in linears}
@@ -79,6 +82,7 @@ def quantize_model(
             if schemes[name] == "static"
             else None,
         )
+        move_attached(linear, new)
         replace_module(model, name, new)
         layers.append(
             {
@@ -125,5 +129,6 @@ def smooth_and_quantize(
     Source: SmoothQuant (Xiao et al., 2022).
     """
     config = config or SmoothQuantConfig()
+    check_float_types(partition_linears(model, config.skip)[0])  # before the work of smoothing
     smooth_lm(model, calibration_data, config=config, tokenizer=tokenizer, progress=progress)
     return quantize_model(model, config=config)
