@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from smoothquant_kernels._int8_error import static_scale
 from smoothquant_kernels.calibrate import ActivationStatistics
 from smoothquant_kernels.config import SmoothQuantConfig
-from smoothquant_kernels.convert import static_scale
+from smoothquant_kernels.factors import group_factors, weight_absmax
 from smoothquant_kernels.groups import Group
 from smoothquant_kernels.linear import W8A8Linear, pending_smooth, weight_of
 from smoothquant_kernels.modules import Batch, evaluating, run
-from smoothquant_kernels.smooth import group_factors, weight_absmax
 
 #: Makes the layer that stands in for a float layer. It is called at every batch and the layer dropped again, so that
 #: only one of them is in memory at a time; quantising a weight is cheap beside multiplying a window of tokens with it.

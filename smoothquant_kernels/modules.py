@@ -6,7 +6,7 @@ import dataclasses
 import fnmatch
 import inspect
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -139,13 +139,22 @@ def check_present(model: nn.Module, prefix: str = "") -> None:
         )
 
 
+def module_places(model: nn.Module, module: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Every place of a module in a model, as (parent, attribute): it may have several names."""
+    names = [n for n, m in model.named_modules(remove_duplicate=False) if m is module]
+    parts = [name.rpartition(".") for name in names]
+    return [(model.get_submodule(parent), child) for parent, _, child in parts]
+
+
+def put_module(places: Iterable[tuple[nn.Module, str]], module: nn.Module) -> None:
+    """Puts a module into all the places."""
+    for parent, child in places:
+        setattr(parent, child, module)
+
+
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
     """Puts `new` where the module `name` is, and under every other name that the same module has."""
-    old = model.get_submodule(name)
-    names = [n for n, module in model.named_modules(remove_duplicate=False) if module is old]
-    for alias in names:
-        parent, _, child = alias.rpartition(".")
-        setattr(model.get_submodule(parent), child, new)
+    put_module(module_places(model, model.get_submodule(name)), new)
 
 
 def shared_parameters(model: nn.Module) -> dict[str, list[str]]:

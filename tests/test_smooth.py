@@ -30,8 +30,10 @@ IDS = token_batches(1, length=40)[0]
 
 
 def smoothed(model: nn.Module, **options: Any) -> nn.Module:
-    """A smoothed copy; with powers of two unless said otherwise, so that equality can be demanded."""
-    config = SmoothQuantConfig(**{"smooth_rounding": "power_of_two", **options})
+    """A smoothed copy; every group, with powers of two unless said otherwise, so that equality can be demanded."""
+    config = SmoothQuantConfig(
+        **{"smooth_rounding": "power_of_two", "only_where_better": False, **options}
+    )
     return smooth_lm(copy.deepcopy(model), token_batches(), config=config, progress=False)
 
 
@@ -166,6 +168,22 @@ def test_fold_that_changes_the_model_is_taken_back(monkeypatch: pytest.MonkeyPat
     others = [layer for n, layer in layers(result).items() if n != bad["name"]]
     assert {layer["smoothing"] for layer in others} == {"folded"}
     assert torch.equal(run(result, IDS), run(model, IDS))
+
+
+def test_what_roundings_refuse_is_folded_by_powers_of_two() -> None:
+    """No fold by the formula's own factors keeps every bit, so a tolerance of 0 refuses them all."""
+    model = make_model("opt")
+    options = {"smooth_rounding": "auto", "verify_tolerance": 0.0}
+    result = smoothed(model, **options)
+    assert {layer["smoothing"] for layer in layers(result).values()} >= {"folded"}
+    assert torch.equal(run(result, IDS), run(model, IDS))
+    norm = "model.decoder.layers.0.self_attn_layer_norm.weight"
+    ratio = result.get_parameter(norm) / model.get_parameter(norm)
+    assert (torch.frexp(ratio).mantissa == 0.5).all() and (ratio != 1).any()
+    # asked for the formula's factors, it keeps them, at run time
+    exact = smoothed(model, smooth_rounding="none", verify_tolerance=0.0)
+    assert {layer["smoothing"] for layer in layers(exact).values()} == {"runtime"}
+    assert torch.equal(run(exact, IDS), run(model, IDS))
 
 
 def test_tied_linear_is_quantised_but_not_smoothed() -> None:
