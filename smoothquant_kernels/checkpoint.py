@@ -31,6 +31,7 @@ from smoothquant_kernels._safetensors import (
     unique,
     write_safetensors,
 )
+from smoothquant_kernels._transformers import HF_QUANTIZER, save_refusals
 from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.linear import W8A8Linear
 from smoothquant_kernels.smooth import INFO
@@ -124,6 +125,8 @@ def load_quantized(
     skeletons.install(skeleton, modules)
     _assign(skeleton, tensors, manifest, place)
     setattr(skeleton, INFO, manifest.info)
+    for module, refusal in save_refusals(skeleton):
+        module.__dict__.setdefault(HF_QUANTIZER, refusal)
     return skeleton.eval()
 
 

@@ -11,6 +11,7 @@ from smoothquant_kernels._changes import Changes
 from smoothquant_kernels._float_types import check_float_types
 from smoothquant_kernels._int8_error import static_scale
 from smoothquant_kernels._readers import READ_ELSEWHERE
+from smoothquant_kernels._transformers import HF_QUANTIZER, save_refusals
 from smoothquant_kernels.calibrate import ActivationStatistics, CalibrationData
 from smoothquant_kernels.config import SmoothQuantConfig
 from smoothquant_kernels.errors import SmoothQuantError
@@ -104,6 +105,8 @@ def _quantize_into(model: nn.Module, config: SmoothQuantConfig, changes: Changes
     for name, new in made.items():
         changes.replace_module(model, name, new)
     changes.set_attribute(model, INFO, new_info)
+    for module, refusal in save_refusals(model):
+        changes.set_attribute(module, HF_QUANTIZER, refusal)
 
 
 def smooth_and_quantize(
