@@ -94,8 +94,8 @@ def build(cls: type[Any], config_text: str, attention: str) -> nn.Module:
 def plain_floats(value: Any) -> Any:
     """Parsed JSON with infinity and NaN as floats: transformers 5 writes {"__float__": "Infinity"} for these."""
     if isinstance(value, dict):
-        if value.keys() == {_FLOAT_TAG} and value[_FLOAT_TAG] in _FLOATS:
-            return _FLOATS[value[_FLOAT_TAG]]
+        if value.keys() == {_FLOAT_TAG} and str(value[_FLOAT_TAG]) in _FLOATS:
+            return _FLOATS[str(value[_FLOAT_TAG])]
         return {k: plain_floats(v) for k, v in value.items()}
     return [plain_floats(v) for v in value] if isinstance(value, list) else value
 
