@@ -53,17 +53,19 @@ class LazyWeight(Tensor):
         stride: tuple[int, ...] | None = None,
         offset: int = 0,
     ) -> LazyWeight:
-        view = {} if stride is None else {"strides": stride, "storage_offset": offset}
-        made: LazyWeight = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        view: dict[str, Any] = {}
+        if stride is not None:
+            view = {"strides": stride, "storage_offset": offset}
+        made: LazyWeight = torch.Tensor._make_wrapper_subclass(
             cls, shape, dtype=dtype, device=device, **view
         )
         made._values = values
         return made
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
@@ -101,7 +103,7 @@ class LazyWeight(Tensor):
         )
 
     @property
-    def data(self) -> Tensor:  # type: ignore[override]
+    def data(self) -> Tensor:
         """The same, without a gradient."""
         return self.detach()
 

@@ -163,8 +163,7 @@ def make_module(name: str, arguments: Mapping[str, Any]) -> nn.Module:
     own = values.pop("dtype", "float32")
     dtype = next((t for t in FLOAT_TYPES if type_name(t) == own), None)
     fits = values.keys() == types.keys() and all(type(values[k]) is t for k, t in types.items())
-    fits = fits and dtype is not None
-    if kind != "W8A8Linear" or not fits:
+    if kind != "W8A8Linear" or not fits or dtype is None:
         raise SmoothQuantError(
             f"the manifest's arguments of {name} are not understood: {dict(arguments)}."
         )

@@ -229,7 +229,7 @@ class W8A8Linear(nn.Module):
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
+        super()._save_to_state_dict(destination, prefix, keep_vars)
         if not self.w_q.is_meta:  # a layer without data: its state is asked for to see what to load
             destination[prefix + MARKER] = self.w_scale.new_zeros(1, dtype=self.dtype)
 
@@ -251,7 +251,7 @@ class W8A8Linear(nn.Module):
                 f"{prefix}{MARKER} is a float weight and this layer is quantized: load it into the float model and "
                 "quantize that."
             )
-        super()._load_from_state_dict(  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         self.w_q = packed_rows(self.w_q)  # assign=True puts the given tensor in its place
