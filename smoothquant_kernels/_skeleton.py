@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from smoothquant_kernels._float_types import FLOAT_TYPES, type_name
 from smoothquant_kernels._manifest import Manifest
 from smoothquant_kernels.errors import SmoothQuantError
-from smoothquant_kernels.linear import W8A8Linear, is_float_linear, weight_of
+from smoothquant_kernels.linear import MARKER, W8A8Linear, is_float_linear, weight_of
 from smoothquant_kernels.modules import replace_module
 
 QUANT_METHOD = "smoothquant_kernels"
@@ -21,6 +23,9 @@ ATTENTIONS = ("eager", "sdpa")
 _IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
 _CODE_KEYS = {"auto_map", *_IMPLEMENTATIONS, *(f"_{n}" for n in _IMPLEMENTATIONS)}
 _CODE_KEYS |= {f"_{n}_internal" for n in _IMPLEMENTATIONS}
+
+_FLOAT_TAG = "__float__"
+_FLOATS = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
 
 
 # --- transformers models ----------------------------------------------------------------------------------------------
@@ -66,7 +71,7 @@ def build(cls: type[Any], config_text: str, attention: str) -> nn.Module:
     from accelerate import init_empty_weights
 
     try:
-        values = _without_code(json.loads(config_text))
+        values = _without_code(plain_floats(json.loads(config_text)))
         del values[
             "quantization_config"
         ]  # the loaded model has replaced modules, nothing to convert
@@ -86,6 +91,15 @@ def build(cls: type[Any], config_text: str, attention: str) -> nn.Module:
         ) from error
 
 
+def plain_floats(value: Any) -> Any:
+    """Parsed JSON with infinity and NaN as floats: transformers 5 writes {"__float__": "Infinity"} for these."""
+    if isinstance(value, dict):
+        if value.keys() == {_FLOAT_TAG} and str(value[_FLOAT_TAG]) in _FLOATS:
+            return _FLOATS[str(value[_FLOAT_TAG])]
+        return {k: plain_floats(v) for k, v in value.items()}
+    return [plain_floats(v) for v in value] if isinstance(value, list) else value
+
+
 def _without_code(value: Any) -> Any:
     """The configuration without the keys that can name code to fetch."""
     if isinstance(value, dict):
@@ -94,6 +108,15 @@ def _without_code(value: Any) -> Any:
 
 
 # --- replaced modules -------------------------------------------------------------------------------------------------
+
+
+def layer_state(model: nn.Module, prefix: str = "") -> dict[str, Any]:
+    """The state dict without the markers of quantized layers: a manifest has what these say."""
+    state: dict[str, Any] = model.state_dict(prefix=prefix)
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, W8A8Linear):
+            state.pop(f"{prefix}{name}.{MARKER}" if name else f"{prefix}{MARKER}", None)
+    return state
 
 
 def describe_modules(model: nn.Module) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
@@ -115,6 +138,7 @@ def describe_modules(model: nn.Module) -> tuple[dict[str, dict[str, Any]], dict[
             "activation_scheme": module.activation_scheme,
             "weight_granularity": module.weight_granularity,
             "smooth": module.inv_smooth is not None,
+            "dtype": type_name(module.dtype),
         }
     return modules, shared
 
@@ -135,12 +159,15 @@ def make_module(name: str, arguments: Mapping[str, Any]) -> nn.Module:
         "weight_granularity": str,
         "smooth": bool,
     }
+    # absent in checkpoints of the first releases
+    own = values.pop("dtype", "float32")
+    dtype = next((t for t in FLOAT_TYPES if type_name(t) == own), None)
     fits = values.keys() == types.keys() and all(type(values[k]) is t for k, t in types.items())
-    if kind != "W8A8Linear" or not fits:
+    if kind != "W8A8Linear" or not fits or dtype is None:
         raise SmoothQuantError(
             f"the manifest's arguments of {name} are not understood: {dict(arguments)}."
         )
-    return W8A8Linear(**values, device="meta")
+    return W8A8Linear(**values, dtype=dtype, device="meta")
 
 
 def make_modules(manifest: Manifest) -> dict[str, nn.Module]:

@@ -1,15 +1,17 @@
-"""`from_pretrained` of transformers on our checkpoints, for tools that call nothing else."""
+"""`from_pretrained` of transformers on our checkpoints, and its `save_pretrained` on quantized models."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any, cast
+import sys
+from typing import Any
 
-from smoothquant_kernels import _skeleton as skeletons
-from smoothquant_kernels._manifest import Manifest, read_manifest
-from smoothquant_kernels.checkpoint import load_quantized
+from torch import nn
+
+from smoothquant_kernels._skeleton import QUANT_METHOD
 from smoothquant_kernels.errors import SmoothQuantError
+from smoothquant_kernels.linear import W8A8Linear
 
+HF_QUANTIZER = "hf_quantizer"
 _done = False
 
 
@@ -35,82 +37,32 @@ def register_transformers() -> None:
     import transformers
     from transformers.quantizers.auto import register_quantization_config, register_quantizer
     from transformers.quantizers.base import HfQuantizer
-    from transformers.utils.quantization_config import QuantizationConfigMixin
 
     if not hasattr(HfQuantizer, "update_attn_implementation"):
         raise SmoothQuantError(
             f"transformers {transformers.__version__} cannot load other formats by from_pretrained: upgrade it, or use "
             "load_quantized."
         )
+    from smoothquant_kernels._hf_quantizer import Config, Quantizer
 
-    class Config(QuantizationConfigMixin):
-        """What config.json says: the method, nothing else. The manifest has the rest."""
-
-        def __init__(self, **_: Any) -> None:
-            self.quant_method = cast(Any, skeletons.QUANT_METHOD)
-
-    class Quantizer(HfQuantizer):
-        """Puts the modules in before transformers looks for weights, and reads the tensors after it."""
-
-        requires_calibration = True  # so that quantization_config=... on a float model is refused
-        is_serializable = _no
-        is_trainable = property(_no)
-
-        def update_device_map(self, device_map: Any) -> Any:
-            devices = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
-            if len(devices) > 1 or devices & {
-                "auto",
-                "balanced",
-                "balanced_low_0",
-                "sequential",
-                "disk",
-            }:
-                raise SmoothQuantError(
-                    f"device_map={device_map!r} would spread the model: name one device, or use load_quantized."
-                )
-            return device_map
-
-        def update_attn_implementation(self, config: Any) -> Any:
-            """The one hook that sees the configuration before the weights are looked for."""
-            manifest = read_manifest(Path(config._name_or_path))
-            # Not in config.json: a transformers that does not know our method would go on with random weights.
-            config.transformers_weights = _weights_file(manifest)
-            attention = manifest.model["attention"]
-            if attention in skeletons.ATTENTIONS and not config._attn_implementation_internal:
-                config._attn_implementation = attention
-            return config
-
-        def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-            self.folder = Path(kwargs["checkpoint_files"][0]).parent
-            manifest = read_manifest(self.folder)
-            if type(model).__name__ != manifest.model["name"]:
-                raise SmoothQuantError(
-                    f"{self.folder} holds a {manifest.model['name']} and a {type(model).__name__} was asked for: use "
-                    "the class of the checkpoint."
-                )
-            skeletons.install(model, skeletons.make_modules(manifest))
-
-        def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
-            # Once more, exactly: transformers has converted the types of what it read.
-            load_quantized(self.folder, device=model.device, model=model)
-            del model.config.transformers_weights
-            model.config.dtype = model.dtype  # whatever `dtype` was asked for
-            return model
-
-    register_quantization_config(skeletons.QUANT_METHOD)(Config)
-    register_quantizer(skeletons.QUANT_METHOD)(Quantizer)
+    register_quantization_config(QUANT_METHOD)(Config)
+    register_quantizer(QUANT_METHOD)(Quantizer)
     _done = True
 
 
-def _no(_: object) -> bool:
-    return False
+def save_refusals(model: nn.Module) -> list[tuple[nn.Module, Any]]:
+    """Each module whose `save_pretrained` would write quantized layers, and the `hf_quantizer` that makes it refuse.
 
+    transformers and diffusers ask for that attribute. Any other saver writes the state dict, which no float model
+    loads (`W8A8Linear`). Nothing without transformers, which defines what it is.
+    """
+    if "transformers" not in sys.modules:
+        return []
+    from smoothquant_kernels._hf_quantizer import Config, Quantizer
 
-def _weights_file(manifest: Manifest) -> str:
-    files = {entry["file"] for entry in manifest.tensors.values()}
-    if len(files) > 1:
-        raise SmoothQuantError(
-            f"from_pretrained cannot read a checkpoint of {len(files)} weight files: use load_quantized, or save it "
-            "again with a larger max_shard_bytes."
-        )
-    return files.pop()
+    return [
+        (module, Quantizer(Config()))
+        for module in model.modules()
+        if hasattr(type(module), "save_pretrained")
+        and any(isinstance(m, W8A8Linear) for m in module.modules())
+    ]

@@ -31,6 +31,7 @@ from smoothquant_kernels._safetensors import (
     unique,
     write_safetensors,
 )
+from smoothquant_kernels._transformers import HF_QUANTIZER, save_refusals
 from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.linear import W8A8Linear
 from smoothquant_kernels.smooth import INFO
@@ -124,6 +125,8 @@ def load_quantized(
     skeletons.install(skeleton, modules)
     _assign(skeleton, tensors, manifest, place)
     setattr(skeleton, INFO, manifest.info)
+    for module, refusal in save_refusals(skeleton):
+        module.__dict__.setdefault(HF_QUANTIZER, refusal)
     return skeleton.eval()
 
 
@@ -141,7 +144,7 @@ def _describe(
             f"the model has no quantised layer{smoothed}: run quantize_model on it first, or save a float model with "
             "save_pretrained."
         )
-    tensors, tied = unique(model.state_dict())
+    tensors, tied = unique(skeletons.layer_state(model))
     check_scales(tensors, modules)
     again = constructed_again(model, texts)
     non_persistent = non_persistent_buffers(model, again, tensors.keys() | tied.keys())
@@ -311,7 +314,9 @@ def _rebuild(folder: Path, manifest: Manifest) -> nn.Module:
         from transformers import GenerationConfig
 
         try:
-            values = json.loads((folder / GENERATION_CONFIG).read_text("utf-8"))
+            values = skeletons.plain_floats(
+                json.loads((folder / GENERATION_CONFIG).read_text("utf-8"))
+            )
             model.generation_config = GenerationConfig.from_dict(values)
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise SmoothQuantError(

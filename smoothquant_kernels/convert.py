@@ -6,12 +6,15 @@ from typing import Any
 
 from torch import nn
 
+from smoothquant_kernels._attached import move_attached
 from smoothquant_kernels._changes import Changes
 from smoothquant_kernels._float_layers import FOUND, stays_in_float
+from smoothquant_kernels._float_types import check_float_types
 from smoothquant_kernels._int8_error import static_scale
 from smoothquant_kernels._patterns import check_patterns
 from smoothquant_kernels._safetensors import align_tensors
 from smoothquant_kernels._sample_inputs import runnable_batch
+from smoothquant_kernels._transformers import HF_QUANTIZER, save_refusals
 from smoothquant_kernels.calibrate import ActivationStatistics, CalibrationData
 from smoothquant_kernels.config import SmoothQuantConfig
 from smoothquant_kernels.errors import SmoothQuantError
@@ -65,6 +68,7 @@ def _quantize_into(model: nn.Module, config: SmoothQuantConfig, changes: Changes
     for entry in info.get("skipped", []):
         if entry["reason"].endswith(FOUND):  # by running the model on real data
             linears.pop(entry["name"], None)
+    check_float_types(linears)
     check_finite_weights(linears)
     described = {layer["name"]: layer for layer in info.get("layers", [])}
     if unknown := linears.keys() - described.keys():
@@ -90,6 +94,7 @@ def _quantize_into(model: nn.Module, config: SmoothQuantConfig, changes: Changes
             if schemes[name] == "static"
             else None,
         )
+        move_attached(linear, new)
         layers.append(
             {
                 **layer,
@@ -108,6 +113,8 @@ def _quantize_into(model: nn.Module, config: SmoothQuantConfig, changes: Changes
     for name, new in made.items():
         changes.replace_module(model, name, new)
     changes.set_attribute(model, INFO, new_info)
+    for module, refusal in save_refusals(model):
+        changes.set_attribute(module, HF_QUANTIZER, refusal)
     align_tensors(model)
 
 
@@ -137,6 +144,7 @@ def smooth_and_quantize(
     Source: SmoothQuant (Xiao et al., 2022).
     """
     config = config or SmoothQuantConfig()
+    check_float_types(partition_linears(model, config.skip)[0])  # before the work of smoothing
     with Changes() as changes:
         smooth_into(
             model, calibration_data, config, changes, tokenizer=tokenizer, progress=progress

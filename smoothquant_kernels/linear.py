@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from smoothquant_kernels import ops, reference
+from smoothquant_kernels._float_types import check_float_type, float_type
+from smoothquant_kernels._lazy_weight import LazyWeight
 from smoothquant_kernels.errors import SmoothQuantError
 
 if TYPE_CHECKING:
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
 
 ACTIVATION_SCHEMES = ("per_token", "per_tensor", "static")
 WEIGHT_GRANULARITIES = ("channel", "tensor")
+#: The entry of a quantized layer's state dict that has the name of a float layer's weight, and another shape.
+MARKER = "weight"
 #: Bytes that the rows of int8 operands start at multiples of, for the CUDA kernels' 16-byte loads.
 ROW_ALIGNMENT = 16
 
@@ -58,21 +62,7 @@ class QuantizedActivation(NamedTuple):
     dtype: torch.dtype
 
 
-class KeepsBufferTypes(nn.Module):
-    """A module whose buffers keep their type under `.half()`, `.to(dtype)` and the like; parameters follow."""
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Moves the buffers like any module, but never rounds the float32 ones to another type."""
-        before = {name: b for name, b in self._buffers.items() if b is not None}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, old in before.items():
-            new = self._buffers[name]
-            if new is not None and new.dtype != old.dtype:
-                self._buffers[name] = old.to(new.device)
-        return self
-
-
-class W8A8Linear(KeepsBufferTypes):
+class W8A8Linear(nn.Module):
     """Linear layer on int8: `y = gemm_s8(quantize(x / s), w_q) + bias`, returned in x's type.
 
     Args:
@@ -82,11 +72,16 @@ class W8A8Linear(KeepsBufferTypes):
         weight_granularity: ``"channel"`` or ``"tensor"``.
         smooth: whether the input is divided by smoothing factors at run time (inside the quantiser).
         device: where the buffers live; ``"meta"`` to load a checkpoint without allocating twice.
+        dtype: the type that `weight` shows to code outside, float16, bfloat16 or float32: that of the float layer.
+            It follows `.half()`, `.to(dtype)` and the like.
 
     Buffers, of final type and shape from the start, so that `load_state_dict` works on a fresh layer:
         w_q [N, K] int8; w_scale [N] or [1]; bias [N] or None; inv_smooth [K] or None; x_scale [1] or None (static).
         All but w_q are float32 and stay so under `.half()`, `.bfloat16()`, `.double()` and `.to(dtype)`.
         On a GPU the rows of w_q start at multiples of 16 bytes, so for other K it is a view of a wider tensor.
+
+    The state dict has one entry more, `weight` [1] of type `dtype`, without a value. It keeps the type, and it is what
+    `load_state_dict` of a float linear stumbles over, even with strict=False, instead of leaving random weights.
 
     Equivalent to:
         torch.nn.functional.linear(x / s, w * s, bias), up to the quantisation error.
@@ -110,8 +105,10 @@ class W8A8Linear(KeepsBufferTypes):
         weight_granularity: str = "channel",
         smooth: bool = False,
         device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
+        check_float_type(dtype, "dtype")
         if activation_scheme not in ACTIVATION_SCHEMES:
             raise SmoothQuantError(
                 f"activation_scheme must be one of {', '.join(ACTIVATION_SCHEMES)}; got {activation_scheme!r}."
@@ -129,6 +126,7 @@ class W8A8Linear(KeepsBufferTypes):
         self.out_features = out_features
         self.activation_scheme = activation_scheme
         self.weight_granularity = weight_granularity
+        self.dtype = dtype
 
         def buffer(name: str, size: int | None) -> None:
             value = None
@@ -164,9 +162,11 @@ class W8A8Linear(KeepsBufferTypes):
             x_scale: the static scale of the (smoothed) input, > 0; exactly when the scheme is ``"static"``.
 
         Raises:
-            SmoothQuantError: the weight has NaN or Inf, a factor is not positive, or x_scale is missing or not wanted.
+            SmoothQuantError: the weight is float64, float8 or another type, has NaN or Inf, a factor is not positive,
+                or x_scale is missing or not wanted.
         """
         weight = weight_of(linear)
+        check_float_type(weight.dtype, "the weight")
         pending = pending_smooth(linear)
         if pending is not None:
             smooth = pending if smooth is None else pending.to(smooth.device) * smooth
@@ -184,6 +184,7 @@ class W8A8Linear(KeepsBufferTypes):
             weight_granularity=weight_granularity,
             smooth=smooth is not None,
             device=weight.device,
+            dtype=weight.dtype,
         )
         w = weight.detach().float()
         if smooth is not None:
@@ -216,12 +217,43 @@ class W8A8Linear(KeepsBufferTypes):
         return new.train(linear.training)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)
+        """Moves the buffers like any module, but never rounds the float32 ones to another type."""
+        self.dtype = float_type(fn(self.w_scale.new_empty(0, dtype=self.dtype)), self.dtype)
+        before = {name: b for name, b in self._buffers.items() if b is not None}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, old in before.items():
+            new = self._buffers[name]
+            if new is not None and new.dtype != old.dtype:
+                self._buffers[name] = old.to(new.device)
         self.w_q = packed_rows(self.w_q)  # moving a view makes it dense
         return self
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not self.w_q.is_meta:  # a layer without data: its state is asked for to see what to load
+            destination[prefix + MARKER] = self.w_scale.new_zeros(1, dtype=self.dtype)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        marker = state_dict.pop(prefix + MARKER, None)
+        if isinstance(marker, Tensor) and marker.shape == (1,):
+            self.dtype = float_type(marker, self.dtype)
+        elif marker is not None:
+            error_msgs.append(
+                f"{prefix}{MARKER} is a float weight and this layer is quantized: load it into the float model and "
+                "quantize that."
+            )
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
         self.w_q = packed_rows(self.w_q)  # assign=True puts the given tensor in its place
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -243,15 +275,39 @@ class W8A8Linear(KeepsBufferTypes):
 
     @property
     def weight(self) -> Tensor:
-        """`w_q`: what code that looks at a linear's dtype before it calls it finds (T5's feed-forward), int8."""
-        return self.w_q
+        """[N, K] `dtype`, read-only: `dequantized_weight()`, computed by each operation that reads it, not before.
+
+        For code that asks a linear for its weight's type, device or shape (T5's feed-forward, SigLIP's embedding), or
+        that multiplies by the weight itself (Mamba's dt_proj).
+        """
+        dtype = self.dtype
+
+        def values() -> Tensor:
+            return self.dequantized_weight().to(dtype)
+
+        if torch.compiler.is_compiling():
+            return values()  # traced, and left out of the graph where nothing reads it
+        w_q: Any = self._buffers["w_q"]
+        return LazyWeight(values, w_q.shape, dtype, w_q.device)
+
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        # functional_call puts in what the state dict has, and takes it out again
+        if isinstance(value, LazyWeight) or value.shape == (1,):
+            return
+        raise SmoothQuantError(
+            "the weight of a W8A8Linear is int8 and cannot be replaced: change the float model and quantize it again, "
+            "or skip this layer when quantizing."
+        )
 
     @property
     def _granularity(self) -> str:
         return "tensor" if self.activation_scheme == "per_tensor" else "token"
 
-    def forward(self, x: Tensor | QuantizedActivation) -> Tensor:
-        """x [..., K] float16, bfloat16, float32 or already quantised -> [..., N]."""
+    # The name of the parameter is nn.Linear's own: some models call proj(input=x).
+    def forward(self, input: Tensor | QuantizedActivation) -> Tensor:
+        """input [..., K] float16, bfloat16, float32 or already quantised -> [..., N]."""
+        x = input
         # Not self.w_q: nn.Module finds a buffer after a search elsewhere, which takes a microsecond for each.
         own: dict[str, Any] = self._buffers
         if isinstance(x, QuantizedActivation):
@@ -284,7 +340,7 @@ class W8A8Linear(KeepsBufferTypes):
 
 
 #: A plain attribute: a buffer would be written into checkpoints, and rounded by `.half()`.
-_PENDING = "_smoothquant_pending"
+PENDING = "_smoothquant_pending"
 
 
 def pending_smooth(module: nn.Module) -> Tensor | None:
@@ -293,16 +349,16 @@ def pending_smooth(module: nn.Module) -> Tensor | None:
     The float layer itself needs no division, since `(x / s) @ (s * w)` is `x @ w`: it keeps every bit of its weight and
     of its output, whoever reads, saves or hooks it.
     """
-    found: Tensor | None = module.__dict__.get(_PENDING)
+    found: Tensor | None = module.__dict__.get(PENDING)
     return None if found is None else found.to(weight_of(module).device)
 
 
 def set_pending_smooth(module: nn.Module, smooth: Tensor | None) -> None:
     """Leaves the factors s [K] to the quantizer; None takes them back."""
     if smooth is None:
-        module.__dict__.pop(_PENDING, None)
+        module.__dict__.pop(PENDING, None)
     else:
-        module.__dict__[_PENDING] = smooth
+        module.__dict__[PENDING] = smooth
 
 
 def is_conv1d(module: nn.Module) -> bool:

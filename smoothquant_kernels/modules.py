@@ -17,6 +17,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.utils import _pytree as pytree
 
+from smoothquant_kernels._attached import keeps_float
 from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.linear import W8A8Linear, is_conv1d, is_float_linear, weight_of
 from smoothquant_kernels.reference import MAX_K
@@ -62,6 +63,8 @@ def partition_linears(
             skipped[name] = f"matches the skip pattern {pattern!r}"
         elif name in heads:
             skipped[name] = "output head: stays in float"
+        elif (attached := keeps_float(module)) is not None:
+            skipped[name] = attached
         elif weight_of(module).shape[1] > MAX_K:
             skipped[name] = f"more than {MAX_K} input features: an int32 sum could overflow"
         elif not weight_of(module).is_floating_point():

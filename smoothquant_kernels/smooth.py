@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from smoothquant_kernels._changes import Changes, widened
 from smoothquant_kernels._float_layers import stays_in_float
+from smoothquant_kernels._float_types import check_float_type
 from smoothquant_kernels._patterns import check_patterns
 from smoothquant_kernels.calibrate import ActivationStatistics, CalibrationData, calibrate_model
 from smoothquant_kernels.config import SmoothQuantConfig
@@ -200,6 +201,8 @@ def check_finite_weights(linears: Mapping[str, nn.Module]) -> None:
     """Raises SmoothQuantError naming the first layer whose weight or bias has NaN or Inf, or no data."""
     for name, module in linears.items():
         check_present(module, name)
+        if weight_of(module).dtype != torch.float64:  # which can be smoothed, at least
+            check_float_type(weight_of(module).dtype, f"the weight of layer {name}")
         for what, parameter in module.named_parameters(recurse=False):
             if not bool(parameter.isfinite().all()):
                 raise SmoothQuantError(

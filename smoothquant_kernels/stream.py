@@ -203,7 +203,7 @@ class _Stream:
         skipped |= {s["name"]: s["reason"] for s in getattr(view, INFO, {}).get("skipped", [])}
         if linears:
             quantize_model(view, config=self._config_of(view))
-        tensors, tied = unique(block.state_dict(prefix=f"{self.chain.names[index]}."))
+        tensors, tied = unique(skeletons.layer_state(block, prefix=f"{self.chain.names[index]}."))
         modules, shared = skeletons.describe_modules(view)
         check_scales(tensors, modules)
         shard = f"smoothquant-{index + 1:05}-of-{len(self.chain.names) + 1:05}.safetensors"
@@ -292,7 +292,7 @@ class _Stream:
         """The rest's shard, the configuration and the manifest, as `save_quantized` has them."""
         model, records = self.model, self.records
         layers, skipped, change = self._do_rest()
-        rest, tied = unique(model.state_dict())
+        rest, tied = unique(skeletons.layer_state(model))
         modules, shared = skeletons.describe_modules(model)
         for record in records:
             layers = layers + record["layers"]
@@ -319,7 +319,7 @@ class _Stream:
         skeletons.install(model, {n: m for n, m in made.items() if n.startswith(inside)})
         texts = config_texts(model)
         again = constructed_again(model, texts)
-        names = list(model.state_dict())
+        names = list(skeletons.layer_state(model))
         buffers = non_persistent_buffers(model, again, set(names))
         rest |= buffers
         shard = f"smoothquant-{len(records) + 1:05}-of-{len(records) + 1:05}.safetensors"

@@ -1,0 +1,94 @@
+"""What transformers knows a quantized model by: `config.quantization_config` and `model.hf_quantizer`.
+
+Imports transformers; import it late.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any, cast
+
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from smoothquant_kernels import _skeleton as skeletons
+from smoothquant_kernels._manifest import Manifest, read_manifest
+from smoothquant_kernels.errors import SmoothQuantError
+
+_SPREAD = {"auto", "balanced", "balanced_low_0", "sequential", "disk"}
+
+
+class Config(QuantizationConfigMixin):
+    """What config.json says: the method, nothing else. The manifest has the rest."""
+
+    def __init__(self, **_: Any) -> None:
+        self.quant_method = cast(Any, skeletons.QUANT_METHOD)
+
+
+class Quantizer(HfQuantizer):
+    """Loads a checkpoint for `from_pretrained`, and refuses `save_pretrained`, which could not be read again.
+
+    Loading: puts the modules in before transformers looks for weights, and reads the tensors after it.
+    """
+
+    requires_calibration = True  # so that quantization_config=... on a float model is refused
+    is_compileable = property(lambda _: True)
+    is_trainable = property(lambda _: False)
+
+    def is_serializable(self, safe_serialization: Any = None) -> bool:
+        """No; transformers then raises an error that speaks of warnings, which this is."""
+        warnings.warn(
+            "save_pretrained, and with it push_to_hub and Trainer.save_model, cannot write int8 layers so that "
+            "from_pretrained finds them: use smoothquant_kernels.save_quantized(model, folder), or save the float "
+            "model before quantize_model.",
+            stacklevel=3,
+        )
+        return False
+
+    def update_device_map(self, device_map: Any) -> Any:
+        devices = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
+        if len(devices) > 1 or devices & _SPREAD:
+            raise SmoothQuantError(
+                f"device_map={device_map!r} would spread the model: name one device, or use load_quantized."
+            )
+        return device_map
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """The one hook that sees the configuration before the weights are looked for."""
+        manifest = read_manifest(Path(config._name_or_path))
+        # Not in config.json: a transformers that does not know our method would go on with random weights.
+        config.transformers_weights = _weights_file(manifest)
+        attention = manifest.model["attention"]
+        if attention in skeletons.ATTENTIONS and not config._attn_implementation_internal:
+            config._attn_implementation = attention
+        return config
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        self.folder = Path(kwargs["checkpoint_files"][0]).parent
+        manifest = read_manifest(self.folder)
+        if type(model).__name__ != manifest.model["name"]:
+            raise SmoothQuantError(
+                f"{self.folder} holds a {manifest.model['name']} and a {type(model).__name__} was asked for: use "
+                "the class of the checkpoint."
+            )
+        skeletons.install(model, skeletons.make_modules(manifest))
+
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        from smoothquant_kernels.checkpoint import load_quantized
+
+        # Once more, exactly: transformers has converted the types of what it read.
+        load_quantized(self.folder, device=model.device, model=model)
+        del model.config.transformers_weights
+        model.config.dtype = model.dtype  # whatever `dtype` was asked for
+        return model
+
+
+def _weights_file(manifest: Manifest) -> str:
+    files = {entry["file"] for entry in manifest.tensors.values()}
+    if len(files) > 1:
+        raise SmoothQuantError(
+            f"from_pretrained cannot read a checkpoint of {len(files)} weight files: use load_quantized, or save it "
+            "again with a larger max_shard_bytes."
+        )
+    return files.pop()

@@ -1,0 +1,188 @@
+"""The float weight that code outside a quantized layer finds: type and shape at once, values only if they are read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from smoothquant_kernels.errors import SmoothQuantError
+
+#: The operations that add a bias to a product. The layer's own bias is float32, whatever the type of its weight.
+_WITH_BIAS = ("addmm", "linear")
+#: A copy or a view, which depends on the arguments: taken for a copy.
+_PERHAPS_VIEWS = ("to", "contiguous", "reshape", "flatten", "type_as")
+
+
+class LazyWeight(Tensor):
+    """A read-only float tensor that is computed when an operation reads it, and again by the next operation.
+
+    Model code asks a linear's weight for its type, device or shape before it calls the layer
+    (`x.to(self.proj.weight.dtype)`), and some code multiplies by the weight itself. The first costs a few microseconds
+    here, the second is right and slow. Views of it (`weight.t()`, `weight[:8]`, `weight.data`) are read-only and
+    computed late, too.
+
+    Args:
+        values: computes the tensor; called for every operation that reads it.
+        shape, dtype, device: of what `values` returns.
+        stride, offset: of a view; None and 0 for a tensor whose rows follow each other.
+
+    Raises:
+        SmoothQuantError: an operation would write to it. Nothing could hold what it writes.
+
+    Equivalent to:
+        values()
+    """
+
+    # transformers initializes weights without this mark in the layers that it has just made
+    _is_hf_initialized = True
+
+    _values: Callable[[], Tensor]
+
+    @staticmethod
+    def __new__(
+        cls,
+        values: Callable[[], Tensor],
+        shape: torch.Size,
+        dtype: torch.dtype,
+        device: torch.device,
+        stride: tuple[int, ...] | None = None,
+        offset: int = 0,
+    ) -> LazyWeight:
+        view: dict[str, Any] = {}
+        if stride is not None:
+            view = {"strides": stride, "storage_offset": offset}
+        made: LazyWeight = torch.Tensor._make_wrapper_subclass(
+            cls, shape, dtype=dtype, device=device, **view
+        )
+        made._values = values
+        return made
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        _refuse_writes(func, args, kwargs)
+        name = func._schema.name.partition("::")[2]
+        if _is_view(func, name):
+            return _view(func, args, kwargs)
+        args, kwargs = pytree.tree_map_only(LazyWeight, lambda t: t._values(), (args, kwargs))
+        if name in _WITH_BIAS:
+            args = _bias_like_weight(name, args)
+        return func(*args, **kwargs)
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return repr(self._values())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return self._values().clone()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self._values().clone().__reduce_ex__(protocol)
+
+    def numpy(self, **options: Any) -> Any:
+        """The values, which are a copy."""
+        return self._values().numpy(**options)
+
+    def tolist(self) -> Any:
+        """The values as nested lists."""
+        return self._values().tolist()
+
+    def data_ptr(self) -> int:
+        """There is no memory to point to: raises SmoothQuantError."""
+        raise SmoothQuantError(
+            "the weight of a quantized layer is int8 and has no address as a float tensor: call the layer, use "
+            "layer.dequantized_weight(), or skip the layer when quantizing."
+        )
+
+    @property
+    def data(self) -> Tensor:
+        """The same, without a gradient."""
+        return self.detach()
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        raise _read_only("an assignment to .data")
+
+    @property
+    def _is_param(self) -> bool:
+        return False
+
+    @_is_param.setter
+    def _is_param(self, value: bool) -> None:  # by nn.Parameter(layer.weight)
+        raise _read_only("an optimizer or a tied layer")
+
+    def requires_grad_(self, requires_grad: bool = True) -> LazyWeight:
+        """False changes nothing; True raises SmoothQuantError."""
+        if requires_grad:
+            raise _read_only("an optimizer")
+        return self
+
+
+def _read_only(writer: str) -> SmoothQuantError:
+    return SmoothQuantError(
+        f"{writer} would write to the weight of a quantized layer, which is int8: change the float model and quantize "
+        "it again, or skip this layer when quantizing."
+    )
+
+
+def _refuse_writes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    for i, argument in enumerate(func._schema.arguments):
+        written = argument.alias_info is not None and argument.alias_info.is_write
+        value = args[i] if i < len(args) else kwargs.get(argument.name)
+        if written and any(isinstance(leaf, LazyWeight) for leaf in pytree.tree_leaves(value)):
+            raise _read_only(func._schema.name)
+
+
+def _is_view(func: Any, name: str) -> bool:
+    """Whether the result shares memory with an argument."""
+    aliases = [r.alias_info for r in func._schema.returns]
+    return any(a is not None and not a.is_write for a in aliases) and name not in _PERHAPS_VIEWS
+
+
+def _view(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The view, or the views, of a lazy weight: lazy as well, so that a write to them is refused."""
+    first = next(
+        leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, LazyWeight)
+    )
+
+    def on_meta(t: LazyWeight) -> Tensor:
+        return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
+
+    def part(i: int) -> Tensor:
+        read_args, read_kwargs = pytree.tree_map_only(
+            LazyWeight, lambda t: t._values(), (args, kwargs)
+        )
+        found: Tensor = pytree.tree_leaves(func(*read_args, **read_kwargs))[i]
+        return found
+
+    meta_args, meta_kwargs = pytree.tree_map_only(LazyWeight, on_meta, (args, kwargs))
+    likes, structure = pytree.tree_flatten(func(*meta_args, **meta_kwargs))
+    views = [
+        LazyWeight(
+            partial(part, i),
+            like.shape,
+            first.dtype,
+            first.device,
+            like.stride(),
+            int(like.storage_offset()),
+        )
+        for i, like in enumerate(likes)
+    ]
+    return pytree.tree_unflatten(views, structure)
+
+
+def _bias_like_weight(name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A float32 bias in the type of the product."""
+    at, product = (2, args[0]) if name == "linear" else (0, args[1])
+    bias = args[at] if at < len(args) else None
+    if isinstance(bias, Tensor) and bias.dtype == torch.float32:
+        return (*args[:at], bias.to(product.dtype), *args[at + 1 :])
+    return args
