@@ -133,6 +133,11 @@ class _Running:
 _groups: set[int] = set()
 
 
+def watch(group: int) -> None:
+    """Has the group killed when this process is told to end."""
+    _groups.add(group)
+
+
 def kill_group(group: int) -> None:
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(group, signal.SIGKILL)
@@ -186,7 +191,7 @@ def _start(place: int, starts: Sequence[Start], limit: float) -> _Running:
     process: Process | None = None
     try:
         process = starts[place](out, err)
-        _groups.add(process.pid)
+        watch(process.pid)
     except OSError as error:
         err.write(str(error))
     return _Running(place, process, out, err, time.monotonic(), limit)

@@ -30,6 +30,7 @@ from typing import Any
 import children
 
 ROW_PROGRAM = Path(__file__).resolve().parent / "first_light_row.py"
+BUILD_INFO = ROW_PROGRAM.parent.parent / "smoothquant_kernels" / "_build_info.json"
 PHASES = ("graph", "shapes", "dependent", "repeats")
 #: What a row's process writes in front of a line for this one.
 MARK = "@first-light "
@@ -40,7 +41,8 @@ SEPARATOR = ","
 #: No row starts with less than this left of the time.
 LEAST_SECONDS = 3.0
 
-#: {"name", "kind": "tile" or "producer", "candidate"}, and when it has run "status", "phases", "why", "seconds".
+#: {"name", "id": as SQK_WITHOUT_TILES has it, "kind": "tile" or "producer", "candidate"}, and when it has run
+#: "status", "phases", "why" and "seconds".
 Row = dict[str, Any]
 
 # --- one row ----------------------------------------------------------------------------------------------------------
@@ -125,7 +127,8 @@ def listed(start: children.Start, limit: float) -> tuple[dict[str, Any], str]:
 
 def ways(device: str, fork: bool) -> list[Callable[[list[str]], children.Start]]:
     """How a row's process may be started, the quickest first: all of them would import the same for seconds."""
-    environment = {"CUDA_LAUNCH_BLOCKING": "1"}
+    # Every row is asked for by name, also one that an earlier run has ruled out.
+    environment = {"CUDA_LAUNCH_BLOCKING": "1", WITHOUT: ""}
 
     def spawn(options: list[str]) -> children.Start:
         command = [sys.executable, str(ROW_PROGRAM), "--device", device, *options]
@@ -154,10 +157,20 @@ def broken_tiles(rows: Sequence[Row]) -> list[str]:
     if shipped and all(row["status"] in BROKEN for row in shipped):
         return []
     return [
-        row["name"]
+        row["id"]
         for row in tiles
         if row["status"] in BROKEN or (row["candidate"] and row["status"] == "not run")
     ]
+
+
+def is_built(row: Row, build_info: Path = BUILD_INFO) -> bool:
+    """Whether the library holds the row: a name that it does not know would make every GEMM fail."""
+    if not row["candidate"]:
+        return True
+    try:
+        return bool(json.loads(build_info.read_text())["tuning"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def working_producers(rows: Sequence[Row]) -> list[str]:
@@ -255,7 +268,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main() -> int:
     args = parse()
     if args.without:
-        print(SEPARATOR.join(broken_tiles(read(args.without).get("rows", []))))
+        rows = [row for row in read(args.without).get("rows", []) if is_built(row)]
+        print(SEPARATOR.join(broken_tiles(rows)))
         return 0
     if args.producers:
         print("\n".join(working_producers(read(args.producers).get("rows", []))))

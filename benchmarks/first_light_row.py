@@ -303,12 +303,20 @@ class ProducerRow(Row):
 
 def rows_here(device: torch.device) -> list[dict[str, Any]]:
     """Tiles that are shipped, producers, then candidates: the first are the last to be missed."""
-    table = gemm_cases.current_table(device)
+    table = gemm_cases.current_table(device) or {"name": "", "tiles": []}
     tiles = [
-        {"name": tile["name"], "kind": "tile", "candidate": bool(tile.get("candidate"))}
-        for tile in (table or {"tiles": []})["tiles"]
+        {
+            "name": tile["name"],
+            "id": f"{table['name']}/{tile['name'].replace(' ', '-')}",
+            "kind": "tile",
+            "candidate": bool(tile.get("candidate")),
+        }
+        for tile in table["tiles"]
     ]
-    made = [{"name": name, "kind": "producer", "candidate": False} for name in producers.PRODUCERS]
+    made = [
+        {"name": name, "id": name, "kind": "producer", "candidate": False}
+        for name in producers.PRODUCERS
+    ]
     return [t for t in tiles if not t["candidate"]] + made + [t for t in tiles if t["candidate"]]
 
 

@@ -37,7 +37,7 @@ ACTS = {
 
 
 def row(name: str, kind: str = "tile", **more: Any) -> first_light.Row:
-    return {"name": name, "kind": kind, "candidate": False, **more}
+    return {"name": name, "id": name.replace(" ", "-"), "kind": kind, "candidate": False, **more}
 
 
 def acted(name: str) -> children.Start:
@@ -158,6 +158,15 @@ def test_where_no_tile_works_none_is_to_blame() -> None:
     assert first_light.broken_tiles([*rows, row("c", status="ok", phases={})]) == ["a", "b"]
 
 
+def test_a_candidate_is_named_to_a_library_that_holds_it_only(tmp_path: Path) -> None:
+    """An unknown name would make every GEMM of the library fail."""
+    info = tmp_path / "_build_info.json"
+    for text, expected in (('{"tuning": true}', True), ('{"tuning": false}', False), ("", False)):
+        info.write_text(text)
+        assert first_light.is_built(row("new", candidate=True), info) == expected
+        assert first_light.is_built(row("shipped"), info)
+
+
 def test_a_wrong_gemm_after_a_producer_is_not_the_producers() -> None:
     rows = [
         row("fine", "producer", status="ok", phases=ALL_OK),
@@ -184,7 +193,7 @@ def test_the_file_names_what_to_leave_out(tmp_path: Path) -> None:
     ]
     file.write_text(json.dumps({"machine": {}, "rows": rows}))
     without = started("--without", str(file))
-    assert without.stdout == first_light.SEPARATOR.join(["128x128x128", "64x64x256 swap"]) + "\n"
+    assert without.stdout == first_light.SEPARATOR.join(["128x128x128", "64x64x256-swap"]) + "\n"
     assert started("--producers", str(file)).stdout == "quantize\n"
     for text in ("", "{}", "[]", '{"rows": 3}'):
         file.write_text(text)
