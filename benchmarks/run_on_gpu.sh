@@ -116,8 +116,11 @@ except BuildError as error:
     rehearse_build
     return
   fi
-  local start=$SECONDS
+  local start=$SECONDS capability
   rm -f "$built_from"
+  # Beside the library, so that the stage `probe` need not wait for a compiler.
+  capability=$("$python" -c 'import torch; print("{}{}".format(*torch.cuda.get_device_capability()))')
+  "$python" benchmarks/probe.py --compile "$capability" >&3 2>&1 &
   # Without MAX_JOBS: one compiler per core.
   short 3 "$python" -m pip install --verbose --disable-pip-version-check --no-build-isolation --no-deps --editable .
   echo "built in $((SECONDS - start)) s for $TORCH_CUDA_ARCH_LIST"
@@ -248,9 +251,11 @@ stage_gemm() {
 
 # What the predictions assume, measured (probe.cu).
 stage_probe() {
-  local options=()
-  if rehearsing; then options=(--rehearse); fi
-  "$python" benchmarks/probe.py "${options[@]}" --seconds "$(budget 2)" --json "$results/probe.json"
+  if rehearsing; then
+    "$python" benchmarks/probe.py --compile 90
+    return
+  fi
+  "$python" benchmarks/probe.py --seconds "$(budget 2)" --json "$results/probe.json"
 }
 
 stage_quantize() {
