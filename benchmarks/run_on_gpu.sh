@@ -8,7 +8,7 @@ set -euo pipefail
 # name:seconds, in the order in which they run, the most telling first. A new stage is one word here and one function
 # stage_<name> below, which prints its short table, sends details through `short`, and returns 77 when there was nothing
 # for it to do.
-STAGES=(setup:60 info:20 build:240 first_light:45 tests:80 gemm:80 probe:20 quantize:35 tune:40 linear:20 block:35
+STAGES=(setup:60 info:30 build:240 first_light:45 tests:80 gemm:80 probe:20 quantize:35 tune:40 linear:20 block:35
   model:30 report:20 sanitizer:180)
 # What runs where no stage is named: the first call on a machine. A rehearsal goes through all of them.
 FIRST=(setup info build first_light tests:150 gemm:120 probe report)
@@ -44,12 +44,8 @@ short() {
 
 # failures COMMAND ...: all of its output into the log; failures and counts to the terminal, when they happen.
 failures() {
-  local status
-  set +o pipefail
-  "$@" 2>&1 | tee >(cat >&3) | grep --line-buffered -E '^(FAILED|ERROR|E  |stopped|not started|[0-9]+ (passed|failed))|CUDA error'
-  status=${PIPESTATUS[0]}
-  set -o pipefail
-  return "$status"
+  local shown='^(FAILED|ERROR|E  |stopped|not started|[0-9]+ (passed|failed))|CUDA error'
+  "$@" 2>&1 | tee >(cat >&3) | { grep --line-buffered -E "$shown" || true; }
 }
 
 stage_setup() {
@@ -136,13 +132,14 @@ sys.exit(not status.available)'
 # The binding, compiled with the headers of the torch that such a machine is known to have; no kernel.
 rehearse_build() {
   local status=0
-  if [[ ! -f tools/binding_matrix.py ]]; then
-    echo "rehearsal: nothing is compiled (tools/binding_matrix.py is not here)"
+  local torch=${SQK_REHEARSE_TORCH-2.11.0}
+  if [[ -z $torch || ! -f tools/binding_matrix.py ]]; then
+    echo "rehearsal: nothing is compiled"
     return
   fi
-  short 12 "$python" tools/binding_matrix.py --torch "${SQK_REHEARSE_TORCH:-2.11.0}" || status=$?
-  # 77: without a network there may be no headers of that torch.
-  if ((status != 0 && status != 77)); then return 1; fi
+  short 12 "$python" tools/binding_matrix.py --torch "$torch" || status=$?
+  if ((status == 2)); then return 77; fi # no compiler
+  return "$status"
 }
 
 # What the library was built from, and whether that is what lies here: a copy of the tree keeps what it does not track.
