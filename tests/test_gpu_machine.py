@@ -15,7 +15,8 @@ FAKE_PYTHON = """#!{python}
 import os, sys
 arguments = sys.argv[1:]
 with open(os.environ["FAKE_LOG"], "a") as log:
-    print(os.environ.get("SQK_RUN_STAGE", "main"), os.environ.get("SQK_WITHOUT_TILES", "-"), *" ".join(arguments).split(), file=log)
+    facts = [os.environ.get("SQK_RUN_STAGE", "main"), os.environ.get("SQK_WITHOUT_TILES", "-")]
+    print(*facts, *" ".join(arguments).split(), file=log)
 if arguments[:1] == ["-c"] and "get_device_capability" in arguments[1]:
     print("9.0a" if "9.0a" in arguments[1] else "90")
 elif arguments[:1] == ["-m"] and "install" in arguments and "--editable" in arguments:
