@@ -106,8 +106,8 @@ class Chain:
         given: dict[str, Any] = {"producer": activation or kind}
         x = self.inputs.get("x")
         if activation == "silu_mul":
-            both = self.inputs["fused"]
-            x, given["other"], given["producer"] = both[:, : self.k], both[:, self.k :], "silu"
+            gate, x = self.inputs["fused"].split(self.k, 1)
+            given |= {"other": gate, "producer": "silu"}
         elif extra:
             given["other"] = self.inputs[extra]
             given |= {"sum_out": self.total} if extra == "residual" else {}
