@@ -236,6 +236,7 @@ def run(args: argparse.Namespace) -> int:
         args=args,
         facts=facts,
         summary=means,
+        complete=lambda row: all(f"vs_{name}" in row for name in args.baselines),
     )
     report(rows)
     return int(any(is_bad(row) for row in rows) or not rows)

@@ -1,6 +1,7 @@
 """The machine and its GPU as they were found: facts for the results, and clocks, power and temperature. Read only.
 
     python benchmarks/gpu_state.py [--json FILE]
+    python benchmarks/gpu_state.py --same FILE     # exit status 1 where FILE is of another machine or software
 
 Nothing here sets anything. The GPU is asked through pynvml where that can be imported, else through nvidia-smi.
 """
@@ -13,7 +14,8 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,8 @@ SAMPLED = {
     "watts": "power.draw",
     "celsius": "temperature.gpu",
 }
+#: What must be the same for results to be continued: a number from another machine or software is another number.
+SAME = ("device", "cpu", "torch", "cuda", "driver", "commit")
 Sampler = Callable[[], dict[str, float]]
 
 
@@ -138,18 +142,34 @@ def tools() -> dict[str, str]:
     return {"nvcc": last[0], "compute-sanitizer": last[1]}
 
 
-def main() -> None:
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """What of SAME is not the same."""
+    return [
+        f"{name} was {there.get(name)!r}, is {here.get(name)!r}"
+        for name in SAME
+        if there.get(name) != here.get(name)
+    ]
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--same", type=Path, metavar="FILE", help="of an earlier --json")
     args = parser.parse_args()
-    facts = machine(torch.device("cuda" if torch.cuda.is_available() else "cpu")) | tools()
+    facts = machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    if args.same:
+        found = differences(json.loads(args.same.read_text()), facts)
+        print("\n".join(found), end="\n" if found else "")
+        return int(bool(found))
+    facts |= tools()
     for name, value in facts.items():
         print(f"{name:18s} {value if value not in ('', None) else 'unknown'}")
     if args.json:
         args.json.write_text(json.dumps(facts, indent=2) + "\n")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

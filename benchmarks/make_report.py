@@ -2,9 +2,9 @@
 
     python benchmarks/make_report.py RESULTS_FOLDER [--out DIR]
 
-Reads whatever the folder has of info, gemm, quantize, linear, block, model and tune .json (a CPU's results are named
-linear_cpu.json and so on). Writes report.txt, report.md, a CSV for each file with rows, and at most four pictures
-(matplotlib). A file that cannot be read is named, and the exit status is 1; where there is none it is 2.
+Reads whatever the folder has of info, first_light, probe, gemm, quantize, linear, block, model and tune .json (a CPU's
+results are named linear_cpu.json and so on). Writes report.txt, report.md, a CSV for each file with rows, and at most
+four pictures (matplotlib). A file that cannot be read is named, and the exit status is 1; where there is none it is 2.
 """
 
 from __future__ import annotations
@@ -17,8 +17,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import first_light
 import plots
+import predict
+import probe
 import result_tables
+from model_costs import MACHINES
 from report import write_csv, write_text
 from result_tables import Table, failures, time_of
 
@@ -67,7 +71,7 @@ def facts(folder: Path, files: Mapping[str, Data]) -> Data:
             return found
         except ValueError:
             pass
-    return dict(next(iter(files.values()))["machine"])
+    return dict(next((data["machine"] for data in files.values()), {}))
 
 
 def head_of(machine: Mapping[str, Any]) -> str:
@@ -101,6 +105,32 @@ def sections(files: Mapping[str, Data]) -> list[Section]:
         found.append(
             Section("Tuning", lines, [result_tables.tuned(files["tune"])] if usable else [])
         )
+    return found
+
+
+def kernels(folder: Path) -> list[Section]:
+    """What was found before anything was timed: which kernels work, and what the GPU is like."""
+    found = []
+    rows = first_light.read(folder / "first_light.json").get("rows", [])
+    if rows:
+        bad = [row for row in rows if row["status"] != "ok"]
+        lines = [f"{len(rows) - len(bad)} of {len(rows)} kernels passed every check."]
+        if left := first_light.broken_tiles(rows):
+            lines.append(f"Left out by what was measured after that: {', '.join(left)}.")
+        header = ["kernel", "status", *first_light.PHASES, "why"]
+        cells = [
+            [row["name"], row["status"], *(row["phases"].get(n, "") for n in first_light.PHASES), row["why"]]
+            for row in bad
+        ]  # fmt: skip
+        found.append(Section("Every kernel alone", lines, [Table(header, cells, len(header))]))
+    try:
+        data = json.loads((folder / "probe.json").read_text())
+        known = [name for name in predict.GPUS if name in str(data["machine"]["device"])]
+        gpu = (predict.GPUS[known[0]], MACHINES[known[0]]) if known else (None, None)
+        lines = [f"* {line}" for line in probe.findings(data["measured"], *gpu)]
+        found.append(Section("What the predictions assume", lines))
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
     return found
 
 
@@ -157,7 +187,7 @@ def page(head: str, notes: list[str], parts: list[Section], pictures: list[plots
 def make(folder: Path, out: Path) -> int:
     files, broken = read(folder)
     notes = [f"{name} {why}." for name, why in broken.items()]
-    if not files:
+    if not files and not kernels(folder):
         wanted = ", ".join(f"{name}.json" for name in (*NAMES, "tune"))
         print(
             "\n".join(
@@ -172,7 +202,7 @@ def make(folder: Path, out: Path) -> int:
         pictures = plots.draw(files, head, out)
     except ImportError:
         notes.append("No pictures: matplotlib is not installed.")
-    parts = sections(files)
+    parts = kernels(folder) + sections(files)
     for name in NAMES:
         if name in files:
             write_csv(out / f"{name}.csv", files[name]["rows"])

@@ -19,11 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import probe
 from model_costs import (
     CUBLAS,
     CUBLAS_TILES,
     MACHINES,
-    MEMORY_SHARE,
+    Machine,
     Time,
     costs_of,
     dram_bytes,
@@ -60,9 +61,15 @@ class Model:
     """All of it for one GPU."""
 
     def __init__(
-        self, name: str, planner: Planner | None = None, costs: Mapping[str, Any] | None = None
+        self,
+        name: str,
+        planner: Planner | None = None,
+        costs: Mapping[str, Any] | None = None,
+        measured: Mapping[str, Any] | None = None,
     ) -> None:
-        self.gpu, self.machine = GPUS[name], MACHINES[name]
+        """measured: of probe.py, in place of what is assumed."""
+        self.gpu = GPUS[name]
+        self.machine: Machine = probe.assume(self.gpu, MACHINES[name], measured or {})
         self.planner = planner or Planner()
         self.table = TABLES[self.gpu.capability]
         self.tiles: list[dict[str, Any]] = self.planner.tables[self.table]["tiles"]
@@ -110,7 +117,7 @@ class Model:
             for a, b in CUBLAS_TILES
             for splits in (1, 2, 4, 8)
         )
-        memory = dram_bytes(m, n, k, 2) / (self.gpu.gb_per_s * MEMORY_SHARE[1]) * ghz
+        memory = dram_bytes(m, n, k, 2) / (self.gpu.gb_per_s * self.machine.memory_share[1]) * ghz
         clocks = max(compute, memory) + self.machine.latency[1]
         return self.machine.launch_us[1] + clocks * 1e-3 / ghz
 
@@ -181,7 +188,16 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--compare", type=Path, metavar="gemm.json")
     parser.add_argument("--counters", action="store_true")
+    parser.add_argument(
+        "--assume", type=Path, metavar="probe.json", help="what probe.py has measured, as it is"
+    )
     args = parser.parse_args()
+    measured: Mapping[str, Any] = {}
+    if args.assume:
+        try:
+            measured = probe.read_assumptions(args.assume)
+        except ValueError as error:
+            parser.error(str(error))
     if args.counters:
         import model_counters
 
@@ -190,10 +206,10 @@ def main() -> int:
     if args.compare:
         import model_compare
 
-        model_compare.show(args.compare, args.gpu)
+        model_compare.show(args.compare, args.gpu, measured)
         return 0
     args.gpu = args.gpu or "H100"
-    model = Model(args.gpu)
+    model = Model(args.gpu, measured=measured)
     names = [name for name in LLM_LAYERS if any(word in name for word in args.layers)]
     rows = [
         {"layer": name} | model.row(m, LLM_LAYERS[name].n, LLM_LAYERS[name].k, args.tiles)

@@ -121,10 +121,10 @@ def comparison_table(
     return list(HEADER), body
 
 
-def show(path: Path, gpu: str | None) -> None:
-    """Every row, then the classes."""
+def show(path: Path, gpu: str | None, measured: Mapping[str, Any] | None = None) -> None:
+    """Every row, then the classes. measured: of probe.py."""
     results = json.loads(path.read_text())
-    model = Model(gpu or gpu_of(results["machine"]))
+    model = Model(gpu or gpu_of(results["machine"]), measured=measured)
     header = ["layer", "M", "N", "K", "tile", "MHz", "us", "predicted", "ratio", "", "bound by"]
     lines = [header]
     for row in compare(results, model=model):

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from predict import Gpu, floor
+
+#: Share of the data sheet's memory bandwidth that a long read gets; assumption.
+MEMORY_SHARE = (0.94, 0.90, 0.82)
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,8 @@ class Machine:
     ]  # clocks to memory's first byte; idle, then with queues (assumption)
     intake: int = 64  # bytes that an SM takes in per clock (L2 to L1, NVIDIA's whitepapers)
     launch_us: tuple[float, float, float] = (0.5, 1.0, 2.0)  # a node of a graph; assumption
+    memory_share: tuple[float, float, float] = MEMORY_SHARE
+    clusters: Mapping[int, int] = field(default_factory=dict)  # at a time, by size; measured only
 
 
 # Idle latencies: Luo et al., "Benchmarking and Dissecting the Nvidia Hopper GPU Architecture", arXiv 2402.13499, find
@@ -41,8 +46,6 @@ MACHINES = {
     "L40S": Machine(1024, (2.52, 2.20, 1.80), (5.7, 5.0, 4.0), (540, 900, 1500)),
     "4090": Machine(1024, (2.52, 2.50, 2.30), (5.7, 5.0, 4.0), (540, 900, 1500)),
 }
-#: Share of the data sheet's memory bandwidth that a long read gets; assumption.
-MEMORY_SHARE = (0.94, 0.90, 0.82)
 #: Share of the tensor cores' rate that back-to-back instructions get in a loop that also loads; assumption.
 RATE = {"mma": (1.0, 0.92, 0.80), "wgmma": (1.0, 0.97, 0.90), "stream": (1.0, 0.92, 0.80)}
 #: Clocks of a turn that nothing hides (barrier, wait) with one block of mma.sync on an SM, and with two; assumption.
@@ -150,10 +153,16 @@ def grid(tile: Mapping[str, Any], m: int, n: int) -> tuple[int, float]:
     return tiles, tiles * tile["m"] * tile["n"] / (m * n)
 
 
-def waves(tile: Mapping[str, Any], tiles: int, splits: int, sms: int) -> int:
-    """Blocks that the busiest SM works off; a cluster needs its SMs at a time."""
+def waves(
+    tile: Mapping[str, Any],
+    tiles: int,
+    splits: int,
+    sms: int,
+    clusters: Mapping[int, int] | None = None,
+) -> int:
+    """Blocks that the busiest SM works off; a cluster needs its SMs at a time. `clusters`: Machine.clusters."""
     cluster = tile["cluster"][0] * tile["cluster"][1]
-    return up(tiles * splits, sms // cluster * cluster)
+    return up(tiles * splits, (clusters or {}).get(cluster, sms // cluster) * cluster)
 
 
 def stream_k_share(tiles: int, turns: int, sms: int) -> float:
@@ -235,7 +244,7 @@ def time_of(
         costs.tile_instructions * SASS_OF_PTX[case] * costs.warps / SCHEDULERS,
         2 * tile["m"] * tile["n"] / l2,
     )
-    memory = dram_bytes(m, n, k) / (gpu.gb_per_s * MEMORY_SHARE[case]) * ghz  # clocks
+    memory = dram_bytes(m, n, k) / (gpu.gb_per_s * machine.memory_share[case]) * ghz  # clocks
     sharing, launches = 0.0, 1
     if stream:
         # Persistent: x_q stays, the ring runs on from tile to tile, and stages are shared by the warps.
@@ -250,7 +259,7 @@ def time_of(
         share = (
             stream_k_share(tiles, turns, gpu.sms)
             if stream_k
-            else waves(tile, tiles, splits, gpu.sms)
+            else waves(tile, tiles, splits, gpu.sms, machine.clusters)
         )
         each = turns if stream_k else up(turns, splits)
         clocks = {name: share * each * spent for name, spent in turn.items()}

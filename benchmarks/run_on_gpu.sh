@@ -5,10 +5,15 @@
 # --dry-run (or SQK_REHEARSE=1) does it all on a CPU, on toy shapes, the CUDA kernels in a simulator where there is one.
 set -euo pipefail
 
-# name:seconds, in the order in which they run, the most telling first; the last one gets what the others leave. A new
-# stage is one word here and one function stage_<name> below, which prints its short table, sends details through
-# `short`, and returns 77 when there was nothing for it to do.
-STAGES=(info:30 build:190 tests:80 gemm:80 quantize:35 tune:40 linear:20 block:35 model:30 report:20 sanitizer:180)
+# name:seconds, in the order in which they run, the most telling first. A new stage is one word here and one function
+# stage_<name> below, which prints its short table, sends details through `short`, and returns 77 when there was nothing
+# for it to do.
+STAGES=(setup:60 info:30 build:240 first_light:45 tests:80 gemm:80 probe:20 quantize:35 tune:40 linear:20 block:35
+  model:30 report:20 sanitizer:180)
+# What runs where no stage is named: the first call on a machine. A rehearsal goes through all of them.
+FIRST=(setup info build first_light tests:150 gemm:120 probe report)
+# Stages that load the CUDA library.
+NEEDS_LIBRARY=" first_light tests gemm quantize tune linear block model sanitizer "
 
 self=$(realpath "${BASH_SOURCE[0]}")
 root=$(dirname "$(dirname "$self")")
@@ -21,7 +26,12 @@ out=$(realpath -m "${OUT:-gpu_out}")
 log=$out/run.log
 # Results of a rehearsal are never continued by a run.
 results=$(realpath -m "${SQK_RESULTS:-build/gpu_${SQK_REHEARSE:+dry_}run}")
-export PYTHONUNBUFFERED=1 PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
+export PYTHONUNBUFFERED=1 PYTHONUTF8=1 PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
+# Where compilers and matplotlib keep what they have made.
+if [[ ! -w ${HOME:-/nonexistent} ]]; then
+  export HOME=$root/build/home
+  mkdir -p "$HOME"
+fi
 
 rehearsing() { [[ -n ${SQK_REHEARSE:-} ]]; }
 
@@ -30,6 +40,12 @@ short() {
   local lines=$1
   shift
   "$@" 2>&1 | tee >(cat >&3) | tail -n "$lines"
+}
+
+# failures COMMAND ...: all of its output into the log; failures and counts to the terminal, when they happen.
+failures() {
+  local shown='^(FAILED|ERROR|E  |stopped|not started|[0-9]+ (passed|failed))|CUDA error'
+  "$@" 2>&1 | tee >(cat >&3) | { grep --line-buffered -E "$shown" || true; }
 }
 
 stage_setup() {
@@ -76,6 +92,8 @@ stage_info() {
 stage_build() {
   if ! rehearsing; then
     export SMOOTHQUANT_KERNELS_BUILD=${SMOOTHQUANT_KERNELS_BUILD:-cuda}
+    # With the tuner's candidates: one build serves every stage.
+    export SMOOTHQUANT_KERNELS_TUNING=${SMOOTHQUANT_KERNELS_TUNING:-1}
     if [[ -z ${TORCH_CUDA_ARCH_LIST:-} ]]; then
       TORCH_CUDA_ARCH_LIST=$("$python" -c 'import torch
 major, minor = torch.cuda.get_device_capability()
@@ -91,10 +109,14 @@ try:
 except BuildError as error:
     sys.exit(str(error))'
   if rehearsing; then
-    echo "rehearsal: nothing is compiled"
+    rehearse_build
     return
   fi
-  local start=$SECONDS
+  local start=$SECONDS capability
+  rm -f "$built_from"
+  # Beside the library, so that the stage `probe` need not wait for a compiler.
+  capability=$("$python" -c 'import torch; print("{}{}".format(*torch.cuda.get_device_capability()))')
+  "$python" benchmarks/probe.py --compile "$capability" >&3 2>&1 &
   # Without MAX_JOBS: one compiler per core.
   short 3 "$python" -m pip install --verbose --disable-pip-version-check --no-build-isolation --no-deps --editable .
   echo "built in $((SECONDS - start)) s for $TORCH_CUDA_ARCH_LIST"
@@ -103,6 +125,27 @@ from smoothquant_kernels._extension import extension_status
 status = extension_status()
 print(status)
 sys.exit(not status.available)'
+  mkdir -p "$(dirname "$built_from")"
+  hash_of csrc tools setup.py >"$built_from"
+}
+
+# The binding, compiled with the headers of the torch that such a machine is known to have; no kernel.
+rehearse_build() {
+  local status=0
+  local torch=${SQK_REHEARSE_TORCH-2.11.0}
+  if [[ -z $torch || ! -f tools/binding_matrix.py ]]; then
+    echo "rehearsal: nothing is compiled"
+    return
+  fi
+  short 12 "$python" tools/binding_matrix.py --torch "$torch" || status=$?
+  if ((status == 2)); then return 77; fi # no compiler
+  return "$status"
+}
+
+# What the library was built from, and whether that is what lies here: a copy of the tree keeps what it does not track.
+built_from=build/gpu_built_from
+library_is_current() {
+  [[ -f $built_from && -f smoothquant_kernels/libsmoothquant_kernels.so && $(<"$built_from") == $(hash_of csrc tools setup.py) ]]
 }
 
 # Whether a stage passed with these sources before; never, where it was asked for by name.
@@ -116,18 +159,56 @@ simulated() {
   "$python" benchmarks/simulated.py --arch sm_90 -- "$@"
 }
 
-stage_tests() {
-  local status=0 simulation=0 run=(-m pytest -q -p no:cacheprovider --maxfail=30)
+# simulated_within SECONDS COMMAND ...: the same, stopped there; 77 where it was.
+simulated_within() {
+  local status=0
+  timeout --kill-after=5 "$1" "$python" benchmarks/simulated.py --arch sm_90 -- "${@:2}" || status=$?
+  case $status in
+  124 | 137)
+    echo "the simulator had no time left (it compiles its library first): run again"
+    return 77
+    ;;
+  esac
+  return "$status"
+}
+
+# Every kernel in a process of its own; what is broken is left out from here on (leave_out).
+stage_first_light() {
+  local options=(--device cuda --fork --seconds "$((SQK_STAGE_SECONDS - 3))") status=0 simulation=0
+  if rehearsing; then options=(--device cpu --fork --jobs 2 --limit 60 --seconds "$((SQK_STAGE_SECONDS - 3))"); fi
+  "$python" benchmarks/first_light.py "${options[@]}" --resume --json "$results/first_light.json" || status=1
   if rehearsing; then
-    short 12 "$python" "${run[@]}" tests/kernels --backend cpu -k smoke || status=1
-    short 12 simulated "${run[@]}" tests/kernels --backend simulator -k smoke || simulation=$?
+    short 12 simulated_within "$(budget 5)" benchmarks/first_light.py --device cpu --limit 120 --jobs 1 \
+      --json "$results/first_light_simulated.json" --rows "stream 8x16" "64x64x256 swap" quantize || simulation=$?
+    if ((simulation != 0 && simulation != 77)); then status=1; fi
+  fi
+  return "$status"
+}
+
+# SQK_WITHOUT_TILES for this stage: what its user has named, and what first_light has found to be broken.
+leave_out() {
+  local found=
+  if [[ -f $results/first_light.json ]]; then
+    found=$("$python" benchmarks/first_light.py --without "$results/first_light.json" || true)
+  fi
+  if [[ -n $found ]]; then
+    export SQK_WITHOUT_TILES=${SQK_WITHOUT_TILES:+$SQK_WITHOUT_TILES,}$found
+    echo "without the tiles $SQK_WITHOUT_TILES"
+  fi
+}
+
+stage_tests() {
+  local status=0 simulation=0
+  if rehearsing; then
+    failures "$python" benchmarks/gpu_tests.py --backend cpu --workers 2 --seconds "$(budget 10)" --only smoke \
+      tests/kernels || status=1
+    short 12 simulated -m pytest -q -p no:cacheprovider --maxfail=30 tests/kernels --backend simulator -k smoke ||
+      simulation=$?
     if ((simulation != 0 && simulation != 77)); then status=1; fi
     return "$status"
   fi
   if passed_before tests; then return; fi
-  SQK_REQUIRE_LIBRARY=1 short 12 "$python" "${run[@]}" -m "cuda or cuda_build" tests --ignore=tests/kernels || status=1
-  short 12 "$python" "${run[@]}" tests/kernels --backend cuda || status=1
-  return "$status"
+  failures "$python" benchmarks/gpu_tests.py --seconds "$(budget 5)"
 }
 
 # budget SECONDS: what a benchmark may spend before it starts its last case, when start and last case take SECONDS.
@@ -136,48 +217,67 @@ budget() {
   echo $((left > 10 ? left : 10))
 }
 
-# benchmark NAME LINES ON_CPU SECONDS [OPTION ...]: bench_NAME.py in either form, its file continued.
+# benchmark NAME LINES ON_CPU SECONDS [OPTION ...]: bench_NAME.py in either form, its file continued. Where a kernel has
+# broken the CUDA context, a new process goes on with the cases that are left.
 benchmark() {
-  local name=$1 lines=$2 on_cpu=$3 options
-  options=(--device cuda --budget-seconds "$(budget "$4")" "${@:5}")
-  if rehearsing; then read -ra options <<<"$on_cpu"; fi
-  short "$lines" "$python" "benchmarks/bench_$name.py" "${options[@]}" --resume --json "$results/$name.json"
+  local name=$1 lines=$2 on_cpu=$3 options begin=$SECONDS status
+  while true; do
+    status=0
+    options=(--device cuda --budget-seconds "$(budget $(($4 + SECONDS - begin)))" "${@:5}")
+    if rehearsing; then read -ra options <<<"$on_cpu"; fi
+    short "$lines" "$python" "benchmarks/bench_$name.py" "${options[@]}" --resume --json "$results/$name.json" ||
+      status=$?
+    if ((status != 75 || SQK_STAGE_SECONDS - $4 - (SECONDS - begin) < 10)); then return "$status"; fi
+    echo "a new process goes on"
+  done
 }
 
 stage_gemm() {
-  local status=0
-  benchmark gemm 40 "--device cpu" 15 || status=1
+  local status=0 simulation=0 options=()
+  # Triton compiles each kernel, so it waits for a later call, which measures the most telling cases with it again.
+  if [[ ! -f $results/gemm.json ]]; then options=(--baselines fp16 bf16 int_mm fp8 vllm sgl); fi
+  benchmark gemm 40 "--device cpu" 15 "${options[@]}" || status=1
   if rehearsing; then
     # Every tile of the real table, checked by the benchmark itself.
-    local simulation=0
-    short 12 timeout --kill-after=5 "$(budget 20)" "$python" benchmarks/simulated.py -- benchmarks/bench_gemm.py \
+    short 12 simulated_within "$(budget 20)" benchmarks/bench_gemm.py \
       --device cpu --tiles --data random --seconds 0 --json "$results/gemm_simulated.json" || simulation=$?
-    case $simulation in
-    0 | 77) ;;
-    124 | 137) echo "the simulator had no time left (it compiles its library first): run again" ;;
-    *) status=1 ;;
-    esac
-  fi
-  if ! rehearsing && command -v "${CXX:-g++}" >/dev/null; then
-    # Against what was predicted before; says nothing about whether the run is right.
-    short 30 "$python" benchmarks/model.py --compare "$results/gemm.json" || true
+    if ((simulation != 0 && simulation != 77)); then status=1; fi
   fi
   return "$status"
+}
+
+# What the predictions assume, measured (probe.cu).
+stage_probe() {
+  if rehearsing; then
+    "$python" benchmarks/probe.py --compile 90
+    return
+  fi
+  "$python" benchmarks/probe.py --seconds "$(budget 2)" --json "$results/probe.json"
 }
 
 stage_quantize() {
   local most
   most=$(budget 20) # the last case may have to compile
-  benchmark quantize 40 "--device cpu --quick" 20 --compile-seconds $((most / 3))
+  local working=()
+  if [[ -f $results/first_light.json ]]; then
+    mapfile -t working < <("$python" benchmarks/first_light.py --producers "$results/first_light.json")
+  fi
+  benchmark quantize 40 "--device cpu --quick" 20 --compile-seconds $((most / 3)) \
+    ${working[@]:+--producers "${working[@]}"}
 }
 
 stage_linear() { benchmark linear 20 --rehearse 10; }
 
 stage_tune() {
-  local options=(--device cpu)
-  if ! rehearsing; then options=(--device cuda --budget-seconds "$(budget 15)"); fi
-  short 50 "$python" benchmarks/tune.py "${options[@]}" --resume --json "$results/tune.json" \
-    --cache "$results/tune_cache.json"
+  local begin=$SECONDS status options=(--device cpu)
+  while true; do
+    status=0
+    if ! rehearsing; then options=(--device cuda --budget-seconds "$(budget $((15 + SECONDS - begin)))"); fi
+    short 50 "$python" benchmarks/tune.py "${options[@]}" --resume --json "$results/tune.json" \
+      --cache "$results/tune_cache.json" || status=$?
+    if ((status != 75 || SQK_STAGE_SECONDS - 15 - (SECONDS - begin) < 10)); then return "$status"; fi
+    echo "a new process goes on"
+  done
 }
 
 # Compiling a baseline takes seconds for each shape: the first one only.
@@ -185,9 +285,16 @@ stage_block() { benchmark block 30 "--device cpu --quick" 15 --compile-seconds 8
 
 stage_model() { benchmark model 20 "--device cpu --quick" 10; }
 
-# Tables and pictures of what the stages before it have left, also when some failed.
+# Tables and pictures of what the stages before it have left, also when some failed; then against what was predicted,
+# which says nothing about whether the run is right.
 stage_report() {
-  short 40 "$python" benchmarks/make_report.py "$results" --out "$results/report"
+  local status=0 assumptions=()
+  short 40 "$python" benchmarks/make_report.py "$results" --out "$results/report" || status=$?
+  if ! rehearsing && [[ -f $results/gemm.json ]] && command -v "${CXX:-g++}" >/dev/null; then
+    if [[ -f $results/probe.json ]]; then assumptions=(--assume "$results/probe.json"); fi
+    short 30 "$python" benchmarks/model.py --compare "$results/gemm.json" "${assumptions[@]}" || true
+  fi
+  return "$status"
 }
 
 stage_sanitizer() {
@@ -213,10 +320,12 @@ stage_sanitizer() {
   return "$status"
 }
 
+# run_stage NAME SECONDS KEPT: KEPT seconds stay for the stages that follow.
 # Runs in the shell that prints: a stage gets a shell of its own, so that it can be stopped with all that it started.
 run_stage() {
   local name=$1 limit=$2 status=0 begin=$SECONDS left=$((${SQK_SECONDS:-570} - SECONDS)) word
-  limit=$((limit < left ? limit : left))
+  if ((limit > left - $3)); then limit=$((left - $3)); fi
+  if ((limit < 5)); then limit=$((left < $2 ? left : $2)); fi
   if ((limit < 5)); then
     word="not started: no time left"
     failed=1
@@ -237,30 +346,55 @@ run_stage() {
     if ((status != 0 && status != 77)); then failed=1; fi
   fi
   if [[ $word == ok ]]; then echo "$name" >>"$results/passed"; fi
-  printf '%-10s %-26s %4d s\n' "$name" "$word" $((SECONDS - begin)) >>"$out/summary.txt"
+  printf '%-11s %-26s %4d s\n' "$name" "$word" $((SECONDS - begin)) >>"$out/summary.txt"
   publish # a run that is cut off leaves what it has
 }
 
-# Of everything that decides whether tests pass and how fast something is.
-sources_hash() {
-  find csrc smoothquant_kernels tests benchmarks tools setup.py -type f \
+# kept_after PLACE: what the chosen stages after it keep for themselves, half of their limits; the last one takes the rest.
+kept_after() {
+  local place kept=0
+  for ((place = $1 + 1; place < ${#STAGES[@]}; ++place)); do
+    local name=${STAGES[place]%%:*}
+    if [[ -v chosen[$name] && $name != sanitizer ]]; then kept=$((kept + chosen[$name] / 2)); fi
+  done
+  echo "$kept"
+}
+
+# hash_of FOLDER|FILE ...: of the sources among them.
+hash_of() {
+  find "$@" -type f \
     \( -name '*.py' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.cpp' -o -name '*.sh' \) -print0 |
     LC_ALL=C sort -z | xargs -0 sha256sum | sha256sum | cut -d' ' -f1
 }
 
-# What other sources measured is kept, but not continued.
+# aside WHY: what cannot be continued is kept under another name.
+aside() {
+  local before
+  before=$results.before.$(date +%s)
+  mv "$results" "$before"
+  mkdir "$results"
+  echo "$1: earlier results are in $before" | tee -a "$log"
+}
+
+# Of everything that decides whether tests pass and how fast something is.
 begin_results() {
   local now
-  now=$(sources_hash)
+  now=$(hash_of csrc smoothquant_kernels tests benchmarks tools setup.py)
   mkdir -p "$results"
-  if [[ -f $results/sources && $(<"$results/sources") != "$now" ]]; then
-    local before
-    before=$results.before.$(date +%s)
-    mv "$results" "$before"
-    mkdir "$results"
-    echo "the sources have changed: earlier results are in $before" | tee -a "$log"
+  if [[ -n ${SQK_CONTINUE:-} && ! -f $results/sources ]]; then
+    tar -C "$results" -xzf "$SQK_CONTINUE" # of another machine of the same kind
   fi
+  if [[ -f $results/sources && $(<"$results/sources") != "$now" ]]; then aside "the sources have changed"; fi
   echo "$now" >"$results/sources"
+}
+
+# Results of another GPU, driver or torch are not continued either.
+same_machine() {
+  rehearsing || [[ ! -f $results/info.json ]] && return
+  if ! "$python" benchmarks/gpu_state.py --same "$results/info.json" | tee -a "$log"; then
+    aside "this is another machine"
+    hash_of csrc smoothquant_kernels tests benchmarks tools setup.py >"$results/sources"
+  fi
 }
 
 # What comes back from a borrowed machine may be a few files only: one archive.
@@ -270,32 +404,50 @@ publish() {
 }
 
 main() {
-  local name seconds stage names=("${STAGES[@]%%:*}")
-  local -A chosen=() # name -> seconds
+  local name seconds stage place by_name=1 words=() names=("${STAGES[@]%%:*}")
+  local -A chosen=() usual=() # name -> seconds
+  for stage in "${STAGES[@]}"; do usual[${stage%%:*}]=${stage##*:}; done
   while (($#)); do
     case $1 in
     --dry-run) export SQK_REHEARSE=1 ;;
     -h | --help)
       sed -n '2,5s/^# \?//p' "$self"
       echo "Stages: ${names[*]}"
+      echo "Without one: ${FIRST[*]}"
       exit 0
       ;;
-    *)
-      name=${1%%:*} seconds=${1#"$name"}
-      if [[ " ${names[*]} " != *" $name "* || ! $seconds =~ ^(:[0-9]+)?$ ]]; then
-        echo "There is no stage '$1'; the stages are: ${names[*]}; with :SECONDS, if wanted." >&2
-        exit 2
-      fi
-      chosen[$name]=${seconds#:}
-      ;;
+    *) words+=("$1") ;;
     esac
     shift
+  done
+  if ((${#words[@]} == 0)); then
+    by_name=
+    words=("${FIRST[@]}")
+    if rehearsing; then words=("${names[@]}"); fi
+  fi
+  for stage in setup "${words[@]}"; do
+    name=${stage%%:*} seconds=${stage#"$name"}
+    if [[ " ${names[*]} " != *" $name "* || ! $seconds =~ ^(:[0-9]+)?$ ]]; then
+      echo "There is no stage '$stage'; the stages are: ${names[*]}; with :SECONDS, if wanted." >&2
+      exit 2
+    fi
+    chosen[$name]=${seconds#:}
+    chosen[$name]=${chosen[$name]:-${usual[$name]}}
   done
   if ! rehearsing && ! "$base_python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     echo "The torch of $base_python sees no CUDA GPU; --dry-run rehearses without one." >&2
     exit 2
   fi
-  mkdir -p "$out"
+  for name in "${!chosen[@]}"; do
+    if ! rehearsing && [[ $NEEDS_LIBRARY == *" $name "* && ! -v chosen[build] ]] && ! library_is_current; then
+      echo "the library is not built from these sources yet: build is added"
+      chosen[build]=${usual[build]}
+    fi
+  done
+  if ! mkdir -p "$out" "$results" || [[ ! -w $root || ! -w $out || ! -w $results ]]; then
+    echo "$root, $out and $results must be writable: copy the tree, or name others (OUT, SQK_RESULTS)." >&2
+    exit 2
+  fi
   : >"$log"
   if rehearsing; then
     echo "A REHEARSAL WITHOUT A GPU: nothing here was built for, run on or measured on one." >"$out/summary.txt"
@@ -304,14 +456,11 @@ main() {
   fi
   begin_results
   failed=0
-  run_stage setup 60
-  for stage in "${STAGES[@]}"; do
-    name=${stage%%:*}
-    seconds=${chosen[$name]:-${stage##*:}}
-    if ((${#chosen[@]} == 0)); then
-      run_stage "$name" "$seconds"
-    elif [[ -v chosen[$name] ]]; then
-      SQK_BY_NAME=1 run_stage "$name" "$seconds"
+  for place in "${!STAGES[@]}"; do
+    name=${STAGES[place]%%:*}
+    if [[ -v chosen[$name] ]]; then
+      SQK_BY_NAME=$by_name run_stage "$name" "${chosen[$name]}" "$(kept_after "$place")"
+      if [[ $name == setup ]]; then same_machine; fi
     fi
   done
   echo "== summary ($out; results in $results)"
@@ -320,6 +469,7 @@ main() {
 }
 
 if [[ -n ${SQK_RUN_STAGE:-} ]]; then
+  if [[ $NEEDS_LIBRARY == *" $SQK_RUN_STAGE "* && $SQK_RUN_STAGE != first_light ]] && ! rehearsing; then leave_out; fi
   "stage_$SQK_RUN_STAGE"
 else
   main "$@"

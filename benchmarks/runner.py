@@ -17,9 +17,11 @@ from report import Row, WrongResult, first_line, usable, write_csv, write_json
 
 C = TypeVar("C")
 
-#: What must be the same for results to be continued: a number from another machine or software is another number.
-SAME = ("device", "cpu", "torch", "cuda", "driver", "commit")
 FAILURES = ("wrong", "failed")
+#: The exit status where a kernel has broken the CUDA context and cases are left: a new process may go on (--resume).
+CONTEXT_LOST = 75
+#: So many of the most telling cases are measured again where an earlier row lacks something.
+AGAIN = 24
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -63,11 +65,8 @@ def earlier_rows(path: Path, facts: Mapping[str, Any]) -> list[Row]:
         there, rows = data["machine"], data["rows"]
     except (ValueError, KeyError, TypeError):
         sys.exit(f"{path} is no results file of a benchmark: name another, or remove it")
-    for name in SAME:
-        if there.get(name) != facts.get(name):
-            sys.exit(
-                f"{path} was measured with {name} {there.get(name)!r}, this is {facts.get(name)!r}: start a new file"
-            )
+    if found := gpu_state.differences(there, facts):
+        sys.exit(f"{path} was measured elsewhere: {'; '.join(found)}: start a new file")
     return list(rows)
 
 
@@ -80,6 +79,7 @@ def run_cases(
     args: argparse.Namespace,
     facts: Mapping[str, Any],
     summary: Callable[[list[Row]], Mapping[str, Any]] = lambda rows: {},
+    complete: Callable[[Row], bool] = lambda row: True,
 ) -> list[Row]:
     """Measures what the budget allows, each case once, and writes the files after every one.
 
@@ -91,18 +91,23 @@ def run_cases(
         args: with the options of `add_options`, and `device`.
         facts: of `machine_facts`; in the file as "machine".
         summary: further entries of the file, from the rows that were measured.
+        complete: whether an earlier row has all that is asked for now; of the others the first AGAIN come first.
 
     Returns:
         All rows, those of an earlier run first; a case that went wrong has its key and "wrong" or "failed".
     """
     begin = time.monotonic()
     earlier = earlier_rows(args.json, facts) if args.resume else []
-    todo = []
-    for case in cases:
+    again, new, failed = [], [], []
+    for place, case in enumerate(cases):
         found = [row for row in earlier if _is_row_of(row, key(case))]
-        if not found or not all(map(is_good, found)):  # what failed is tried again, all of its case
-            todo.append(case)
-            earlier = [row for row in earlier if row not in found]
+        if not found:
+            new.append(case)
+        elif not all(map(is_good, found)):  # last: it may break the context again
+            failed.append(case)
+        elif place < AGAIN and not all(map(complete, found)):
+            again.append(case)
+    todo = again + new + failed
     rows = earlier
     if rows:
         print(f"{len(cases) - len(todo)} cases were measured before, {len(todo)} are left")
@@ -113,12 +118,13 @@ def run_cases(
             break
         try:
             result = measure(case)
-            rows += (new := result if isinstance(result, list) else [result])
-            print("\n".join(map(line, new)), flush=True)
+            measured = result if isinstance(result, list) else [result]
+            print("\n".join(map(line, measured)), flush=True)
         except Exception as error:  # one broken kernel must not hide the others
             what = "wrong" if isinstance(error, WrongResult) else "failed"
-            rows.append({**key(case), what: first_line(error)})
+            measured = [{**key(case), what: first_line(error)}]
             print(f"{case!s} | {what}: {first_line(error)}", flush=True)
+        rows = [row for row in rows if not _is_row_of(row, key(case))] + measured
         if args.json:
             entries = summary([row for row in rows if is_good(row)])
             write_json(args.json, {"machine": facts, **entries, "rows": rows})
@@ -126,6 +132,8 @@ def run_cases(
             write_csv(args.csv, rows)
         if not usable(torch.device(args.device)):
             print("the GPU does not answer any more: no further case is started")
+            if args.json and place + 1 < len(todo) - len(failed):
+                sys.exit(CONTEXT_LOST)
             break
     return rows
 

@@ -26,6 +26,7 @@ from typing import Any
 import gemm_cases
 import gpu_state
 import gpu_timer
+import runner
 import torch
 import tune_choices
 import tune_rules
@@ -101,6 +102,10 @@ def describe(case: Case) -> Result:
     return dict(zip(names, (case.layer.model, case.layer.name, *case.key), strict=True))
 
 
+def problem(result: Result) -> tuple[int, int, int]:
+    return result["M"], result["N"], result["K"]
+
+
 def same_tiles(one: Table, other: Table) -> bool:
     facts = [[[tile.get(f) for f in TILE_FACTS] for tile in t["tiles"]] for t in (one, other)]
     return facts[0] == facts[1]
@@ -119,7 +124,7 @@ def earlier_results(path: Path, machine: dict[str, Any], table: Table) -> list[R
         print(
             f"{path} was measured at commit {data['machine'].get('commit')}: its kernels may differ"
         )
-    return [result for result in data["results"] if result.get("times")]
+    return list(data["results"])
 
 
 def run(args: argparse.Namespace) -> int:
@@ -138,8 +143,10 @@ def run(args: argparse.Namespace) -> int:
         sys.exit(f"{VARIABLE} is set: what the dispatch takes would be what it says. Unset it.")
     sample = gpu_state.sampler(device)
     results = earlier_results(args.json, machine, table) if args.resume else []
-    done = {(result["M"], result["N"], result["K"]) for result in results}
+    done = {problem(result) for result in results if result.get("times")}
+    failed = {problem(result) for result in results} - done
     todo = [case for case in gemm_cases.cases(args.layers, args.tokens) if case.key not in done]
+    todo.sort(key=lambda case: case.key in failed)  # last: they may break the context again
     if done:
         print(f"{len(done)} problems were measured before, {len(todo)} are left")
     for place, case in enumerate(todo):
@@ -154,11 +161,13 @@ def run(args: argparse.Namespace) -> int:
         except Exception as error:  # one broken kernel must not hide the others
             result = describe(case) | {"failed": first_line(error), "times": []}
             print(f"{case} | failed: {result['failed']}", flush=True)
-        results.append(result)
+        results = [other for other in results if problem(other) != case.key] + [result]
         if args.json:
             write_json(args.json, {"machine": machine, "table": table, "results": results})
         if not usable(device):
             print("the GPU does not answer any more: no further problem is started")
+            if args.json and any(other.key not in failed for other in todo[place + 1 :]):
+                sys.exit(runner.CONTEXT_LOST)
             break
     report({"machine": machine, "table": table, "results": results}, args)
     return int(any(is_bad(result) for result in results) or not results)

@@ -176,19 +176,25 @@ def test_candidates_come_behind_what_is_shipped(
             assert_can_be_launched(p, plan(tuning_library, p, device), device, whole)
 
 
-@pytest.mark.parametrize("table", c_gemm.TABLES)
-def test_every_candidate_has_a_kernel(tuning_library: ctypes.CDLL, table: str) -> None:
-    """Each place of Hopper's candidates is in one instance; those of mma.sync are instantiated from the whole list."""
-    sources = (ROOT / "csrc" / "gemm" / "instances").glob("tuning_*_sm90.cu")
-    places = [
-        int(place)
-        for source in sources
-        for found in re.findall(r"find_candidate<([\d, ]+)>", source.read_text())
-        for place in found.split(",")
-    ]
-    candidates = [t for t in c_gemm.tables(tuning_library)[table]["tiles"] if t["candidate"]]
-    wanted = [i for i, tile in enumerate(candidates) if tile["kernel"] == "wgmma"]
-    assert wanted == (sorted(places) if table == "sm90" else [])
+@pytest.mark.parametrize(("prefix", "candidate"), [("wgmma", False), ("tuning", True)])
+def test_every_wgmma_tile_has_a_file_of_its_own(
+    tuning_library: ctypes.CDLL, prefix: str, candidate: bool
+) -> None:
+    """One kernel a file, so that a build keeps every core busy; named after the tile, with the right SQK_OVERLAP."""
+    found = {}
+    for source in (ROOT / "csrc" / "gemm" / "instances").glob(f"{prefix}_*_sm90.cu"):
+        text = source.read_text()
+        assert len(text.splitlines()) <= 12
+        (name,) = re.findall(r'row_of\("([^"]+)"\)', text)
+        assert source.name == f"{prefix}_{re.sub('[- ]', '_', name).lower()}_sm90.cu"
+        (overlap,) = re.findall(r"#define SQK_OVERLAP ([01])", text)
+        found[name] = bool(int(overlap))
+    tiles = c_gemm.tables(tuning_library)["sm90"]["tiles"]
+    assert found == {
+        tile["name"]: tile["schedule"] != "stream-K"
+        for tile in tiles
+        if tile["kernel"] == "wgmma" and tile["candidate"] is candidate
+    }
 
 
 @pytest.mark.parametrize("table", c_gemm.TABLES)

@@ -21,7 +21,12 @@ def options(**changes: Any) -> argparse.Namespace:
     return argparse.Namespace(**{**plain, **changes})
 
 
-def run(cases: list[int], measure: Callable[[int], Row | list[Row]], **changes: Any) -> list[Row]:
+def run(
+    cases: list[int],
+    measure: Callable[[int], Row | list[Row]],
+    complete: Callable[[Row], bool] = lambda row: True,
+    **changes: Any,
+) -> list[Row]:
     return runner.run_cases(
         cases,
         measure,
@@ -30,6 +35,7 @@ def run(cases: list[int], measure: Callable[[int], Row | list[Row]], **changes: 
         args=options(**changes),
         facts=FACTS,
         summary=lambda rows: {"sum": sum(row["us"] for row in rows)},
+        complete=complete,
     )
 
 
@@ -82,11 +88,11 @@ def test_what_was_measured_is_kept_and_what_failed_is_tried_again(
         return {"case": case, "us": 10}
 
     rows = run([1, 2, 4], measure, json=file, resume=True)
-    assert seen == [2, 4]
-    assert rows == [{"case": 1, "us": 3}, {"case": 2, "us": 10}, {"case": 4, "us": 10}]
+    assert seen == [4, 2]  # what failed may fail again: it comes last
+    assert rows == [{"case": 1, "us": 3}, {"case": 4, "us": 10}, {"case": 2, "us": 10}]
     assert json.loads(file.read_text())["sum"] == 23
     assert "1 cases were measured before, 2 are left" in capsys.readouterr().out
-    assert run([1, 2, 4], measure, json=file, resume=True) == rows and seen == [2, 4]
+    assert run([1, 2, 4], measure, json=file, resume=True) == rows and seen == [4, 2]
 
 
 @pytest.mark.parametrize(
@@ -94,8 +100,8 @@ def test_what_was_measured_is_kept_and_what_failed_is_tried_again(
     [
         ("{", "is no results file"),
         ("[]", "is no results file"),
-        (json.dumps({"machine": {**FACTS, "commit": "def"}, "rows": []}), "commit 'def', this is 'abc'"),
-        (json.dumps({"machine": {**FACTS, "device": "A"}, "rows": []}), "device 'A', this is 'toy'"),
+        (json.dumps({"machine": {**FACTS, "commit": "def"}, "rows": []}), "commit was 'def', is 'abc'"),
+        (json.dumps({"machine": {**FACTS, "device": "A"}, "rows": []}), "device was 'A', is 'toy'"),
     ],
 )  # fmt: skip
 def test_results_of_something_else_are_not_continued(tmp_path: Path, text: str, said: str) -> None:
@@ -117,6 +123,46 @@ def test_a_dead_gpu_ends_the_loop(
     monkeypatch.setattr(runner, "usable", lambda device: False)
     assert run([1, 2], lambda case: {"case": case, "us": 1}) == [{"case": 1, "us": 1}]
     assert "does not answer any more" in capsys.readouterr().out
+
+
+def test_a_dead_gpu_leaves_the_other_cases_to_a_new_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Case 2 breaks the context each time it is measured: it is tried once, and again when all others are done."""
+    seen: list[int] = []
+
+    def measure(case: int) -> Row:
+        seen.append(case)
+        if case == 2:
+            raise RuntimeError("CUDA error: an illegal memory access")
+        return {"case": case, "us": 1}
+
+    monkeypatch.setattr(runner, "usable", lambda device: seen[-1] != 2)
+    file = tmp_path / "r.json"
+    with pytest.raises(SystemExit) as left:
+        run([1, 2, 3, 4], measure, json=file)
+    assert left.value.code == runner.CONTEXT_LOST and seen == [1, 2]
+    rows = run([1, 2, 3, 4], measure, json=file, resume=True)
+    assert seen == [1, 2, 3, 4, 2]
+    good = [row["case"] for row in rows if runner.is_good(row)]
+    assert good == [1, 3, 4] and [row["case"] for row in rows] == [1, 3, 4, 2]
+    assert json.loads(file.read_text())["rows"] == rows
+
+
+def test_a_row_that_lacks_something_is_measured_again_first(tmp_path: Path) -> None:
+    file = tmp_path / "r.json"
+    cases = list(range(runner.AGAIN + 2))
+    before = [{"case": case, "us": 3} for case in cases if case != 1]
+    file.write_text(json.dumps({"machine": FACTS, "rows": before}))
+    seen: list[int] = []
+
+    def measure(case: int) -> Row:
+        seen.append(case)
+        return {"case": case, "us": 10, "more": 1}
+
+    rows = run(cases, measure, json=file, resume=True, complete=lambda row: "more" in row)
+    assert seen == [0, *range(2, runner.AGAIN), 1]
+    assert {row["case"]: "more" in row for row in rows} == {c: c < runner.AGAIN for c in cases}
 
 
 def test_resuming_needs_a_file() -> None:

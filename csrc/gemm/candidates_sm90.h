@@ -8,7 +8,7 @@
 
 namespace sqk {
 
-// Rows are instantiated by place in instances/tuning_*_sm90.cu.
+// Each kWgmma row has a file, instances/tuning_*_sm90.cu, which names it.
 constexpr GemmTile kSm90Candidates[] = {
     {"64x256x128", GemmKernel::kWgmma, 64, 256, 128, 0, 0, 5, Schedule::kPingpong, false, 2, 1, 1,
      75, "65 to 128 tokens of wide layers: half the tiles of 64x128, x_q drawn half as often"},

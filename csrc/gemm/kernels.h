@@ -25,17 +25,13 @@ struct WgmmaEntry {
   int64_t (*workspace_bytes)(const GemmParams&, const GemmDevice&) = nullptr;
 };
 
-// instances/wgmma_*_sm90.cu, where 9.0a was built (SQK_WITH_SM90); empty for rows of other files.
-WgmmaEntry wgmma_swap(int32_t tile);
-WgmmaEntry wgmma_stream_k(int32_t tile);
-WgmmaEntry wgmma_middle(int32_t tile);
-WgmmaEntry wgmma_large(int32_t tile);
+// The kernel of a kWgmma row of Hopper's table, where 9.0a was built (SQK_WITH_SM90). Each row has
+// a file of its own: instances/wgmma_*_sm90.cu, or tuning_*_sm90.cu for a candidate. A row without
+// one does not link.
+template <int kRow>
+WgmmaEntry wgmma_row();
 
-// instances/tuning_*.cu: the candidates, in a tuning build (SQK_TUNING).
+// instances/tuning_mma_sm80.cu: the candidates, in a tuning build (SQK_TUNING).
 GemmLaunch mma_candidate(GemmTable table, int32_t tile);
-WgmmaEntry wgmma_candidate_pingpong(int32_t tile);
-WgmmaEntry wgmma_candidate_cooperative(int32_t tile);
-WgmmaEntry wgmma_candidate_swap(int32_t tile);
-WgmmaEntry wgmma_candidate_stream_k(int32_t tile);
 
 }  // namespace sqk

@@ -2,28 +2,42 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <utility>
 
 #include "gemm/kernels.h"
 #include "gemm/measured.h"
+#include "gemm/table_sm90.h"
 
 namespace sqk {
 namespace {
 
+#if SQK_WITH_SM90
+using WgmmaRow = WgmmaEntry (*)();
+
+template <int kRow>
+constexpr WgmmaRow wgmma_row_or_null() {
+  if constexpr (kSm90Tiles[kRow].kernel == GemmKernel::kWgmma) {
+    return &wgmma_row<kRow>;
+  } else {
+    return nullptr;
+  }
+}
+
+template <int... kRows>
+WgmmaEntry find_wgmma(int32_t tile, std::integer_sequence<int, kRows...>) {
+  static constexpr WgmmaRow kEntries[] = {wgmma_row_or_null<kRows>()...};
+  return kEntries[tile] != nullptr ? kEntries[tile]() : WgmmaEntry{};
+}
+#endif
+
+// `tile` is a row of Hopper's table; empty for a row of another kind.
 WgmmaEntry wgmma_entry([[maybe_unused]] int32_t tile) {
 #if SQK_WITH_SM90
-  for (const auto find : {wgmma_swap, wgmma_stream_k, wgmma_middle, wgmma_large}) {
-    const WgmmaEntry entry = find(tile);
-    if (entry.launch != nullptr) return entry;
-  }
-#if SQK_TUNING
-  for (const auto find : {wgmma_candidate_pingpong, wgmma_candidate_cooperative,
-                          wgmma_candidate_swap, wgmma_candidate_stream_k}) {
-    const WgmmaEntry entry = find(tile);
-    if (entry.launch != nullptr) return entry;
-  }
-#endif
-#endif
+  constexpr int kRows = static_cast<int>(kSm90Tiles.size());
+  return find_wgmma(tile, std::make_integer_sequence<int, kRows>());
+#else
   return {};
+#endif
 }
 
 const GemmTile& tile_of(const GemmPlan& plan) { return gemm_table(plan.table).tiles[plan.tile]; }

@@ -10,6 +10,7 @@
 #include <cuda_runtime.h>
 
 #include <cstring>
+#include <string_view>
 
 #include "cute/tensor.hpp"
 #include "cutlass/cutlass.h"
@@ -225,5 +226,20 @@ class WgmmaGemm {
     return status == Status::kSuccess ? launch_kernel(launch, &params) : status;
   }
 };
+
+// The row of the table with this name; none: -1, which wgmma_row refuses.
+constexpr int row_of(std::string_view name) {
+  for (size_t i = 0; i < kSm90Tiles.size(); ++i) {
+    if (kSm90Tiles[i].name == name) return static_cast<int>(i);
+  }
+  return -1;
+}
+
+// Instantiated by the files of instances/, one each.
+template <int kRow>
+WgmmaEntry wgmma_row() {
+  static_assert(kRow >= 0, "table_sm90.h has no tile of this name");
+  return {&WgmmaGemm<kRow>::launch, &WgmmaGemm<kRow>::workspace_bytes};
+}
 
 }  // namespace sqk

@@ -1,0 +1,5 @@
+// "16x128x256 swap stream-K" of candidates_sm90.h, for the tuner. Kernel ring: no torch.
+#define SQK_OVERLAP 0
+#include "gemm/wgmma_kernel.cuh"
+
+template sqk::WgmmaEntry sqk::wgmma_row<sqk::row_of("16x128x256 swap stream-K")>();
