@@ -15,8 +15,10 @@ from family_table import PATH, page, role, smoothed
 from torch import Tensor, nn
 
 from smoothquant_kernels import SmoothQuantConfig, W8A8Linear, quantize_model, smooth_lm
+from smoothquant_kernels.groups import Group
 from smoothquant_kernels.linear import is_float_linear, pending_smooth
 from smoothquant_kernels.modules import evaluating, output_tensors, run
+from smoothquant_kernels.smooth import ROUNDINGS, rounding_noise
 
 MIXTURES = [
     *("mixtral", "qwen2_moe", "qwen3_moe", "qwen3_next", "qwen3_5_moe", "glm4_moe"),
@@ -39,7 +41,9 @@ def unseen(family: str) -> Batch:
 ONE_PLUS = ["qwen3_next", "qwen3_5_moe", "gemma", "gemma2", "gemma3", "nemotron"]
 
 
-def assert_kept(before: list[Tensor], after: list[Tensor], *, exact: bool) -> None:
+def assert_kept(
+    before: list[Tensor], after: list[Tensor], *, exact: bool, bound: float = 1e-5
+) -> None:
     """Equal to the last bit, or to relative 1e-5: some 1e-7 for every product that is rounded once more."""
     assert len(before) == len(after) > 0
     for x, y in zip(before, after, strict=True):
@@ -49,7 +53,7 @@ def assert_kept(before: list[Tensor], after: list[Tensor], *, exact: bool) -> No
             # routers that leave experts out say so with -inf
             assert torch.equal(x.isfinite(), y.isfinite())
             x, y = (z.nan_to_num(neginf=0.0) for z in (x, y))
-            assert (y - x).abs().max() <= 1e-5 * x.abs().max()
+            assert (y - x).abs().max() <= bound * x.abs().max()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -65,11 +69,15 @@ def test_smoothing_changes_no_bit_of_any_output(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_exact_factors_keep_the_outputs(family: str) -> None:
     outcome = smoothed(family)
-    config = SmoothQuantConfig(smooth_rounding="none")
+    config = SmoothQuantConfig(smooth_rounding="none", only_where_better=False)
     data = [FAMILIES[family].inputs(seed) for seed in (3, 4)]
     model = smooth_lm(copy.deepcopy(outcome.model), data, config=config, progress=False)
     before, after = (outputs(m, unseen(family)) for m in (outcome.model, model))
-    assert_kept(before, after, exact=False)
+    # where rounding alone moves the output by more than 1e-6 or so: the bound of `smooth_lm`, on these data
+    folded = [Group((e["name"],)) for e in outcome.info["layers"] if e["smoothing"] == "folded"]
+    with evaluating(outcome.model):
+        noise = rounding_noise(outcome.model, folded, unseen(family), before[0])
+    assert_kept(before, after, exact=False, bound=max(1e-5, ROUNDINGS * noise))
     plans = [
         {e["name"]: e["smoothing"] for e in info["layers"]}
         for info in (model.smoothquant_info, outcome.info)
