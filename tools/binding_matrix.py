@@ -4,10 +4,11 @@
     python tools/binding_matrix.py --torch 2.11.0         # one version
     python tools/binding_matrix.py --load .venv/bin/python  # also loads each build there and calls its ops
 
-The headers come from torch's own wheels: `pip download`, of which only torch/include is kept, in a
-cache folder (40 MB a version). An installed torch of the wanted version is used as it is. A build
-must not need a function of libtorch that the oldest promised torch lacks, whatever headers it was
-compiled with. Exit code 0: all right; 1: a version failed or could not be had; 2: no compiler.
+The headers come from torch's own wheels: `pip download`, of which only the headers of the stable ABI
+are kept, in a cache folder (1 MB a version), so that an include of any other is an error. An
+installed torch of the wanted version is used as it is. A build must not need a function of libtorch
+that the oldest promised torch lacks, whatever headers it was compiled with. Exit code 0: all right;
+1: a version failed or could not be had; 2: no compiler.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ VERSIONS = (OLDEST, "2.11.0", "2.14.1", "2.15.0")
 SMALLEST = ("macosx_14_0_arm64", "macosx_11_0_arm64")
 WITH_LIBRARY = ("manylinux_2_28_aarch64",)
 PYTHON_TAG = "3.12"  # of the wheel; it need not be the running Python's
+STABLE = ("csrc/stable", "csrc/inductor/aoti_torch", "headeronly")  # of torch/include/torch
 LIBTORCH = "torch/lib/libtorch_cpu.so"
 EXPORTS = "exports.txt"
 
@@ -45,7 +47,7 @@ BUILD = Path("build") / "binding"
 # C functions of libtorch, and names in its C++ namespaces, which are no part of the stable ABI.
 C_NAME = re.compile(r"(?:aoti_)?torch_\w+")
 CXX_NAME = re.compile(r"_ZT?\w?N?K?(?:3c10|2at|5torch|6caffe2)")
-DECLARED_IN = ("torch/csrc/inductor/aoti_torch", "torch/csrc/stable/c")
+DECLARED_IN = ("torch/csrc/stable", "torch/csrc/inductor/aoti_torch")
 
 
 @dataclass(frozen=True)
@@ -109,13 +111,14 @@ def exported(library: Path) -> frozenset[str]:
 
 
 def unpack(wheel: Path, target: Path) -> None:
-    """Keeps torch/include of a wheel, and the list of what its libtorch_cpu exports, if it is for Linux."""
+    """Keeps the stable headers of a wheel, and the list of what its libtorch_cpu exports, if it is for Linux."""
+    kept = tuple(f"torch/include/torch/{folder}/" for folder in STABLE)
     with tempfile.TemporaryDirectory(dir=target.parent) as name:
         work = Path(name)
         with zipfile.ZipFile(wheel) as archive:
-            members = [m for m in archive.namelist() if m.startswith("torch/include/")]
+            members = [name for name in archive.namelist() if name.startswith(kept)]
             if not members:
-                raise BuildError(f"{wheel.name} holds no torch/include.")
+                raise BuildError(f"{wheel.name} holds none of torch's stable headers.")
             archive.extractall(work, members)
             if LIBTORCH in archive.namelist():
                 library = archive.extract(LIBTORCH, work)
