@@ -172,7 +172,7 @@ def _probe(model: nn.Module, batch: Batch, trace: _Trace, groups: list[Group]) -
             for name, inputs in trace.inputs.items():
                 # no trial reaches beyond the next linear
                 if len(inputs) == 1 and not any(name in groups[i].linears for i in now.values()):
-                    hooks.on_input(name, lambda _, x=inputs[0]: x)  # type: ignore[misc]
+                    hooks.on_input(name, functools.partial(_replay, inputs[0]))
             for producer, i in now.items():
                 on_match = functools.partial(found.__setitem__, i, producer)
                 _add_probe(hooks, producer, groups[i], trace, on_match)
@@ -191,6 +191,11 @@ def _probe(model: nn.Module, batch: Batch, trace: _Trace, groups: list[Group]) -
     return result
 
 
+def _replay(original: Tensor, x: Tensor) -> Tensor:
+    """What a module was given without the trial; not where the trial has sent an expert other tokens."""
+    return original if x.shape == original.shape else x
+
+
 def _add_probe(
     hooks: Hooks, producer: str, group: Group, trace: _Trace, on_match: Callable[[], None]
 ) -> None:
@@ -200,7 +205,7 @@ def _add_probe(
     def compare(x: Tensor) -> Tensor:
         if bool(original.any()) and _same(x, original * factors, by_channel=True):
             on_match()
-        return original
+        return _replay(original, x)
 
     hooks.on_output(producer, lambda y: y * factors)
     for name in group.linears:
