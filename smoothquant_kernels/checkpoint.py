@@ -311,8 +311,8 @@ def _rebuild(folder: Path, manifest: Manifest) -> nn.Module:
         from transformers import GenerationConfig
 
         try:
-            values = json.loads((folder / GENERATION_CONFIG).read_text("utf-8"))
-            model.generation_config = GenerationConfig.from_dict(values)
+            # Not from_dict: what that makes, transformers 4 cannot generate with.
+            model.generation_config = GenerationConfig.from_pretrained(folder)
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise SmoothQuantError(
                 f"{folder / GENERATION_CONFIG} cannot be read ({error}): copy it again."
