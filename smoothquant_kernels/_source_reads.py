@@ -32,7 +32,7 @@ _NOTHING: frozenset[Path] = frozenset()
 def read_in_source(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
     """(reader, layer): modules whose `forward` may read the parameters of a module below them."""
     for module in model.modules():
-        for path in _reads_of(type(module)):
+        for path in _reads_of(type(module)):  # type: ignore[arg-type]
             for layer in _resolve(module, path):
                 yield module, layer
 

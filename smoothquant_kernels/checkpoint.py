@@ -314,10 +314,14 @@ def _rebuild(folder: Path, manifest: Manifest) -> nn.Module:
         from transformers import GenerationConfig
 
         try:
-            values = skeletons.plain_floats(
-                json.loads((folder / GENERATION_CONFIG).read_text("utf-8"))
+            saved = json.loads((folder / GENERATION_CONFIG).read_text("utf-8"))
+            values = skeletons.plain_floats(saved)
+            # What from_dict makes, transformers 4 cannot generate with.
+            model.generation_config = (
+                GenerationConfig.from_pretrained(folder)
+                if values == saved
+                else GenerationConfig.from_dict(values)
             )
-            model.generation_config = GenerationConfig.from_dict(values)
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise SmoothQuantError(
                 f"{folder / GENERATION_CONFIG} cannot be read ({error}): copy it again."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from smoothquant_kernels.fold import (
     fold_verified,
     round_to_power_of_two,
 )
-from smoothquant_kernels.groups import Group, runs_within
+from smoothquant_kernels.groups import Group
 from smoothquant_kernels.linear import weight_of
 from smoothquant_kernels.modules import Batch, shared_parameters
 from smoothquant_kernels.reference import smoothing_factors
@@ -69,6 +69,26 @@ def smoothable_linears(
     """Those that calibration has seen and whose weight is theirs alone."""
     shared = shared_parameters(model)
     return [n for n in linears if n in statistics.absmax and f"{n}.weight" not in shared]
+
+
+def runs_within(
+    groups: Iterable[Group],
+    size: Callable[[Group], int],
+    max_bytes: int,
+    max_groups: int | None = None,
+) -> Iterator[list[Group]]:
+    """The groups in runs whose sizes fit together; one that does not fit alone is a run for itself."""
+    part: list[Group] = []
+    used = 0
+    for group in groups:
+        more = size(group)
+        if part and (len(part) == max_groups or used + more > max_bytes):
+            yield part
+            part, used = [], 0
+        part.append(group)
+        used += more
+    if part:
+        yield part
 
 
 class Plan:

@@ -145,6 +145,38 @@ def test_search_passes_over_batches_that_miss_an_expert() -> None:
     assert len(whole.groups) == 4
 
 
+class Routed(nn.Module):
+    """Experts that are modules, and a router that is a bare parameter: it reads what a trial changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(64, 16)
+        self.a, self.out = nn.Linear(16, 16), nn.Linear(16, 64)
+        self.router = nn.Parameter(torch.randn(16, 4))
+        self.experts = nn.ModuleList(nn.Linear(16, 16) for _ in range(4))
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        h = self.a(self.embed(input_ids))
+        chosen = (h @ self.router).argmax(-1)
+        mixed = torch.zeros_like(h)
+        for i, expert in enumerate(self.experts):
+            mixed[chosen == i] = expert(h[chosen == i])
+        return self.out(h + mixed)
+
+
+def test_a_trial_may_send_experts_other_tokens() -> None:
+    generator = torch.Generator().manual_seed(0)
+    data = [torch.randint(0, 64, (1, 24), generator=generator) for _ in range(2)]
+    model = Routed().eval()
+    with torch.no_grad():
+        before = model(data[0])
+        smooth_lm(model, data, config=EXACT, progress=False)
+        assert torch.equal(model(data[0]), before)
+    layers = {entry["name"]: entry for entry in model.smoothquant_info["layers"]}  # type: ignore[union-attr,call-overload]
+    assert {layers[f"experts.{i}"]["smoothing"] for i in range(4)} == {"runtime"}
+
+
 def test_padding_is_no_prediction() -> None:
     """The same tokens with padding behind them: the same costs and the same validation."""
     model = make_model("llama")

@@ -94,11 +94,13 @@ def link_command(nvcc: str, objects: list[str], output: str, torch_lib: Path) ->
 
     No run path: the package never loads the library before torch. nvcc's own device link is left
     out (there is nothing to link), and so are local symbols, among them the names of its temporary
-    files: the same sources in the same folder give the same bytes.
+    files: the same sources in the same folder give the same bytes. -ldl: torch's headers call dlsym
+    since 2.13, which is in a library of its own before glibc 2.34.
     """
     return [
         nvcc, "-shared", "-cudart", "shared", "-o", output, *objects, f"-L{torch_lib}",
         "-Xlinker=--no-undefined,--discard-all", "--no-device-link", "-ltorch_cuda", "-ltorch_cpu",
+        "-ldl",
     ]  # fmt: skip
 
 

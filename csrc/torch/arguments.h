@@ -28,8 +28,8 @@ class Text {
   std::string_view view() const {
     size_t length = 0;
     const char* data = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(handle_, &length));
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle_, &data));
+    SQK_TORCH_CALL(torch_string_length, handle_, &length);
+    SQK_TORCH_CALL(torch_string_c_str, handle_, &data);
     return {data, length};
   }
 

@@ -15,9 +15,12 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <algorithm>
 #include <optional>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "sqk/status.h"
@@ -30,7 +33,26 @@
 #define SQK_DISPATCH_KEY CUDA
 #endif
 
+// Exported by libtorch 2.13 and newer. Weak, so that the library loads without it: null there.
+extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
+
+// Calls a function of libtorch that returns an error code; throws what libtorch says of an error.
+// torch's own macro for that came with the headers of torch 2.13, too late for TORCH_TARGET.
+#define SQK_TORCH_CALL(function, ...)                                              \
+  do {                                                                             \
+    if (function(__VA_ARGS__) != TORCH_SUCCESS) sqk::throw_torch_error(#function); \
+  } while (0)
+
 namespace sqk {
+
+[[noreturn]] inline void throw_torch_error(const char* function) {
+  const char* reason = torch_exception_get_what_without_backtrace
+                           ? torch_exception_get_what_without_backtrace()
+                           : nullptr;
+  // Before 2.13 libtorch only logs its reason.
+  throw std::runtime_error(std::string(function) + " failed: " +
+                           (reason ? reason : "libtorch wrote the reason to standard error."));
+}
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -43,8 +65,7 @@ class Launch {
 #else
   explicit Launch(const Tensor& tensor) : guard_(tensor.get_device_index()) {
     void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(
-        aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+    SQK_TORCH_CALL(aoti_torch_get_current_cuda_stream, tensor.get_device_index(), &stream);
     stream_ = static_cast<cudaStream_t>(stream);
   }
 #endif
@@ -64,8 +85,8 @@ struct Place {
   int32_t type, index;
 
   explicit Place(const Tensor& tensor) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &type));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor.get(), &index));
+    SQK_TORCH_CALL(aoti_torch_get_device_type, tensor.get(), &type);
+    SQK_TORCH_CALL(aoti_torch_get_device_index, tensor.get(), &index);
   }
   bool operator==(const Place& other) const { return type == other.type && index == other.index; }
 };
@@ -82,8 +103,8 @@ inline Tensor empty_on(const Tensor& like, const int64_t* sizes, size_t dims, Sc
   const Place place(like);
   const auto type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle made = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      static_cast<int64_t>(dims), sizes, strides.data(), type, place.type, place.index, &made));
+  SQK_TORCH_CALL(aoti_torch_empty_strided, static_cast<int64_t>(dims), sizes, strides.data(), type,
+                 place.type, place.index, &made);
   return Tensor(made);
 }
 

@@ -1,0 +1,98 @@
+"""Calls every op of the binding and compares it with the package's CPU kernel; run by tools/binding_load.py.
+
+It runs in a folder that holds a copy of the package with a library of stand-in kernels, under any torch. The ops are
+called by the CUDA key with tensors in host memory. The numbers are such that every result is exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+torch.version.cuda = "13.0"  # so that the library is taken for one that fits this torch
+from smoothquant_kernels import _extension, ops  # noqa: E402
+
+KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+X = torch.tensor([[1, -2, 3, 127], [-127, 4, 0, 5], [6, 127, -7, 8]]).float()
+SIGNS = torch.tensor([[1, -1, 1, -1], [-1, -1, 1, 1]]).float()  # normalised already
+W = torch.tensor([[1, 2, 3, 4], [-5, 6, -7, 8]], dtype=torch.int8)
+ONE, TWO = torch.ones(1), torch.tensor([2.0])
+PER_TOKEN, PER_CHANNEL = torch.tensor([1.0, 2.0, 0.5]), torch.tensor([0.5, 4.0])
+X_Q = X.to(torch.int8)
+
+# op -> (positional arguments, keyword arguments), several calls each.
+CALLS: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
+    ("_saturate_s8", (X * 1.5,), {}),
+    ("_saturate_s8", (X.t(),), {}),
+    ("quantize", (X,), {}),
+    ("quantize", (X.t(),), {"scale": ONE, "k_multiple": 16}),
+    ("quantize", (X.reshape(3, 1, 4),), {"granularity": "tensor", "inv_smooth": torch.ones(4)}),
+    ("rms_norm_quantize", (SIGNS, torch.full((4,), 127.0), 0.0), {}),
+    ("rms_norm_quantize", (0 * SIGNS, 127 * torch.ones(4), 0.0), {"residual": SIGNS}),
+    ("layer_norm_quantize", (SIGNS, 127 * torch.ones(4), torch.zeros(4), 0.0), {}),
+    ("layer_norm_quantize", (SIGNS, None, None, 0.0), {"scale": ONE, "residual": 0 * SIGNS}),
+    ("act_quantize", (X, "relu"), {"scale": ONE}),
+    ("gemm_s8", (X_Q, W, ONE, PER_CHANNEL), {"out_dtype": torch.float32}),
+    ("gemm_s8", (X_Q, W, PER_TOKEN, ONE), {"out_dtype": torch.float32, "bias": PER_CHANNEL.half()}),
+    ("gemm_s8", (X_Q, W, ONE, ONE), {"out_dtype": torch.float32, "residual": torch.ones(3, 2)}),
+    ("gemm_s8_requant", (X_Q, W, ONE, ONE, 16 * TWO), {"relu": True}),
+    ("linear_s8", (X, W, PER_CHANNEL), {}),
+    ("linear_s8", (X, W, ONE), {"bias": PER_CHANNEL, "scale": TWO / 2, "inv_smooth": torch.ones(4)}),
+    ("linear_s8", (X, W, ONE), {"granularity": "tensor"}),
+    ("_gemm_s8_tile", (X_Q, W, ONE, ONE), {"out_dtype": torch.float32, "tile": -1, "splits": 0}),
+]  # fmt: skip
+
+# What the binding refuses, and a part of its sentence. The last one is libtorch's refusal, with its reason or where
+# that reason is.
+ENDLESS = torch.ones(1, 1).expand(2**30, 1)  # padded to 2**20 columns: a petabyte
+REFUSED: list[tuple[str, tuple[Any, ...], dict[str, Any], str]] = [
+    ("_saturate_s8", (X.half(),), {}, "x must be float32, got dtype|x must be float32, got float16"),
+    ("quantize", (X,), {"granularity": "row"}, "granularity must be 'token' or 'tensor', got 'row'"),
+    ("act_quantize", (X, "cube"), {}, "kind must be one of relu, gelu"),
+    ("gemm_s8", (X, W, ONE, ONE), {"out_dtype": torch.float32}, "x_q must be int8, got float32"),
+    ("quantize", (ENDLESS,), {"k_multiple": 2**20},
+     "aoti_torch_empty_strided failed: .*(allocate memory|standard error)"),
+]  # fmt: skip
+
+
+def overload(name: str) -> Callable[..., Any]:
+    return getattr(torch.ops.smoothquant_kernels, name).default  # type: ignore[no-any-return]
+
+
+def bound(name: str, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    """What the library's kernel returns."""
+    return overload(name).redispatch(KEYS, *args, **options)  # type: ignore[attr-defined]
+
+
+def same(got: Any, expected: Any) -> bool:
+    if isinstance(got, torch.Tensor):
+        return got.dtype == expected.dtype and torch.equal(got, expected)
+    return all(map(same, got, expected))
+
+
+def main() -> None:
+    import re
+
+    status = _extension.extension_status()
+    assert status.available, status.reason
+    uncalled = {"_saturate_s8", *ops.OPS} - {name for name, _, _ in CALLS}
+    assert not uncalled, f"no call of {sorted(uncalled)} in binding_calls.py"
+    for name in sorted({name for name, _, _ in CALLS}):
+        assert _extension.has_cuda_kernel(name), f"the library has no kernel for {name}"
+    for name, args, options in CALLS:
+        got, expected = bound(name, args, options), overload(name)(*args, **options)
+        assert same(got, expected), f"{name} {options}: got {got}, expected {expected}"
+    for name, args, options, words in REFUSED:
+        try:
+            bound(name, args, options)
+        except RuntimeError as error:
+            assert re.search(words, str(error)), f"{name}: said '{error}', not '{words}'"
+        else:
+            raise AssertionError(f"{name} {options} was not refused")
+    print(f"{torch.__version__}: {len(CALLS) + len(REFUSED)} calls right")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+// Stand-ins for the kernels, so that the binding can be linked, loaded and called where there is no
+// GPU: plain loops over float32 in host memory, exact where the numbers are. tools/binding_load.py
+// compares what the ops return.
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "sqk/gemm.h"
+#include "sqk/quantize.h"
+#include "sqk/saturate.h"
+
+// What the binding asks libtorch_cuda for; defined here, so that a torch for the CPU serves too.
+extern "C" {
+int32_t aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
+  *stream = nullptr;
+  return 0;
+}
+int32_t aoti_torch_create_device_guard(int32_t, void** guard) {
+  *guard = nullptr;
+  return 0;
+}
+int32_t aoti_torch_delete_device_guard(void*) { return 0; }
+}
+
+namespace sqk {
+namespace {
+
+int8_t to_int8(float value) {
+  if (std::isnan(value)) return 0;
+  return static_cast<int8_t>(std::nearbyint(std::clamp(value, -128.0f, 127.0f)));
+}
+
+const float* row_of(const void* data, int64_t row, int64_t stride) {
+  return static_cast<const float*>(data) + row * stride;
+}
+
+std::vector<float> produce(const QuantizeParams& p, int64_t row) {
+  std::vector<float> v(row_of(p.x, row, p.x_stride), row_of(p.x, row, p.x_stride) + p.k);
+  if (p.residual != nullptr) {
+    float* sum = static_cast<float*>(p.sum) + row * p.sum_stride;
+    for (int64_t i = 0; i < p.k; ++i) {
+      sum[i] = v[i] = v[i] + row_of(p.residual, row, p.residual_stride)[i];
+    }
+  }
+  double mean = 0, variance = 0;
+  if (p.producer == Producer::kLayerNorm) {
+    for (float value : v) mean += value / static_cast<double>(p.k);
+  }
+  for (float value : v) variance += (value - mean) * (value - mean) / static_cast<double>(p.k);
+  for (int64_t i = 0; i < p.k; ++i) {
+    if (is_norm(p.producer)) {
+      v[i] = static_cast<float>((v[i] - mean) / std::sqrt(variance + p.eps));
+      if (p.weight != nullptr) v[i] *= static_cast<const float*>(p.weight)[i];
+      if (p.bias != nullptr) v[i] += static_cast<const float*>(p.bias)[i];
+    }
+    if (p.producer == Producer::kRelu) v[i] = std::max(v[i], 0.0f);
+    if (p.inv_smooth != nullptr) v[i] *= p.inv_smooth[i];
+  }
+  return v;
+}
+
+}  // namespace
+
+const char* describe(Status) { return "the stand-in kernels do not serve this"; }
+
+Status saturate_s8(const SaturateParams& p, cudaStream_t) {
+  std::transform(p.x, p.x + p.numel, p.y, to_int8);
+  return Status::kSuccess;
+}
+
+Status plan(const QuantizeParams& p, QuantizePlan* plan) {
+  *plan = {};
+  const bool served = p.producer <= Producer::kRelu && p.gate == nullptr;
+  return served && p.dtype == DType::kFloat32 ? Status::kSuccess : Status::kUnsupportedShape;
+}
+
+Status quantize(const QuantizeParams& p, const QuantizePlan&, cudaStream_t) {
+  std::vector<std::vector<float>> rows;
+  std::vector<float> largest;
+  for (int64_t row = 0; row < p.m; ++row) {
+    rows.push_back(produce(p, row));
+    float absmax = 0;
+    for (float value : rows.back()) absmax = std::max(absmax, std::fabs(value));
+    largest.push_back(absmax);
+  }
+  const float overall = *std::max_element(largest.begin(), largest.end());
+  for (int64_t row = 0; row < p.m; ++row) {
+    float scale = (p.scheme == Scheme::kPerTensor ? overall : largest[row]) / 127;
+    if (p.scheme == Scheme::kStatic) scale = *p.scale;
+    p.x_scale[p.scheme == Scheme::kPerTensor ? 0 : row] = scale;
+    int8_t* x_q = p.x_q + row * p.x_q_stride;
+    std::fill(x_q, x_q + p.k_padded, int8_t{0});
+    for (int64_t i = 0; i < p.k; ++i) x_q[i] = to_int8(rows[row][i] / scale);
+  }
+  return Status::kSuccess;
+}
+
+Status plan(const GemmParams& p, GemmPlan* plan) {
+  *plan = {};
+  const bool served = p.y_dtype == DType::kFloat32 || p.y_dtype == DType::kInt8;
+  return served ? Status::kSuccess : Status::kUnsupportedShape;
+}
+
+Status gemm_s8(const GemmParams& p, const GemmPlan&, cudaStream_t) {
+  for (int64_t row = 0; row < p.m; ++row) {
+    for (int64_t column = 0; column < p.n; ++column) {
+      int32_t sum = 0;
+      for (int64_t i = 0; i < p.k; ++i) {
+        sum += p.x_q[row * p.x_q_stride + i] * p.w_q[column * p.w_q_stride + i];
+      }
+      float y = static_cast<float>(sum) * p.w_scale[p.w_per_channel ? column : 0] *
+                p.x_scale[p.x_per_token ? row : 0];
+      if (p.bias != nullptr) y += p.bias[column];
+      if (p.residual != nullptr) y += row_of(p.residual, row, p.residual_stride)[column];
+      if (p.relu) y = std::max(y, 0.0f);
+      if (p.y_dtype == DType::kInt8) {
+        static_cast<int8_t*>(p.y)[row * p.y_stride + column] = to_int8(y / *p.out_scale);
+      } else {
+        static_cast<float*>(p.y)[row * p.y_stride + column] = y;
+      }
+    }
+  }
+  return Status::kSuccess;
+}
+
+Status plan(const LinearParams& p, LinearPlan* plan) {
+  *plan = {};
+  const Status status = sqk::plan(p.quantize, &plan->quantize);
+  return status == Status::kSuccess ? sqk::plan(p.gemm, &plan->gemm) : status;
+}
+
+Status linear_s8(const LinearParams& p, const LinearPlan& plan, cudaStream_t stream) {
+  quantize(p.quantize, plan.quantize, stream);
+  GemmParams gemm = p.gemm;
+  gemm.x_q = p.quantize.x_q;
+  gemm.x_scale = p.quantize.x_scale;
+  gemm.x_per_token = p.quantize.scheme != Scheme::kPerTensor;
+  return gemm_s8(gemm, plan.gemm, stream);
+}
+
+}  // namespace sqk
