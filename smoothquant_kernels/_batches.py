@@ -229,28 +229,39 @@ def position_limit(model: nn.Module | None) -> tuple[int | None, bool]:
     return limit, False
 
 
-def check_length(model: nn.Module, batch: Batch) -> None:
-    """Raises SmoothQuantError if a row is longer than the table of the model's positions."""
+def _is_too_long(model: nn.Module, batch: Batch) -> str | None:
+    """One sentence if a row is longer than the table of the model's positions (which it may not use: ESM's)."""
     ids = batch.get("input_ids")
     limit, hard = position_limit(model)
-    if ids is not None and hard and limit is not None and ids.dim() >= 2 and ids.shape[-1] > limit:
-        raise SmoothQuantError(
-            f"a calibration batch has {ids.shape[-1]} tokens in a row and {type(model).__name__} has {limit} "
-            "positions: cut the rows, or pass strings, which are cut into windows of calibration_window tokens, at "
-            "most as long as the model."
-        )
+    if ids is None or not hard or limit is None or ids.dim() < 2 or ids.shape[-1] <= limit:
+        return None
+    return (
+        f"a calibration batch has {ids.shape[-1]} tokens in a row and {type(model).__name__} has {limit} "
+        "positions: cut the rows, or pass strings, which are cut into windows of calibration_window tokens, at "
+        "most as long as the model."
+    )
 
 
 def run_checked(model: nn.Module, batch: Batch) -> Any:
-    """`run` without the logits; what the model refuses by itself becomes one sentence.
+    """`run` without the logits, `explained`."""
+    return explained(model, batch, lambda: run(model, batch, logits=False))
+
+
+def explained(model: nn.Module, batch: Batch, call: Callable[[], Any]) -> Any:
+    """What `call` returns; if the model refuses the batch, one sentence says why.
 
     Raises:
         SmoothQuantError: the batch is too long for the model, lacks the decoder's text, or the model refuses it.
     """
-    check_length(model, batch)
     try:
-        return run(model, batch, logits=False)
-    except (TypeError, ValueError, IndexError) as error:
+        return call()
+    except (TypeError, ValueError, IndexError, RuntimeError) as error:
+        if isinstance(error, (SmoothQuantError, torch.OutOfMemoryError)):
+            raise
+        if (too_long := _is_too_long(model, batch)) is not None:
+            raise SmoothQuantError(too_long) from error
+        if isinstance(error, RuntimeError):
+            raise
         entries = ", ".join(f"{n} {list(v.shape)}" for n, v in batch.items())
         name = type(model).__name__
         if is_seq2seq(batch, model) and not any(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from smoothquant_kernels import _skeleton as skeletons
-from smoothquant_kernels._batches import check_length, count_tokens, small_batch
+from smoothquant_kernels._batches import count_tokens, explained, small_batch
 from smoothquant_kernels._folder import check_target, put, seal
 from smoothquant_kernels._manifest import MANIFEST, FileEntry, TensorEntry
 from smoothquant_kernels._safetensors import dtype_name, unique, write_safetensors
@@ -117,8 +117,6 @@ def quantize_streamed(
     )
     if not batches:
         ActivationStatistics().check_not_empty()
-    for batch in batches:
-        check_length(model, batch)
     tokens = sum(map(count_tokens, batches))
     if (short := shortage(tokens, config.calibration_tokens)) is not None:
         warnings.warn(short, stacklevel=2)
@@ -252,7 +250,9 @@ class _Stream:
         statistics = self._statistics(linears)
 
         def step(batch: Batch) -> Tensor:
-            return self.chain.step(index, block, *_split(batch))
+            return explained(
+                self.model, batch, lambda: self.chain.step(index, block, *_split(batch))
+            )
 
         with Recorder(statistics, linears, self.model) as recorder:
             for i, batch in enumerate(self.batches):

@@ -153,7 +153,7 @@ def test_blank_texts_join_their_neighbours(rows: list[str]) -> None:
         ("bad.jsonl", b'{"text": "a"}\n{"text"', r"bad\.jsonl, line 2, is not JSON"),
         ("column.jsonl", b'{"body": "a", "id": 1}', 'no column "text", only body, id; name'),
         ("number.jsonl", b'{"text": 3}', 'row 1: "text" is of type int'),
-        ("list.jsonl", b"[1]", "row 1, is of type int"),
+        ("list.jsonl", b"[1]", "row 1, is of type list"),
         (
             "columns.csv",
             b"id,body\n1,a\n",
