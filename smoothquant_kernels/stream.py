@@ -250,9 +250,10 @@ class _Stream:
         statistics = self._statistics(linears)
 
         def step(batch: Batch) -> Tensor:
-            return explained(
+            result: Tensor = explained(
                 self.model, batch, lambda: self.chain.step(index, block, *_split(batch))
             )
+            return result
 
         with Recorder(statistics, linears, self.model) as recorder:
             for i, batch in enumerate(self.batches):

@@ -88,7 +88,8 @@ def bert(kind: Any, config: Any, **more: Any) -> nn.Module:
 
 def esm() -> nn.Module:
     """Its embeddings of padding are zero."""
-    return bert(t.EsmModel, t.EsmConfig, pad_token_id=0, token_dropout=True, mask_token_id=5)
+    more = {"pad_token_id": 0, "token_dropout": True, "mask_token_id": 5}
+    return bert(t.EsmModel, t.EsmConfig, max_position_embeddings=LENGTH + 1, **more)
 
 
 def roberta() -> nn.Module:
