@@ -14,6 +14,7 @@ from smoothquant_kernels import checkpoint, models
 from smoothquant_kernels._console import note, quiet_stderr
 from smoothquant_kernels._extension import extension_status
 from smoothquant_kernels._inspect import is_checkpoint
+from smoothquant_kernels.calibrate import calibration_batches, fitting_window
 from smoothquant_kernels.config import SmoothQuantConfig
 from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.linear import W8A8Linear, is_float_linear
@@ -113,9 +114,12 @@ def load_tokenizer(source: str, fallback: str | None = None) -> PreTrainedTokeni
 
 
 def calibration_windows(
-    texts: Sequence[str], tokenizer: Any, config: SmoothQuantConfig
+    texts: Sequence[str], tokenizer: Any, config: SmoothQuantConfig, model: nn.Module | None = None
 ) -> list[Tensor]:
-    """Token ids [1, T] for calibration: the texts joined, so that short ones make full windows."""
+    """Token ids [1, T] for calibration: the texts joined, so that short ones make full windows.
+
+    They are cut to what the tokenizer and the model (if given) take, and hold `calibration_tokens` at most.
+    """
     enough, size = [], 0
     for part in texts:  # tokenising a whole corpus for some thousand tokens would take minutes
         enough.append(part)
@@ -125,10 +129,13 @@ def calibration_windows(
     windows = token_windows(
         enough,
         tokenizer,
-        window=max(2, config.calibration_window),
+        window=max(2, fitting_window(config.calibration_window, tokenizer, model)),
         max_tokens=config.calibration_tokens,
     )
-    return [window.input_ids for window in windows]
+    ids = [window.input_ids for window in windows]
+    # windows overlap, so together they are longer than the text
+    batches = calibration_batches(ids, max_tokens=config.calibration_tokens)
+    return [batch["input_ids"] for batch in batches]
 
 
 def tensor_bytes(module: nn.Module) -> int:

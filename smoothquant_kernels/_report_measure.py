@@ -11,13 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from smoothquant_kernels._batches import count_tokens, has_tokens
 from smoothquant_kernels._int8_error import static_scale
+from smoothquant_kernels._padding import Padding
 from smoothquant_kernels.calibrate import ActivationStatistics
 from smoothquant_kernels.config import SmoothQuantConfig
 from smoothquant_kernels.factors import group_factors, weight_absmax
 from smoothquant_kernels.groups import Group
 from smoothquant_kernels.linear import W8A8Linear, pending_smooth, weight_of
-from smoothquant_kernels.modules import Batch, evaluating, run
+from smoothquant_kernels.modules import Batch, evaluating, run, unpadded_rows
 
 #: Makes the layer that stands in for a float layer. It is called at every batch and the layer dropped again, so that
 #: only one of them is in memory at a time; quantising a weight is cheap beside multiplying a window of tokens with it.
@@ -72,47 +74,48 @@ def measure(
     Memory: beside the model, the input, the output and one stand-in of one layer for one batch, and `shown`.
     """
     result = Measured(noise={name: [0.0] * len(made) for name, made in stands.items()})
-    mask: Tensor | None = None
+    layers = {name: model.get_submodule(name) for name in stands}
+    padding = Padding(model, layers)
+    rows = 0  # the most that one layer has read of the batch
 
     def record(name: str) -> Any:
         def hook(
             module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor
         ) -> None:
+            nonlocal rows
+            if padding.learning:
+                return
             x = args[0] if args else next(iter(kwargs.values()))
+            keep = padding.keep(name, x)
+            exact = unpadded_rows(y.detach(), keep)
+            rows = max(rows, len(exact))
             if name in shown and len(result.shown.get(name, ())) < SHOWN_TOKENS:
-                _keep(result.shown, name, module, _tokens(x, mask))
-            result.signal[name] = result.signal.get(name, 0.0) + _power(_tokens(y, mask))
+                _keep(result.shown, name, module, unpadded_rows(x.detach(), keep))
+            result.signal[name] = result.signal.get(name, 0.0) + _power(exact)
             for i, make in enumerate(stands[name]):
-                noise = _tokens(make(module)(x), mask).float() - _tokens(y, mask).float()
+                noise = unpadded_rows(make(module)(x), keep).float() - exact.float()
                 result.noise[name][i] += _power(noise)
 
         return hook
 
+    def forward(batch: Batch) -> Any:
+        return run(model, batch, logits=False)
+
     handles = [
-        model.get_submodule(name).register_forward_hook(record(name), with_kwargs=True)
-        for name in stands
+        module.register_forward_hook(record(name), with_kwargs=True)
+        for name, module in layers.items()
     ]
     try:
         with evaluating(model):
             for batch in batches:
-                attention = batch.get("attention_mask")
-                mask = attention.bool() if attention is not None and attention.dim() == 2 else None
-                run(model, batch, logits=False)
-                seen = mask if mask is not None else batch.get("input_ids")
-                if seen is not None:
-                    result.tokens += int(seen.sum()) if seen is mask else seen.numel()
+                rows = 0
+                padding.start(batch, forward)
+                forward(batch)
+                result.tokens += count_tokens(batch) if has_tokens(batch) else rows
     finally:
         for handle in handles:
             handle.remove()
     return result
-
-
-def _tokens(x: Tensor, mask: Tensor | None) -> Tensor:
-    """[M, ...] rows that are not padding."""
-    rows = x.detach().reshape(-1, x.shape[-1])
-    if mask is not None and mask.numel() == rows.shape[0]:
-        rows = rows[mask.reshape(-1).to(rows.device)]
-    return rows
 
 
 def _power(x: Tensor) -> float:

@@ -19,15 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from smoothquant_kernels._padding import OUTPUT, Padding
 from smoothquant_kernels.groups import Group
-from smoothquant_kernels.modules import (
-    Batch,
-    evaluating,
-    output_tensor,
-    run,
-    token_mask,
-    unpadded_rows,
-)
+from smoothquant_kernels.modules import Batch, evaluating, output_tensor, run, unpadded_rows
 
 
 @dataclass
@@ -63,13 +57,10 @@ class Recording:
         )
 
 
-def _predictions(output: Any, batch: Batch) -> Tensor:
+def _predictions(output: Any, padding: Padding | None) -> Tensor:
     """[M, last dimension] float32: what stands for the output, without what is predicted at padding."""
-    decoder = any(
-        name.startswith("decoder_") for name in batch
-    )  # then the other mask is the encoder's
-    mask_name = "decoder_attention_mask" if decoder else "attention_mask"
-    return unpadded_rows(output_tensor(output).float(), token_mask(batch, mask_name))
+    values = output_tensor(output).float()
+    return unpadded_rows(values, None if padding is None else padding.keep(OUTPUT, values))
 
 
 @contextmanager
@@ -84,14 +75,16 @@ def _without_parameter_gradients(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def likelihood(output: Any, batch: Batch, generator: torch.Generator) -> tuple[Tensor, int]:
+def likelihood(
+    output: Any, padding: Padding | None, generator: torch.Generator
+) -> tuple[Tensor, int]:
     """The log-likelihood of outcomes drawn from the model's own predictions, up to a constant; and their number.
 
     Logits predict a label each. Any other output (embeddings, hidden states) is taken for the mean of a normal
     distribution whose width is the output's root mean square, so that the cost of an error is half of its square
     relative to the output's.
     """
-    values = _predictions(output, batch)
+    values = _predictions(output, padding)
     if getattr(output, "logits", None) is not None:
         log_p = torch.log_softmax(values, -1)
         p = log_p.detach().exp().cpu()
@@ -102,9 +95,12 @@ def likelihood(output: Any, batch: Batch, generator: torch.Generator) -> tuple[T
     return (values * noise).sum() / width, len(values)
 
 
-def divergence(expected: Any, output: Any, batch: Batch) -> Tensor:
-    """What `likelihood` makes of two outputs: KL(expected || output) of each row [M], float64 on the CPU."""
-    a, b = _predictions(expected, batch), _predictions(output, batch)
+def divergence(expected: Any, output: Any, padding: Padding | None = None) -> Tensor:
+    """What `likelihood` makes of two outputs: KL(expected || output) of each row [M], float64 on the CPU.
+
+    `padding` has been told of the batch (`Padding.start`); None compares all rows.
+    """
+    a, b = _predictions(expected, padding), _predictions(output, padding)
     if getattr(expected, "logits", None) is not None:
         log_a, log_b = torch.log_softmax(a, -1), torch.log_softmax(b, -1)
         return (log_a.exp() * (log_a - log_b)).sum(-1).double().cpu()
@@ -123,17 +119,22 @@ def record(
     gradients: dict[str, list[Tensor]] = defaultdict(list)
     outputs: list[tuple[str, Tensor]] = []
     predictions = 0
-    batch: Batch = {}
+    names = [name for group in groups for name in group.linears]
+    padding = Padding(model, {name: model.get_submodule(name) for name in names})
 
     def keep_input(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+            if padding.learning:
+                return
             x = args[0] if args else next(iter(kwargs.values()))
-            xs[name].append(unpadded_rows(x.detach(), token_mask(batch)).clone())
+            xs[name].append(unpadded_rows(x.detach(), padding.keep(name, x)).clone())
 
         return hook
 
     def keep_output(name: str) -> Callable[..., Tensor]:
         def hook(_: nn.Module, __: Any, y: Tensor) -> Tensor:
+            if padding.learning:
+                return y
             y = y if y.requires_grad else y.detach().requires_grad_()
             outputs.append((name, y))
             return y.clone()  # what follows may work in place
@@ -152,15 +153,16 @@ def record(
         with evaluating(model), torch.enable_grad(), _without_parameter_gradients(model):
             for index, batch in enumerate(batches):
                 outputs.clear()
+                padding.start(batch, lambda b: run(model, b))
                 generator = torch.Generator().manual_seed(seed + index)
-                loss, count = likelihood(run(model, batch), batch, generator)
+                loss, count = likelihood(run(model, batch), padding, generator)
                 predictions += count
                 if not outputs:  # experts that this batch did not reach
                     continue
                 found = torch.autograd.grad(loss, [y for _, y in outputs], allow_unused=True)
                 for (name, y), g in zip(outputs, found, strict=True):
                     g = torch.zeros_like(y) if g is None else g
-                    gradients[name].append(unpadded_rows(g.detach(), token_mask(batch)))
+                    gradients[name].append(unpadded_rows(g.detach(), padding.keep(name, g)))
     finally:
         outputs.clear()
         for handle in handles:

@@ -23,6 +23,16 @@ _FORMAT = "smoothquant-kernels statistics"
 _FORMAT_VERSION = 1
 
 
+def shortage(tokens: int, asked: int) -> str | None:
+    """One sentence if data ended before half of the tokens that were asked for."""
+    if 2 * tokens >= asked:
+        return None
+    return (
+        f"the calibration data ended after {tokens} of the {asked} tokens asked for (calibration_tokens): with so few, "
+        "outliers may be missed; give more data."
+    )
+
+
 @dataclass
 class ActivationStatistics:
     """Running statistics of the inputs of linear layers.
@@ -30,9 +40,11 @@ class ActivationStatistics:
     Attributes:
         absmax: module name -> [K] float32 largest |x| per channel over all tokens that are not padding.
         token_absmax: module name -> float32 largest |x| of each of the first few thousand tokens.
-        tokens: how many tokens were seen.
+        tokens: how many tokens were seen that are not padding. A batch without text counts the positions that the model
+            makes of it (patches of images, frames of sound): the most rows that one of the layers reads.
         sample: a small batch of the data, on which structure is found and folds are verified.
         watched: names of all layers that were measured, also of those that no token reached (unused experts).
+        asked: `calibration_tokens` of the calibration; 0 where that is not known (statistics from a file).
     """
 
     absmax: dict[str, Tensor] = field(default_factory=dict)
@@ -40,10 +52,11 @@ class ActivationStatistics:
     tokens: int = 0
     sample: Batch = field(default_factory=dict)
     watched: tuple[str, ...] = ()
+    asked: int = 0
 
-    def update(self, name: str, x: Tensor, mask: Tensor | None) -> None:
-        """Merges the input x [..., K] of one call; `mask` (bool, one value a token) leaves padding out."""
-        rows = unpadded_rows(x.detach(), mask)
+    def update(self, name: str, x: Tensor, keep: Tensor | None) -> None:
+        """Merges the input x [..., K] of one call; `keep` (bool, one value a row) leaves padding out, None nothing."""
+        rows = unpadded_rows(x.detach(), keep)
         if not rows.shape[0]:
             return
         magnitude = rows.abs()
@@ -66,6 +79,10 @@ class ActivationStatistics:
             raise SmoothQuantError(
                 "the calibration data is empty: give at least one batch or string with tokens."
             )
+
+    def shortage(self) -> str | None:
+        """One sentence if the data ended before half of the tokens that were asked for."""
+        return shortage(self.tokens, self.asked)
 
     def check_finite(self) -> None:
         """Raises SmoothQuantError naming the first layer (in calling order) that saw NaN or Inf."""
@@ -98,6 +115,7 @@ class ActivationStatistics:
             more = other.token_absmax[name][: _PEAK_TOKENS - len(seen)].to(seen.device)
             self.token_absmax[name] = torch.cat([seen, more])
         self.tokens += other.tokens
+        self.asked += other.asked
         self.sample = self.sample or other.sample
         self.watched = self.watched or other.watched
 

@@ -2,56 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
+from smoothquant_kernels._batches import (
+    PositionCounter,
+    count_tokens,
+    has_tokens,
+    main_entry,
+    position_limit,
+    run_checked,
+    shortened,
+    small_batch,
+)
+from smoothquant_kernels._entries import tensors_of
+from smoothquant_kernels._padding import Padding
 from smoothquant_kernels._patterns import check_patterns
 from smoothquant_kernels._statistics import ActivationStatistics as ActivationStatistics
 from smoothquant_kernels.config import SmoothQuantConfig
 from smoothquant_kernels.errors import SmoothQuantError
-from smoothquant_kernels.modules import (
-    Batch,
-    check_present,
-    evaluating,
-    partition_linears,
-    run,
-    token_mask,
-)
+from smoothquant_kernels.modules import Batch, check_present, evaluating, partition_linears
 
 CalibrationData = Iterable[Any]
-_SAMPLE_TOKENS = (
-    32  # enough to tell structures apart; tracing keeps the inputs of every linear for them
-)
 
 
-def small_batch(batch: Batch) -> Batch:
-    """The first row and the first few tokens of a batch of token ids; other inputs keep their length."""
-    if "input_ids" not in batch:
-        return batch
-    shape = batch["input_ids"].shape
-
-    def cut(v: Tensor) -> Tensor:
-        if v.shape[:2] == shape[:2]:
-            return v[:1, :_SAMPLE_TOKENS]
-        if v.dim() == 4 and v.shape[-2:] == (shape[1], shape[1]):  # a mask [B, 1, T, T]
-            return v[:1, :, :_SAMPLE_TOKENS, :_SAMPLE_TOKENS]
-        return v[:1] if v.shape[:1] == shape[:1] else v  # images, decoder tokens of another length
-
-    return {k: cut(v) for k, v in batch.items()}
-
-
-def _to_batches(item: Any, tokenizer: Any, window: int) -> Iterator[Batch]:
+def _to_batches(item: Any, tokenizer: Any, window: int, model: nn.Module | None) -> Iterator[Batch]:
     if isinstance(item, Mapping):
-        batch = {k: v for k, v in item.items() if isinstance(v, Tensor)}
-        if not batch:
-            raise SmoothQuantError(
-                f"a calibration batch must hold tensors, got a mapping with {sorted(map(str, item))}."
-            )
-        yield {k: v[None] if v.dim() == 1 else v for k, v in batch.items()}
-    elif isinstance(item, Tensor) and item.dim() >= 1:
+        text = item.get("text")
+        if isinstance(text, str) and "input_ids" not in item and tokenizer is not None:
+            item = text  # a row of a data set
+        else:
+            yield tensors_of(item, model)
+            return
+    if isinstance(item, (list, tuple)):
+        if item and all(isinstance(part, str) for part in item):
+            for part in item:
+                yield from _to_batches(part, tokenizer, window, model)
+            return
+        item = _only_member(item)
+    elif not isinstance(item, (str, Tensor)) and hasattr(item, "__array__"):
+        item = torch.as_tensor(item)
+    if isinstance(item, Tensor) and item.dim() >= 1:
         if item.is_floating_point() or item.dim() > 2:
             raise SmoothQuantError(
                 f"a calibration tensor must hold token ids [T] or [B, T], got {item.dtype} {tuple(item.shape)}; "
@@ -61,7 +57,7 @@ def _to_batches(item: Any, tokenizer: Any, window: int) -> Iterator[Batch]:
     elif isinstance(item, str):
         if tokenizer is None:
             raise SmoothQuantError("calibration data holds strings: pass tokenizer= as well.")
-        ids = tokenizer(item, return_tensors="pt")["input_ids"][0]
+        ids = torch.as_tensor(tokenizer(item, return_tensors="pt")["input_ids"])[0]
         for start in range(0, len(ids), window):
             yield {"input_ids": ids[None, start : start + window]}
     else:
@@ -71,15 +67,49 @@ def _to_batches(item: Any, tokenizer: Any, window: int) -> Iterator[Batch]:
         )
 
 
+def _only_member(item: Sequence[Any]) -> Tensor:
+    """What a list or tuple stands for: token ids, or the only tensor of a TensorDataset's batch."""
+    if len(item) == 1 and isinstance(item[0], Tensor):
+        return item[0]
+    if item and all(type(v) is int for v in item):
+        return torch.tensor(item)
+    kinds = ", ".join(
+        f"{v.dtype} {list(v.shape)}".removeprefix("torch.")
+        if isinstance(v, Tensor)
+        else type(v).__name__
+        for v in item[:4]
+    )
+    raise SmoothQuantError(
+        f"a calibration batch is a {type(item).__name__} ({kinds}) whose members have no names: pass a dict, such as "
+        "{'input_ids': ids, 'attention_mask': mask}."
+    )
+
+
+def fitting_window(window: int, tokenizer: Any, model: nn.Module | None) -> int:
+    """`window`, or as many tokens as the model and the tokenizer are made for."""
+    longest = getattr(tokenizer, "model_max_length", None)
+    limits = [position_limit(model)[0], longest if isinstance(longest, int) else None]
+    return min([window, *(n for n in limits if n is not None and n > 0)])
+
+
 def calibration_batches(
-    data: CalibrationData, *, tokenizer: Any = None, window: int = 512, max_tokens: int = 16384
+    data: CalibrationData,
+    *,
+    tokenizer: Any = None,
+    window: int = 512,
+    max_tokens: int = 16384,
+    model: nn.Module | None = None,
 ) -> Iterator[Batch]:
-    """Batches of at most `max_tokens` tokens in all (the last one is cut), from any iterable of what users have.
+    """Batches of about `max_tokens` tokens in all, from any iterable of what users have.
+
+    The last batch is cut if it is one row of text alone; any other is used whole. A batch without token ids counts the
+    positions that the model makes of it (`PositionCounter`), and its rows where no model is given.
 
     Args:
         data: token-id tensors [T] or [B, T], dicts of tensors (`input_ids`, `attention_mask`, ...), or strings.
         tokenizer: needed for strings.
-        window: strings are cut into windows of this many tokens.
+        window: strings are cut into windows of this many tokens, or of as many as the model and the tokenizer take.
+        model: that the batches are for; one without its weights is not run.
 
     Raises:
         SmoothQuantError: an item is none of these, or a single string or tensor was passed as the data.
@@ -89,23 +119,17 @@ def calibration_batches(
             f"calibration data must be an iterable of batches or strings, got {type(data).__name__}; "
             "put a single one into a list."
         )
+    if tokenizer is not None:
+        window = fitting_window(window, tokenizer, model)
+    empty = model is not None and any(p.is_meta for p in model.parameters())
+    count = PositionCounter(None if empty else model)
     left = max_tokens
     for item in data:
-        for batch in _to_batches(item, tokenizer, window):
-            ids = batch.get("input_ids")
-            if ids is None or ids.dim() != 2:
-                yield batch
+        for batch in _to_batches(item, tokenizer, window, model):
+            if batch[main_entry(batch)].numel() == 0:
                 continue
-            tokens = count_tokens(batch)
-            if ids.numel() == 0:
-                continue
-            if tokens > left and ids.shape[0] == 1:
-                length = ids.shape[1]
-                batch = {
-                    k: v[:, :left] if v.dim() == 2 and v.shape[1] == length else v
-                    for k, v in batch.items()
-                }
-            yield batch
+            tokens = count(batch)
+            yield shortened(batch, left, model) if tokens > left else batch
             left -= tokens
             if left <= 0:
                 return
@@ -115,19 +139,28 @@ class Recorder:
     """Forward hooks that merge the inputs of `linears` into `statistics`, for the time of a `with` block.
 
     Attributes:
-        mask: of the batch that runs, from `attention_mask`; None counts all tokens.
+        rows: the most rows that one of the linears has read of the last batch, without padding.
     """
 
-    def __init__(self, statistics: ActivationStatistics, linears: Mapping[str, nn.Module]) -> None:
+    def __init__(
+        self, statistics: ActivationStatistics, linears: Mapping[str, nn.Module], model: nn.Module
+    ) -> None:
         self._statistics, self._linears = statistics, linears
+        self._padding = Padding(model, linears)
         self._handles: list[Any] = []
-        self.mask: Tensor | None = None
+        self._measuring = False
+        self.rows = 0
 
     def __enter__(self) -> Recorder:
         def record(name: str) -> Any:
             def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                if not self._measuring:
+                    return
                 x = args[0] if args else next(iter(kwargs.values()))
-                self._statistics.update(name, x, self.mask)
+                keep = self._padding.keep(name, x)
+                rows = x.numel() // max(1, x.shape[-1]) if keep is None else int(keep.sum())
+                self.rows = max(self.rows, rows)
+                self._statistics.update(name, x, keep)
 
             return hook
 
@@ -141,16 +174,14 @@ class Recorder:
         for handle in self._handles:
             handle.remove()
 
-    def start(self, batch: Batch) -> None:
-        """Says which batch runs next: its padding is not measured."""
-        self.mask = token_mask(batch)
-
-
-def count_tokens(batch: Batch) -> int:
-    """Tokens of a batch that are not padding; 0 where it holds no token ids."""
-    if (mask := token_mask(batch)) is not None:
-        return int(mask.sum())
-    return batch["input_ids"].numel() if "input_ids" in batch else 0
+    def measure(self, batch: Batch, run: Callable[[Batch], Any]) -> Any:
+        """Runs a batch, whose padding is not measured, and returns what `run` does. Other runs are not measured."""
+        self._padding.start(batch, run)
+        self.rows, self._measuring = 0, True
+        try:
+            return run(batch)
+        finally:
+            self._measuring = False
 
 
 def calibration_bar(progress: bool) -> Progress:
@@ -175,22 +206,26 @@ def collect_statistics(
     """Runs the model over the batches and returns per-channel maxima of the inputs of `linears`.
 
     Args:
-        batches: as `calibration_batches` yields them; padding (attention_mask 0) does not count.
+        batches: as `calibration_batches` yields them; padding (attention_mask 0) does not count (`Padding`).
         max_tokens: only for the length of the progress bar.
 
     Raises:
-        SmoothQuantError: there was no data, or an input held NaN or Inf (the layer is named).
+        SmoothQuantError: there was no data, the model refused a batch, or an input held NaN or Inf (the layer is
+            named).
     """
+
+    def forward(batch: Batch) -> Any:
+        return run_checked(model, batch)
+
     statistics = ActivationStatistics(watched=tuple(linears))
-    recorder = Recorder(statistics, linears)
+    recorder = Recorder(statistics, linears, model)
     with recorder, evaluating(model), calibration_bar(progress) as bar:
         task = bar.add_task("calibrating (tokens)", total=max_tokens)
         for batch in batches:
+            recorder.measure(batch, forward)
             if not statistics.sample:
-                statistics.sample = small_batch(batch)
-            recorder.start(batch)
-            run(model, batch, logits=False)
-            count = count_tokens(batch)
+                statistics.sample = small_batch(batch, forward, model)
+            count = count_tokens(batch) if has_tokens(batch) else recorder.rows
             statistics.tokens += count
             bar.advance(task, count)
     statistics.check_not_empty()
@@ -210,13 +245,15 @@ def calibrate_model(
 
     Args:
         model: a float model; it is left unchanged.
-        data: token-id tensors [T] or [B, T], dicts of tensors, or strings (with `tokenizer`); any iterable.
+        data: token-id tensors [T] or [B, T], dicts of tensors, or strings (with `tokenizer`); any iterable, also an
+            endless one: it is read until `calibration_tokens` are there.
         config: `skip`, `calibration_tokens` and `calibration_window` are used.
         tokenizer: turns strings into token ids.
         progress: show a progress bar.
 
     Returns:
-        The statistics, to be passed to `smooth_lm` in place of calibration data.
+        The statistics, to be passed to `smooth_lm` in place of calibration data. A warning says if the data ended
+        before half of `calibration_tokens`.
 
     Raises:
         SmoothQuantError: no linears, no data, wrong data, or NaN or Inf in an input (the layer is named).
@@ -232,10 +269,15 @@ def calibrate_model(
         tokenizer=tokenizer,
         window=config.calibration_window,
         max_tokens=config.calibration_tokens,
+        model=model,
     )
     check_present(model)
     check_patterns(model, config)
     linears, _ = partition_linears(model, config.skip)
-    return collect_statistics(
+    statistics = collect_statistics(
         model, linears, batches, max_tokens=config.calibration_tokens, progress=progress
     )
+    statistics.asked = config.calibration_tokens
+    if (short := statistics.shortage()) is not None:
+        warnings.warn(short, stacklevel=2)
+    return statistics

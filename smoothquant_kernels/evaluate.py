@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import nn
 
+from ._batches import position_limit
 from .errors import SmoothQuantError
 from .text import Window, front_tokens, load_text, token_ids, token_windows
 
@@ -31,6 +32,7 @@ __all__ = ["EvaluationResult", "Reference", "evaluate", "last_word_accuracy"]
 T = TypeVar("T")
 
 _GIB = 2**30
+_WINDOW = 512
 # Rows of a [tokens, vocabulary] matrix that are compared at a time. So few keep the temporaries in a
 # CPU's cache, which makes the comparison three times as fast as with the whole matrix.
 _ROWS = 16
@@ -99,7 +101,7 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase,
     *,
     reference: nn.Module | Reference | None = None,
-    window: int = 512,
+    window: int | None = None,
     stride: int | None = None,
     max_tokens: int | None = None,
     last_word: bool = False,
@@ -124,7 +126,8 @@ def evaluate(
         tokenizer: turns the text into tokens.
         reference: the model to compare with, same vocabulary. To compare several models with it,
             pass one `Reference(model)` to all calls: it remembers its answers.
-        window, stride, max_tokens: see `token_windows`.
+        window, stride, max_tokens: see `token_windows`. No window means 512 tokens, or as many as
+            the shorter of the models has positions.
         last_word: measure `last_word_accuracy` too, on passages of at most `max_tokens` tokens in
             all.
         progress: show a progress bar on stderr.
@@ -141,6 +144,8 @@ def evaluate(
     """
     begin = time.perf_counter()
     texts = load_text(text)
+    if window is None:
+        window = _fitting_window(model, getattr(reference, "model", reference))
     windows = token_windows(texts, tokenizer, window=window, stride=stride, max_tokens=max_tokens)
     if reference is not None and not isinstance(reference, Reference):
         reference = Reference(reference, max_bytes=0)
@@ -173,7 +178,7 @@ def last_word_accuracy(
     text: str | Path | Sequence[str],
     tokenizer: PreTrainedTokenizerBase,
     *,
-    window: int = 512,
+    window: int | None = None,
     min_words: int = _MIN_WORDS,
     max_tokens: int | None = None,
     progress: bool = False,
@@ -189,7 +194,7 @@ def last_word_accuracy(
 
     Args:
         model, text, tokenizer: as for `evaluate`.
-        window: tokens of a passage that the model sees, the last ones.
+        window: tokens of a passage that the model sees, the last ones; None as for `evaluate`.
         min_words: words that a passage has at least, the last one included; 2 or more.
         max_tokens: use passages, from the first on, as long as they have at most so many tokens in
             all.
@@ -203,6 +208,7 @@ def last_word_accuracy(
     """
     if min_words < 2:
         raise SmoothQuantError(f"min_words must be at least 2, not {min_words}.")
+    window = _fitting_window(model) if window is None else window
     passages = _passages(load_text(text), tokenizer, window, min_words, max_tokens)
     if not passages:
         raise SmoothQuantError(
@@ -345,13 +351,18 @@ def _device(model: nn.Module) -> torch.device:
     return torch.device("cpu")
 
 
+def _fitting_window(*models: Any) -> int:
+    limits = [position_limit(model)[0] for model in models if isinstance(model, nn.Module)]
+    return min([_WINDOW, *(limit for limit in limits if limit is not None)])
+
+
 def _check_fits(model: nn.Module, windows: Sequence[Window]) -> None:
     config: Any = getattr(model, "config", None)
     if hasattr(config, "get_text_config"):
         config = config.get_text_config()
-    positions = getattr(config, "max_position_embeddings", None)
+    positions, _ = position_limit(model)
     longest = max(window.input_ids.shape[1] for window in windows)
-    if isinstance(positions, int) and longest > positions:
+    if positions is not None and longest > positions:
         raise SmoothQuantError(
             f"A window of {longest} tokens is longer than the {positions} positions of the model; "
             "give a shorter one."

@@ -299,14 +299,14 @@ class Hooks:
 
 
 def token_mask(batch: Batch, name: str = "attention_mask") -> Tensor | None:
-    """[B, T] bool, False at padding; None where the batch has no such mask."""
+    """[B, T] bool, False at padding; None where the batch has no such mask, or one that is added to scores."""
     mask = batch.get(name)
-    return mask.bool() if mask is not None and mask.dim() == 2 else None
+    if mask is None or mask.dim() != 2 or (mask.is_floating_point() and bool((mask < 0).any())):
+        return None
+    return mask.bool()
 
 
-def unpadded_rows(t: Tensor, mask: Tensor | None) -> Tensor:
-    """[M, last dimension]: the rows of t but for those of padding; all where the mask is of something else."""
+def unpadded_rows(t: Tensor, keep: Tensor | None) -> Tensor:
+    """[M, last dimension]: the rows of t that `keep` [rows] has, as `_padding.Padding.keep` makes it; None: all."""
     rows = t.reshape(-1, t.shape[-1])
-    if mask is not None and mask.numel() == rows.shape[0]:
-        rows = rows[mask.reshape(-1).to(rows.device)]
-    return rows
+    return rows if keep is None else rows[keep]

@@ -27,6 +27,7 @@ from smoothquant_kernels.calibrate import (
     CalibrationData,
     calibrate_model,
     calibration_batches,
+    fitting_window,
 )
 from smoothquant_kernels.config import SmoothQuantConfig
 from smoothquant_kernels.convert import quantize_model
@@ -108,7 +109,11 @@ def make_report(
         raise SmoothQuantError(f"tokens must be at least 1, got {tokens}.")
     batches = list(
         calibration_batches(
-            held, tokenizer=tokenizer, window=config.calibration_window, max_tokens=tokens
+            held,
+            tokenizer=tokenizer,
+            window=config.calibration_window,
+            max_tokens=tokens,
+            model=model,
         )
     )
     if not batches:
@@ -324,12 +329,13 @@ def _evaluate(
 ) -> Document:
     """Perplexity and KL of the float model, of naive W8A8 and of the smoothed model, which is quantised in place."""
     reference = Reference(model)
+    window = fitting_window(config.calibration_window, tokenizer, model)
 
     def score(what: str, candidate: nn.Module) -> Document:
         note(f"evaluating {what}")
         result = evaluate(
             candidate, text, tokenizer, reference=reference, max_tokens=tokens,
-            window=config.calibration_window,
+            window=window,
         )  # fmt: skip
         return {k: v for k, v in result.to_dict().items() if k != "seconds"}
 

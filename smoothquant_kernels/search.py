@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from smoothquant_kernels._batches import PositionCounter, rows_of
+from smoothquant_kernels._padding import Padding
 from smoothquant_kernels._patterns import check_patterns
 from smoothquant_kernels._search_result import (
     Choice,
@@ -22,12 +25,13 @@ from smoothquant_kernels._search_result import (
 )
 from smoothquant_kernels._search_space import ALPHAS, Space, own_scheme
 from smoothquant_kernels._sensitivity import count_rows, divergence, record
+from smoothquant_kernels._statistics import shortage
 from smoothquant_kernels.calibrate import (
     ActivationStatistics,
     CalibrationData,
-    calibrate_model,
     calibration_bar,
     calibration_batches,
+    collect_statistics,
 )
 from smoothquant_kernels.config import SmoothQuantConfig
 from smoothquant_kernels.convert import quantize_model
@@ -110,14 +114,18 @@ def search_config(
             tokenizer=tokenizer,
             window=config.calibration_window,
             max_tokens=config.calibration_tokens,
+            model=model,
         )
     )
-    seen, held, unseen = _split(batches, tokens, validation_tokens)
+    size = PositionCounter(model)
+    if (short := shortage(sum(map(size, batches)), config.calibration_tokens)) is not None:
+        warnings.warn(short, stacklevel=2)
+    seen, held, unseen = _split(model, batches, tokens, validation_tokens)
     asked = [config.to_dict(), tokens, validation_tokens, per_token_share]
     file = SearchFile.open(path, fingerprint(model, batches, asked))
     if file.result is not None:
         return file.result
-    statistics = calibrate_model(model, seen, config, progress=progress)
+    statistics = collect_statistics(model, linears, seen, progress=progress)
     names = smoothable_linears(model, linears, statistics)
     groups = find_groups(model, names, statistics.sample, folding="never")
     per_token = config.smooth and config.massive_activations == "per_token"
@@ -152,29 +160,17 @@ def search_config(
 # --- data -------------------------------------------------------------------------------------------------------------
 
 
-def _size(batch: Batch) -> int:
-    """Tokens, or rows of whatever else the model reads."""
-    return batch["input_ids"].numel() if "input_ids" in batch else len(next(iter(batch.values())))
-
-
-def _sequences(batches: Sequence[Batch]) -> list[Batch]:
-    """One batch for each row, where all tensors have the same number of rows."""
-    result: list[Batch] = []
-    for batch in batches:
-        counts = {len(v) for v in batch.values() if v.dim()}
-        if len(counts) != 1 or not all(v.dim() for v in batch.values()):
-            result.append(batch)
-            continue
-        result += [{k: v[i : i + 1] for k, v in batch.items()} for i in range(counts.pop())]
-    return result
+def _sequences(batches: Sequence[Batch], model: nn.Module) -> list[Batch]:
+    """One batch for each row, where all entries can be told by rows."""
+    return [row for batch in batches for row in rows_of(batch, model)]
 
 
 def _split(
-    batches: Sequence[Batch], tokens: int, validation_tokens: int
+    model: nn.Module, batches: Sequence[Batch], tokens: int, validation_tokens: int
 ) -> tuple[list[Batch], list[Batch], list[Batch]]:
     """For the ranges, for the search and for the validation; the last two from the end, at most a quarter each."""
-    left = list(batches) if len(batches) >= 8 else _sequences(batches)
-    quarter = max(1, len(left) // 4)
+    left = list(batches) if len(batches) >= 8 else _sequences(batches, model)
+    quarter, size = max(1, len(left) // 4), PositionCounter(model)
     if len(left) < (3 if validation_tokens else 2):
         raise SmoothQuantError(
             f"a search needs at least three sequences of calibration data, got {len(left)}: some for the ranges, some "
@@ -183,7 +179,7 @@ def _split(
 
     def hold_back(wanted: int) -> list[Batch]:
         held: list[Batch] = []
-        while len(held) < quarter and sum(map(_size, held)) < wanted:
+        while len(held) < quarter and sum(map(size, held)) < wanted:
             held.append(left.pop())
         return held[::-1]
 
@@ -295,11 +291,17 @@ def _validate(
     One quantised copy is alive at a time, and its rows of KL are kept.
     """
 
+    padding = Padding(model, {})
+
+    def compared(quantized: nn.Module, batch: Batch) -> Tensor:
+        padding.start(batch, lambda b: run(model, b))
+        return divergence(run(model, batch), run(quantized, batch), padding)
+
     def kl(config: SmoothQuantConfig) -> Tensor:
         quantized = smooth_lm(copy.deepcopy(model), statistics, config=config, progress=False)
         quantize_model(quantized, config=config)
         with evaluating(model), evaluating(quantized):
-            return torch.cat([divergence(run(model, b), run(quantized, b), b) for b in unseen])
+            return torch.cat([compared(quantized, b) for b in unseen])
 
     rows = [kl(config) for config in fixed]
     better = min(range(len(rows)), key=lambda i: float(rows[i].mean()))

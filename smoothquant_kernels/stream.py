@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from smoothquant_kernels import _skeleton as skeletons
+from smoothquant_kernels._batches import count_tokens, explained, small_batch
 from smoothquant_kernels._changes import Changes
 from smoothquant_kernels._folder import check_target, put, seal
 from smoothquant_kernels._manifest import MANIFEST, FileEntry, TensorEntry
 from smoothquant_kernels._patterns import check_patterns, patterns_within
 from smoothquant_kernels._safetensors import dtype_name, unique, write_safetensors
+from smoothquant_kernels._statistics import shortage
 from smoothquant_kernels._stream_blocks import BlockChain, BlockView
 from smoothquant_kernels._stream_source import (
     IN_MEMORY,
@@ -31,8 +34,6 @@ from smoothquant_kernels.calibrate import (
     Recorder,
     calibration_bar,
     calibration_batches,
-    count_tokens,
-    small_batch,
 )
 from smoothquant_kernels.checkpoint import (
     check_scales,
@@ -49,6 +50,9 @@ from smoothquant_kernels.convert import quantize_model
 from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.modules import Batch, evaluating, partition_linears
 from smoothquant_kernels.smooth import INFO, relative_difference, smooth_into, smooth_lm
+
+_HIDDEN = "hidden_states"
+_SAMPLE = "sample."
 
 
 def quantize_streamed(
@@ -111,10 +115,14 @@ def quantize_streamed(
             tokenizer=tokenizer,
             window=config.calibration_window,
             max_tokens=config.calibration_tokens,
+            model=model,
         )
     )
     if not batches:
         ActivationStatistics().check_not_empty()
+    tokens = sum(map(count_tokens, batches))
+    if (short := shortage(tokens, config.calibration_tokens)) is not None:
+        warnings.warn(short, stacklevel=2)
     call = {
         "source": [str(weights.folder), weights.identity()],
         "dtype": str(model.dtype),
@@ -160,7 +168,7 @@ class _Stream:
             raise SmoothQuantError(f"{tied[0]} is shared between blocks: {IN_MEMORY}.")
         fill(model, "", self.names, weights)  # the blocks are out of it: this is the rest
         model.to(device)
-        self.sample = small_batch(batches[0])
+        self.sample = batches[0]  # until the first block can be run
         self.records = work.records()
         # In front of the next block: of all batches, and of the sample in the original and in the smoothed model.
         self.hidden: list[Tensor | None] = [None] * len(batches)
@@ -177,8 +185,14 @@ class _Stream:
             self.hidden = [states[f"batch.{i}"] for i in range(len(self.batches))]
             self.original, self.smoothed = states["original"], states["smoothed"]
             self.chain.tuples = self.records[-1]["tuples"]
+            named = {n.partition(_SAMPLE)[2]: t for n, t in states.items() if n.startswith(_SAMPLE)}
+            self.sample = named
         else:
-            self.chain.prove(self._block(0), self.sample)
+            first = self._block(0)
+            self.sample = small_batch(
+                self.batches[0], lambda b: self.chain.step(0, first, b, None), self.model
+            )
+            self.chain.prove(first, self.sample)
         with calibration_bar(progress) as bar:
             task = bar.add_task("quantising (blocks)", total=len(self.chain.names), completed=done)
             for index in range(done, len(self.chain.names)):
@@ -220,6 +234,7 @@ class _Stream:
         }
         states = {f"batch.{i}": h for i, h in enumerate(self.hidden) if h is not None}
         states |= {"original": self.original, "smoothed": self.smoothed}
+        states |= {f"{_SAMPLE}{n}": t for n, t in self.sample.items()}
         self.work.finish_block(index, record, states)
         self.records.append(record)
 
@@ -236,10 +251,16 @@ class _Stream:
     ) -> tuple[Tensor, Tensor]:
         """Calibrates and smooths the block; the sample behind it, in the original and in the smoothed model."""
         statistics = self._statistics(linears)
-        with Recorder(statistics, linears) as recorder:
+
+        def step(batch: Batch) -> Tensor:
+            result: Tensor = explained(
+                self.model, batch, lambda: self.chain.step(index, block, *_split(batch))
+            )
+            return result
+
+        with Recorder(statistics, linears, self.model) as recorder:
             for i, batch in enumerate(self.batches):
-                recorder.start(batch)
-                self.hidden[i] = self.chain.step(index, block, batch, self.hidden[i]).cpu()
+                self.hidden[i] = recorder.measure(_joined(batch, self.hidden[i]), step).cpu()
         statistics.check_finite()
         original = self.chain.step(index, block, self.sample, self.original).cpu()
         if linears:
@@ -268,10 +289,14 @@ class _Stream:
             skipped = {n: r for n, r in self.skipped_at_first.items() if n in rest}
         if linears:
             statistics = self._statistics(linears)
-            with Recorder(statistics, linears) as recorder:
+
+            def around(batch: Batch) -> Tensor:
+                batch, hidden = _split(batch)
+                return self.chain.finish(batch, _known(hidden), logits=False)
+
+            with Recorder(statistics, linears, model) as recorder:
                 for batch, hidden in zip(self.batches, self.hidden, strict=True):
-                    recorder.start(batch)
-                    self.chain.finish(batch, _known(hidden), logits=False)
+                    recorder.measure(_joined(batch, hidden), around)
             statistics.check_finite()
             # With all blocks left out, what is before them and what is behind them is a small model.
             # The layers' inputs are those of the whole model all the same.
@@ -348,6 +373,15 @@ def _entries(tensors: Mapping[str, Tensor], file: str) -> dict[str, TensorEntry]
         name: {"file": file, "dtype": dtype_name(t), "shape": list(t.shape)}
         for name, t in tensors.items()
     }
+
+
+def _joined(batch: Batch, hidden: Tensor | None) -> Batch:
+    """A batch with the hidden states in front of a block as one more entry, so that padding is cut off both."""
+    return batch if hidden is None else {**batch, _HIDDEN: hidden}
+
+
+def _split(batch: Batch) -> tuple[Batch, Tensor | None]:
+    return {n: v for n, v in batch.items() if n != _HIDDEN}, batch.get(_HIDDEN)
 
 
 def _known(hidden: Tensor | None) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
+from ._tables import is_table, read_table, read_utf8
 from .errors import SmoothQuantError
 from .models import hub_is_reachable
 
@@ -101,11 +101,12 @@ def load_text(source: str | Path | Sequence[str]) -> list[str]:
     """Texts from wherever they are.
 
     Args:
-        source: one of: a list of texts; a text file; a .jsonl file with a "text" in each line; a
-            folder of .txt files; "topics:calibration" or "topics:evaluation" (see `topics`); the
-            name of a data set on the Hugging Face hub with a column "text", as "name",
-            "name:config" or "name:config:split" (split: "train" unless given; needs the package
-            datasets).
+        source: one of: a list of texts; a text file; a table (.csv, .tsv, .jsonl, .json, .parquet)
+            with a column "text", or one column only, or the column named behind a colon, as in
+            "reviews.csv:body"; a folder of .txt files; "topics:calibration" or
+            "topics:evaluation" (see `topics`); the name of a data set on the Hugging Face hub with
+            a column "text", as "name", "name:config" or "name:config:split" (split: "train" unless
+            given; needs the package datasets).
     Returns: the texts in order, at least one, each with a visible character: blank ones become part
         of the text before them, so that the texts joined by blank lines are what they were.
     Raises: SmoothQuantError if there is no such source, it cannot be read as UTF-8, or it has no
@@ -157,9 +158,12 @@ def _read(source: str | Path) -> list[str]:
         files = sorted(path.glob("*.txt"))
         if not files:
             raise SmoothQuantError(f"The folder {path} holds no .txt file.")
-        return [_read_file(file) for file in files]
+        return [read_utf8(file) for file in files]
     if path.is_file():
-        return _read_jsonl(path) if path.suffix.lower() == ".jsonl" else [_read_file(path)]
+        return read_table(path) if is_table(path) else [read_utf8(path)]
+    file, colon, column = name.rpartition(":")
+    if colon and is_table(table := Path(file).expanduser()) and table.is_file():
+        return read_table(table, column)
     if isinstance(source, Path) or not re.fullmatch(
         r"\w[\w.-]*(/\w[\w.-]*)?(:[^:/\s]*){0,2}", name
     ):
@@ -167,34 +171,6 @@ def _read(source: str | Path) -> list[str]:
             f"There is no file or folder {source}; to pass a text itself, pass [text]."
         )
     return _read_dataset(name)
-
-
-def _read_file(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise SmoothQuantError(
-            f"{path} is not UTF-8 text (byte {error.start}); convert it first."
-        ) from error
-    except OSError as error:
-        raise SmoothQuantError(f"{path} cannot be read: {error.strerror}.") from error
-
-
-def _read_jsonl(path: Path) -> list[str]:
-    texts = []
-    # Split at newlines only: splitlines() would also cut at U+2028, which JSON strings may hold as
-    # it is.
-    for number, line in enumerate(_read_file(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise SmoothQuantError(f"{path}, line {number}, is not JSON: {error.msg}.") from error
-        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-            raise SmoothQuantError(f'{path}, line {number}, has no string named "text".')
-        texts.append(row["text"])
-    return texts
 
 
 def _read_dataset(name: str) -> list[str]:

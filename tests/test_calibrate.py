@@ -156,7 +156,7 @@ def test_inf_after_a_good_batch_is_not_forgotten() -> None:
         (5, "got int"),
         ([5], "got int"),
         ([torch.ones(2, 3)], "token ids"),
-        ([{"input_ids": [1, 2]}], "must hold tensors"),
+        ([{"note": "a", "id": 3}], "must hold tensors"),
     ],
 )
 def test_wrong_data_is_refused(data: Any, message: str) -> None:

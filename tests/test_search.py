@@ -63,7 +63,7 @@ def test_cost_is_the_divergence_that_an_error_causes(name: str) -> None:
         hook = lambda _, __, y: y + next(parts).reshape(y.shape)  # noqa: E731
         handle = model.get_submodule(name).register_forward_hook(hook)
         for batch, before in zip(batches, expected, strict=True):
-            measured.append(divergence(before, run(model, batch), batch))
+            measured.append(divergence(before, run(model, batch)))
         handle.remove()
     kl = torch.cat(measured)
     assert len(kl) == recording.predictions == 24 * 2 * 24
@@ -86,7 +86,7 @@ def test_cost_without_labels_is_half_the_relative_squared_error() -> None:
     exact = 0.5 * (error.square() / per_batch).sum() / 2560
     # The mean of 20,480 squares of normal variables, each of relative scatter sqrt(2): one standard error is 1 %.
     assert recording.cost("0", error) == pytest.approx(float(exact), rel=0.04)
-    rows = divergence(y, y + error, {})
+    rows = divergence(y, y + error)
     half = 0.5 * error.square().sum(1) / y.square().sum(1).mean()
     torch.testing.assert_close(rows.float(), half)
 

@@ -98,6 +98,33 @@ def test_a_folder_is_read_in_the_order_of_names(tmp_path: Path) -> None:
     assert load_text(tmp_path) == ["one", "two"]
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.csv", 'id,Text,n\n1,"one, ""two""\nthree",5\n2,four,6\n'),
+        ("a.tsv", 'id\ttext\n1\t"one, ""two""\nthree"\n2\tfour\n'),
+        ("bom.csv", '\ufefftext\n"one, ""two""\nthree"\nfour\n'),
+        ("only.csv", 'body\n"one, ""two""\nthree"\nfour\n'),
+        ("b.csv:body", 'text,body\nno,"one, ""two""\nthree"\nno,four\n'),
+        ("b.jsonl:body", '{"body": "one, \\"two\\"\\nthree", "text": "no"}\n{"body": "four"}\n'),
+        ("a.json", '[{"text": "one, \\"two\\"\\nthree"}, {"text": "four"}, {"text": null}]'),
+        ("strings.json", '["one, \\"two\\"\\nthree", "four"]'),
+        ("columns.json", '{"text": ["one, \\"two\\"\\nthree", "four"], "id": [1, 2]}'),
+        ("wrapped.json", '{"data": [{"text": "one, \\"two\\"\\nthree"}, {"text": "four"}]}'),
+    ],
+)
+def test_tables_are_read_by_their_column_of_text(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / name.partition(":")[0]).write_text(content, encoding="utf-8")
+    assert load_text(str(tmp_path / name)) == ['one, "two"\nthree', "four"]
+
+
+def test_parquet(tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    arrow = pytest.importorskip("pyarrow")
+    parquet.write_table(arrow.table({"id": [1, 2], "text": ["a", "b"]}), tmp_path / "a.parquet")
+    assert load_text(tmp_path / "a.parquet") == ["a", "b"]
+
+
 def test_jsonl_with_a_line_separator_inside_a_string(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     rows = [{"text": "one\u2028still one", "id": 7}, {"text": "two"}]
@@ -124,9 +151,18 @@ def test_blank_texts_join_their_neighbours(rows: list[str]) -> None:
         ("empty.txt", b"", "no text in"),
         ("latin.txt", b"caf\xe9", r"latin\.txt is not UTF-8 text \(byte 3\)"),
         ("bad.jsonl", b'{"text": "a"}\n{"text"', r"bad\.jsonl, line 2, is not JSON"),
-        ("column.jsonl", b'{"content": "a"}', r'column\.jsonl, line 1, has no string named "text"'),
-        ("number.jsonl", b'{"text": 3}', "line 1, has no string"),
-        ("list.jsonl", b"[1]", "line 1, has no string"),
+        ("column.jsonl", b'{"body": "a", "id": 1}', 'no column "text", only body, id; name'),
+        ("number.jsonl", b'{"text": 3}', 'row 1: "text" is of type int'),
+        ("list.jsonl", b"[1]", "row 1, is of type list"),
+        (
+            "columns.csv",
+            b"id,body\n1,a\n",
+            r'no column "text", only id, body; .*columns\.csv:COLUMN',
+        ),
+        ("open.csv", b'text\n"a', r"open\.csv, line 2, is damaged"),
+        ("empty.csv", b"", 'no column "text", only none'),
+        ("bad.json", b"{", r"bad\.json is not JSON"),
+        ("number.json", b"3", "no list of rows"),
     ],
 )
 def test_a_file_without_text_is_an_error(

@@ -1,0 +1,143 @@
+"""Text in files: whole, or in a column of a table."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from .errors import SmoothQuantError
+
+_Rows = tuple[list[str], list[list[Any]]]  # the columns' names, and the values row by row
+
+
+def read_utf8(path: Path) -> str:
+    """The text of a file, without a byte order mark.
+
+    Raises: SmoothQuantError if it cannot be read or is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise SmoothQuantError(
+            f"{path} is not UTF-8 text (byte {error.start}); convert it first."
+        ) from error
+    except OSError as error:
+        raise SmoothQuantError(f"{path} cannot be read: {error.strerror}.") from error
+
+
+def is_table(path: Path) -> bool:
+    """Whether the file's name says that it holds rows and columns."""
+    return path.suffix.lower() in _READERS
+
+
+def read_table(path: Path, column: str | None = None) -> list[str]:
+    """The texts of one column of a table, row by row; rows without a value are left out.
+
+    Args:  path: a file that `is_table`; column: its name. None: "text", or the only column.
+    Raises: SmoothQuantError if the file is damaged, has no such column, or a value is no text.
+    """
+    columns, rows = _READERS[path.suffix.lower()](path)
+    name = column or next((c for c in columns if c.strip().lower() == "text"), None)
+    if name is None and len(columns) == 1:
+        name = columns[0]
+    if name is None or name not in columns:
+        raise SmoothQuantError(
+            f'{path} has no column "{column or "text"}", only {", ".join(columns) or "none"}; '
+            f"name the one that holds the text, as in {path.name}:COLUMN."
+        )
+    at = columns.index(name)
+    texts = []
+    for number, row in enumerate(rows, start=1):
+        value = row[at] if at < len(row) else None
+        if value is None:
+            continue
+        if not isinstance(value, str):
+            raise SmoothQuantError(
+                f'{path}, row {number}: "{name}" is of type {type(value).__name__}, not text.'
+            )
+        texts.append(value)
+    return texts
+
+
+def _read_separated(path: Path, delimiter: str) -> _Rows:
+    reader = csv.reader(io.StringIO(read_utf8(path), newline=""), delimiter=delimiter, strict=True)
+    old = csv.field_size_limit(2**31 - 1)  # a text may be longer than csv's limit for a field
+    try:
+        rows = [row for row in reader if row]
+    except csv.Error as error:
+        raise SmoothQuantError(f"{path}, line {reader.line_num}, is damaged: {error}.") from error
+    finally:
+        csv.field_size_limit(old)
+    return (rows[0], list(rows[1:])) if rows else ([], [])
+
+
+def _read_jsonl(path: Path) -> _Rows:
+    objects = []
+    # Split at newlines only: splitlines() would also cut at U+2028, which JSON strings may hold as
+    # it is.
+    for number, line in enumerate(read_utf8(path).split("\n"), start=1):
+        if line.strip():
+            objects.append(_json(path, line, f", line {number},"))
+    return _from_objects(path, objects)
+
+
+def _read_json(path: Path) -> _Rows:
+    value = _json(path, read_utf8(path), "")
+    if isinstance(value, dict):  # {"column": [values]}, or {"data": [rows]}
+        lists = {k: v for k, v in value.items() if isinstance(v, list)}
+        if len(lists) == 1 and all(isinstance(v, dict) for v in next(iter(lists.values()))):
+            value = next(iter(lists.values()))
+        elif lists and len({len(v) for v in lists.values()}) == 1:
+            return list(lists), [list(row) for row in zip(*lists.values(), strict=True)]
+    if not isinstance(value, list):
+        raise SmoothQuantError(f"{path} is no list of rows; give a .jsonl file or a text file.")
+    return _from_objects(path, value)
+
+
+def _json(path: Path, text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise SmoothQuantError(f"{path}{where} is not JSON: {error.msg}.") from error
+
+
+def _from_objects(path: Path, objects: Sequence[Any]) -> _Rows:
+    if objects and all(isinstance(o, str) for o in objects):
+        return ["text"], [[o] for o in objects]
+    for number, o in enumerate(objects, start=1):
+        if not isinstance(o, dict):
+            raise SmoothQuantError(
+                f"{path}, row {number}, is of type {type(o).__name__}, not an object with a text."
+            )
+    columns = list(dict.fromkeys(key for o in objects for key in o))
+    return columns, [[o.get(c) for c in columns] for o in objects]
+
+
+def _read_parquet(path: Path) -> _Rows:
+    try:
+        parquet = import_module("pyarrow.parquet")
+    except ImportError as error:
+        raise SmoothQuantError(
+            f"To read {path}, run `pip install pyarrow`, or give a .csv or .jsonl file."
+        ) from error
+    try:
+        table = parquet.read_table(path)
+    except (OSError, ValueError, RuntimeError) as error:  # what pyarrow's own errors are
+        reason = " ".join(str(error).split())[:200]
+        raise SmoothQuantError(f"{path} cannot be read: {reason}") from error
+    columns = [table.column(i).to_pylist() for i in range(table.num_columns)]
+    return list(table.column_names), [list(row) for row in zip(*columns, strict=True)]
+
+
+_READERS: dict[str, Callable[[Path], _Rows]] = {
+    ".csv": lambda path: _read_separated(path, ","),
+    ".tsv": lambda path: _read_separated(path, "\t"),
+    ".jsonl": _read_jsonl,
+    ".json": _read_json,
+    ".parquet": _read_parquet,
+}
