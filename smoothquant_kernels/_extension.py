@@ -127,7 +127,10 @@ def dispatch_tables() -> dict[str, list[dict[str, str]]]:
         if rows:
             found["quantize"] = [{name: str(row[name]) for name in columns} for row in rows]
         for gpu, table in gemm_tables().items():
-            names = [tile["name"] for tile in table["tiles"]]
+            names = [
+                tile["name"] + (" (ruled out)" if tile.get("excluded") else "")
+                for tile in table["tiles"]
+            ]
             found[f"gemm_s8 {gpu}"] = [
                 {
                     "path": ", ".join(names[tile] for tile in rule["tiles"]),

@@ -101,6 +101,7 @@ def declare_plans(library: ctypes.CDLL) -> ctypes.CDLL:
     library.sqk_gemm_tables.restype = c_char_p
     library.sqk_gemm_choice.argtypes = [c_int64, c_int64, c_int64, POINTER(Device)]
     library.sqk_gemm_choice.restype = c_char_p
+    library.sqk_gemm_without_tiles.argtypes = [c_char_p]
     return library
 
 
