@@ -57,6 +57,7 @@ class Device(Structure):
         ("capability", c_int32),
         ("shared_bytes", c_int32),
         ("wgmma", c_int32),
+        ("part", c_int32),
     )
 
 

@@ -59,10 +59,11 @@ constexpr int kGemmTables = 3;
 
 // What the choice depends on besides the problem.
 struct GemmDevice {
-  int32_t sms;
+  int32_t sms;           // that the current context may use
   int32_t capability;    // 10 * major + minor
   int32_t shared_bytes;  // the most that one block can be given
   int32_t wgmma;         // 1: the library holds the kernels for 9.0a and this GPU runs them
+  int32_t part;          // 1: the GPU has more sms than the context may use: no stream-K
 };
 
 struct GemmPlan {
