@@ -67,9 +67,7 @@ class Schedules:
             self.sides[row] = (tile["m"], tile["n"])[::order]
             sizes = (*self.sides[row], tile["k"], *tile["cluster"][::order])
             arguments = ", ".join(map(str, sizes))
-            cases.append(
-                f"case {row}: print_parts<{arguments}>(m, n, k, sms, clusters); break;"
-            )
+            cases.append(f"case {row}: print_parts<{arguments}>(m, n, k, sms, clusters); break;")
         cutlass = find_cutlass(os.environ)
         toolkit = toolkit_of(find_nvcc(os.environ).path) / "include"
         self._program = folder / "stream_k"
@@ -116,9 +114,7 @@ def waits(parts: list[Part]) -> list[tuple[Part, Part]]:
 
 
 def can_wait_for_ever(parts: list[Part]) -> bool:
-    return any(
-        (one.block, one.turn) >= (later.block, later.turn) for later, one in waits(parts)
-    )
+    return any((one.block, one.turn) >= (later.block, later.turn) for later, one in waits(parts))
 
 
 def cases_of(schedules: Schedules) -> list[Case]:

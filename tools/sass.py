@@ -9,11 +9,15 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from occupancy import MAX_THREADS, SHARED_RESERVED
 
 WIDTHS = (256, 128, 64, 32, 16, 8)  # bits of one thread's access
 COUNTED = ("IMMA", "IGMMA", "IDP", "BAR")  # tensor cores of Ampere and of Hopper, dp4a, barriers
+#: What lets a thread see another kernel's results: griddepcontrol.wait, or an mbarrier that such a thread arrived at.
+WAITS = re.compile(r"ACQBULK\b|SYNCS\.PHASECHK\b")
+FRESH_LOAD = re.compile(r"LDG\b.*\.STRONG\.GPU\b")  # ld.global.cg, and an acquire
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,12 @@ class Code:
     local: int = 0  # LDL and STL: spills, and arrays in local memory
     counts: dict[str, int] = field(default_factory=dict)  # of COUNTED
     waiting_igmma: int = 0  # IGMMA that end their group; all of them when ptxas made wgmma serial
+    overlaps: bool = False  # it waits for the kernel before it in the stream (griddepcontrol.wait)
+    adds_up: bool = (
+        False  # its blocks wait for or add to each other's results (atomics on global memory)
+    )
+    fresh_loads: int = 0  # of what other blocks and kernels write meanwhile
+    early_loads: int = 0  # those that a thread can get to without any of WAITS
 
 
 @dataclass(frozen=True)
@@ -144,23 +154,81 @@ def parse_arch(chunk: str) -> str:
     return found[1] if found else "sm_?"
 
 
+class Instruction(NamedTuple):
+    address: int
+    guard: str  # "!P0"; "" for none
+    opcode: str  # with its modifiers
+    operands: str
+
+
 _INSTRUCTION = re.compile(
-    r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@(?P<guard>!?U?P\w+)\s+)?(?P<opcode>[A-Z][\w.]*)(?P<rest>[^;]*);",
+    r"^\s+/\*(?P<address>[0-9a-f]{4,})\*/\s+(?:@(?P<guard>!?U?P\w+)\s+)?(?P<opcode>[A-Z][\w.]*)(?P<rest>[^;]*);",
     re.M,
 )
 
 
-def parse_sass(chunk: str) -> dict[str, list[tuple[str, str]]]:
-    """``cuobjdump --dump-sass``: kernel -> [(opcode with its modifiers, operands), ...]"""
+def parse_sass(chunk: str) -> dict[str, list[Instruction]]:
+    """``cuobjdump --dump-sass``: kernel -> its instructions, in order"""
     parts = re.split(r"^\s*Function : (\S+)$", chunk, flags=re.M)
     return {
         name: [
-            (found["opcode"], found["rest"].strip())
+            Instruction(
+                int(found["address"], 16),
+                found["guard"] or "",
+                found["opcode"],
+                found["rest"].strip(),
+            )
             for found in _INSTRUCTION.finditer(body)
             if found["guard"] not in ("!PT", "!UPT")  # never executed: padding
         ]
         for name, body in zip(parts[1::2], parts[2::2], strict=True)
     }
+
+
+def _successors(code: list[Instruction]) -> list[list[int]]:
+    """Where each instruction can be followed by which, by their places; more than that is safe."""
+    place = {one.address: i for i, one in enumerate(code)}
+    meets: dict[str, list[int]] = {}  # where the threads that a branch parted go on together
+    for one in code:
+        if one.opcode.startswith("BSSY"):
+            barrier, address = re.findall(r"\bB\d+\b|0x[0-9a-f]+", one.operands)[:2]
+            meets.setdefault(barrier, []).append(int(address, 16))
+    after = []
+    for i, (_, guard, opcode, operands) in enumerate(code):
+        name = opcode.split(".")[0]
+        targets = [int(found, 16) for found in re.findall(r"\b0x[0-9a-f]+", operands)]
+        goes_on = True
+        if name in ("BRA", "JMP", "CALL"):
+            targets = targets[-1:]
+            goes_on = bool(guard) or name == "CALL" or not re.match(r"`?\(?0x|\.", operands)
+        elif name == "BSYNC":
+            targets = meets.get(operands.split(",")[0].strip(), [])
+        elif name in ("EXIT", "RET", "KILL"):
+            targets, goes_on = [], bool(guard) or "," in operands
+        elif name in ("BRX", "JMX"):  # any of them
+            targets = [one.address for one in code]
+        else:
+            targets = []
+        following = [place[address] for address in targets if address in place]
+        after.append(following + ([i + 1] if goes_on and i + 1 < len(code) else []))
+    return after
+
+
+def early_loads(code: list[Instruction]) -> int:
+    """Loads of what another kernel may still be writing that some way through the kernel has before any wait.
+
+    Thread 0 of a block may wait for all: for the others an mbarrier at which it arrives is a wait. A wait with a guard
+    is none, because the thread may skip it.
+    """
+    after, seen, todo = _successors(code), set[int](), [0] if code else []
+    while todo:
+        i = todo.pop()
+        if i in seen:
+            continue
+        seen.add(i)
+        if not (WAITS.match(code[i].opcode) and not code[i].guard):
+            todo += after[i]
+    return sum(bool(FRESH_LOAD.match(code[i].opcode)) for i in seen)
 
 
 def access_bits(opcode: str) -> int:
@@ -212,9 +280,9 @@ def kernels_in(resources: str, elf: str, sass: str, names: dict[str, str]) -> li
     return kernels
 
 
-def count(instructions: list[tuple[str, str]]) -> Code:
+def count(instructions: list[Instruction]) -> Code:
     """From what parse_sass found in one kernel."""
-    opcodes = [opcode for opcode, _ in instructions]
+    opcodes = [one.opcode for one in instructions]
     plain = Counter(opcode.split(".")[0] for opcode in opcodes)
 
     def by_width(wanted: str) -> dict[int, int]:
@@ -227,5 +295,11 @@ def count(instructions: list[tuple[str, str]]) -> Code:
         stores=by_width("STG"),
         local=plain["LDL"] + plain["STL"],
         counts={name: plain[name] for name in COUNTED},
-        waiting_igmma=sum(op.startswith("IGMMA") and "gsb0" in rest for op, rest in instructions),
+        waiting_igmma=sum(
+            one.opcode.startswith("IGMMA") and "gsb0" in one.operands for one in instructions
+        ),
+        overlaps=plain["ACQBULK"] > 0,
+        adds_up=plain["RED"] + plain["REDG"] + plain["ATOMG"] > 0,
+        fresh_loads=sum(bool(FRESH_LOAD.match(op)) for op in opcodes),
+        early_loads=early_loads(instructions),
     )
