@@ -185,33 +185,38 @@ def parse_sass(chunk: str) -> dict[str, list[Instruction]]:
     }
 
 
-def _successors(code: list[Instruction]) -> list[list[int]]:
-    """Where each instruction can be followed by which, by their places; more than that is safe."""
-    place = {one.address: i for i, one in enumerate(code)}
-    meets: dict[str, list[int]] = {}  # where the threads that a branch parted go on together
-    for one in code:
-        if one.opcode.startswith("BSSY"):
-            barrier, address = re.findall(r"\bB\d+\b|0x[0-9a-f]+", one.operands)[:2]
-            meets.setdefault(barrier, []).append(int(address, 16))
-    after = []
-    for i, (_, guard, opcode, operands) in enumerate(code):
-        name = opcode.split(".")[0]
-        targets = [int(found, 16) for found in re.findall(r"\b0x[0-9a-f]+", operands)]
-        goes_on = True
-        if name in ("BRA", "JMP", "CALL"):
-            targets = targets[-1:]
-            goes_on = bool(guard) or name == "CALL" or not re.match(r"`?\(?0x|\.", operands)
-        elif name == "BSYNC":
-            targets = meets.get(operands.split(",")[0].strip(), [])
-        elif name in ("EXIT", "RET", "KILL"):
-            targets, goes_on = [], bool(guard) or "," in operands
-        elif name in ("BRX", "JMX"):  # any of them
-            targets = [one.address for one in code]
-        else:
-            targets = []
-        following = [place[address] for address in targets if address in place]
-        after.append(following + ([i + 1] if goes_on and i + 1 < len(code) else []))
-    return after
+#: Where the threads that a branch parted go on together: a barrier's register, and an address.
+_Meetings = frozenset[tuple[str, int]]
+
+
+def _following(
+    code: list[Instruction], place: Mapping[int, int], i: int, meetings: _Meetings
+) -> list[tuple[int, _Meetings]]:
+    """What can be executed after an instruction, by its place; more than that is safe."""
+    one = code[i]
+    name = one.opcode.split(".")[0]
+    targets = [int(found, 16) for found in re.findall(r"\b0x[0-9a-f]+", one.operands)]
+    goes_on = True
+    if name in ("BRA", "JMP", "CALL"):
+        targets = targets[-1:]
+        goes_on = bool(one.guard) or name == "CALL" or not re.match(r"`?\(?0x|\.", one.operands)
+    elif name == "BSSY":
+        barrier = one.operands.split(",")[0].strip()
+        meetings = frozenset({m for m in meetings if m[0] != barrier} | {(barrier, targets[-1])})
+        targets = []
+    elif name == "BSYNC":
+        barrier = one.operands.split(",")[0].strip()
+        targets = [address for register, address in meetings if register == barrier]
+        goes_on = bool(one.guard) or not targets
+    elif name in ("EXIT", "RET", "KILL"):
+        targets, goes_on = [], bool(one.guard) or "," in one.operands
+    elif name in ("BRX", "JMX"):  # any of them
+        targets = list(place)
+    else:
+        targets = []
+    places = [place[address] for address in targets if address in place]
+    places += [i + 1] if goes_on and i + 1 < len(code) else []
+    return [(following, meetings) for following in places]
 
 
 def early_loads(code: list[Instruction]) -> int:
@@ -220,15 +225,19 @@ def early_loads(code: list[Instruction]) -> int:
     Thread 0 of a block may wait for all: for the others an mbarrier at which it arrives is a wait. A wait with a guard
     is none, because the thread may skip it.
     """
-    after, seen, todo = _successors(code), set[int](), [0] if code else []
+    place = {one.address: i for i, one in enumerate(code)}
+    todo: list[tuple[int, _Meetings]] = [(0, frozenset())] if code else []
+    seen = set(todo)
     while todo:
-        i = todo.pop()
-        if i in seen:
+        i, meetings = todo.pop()
+        if WAITS.match(code[i].opcode) and not code[i].guard:
             continue
-        seen.add(i)
-        if not (WAITS.match(code[i].opcode) and not code[i].guard):
-            todo += after[i]
-    return sum(bool(FRESH_LOAD.match(code[i].opcode)) for i in seen)
+        for state in _following(code, place, i, meetings):
+            if state not in seen:
+                seen.add(state)
+                todo.append(state)
+    found = {i for i, _ in seen if FRESH_LOAD.match(code[i].opcode)}
+    return len(found)
 
 
 def access_bits(opcode: str) -> int:
