@@ -60,8 +60,10 @@ for index, table in ((0, "sm90"), (1, "sm80"), (0, "sm90")):
         sms_bytes, blocks = {"sm90": (233472, 1), "sm80": (167936, 2)}[table]
         if tile["warps_m"] * tile["warps_n"] > 4:
             blocks = 1
-        least = min(100, 100 * blocks * tile["shared_bytes"] // sms_bytes)
-        assert least - 1 <= carveout.value <= min(100, least + 2), (tile["name"], carveout.value, least)
+        # The driver keeps 1 KiB of each; of a wgmma tile the table holds a bound, some hundred bytes too much.
+        wanted = [min(100, -(-100 * blocks * (tile["shared_bytes"] + more) // sms_bytes)) for more in (0, 1024)]
+        least = wanted[0 if tile["kernel"] == "wgmma" else 1]
+        assert least <= carveout.value <= wanted[1], (tile["name"], carveout.value)
 runtime.null_use_device(0)
 long = torch.randn(2, 120_000).half()
 for call in (lambda: ops.quantize(long), lambda: ops.quantize(long[:, 1:])):
@@ -86,7 +88,7 @@ def facts():
     here = device()
     return here.sms, here.part
 
-problem = (16, 1024, 4096)  # few tiles: shared over k where that is allowed
+problem = (64, 1024, 8192)  # few tiles: shared over k where that is allowed
 runtime.null_use_device(0)
 assert facts() == (132, 0)
 assert choice(*problem)["schedule"] == "stream-K"
@@ -95,8 +97,8 @@ for context, (green, mps) in enumerate(((20, 0), (0, 66), (40, 66), (66, 40), (1
     expected = min(n for n in (green, mps) if n)
     assert facts() == (expected, 1), facts()
     assert choice(*problem)["schedule"] != "stream-K"
-    p = Params(m=16, n=1024, k=4096, x_q=4096, w_q=4096, x_scale=4096, w_scale=4096, y=4096)
-    p.x_q_stride = p.w_q_stride = 4096
+    p = Params(m=8, n=1024, k=8192, x_q=4096, w_q=4096, x_scale=4096, w_scale=4096, y=4096)
+    p.x_q_stride = p.w_q_stride = 8192
     p.y_stride, p.y_dtype = 1024, 1
     for tile in c_gemm.tables(library)["sm90"]["tiles"]:
         p.tile = tile["tile"]
