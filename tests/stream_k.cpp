@@ -42,8 +42,8 @@ void print_parts(int m, int n, int k, int sms, int clusters) {
   hardware.sm_count = sms;
   hardware.max_active_clusters = clusters;
   const auto problem = cute::make_shape(m, n, k, 1);
-  const auto params = Scheduler::to_underlying_arguments(problem, Tile{}, Cluster{}, hardware,
-                                                         arguments, nullptr);
+  const auto params =
+      Scheduler::to_underlying_arguments(problem, Tile{}, Cluster{}, hardware, arguments, nullptr);
   const dim3 grid =
       Scheduler::get_grid_shape(params, problem, Tile{}, Cluster{}, hardware, arguments);
   const bool along_n = params.raster_order_ == Scheduler::RasterOrder::AlongN;
@@ -62,8 +62,8 @@ void print_parts(int m, int n, int k, int sms, int clusters) {
       do {
         std::printf("%u %d %d %d %d %u\n", block, turn++, work.M_idx, work.N_idx, work.K_idx,
                     work.k_tile_count);
-      } while (Scheduler::continue_current_work_for_linear_idx(unit, start, in_cluster, work,
-                                                               params));
+      } while (
+          Scheduler::continue_current_work_for_linear_idx(unit, start, in_cluster, work, params));
     }
   }
 }
