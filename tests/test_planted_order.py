@@ -59,7 +59,7 @@ MUTANTS = (
         "  if (threadIdx.x == 0) fence_gpu();\n" + TICKET.replace("    fence_gpu();\n", ""),
         WEAK,
     ),
-    without("no barrier before the ticket", TICKET.removeprefix("  __syncthreads();\n"), RANDOM),
+    without("no barrier before the ticket", TICKET.removeprefix("  __syncthreads();\n"), WEAK),
     without("nothing is wrong", TICKET, WEAK + RANDOM),
 )
 

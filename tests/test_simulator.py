@@ -41,7 +41,7 @@ def test_kernels(arch: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 #: What blocks do for each other: splits that add up by tickets, stream-K, clusters; every tile, in small shapes.
 TOGETHER = "need_not_be_cleared and 127"
-#: seed -> whether memory is weak as well. The first seeds of `simulator.adversarial`: others find no more.
+#: seed -> whether memory is weak as well, which the planted defects need to show (tests/test_planted_order.py).
 ORDERS = {1: True, 2: False, 3: True}
 
 
