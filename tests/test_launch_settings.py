@@ -65,7 +65,7 @@ for index, table in ((0, "sm90"), (1, "sm80"), (0, "sm90")):
         least = wanted[0 if tile["kernel"] == "wgmma" else 1]
         assert least <= carveout.value <= wanted[1], (tile["name"], carveout.value)
 runtime.null_use_device(0)
-long = torch.randn(2, 120_000).half()
+long = torch.zeros(40, 70_000).half()  # too many rows for slices, too long for registers
 for call in (lambda: ops.quantize(long), lambda: ops.quantize(long[:, 1:])):
     assert asked(call)["function_attributes"] == 2 and carveout.value == 100
     assert asked(call)["function_attributes"] == 0

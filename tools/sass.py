@@ -35,7 +35,7 @@ class Code:
         False  # its blocks wait for or add to each other's results (atomics on global memory)
     )
     fresh_loads: int = 0  # of what other blocks and kernels write meanwhile
-    early_loads: int = 0  # those that a thread can get to without any of WAITS
+    early_loads: int = 0  # if it overlaps: those that a thread can get to without any of WAITS
 
 
 @dataclass(frozen=True)
@@ -310,5 +310,6 @@ def count(instructions: list[Instruction]) -> Code:
         overlaps=plain["ACQBULK"] > 0,
         adds_up=plain["RED"] + plain["REDG"] + plain["ATOMG"] > 0,
         fresh_loads=sum(bool(FRESH_LOAD.match(op)) for op in opcodes),
-        early_loads=early_loads(instructions),
+        # Of others nobody asks, and a stream-K kernel has too many ways through it.
+        early_loads=early_loads(instructions) if plain["ACQBULK"] else 0,
     )
