@@ -219,8 +219,8 @@ def choices(table: Table, m: int) -> list[Choice]:
 
 
 def serves(tile: dict[str, Any], m: int) -> bool:
-    """A streaming kernel takes no more tokens than its tile has."""
-    return bool(tile["kernel"] != "stream" or m <= tile["m"])
+    """A streaming kernel takes no more tokens than its tile has, and a row may be ruled out (SQK_WITHOUT_TILES)."""
+    return not tile.get("excluded") and bool(tile["kernel"] != "stream" or m <= tile["m"])
 
 
 # --- what is right ----------------------------------------------------------------------------------------------------

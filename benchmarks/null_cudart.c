@@ -8,12 +8,25 @@
 
 // What the calls cost in a real runtime differs widely, so they are counted one by one.
 EXPORT long null_launches, null_clears, null_tensor_maps, null_entry_points;
-EXPORT long null_devices, null_attributes, null_function_attributes;
+EXPORT long null_devices, null_attributes, null_function_attributes, null_occupancies;
+// The last that was asked of a kernel: percent of an SM's memory that it would share.
+EXPORT int null_carveout;
 
 static int current;
 
 // 0: an H100, 1: an A100.
 EXPORT void null_use_device(int device) { current = device; }
+
+static unsigned long long context = 1;
+static int context_sms, affinity_sms;  // 0: all
+
+// From now on another context is current: a green one of so many multiprocessors, or one to which
+// MPS gives so many.
+EXPORT void null_use_context(unsigned long long id, int green, int mps) {
+  context = id;
+  context_sms = green;
+  affinity_sms = mps;
+}
 // What a call through ctypes costs by itself.
 EXPORT int null_call(void* a, void* b, void* c) { return a == NULL && b == NULL && c == NULL; }
 
@@ -32,6 +45,9 @@ EXPORT int cudaDeviceGetAttribute(int* value, int attribute, int device) {
     case 75:  // compute capability, major
       *value = device == 0 ? 9 : 8;
       break;
+    case 81:  // shared memory of a multiprocessor
+      *value = device == 0 ? 233472 : 167936;
+      break;
     case 97:  // the most shared memory that one block can be given
       *value = device == 0 ? 232448 : 166912;
       break;
@@ -42,8 +58,16 @@ EXPORT int cudaDeviceGetAttribute(int* value, int attribute, int device) {
 }
 
 EXPORT int cudaFuncSetAttribute(const void* function, int attribute, int value) {
-  (void)function, (void)attribute, (void)value;
+  (void)function;
   ++null_function_attributes;
+  if (attribute == 9) null_carveout = value;
+  return 0;
+}
+
+EXPORT int cudaOccupancyMaxActiveClusters(int* clusters, const void* function, const void* config) {
+  (void)function, (void)config;
+  ++null_occupancies;
+  *clusters = 66;
   return 0;
 }
 
@@ -66,13 +90,47 @@ static int encode_tensor_map(void* map) {
   return 0;
 }
 
-// The library asks for cuTensorMapEncodeTiled only.
+static int context_id(void* of, unsigned long long* id) {
+  (void)of;
+  *id = context;
+  return 0;
+}
+static int context_current(void** found) {
+  *found = &context;
+  return 0;
+}
+// CUexecAffinityParam: a type, then the number.
+static int context_affinity(int* affinity, int type) {
+  (void)type;
+  affinity[1] = affinity_sms;
+  return affinity_sms == 0 ? 801 : 0;  // not supported: no MPS
+}
+// CUdevResource: a type and what is reserved, 96 bytes, then the number.
+static int context_resource(void* of, int* resource, int type) {
+  (void)type;
+  resource[24] = context_sms != 0 ? context_sms : current == 0 ? 132 : 108;
+  return of != &context;
+}
+
 EXPORT int cudaGetDriverEntryPointByVersion(const char* name, void** function, unsigned version,
                                             unsigned long long flags, int* found) {
-  (void)name, (void)version, (void)flags;
+  static const struct {
+    const char* name;
+    void* function;
+  } known[] = {
+      {"cuTensorMapEncodeTiled", (void*)&encode_tensor_map},
+      {"cuCtxGetId", (void*)&context_id},
+      {"cuCtxGetCurrent", (void*)&context_current},
+      {"cuCtxGetExecAffinity", (void*)&context_affinity},
+      {"cuCtxGetDevResource", (void*)&context_resource},
+  };
+  (void)version, (void)flags;
   ++null_entry_points;
-  *function = (void*)&encode_tensor_map;
-  if (found != NULL) *found = 0;
+  *function = NULL;
+  for (size_t i = 0; i < sizeof known / sizeof known[0]; ++i) {
+    if (strcmp(name, known[i].name) == 0) *function = known[i].function;
+  }
+  if (found != NULL) *found = *function == NULL;  // 1: no such symbol
   return 0;
 }
 EXPORT int cudaGetDriverEntryPoint(const char* name, void** function, unsigned long long flags,

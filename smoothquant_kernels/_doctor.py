@@ -91,6 +91,7 @@ def _extension() -> dict[str, Any]:
         "tables": dispatch_tables(),
         "tuning": bool(build_info().get("tuning")),
         "tune_cache": tune_cache().state,  # after the GPUs were asked: CUDA has started
+        "tuned": tune_cache().in_use,
     }
 
 
@@ -174,6 +175,9 @@ def render_doctor(document: Document) -> Table:
         )
     if extension["available"]:
         table.add_row("SQK_TUNE_CACHE", escape(extension["tune_cache"]))
+        if cuda["devices"] and not extension["tuned"]:
+            # No table of csrc/gemm was tuned on a GPU yet (docs/gpu.md, "Retuning").
+            table.add_row("", "no tuned table exists for this GPU: tiles are chosen by estimates")
     if extension["tuning"]:
         table.add_row("", "a tuning build: with candidates, for benchmarks/tune.py")
     for op, rows in extension["tables"].items():

@@ -106,7 +106,7 @@ def gemm_tables() -> dict[str, Any]:
 def gemm_plan(m: int, n: int, k: int) -> dict[str, Any]:
     """What `gemm_s8` takes on the current GPU: {"table", "tile", "splits", "blocks", ...}; empty without a library."""
     ask, choose = _entry("sqk_gemm_device"), _entry("sqk_gemm_choice", ctypes.c_char_p)
-    device = (ctypes.c_int32 * 4)()  # sqk::GemmDevice
+    device = (ctypes.c_int32 * 5)()  # sqk::GemmDevice
     if ask is None or choose is None or ask(device) != 0:
         return {}
     size = ctypes.c_int64
@@ -127,7 +127,10 @@ def dispatch_tables() -> dict[str, list[dict[str, str]]]:
         if rows:
             found["quantize"] = [{name: str(row[name]) for name in columns} for row in rows]
         for gpu, table in gemm_tables().items():
-            names = [tile["name"] for tile in table["tiles"]]
+            names = [
+                tile["name"] + (" (ruled out)" if tile.get("excluded") else "")
+                for tile in table["tiles"]
+            ]
             found[f"gemm_s8 {gpu}"] = [
                 {
                     "path": ", ".join(names[tile] for tile in rule["tiles"]),

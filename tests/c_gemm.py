@@ -57,6 +57,7 @@ class Device(Structure):
         ("capability", c_int32),
         ("shared_bytes", c_int32),
         ("wgmma", c_int32),
+        ("part", c_int32),
     )
 
 
@@ -101,6 +102,7 @@ def declare_plans(library: ctypes.CDLL) -> ctypes.CDLL:
     library.sqk_gemm_tables.restype = c_char_p
     library.sqk_gemm_choice.argtypes = [c_int64, c_int64, c_int64, POINTER(Device)]
     library.sqk_gemm_choice.restype = c_char_p
+    library.sqk_gemm_without_tiles.argtypes = [c_char_p]
     return library
 
 

@@ -15,6 +15,7 @@ AUTO = -1
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 SUCCESS, INVALID_ARGUMENT, UNSUPPORTED_ARCH, UNSUPPORTED_SHAPE, WORKSPACE_TOO_SMALL = range(5)
+EXCLUDED_TILE, UNKNOWN_TILE = 5, 6
 
 
 class Params(Structure):

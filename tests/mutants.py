@@ -38,6 +38,8 @@ class Mutant:
         tests: of the suite, for pytest's -k; they take some seconds at most.
         symptom: a pattern of the output; None: the tests pass.
         arch: the GPU to simulate.
+        orders: (seed, weak) of `simulator.adversarial`, of which one shows the symptom, while the tests pass in the
+            fixed order of blocks and warps; none: the fixed order shows it. With no symptom the tests pass in all.
         cuts: (file, old, new) that leave out what the tests do not need, so that a copy compiles in a fraction of the
             time; old occurs exactly once.
     """
@@ -51,6 +53,7 @@ class Mutant:
     tests: str
     symptom: str | None
     arch: str = "sm_80"
+    orders: tuple[tuple[int, bool], ...] = ()
     cuts: tuple[tuple[str, str, str], ...] = ()
 
 
@@ -63,8 +66,20 @@ def build_and_test(mutant: Mutant, root: Path) -> subprocess.CompletedProcess[st
         assert text.count(old) == 1, f"{name} does not have this once: {old}"
         file.write_text(text.replace(old, new))
     library = simulator.library_with(root, [mutant.source])
-    suite = f"tests/kernels/{mutant.suite}"
-    return simulator.kernel_tests(library, suite, "-x", "-k", mutant.tests, arch=mutant.arch)
+    arguments = (f"tests/kernels/{mutant.suite}", "-x", "-k", mutant.tests)
+    if not mutant.orders:
+        return simulator.kernel_tests(library, *arguments, arch=mutant.arch)
+    # One thread here too: with several, which block comes last is a matter of chance.
+    done = simulator.kernel_tests(
+        library, *arguments, arch=mutant.arch, environment={"PTXSIM_THREADS": "1"}
+    )
+    assert done.returncode == 0, f"the fixed order shows it: {done.stdout}{done.stderr}"
+    for seed, weak in mutant.orders:
+        order = simulator.adversarial(seed, weak=weak)
+        done = simulator.kernel_tests(library, *arguments, arch=mutant.arch, environment=order)
+        if done.returncode != 0:
+            break
+    return done
 
 
 Runs = dict[str, "Future[subprocess.CompletedProcess[str]]"]

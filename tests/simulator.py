@@ -151,14 +151,29 @@ def python(
     )
 
 
+def adversarial(seed: int, *, weak: bool = False) -> dict[str, str]:
+    """The simulator's environment for blocks and warps in a random order, the same for the same seed.
+
+    Args:
+        seed: 1 or more.
+        weak: a block's stores are seen by other blocks only after a fence, or at some time, word by word.
+    """
+    variables = {"PTXSIM_SEED": str(seed), "PTXSIM_THREADS": "1"}
+    return {**variables, "PTXSIM_WEAK": "1"} if weak else variables
+
+
 def kernel_tests(
-    library: Path, *arguments: str, arch: str = "sm_80", checks: str = "init,race"
+    library: Path,
+    *arguments: str,
+    arch: str = "sm_80",
+    checks: str = "init,race",
+    environment: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Runs pytest in the simulator; the arguments say which of tests/kernels, and more if need be."""
     pytest_command = ["-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider"]
     pytest_command += ["--backend", "simulator", *arguments]
     # Few multiprocessors: "many rows" are then few enough to simulate, and blocks take several rows.
-    variables = {LIBRARY_VARIABLE: str(library), "PTXSIM_SMS": "8"}
+    variables = {LIBRARY_VARIABLE: str(library), "PTXSIM_SMS": "8", **(environment or {})}
     return python(pytest_command, arch=arch, checks=checks, environment=variables)
 
 

@@ -131,3 +131,14 @@ def test_no_library_has_no_tables(monkeypatch: pytest.MonkeyPatch) -> None:
     document = _doctor.examine()
     assert document["extension"]["tables"] == {}
     assert "quantize by" not in rendered(document)
+
+
+@pytest.mark.parametrize("tuned", [False, True])
+def test_doctor_says_when_no_table_was_tuned(tuned: bool) -> None:
+    document = _doctor.examine()
+    document["extension"] |= {"available": True, "tuned": tuned}
+    document["cuda"]["devices"] = []
+    assert "no tuned table" not in rendered(document), "there is no GPU"
+    gpu = {"name": "NVIDIA H100", "capability": "9.0", "memory_bytes": 80 << 30}
+    document["cuda"]["devices"] = [gpu]
+    assert ("no tuned table exists for this GPU" in rendered(document)) == (not tuned)

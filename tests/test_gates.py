@@ -19,6 +19,10 @@ from sass import Code, Kernel
 ROW_NAME = "void sqk::row_kernel<{}, (sqk::Producer){}, (sqk::QuantizePath){}>(sqk::RowParams)"
 
 
+WGMMA = "void sqk::wgmma_gemm_kernel<8, 128, 128, 128>(P)"
+HOPPER = {"IGMMA": 4}
+
+
 def kernel(name: str = "void sqk::f<1>(int)", arch: str = "sm_80", **changed: object) -> Kernel:
     base = Kernel("_Z1f", name, arch, 32, 0, 0, 256, True, Code())
     return dataclasses.replace(base, **changed)  # type: ignore[arg-type]
@@ -59,6 +63,12 @@ def row(bits: int = 16, path: int = 2, **loads: int) -> Kernel:
             ),
             "48 stores of 4 bytes, 32 of 2; allowed: as many.",
         ),
+        (
+            kernel(WGMMA, "sm_90a", code=Code({}, counts=HOPPER, overlaps=True, fresh_loads=4, early_loads=1)),
+            "1 of 4 loads of x_scale can come before any wait; allowed: none.",
+        ),
+        (kernel(WGMMA, "sm_90a", code=Code(counts=HOPPER, overlaps=True)), "no load of x_scale from L2"),
+        (kernel(WGMMA, "sm_90a", code=Code(counts=HOPPER)), "no wait for the kernel in front of it"),
     ],
 )  # fmt: skip
 def test_a_gate_fails_on_a_defect(bad: Kernel, sentence: str) -> None:
@@ -76,6 +86,11 @@ def test_a_gate_fails_on_a_defect(bad: Kernel, sentence: str) -> None:
         row(path=4, _16=32),  # the path of single elements
         kernel("gemm(P)", "sm_90a", code=Code(counts={"IGMMA": 4}, waiting_igmma=1)),
         kernel("gemm(P)", "sm_89", code=Code(counts={"IMMA": 4})),
+        kernel(WGMMA, "sm_90a", code=Code(counts=HOPPER, overlaps=True, fresh_loads=4)),
+        # stream-K: not launched to overlap
+        kernel(
+            WGMMA, "sm_90a", code=Code(counts=HOPPER, adds_up=True, fresh_loads=4, early_loads=1)
+        ),
         kernel(
             "sqk::mma_gemm_kernel<256>(P)",
             code=Code(counts={"IMMA": 4}, stores={128: 40, 32: 32, 16: 32}),

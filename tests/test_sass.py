@@ -140,6 +140,64 @@ def test_what_cuobjdump_prints_is_read() -> None:
     assert hopper.code.stores == {64: 1}
 
 
+def sass_of(text: str) -> list[sass.Instruction]:
+    """Lines of "address instruction" as cuobjdump prints them."""
+    lines = [line.split(" ", 1) for line in text.splitlines() if line]
+    body = "".join(f"        /*{address.strip()}*/ {rest} ;\n" for address, rest in lines)
+    return sass.parse_sass(f"\t\tFunction : f\n{body}")["f"]
+
+
+PRODUCER = """
+0000 ISETP.GE.U32.AND P0, PT, R9, 0x20, PT
+0010 @!P0 BRA 0x100
+"""
+CONSUMER = """
+0020 SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [R0+URZ], R7
+0030 @!P0 BRA 0x90
+0040 LDG.E.STRONG.GPU R3, desc[UR4][R2.64]
+0050 EXIT
+0090 SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [R0+URZ], R7
+00a0 @!P0 BRA 0x90
+00b0 BRA 0x40
+0100 ACQBULK
+0110 UTMALDG.2D [UR8], [UR4]
+0120 EXIT
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "early"),
+    [
+        (PRODUCER + CONSUMER, 0),
+        # a load in front of the wait, of all threads or of some
+        (PRODUCER.replace("0010", "0008 LDG.E.STRONG.GPU R3, [R2.64]\n0010") + CONSUMER, 1),
+        (PRODUCER + "0018 @P1 LDG.E.128.STRONG.GPU R4, [R2.64]" + CONSUMER, 1),
+        # a way round the wait: by a branch, or by a guard
+        (PRODUCER + "0018 @P1 BRA 0x40" + CONSUMER, 1),
+        (PRODUCER + "0018 BRA !UP0, 0x40" + CONSUMER, 1),
+        (PRODUCER + CONSUMER.replace("0020 SYNCS", "0020 @P1 SYNCS"), 1),
+        (PRODUCER + CONSUMER.replace("0100 ACQBULK", "0100 BRA 0x40"), 1),
+        # threads that parted go on together behind the wait, or before it
+        (PRODUCER + "0018 BSSY B0, 0x40\n001c @P1 BSYNC B0" + CONSUMER, 1),
+        (PRODUCER + "0018 BSSY B0, 0x90\n001c BSYNC B0" + CONSUMER, 0),
+        # it can jump anywhere
+        (PRODUCER + "0018 BRX R4 -0x20" + CONSUMER, 1),
+        # other loads, what nobody gets to, and what is never executed
+        (PRODUCER + "0018 LDG.E.CONSTANT R3, [R2.64]" + CONSUMER, 0),
+        (PRODUCER + "0018 BRA 0x20\n001c LDG.E.STRONG.GPU R3, [R2.64]" + CONSUMER, 0),
+        (PRODUCER + "0018 @!PT LDG.E.STRONG.GPU R3, [R2.64]" + CONSUMER, 0),
+        ("", 0),
+    ],
+)  # fmt: skip
+def test_loads_that_can_come_before_a_wait(code: str, early: int) -> None:
+    instructions = sass_of(code) if code else []
+    assert sass.early_loads(instructions) == early
+    found = sass.count(instructions)
+    overlaps = "ACQBULK" in code
+    assert (found.early_loads, found.overlaps) == (early if overlaps else 0, overlaps)
+    assert found.fresh_loads == code.count("STRONG") - code.count("@!PT")
+
+
 @pytest.mark.parametrize(
     ("opcode", "bits"),
     [("LDG.E", 32), ("LDG.E.128", 128), ("LDG.E.LTC128B.64", 64), ("STG.E.U16", 16),

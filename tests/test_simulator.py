@@ -37,3 +37,29 @@ def test_kernels(arch: str, capsys: pytest.CaptureFixture[str]) -> None:
     collected = len(list((ROOT / "tests" / "kernels").glob("test_*.py")))
     assert collected >= 8
     assert int(passed[1]) > least_passed and int(results[1]) > least_results
+
+
+#: What blocks do for each other: splits that add up by tickets, stream-K, clusters; every tile, in small shapes.
+TOGETHER = "need_not_be_cleared and 127"
+#: seed -> whether memory is weak as well, which the planted defects need to show (tests/test_planted_order.py).
+ORDERS = {1: True, 2: False, 3: True}
+
+
+@pytest.mark.simulator
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", ORDERS)
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_any_order_of_blocks_gives_the_same_bits(arch: str, seed: int) -> None:
+    simulator.require()
+    done = simulator.kernel_tests(
+        simulator.library(),
+        "tests/kernels/test_gemm_c_entry.py",
+        "-k",
+        TOGETHER,
+        arch=arch,
+        checks="",
+        environment=simulator.adversarial(seed, weak=ORDERS[seed]),
+    )
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-4000:]
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed and int(passed[1]) >= 8, done.stdout[-2000:]

@@ -89,6 +89,16 @@ def wgmma_in_flight(kernel: Kernel) -> str | None:
     return f"each of {total} IGMMA is waited for" if total > 1 and waiting == total else None
 
 
+def ordered_loads(kernel: Kernel) -> str | None:
+    """A kernel that may start before the one in front of it ends reads nothing of that one's before it has waited."""
+    code = kernel.code
+    if not code.overlaps:
+        return None if code.adds_up else "no wait for the kernel in front of it (ACQBULK)"
+    if code.early_loads:
+        return f"{code.early_loads} of {code.fresh_loads} loads of x_scale can come before any wait"
+    return None if code.fresh_loads else "no load of x_scale from L2 (LDG.STRONG.GPU)"
+
+
 def launchable(kernel: Kernel) -> str | None:
     """A block of the largest size fits every GPU of the table that may run this code."""
     for device in LIMITS:
@@ -191,6 +201,14 @@ GATES = (
         "are compiled with -DNDEBUG, and nothing may touch accumulators between two wgmma.",
         kernels=GEMM,
         but=STREAM,
+        archs=r"sm_90a",
+    ),
+    Gate(
+        "order of dependent loads",
+        ordered_loads,
+        "allowed: none. All but stream-K are launched to overlap with the quantiser: what it writes is read by "
+        "load_fresh (csrc/gemm/memory_order.cuh), after griddepcontrol.wait or an mbarrier of the thread that waited.",
+        kernels=r"\bwgmma_gemm_kernel<",
         archs=r"sm_90a",
     ),
     Gate(

@@ -9,11 +9,15 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from occupancy import MAX_THREADS, SHARED_RESERVED
 
 WIDTHS = (256, 128, 64, 32, 16, 8)  # bits of one thread's access
 COUNTED = ("IMMA", "IGMMA", "IDP", "BAR")  # tensor cores of Ampere and of Hopper, dp4a, barriers
+#: What lets a thread see another kernel's results: griddepcontrol.wait, or an mbarrier that such a thread arrived at.
+WAITS = re.compile(r"ACQBULK\b|SYNCS\.PHASECHK\b")
+FRESH_LOAD = re.compile(r"LDG\b.*\.STRONG\.GPU\b")  # ld.global.cg, and an acquire
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,12 @@ class Code:
     local: int = 0  # LDL and STL: spills, and arrays in local memory
     counts: dict[str, int] = field(default_factory=dict)  # of COUNTED
     waiting_igmma: int = 0  # IGMMA that end their group; all of them when ptxas made wgmma serial
+    overlaps: bool = False  # it waits for the kernel before it in the stream (griddepcontrol.wait)
+    adds_up: bool = (
+        False  # its blocks wait for or add to each other's results (atomics on global memory)
+    )
+    fresh_loads: int = 0  # of what other blocks and kernels write meanwhile
+    early_loads: int = 0  # if it overlaps: those that a thread can get to without any of WAITS
 
 
 @dataclass(frozen=True)
@@ -144,23 +154,90 @@ def parse_arch(chunk: str) -> str:
     return found[1] if found else "sm_?"
 
 
+class Instruction(NamedTuple):
+    address: int
+    guard: str  # "!P0"; "" for none
+    opcode: str  # with its modifiers
+    operands: str
+
+
 _INSTRUCTION = re.compile(
-    r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@(?P<guard>!?U?P\w+)\s+)?(?P<opcode>[A-Z][\w.]*)(?P<rest>[^;]*);",
+    r"^\s+/\*(?P<address>[0-9a-f]{4,})\*/\s+(?:@(?P<guard>!?U?P\w+)\s+)?(?P<opcode>[A-Z][\w.]*)(?P<rest>[^;]*);",
     re.M,
 )
 
 
-def parse_sass(chunk: str) -> dict[str, list[tuple[str, str]]]:
-    """``cuobjdump --dump-sass``: kernel -> [(opcode with its modifiers, operands), ...]"""
+def parse_sass(chunk: str) -> dict[str, list[Instruction]]:
+    """``cuobjdump --dump-sass``: kernel -> its instructions, in order"""
     parts = re.split(r"^\s*Function : (\S+)$", chunk, flags=re.M)
     return {
         name: [
-            (found["opcode"], found["rest"].strip())
+            Instruction(
+                int(found["address"], 16),
+                found["guard"] or "",
+                found["opcode"],
+                found["rest"].strip(),
+            )
             for found in _INSTRUCTION.finditer(body)
             if found["guard"] not in ("!PT", "!UPT")  # never executed: padding
         ]
         for name, body in zip(parts[1::2], parts[2::2], strict=True)
     }
+
+
+#: Where the threads that a branch parted go on together: a barrier's register, and an address.
+_Meetings = frozenset[tuple[str, int]]
+
+
+def _following(
+    code: list[Instruction], place: Mapping[int, int], i: int, meetings: _Meetings
+) -> list[tuple[int, _Meetings]]:
+    """What can be executed after an instruction, by its place; more than that is safe."""
+    one = code[i]
+    name = one.opcode.split(".")[0]
+    targets = [int(found, 16) for found in re.findall(r"\b0x[0-9a-f]+", one.operands)]
+    goes_on = True
+    if name in ("BRA", "JMP", "CALL"):
+        targets = targets[-1:]
+        goes_on = bool(one.guard) or name == "CALL" or not re.match(r"`?\(?0x|\.", one.operands)
+    elif name == "BSSY":
+        barrier = one.operands.split(",")[0].strip()
+        meetings = frozenset({m for m in meetings if m[0] != barrier} | {(barrier, targets[-1])})
+        targets = []
+    elif name == "BSYNC":
+        barrier = one.operands.split(",")[0].strip()
+        targets = [address for register, address in meetings if register == barrier]
+        goes_on = bool(one.guard) or not targets
+    elif name in ("EXIT", "RET", "KILL"):
+        targets, goes_on = [], bool(one.guard) or "," in one.operands
+    elif name in ("BRX", "JMX"):  # any of them
+        targets = list(place)
+    else:
+        targets = []
+    places = [place[address] for address in targets if address in place]
+    places += [i + 1] if goes_on and i + 1 < len(code) else []
+    return [(following, meetings) for following in places]
+
+
+def early_loads(code: list[Instruction]) -> int:
+    """Loads of what another kernel may still be writing that some way through the kernel has before any wait.
+
+    Thread 0 of a block may wait for all: for the others an mbarrier at which it arrives is a wait. A wait with a guard
+    is none, because the thread may skip it.
+    """
+    place = {one.address: i for i, one in enumerate(code)}
+    todo: list[tuple[int, _Meetings]] = [(0, frozenset())] if code else []
+    seen = set(todo)
+    while todo:
+        i, meetings = todo.pop()
+        if WAITS.match(code[i].opcode) and not code[i].guard:
+            continue
+        for state in _following(code, place, i, meetings):
+            if state not in seen:
+                seen.add(state)
+                todo.append(state)
+    found = {i for i, _ in seen if FRESH_LOAD.match(code[i].opcode)}
+    return len(found)
 
 
 def access_bits(opcode: str) -> int:
@@ -212,9 +289,9 @@ def kernels_in(resources: str, elf: str, sass: str, names: dict[str, str]) -> li
     return kernels
 
 
-def count(instructions: list[tuple[str, str]]) -> Code:
+def count(instructions: list[Instruction]) -> Code:
     """From what parse_sass found in one kernel."""
-    opcodes = [opcode for opcode, _ in instructions]
+    opcodes = [one.opcode for one in instructions]
     plain = Counter(opcode.split(".")[0] for opcode in opcodes)
 
     def by_width(wanted: str) -> dict[int, int]:
@@ -227,5 +304,12 @@ def count(instructions: list[tuple[str, str]]) -> Code:
         stores=by_width("STG"),
         local=plain["LDL"] + plain["STL"],
         counts={name: plain[name] for name in COUNTED},
-        waiting_igmma=sum(op.startswith("IGMMA") and "gsb0" in rest for op, rest in instructions),
+        waiting_igmma=sum(
+            one.opcode.startswith("IGMMA") and "gsb0" in one.operands for one in instructions
+        ),
+        overlaps=plain["ACQBULK"] > 0,
+        adds_up=plain["RED"] + plain["REDG"] + plain["ATOMG"] > 0,
+        fresh_loads=sum(bool(FRESH_LOAD.match(op)) for op in opcodes),
+        # Of others nobody asks, and a stream-K kernel has too many ways through it.
+        early_loads=early_loads(instructions) if plain["ACQBULK"] else 0,
     )

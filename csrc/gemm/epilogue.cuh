@@ -7,6 +7,7 @@
 
 #include <cstdint>
 
+#include "gemm/memory_order.cuh"
 #include "quantize/producer.cuh"
 #include "sqk/gemm.h"
 
@@ -76,9 +77,10 @@ __device__ inline float load_bias(const Epilogue& e, int channel) {
   return e.bias != nullptr ? __ldg(e.bias + channel) : -0.0f;
 }
 
-// From L2: the kernel that writes the scales may still have been running when this one started.
+// The kernel that writes the scales may still have been running when this one started. Called when
+// a tile of x_q has arrived, which the same kernel wrote and this one has waited for.
 __device__ inline float load_x_scale(const Epilogue& e, int token) {
-  return __ldcg(e.x_scale + (e.x_per_token ? token : 0));
+  return load_fresh(e.x_scale + (e.x_per_token ? token : 0));
 }
 
 __device__ inline float load_residual(const Epilogue& e, int token, int channel) {

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "device.h"
 #include "gemm/kernels.h"
 #include "gemm/measured.h"
 #include "gemm/table_sm90.h"
@@ -110,10 +111,11 @@ Status launch(const GemmParams& params, const GemmPlan& plan, const QuantizePara
 }  // namespace
 
 Status gemm_device(GemmDevice* device) {
-  QuantizeDevice known = {};
-  const Status status = quantize_device(&known);
-  // Clusters and wgmma come with the same architecture, 9.0a.
-  *device = {known.sms, known.capability, known.shared_bytes, known.clusters};
+  Gpu gpu = {};
+  const Status status = current_gpu(&gpu);
+  // The wgmma kernels are compiled for 9.0a, which is code for 9.0 and for nothing newer.
+  *device = {gpu.sms, gpu.capability, gpu.shared_bytes, SQK_WITH_SM90 && gpu.capability == 90,
+             gpu.sms < gpu.all_sms};
   return status;
 }
 

@@ -8,6 +8,7 @@
 
 #include <cuda_runtime.h>
 
+#include "gemm/memory_order.cuh"
 #include "gemm/mma_ops.cuh"
 #include "gemm/splits.h"
 #include "gemm/store_tokens.cuh"
@@ -106,19 +107,24 @@ __device__ bool combine_splits(const MmaParams& p, uint32_t tile, uint32_t split
     const int32_t* sum = acc + 4 * i;
     __stcg(slot + i * kThreads, make_int4(sum[0], sum[1], sum[2], sum[3]));
   }
-  // Every thread's sums are visible before the block's ticket is.
-  __threadfence();
+  // The barrier puts the whole block's sums before one thread's ticket, and that thread's fence
+  // makes them visible with it. The fence behind the ticket does the same for the sums of the
+  // blocks that came before, and the second barrier for the other threads.
   __syncthreads();
-  const bool last = threadIdx.x == 0 && atomicAdd(p.tickets + tile, 1u) + 1 == p.splits;
+  bool last = false;
+  if (threadIdx.x == 0) {
+    fence_gpu();
+    last = atomicAdd(p.tickets + tile, 1u) + 1 == p.splits;
+    fence_gpu();
+  }
   if (!__syncthreads_or(last)) return false;
-  __threadfence();
 #pragma unroll 1
   for (int other = 0; other < p.splits; ++other) {
     if (other == split) continue;
     const int4* theirs = p.partials + (other * tiles + tile) * words + threadIdx.x;
 #pragma unroll
     for (int i = 0; i < kWords; ++i) {
-      const int4 sum = __ldcg(theirs + i * kThreads);
+      const int4 sum = load_fresh(theirs + i * kThreads);
       acc[4 * i] += sum.x;
       acc[4 * i + 1] += sum.y;
       acc[4 * i + 2] += sum.z;
@@ -300,7 +306,8 @@ Status launch_mma(const GemmParams& params, const GemmDevice&, const GemmPlan& p
   launch.shared_bytes = kSharedBytes;
   launch.stream = stream;
   static DevicesSeen seen;
-  const Status status = allow_shared_memory(launch.function, kSharedBytes, seen);
+  const Status status =
+      allow_shared_memory(launch.function, kSharedBytes, mma_blocks_per_sm(kThreads), seen);
   return status == Status::kSuccess ? launch_kernel(launch, &p) : status;
 }
 

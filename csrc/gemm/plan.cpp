@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "gemm/excluded.h"
 #include "gemm/measured.h"
 #include "gemm/splits.h"
 #include "gemm/table_sm80.h"
@@ -63,7 +64,12 @@ GemmTable table_of(const GemmDevice& device) {
   return device.shared_bytes >= 160 * 1024 ? GemmTable::kSm80 : GemmTable::kSm89;
 }
 
+// A part of a GPU runs no stream-K: its blocks wait for each other's parts of a tile. A block waits
+// only for blocks of lower numbers (tests/test_stream_k.py), so that none waits for ever as long as
+// they start in the order of their numbers; but where fewer of them run at a time than were
+// counted on, they do wait.
 bool serves(const GemmTile& tile, const GemmParams& p, const GemmDevice& device) {
+  if (device.part && tile.schedule == Schedule::kStreamK) return false;
   return shared_bytes(tile) <= device.shared_bytes &&
          (tile.kernel != GemmKernel::kStream || p.m <= tile.m);
 }
@@ -139,13 +145,18 @@ int64_t best_splits(const GemmTile& tile, const GemmMachine& machine, const Gemm
 // An estimate is not worth more: the rules name the simpler kernel first.
 constexpr double kClearlyLess = 0.97;
 
-int32_t choose(const GemmTableView& table, const GemmParams& p, const GemmDevice& device) {
+// `excluded`: rows that must not be taken, or nullptr. Where they are all that the rule names, any
+// other shipped row will do.
+int32_t choose(GemmTable index, const GemmParams& p, const GemmDevice& device,
+               const Excluded* excluded) {
+  const GemmTableView& table = gemm_table(index);
   const GemmRule* rule = table.rules;
   while (p.m > rule->most_m) ++rule;
   int32_t best = -1;
   double least = 0;
-  for (int32_t candidate : rule->candidates) {
-    if (candidate < 0 || !serves(table.tiles[candidate], p, device)) continue;
+  const auto consider = [&](int32_t candidate) {
+    if (candidate < 0 || !serves(table.tiles[candidate], p, device)) return;
+    if (excluded != nullptr && excluded->has(index, candidate)) return;
     const GemmTile& tile = table.tiles[candidate];
     const int64_t splits = best_splits(tile, table.machine, p, device);
     const double clocks = expected_clocks(tile, table.machine, p, device, splits);
@@ -153,7 +164,10 @@ int32_t choose(const GemmTableView& table, const GemmParams& p, const GemmDevice
       best = candidate;
       least = clocks;
     }
-  }
+  };
+  for (int32_t candidate : rule->candidates) consider(candidate);
+  if (best >= 0 || excluded == nullptr) return best;
+  for (int32_t row = 0; row < table.shipped; ++row) consider(row);
   return best;
 }
 
@@ -202,14 +216,24 @@ Status make_plan(const GemmParams& params, const GemmDevice& device, const GemmM
   plan->table = table_of(device);
   const GemmTableView& table = gemm_table(plan->table);
   if (params.tile >= table.tile_count) return Status::kInvalidArgument;
+  const Excluded* const excluded = excluded_tiles();
+  if (excluded != nullptr && !excluded->unknown.empty()) return Status::kUnknownTile;
+  const auto is_excluded = [&](int32_t row) {
+    return excluded != nullptr && excluded->has(plan->table, row);
+  };
   if (params.m == 0) return Status::kSuccess;
   plan->tile = params.tile;
   int64_t asked = params.splits;
-  if (found != nullptr && serves(table.tiles[found->tile], params, device)) {
+  if (found != nullptr && serves(table.tiles[found->tile], params, device) &&
+      !is_excluded(found->tile)) {
     plan->tile = found->tile;
     asked = found->splits;
   }
-  if (plan->tile < 0) plan->tile = choose(table, params, device);
+  if (plan->tile >= 0 && is_excluded(plan->tile)) return Status::kExcludedTile;
+  if (plan->tile < 0) plan->tile = choose(plan->table, params, device, excluded);
+  if (plan->tile < 0 && excluded != nullptr && choose(plan->table, params, device, nullptr) >= 0) {
+    return Status::kExcludedTile;
+  }
   if (plan->tile < 0 || !serves(table.tiles[plan->tile], params, device)) {
     return Status::kUnsupportedShape;
   }

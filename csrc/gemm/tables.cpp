@@ -1,7 +1,15 @@
-// The GEMM tables as JSON, for doctor, tests and the tuner. Kernel ring: no torch, no GPU.
+// What the rows of the GEMM tables are called: as JSON, for doctor, tests and the tuner, and in the
+// list of rows that are ruled out. Kernel ring: no torch, no GPU.
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <memory>
+#include <mutex>
 #include <string>
+#include <string_view>
+#include <vector>
 
-#include "gemm/tile.h"
+#include "gemm/excluded.h"
 
 namespace sqk {
 namespace {
@@ -56,11 +64,24 @@ std::string list(int count, const Item& item) {
   return text + "]";
 }
 
-std::string tile_json(const GemmTile& tile, int row, bool candidate) {
+// A row's name in one word: the blanks are hyphens.
+std::string word(std::string_view name) {
+  std::string text(name);
+  std::replace(text.begin(), text.end(), ' ', '-');
+  return text;
+}
+
+std::string id(const GemmTableView& table, int row) {
+  return std::string(table.name) + "/" + word(table.tiles[row].name);
+}
+
+std::string tile_json(const GemmTableView& table, int row, bool excluded) {
+  const GemmTile& tile = table.tiles[row];
   const std::string cluster =
       "[" + std::to_string(tile.cluster_m) + ", " + std::to_string(tile.cluster_n) + "]";
   return Object()
       .add("tile", int64_t{row})
+      .add("id", id(table, row).c_str())
       .add("name", tile.name)
       .add("kernel", name(tile.kernel))
       .add("m", int64_t{tile.m})
@@ -76,7 +97,8 @@ std::string tile_json(const GemmTile& tile, int row, bool candidate) {
       .add("rate", int64_t{tile.rate})
       .add("shared_bytes", shared_bytes(tile))
       .add("why", tile.why)
-      .add("candidate", std::string(candidate ? "true" : "false"))
+      .add("candidate", std::string(row >= table.shipped ? "true" : "false"))
+      .add("excluded", std::string(excluded ? "true" : "false"))
       .end();
 }
 
@@ -104,15 +126,18 @@ std::string machine_json(const GemmMachine& machine) {
 
 std::string tables_json() {
   Object tables;
+  const Excluded* const excluded = excluded_tiles();
   for (int i = 0; i < kGemmTables; ++i) {
-    const GemmTableView& table = gemm_table(static_cast<GemmTable>(i));
+    const auto index = static_cast<GemmTable>(i);
+    const GemmTableView& table = gemm_table(index);
     tables.add(
         table.name,
         Object()
             .add("machine", machine_json(table.machine))
             .add("tiles", list(table.tile_count,
                                [&](int row) {
-                                 return tile_json(table.tiles[row], row, row >= table.shipped);
+                                 const bool out = excluded != nullptr && excluded->has(index, row);
+                                 return tile_json(table, row, out);
                                }))
             .add("rules",
                  list(table.rule_count, [&](int row) { return rule_json(table.rules[row]); }))
@@ -121,10 +146,72 @@ std::string tables_json() {
   return tables.end();
 }
 
+// --- rows that are ruled out -----------------------------------------------------------------
+
+// Every row that `entry` names: with its table, or in every table that has it.
+bool add_rows(const std::string& entry, Excluded& to) {
+  bool found = false;
+  for (int i = 0; i < kGemmTables; ++i) {
+    const GemmTableView& table = gemm_table(static_cast<GemmTable>(i));
+    for (int row = 0; row < table.tile_count; ++row) {
+      if (entry != id(table, row) && entry != word(table.tiles[row].name)) continue;
+      to.rows[i] |= uint64_t{1} << row;
+      found = true;
+    }
+  }
+  return found;
+}
+
+// nullptr where the list is empty.
+std::unique_ptr<const Excluded> parse(const char* list) {
+  auto found = std::make_unique<Excluded>();
+  bool any = false;
+  constexpr std::string_view kBlanks = " \t\r\n";
+  std::string_view rest = list == nullptr ? "" : list;
+  while (!rest.empty()) {
+    const size_t comma = std::min(rest.find(','), rest.size());
+    std::string_view entry = rest.substr(0, comma);
+    rest.remove_prefix(std::min(comma + 1, rest.size()));
+    const size_t first = entry.find_first_not_of(kBlanks);
+    if (first == std::string_view::npos) continue;
+    entry = entry.substr(first, entry.find_last_not_of(kBlanks) + 1 - first);
+    any = true;
+    if (!add_rows(word(entry), *found) && found->unknown.empty()) found->unknown = entry;
+  }
+  if (!any) return nullptr;
+  return found;
+}
+
+// Lists that were replaced stay: a plan on another thread may be reading one.
+const Excluded* keep(std::unique_ptr<const Excluded> excluded) {
+  static std::mutex mutex;
+  static std::vector<std::unique_ptr<const Excluded>> all;
+  const std::lock_guard<std::mutex> lock(mutex);
+  all.push_back(std::move(excluded));
+  return all.back().get();
+}
+
+std::atomic<const Excluded*>& current_excluded() {
+  static std::atomic<const Excluded*> current{keep(parse(std::getenv(kExcludedVariable)))};
+  return current;
+}
+
 }  // namespace
+
+const Excluded* excluded_tiles() { return current_excluded().load(std::memory_order_acquire); }
+
 }  // namespace sqk
 
 extern "C" const char* sqk_gemm_tables() {
-  static const std::string text = sqk::tables_json();
+  thread_local std::string text;
+  text = sqk::tables_json();
   return text.c_str();
+}
+
+extern "C" int32_t sqk_gemm_without_tiles(const char* list) {
+  auto found = sqk::parse(list != nullptr ? list : std::getenv(sqk::kExcludedVariable));
+  const bool unknown = found != nullptr && !found->unknown.empty();
+  if (unknown && list != nullptr) return static_cast<int32_t>(sqk::Status::kUnknownTile);
+  sqk::current_excluded().store(sqk::keep(std::move(found)), std::memory_order_release);
+  return static_cast<int32_t>(unknown ? sqk::Status::kUnknownTile : sqk::Status::kSuccess);
 }

@@ -124,6 +124,7 @@ constexpr bool tiles_hold(const GemmTile* tiles, int64_t count, int64_t shared_l
 
 // What every table must hold; each is static_assert'ed with it.
 constexpr bool table_holds(const GemmTableView& t, int64_t shared_limit) {
+  if (t.tile_count > 64) return false;  // a bit each in excluded.h
   if (t.shipped > t.tile_count || !tiles_hold(t.tiles, t.tile_count, shared_limit)) return false;
   for (int i = 0; i < t.rule_count; ++i) {
     if (i > 0 && t.rules[i].most_m <= t.rules[i - 1].most_m) return false;

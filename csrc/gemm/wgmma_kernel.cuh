@@ -9,6 +9,7 @@
 
 #include <cuda_runtime.h>
 
+#include <atomic>
 #include <cstring>
 #include <string_view>
 
@@ -160,6 +161,38 @@ class WgmmaGemm {
   using Cluster = typename Tile::Cluster;
   static constexpr GemmTile kTile = kSm90Tiles[kRow];
   static constexpr bool kSwap = Tile::kSwap;
+  static constexpr int kClusterBlocks = kTile.cluster_m * kTile.cluster_n;
+
+  static const void* function() {
+    return reinterpret_cast<const void*>(&wgmma_gemm_kernel<kRow, kTile.m, kTile.n, kTile.k>);
+  }
+
+  static Status allow_memory() {
+    static DevicesSeen seen;
+    return allow_shared_memory(function(), Tile::kShared, 1, seen);
+  }
+
+  // Clusters that run at a time: GPCs with an odd number of multiprocessors, or with some switched
+  // off, hold fewer than a division of all of them says. 0: not known, CUTLASS then assumes. Asked
+  // for once per device, as a plan and its launch must agree.
+  static int active_clusters() {
+    static std::atomic<int32_t> known[kMaxDevices];  // 1 more, 0: not asked yet
+    int device = 0;
+    if (cudaGetDevice(&device) != cudaSuccess || device >= kMaxDevices) return 0;
+    if (const int32_t found = known[device].load(std::memory_order_relaxed)) return found - 1;
+    KernelLaunch launch = {};
+    launch.function = function();
+    launch.grid = cluster();
+    launch.block = Kernel::get_block_shape();
+    launch.shared_bytes = Tile::kShared;
+    launch.cluster = cluster();
+    int count = 0;
+    if (allow_memory() == Status::kSuccess) count = max_active_clusters(launch);
+    known[device].store(count + 1, std::memory_order_relaxed);
+    return count;
+  }
+
+  static dim3 cluster() { return dim3(cute::size<0>(Cluster{}), cute::size<1>(Cluster{})); }
 
   // CUTLASS's own check would refuse a k that is no multiple of 16; TMA needs that of strides only,
   // and fills what lies behind k with zeros.
@@ -176,6 +209,7 @@ class WgmmaGemm {
     a.mainloop.dB = cute::make_stride(kSwap ? x_stride : w_stride, cute::_1{}, int64_t{0});
     a.epilogue = make_epilogue(p);
     a.hw_info.sm_count = device.sms;
+    if constexpr (kClusterBlocks > 1) a.hw_info.max_active_clusters = active_clusters();
     if constexpr (kTile.schedule == Schedule::kStreamK) {
       // By default CUTLASS shares no tiles where the last wave is half full: that is for plan_gemm
       // to say, and it has.
@@ -203,6 +237,12 @@ class WgmmaGemm {
   static Status launch(const GemmParams& p, const GemmDevice& device, const GemmPlan& plan,
                        cudaStream_t stream) {
     const auto given = arguments(p, device);
+    if constexpr (kTile.schedule == Schedule::kStreamK) {
+      // Planned in another context, with other multiprocessors.
+      if (static_cast<int64_t>(Kernel::get_workspace_size(given)) > p.workspace_bytes) {
+        return Status::kWorkspaceTooSmall;
+      }
+    }
     // Stream-K: clears the counters of its tiles.
     if (Kernel::initialize_workspace(given, p.workspace, stream) != cutlass::Status::kSuccess) {
       return Status::kUnsupportedShape;
@@ -213,16 +253,14 @@ class WgmmaGemm {
       return Status::kInvalidArgument;
     }
     KernelLaunch launch = {};
-    launch.function =
-        reinterpret_cast<const void*>(&wgmma_gemm_kernel<kRow, kTile.m, kTile.n, kTile.k>);
+    launch.function = function();
     launch.grid = Kernel::get_grid_shape(params);
     launch.block = Kernel::get_block_shape();
     launch.shared_bytes = Tile::kShared;
     launch.stream = stream;
-    launch.cluster = dim3(cute::size<0>(Cluster{}), cute::size<1>(Cluster{}));
+    launch.cluster = cluster();
     launch.overlap = SQK_OVERLAP && plan.overlap;
-    static DevicesSeen seen;
-    const Status status = allow_shared_memory(launch.function, Tile::kShared, seen);
+    const Status status = allow_memory();
     return status == Status::kSuccess ? launch_kernel(launch, &params) : status;
   }
 };

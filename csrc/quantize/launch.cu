@@ -2,8 +2,8 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
-#include <atomic>
 
+#include "device.h"
 #include "launch_kernel.h"
 #include "quantize/kernels.h"
 
@@ -12,7 +12,6 @@ namespace {
 
 // What a block gets without asking, kernel by kernel: 48 KiB, less the kernel's own few buffers.
 constexpr int64_t kDefaultShared = 47 * 1024;
-constexpr int kMaxDevices = 64;
 
 RowKernel find_kernel(Producer producer, DType dtype, QuantizePath path, Launches launches) {
   if (path == QuantizePath::kCluster) {
@@ -56,33 +55,11 @@ Status launch(RowKernel kernel, RowParams& params, const QuantizePlan& plan, int
 }  // namespace
 
 Status quantize_device(QuantizeDevice* device) {
-  // One word per device, so that threads need no lock: sms (16 bits), capability (16), bytes (32).
-  static std::atomic<uint64_t> known[kMaxDevices];
-  int current = 0;
-  cudaError_t error = cudaGetDevice(&current);
-  if (error != cudaSuccess) return status_from_cuda(error);
-  const bool remember = current < kMaxDevices;
-  uint64_t word = remember ? known[current].load(std::memory_order_relaxed) : 0;
-  if (word == 0) {
-    int sms = 0, major = 0, minor = 0, shared = 0;
-    const auto ask = [&](int* value, cudaDeviceAttr attribute) {
-      if (error == cudaSuccess) error = cudaDeviceGetAttribute(value, attribute, current);
-    };
-    ask(&sms, cudaDevAttrMultiProcessorCount);
-    ask(&major, cudaDevAttrComputeCapabilityMajor);
-    ask(&minor, cudaDevAttrComputeCapabilityMinor);
-    ask(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin);
-    if (error != cudaSuccess) return status_from_cuda(error);
-    word = static_cast<uint64_t>(sms) | static_cast<uint64_t>(10 * major + minor) << 16 |
-           static_cast<uint64_t>(shared) << 32;
-    if (remember) known[current].store(word, std::memory_order_relaxed);
-  }
-  device->sms = static_cast<int32_t>(word & 0xffff);
-  device->capability = static_cast<int32_t>(word >> 16 & 0xffff);
-  device->shared_bytes = static_cast<int32_t>(word >> 32);
+  Gpu gpu = {};
+  const Status status = current_gpu(&gpu);
   // The cluster kernels are compiled for 9.0a, which is code for 9.0 and for nothing newer.
-  device->clusters = SQK_WITH_SM90 && device->capability == 90;
-  return Status::kSuccess;
+  *device = {gpu.sms, gpu.capability, gpu.shared_bytes, SQK_WITH_SM90 && gpu.capability == 90};
+  return status;
 }
 
 Status plan(const QuantizeParams& params, QuantizePlan* plan) {
@@ -103,10 +80,14 @@ Status quantize(const QuantizeParams& params, const QuantizePlan& plan, cudaStre
       find_kernel(params.producer, params.dtype, plan.path, two ? Launches::kTwo : Launches::kOne);
   if (kernel == nullptr) return Status::kUnsupportedArch;
   if (plan.shared_bytes > kDefaultShared) {
-    // The same for every call: another thread may be between this line and its launch.
-    status = status_from_call(cudaFuncSetAttribute(
-        reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-        static_cast<int>(device.shared_bytes - kReservedShared)));
+    // Only kLong and kElement get here. The most that any row takes, whatever this one takes:
+    // another thread may be between this line and its launch. Rows this long find nothing of
+    // theirs in L1 again, so that all of the memory may be shared.
+    static DevicesSeen seen[kProducers][3][2][2];
+    DevicesSeen& of_kernel = seen[static_cast<int>(params.producer)][static_cast<int>(params.dtype)]
+                                 [plan.path == QuantizePath::kLong][two];
+    status = allow_shared_memory(reinterpret_cast<const void*>(kernel),
+                                 device.shared_bytes - kReservedShared, 1, of_kernel);
     if (status != Status::kSuccess) return status;
   }
 

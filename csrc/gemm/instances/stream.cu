@@ -124,11 +124,12 @@ Status launch_stream(const GemmParams& params, const QuantizeParams* quantize,
   config.block = dim3(static_cast<unsigned>(32 * launch.warps));
   config.shared_bytes = launch.shared_bytes;
   config.stream = stream;
-  // Eight kernels come this way: each keeps its own account of the devices.
+  // Eight kernels come this way: each keeps its own account of the devices. One block or several
+  // fill the shared memory, as choose_launch has it.
   static DevicesSeen seen[2][4];
   const int type = quantizes ? static_cast<int>(quantize->dtype) : 3;
   const Status status =
-      allow_shared_memory(config.function, device.shared_bytes, seen[groups - 1][type]);
+      allow_shared_memory(config.function, device.shared_bytes, 1, seen[groups - 1][type]);
   return status == Status::kSuccess ? launch_kernel(config, &p) : status;
 }
 

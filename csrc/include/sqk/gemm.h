@@ -59,10 +59,11 @@ constexpr int kGemmTables = 3;
 
 // What the choice depends on besides the problem.
 struct GemmDevice {
-  int32_t sms;
+  int32_t sms;           // that the current context may use
   int32_t capability;    // 10 * major + minor
   int32_t shared_bytes;  // the most that one block can be given
   int32_t wgmma;         // 1: the library holds the kernels for 9.0a and this GPU runs them
+  int32_t part;          // 1: the GPU has more sms than the context may use: no stream-K
 };
 
 struct GemmPlan {
@@ -87,7 +88,8 @@ struct GemmMeasured {
 };
 
 // Pure arithmetic: no GPU is touched. kInvalidArgument for what the comments above rule out,
-// kUnsupportedShape for a tile that cannot serve the problem or does not fit the GPU.
+// kUnsupportedShape for a tile that cannot serve the problem or does not fit the GPU, kExcludedTile
+// and kUnknownTile as SQK_WITHOUT_TILES has it.
 Status plan_gemm(const GemmParams& params, const GemmDevice& device, GemmPlan* plan);
 
 // The current GPU, asked for once per device.
@@ -128,7 +130,8 @@ extern "C" SQK_EXPORT int32_t sqk_linear_s8(const sqk::LinearParams* params, voi
 extern "C" SQK_EXPORT int32_t sqk_linear_plan(const sqk::LinearParams* params,
                                               sqk::LinearPlan* plan);
 // The tables as JSON: {"sm80": {"tiles": [{"tile": 0, "name": ..., ...}, ...], "rules":
-// [{"most_m": ..., "tiles": [...], "when": ..., "why": ...}, ...]}, ...}; never freed.
+// [{"most_m": ..., "tiles": [...], "when": ..., "why": ...}, ...]}, ...}. Valid until the same
+// thread asks again.
 extern "C" SQK_EXPORT const char* sqk_gemm_tables();
 // What plan_gemm takes for these sizes on a GPU like this, as JSON: {"table": "sm90", "tile": 8,
 // "splits": 1, ...}; {} where it refuses. Valid until the same thread asks again.
@@ -141,5 +144,10 @@ extern "C" SQK_EXPORT const char* sqk_gemm_choice(int64_t m, int64_t n, int64_t 
 // problem. Copies the rows; safe while other threads plan.
 extern "C" SQK_EXPORT int32_t sqk_gemm_use_measured(sqk::GemmTable table, int32_t sms,
                                                     const sqk::GemmMeasured* rows, int64_t count);
+// From now on no plan takes these rows, in place of those that SQK_WITHOUT_TILES names: their "id"
+// in sqk_gemm_tables or the name alone, separated by commas; "": all rows may be taken; null: what
+// the environment says. kUnknownTile for a name that no table has; a list that was given then
+// changes nothing. Results do not change. Safe while other threads plan.
+extern "C" SQK_EXPORT int32_t sqk_gemm_without_tiles(const char* list);
 // The current GPU.
 extern "C" SQK_EXPORT int32_t sqk_gemm_device(sqk::GemmDevice* device);

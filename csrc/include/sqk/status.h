@@ -20,6 +20,8 @@ enum class Status : int32_t {
   kUnsupportedArch = 2,   // no kernel of this library runs on the current GPU
   kUnsupportedShape = 3,  // a legal problem that no tile of this library covers
   kWorkspaceTooSmall = 4,
+  kExcludedTile = 5,  // SQK_WITHOUT_TILES rules out the tile that was asked for, or all that serve
+  kUnknownTile = 6,   // SQK_WITHOUT_TILES names a row that no table of this library has
   kCudaBase = 10000,
 };
 

@@ -1,0 +1,146 @@
+"""What the launchers ask the CUDA runtime for, how often, and what they make of the answer: no kernel runs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import host_time
+import pytest
+from build_support import ROOT
+
+pytestmark = [pytest.mark.simulator, pytest.mark.slow, pytest.mark.xdist_group("host_time")]
+
+#: The null runtime, the library's C entries, and one GEMM by tile and one quantiser that can be called.
+START = """
+import ctypes, pathlib, sys, tempfile
+sys.path.insert(0, "tests")
+import c_gemm, host_time, torch
+from c_gemm import Device, Params, Plan
+from c_interface import SUCCESS, UNSUPPORTED_SHAPE
+from smoothquant_kernels import ops
+
+with tempfile.TemporaryDirectory() as folder:
+    runtime, library = host_time.load(pathlib.Path(sys.argv[1]), pathlib.Path(folder))
+c_gemm.declare(library)
+count = {name: ctypes.c_long.in_dll(runtime, f"null_{name}") for name in ("function_attributes", "occupancies")}
+carveout = ctypes.c_int.in_dll(runtime, "null_carveout")
+gpus = {name: runtime.null_use_device for name in ("h100", "a100")}
+x, w = torch.zeros(64, 256, dtype=torch.int8), torch.zeros(512, 256, dtype=torch.int8)
+scale = torch.ones(1)
+
+def asked(call):
+    before = {name: number.value for name, number in count.items()}
+    call()
+    return {name: number.value - before[name] for name, number in count.items()}
+
+def gemm(tile, m):
+    torch.ops.smoothquant_kernels._gemm_s8_tile(x[:m], w, scale, scale, out_dtype=torch.float16, tile=tile)
+"""
+
+ONCE = (
+    START
+    + """
+for index, table in ((0, "sm90"), (1, "sm80"), (0, "sm90")):
+    again = table in seen if "seen" in globals() else False
+    seen = globals().get("seen", set()) | {table}
+    runtime.null_use_device(index)
+    # every GPU of a table is another device: what one was told the other was not
+    for tile in c_gemm.tables(library)[table]["tiles"]:
+        call = lambda: gemm(tile["tile"], min(tile["m"], 8))
+        first, second = asked(call), asked(call)
+        assert not any(second.values()), (tile["name"], second)
+        assert bool(first["function_attributes"]) == (not again), (tile["name"], first)
+        assert first["occupancies"] == (tile["cluster"] != [1, 1] and not again), (tile["name"], first)
+        if again or tile["kernel"] == "stream":
+            continue
+        # room for as many blocks as the row counts on, in percent, rounded up
+        sms_bytes, blocks = {"sm90": (233472, 1), "sm80": (167936, 2)}[table]
+        if tile["warps_m"] * tile["warps_n"] > 4:
+            blocks = 1
+        # The driver keeps 1 KiB of each; of a wgmma tile the table holds a bound, some hundred bytes too much.
+        wanted = [min(100, -(-100 * blocks * (tile["shared_bytes"] + more) // sms_bytes)) for more in (0, 1024)]
+        least = wanted[0 if tile["kernel"] == "wgmma" else 1]
+        assert least <= carveout.value <= wanted[1], (tile["name"], carveout.value)
+runtime.null_use_device(0)
+long = torch.zeros(40, 70_000).half()  # too many rows for slices, too long for registers
+for call in (lambda: ops.quantize(long), lambda: ops.quantize(long[:, 1:])):
+    assert asked(call)["function_attributes"] == 2 and carveout.value == 100
+    assert asked(call)["function_attributes"] == 0
+assert asked(lambda: ops.quantize(long[:, :64].contiguous()))["function_attributes"] == 0
+print("once")
+"""
+)
+
+PARTS = (
+    START
+    + """
+def device():
+    return c_gemm.current_device(library)
+
+def choice(m, n, k):
+    found = c_gemm.choice(library, m, n, k, device())
+    return c_gemm.tables(library)[found["table"]]["tiles"][found["tile"]]
+
+def facts():
+    here = device()
+    return here.sms, here.part
+
+problem = (64, 1024, 8192)  # few tiles: shared over k where that is allowed
+runtime.null_use_device(0)
+assert facts() == (132, 0)
+assert choice(*problem)["schedule"] == "stream-K"
+for context, (green, mps) in enumerate(((20, 0), (0, 66), (40, 66), (66, 40), (131, 0)), 2):
+    runtime.null_use_context(ctypes.c_ulonglong(context), green, mps)
+    expected = min(n for n in (green, mps) if n)
+    assert facts() == (expected, 1), facts()
+    assert choice(*problem)["schedule"] != "stream-K"
+    p = Params(m=8, n=1024, k=8192, x_q=4096, w_q=4096, x_scale=4096, w_scale=4096, y=4096)
+    p.x_q_stride = p.w_q_stride = 8192
+    p.y_stride, p.y_dtype = 1024, 1
+    for tile in c_gemm.tables(library)["sm90"]["tiles"]:
+        p.tile = tile["tile"]
+        status, _ = c_gemm.plan(library, p)
+        assert status == (UNSUPPORTED_SHAPE if tile["schedule"] == "stream-K" else SUCCESS)
+# all of it again; and an answer that makes no sense counts for nothing
+for context, green in ((50, 132), (51, 133), (52, -1), (1, 0)):
+    runtime.null_use_context(ctypes.c_ulonglong(context), green, 0)
+    assert facts() == (132, 0)
+assert choice(*problem)["schedule"] == "stream-K"
+print("parts")
+"""
+)
+
+
+@pytest.fixture(scope="module")
+def library() -> Path:
+    try:
+        return host_time.simulator_library()
+    except host_time.Missing as error:
+        pytest.skip(str(error))
+
+
+def python(script: str, library: Path) -> str:
+    """In a process of its own: the library takes the place of the ops' CPU kernels."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(library)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def test_a_kernel_is_set_up_once_for_each_gpu(library: Path) -> None:
+    assert "once" in python(ONCE, library)
+
+
+def test_a_part_of_a_gpu_is_known_and_runs_no_stream_k(library: Path) -> None:
+    """A green context, or MPS."""
+    assert "parts" in python(PARTS, library)

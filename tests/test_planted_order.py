@@ -1,0 +1,76 @@
+"""Defects in the order of memory, which only random orders and weak memory show: how blocks add up a tile's splits.
+
+Each is planted in a copy of the GEMMs. In the simulator's fixed order of blocks and warps the tests pass all the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import mutants
+import pytest
+from mutants import WRONG_VALUES, Mutant
+from test_planted_gemm import ENTRY, MMA
+
+pytestmark = [pytest.mark.simulator, pytest.mark.slow, pytest.mark.xdist_group("planted")]
+
+#: One row of the mma.sync kernels is left.
+ROW = "32x64x128"
+CONDITION = "kTile.kernel == GemmKernel::kMma"
+ONLY_ROW = (
+    (
+        "gemm/mma_rows.cuh",
+        CONDITION,
+        f"{CONDITION} && kTile.n == 64 && kTile.m == 32 && kTile.stages == 6",
+    ),
+)
+WEAK = tuple((seed, True) for seed in (1, 2, 3))
+RANDOM = tuple((seed, False) for seed in (1, 2, 3))
+
+TICKET = """  __syncthreads();
+  bool last = false;
+  if (threadIdx.x == 0) {
+    fence_gpu();
+    last = atomicAdd(p.tickets + tile, 1u) + 1 == p.splits;
+    fence_gpu();
+  }
+"""
+
+
+def without(name: str, new: str, orders: tuple[tuple[int, bool], ...]) -> Mutant:
+    return Mutant(
+        name,
+        "gemm/mma_kernel.cuh",
+        TICKET,
+        new,
+        MMA,
+        ENTRY,
+        f"need_not_be_cleared and {ROW}",
+        None if new == TICKET else WRONG_VALUES,
+        orders=orders,
+        cuts=ONLY_ROW,
+    )
+
+
+MUTANTS = (
+    without("no fences", TICKET.replace("    fence_gpu();\n", ""), WEAK),
+    without(
+        "the fence comes before the barrier, and is one thread's",
+        "  if (threadIdx.x == 0) fence_gpu();\n" + TICKET.replace("    fence_gpu();\n", ""),
+        WEAK,
+    ),
+    without("no barrier before the ticket", TICKET.removeprefix("  __syncthreads();\n"), WEAK),
+    without("nothing is wrong", TICKET, WEAK + RANDOM),
+)
+
+
+@pytest.fixture(scope="module")
+def runs(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[mutants.Runs]:
+    yield from mutants.run_all(MUTANTS, request, tmp_path_factory)
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_a_planted_defect_is_caught(mutant: Mutant, runs: mutants.Runs) -> None:
+    mutants.assert_caught(mutant, runs)
