@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from smoothquant_kernels import _skeleton as skeletons
 from smoothquant_kernels._manifest import Manifest, read_manifest
-from smoothquant_kernels.checkpoint import load_quantized
+from smoothquant_kernels.checkpoint import INDEX, load_quantized
 from smoothquant_kernels.errors import SmoothQuantError
 
 _done = False
@@ -22,7 +22,7 @@ def register_transformers() -> None:
 
     Raises:
         SmoothQuantError: the installed transformers has no such hook. Later, from `from_pretrained`: what
-            `load_quantized` raises; the weights are in several files, or the model shall go to several devices.
+            `load_quantized` raises, or the model shall go to several devices.
 
     Equivalent to:
         AutoModelForCausalLM.from_pretrained = load_quantized, for folders whose config.json names our method
@@ -108,9 +108,11 @@ def _no(_: object) -> bool:
 
 def _weights_file(manifest: Manifest) -> str:
     files = {entry["file"] for entry in manifest.tensors.values()}
-    if len(files) > 1:
+    if len(files) == 1:
+        return files.pop()
+    if INDEX not in manifest.files:
         raise SmoothQuantError(
-            f"from_pretrained cannot read a checkpoint of {len(files)} weight files: use load_quantized, or save it "
-            "again with a larger max_shard_bytes."
+            f"from_pretrained needs {INDEX} for the {len(files)} weight files of this checkpoint, which an earlier "
+            "release wrote without: use load_quantized, or save it again."
         )
-    return files.pop()
+    return INDEX

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from smoothquant_kernels import _skeleton as skeletons
 from smoothquant_kernels._folder import check_target, put, seal
-from smoothquant_kernels._manifest import MANIFEST, FileEntry, TensorEntry
+from smoothquant_kernels._manifest import MANIFEST, TensorEntry
 from smoothquant_kernels._safetensors import dtype_name, unique, write_safetensors
 from smoothquant_kernels._stream_blocks import BlockChain, BlockView
 from smoothquant_kernels._stream_source import (
@@ -33,7 +33,9 @@ from smoothquant_kernels.calibrate import (
     small_batch,
 )
 from smoothquant_kernels.checkpoint import (
+    MAX_SHARD_BYTES,
     check_scales,
+    check_shard_bytes,
     check_tokenizer,
     config_texts,
     constructed_again,
@@ -61,6 +63,7 @@ def quantize_streamed(
     overwrite: bool = False,
     resume: bool = True,
     progress: bool = True,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> Path:
     """Calibrates, smooths, quantises and saves a model of which one block at a time is in memory.
 
@@ -82,6 +85,7 @@ def quantize_streamed(
         resume: go on with what an interrupted call left. If that call was another (source, data, settings), it is
             an error; False drops what is left and starts anew.
         progress: show a progress bar.
+        max_shard_bytes: as in `save_quantized`; a block is never split.
 
     Returns:
         The folder.
@@ -92,12 +96,13 @@ def quantize_streamed(
 
     Equivalent to:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-        save_quantized(smooth_and_quantize(model, data, config), directory), in other files
+        save_quantized(smooth_and_quantize(model, data, config), directory)
 
     Source: SmoothQuant (Xiao et al., 2022).
     """
     config = config or SmoothQuantConfig()
     check_tokenizer(tokenizer)
+    check_shard_bytes(max_shard_bytes)
     target = Path(directory).expanduser().resolve()
     check_target(target, MANIFEST, overwrite)
     weights = WeightSource(Path(source).expanduser().resolve())
@@ -117,11 +122,13 @@ def quantize_streamed(
         "dtype": str(model.dtype),
         "config": config.to_dict(),
         "calibration data": digest_of(batches),
+        "max_shard_bytes": max_shard_bytes,
         "release": [package_version(), torch.__version__],
     }
     try:
         with work_folder(target, call, resume=resume) as work, evaluating(model):
-            stream = _Stream(model, weights, batches, config, work, torch.device(device or "cpu"))
+            place = torch.device(device or "cpu")
+            stream = _Stream(model, weights, batches, config, work, place, max_shard_bytes)
             stream.run(progress=progress)
             stream.finish(tokenizer)
             seal(work.checkpoint)
@@ -145,8 +152,10 @@ class _Stream:
         config: SmoothQuantConfig,
         work: WorkFolder,
         device: torch.device,
+        max_shard_bytes: int,
     ) -> None:
         self.model, self.weights, self.batches = model, weights, batches
+        self.max_shard_bytes = max_shard_bytes
         self.config, self.work, self.device = config, work, device
         self.names = match_names(model, weights)
         self.order = [name for name, _ in model.named_modules()]
@@ -203,16 +212,15 @@ class _Stream:
         tensors, tied = unique(block.state_dict(prefix=f"{self.chain.names[index]}."))
         modules, shared = skeletons.describe_modules(view)
         check_scales(tensors, modules)
-        shard = f"smoothquant-{index + 1:05}-of-{len(self.chain.names) + 1:05}.safetensors"
-        entry = write_safetensors(self.work.checkpoint / shard, tensors)
+        entry = write_safetensors(self.work.part(index), tensors)
         record = {
             "layers": getattr(view, INFO, {}).get("layers", []),
             "skipped": skipped,
             "modules": modules,
             "shared": shared,
-            "tensors": _entries(tensors, shard),
+            "tensors": _entries(tensors),
             "tied": tied,
-            "file": [shard, entry],
+            "size": entry["size"],
             "tuples": self.chain.tuples,
         }
         states = {f"batch.{i}": h for i, h in enumerate(self.hidden) if h is not None}
@@ -307,10 +315,14 @@ class _Stream:
         names = list(model.state_dict())
         buffers = non_persistent_buffers(model, again, set(names))
         rest |= buffers
-        shard = f"smoothquant-{len(records) + 1:05}-of-{len(records) + 1:05}.safetensors"
-        entries = _entries(rest, shard)
-        for record in records:
-            entries |= record["tensors"]
+        last = write_safetensors(self.work.part(len(records)), rest)
+        sizes = [*(record["size"] for record in records), last["size"]]
+        shards, files = self.work.join_parts(sizes, self.max_shard_bytes)
+        entries: dict[str, TensorEntry] = {}
+        for shard, tensors in zip(
+            shards, [*(record["tensors"] for record in records), _entries(rest)], strict=True
+        ):
+            entries |= {name: {**entry, "file": shard} for name, entry in tensors.items()}
         manifest = make_manifest(
             model,
             again,
@@ -321,16 +333,15 @@ class _Stream:
             non_persistent=list(buffers),
         )
         folder = self.work.checkpoint
-        files: dict[str, FileEntry] = {r["file"][0]: r["file"][1] for r in records}
         manifest.files.update(files)
-        manifest.files[shard] = write_safetensors(folder / shard, rest)
         write_other_files(folder, manifest, texts, tokenizer)
         (folder / MANIFEST).write_text(manifest.to_json(), "utf-8")
 
 
-def _entries(tensors: Mapping[str, Tensor], file: str) -> dict[str, TensorEntry]:
+def _entries(tensors: Mapping[str, Tensor]) -> dict[str, TensorEntry]:
+    """Of a part, whose file is not known yet."""
     return {
-        name: {"file": file, "dtype": dtype_name(t), "shape": list(t.shape)}
+        name: {"file": "", "dtype": dtype_name(t), "shape": list(t.shape)}
         for name, t in tensors.items()
     }
 
