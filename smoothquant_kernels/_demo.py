@@ -23,11 +23,8 @@ from torch import Tensor, nn
 from smoothquant_kernels._commands import complete
 from smoothquant_kernels._console import Document, json_text, note, quiet_stderr, readable_size
 from smoothquant_kernels._inspect import summarise_layers
-from smoothquant_kernels._pipeline import (
-    calibration_windows,
-    check_target,
-    linear_bytes,
-)
+from smoothquant_kernels._inputs import text_windows
+from smoothquant_kernels._pipeline import check_target, linear_bytes
 from smoothquant_kernels.calibrate import ActivationStatistics, calibrate_model
 from smoothquant_kernels.checkpoint import load_quantized, save_quantized
 from smoothquant_kernels.config import SmoothQuantConfig
@@ -81,7 +78,9 @@ def run_demo(output: Path, *, quick: bool, calibration: str, text: str) -> Docum
         tokenizer, model = load_tokenizer(source), load_model(source)
     config = SmoothQuantConfig(calibration_tokens=size.calibration_tokens)
     note(f"calibrating once, for all schemes, on {size.calibration_tokens} tokens of {calibration}")
-    windows = calibration_windows(calibration_text, tokenizer, config)
+    windows = text_windows(
+        calibration_text, tokenizer, window=_WINDOW, tokens=size.calibration_tokens
+    )
     statistics = calibrate_model(model, windows, config, progress=False)
 
     reference = Reference(model)

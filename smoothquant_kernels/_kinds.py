@@ -35,10 +35,11 @@ def model_class(config: Any) -> Any:
 
 
 def is_causal(config: Any) -> bool:
-    """Whether the model predicts the next token of a text; a class that transformers lacks is trusted to."""
+    """Whether the model predicts the next token of a text; a GGUF file (None), or a class that transformers
+    lacks, is trusted to."""
     import transformers
 
-    name = architecture(config)
+    name = "" if config is None else architecture(config)
     if getattr(config, "is_encoder_decoder", False):
         return False
     # A class that transformers lacks is the repository's own code.

@@ -33,6 +33,16 @@ class _Place:
     size: int
 
 
+def check_folder(folder: Path) -> None:
+    """Raises SmoothQuantError unless it is a folder: not a GGUF file, nor a name on the hub."""
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "is not a local folder"
+        raise SmoothQuantError(
+            f"{folder} {what}: streaming reads a local folder with config.json and safetensors "
+            f"(`hf download` fetches one); for anything else, {IN_MEMORY}."
+        )
+
+
 class WeightSource:
     """The safetensors files of a folder, of which only what is asked for is read.
 
@@ -43,6 +53,7 @@ class WeightSource:
     """
 
     def __init__(self, folder: Path) -> None:
+        check_folder(folder)
         self.folder = folder
         self.files = [folder / name for name in self._file_names()]
         self._places: dict[str, _Place] = {}
@@ -63,7 +74,9 @@ class WeightSource:
                 f"anything else, {IN_MEMORY}."
             ) from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise SmoothQuantError(f"{index} cannot be read ({error}): copy it again.") from None
+            raise SmoothQuantError(
+                f"{index} cannot be read ({error}): copy or download it again."
+            ) from None
         return sorted(names)
 
     def keys(self) -> set[str]:
@@ -89,7 +102,7 @@ class WeightSource:
                     done += count
         except OSError as error:
             raise SmoothQuantError(
-                f"{place.file} cannot be read at {key} ({error}): copy it again."
+                f"{place.file} cannot be read at {key} ({error}): copy or download it again."
             ) from error
         return data.view(place.dtype).reshape(place.shape)
 

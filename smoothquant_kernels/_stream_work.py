@@ -132,6 +132,11 @@ def _groups(sizes: Sequence[int], limit: int) -> list[list[int]]:
     return groups
 
 
+def partial_folder(target: Path) -> Path:
+    """Where unfinished work for a target is kept."""
+    return target.with_name(f".{target.name}.partial")
+
+
 @contextmanager
 def work_folder(target: Path, call: Mapping[str, Any], *, resume: bool) -> Iterator[WorkFolder]:
     """The folder `.<name>.partial` beside the target, new or as an interrupted call left it.
@@ -145,7 +150,7 @@ def work_folder(target: Path, call: Mapping[str, Any], *, resume: bool) -> Itera
     Raises:
         SmoothQuantError: what is there belongs to another call, or another process is at work in it.
     """
-    folder = target.with_name(f".{target.name}.partial")
+    folder = partial_folder(target)
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder / _LOCK, os.O_CREAT | os.O_RDWR)
     try:

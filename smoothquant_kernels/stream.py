@@ -13,6 +13,7 @@ from smoothquant_kernels import _skeleton as skeletons
 from smoothquant_kernels._folder import check_target, put, seal
 from smoothquant_kernels._manifest import MANIFEST, TensorEntry
 from smoothquant_kernels._safetensors import dtype_name, unique, write_safetensors
+from smoothquant_kernels._space import check_space, checkpoint_bytes
 from smoothquant_kernels._stream_blocks import BlockChain, BlockView
 from smoothquant_kernels._stream_source import (
     IN_MEMORY,
@@ -22,7 +23,7 @@ from smoothquant_kernels._stream_source import (
     match_names,
     owned_outside,
 )
-from smoothquant_kernels._stream_work import WorkFolder, digest_of, remove, work_folder
+from smoothquant_kernels._stream_work import WorkFolder, digest_of, partial_folder, remove, work_folder
 from smoothquant_kernels.calibrate import (
     ActivationStatistics,
     CalibrationData,
@@ -117,6 +118,12 @@ def quantize_streamed(
     )
     if not batches:
         ActivationStatistics().check_not_empty()
+    hidden = sum(b["input_ids"].numel() for b in batches if "input_ids" in b) * _hidden_size(model)
+    # Twice the hidden states, before and after a block; and while weight files are joined, the largest of them.
+    whole = checkpoint_bytes(model, partition_linears(model, config.skip)[0])
+    done = partial_folder(target)
+    there = sum(f.stat().st_size for f in done.rglob("*") if f.is_file())
+    check_space(target, whole + min(whole, max_shard_bytes) + 2 * hidden - there)
     call = {
         "source": [str(weights.folder), weights.identity()],
         "dtype": str(model.dtype),
@@ -139,6 +146,12 @@ def quantize_streamed(
             f"{target} cannot be written ({error.strerror or error}): free some space, then repeat the call to go on."
         ) from error
     return target
+
+
+def _hidden_size(model: Any) -> int:
+    """Bytes of one token's hidden states, about."""
+    size = getattr(model.config.get_text_config(), "hidden_size", 0)
+    return int(size if isinstance(size, int) else 0) * model.dtype.itemsize
 
 
 class _Stream:
