@@ -31,7 +31,7 @@ from smoothquant_kernels.config import SmoothQuantConfig
 from smoothquant_kernels.convert import quantize_model
 from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.evaluate import Reference, evaluate
-from smoothquant_kernels.linear import ACTIVATION_SCHEMES
+from smoothquant_kernels.linear import ACTIVATION_SCHEMES, pending_smooth
 from smoothquant_kernels.models import builtin_demo_model, load_model, load_tokenizer
 from smoothquant_kernels.modules import Batch, evaluating, partition_linears, run
 from smoothquant_kernels.plot import LayerMaxima, has_matplotlib, peak_to_median, plot_maxima
@@ -272,8 +272,8 @@ def _inputs(model: nn.Module, batch: Batch, names: Sequence[str]) -> dict[str, T
     def record(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             x = args[0].detach().reshape(-1, args[0].shape[-1]).float()
-            inverse = getattr(module, "inv_smooth", None)
-            found[name] = x if inverse is None else x * inverse
+            smooth = pending_smooth(module)
+            found[name] = x if smooth is None else x / smooth
 
         return hook
 

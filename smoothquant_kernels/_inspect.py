@@ -49,8 +49,6 @@ def inspect_checkpoint(directory: Path) -> Document:
     described = {layer["name"]: layer for layer in info.get("layers", [])}
     layers = []
     for name, module in manifest.modules.items():
-        if module.get("class") == "SmoothedLinear":  # float, under a skip pattern
-            continue
         layer = described.get(name, {"smoothing": "none", "reason": ""})
         layers.append(
             {

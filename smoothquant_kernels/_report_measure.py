@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from smoothquant_kernels._int8_error import static_scale
 from smoothquant_kernels.calibrate import ActivationStatistics
 from smoothquant_kernels.config import SmoothQuantConfig
-from smoothquant_kernels.convert import static_scale
+from smoothquant_kernels.factors import group_factors, weight_absmax
 from smoothquant_kernels.groups import Group
-from smoothquant_kernels.linear import W8A8Linear, weight_of
+from smoothquant_kernels.linear import W8A8Linear, pending_smooth, weight_of
 from smoothquant_kernels.modules import Batch, evaluating, run
-from smoothquant_kernels.smooth import group_factors, weight_absmax
 
 #: Makes the layer that stands in for a float layer. It is called at every batch and the layer dropped again, so that
 #: only one of them is in memory at a time; quantising a weight is cheap beside multiplying a window of tokens with it.
@@ -123,8 +123,8 @@ def _power(x: Tensor) -> float:
 def _keep(shown: dict[str, Tensor], name: str, module: nn.Module, x: Tensor) -> None:
     old = shown.get(name)
     x = x[: SHOWN_TOKENS - (0 if old is None else len(old))].float()
-    inverse = getattr(module, "inv_smooth", None)
-    x = (x if inverse is None else x * inverse).abs().cpu()
+    smooth = pending_smooth(module)
+    x = (x if smooth is None else x / smooth).abs().cpu()
     shown[name] = x if old is None else torch.cat([old, x])
 
 
@@ -170,9 +170,7 @@ class _Half(nn.Module):
     def __init__(self, quantised: W8A8Linear, original: nn.Module, *, weights: bool) -> None:
         super().__init__()
         self.quantised, self.weights = quantised, weights
-        inverse = getattr(original, "inv_smooth", None)
-        weight = weight_of(original).detach().float()
-        exact = weight if inverse is None else weight * inverse  # what multiplies the layer's input
+        exact = weight_of(original).detach().float()
         self.weight = quantised.dequantized_weight() if weights else exact
 
     def forward(self, x: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from smoothquant_kernels._manifest import Manifest
 from smoothquant_kernels.errors import SmoothQuantError
-from smoothquant_kernels.fold import SmoothedLinear
 from smoothquant_kernels.linear import W8A8Linear, is_float_linear, weight_of
 from smoothquant_kernels.modules import replace_module
 
@@ -103,7 +102,7 @@ def describe_modules(model: nn.Module) -> tuple[dict[str, dict[str, Any]], dict[
     shared: dict[str, str] = {}
     first: dict[nn.Module, str] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if not isinstance(module, (W8A8Linear, SmoothedLinear)):
+        if not isinstance(module, W8A8Linear):
             continue
         if first.setdefault(module, name) != name:
             shared[name] = first[module]
@@ -113,13 +112,10 @@ def describe_modules(model: nn.Module) -> tuple[dict[str, dict[str, Any]], dict[
             "in_features": module.in_features,
             "out_features": module.out_features,
             "bias": module.bias is not None,
+            "activation_scheme": module.activation_scheme,
+            "weight_granularity": module.weight_granularity,
+            "smooth": module.inv_smooth is not None,
         }
-        if isinstance(module, W8A8Linear):
-            modules[name] |= {
-                "activation_scheme": module.activation_scheme,
-                "weight_granularity": module.weight_granularity,
-                "smooth": module.inv_smooth is not None,
-            }
     return modules, shared
 
 
@@ -131,21 +127,20 @@ def make_module(name: str, arguments: Mapping[str, Any]) -> nn.Module:
     """
     values = dict(arguments)
     kind = values.pop("class", None)
-    types = {"in_features": int, "out_features": int, "bias": bool}
-    if kind == "W8A8Linear":
-        types |= {"activation_scheme": str, "weight_granularity": str, "smooth": bool}
+    types = {
+        "in_features": int,
+        "out_features": int,
+        "bias": bool,
+        "activation_scheme": str,
+        "weight_granularity": str,
+        "smooth": bool,
+    }
     fits = values.keys() == types.keys() and all(type(values[k]) is t for k, t in types.items())
-    if kind not in ("W8A8Linear", "SmoothedLinear") or not fits:
+    if kind != "W8A8Linear" or not fits:
         raise SmoothQuantError(
             f"the manifest's arguments of {name} are not understood: {dict(arguments)}."
         )
-    if kind == "W8A8Linear":
-        return W8A8Linear(**values, device="meta")
-    if min(values["in_features"], values["out_features"]) < 1:
-        raise SmoothQuantError(f"the manifest's sizes of {name} are not positive.")
-    new = SmoothedLinear(**values, device="meta")
-    new.register_buffer("inv_smooth", torch.empty(new.in_features, device="meta"))
-    return new
+    return W8A8Linear(**values, device="meta")
 
 
 def make_modules(manifest: Manifest) -> dict[str, nn.Module]:

@@ -48,7 +48,10 @@ class SmoothQuantConfig:
             and costs float roundings; ``"auto"`` is ``"none"`` for float32 models and ``"power_of_two"`` for others.
         folding: ``"auto"`` folds factors into the producer where that is proved to preserve the function and divides
             at run time elsewhere; ``"never"`` divides at run time everywhere.
-        verify_tolerance: largest relative change of the float model's logits that a fold may cause.
+        only_where_better: leaves a group of layers unsmoothed whose outputs are nearer to float's so, in int8 on the
+            calibration sample. False smooths every group. Layers with an entry in `alphas` are always smoothed.
+        verify_tolerance: largest relative change of the float model's logits that folding may cause; None derives it
+            from the model: what one more rounding of every folded layer's input changes, times `smooth.ROUNDINGS`.
         skip: shell-style patterns of module names that stay in float, beside the output head.
         calibration_tokens: calibration stops after this many tokens.
         calibration_window: strings are cut into windows of this many tokens.
@@ -66,7 +69,8 @@ class SmoothQuantConfig:
     a_bit: int = 8
     smooth_rounding: str = "auto"
     folding: str = "auto"
-    verify_tolerance: float = 1e-5
+    only_where_better: bool = True
+    verify_tolerance: float | None = None
     skip: tuple[str, ...] = ()
     calibration_tokens: int = 16384
     calibration_window: int = 512
@@ -86,13 +90,15 @@ class SmoothQuantConfig:
         ):
             if getattr(self, name) not in allowed:
                 fail(name, f"one of {', '.join(allowed)}")
-        if not isinstance(self.smooth, bool):
-            fail("smooth", "true or false")
+        for name in ("smooth", "only_where_better"):
+            if not isinstance(getattr(self, name), bool):
+                fail(name, "true or false")
         for name in ("w_bit", "a_bit"):
             if type(getattr(self, name)) is not int or getattr(self, name) != 8:
                 fail(name, "8 (int8 weights and activations; other widths are not supported yet)")
-        if not _is_number(self.verify_tolerance) or not 0.0 <= self.verify_tolerance < 1.0:
-            fail("verify_tolerance", "a number in [0, 1)")
+        tolerance = self.verify_tolerance
+        if tolerance is not None and not (_is_number(tolerance) and 0.0 <= tolerance < 1.0):
+            fail("verify_tolerance", "a number in [0, 1), or none")
         if not isinstance(self.skip, (list, tuple)) or not all(
             isinstance(pattern, str) for pattern in self.skip
         ):

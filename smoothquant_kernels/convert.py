@@ -6,19 +6,15 @@ from typing import Any
 
 from torch import nn
 
+from smoothquant_kernels._changes import Changes
+from smoothquant_kernels._int8_error import static_scale
 from smoothquant_kernels._readers import READ_ELSEWHERE
 from smoothquant_kernels.calibrate import ActivationStatistics, CalibrationData
 from smoothquant_kernels.config import SmoothQuantConfig
 from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.linear import W8A8Linear
-from smoothquant_kernels.modules import partition_linears, replace_module
-from smoothquant_kernels.reference import MIN_SCALE, QMAX
-from smoothquant_kernels.smooth import INFO, check_finite_weights, smooth_lm
-
-
-def static_scale(absmax: float, clip: float) -> float:
-    """The scale whose int8 range covers `clip` times the calibrated range."""
-    return max(clip * absmax / QMAX, MIN_SCALE)
+from smoothquant_kernels.modules import partition_linears
+from smoothquant_kernels.smooth import INFO, check_finite_weights, smooth_into
 
 
 def quantize_model(
@@ -41,7 +37,9 @@ def quantize_model(
 
     Raises:
         SmoothQuantError: bits other than 8, no linears, NaN or Inf in a weight (the layer is named), or no ranges for
-            the static scheme. Nothing is changed then.
+            the static scheme. After this or any other exception the model is as it was.
+
+    Memory: the int8 layers beside the float ones, which are freed when all are made (docs/streaming.md for less).
 
     Equivalent to:
         for name, linear in model.named_modules():
@@ -49,10 +47,16 @@ def quantize_model(
 
     Source: SmoothQuant (Xiao et al., 2022), section 4 and table 2.
     """
-    info: dict[str, Any] = getattr(model, INFO, {})
     if config is None:
-        config = SmoothQuantConfig.from_dict(info.get("config", {}))
-    config = config.replace(w_bit=w_bit, a_bit=a_bit)
+        config = SmoothQuantConfig.from_dict(getattr(model, INFO, {}).get("config", {}))
+    with Changes() as changes:
+        _quantize_into(model, config.replace(w_bit=w_bit, a_bit=a_bit), changes)
+    return model
+
+
+def _quantize_into(model: nn.Module, config: SmoothQuantConfig, changes: Changes) -> None:
+    """`quantize_model` as a part of a larger change: every layer is made before the first takes its place."""
+    info: dict[str, Any] = getattr(model, INFO, {})
     linears, skipped = partition_linears(model, config.skip)
     for entry in info.get("skipped", []):
         if entry["reason"].endswith(READ_ELSEWHERE):  # which only running the model could show
@@ -67,11 +71,10 @@ def quantize_model(
             f"the static scheme needs a calibrated range for {missing[0]} ({len(missing)} of {len(linears)} layers "
             "have none): run smooth_lm on calibration data first (smooth=False only measures), or skip them."
         )
-    layers = []
-    for name in list(linears):
-        linear = linears.pop(name)  # so that each float layer is freed as soon as it is replaced
+    layers, made = [], {}
+    for name, linear in linears.items():
         layer = described.get(name, {"name": name, "smoothing": "none", "reason": "not smoothed"})
-        new = W8A8Linear.from_linear(
+        new = made[name] = W8A8Linear.from_linear(
             linear,
             activation_scheme=schemes[name],
             weight_granularity=config.weight_granularity,
@@ -79,7 +82,6 @@ def quantize_model(
             if schemes[name] == "static"
             else None,
         )
-        replace_module(model, name, new)
         layers.append(
             {
                 **layer,
@@ -95,8 +97,9 @@ def quantize_model(
         "layers": layers,
         "skipped": [{"name": n, "reason": r} for n, r in reasons.items()],
     }
-    setattr(model, INFO, new_info)
-    return model
+    for name, new in made.items():
+        changes.replace_module(model, name, new)
+    changes.set_attribute(model, INFO, new_info)
 
 
 def smooth_and_quantize(
@@ -117,7 +120,7 @@ def smooth_and_quantize(
         The quantised model, with `model.smoothquant_info`.
 
     Raises:
-        SmoothQuantError: as in `smooth_lm` and `quantize_model`.
+        SmoothQuantError: as in `smooth_lm` and `quantize_model`. After any exception the model is as it was.
 
     Equivalent to:
         quantize_model(smooth_lm(model, calibration_data, config=config, tokenizer=tokenizer), config=config)
@@ -125,5 +128,9 @@ def smooth_and_quantize(
     Source: SmoothQuant (Xiao et al., 2022).
     """
     config = config or SmoothQuantConfig()
-    smooth_lm(model, calibration_data, config=config, tokenizer=tokenizer, progress=progress)
-    return quantize_model(model, config=config)
+    with Changes() as changes:
+        smooth_into(
+            model, calibration_data, config, changes, tokenizer=tokenizer, progress=progress
+        )
+        _quantize_into(model, config, changes)
+    return model

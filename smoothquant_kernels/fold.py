@@ -7,34 +7,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from smoothquant_kernels._changes import Changes, widened
 from smoothquant_kernels.groups import Group
-from smoothquant_kernels.linear import KeepsBufferTypes, is_float_linear, weight_of
-from smoothquant_kernels.modules import replace_module
+from smoothquant_kernels.linear import is_float_linear, weight_of
 
-
-class SmoothedLinear(KeepsBufferTypes, nn.Linear):
-    """A float linear whose input is divided by smoothing factors: `F.linear(x * inv_smooth, weight * s, bias)`."""
-
-    inv_smooth: Tensor
-
-    @classmethod
-    def from_linear(cls, linear: nn.Module, smooth: Tensor) -> SmoothedLinear:
-        """Takes over the parameters of an `nn.Linear` or `Conv1D`, the weight [N, K] multiplied by s [K]."""
-        weight = weight_of(linear)
-        bias = getattr(linear, "bias", None)
-        n, k = weight.shape
-        new = cls(k, n, bias is not None, device="meta", dtype=weight.dtype)
-        scaled = weight.detach().float() * smooth
-        new.weight = nn.Parameter(scaled.to(weight.dtype).contiguous(), weight.requires_grad)
-        if bias is not None:
-            new.bias = bias
-        new.register_buffer("inv_smooth", 1.0 / smooth)
-        return new.train(linear.training)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear((x.float() * self.inv_smooth).to(x.dtype), self.weight, self.bias)
+#: Per channel, of a folded norm's output: some tens of float32 roundings. A wrong formula is off by far more.
+_NORM_TOLERANCE = 1e-5
 
 
 @dataclass(frozen=True)
@@ -50,23 +29,23 @@ def round_to_power_of_two(smooth: Tensor) -> Tensor:
     return torch.exp2(torch.log2(smooth.double()).round()).float()
 
 
-def _scale_parameter(parameter: Tensor | None, factor: Tensor, offset: float = 0.0) -> None:
-    """parameter := (parameter + offset) * factor - offset, in float32."""
-    if parameter is not None:
-        parameter.data.copy_((parameter.data.float() + offset) * factor - offset)
-
-
-def scale_norm(module: nn.Module, factor: Tensor, offsets: Mapping[str, float]) -> None:
+def scale_norm(
+    module: nn.Module, factor: Tensor, offsets: Mapping[str, float], changes: Changes
+) -> None:
     """Scales every vector of a norm by `factor` [channels]; `offsets`: name -> 1.0 for a weight used as 1 + weight."""
     for name, parameter in module.named_parameters(recurse=False):
-        _scale_parameter(parameter, factor, offsets.get(name, 0.0))
+        if offset := offsets.get(name, 0.0):
+            changes.write(parameter, (widened(parameter.data) + offset) * factor - offset)
+        else:
+            changes.scale(parameter, factor)
 
 
-def scale_rows(linear: nn.Module, factor: Tensor) -> None:
+def scale_rows(linear: nn.Module, factor: Tensor, changes: Changes) -> None:
     """Makes a linear put out `factor` [N] times what it did."""
-    rows = weight_of(linear)  # a view: writes through
-    rows.data.copy_(rows.data.float() * factor[:, None])
-    _scale_parameter(getattr(linear, "bias", None), factor)
+    changes.scale(weight_of(linear), factor[:, None])  # a view: writes through
+    bias: Tensor | None = getattr(linear, "bias", None)
+    if bias is not None:
+        changes.scale(bias, factor)
 
 
 def norm_offsets(module: nn.Module, factor: Tensor, tolerance: float) -> dict[str, float] | None:
@@ -75,96 +54,76 @@ def norm_offsets(module: nn.Module, factor: Tensor, tolerance: float) -> dict[st
     Tried on random input: the folded norm must put out `factor` times what it did. So the parameters may have any
     names; a bias is scaled like a weight. The module is left as it was.
     """
-    saved = {n: p.data.clone() for n, p in module.named_parameters(recurse=False)}
-    first = next(iter(saved.values()))
+    parameters = dict(module.named_parameters(recurse=False))
+    first = next(iter(parameters.values()))
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(8, first.shape[0], generator=generator).to(first.device, first.dtype)
-    choices: list[dict[str, float]] = [{}, *({name: 1.0} for name in saved)]
-    try:
-        with torch.no_grad():
-            expected = module(x).float() * factor
+    choices: list[dict[str, float]] = [{}, *({name: 1.0} for name in parameters)]
+    with Changes() as trial, torch.no_grad():
+        try:
+            expected = widened(module(x)) * factor
             for offsets in choices:
-                scale_norm(module, factor, offsets)
-                error = (module(x).float() - expected).abs().amax(0)
-                _restore(module, saved)
+                scale_norm(module, factor, offsets, trial)
+                error = (widened(module(x)) - expected).abs().amax(0)
+                trial.back_to(0)
                 # by channel: what (1 + w) / s - 1 loses counts in that channel, which the readers multiply by s again
                 if bool((error <= tolerance * expected.abs().amax(0)).all()):
                     return offsets
-    except Exception:  # it wants other arguments, and says so in its own way
-        _restore(module, saved)
+        except Exception:  # it wants other arguments, and says so in its own way
+            trial.back_to(0)
     return None
 
 
-def _restore(module: nn.Module, saved: Mapping[str, Tensor]) -> None:
-    for name, parameter in module.named_parameters(recurse=False):
-        parameter.data.copy_(saved[name])
-
-
-def fold(model: nn.Module, smoothing: Smoothing, tolerance: float) -> bool:
+def fold(model: nn.Module, smoothing: Smoothing, changes: Changes) -> bool:
     """Folds 1 / s into the producer and s into the readers; False (and nothing changed) if the producer refuses."""
-    producer = model.get_submodule(_producer(smoothing.group))
+    assert smoothing.group.producer is not None
+    producer = model.get_submodule(smoothing.group.producer)
     factor = 1.0 / smoothing.smooth
     if is_float_linear(producer):
-        scale_rows(producer, factor)
+        scale_rows(producer, factor, changes)
     else:
-        offsets = norm_offsets(producer, factor, tolerance)
+        offsets = norm_offsets(producer, factor, _NORM_TOLERANCE)
         if offsets is None:
             return False
-        scale_norm(producer, factor, offsets)
+        scale_norm(producer, factor, offsets, changes)
     for name in smoothing.group.linears:
-        weight = weight_of(model.get_submodule(name))
-        weight.data.copy_(weight.data.float() * smoothing.smooth)
+        changes.scale(weight_of(model.get_submodule(name)), smoothing.smooth)
     return True
-
-
-def _producer(group: Group) -> str:
-    assert group.producer is not None
-    return group.producer
 
 
 def fold_verified(
     model: nn.Module,
-    groups: Sequence[Group],
-    factors: Callable[[Group], Tensor],
+    smoothings: Sequence[Smoothing],
     same_output: Callable[[], bool],
-    tolerance: float,
+    changes: Changes,
 ) -> tuple[list[Smoothing], list[Smoothing]]:
-    """Folds the groups and checks the model's output; takes back, by bisection, those that change it.
+    """Folds the factors and checks the model's output; takes back, by bisection, those that change it.
 
     Args:
-        factors: s of a group, from the model as it is when the group's turn comes.
         same_output: whether the model still computes what it did.
 
     Returns:
         What is folded, and what was refused (its parameters are as they were).
     """
-    saved = {
-        parameter: parameter.data.clone()
-        for group in groups
-        for name in (_producer(group), *group.linears)
-        for parameter in model.get_submodule(name).parameters(recurse=False)
-    }
+    before = changes.mark()
     done: list[Smoothing] = []
     refused: list[Smoothing] = []
-    for group in groups:
-        smoothing = Smoothing(group, factors(group))
-        (done if fold(model, smoothing, tolerance) else refused).append(smoothing)
+    for smoothing in smoothings:
+        (done if fold(model, smoothing, changes) else refused).append(smoothing)
     if not done or same_output():
         return done, refused
-    for parameter, value in saved.items():
-        parameter.data.copy_(value)
-    if len(groups) == 1:
+    changes.back_to(before)
+    if len(smoothings) == 1:
         return [], done
-    half = len(groups) // 2
+    half = len(smoothings) // 2
     parts = [
-        fold_verified(model, part, factors, same_output, tolerance)
-        for part in (groups[:half], groups[half:])
+        fold_verified(model, part, same_output, changes)
+        for part in (smoothings[:half], smoothings[half:])
     ]
     return parts[0][0] + parts[1][0], parts[0][1] + parts[1][1]
 
 
-def divide_at_run_time(model: nn.Module, smoothing: Smoothing) -> None:
-    """Replaces the group's linears by ones that divide their own input."""
+def divide_at_run_time(model: nn.Module, smoothing: Smoothing, changes: Changes) -> None:
+    """Leaves the division to the quantizers of the group's linears; the float model stays as it is."""
     for name in smoothing.group.linears:
-        linear = model.get_submodule(name)
-        replace_module(model, name, SmoothedLinear.from_linear(linear, smoothing.smooth))
+        changes.attach_smooth(model.get_submodule(name), smoothing.smooth)

@@ -156,8 +156,8 @@ class W8A8Linear(KeepsBufferTypes):
         """Quantises a float layer.
 
         Args:
-            linear: an `nn.Linear` (a smoothed one keeps its run-time division), or GPT-2's `Conv1D` (weight [K, N]);
-                left unchanged.
+            linear: an `nn.Linear` or GPT-2's `Conv1D` (weight [K, N]); left unchanged. Factors that smoothing has left
+                to the quantizer (`pending_smooth`) are applied.
             activation_scheme, weight_granularity: as in the constructor.
             smooth: [K] float32 smoothing factors s, positive: the weight is multiplied by s here, the input divided by
                 s at run time. None where smoothing is folded into the weights already, or not wanted.
@@ -167,6 +167,9 @@ class W8A8Linear(KeepsBufferTypes):
             SmoothQuantError: the weight has NaN or Inf, a factor is not positive, or x_scale is missing or not wanted.
         """
         weight = weight_of(linear)
+        pending = pending_smooth(linear)
+        if pending is not None:
+            smooth = pending if smooth is None else pending.to(smooth.device) * smooth
         if not bool(weight.isfinite().all()):
             raise SmoothQuantError(
                 "the weight has NaN or Inf values; repair or reload the checkpoint."
@@ -183,7 +186,6 @@ class W8A8Linear(KeepsBufferTypes):
             device=weight.device,
         )
         w = weight.detach().float()
-        inv_smooth = getattr(linear, "inv_smooth", None)  # a SmoothedLinear: its weight has s in it
         if smooth is not None:
             s = smooth.detach().to(w.device, torch.float32)
             if s.shape != (k,):
@@ -195,10 +197,7 @@ class W8A8Linear(KeepsBufferTypes):
                     "smooth must be positive and finite, and so must be its reciprocals; "
                     f"got {s[~usable][0].item()}."
                 )
-            w = w * s
-            inv_smooth = inverse if inv_smooth is None else inv_smooth * inverse
-        if inv_smooth is not None:
-            new.inv_smooth = inv_smooth.detach().clone()
+            w, new.inv_smooth = w * s, inverse
         if not bool(w.isfinite().all()):
             raise SmoothQuantError("the weight (times smooth) is too large for float32.")
         w_q, new.w_scale = reference.quantize_weight(w, weight_granularity)
@@ -282,6 +281,28 @@ class W8A8Linear(KeepsBufferTypes):
             f"activation_scheme={self.activation_scheme}, weight_granularity={self.weight_granularity}"
         )
         return text + (", smooth=True" if self.inv_smooth is not None else "")
+
+
+#: A plain attribute: a buffer would be written into checkpoints, and rounded by `.half()`.
+_PENDING = "_smoothquant_pending"
+
+
+def pending_smooth(module: nn.Module) -> Tensor | None:
+    """s [K] float32 of a float linear that is smoothed at run time: `W8A8Linear.from_linear` will divide by it.
+
+    The float layer itself needs no division, since `(x / s) @ (s * w)` is `x @ w`: it keeps every bit of its weight and
+    of its output, whoever reads, saves or hooks it.
+    """
+    found: Tensor | None = module.__dict__.get(_PENDING)
+    return None if found is None else found.to(weight_of(module).device)
+
+
+def set_pending_smooth(module: nn.Module, smooth: Tensor | None) -> None:
+    """Leaves the factors s [K] to the quantizer; None takes them back."""
+    if smooth is None:
+        module.__dict__.pop(_PENDING, None)
+    else:
+        module.__dict__[_PENDING] = smooth
 
 
 def is_conv1d(module: nn.Module) -> bool:

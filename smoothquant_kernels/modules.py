@@ -6,7 +6,7 @@ import dataclasses
 import fnmatch
 import inspect
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -97,11 +97,7 @@ def is_read_by_others(module: nn.Module) -> bool:
 
 def computes_linear(module: nn.Module) -> bool:
     """Whether a linear with a forward of its own (Falcon's; a router that returns scores too) is one still: tried."""
-    if (
-        type(module).forward is nn.Linear.forward
-        or is_conv1d(module)
-        or hasattr(module, "inv_smooth")
-    ):
+    if type(module).forward is nn.Linear.forward or is_conv1d(module):
         return True
     weight = weight_of(module)
     if weight.is_meta:
@@ -142,13 +138,22 @@ def check_present(model: nn.Module, prefix: str = "") -> None:
         )
 
 
+def module_places(model: nn.Module, module: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Every place of a module in a model, as (parent, attribute): it may have several names."""
+    names = [n for n, m in model.named_modules(remove_duplicate=False) if m is module]
+    parts = [name.rpartition(".") for name in names]
+    return [(model.get_submodule(parent), child) for parent, _, child in parts]
+
+
+def put_module(places: Iterable[tuple[nn.Module, str]], module: nn.Module) -> None:
+    """Puts a module into all the places."""
+    for parent, child in places:
+        setattr(parent, child, module)
+
+
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
     """Puts `new` where the module `name` is, and under every other name that the same module has."""
-    old = model.get_submodule(name)
-    names = [n for n, module in model.named_modules(remove_duplicate=False) if module is old]
-    for alias in names:
-        parent, _, child = alias.rpartition(".")
-        setattr(model.get_submodule(parent), child, new)
+    put_module(module_places(model, model.get_submodule(name)), new)
 
 
 def shared_parameters(model: nn.Module) -> dict[str, list[str]]:

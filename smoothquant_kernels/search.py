@@ -32,10 +32,11 @@ from smoothquant_kernels.config import SmoothQuantConfig
 from smoothquant_kernels.convert import quantize_model
 from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.evaluate import stderr_of_mean
+from smoothquant_kernels.factors import smoothable_linears
 from smoothquant_kernels.groups import Group, find_groups, runs_within
 from smoothquant_kernels.linear import weight_of
 from smoothquant_kernels.modules import Batch, evaluating, partition_linears, run
-from smoothquant_kernels.smooth import check_finite_weights, smooth_lm, smoothable_linears
+from smoothquant_kernels.smooth import check_finite_weights, smooth_lm
 
 __all__ = ["Choice", "GroupResult", "SearchResult", "Validation", "search_config"]
 

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from smoothquant_kernels._changes import Changes, widened
 from smoothquant_kernels._readers import read_elsewhere
 from smoothquant_kernels.calibrate import ActivationStatistics, CalibrationData, calibrate_model
-from smoothquant_kernels.config import SmoothQuantConfig, first_match
+from smoothquant_kernels.config import SmoothQuantConfig
 from smoothquant_kernels.errors import SmoothQuantError
-from smoothquant_kernels.fold import (
-    Smoothing,
-    divide_at_run_time,
-    fold_verified,
-    round_to_power_of_two,
-)
-from smoothquant_kernels.groups import Group, find_groups, runs_within
+from smoothquant_kernels.factors import Plan, group_alpha, smoothable_linears
+from smoothquant_kernels.groups import Group, find_groups
 from smoothquant_kernels.linear import weight_of
 from smoothquant_kernels.modules import (
+    Batch,
+    Hooks,
     check_present,
     evaluating,
     output_tensor,
@@ -29,66 +27,21 @@ from smoothquant_kernels.modules import (
     run,
     shared_parameters,
 )
-from smoothquant_kernels.reference import smoothing_factors
 
-_FOLDS_AT_ONCE = 16  # verified together; their parameters are kept until then,
-_FOLD_BYTES = 1 << 26  # at most so many bytes of them, or those of one group
+#: Folding rounds a producer's parameters, the readers' weights and every partial sum anew: so much `rounding_noise`.
+ROUNDINGS = 8
 INFO = "smoothquant_info"
-
-
-# --- factors ----------------------------------------------------------------------------------------------------------
-
-
-def group_alpha(group: Group, peak: float, config: SmoothQuantConfig) -> float:
-    """The migration strength of a group; raises SmoothQuantError if the configuration gives its linears several."""
-    first, *others = group.linears
-    alpha = config.alpha_of(peak, first)
-    own = first_match(config.alphas, first)
-    # without settings of their own they all take the default of the first one's scheme
-    for other in others:
-        if first_match(config.alphas, other) != own:
-            raise SmoothQuantError(
-                f"{first} and {other} read the same tensor, so they share their smoothing factors, but alpha is "
-                f"{alpha} for the first and {config.alpha_of(peak, other)} for the second; give all of "
-                f"{', '.join(group.linears)} the same."
-            )
-    return alpha
-
-
-def weight_absmax(model: nn.Module, group: Group) -> Tensor:
-    """[K] float32: the largest |w| of each input channel over all linears of the group."""
-    columns = [
-        weight_of(model.get_submodule(n)).detach().abs().amax(0).float() for n in group.linears
-    ]
-    return torch.stack(columns).amax(0)
-
-
-def group_factors(
-    x_absmax: Tensor, w_absmax: Tensor, alpha: float, dtype: torch.dtype, config: SmoothQuantConfig
-) -> Tensor:
-    """s [K] float32 of a group of linears whose weights have this dtype."""
-    smooth = smoothing_factors(x_absmax, w_absmax, alpha)
-    rounding = config.smooth_rounding
-    if rounding == "auto":
-        rounding = "none" if dtype == torch.float32 else "power_of_two"
-    return round_to_power_of_two(smooth) if rounding == "power_of_two" else smooth
-
-
-def smoothable_linears(
-    model: nn.Module, linears: Iterable[str], statistics: ActivationStatistics
-) -> list[str]:
-    """Those that calibration has seen and whose weight is theirs alone."""
-    shared = shared_parameters(model)
-    return [n for n in linears if n in statistics.absmax and f"{n}.weight" not in shared]
 
 
 # --- the driver -------------------------------------------------------------------------------------------------------
 
 
 def relative_difference(output: Tensor, before: Tensor) -> float:
-    return float(
-        (output.float() - before.float()).abs().max() / before.float().abs().max().clamp_min(1e-30)
-    )
+    """The largest change over the largest finite value; equal infinities and NaNs are no change."""
+    a, b = widened(output), widened(before)
+    same = (a == b) | (a.isnan() & b.isnan())
+    largest = b.abs().nan_to_num(0.0, 0.0, 0.0).max().clamp_min(1e-30)
+    return float(torch.where(same, 0.0, (a - b).abs()).max() / largest)
 
 
 def smooth_lm(
@@ -116,8 +69,11 @@ def smooth_lm(
 
     Raises:
         SmoothQuantError: no linears, no data, NaN or Inf in weights or activations (the layer is named), alpha outside
-            [0, 1], or the float model's output moved by more than `config.verify_tolerance`. The checks of data and
-            weights come before the first change to the model.
+            [0, 1], or the model is smoothed already. After this or any other exception, an interrupt included, the
+            model computes what it did, bit for bit.
+
+    Memory: beside the model, a copy of the weights that are folded by factors other than powers of two (the default
+    for float32 models only), until the call returns.
 
     Equivalent to:
         for each group of linears that read one tensor x:
@@ -129,6 +85,24 @@ def smooth_lm(
     config = config or SmoothQuantConfig()
     if alpha is not None:
         config = config.replace(alpha=alpha)
+    with Changes() as changes:
+        smooth_into(
+            model, calibration_data, config, changes, tokenizer=tokenizer, progress=progress
+        )
+    return model
+
+
+def smooth_into(
+    model: nn.Module,
+    calibration_data: CalibrationData | ActivationStatistics,
+    config: SmoothQuantConfig,
+    changes: Changes,
+    *,
+    tokenizer: Any = None,
+    progress: bool = True,
+) -> None:
+    """`smooth_lm` as a part of a larger change."""
+    refuse_smoothed(model)
     linears, skipped = partition_linears(model, config.skip)
     check_finite_weights(linears)
     if isinstance(calibration_data, ActivationStatistics):
@@ -149,36 +123,66 @@ def smooth_lm(
     shared = shared_parameters(model)
     smoothable = smoothable_linears(model, linears, statistics) if config.smooth else []
     groups = find_groups(model, smoothable, small, folding=config.folding)
+    plan = Plan(model, groups, statistics, peaks, config)
     with evaluating(model):
+        errors = plan.leave_out_what_does_not_gain(small)
         before = output_tensor(run(model, small)).clone()
-        tolerance = max(config.verify_tolerance, _rounding(before.dtype))
+        tolerance = config.verify_tolerance
+        if tolerance is None:
+            tolerance = ROUNDINGS * rounding_noise(model, plan.foldable(), small, before)
 
         def difference() -> float:
             return relative_difference(output_tensor(run(model, small)), before)
 
-        outcomes = _apply(
-            model, groups, statistics, peaks, config, lambda: difference() <= tolerance
-        )
+        outcomes = plan.apply(lambda: difference() <= tolerance, changes)
         change = difference()
     if not change <= tolerance:
         raise SmoothQuantError(
-            f"smoothing changed the model's output by {change:.1e} relative, more than "
-            f"{config.verify_tolerance:.1e}; use smooth_rounding='power_of_two', or load the model in float32."
+            f"the model's output differs by {change:.1e} relative from one call to the next, more than "
+            f"{tolerance:.1e}: smoothing can only be checked on a model that gives the same output twice."
         )
     info = {
         "config": config.to_dict(),
-        "layers": _describe(linears, groups, statistics, peaks, outcomes, shared, config),
+        "layers": _describe(linears, groups, statistics, peaks, outcomes | errors, shared, config),
         "skipped": [{"name": n, "reason": r} for n, r in skipped.items()],
         "verification": {"relative_change": change, "bit_exact": change == 0.0},
         "calibration_tokens": statistics.tokens,
     }
-    setattr(model, INFO, info)
-    return model
+    changes.set_attribute(model, INFO, info)
 
 
-def _rounding(dtype: torch.dtype) -> float:
-    """What rounding every product of a model in this type once more may cost; nothing to speak of in float32."""
-    return 0.0 if dtype == torch.float32 else 16 * torch.finfo(dtype).eps
+def refuse_smoothed(model: nn.Module) -> None:
+    """Raises SmoothQuantError if the model is smoothed: its weights hold factors that the formula cannot see."""
+    layers = getattr(model, INFO, {}).get("layers", [])
+    smoothed = sum(layer["smoothing"] != "none" for layer in layers)
+    if smoothed:
+        raise SmoothQuantError(
+            f"the model is smoothed already ({smoothed} of {len(layers)} layers): load the original float model again "
+            "to smooth it with other settings, or call quantize_model to go on with these."
+        )
+
+
+def rounding_noise(
+    model: nn.Module, groups: Sequence[Group], batch: Batch, output: Tensor
+) -> float:
+    """How far the model's output moves if the input of every linear is rounded once more: what exact arithmetic hides.
+
+    Each element is moved by one unit of its type's precision, up or down at random, in two runs; the larger change.
+    """
+    found = [0.0]
+    for seed in range(2 if groups else 0):
+        generator = torch.Generator().manual_seed(seed)
+
+        def jitter(x: Tensor, generator: torch.Generator = generator) -> Tensor:
+            signs = torch.randint(0, 2, x.shape, generator=generator).to(x.device, x.dtype) * 2 - 1
+            return x * (1 + torch.finfo(x.dtype).eps * signs)
+
+        with Hooks(model) as hooks:
+            for group in groups:
+                for name in group.linears:
+                    hooks.on_input(name, jitter)
+            found.append(relative_difference(output_tensor(run(model, batch)), output))
+    return max(found)
 
 
 def check_finite_weights(linears: Mapping[str, nn.Module]) -> None:
@@ -190,58 +194,6 @@ def check_finite_weights(linears: Mapping[str, nn.Module]) -> None:
                 raise SmoothQuantError(
                     f"the {what} of layer {name} has NaN or Inf values; repair or reload the checkpoint."
                 )
-
-
-def _apply(
-    model: nn.Module,
-    groups: Sequence[Group],
-    statistics: ActivationStatistics,
-    peaks: Mapping[str, float],
-    config: SmoothQuantConfig,
-    same_output: Callable[[], bool],
-) -> dict[str, tuple[str, str]]:
-    """Smooths all groups; returns name -> (``"folded"`` or ``"runtime"``, why) and divides `statistics` by s."""
-
-    # All from the weights as they are now: a fold into the rows of v_proj or up_proj changes the weight that their own
-    # group reads, and what is quantised should not depend on what could be folded, and in which order.
-    planned: dict[Group, Tensor] = {}
-    for group in groups:
-        name = group.linears[0]
-        planned[group] = group_factors(
-            statistics.absmax[name],
-            weight_absmax(model, group),
-            group_alpha(group, peaks[name], config),
-            weight_of(model.get_submodule(name)).dtype,
-            config,
-        )
-    factors = planned.__getitem__
-
-    result: dict[str, tuple[str, str]] = {}
-
-    def note(smoothing: Smoothing, how: str, why: str) -> None:
-        for name in smoothing.group.linears:
-            result[name] = (how, why)
-            statistics.absmax[name] = statistics.absmax[name] / smoothing.smooth
-
-    foldable = [g for g in groups if g.producer is not None]
-
-    def weight_bytes(group: Group) -> int:
-        return sum(weight_of(model.get_submodule(n)).nbytes for n in group.linears)
-
-    for part in runs_within(foldable, weight_bytes, _FOLD_BYTES, _FOLDS_AT_ONCE):
-        done, refused = fold_verified(model, part, factors, same_output, config.verify_tolerance)
-        for smoothing in done:
-            note(smoothing, "folded", f"into {smoothing.group.producer}")
-        for smoothing in refused:
-            divide_at_run_time(model, smoothing)
-            producer = smoothing.group.producer
-            note(smoothing, "runtime", f"folding into {producer} would change the model")
-    for group in groups:
-        if group.producer is None:
-            smoothing = Smoothing(group, factors(group))
-            divide_at_run_time(model, smoothing)
-            note(smoothing, "runtime", group.reason)
-    return result
 
 
 def _describe(
@@ -280,7 +232,7 @@ def _describe(
                 "x_peak": peaks.get(name),
             }
         )
-        if group := group_of.get(name):
+        if (group := group_of.get(name)) and how != "none":
             alpha = group_alpha(group, peaks[group.linears[0]], config)
             layers[-1] |= {"alpha": alpha, "group": list(group.linears)}
     return layers

@@ -34,7 +34,8 @@ configs = st.builds(
     weight_granularity=st.sampled_from(WEIGHT_GRANULARITIES),
     smooth_rounding=st.sampled_from(ROUNDINGS),
     folding=st.sampled_from(FOLDINGS),
-    verify_tolerance=st.floats(0, 1, exclude_max=True),
+    only_where_better=st.booleans(),
+    verify_tolerance=st.none() | st.floats(0, 1, exclude_max=True),
     skip=st.lists(st.text(max_size=8), max_size=3),
     calibration_tokens=st.integers(1, 2**60),
     calibration_window=st.integers(1, 2**20),
@@ -61,7 +62,11 @@ def test_json_round_trip(config: SmoothQuantConfig) -> None:
 REFUSED: list[tuple[str, Any, str]] = [
     *[("alpha", v, "alpha must be a number in [0, 1]") for v in (-0.1, 1.1, math.nan, math.inf)],
     *[("alpha", v, "alpha must be a number in [0, 1]") for v in ("0.5", True, [0.5])],
-    *[("smooth", v, "smooth must be true or false") for v in ("yes", None, 1)],
+    *[
+        (name, v, f"{name} must be true or false")
+        for name in ("smooth", "only_where_better")
+        for v in ("yes", None, 1)
+    ],
     *[
         ("activation_scheme", v, "must be one of per_token, per_tensor, static")
         for v in ("token", "", None, 1, ["per_token"])
@@ -86,7 +91,7 @@ REFUSED: list[tuple[str, Any, str]] = [
     *[("a_bit", v, "a_bit must be 8 (int8 weights and") for v in (4, 16, "8", 8.0, None)],
     *[
         ("verify_tolerance", v, "verify_tolerance must be a number in [0, 1)")
-        for v in (-1e-9, 1.0, math.nan, "small", None, False)
+        for v in (-1e-9, 1.0, math.nan, "small", False)
     ],
     *[
         ("skip", v, "skip must be a list or tuple of module-name patterns")

@@ -113,6 +113,7 @@ def test_maxima_after_smoothing_are_those_of_the_smoothed_model(
 ) -> None:
     """The figure divides maxima by factors; measuring the smoothed model gives the same."""
     from smoothquant_kernels import SmoothQuantConfig
+    from smoothquant_kernels.linear import pending_smooth
 
     model, smoothed = tiny_llama(), tiny_llama()
     data = [torch.arange(1, 65).reshape(2, 32)]
@@ -126,8 +127,8 @@ def test_maxima_after_smoothing_are_those_of_the_smoothed_model(
     ]  # fmt: skip
     for layer in layers:
         assert torch.equal(layer.before, statistics.absmax[layer.name])
-        inverse = getattr(smoothed.get_submodule(layer.name), "inv_smooth", 1.0)
-        measured = after.absmax[layer.name] * inverse
+        smooth = pending_smooth(smoothed.get_submodule(layer.name))
+        measured = after.absmax[layer.name] / (1.0 if smooth is None else smooth)
         torch.testing.assert_close(layer.after, measured, rtol=1e-4, atol=1e-6)
         assert not torch.equal(layer.after, layer.before)
 

@@ -17,11 +17,12 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from smoothquant_kernels import QuantizedActivation, SmoothQuantError, W8A8Linear, reference
-from smoothquant_kernels.fold import SmoothedLinear
 from smoothquant_kernels.linear import (
     ACTIVATION_SCHEMES,
     WEIGHT_GRANULARITIES,
     is_float_linear,
+    pending_smooth,
+    set_pending_smooth,
     weight_of,
 )
 
@@ -119,13 +120,24 @@ def test_conv1d_is_the_transposed_linear(scheme: str) -> None:
     assert layer.w_q.is_contiguous() and layer.in_features == 12 and layer.out_features == 5
 
 
-def test_a_smoothed_linear_keeps_its_division() -> None:
+def test_pending_factors_wait_for_the_quantizer() -> None:
+    """They change neither what the float layer computes nor what it saves, and survive copies and conversions."""
     linear, smooth = cases.float_linear(12, 5), cases.inverse_smooth(12)
-    smoothed = SmoothedLinear.from_linear(linear, smooth)
-    compare.assert_same_buffers(cases.quantized(smoothed), cases.quantized(linear, smooth=smooth))
+    smoothed = copy.deepcopy(linear)
+    set_pending_smooth(smoothed, smooth)
+    x = cases.activations(7, 12)
+    assert_bitwise_equal(smoothed(x), linear(x))
+    assert smoothed.state_dict().keys() == linear.state_dict().keys()
+    expected = cases.quantized(linear, smooth=smooth)
+    compare.assert_same_buffers(cases.quantized(smoothed), expected)
+    compare.assert_same_buffers(cases.quantized(copy.deepcopy(smoothed)), expected)
     again = torch.full((12,), 4.0)
-    twice = cases.quantized(SmoothedLinear.from_linear(linear, smooth), smooth=again)
+    twice = cases.quantized(smoothed, smooth=again)
     compare.assert_same_buffers(twice, cases.quantized(linear, smooth=smooth * again))
+    narrow = copy.deepcopy(smoothed).half()
+    assert pending_smooth(narrow).dtype == torch.float32
+    set_pending_smooth(smoothed, None)
+    compare.assert_same_buffers(cases.quantized(smoothed), cases.quantized(linear))
 
 
 def test_q_k_and_v_can_share_one_quantisation() -> None:

@@ -27,7 +27,7 @@ from smoothquant_kernels import (
     smooth_lm,
 )
 from smoothquant_kernels._report_measure import Plan, decibel, half_stand_in, measure, stand_in
-from smoothquant_kernels.linear import weight_of
+from smoothquant_kernels.linear import pending_smooth, weight_of
 from smoothquant_kernels.modules import partition_linears
 from smoothquant_kernels.report import advised_config, make_report, split_name
 
@@ -103,16 +103,20 @@ def reported(
 # --- numbers --------------------------------------------------------------------------------------
 
 
+def divided_by(module: Any) -> torch.Tensor:
+    """1 / s [K] of what the layer's quantizer will divide by."""
+    smooth = pending_smooth(module)
+    return torch.ones(weight_of(module).shape[1]) if smooth is None else 1.0 / smooth
+
+
 def by_hand(x: torch.Tensor, module: Any, x_absmax: float) -> float:
     """SQNR of one static layer: the quantiser in float32 as the contract has it, all else in float64."""
-    inverse = getattr(module, "inv_smooth", None)
-    weight = weight_of(module).detach().float()
+    inverse = divided_by(module)
+    weight = weight_of(module).detach().float() / inverse
     bias = 0.0 if module.bias is None else module.bias.detach().double()
-    z = x if inverse is None else (x.float() * inverse)
-    y = F.linear(z.double(), weight.double()) + bias
+    y = F.linear(x.double(), weight_of(module).detach().double()) + bias
     x_scale = torch.tensor(x_absmax / 127, dtype=torch.float32)
-    smooth = torch.ones(x.shape[1]) if inverse is None else inverse
-    x_q = (x.float() * smooth * (1 / x_scale)).round().clamp(-127, 127)
+    x_q = (x.float() * inverse * (1 / x_scale)).round().clamp(-127, 127)
     w_scale = weight.abs().amax(1) / 127
     w_q = (weight * (1 / w_scale[:, None])).round().clamp(-127, 127)
     y_hat = F.linear(x_q.double(), w_q.double()) * x_scale.double() * w_scale.double() + bias
@@ -134,7 +138,7 @@ def test_the_sqnr_of_every_layer_is_that_of_an_independent_computation(reported:
         assert layer["sqnr_naive"] == pytest.approx(naive, abs=CLOSE), name
         assert layer["naive_scheme"] == layer["activation_scheme"] == "static"
         module = smoothed.get_submodule(name)
-        inverse = getattr(module, "inv_smooth", torch.ones(x.shape[1]))
+        inverse = divided_by(module)
         # the range as it was measured, before any rounding by a fold
         seen = float((inputs_of(smoothed, name, DATA) * inverse).abs().max())
         assert layer["x_absmax"] == pytest.approx(seen, rel=1e-5)
@@ -156,7 +160,7 @@ def test_maxima_are_those_that_hooks_see(reported: Any) -> None:
         before = inputs_of(model, name, DATA).abs().amax(0)
         # six digits are written: half a unit of the sixth
         torch.testing.assert_close(torch.tensor(figure["absmax"]), before, rtol=5e-6, atol=0)
-        inverse = getattr(smoothed.get_submodule(name), "inv_smooth", 1.0)
+        inverse = divided_by(smoothed.get_submodule(name))
         after = (inputs_of(smoothed, name, DATA) * inverse).abs().amax(0)
         # the fold rounds each element a few times
         torch.testing.assert_close(

@@ -27,9 +27,9 @@ from smoothquant_kernels import (
 from smoothquant_kernels._search_result import Choice, GroupResult, Validation
 from smoothquant_kernels._search_space import ALPHAS, Space
 from smoothquant_kernels._sensitivity import divergence, record
+from smoothquant_kernels.factors import group_factors, weight_absmax
 from smoothquant_kernels.groups import Group
 from smoothquant_kernels.modules import evaluating, run
-from smoothquant_kernels.smooth import group_factors, weight_absmax
 
 DATA = token_batches(8)
 STATIC = SmoothQuantConfig(activation_scheme="static")

@@ -22,15 +22,18 @@ from smoothquant_kernels import (
     smooth_lm,
 )
 from smoothquant_kernels.calibrate import calibration_batches, collect_statistics
-from smoothquant_kernels.fold import SmoothedLinear, norm_offsets, round_to_power_of_two
+from smoothquant_kernels.fold import norm_offsets, round_to_power_of_two
+from smoothquant_kernels.linear import pending_smooth
 from smoothquant_kernels.modules import partition_linears
 
 IDS = token_batches(1, length=40)[0]
 
 
 def smoothed(model: nn.Module, **options: Any) -> nn.Module:
-    """A smoothed copy; with powers of two unless said otherwise, so that equality can be demanded."""
-    config = SmoothQuantConfig(**{"smooth_rounding": "power_of_two", **options})
+    """A smoothed copy; every group, with powers of two unless said otherwise, so that equality can be demanded."""
+    config = SmoothQuantConfig(
+        **{"smooth_rounding": "power_of_two", "only_where_better": False, **options}
+    )
     return smooth_lm(copy.deepcopy(model), token_batches(), config=config, progress=False)
 
 
@@ -86,9 +89,9 @@ def test_factors_are_those_of_the_formula() -> None:
     out = f"{prefix}self_attn.o_proj"
     s_out = absmax[out] ** 0.7 / model.get_submodule(out).weight.abs().amax(0) ** 0.3
     layer = result.get_submodule(out)
-    assert isinstance(layer, SmoothedLinear)
     assert layers(result)[out]["smoothing"] == "runtime"
-    torch.testing.assert_close(layer.inv_smooth, 1 / s_out, rtol=1e-5, atol=0)
+    assert torch.equal(layer.weight, model.get_submodule(out).weight)
+    torch.testing.assert_close(pending_smooth(layer), s_out, rtol=1e-5, atol=0)
 
 
 def test_power_of_two_rounding() -> None:
@@ -104,7 +107,8 @@ def test_alpha_zero_leaves_activations_at_the_weights_mercy() -> None:
     """alpha = 0: s = 1 / max|W_j|, so the maxima of the smoothed weight's columns are all alike."""
     model = make_model("llama")
     result = smoothed(model, alpha=0.0, smooth_rounding="none", folding="never")
-    weight = result.get_submodule("model.layers.0.mlp.down_proj").weight
+    layer = result.get_submodule("model.layers.0.mlp.down_proj")
+    weight = layer.weight * pending_smooth(layer)
     torch.testing.assert_close(weight.abs().amax(0), torch.ones(weight.shape[1]))
 
 
@@ -166,6 +170,22 @@ def test_fold_that_changes_the_model_is_taken_back(monkeypatch: pytest.MonkeyPat
     assert torch.equal(run(result, IDS), run(model, IDS))
 
 
+def test_what_roundings_refuse_is_folded_by_powers_of_two() -> None:
+    """No fold by the formula's own factors keeps every bit, so a tolerance of 0 refuses them all."""
+    model = make_model("opt")
+    options = {"smooth_rounding": "auto", "verify_tolerance": 0.0}
+    result = smoothed(model, **options)
+    assert {layer["smoothing"] for layer in layers(result).values()} >= {"folded"}
+    assert torch.equal(run(result, IDS), run(model, IDS))
+    norm = "model.decoder.layers.0.self_attn_layer_norm.weight"
+    ratio = result.get_parameter(norm) / model.get_parameter(norm)
+    assert (torch.frexp(ratio).mantissa == 0.5).all() and (ratio != 1).any()
+    # asked for the formula's factors, it keeps them, at run time
+    exact = smoothed(model, smooth_rounding="none", verify_tolerance=0.0)
+    assert {layer["smoothing"] for layer in layers(exact).values()} == {"runtime"}
+    assert torch.equal(run(exact, IDS), run(model, IDS))
+
+
 def test_tied_linear_is_quantised_but_not_smoothed() -> None:
     model = make_model("llama")
     first, second = (model.model.layers[i].mlp.down_proj for i in (0, 1))
@@ -178,12 +198,6 @@ def test_tied_linear_is_quantised_but_not_smoothed() -> None:
         assert "its weight is also" in layers(result)[name]["reason"]
     quantize_model(result)
     assert isinstance(result.model.layers[1].mlp.down_proj, W8A8Linear)
-
-
-def test_smoothed_linear_keeps_its_factors_in_float32() -> None:
-    result = smoothed(make_model("llama_gqa"), smooth_rounding="none").bfloat16()
-    layer = result.get_submodule("model.layers.0.self_attn.o_proj")
-    assert layer.weight.dtype == torch.bfloat16 and layer.inv_smooth.dtype == torch.float32
 
 
 def test_a_layer_with_two_names_is_replaced_under_both() -> None:

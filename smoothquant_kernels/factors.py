@@ -1,0 +1,160 @@
+"""Smoothing factors of every group of linears, and what becomes of them: folded, divided at run time, or left out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from smoothquant_kernels._changes import Changes
+from smoothquant_kernels._int8_error import int8_errors
+from smoothquant_kernels.calibrate import ActivationStatistics
+from smoothquant_kernels.config import SmoothQuantConfig, first_match
+from smoothquant_kernels.errors import SmoothQuantError
+from smoothquant_kernels.fold import (
+    Smoothing,
+    divide_at_run_time,
+    fold_verified,
+    round_to_power_of_two,
+)
+from smoothquant_kernels.groups import Group, runs_within
+from smoothquant_kernels.linear import weight_of
+from smoothquant_kernels.modules import Batch, shared_parameters
+from smoothquant_kernels.reference import smoothing_factors
+
+_FOLDS_AT_ONCE = 16  # verified together,
+_FOLD_BYTES = 1 << 26  # at most so many bytes of their weights, or those of one group
+
+
+def group_alpha(group: Group, peak: float, config: SmoothQuantConfig) -> float:
+    """The migration strength of a group; raises SmoothQuantError if the configuration gives its linears several."""
+    first, *others = group.linears
+    alpha = config.alpha_of(peak, first)
+    own = first_match(config.alphas, first)
+    # without settings of their own they all take the default of the first one's scheme
+    for other in others:
+        if first_match(config.alphas, other) != own:
+            raise SmoothQuantError(
+                f"{first} and {other} read the same tensor, so they share their smoothing factors, but alpha is "
+                f"{alpha} for the first and {config.alpha_of(peak, other)} for the second; give all of "
+                f"{', '.join(group.linears)} the same."
+            )
+    return alpha
+
+
+def weight_absmax(model: nn.Module, group: Group) -> Tensor:
+    """[K] float32: the largest |w| of each input channel over all linears of the group."""
+    columns = [
+        weight_of(model.get_submodule(n)).detach().abs().amax(0).float() for n in group.linears
+    ]
+    return torch.stack(columns).amax(0)
+
+
+def group_factors(
+    x_absmax: Tensor, w_absmax: Tensor, alpha: float, dtype: torch.dtype, config: SmoothQuantConfig
+) -> Tensor:
+    """s [K] float32 of a group of linears whose weights have this dtype."""
+    smooth = smoothing_factors(x_absmax, w_absmax, alpha)
+    rounding = config.smooth_rounding
+    if rounding == "auto":
+        rounding = "none" if dtype == torch.float32 else "power_of_two"
+    return round_to_power_of_two(smooth) if rounding == "power_of_two" else smooth
+
+
+def smoothable_linears(
+    model: nn.Module, linears: Iterable[str], statistics: ActivationStatistics
+) -> list[str]:
+    """Those that calibration has seen and whose weight is theirs alone."""
+    shared = shared_parameters(model)
+    return [n for n in linears if n in statistics.absmax and f"{n}.weight" not in shared]
+
+
+class Plan:
+    """The factors of every group, all from the weights as they are before any fold.
+
+    A fold into the rows of v_proj or up_proj changes the weight that their own group reads, and what is quantized
+    should not depend on what could be folded, and in which order.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: Sequence[Group],
+        statistics: ActivationStatistics,
+        peaks: Mapping[str, float],
+        config: SmoothQuantConfig,
+    ) -> None:
+        self._model, self._statistics = model, statistics
+        self._peaks, self._config = peaks, config
+        self._factors: dict[Group, Tensor] = {}
+        for group in groups:
+            name = group.linears[0]
+            self._factors[group] = group_factors(
+                statistics.absmax[name],
+                weight_absmax(model, group),
+                group_alpha(group, peaks[name], config),
+                weight_of(model.get_submodule(name)).dtype,
+                config,
+            )
+
+    def foldable(self) -> list[Group]:
+        return [group for group in self._factors if group.producer is not None]
+
+    def leave_out_what_does_not_gain(self, batch: Batch) -> dict[str, tuple[str, str]]:
+        """Drops the groups that int8 computes better without factors; name -> (``"none"``, why)."""
+        config = self._config
+        if not config.only_where_better:
+            return {}
+        asked = {
+            group: s
+            for group, s in self._factors.items()
+            if first_match(config.alphas, group.linears[0]) is None
+        }
+        left: dict[str, tuple[str, str]] = {}
+        absmax = self._statistics.absmax
+        errors = int8_errors(self._model, asked, absmax, self._peaks, config, batch)
+        for group, error in errors.items():
+            if not error.helps:
+                del self._factors[group]
+                why = (
+                    f"int8 error {error.naive:.2%} on the sample, {error.smoothed:.2%} if smoothed"
+                )
+                left |= dict.fromkeys(group.linears, ("none", why))
+        return left
+
+    def apply(
+        self, same_output: Callable[[], bool], changes: Changes
+    ) -> dict[str, tuple[str, str]]:
+        """Smooths the groups; returns name -> (``"folded"`` or ``"runtime"``, why) and divides `statistics` by s."""
+        model, result = self._model, {}
+
+        def note(smoothing: Smoothing, how: str, why: str) -> None:
+            for name in smoothing.group.linears:
+                result[name] = (how, why)
+                absmax = self._statistics.absmax
+                absmax[name] = absmax[name] / smoothing.smooth
+
+        def weight_bytes(group: Group) -> int:
+            return sum(weight_of(model.get_submodule(n)).nbytes for n in group.linears)
+
+        for part in runs_within(self.foldable(), weight_bytes, _FOLD_BYTES, _FOLDS_AT_ONCE):
+            smoothings = [Smoothing(group, self._factors[group]) for group in part]
+            done, refused = fold_verified(model, smoothings, same_output, changes)
+            if self._config.smooth_rounding == "auto":
+                # what float roundings refuse, powers of two may fold without any
+                rounded = [Smoothing(r.group, round_to_power_of_two(r.smooth)) for r in refused]
+                more, refused = fold_verified(model, rounded, same_output, changes)
+                done += more
+            for smoothing in done:
+                note(smoothing, "folded", f"into {smoothing.group.producer}")
+            for group in (r.group for r in refused):
+                smoothing = Smoothing(group, self._factors[group])
+                divide_at_run_time(model, smoothing, changes)
+                note(smoothing, "runtime", f"folding into {group.producer} would change the model")
+        for group, smooth in self._factors.items():
+            if group.producer is None:
+                smoothing = Smoothing(group, smooth)
+                divide_at_run_time(model, smoothing, changes)
+                note(smoothing, "runtime", group.reason)
+        return result

@@ -1,0 +1,121 @@
+"""Smoothing proves that it helps: each group's int8 error with and without factors, and the better one kept."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from models import make_model, token_batches
+from planted import llama_readers, plant_outliers
+from torch import nn
+from torch.nn import functional as F
+
+from smoothquant_kernels import (
+    SmoothQuantConfig,
+    W8A8Linear,
+    calibrate_model,
+    quantize_model,
+    smooth_lm,
+)
+from smoothquant_kernels._int8_error import int8_errors, static_scale
+from smoothquant_kernels.groups import Group
+from smoothquant_kernels.linear import ACTIVATION_SCHEMES, pending_smooth
+from smoothquant_kernels.modules import evaluating
+
+DATA = token_batches(2, length=24)
+
+
+HOT = torch.ones(48)
+HOT[7] = 60.0
+
+
+class Two(nn.Module):
+    """Two linears with inputs of their own, each with an outlier channel, which the weights of `second` undo.
+
+    At alpha = 1 all difficulty goes into the weights: per token, `first` loses by that and `second` gains.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(48, 32), nn.Linear(48, 32, bias=False)
+        with torch.no_grad():
+            self.second.weight /= HOT
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.first(x * HOT) + self.second(x.flip(0) * HOT)
+
+
+def by_hand(
+    linear: nn.Linear, x: torch.Tensor, smooth: torch.Tensor | None, scheme: str, absmax: float
+) -> float:
+    """The same figure from the real layer: relative error of each token's output, without bias, root mean square."""
+    plain = copy.deepcopy(linear)
+    plain.bias = None
+    scale = static_scale(absmax, 1.0) if scheme == "static" else None
+    layer = W8A8Linear.from_linear(plain, activation_scheme=scheme, smooth=smooth, x_scale=scale)
+    exact = F.linear(x.double(), linear.weight.detach().double())
+    error = (layer(x).double() - exact).square().sum(-1) / exact.square().sum(-1)
+    return float(error.mean().sqrt())
+
+
+@pytest.mark.parametrize("scheme", ACTIVATION_SCHEMES)
+def test_errors_are_those_of_the_real_layers(scheme: str) -> None:
+    model, x = Two().eval(), torch.randn(20, 48, generator=torch.Generator().manual_seed(1))
+    inputs = {"first": x * HOT, "second": x.flip(0) * HOT}
+    absmax = {
+        n: 1.25 * t.abs().amax(0) for n, t in inputs.items()
+    }  # calibrated on more than the sample
+    groups = {n: Group((n,)) for n in inputs}
+    config = SmoothQuantConfig(activation_scheme=scheme)
+    factors = {groups[n]: absmax[n] for n in inputs}  # alpha = 1
+    with evaluating(model):
+        errors = int8_errors(model, factors, absmax, dict.fromkeys(inputs, 1.0), config, {"x": x})
+    for name, group in groups.items():
+        linear: Any = model.get_submodule(name)
+        with torch.no_grad():
+            naive = by_hand(linear, inputs[name], None, scheme, float(absmax[name].max()))
+            smoothed = by_hand(linear, inputs[name], absmax[name], scheme, 1.0)
+        # both sides round float32 sums of 48 products, which moves an error of some 1e-3 by far less than 1e-4 of it
+        assert errors[group].naive == pytest.approx(naive, rel=1e-4)
+        assert errors[group].smoothed == pytest.approx(smoothed, rel=1e-4)
+        assert errors[group].helps == (smoothed < naive)
+
+
+def test_a_group_that_is_better_off_alone_is_left_alone() -> None:
+    model = Two().eval()
+    data = [{"x": torch.randn(24, 48, generator=torch.Generator().manual_seed(i))} for i in (1, 2)]
+    before = copy.deepcopy(model.state_dict())
+    smooth_lm(model, data, alpha=1.0, progress=False)
+    layers = {layer["name"]: layer for layer in model.smoothquant_info["layers"]}
+    assert layers["second"]["smoothing"] == "runtime" and layers["second"]["alpha"] == 1.0
+    first = layers["first"]
+    assert first["smoothing"] == "none" and first["alpha"] is None
+    assert "int8 error" in first["reason"] and "if smoothed" in first["reason"]
+    assert first["x_absmax"] == max(float((batch["x"] * HOT).abs().max()) for batch in data)
+    assert pending_smooth(model.first) is None
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    quantize_model(model)
+    assert model.first.inv_smooth is None and model.second.inv_smooth is not None
+
+
+@pytest.mark.parametrize("settings", [{"only_where_better": False}, {"alphas": {"*": 1.0}}])
+def test_a_decision_already_made_is_not_questioned(settings: dict[str, Any]) -> None:
+    data = [{"x": torch.randn(24, 48, generator=torch.Generator().manual_seed(1))}]
+    config = SmoothQuantConfig(alpha=1.0, **settings)
+    model = smooth_lm(Two().eval(), data, config=config, progress=False)
+    assert [layer["smoothing"] for layer in model.smoothquant_info["layers"]] == ["runtime"] * 2
+
+
+@pytest.mark.parametrize("scheme", ACTIVATION_SCHEMES)
+def test_planted_outliers_are_smoothed_everywhere(scheme: str) -> None:
+    model: Any = make_model("llama")
+    plant_outliers(model, llama_readers(model))
+    statistics = calibrate_model(model, DATA, progress=False)
+    config = SmoothQuantConfig(activation_scheme=scheme, massive_activations="keep")
+    smooth_lm(model, statistics, config=config)
+    layers = {layer["name"]: layer for layer in model.smoothquant_info["layers"]}
+    behind_norms = [n for names in llama_readers(model).values() for n in names]
+    assert behind_norms and all(layers[n]["smoothing"] == "folded" for n in behind_norms)

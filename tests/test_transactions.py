@@ -1,0 +1,202 @@
+"""After any failure, a model computes what it did: every step of smoothing and quantizing is made to fail in turn."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from models import logits as run
+from models import make_model, token_batches
+from torch import nn
+
+from smoothquant_kernels import (
+    SmoothQuantConfig,
+    SmoothQuantError,
+    W8A8Linear,
+    _changes,
+    quantize_model,
+    smooth_and_quantize,
+    smooth_lm,
+)
+from smoothquant_kernels._changes import Changes
+from smoothquant_kernels.linear import pending_smooth, set_pending_smooth
+from smoothquant_kernels.modules import model_device
+
+IDS = token_batches(1, length=12)[0]
+DATA = token_batches(2, length=8)
+
+
+class Stop(BaseException):
+    """An interrupt: nothing in the package may take it for an error of its own."""
+
+
+@contextmanager
+def failing_at(step: int, target: Any, name: str, error: BaseException) -> Iterator[list[int]]:
+    """Makes the call number `step` of a function fail; the list counts the calls."""
+    original: Callable[..., Any] = getattr(target, name)
+    count = [0]
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        count[0] += 1
+        if count[0] == step:
+            raise error
+        return original(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(target, name, call)
+        yield count
+
+
+def one_block(family: str) -> nn.Module:
+    model: Any = make_model(family)
+    blocks = model.model.decoder if family == "opt" else model.model
+    blocks.layers = blocks.layers[:1]
+    return model  # type: ignore[no-any-return]
+
+
+def snapshot(model: nn.Module) -> dict[str, Any]:
+    """Everything that a model is: bits, classes, modes, hooks, attributes."""
+    state: dict[str, Any] = {n: t.detach().clone() for n, t in model.state_dict().items()}
+    for name, module in model.named_modules(remove_duplicate=False):
+        state[f"{name} is"] = (type(module), id(module), module.training)
+        state[f"{name} has"] = sorted(module.__dict__)
+        state[f"{name} hooks"] = [
+            len(module._forward_hooks), len(module._forward_pre_hooks), len(module._backward_hooks),
+        ]  # fmt: skip
+    return state
+
+
+def assert_same(model: nn.Module, before: dict[str, Any], why: str) -> None:
+    after = snapshot(model)
+    assert after.keys() == before.keys(), why
+    for key, old in before.items():
+        same = torch.equal(after[key], old) if isinstance(old, torch.Tensor) else after[key] == old
+        assert same, f"{key}, {why}"
+
+
+CALLS: dict[str, Callable[[nn.Module], Any]] = {
+    "smooth": lambda m: smooth_lm(m, DATA, progress=False),
+    "powers_of_two": lambda m: smooth_lm(
+        m, DATA, config=SmoothQuantConfig(smooth_rounding="power_of_two"), progress=False
+    ),
+    "both": lambda m: smooth_and_quantize(
+        m, DATA, SmoothQuantConfig(activation_scheme="static"), progress=False
+    ),
+}
+
+
+@pytest.mark.parametrize("call", ["smooth", "powers_of_two", "both"])
+@pytest.mark.parametrize("family", ["opt", "llama_gqa"])
+def test_a_failure_at_any_call_of_a_module_leaves_the_model_as_it_was(
+    family: str, call: str
+) -> None:
+    """Module calls are the steps that user code, hooks and kernels can make fail."""
+    model = one_block(family)
+    before = snapshot(model)
+    with failing_at(0, nn.Module, "__call__", Stop()) as count:
+        CALLS[call](copy.deepcopy(model))
+    # a prime stride, so that each kind of step is met at many places
+    for i, step in enumerate([*range(1, count[0], 13), count[0]]):
+        error = RuntimeError("out of memory") if i % 2 else Stop()
+        with failing_at(step, nn.Module, "__call__", error):
+            try:
+                CALLS[call](model)
+            except (Stop, RuntimeError):
+                assert_same(model, before, f"{type(error).__name__} at call {step}")
+                continue
+        # an error of a probe means that a norm or a reader refuses: the call may go on without it
+        assert isinstance(error, RuntimeError), f"call {step} was not reached"
+        model = one_block(family)
+        before = snapshot(model)
+
+
+@pytest.mark.parametrize(
+    ("target", "name"),
+    [
+        (Changes, "write"),
+        (Changes, "scale"),
+        (Changes, "attach_smooth"),
+        (Changes, "replace_module"),
+        (Changes, "set_attribute"),
+        (W8A8Linear, "from_linear"),
+        (_changes, "_assign"),
+        (torch, "equal"),
+    ],
+)
+@pytest.mark.parametrize("rounding", ["none", "power_of_two"])
+def test_an_interrupt_between_two_changes_leaves_the_model_as_it_was(
+    target: Any, name: str, rounding: str
+) -> None:
+    model = one_block("llama_gqa")
+    before = snapshot(model)
+    config = SmoothQuantConfig(smooth_rounding=rounding, only_where_better=False)
+    reached = 0
+    for step in (*range(1, 10), *range(10, 60, 7)):
+        with failing_at(step, target, name, Stop()):
+            try:
+                smooth_and_quantize(model, DATA, config, progress=False)
+            except Stop:
+                reached += 1
+                assert_same(model, before, f"{name} number {step}, {rounding}")
+                continue
+        break
+    assert reached or (name, rounding) == ("write", "power_of_two")
+
+
+def test_scaling_is_undone_whether_it_had_happened_or_not() -> None:
+    """The undo of an exact scaling divides; an interrupt just before the scaling must not make it divide too."""
+    old = torch.tensor([[0.0, 3.0, -5.0], [1.0, 0.0, 7.0]])
+    for factor in (torch.tensor([1.0, 2.0, 0.25]), torch.tensor([1.5, 1.1, 0.7])):
+        for happened in (True, False):
+            parameter = nn.Parameter(old.clone())
+            changes = Changes()
+            changes.scale(parameter, factor)
+            assert not torch.equal(parameter, old)
+            if not happened:
+                parameter.data.copy_(old)
+            changes.back_to(0)
+            assert torch.equal(parameter, old)
+
+
+def test_later_changes_are_taken_back_first() -> None:
+    linear = nn.Linear(4, 3)
+    before = copy.deepcopy(linear.state_dict())
+    set_pending_smooth(linear, torch.ones(4))
+    changes = Changes()
+    changes.scale(linear.weight, torch.full((4,), 3.0))
+    middle, weight = changes.mark(), linear.weight.detach().clone()
+    changes.scale(linear.weight.t(), torch.full((3,), 0.5))
+    changes.attach_smooth(linear, torch.full((4,), 2.0))
+    changes.write(linear.bias, torch.zeros(3))
+    changes.back_to(middle)
+    assert torch.equal(linear.weight, weight) and torch.equal(linear.bias, before["bias"])
+    assert torch.equal(pending_smooth(linear), torch.ones(4))
+    changes.back_to(0)
+    assert torch.equal(linear.weight, before["weight"])
+
+
+@pytest.mark.parametrize("first", [0.5, None])
+def test_a_smoothed_model_is_refused_before_it_is_changed(first: float | None) -> None:
+    model = make_model("llama")
+    smooth_lm(model, DATA, alpha=first, progress=False)
+    before = snapshot(model)
+    with pytest.raises(SmoothQuantError, match=r"smoothed already \(\d+ of 14 layers\)"):
+        smooth_lm(model, DATA, alpha=0.7, progress=False)
+    with pytest.raises(SmoothQuantError, match="call quantize_model to go on"):
+        smooth_and_quantize(model, DATA, progress=False)
+    assert_same(model, before, "refused")
+    quantize_model(model)  # what the message says
+
+
+def test_a_model_that_was_only_measured_can_be_smoothed() -> None:
+    model = make_model("llama")
+    expected = run(model, IDS)
+    smooth_lm(model, DATA, config=SmoothQuantConfig(smooth=False), progress=False)
+    smooth_lm(model, DATA, progress=False)
+    assert any(layer["smoothing"] != "none" for layer in model.smoothquant_info["layers"])
+    torch.testing.assert_close(run(model, IDS), expected, rtol=1e-4, atol=1e-5)
+    assert model_device(model).type == "cpu"
