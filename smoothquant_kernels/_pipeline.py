@@ -42,7 +42,7 @@ def read_config(path: Path | None, **changes: Any) -> SmoothQuantConfig:
 
 def choose_dtype(name: str) -> torch.dtype:
     if name not in _DTYPES:
-        raise SmoothQuantError(f"dtype must be one of {', '.join(_DTYPES)}; got {name!r}.")
+        raise SmoothQuantError(f"--dtype must be one of {', '.join(_DTYPES)}; got {name!r}.")
     return _DTYPES[name]
 
 
