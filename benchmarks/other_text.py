@@ -2,8 +2,8 @@
 
     pip install --no-deps gensim==4.4.0      # 28 MB; nothing of it is imported
 
-300 short articles of the Australian Broadcasting Corporation (Lee, Pincombe and Welsh, 2005, "An empirical evaluation of
-models of text document similarity"), which gensim carries as data for its tests.
+300 short articles of the Australian Broadcasting Corporation (Lee, Pincombe and Welsh, 2005, "An empirical evaluation
+of models of text document similarity"), which gensim carries as data for its tests.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from rich.text import Text
 from torch import nn
 
 from smoothquant_kernels._console import Document, note, quiet_stderr, readable_size, show_progress
+from smoothquant_kernels._inputs import calibration_inputs, describe_inputs, processor_of
 from smoothquant_kernels._inspect import (
     describe_config,
     describe_verification,
@@ -23,7 +24,6 @@ from smoothquant_kernels._inspect import (
     summarise_layers,
     weight_files,
 )
-from smoothquant_kernels._inputs import calibration_inputs, describe_inputs, processor_of
 from smoothquant_kernels._pipeline import (
     check_output,
     choose_device,
@@ -139,9 +139,8 @@ def _quantize_streamed(
     resume: bool,
 ) -> Document:
     """The same for a model that is never in memory as a whole; what is said of it is read from the checkpoint."""
-    from smoothquant_kernels.stream import quantize_streamed
-
     from smoothquant_kernels._stream_source import check_folder
+    from smoothquant_kernels.stream import quantize_streamed
 
     check_folder(Path(source))
     inputs = calibration_inputs(source, calibration, config)

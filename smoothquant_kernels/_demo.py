@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from smoothquant_kernels._commands import complete
 from smoothquant_kernels._console import Document, json_text, note, quiet_stderr, readable_size
-from smoothquant_kernels._inspect import summarise_layers
 from smoothquant_kernels._inputs import text_windows
+from smoothquant_kernels._inspect import summarise_layers
 from smoothquant_kernels._pipeline import check_target, linear_bytes
 from smoothquant_kernels.calibrate import ActivationStatistics, calibrate_model
 from smoothquant_kernels.checkpoint import load_quantized, save_quantized
@@ -104,7 +104,9 @@ def run_demo(output: Path, *, quick: bool, calibration: str, text: str) -> Docum
         )
         linears = linear_bytes(candidate, [s["name"] for s in _left_out(model)])
         found = result.to_dict()
-        del found["seconds"]  # the original's answers are kept, so its row would look quicker than it is
+        del found[
+            "seconds"
+        ]  # the original's answers are kept, so its row would look quicker than it is
         rows.append({"variant": variant, "scheme": scheme, "linear_bytes": linears, **found})
 
     measure("float32", None, model)

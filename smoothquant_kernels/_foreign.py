@@ -88,7 +88,7 @@ def check_float_model(model: nn.Module) -> None:
 
 
 def check_float_config(config: Any, source: object) -> None:
-    """The same by config.json, before weights are loaded: raises SmoothQuantError if it says that they are quantized."""
+    """The same by config.json, before weights are loaded: raises SmoothQuantError if it says they are quantized."""
     method = _method(config)
     if method == _OURS:
         raise SmoothQuantError(
@@ -118,6 +118,8 @@ def _configs(config: Any) -> Iterator[Any]:
     if config is None:
         return
     yield config
+    if not isinstance(config, Mapping) and not hasattr(config, "__dict__"):
+        return
     values = config if isinstance(config, Mapping) else vars(config)
     for key, value in list(values.items()):
         if str(key).endswith("_config") and not str(key).startswith(("quantization", "compress")):
@@ -178,4 +180,6 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _is_plain_float(t: Tensor) -> bool:
-    return t.dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16) or t.is_complex()
+    return (
+        t.dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16) or t.is_complex()
+    )

@@ -63,13 +63,15 @@ def calibration_inputs(
         return _image_inputs(model, calibration, config)
     texts = load_text(calibration)
     tokenizer = load_tokenizer(model, fallback)
-    window = min([settings.calibration_window, *_longest(config, tokenizer)])
+    window = min([settings.calibration_window, *_longest(config, tokenizer, kind)])
     windows = text_windows(
         texts, tokenizer, window=window, tokens=settings.calibration_tokens, kind=kind
     )
     count = sum(ids.shape[1] for ids in windows)
     if count < settings.calibration_tokens:
-        note(f"{calibration} has {count} tokens, fewer than the {settings.calibration_tokens} asked for")
+        note(
+            f"{calibration} has {count} tokens, fewer than the {settings.calibration_tokens} asked for"
+        )
     facts = {
         "source": calibration,
         "tokens": count,
@@ -122,15 +124,17 @@ def _whole_windows(text: str, tokenizer: Any, window: int) -> list[Tensor]:
     back = list(tokenizer("a")["input_ids"])[len(front) + len(token_ids("a", tokenizer)) :]
     ids, length = token_ids(text, tokenizer), max(1, window - len(front) - len(back))
     return [
-        tensor([front + ids[start : start + length] + back])
-        for start in range(0, len(ids), length)
+        tensor([front + ids[start : start + length] + back]) for start in range(0, len(ids), length)
     ]
 
 
-def _longest(config: Any, tokenizer: Any) -> list[int]:
+def _longest(config: Any, tokenizer: Any, kind: Kind) -> list[int]:
     """What limits the length of a window: the model's positions, and what its tokenizer knows of them."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     positions = getattr(text, "max_position_embeddings", None)
+    padding = getattr(text, "pad_token_id", None)
+    if kind == "text" and isinstance(positions, int) and padding in (0, 1, 2, 3):
+        positions -= padding + 1  # RoBERTa and its kin count positions from there on
     limits = [positions, getattr(tokenizer, "model_max_length", None)]
     return [int(n) for n in limits if isinstance(n, int) and 1 < n < 10**9]
 
@@ -163,8 +167,6 @@ def _pixels(file: Path, processor: Any) -> Tensor:
             values = processor(images=image.convert("RGB"), return_tensors="pt")["pixel_values"]
     except Exception as error:  # formats and processors raise what they like
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise SmoothQuantError(
-            f"{file} could not be read as an image: {reason[:300]}."
-        ) from error
+        raise SmoothQuantError(f"{file} could not be read as an image: {reason[:300]}.") from error
     assert isinstance(values, Tensor)
     return values

@@ -10,8 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from smoothquant_kernels._console import Document, show_progress
-from smoothquant_kernels._inspect import is_checkpoint
 from smoothquant_kernels._inputs import calibration_inputs, text_windows
+from smoothquant_kernels._inspect import is_checkpoint
 from smoothquant_kernels._kinds import is_causal
 from smoothquant_kernels._manifest import read_manifest
 from smoothquant_kernels._pipeline import (

@@ -103,7 +103,9 @@ def _parts(
 
 def join_safetensors(path: Path, parts: Iterable[Path]) -> FileEntry:
     """Writes the tensors of several files into one, a piece at a time; they are in the order of `write_safetensors`."""
-    found = [(p, begin, *item) for p in parts for e, begin in [read_header(p)] for item in e.items()]
+    found = [
+        (p, begin, *item) for p in parts for e, begin in [read_header(p)] for item in e.items()
+    ]
     sizes = [entry["data_offsets"][1] - entry["data_offsets"][0] for *_, entry in found]
     order = sorted(range(len(found)), key=lambda i: sizes[i] % ALIGNMENT != 0)
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}

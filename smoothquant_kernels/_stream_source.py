@@ -34,13 +34,18 @@ class _Place:
 
 
 def check_folder(folder: Path) -> None:
-    """Raises SmoothQuantError unless it is a folder: not a GGUF file, nor a name on the hub."""
+    """Raises SmoothQuantError unless it is a folder, of a float model: not a GGUF file, nor a name on the hub."""
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "is not a local folder"
         raise SmoothQuantError(
             f"{folder} {what}: streaming reads a local folder with config.json and safetensors "
             f"(`hf download` fetches one); for anything else, {IN_MEMORY}."
         )
+    try:
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return  # said when the model is made
+    check_float_config(config, folder)
 
 
 class WeightSource:

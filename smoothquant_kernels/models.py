@@ -99,15 +99,20 @@ def load_model(
 
 
 def load_config(source: str | Path) -> Any:
-    """The configuration of a model, without its weights; None for a GGUF file, whose header would have to be read whole.
+    """The configuration of a model, without its weights; None for a GGUF file, whose weights would be read with it.
 
-    Raises: SmoothQuantError if the source is unknown or its config.json cannot be read.
+    Raises: SmoothQuantError if the source is unknown, its config.json cannot be read, or says that the weights are
+        quantized.
     """
     _require("transformers")
     place = _locate(source, "model")
     if place.gguf_file is not None:
         return None
-    return _guarded(lambda: _read_config(place), f"The configuration of {source} could not be read")
+    config = _guarded(
+        lambda: _read_config(place), f"The configuration of {source} could not be read"
+    )
+    check_float_config(config, source)
+    return config
 
 
 def load_image_processor(source: str | Path) -> Any:

@@ -23,7 +23,13 @@ from smoothquant_kernels._stream_source import (
     match_names,
     owned_outside,
 )
-from smoothquant_kernels._stream_work import WorkFolder, digest_of, partial_folder, remove, work_folder
+from smoothquant_kernels._stream_work import (
+    WorkFolder,
+    digest_of,
+    partial_folder,
+    remove,
+    work_folder,
+)
 from smoothquant_kernels.calibrate import (
     ActivationStatistics,
     CalibrationData,
