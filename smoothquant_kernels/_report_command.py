@@ -12,7 +12,7 @@ from rich.text import Text
 from smoothquant_kernels._console import Document, show_progress
 from smoothquant_kernels._inputs import calibration_inputs, text_windows
 from smoothquant_kernels._inspect import is_checkpoint
-from smoothquant_kernels._kinds import is_causal
+from smoothquant_kernels._kinds import Kind, is_causal
 from smoothquant_kernels._manifest import read_manifest
 from smoothquant_kernels._pipeline import (
     check_target,
@@ -63,7 +63,7 @@ def report(
     else:
         held_texts = load_text(held_source)
         window = max(ids.shape[1] for ids in inputs.batches)
-        kind = "causal" if is_causal(config_of(original)) else "text"
+        kind: Kind = "causal" if is_causal(config_of(original)) else "text"
         held = text_windows(held_texts, inputs.processor, window=window, tokens=tokens, kind=kind)
     model, _ = load_any(original, dtype=dtype, device=device)
     document = make_report(

@@ -126,7 +126,8 @@ def load_image_processor(source: str | Path) -> Any:
     def load() -> Any:
         from transformers import AutoImageProcessor
 
-        return AutoImageProcessor.from_pretrained(place.name, **place.options)
+        cls: Any = AutoImageProcessor  # its methods carry no annotations
+        return cls.from_pretrained(place.name, **place.options)
 
     return _guarded(load, f"The image processor of {source} could not be loaded")
 

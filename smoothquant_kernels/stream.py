@@ -157,7 +157,7 @@ def quantize_streamed(
 def _hidden_size(model: Any) -> int:
     """Bytes of one token's hidden states, about."""
     size = getattr(model.config.get_text_config(), "hidden_size", 0)
-    return int(size if isinstance(size, int) else 0) * model.dtype.itemsize
+    return (size if isinstance(size, int) else 0) * int(model.dtype.itemsize)
 
 
 class _Stream:
