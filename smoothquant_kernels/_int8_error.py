@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,19 +14,22 @@ from smoothquant_kernels import reference
 from smoothquant_kernels.config import SmoothQuantConfig
 from smoothquant_kernels.groups import Group
 from smoothquant_kernels.linear import weight_of
-from smoothquant_kernels.modules import Batch, Hooks, run, token_mask, unpadded_rows
+from smoothquant_kernels.modules import Batch, Hooks, token_mask, unpadded_rows
+
+#: Errors nearer to each other than this ratio are a tie on so few tokens; smoothing then stays, as everywhere else.
+_TIE = 1.05
 
 
 @dataclass(frozen=True)
 class Int8Error:
-    """Relative error of a group's outputs in int8, the root mean square over the sample's tokens."""
+    """Relative error of a group's outputs in int8: norm of the error over norm of the outputs, on the sample."""
 
     naive: float
     smoothed: float
 
     @property
     def helps(self) -> bool:
-        return not self.naive < self.smoothed
+        return not self.naive * _TIE < self.smoothed
 
 
 def static_scale(absmax: float, clip: float) -> float:
@@ -40,38 +44,46 @@ def int8_errors(
     peaks: Mapping[str, float],
     config: SmoothQuantConfig,
     batch: Batch,
+    run_sample: Callable[[], Any],
 ) -> dict[Group, Int8Error]:
-    """Runs the float model once on the sample and tries every group that it reaches, in the configured scheme.
+    """Tries every group that the sample reaches, in the configured scheme.
 
-    Each token counts alike, whatever the size of its output: the tokens after a massive one matter as much as it does.
+    A token counts by the size of its error, as it does in the residual stream that most outputs are added to. By
+    relative errors, a layer with massive activations would look better off unsmoothed, and the model would get worse.
 
     Args:
         factors: s [K] of each group.
         absmax: calibrated maxima of the inputs, not smoothed.
-        batch: the calibration sample.
+        batch: the calibration sample, for its padding.
+        run_sample: runs the float model on it.
     """
-    squares: dict[Group, list[Tensor]] = {}
+    squares: dict[Group, Tensor] = {}
     mask = token_mask(batch)
 
     def measure(group: Group, x: Tensor) -> None:
         rows = unpadded_rows(x.detach(), mask).float()
+        largest = absmax[group.linears[0]]
         for name in group.linears:
             weight = weight_of(model.get_submodule(name)).detach().float()
             exact = F.linear(rows, weight)
-            scale = exact.square().sum(1).clamp_min(torch.finfo(torch.float32).tiny)
             scheme, clip = config.scheme_of(peaks[group.linears[0]], name), config.clip_of(name)
-            found = []
-            for s in (None, factors[group]):
-                y = _int8_product(rows, weight, s, absmax[group.linears[0]], scheme, clip, config)
-                found.append(((y - exact).square().sum(1) / scale).mean())
-            squares.setdefault(group, []).append(torch.stack(found))
+            products = [
+                _int8_product(rows, weight, s, largest, scheme, clip, config)
+                for s in (None, factors[group])
+            ]
+            found = torch.stack([*(y - exact for y in products), exact]).double()
+            sums = found.square().sum((1, 2))
+            squares[group] = squares.get(group, torch.zeros_like(sums)) + sums
 
     with Hooks(model) as hooks:
         for group in factors:
             hooks.on_input(group.linears[0], lambda x, g=group: measure(g, x))  # type: ignore[misc]
-        run(model, batch)
-    means = {group: torch.stack(values).mean(0).sqrt() for group, values in squares.items()}
-    return {group: Int8Error(float(m[0]), float(m[1])) for group, m in means.items()}
+        run_sample()
+    tiny = torch.finfo(torch.float64).tiny
+    return {
+        group: Int8Error(*(float((e / y.clamp_min(tiny)).sqrt()) for e in (naive, smoothed)))
+        for group, (naive, smoothed, y) in squares.items()
+    }
 
 
 def _int8_product(

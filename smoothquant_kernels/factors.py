@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -101,7 +102,9 @@ class Plan:
     def foldable(self) -> list[Group]:
         return [group for group in self._factors if group.producer is not None]
 
-    def leave_out_what_does_not_gain(self, batch: Batch) -> dict[str, tuple[str, str]]:
+    def leave_out_what_does_not_gain(
+        self, batch: Batch, run_sample: Callable[[], Any]
+    ) -> dict[str, tuple[str, str]]:
         """Drops the groups that int8 computes better without factors; name -> (``"none"``, why)."""
         config = self._config
         if not config.only_where_better:
@@ -113,7 +116,7 @@ class Plan:
         }
         left: dict[str, tuple[str, str]] = {}
         absmax = self._statistics.absmax
-        errors = int8_errors(self._model, asked, absmax, self._peaks, config, batch)
+        errors = int8_errors(self._model, asked, absmax, self._peaks, config, batch, run_sample)
         for group, error in errors.items():
             if not error.helps:
                 del self._factors[group]

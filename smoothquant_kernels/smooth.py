@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -100,8 +101,14 @@ def smooth_into(
     *,
     tokenizer: Any = None,
     progress: bool = True,
+    run_sample: Callable[[], Any] | None = None,
 ) -> None:
-    """`smooth_lm` as a part of a larger change."""
+    """`smooth_lm` as a part of a larger change.
+
+    Args:
+        run_sample: runs `model` on the calibration sample; needed where its forward alone gives the layers other inputs
+            than calibration saw (a model without its blocks).
+    """
     refuse_smoothed(model)
     linears, skipped = partition_linears(model, config.skip)
     check_finite_weights(linears)
@@ -125,7 +132,9 @@ def smooth_into(
     groups = find_groups(model, smoothable, small, folding=config.folding)
     plan = Plan(model, groups, statistics, peaks, config)
     with evaluating(model):
-        errors = plan.leave_out_what_does_not_gain(small)
+        errors = plan.leave_out_what_does_not_gain(
+            small, run_sample or functools.partial(run, model, small)
+        )
         before = output_tensor(run(model, small)).clone()
         tolerance = config.verify_tolerance
         if tolerance is None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from smoothquant_kernels import _skeleton as skeletons
+from smoothquant_kernels._changes import Changes
 from smoothquant_kernels._folder import check_target, put, seal
 from smoothquant_kernels._manifest import MANIFEST, TensorEntry
 from smoothquant_kernels._safetensors import dtype_name, unique, write_safetensors
@@ -55,7 +56,7 @@ from smoothquant_kernels.config import SmoothQuantConfig
 from smoothquant_kernels.convert import quantize_model
 from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.modules import Batch, evaluating, partition_linears
-from smoothquant_kernels.smooth import INFO, relative_difference, smooth_lm
+from smoothquant_kernels.smooth import INFO, relative_difference, smooth_into, smooth_lm
 
 
 def quantize_streamed(
@@ -294,7 +295,15 @@ class _Stream:
                     self.chain.finish(batch, _known(hidden), logits=False)
             statistics.check_finite()
             # With all blocks left out, what is before them and what is behind them is a small model.
-            smooth_lm(model, statistics, config=self.config)
+            # The layers' inputs are those of the whole model all the same.
+            with Changes() as changes:
+                smooth_into(
+                    model,
+                    statistics,
+                    self.config,
+                    changes,
+                    run_sample=lambda: self.chain.finish(self.sample, _known(self.original)),
+                )
         change = relative_difference(self.chain.finish(self.sample, _known(self.smoothed)), before)
         if linears:
             quantize_model(model, config=self.config)

@@ -90,7 +90,9 @@ def test_half_precision(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     assert linear.w_scale.dtype == torch.float32
 
 
-@pytest.mark.parametrize("options", [{"folding": "never"}, {"weight_granularity": "tensor"}])
+@pytest.mark.parametrize(
+    "options", [{"folding": "never", "only_where_better": False}, {"weight_granularity": "tensor"}]
+)
 def test_options_of_the_layers(options: dict[str, Any], tmp_path: Path) -> None:
     before = quantized(scheme="per_token", **options)
     after = load_quantized(save_quantized(before, tmp_path / "model"))

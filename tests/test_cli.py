@@ -77,7 +77,8 @@ def test_quantize_says_what_it_did_and_inspect_agrees(
         "lm_head": 1, "model.layers.*.self_attn.o_proj": 1,
     }  # fmt: skip
     smoothed = done["smoothing"]["folded"] + done["smoothing"]["runtime"]
-    assert smoothed == (0 if flags else 13)
+    # a random layer may be as well off without: then it says so
+    assert smoothed + done["smoothing"].get("none", 0) == 13 and (smoothed < 10) == bool(flags)
     assert flags or 0 <= done["verification"]["relative_change"] <= 1e-5
     assert done["bytes"]["linears_after"] < 0.4 * done["bytes"]["linears_before"]
 

@@ -28,7 +28,7 @@ DATA = token_batches(2, length=24)
 
 
 HOT = torch.ones(48)
-HOT[7] = 60.0
+HOT[7] = 300.0
 
 
 class Two(nn.Module):
@@ -51,14 +51,13 @@ class Two(nn.Module):
 def by_hand(
     linear: nn.Linear, x: torch.Tensor, smooth: torch.Tensor | None, scheme: str, absmax: float
 ) -> float:
-    """The same figure from the real layer: relative error of each token's output, without bias, root mean square."""
+    """The same figure from the real layer, without its bias."""
     plain = copy.deepcopy(linear)
     plain.bias = None
     scale = static_scale(absmax, 1.0) if scheme == "static" else None
     layer = W8A8Linear.from_linear(plain, activation_scheme=scheme, smooth=smooth, x_scale=scale)
     exact = F.linear(x.double(), linear.weight.detach().double())
-    error = (layer(x).double() - exact).square().sum(-1) / exact.square().sum(-1)
-    return float(error.mean().sqrt())
+    return float((layer(x).double() - exact).norm() / exact.norm())
 
 
 @pytest.mark.parametrize("scheme", ACTIVATION_SCHEMES)
@@ -72,7 +71,9 @@ def test_errors_are_those_of_the_real_layers(scheme: str) -> None:
     config = SmoothQuantConfig(activation_scheme=scheme)
     factors = {groups[n]: absmax[n] for n in inputs}  # alpha = 1
     with evaluating(model):
-        errors = int8_errors(model, factors, absmax, dict.fromkeys(inputs, 1.0), config, {"x": x})
+        errors = int8_errors(
+            model, factors, absmax, dict.fromkeys(inputs, 1.0), config, {}, lambda: model(x)
+        )
     for name, group in groups.items():
         linear: Any = model.get_submodule(name)
         with torch.no_grad():
@@ -81,7 +82,7 @@ def test_errors_are_those_of_the_real_layers(scheme: str) -> None:
         # both sides round float32 sums of 48 products, which moves an error of some 1e-3 by far less than 1e-4 of it
         assert errors[group].naive == pytest.approx(naive, rel=1e-4)
         assert errors[group].smoothed == pytest.approx(smoothed, rel=1e-4)
-        assert errors[group].helps == (smoothed < naive)
+        assert errors[group].helps == (smoothed <= 1.05 * naive)
 
 
 def test_a_group_that_is_better_off_alone_is_left_alone() -> None:

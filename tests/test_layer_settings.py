@@ -19,7 +19,9 @@ from smoothquant_kernels import (
 from smoothquant_kernels.config import DEFAULT_ALPHA
 
 LAYER = "model.layers.1."
-STATIC = SmoothQuantConfig(activation_scheme="static", smooth_rounding="none")
+STATIC = SmoothQuantConfig(
+    activation_scheme="static", smooth_rounding="none", only_where_better=False
+)
 
 
 def quantised(config: SmoothQuantConfig, family: str = "llama") -> Any:
