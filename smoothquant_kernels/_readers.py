@@ -15,17 +15,17 @@ Kernels that are given raw addresses from Python are not seen; the comparison of
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, UntypedStorage, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from smoothquant_kernels.modules import Batch, Hooks, evaluating, run, tensors_in
+from smoothquant_kernels.modules import tensors_in
 
-#: How the reasons of `read_elsewhere` end.
-READ_ELSEWHERE = "reads its parameters from outside: stays in float"
 #: What operators raise that refuse to run under a dispatch mode (flex attention).
 UNWATCHED = (RuntimeError, NotImplementedError, TypeError)
 
@@ -50,11 +50,11 @@ _ATTENTION = "_scaled_dot_product_"
 _VALUES = (2,)
 
 
-def _storage(t: Tensor) -> int:
+def storage_of(t: Tensor) -> int:
     return int(t.untyped_storage()._cdata)
 
 
-def _tensors(tree: Any) -> list[Tensor]:
+def tensors_of(tree: Any) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
@@ -79,11 +79,11 @@ class Readers(TorchDispatchMode):
         self._owners: dict[int, list[tuple[nn.Module, int]]] = {}
         for module, marks in parameters.items():
             for p in module.parameters(recurse=False):
-                self._owners.setdefault(_storage(p), []).append((module, marks))
+                self._owners.setdefault(storage_of(p), []).append((module, marks))
 
     def mark(self, t: Tensor, mark: int) -> None:
         """Starts to follow `t` and its views."""
-        key = _storage(t)
+        key = storage_of(t)
         if key not in self._marks:
             self._kept.append(t.untyped_storage())
         self._marks[key] = self._marks.get(key, 0) | mark
@@ -97,22 +97,22 @@ class Readers(TorchDispatchMode):
     def refuse_output(self, output: Any) -> None:
         """What the model returns is read by its caller."""
         for t in tensors_in(output):
-            self.refuse(self._marks.get(_storage(t), 0), "the model returns it")
+            self.refuse(self._marks.get(storage_of(t), 0), "the model returns it")
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        self._follow(func, [*args, *kwargs.values()], _tensors(result))
+        self._follow(func, [*args, *kwargs.values()], tensors_of(result))
         return result
 
     def _follow(self, func: Any, args: list[Any], results: list[Tensor]) -> None:
         name = func._schema.name.partition("::")[2]
-        read = [self._read(name, _tensors(arg)) for arg in args]
+        read = [self._read(name, tensors_of(arg)) for arg in args]
         marks = _union(read)
-        sources = {_storage(t) for arg in args for t in _tensors(arg)} if marks else set()
-        is_view = not func._schema.is_mutable and all(_storage(t) in sources for t in results)
+        sources = {storage_of(t) for arg in args for t in tensors_of(arg)} if marks else set()
+        is_view = not func._schema.is_mutable and all(storage_of(t) in sources for t in results)
         if not marks or (is_view and results):
             return  # a view shares its storage, which keeps its marks
         carried = _carried(_VALUES if name.startswith(_ATTENTION) else _SCALES.get(name, ()), read)
@@ -124,7 +124,7 @@ class Readers(TorchDispatchMode):
         """The marks of one argument; checks that parameters are read by their own modules."""
         marks = 0
         for t in tensors:
-            key = _storage(t)
+            key = storage_of(t)
             marks |= self._marks.get(key, 0)
             owners = self._owners.get(key, ())
             if all(owner is not self.running for owner, _ in owners):
@@ -159,36 +159,35 @@ def readable(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
 
 
-def read_elsewhere(model: nn.Module, linears: Iterable[str], batch: Batch) -> dict[str, str]:
-    """Linears whose parameters an operation outside them reads (a fused kernel, say): they must stay as they are.
+@contextmanager
+def watched(
+    modules: Mapping[str, nn.Module],
+    enter: Callable[[str], None],
+    leave: Callable[[str, Any], None],
+) -> Iterator[None]:
+    """Calls `enter(name)` before and `leave(name, output)` after every call of each module's `forward`.
 
-    Args:
-        linears: names to be looked at.
-        batch: as for `find_groups`.
-
-    Returns:
-        Name -> the reason. Empty, too, where an operator cannot be watched.
+    Without hooks: some modules look for hooks below them and run another way where there are any
+    (`nn.TransformerEncoderLayer`).
     """
-    modules = {name: model.get_submodule(name) for name in linears}
-    readers = Readers({module: 1 << i for i, module in enumerate(modules.values())})
 
-    def run_within(module: nn.Module | None) -> Any:
-        def change(_: Tensor) -> None:
-            readers.running = module
+    def wrapped(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(forward)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            enter(name)
+            output = forward(*args, **kwargs)
+            leave(name, output)
+            return output
 
-        return change
+        return call
 
-    with evaluating(model), Hooks(model) as hooks:
+    before = {name: m.__dict__.get("forward") for name, m in modules.items()}
+    try:
         for name, module in modules.items():
-            hooks.on_input(name, run_within(module))
-            hooks.on_output(name, run_within(None))
-        try:
-            with readers:
-                run(model, batch)
-        except UNWATCHED:
-            return {}
-    return {
-        name: f"{reason.partition(' ')[0]} {READ_ELSEWHERE}"
-        for i, name in enumerate(modules)
-        if (reason := readers.refused.get(1 << i)) is not None
-    }
+            module.__dict__["forward"] = wrapped(name, module.forward)
+        yield
+    finally:
+        for name, module in modules.items():
+            module.__dict__.pop("forward", None)
+            if before[name] is not None:
+                module.__dict__["forward"] = before[name]

@@ -147,6 +147,17 @@ def aligned(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.data_ptr() % ALIGNMENT else tensor
 
 
+def align_tensors(model: torch.nn.Module) -> None:
+    """Copies what a mapped file has put where the allocator would not, so that a reloaded model adds in the same order.
+
+    transformers maps the files of a checkpoint, and a float product of few tokens depends on where its weight begins.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device.type == "cpu"
+        if plain and tensor.data_ptr() % ALIGNMENT:
+            tensor.data = aligned(tensor.data)
+
+
 def unique(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors, each once, and the other names of those that have several."""
     tensors: dict[str, Tensor] = {}

@@ -247,6 +247,8 @@ class BlockView(nn.Module):
     Its forward gives the output that the model would have if it ended behind the block.
     """
 
+    takes_any_length = False  # only the hidden states of the sample are known
+
     def __init__(
         self, name: str, block: nn.Module, output: Callable[[Mapping[str, Tensor]], Tensor]
     ):

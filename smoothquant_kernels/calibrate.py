@@ -8,6 +8,7 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
+from smoothquant_kernels._patterns import check_patterns
 from smoothquant_kernels._statistics import ActivationStatistics as ActivationStatistics
 from smoothquant_kernels.config import SmoothQuantConfig
 from smoothquant_kernels.errors import SmoothQuantError
@@ -233,6 +234,7 @@ def calibrate_model(
         max_tokens=config.calibration_tokens,
     )
     check_present(model)
+    check_patterns(model, config)
     linears, _ = partition_linears(model, config.skip)
     return collect_statistics(
         model, linears, batches, max_tokens=config.calibration_tokens, progress=progress

@@ -35,7 +35,8 @@ class SmoothQuantConfig:
         activation_scheme: ``"per_token"`` (O1), ``"per_tensor"`` (dynamic, O2), ``"static"`` (calibrated, O3).
         alphas: layer -> alpha, for the layers that shall differ from `alpha`. Here and below, a layer is given by its
             full name or by a shell-style pattern (``"*.down_proj"``); a full name counts before the first pattern that
-            matches. Layers that read one tensor share their factors, so they must agree.
+            matches. One that matches no layer is refused when the configuration meets a model. Layers that read one
+            tensor share their factors, so they must agree.
         schemes: layer -> activation scheme, for the layers that shall differ from `activation_scheme`.
         clips: layer -> ratio in (0, 1]: a static scale covers this part of the calibrated range and the rest saturates.
         massive_activations: what the schemes with one scale for the tensor do with a layer that has massive

@@ -7,8 +7,11 @@ from typing import Any
 from torch import nn
 
 from smoothquant_kernels._changes import Changes
+from smoothquant_kernels._float_layers import FOUND, stays_in_float
 from smoothquant_kernels._int8_error import static_scale
-from smoothquant_kernels._readers import READ_ELSEWHERE
+from smoothquant_kernels._patterns import check_patterns
+from smoothquant_kernels._safetensors import align_tensors
+from smoothquant_kernels._sample_inputs import runnable_batch
 from smoothquant_kernels.calibrate import ActivationStatistics, CalibrationData
 from smoothquant_kernels.config import SmoothQuantConfig
 from smoothquant_kernels.errors import SmoothQuantError
@@ -57,12 +60,17 @@ def quantize_model(
 def _quantize_into(model: nn.Module, config: SmoothQuantConfig, changes: Changes) -> None:
     """`quantize_model` as a part of a larger change: every layer is made before the first takes its place."""
     info: dict[str, Any] = getattr(model, INFO, {})
+    check_patterns(model, config)
     linears, skipped = partition_linears(model, config.skip)
     for entry in info.get("skipped", []):
-        if entry["reason"].endswith(READ_ELSEWHERE):  # which only running the model could show
+        if entry["reason"].endswith(FOUND):  # by running the model on real data
             linears.pop(entry["name"], None)
     check_finite_weights(linears)
     described = {layer["name"]: layer for layer in info.get("layers", [])}
+    if unknown := linears.keys() - described.keys():
+        found = stays_in_float(model, [n for n in linears if n in unknown], runnable_batch(model))
+        linears = {name: linear for name, linear in linears.items() if name not in found}
+        skipped |= found
     schemes = {n: config.scheme_of(described.get(n, {}).get("x_peak"), n) for n in linears}
     static = [n for n in linears if schemes[n] == "static"]
     missing = [n for n in static if described.get(n, {}).get("x_absmax") is None]
@@ -100,6 +108,7 @@ def _quantize_into(model: nn.Module, config: SmoothQuantConfig, changes: Changes
     for name, new in made.items():
         changes.replace_module(model, name, new)
     changes.set_attribute(model, INFO, new_info)
+    align_tensors(model)
 
 
 def smooth_and_quantize(

@@ -12,23 +12,25 @@ it. Whether it can is not looked up by architecture but tried on the model itsel
    floating point, so the model's outputs keep every bit (but for products so small that they are subnormal), unless
    something else reads a producer too (a residual branch, a hidden consumer). Such groups are found by bisection and
    keep the run-time division, which needs no producer;
-4. *follow*: a reader whose effect the outputs do not show on this sample is still an operation: one more pass looks at
-   every operation that reads what a producer puts out (`_readers.py`), and refuses all but the group's linears.
+4. *follow*: a reader whose effect the outputs do not show on this sample is still an operation: two more passes, one of
+   them over longer input, look at every operation that reads a producer's output, without hooks (`_readers.py`).
 
-What a sample does not run cannot be seen: a linear of the producer's layer that was not called and could read the same
-tensor (it has as many input features) refuses the producer as well.
+What a sample does not run cannot be seen: an uncalled linear of the producer's layer that is as wide refuses it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from smoothquant_kernels._readers import UNWATCHED, Readers, readable
+from smoothquant_kernels._readers import UNWATCHED, Readers, readable, watched
+from smoothquant_kernels._sample_inputs import repeated
 from smoothquant_kernels.linear import is_float_linear, weight_of
 from smoothquant_kernels.modules import (
     Batch,
@@ -38,6 +40,7 @@ from smoothquant_kernels.modules import (
     is_read_by_others,
     output_tensors,
     run,
+    run_changed,
     shared_parameters,
 )
 
@@ -176,7 +179,7 @@ def _probe(model: nn.Module, batch: Batch, trace: _Trace, groups: list[Group]) -
             for producer, i in now.items():
                 on_match = functools.partial(found.__setitem__, i, producer)
                 _add_probe(hooks, producer, groups[i], trace, on_match)
-            run(model, batch)
+            run_changed(model, batch)
         waiting = {b: [t for t in trials if t[1] not in found] for b, trials in waiting.items()}
     taken: set[str] = set()
     result = []
@@ -217,7 +220,8 @@ def _preserves_output(model: nn.Module, batch: Batch, trace: _Trace, groups: lis
             hooks.on_output(group.producer, lambda y, f=factors: y * f)  # type: ignore[misc]
             for name in group.linears:
                 hooks.on_input(name, lambda y, f=factors: y / f)  # type: ignore[misc]
-        outputs = output_tensors(run(model, batch))
+        changed = run_changed(model, batch)
+    outputs = [] if changed is None else output_tensors(changed)
     return len(outputs) == len(trace.outputs) and all(map(_same, outputs, trace.outputs))
 
 
@@ -233,37 +237,41 @@ def _unsound(model: nn.Module, batch: Batch, trace: _Trace, groups: list[Group])
     )
 
 
-def _hidden_readers(model: nn.Module, batch: Batch, groups: list[Group]) -> dict[str, str]:
-    """Producers whose output is read by more than their group, with what reads it (step 4)."""
+def _hidden_readers(
+    model: nn.Module, batch: Batch, groups: list[Group], *, all_run: bool = True
+) -> dict[str, str]:
+    """Producers that more than their group reads, with what reads them (step 4); `all_run`: the batch calls all."""
     found = [(g.producer, g.linears) for g in groups if g.producer is not None]
     marks = {producer: 1 << i for i, (producer, _) in enumerate(found)}
     takes_off: dict[str, int] = {}
-    watched: dict[str, int] = {}
+    masks: dict[str, int] = {}
     for producer, linears in found:
         for name in (producer, *linears):
-            watched[name] = watched.get(name, 0) | marks[producer]
+            masks[name] = masks.get(name, 0) | marks[producer]
         takes_off.update(dict.fromkeys(linears, marks[producer]))
-    readers = Readers({model.get_submodule(n): m for n, m in watched.items()})
+    modules = {name: model.get_submodule(name) for name in masks}
+    readers = Readers({modules[name]: mask for name, mask in masks.items()})
+    silent = set(masks)
 
-    def enter(name: str, _: Tensor) -> None:
-        readers.running, readers.inside = model.get_submodule(name), takes_off.get(name, 0)
+    def enter(name: str) -> None:
+        silent.discard(name)
+        readers.running, readers.inside = modules[name], takes_off.get(name, 0)
 
-    def leave(name: str, y: Tensor) -> None:
+    def leave(name: str, y: Any) -> None:
         readers.running, readers.inside = None, 0
-        if name in marks:
+        if name in marks and isinstance(y, Tensor):
             readers.mark(y, marks[name])
 
-    with Hooks(model) as hooks:
-        for name in watched:
-            hooks.on_input(name, functools.partial(enter, name))
-            hooks.on_output(name, functools.partial(leave, name))
-        try:
-            with readers:
-                output = run(model, batch)
-            readers.refuse_output(output)
-        except UNWATCHED as error:  # the model itself ran before
-            why = f"cannot be followed: {readable(error)}"
-            return dict.fromkeys(marks, why)
+    try:
+        with watched(modules, enter, leave), readers:
+            output = run(model, batch)
+        readers.refuse_output(output)
+    except UNWATCHED as error:
+        if not all_run:
+            raise
+        return dict.fromkeys(marks, f"cannot be followed: {readable(error)}")
+    for name in silent if all_run else ():
+        readers.refuse(masks[name], f"{name} runs another way where it has no hooks")
     return {name: readers.refused[mark] for name, mark in marks.items() if mark in readers.refused}
 
 
@@ -327,6 +335,10 @@ def find_groups(
         # alike groups side by side, so that a structural fault is bisected in few runs
         candidates.sort(key=lambda g: _role(g.linears[0]))
         readers = _hidden_readers(model, batch, candidates) if candidates else {}
+        longer = repeated(model, batch) if candidates else None
+        with contextlib.suppress(Exception):  # longer than the model goes
+            if longer is not None:
+                readers = _hidden_readers(model, longer, candidates, all_run=False) | readers
         candidates = [g for g in candidates if g.producer not in readers]
         bad = {g.linears for g in _unsound(model, batch, trace, candidates)}
         return [_judge(g, readers, bad) for g in groups] + alone

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from smoothquant_kernels._patterns import check_patterns
 from smoothquant_kernels._search_result import (
     Choice,
     GroupResult,
@@ -100,6 +101,7 @@ def search_config(
         )
     if per_token_share == 0.0:
         config = config.replace(massive_activations="keep")
+    check_patterns(model, config)
     linears, _ = partition_linears(model, config.skip)
     check_finite_weights(linears)
     batches = list(

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from smoothquant_kernels._changes import Changes, widened
-from smoothquant_kernels._readers import read_elsewhere
+from smoothquant_kernels._float_layers import stays_in_float
+from smoothquant_kernels._patterns import check_patterns
 from smoothquant_kernels.calibrate import ActivationStatistics, CalibrationData, calibrate_model
 from smoothquant_kernels.config import SmoothQuantConfig
 from smoothquant_kernels.errors import SmoothQuantError
@@ -110,6 +111,7 @@ def smooth_into(
             than calibration saw (a model without its blocks).
     """
     refuse_smoothed(model)
+    check_patterns(model, config)
     linears, skipped = partition_linears(model, config.skip)
     check_finite_weights(linears)
     if isinstance(calibration_data, ActivationStatistics):
@@ -119,7 +121,7 @@ def smooth_into(
             model, calibration_data, config, tokenizer=tokenizer, progress=progress
         )
     small = statistics.sample
-    for name, reason in read_elsewhere(model, linears, small).items():
+    for name, reason in stays_in_float(model, linears, small).items():
         del linears[name]
         skipped[name] = reason
     peaks = {name: statistics.peak(name) for name in statistics.absmax}

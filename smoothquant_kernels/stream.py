@@ -13,6 +13,7 @@ from smoothquant_kernels import _skeleton as skeletons
 from smoothquant_kernels._changes import Changes
 from smoothquant_kernels._folder import check_target, put, seal
 from smoothquant_kernels._manifest import MANIFEST, TensorEntry
+from smoothquant_kernels._patterns import check_patterns, patterns_within
 from smoothquant_kernels._safetensors import dtype_name, unique, write_safetensors
 from smoothquant_kernels._space import check_space, checkpoint_bytes
 from smoothquant_kernels._stream_blocks import BlockChain, BlockView
@@ -115,6 +116,7 @@ def quantize_streamed(
     check_target(target, MANIFEST, overwrite)
     weights = WeightSource(Path(source).expanduser().resolve())
     model = empty_model(weights.folder, dtype)
+    check_patterns(model, config)
     batches = list(
         calibration_batches(
             data,
@@ -228,7 +230,7 @@ class _Stream:
         self.original, self.smoothed = self._measure(index, block, view, linears)
         skipped |= {s["name"]: s["reason"] for s in getattr(view, INFO, {}).get("skipped", [])}
         if linears:
-            quantize_model(view, config=self.config)
+            quantize_model(view, config=self._config_of(view))
         tensors, tied = unique(block.state_dict(prefix=f"{self.chain.names[index]}."))
         modules, shared = skeletons.describe_modules(view)
         check_scales(tensors, modules)
@@ -269,8 +271,12 @@ class _Stream:
         original = self.chain.step(index, block, self.sample, self.original).cpu()
         if linears:
             statistics.check_not_empty()
-            smooth_lm(view, statistics, config=self.config)
+            smooth_lm(view, statistics, config=self._config_of(view))
         return original, self.chain.step(index, block, self.sample, self.smoothed).cpu()
+
+    def _config_of(self, part: nn.Module) -> SmoothQuantConfig:
+        """The configuration without patterns for other parts of the model: all were checked on the whole one."""
+        return patterns_within(self.config, [name for name, _ in part.named_modules()])
 
     def _statistics(self, linears: Mapping[str, nn.Module]) -> ActivationStatistics:
         tokens = sum(count_tokens(batch) for batch in self.batches)
@@ -300,13 +306,13 @@ class _Stream:
                 smooth_into(
                     model,
                     statistics,
-                    self.config,
+                    self._config_of(model),
                     changes,
                     run_sample=lambda: self.chain.finish(self.sample, _known(self.original)),
                 )
         change = relative_difference(self.chain.finish(self.sample, _known(self.smoothed)), before)
         if linears:
-            quantize_model(model, config=self.config)
+            quantize_model(model, config=self._config_of(model))
         return getattr(model, INFO, {}).get("layers", []), skipped, change
 
     def finish(self, tokenizer: Any) -> None:

@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 import torch
 
+pytest_plugins = ["what_ran", "pytester"]  # pytester: for tests/test_what_ran.py
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(

@@ -230,6 +230,7 @@ ptxas info    : Used 168 registers, used 2 barriers, 944 bytes cumulative stack 
     assert (two.arch, two.registers, two.stack, two.spills) == ("sm_90a", 168, 944, 20)
 
 
+@pytest.mark.compiler
 def test_a_changed_file_or_command_is_compiled_again(tmp_path: Path) -> None:
     source = tmp_path / "a.cpp"
     source.write_text("int a() { return 1; }\n")

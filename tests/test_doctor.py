@@ -60,6 +60,7 @@ def rendered(document: _doctor.Document) -> str:
     return capture.get()
 
 
+@pytest.mark.compiler
 def test_doctor_shows_the_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install(tmp_path, monkeypatch, returning(as_c_string(json.dumps(ROWS))))
     assert _extension.dispatch_tables() == {"quantize": ROWS}
@@ -70,6 +71,7 @@ def test_doctor_shows_the_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert ["block:", "x_scale", "[m]"] in lines
 
 
+@pytest.mark.compiler
 def test_doctor_shows_the_tables_of_the_gemm(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -87,6 +89,7 @@ def test_doctor_shows_the_tables_of_the_gemm(
 @pytest.mark.parametrize(
     "damaged", ["[]", '{"sm80": 1}', '{"sm80": {"tiles": [], "rules": [{"tiles": [0]}]}}']
 )
+@pytest.mark.compiler
 def test_a_damaged_table_of_the_gemm_is_none(
     damaged: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -106,6 +109,7 @@ def test_a_damaged_table_of_the_gemm_is_none(
         as_c_string('[{"path": "warp"}]'),
     ],
 )
+@pytest.mark.compiler
 def test_a_damaged_table_is_none(
     value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -113,6 +117,7 @@ def test_a_damaged_table_is_none(
     assert _extension.dispatch_tables() == {}
 
 
+@pytest.mark.compiler
 def test_a_library_without_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install(tmp_path, monkeypatch, "")
     assert _extension.dispatch_tables() == {}

@@ -231,6 +231,7 @@ for op, args in (("quantize", ()), ("act_quantize", ("relu",))):
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not here")
+@pytest.mark.compiler
 def test_the_kernels_of_a_library_stay(tmp_path: Path) -> None:
     package = tmp_path / "smoothquant_kernels"
     package.mkdir()

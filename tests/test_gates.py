@@ -226,6 +226,7 @@ def compiled(tmp_path: Path) -> Callable[..., Path]:
     return compile
 
 
+@pytest.mark.compiler
 def test_planted_defects_are_found(
     compiled: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -249,6 +250,7 @@ def test_planted_defects_are_found(
     assert f"4 compiled kernels, {len(GATES)} gates, {len(failures)} failures." in said
 
 
+@pytest.mark.compiler
 def test_good_kernels_are_green(
     compiled: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -262,6 +264,7 @@ def test_good_kernels_are_green(
 
 
 @pytest.mark.parametrize("serial", [False, True])
+@pytest.mark.compiler
 def test_serial_wgmma_is_found(compiled: Callable[..., Path], serial: bool) -> None:
     step = STEP + ("add.s32 %r0, %r0, 1;" if serial else "")
     file = compiled(WGMMA.replace("STEPS", step * 4), "-cubin", "-arch=sm_90a", suffix=".ptx")
@@ -270,6 +273,7 @@ def test_serial_wgmma_is_found(compiled: Callable[..., Path], serial: bool) -> N
     assert bool(kernel_gates.wgmma_in_flight(found)) == serial
 
 
+@pytest.mark.compiler
 def test_a_file_without_gpu_code_is_a_failure(
     compiled: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

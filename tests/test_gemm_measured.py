@@ -17,6 +17,8 @@ from test_gemm_plan import GPUS, assert_can_be_launched, compiled, params, plan
 
 from smoothquant_kernels import _tune
 
+pytestmark = pytest.mark.compiler
+
 H100, A100 = GPUS["H100"][0], GPUS["A100"][0]
 
 

@@ -19,6 +19,8 @@ from c_interface import INVALID_ARGUMENT, SUCCESS, UNSUPPORTED_SHAPE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+pytestmark = pytest.mark.compiler
+
 KIB = 1024
 #: name -> (GPU, the table that serves it). The last four have no table of their own.
 GPUS = {

@@ -123,6 +123,7 @@ def test_two_blocks_of_mma_share_an_sm() -> None:
 
 
 @pytest.mark.parametrize("gpu", sorted(GPUS))
+@pytest.mark.compiler
 def test_never_below_the_floor_and_parts_add_up(gpu: str, models: dict[str, Model]) -> None:
     model = models[gpu]
     for m, n, k in SHAPES:
@@ -140,6 +141,7 @@ def test_never_below_the_floor_and_parts_add_up(gpu: str, models: dict[str, Mode
 
 
 @pytest.mark.parametrize("gpu", ["A100", "H100"])
+@pytest.mark.compiler
 def test_more_tokens_never_take_less_time_with_the_same_tile(
     gpu: str, models: dict[str, Model]
 ) -> None:
@@ -156,11 +158,13 @@ def test_more_tokens_never_take_less_time_with_the_same_tile(
         assert times == sorted(times), known["name"]
 
 
+@pytest.mark.compiler
 def test_the_table_of_the_documentation() -> None:
     header, rows = prediction_table("A100", tokens=(1, 2048))
     assert header == HEADER and len(rows) == 10 and all(len(row) == len(header) for row in rows)
 
 
+@pytest.mark.compiler
 def test_a_tile_that_was_not_counted_is_scaled(planner: Planner) -> None:
     known = json.loads(COSTS.read_text())
     tiles = planner.tables["sm80"]["tiles"]
@@ -214,6 +218,7 @@ def test_the_simulators_counts_are_taken_apart() -> None:
     }  # fmt: skip
 
 
+@pytest.mark.compiler
 def test_the_counts_multiply_whole_tiles(planner: Planner) -> None:
     """The loop that was found is the main loop: its multiply-adds are the tile's, for every tile that ships."""
     known = json.loads(COSTS.read_text())["sass"]
@@ -233,6 +238,7 @@ def test_the_counts_multiply_whole_tiles(planner: Planner) -> None:
 
 
 @pytest.mark.cuda_build
+@pytest.mark.compiler
 def test_the_counts_are_those_of_the_library(planner: Planner) -> None:
     """Three kernels of three kinds, which differ in all that ptxas decides; `--counters` reads all of them anew."""
     if not model_counters.LIBRARY.is_file():
@@ -272,6 +278,7 @@ def results(model: Model, factors: dict[int, float]) -> dict[str, Any]:
     return {"machine": {"device": "NVIDIA H100 80GB HBM3"}, "rows": [*rows, refused]}
 
 
+@pytest.mark.compiler
 def test_a_run_is_compared_at_its_own_clock(models: dict[str, Model], tmp_path: Path) -> None:
     model = models["H100"]
     factors = {1: 1.0, 8: 4.0, 64: 0.5, 2048: 1.01}
@@ -300,6 +307,7 @@ def test_names_of_a_run() -> None:
     assert model_compare.split_name("128x128x64 /3") == ("128x128x64", 3)
 
 
+@pytest.mark.compiler
 def test_a_tile_that_is_gone_is_predicted_by_the_dispatch(models: dict[str, Model]) -> None:
     found = results(models["H100"], {2048: 1.0})
     found["rows"][0]["tile"] = "1x1x1"

@@ -191,6 +191,7 @@ def test_one_graph_serves_every_number_of_padded_channels() -> None:
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+@pytest.mark.compiler
 def test_inductor() -> None:
     torch._dynamo.reset()
     layer = W8A8Linear.from_linear(nn.Linear(K, N), smooth=cases.inverse_smooth(K))

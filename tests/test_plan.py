@@ -15,6 +15,8 @@ from c_interface import Device, Params, Plan
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+pytestmark = pytest.mark.compiler
+
 A100 = Device(sms=108, capability=80, shared_bytes=166912, clusters=0)
 ADA = Device(sms=142, capability=89, shared_bytes=101376, clusters=0)
 H100 = Device(sms=132, capability=90, shared_bytes=232448, clusters=1)

@@ -134,7 +134,7 @@ def test_two_gloo_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         for rank in range(2)
     ]
     try:
-        printed = [process.communicate(timeout=120) for process in running]
+        printed = [process.communicate(timeout=600) for process in running]
     finally:
         for process in running:
             process.kill()

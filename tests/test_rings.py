@@ -70,6 +70,7 @@ def test_the_binding_does_not_reach_past_the_public_headers() -> None:
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not here")
 @pytest.mark.parametrize("header", sorted((CSRC / "include").rglob("*.h")), ids=lambda p: p.name)
+@pytest.mark.compiler
 def test_a_public_header_compiles_alone(header: Path, tmp_path: Path) -> None:
     source = tmp_path / "alone.cpp"
     name = header.relative_to(CSRC / "include")

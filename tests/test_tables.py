@@ -190,6 +190,7 @@ def test_an_unpredicted_gpu_has_no_prediction(results: Path) -> None:
         assert table("gpu_predicted") == "There is no prediction for NVIDIA X1.\n"
 
 
+@pytest.mark.compiler
 def test_a_prediction_is_held_against_what_was_measured(results: Path) -> None:
     if not tables.shutil.which(tables.predict.COMPILER):
         pytest.skip("needs a C++ compiler")

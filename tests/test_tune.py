@@ -226,6 +226,7 @@ def test_only_a_tuning_build_compiles_candidates(monkeypatch: pytest.MonkeyPatch
         build_support.wants_tuning({variable: "yes"})
 
 
+@pytest.mark.compiler
 def test_rows_of_the_library_are_printed_as_they_are_written(tmp_path: Path) -> None:
     """Every tile of every table, candidates too: JSON to C++ and back gives the same JSON."""
     compiler = shutil.which("g++")

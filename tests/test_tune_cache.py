@@ -92,6 +92,7 @@ def load(monkeypatch: pytest.MonkeyPatch, path: Path, file: Path, data: Any) -> 
     return [str(warning.message) for warning in caught]
 
 
+@pytest.mark.compiler
 def test_a_file_is_used(
     library: ctypes.CDLL,
     path: Path,
@@ -109,6 +110,7 @@ def test_a_file_is_used(
     assert state.state == f"{file}: 1 measured choices of {NAME} come before the rules"
 
 
+@pytest.mark.compiler
 def test_the_gpus_are_not_asked_before_cuda_starts(
     library: ctypes.CDLL,
     path: Path,
@@ -132,6 +134,7 @@ def test_torch_has_what_waits_for_cuda() -> None:
     assert callable(torch.cuda._lazy_call)
 
 
+@pytest.mark.compiler
 def test_without_the_variable_nothing_is_read(
     path: Path, gpus: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -170,6 +173,7 @@ def test_without_the_variable_nothing_is_read(
     ],
     ids=lambda value: value[:40] if isinstance(value, str) else "",
 )  # fmt: skip
+@pytest.mark.compiler
 def test_what_is_wrong_is_one_warning_and_the_rules_stay(
     library: ctypes.CDLL,
     path: Path,
@@ -191,6 +195,7 @@ def test_what_is_wrong_is_one_warning_and_the_rules_stay(
     assert taken(library, 64, 4096, 4096) == rule
 
 
+@pytest.mark.compiler
 def test_a_file_or_an_entry_that_is_missing_is_a_warning(
     path: Path, gpus: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -217,6 +222,7 @@ def measured(
     }  # fmt: skip
 
 
+@pytest.mark.compiler
 def test_what_the_tuner_measured_is_what_the_library_takes(
     library: ctypes.CDLL,
     path: Path,

@@ -1,0 +1,120 @@
+"""Which linears stay in float because of what the model does with them: others read their weight, or they select.
+
+Three sources, from the surest to the weakest: a run of the model (`_readers.py`, `_selectors.py`), the source of its
+classes (`_source_reads.py`), and names. The source is asked about layers that the run did not call: a path that was
+not taken may read a weight that the path taken gives to a linear, and a quantized layer still answers that in float.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from smoothquant_kernels._readers import UNWATCHED, Readers, watched
+from smoothquant_kernels._sample_inputs import repeated
+from smoothquant_kernels._selectors import Selectors, selects_by_name
+from smoothquant_kernels._source_reads import read_in_source
+from smoothquant_kernels.errors import SmoothQuantError
+from smoothquant_kernels.linear import weight_of
+from smoothquant_kernels.modules import Batch, evaluating, run, shared_parameters
+
+_READ = "reads its parameters from outside: stays in float"
+_SELECTS = "it selects, and stays in float"
+#: How the reasons of `stays_in_float` end.
+FOUND = (_READ, _SELECTS)
+
+
+@dataclass
+class _Seen:
+    """What one run showed of the linears that were watched."""
+
+    called: set[str] = field(default_factory=set)
+    read: dict[str, str] = field(default_factory=dict)
+    selects: dict[str, str] = field(default_factory=dict)
+
+
+def stays_in_float(model: nn.Module, linears: Iterable[str], batch: Batch | None) -> dict[str, str]:
+    """Linears that must not be quantized or scaled, whatever they look like: name -> the reason.
+
+    Args:
+        linears: names to be looked at.
+        batch: a small batch, as for `find_groups`; None where the model cannot be run.
+
+    Raises:
+        SmoothQuantError: none of the linears is left.
+    """
+    names = {model.get_submodule(name): name for name in linears}
+    seen = _watch(model, names, batch) if batch is not None else _Seen()
+    if batch is not None and (longer := repeated(model, batch)) is not None:
+        with contextlib.suppress(Exception):  # longer than the model goes
+            also = _watch(model, names, longer)
+            seen.read, seen.selects = also.read | seen.read, also.selects | seen.selects
+    found = {name: f"{op} {_READ}" for name, op in seen.read.items()}
+    for reader, layer in read_in_source(model):
+        name = names.get(layer, "")
+        if name and name not in seen.called:
+            found.setdefault(name, f"{type(reader).__name__} {_READ}")
+    for module, name in names.items():
+        by_name = selects_by_name(model, name, weight_of(module).shape[0])
+        why = f"{seen.selects[name]} reads its output" if name in seen.selects else by_name
+        if why is not None:
+            found.setdefault(name, f"{why}: {_SELECTS}")
+    if names and len(found) == len(names):
+        name, reason = next(iter(found.items()))
+        raise SmoothQuantError(
+            f"no linear layer to quantise in {type(model).__name__}: all {len(found)} must stay in float "
+            f"({name}: {reason})."
+        )
+    return found
+
+
+def _watch(model: nn.Module, names: dict[nn.Module, str], batch: Batch) -> _Seen:
+    """Runs the model once and looks at every operation; nothing is seen where an operator cannot be watched."""
+    marks = {name: 1 << i for i, name in enumerate(names.values())}
+    readers = Readers({module: marks[name] for module, name in names.items()})
+    selectors = Selectors(model)
+    # whoever shares a parameter reads its own
+    modules = {name: module for module, name in names.items()} | _sharers(model, names.values())
+    seen = _Seen()
+    running: list[nn.Module | None] = []
+
+    def enter(name: str) -> None:
+        running.append(readers.running)
+        readers.running = modules[name]
+
+    def leave(name: str, output: Any) -> None:
+        readers.running = running.pop()
+        if name in marks:
+            seen.called.add(name)
+            if isinstance(output, Tensor):
+                selectors.mark(output, marks[name])
+
+    try:
+        with evaluating(model), watched(modules, enter, leave), selectors, readers:
+            output = run(model, batch)
+        selectors.finish(output)
+    except UNWATCHED:
+        return _Seen()
+    for name, mark in marks.items():
+        if (reason := readers.refused.get(mark)) is not None:
+            seen.read[name] = reason.partition(" ")[0]
+        if (chooser := selectors.found.get(mark)) is not None:
+            seen.selects[name] = chooser
+    return seen
+
+
+def _sharers(model: nn.Module, linears: Iterable[str]) -> dict[str, nn.Module]:
+    """Other modules that hold a parameter of one of the linears as their own."""
+    shared = shared_parameters(model)
+    linears = set(linears)
+    others = {
+        other.rpartition(".")[0]
+        for parameter, group in shared.items()
+        if parameter.rpartition(".")[0] in linears
+        for other in group
+    }
+    return {name: model.get_submodule(name) for name in others - linears}

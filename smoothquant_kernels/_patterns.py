@@ -1,0 +1,86 @@
+"""Layer names and patterns of a configuration, checked against a model: one that means nothing is refused."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Iterable
+
+from torch import nn
+
+from smoothquant_kernels.config import SmoothQuantConfig
+from smoothquant_kernels.errors import SmoothQuantError
+from smoothquant_kernels.linear import W8A8Linear, is_float_linear
+from smoothquant_kernels.modules import holds_matrices
+
+_SUGGESTIONS = 2
+_WILDCARDS = frozenset("*?[")
+
+
+def check_patterns(model: nn.Module, config: SmoothQuantConfig) -> None:
+    """Raises SmoothQuantError if a name or pattern in `skip`, `alphas`, `schemes` or `clips` reaches no layer.
+
+    A layer that is skipped anyway (an output head, a norm) may be named. A module that only holds linear layers may
+    not: settings are looked up by the layers' own names, so naming their container would do nothing.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    modules.pop("", None)
+    linears = [name for name, module in modules.items() if _is_linear(module)]
+    holders = {p for name in linears for p in _parents(name)} - set(linears)
+    for setting in ("skip", "alphas", "schemes", "clips"):
+        for pattern in getattr(config, setting):
+            # search results name every layer: do not match hundreds of names with hundreds of names
+            exact = pattern in modules
+            found = [pattern] if exact else (n for n in modules if fnmatch.fnmatchcase(n, pattern))
+            matched = list(found)
+            if not matched:
+                nearest = " or ".join(map(repr, _nearest(pattern, linears)))
+                raise SmoothQuantError(
+                    f"{setting}: {pattern!r} matches no layer of {type(model).__name__}"
+                    + (f"; did you mean {nearest}?" if nearest else ".")
+                    + " A layer is given by its full name or by a shell-style pattern of it."
+                )
+            if holders.issuperset(matched):
+                raise SmoothQuantError(
+                    f"{setting}: {pattern!r} matches {matched[0]}, which holds linear layers but is none itself, so "
+                    f"the setting would reach nothing; {pattern + '.*'!r} reaches the layers inside."
+                )
+
+
+def patterns_within(config: SmoothQuantConfig, names: Iterable[str]) -> SmoothQuantConfig:
+    """The configuration for a part of a model: without the names and patterns that match none of `names`."""
+    names = list(names)
+
+    def within(pattern: str) -> bool:
+        return any(fnmatch.fnmatchcase(name, pattern) for name in names)
+
+    return config.replace(
+        skip=tuple(filter(within, config.skip)),
+        **{
+            setting: {p: v for p, v in getattr(config, setting).items() if within(p)}
+            for setting in ("alphas", "schemes", "clips")
+        },
+    )
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return is_float_linear(module) or isinstance(module, W8A8Linear) or holds_matrices(module)
+
+
+def _parents(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[:i]) for i in range(1, len(parts))]
+
+
+def _nearest(pattern: str, linears: Iterable[str]) -> list[str]:
+    """Names, or patterns where one was given, that look most like it."""
+    candidates: dict[str, None] = {}
+    for name in linears:
+        if not _WILDCARDS.intersection(pattern):
+            candidates[name] = None
+            continue
+        parts = ["*" if part.isdigit() else part for part in name.split(".")]
+        candidates[".".join(parts)] = None
+        tails = [parts[i:] for i in range(1, len(parts)) if parts[i] != "*"]
+        candidates |= {".".join(["*", *tail]): None for tail in tails}
+    return difflib.get_close_matches(pattern, list(candidates), n=_SUGGESTIONS, cutoff=0.5)

@@ -1,0 +1,59 @@
+"""Where a float weight lies in memory decides the order in which a product of few tokens is added."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import make_model, token_batches
+from torch import Tensor, nn
+
+from smoothquant_kernels import load_quantized, quantize_model, save_quantized
+from smoothquant_kernels._safetensors import ALIGNMENT
+
+IDS = token_batches(1)[0]
+
+
+def tensors(model: nn.Module) -> Iterator[Tensor]:
+    yield from model.parameters()
+    yield from model.buffers()
+
+
+def as_mapped(model: Any, offset: int) -> Any:
+    """Every parameter `offset` bytes behind an aligned address, as transformers leaves those of a mapped file."""
+    for parameter in model.parameters():
+        data = parameter.data
+        place = torch.empty(data.numel() * data.element_size() + 2 * ALIGNMENT, dtype=torch.uint8)
+        start = -place.data_ptr() % ALIGNMENT + offset
+        moved = place[start : start + data.numel() * data.element_size()]
+        parameter.data = moved.view(data.dtype).view(data.shape).copy_(data)
+        assert parameter.data_ptr() % ALIGNMENT == offset
+    return model
+
+
+@pytest.mark.parametrize("offset", [8, 16])
+@pytest.mark.parametrize("name", ["llama_gqa", "opt"])
+def test_few_tokens_of_a_mapped_model_keep_their_bits(
+    tmp_path: Path, name: str, offset: int
+) -> None:
+    """One token is what decoding multiplies by the head, which stays in float."""
+    saved = quantize_model(as_mapped(make_model(name), offset))
+    save_quantized(saved, tmp_path / "q")
+    loaded = load_quantized(tmp_path / "q")
+    with torch.no_grad():
+        for tokens in (1, 2, 3, 4, IDS.shape[1]):
+            ids = IDS[:1, :tokens]
+            assert torch.equal(saved(ids).logits, loaded(ids).logits), tokens
+
+
+def test_quantizing_aligns_and_keeps_what_is_tied_tied() -> None:
+    model = as_mapped(make_model("opt"), 8)
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    assert head.weight is embedding.weight
+    before = embedding.weight.detach().clone()
+    quantize_model(model)
+    assert head.weight is embedding.weight and torch.equal(head.weight, before)
+    assert not [t for t in tensors(model) if t.data_ptr() % ALIGNMENT]

@@ -1,0 +1,248 @@
+"""Layers whose weight is read by others stay in float: found by running the model as it is, and by its source."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import transformers as t
+from families import FAMILIES
+from models import HIDDEN, VOCAB, token_batches
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from smoothquant_kernels import (
+    SmoothQuantConfig,
+    SmoothQuantError,
+    W8A8Linear,
+    quantize_model,
+    smooth_lm,
+)
+from smoothquant_kernels._float_layers import stays_in_float
+from smoothquant_kernels._readers import watched
+from smoothquant_kernels._sample_inputs import runnable_batch
+from smoothquant_kernels.modules import evaluating, output_tensor, run
+
+EXACT = SmoothQuantConfig(smooth_rounding="power_of_two", only_where_better=False)
+
+
+class Model(nn.Module):
+    """Embedding, norm and four linears; subclasses say what they do with them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(VOCAB, HIDDEN)
+        self.norm = nn.LayerNorm(HIDDEN)
+        self.a, self.b, self.c = (nn.Linear(HIDDEN, HIDDEN) for _ in range(3))
+        self.head = nn.Linear(HIDDEN, VOCAB)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.norm(self.embed(input_ids))
+        y: Tensor = self.head(self.middle(x))
+        return y
+
+    def middle(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class Functional(Model):
+    def middle(self, x: Tensor) -> Tensor:
+        return self.a(x) + F.linear(self.c(x), self.b.weight, self.b.bias)
+
+
+def _fused(x: Tensor, up: nn.Linear, down: nn.Linear) -> Tensor:
+    return F.linear(torch.relu(F.linear(x, up.weight, up.bias)), down.weight, down.bias)
+
+
+class Fused(Model):
+    def middle(self, x: Tensor) -> Tensor:
+        return self.c(x) + _fused(x, down=self.a, up=self.b)
+
+
+class Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: object, x: Tensor, w: Tensor) -> Tensor:
+        return x @ w.t()
+
+
+class Custom(Model):
+    def middle(self, x: Tensor) -> Tensor:
+        for layer in (self.a, self.b):
+            x = Product.apply(x, layer.weight)  # type: ignore[no-untyped-call]
+        return self.c(x)
+
+
+class Called(Model):
+    """Looks at types only, and calls `forward` itself."""
+
+    def middle(self, x: Tensor) -> Tensor:
+        if isinstance(self.a.weight, Tensor) and self.a.weight.dtype.is_complex:
+            x = x.real
+        return self.c(self.b.forward(self.a(x)))
+
+
+class Training(Model):
+    """A path that inference does not take."""
+
+    def middle(self, x: Tensor) -> Tensor:
+        y = F.linear(x, self.b.weight, self.b.bias) if self.training else self.b(x)
+        return self.c(self.a(y))
+
+
+class Long(Model):
+    """A path that only inputs longer than any sample take: it reads a weight, and a norm's output."""
+
+    def middle(self, x: Tensor) -> Tensor:
+        y = self.a(x) + self.c(x)
+        return y + (F.linear(y, self.b.weight) + x if x.shape[1] > 40 else self.b(y))
+
+
+READERS: dict[str, tuple[type[Model], set[str]]] = {
+    "functional": (Functional, {"b"}),
+    "helper": (Fused, {"a", "b"}),
+    "autograd function": (Custom, {"a", "b"}),
+    "types": (Called, set()),
+    "training": (Training, set()),
+    "long": (Long, {"b"}),
+}
+
+
+def both_ways(model: nn.Module) -> list[nn.Module]:
+    """Quantized without data, and smoothed before."""
+    smoothed = smooth_lm(copy.deepcopy(model), token_batches(), config=EXACT, progress=False)
+    return [quantize_model(copy.deepcopy(model)), quantize_model(smoothed)]
+
+
+@pytest.mark.parametrize("case", READERS)
+def test_layers_that_others_read_stay_in_float(case: str) -> None:
+    kind, expected = READERS[case]
+    model = kind().eval()
+    ids = token_batches()[0]
+    y = model(ids)
+    for made in both_ways(model):
+        skipped = {e["name"]: e["reason"] for e in made.smoothquant_info["skipped"]}  # type: ignore[union-attr, index]
+        assert skipped.keys() == expected
+        assert all(
+            r.endswith("reads its parameters from outside: stays in float")
+            for r in skipped.values()
+        )
+        int8 = {n for n, m in made.named_modules() if isinstance(m, W8A8Linear)}
+        assert int8 == {"a", "b", "c", "head"} - expected
+        # one int8 rounding of each operand in a few layers: a percent or two
+        assert (made(ids) - y).norm() < 0.1 * y.norm()
+
+
+@pytest.mark.parametrize("case", ["functional", "helper", "autograd function"])
+def test_the_source_tells_where_nothing_can_be_run(case: str) -> None:
+    kind, expected = READERS[case]
+    found = stays_in_float(kind(), ["a", "b", "c", "head"], None)
+    assert found == dict.fromkeys(
+        expected, f"{kind.__name__} reads its parameters from outside: stays in float"
+    )
+
+
+def test_the_source_is_not_asked_about_types() -> None:
+    assert stays_in_float(Called(), ["a", "b", "c"], None) == {}
+
+
+def test_a_fold_that_only_long_inputs_would_notice() -> None:
+    model = Long().eval()
+    smoothed = smooth_lm(copy.deepcopy(model), token_batches(), config=EXACT, progress=False)
+    ids = torch.arange(64)[None]
+    assert torch.equal(smoothed(ids), model(ids))
+
+
+def test_a_scripted_layer_is_listed() -> None:
+    model = Called().eval()
+    model.c = torch.jit.script(nn.Sequential(nn.Linear(HIDDEN, HIDDEN), nn.ReLU()))  # type: ignore[assignment]
+    quantize_model(model)
+    assert model.smoothquant_info["skipped"] == [  # type: ignore[union-attr, index]
+        {"name": "c.0", "reason": "TorchScript: stays in float"}
+    ]
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("smooth", [False, True])
+def test_the_fast_path_of_the_transformer_encoder(norm_first: bool, smooth: bool) -> None:
+    """It is what runs without hooks, and reads the weights itself: with hooks it would not be seen."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(HIDDEN, 4, 48, batch_first=True, norm_first=norm_first)
+    encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+    model = nn.Sequential(encoder, nn.Linear(HIDDEN, 8)).eval()
+    x = torch.randn(2, 6, HIDDEN)
+    with torch.no_grad():
+        y = model(x)
+    made = copy.deepcopy(model)
+    if smooth:
+        smooth_lm(made, [{"input": x}], config=EXACT, progress=False)
+        with torch.no_grad():
+            assert torch.equal(made(x), y)
+    quantize_model(made)
+    assert [n for n, m in made.named_modules() if isinstance(m, W8A8Linear)] == ["1"]
+    reasons = {e["name"]: e["reason"] for e in made.smoothquant_info["skipped"]}  # type: ignore[union-attr, index]
+    for name in ("0.layers.0.linear1", "0.layers.1.linear2"):
+        assert reasons[name] == (
+            "aten._transformer_encoder_layer_fwd reads its parameters from outside: stays in float"
+        )
+    # the encoder alone has nothing else: refused, and as it was
+    with pytest.raises(SmoothQuantError, match="all 4 must stay in float"):
+        quantize_model(encoder)
+    with pytest.raises(SmoothQuantError, match="all 4 must stay in float"):
+        smooth_lm(encoder, [{"src": x}], progress=False)
+    with torch.no_grad():
+        assert torch.equal(model(x), y)
+
+
+def test_mamba_keeps_what_its_scan_reads() -> None:
+    config = t.MambaConfig(vocab_size=VOCAB, hidden_size=HIDDEN, num_hidden_layers=2, state_size=4)
+    model = t.MambaForCausalLM(config).eval()
+    for made in both_ways(model):
+        int8 = {n.split(".")[-1] for n, m in made.named_modules() if isinstance(m, W8A8Linear)}
+        assert int8 == {"in_proj", "x_proj", "out_proj"}
+        with evaluating(made):
+            assert bool(made(token_batches()[0]).logits.isfinite().all())
+
+
+def test_watching_leaves_no_trace() -> None:
+    model = Functional()
+    own = model.a.forward
+    model.b.forward = lambda x: own(x)  # type: ignore[method-assign]
+    seen: list[str] = []
+    with watched(
+        {"a": model.a, "b": model.b}, seen.append, lambda name, _: seen.append(f"-{name}")
+    ):
+        model.b(torch.zeros(1, HIDDEN))
+    assert seen == ["b", "-b"]
+    assert "forward" not in model.a.__dict__ and "forward" in model.b.__dict__
+    model.b(torch.zeros(1, HIDDEN))
+    assert seen == ["b", "-b"]
+
+
+@pytest.mark.parametrize("family", ["llama", "mpt", "bert", "t5", "vit", "whisper", "clip"])
+def test_a_batch_is_found_that_the_model_takes(family: str) -> None:
+    """And neither the random state nor the model's mode shows that it was tried."""
+    model = FAMILIES[family].make().train()
+    state = torch.get_rng_state()
+    batch = runnable_batch(model)
+    assert batch is not None and torch.equal(torch.get_rng_state(), state)
+    assert all(m.training for m in model.modules())
+    with evaluating(model):
+        assert bool(output_tensor(run(model, batch)).isfinite().all())
+
+
+class Odd(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, parts: dict[str, Tensor]) -> Tensor:
+        return F.linear(self.a(parts["x"]), self.b.weight)
+
+
+def test_a_model_that_cannot_be_run_is_read() -> None:
+    model = Odd().eval()
+    assert runnable_batch(model) is None
+    quantize_model(model)
+    assert [n for n, m in model.named_modules() if isinstance(m, W8A8Linear)] == ["a"]

@@ -1,0 +1,193 @@
+"""Linears by which a model selects experts or tokens stay in float, whatever their class and name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import transformers as t
+from models import HIDDEN, VOCAB, token_batches
+from test_float_layers import EXACT, Model, Training, both_ways
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from smoothquant_kernels import W8A8Linear, smooth_lm
+from smoothquant_kernels._float_layers import stays_in_float
+
+
+class Choosing(Model):
+    """A mixture of three experts, behind a linear whose name says nothing."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.w, self.noise = nn.Linear(HIDDEN, 3), nn.Linear(HIDDEN, 3)
+        self.parts = nn.ModuleList(nn.Linear(HIDDEN, HIDDEN) for _ in range(3))
+        self.correction = nn.Parameter(torch.zeros(3))
+
+    def middle(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        return h + WAYS[self.how][0](self, h)
+
+
+def _sum_of(model: Choosing, h: Tensor, chosen: list[Tensor]) -> Tensor:
+    y = torch.zeros_like(h)
+    for part, rows in zip(model.parts, chosen, strict=True):
+        y[rows] = y[rows] + part(h[rows])
+    return y
+
+
+def _topk(model: Choosing, h: Tensor, scores: Tensor) -> Tensor:
+    best = scores.topk(2).indices
+    return _sum_of(model, h, [(best == i).any(-1) for i in range(3)])
+
+
+def _softmax(m: Choosing, h: Tensor) -> Tensor:
+    return _topk(m, h, F.softmax(m.w(h), -1))
+
+
+def _sigmoid(m: Choosing, h: Tensor) -> Tensor:
+    return _topk(m, h, m.w(h).float().sigmoid() + m.correction)
+
+
+def _noisy(m: Choosing, h: Tensor) -> Tensor:
+    return _topk(m, h, m.w(h) + F.softplus(m.noise(h)))
+
+
+def _argmax(m: Choosing, h: Tensor) -> Tensor:
+    best = m.w(h).argmax(-1)
+    return _sum_of(m, h, [best == i for i in range(3)])
+
+
+def _one_hot(m: Choosing, h: Tensor) -> Tensor:
+    hot = F.one_hot(m.w(h).argmax(-1), 3).to(h.dtype)
+    return sum((hot[..., i, None] * p(h) for i, p in enumerate(m.parts)), torch.zeros_like(h))
+
+
+def _threshold(m: Choosing, h: Tensor) -> Tensor:
+    return _sum_of(m, h, list((m.w(h).sigmoid() > 0.5).unbind(-1)))
+
+
+def _python(m: Choosing, h: Tensor) -> Tensor:
+    best = m.w(h).argmax(-1).reshape(-1).tolist()
+    rows = h.reshape(-1, HIDDEN)
+    return torch.stack([m.parts[i](row) for i, row in zip(best, rows, strict=True)]).view_as(h)
+
+
+def _tokens(m: Choosing, h: Tensor) -> Tensor:
+    """A mixture of depths: only some tokens go through the layer."""
+    index = m.w(h)[..., :1].topk(4, dim=1).indices.expand(-1, -1, HIDDEN)
+    return torch.zeros_like(h).scatter_add(1, index, m.parts[0](h.gather(1, index)))
+
+
+def _soft(m: Choosing, h: Tensor) -> Tensor:
+    p = m.w(h).softmax(-1)
+    return sum((p[..., i, None] * e(h) for i, e in enumerate(m.parts)), torch.zeros_like(h))
+
+
+def _max_pool(m: Choosing, h: Tensor) -> Tensor:
+    return m.parts[0](h).max(1, keepdim=True)[0] + m.w(h).amax(-1, keepdim=True)
+
+
+def _clip(m: Choosing, h: Tensor) -> Tensor:
+    y = m.parts[0](h)
+    y[y > 1] = 1.0
+    return y + m.w(h).clamp(0, 1).sum(-1, keepdim=True)
+
+
+WAYS: dict[str, tuple[Callable[[Choosing, Tensor], Tensor], dict[str, str]]] = {
+    "softmax": (_softmax, {"w": "topk"}),
+    "sigmoid": (_sigmoid, {"w": "topk"}),
+    "noisy": (_noisy, {"w": "topk", "noise": "topk"}),
+    "argmax": (_argmax, {"w": "argmax"}),
+    "one hot": (_one_hot, {"w": "argmax"}),
+    "threshold": (_threshold, {"w": "gt"}),
+    "python": (_python, {"w": "argmax"}),
+    "tokens": (_tokens, {"w": "topk"}),
+    # these weigh, pool or edit: nothing is chosen by them
+    "soft": (_soft, {}),
+    "max pool": (_max_pool, {}),
+    "clip": (_clip, {}),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_selects_stays_in_float(way: str) -> None:
+    model = Choosing(way).eval()
+    for made in both_ways(model):
+        skipped = {e["name"]: e["reason"] for e in made.smoothquant_info["skipped"]}  # type: ignore[union-attr, index]
+        assert skipped == {
+            name: f"aten.{op} reads its output: it selects, and stays in float"
+            for name, op in WAYS[way][1].items()
+        }
+        for name in skipped:
+            kept = made.get_submodule(name).state_dict()
+            assert all(
+                torch.equal(v, kept[k]) for k, v in model.get_submodule(name).state_dict().items()
+            )
+
+
+def test_a_token_that_is_only_returned_is_no_choice() -> None:
+    class Greedy(Training):
+        def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+            logits = super().forward(input_ids)
+            return logits, logits.argmax(-1)
+
+    model = Greedy().eval()
+    assert stays_in_float(model, ["a", "b", "c", "head"], {"input_ids": token_batches()[0]}) == {}
+
+
+class Named(nn.Module):
+    """As code has it that cannot be run here: only names are left."""
+
+    def __init__(self, experts: int, out: int) -> None:
+        super().__init__()
+        self.gate = nn.Linear(8, out)
+        self.my_router = nn.Sequential(nn.Linear(8, 5))
+        self.shared_expert_gate = nn.Linear(8, 4)
+        self.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(experts))
+
+    def forward(self, parts: dict[str, Tensor]) -> Tensor:
+        return self.gate(parts["x"])
+
+
+def test_names_tell_where_nothing_can_be_run() -> None:
+    linears = ["gate", "my_router.0", "shared_expert_gate", "experts.0"]
+    assert stays_in_float(Named(4, 4), linears, None) == {
+        "gate": "it has as many outputs as experts has experts: it selects, and stays in float",
+        "my_router.0": "its name says that it is a router: it selects, and stays in float",
+    }
+    assert stays_in_float(Named(4, 3), linears, None).keys() == {"my_router.0"}
+
+
+def test_gemma_4_keeps_its_routers() -> None:
+    config = t.Gemma4TextConfig(
+        vocab_size=VOCAB, vocab_size_per_layer_input=VOCAB, hidden_size=32, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, global_head_dim=8, intermediate_size=48,
+        enable_moe_block=True, num_experts=4, top_k_experts=2, moe_intermediate_size=24,
+        hidden_size_per_layer_input=8, layer_types=["sliding_attention", "full_attention"],
+        sliding_window=16, num_kv_shared_layers=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    for made in both_ways(t.Gemma4ForCausalLM(config).eval()):
+        routers = {n: m for n, m in made.named_modules() if n.endswith("router.proj")}
+        assert len(routers) == 2 and not any(isinstance(m, W8A8Linear) for m in routers.values())
+        reasons = {e["name"]: e["reason"] for e in made.smoothquant_info["skipped"]}  # type: ignore[union-attr, index]
+        assert {reasons[n] for n in routers} == {
+            "aten.topk reads its output: it selects, and stays in float"
+        }
+
+
+def test_a_router_that_moves_tokens_does_not_stop_the_probing() -> None:
+    """Switch: probing changes which expert gets how many tokens, so that shapes differ from the recorded ones."""
+    config = t.SwitchTransformersConfig(
+        vocab_size=VOCAB, d_model=32, d_kv=8, d_ff=48, num_heads=4, num_experts=4, num_layers=2,
+        num_decoder_layers=2, num_sparse_encoder_layers=1, num_sparse_decoder_layers=1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = t.SwitchTransformersForConditionalGeneration(config).eval()
+    batch = {"input_ids": token_batches()[0], "decoder_input_ids": token_batches()[0][:, :6]}
+    y = model(**batch).logits
+    smooth_lm(model, [batch], config=EXACT, progress=False)
+    assert torch.equal(model(**batch).logits, y)
