@@ -70,7 +70,10 @@ def _change(row: dict[str, Any]) -> list[str]:
     return ["", "", ""]
 
 
-def _accuracy_rows(rows: list[dict[str, Any]], key: str | None = None) -> str:
+def _accuracy_rows(
+    rows: list[dict[str, Any]], key: str | None = None, other: str | None = None
+) -> str:
+    """`other`: a kind of text that the rows were evaluated on as well."""
     header = [
         "model",
         "scheme",
@@ -79,6 +82,7 @@ def _accuracy_rows(rows: list[dict[str, Any]], key: str | None = None) -> str:
         "change",
         "mean KL",
         "same top-1",
+        *([f"perplexity on {other}", "change", "mean KL", "same top-1"] if other else []),
     ]
     body = [
         [
@@ -87,16 +91,25 @@ def _accuracy_rows(rows: list[dict[str, Any]], key: str | None = None) -> str:
             *([str(row[key])] if key else []),
             f"{row['perplexity']:.3f}",
             *_change(row),
+            *(
+                [
+                    f"{row[other]['perplexity']:.3f}",
+                    *_change({k: row[k] for k in ("scheme",) if k in row} | row[other]),
+                ]
+                if other
+                else []
+            ),
         ]
         for row in rows
     ]
     return markdown(header, body, left=3 if key else 2)
 
 
-def _caption(facts: dict[str, Any]) -> str:
+def _caption(facts: dict[str, Any], other: str | None = None) -> str:
+    also = f", and {other}, as many tokens, which no choice of settings saw" if other else ""
     return (
         f"{facts['model']}, {facts['evaluation_tokens']} tokens of Python's documentation topics that calibration "
-        f"({facts['calibration_tokens']} tokens of other topics) never saw; torch {facts['torch']}, CPU; "
+        f"({facts['calibration_tokens']} tokens of other topics) never saw{also}; torch {facts['torch']}, CPU; "
         "± is one standard error of the paired difference; `python benchmarks/bench_accuracy.py`.\n\n"
     )
 
@@ -104,7 +117,10 @@ def _caption(facts: dict[str, Any]) -> str:
 def accuracy(data: Data, part: str, key: str | None = None) -> str:
     if part not in data:
         return NOT_MEASURED
-    return _caption(data["facts"]) + _accuracy_rows(data[part], key)
+    other = data["facts"].get("other")
+    if other is not None and not all(other in row for row in data[part]):
+        other = None
+    return _caption(data["facts"], other) + _accuracy_rows(data[part], key, other)
 
 
 def cpu_linear(data: Data) -> str:

@@ -1,19 +1,27 @@
-"""SmoothQuant W8A8 INT8 inference for Hugging Face models: smoothing that proves itself, exact kernels, one package."""
+"""SmoothQuant W8A8 INT8 inference for Hugging Face models: smoothing that proves itself, exact kernels, one package.
+
+A name is imported when it is first used, so that `smoothquant-kernels --help` does not wait for torch.
+"""
 
 from __future__ import annotations
 
-from smoothquant_kernels import ops
-from smoothquant_kernels._transformers import register_transformers
-from smoothquant_kernels.calibrate import ActivationStatistics, calibrate_model
-from smoothquant_kernels.checkpoint import load_quantized, save_quantized
-from smoothquant_kernels.config import SmoothQuantConfig
-from smoothquant_kernels.convert import quantize_model, smooth_and_quantize
-from smoothquant_kernels.errors import SmoothQuantError
-from smoothquant_kernels.linear import QuantizedActivation, W8A8Linear
-from smoothquant_kernels.report import make_report
-from smoothquant_kernels.search import SearchResult, search_config
-from smoothquant_kernels.smooth import smooth_lm
-from smoothquant_kernels.stream import quantize_streamed
+import sys
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from smoothquant_kernels import ops
+    from smoothquant_kernels._transformers import register_transformers
+    from smoothquant_kernels.calibrate import ActivationStatistics, calibrate_model
+    from smoothquant_kernels.checkpoint import load_quantized, save_quantized
+    from smoothquant_kernels.config import SmoothQuantConfig
+    from smoothquant_kernels.convert import quantize_model, smooth_and_quantize
+    from smoothquant_kernels.errors import SmoothQuantError
+    from smoothquant_kernels.linear import QuantizedActivation, W8A8Linear
+    from smoothquant_kernels.report import make_report
+    from smoothquant_kernels.search import SearchResult, search_config
+    from smoothquant_kernels.smooth import smooth_lm
+    from smoothquant_kernels.stream import quantize_streamed
 
 __all__ = [
     "ActivationStatistics",
@@ -34,3 +42,43 @@ __all__ = [
     "smooth_and_quantize",
     "smooth_lm",
 ]
+
+_MODULES = {
+    "ActivationStatistics": "calibrate",
+    "QuantizedActivation": "linear",
+    "SearchResult": "search",
+    "SmoothQuantConfig": "config",
+    "SmoothQuantError": "errors",
+    "W8A8Linear": "linear",
+    "calibrate_model": "calibrate",
+    "load_quantized": "checkpoint",
+    "make_report": "report",
+    "quantize_model": "convert",
+    "quantize_streamed": "stream",
+    "register_transformers": "_transformers",
+    "save_quantized": "checkpoint",
+    "search_config": "search",
+    "smooth_and_quantize": "convert",
+    "smooth_lm": "smooth",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    if not name.startswith("__"):
+        try:
+            return import_module(f"{__name__}.{name}")  # a module of ours, `ops` for one
+        except ModuleNotFoundError as error:
+            if error.name != f"{__name__}.{name}":
+                raise
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+# Whoever has torch loaded may want torch.ops.smoothquant_kernels from this import alone, and waits for little.
+if "torch" in sys.modules:
+    import_module(f"{__name__}.ops")

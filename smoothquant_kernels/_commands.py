@@ -14,6 +14,7 @@ from rich.text import Text
 from torch import nn
 
 from smoothquant_kernels._console import Document, note, quiet_stderr, readable_size, show_progress
+from smoothquant_kernels._inputs import calibration_inputs, describe_inputs, processor_of
 from smoothquant_kernels._inspect import (
     describe_config,
     describe_verification,
@@ -24,7 +25,6 @@ from smoothquant_kernels._inspect import (
     weight_files,
 )
 from smoothquant_kernels._pipeline import (
-    calibration_windows,
     check_output,
     choose_device,
     choose_dtype,
@@ -34,6 +34,7 @@ from smoothquant_kernels._pipeline import (
     read_config,
     tensor_bytes,
 )
+from smoothquant_kernels._space import check_space, checkpoint_bytes
 from smoothquant_kernels.calibrate import calibrate_model
 from smoothquant_kernels.checkpoint import save_quantized
 from smoothquant_kernels.config import SmoothQuantConfig
@@ -87,35 +88,32 @@ def quantize(
             force=force, resume=not restart,
         )  # fmt: skip
         return {**document, "seconds": time.perf_counter() - begin}
-    texts = load_text(calibration) if measured else []
+    inputs = calibration_inputs(source, calibration, config) if measured else None
+    processor = processor_of(source) if inputs is None else inputs.processor
     note(f"loading {source}")
-    tokenizer = load_tokenizer(source)
     with quiet_stderr():
         plain: Any = load_model(source, dtype=float_type)
     model: nn.Module = plain.to(where)
     linears, skipped = partition_linears(model, config.skip)
     check_finite_weights(linears)  # before the calibration, which can take long
     before = {"model": tensor_bytes(model), "linears": linear_bytes(model, list(skipped))}
-    if measured:
-        windows = calibration_windows(texts, tokenizer, config)
-        count = sum(ids.shape[1] for ids in windows)
+    check_space(output, checkpoint_bytes(model, linears))
+    if inputs is not None:
         if search:
-            config = _search(model, windows, config, output)
-        note(f"calibrating on {count} tokens of {calibration}")
-        statistics = calibrate_model(model, windows, config, progress=show_progress())
+            config = _search(model, inputs.batches, config, output)
+        note(f"calibrating on {inputs}")
+        statistics = calibrate_model(model, inputs.batches, config, progress=show_progress())
         smooth_lm(model, statistics, config=config)
     quantize_model(model, config=config)
     after = {"model": tensor_bytes(model), "linears": linear_bytes(model, list(skipped))}
     note(f"saving {output}")
-    save_quantized(model, output, tokenizer=tokenizer, overwrite=force)
+    save_quantized(model, output, tokenizer=processor, overwrite=force)
     info: dict[str, Any] = getattr(model, INFO)
     return {
         "model": source,
         "output": str(output),
         "config": info["config"],
-        "calibration": {"source": calibration, "tokens": info.get("calibration_tokens")}
-        if measured
-        else None,
+        "calibration": None if inputs is None else inputs.facts,
         **summarise_layers(info["layers"], info["skipped"]),
         "verification": info.get("verification"),
         "bytes": {
@@ -141,15 +139,14 @@ def _quantize_streamed(
     resume: bool,
 ) -> Document:
     """The same for a model that is never in memory as a whole; what is said of it is read from the checkpoint."""
+    from smoothquant_kernels._stream_source import check_folder
     from smoothquant_kernels.stream import quantize_streamed
 
-    texts = load_text(calibration)
-    tokenizer = load_tokenizer(source)
-    windows = calibration_windows(texts, tokenizer, config)
-    count = sum(ids.shape[1] for ids in windows)
-    note(f"quantising {source} block by block on {count} tokens of {calibration}")
+    check_folder(Path(source))
+    inputs = calibration_inputs(source, calibration, config)
+    note(f"quantising {source} block by block on {inputs}")
     quantize_streamed(
-        source, output, windows, config, tokenizer=tokenizer, dtype=dtype, device=device,
+        source, output, inputs.batches, config, tokenizer=inputs.processor, dtype=dtype, device=device,
         overwrite=force, resume=resume, progress=show_progress(),
     )  # fmt: skip
     found = inspect_checkpoint(output)
@@ -160,7 +157,7 @@ def _quantize_streamed(
         "model": source,
         "output": str(output),
         "config": found["config"],
-        "calibration": {"source": calibration, "tokens": found["calibration_tokens"]},
+        "calibration": inputs.facts,
         **{k: found[k] for k in ("quantised", "smoothing", "groups", "skipped", "verification")},
         "bytes": {
             "model_before": None,
@@ -173,7 +170,7 @@ def _quantize_streamed(
 
 
 def _search(
-    model: nn.Module, windows: list[torch.Tensor], config: SmoothQuantConfig, output: Path
+    model: nn.Module, windows: list[Any], config: SmoothQuantConfig, output: Path
 ) -> SmoothQuantConfig:
     """The settings that a search finds; what it has tried so far is in a file beside the checkpoint to be."""
     from smoothquant_kernels.search import search_config
@@ -195,7 +192,7 @@ def render_quantize(document: Document) -> Group:
     facts = Table.grid(padding=(0, 2))
     facts.add_row("settings", describe_config(document))
     if (calibration := document["calibration"]) is not None:
-        facts.add_row("calibrated on", f"{calibration['tokens']} tokens of {calibration['source']}")
+        facts.add_row("calibrated on", describe_inputs(calibration))
     facts.add_row("verified", describe_verification(document))
     # a streamed model was never there as a whole
     whole = f"{readable_size(size['model_before'])} -> " if size["model_before"] else ""
@@ -226,8 +223,9 @@ def evaluate(
 ) -> Document:
     """`smoothquant-kernels evaluate`."""
     texts = load_text(text)
-    model, quantised = load_any(source, dtype=dtype, device=device)
-    original = None if reference is None else load_any(reference, dtype=dtype, device=device)[0]
+    options = {"dtype": dtype, "device": device, "causal": "evaluate"}
+    model, quantised = load_any(source, **options)
+    original = None if reference is None else load_any(reference, **options)[0]
     tokenizer = load_tokenizer(source, reference)
     note(f"evaluating on {text}")
     result = evaluate_model(
@@ -282,7 +280,7 @@ def generate(
     source: str, prompt: str, *, max_new_tokens: int, chat: bool, dtype: str, device: str
 ) -> Document:
     """`smoothquant-kernels generate`."""
-    model, quantised = load_any(source, dtype=dtype, device=device)
+    model, quantised = load_any(source, dtype=dtype, device=device, causal="generate")
     tokenizer = load_tokenizer(source)
     answer = complete(model, tokenizer, prompt, max_new_tokens=max_new_tokens, chat=chat)
     return {"model": source, "quantised": quantised, "prompt": prompt, "chat": chat, **answer}

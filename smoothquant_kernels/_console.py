@@ -15,13 +15,18 @@ from typing import Any
 
 import typer
 
+from smoothquant_kernels._wording import for_command_line
 from smoothquant_kernels.errors import SmoothQuantError
 
 Document = dict[str, Any]
 
-USER_ERROR, INTERRUPTED = 2, 130
+MISMATCH, USER_ERROR, INTERRUPTED = 1, 2, 130
 _PIPE_WIDTH = 124  # of tables that go into a file or a pipe, where there is no terminal to ask
 _VERBOSE = False
+
+
+class MismatchError(SmoothQuantError):
+    """A check that was asked for has failed: exit code 1, as `cmp` and `sha256sum --check` have it."""
 
 
 def serve(
@@ -34,7 +39,7 @@ def serve(
     """Runs a command and prints its document: as JSON, or as `render` has it (text, a renderable).
 
     Raises:
-        typer.Exit: 2 after a SmoothQuantError, whose sentence is printed; 130 after Ctrl-C.
+        typer.Exit: 2 after a SmoothQuantError, whose sentence is printed, 1 if it is a MismatchError; 130 after Ctrl-C.
     """
     global _VERBOSE
     _VERBOSE = verbose
@@ -44,8 +49,9 @@ def serve(
             document = work()
     except SmoothQuantError as error:
         # The sentence may quote a library's message with line breaks.
-        print(f"Error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise typer.Exit(USER_ERROR) from None
+        text = for_command_line(" ".join(str(error).split()))
+        print(f"Error: {text}", file=sys.stderr)
+        raise typer.Exit(MISMATCH if isinstance(error, MismatchError) else USER_ERROR) from None
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from None

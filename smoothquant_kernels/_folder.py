@@ -52,13 +52,13 @@ def check_target(target: Path, marker: str, overwrite: bool) -> None:
         raise SmoothQuantError(f"{target} is a file: give the name of a folder.")
     if not target.exists() or not any(target.iterdir()):
         return
+    if not (target / marker).is_file():
+        raise SmoothQuantError(
+            f"{target} exists already, is not a checkpoint of this package and is not overwritten: give another name."
+        )
     if not overwrite:
         raise SmoothQuantError(
             f"{target} exists already: pass overwrite=True to replace it, or give another name."
-        )
-    if not (target / marker).is_file():
-        raise SmoothQuantError(
-            f"{target} is not a checkpoint of this package and is not overwritten: give another name."
         )
 
 

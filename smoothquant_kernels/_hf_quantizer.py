@@ -14,6 +14,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from smoothquant_kernels import _skeleton as skeletons
 from smoothquant_kernels._manifest import Manifest, read_manifest
+from smoothquant_kernels.checkpoint import INDEX, load_quantized
 from smoothquant_kernels.errors import SmoothQuantError
 
 _SPREAD = {"auto", "balanced", "balanced_low_0", "sequential", "disk"}
@@ -75,8 +76,6 @@ class Quantizer(HfQuantizer):
         skeletons.install(model, skeletons.make_modules(manifest))
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
-        from smoothquant_kernels.checkpoint import load_quantized
-
         # Once more, exactly: transformers has converted the types of what it read.
         load_quantized(self.folder, device=model.device, model=model)
         del model.config.transformers_weights
@@ -86,9 +85,11 @@ class Quantizer(HfQuantizer):
 
 def _weights_file(manifest: Manifest) -> str:
     files = {entry["file"] for entry in manifest.tensors.values()}
-    if len(files) > 1:
+    if len(files) == 1:
+        return files.pop()
+    if INDEX not in manifest.files:
         raise SmoothQuantError(
-            f"from_pretrained cannot read a checkpoint of {len(files)} weight files: use load_quantized, or save it "
-            "again with a larger max_shard_bytes."
+            f"from_pretrained needs {INDEX} for the {len(files)} weight files of this checkpoint, which an earlier "
+            "release wrote without: use load_quantized, or save it again."
         )
-    return files.pop()
+    return INDEX

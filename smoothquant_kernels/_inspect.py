@@ -14,8 +14,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from smoothquant_kernels._console import Document, general_name, readable_size
-from smoothquant_kernels._manifest import MANIFEST, Manifest, check_files, read_manifest
+from smoothquant_kernels._console import Document, MismatchError, general_name, readable_size
+from smoothquant_kernels._manifest import MANIFEST, Manifest, check_files, file_entry, read_manifest
 from smoothquant_kernels.config import DEFAULT_ALPHA
 from smoothquant_kernels.errors import SmoothQuantError
 
@@ -36,12 +36,41 @@ def weight_files(directory: Path) -> list[Path]:
     return sorted(directory.glob("*.safetensors"))
 
 
-def inspect_checkpoint(directory: Path) -> Document:
-    """Everything that is known about a checkpoint without its weights.
+def verify_checkpoint(directory: Path) -> None:
+    """Compares size and digest of every file with the manifest.
 
     Raises:
+        MismatchError: naming each file that is missing or is not what was saved.
+        SmoothQuantError: it is not a checkpoint.
+    """
+    if not is_checkpoint(directory):
+        read_manifest(directory)  # says so
+    try:
+        manifest = read_manifest(directory)
+    except SmoothQuantError as error:
+        raise MismatchError(str(error)) from error
+    wrong = []
+    for name, entry in manifest.files.items():
+        path = directory / name
+        if not path.is_file():
+            wrong.append(f"{path} is missing")
+        elif (size := path.stat().st_size) != entry["size"]:
+            wrong.append(f"{path} has {size} bytes and was saved with {entry['size']}")
+        elif file_entry(path)["sha256"] != entry["sha256"]:
+            wrong.append(f"{path} is not what was saved (its SHA-256 differs)")
+    if wrong:
+        raise MismatchError(f"{'; '.join(wrong)}: copy or download the checkpoint again.")
+
+
+def inspect_checkpoint(directory: Path, *, verify: bool = False) -> Document:
+    """Everything that is known about a checkpoint without its weights; with `verify`, after reading all files.
+
+    Raises:
+        MismatchError: `verify`, and a file is not what was saved.
         SmoothQuantError: it is not a checkpoint, or a file is missing or damaged.
     """
+    if verify:
+        verify_checkpoint(directory)
     manifest = read_manifest(directory)
     check_files(directory, manifest, verify=False)
     sizes = _tensor_bytes(directory, manifest)
@@ -62,6 +91,7 @@ def inspect_checkpoint(directory: Path) -> Document:
     in_layers = sum(layer["bytes"] for layer in layers)
     return {
         "directory": str(directory),
+        "files_verified": verify,
         "format_version": json.loads((directory / MANIFEST).read_text("utf-8"))["format_version"],
         "package_version": manifest.package_version,
         "model": manifest.model["name"],
@@ -222,6 +252,8 @@ def render_inspect(document: Document) -> Group:
         f"{readable_size(size['quantised_layers'])} in the int8 layers, "
         f"{readable_size(size['float_tensors'])} in float tensors",
     )
+    if document["files_verified"]:
+        facts.add_row("digests", "every file is what was saved")
     files = ", ".join(f"{name} {readable_size(bytes_)}" for name, bytes_ in size["files"].items())
     facts.add_row("files", files)
     return Group(render_layers(document), facts)

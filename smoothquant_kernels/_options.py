@@ -18,20 +18,38 @@ Verbose = Annotated[
 ]
 Device = Annotated[
     str,
-    typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU if the CUDA kernels can run."),
+    typer.Option(
+        metavar="NAME",
+        help="cpu, cuda, cuda:1, ... or auto, which takes a GPU if the CUDA kernels can run.",
+    ),
 ]
-Dtype = Annotated[str, typer.Option(help="Type of the float weights: float32, bfloat16, float16.")]
+# Choices as the configuration has them, repeated here because importing it takes as long as torch; a test compares.
+DTYPES = ("float32", "bfloat16", "float16")
+SCHEMES = ("per_token", "per_tensor", "static")
+GRANULARITIES = ("channel", "tensor")
+ROUNDINGS = ("auto", "power_of_two", "none")
+
+
+def _choices(names: tuple[str, ...]) -> str:
+    return f"{', '.join(names[:-1])} or {names[-1]}"
+
+
+Dtype = Annotated[
+    str, typer.Option(metavar="TYPE", help=f"Type of the float weights: {_choices(DTYPES)}.")
+]
 Model = Annotated[
     str,
     typer.Argument(
-        metavar="MODEL", help="A hub name, a folder, a folder with one GGUF file, or a GGUF file."
+        metavar="MODEL",
+        help="A hub name, a folder, a folder with one GGUF file, or a GGUF file: a causal language model, a text "
+        "encoder, or a vision model.",
     ),
 ]
 AnyModel = Annotated[
     str,
     typer.Argument(
         metavar="MODEL_OR_CHECKPOINT",
-        help="A model as for quantize, or a folder that quantize wrote.",
+        help="A causal language model as for quantize, or a folder that quantize wrote.",
     ),
 ]
 Window = Annotated[int, typer.Option(min=2, help="Tokens that the model reads at a time.")]
@@ -47,11 +65,27 @@ Alpha = Annotated[
 Scheme = Annotated[
     str | None,
     typer.Option(
-        help="Activation scales: per_token, per_tensor or static.", show_default="per_token"
+        metavar="NAME",
+        help=f"Activation scales, dynamic or calibrated: {_choices(SCHEMES)}.",
+        show_default="per_token",
     ),
 ]
 WeightGranularity = Annotated[
-    str | None, typer.Option(help="Weight scales: channel or tensor.", show_default="channel")
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help=f"Weight scales, one for each: {_choices(GRANULARITIES)}.",
+        show_default="channel",
+    ),
+]
+SmoothRounding = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help=f"Rounding of smoothing factors: {_choices(ROUNDINGS)}; powers of two fold without changing a bit, auto "
+        "takes them for half precision.",
+        show_default="auto",
+    ),
 ]
 Skip = Annotated[
     list[str] | None,
@@ -61,10 +95,17 @@ Skip = Annotated[
 ]
 Config = Annotated[
     Path | None,
-    typer.Option(metavar="FILE.json", help="Settings; the options override them."),
+    typer.Option(
+        metavar="FILE.json",
+        help="Settings, any of docs/cli.md, also those without an option; the options override them.",
+    ),
 ]
 Calibration = Annotated[
-    str, typer.Option(metavar="SOURCE", help=f"Text to calibrate on: {TEXT_HELP}.")
+    str,
+    typer.Option(
+        metavar="SOURCE",
+        help=f"Text to calibrate on: {TEXT_HELP}. For a vision model a folder of images.",
+    ),
 ]
 CalibrationTokens = Annotated[
     int | None, typer.Option(help="Tokens of it to use.", show_default="16384", metavar="N")

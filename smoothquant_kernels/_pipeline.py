@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from smoothquant_kernels import checkpoint, models
 from smoothquant_kernels._console import note, quiet_stderr
 from smoothquant_kernels._extension import extension_status
 from smoothquant_kernels._inspect import is_checkpoint
-from smoothquant_kernels.calibrate import calibration_batches, fitting_window
+from smoothquant_kernels._kinds import check_causal
 from smoothquant_kernels.config import SmoothQuantConfig
 from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.linear import W8A8Linear, is_float_linear
-from smoothquant_kernels.text import token_windows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,7 +42,7 @@ def read_config(path: Path | None, **changes: Any) -> SmoothQuantConfig:
 
 def choose_dtype(name: str) -> torch.dtype:
     if name not in _DTYPES:
-        raise SmoothQuantError(f"dtype must be one of {', '.join(_DTYPES)}; got {name!r}.")
+        raise SmoothQuantError(f"--dtype must be one of {', '.join(_DTYPES)}; got {name!r}.")
     return _DTYPES[name]
 
 
@@ -63,13 +64,14 @@ def choose_device(name: str) -> torch.device:
 
 def check_output(output: Path, *, force: bool) -> None:
     """Finds out, before hours of work, whether the result could be written."""
-    if (output.exists() or output.is_symlink()) and not force:
-        raise SmoothQuantError(f"{output} exists already; give another name, or --force.")
-    if output.exists() and not is_checkpoint(output):
+    empty = output.is_dir() and not any(output.iterdir())
+    if output.exists() and not is_checkpoint(output) and not empty:
         raise SmoothQuantError(
-            f"{output} is not a checkpoint of this package, so --force does not replace it; "
-            "give another name."
+            f"{output} exists already and is not a checkpoint of this package, so it is not replaced; give another "
+            "name."
         )
+    if (output.is_symlink() or (output.exists() and not empty)) and not force:
+        raise SmoothQuantError(f"{output} exists already; give another name, or --force.")
     check_target(output)
 
 
@@ -88,10 +90,29 @@ def check_target(output: Path) -> None:
         ) from error
 
 
-def load_any(source: str, *, dtype: str, device: str) -> tuple[Any, bool]:
-    """A model in evaluation mode, float or quantised, and whether it is quantised."""
+def config_of(source: str) -> Any:
+    """The configuration of a model or checkpoint, before its weights; None where only the weights' file has it."""
+    if not is_checkpoint(Path(source)):
+        with quiet_stderr():
+            return models.load_config(source)
+    try:
+        values = json.loads((Path(source) / checkpoint.CONFIG).read_text("utf-8"))
+        return SimpleNamespace(**values)
+    except (OSError, ValueError, TypeError):
+        return None  # load_quantized says what is wrong with it
+
+
+def load_any(
+    source: str, *, dtype: str, device: str, causal: str | None = None
+) -> tuple[Any, bool]:
+    """A model in evaluation mode, float or quantised, and whether it is quantised.
+
+    `causal`: the command, if it needs a causal language model; another is refused before its weights are read.
+    """
     where = choose_device(device)
     float_type = choose_dtype(dtype)
+    if causal is not None:
+        check_causal(config_of(source), source, causal)
     note(f"loading {source}")
     if is_checkpoint(Path(source)):
         with quiet_stderr():
@@ -111,31 +132,6 @@ def load_tokenizer(source: str, fallback: str | None = None) -> PreTrainedTokeni
             if fallback is None:
                 raise
             return models.load_tokenizer(fallback)
-
-
-def calibration_windows(
-    texts: Sequence[str], tokenizer: Any, config: SmoothQuantConfig, model: nn.Module | None = None
-) -> list[Tensor]:
-    """Token ids [1, T] for calibration: the texts joined, so that short ones make full windows.
-
-    They are cut to what the tokenizer and the model (if given) take, and hold `calibration_tokens` at most.
-    """
-    enough, size = [], 0
-    for part in texts:  # tokenising a whole corpus for some thousand tokens would take minutes
-        enough.append(part)
-        size += len(part)
-        if size > 32 * config.calibration_tokens:
-            break
-    windows = token_windows(
-        enough,
-        tokenizer,
-        window=max(2, fitting_window(config.calibration_window, tokenizer, model)),
-        max_tokens=config.calibration_tokens,
-    )
-    ids = [window.input_ids for window in windows]
-    # windows overlap, so together they are longer than the text
-    batches = calibration_batches(ids, max_tokens=config.calibration_tokens)
-    return [batch["input_ids"] for batch in batches]
 
 
 def tensor_bytes(module: nn.Module) -> int:

@@ -10,20 +10,23 @@ from rich.table import Table
 from rich.text import Text
 
 from smoothquant_kernels._console import Document, show_progress
+from smoothquant_kernels._inputs import calibration_inputs, text_windows
 from smoothquant_kernels._inspect import is_checkpoint
+from smoothquant_kernels._kinds import Kind, is_causal
 from smoothquant_kernels._manifest import read_manifest
 from smoothquant_kernels._pipeline import (
-    calibration_windows,
     check_target,
     choose_device,
+    config_of,
     load_any,
-    load_tokenizer,
     read_config,
 )
 from smoothquant_kernels.config import SmoothQuantConfig
 from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.report import check_report_folder, make_report
-from smoothquant_kernels.text import load_text, token_windows
+from smoothquant_kernels.text import load_text
+
+_HELD_IMAGES = 8
 
 
 def report(
@@ -46,22 +49,30 @@ def report(
     check_target(output)
     settings = _report_config(source, reference, config, changes)
     where, held_source = choose_device(device), text or "topics:evaluation"
-    texts, held_texts = load_text(calibration), load_text(held_source)
     original = source if reference is None else reference
-    model, quantised = load_any(original, dtype=dtype, device=device)
-    if quantised:
+    if is_checkpoint(Path(original)):
         raise SmoothQuantError(f"{original} is quantised; a report needs the original model.")
-    tokenizer = load_tokenizer(original, None if reference is None else source)
-    held = token_windows(
-        held_texts, tokenizer, window=max(2, settings.calibration_window), max_tokens=tokens
-    )
+    fallback = None if reference is None else source
+    inputs = calibration_inputs(original, calibration, settings, fallback)
+    if text is not None and not is_causal(config_of(original)):
+        raise SmoothQuantError(
+            f"--text measures perplexity, which {original} has none of: leave it out, or give a causal language model."
+        )
+    if inputs.facts["images"]:  # those that calibration takes are all there are
+        held_source, held_texts, held = calibration, [], inputs.batches[-_HELD_IMAGES:]
+    else:
+        held_texts = load_text(held_source)
+        window = max(ids.shape[1] for ids in inputs.batches)
+        kind: Kind = "causal" if is_causal(config_of(original)) else "text"
+        held = text_windows(held_texts, inputs.processor, window=window, tokens=tokens, kind=kind)
+    model, _ = load_any(original, dtype=dtype, device=device)
     document = make_report(
         model.to(where),
-        calibration_windows(texts, tokenizer, settings),
+        inputs.batches,
         output,
         settings,
-        held=[window.input_ids for window in held],
-        tokenizer=tokenizer,
+        held=held,
+        tokenizer=inputs.processor,
         tokens=tokens,
         text=None if text is None else held_texts,
         name=_display_name(original),

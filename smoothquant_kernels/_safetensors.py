@@ -18,6 +18,7 @@ from smoothquant_kernels.errors import SmoothQuantError
 # torch's allocator aligns to 64 bytes. A float GEMM may add in another order for other alignments,
 # so that a reloaded model would not be bit-identical; and vector loads are faster.
 ALIGNMENT = 64
+_PIECE = 8 << 20  # bytes copied at a time
 
 NAMES = {
     torch.float64: "F64",
@@ -93,13 +94,52 @@ def _parts(
             "shape": list(tensors[name].shape),
             "data_offsets": [start, end],
         }
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % ALIGNMENT)
-    yield len(text).to_bytes(8, "little") + text
+    yield _header_bytes(header)
     for name in names:
         data = tensors[name].detach().cpu().contiguous()
         if data.numel():
             yield data.reshape(-1).view(torch.uint8).numpy().data
+
+
+def join_safetensors(path: Path, parts: Iterable[Path]) -> FileEntry:
+    """Writes the tensors of several files into one, a piece at a time; they are in the order of `write_safetensors`."""
+    found = [
+        (p, begin, *item) for p in parts for e, begin in [read_header(p)] for item in e.items()
+    ]
+    sizes = [entry["data_offsets"][1] - entry["data_offsets"][0] for *_, entry in found]
+    order = sorted(range(len(found)), key=lambda i: sizes[i] % ALIGNMENT != 0)
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for i in order:
+        *_, name, entry = found[i]
+        header[name] = {**entry, "data_offsets": [end, end + sizes[i]]}
+        end += sizes[i]
+    sha256 = hashlib.sha256()
+    with path.open("wb") as file:
+
+        def put(piece: bytes) -> None:
+            file.write(piece)
+            sha256.update(piece)
+
+        put(_header_bytes(header))
+        for i in order:
+            part, begin, _, entry = found[i]
+            with part.open("rb") as source:
+                source.seek(begin + entry["data_offsets"][0])
+                left = sizes[i]
+                while left:
+                    piece = source.read(min(left, _PIECE))
+                    if not piece:
+                        raise OSError(f"{part} ends too early")
+                    put(piece)
+                    left -= len(piece)
+        return {"size": file.tell(), "sha256": sha256.hexdigest()}
+
+
+def _header_bytes(header: Mapping[str, object]) -> bytes:
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text
 
 
 def aligned(tensor: Tensor) -> Tensor:
@@ -142,10 +182,47 @@ def assign_files(tensors: Mapping[str, Tensor], limit: int) -> dict[str, str]:
             number, used = number + 1, 0
         used += size_of(tensor)
         numbers[name] = number
+    return {n: shard_name(i, number + 1) for n, i in numbers.items()}
+
+
+def shard_name(number: int, count: int) -> str:
+    """Of a checkpoint's weight file, counted from 0."""
     # Not model.safetensors: loaders that look for that name would take the rest for a float model.
-    if number == 0:
-        return dict.fromkeys(tensors, "smoothquant.safetensors")
-    return {n: f"smoothquant-{i + 1:05}-of-{number + 1:05}.safetensors" for n, i in numbers.items()}
+    if count == 1:
+        return "smoothquant.safetensors"
+    return f"smoothquant-{number + 1:05}-of-{count:05}.safetensors"
+
+
+def read_header(file: Path) -> tuple[dict[str, dict[str, Any]], int]:
+    """The entries of a safetensors file's tensors, and the byte where the data begin.
+
+    The format is eight bytes of length, JSON, data.
+
+    Raises:
+        SmoothQuantError: it is not such a file, or it is cut short.
+    """
+    try:
+        with file.open("rb") as data:
+            length = int.from_bytes(data.read(8), "little")
+            end = file.stat().st_size
+            if not 2 <= length <= min(end - 8, 100_000_000):
+                raise ValueError("its header has no possible length")
+            header = json.loads(data.read(length))
+        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        last = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+        if 8 + length + last > end:
+            raise ValueError(f"it has {end} bytes and should have {8 + length + last}")
+        return entries, 8 + length
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise SmoothQuantError(
+            f"{file} cannot be read ({error}): copy or download it again."
+        ) from None
+
+
+def check_headers(folder: Path) -> None:
+    """Whether each safetensors file of a folder is whole; raises SmoothQuantError that names the one that is not."""
+    for file in sorted(folder.glob("*.safetensors")) if folder.is_dir() else ():
+        read_header(file)
 
 
 def dtype_name(tensor: Tensor) -> str:

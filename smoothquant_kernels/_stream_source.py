@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from smoothquant_kernels import _skeleton as skeletons
-from smoothquant_kernels._safetensors import NAMES
+from smoothquant_kernels._foreign import check_float_config
+from smoothquant_kernels._safetensors import NAMES, read_header
 from smoothquant_kernels.errors import SmoothQuantError
 
 IN_MEMORY = "load the model and use smooth_and_quantize instead"
@@ -32,6 +33,21 @@ class _Place:
     size: int
 
 
+def check_folder(folder: Path) -> None:
+    """Raises SmoothQuantError unless it is a folder, of a float model: not a GGUF file, nor a name on the hub."""
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "is not a local folder"
+        raise SmoothQuantError(
+            f"{folder} {what}: streaming reads a local folder with config.json and safetensors "
+            f"(`hf download` fetches one); for anything else, {IN_MEMORY}."
+        )
+    try:
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return  # said when the model is made
+    check_float_config(config, folder)
+
+
 class WeightSource:
     """The safetensors files of a folder, of which only what is asked for is read.
 
@@ -42,6 +58,7 @@ class WeightSource:
     """
 
     def __init__(self, folder: Path) -> None:
+        check_folder(folder)
         self.folder = folder
         self.files = [folder / name for name in self._file_names()]
         self._places: dict[str, _Place] = {}
@@ -62,7 +79,9 @@ class WeightSource:
                 f"anything else, {IN_MEMORY}."
             ) from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise SmoothQuantError(f"{index} cannot be read ({error}): copy it again.") from None
+            raise SmoothQuantError(
+                f"{index} cannot be read ({error}): copy or download it again."
+            ) from None
         return sorted(names)
 
     def keys(self) -> set[str]:
@@ -88,7 +107,7 @@ class WeightSource:
                     done += count
         except OSError as error:
             raise SmoothQuantError(
-                f"{place.file} cannot be read at {key} ({error}): copy it again."
+                f"{place.file} cannot be read at {key} ({error}): copy or download it again."
             ) from error
         return data.view(place.dtype).reshape(place.shape)
 
@@ -97,27 +116,22 @@ class WeightSource:
 
 
 def _read_header(file: Path) -> dict[str, _Place]:
-    """The tensors of a safetensors file; the format is eight bytes of length, JSON, data."""
+    """Where the tensors of a safetensors file lie."""
+    entries, begin = read_header(file)
+    places = {}
     try:
-        with file.open("rb") as data:
-            length = int.from_bytes(data.read(8), "little")
-            end = file.stat().st_size
-            if not 2 <= length <= min(end - 8, 100_000_000):
-                raise ValueError("its header has no possible length")
-            header = json.loads(data.read(length))
-        places = {}
-        for name, entry in header.items():
-            if name == "__metadata__":
-                continue
+        for name, entry in entries.items():
             dtype, shape = _DTYPES[entry["dtype"]], tuple(int(n) for n in entry["shape"])
             start, stop = entry["data_offsets"]
             size = math.prod(shape) * dtype.itemsize
-            if not 0 <= start <= stop <= end - 8 - length or stop - start != size:
+            if not 0 <= start <= stop or stop - start != size:
                 raise ValueError(f"{name} does not lie in it")
-            places[name] = _Place(file, dtype, shape, 8 + length + start, size)
-        return places
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise SmoothQuantError(f"{file} cannot be read ({error}): copy it again.") from None
+            places[name] = _Place(file, dtype, shape, begin + start, size)
+    except (ValueError, KeyError, TypeError) as error:
+        raise SmoothQuantError(
+            f"{file} cannot be read ({error}): copy or download it again."
+        ) from None
+    return places
 
 
 # --- the model --------------------------------------------------------------------------------------------------------
@@ -142,8 +156,7 @@ def empty_model(folder: Path, dtype: torch.dtype | None) -> Any:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # each configuration class raises what it likes
         raise SmoothQuantError(f"{folder}/config.json cannot be read ({error}).") from error
-    if getattr(config, "quantization_config", None) is not None:
-        raise SmoothQuantError(f"{folder} is quantised already; give the float model.")
+    check_float_config(config, folder)
     names = getattr(config, "architectures", None) or ["(none)"]
     if getattr(config, "is_encoder_decoder", False):
         raise SmoothQuantError(

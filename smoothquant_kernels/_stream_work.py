@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from smoothquant_kernels._folder import _sync
-from smoothquant_kernels._safetensors import write_safetensors
+from smoothquant_kernels._manifest import FileEntry, file_entry
+from smoothquant_kernels._safetensors import join_safetensors, shard_name, write_safetensors
 from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.modules import Batch
 
@@ -56,6 +57,39 @@ class WorkFolder:
     def _hidden(self, index: int) -> Path:
         return self.folder / f"hidden-{index:05}.safetensors"
 
+    def part(self, index: int) -> Path:
+        """The weights of a block that is done; one more than there are blocks is for what is outside them."""
+        return self.folder / f"block-{index:05}.safetensors"
+
+    def join_parts(
+        self, sizes: Sequence[int], limit: int
+    ) -> tuple[list[str], dict[str, FileEntry]]:
+        """Makes the checkpoint's weight files of the parts, of at most `limit` bytes unless a part is larger.
+
+        A file takes its name when it is complete, and its parts go then: an interrupted call goes on after it, and the
+        disk holds one file more than the result.
+
+        Returns:
+            The file of each part, and size and digest of each file.
+        """
+        groups = _groups(sizes, limit)
+        names: list[str] = []
+        entries: dict[str, FileEntry] = {}
+        for number, group in enumerate(groups):
+            name = shard_name(number, len(groups))
+            target, parts = self.checkpoint / name, [self.part(i) for i in group]
+            if target.is_file():
+                entries[name] = file_entry(target)
+            else:
+                joined = self.folder / "shard.tmp"
+                entries[name] = join_safetensors(joined, parts)
+                _sync(str(joined))
+                os.replace(joined, target)
+            for part in parts:
+                part.unlink(missing_ok=True)
+            names += [name] * len(group)
+        return names, entries
+
     def records(self) -> list[dict[str, Any]]:
         """What `finish_block` noted of the blocks that are done, the first ones without a gap."""
         found: list[dict[str, Any]] = []
@@ -84,6 +118,25 @@ class WorkFolder:
             ) from None
 
 
+def _groups(sizes: Sequence[int], limit: int) -> list[list[int]]:
+    """Neighbors together, as many as fit."""
+    groups: list[list[int]] = []
+    used = 0
+    for i, size in enumerate(sizes):
+        if groups and used + size <= limit:
+            groups[-1].append(i)
+            used += size
+        else:
+            groups.append([i])
+            used = size
+    return groups
+
+
+def partial_folder(target: Path) -> Path:
+    """Where unfinished work for a target is kept."""
+    return target.with_name(f".{target.name}.partial")
+
+
 @contextmanager
 def work_folder(target: Path, call: Mapping[str, Any], *, resume: bool) -> Iterator[WorkFolder]:
     """The folder `.<name>.partial` beside the target, new or as an interrupted call left it.
@@ -97,7 +150,7 @@ def work_folder(target: Path, call: Mapping[str, Any], *, resume: bool) -> Itera
     Raises:
         SmoothQuantError: what is there belongs to another call, or another process is at work in it.
     """
-    folder = target.with_name(f".{target.name}.partial")
+    folder = partial_folder(target)
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder / _LOCK, os.O_CREAT | os.O_RDWR)
     try:

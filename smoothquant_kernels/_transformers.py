@@ -24,7 +24,7 @@ def register_transformers() -> None:
 
     Raises:
         SmoothQuantError: the installed transformers has no such hook. Later, from `from_pretrained`: what
-            `load_quantized` raises; the weights are in several files, or the model shall go to several devices.
+            `load_quantized` raises, or the model shall go to several devices.
 
     Equivalent to:
         AutoModelForCausalLM.from_pretrained = load_quantized, for folders whose config.json names our method

@@ -38,6 +38,9 @@ from smoothquant_kernels.smooth import INFO
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
+#: What `from_pretrained` reads where there are several weight files: which of them has which tensor.
+INDEX = "smoothquant.safetensors.index.json"
+MAX_SHARD_BYTES = 5_000_000_000
 _SCALES = ("w_scale", "x_scale", "inv_smooth")
 
 
@@ -47,7 +50,7 @@ def save_quantized(
     *,
     tokenizer: Any = None,
     overwrite: bool = False,
-    max_shard_bytes: int = 5_000_000_000,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> Path:
     """Writes a quantised model to a folder (docs/checkpoint.md has the format).
 
@@ -70,8 +73,7 @@ def save_quantized(
     Equivalent to:
         safetensors.torch.save_model(model, directory / "smoothquant.safetensors"), with what is needed to load it.
     """
-    if max_shard_bytes < 1:
-        raise SmoothQuantError(f"max_shard_bytes must be at least 1, got {max_shard_bytes}.")
+    check_shard_bytes(max_shard_bytes)
     check_tokenizer(tokenizer)
     texts = config_texts(model)
     manifest, tensors = _describe(model, texts, max_shard_bytes)
@@ -226,10 +228,19 @@ def write_other_files(
         tokenizer.save_pretrained(folder)
     for name, text in texts.items():
         (folder / name).write_text(text, "utf-8")
+    weight_map = {name: entry["file"] for name, entry in manifest.tensors.items()}
+    if len(set(weight_map.values())) > 1:
+        index = {"metadata": {}, "weight_map": weight_map}
+        (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", "utf-8")
     for file in sorted(folder.rglob("*")):
         name = file.relative_to(folder).as_posix()
         if file.is_file() and name not in manifest.files:
             manifest.files[name] = file_entry(file)
+
+
+def check_shard_bytes(limit: int) -> None:
+    if limit < 1:
+        raise SmoothQuantError(f"max_shard_bytes must be at least 1, got {limit}.")
 
 
 def check_tokenizer(tokenizer: Any) -> None:

@@ -2,7 +2,8 @@
 `_commands.py`, `_report_command.py`, `_inspect.py`, `_doctor.py` and `_demo.py`, imported only when they run, so that
 `--help` is quick.
 
-Exit codes: 0 success; 2 a mistake in the request, told in one sentence; 130 Ctrl-C; 1 a defect.
+Exit codes: 0 success; 2 a mistake in the request, told in one sentence; 130 Ctrl-C; 1 a defect, or a file that
+`inspect --verify` finds changed.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from smoothquant_kernels._options import (
     Model,
     Scheme,
     Skip,
+    SmoothRounding,
     Verbose,
     WeightGranularity,
     Window,
@@ -71,6 +73,7 @@ def quantize(
     alpha: Alpha = None,
     scheme: Scheme = None,
     weight_granularity: WeightGranularity = None,
+    smooth_rounding: SmoothRounding = None,
     skip: Skip = None,
     config: Config = None,
     calibration: Calibration = "topics:calibration",
@@ -117,6 +120,7 @@ def quantize(
                 alpha=alpha,
                 activation_scheme=scheme,
                 weight_granularity=weight_granularity,
+                smooth_rounding=smooth_rounding,
                 skip=tuple(skip) if skip else None,
                 calibration_tokens=calibration_tokens,
                 smooth=False if no_smooth else None,
@@ -200,6 +204,7 @@ def report(
     alpha: Alpha = None,
     scheme: Scheme = None,
     weight_granularity: WeightGranularity = None,
+    smooth_rounding: SmoothRounding = None,
     skip: Skip = None,
     config: Config = None,
     calibration: Calibration = "topics:calibration",
@@ -236,6 +241,7 @@ def report(
             "alpha": alpha,
             "activation_scheme": scheme,
             "weight_granularity": weight_granularity,
+            "smooth_rounding": smooth_rounding,
             "skip": tuple(skip) if skip else None,
             "calibration_tokens": calibration_tokens,
             "smooth": False if no_smooth else None,
@@ -302,6 +308,12 @@ def generate(
 @app.command()
 def inspect(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that quantize wrote.")],
+    verify: Annotated[
+        bool,
+        typer.Option(
+            "--verify", help="Read all files and compare their digests; exit code 1 if one differs."
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """What a checkpoint holds, layer by layer, without loading its weights."""
@@ -309,7 +321,7 @@ def inspect(
     def work() -> Document:
         from smoothquant_kernels._inspect import inspect_checkpoint
 
-        return inspect_checkpoint(directory)
+        return inspect_checkpoint(directory, verify=verify)
 
     def render(document: Document) -> object:
         from smoothquant_kernels._inspect import render_inspect

@@ -1,4 +1,4 @@
-"""Causal language models and their tokenizers: from the hub, a folder, or a GGUF file.
+"""Models and their tokenizers: from the hub, a folder, or a GGUF file.
 
 Everything a user can get wrong here (a name, a path, a broken file, no network) ends in one
 `SmoothQuantError` sentence. transformers is imported inside the functions: it takes seconds, and
@@ -17,6 +17,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import torch
 
+from ._foreign import check_float_config
+from ._kinds import model_class
+from ._safetensors import check_headers
 from .errors import SmoothQuantError
 
 if TYPE_CHECKING:
@@ -41,7 +44,7 @@ _TOKENIZERS = (
 def load_model(
     source: str | Path, *, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """A causal language model in eval mode, with plain floating-point weights.
+    """A model in eval mode, with plain floating-point weights: of the class that its config.json names.
 
     Args:
         source: a hub name (`org/name`), a folder with config.json and weights, a folder with one
@@ -50,10 +53,9 @@ def load_model(
         trust_remote_code: run the Python files of a hub repository; never done unless asked for.
     Returns: the model on the CPU. One that came from GGUF is plain as well: `save_pretrained` works
         on it, its config has no quantization_config, and tied weights are tied.
-    Raises: SmoothQuantError if the source is unknown or broken, is not a causal language model,
-        lacks weights, or is quantised already.
+    Raises: SmoothQuantError if the source is unknown or broken, lacks weights, or is quantised already.
     Equivalent to:
-        AutoModelForCausalLM.from_pretrained(source, dtype=dtype).eval()
+        AutoModelForCausalLM.from_pretrained(source, dtype=dtype).eval()   # or BertModel, ViTModel, ...
     Source: Hugging Face transformers, `from_pretrained`, with the errors and the GGUF case mended.
     """
     _require("transformers")
@@ -64,30 +66,70 @@ def load_model(
     place = _locate(source, "model")
 
     def load() -> PreTrainedModel:
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM
 
         options: dict[str, Any] = {**place.options, "trust_remote_code": trust_remote_code}
+        cls: Any = AutoModelForCausalLM
         if place.gguf_file is None:
             # The config comes first: it is small, and it may forbid what the weights would take
             # minutes to say.
-            options["config"] = AutoConfig.from_pretrained(place.name, **options)
-            _refuse_quantized(options["config"], source)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            options["config"] = _read_config(place, trust_remote_code)
+            check_float_config(options["config"], source)
+            cls = model_class(options["config"])
+            if cls is not AutoModelForCausalLM:
+                del options["trust_remote_code"]  # a class of transformers runs no other code
+            check_headers(Path(place.name))
+        loaded: Any = cls.from_pretrained(
             place.name, dtype=dtype, output_loading_info=True, **options
         )
         model, info = loaded
         # transformers fills missing weights with random numbers and goes on; a model with such
         # weights is noise.
         if missing := sorted(info["missing_keys"]):
+            cls_name = type(model).__name__
             raise SmoothQuantError(
                 f"{source} lacks {len(missing)} of the model's weights (first: {missing[0]}); "
-                "it is incomplete or not a causal language model."
+                f"it is incomplete, or not the {cls_name} that its config.json names."
             )
         return _plain(model, place.stem) if place.gguf_file else cast("PreTrainedModel", model)
 
     model = _guarded(load, f"The model {source} could not be loaded")
     model.train(False)
     return model
+
+
+def load_config(source: str | Path) -> Any:
+    """The configuration of a model, without its weights; None for a GGUF file, whose weights would be read with it.
+
+    Raises: SmoothQuantError if the source is unknown, its config.json cannot be read, or says that the weights are
+        quantized.
+    """
+    _require("transformers")
+    place = _locate(source, "model")
+    if place.gguf_file is not None:
+        return None
+    config = _guarded(
+        lambda: _read_config(place), f"The configuration of {source} could not be read"
+    )
+    check_float_config(config, source)
+    return config
+
+
+def load_image_processor(source: str | Path) -> Any:
+    """What turns images into the `pixel_values` of a vision model.
+
+    Raises: SmoothQuantError if the source is unknown or has no such processor, or Pillow is missing.
+    """
+    _require("transformers", "PIL")
+    place = _locate(source, "model")
+
+    def load() -> Any:
+        from transformers import AutoImageProcessor
+
+        cls: Any = AutoImageProcessor  # its methods carry no annotations
+        return cls.from_pretrained(place.name, **place.options)
+
+    return _guarded(load, f"The image processor of {source} could not be loaded")
 
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
@@ -269,18 +311,11 @@ def _plain(model: PreTrainedModel, name: str) -> PreTrainedModel:
     return cast("PreTrainedModel", plain)
 
 
-def _refuse_quantized(config: Any, source: str | Path) -> None:
-    quantization = getattr(config, "quantization_config", None)
-    if quantization is None:
-        return
-    method = (
-        quantization.get("quant_method")
-        if isinstance(quantization, dict)
-        else quantization.quant_method
-    )
-    raise SmoothQuantError(
-        f"{source} is quantised already ({method}); use load_quantized if this package wrote it, "
-        "else give the original floating-point model."
+def _read_config(place: _Place, trust_remote_code: bool = False) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(
+        place.name, local_files_only=place.local_files_only, trust_remote_code=trust_remote_code
     )
 
 
@@ -299,6 +334,7 @@ def _guarded(load: Callable[[], T], failure: str) -> T:
 
 def _require(*packages: str) -> None:
     missing = [package for package in packages if find_spec(package) is None]
+    missing = ["pillow" if package == "PIL" else package for package in missing]
     if missing:
         raise SmoothQuantError(
             f"This needs packages that are not installed: run `pip install {' '.join(missing)}`."

@@ -18,6 +18,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.utils import _pytree as pytree
 
 from smoothquant_kernels._attached import keeps_float
+from smoothquant_kernels._foreign import check_float_model
 from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.linear import W8A8Linear, is_conv1d, is_float_linear, weight_of
 from smoothquant_kernels.reference import MAX_K
@@ -39,8 +40,9 @@ def partition_linears(
     """The float linears to quantise, and those left in float with the reason.
 
     Raises:
-        SmoothQuantError: there is no linear layer to quantise.
+        SmoothQuantError: there is no linear layer to quantise, or another tool has quantized the model.
     """
+    check_float_model(model)
     heads = output_heads(model)
     chosen: dict[str, nn.Module] = {}
     skipped: dict[str, str] = {}

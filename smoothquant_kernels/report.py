@@ -193,11 +193,13 @@ def check_report_folder(directory: Path, *, overwrite: bool) -> None:
     if directory.exists() and not directory.is_dir():
         raise SmoothQuantError(f"{directory} is a file: give the name of a folder.")
     if directory.is_dir() and any(directory.iterdir()):
-        if not overwrite:
-            raise SmoothQuantError(f"{directory} exists already; give another name, or --force.")
         if not (directory / NUMBERS).is_file():
             raise SmoothQuantError(
-                f"{directory} is not a report and is not replaced; give another name."
+                f"{directory} exists already, is not a report and is not replaced; give another name."
+            )
+        if not overwrite:
+            raise SmoothQuantError(
+                f"{directory} exists already: pass overwrite=True to replace it, or give another name."
             )
 
 

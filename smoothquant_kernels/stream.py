@@ -14,9 +14,10 @@ from smoothquant_kernels import _skeleton as skeletons
 from smoothquant_kernels._batches import count_tokens, explained, small_batch
 from smoothquant_kernels._changes import Changes
 from smoothquant_kernels._folder import check_target, put, seal
-from smoothquant_kernels._manifest import MANIFEST, FileEntry, TensorEntry
+from smoothquant_kernels._manifest import MANIFEST, TensorEntry
 from smoothquant_kernels._patterns import check_patterns, patterns_within
 from smoothquant_kernels._safetensors import dtype_name, unique, write_safetensors
+from smoothquant_kernels._space import check_space, checkpoint_bytes
 from smoothquant_kernels._statistics import shortage
 from smoothquant_kernels._stream_blocks import BlockChain, BlockView
 from smoothquant_kernels._stream_source import (
@@ -27,7 +28,13 @@ from smoothquant_kernels._stream_source import (
     match_names,
     owned_outside,
 )
-from smoothquant_kernels._stream_work import WorkFolder, digest_of, remove, work_folder
+from smoothquant_kernels._stream_work import (
+    WorkFolder,
+    digest_of,
+    partial_folder,
+    remove,
+    work_folder,
+)
 from smoothquant_kernels.calibrate import (
     ActivationStatistics,
     CalibrationData,
@@ -36,7 +43,9 @@ from smoothquant_kernels.calibrate import (
     calibration_batches,
 )
 from smoothquant_kernels.checkpoint import (
+    MAX_SHARD_BYTES,
     check_scales,
+    check_shard_bytes,
     check_tokenizer,
     config_texts,
     constructed_again,
@@ -67,6 +76,7 @@ def quantize_streamed(
     overwrite: bool = False,
     resume: bool = True,
     progress: bool = True,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> Path:
     """Calibrates, smooths, quantises and saves a model of which one block at a time is in memory.
 
@@ -88,6 +98,7 @@ def quantize_streamed(
         resume: go on with what an interrupted call left. If that call was another (source, data, settings), it is
             an error; False drops what is left and starts anew.
         progress: show a progress bar.
+        max_shard_bytes: as in `save_quantized`; a block is never split.
 
     Returns:
         The folder.
@@ -98,12 +109,13 @@ def quantize_streamed(
 
     Equivalent to:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-        save_quantized(smooth_and_quantize(model, data, config), directory), in other files
+        save_quantized(smooth_and_quantize(model, data, config), directory)
 
     Source: SmoothQuant (Xiao et al., 2022).
     """
     config = config or SmoothQuantConfig()
     check_tokenizer(tokenizer)
+    check_shard_bytes(max_shard_bytes)
     target = Path(directory).expanduser().resolve()
     check_target(target, MANIFEST, overwrite)
     weights = WeightSource(Path(source).expanduser().resolve())
@@ -123,16 +135,24 @@ def quantize_streamed(
     tokens = sum(map(count_tokens, batches))
     if (short := shortage(tokens, config.calibration_tokens)) is not None:
         warnings.warn(short, stacklevel=2)
+    hidden = sum(b["input_ids"].numel() for b in batches if "input_ids" in b) * _hidden_size(model)
+    # Twice the hidden states, before and after a block; and while weight files are joined, the largest of them.
+    whole = checkpoint_bytes(model, partition_linears(model, config.skip)[0])
+    done = partial_folder(target)
+    there = sum(f.stat().st_size for f in done.rglob("*") if f.is_file())
+    check_space(target, whole + min(whole, max_shard_bytes) + 2 * hidden - there)
     call = {
         "source": [str(weights.folder), weights.identity()],
         "dtype": str(model.dtype),
         "config": config.to_dict(),
         "calibration data": digest_of(batches),
+        "max_shard_bytes": max_shard_bytes,
         "release": [package_version(), torch.__version__],
     }
     try:
         with work_folder(target, call, resume=resume) as work, evaluating(model):
-            stream = _Stream(model, weights, batches, config, work, torch.device(device or "cpu"))
+            place = torch.device(device or "cpu")
+            stream = _Stream(model, weights, batches, config, work, place, max_shard_bytes)
             stream.run(progress=progress)
             stream.finish(tokenizer)
             seal(work.checkpoint)
@@ -143,6 +163,12 @@ def quantize_streamed(
             f"{target} cannot be written ({error.strerror or error}): free some space, then repeat the call to go on."
         ) from error
     return target
+
+
+def _hidden_size(model: Any) -> int:
+    """Bytes of one token's hidden states, about."""
+    size = getattr(model.config.get_text_config(), "hidden_size", 0)
+    return (size if isinstance(size, int) else 0) * int(model.dtype.itemsize)
 
 
 class _Stream:
@@ -156,8 +182,10 @@ class _Stream:
         config: SmoothQuantConfig,
         work: WorkFolder,
         device: torch.device,
+        max_shard_bytes: int,
     ) -> None:
         self.model, self.weights, self.batches = model, weights, batches
+        self.max_shard_bytes = max_shard_bytes
         self.config, self.work, self.device = config, work, device
         self.names = match_names(model, weights)
         self.order = [name for name, _ in model.named_modules()]
@@ -220,16 +248,15 @@ class _Stream:
         tensors, tied = unique(skeletons.layer_state(block, prefix=f"{self.chain.names[index]}."))
         modules, shared = skeletons.describe_modules(view)
         check_scales(tensors, modules)
-        shard = f"smoothquant-{index + 1:05}-of-{len(self.chain.names) + 1:05}.safetensors"
-        entry = write_safetensors(self.work.checkpoint / shard, tensors)
+        entry = write_safetensors(self.work.part(index), tensors)
         record = {
             "layers": getattr(view, INFO, {}).get("layers", []),
             "skipped": skipped,
             "modules": modules,
             "shared": shared,
-            "tensors": _entries(tensors, shard),
+            "tensors": _entries(tensors),
             "tied": tied,
-            "file": [shard, entry],
+            "size": entry["size"],
             "tuples": self.chain.tuples,
         }
         states = {f"batch.{i}": h for i, h in enumerate(self.hidden) if h is not None}
@@ -347,10 +374,14 @@ class _Stream:
         names = list(skeletons.layer_state(model))
         buffers = non_persistent_buffers(model, again, set(names))
         rest |= buffers
-        shard = f"smoothquant-{len(records) + 1:05}-of-{len(records) + 1:05}.safetensors"
-        entries = _entries(rest, shard)
-        for record in records:
-            entries |= record["tensors"]
+        last = write_safetensors(self.work.part(len(records)), rest)
+        sizes = [*(record["size"] for record in records), last["size"]]
+        shards, files = self.work.join_parts(sizes, self.max_shard_bytes)
+        entries: dict[str, TensorEntry] = {}
+        for shard, tensors in zip(
+            shards, [*(record["tensors"] for record in records), _entries(rest)], strict=True
+        ):
+            entries |= {name: {**entry, "file": shard} for name, entry in tensors.items()}
         manifest = make_manifest(
             model,
             again,
@@ -361,16 +392,15 @@ class _Stream:
             non_persistent=list(buffers),
         )
         folder = self.work.checkpoint
-        files: dict[str, FileEntry] = {r["file"][0]: r["file"][1] for r in records}
         manifest.files.update(files)
-        manifest.files[shard] = write_safetensors(folder / shard, rest)
         write_other_files(folder, manifest, texts, tokenizer)
         (folder / MANIFEST).write_text(manifest.to_json(), "utf-8")
 
 
-def _entries(tensors: Mapping[str, Tensor], file: str) -> dict[str, TensorEntry]:
+def _entries(tensors: Mapping[str, Tensor]) -> dict[str, TensorEntry]:
+    """Of a part, whose file is not known yet."""
     return {
-        name: {"file": file, "dtype": dtype_name(t), "shape": list(t.shape)}
+        name: {"file": "", "dtype": dtype_name(t), "shape": list(t.shape)}
         for name, t in tensors.items()
     }
 

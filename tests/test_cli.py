@@ -12,57 +12,20 @@ from typing import Any
 
 import pytest
 import torch
+from command_line import QUANTIZE, TEXT, VOCABULARY, Result, refused, word_tokenizer
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
 from smoothquant_kernels import _console, _doctor
-from smoothquant_kernels.cli import app
-
-WORDS = "the a cat dog sat ran on under mat tree and then slept while it rained all day".split()
-TEXT = " ".join(WORDS[(i * i + i // 7) % len(WORDS)] for i in range(1500))
-QUANTIZE = ("--calibration-tokens", "200", "--device", "cpu")
-
-
-class Result:
-    """What a command left: exit code, and both streams."""
-
-    def __init__(self, *arguments: object) -> None:
-        result = CliRunner().invoke(app, [str(a) for a in arguments], prog_name="sqk")
-        assert result.exception is None or isinstance(result.exception, SystemExit), result.exc_info
-        self.code, self.out, self.err = result.exit_code, result.stdout, result.stderr
-
-    @property
-    def json(self) -> Any:
-        assert self.code == 0, self.err
-        return json.loads(self.out)
-
-
-def refused(*arguments: object) -> str:
-    """The one sentence of a command that must fail by the user's mistake."""
-    result = Result(*arguments)
-    assert result.code == 2, (result.code, result.out, result.err)
-    assert result.out == ""
-    assert "Traceback" not in result.err
-    lines = [line for line in result.err.splitlines() if line.startswith("Error: ")]
-    assert len(lines) == 1 and result.err.splitlines()[-1] == lines[0], result.err
-    return lines[0].removeprefix("Error: ")
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a random LLaMA and a tokenizer of twenty words."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-    vocabulary = {word: i for i, word in enumerate(["<unk>", "<s>", "</s>", *WORDS])}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
-    )
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(vocabulary),
+        vocab_size=len(VOCABULARY),
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=2,
@@ -73,7 +36,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     folder = tmp_path_factory.mktemp("cli") / "tiny"
     LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
     return folder
 
 
@@ -248,18 +211,19 @@ def test_json_has_no_nan() -> None:
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (("--alpha", "1.5"), "alpha must be a number in [0, 1]; got 1.5."),
-        (("--alpha", "nan"), "alpha must be a number in [0, 1]; got nan."),
-        (("--scheme", "per_row"), "activation_scheme must be one of per_token, per_tensor, static"),
-        (("--weight-granularity", "row"), "weight_granularity must be one of channel, tensor"),
-        (("--calibration-tokens", "0"), "calibration_tokens must be a whole number >= 1"),
+        (("--alpha", "1.5"), "--alpha must be a number in [0, 1]; got 1.5."),
+        (("--alpha", "nan"), "--alpha must be a number in [0, 1]; got nan."),
+        (("--scheme", "per_row"), "--scheme must be one of per_token, per_tensor, static"),
+        (("--weight-granularity", "row"), "--weight-granularity must be one of channel, tensor"),
+        (("--calibration-tokens", "0"), "--calibration-tokens must be a whole number >= 1"),
         (("--calibration", "EMPTY"), "There is no text in"),
         (("--calibration", "MISSING"), "There is no file or folder"),
         (("--config", "UNKNOWN_KEY"), "unknown setting aplha; known are"),
         (("--config", "MISSING"), "cannot be read: No such file or directory"),
-        (("--dtype", "int8"), "dtype must be one of float32, bfloat16, float16"),
+        (("--dtype", "int8"), "--dtype must be one of float32, bfloat16, float16"),
         (("--device", "abacus"), "the device 'abacus' cannot be used here"),
         (("--skip", "*"), "no linear layer to quantise"),
+        (("--smooth-rounding", "up"), "--smooth-rounding must be one of auto, power_of_two, none"),
     ],
 )
 def test_bad_options(

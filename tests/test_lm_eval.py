@@ -20,7 +20,9 @@ from transformers.quantizers.base import HfQuantizer
 
 from smoothquant_kernels import _transformers, load_quantized, save_quantized
 from smoothquant_kernels import lm_eval as wrapper
+from smoothquant_kernels._manifest import MANIFEST, digest
 from smoothquant_kernels._transformers import register_transformers
+from smoothquant_kernels.checkpoint import INDEX
 from smoothquant_kernels.text import topics
 
 TASK = "python_docs"
@@ -82,10 +84,31 @@ def test_a_model_saved_with_eager_attention_loads_with_it(tmp_path: Path) -> Non
     assert_same_bits(logits(loaded), logits(model))
 
 
+def test_from_pretrained_reads_several_weight_files(
+    saved: tuple[nn.Module, Path], tmp_path: Path
+) -> None:
+    model, _ = saved
+    shards = save_quantized(model, tmp_path / "shards", max_shard_bytes=20_000)
+    assert len(list(shards.glob("*.safetensors"))) > 3
+    loaded = from_pretrained(shards)
+    assert_same_state(loaded, load_quantized(shards))
+    assert_same_bits(logits(loaded), logits(model))
+
+
+def rewrite_without_index(folder: Path) -> None:
+    """As a release that did not know the index would have written it."""
+    manifest = folder / MANIFEST
+    values = json.loads(manifest.read_text())
+    (folder / INDEX).unlink()
+    del values["files"][INDEX], values["digest"]
+    manifest.write_text(json.dumps({**values, "digest": digest(values)}))
+
+
 def test_from_pretrained_refuses(saved: tuple[nn.Module, Path], tmp_path: Path) -> None:
     model, folder = saved
     assert "spread the model" in refusal(lambda: from_pretrained(folder, device_map="auto"))
     shards = save_quantized(model, tmp_path / "shards", max_shard_bytes=20_000)
+    rewrite_without_index(shards)
     assert "weight files" in refusal(lambda: from_pretrained(shards))
     with pytest.raises(ValueError, match="not serializable"):
         from_pretrained(folder).save_pretrained(tmp_path / "again")

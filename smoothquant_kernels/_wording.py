@@ -1,0 +1,62 @@
+"""Errors speak of arguments of the Python API; the command line says the same of its options."""
+
+from __future__ import annotations
+
+import re
+
+#: Settings and arguments -> the options that set them.
+OPTIONS = {
+    "activation_scheme": "--scheme",
+    "alpha": "--alpha",
+    "calibration_tokens": "--calibration-tokens",
+    "max_tokens": "--max-tokens",
+    "skip": "--skip",
+    "smooth_rounding": "--smooth-rounding",
+    "weight_granularity": "--weight-granularity",
+    "window": "--window",
+}
+
+# In this order; a sentence that is not here has no words of the API in it, which a test sees to.
+_TABLE = (
+    ("load the model and use smooth_and_quantize instead", "leave out --stream"),
+    ("pass overwrite=True to replace it", "add --force to replace it"),
+    ("pass resume=False to drop it and start anew", "add --restart to drop it and start anew"),
+    ("pass resume=False to start anew", "add --restart to start anew"),
+    (", or pass verify=False if you changed it on purpose", ""),
+    ("pass dtype=torch.float32", "give --dtype float32"),
+    ("use load_quantized, or give the original model", "give the original model"),
+    ("a folder that save_quantized wrote", "a folder that quantize wrote"),
+    (", or pass model= with a model of that class", ""),
+    (
+        "pass model= with a float model of that architecture",
+        "in Python, load_quantized takes such a model",
+    ),
+    (
+        "pass a model of the same class and configuration",
+        "quantize the model again with the installed transformers",
+    ),
+    (
+        "pass a model whose buffers have data",
+        "quantize the model again with the installed transformers",
+    ),
+    (
+        "run smooth_lm on calibration data first (smooth=False only measures), or skip them",
+        "calibrate on more text, or leave them in float with --skip",
+    ),
+    (
+        "use smoothquant_kernels.stream.quantize_streamed, which reads one block at a time",
+        "add --stream, which reads one block at a time",
+    ),
+    ("; to pass a text itself, pass [text]", ""),
+    ("; pass a text itself as [text]", ""),
+    (", or call quantize_model to go on with these", ""),
+)
+_SETTING = re.compile(rf"^({'|'.join(OPTIONS)})(?= must be )")
+
+
+def for_command_line(sentence: str) -> str:
+    """The sentence of an error with options in place of arguments."""
+    for words, instead in _TABLE:
+        sentence = sentence.replace(words, instead)
+    # Only at the start: a settings file's own names come after its path.
+    return _SETTING.sub(lambda found: OPTIONS[found[0]], sentence)

@@ -1,0 +1,47 @@
+"""What is imported when: help needs neither torch nor transformers, and every public name is still there."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+import smoothquant_kernels
+
+
+def run(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+HELP = """
+import sys
+from smoothquant_kernels.cli import main
+sys.argv[1:] = {arguments}
+try:
+    main()
+except SystemExit as end:
+    assert not end.code
+print(sorted({{"torch", "transformers", "numpy"}} & set(sys.modules)), file=sys.stderr)
+assert not {{"torch", "transformers", "numpy"}} & set(sys.modules)
+"""
+
+
+def test_help_does_not_load_torch() -> None:
+    assert "quantize" in run(HELP.format(arguments=["--help"]))
+    assert "power_of_two" in run(HELP.format(arguments=["quantize", "--help"]))
+
+
+def test_public_names() -> None:
+    for name in smoothquant_kernels.__all__:
+        assert getattr(smoothquant_kernels, name) is not None
+    assert set(smoothquant_kernels.__all__) <= set(dir(smoothquant_kernels))
+    assert smoothquant_kernels.reference.__name__ == "smoothquant_kernels.reference"
+    with pytest.raises(AttributeError, match="has no attribute 'smooth_ml'"):
+        _ = smoothquant_kernels.smooth_ml
+
+
+def test_the_import_registers_the_ops_where_torch_is_loaded() -> None:
+    run("import torch, smoothquant_kernels; torch.ops.smoothquant_kernels.quantize.default")

@@ -1,0 +1,70 @@
+"""Weight files of a streamed checkpoint: as few as the limit allows, joined after the blocks, resumable."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from checkpoints import assert_same_state, contents, logits, refusal
+from safetensors import safe_open
+from test_stream import BATCHES, Stopped, family, save_float
+
+from smoothquant_kernels import (
+    _stream_work,
+    load_quantized,
+    quantize_streamed,
+    register_transformers,
+)
+
+
+def test_shards_are_joined_and_from_pretrained_reads_them(tmp_path: Path) -> None:
+    """One file where all fits into it, else as many blocks in a file as fit; a block is not split."""
+    source = save_float(family("llama_gqa"), tmp_path / "float")
+    whole = quantize_streamed(source, tmp_path / "one", BATCHES, progress=False)
+    files = sorted(whole.glob("*.safetensors"))
+    assert [f.name for f in files] == ["smoothquant.safetensors"]
+    size = files[0].stat().st_size
+    register_transformers()
+    for limit, count in ((size * 3 // 4, 2), (1, 3)):  # two blocks and the rest
+        folder = quantize_streamed(
+            source, tmp_path / str(limit), BATCHES, progress=False, max_shard_bytes=limit
+        )
+        shards = sorted(f.name for f in folder.glob("*.safetensors"))
+        assert shards == [f"smoothquant-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+        index = json.loads((folder / "smoothquant.safetensors.index.json").read_text())
+        for shard in shards:
+            with safe_open(folder / shard, framework="pt") as file:
+                assert {n for n, f in index["weight_map"].items() if f == shard} == set(file.keys())
+        expected = load_quantized(folder)
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        assert_same_state(loaded, expected)
+        assert torch.equal(logits(loaded), logits(load_quantized(whole)))
+    assert "max_shard_bytes" in refusal(
+        lambda: quantize_streamed(source, tmp_path / "x", BATCHES, max_shard_bytes=0)
+    )
+
+
+def test_resumes_while_files_are_joined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed after the first joined file: its blocks are gone by then, and it is not made again."""
+    source = save_float(family("llama"), tmp_path / "float")
+    options: Any = {"progress": False, "max_shard_bytes": 1}
+    whole = quantize_streamed(source, tmp_path / "whole", BATCHES, **options)
+    join, calls = _stream_work.join_safetensors, []
+
+    def failing(path: Path, parts: Any) -> Any:
+        calls.append(path)
+        if len(calls) == 2:
+            raise Stopped
+        return join(path, parts)
+
+    monkeypatch.setattr(_stream_work, "join_safetensors", failing)
+    with pytest.raises(Stopped):
+        quantize_streamed(source, tmp_path / "target", BATCHES, **options)
+    quantize_streamed(source, tmp_path / "target", BATCHES, **options)
+    assert len(calls) == 4  # one and a failure, then the two that are left
+    assert contents(tmp_path / "target") == contents(whole)
+    assert not list(tmp_path.glob(".*"))

@@ -1,0 +1,106 @@
+"""Errors on the command line speak of its options: every message of the package is read."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import smoothquant_kernels
+from smoothquant_kernels import _options, _wording, config
+from smoothquant_kernels._pipeline import _DTYPES
+from smoothquant_kernels._stream_source import IN_MEMORY
+from smoothquant_kernels._wording import for_command_line
+
+PACKAGE = Path(smoothquant_kernels.__file__).parent
+FUNCTIONS = "|".join(n for n in smoothquant_kernels.__all__ if n.islower() and n != "ops")
+API = re.compile(rf"\b\w+=(?!=)|\b({FUNCTIONS}|load_model|from_pretrained)\b|\b[Pp]ass |torch\.\w")
+# Of functions that no command calls, or of arguments that it always gives.
+PYTHON_ONLY = (
+    "_statistics.py: all_reduce",
+    "_transformers.py: ",
+    "calibrate.py: ",  # of data that users make
+    "checkpoint.py: max_shard_bytes",
+    "checkpoint.py: the model has no quantised layer",
+    "checkpoint.py: tokenizer must",
+    "models.py: dtype must be",
+    "modules.py: a batch",
+    "report.py: to evaluate on text",
+)
+
+
+def literal(node: ast.expr) -> str:
+    """The text of a string expression, with `...` for what is put in."""
+    match node:
+        case ast.Constant(value=str(text)):
+            return text
+        case ast.JoinedStr(values=values):
+            return "".join(literal(v) for v in values)
+        case ast.FormattedValue(value=ast.Name(id="IN_MEMORY")):
+            return IN_MEMORY
+        case ast.BinOp(left=left, right=right):
+            return literal(left) + literal(right)
+        case ast.IfExp(body=body, orelse=other):
+            return literal(body) + literal(other)
+    return "..."
+
+
+def messages() -> Iterator[str]:
+    for file in sorted(PACKAGE.glob("**/*.py")):
+        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.args:
+                if node.func.id in ("SmoothQuantError", "MismatchError"):
+                    yield f"{file.name}: {literal(node.args[0])}"
+
+
+def test_messages_have_no_words_of_the_api() -> None:
+    found = [m for m in messages() if not m.startswith(PYTHON_ONLY)]
+    assert len(found) > 100
+    # A sentence may send people to Python, if it says so.
+    wrong = [
+        m
+        for m in found
+        if API.search(for_command_line(m)) and "in Python, " not in for_command_line(m)
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_table_has_nothing_that_no_message_says() -> None:
+    said = "\n".join(messages())
+    assert not [words for words, _ in _wording._TABLE if words not in said]
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        (f"no blocks: {IN_MEMORY}.", "no blocks: leave out --stream."),
+        (
+            "x exists already: pass overwrite=True to replace it, or",
+            "x exists already: add --force to replace it, or",
+        ),
+        ("alpha must be a number; got 2", "--alpha must be a number; got 2"),
+        ("c.json: alpha must be a number; got 2", "c.json: alpha must be a number; got 2"),
+        ("smooth must be true or false", "smooth must be true or false"),
+    ],
+)
+def test_options_in_place_of_arguments(said: str, expected: str) -> None:
+    assert for_command_line(said) == expected
+
+
+def test_choices_in_the_help_are_those_of_the_configuration() -> None:
+    assert _options.DTYPES == tuple(_DTYPES)
+    assert _options.SCHEMES == config.ACTIVATION_SCHEMES
+    assert _options.GRANULARITIES == config.WEIGHT_GRANULARITIES
+    assert _options.ROUNDINGS == config.ROUNDINGS
+
+
+def test_options_exist() -> None:
+    program = (PACKAGE / "cli.py").read_text("utf-8")
+    known = {f"--{name.replace('_', '-')}" for name in re.findall(r"^    (\w+): ", program, re.M)}
+    assert set(_wording.OPTIONS.values()) <= known
+    for _, instead in _wording._TABLE:
+        for option in re.findall(r"--[a-z][a-z-]*", instead):
+            assert option in known or f'"{option}"' in program
