@@ -66,7 +66,7 @@ class Selectors(TorchDispatchMode):
 
     def finish(self, output: Any) -> None:
         """Indices that no operation read and that the model does not return were read by Python, unseen."""
-        returned = set()
+        returned: set[int] = set()
         for t in tensors_in(output):
             returned |= self._choices.get(storage_of(t), {}).keys()
         for choices in self._choices.values():

@@ -19,6 +19,7 @@ from smoothquant_kernels._patterns import check_patterns, patterns_within
 from smoothquant_kernels._safetensors import dtype_name, unique, write_safetensors
 from smoothquant_kernels._space import check_space, checkpoint_bytes
 from smoothquant_kernels._statistics import shortage
+from smoothquant_kernels._stream_batches import hidden_size, joined, known, split
 from smoothquant_kernels._stream_blocks import BlockChain, BlockView
 from smoothquant_kernels._stream_source import (
     IN_MEMORY,
@@ -60,7 +61,6 @@ from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.modules import Batch, evaluating, partition_linears
 from smoothquant_kernels.smooth import INFO, relative_difference, smooth_into, smooth_lm
 
-_HIDDEN = "hidden_states"
 _SAMPLE = "sample."
 
 
@@ -135,7 +135,7 @@ def quantize_streamed(
     tokens = sum(map(count_tokens, batches))
     if (short := shortage(tokens, config.calibration_tokens)) is not None:
         warnings.warn(short, stacklevel=2)
-    hidden = sum(b["input_ids"].numel() for b in batches if "input_ids" in b) * _hidden_size(model)
+    hidden = sum(b["input_ids"].numel() for b in batches if "input_ids" in b) * hidden_size(model)
     # Twice the hidden states, before and after a block; and while weight files are joined, the largest of them.
     whole = checkpoint_bytes(model, partition_linears(model, config.skip)[0])
     done = partial_folder(target)
@@ -163,12 +163,6 @@ def quantize_streamed(
             f"{target} cannot be written ({error.strerror or error}): free some space, then repeat the call to go on."
         ) from error
     return target
-
-
-def _hidden_size(model: Any) -> int:
-    """Bytes of one token's hidden states, about."""
-    size = getattr(model.config.get_text_config(), "hidden_size", 0)
-    return (size if isinstance(size, int) else 0) * int(model.dtype.itemsize)
 
 
 class _Stream:
@@ -281,13 +275,13 @@ class _Stream:
 
         def step(batch: Batch) -> Tensor:
             result: Tensor = explained(
-                self.model, batch, lambda: self.chain.step(index, block, *_split(batch))
+                self.model, batch, lambda: self.chain.step(index, block, *split(batch))
             )
             return result
 
         with Recorder(statistics, linears, self.model) as recorder:
             for i, batch in enumerate(self.batches):
-                self.hidden[i] = recorder.measure(_joined(batch, self.hidden[i]), step).cpu()
+                self.hidden[i] = recorder.measure(joined(batch, self.hidden[i]), step).cpu()
         statistics.check_finite()
         original = self.chain.step(index, block, self.sample, self.original).cpu()
         if linears:
@@ -308,7 +302,7 @@ class _Stream:
     def _do_rest(self) -> tuple[list[dict[str, Any]], dict[str, str], float]:
         """Smooths and quantises linears outside the blocks; their entries, what is skipped, and the model's change."""
         model = self.model
-        before = self.chain.finish(self.sample, _known(self.original))
+        before = self.chain.finish(self.sample, known(self.original))
         try:
             linears, skipped = partition_linears(model, self.config.skip)
         except SmoothQuantError:  # the usual case
@@ -318,12 +312,12 @@ class _Stream:
             statistics = self._statistics(linears)
 
             def around(batch: Batch) -> Tensor:
-                batch, hidden = _split(batch)
-                return self.chain.finish(batch, _known(hidden), logits=False)
+                batch, hidden = split(batch)
+                return self.chain.finish(batch, known(hidden), logits=False)
 
             with Recorder(statistics, linears, model) as recorder:
                 for batch, hidden in zip(self.batches, self.hidden, strict=True):
-                    recorder.measure(_joined(batch, hidden), around)
+                    recorder.measure(joined(batch, hidden), around)
             statistics.check_finite()
             # With all blocks left out, what is before them and what is behind them is a small model.
             # The layers' inputs are those of the whole model all the same.
@@ -333,9 +327,9 @@ class _Stream:
                     statistics,
                     self._config_of(model),
                     changes,
-                    run_sample=lambda: self.chain.finish(self.sample, _known(self.original)),
+                    run_sample=lambda: self.chain.finish(self.sample, known(self.original)),
                 )
-        change = relative_difference(self.chain.finish(self.sample, _known(self.smoothed)), before)
+        change = relative_difference(self.chain.finish(self.sample, known(self.smoothed)), before)
         if linears:
             quantize_model(model, config=self._config_of(model))
         return getattr(model, INFO, {}).get("layers", []), skipped, change
@@ -403,17 +397,3 @@ def _entries(tensors: Mapping[str, Tensor]) -> dict[str, TensorEntry]:
         name: {"file": "", "dtype": dtype_name(t), "shape": list(t.shape)}
         for name, t in tensors.items()
     }
-
-
-def _joined(batch: Batch, hidden: Tensor | None) -> Batch:
-    """A batch with the hidden states in front of a block as one more entry, so that padding is cut off both."""
-    return batch if hidden is None else {**batch, _HIDDEN: hidden}
-
-
-def _split(batch: Batch) -> tuple[Batch, Tensor | None]:
-    return {n: v for n, v in batch.items() if n != _HIDDEN}, batch.get(_HIDDEN)
-
-
-def _known(hidden: Tensor | None) -> Tensor:
-    assert hidden is not None  # behind the first block it is
-    return hidden

@@ -9,6 +9,8 @@ import torch
 import transformers as t
 from torch import nn
 
+from smoothquant_kernels.linear import pending_smooth
+
 VOCAB = 131
 HIDDEN = 32
 LLAMA_LIKE: dict[str, Any] = {
@@ -92,3 +94,9 @@ def logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         result: torch.Tensor = model(input_ids=ids).logits
     return result
+
+
+def divided_by(module: nn.Module) -> torch.Tensor:
+    """1 / s of what the layer's quantizer will divide by."""
+    smooth = pending_smooth(module)
+    return torch.ones(1) if smooth is None else 1.0 / smooth

@@ -14,7 +14,7 @@ import pytest
 import test_cli
 import torch
 from browser import look_at
-from models import make_model, token_batches
+from models import divided_by, make_model, token_batches
 from test_cli import Result, refused
 from torch.nn import functional as F
 
@@ -27,7 +27,7 @@ from smoothquant_kernels import (
     smooth_lm,
 )
 from smoothquant_kernels._report_measure import Plan, decibel, half_stand_in, measure, stand_in
-from smoothquant_kernels.linear import pending_smooth, weight_of
+from smoothquant_kernels.linear import weight_of
 from smoothquant_kernels.modules import partition_linears
 from smoothquant_kernels.report import advised_config, make_report, split_name
 
@@ -101,12 +101,6 @@ def reported(
 
 
 # --- numbers --------------------------------------------------------------------------------------
-
-
-def divided_by(module: Any) -> torch.Tensor:
-    """1 / s [K] of what the layer's quantizer will divide by."""
-    smooth = pending_smooth(module)
-    return torch.ones(weight_of(module).shape[1]) if smooth is None else 1.0 / smooth
 
 
 def by_hand(x: torch.Tensor, module: Any, x_absmax: float) -> float:
