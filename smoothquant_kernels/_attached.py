@@ -59,7 +59,7 @@ def _reasons(linear: nn.Module) -> Iterator[str]:
         yield f"it has a buffer of its own, {min(linear._buffers)}"
     if "weight" not in parameters:
         yield "its weight is not a parameter"
-    if "forward" in vars(linear):
+    if "forward" in vars(linear) and not _is_dispatched(linear):
         yield "its forward was replaced on the instance"
     for kind, reason in _STAYS.items():
         if getattr(linear, kind, None):
@@ -81,8 +81,17 @@ def _attributes(linear: nn.Module) -> Iterator[tuple[str, Any]]:
     """What was set on the instance, beyond what its constructor sets."""
     plain = vars(nn.Module()).keys() | _OWN | _DROPPED
     for name, value in vars(linear).items():
-        if name not in plain and name != "forward":
+        if name not in plain and name != "forward" and not _is_dispatched(linear, name):
             yield name, value
+
+
+def _is_dispatched(linear: nn.Module, name: str = "forward") -> bool:
+    """Whether accelerate has put this there to move inputs to the layer's device, where the int8 layer will be too.
+
+    Weights that it has offloaded have no data, which is refused elsewhere.
+    """
+    hook = type(vars(linear).get("_hf_hook")).__name__
+    return name in ("forward", "_hf_hook", "_old_forward") and hook == "AlignDevicesHook"
 
 
 @functools.cache

@@ -14,7 +14,7 @@ from smoothquant_kernels import reference
 from smoothquant_kernels.config import SmoothQuantConfig
 from smoothquant_kernels.groups import Group
 from smoothquant_kernels.linear import weight_of
-from smoothquant_kernels.modules import Batch, Hooks, token_mask, unpadded_rows
+from smoothquant_kernels.modules import Hooks
 
 #: Errors nearer to each other than this ratio are a tie on so few tokens; smoothing then stays, as everywhere else.
 _TIE = 1.05
@@ -43,7 +43,6 @@ def int8_errors(
     absmax: Mapping[str, Tensor],
     peaks: Mapping[str, float],
     config: SmoothQuantConfig,
-    batch: Batch,
     run_sample: Callable[[], Any],
 ) -> dict[Group, Int8Error]:
     """Tries every group that the sample reaches, in the configured scheme.
@@ -54,14 +53,12 @@ def int8_errors(
     Args:
         factors: s [K] of each group.
         absmax: calibrated maxima of the inputs, not smoothed.
-        batch: the calibration sample, for its padding.
-        run_sample: runs the float model on it.
+        run_sample: runs the float model on the calibration sample.
     """
     squares: dict[Group, Tensor] = {}
-    mask = token_mask(batch)
 
     def measure(group: Group, x: Tensor) -> None:
-        rows = unpadded_rows(x.detach(), mask).float()
+        rows = x.detach().reshape(-1, x.shape[-1]).float()
         largest = absmax[group.linears[0]]
         for name in group.linears:
             weight = weight_of(model.get_submodule(name)).detach().float()

@@ -136,7 +136,7 @@ def smooth_into(
     plan = Plan(model, groups, statistics, peaks, config)
     with evaluating(model):
         errors = plan.leave_out_what_does_not_gain(
-            small, run_sample or functools.partial(run, model, small)
+            run_sample or functools.partial(run, model, small)
         )
         before = output_tensor(run(model, small)).clone()
         tolerance = config.verify_tolerance

@@ -155,6 +155,7 @@ def test_what_the_oldest_torch_lacks_is_named(tmp_path: Path) -> None:
 
 
 @needs_compiler
+@pytest.mark.compiler
 def test_needed_symbols_are_read_from_objects(tmp_path: Path) -> None:
     source = tmp_path / "a.cpp"
     source.write_text(

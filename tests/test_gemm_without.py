@@ -22,6 +22,9 @@ H100 = GPUS["H100"][0]
 TOKENS = (1, 8, 9, 16, 17, 32, 33, 64, 65, 128, 129, 300, 513, 4096)
 
 
+pytestmark = pytest.mark.compiler
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     return compiled(tmp_path_factory.mktemp("gemm_without"))

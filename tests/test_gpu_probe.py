@@ -65,6 +65,7 @@ def planner() -> Planner:
     return Planner()
 
 
+@pytest.mark.compiler
 def test_the_model_predicts_with_it(planner: Planner) -> None:
     """Decoding a token is bound by memory: with half of the bandwidth it takes about twice as long."""
     slow = {"dram_read_gb_per_s": GPU.gb_per_s * MEMORY_SHARE[1] / 2}

@@ -45,7 +45,7 @@ class Two(nn.Module):
             self.second.weight /= HOT
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.first(x * HOT) + self.second(x.flip(0) * HOT)
+        return self.first(x * HOT) + self.second(x.flip(-2) * HOT)
 
 
 def by_hand(
@@ -72,7 +72,7 @@ def test_errors_are_those_of_the_real_layers(scheme: str) -> None:
     factors = {groups[n]: absmax[n] for n in inputs}  # alpha = 1
     with evaluating(model):
         errors = int8_errors(
-            model, factors, absmax, dict.fromkeys(inputs, 1.0), config, {}, lambda: model(x)
+            model, factors, absmax, dict.fromkeys(inputs, 1.0), config, lambda: model(x)
         )
     for name, group in groups.items():
         linear: Any = model.get_submodule(name)
@@ -87,7 +87,9 @@ def test_errors_are_those_of_the_real_layers(scheme: str) -> None:
 
 def test_a_group_that_is_better_off_alone_is_left_alone() -> None:
     model = Two().eval()
-    data = [{"x": torch.randn(24, 48, generator=torch.Generator().manual_seed(i))} for i in (1, 2)]
+    data = [
+        {"x": torch.randn(1, 24, 48, generator=torch.Generator().manual_seed(i))} for i in (1, 2)
+    ]
     before = copy.deepcopy(model.state_dict())
     smooth_lm(model, data, alpha=1.0, progress=False)
     layers = {layer["name"]: layer for layer in model.smoothquant_info["layers"]}
@@ -104,7 +106,7 @@ def test_a_group_that_is_better_off_alone_is_left_alone() -> None:
 
 @pytest.mark.parametrize("settings", [{"only_where_better": False}, {"alphas": {"*": 1.0}}])
 def test_a_decision_already_made_is_not_questioned(settings: dict[str, Any]) -> None:
-    data = [{"x": torch.randn(24, 48, generator=torch.Generator().manual_seed(1))}]
+    data = [{"x": torch.randn(1, 24, 48, generator=torch.Generator().manual_seed(1))}]
     config = SmoothQuantConfig(alpha=1.0, **settings)
     model = smooth_lm(Two().eval(), data, config=config, progress=False)
     assert [layer["smoothing"] for layer in model.smoothquant_info["layers"]] == ["runtime"] * 2

@@ -66,7 +66,7 @@ def assert_same_checkpoint(got: Path, expected: Path, *, same_change: bool = Tru
     if not same_change:
         for m in (a, b):
             change = m["info"].pop("verification")["relative_change"]
-            assert 0 < change <= m["info"]["config"]["verify_tolerance"]
+            assert 0 < change <= 1e-5  # some 1e-7 for every product that is rounded once more
     for key in b:
         assert a[key] == b[key], key
         assert json.dumps(a[key]) == json.dumps(b[key]), f"order of {key}"

@@ -20,6 +20,10 @@ FUNCTIONS = "|".join(n for n in smoothquant_kernels.__all__ if n.islower() and n
 API = re.compile(rf"\b\w+=(?!=)|\b({FUNCTIONS}|load_model|from_pretrained)\b|\b[Pp]ass |torch\.\w")
 # Of functions that no command calls, or of arguments that it always gives.
 PYTHON_ONLY = (
+    "_batches.py: ",  # of batches that users make
+    "_entries.py: ",
+    "_float_types.py: ",  # the command line loads in a type of its own choice
+    "_hf_quantizer.py: ",
     "_statistics.py: all_reduce",
     "_transformers.py: ",
     "calibrate.py: ",  # of data that users make
