@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from smoothquant_kernels import reference
+from smoothquant_kernels._padding import Padding
 from smoothquant_kernels.config import SmoothQuantConfig
 from smoothquant_kernels.groups import Group
 from smoothquant_kernels.linear import weight_of
-from smoothquant_kernels.modules import Hooks
+from smoothquant_kernels.modules import Batch, Hooks, unpadded_rows
 
 #: Errors nearer to each other than this ratio are a tie on so few tokens; smoothing then stays, as everywhere else.
 _TIE = 1.05
@@ -43,7 +44,8 @@ def int8_errors(
     absmax: Mapping[str, Tensor],
     peaks: Mapping[str, float],
     config: SmoothQuantConfig,
-    run_sample: Callable[[], Any],
+    batch: Batch,
+    run_sample: Callable[[Batch], Any],
 ) -> dict[Group, Int8Error]:
     """Tries every group that the sample reaches, in the configured scheme.
 
@@ -53,12 +55,15 @@ def int8_errors(
     Args:
         factors: s [K] of each group.
         absmax: calibrated maxima of the inputs, not smoothed.
-        run_sample: runs the float model on the calibration sample.
+        batch: the calibration sample; its padding does not count.
+        run_sample: runs the float model on it.
     """
     squares: dict[Group, Tensor] = {}
+    padding = Padding(model, {g.linears[0]: model.get_submodule(g.linears[0]) for g in factors})
+    padding.start(batch, run_sample)
 
     def measure(group: Group, x: Tensor) -> None:
-        rows = x.detach().reshape(-1, x.shape[-1]).float()
+        rows = unpadded_rows(x.detach(), padding.keep(group.linears[0], x)).float()
         largest = absmax[group.linears[0]]
         for name in group.linears:
             weight = weight_of(model.get_submodule(name)).detach().float()
@@ -75,7 +80,7 @@ def int8_errors(
     with Hooks(model) as hooks:
         for group in factors:
             hooks.on_input(group.linears[0], lambda x, g=group: measure(g, x))  # type: ignore[misc]
-        run_sample()
+        run_sample(batch)
     tiny = torch.finfo(torch.float64).tiny
     return {
         group: Int8Error(*(float((e / y.clamp_min(tiny)).sqrt()) for e in (naive, smoothed)))

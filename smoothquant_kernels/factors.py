@@ -21,7 +21,7 @@ from smoothquant_kernels.fold import (
 )
 from smoothquant_kernels.groups import Group
 from smoothquant_kernels.linear import weight_of
-from smoothquant_kernels.modules import shared_parameters
+from smoothquant_kernels.modules import Batch, shared_parameters
 from smoothquant_kernels.reference import smoothing_factors
 
 _FOLDS_AT_ONCE = 16  # verified together,
@@ -123,7 +123,7 @@ class Plan:
         return [group for group in self._factors if group.producer is not None]
 
     def leave_out_what_does_not_gain(
-        self, run_sample: Callable[[], Any]
+        self, batch: Batch, run_sample: Callable[[Batch], Any]
     ) -> dict[str, tuple[str, str]]:
         """Drops the groups that int8 computes better without factors; name -> (``"none"``, why)."""
         config = self._config
@@ -136,7 +136,7 @@ class Plan:
         }
         left: dict[str, tuple[str, str]] = {}
         absmax = self._statistics.absmax
-        errors = int8_errors(self._model, asked, absmax, self._peaks, config, run_sample)
+        errors = int8_errors(self._model, asked, absmax, self._peaks, config, batch, run_sample)
         for group, error in errors.items():
             if not error.helps:
                 del self._factors[group]

@@ -103,7 +103,7 @@ def smooth_into(
     *,
     tokenizer: Any = None,
     progress: bool = True,
-    run_sample: Callable[[], Any] | None = None,
+    run_sample: Callable[[Batch], Any] | None = None,
 ) -> None:
     """`smooth_lm` as a part of a larger change.
 
@@ -136,7 +136,7 @@ def smooth_into(
     plan = Plan(model, groups, statistics, peaks, config)
     with evaluating(model):
         errors = plan.leave_out_what_does_not_gain(
-            run_sample or functools.partial(run, model, small)
+            small, run_sample or functools.partial(run, model)
         )
         before = output_tensor(run(model, small)).clone()
         tolerance = config.verify_tolerance

@@ -327,7 +327,7 @@ class _Stream:
                     statistics,
                     self._config_of(model),
                     changes,
-                    run_sample=lambda: self.chain.finish(self.sample, known(self.original)),
+                    run_sample=lambda sample: self.chain.finish(sample, known(self.original)),
                 )
         change = relative_difference(self.chain.finish(self.sample, known(self.smoothed)), before)
         if linears:

@@ -95,6 +95,7 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
     assert probe.read_assumptions(file) == MEASURED
 
 
+@pytest.mark.compiler
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
 def test_the_probe_compiles_without_a_warning(tmp_path: Path) -> None:

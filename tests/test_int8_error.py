@@ -72,7 +72,7 @@ def test_errors_are_those_of_the_real_layers(scheme: str) -> None:
     factors = {groups[n]: absmax[n] for n in inputs}  # alpha = 1
     with evaluating(model):
         errors = int8_errors(
-            model, factors, absmax, dict.fromkeys(inputs, 1.0), config, lambda: model(x)
+            model, factors, absmax, dict.fromkeys(inputs, 1.0), config, {}, lambda _: model(x)
         )
     for name, group in groups.items():
         linear: Any = model.get_submodule(name)

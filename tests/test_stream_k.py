@@ -134,6 +134,7 @@ def cases_of(schedules: Schedules) -> list[Case]:
     return cases
 
 
+@pytest.mark.compiler
 def test_blocks_wait_for_blocks_of_lower_numbers_only(schedules: Schedules) -> None:
     cases, waiting, backwards = cases_of(schedules), defaultdict(int), 0
     for case, (blocks, parts) in zip(cases, schedules.run(cases), strict=True):
