@@ -40,7 +40,9 @@ def quantiser(
     others = sorted({"float", "__half", "__nv_bfloat16"} - set(types))
     cuts = tuple(("quantize/kernels.h", kernel(other), "nullptr") for other in others)
     tests = f"({tests}) and not bfloat16" + ("" if "float" in types else " and float16")
-    return Mutant(name, f"quantize/{file}", old, new, source, suite, tests, symptom, arch, cuts=cuts)
+    return Mutant(
+        name, f"quantize/{file}", old, new, source, suite, tests, symptom, arch, cuts=cuts
+    )
 
 
 MUTANTS = (

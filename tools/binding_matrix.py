@@ -289,6 +289,11 @@ def run(arguments: argparse.Namespace, env: Mapping[str, str]) -> int:
     return int(failed)
 
 
+def absolute(python: str) -> str:
+    """As it is found from here: it is started in another folder. Not resolved: a venv's Python is a link."""
+    return os.path.abspath(python) if os.sep in python else python
+
+
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -298,7 +303,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help=f"versions to compile against (default: {' '.join(VERSIONS)})",
     )  # fmt: skip
     parser.add_argument(
-        "--load", nargs="+", metavar="PYTHON", default=[],
+        "--load", nargs="+", metavar="PYTHON", default=[], type=absolute,
         help="Pythons with a torch: load each build there and call its ops, with kernels that run on the CPU",
     )  # fmt: skip
     parser.add_argument(
