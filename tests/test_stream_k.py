@@ -22,7 +22,7 @@ import pytest
 from build_support import ROOT, BuildError, find_cutlass, find_nvcc
 from test_gemm_plan import compiled
 
-pytestmark = pytest.mark.slow  # 6 s of compiler
+pytestmark = [pytest.mark.slow, pytest.mark.compiler]  # 6 s of compiler
 
 
 class Part(NamedTuple):
