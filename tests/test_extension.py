@@ -252,6 +252,44 @@ def test_the_kernels_of_a_library_stay(tmp_path: Path) -> None:
     assert "no CUDA kernel for act_quantize: the library was built from other" in said.stdout
 
 
+SOURCES = build_support.ROOT / "csrc/include", build_support.ROOT / "csrc"
+REASON = """
+#include "torch/stable.h"
+extern "C" __attribute__((visibility("default"))) const char* reason() {
+  static std::string said;
+  const int64_t size = -1;
+  AtenTensorHandle made;
+  try {
+    SQK_TORCH_CALL(aoti_torch_empty_strided, 1, &size, &size, aoti_torch_dtype_int8(), 0, 0, &made);
+  } catch (const std::runtime_error& error) {
+    said = error.what();
+  }
+  return said.c_str();
+}
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not here")
+@pytest.mark.compiler
+def test_an_error_of_libtorch_carries_its_reason(tmp_path: Path) -> None:
+    (tmp_path / "reason.cpp").write_text(REASON)
+    found = build_support.find_torch()
+    command = ["g++", *build_commands.CXX_FLAGS, build_commands.torch_target_macro(), "-shared"]
+    command += [f"-I{folder}" for folder in (*SOURCES, found.include)]
+    command += ["-DSQK_SIMULATOR", "reason.cpp", f"-L{found.root / 'lib'}", "-ltorch_cpu", "-ldl"]
+    subprocess.run([*command, "-o", "reason.so"], cwd=tmp_path, check=True)
+    # Private to the process, as Python loads modules: the library finds libtorch's names by its own dependencies.
+    program = "import ctypes, torch; said = ctypes.CDLL('./reason.so').reason; "
+    program += "said.restype = ctypes.c_char_p; print(said().decode())"
+    said = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert said.stdout.startswith("aoti_torch_empty_strided failed: "), said
+    knows = tuple(map(int, found.version.split("+")[0].split(".")[:2])) >= (2, 13)
+    assert ("negative" in said.stdout.lower()) == knows, said.stdout
+
+
 def test_names_agree_with_the_build() -> None:
     assert _extension.LIBRARY_NAME == build_support.LIBRARY_NAME
     assert _extension.BUILD_INFO_NAME == build_support.BUILD_INFO_NAME

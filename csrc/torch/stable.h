@@ -10,6 +10,7 @@
     "TORCH_TARGET_VERSION is not set: the library would need the newest torch; build with setup.py"
 #endif
 
+#include <dlfcn.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -33,9 +34,6 @@
 #define SQK_DISPATCH_KEY CUDA
 #endif
 
-// Exported by libtorch 2.13 and newer. Weak, so that the library loads without it: null there.
-extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
-
 // Calls a function of libtorch that returns an error code; throws what libtorch says of an error.
 // torch's own macro for that came with the headers of torch 2.13, too late for TORCH_TARGET.
 #define SQK_TORCH_CALL(function, ...)                                              \
@@ -46,10 +44,11 @@ extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_ba
 namespace sqk {
 
 [[noreturn]] inline void throw_torch_error(const char* function) {
-  const char* reason = torch_exception_get_what_without_backtrace
-                           ? torch_exception_get_what_without_backtrace()
-                           : nullptr;
-  // Before 2.13 libtorch only logs its reason.
+  // Exported by libtorch 2.13 and newer; asked for by name, so that the library needs no symbol
+  // that the oldest torch lacks. Older ones only log their reason.
+  using What = const char* (*)();
+  void* what = dlsym(RTLD_DEFAULT, "torch_exception_get_what_without_backtrace");
+  const char* reason = what != nullptr ? reinterpret_cast<What>(what)() : nullptr;
   throw std::runtime_error(std::string(function) + " failed: " +
                            (reason ? reason : "libtorch wrote the reason to standard error."));
 }
