@@ -8,13 +8,19 @@ from typing import Annotated
 import typer
 
 TEXT_HELP = (
-    'a text file, a .jsonl file with "text", a folder of .txt files, topics:calibration, '
+    'a text file, a .csv, .tsv, .jsonl, .json or .parquet file with a column "text" (another: FILE:COLUMN), a folder '
+    "of .txt files, topics:calibration, "
     "topics:evaluation (Python's own documentation, in two halves), or a data set on the hub "
     "as name[:config[:split]]"
 )
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Verbose = Annotated[
-    bool, typer.Option("--verbose", "-v", help="Show the libraries' warnings and progress bars.")
+    bool,
+    typer.Option(
+        "--verbose",
+        "-v",
+        help="Show the libraries' warnings and progress bars, and their tracebacks.",
+    ),
 ]
 Device = Annotated[
     str,

@@ -2,8 +2,8 @@
 `_commands.py`, `_report_command.py`, `_inspect.py`, `_doctor.py` and `_demo.py`, imported only when they run, so that
 `--help` is quick.
 
-Exit codes: 0 success; 2 a mistake in the request, told in one sentence; 130 Ctrl-C; 1 a defect, or a file that
-`inspect --verify` finds changed.
+Exit codes: 0 success; 2 a mistake in the request, told in one sentence; 130 Ctrl-C; 1 a defect, here (a traceback) or
+in a model's code (a sentence; `--verbose` adds the traceback), or a file that `inspect --verify` finds changed.
 """
 
 from __future__ import annotations
