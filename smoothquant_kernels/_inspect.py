@@ -227,8 +227,8 @@ def describe_verification(document: Document) -> str:
     if check is None or not smoothing["folded"] + smoothing["runtime"]:
         return "nothing was smoothed"
     if check.get("bit_exact"):
-        return "the smoothed float model's logits equal the original's bit for bit"
-    return f"smoothing moved the float model's logits by {check['relative_change']:.1e}, relative"
+        return "the smoothed float model's output equals the original's bit for bit"
+    return f"smoothing moved the float model's output by {check['relative_change']:.1e}, relative"
 
 
 def describe_config(document: Document) -> str:

@@ -32,6 +32,7 @@ Device = Annotated[
 # Choices as the configuration has them, repeated here because importing it takes as long as torch; a test compares.
 DTYPES = ("float32", "bfloat16", "float16")
 SCHEMES = ("per_token", "per_tensor", "static")
+ALPHAS = {"per_token": 0.6, "per_tensor": 0.7, "static": 0.7}
 GRANULARITIES = ("channel", "tensor")
 ROUNDINGS = ("auto", "power_of_two", "none")
 
@@ -65,7 +66,8 @@ Window = Annotated[int, typer.Option(min=2, help="Tokens that the model reads at
 Alpha = Annotated[
     float | None,
     typer.Option(
-        help="Migration strength in [0, 1].", show_default="the scheme's best measured one"
+        help="Migration strength in [0, 1].",
+        show_default=", ".join(f"{alpha} {name}" for name, alpha in ALPHAS.items()),
     ),
 ]
 Scheme = Annotated[

@@ -68,7 +68,10 @@ def _root(
 def quantize(
     model: Model,
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder to write; it must not exist.")
+        Path,
+        typer.Option(
+            "--output", "-o", help="Folder to write; absent, empty, or with --force a checkpoint."
+        ),
     ],
     alpha: Alpha = None,
     scheme: Scheme = None,
@@ -283,7 +286,7 @@ def generate(
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Continue a prompt with the most probable tokens: the same answer every time."""
+    """Continue a prompt with the most probable tokens: on one machine the same answer every time."""
 
     def work() -> Document:
         from smoothquant_kernels import _commands
