@@ -2,10 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+import typer.core
+
+
+class Command(typer.core.TyperCommand):
+    """A command whose complaint about an option's value quotes that value."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        given = list(args)  # parsing empties it
+        try:
+            return super().parse_args(ctx, args)
+        except typer.BadParameter as error:
+            for name in getattr(error.param, "opts", ()):
+                if values := [b for a, b in itertools.pairwise(given) if a == name]:
+                    error.message += f"; got {values[-1]!r}"  # the last one counts
+            raise
+
 
 TEXT_HELP = (
     'a text file, a .csv, .tsv, .jsonl, .json or .parquet file with a column "text" (another: FILE:COLUMN), a folder '

@@ -20,6 +20,7 @@ from smoothquant_kernels._options import (
     AnyModel,
     Calibration,
     CalibrationTokens,
+    Command,
     Config,
     Device,
     Dtype,
@@ -64,7 +65,7 @@ def _root(
     pass
 
 
-@app.command()
+@app.command(cls=Command)
 def quantize(
     model: Model,
     output: Annotated[
@@ -145,7 +146,7 @@ def quantize(
     serve(work, render, as_json=as_json, verbose=verbose)
 
 
-@app.command()
+@app.command(cls=Command)
 def evaluate(
     model: AnyModel,
     reference: Annotated[
@@ -194,7 +195,7 @@ def evaluate(
     serve(work, render, as_json=as_json, verbose=verbose)
 
 
-@app.command()
+@app.command(cls=Command)
 def report(
     model: AnyModel,
     output: Annotated[
@@ -271,7 +272,7 @@ def report(
     serve(work, render, as_json=as_json, verbose=verbose)
 
 
-@app.command()
+@app.command(cls=Command)
 def generate(
     model: AnyModel,
     prompt: Annotated[
@@ -308,7 +309,7 @@ def generate(
     serve(work, render, as_json=as_json, verbose=verbose)
 
 
-@app.command()
+@app.command(cls=Command)
 def inspect(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that quantize wrote.")],
     verify: Annotated[
@@ -334,7 +335,7 @@ def inspect(
     serve(work, render, as_json=as_json)
 
 
-@app.command()
+@app.command(cls=Command)
 def doctor(as_json: Json = False) -> None:
     """What is installed here and what will run where."""
 
@@ -351,7 +352,7 @@ def doctor(as_json: Json = False) -> None:
     serve(work, render, as_json=as_json)
 
 
-@app.command()
+@app.command(cls=Command)
 def demo(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder for the checkpoint, plot and numbers.")

@@ -110,6 +110,20 @@ def test_an_output_that_cannot_be_written(more: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize(
+    ("options", "got"),
+    [
+        (("--alpha", "half"), "; got 'half'"),
+        (("--calibration-tokens", "1e3"), "; got '1e3'"),
+        (("--alpha=half",), "Invalid value for '--alpha'"),
+    ],
+)
+def test_a_value_that_is_no_number_is_quoted(command: Any, options: Any, got: str) -> None:
+    result = Result(*command, *options)
+    said = " ".join(result.err.replace("│", " ").split())
+    assert result.code == 2 and result.out == "" and got in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize(
     "arguments", [("evaluate", "--text", "TEXT"), ("generate", "-p", "the cat")]
 )
 def test_a_tokenizer_of_another_model(llama: Path, tmp_path: Path, arguments: Any) -> None:
