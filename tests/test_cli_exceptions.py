@@ -148,3 +148,23 @@ def test_a_config_of_another_model(llama: Path, command: Any, tmp_path: Path) ->
     said = refused(command[0], folder, *command[2:])
     assert "_proj.weight has shape [" in said and f"in {folder} and config.json asks for [" in said
     assert "ignore_mismatched_sizes" not in said
+
+
+def test_a_report_on_a_checkpoint_of_another_model(
+    llama: Path, command: Any, tmp_path: Path
+) -> None:
+    pytest.importorskip("matplotlib")
+    from transformers import MistralConfig, MistralForCausalLM
+
+    other = shutil.copytree(llama, tmp_path / "other")
+    (other / "model.safetensors").unlink()
+    config = MistralConfig(
+        vocab_size=len(VOCABULARY), hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=4,
+    )  # fmt: skip
+    MistralForCausalLM(config).save_pretrained(other)
+    assert Result(*command).code == 0
+    said = refused(
+        "report", tmp_path / "q", "--reference", other, "-o", tmp_path / "r", *command[4:]
+    )
+    assert said.endswith("a MistralForCausalLM: give --reference the model that it was made from.")
