@@ -44,7 +44,7 @@ from smoothquant_kernels.evaluate import evaluate as evaluate_model
 from smoothquant_kernels.models import load_model
 from smoothquant_kernels.modules import evaluating, model_device, partition_linears
 from smoothquant_kernels.smooth import INFO, check_finite_weights, smooth_lm
-from smoothquant_kernels.text import load_text
+from smoothquant_kernels.text import check_vocabulary, load_text
 
 __all__ = ["complete", "evaluate", "generate", "quantize", "read_config"]
 
@@ -312,6 +312,7 @@ def complete(
             f"the prompt of {ids.shape[1]} tokens and {max_new_tokens} new ones exceed the "
             f"{positions} positions of the model; ask for fewer."
         )
+    check_vocabulary(model.config, int(ids.max()))
     stop = getattr(model.generation_config, "eos_token_id", None) or tokenizer.eos_token_id
     # A configuration of our own: that of the model may ask for sampling or penalties.
     settings: Any = GenerationConfig  # its constructor carries no annotations

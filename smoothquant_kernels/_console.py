@@ -9,8 +9,10 @@ import math
 import os
 import re
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -20,7 +22,8 @@ from smoothquant_kernels.errors import SmoothQuantError
 
 Document = dict[str, Any]
 
-MISMATCH, USER_ERROR, INTERRUPTED = 1, 2, 130
+DEFECT, MISMATCH, USER_ERROR, INTERRUPTED = 1, 1, 2, 130
+_PACKAGE = str(Path(__file__).parent)
 _PIPE_WIDTH = 124  # of tables that go into a file or a pipe, where there is no terminal to ask
 _VERBOSE = False
 
@@ -39,7 +42,8 @@ def serve(
     """Runs a command and prints its document: as JSON, or as `render` has it (text, a renderable).
 
     Raises:
-        typer.Exit: 2 after a SmoothQuantError, whose sentence is printed, 1 if it is a MismatchError; 130 after Ctrl-C.
+        typer.Exit: after one sentence. 2: a SmoothQuantError, no memory, or a file or disk that fails. 1: a
+            MismatchError, or an exception of a model's own code or of another package. 130: Ctrl-C.
     """
     global _VERBOSE
     _VERBOSE = verbose
@@ -47,16 +51,65 @@ def serve(
         # A library that prints to stdout would spoil the JSON document.
         with contextlib.redirect_stdout(sys.stderr), _quiet_libraries(verbose):
             document = work()
-    except SmoothQuantError as error:
-        # The sentence may quote a library's message with line breaks.
-        text = for_command_line(" ".join(str(error).split()))
-        print(f"Error: {text}", file=sys.stderr)
-        raise typer.Exit(MISMATCH if isinstance(error, MismatchError) else USER_ERROR) from None
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from None
+    except Exception as error:
+        text, code = _told(error)
+        if verbose and not isinstance(error, SmoothQuantError):
+            traceback.print_exc()
+        # The sentence may quote a library's message with line breaks.
+        print(f"Error: {for_command_line(' '.join(text.split()))}", file=sys.stderr)
+        raise typer.Exit(code) from None
+    try:
+        _show(document, render, as_json=as_json)
+    except BrokenPipeError:
+        raise  # typer ends quietly
+    except OSError as error:
+        print(f"Error: {_os_sentence(error)}", file=sys.stderr)
+        raise typer.Exit(USER_ERROR) from None
+
+
+def _told(error: Exception) -> tuple[str, int]:
+    """What to say of an exception, and the exit code; raises it again if it is a defect of this package.
+
+    An exception that comes out of another package's code (a model's own, a library) is told in one sentence: it may as
+    well be the model or the data.
+    """
+    if isinstance(error, SmoothQuantError):
+        return str(error), MISMATCH if isinstance(error, MismatchError) else USER_ERROR
+    words = " ".join(str(error).split())
+    memory = isinstance(error, MemoryError | _out_of_memory()) or "can't allocate memory" in words
+    if memory:
+        return (
+            f"out of memory ({words[:200] or type(error).__name__}): free some, use fewer tokens, or quantize with "
+            "--stream, which reads one block at a time."
+        ), USER_ERROR
+    if isinstance(error, OSError) and error.strerror:
+        return _os_sentence(error), USER_ERROR
+    raised = traceback.extract_tb(error.__traceback__)[-1]
+    if raised.filename.startswith(_PACKAGE) or isinstance(error, AssertionError):
+        raise error
+    place = "/".join(Path(raised.filename).parts[-3:])
+    return (
+        f"{type(error).__name__} in {place}, line {raised.lineno}, which is not code of this package: "
+        f"{words[:400].rstrip('.') or 'no message'}. The same command with --verbose shows the traceback."
+    ), DEFECT
+
+
+def _out_of_memory() -> type[Exception]:
+    torch: Any = sys.modules.get("torch")
+    return MemoryError if torch is None else torch.OutOfMemoryError
+
+
+def _os_sentence(error: OSError) -> str:
+    place = error.filename if error.filename is not None else "the output"
+    return f"{place}: {error.strerror}; give another place, or mend that one."
+
+
+def _show(document: Document, render: Callable[[Document], Any], *, as_json: bool) -> None:
     if as_json:
-        print(json_text(document))
+        print(json_text(document), flush=True)
         return
     shown = render(document)
     if isinstance(shown, str):
@@ -138,5 +191,8 @@ def readable_size(size: float) -> str:
 
 
 def general_name(text: str) -> str:
-    """The text with layer numbers as `*`, so that the same remark about many layers is counted."""
-    return re.sub(r"(?<=\.)\d+(?=\.|\b)", "*", text)
+    """The text with layer numbers as `*`, so that the same remark about many layers is counted.
+
+    A figure such as 0.52% is no layer's number.
+    """
+    return re.sub(r"(?<=\.)\d+\b(?!%)", "*", text)

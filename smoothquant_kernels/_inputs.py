@@ -15,7 +15,13 @@ from smoothquant_kernels._kinds import Kind, architecture, kind_of
 from smoothquant_kernels._pipeline import config_of, load_tokenizer
 from smoothquant_kernels.config import SmoothQuantConfig
 from smoothquant_kernels.errors import SmoothQuantError
-from smoothquant_kernels.text import front_tokens, load_text, token_ids, token_windows
+from smoothquant_kernels.text import (
+    check_vocabulary,
+    front_tokens,
+    load_text,
+    token_ids,
+    token_windows,
+)
 
 _IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _MOST_IMAGES = 128  # each has hundreds of patches: more change the ranges little
@@ -67,6 +73,7 @@ def calibration_inputs(
     windows = text_windows(
         texts, tokenizer, window=window, tokens=settings.calibration_tokens, kind=kind
     )
+    check_vocabulary(config, max(int(ids.max()) for ids in windows))
     count = sum(ids.shape[1] for ids in windows)
     if count < settings.calibration_tokens:
         note(
@@ -106,7 +113,9 @@ def text_windows(
     if kind == "causal":
         windows = [
             w.input_ids
-            for w in token_windows(enough, tokenizer, window=max(2, window), max_tokens=tokens)
+            for w in token_windows(
+                enough, tokenizer, window=max(2, window), max_tokens=max(2, tokens)
+            )
         ]
     else:
         windows = _whole_windows("\n\n".join(enough), tokenizer, window)
@@ -167,6 +176,8 @@ def _pixels(file: Path, processor: Any) -> Tensor:
             values = processor(images=image.convert("RGB"), return_tensors="pt")["pixel_values"]
     except Exception as error:  # formats and processors raise what they like
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise SmoothQuantError(f"{file} could not be read as an image: {reason[:300]}.") from error
+        raise SmoothQuantError(
+            f"{file} could not be read as an image ({reason[:300]}): give --calibration a folder of images."
+        ) from error
     assert isinstance(values, Tensor)
     return values

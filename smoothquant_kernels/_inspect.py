@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +25,8 @@ _BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
 }  # fmt: skip
+
+_PERCENT = re.compile(r"\d+\.\d+(?=%)")
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -136,17 +139,17 @@ def summarise_layers(
     layers: Sequence[dict[str, Any]], skipped: Sequence[dict[str, Any]]
 ) -> Document:
     """Counts, with layers that differ only in their number taken together."""
-    groups: Counter[tuple[str, str, str, str, int, int]] = Counter(
-        (
+    groups: dict[tuple[str, str, str, str, int, int], list[str]] = {}
+    for layer in layers:
+        key = (
             general_name(layer["name"]),
             layer["smoothing"],
-            general_name(layer["reason"]),
+            _PERCENT.sub("", general_name(layer["reason"])),
             layer["activation_scheme"],
             layer["out_features"],
             layer["in_features"],
         )
-        for layer in layers
-    )
+        groups.setdefault(key, []).append(general_name(layer["reason"]))
     left_out = Counter((general_name(s["name"]), s["reason"]) for s in skipped)
     return {
         "quantised": len(layers),
@@ -157,20 +160,32 @@ def summarise_layers(
         "groups": [
             {
                 "layers": name,
-                "count": count,
+                "count": len(reasons),
                 "out_features": n,
                 "in_features": k,
                 "activation_scheme": scheme,
                 "smoothing": smoothing,
-                "reason": reason,
+                "reason": _with_ranges(reasons),
             }
-            for (name, smoothing, reason, scheme, n, k), count in groups.items()
+            for (name, smoothing, _, scheme, n, k), reasons in groups.items()
         ],
         "skipped": [
             {"layers": name, "count": count, "reason": reason}
             for (name, reason), count in left_out.items()
         ],
     }
+
+
+def _with_ranges(reasons: Sequence[str]) -> str:
+    """Reasons that differ in percentages alone as one, with the smallest and the largest of each."""
+    rows = [_PERCENT.findall(reason) for reason in reasons]
+    ranges = iter([sorted(column, key=float) for column in zip(*rows, strict=True)])
+
+    def put(_: re.Match[str]) -> str:
+        column = next(ranges)
+        return f"{column[0]}" if column[0] == column[-1] else f"{column[0]} to {column[-1]}"
+
+    return _PERCENT.sub(put, reasons[0])
 
 
 def render_layers(document: Document) -> Group:
@@ -212,8 +227,8 @@ def describe_verification(document: Document) -> str:
     if check is None or not smoothing["folded"] + smoothing["runtime"]:
         return "nothing was smoothed"
     if check.get("bit_exact"):
-        return "the smoothed float model's logits equal the original's bit for bit"
-    return f"smoothing moved the float model's logits by {check['relative_change']:.1e}, relative"
+        return "the smoothed float model's output equals the original's bit for bit"
+    return f"smoothing moved the float model's output by {check['relative_change']:.1e}, relative"
 
 
 def describe_config(document: Document) -> str:

@@ -75,11 +75,17 @@ def kind_of(config: Any) -> Kind:
 
 def check_causal(config: Any, source: object, command: str) -> None:
     """Raises SmoothQuantError unless the model is a causal language model."""
-    if not is_causal(config):
-        raise SmoothQuantError(
-            f"{command} needs a causal language model, and {source} is a {architecture(config)}; quantize, inspect and "
-            "report take it."
-        )
+    if is_causal(config):
+        return
+    try:
+        kind_of(config)
+    except SmoothQuantError:
+        others = f"no command takes it: {_PYTHON}"
+    else:
+        others = "quantize, inspect and report take it"
+    raise SmoothQuantError(
+        f"{command} needs a causal language model, and {source} is a {architecture(config)}; {others}."
+    )
 
 
 def _causal_names() -> set[str]:

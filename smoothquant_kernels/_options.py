@@ -2,19 +2,42 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+import typer.core
+
+
+class Command(typer.core.TyperCommand):
+    """A command whose complaint about an option's value quotes that value."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        given = list(args)  # parsing empties it
+        try:
+            return super().parse_args(ctx, args)
+        except typer.BadParameter as error:
+            for name in getattr(error.param, "opts", ()):
+                if values := [b for a, b in itertools.pairwise(given) if a == name]:
+                    error.message += f"; got {values[-1]!r}"  # the last one counts
+            raise
+
 
 TEXT_HELP = (
-    'a text file, a .jsonl file with "text", a folder of .txt files, topics:calibration, '
+    'a text file, a .csv, .tsv, .jsonl, .json or .parquet file with a column "text" (another: FILE:COLUMN), a folder '
+    "of .txt files, topics:calibration, "
     "topics:evaluation (Python's own documentation, in two halves), or a data set on the hub "
     "as name[:config[:split]]"
 )
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Verbose = Annotated[
-    bool, typer.Option("--verbose", "-v", help="Show the libraries' warnings and progress bars.")
+    bool,
+    typer.Option(
+        "--verbose",
+        "-v",
+        help="Show the libraries' warnings and progress bars, and their tracebacks.",
+    ),
 ]
 Device = Annotated[
     str,
@@ -26,6 +49,7 @@ Device = Annotated[
 # Choices as the configuration has them, repeated here because importing it takes as long as torch; a test compares.
 DTYPES = ("float32", "bfloat16", "float16")
 SCHEMES = ("per_token", "per_tensor", "static")
+ALPHAS = {"per_token": 0.6, "per_tensor": 0.7, "static": 0.7}
 GRANULARITIES = ("channel", "tensor")
 ROUNDINGS = ("auto", "power_of_two", "none")
 
@@ -59,7 +83,8 @@ Window = Annotated[int, typer.Option(min=2, help="Tokens that the model reads at
 Alpha = Annotated[
     float | None,
     typer.Option(
-        help="Migration strength in [0, 1].", show_default="the scheme's best measured one"
+        help="Migration strength in [0, 1].",
+        show_default=", ".join(f"{alpha} {name}" for name, alpha in ALPHAS.items()),
     ),
 ]
 Scheme = Annotated[

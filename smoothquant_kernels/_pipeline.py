@@ -54,12 +54,15 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
+        if device.type != "meta":
+            return device
+        reason = "it computes nothing"
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise SmoothQuantError(
-            f"the device {name!r} cannot be used here ({str(error).splitlines()[0]}); "
-            "see `smoothquant-kernels doctor`."
-        ) from error
-    return device
+        reason = str(error).splitlines()[0].split(". ")[0][:200].rstrip(".")
+    raise SmoothQuantError(
+        f"the device {name!r} cannot be used here ({reason}): give auto, cpu, or a GPU that `smoothquant-kernels "
+        "doctor` lists, such as cuda or cuda:1."
+    )
 
 
 def check_output(output: Path, *, force: bool) -> None:

@@ -66,6 +66,13 @@ def report(
         kind: Kind = "causal" if is_causal(config_of(original)) else "text"
         held = text_windows(held_texts, inputs.processor, window=window, tokens=tokens, kind=kind)
     model, _ = load_any(original, dtype=dtype, device=device)
+    if reference is not None and type(model).__name__ != (
+        made := read_manifest(Path(source)).model["name"]
+    ):
+        raise SmoothQuantError(
+            f"{source} is a {made} and {reference} a {type(model).__name__}: give --reference the model that it was "
+            "made from."
+        )
     document = make_report(
         model.to(where),
         inputs.batches,

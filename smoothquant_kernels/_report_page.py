@@ -202,8 +202,8 @@ def _verification(check: Document | None) -> tuple[str, str]:
     if check is None:
         return "none", "nothing was smoothed"
     if check["bit_exact"]:
-        return "none", "the smoothed float model's logits equal the original's bit for bit"
-    return f"{check['relative_change']:.1e}", "largest change of its logits by smoothing, relative"
+        return "none", "the smoothed float model's output equals the original's bit for bit"
+    return f"{check['relative_change']:.1e}", "largest change of its output by smoothing, relative"
 
 
 def _evaluation(result: Document | None) -> list[tuple[str, tuple[str, str]]]:

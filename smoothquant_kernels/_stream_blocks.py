@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from smoothquant_kernels._batches import explained
 from smoothquant_kernels._stream_source import IN_MEMORY
 from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.linear import is_float_linear
@@ -196,7 +197,8 @@ class BlockChain:
         Raises:
             SmoothQuantError: it is not so.
         """
-        self.step(0, first, batch, None)  # shows whether blocks return tuples
+        # shows whether blocks return tuples
+        explained(self.model, batch, lambda: self.step(0, first, batch, None))
         runs = []
         for factor in (1.0, 0.0):
 

@@ -5,13 +5,17 @@ from __future__ import annotations
 import csv
 import io
 import json
+import textwrap
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from .errors import SmoothQuantError
 
+_TEXT = "text"
+_SEPARATED = {".csv": ",", ".tsv": "\t"}
 _Rows = tuple[list[str], list[list[Any]]]  # the columns' names, and the values row by row
 
 
@@ -21,13 +25,18 @@ def read_utf8(path: Path) -> str:
     Raises: SmoothQuantError if it cannot be read or is not UTF-8.
     """
     try:
-        return path.read_text(encoding="utf-8").removeprefix("\ufeff")
+        text = path.read_text(encoding="utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise SmoothQuantError(
             f"{path} is not UTF-8 text (byte {error.start}); convert it first."
         ) from error
     except OSError as error:
         raise SmoothQuantError(f"{path} cannot be read: {error.strerror}.") from error
+    if "\0" in text:
+        raise SmoothQuantError(
+            f"{path} is not text (it holds null bytes); give a file of UTF-8 text."
+        )
+    return text
 
 
 def is_table(path: Path) -> bool:
@@ -38,17 +47,23 @@ def is_table(path: Path) -> bool:
 def read_table(path: Path, column: str | None = None) -> list[str]:
     """The texts of one column of a table, row by row; rows without a value are left out.
 
-    Args:  path: a file that `is_table`; column: its name. None: "text", or the only column.
+    Args:  path: a file that `is_table`; column: its name. None: "text", or the only column, which needs no name.
     Raises: SmoothQuantError if the file is damaged, has no such column, or a value is no text.
     """
     columns, rows = _READERS[path.suffix.lower()](path)
-    name = column or next((c for c in columns if c.strip().lower() == "text"), None)
+    if not columns:
+        raise SmoothQuantError(f"There is no text in {path}.")
+    separated = path.suffix.lower() in _SEPARATED
+    if column is None and separated and len(columns) == 1 and _is_row(columns[0], rows):
+        columns, rows = [_TEXT], [columns, *rows]
+    name = column or next((c for c in columns if c.strip().lower() == _TEXT), None)
     if name is None and len(columns) == 1:
         name = columns[0]
     if name is None or name not in columns:
+        names = ", ".join(textwrap.shorten(c, 40, placeholder="...") for c in columns)
         raise SmoothQuantError(
-            f'{path} has no column "{column or "text"}", only {", ".join(columns) or "none"}; '
-            f"name the one that holds the text, as in {path.name}:COLUMN."
+            f'{path} has no column "{column or _TEXT}", only {names}; '
+            f"name the one that holds the text, as in {path.name}:COLUMN (its first row names the columns)."
         )
     at = columns.index(name)
     texts = []
@@ -62,6 +77,14 @@ def read_table(path: Path, column: str | None = None) -> list[str]:
             )
         texts.append(value)
     return texts
+
+
+def _is_row(first: str, rows: list[list[Any]]) -> bool:
+    """Whether the first line of a single column is a text, not the column's name: a name is one word above longer
+    texts, or "text"."""
+    if first.strip().lower() == _TEXT:
+        return False
+    return len(first.split()) != 1 or all(len(str(v).split()) < 2 for row in rows for v in row)
 
 
 def _read_separated(path: Path, delimiter: str) -> _Rows:
@@ -135,8 +158,9 @@ def _read_parquet(path: Path) -> _Rows:
 
 
 _READERS: dict[str, Callable[[Path], _Rows]] = {
-    ".csv": lambda path: _read_separated(path, ","),
-    ".tsv": lambda path: _read_separated(path, "\t"),
+    suffix: partial(_read_separated, delimiter=delimiter)
+    for suffix, delimiter in _SEPARATED.items()
+} | {
     ".jsonl": _read_jsonl,
     ".json": _read_json,
     ".parquet": _read_parquet,

@@ -47,6 +47,7 @@ _TABLE = (
         "use smoothquant_kernels.stream.quantize_streamed, which reads one block at a time",
         "add --stream, which reads one block at a time",
     ),
+    (": pass what its forward takes", ""),
     ("; to pass a text itself, pass [text]", ""),
     ("; pass a text itself as [text]", ""),
     (", or call quantize_model to go on with these", ""),

@@ -2,8 +2,8 @@
 `_commands.py`, `_report_command.py`, `_inspect.py`, `_doctor.py` and `_demo.py`, imported only when they run, so that
 `--help` is quick.
 
-Exit codes: 0 success; 2 a mistake in the request, told in one sentence; 130 Ctrl-C; 1 a defect, or a file that
-`inspect --verify` finds changed.
+Exit codes: 0 success; 2 a mistake in the request, told in one sentence; 130 Ctrl-C; 1 a defect, here (a traceback) or
+in a model's code (a sentence; `--verbose` adds the traceback), or a file that `inspect --verify` finds changed.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from smoothquant_kernels._options import (
     AnyModel,
     Calibration,
     CalibrationTokens,
+    Command,
     Config,
     Device,
     Dtype,
@@ -64,11 +65,14 @@ def _root(
     pass
 
 
-@app.command()
+@app.command(cls=Command)
 def quantize(
     model: Model,
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder to write; it must not exist.")
+        Path,
+        typer.Option(
+            "--output", "-o", help="Folder to write; absent, empty, or with --force a checkpoint."
+        ),
     ],
     alpha: Alpha = None,
     scheme: Scheme = None,
@@ -142,7 +146,7 @@ def quantize(
     serve(work, render, as_json=as_json, verbose=verbose)
 
 
-@app.command()
+@app.command(cls=Command)
 def evaluate(
     model: AnyModel,
     reference: Annotated[
@@ -191,7 +195,7 @@ def evaluate(
     serve(work, render, as_json=as_json, verbose=verbose)
 
 
-@app.command()
+@app.command(cls=Command)
 def report(
     model: AnyModel,
     output: Annotated[
@@ -268,7 +272,7 @@ def report(
     serve(work, render, as_json=as_json, verbose=verbose)
 
 
-@app.command()
+@app.command(cls=Command)
 def generate(
     model: AnyModel,
     prompt: Annotated[
@@ -283,7 +287,7 @@ def generate(
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Continue a prompt with the most probable tokens: the same answer every time."""
+    """Continue a prompt with the most probable tokens: on one machine the same answer every time."""
 
     def work() -> Document:
         from smoothquant_kernels import _commands
@@ -305,7 +309,7 @@ def generate(
     serve(work, render, as_json=as_json, verbose=verbose)
 
 
-@app.command()
+@app.command(cls=Command)
 def inspect(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that quantize wrote.")],
     verify: Annotated[
@@ -331,7 +335,7 @@ def inspect(
     serve(work, render, as_json=as_json)
 
 
-@app.command()
+@app.command(cls=Command)
 def doctor(as_json: Json = False) -> None:
     """What is installed here and what will run where."""
 
@@ -348,7 +352,7 @@ def doctor(as_json: Json = False) -> None:
     serve(work, render, as_json=as_json)
 
 
-@app.command()
+@app.command(cls=Command)
 def demo(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder for the checkpoint, plot and numbers.")

@@ -19,7 +19,7 @@ MASSIVE_CHOICES = ("per_token", "keep")
 #: element). Such layers stand apart: 20 to 2,100 for six down_proj of SmolLM2-135M, at most 12 for its other layers
 #: (compare Sun et al., 2024, "Massive Activations in Large Language Models").
 MASSIVE_PEAK = 16.0
-#: The best measured migration strengths (docs/accuracy.md). One scale for a whole tensor needs flatter activations.
+#: The migration strengths that measured best on documentation; on news 0.5 is better (docs/accuracy.md).
 DEFAULT_ALPHA = {"per_token": 0.6, "per_tensor": 0.7, "static": 0.7}
 
 

@@ -22,7 +22,7 @@ from torch import nn
 
 from ._batches import position_limit
 from .errors import SmoothQuantError
-from .text import Window, front_tokens, load_text, token_ids, token_windows
+from .text import Window, check_vocabulary, front_tokens, load_text, token_ids, token_windows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -357,9 +357,6 @@ def _fitting_window(*models: Any) -> int:
 
 
 def _check_fits(model: nn.Module, windows: Sequence[Window]) -> None:
-    config: Any = getattr(model, "config", None)
-    if hasattr(config, "get_text_config"):
-        config = config.get_text_config()
     positions, _ = position_limit(model)
     longest = max(window.input_ids.shape[1] for window in windows)
     if positions is not None and longest > positions:
@@ -367,13 +364,8 @@ def _check_fits(model: nn.Module, windows: Sequence[Window]) -> None:
             f"A window of {longest} tokens is longer than the {positions} positions of the model; "
             "give a shorter one."
         )
-    vocabulary = getattr(config, "vocab_size", None)
     greatest = max(int(window.input_ids.max()) for window in windows)
-    if isinstance(vocabulary, int) and greatest >= vocabulary:
-        raise SmoothQuantError(
-            f"The tokenizer makes token {greatest}, but a model has only {vocabulary} tokens: "
-            "the tokenizer belongs to another model."
-        )
+    check_vocabulary(getattr(model, "config", None), greatest)
 
 
 def _bar(items: Sequence[T], label: str, show: bool) -> Iterable[T]:

@@ -80,9 +80,18 @@ def load_model(
                 del options["trust_remote_code"]  # a class of transformers runs no other code
             check_headers(Path(place.name))
         loaded: Any = cls.from_pretrained(
-            place.name, dtype=dtype, output_loading_info=True, **options
+            place.name,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # told below, with names and shapes
+            **options,
         )
         model, info = loaded
+        for name, has, wants in info.get("mismatched_keys") or ():
+            raise SmoothQuantError(
+                f"{name} has shape {list(has)} in {source} and config.json asks for {list(wants)}: give the "
+                "config.json that belongs to the weights."
+            )
         # transformers fills missing weights with random numbers and goes on; a model with such
         # weights is noise.
         if missing := sorted(info["missing_keys"]):
@@ -152,7 +161,13 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
             "PreTrainedTokenizerBase", AutoTokenizer.from_pretrained(place.name, **place.options)
         )
 
-    return _guarded(load, f"The tokenizer of {source} could not be loaded")
+    return _guarded(
+        load,
+        f"The tokenizer of {source} could not be loaded",
+        "copy or download its files again"
+        if place.gguf_file is None
+        else "copy or download the file again",
+    )
 
 
 def builtin_demo_model() -> Path:
@@ -225,6 +240,10 @@ class _Place:
 
 
 def _locate(source: str | Path, what: Literal["model", "tokenizer"]) -> _Place:
+    if not str(source).strip():
+        raise SmoothQuantError(
+            "The name of the model is empty; give a folder, a .gguf file or a hub name."
+        )
     path = Path(source).expanduser()
     if path.is_dir():
         return _locate_in_folder(path, what)
@@ -256,8 +275,14 @@ def _locate_in_folder(path: Path, what: Literal["model", "tokenizer"]) -> _Place
         raise SmoothQuantError(
             f"{path} holds {len(files)} GGUF files ({names}); give the path of one of them."
         )
-    wanted = "tokenizer files" if what == "tokenizer" else "config.json with *.safetensors"
-    raise SmoothQuantError(f"{path} holds neither {wanted} nor a .gguf file.")
+    if what == "tokenizer":
+        raise SmoothQuantError(
+            f"{path} holds neither tokenizer files nor a .gguf file: copy those of the model there (tokenizer.json, "
+            "tokenizer_config.json)."
+        )
+    raise SmoothQuantError(
+        f"{path} holds neither config.json with *.safetensors nor a .gguf file: give the folder that has them."
+    )
 
 
 def _locate_on_hub(name: str) -> _Place:
@@ -319,7 +344,7 @@ def _read_config(place: _Place, trust_remote_code: bool = False) -> Any:
     )
 
 
-def _guarded(load: Callable[[], T], failure: str) -> T:
+def _guarded(load: Callable[[], T], failure: str, advice: str = "") -> T:
     try:
         return load()
     except SmoothQuantError:
@@ -329,7 +354,10 @@ def _guarded(load: Callable[[], T], failure: str) -> T:
         # SafetensorError, ...): to the user all of these say that the file cannot be read. The
         # cause stays chained for whoever debugs.
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise SmoothQuantError(f"{failure}: {reason[:400]}") from error
+        if len(reason) > 400:  # whole sentences of it
+            reason = reason[:400].rpartition(". ")[0] or reason[:400]
+        reason = f" ({reason.rstrip('.')}): {advice}." if advice else f": {reason}"
+        raise SmoothQuantError(f"{failure}{reason}") from error
 
 
 def _require(*packages: str) -> None:

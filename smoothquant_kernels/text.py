@@ -102,7 +102,7 @@ def load_text(source: str | Path | Sequence[str]) -> list[str]:
 
     Args:
         source: one of: a list of texts; a text file; a table (.csv, .tsv, .jsonl, .json, .parquet)
-            with a column "text", or one column only, or the column named behind a colon, as in
+            with a column "text", or one column only (with or without a name), or the column named behind a colon, as in
             "reviews.csv:body"; a folder of .txt files; "topics:calibration" or
             "topics:evaluation" (see `topics`); the name of a data set on the Hugging Face hub with
             a column "text", as "name", "name:config" or "name:config:split" (split: "train" unless
@@ -151,13 +151,15 @@ def _read(source: str | Path) -> list[str]:
             return topics(name.removeprefix("topics:"))  # type: ignore[arg-type]  # checked there
         if not name.strip() or any(mark in name for mark in "\n\t"):
             raise SmoothQuantError(
-                "A source of text is a name, without line breaks; pass a text itself as [text]."
+                f"A source of text is a name, without line breaks, not {name[:60]!r}; pass a text itself as [text]."
             )
     path = Path(source).expanduser()
     if path.is_dir():
         files = sorted(path.glob("*.txt"))
         if not files:
-            raise SmoothQuantError(f"The folder {path} holds no .txt file.")
+            raise SmoothQuantError(
+                f"The folder {path} holds no .txt file; give one that does, or a file."
+            )
         return [read_utf8(file) for file in files]
     if path.is_file():
         return read_table(path) if is_table(path) else [read_utf8(path)]
@@ -168,7 +170,8 @@ def _read(source: str | Path) -> list[str]:
         r"\w[\w.-]*(/\w[\w.-]*)?(:[^:/\s]*){0,2}", name
     ):
         raise SmoothQuantError(
-            f"There is no file or folder {source}; to pass a text itself, pass [text]."
+            f"There is no file or folder {source}; give a text file, a table, a folder of .txt files or "
+            "topics:calibration; to pass a text itself, pass [text]."
         )
     return _read_dataset(name)
 
@@ -257,9 +260,12 @@ def token_windows(
         )
     ids = token_ids("\n\n".join(texts), tokenizer)[:max_tokens]
     done = 0 if front else 1
+    if max_tokens is not None and max_tokens <= done:
+        raise SmoothQuantError(f"max_tokens must be at least {done + 1}, not {max_tokens}.")
     if len(ids) <= done:
         raise SmoothQuantError(
-            f"The text has {len(ids)} tokens, too few to score one; give a longer text."
+            f"The text has {len(ids)} token{'s' * (len(ids) != 1)}, too few to score one: the first has nothing "
+            "before it; give a longer text."
         )
     windows = []
     end = min(window - front, len(ids))
@@ -268,6 +274,17 @@ def token_windows(
         windows.append(Window(torch.tensor([prefix + ids[start:end]]), end - done))
         done, end = end, min(end + stride, len(ids))
     return windows
+
+
+def check_vocabulary(config: Any, greatest: int) -> None:
+    """Raises SmoothQuantError if a model of that configuration does not know a token of the tokenizer."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    vocabulary = getattr(text, "vocab_size", None)
+    if isinstance(vocabulary, int) and greatest >= vocabulary:
+        raise SmoothQuantError(
+            f"The tokenizer makes token {greatest}, but a model has only {vocabulary} tokens: "
+            "the tokenizer belongs to another model."
+        )
 
 
 def token_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -15,7 +15,7 @@ import torch
 from command_line import QUANTIZE, TEXT, VOCABULARY, Result, refused, word_tokenizer
 from safetensors.torch import load_file, save_file
 
-from smoothquant_kernels import _console, _doctor
+from smoothquant_kernels import _console, _doctor, _inspect
 
 
 @pytest.fixture(scope="session")
@@ -200,6 +200,26 @@ def test_sizes_are_readable() -> None:
     assert [_console.readable_size(size) for size in sizes] == expected
 
 
+def test_layers_are_counted_together_and_figures_stay_figures() -> None:
+    def layer(n: int, reason: str) -> dict[str, Any]:
+        return {
+            "name": f"model.layers.{n}.fc", "smoothing": "none", "reason": reason,
+            "activation_scheme": "per_token", "out_features": 4, "in_features": 4,
+        }  # fmt: skip
+
+    said = "int8 error {}% on the sample, {}% if smoothed"
+    layers = [
+        layer(n, said.format(*p)) for n, p in enumerate([("0.52", "9.70"), ("0.50", "10.10")])
+    ]
+    layers.append(layer(2, "model.layers.2.norm is read by something else"))
+    groups = [(g["count"], g["reason"]) for g in _inspect.summarise_layers(layers, [])["groups"]]
+    assert groups == [
+        (2, said.format("0.50 to 0.52", "9.70 to 10.10")),
+        (1, "model.layers.*.norm is read by something else"),
+    ]
+    assert _console.general_name("blocks.0.1.fc and layers.31") == "blocks.*.*.fc and layers.*"
+
+
 def test_json_has_no_nan() -> None:
     text = _console.json_text({"a": float("nan"), "b": [float("inf"), 1.5], "c": Path("x")})
     assert json.loads(text) == {"a": None, "b": [None, 1.5], "c": "x"}
@@ -222,6 +242,7 @@ def test_json_has_no_nan() -> None:
         (("--config", "MISSING"), "cannot be read: No such file or directory"),
         (("--dtype", "int8"), "--dtype must be one of float32, bfloat16, float16"),
         (("--device", "abacus"), "the device 'abacus' cannot be used here"),
+        (("--device", "meta"), "(it computes nothing): give auto, cpu, or a GPU"),
         (("--skip", "*"), "no linear layer to quantise"),
         (("--smooth-rounding", "up"), "--smooth-rounding must be one of auto, power_of_two, none"),
     ],

@@ -172,7 +172,8 @@ def test_what_the_command_line_does_not_take(text: Path, tmp_path: Path) -> None
         for more in ((), ("--stream",), ("--no-smooth",)):
             said = refused("quantize", folder, "-o", tmp_path / "q", "--calibration", text, *more)
             assert words in said and "in Python, pass such batches" in said, said
-    assert "causal language model" in refused("evaluate", tmp_path / "CLIPModel", "--text", text)
+    said = refused("evaluate", tmp_path / "CLIPModel", "--text", text)
+    assert "causal language model" in said and "no command takes it: in Python, " in said
 
 
 # --- data, disk, damage -----------------------------------------------------------------------------------------------

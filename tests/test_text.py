@@ -118,6 +118,27 @@ def test_tables_are_read_by_their_column_of_text(tmp_path: Path, name: str, cont
     assert load_text(str(tmp_path / name)) == ['one, "two"\nthree', "four"]
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "texts"),
+    [
+        ("a.csv", "the cat sat\non a mat\n", ["the cat sat", "on a mat"]),
+        ("a.csv", "the cat sat\n", ["the cat sat"]),
+        ("a.csv", '"one, two"\n"three, four"\n', ["one, two", "three, four"]),
+        ("a.tsv", "the cat, sat\non a mat\n", ["the cat, sat", "on a mat"]),
+        ("a.csv", "cat\ndog\n", ["cat", "dog"]),
+        ("a.csv", "body\non a mat\ndog\n", ["on a mat", "dog"]),
+        ("a.csv", "text\ncat\n", ["cat"]),
+        ("a.csv:The text", "The text\ncat\n", ["cat"]),
+        ("a.jsonl", '{"the body": "a cat"}', ["a cat"]),
+    ],
+)
+def test_a_single_column_without_a_name_loses_no_line(
+    tmp_path: Path, name: str, content: str, texts: list[str]
+) -> None:
+    (tmp_path / name.partition(":")[0]).write_text(content)
+    assert load_text(str(tmp_path / name)) == texts
+
+
 def test_parquet(tmp_path: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
     arrow = pytest.importorskip("pyarrow")
@@ -160,7 +181,8 @@ def test_blank_texts_join_their_neighbours(rows: list[str]) -> None:
             r'no column "text", only id, body; .*columns\.csv:COLUMN',
         ),
         ("open.csv", b'text\n"a', r"open\.csv, line 2, is damaged"),
-        ("empty.csv", b"", 'no column "text", only none'),
+        ("empty.csv", b"", "There is no text in .*empty.csv"),
+        ("binary.txt", b"a\0b", r"binary\.txt is not text \(it holds null bytes\)"),
         ("bad.json", b"{", r"bad\.json is not JSON"),
         ("number.json", b"3", "no list of rows"),
     ],
@@ -311,7 +333,7 @@ def test_a_real_tokenizers_bos_stands_in_front_of_every_window(
         ({"window": 8, "stride": 0}, "stride must be between 1 and 7"),
         ({"window": 8, "stride": 8}, "stride must be between 1 and 7"),
         ({"window": 8, "max_tokens": 0}, "max_tokens must be at least 1"),
-        ({"window": 8, "max_tokens": 1}, "has 1 tokens, too few"),
+        ({"window": 8, "max_tokens": 1}, "max_tokens must be at least 2, not 1"),
     ],
 )
 def test_sizes_out_of_range(options: dict[str, int], message: str) -> None:

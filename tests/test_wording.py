@@ -97,6 +97,7 @@ def test_options_in_place_of_arguments(said: str, expected: str) -> None:
 def test_choices_in_the_help_are_those_of_the_configuration() -> None:
     assert _options.DTYPES == tuple(_DTYPES)
     assert _options.SCHEMES == config.ACTIVATION_SCHEMES
+    assert _options.ALPHAS == config.DEFAULT_ALPHA
     assert _options.GRANULARITIES == config.WEIGHT_GRANULARITIES
     assert _options.ROUNDINGS == config.ROUNDINGS
 
