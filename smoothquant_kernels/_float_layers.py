@@ -1,4 +1,5 @@
-"""Which linears stay in float because of what the model does with them: others read their weight, or they select.
+"""Which linears stay in float because of what the model does with them: others read their weight, or they select, or
+code asks for a module's first parameter (`next(self.mlp.parameters()).dtype`), which would be gone.
 
 Three sources, from the surest to the weakest: a run of the model (`_readers.py`, `_selectors.py`), the source of its
 classes (`_source_reads.py`), and names. The source is asked about layers that the run did not call: a path that was
@@ -8,7 +9,8 @@ not taken may read a weight that the path taken gives to a linear, and a quantiz
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,8 +26,9 @@ from smoothquant_kernels.modules import Batch, evaluating, run, shared_parameter
 
 _READ = "reads its parameters from outside: stays in float"
 _SELECTS = "it selects, and stays in float"
+_ASKS = "asks its parameters for their type, and this is its first: stays in float"
 #: How the reasons of `stays_in_float` end.
-FOUND = (_READ, _SELECTS)
+FOUND = (_READ, _SELECTS, _ASKS)
 
 
 @dataclass
@@ -35,6 +38,7 @@ class _Seen:
     called: set[str] = field(default_factory=set)
     read: dict[str, str] = field(default_factory=dict)
     selects: dict[str, str] = field(default_factory=dict)
+    asks: dict[str, str] = field(default_factory=dict)
 
 
 def stays_in_float(model: nn.Module, linears: Iterable[str], batch: Batch | None) -> dict[str, str]:
@@ -53,7 +57,10 @@ def stays_in_float(model: nn.Module, linears: Iterable[str], batch: Batch | None
         with contextlib.suppress(Exception):  # longer than the model goes
             also = _watch(model, names, longer)
             seen.read, seen.selects = also.read | seen.read, also.selects | seen.selects
+            seen.asks = also.asks | seen.asks
     found = {name: f"{op} {_READ}" for name, op in seen.read.items()}
+    for name, kind in seen.asks.items():
+        found.setdefault(name, f"{kind} {_ASKS}")
     for reader, layer in read_in_source(model):
         name = names.get(layer, "")
         if name and name not in seen.called:
@@ -94,7 +101,14 @@ def _watch(model: nn.Module, names: dict[nn.Module, str], batch: Batch) -> _Seen
                 selectors.mark(output, marks[name])
 
     try:
-        with evaluating(model), watched(modules, enter, leave), selectors, readers:
+        with (
+            evaluating(model),
+            _asking(model) as asking,
+            watched(modules, enter, leave),
+            selectors,
+            selectors.python_reads(),
+            readers,
+        ):
             output = run(model, batch)
         selectors.finish(output)
     except UNWATCHED:
@@ -104,7 +118,56 @@ def _watch(model: nn.Module, names: dict[nn.Module, str], batch: Batch) -> _Seen
             seen.read[name] = reason.partition(" ")[0]
         if (chooser := selectors.found.get(mark)) is not None:
             seen.selects[name] = chooser
+    seen.asks = _first_parameters(asking, names)
     return seen
+
+
+@contextmanager
+def _asking(model: nn.Module) -> Iterator[dict[nn.Module, None]]:
+    """The modules whose parameters are listed while the model runs."""
+    found: dict[nn.Module, None] = {}
+    running = False
+
+    def enter(_: str) -> None:
+        nonlocal running
+        running = True
+
+    def leave(*_: Any) -> None:
+        nonlocal running
+        running = False
+
+    def noted(module: nn.Module, list_them: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if running:
+                found[module] = None
+            return list_them(*args, **kwargs)
+
+        return call
+
+    modules = list(model.modules())
+    try:
+        for module in modules:
+            module.__dict__["named_parameters"] = noted(module, module.named_parameters)
+        with watched({"": model}, enter, leave):
+            yield found
+    finally:
+        for module in modules:
+            module.__dict__.pop("named_parameters", None)
+
+
+def _first_parameters(
+    asking: Iterable[nn.Module], names: Mapping[nn.Module, str]
+) -> dict[str, str]:
+    """Linears that hold the first parameter of one of these modules, where no other could stand for it."""
+    owners = {p: name for module, name in names.items() for p in module.parameters(recurse=False)}
+    found: dict[str, str] = {}
+    for module in asking:
+        parameters = list(module.parameters())
+        name = owners.get(parameters[0]) if parameters else None
+        left = next((p for p in parameters if p not in owners), None)
+        if name is not None and (left is None or left.dtype != parameters[0].dtype):
+            found[name] = type(module).__name__
+    return found
 
 
 def _sharers(model: nn.Module, linears: Iterable[str]) -> dict[str, nn.Module]:

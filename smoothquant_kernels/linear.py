@@ -165,7 +165,7 @@ class W8A8Linear(nn.Module):
             SmoothQuantError: the weight is float64, float8 or another type, has NaN or Inf, a factor is not positive,
                 or x_scale is missing or not wanted.
         """
-        weight = weight_of(linear)
+        weight = weight_of(linear).detach()
         check_float_type(weight.dtype, "the weight")
         pending = pending_smooth(linear)
         if pending is not None:
@@ -186,7 +186,7 @@ class W8A8Linear(nn.Module):
             device=weight.device,
             dtype=weight.dtype,
         )
-        w = weight.detach().float()
+        w = weight.float()
         if smooth is not None:
             s = smooth.detach().to(w.device, torch.float32)
             if s.shape != (k,):
@@ -341,6 +341,8 @@ class W8A8Linear(nn.Module):
 
 #: A plain attribute: a buffer would be written into checkpoints, and rounded by `.half()`.
 PENDING = "_smoothquant_pending"
+#: Another: the weight holds factors.
+FOLDED = "_smoothquant_folded"
 
 
 def pending_smooth(module: nn.Module) -> Tensor | None:
@@ -351,6 +353,11 @@ def pending_smooth(module: nn.Module) -> Tensor | None:
     """
     found: Tensor | None = module.__dict__.get(PENDING)
     return None if found is None else found.to(weight_of(module).device)
+
+
+def is_smoothed(module: nn.Module) -> bool:
+    """Whether factors are in the weight of a float linear, or wait at it."""
+    return PENDING in module.__dict__ or FOLDED in module.__dict__
 
 
 def set_pending_smooth(module: nn.Module, smooth: Tensor | None) -> None:
