@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from smoothquant_kernels import ops, reference
 from smoothquant_kernels._float_types import check_float_type, float_type
+from smoothquant_kernels._gradient import through
 from smoothquant_kernels._lazy_weight import LazyWeight
 from smoothquant_kernels.errors import SmoothQuantError
 
@@ -314,6 +315,9 @@ class W8A8Linear(nn.Module):
             return ops.gemm_s8(
                 x.x_q, own["w_q"], x.x_scale, own["w_scale"], bias=own["bias"], out_dtype=x.dtype
             )
+        if x.requires_grad and torch.is_grad_enabled():
+            rest = (own["inv_smooth"], own["x_scale"], self._granularity)
+            return through(x, own["w_q"], own["w_scale"], own["bias"], *rest)
         return ops.linear_s8(
             x,
             own["w_q"],

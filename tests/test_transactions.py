@@ -105,7 +105,7 @@ def test_a_failure_at_any_call_of_a_module_leaves_the_model_as_it_was(
         with failing_at(step, nn.Module, "__call__", error):
             try:
                 CALLS[call](model)
-            except (Stop, RuntimeError):
+            except (Stop, RuntimeError, SmoothQuantError):
                 assert_same(model, before, f"{type(error).__name__} at call {step}")
                 continue
         # an error of a probe means that a norm or a reader refuses: the call may go on without it
