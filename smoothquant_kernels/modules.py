@@ -50,6 +50,7 @@ def partition_linears(
             f"the model is itself a {type(model).__name__}, so there is no place where its int8 layer could be put: "
             "pass a module around it, such as nn.Sequential(layer), or use W8A8Linear.from_linear(layer)."
         )
+    check_whole(model)
     heads = output_heads(model)
     chosen: dict[str, nn.Module] = {}
     skipped: dict[str, str] = {}
@@ -150,6 +151,16 @@ def check_present(model: nn.Module, prefix: str = "") -> None:
             f"{name} has no data (meta device; accelerate puts offloaded weights there): load the model without "
             "offloading, or use smoothquant_kernels.stream.quantize_streamed, which reads one block at a time."
         )
+
+
+def check_whole(model: nn.Module) -> None:
+    """Raises SmoothQuantError if a parameter is a DTensor, of which each process has a part."""
+    for name, parameter in model.named_parameters():
+        if any(t.__module__.startswith("torch.distributed.") for t in type(parameter).__mro__):
+            raise SmoothQuantError(
+                f"{name} is a {type(parameter).__name__}, spread over processes (fully_shard, tensor parallelism): "
+                "smooth and quantize the model first, and spread the result."
+            )
 
 
 def module_places(model: nn.Module, module: nn.Module) -> list[tuple[nn.Module, str]]:

@@ -8,8 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from models import make_model, token_batches
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 from smoothquant_kernels import (
     ActivationStatistics,
@@ -252,6 +255,21 @@ def test_a_lone_layer_is_refused() -> None:
         with pytest.raises(SmoothQuantError, match=r"itself a Linear.*nn.Sequential\(layer\)"):
             call(layer)
     assert type(quantize_model(nn.Sequential(layer))[0]) is W8A8Linear  # type: ignore[index]
+
+
+def test_a_model_spread_over_processes_is_refused() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        split: Any = parallelize_module(Block().eval(), mesh, {"a": ColwiseParallel()})
+        for call in (quantize_model, lambda m: smooth_lm(m, [{"x": x()}], progress=False)):
+            with pytest.raises(
+                SmoothQuantError, match=r"a.weight is a DTensor, .*quantize the model first"
+            ):
+                call(split)
+        assert type(split.a) is nn.Linear
+    finally:
+        dist.destroy_process_group()
 
 
 def test_layers_of_no_size_are_listed() -> None:
