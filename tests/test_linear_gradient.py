@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 
 import cases
@@ -54,11 +55,11 @@ def test_training_what_stands_before_an_int8_model() -> None:
     model = make_model("llama")
     prompt = torch.randn(1, 6, 32, generator=torch.Generator().manual_seed(5))
     grads = []
-    for made in (model, quantize_model(make_model("llama"))):
+    for made in (model, quantize_model(copy.deepcopy(model))):
         x = prompt.clone().requires_grad_()
         made(inputs_embeds=x, labels=token_batches(1, 6)[0][:1]).loss.backward()
         grads.append(x.grad)
-    assert (grads[1] - grads[0]).norm() < 0.3 * grads[0].norm()
+    assert (grads[1] - grads[0]).norm() < 0.05 * grads[0].norm()
 
 
 def test_it_compiles_and_can_be_checkpointed() -> None:
