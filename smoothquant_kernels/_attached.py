@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from smoothquant_kernels.linear import PENDING, W8A8Linear
+from smoothquant_kernels.linear import FOLDED, PENDING, W8A8Linear
 
 #: Called with the input or the output of a forward pass, which an int8 layer has like a float one. Handles remove
 #: their hook from these very dictionaries.
@@ -35,7 +35,7 @@ _STAYS = {
 }
 _FLOAT = "stays in float"
 #: What a linear has of its own, besides what every module has.
-_OWN = {"in_features", "out_features", "nf", "nx", PENDING}
+_OWN = {"in_features", "out_features", "nf", "nx", PENDING, FOLDED}
 #: How torch keeps the compiled form of a module, which is made again for another one.
 _DROPPED = {"_compiled_call_impl"}
 

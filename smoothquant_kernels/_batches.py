@@ -256,13 +256,11 @@ def explained(model: nn.Module, batch: Batch, call: Callable[[], Any]) -> Any:
     try:
         return call()
     except (TypeError, ValueError, IndexError, RuntimeError) as error:
-        if isinstance(error, (SmoothQuantError, torch.OutOfMemoryError)):
+        if isinstance(error, (SmoothQuantError, torch.OutOfMemoryError, torch.AcceleratorError)):
             raise
         if (too_long := _is_too_long(model, batch)) is not None:
             raise SmoothQuantError(too_long) from error
-        if isinstance(error, RuntimeError):
-            raise
-        entries = ", ".join(f"{n} {list(v.shape)}" for n, v in batch.items())
+        entries = ", ".join(map(_described, batch, batch.values()))
         name = type(model).__name__
         if is_seq2seq(batch, model) and not any(
             n == "labels" or n.startswith(DECODER) for n in batch
@@ -276,6 +274,11 @@ def explained(model: nn.Module, batch: Batch, call: Callable[[], Any]) -> Any:
             f"{name} does not run on a calibration batch with {entries} "
             f"({type(error).__name__}: {' '.join(str(error).split())[:300]}): pass what its forward takes."
         ) from error
+
+
+def _described(name: str, v: Tensor) -> str:
+    dtype = f"{v.dtype} ".removeprefix("torch.") if v.is_floating_point() else ""
+    return f"{name} {dtype}{list(v.shape)}"
 
 
 # --- the sample -------------------------------------------------------------------------------------------------------

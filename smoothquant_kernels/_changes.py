@@ -93,6 +93,13 @@ def widened(t: Tensor) -> Tensor:
     return t if t.dtype == torch.float64 else t.float()
 
 
+def writable(t: Tensor) -> bool:
+    """Whether a tensor takes new values in place: not one expanded over its memory, nor one of inference mode."""
+    if t.is_inference() and not torch.is_inference_mode_enabled():
+        return False
+    return all(stride or size < 2 for size, stride in zip(t.shape, t.stride(), strict=True))
+
+
 def _assign(parameter: Tensor, value: Tensor) -> None:
     parameter.data.copy_(value)
 

@@ -1,4 +1,5 @@
-"""Which linears stay in float because of what the model does with them: others read their weight, or they select.
+"""Which linears stay in float because of what the model does with them: others read their weight, or they select, or
+code asks for what would be gone: a module's first parameter (`next(self.mlp.parameters()).dtype`), a method.
 
 Three sources, from the surest to the weakest: a run of the model (`_readers.py`, `_selectors.py`), the source of its
 classes (`_source_reads.py`), and names. The source is asked about layers that the run did not call: a path that was
@@ -8,7 +9,10 @@ not taken may read a weight that the path taken gives to a linear, and a quantiz
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,13 +23,15 @@ from smoothquant_kernels._sample_inputs import repeated
 from smoothquant_kernels._selectors import Selectors, selects_by_name
 from smoothquant_kernels._source_reads import read_in_source
 from smoothquant_kernels.errors import SmoothQuantError
-from smoothquant_kernels.linear import weight_of
+from smoothquant_kernels.linear import W8A8Linear, weight_of
 from smoothquant_kernels.modules import Batch, evaluating, run, shared_parameters
 
 _READ = "reads its parameters from outside: stays in float"
 _SELECTS = "it selects, and stays in float"
+_ASKS = "asks its parameters for their type, and this is its first: stays in float"
+_USED = "which an int8 layer does not have: stays in float"
 #: How the reasons of `stays_in_float` end.
-FOUND = (_READ, _SELECTS)
+FOUND = (_READ, _SELECTS, _ASKS, _USED)
 
 
 @dataclass
@@ -35,6 +41,7 @@ class _Seen:
     called: set[str] = field(default_factory=set)
     read: dict[str, str] = field(default_factory=dict)
     selects: dict[str, str] = field(default_factory=dict)
+    uses: dict[str, str] = field(default_factory=dict)  # whole reasons
 
 
 def stays_in_float(model: nn.Module, linears: Iterable[str], batch: Batch | None) -> dict[str, str]:
@@ -53,7 +60,9 @@ def stays_in_float(model: nn.Module, linears: Iterable[str], batch: Batch | None
         with contextlib.suppress(Exception):  # longer than the model goes
             also = _watch(model, names, longer)
             seen.read, seen.selects = also.read | seen.read, also.selects | seen.selects
+            seen.uses = also.uses | seen.uses
     found = {name: f"{op} {_READ}" for name, op in seen.read.items()}
+    found = seen.uses | found
     for reader, layer in read_in_source(model):
         name = names.get(layer, "")
         if name and name not in seen.called:
@@ -94,7 +103,15 @@ def _watch(model: nn.Module, names: dict[nn.Module, str], batch: Batch) -> _Seen
                 selectors.mark(output, marks[name])
 
     try:
-        with evaluating(model), watched(modules, enter, leave), selectors, readers:
+        with (
+            evaluating(model),
+            _asking(model) as asking,
+            _using(names) as uses,
+            watched(modules, enter, leave),
+            selectors,
+            selectors.python_reads(),
+            readers,
+        ):
             output = run(model, batch)
         selectors.finish(output)
     except UNWATCHED:
@@ -104,7 +121,113 @@ def _watch(model: nn.Module, names: dict[nn.Module, str], batch: Batch) -> _Seen
             seen.read[name] = reason.partition(" ")[0]
         if (chooser := selectors.found.get(mark)) is not None:
             seen.selects[name] = chooser
+    seen.uses = uses | _first_parameters(asking, names)
     return seen
+
+
+@contextmanager
+def _asking(model: nn.Module) -> Iterator[dict[nn.Module, None]]:
+    """The modules whose parameters are listed while the model runs."""
+    found: dict[nn.Module, None] = {}
+    running = False
+
+    def enter(_: str) -> None:
+        nonlocal running
+        running = True
+
+    def leave(*_: Any) -> None:
+        nonlocal running
+        running = False
+
+    def noted(module: nn.Module, list_them: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if running:
+                found[module] = None
+            return list_them(*args, **kwargs)
+
+        return call
+
+    modules = list(model.modules())
+    try:
+        for module in modules:
+            module.__dict__["named_parameters"] = noted(module, module.named_parameters)
+        with watched({"": model}, enter, leave):
+            yield found
+    finally:
+        for module in modules:
+            module.__dict__.pop("named_parameters", None)
+
+
+def _first_parameters(
+    asking: Iterable[nn.Module], names: Mapping[nn.Module, str]
+) -> dict[str, str]:
+    """Linears that hold the first parameter of one of these modules, where no other could stand for it."""
+    owners = {p: name for module, name in names.items() for p in module.parameters(recurse=False)}
+    found: dict[str, str] = {}
+    for module in asking:
+        parameters = list(module.parameters())
+        name = owners.get(parameters[0]) if parameters else None
+        left = next((p for p in parameters if p not in owners), None)
+        if name is not None and (left is None or left.dtype != parameters[0].dtype):
+            found[name] = f"{type(module).__name__} {_ASKS}"
+    return found
+
+
+@contextmanager
+def _using(names: Mapping[nn.Module, str]) -> Iterator[dict[str, str]]:
+    """Reasons why linears stay as they are: they are called with more than an input, or by methods of their class."""
+    found: dict[str, str] = {}
+    running: list[nn.Module] = []
+
+    def forward(module: nn.Module, own: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(own)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if more := [
+                *("a second argument" for _ in args[1:]),
+                *(k for k in kwargs if args or k != "input"),
+            ]:
+                found[names[module]] = f"it is called with {more[0]}, {_USED}"
+            running.append(module)
+            try:
+                return own(*args, **kwargs)
+            finally:
+                running.pop()
+
+        return call
+
+    def method(module: nn.Module, name: str, own: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(own)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if module not in running:  # its forward gives what a linear gives, by whatever means
+                found[names[module]] = f"the model calls its {name}, {_USED}"
+            return own(*args, **kwargs)
+
+        return call
+
+    before = {module: dict(vars(module)) for module in names}
+    try:
+        for module in names:
+            for name in _own_methods(type(module)):
+                if name not in vars(module):
+                    module.__dict__[name] = method(module, name, getattr(module, name))
+            module.__dict__["forward"] = forward(module, module.forward)
+        yield found
+    finally:
+        for module, attributes in before.items():
+            for name in ("forward", *_own_methods(type(module))):
+                module.__dict__.pop(name, None)
+                if name in attributes:
+                    module.__dict__[name] = attributes[name]
+
+
+def _own_methods(kind: type) -> tuple[str, ...]:
+    """Methods of a subclass of `nn.Linear` that no int8 layer has."""
+    return tuple(
+        name
+        for base in kind.__mro__[: kind.__mro__.index(nn.Module)]
+        for name, value in vars(base).items()
+        if inspect.isfunction(value) and not name.startswith("__") and not hasattr(W8A8Linear, name)
+    )
 
 
 def _sharers(model: nn.Module, linears: Iterable[str]) -> dict[str, nn.Module]:

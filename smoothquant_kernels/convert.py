@@ -18,7 +18,7 @@ from smoothquant_kernels._transformers import HF_QUANTIZER, save_refusals
 from smoothquant_kernels.calibrate import ActivationStatistics, CalibrationData
 from smoothquant_kernels.config import SmoothQuantConfig
 from smoothquant_kernels.errors import SmoothQuantError
-from smoothquant_kernels.linear import W8A8Linear
+from smoothquant_kernels.linear import W8A8Linear, is_smoothed
 from smoothquant_kernels.modules import partition_linears
 from smoothquant_kernels.smooth import INFO, check_finite_weights, smooth_into
 
@@ -71,6 +71,12 @@ def _quantize_into(model: nn.Module, config: SmoothQuantConfig, changes: Changes
     check_float_types(linears)
     check_finite_weights(linears)
     described = {layer["name"]: layer for layer in info.get("layers", [])}
+    for name, linear in linears.items():
+        if name not in described and is_smoothed(linear):
+            raise SmoothQuantError(
+                f"layer {name} was smoothed as a part of another model, which knows its settings and ranges: call "
+                "quantize_model with the very model that smooth_lm was given."
+            )
     if unknown := linears.keys() - described.keys():
         found = stays_in_float(model, [n for n in linears if n in unknown], runnable_batch(model))
         linears = {name: linear for name, linear in linears.items() if name not in found}
@@ -83,7 +89,9 @@ def _quantize_into(model: nn.Module, config: SmoothQuantConfig, changes: Changes
             f"the static scheme needs a calibrated range for {missing[0]} ({len(missing)} of {len(linears)} layers "
             "have none): run smooth_lm on calibration data first (smooth=False only measures), or skip them."
         )
-    layers, made = [], {}
+    made: dict[str, W8A8Linear] = {}
+    # those of an earlier call, which left other layers out
+    layers = [layer for name, layer in described.items() if _is_int8(model, name)]
     for name, linear in linears.items():
         layer = described.get(name, {"name": name, "smoothing": "none", "reason": "not smoothed"})
         new = made[name] = W8A8Linear.from_linear(
@@ -103,7 +111,8 @@ def _quantize_into(model: nn.Module, config: SmoothQuantConfig, changes: Changes
                 "out_features": new.out_features,
             }
         )
-    reasons = {s["name"]: s["reason"] for s in info.get("skipped", [])} | skipped
+    reasons = {s["name"]: s["reason"] for s in info.get("skipped", []) if s["name"] not in made}
+    reasons |= skipped
     new_info = {
         **info,
         "config": config.to_dict(),
@@ -116,6 +125,13 @@ def _quantize_into(model: nn.Module, config: SmoothQuantConfig, changes: Changes
     for module, refusal in save_refusals(model):
         changes.set_attribute(module, HF_QUANTIZER, refusal)
     align_tensors(model)
+
+
+def _is_int8(model: nn.Module, name: str) -> bool:
+    try:
+        return isinstance(model.get_submodule(name), W8A8Linear)
+    except AttributeError:
+        return False
 
 
 def smooth_and_quantize(

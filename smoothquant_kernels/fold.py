@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from smoothquant_kernels._changes import Changes, widened
 from smoothquant_kernels.groups import Group
-from smoothquant_kernels.linear import is_float_linear, weight_of
+from smoothquant_kernels.linear import FOLDED, is_float_linear, weight_of
 
 #: Per channel, of a folded norm's output: some tens of float32 roundings. A wrong formula is off by far more.
 _NORM_TOLERANCE = 1e-5
@@ -87,7 +87,9 @@ def fold(model: nn.Module, smoothing: Smoothing, changes: Changes) -> bool:
             return False
         scale_norm(producer, factor, offsets, changes)
     for name in smoothing.group.linears:
-        changes.scale(weight_of(model.get_submodule(name)), smoothing.smooth)
+        linear = model.get_submodule(name)
+        changes.scale(weight_of(linear), smoothing.smooth)
+        changes.set_attribute(linear, FOLDED, True)
     return True
 
 

@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from smoothquant_kernels._changes import writable
 from smoothquant_kernels._readers import UNWATCHED, Readers, readable, watched
 from smoothquant_kernels._sample_inputs import repeated
 from smoothquant_kernels.linear import is_float_linear, weight_of
@@ -333,7 +334,7 @@ def find_groups(
             return [g.without_producer("folding is switched off") for g in groups + alone]
         shared = shared_parameters(model)
         groups = _probe(model, batch, trace, groups)
-        groups = [_refuse_shared(model, g, shared) for g in groups]
+        groups = [_refuse_watched(model, _refuse_shared(model, g, shared)) for g in groups]
         groups = _refuse_common_producers(groups)
         groups = _refuse_uncalled(model, trace, groups)
         candidates = [g for g in groups if g.producer is not None]
@@ -358,16 +359,28 @@ def _judge(group: Group, readers: Mapping[str, str], bad: set[tuple[str, ...]]) 
 
 
 def _refuse_shared(model: nn.Module, group: Group, shared: Mapping[str, list[str]]) -> Group:
-    """Scaling a parameter that has two names would scale two places."""
+    """Scaling a parameter that has two names would scale two places; one that cannot be written is not scaled."""
     if group.producer is None:
         return group
     for module in (group.producer, *group.linears):
-        for parameter, _ in model.get_submodule(module).named_parameters(recurse=False):
+        for parameter, value in model.get_submodule(module).named_parameters(recurse=False):
             # a linear's bias is not scaled: sharing it is harmless, but for the producer
-            scaled = module == group.producer or parameter == "weight"
-            others = shared.get(f"{module}.{parameter}", []) if scaled else []
-            if others:
+            if module != group.producer and parameter != "weight":
+                continue
+            if others := shared.get(f"{module}.{parameter}", []):
                 return group.without_producer(f"{module} shares its {parameter} with {others[0]}")
+            if not writable(value):
+                return group.without_producer(f"the {parameter} of {module} is read-only")
+    return group
+
+
+def _refuse_watched(model: nn.Module, group: Group) -> Group:
+    """A hook of the user's on what a fold scales would be given other numbers than before."""
+    for name in (group.producer, *group.linears) if group.producer is not None else ():
+        module = model.get_submodule(name)
+        inputs = name in group.linears and module._forward_pre_hooks
+        if inputs or module._forward_hooks:
+            return group.without_producer(f"a forward hook on {name} may read what a fold scales")
     return group
 
 

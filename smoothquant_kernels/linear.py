@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from smoothquant_kernels import ops, reference
 from smoothquant_kernels._float_types import check_float_type, float_type
+from smoothquant_kernels._gradient import through
 from smoothquant_kernels._lazy_weight import LazyWeight
 from smoothquant_kernels.errors import SmoothQuantError
 
@@ -165,7 +166,7 @@ class W8A8Linear(nn.Module):
             SmoothQuantError: the weight is float64, float8 or another type, has NaN or Inf, a factor is not positive,
                 or x_scale is missing or not wanted.
         """
-        weight = weight_of(linear)
+        weight = weight_of(linear).detach()
         check_float_type(weight.dtype, "the weight")
         pending = pending_smooth(linear)
         if pending is not None:
@@ -186,7 +187,7 @@ class W8A8Linear(nn.Module):
             device=weight.device,
             dtype=weight.dtype,
         )
-        w = weight.detach().float()
+        w = weight.float()
         if smooth is not None:
             s = smooth.detach().to(w.device, torch.float32)
             if s.shape != (k,):
@@ -314,6 +315,9 @@ class W8A8Linear(nn.Module):
             return ops.gemm_s8(
                 x.x_q, own["w_q"], x.x_scale, own["w_scale"], bias=own["bias"], out_dtype=x.dtype
             )
+        if x.requires_grad and torch.is_grad_enabled():
+            rest = (own["inv_smooth"], own["x_scale"], self._granularity)
+            return through(x, own["w_q"], own["w_scale"], own["bias"], *rest)
         return ops.linear_s8(
             x,
             own["w_q"],
@@ -341,6 +345,8 @@ class W8A8Linear(nn.Module):
 
 #: A plain attribute: a buffer would be written into checkpoints, and rounded by `.half()`.
 PENDING = "_smoothquant_pending"
+#: Another: the weight holds factors.
+FOLDED = "_smoothquant_folded"
 
 
 def pending_smooth(module: nn.Module) -> Tensor | None:
@@ -351,6 +357,11 @@ def pending_smooth(module: nn.Module) -> Tensor | None:
     """
     found: Tensor | None = module.__dict__.get(PENDING)
     return None if found is None else found.to(weight_of(module).device)
+
+
+def is_smoothed(module: nn.Module) -> bool:
+    """Whether factors are in the weight of a float linear, or wait at it."""
+    return PENDING in module.__dict__ or FOLDED in module.__dict__
 
 
 def set_pending_smooth(module: nn.Module, smooth: Tensor | None) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fnmatch
 import inspect
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -43,6 +45,12 @@ def partition_linears(
         SmoothQuantError: there is no linear layer to quantise, or another tool has quantized the model.
     """
     check_float_model(model)
+    if is_float_linear(model):
+        raise SmoothQuantError(
+            f"the model is itself a {type(model).__name__}, so there is no place where its int8 layer could be put: "
+            "pass a module around it, such as nn.Sequential(layer), or use W8A8Linear.from_linear(layer)."
+        )
+    check_whole(model)
     heads = output_heads(model)
     chosen: dict[str, nn.Module] = {}
     skipped: dict[str, str] = {}
@@ -67,6 +75,8 @@ def partition_linears(
             skipped[name] = "output head: stays in float"
         elif (attached := keeps_float(module)) is not None:
             skipped[name] = attached
+        elif not weight_of(module).numel():
+            skipped[name] = "it has no inputs or no outputs: stays in float"
         elif weight_of(module).shape[1] > MAX_K:
             skipped[name] = f"more than {MAX_K} input features: an int32 sum could overflow"
         elif not weight_of(module).is_floating_point():
@@ -143,6 +153,16 @@ def check_present(model: nn.Module, prefix: str = "") -> None:
         )
 
 
+def check_whole(model: nn.Module) -> None:
+    """Raises SmoothQuantError if a parameter is a DTensor, of which each process has a part."""
+    for name, parameter in model.named_parameters():
+        if any(t.__module__.startswith("torch.distributed.") for t in type(parameter).__mro__):
+            raise SmoothQuantError(
+                f"{name} is a {type(parameter).__name__}, spread over processes (fully_shard, tensor parallelism): "
+                "smooth and quantize the model first, and spread the result."
+            )
+
+
 def module_places(model: nn.Module, module: nn.Module) -> list[tuple[nn.Module, str]]:
     """Every place of a module in a model, as (parent, attribute): it may have several names."""
     names = [n for n, m in model.named_modules(remove_duplicate=False) if m is module]
@@ -179,11 +199,17 @@ def model_device(model: nn.Module) -> torch.device:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """No gradients, and evaluation mode for the time of the block; each module gets its own mode back."""
+    """No gradients, and evaluation mode for the time of the block; each module gets its own mode back.
+
+    Compiled models run eagerly: a graph that is compiled already calls no hooks, and no operation of it can be watched.
+    """
     training = [m for m in model.modules() if m.training]
     model.eval()
+    # nothing is compiled where dynamo was never loaded, and loading it takes a second
+    compiled = "torch._dynamo" in sys.modules
+    stance = torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
     try:
-        with torch.no_grad():
+        with stance, torch.no_grad():
             yield
     finally:
         for module in training:

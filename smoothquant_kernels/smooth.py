@@ -19,7 +19,7 @@ from smoothquant_kernels.config import SmoothQuantConfig
 from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.factors import Plan, group_alpha, smoothable_linears
 from smoothquant_kernels.groups import Group, find_groups
-from smoothquant_kernels.linear import weight_of
+from smoothquant_kernels.linear import W8A8Linear, is_float_linear, is_smoothed, weight_of
 from smoothquant_kernels.modules import (
     Batch,
     Hooks,
@@ -164,9 +164,19 @@ def smooth_into(
 
 
 def refuse_smoothed(model: nn.Module) -> None:
-    """Raises SmoothQuantError if the model is smoothed: its weights hold factors that the formula cannot see."""
-    layers = getattr(model, INFO, {}).get("layers", [])
+    """Raises SmoothQuantError if the model, or a part of it, is smoothed: its weights hold factors that the formula
+    cannot see. One with int8 layers cannot be smoothed either."""
+    quantized = sum(isinstance(m, W8A8Linear) for m in model.modules())
+    if quantized:
+        raise SmoothQuantError(
+            f"the model is quantized already ({quantized} W8A8Linear), and smoothing needs float layers: load the "
+            "original float model again; to keep some layers in float, name them in skip."
+        )
+    layers = [e for m in model.modules() for e in vars(m).get(INFO, {}).get("layers", [])]
     smoothed = sum(layer["smoothing"] != "none" for layer in layers)
+    if not smoothed:  # a part of a model that was
+        layers = [m for m in model.modules() if is_float_linear(m)]
+        smoothed = sum(map(is_smoothed, layers))
     if smoothed:
         raise SmoothQuantError(
             f"the model is smoothed already ({smoothed} of {len(layers)} layers): load the original float model again "
@@ -204,7 +214,7 @@ def check_finite_weights(linears: Mapping[str, nn.Module]) -> None:
         if weight_of(module).dtype != torch.float64:  # which can be smoothed, at least
             check_float_type(weight_of(module).dtype, f"the weight of layer {name}")
         for what, parameter in module.named_parameters(recurse=False):
-            if not bool(parameter.isfinite().all()):
+            if not bool(parameter.detach().isfinite().all()):
                 raise SmoothQuantError(
                     f"the {what} of layer {name} has NaN or Inf values; repair or reload the checkpoint."
                 )

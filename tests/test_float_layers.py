@@ -99,6 +99,41 @@ class Long(Model):
         return y + (F.linear(y, self.b.weight) + x if x.shape[1] > 40 else self.b(y))
 
 
+class Asking(Model):
+    """The usual way to learn a module's type: of one that would have no parameter left, and of one that would."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.b = nn.Sequential(nn.Linear(HIDDEN, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, HIDDEN))  # type: ignore[assignment]
+        self.c = nn.Sequential(nn.LayerNorm(HIDDEN), nn.Linear(HIDDEN, HIDDEN))  # type: ignore[assignment]
+
+    def middle(self, x: Tensor) -> Tensor:
+        x = self.b(x.to(next(self.b.parameters()).dtype))
+        return self.c(self.a(x).to(next(self.c.parameters()).dtype))
+
+
+class Described(nn.Linear):
+    """A linear that can do more, and mostly does not."""
+
+    def forward(self, input: Tensor, scale: float = 1.0) -> Tensor:
+        return scale * super().forward(self.same(input))
+
+    def same(self, x: Tensor) -> Tensor:
+        return x
+
+    def size(self) -> int:
+        return self.in_features
+
+
+class Using(Model):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d = (Described(HIDDEN, HIDDEN) for _ in range(4))
+
+    def middle(self, x: Tensor) -> Tensor:
+        return self.d(input=self.c(self.b(self.a(x, scale=0.5)), 2.0)) / self.d.size()
+
+
 READERS: dict[str, tuple[type[Model], set[str]]] = {
     "functional": (Functional, {"b"}),
     "helper": (Fused, {"a", "b"}),
@@ -141,6 +176,41 @@ def test_the_source_tells_where_nothing_can_be_run(case: str) -> None:
     assert found == dict.fromkeys(
         expected, f"{kind.__name__} reads its parameters from outside: stays in float"
     )
+
+
+def test_a_module_that_is_asked_for_its_type_keeps_a_parameter() -> None:
+    model = Asking().eval()
+    ids = token_batches()[0]
+    y = model(ids)
+    for made in both_ways(model):
+        skipped = {e["name"]: e["reason"] for e in made.smoothquant_info["skipped"]}  # type: ignore[union-attr, index]
+        assert skipped == {
+            "b.0": "Sequential asks its parameters for their type, and this is its first: stays in float"
+        }
+        assert (made(ids) - y).norm() < 0.1 * y.norm()  # and it runs
+
+
+def test_what_only_a_subclass_has_is_not_taken_away() -> None:
+    model = Using().eval()
+    ids = token_batches()[0]
+    y = model(ids)
+    for made in both_ways(model):
+        skipped = {e["name"]: e["reason"] for e in made.smoothquant_info["skipped"]}  # type: ignore[union-attr, index]
+        assert skipped == {
+            "a": "it is called with scale, which an int8 layer does not have: stays in float",
+            "c": "it is called with a second argument, which an int8 layer does not have: stays in float",
+            "d": "the model calls its size, which an int8 layer does not have: stays in float",
+        }
+        assert (made(ids) - y).norm() < 0.1 * y.norm()
+        assert all("size" not in vars(m) and "forward" not in vars(m) for m in made.modules())
+
+
+def test_a_first_parameter_of_another_type_is_no_substitute() -> None:
+    model = Asking().eval()
+    model.c[0], model.c[1] = model.c[1], model.c[0].double()  # type: ignore[index]
+    model.c.forward = lambda x: model.c[0](x)  # type: ignore[index, method-assign]
+    found = stays_in_float(model, ["a", "b.0", "b.2", "c.0"], {"input_ids": token_batches()[0]})
+    assert found.keys() == {"b.0", "c.0"}
 
 
 def test_the_source_is_not_asked_about_types() -> None:

@@ -105,6 +105,7 @@ def test_parts_without_int8_layers_and_float_models_save_as_ever(tmp_path: Path)
     reloaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "smoothed")
     assert_same_bits(logits(reloaded), before)
 
+    model = llama()
     other = transformers.LlamaForCausalLM(model.config).eval()
     both = nn.ModuleList([model, other])
     quantize_model(both, config=SmoothQuantConfig(skip=("1.*",)))

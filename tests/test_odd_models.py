@@ -8,12 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from models import make_model, token_batches
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 from smoothquant_kernels import (
     ActivationStatistics,
     SmoothQuantConfig,
+    SmoothQuantError,
     calibrate_model,
     quantize_model,
     search_config,
@@ -210,3 +214,85 @@ def test_labels_and_square_masks_in_batches() -> None:
             (p - q).abs().max() for p, q in zip(model.parameters(), plain.parameters(), strict=True)
         ]
         assert max(changes) == 0
+
+
+class Block(nn.Module):
+    """A norm that is folded into, and a linear for each kind of compiling."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm, self.a, self.b = nn.LayerNorm(16), nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.b(self.a(self.norm(x)).relu())
+        return y
+
+
+@pytest.mark.parametrize("how", ["in place", "wrapped", "a layer"])
+def test_a_compiled_model_is_watched_like_any_other(how: str) -> None:
+    """Its graph was made before our hooks were there, and would never call them."""
+    model: Any = Block().eval()
+    if how == "in place":
+        model.compile(backend="eager")
+    elif how == "wrapped":
+        model = torch.compile(model, backend="eager")
+    else:
+        model.a = torch.compile(model.a, backend="eager")
+    with torch.no_grad():  # as in calibration, so that nothing asks for another graph
+        before = model(x())
+    smooth_lm(model, [{"x": x(i)} for i in range(2)], config=EXACT, progress=False)
+    assert [e["smoothing"] for e in model.smoothquant_info["layers"]] == ["folded", "folded"]
+    assert torch.equal(model(x()), before)
+    quantize_model(model)
+    assert sum(isinstance(m, W8A8Linear) for m in model.modules()) == 2
+    change = (model(x()) - before).norm() / before.norm()
+    assert 0 < change < 0.05  # and the old graph is not used
+
+
+def test_a_lone_layer_is_refused() -> None:
+    layer = nn.Linear(16, 16)
+    for call in (quantize_model, lambda m: smooth_lm(m, [{"input": x()}], progress=False)):
+        with pytest.raises(SmoothQuantError, match=r"itself a Linear.*nn.Sequential\(layer\)"):
+            call(layer)
+    assert type(quantize_model(nn.Sequential(layer))[0]) is W8A8Linear  # type: ignore[index]
+
+
+def test_a_model_spread_over_processes_is_refused() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        split: Any = parallelize_module(Block().eval(), mesh, {"a": ColwiseParallel()})
+        for call in (quantize_model, lambda m: smooth_lm(m, [{"x": x()}], progress=False)):
+            with pytest.raises(
+                SmoothQuantError, match=r"a.weight is a DTensor, .*quantize the model first"
+            ):
+                call(split)
+        assert type(split.a) is nn.Linear
+    finally:
+        dist.destroy_process_group()
+
+
+def test_layers_of_no_size_are_listed() -> None:
+    model: Any = nn.Sequential(nn.Linear(16, 0), nn.Linear(0, 16), nn.Linear(16, 16))
+    smooth_lm(model, [{"input": x()}], progress=False)
+    quantize_model(model)
+    reason = "it has no inputs or no outputs: stays in float"
+    assert [(s["name"], s["reason"]) for s in model.smoothquant_info["skipped"]] == [
+        ("0", reason),
+        ("1", reason),
+    ]
+
+
+@pytest.mark.parametrize("hooked", ["norm", "a", "b"])
+def test_hooks_are_given_what_they_were_before(hooked: str) -> None:
+    """What a hook does with the numbers is its own affair: they stay, whatever the model's output says."""
+    model: Any = Block().eval()
+    seen: list[list[Tensor]] = []
+    model.get_submodule(hooked).register_forward_hook(lambda m, args, y: seen.append([*args, y]))
+    model(x())
+    smooth_lm(model, [{"x": x(i)} for i in range(2)], config=EXACT, progress=False)
+    model(x())
+    assert all(map(torch.equal, seen[-1], seen[0]))
+    folded = [e["name"] for e in model.smoothquant_info["layers"] if e["smoothing"] == "folded"]
+    assert folded == {"norm": ["b"], "a": [], "b": ["a"]}[hooked]

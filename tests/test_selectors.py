@@ -81,6 +81,77 @@ def _tokens(m: Choosing, h: Tensor) -> Tensor:
     return torch.zeros_like(h).scatter_add(1, index, m.parts[0](h.gather(1, index)))
 
 
+def _hot(m: Choosing, h: Tensor, index: Tensor) -> Tensor:
+    hot = F.one_hot(index, 3).to(h.dtype)
+    return sum((hot[..., i, None] * p(h) for i, p in enumerate(m.parts)), torch.zeros_like(h))
+
+
+def _gates(m: Choosing, h: Tensor, gates: Tensor) -> Tensor:
+    return sum((gates[..., i, None] * p(h) for i, p in enumerate(m.parts)), torch.zeros_like(h))
+
+
+def _kth_largest(m: Choosing, h: Tensor) -> Tensor:
+    """Values, never indices: what is below the second largest is hidden."""
+    y = m.w(h)
+    second = y.sort(-1, descending=True).values[..., 1:2]
+    return _gates(m, h, y.masked_fill(y < second, float("-inf")).softmax(-1))
+
+
+def _is_largest(m: Choosing, h: Tensor) -> Tensor:
+    y = m.w(h)
+    return _gates(m, h, (y == y.amax(-1, keepdim=True)).to(h.dtype))
+
+
+def _if_larger(m: Choosing, h: Tensor) -> Tensor:
+    y = m.w(h).mean((0, 1))
+    return m.parts[0](h) if y[0] > y[1] else m.parts[1](h)
+
+
+def _rounded(m: Choosing, h: Tensor) -> Tensor:
+    return _hot(m, h, (m.w(h)[..., 0].sigmoid() * 2).round().long())
+
+
+def _bucket(m: Choosing, h: Tensor) -> Tensor:
+    return _hot(m, h, torch.bucketize(m.w(h)[..., 0], torch.tensor([-0.1, 0.1])))
+
+
+def _bits(m: Choosing, h: Tensor) -> Tensor:
+    """Hashing: the signs are the digits of an expert's number."""
+    return _hot(m, h, ((m.w(h) > 0).long() * torch.tensor([1, 1, 0])).sum(-1))
+
+
+def _sparse(m: Choosing, h: Tensor) -> Tensor:
+    """A ReLU router: experts take the rows whose weight is not zero."""
+    gates = m.w(h).relu().flatten(0, -2)
+    rows, y = h.flatten(0, -2), torch.zeros_like(h).flatten(0, -2)
+    for i, part in enumerate(m.parts):
+        index = gates[:, i].nonzero()[:, 0]
+        y = y.index_add(0, index, part(rows[index]))
+    return y.view_as(h)
+
+
+def _or_not(m: Choosing, h: Tensor) -> Tensor:
+    """A mixture of depths again: both paths are computed, and each token takes one."""
+    return torch.where(m.w(h)[..., :1] > 0, m.parts[0](h), h)
+
+
+def _numpy(m: Choosing, h: Tensor) -> Tensor:
+    return _hot(m, h, torch.from_numpy(m.w(h).detach().numpy().argmax(-1)))
+
+
+def _list(m: Choosing, h: Tensor) -> Tensor:
+    rows = m.w(h).softmax(-1).reshape(-1, 3).tolist()
+    return _hot(m, h, torch.tensor([r.index(max(r)) for r in rows]).view(h.shape[:-1]))
+
+
+def _checked(m: Choosing, h: Tensor) -> Tensor:
+    """Guards: against NaN, infinity, and numbers out of a range."""
+    y = m.w(h)
+    if bool(torch.isinf(y).any()) or bool(torch.isnan(y).any()) or float(y.abs().max()) > 1e4:
+        y = torch.where(y != y, torch.zeros_like(y), y).clamp(-1e4, 1e4)
+    return _gates(m, h, torch.where(y > 0, y, 0.1 * y))
+
+
 def _soft(m: Choosing, h: Tensor) -> Tensor:
     p = m.w(h).softmax(-1)
     return sum((p[..., i, None] * e(h) for i, e in enumerate(m.parts)), torch.zeros_like(h))
@@ -105,10 +176,21 @@ WAYS: dict[str, tuple[Callable[[Choosing, Tensor], Tensor], dict[str, str]]] = {
     "threshold": (_threshold, {"w": "gt"}),
     "python": (_python, {"w": "argmax"}),
     "tokens": (_tokens, {"w": "topk"}),
+    "k-th largest": (_kth_largest, {"w": "lt"}),
+    "is largest": (_is_largest, {"w": "eq"}),
+    "if larger": (_if_larger, {"w": "gt"}),
+    "rounded": (_rounded, {"w": "_to_copy"}),
+    "bucket": (_bucket, {"w": "bucketize"}),
+    "bits": (_bits, {"w": "gt"}),
+    "sparse": (_sparse, {"w": "nonzero"}),
+    "or not": (_or_not, {"w": "gt"}),
+    "numpy": (_numpy, {"w": "Tensor.numpy"}),
+    "list": (_list, {"w": "Tensor.tolist"}),
     # these weigh, pool or edit: nothing is chosen by them
     "soft": (_soft, {}),
     "max pool": (_max_pool, {}),
     "clip": (_clip, {}),
+    "checked": (_checked, {}),
 }
 
 
@@ -118,7 +200,7 @@ def test_what_selects_stays_in_float(way: str) -> None:
     for made in both_ways(model):
         skipped = {e["name"]: e["reason"] for e in made.smoothquant_info["skipped"]}  # type: ignore[union-attr, index]
         assert skipped == {
-            name: f"aten.{op} reads its output: it selects, and stays in float"
+            name: f"{op if '.' in op else f'aten.{op}'} reads its output: it selects, and stays in float"
             for name, op in WAYS[way][1].items()
         }
         for name in skipped:

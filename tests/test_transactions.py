@@ -105,7 +105,7 @@ def test_a_failure_at_any_call_of_a_module_leaves_the_model_as_it_was(
         with failing_at(step, nn.Module, "__call__", error):
             try:
                 CALLS[call](model)
-            except (Stop, RuntimeError):
+            except (Stop, RuntimeError, SmoothQuantError):
                 assert_same(model, before, f"{type(error).__name__} at call {step}")
                 continue
         # an error of a probe means that a norm or a reader refuses: the call may go on without it
@@ -190,6 +190,65 @@ def test_a_smoothed_model_is_refused_before_it_is_changed(first: float | None) -
         smooth_and_quantize(model, DATA, progress=False)
     assert_same(model, before, "refused")
     quantize_model(model)  # what the message says
+
+
+@pytest.mark.parametrize("part_first", [True, False])
+def test_a_part_of_a_smoothed_model_is_smoothed(part_first: bool) -> None:
+    """Neither the whole nor the part knows what the other call found out: refused, instead of guessed."""
+    model: Any = make_model("llama")
+    first, second = (model.model, model) if part_first else (model, model.model)
+    config = SmoothQuantConfig(activation_scheme="static")
+    smooth_lm(first, DATA, config=config, progress=False)
+    before = snapshot(model)
+    with pytest.raises(SmoothQuantError, match=r"smoothed already \(\d+ of 14 layers\)"):
+        smooth_lm(second, DATA, progress=False)
+    with pytest.raises(SmoothQuantError, match="the very model that smooth_lm was given"):
+        quantize_model(second)
+    assert_same(model, before, "refused")
+    assert quantize_model(first).smoothquant_info["config"]["activation_scheme"] == "static"  # type: ignore[union-attr, index]
+
+
+def test_int8_layers_are_not_smoothed_and_stay_listed() -> None:
+    model = make_model("llama")
+    quantize_model(model, config=SmoothQuantConfig(skip=("*.mlp.*",)))
+    before = snapshot(model)
+    with pytest.raises(SmoothQuantError, match=r"quantized already \(8 W8A8Linear\)"):
+        smooth_lm(model, DATA, progress=False)
+    assert_same(model, before, "refused")
+    quantize_model(model, config=SmoothQuantConfig())  # goes on with the others
+    info: Any = model.smoothquant_info
+    int8 = [n for n, m in model.named_modules() if isinstance(m, W8A8Linear)]
+    assert len(int8) == 14 and {layer["name"] for layer in info["layers"]} == set(int8)
+    assert [s["name"] for s in info["skipped"]] == ["lm_head"]
+
+
+def _expanded(layer: nn.Module) -> None:
+    layer.weight = nn.Parameter(layer.weight.detach()[:1].expand(layer.weight.shape))
+
+
+def _inference(layer: nn.Module) -> None:
+    with torch.inference_mode():
+        layer.weight = nn.Parameter(layer.weight.clone())
+
+
+@pytest.mark.parametrize("make", [_expanded, _inference])
+@pytest.mark.parametrize("name", ["model.layers.0.input_layernorm", "model.layers.0.mlp.up_proj"])
+def test_a_parameter_that_cannot_be_written_is_not_folded(
+    make: Callable[[nn.Module], None], name: str
+) -> None:
+    """Writing fails half-way, and taking back would fail as well."""
+    model: Any = make_model("llama")
+    make(model.get_submodule(name))
+    expected, before = run(model, IDS), snapshot(model)
+    config = SmoothQuantConfig(smooth_rounding="power_of_two", only_where_better=False)
+    with failing_at(1, Changes, "replace_module", Stop()), pytest.raises(Stop):
+        smooth_and_quantize(model, DATA, config, progress=False)
+    assert_same(model, before, "stopped")
+    smooth_lm(model, DATA, config=config, progress=False)
+    assert torch.equal(run(model, IDS), expected)
+    reasons = [layer["reason"] for layer in model.smoothquant_info["layers"]]
+    assert f"the weight of {name} is read-only" in reasons
+    assert any(layer["smoothing"] == "folded" for layer in model.smoothquant_info["layers"])
 
 
 def test_a_model_that_was_only_measured_can_be_smoothed() -> None:

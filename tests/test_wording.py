@@ -30,8 +30,10 @@ PYTHON_ONLY = (
     "checkpoint.py: max_shard_bytes",
     "checkpoint.py: the model has no quantised layer",
     "checkpoint.py: tokenizer must",
+    "convert.py: layer ... was smoothed as a part",
     "models.py: dtype must be",
     "modules.py: a batch",
+    "modules.py: the model is itself",
     "report.py: to evaluate on text",
 )
 

@@ -1,0 +1,58 @@
+"""The gradient of an int8 layer by its input, for what is trained around frozen layers: adapters, prompts, inputs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.autograd.function import Function, once_differentiable
+
+from smoothquant_kernels import ops
+
+
+class StraightThrough(Function):
+    """`ops.linear_s8` whose gradient is that of the float product: rounding counts as the identity.
+
+    Without it torch's fallback for operations that have no gradient warns and cuts the graph, and a residual
+    connection around the layer hides that most of the gradient is missing.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        w_q: Tensor,
+        w_scale: Tensor,
+        bias: Tensor | None,
+        inv_smooth: Tensor | None,
+        scale: Tensor | None,
+        granularity: str,
+    ) -> Tensor:
+        """The arguments of `linear_s8` in its order."""
+        ctx.save_for_backward(w_q, w_scale, inv_smooth)
+        return ops.linear_s8(
+            x,
+            w_q,
+            w_scale,
+            bias=bias,
+            inv_smooth=inv_smooth,
+            scale=scale,
+            granularity=granularity,
+        )
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """dL/dx = dL/dy w, with w [N, K] = w_q w_scale / s."""
+        w_q, w_scale, inv_smooth = ctx.saved_tensors
+        (grad,) = grads
+        w = w_q.float() * (w_scale[:, None] if w_scale.shape[0] > 1 else w_scale)
+        if inv_smooth is not None:
+            w = w * inv_smooth
+        return grad @ w.to(grad.dtype), None, None, None, None, None, None
+
+
+def through(x: Tensor, *rest: Any) -> Tensor:
+    """`StraightThrough` of x and of the other arguments."""
+    y: Tensor = StraightThrough.apply(x, *rest)  # type: ignore[no-untyped-call]
+    return y
