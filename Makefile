@@ -34,7 +34,8 @@ HEAVY := simulator or compiler or real_model or slow
 
 BIN := $(VENV)/bin
 BIN_CUDA := $(VENV_CUDA)/bin
-PIP := -m pip install --disable-pip-version-check --quiet
+# Without compiling all modules to bytecode, most of which nothing imports: half of the time.
+PIP := -m pip install --disable-pip-version-check --quiet --no-compile
 PYTHON_OK := import sys; sys.version_info >= (3, 10) or sys.exit("Python 3.10 or newer is needed, but $(PYTHON) is %d.%d; name another: make PYTHON=python3.12" % sys.version_info[:2])
 
 # A stamp holds the torch that was asked for, so that asking for another one installs it.

@@ -11,11 +11,15 @@ os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    import mutants
 
 pytest_plugins = ["what_ran", "pytester"]  # pytester: for tests/test_what_ran.py
 
@@ -114,3 +118,24 @@ def packs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(cpu, "_pack", counting)
     return seen
+
+
+@pytest.fixture(scope="session")
+def null_library() -> Path:
+    """The kernels' library on an empty CUDA runtime, for `null_runtime.python`."""
+    import host_time
+
+    try:
+        return host_time.simulator_library()
+    except host_time.Missing as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def planted_runs(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[mutants.Runs]:
+    """What the tests said of each of the module's MUTANTS."""
+    import mutants
+
+    yield from mutants.run_all(request.module.MUTANTS, request, tmp_path_factory)

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import build_commands
 import pytest
 from backends import LIBRARY_VARIABLE
-from build_support import ROOT, BuildError, find_cutlass, find_nvcc, find_torch
+from build_support import ROOT, BuildError, find_cutlass, find_nvcc, find_torch, jobs
 
 _BUILD = ROOT / "build" / "simulator"
 # PTX only: the simulator ignores SASS, and leaving it out halves the compile time.
@@ -53,7 +55,7 @@ def library() -> Path:
     with open(_BUILD / "lock", "w") as lock:  # pytest-xdist: one worker builds, the others wait
         fcntl.flock(lock, fcntl.LOCK_EX)
         build = _BUILD.relative_to(ROOT)
-        tasks = [_task(source, build) for source in build_commands.sources()]
+        tasks = [_task(unit, build) for unit in _units()]
         build_commands.compile_all(tasks, os.environ)
         return _link(_BUILD, [output for _, output in tasks])
 
@@ -65,14 +67,37 @@ def library_with(root: Path, sources: Sequence[str]) -> Path:
         root: the folder in which the copy of csrc lies; what is built is put there.
         sources: to compile there, e.g. "csrc/quantize/launch.cu".
     """
-    objects = [
-        (root if source in sources else _BUILD) / _object_name(source)
-        for source in build_commands.sources()
-    ]
+    units = _units()
+    assert set(sources) <= set(units), sources
+    objects = [(root if unit in sources else _BUILD) / _object_name(unit) for unit in units]
     for source in sources:
         command, output = _task(source, root, root)
         build_commands.run(command, output, build_commands.launcher(os.environ))
     return _link(root, objects)
+
+
+def _units() -> list[str]:
+    """What is compiled: the sources, but those of wgmma kernels together, by their macros and by the number of jobs.
+
+    Each takes 40 s of a processor by itself, of which 30 are CUTLASS's headers.
+    """
+    units, wgmma = [], defaultdict(list)
+    for source in build_commands.sources():
+        if Path(source).name.startswith("wgmma_"):
+            macros = re.findall(r"^#define .*", (ROOT / source).read_text(), re.M)
+            wgmma[tuple(macros)].append(source)
+        else:
+            units.append(source)
+    for i, together in enumerate(wgmma.values()):
+        count = min(-(-jobs(os.environ) // len(wgmma)), len(together))
+        for j in range(count):
+            unit = _BUILD / f"wgmma_{i}_{j}_of_{count}_sm90.cu"
+            names = (source.removeprefix("csrc/") for source in together[j::count])
+            text = "".join(f'#include "{name}"\n' for name in names)
+            if not unit.is_file() or unit.read_text() != text:
+                unit.write_text(text)
+            units.append(unit.relative_to(ROOT).as_posix())
+    return units
 
 
 def _object_name(source: str) -> str:

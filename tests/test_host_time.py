@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import host_time
+import null_runtime
 import pytest
-from build_support import ROOT
 
 pytestmark = [pytest.mark.simulator, pytest.mark.xdist_group("host_time")]
 
@@ -46,32 +43,15 @@ with torch.no_grad():
 """
 
 
-@pytest.fixture(scope="module")
-def library() -> Path:
-    try:
-        return host_time.simulator_library()
-    except host_time.Missing as error:
-        pytest.skip(str(error))
-
-
-def python(*arguments: str) -> str:
-    """Runs Python in a process of its own: the library takes the place of the ops' CPU kernels."""
-    path = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, *arguments],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
-    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
-    return done.stdout
-
-
-def test_lines_and_launches(library: Path, tmp_path: Path) -> None:
-    said = python(
-        *("benchmarks/host_time.py", "--library", str(library), "--json", str(tmp_path / "h.json")),
+def test_lines_and_launches(null_library: Path, tmp_path: Path) -> None:
+    said = null_runtime.python(
+        *(
+            "benchmarks/host_time.py",
+            "--library",
+            str(null_library),
+            "--json",
+            str(tmp_path / "h.json"),
+        ),
         *("--tokens", "1", "64", "--n", "64", "--k", "64", "--seconds", "0.1"),
     )
     rows = json.loads((tmp_path / "h.json").read_text())["rows"]
@@ -93,8 +73,8 @@ def test_lines_and_launches(library: Path, tmp_path: Path) -> None:
         )
 
 
-def test_no_call_loses_memory(library: Path) -> None:
-    said = python("-c", LEAKS, str(library))
+def test_no_call_loses_memory(null_library: Path) -> None:
+    said = null_runtime.python("-c", LEAKS, str(null_library))
     lost = {line.split()[0]: float(line.split()[1]) for line in said.splitlines()}
     assert len(lost) == 8
     assert all(bytes_per_call < 8 for bytes_per_call in lost.values()), lost

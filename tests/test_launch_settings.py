@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
-import host_time
+import null_runtime
 import pytest
-from build_support import ROOT
 
 pytestmark = [pytest.mark.simulator, pytest.mark.slow, pytest.mark.xdist_group("host_time")]
 
@@ -114,33 +110,10 @@ print("parts")
 )
 
 
-@pytest.fixture(scope="module")
-def library() -> Path:
-    try:
-        return host_time.simulator_library()
-    except host_time.Missing as error:
-        pytest.skip(str(error))
+def test_a_kernel_is_set_up_once_for_each_gpu(null_library: Path) -> None:
+    assert "once" in null_runtime.python("-c", ONCE, str(null_library))
 
 
-def python(script: str, library: Path) -> str:
-    """In a process of its own: the library takes the place of the ops' CPU kernels."""
-    path = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(library)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
-    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
-    return done.stdout
-
-
-def test_a_kernel_is_set_up_once_for_each_gpu(library: Path) -> None:
-    assert "once" in python(ONCE, library)
-
-
-def test_a_part_of_a_gpu_is_known_and_runs_no_stream_k(library: Path) -> None:
+def test_a_part_of_a_gpu_is_known_and_runs_no_stream_k(null_library: Path) -> None:
     """A green context, or MPS."""
-    assert "parts" in python(PARTS, library)
+    assert "parts" in null_runtime.python("-c", PARTS, str(null_library))

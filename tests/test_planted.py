@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import mutants
 import pytest
 from mutants import (
@@ -213,13 +211,6 @@ MUTANTS = (
 )
 
 
-@pytest.fixture(scope="module")
-def runs(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[mutants.Runs]:
-    yield from mutants.run_all(MUTANTS, request, tmp_path_factory)
-
-
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
-def test_a_planted_defect_is_caught(mutant: Mutant, runs: mutants.Runs) -> None:
-    mutants.assert_caught(mutant, runs)
+def test_a_planted_defect_is_caught(mutant: Mutant, planted_runs: mutants.Runs) -> None:
+    mutants.assert_caught(mutant, planted_runs)
