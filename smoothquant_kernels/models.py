@@ -87,10 +87,14 @@ def load_model(
             **options,
         )
         model, info = loaded
-        for name, has, wants in info.get("mismatched_keys") or ():
+        for wrong in info.get("mismatched_keys") or ():
+            if isinstance(wrong, str):  # transformers 4 names no shapes
+                name, what = wrong, f"another shape in {source} than config.json asks for"
+            else:
+                name, has, wants = wrong
+                what = f"shape {list(has)} in {source} and config.json asks for {list(wants)}"
             raise SmoothQuantError(
-                f"{name} has shape {list(has)} in {source} and config.json asks for {list(wants)}: give the "
-                "config.json that belongs to the weights."
+                f"{name} has {what}: give the config.json that belongs to the weights."
             )
         # transformers fills missing weights with random numbers and goes on; a model with such
         # weights is noise.
