@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
 
 from smoothquant_kernels import ops
+from smoothquant_kernels._lazy_weight import dequantized_weight
 
 
 class StraightThrough(Function):
@@ -43,12 +44,9 @@ class StraightThrough(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """dL/dx = dL/dy w, with w [N, K] = w_q w_scale / s."""
-        w_q, w_scale, inv_smooth = ctx.saved_tensors
+        """dL/dx = dL/dy w."""
         (grad,) = grads
-        w = w_q.float() * (w_scale[:, None] if w_scale.shape[0] > 1 else w_scale)
-        if inv_smooth is not None:
-            w = w * inv_smooth
+        w = dequantized_weight(*ctx.saved_tensors)
         return grad @ w.to(grad.dtype), None, None, None, None, None, None
 
 

@@ -186,3 +186,9 @@ def _bias_like_weight(name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
     if isinstance(bias, Tensor) and bias.dtype == torch.float32:
         return (*args[:at], bias.to(product.dtype), *args[at + 1 :])
     return args
+
+
+def dequantized_weight(w_q: Tensor, w_scale: Tensor, inv_smooth: Tensor | None) -> Tensor:
+    """[N, K] float32 of w_q [N, K], w_scale [N] or [1] and 1 / s [K]: the weight without its smoothing factors."""
+    w = w_q.float() * (w_scale[:, None] if w_scale.shape[0] > 1 else w_scale)
+    return w if inv_smooth is None else w * inv_smooth

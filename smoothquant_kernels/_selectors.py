@@ -194,10 +194,8 @@ class Selectors(TorchDispatchMode):
 
     def _confirm(self, name: str, read: list[Tensor]) -> None:
         """An operation indexes with choices. A mask as large as what it indexes only edits numbers."""
-        rank, width = (
-            max(t.dim() for t in read),
-            max((t.shape[-1] for t in read if t.dim()), default=0),
-        )
+        rank = max(t.dim() for t in read)
+        width = max((t.shape[-1] for t in read if t.dim()), default=0)
         for t in read:
             rows = name == "nonzero" or t.dim() < rank
             if name in _ROWS_BY_MASK:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from smoothquant_kernels import ops, reference
 from smoothquant_kernels._float_types import check_float_type, float_type
 from smoothquant_kernels._gradient import through
-from smoothquant_kernels._lazy_weight import LazyWeight
+from smoothquant_kernels._lazy_weight import LazyWeight, dequantized_weight
 from smoothquant_kernels.errors import SmoothQuantError
 
 if TYPE_CHECKING:
@@ -330,10 +330,7 @@ class W8A8Linear(nn.Module):
 
     def dequantized_weight(self) -> Tensor:
         """[N, K] float32: the weight that the layer stands for, without the smoothing factors."""
-        w = self.w_q.float() * (
-            self.w_scale[:, None] if self.w_scale.shape[0] > 1 else self.w_scale
-        )
-        return w if self.inv_smooth is None else w * self.inv_smooth
+        return dequantized_weight(self.w_q, self.w_scale, self.inv_smooth)
 
     def extra_repr(self) -> str:
         text = (

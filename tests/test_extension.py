@@ -229,6 +229,16 @@ for op, args in (("quantize", ()), ("act_quantize", ("relu",))):
 """
 
 
+def compile_library(program: str, target: Path, *flags: str) -> None:
+    """A shared library of one C++ source that uses the torch that is installed."""
+    source = target.with_suffix(".cpp")
+    source.write_text(program)
+    found = build_support.find_torch()
+    command = ["g++", *build_commands.CXX_FLAGS, build_commands.torch_target_macro(), *flags]
+    command += ["-shared", f"-I{found.include}", str(source), "-o", str(target)]
+    subprocess.run([*command, f"-L{found.root / 'lib'}", "-ltorch_cpu", "-ldl"], check=True)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not here")
 @pytest.mark.compiler
@@ -238,11 +248,7 @@ def test_the_kernels_of_a_library_stay(tmp_path: Path) -> None:
     for source in Path(_extension.__file__).parent.glob("*.py"):
         shutil.copy(source, package)
     (package / _extension.BUILD_INFO_NAME).write_text(json.dumps(facts()))
-    (tmp_path / "library.cpp").write_text(LIBRARY)
-    found = build_support.find_torch()
-    command = ["g++", *build_commands.CXX_FLAGS, build_commands.torch_target_macro(), "-shared"]
-    command += [f"-I{found.include}", "library.cpp", f"-L{found.root / 'lib'}", "-ltorch_cpu"]
-    subprocess.run([*command, "-o", package / _extension.LIBRARY_NAME], cwd=tmp_path, check=True)
+    compile_library(LIBRARY, package / _extension.LIBRARY_NAME)
     said = subprocess.run(
         [sys.executable, "-c", WITH_LIBRARY], cwd=tmp_path, capture_output=True, text=True,
         env={**os.environ, "PYTHONPATH": str(tmp_path)}, check=False,
@@ -252,7 +258,6 @@ def test_the_kernels_of_a_library_stay(tmp_path: Path) -> None:
     assert "no CUDA kernel for act_quantize: the library was built from other" in said.stdout
 
 
-SOURCES = build_support.ROOT / "csrc/include", build_support.ROOT / "csrc"
 REASON = """
 #include "torch/stable.h"
 extern "C" __attribute__((visibility("default"))) const char* reason() {
@@ -273,12 +278,9 @@ extern "C" __attribute__((visibility("default"))) const char* reason() {
 @pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not here")
 @pytest.mark.compiler
 def test_an_error_of_libtorch_carries_its_reason(tmp_path: Path) -> None:
-    (tmp_path / "reason.cpp").write_text(REASON)
-    found = build_support.find_torch()
-    command = ["g++", *build_commands.CXX_FLAGS, build_commands.torch_target_macro(), "-shared"]
-    command += [f"-I{folder}" for folder in (*SOURCES, found.include)]
-    command += ["-DSQK_SIMULATOR", "reason.cpp", f"-L{found.root / 'lib'}", "-ltorch_cpu", "-ldl"]
-    subprocess.run([*command, "-o", "reason.so"], cwd=tmp_path, check=True)
+    csrc = build_support.ROOT / "csrc"
+    flags = (f"-I{csrc / 'include'}", f"-I{csrc}", "-DSQK_SIMULATOR")
+    compile_library(REASON, tmp_path / "reason.so", *flags)
     # Private to the process, as Python loads modules: the library finds libtorch's names by its own dependencies.
     program = "import ctypes, torch; said = ctypes.CDLL('./reason.so').reason; "
     program += "said.restype = ctypes.c_char_p; print(said().decode())"
@@ -286,7 +288,8 @@ def test_an_error_of_libtorch_carries_its_reason(tmp_path: Path) -> None:
         [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert said.stdout.startswith("aoti_torch_empty_strided failed: "), said
-    knows = tuple(map(int, found.version.split("+")[0].split(".")[:2])) >= (2, 13)
+    version = build_support.find_torch().version
+    knows = tuple(map(int, version.split("+")[0].split(".")[:2])) >= (2, 13)
     assert ("negative" in said.stdout.lower()) == knows, said.stdout
 
 
