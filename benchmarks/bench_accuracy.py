@@ -22,11 +22,11 @@ from planted import llama_readers, plant_outliers
 from torch import nn
 
 from smoothquant_kernels import SmoothQuantConfig, calibrate_model, quantize_model, smooth_lm
-from smoothquant_kernels.calibrate import ActivationStatistics
-from smoothquant_kernels.evaluate import Reference, evaluate
-from smoothquant_kernels.linear import ACTIVATION_SCHEMES
-from smoothquant_kernels.models import builtin_demo_model, load_model, load_tokenizer
-from smoothquant_kernels.text import token_windows, topics
+from smoothquant_kernels.evaluation.models import builtin_demo_model, load_model, load_tokenizer
+from smoothquant_kernels.evaluation.perplexity import Reference, evaluate
+from smoothquant_kernels.evaluation.text import token_windows, topics
+from smoothquant_kernels.schemes import ACTIVATION_SCHEMES
+from smoothquant_kernels.smoothing.statistics import ActivationStatistics
 
 ALPHAS = (0.5, 0.6, 0.7, 0.8)
 

@@ -32,7 +32,8 @@ from shapes import CPU_LINEARS, CPU_TOKENS, GPU_TOKENS
 from timer import interleaved, median_ratio
 from torch import nn
 
-from smoothquant_kernels import W8A8Linear, cpu
+from smoothquant_kernels import W8A8Linear
+from smoothquant_kernels.backends import onednn as cpu
 
 
 def measure(

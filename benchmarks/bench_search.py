@@ -19,9 +19,9 @@ import torch
 from bench_accuracy import Bench, write
 
 from smoothquant_kernels import SmoothQuantConfig, search_config, smooth_and_quantize
-from smoothquant_kernels.linear import ACTIVATION_SCHEMES
-from smoothquant_kernels.models import builtin_demo_model, load_model, load_tokenizer
-from smoothquant_kernels.text import token_windows, topics
+from smoothquant_kernels.evaluation.models import builtin_demo_model, load_model, load_tokenizer
+from smoothquant_kernels.evaluation.text import token_windows, topics
+from smoothquant_kernels.schemes import ACTIVATION_SCHEMES
 
 
 class SearchBench(Bench):

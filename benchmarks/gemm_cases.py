@@ -17,7 +17,8 @@ import torch
 from shapes import Layer, by_place, distinct
 from torch import Tensor
 
-from smoothquant_kernels import _extension, ops, reference
+from smoothquant_kernels import ops, reference
+from smoothquant_kernels.backends import cuda as _extension
 
 OUT_DTYPE = torch.float16
 #: Products up to which a whole result is compared; of larger ones a row and a column of every SAMPLED_BLOCK.

@@ -74,7 +74,7 @@ except BuildError as error:
   short 3 "$python" -m pip install --verbose --disable-pip-version-check --no-build-isolation --no-deps --editable .
   echo "built in $((SECONDS - start)) s for $TORCH_CUDA_ARCH_LIST"
   "$python" -c 'import sys
-from smoothquant_kernels._extension import extension_status
+from smoothquant_kernels.backends.cuda import extension_status
 status = extension_status()
 print(status)
 sys.exit(not status.available)'

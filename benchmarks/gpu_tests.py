@@ -33,8 +33,8 @@ PASSED, NOTHING = 0, 5
 def test_files(root: Path = ROOT) -> list[str]:
     """Of the project: the kernels' tests, then those with a mark of pytest_gpu.py."""
     marked = re.compile(rf"pytest\.mark\.(?:{'|'.join(pytest_gpu.MARKS)})\b")
-    others = sorted((root / "tests").glob("test_*.py"))
     kernels = sorted((root / "tests" / "kernels").glob("test_*.py"))
+    others = sorted(set((root / "tests").rglob("test_*.py")) - set(kernels))
     chosen = kernels + [path for path in others if marked.search(path.read_text())]
     return [str(path.relative_to(root)) for path in chosen]
 

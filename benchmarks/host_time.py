@@ -2,11 +2,11 @@
 
     python benchmarks/host_time.py [--gpus h100 a100] [--seconds 30] [--library FILE] [--json FILE]
 
-The binding is built for CPU tensors, as the tests' simulator has it (tests/simulator.py), and runs on a CUDA runtime in
-which every call succeeds at once and no kernel runs (null_cudart.c, built here). So everything of the library is timed:
-Python, dispatcher, boxing, argument checks, allocation, plan, CUTLASS's parameters. **What is missing**: the driver's
-part (a launch takes it some 2 to 3 us), torch's device guard and stream look-up, and its CUDA allocator, in whose place
-stands malloc. The columns of each line:
+The binding is built for CPU tensors, as the tests' simulator has it (tests/support/simulator.py), and runs on a CUDA
+runtime in which every call succeeds at once and no kernel runs (null_cudart.c, built here). So everything of the
+library is timed: Python, dispatcher, boxing, argument checks, allocation, plan, CUTLASS's parameters.
+**What is missing**: the driver's part (a launch takes it some 2 to 3 us), torch's device guard and stream look-up, and
+its CUDA allocator, in whose place stands malloc. The columns of each line:
 
     us      the public function, or the module's call: the median; p5 (a machine at rest) and p80 beside it
     python  of that, what the Python function adds to the op's overload
@@ -63,13 +63,14 @@ class Missing(Exception):
 
 def simulator_library() -> Path:
     """The binding for CPU tensors, built where it is not there or not current."""
-    sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "tests")]
+    sys.path[:0] = [str(ROOT / "tools"), str(ROOT)]
     try:
         import build_support
-        import simulator
+
+        from tests.support import simulator
     except ImportError as error:
         raise Missing(
-            f"the library for CPU tensors is built by tests/simulator.py, which needs {error.name}."
+            f"the library for CPU tensors is built by tests/support/simulator.py, which needs {error.name}."
         ) from None
     try:
         build_support.find_cutlass(os.environ)

@@ -18,7 +18,7 @@ from report import Row, geomeans
 from torch import Tensor, nn
 
 from smoothquant_kernels import W8A8Linear, reference
-from smoothquant_kernels.linear import ACTIVATION_SCHEMES
+from smoothquant_kernels.schemes import ACTIVATION_SCHEMES
 
 BASELINES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 COLUMNS = tuple(f"vs_{name}" for name in BASELINES)

@@ -1,8 +1,9 @@
 """What one turn of each GEMM kernel's main loop costs, read off the compiled library: benchmarks/kernel_costs.json.
 
 `python benchmarks/model.py --counters` writes it. Counts of instructions are of the SASS; shared-memory wavefronts and
-the instructions of a whole tile come from a simulator of PTX where there is one (SQK_PTXSIM, tests/simulator.py) and
-are called `simulated`: without it the model goes on with what the SASS and the tile say.
+the instructions of a whole tile come from a simulator of PTX where there is one (SQK_PTXSIM,
+tests/support/simulator.py) and are called `simulated`: without it the model goes on with what the SASS and the tile
+say.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT / "tools"), str(ROOT)]
 
-import sass  # noqa: E402  (tools/ and tests/ are no packages)
+import sass  # noqa: E402  (tools/ is no package)
 from build_support import BUILD_INFO_NAME, LIBRARY_NAME, PACKAGE  # noqa: E402
 from kernel_gates import GatesError, find_tools  # noqa: E402
 
@@ -181,7 +182,7 @@ def per_turn_and_tile(short: Mapping[str, Any], long: Mapping[str, Any]) -> dict
 
 def from_simulator(tables: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Table -> tile's name -> `per_turn_and_tile`; stream-K spreads over all SMs, so its tiles are left out."""
-    import simulator
+    from tests.support import simulator
 
     library = os.environ.get("SQK_SIMULATOR_LIBRARY") or str(simulator.library())
     found: dict[str, dict[str, Any]] = {}
@@ -211,7 +212,7 @@ def collect(tables: Mapping[str, Any]) -> dict[str, Any]:
     """All of kernel_costs.json; `simulated` is missing where there is no simulator, and a line says so."""
     costs: dict[str, Any] = {"library": library_facts(), "sass": from_sass(tables)}
     try:
-        import simulator
+        from tests.support import simulator
 
         if os.environ.get("SQK_SIMULATOR_LIBRARY") is None:
             simulator.require()

@@ -31,7 +31,7 @@ from typing import Any
 
 from report import write_json
 
-from smoothquant_kernels.models import builtin_demo_model, load_model, load_tokenizer
+from smoothquant_kernels.evaluation.models import builtin_demo_model, load_model, load_tokenizer
 
 HERE = Path(__file__).resolve().parent
 OURS = "smoothquant_kernels"

@@ -27,9 +27,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from smoothquant_kernels import SmoothQuantConfig, ops
-from smoothquant_kernels.evaluate import Reference, evaluate
-from smoothquant_kernels.models import load_model, load_tokenizer
-from smoothquant_kernels.text import Window, token_windows, topics
+from smoothquant_kernels.evaluation.models import load_model, load_tokenizer
+from smoothquant_kernels.evaluation.perplexity import Reference, evaluate
+from smoothquant_kernels.evaluation.text import Window, token_windows, topics
 
 WINDOW = 512
 Work = Callable[[], nn.Module]

@@ -100,9 +100,9 @@ def _inputs_of(layers: dict[str, nn.Module]) -> Iterator[dict[str, Any]]:
 def record() -> dict[str, Tensor]:
     """Quantises the model, runs one window of text and keeps what SITES name."""
     from smoothquant_kernels import SmoothQuantConfig, calibrate_model, quantize_model, smooth_lm
-    from smoothquant_kernels.linear import W8A8Linear
-    from smoothquant_kernels.models import builtin_demo_model, load_model, load_tokenizer
-    from smoothquant_kernels.text import token_windows, topics
+    from smoothquant_kernels.evaluation.models import builtin_demo_model, load_model, load_tokenizer
+    from smoothquant_kernels.evaluation.text import token_windows, topics
+    from smoothquant_kernels.nn.linear import W8A8Linear
 
     path = builtin_demo_model()
     model, tokenizer = load_model(path), load_tokenizer(path)

@@ -1,4 +1,4 @@
-"""Runs a program with the CUDA kernels' PTX on CPU tensors, where the simulator of tests/simulator.py is.
+"""Runs a program with the CUDA kernels' PTX on CPU tensors, where the simulator of tests/support/simulator.py is.
 
     python benchmarks/simulated.py [--arch sm_90] -- -m pytest tests/kernels --backend simulator -k smoke
     python benchmarks/simulated.py -- benchmarks/bench_gemm.py --device cpu --tiles --data random --seconds 0
@@ -18,14 +18,15 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tools")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
-import pytest  # noqa: E402  (tests/ and tools/ are no packages)
-import simulator  # noqa: E402
+import pytest  # noqa: E402  (tools/ is no package)
 import torch  # noqa: E402
-from backends import LIBRARY_VARIABLE  # noqa: E402
 
-from smoothquant_kernels import _extension, ops  # noqa: E402
+from smoothquant_kernels import ops  # noqa: E402
+from smoothquant_kernels.backends import cuda as _extension  # noqa: E402
+from tests.support import simulator  # noqa: E402
+from tests.support.backends import LIBRARY_VARIABLE  # noqa: E402
 
 SKIPPED = 77
 

@@ -13,8 +13,8 @@ from blocks import EPS, SMOLLM2, Block, FusedBlock, Shape, Situation
 from torch import Tensor, nn
 
 from smoothquant_kernels import SmoothQuantConfig, quantize_model, smooth_and_quantize
-from smoothquant_kernels.models import builtin_demo_model, load_model, load_tokenizer
-from smoothquant_kernels.text import token_windows, topics
+from smoothquant_kernels.evaluation.models import builtin_demo_model, load_model, load_tokenizer
+from smoothquant_kernels.evaluation.text import token_windows, topics
 
 RUNTIMES = ("graph", "transformers")
 CALIBRATION = 4096  # tokens for the real model

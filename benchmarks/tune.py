@@ -35,7 +35,7 @@ from gemm_cases import Case, Choice, Expected, Operands, Table
 from report import WrongResult, first_line, usable, write_json
 from tune_rules import Result
 
-from smoothquant_kernels._tune import VARIABLE, tune_cache
+from smoothquant_kernels.backends.tuned_tiles import VARIABLE, tune_cache
 
 #: What must be the same for measurements to be continued: the GPU and what its table calls a tile.
 TILE_FACTS = ("name", "kernel", "m", "n", "k", "stages", "schedule", "swap_ab", "cluster", "most_splits")  # fmt: skip

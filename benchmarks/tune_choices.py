@@ -17,7 +17,7 @@ from gemm_cases import Choice, Table
 from report import geomean, write_json
 from shapes import M_CLASSES, m_class
 
-from smoothquant_kernels._tune import FORMAT
+from smoothquant_kernels.backends.tuned_tiles import FORMAT
 
 Result = dict[str, Any]
 #: How much faster a candidate must be in a problem to count there, besides not overlapping with the tile that it beats:

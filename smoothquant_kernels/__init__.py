@@ -11,17 +11,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from smoothquant_kernels import ops
-    from smoothquant_kernels._transformers import register_transformers
-    from smoothquant_kernels.calibrate import ActivationStatistics, calibrate_model
-    from smoothquant_kernels.checkpoint import load_quantized, save_quantized
+    from smoothquant_kernels.checkpoint.load import load_quantized
+    from smoothquant_kernels.checkpoint.save import save_quantized
+    from smoothquant_kernels.checkpoint.transformers_hook import register_transformers
     from smoothquant_kernels.config import SmoothQuantConfig
-    from smoothquant_kernels.convert import quantize_model, smooth_and_quantize
     from smoothquant_kernels.errors import SmoothQuantError
-    from smoothquant_kernels.linear import QuantizedActivation, W8A8Linear
-    from smoothquant_kernels.report import make_report
-    from smoothquant_kernels.search import SearchResult, search_config
-    from smoothquant_kernels.smooth import smooth_lm
-    from smoothquant_kernels.stream import quantize_streamed
+    from smoothquant_kernels.nn.linear import QuantizedActivation, W8A8Linear
+    from smoothquant_kernels.report.report import make_report
+    from smoothquant_kernels.search.result import SearchResult
+    from smoothquant_kernels.search.search import search_config
+    from smoothquant_kernels.smoothing.calibrate import calibrate_model
+    from smoothquant_kernels.smoothing.convert import quantize_model, smooth_and_quantize
+    from smoothquant_kernels.smoothing.smooth import smooth_lm
+    from smoothquant_kernels.smoothing.statistics import ActivationStatistics
+    from smoothquant_kernels.streaming.stream import quantize_streamed
 
 __all__ = [
     "ActivationStatistics",
@@ -44,22 +47,22 @@ __all__ = [
 ]
 
 _MODULES = {
-    "ActivationStatistics": "calibrate",
-    "QuantizedActivation": "linear",
-    "SearchResult": "search",
+    "ActivationStatistics": "smoothing.statistics",
+    "QuantizedActivation": "nn.linear",
+    "SearchResult": "search.result",
     "SmoothQuantConfig": "config",
     "SmoothQuantError": "errors",
-    "W8A8Linear": "linear",
-    "calibrate_model": "calibrate",
-    "load_quantized": "checkpoint",
-    "make_report": "report",
-    "quantize_model": "convert",
-    "quantize_streamed": "stream",
-    "register_transformers": "_transformers",
-    "save_quantized": "checkpoint",
-    "search_config": "search",
-    "smooth_and_quantize": "convert",
-    "smooth_lm": "smooth",
+    "W8A8Linear": "nn.linear",
+    "calibrate_model": "smoothing.calibrate",
+    "load_quantized": "checkpoint.load",
+    "make_report": "report.report",
+    "quantize_model": "smoothing.convert",
+    "quantize_streamed": "streaming.stream",
+    "register_transformers": "checkpoint.transformers_hook",
+    "save_quantized": "checkpoint.save",
+    "search_config": "search.search",
+    "smooth_and_quantize": "smoothing.convert",
+    "smooth_lm": "smoothing.smooth",
 }
 
 

@@ -1,6 +1,6 @@
 """`python -m smoothquant_kernels`: the same as the command `smoothquant-kernels`."""
 
-from smoothquant_kernels.cli import main
+from smoothquant_kernels.cli.app import main
 
 if __name__ == "__main__":
     main()

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from smoothquant_kernels.errors import SmoothQuantError
-from smoothquant_kernels.linear import ACTIVATION_SCHEMES, WEIGHT_GRANULARITIES
+from smoothquant_kernels.schemes import ACTIVATION_SCHEMES, WEIGHT_GRANULARITIES
 
 ROUNDINGS = ("auto", "power_of_two", "none")
 FOLDINGS = ("auto", "never")

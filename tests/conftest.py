@@ -19,9 +19,9 @@ import pytest
 import torch
 
 if TYPE_CHECKING:
-    import mutants
+    from tests.support import mutants
 
-pytest_plugins = ["what_ran", "pytester"]  # pytester: for tests/test_what_ran.py
+pytest_plugins = ["tests.support.what_ran", "pytester"]  # pytester: for tests/test_what_ran.py
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -45,7 +45,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def smollm2() -> tuple[Any, Any]:
     """(model, tokenizer) of SmolLM2-135M-Instruct in float32. Shared: change a deep copy, never the model."""
     from smoothquant_kernels.errors import SmoothQuantError
-    from smoothquant_kernels.models import builtin_demo_model, load_model, load_tokenizer
+    from smoothquant_kernels.evaluation.models import builtin_demo_model, load_model, load_tokenizer
 
     try:
         path = builtin_demo_model()
@@ -107,7 +107,7 @@ def word_tokenizer() -> Callable[..., Any]:
 @pytest.fixture
 def packs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Ids of the weights that the CPU path packed, in order."""
-    from smoothquant_kernels import cpu
+    from smoothquant_kernels.backends import onednn as cpu
 
     seen: list[int] = []
     original = cpu._pack
@@ -136,6 +136,6 @@ def planted_runs(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[mutants.Runs]:
     """What the tests said of each of the module's MUTANTS."""
-    import mutants
+    from tests.support import mutants
 
     yield from mutants.run_all(request.module.MUTANTS, request, tmp_path_factory)

@@ -20,7 +20,7 @@ from smoothquant_kernels.config import (
     MASSIVE_PEAK,
     ROUNDINGS,
 )
-from smoothquant_kernels.linear import ACTIVATION_SCHEMES, WEIGHT_GRANULARITIES
+from smoothquant_kernels.schemes import ACTIVATION_SCHEMES, WEIGHT_GRANULARITIES
 
 configs = st.builds(
     SmoothQuantConfig,

@@ -18,7 +18,7 @@ def run(code: str) -> str:
 
 HELP = """
 import sys
-from smoothquant_kernels.cli import main
+from smoothquant_kernels.cli.app import main
 sys.argv[1:] = {arguments}
 try:
     main()

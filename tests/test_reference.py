@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import cases
 import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
-from compare import assert_bitwise_equal, libm_fma
 from hypothesis import example, given, settings
 from torch import Tensor
 
 from smoothquant_kernels import reference
+from tests.support import cases
+from tests.support.compare import assert_bitwise_equal, libm_fma
 
 PROPERTY = settings(max_examples=150, deadline=None)
 U = 2.0**-24  # unit roundoff of float32

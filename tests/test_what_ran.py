@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-import what_ran
+
+from tests.support import what_ran
 
 INNER = """
 import subprocess, sys

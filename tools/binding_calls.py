@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 torch.version.cuda = "13.0"  # so that the library is taken for one that fits this torch
-from smoothquant_kernels import _extension, ops  # noqa: E402
+from smoothquant_kernels import ops  # noqa: E402
+from smoothquant_kernels.backends import cuda as _extension  # noqa: E402
 
 KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 X = torch.tensor([[1, -2, 3, 127], [-127, 4, 0, 5], [6, 127, -7, 8]]).float()

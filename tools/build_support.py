@@ -23,7 +23,7 @@ LIBRARY_NAME = f"lib{PACKAGE}.so"
 BUILD_INFO_NAME = "_build_info.json"
 
 # The oldest torch whose stable ABI the library uses; the one place where it is written.
-# pyproject.toml asks for at least this version (tests/test_build.py compares the two).
+# pyproject.toml asks for at least this version (tests/tools/test_build.py compares the two).
 TORCH_TARGET = (2, 10)
 CUTLASS_PYPI = "nvidia-cutlass==4.2.0.0"
 MODE_VARIABLE = "SMOOTHQUANT_KERNELS_BUILD"

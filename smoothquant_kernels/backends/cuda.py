@@ -20,10 +20,11 @@ from typing import Any, NoReturn
 
 import torch
 
-from smoothquant_kernels import _tune
-from smoothquant_kernels._library import _LIBRARY, NAMESPACE, define_op
+from smoothquant_kernels.backends import tuned_tiles as _tune
+from smoothquant_kernels.ops.registry import _LIBRARY, NAMESPACE, define_op
 
-_FOLDER = Path(__file__).resolve().parent
+#: The build puts the library beside the package's `__init__.py`.
+FOLDER = Path(__file__).resolve().parents[1]
 LIBRARY_NAME = "libsmoothquant_kernels.so"
 BUILD_INFO_NAME = "_build_info.json"
 BUILD_COMMAND = (
@@ -64,11 +65,11 @@ def extension_status() -> ExtensionStatus:
     global _status
     with _lock:
         if _status is None:
-            _status = _load(_FOLDER)
+            _status = _load(FOLDER)
         return _status
 
 
-def build_info(folder: Path = _FOLDER) -> dict[str, Any]:
+def build_info(folder: Path = FOLDER) -> dict[str, Any]:
     """All recorded facts about the build (flags, registers of each kernel); empty when none was."""
     try:
         facts = json.loads((folder / BUILD_INFO_NAME).read_text())
@@ -82,7 +83,7 @@ def _entry(name: str, restype: Any = ctypes.c_int32) -> Any:
     if not extension_status().available:
         return None
     try:
-        entry = getattr(ctypes.CDLL(str(_FOLDER / LIBRARY_NAME)), name)
+        entry = getattr(ctypes.CDLL(str(FOLDER / LIBRARY_NAME)), name)
     except (OSError, AttributeError):
         return None
     entry.restype = restype

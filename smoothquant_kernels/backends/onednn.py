@@ -25,8 +25,9 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from smoothquant_kernels import _checks, reference
+from smoothquant_kernels import reference
 from smoothquant_kernels.errors import SmoothQuantError
+from smoothquant_kernels.ops import checks as _checks
 
 MODES = ("vnni", "split", "float")
 _EXACT_FLOAT = 2**24  # every integer up to here is a float32 number

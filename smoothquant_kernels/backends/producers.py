@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from smoothquant_kernels import _checks, reference
-from smoothquant_kernels.cpu import quantize
+from smoothquant_kernels import reference
+from smoothquant_kernels.backends.onednn import quantize
+from smoothquant_kernels.ops import checks as _checks
 
 
 def _norm_quantize(

@@ -12,9 +12,9 @@ from typing import Any, cast
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from smoothquant_kernels import _skeleton as skeletons
-from smoothquant_kernels._manifest import Manifest, read_manifest
-from smoothquant_kernels.checkpoint import INDEX, load_quantized
+from smoothquant_kernels.checkpoint import skeleton as skeletons
+from smoothquant_kernels.checkpoint.load import load_quantized
+from smoothquant_kernels.checkpoint.manifest import INDEX, Manifest, read_manifest
 from smoothquant_kernels.errors import SmoothQuantError
 
 _SPREAD = {"auto", "balanced", "balanced_low_0", "sequential", "disk"}

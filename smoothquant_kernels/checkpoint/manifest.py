@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,25 +10,16 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypedDict, get_origin, get_type_hints
 
 from smoothquant_kernels.errors import SmoothQuantError
+from smoothquant_kernels.storage.digests import FileEntry, digest, file_entry
+from smoothquant_kernels.storage.safetensors import TensorEntry
 
 MANIFEST = "smoothquant.json"
 FORMAT = "smoothquant-kernels"
 FORMAT_VERSION = 1
-
-
-class FileEntry(TypedDict):
-    """A file of the folder."""
-
-    size: int
-    sha256: str
-
-
-class TensorEntry(TypedDict):
-    """A tensor: its safetensors file, `torch.dtype` without the prefix, shape."""
-
-    file: str
-    dtype: str
-    shape: list[int]
+CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
+#: What `from_pretrained` reads where there are several weight files: which of them has which tensor.
+INDEX = "smoothquant.safetensors.index.json"
 
 
 class ModelEntry(TypedDict):
@@ -82,19 +72,9 @@ class Manifest:
             ) from None
 
 
-def digest(body: dict[str, Any]) -> str:
-    """SHA-256 of the canonical JSON: sorted keys, no spaces, ASCII."""
-    text = json.dumps(body, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode("ascii")).hexdigest()
-
-
-def file_entry(path: Path) -> FileEntry:
-    """Size and digest of a file."""
-    sha256 = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            sha256.update(block)
-    return {"size": path.stat().st_size, "sha256": sha256.hexdigest()}
+def is_checkpoint(path: Path) -> bool:
+    """Whether this is a folder that `save_quantized` wrote, by its manifest."""
+    return (path / MANIFEST).is_file()
 
 
 def read_manifest(folder: Path) -> Manifest:

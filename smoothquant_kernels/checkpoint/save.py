@@ -4,44 +4,38 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterable, Mapping, Set
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from smoothquant_kernels import _skeleton as skeletons
-from smoothquant_kernels._folder import new_folder
-from smoothquant_kernels._manifest import (
+from smoothquant_kernels.checkpoint import skeleton as skeletons
+from smoothquant_kernels.checkpoint.manifest import (
+    CONFIG,
+    GENERATION_CONFIG,
+    INDEX,
     MANIFEST,
     Manifest,
-    TensorEntry,
-    check_files,
-    file_entry,
-    read_manifest,
 )
-from smoothquant_kernels._safetensors import (
-    aligned,
+from smoothquant_kernels.checkpoint.skeleton import check_scales
+from smoothquant_kernels.errors import SmoothQuantError
+from smoothquant_kernels.modeling.record import INFO
+from smoothquant_kernels.nn.linear import W8A8Linear
+from smoothquant_kernels.storage.digests import file_entry
+from smoothquant_kernels.storage.folder import new_folder
+from smoothquant_kernels.storage.safetensors import (
+    TensorEntry,
     assign_files,
     check_storable,
-    dtype_name,
-    read,
+    tensor_entries,
     unique,
     write_safetensors,
 )
-from smoothquant_kernels._transformers import HF_QUANTIZER, save_refusals
-from smoothquant_kernels.errors import SmoothQuantError
-from smoothquant_kernels.linear import W8A8Linear
-from smoothquant_kernels.smooth import INFO
+from smoothquant_kernels.storage.versions import package_version
 
-CONFIG = "config.json"
-GENERATION_CONFIG = "generation_config.json"
-#: What `from_pretrained` reads where there are several weight files: which of them has which tensor.
-INDEX = "smoothquant.safetensors.index.json"
 MAX_SHARD_BYTES = 5_000_000_000
-_SCALES = ("w_scale", "x_scale", "inv_smooth")
 
 
 def save_quantized(
@@ -87,51 +81,6 @@ def save_quantized(
     return path
 
 
-def load_quantized(
-    directory: str | Path,
-    *,
-    device: torch.device | str | int | None = None,
-    model: nn.Module | None = None,
-    verify: bool = True,
-) -> nn.Module:
-    """Loads what `save_quantized` wrote. Runs no code from the folder: no pickle, no remote code.
-
-    On the CPU the weights are mapped, not read: memory is taken as they are used, and is shared between processes.
-
-    Args:
-        directory: the folder.
-        device: where the model goes; None is the CPU.
-        model: a float model of the checkpoint's architecture, for classes that transformers does not have. Its
-            weights may be on the meta device. It is changed in place and returned; its own weights are dropped.
-        verify: compare size and SHA-256 of every file; False skips that, and the whole file is not read up front.
-
-    Returns:
-        The model in eval mode, with `smoothquant_info`, computing bit for bit what the saved one does.
-
-    Raises:
-        SmoothQuantError: the folder is missing, is not a checkpoint, was altered, is incomplete, was written by a newer
-            release, does not fit the model, or has a NaN scale. A model passed in is unchanged then.
-
-    Equivalent to:
-        model = AutoModelForCausalLM.from_config(config); swap in the W8A8Linear; model.load_state_dict(tensors)
-    """
-    folder = Path(directory).expanduser()
-    place = _device(device)
-    manifest = read_manifest(folder)
-    check_files(folder, manifest, verify=verify)
-    modules = skeletons.make_modules(manifest)
-    skeleton = _rebuild(folder, manifest) if model is None else model
-    _check_fit(skeleton, modules, manifest)
-    tensors = read(folder, manifest.tensors)
-    check_scales(tensors, manifest.modules)
-    skeletons.install(skeleton, modules)
-    _assign(skeleton, tensors, manifest, place)
-    setattr(skeleton, INFO, manifest.info)
-    for module, refusal in save_refusals(skeleton):
-        module.__dict__.setdefault(HF_QUANTIZER, refusal)
-    return skeleton.eval()
-
-
 # --- saving -----------------------------------------------------------------------------------------------------------
 
 
@@ -151,11 +100,7 @@ def _describe(
     again = constructed_again(model, texts)
     non_persistent = non_persistent_buffers(model, again, tensors.keys() | tied.keys())
     tensors |= non_persistent
-    files = assign_files(tensors, max_shard_bytes)
-    entries: dict[str, TensorEntry] = {
-        name: {"file": files[name], "dtype": dtype_name(t), "shape": list(t.shape)}
-        for name, t in tensors.items()
-    }
+    entries = tensor_entries(tensors, assign_files(tensors, max_shard_bytes))
     manifest = make_manifest(
         model,
         again,
@@ -276,121 +221,4 @@ def non_persistent_buffers(
     return found
 
 
-def package_version() -> str:
-    try:
-        return version("smoothquant-kernels")
-    except PackageNotFoundError:  # run from a source tree that is not installed
-        return "unknown"
-
-
 # --- loading ----------------------------------------------------------------------------------------------------------
-
-
-def _device(device: torch.device | str | int | None) -> torch.device:
-    try:
-        place = torch.device("cpu" if device is None else device)
-        torch.empty(0, device=place)
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA raises AssertionError
-        raise SmoothQuantError(
-            f"the device {device!r} cannot be used here ({str(error).splitlines()[0]})."
-        ) from error
-    if place.type == "meta":
-        raise SmoothQuantError("a model cannot be loaded to the meta device: it holds no data.")
-    return place
-
-
-def _rebuild(folder: Path, manifest: Manifest) -> nn.Module:
-    """The transformers model that config.json describes, without weights."""
-    name = manifest.model["name"]
-    if not manifest.model["rebuild"]:
-        raise SmoothQuantError(
-            f"the saved model is a {manifest.model['module']}.{name} that transformers cannot make: pass model= with a "
-            "float model of that architecture."
-        )
-    try:
-        text = (folder / CONFIG).read_text("utf-8")
-        values = json.loads(text)
-        architectures = values.get("architectures")
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise SmoothQuantError(
-            f"{folder / CONFIG} cannot be read ({error}): copy it again."
-        ) from None
-    if architectures != [name]:
-        raise SmoothQuantError(
-            f"{folder / CONFIG} is for {architectures} and the weights are of a {name}: copy it again."
-        )
-    model: Any = skeletons.build(skeletons.find_class(name), text, manifest.model["attention"])
-    model.config.name_or_path = model.name_or_path = str(folder)
-    if GENERATION_CONFIG in manifest.files:
-        from transformers import GenerationConfig
-
-        try:
-            saved = json.loads((folder / GENERATION_CONFIG).read_text("utf-8"))
-            values = skeletons.plain_floats(saved)
-            # What from_dict makes, transformers 4 cannot generate with.
-            model.generation_config = (
-                GenerationConfig.from_pretrained(folder)
-                if values == saved
-                else GenerationConfig.from_dict(values)
-            )
-        except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise SmoothQuantError(
-                f"{folder / GENERATION_CONFIG} cannot be read ({error}): copy it again."
-            ) from error
-    return model  # type: ignore[no-any-return]
-
-
-def _check_fit(model: nn.Module, modules: Mapping[str, nn.Module], manifest: Manifest) -> None:
-    """Raises SmoothQuantError unless the checkpoint has each tensor of the model, and no other."""
-    name = type(model).__name__
-    problems = [f"it is a {name}"] if name != manifest.model["name"] else []
-    problems += skeletons.mismatches(model, modules, manifest)
-    if problems:
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise SmoothQuantError(
-            f"the checkpoint of a {manifest.model['name']} does not fit the model, {problems[0]}{more}: pass a model "
-            "of the same class and configuration."
-        )
-
-
-def check_scales(tensors: Mapping[str, Tensor], modules: Iterable[str]) -> None:
-    """Raises SmoothQuantError unless every scale and smoothing factor is positive and finite."""
-    for name in (f"{module}.{scale}" for module in modules for scale in _SCALES):
-        t = tensors.get(name)
-        if t is not None and not bool(((t > 0) & t.isfinite()).all()):
-            raise SmoothQuantError(
-                f"{name} has a value that is NaN, infinite or not positive: quantise the model again."
-            )
-
-
-def _assign(
-    model: nn.Module, tensors: Mapping[str, Tensor], manifest: Manifest, device: torch.device
-) -> None:
-    """Puts the tensors in, ties what was tied, and moves the rest of the model to the device."""
-    state = model.state_dict()  # with its metadata: the versions that modules want to see
-    placed = {name: aligned(t).to(device) for name, t in tensors.items()}
-    placed |= {alias: placed[name] for alias, name in manifest.tied.items()}
-    for name in manifest.non_persistent:
-        owner, leaf = _owner(model, name)
-        owner._buffers[leaf] = placed.pop(name)
-    state.update(placed)
-    model.load_state_dict(state, assign=True)
-    for alias, name in manifest.tied.items():
-        # One Parameter again: two that share memory would part ways at the next `.to(dtype)`.
-        owner, leaf = _owner(model, alias)
-        source, source_leaf = _owner(model, name)
-        for kind in ("_parameters", "_buffers"):
-            values = getattr(source, kind)
-            if source_leaf in values and leaf in getattr(owner, kind):
-                getattr(owner, kind)[leaf] = values[source_leaf]
-    named = [*model.named_parameters(), *model.named_buffers()]
-    if left := [name for name, t in named if t.is_meta]:
-        raise SmoothQuantError(
-            f"{left[0]} is on the meta device after loading: pass a model whose buffers have data."
-        )
-    model.to(device)
-
-
-def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    owner, _, leaf = name.rpartition(".")
-    return model.get_submodule(owner), leaf

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Collection
-from pathlib import Path
 
 from torch import nn
 
-from smoothquant_kernels.errors import SmoothQuantError
-from smoothquant_kernels.linear import weight_of
+from smoothquant_kernels.nn.float_linear import weight_of
 
 _SPARE = 1 << 20  # configuration, tokenizer, manifest
 
@@ -28,20 +25,3 @@ def checkpoint_bytes(model: nn.Module, linears: Collection[str]) -> int:
             n, k = (weight := weight_of(module)).shape
             size += weight.numel() * (1 - weight.element_size()) + 4 * (n + k)
     return size
-
-
-def check_space(target: Path, need: int) -> None:
-    """Raises SmoothQuantError unless the disk of a folder to be has that many bytes free."""
-    parent = target.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    free = shutil.disk_usage(parent).free
-    if free < need:
-        raise SmoothQuantError(
-            f"{target} will take about {_gigabytes(need)} and the disk of {parent} has {_gigabytes(free)} free: free "
-            "some space, or give another place."
-        )
-
-
-def _gigabytes(size: int) -> str:
-    return f"{size / 1e9:,.3f} GB" if size < 1e9 else f"{size / 1e9:,.1f} GB"

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from smoothquant_kernels._float_types import FLOAT_TYPES, type_name
-from smoothquant_kernels._manifest import Manifest
+from smoothquant_kernels.checkpoint.manifest import Manifest
 from smoothquant_kernels.errors import SmoothQuantError
-from smoothquant_kernels.linear import MARKER, W8A8Linear, is_float_linear, weight_of
-from smoothquant_kernels.modules import replace_module
+from smoothquant_kernels.modeling.view import replace_module
+from smoothquant_kernels.nn.float_linear import is_float_linear, weight_of
+from smoothquant_kernels.nn.float_types import FLOAT_TYPES, type_name
+from smoothquant_kernels.nn.linear import MARKER, W8A8Linear
 
 QUANT_METHOD = "smoothquant_kernels"
 # Which attention runs is not in config.json, but logits depend on it bit for bit. Only torch's own:
 # the name of any other may be a repository whose code transformers would fetch and run.
 ATTENTIONS = ("eager", "sdpa")
+_SCALES = ("w_scale", "x_scale", "inv_smooth")
 _IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
 _CODE_KEYS = {"auto_map", *_IMPLEMENTATIONS, *(f"_{n}" for n in _IMPLEMENTATIONS)}
 _CODE_KEYS |= {f"_{n}_internal" for n in _IMPLEMENTATIONS}
@@ -241,3 +243,13 @@ def install(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
     """Puts the replaced modules in."""
     for name, new in modules.items():
         replace_module(model, name, new.train(model.training))
+
+
+def check_scales(tensors: Mapping[str, Tensor], modules: Iterable[str]) -> None:
+    """Raises SmoothQuantError unless every scale and smoothing factor is positive and finite."""
+    for name in (f"{module}.{scale}" for module in modules for scale in _SCALES):
+        t = tensors.get(name)
+        if t is not None and not bool(((t > 0) & t.isfinite()).all()):
+            raise SmoothQuantError(
+                f"{name} has a value that is NaN, infinite or not positive: quantise the model again."
+            )

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from smoothquant_kernels._skeleton import QUANT_METHOD
+from smoothquant_kernels.checkpoint.skeleton import QUANT_METHOD
 from smoothquant_kernels.errors import SmoothQuantError
-from smoothquant_kernels.linear import W8A8Linear
+from smoothquant_kernels.nn.linear import W8A8Linear
 
 HF_QUANTIZER = "hf_quantizer"
 _done = False
@@ -43,7 +43,7 @@ def register_transformers() -> None:
             f"transformers {transformers.__version__} cannot load other formats by from_pretrained: upgrade it, or use "
             "load_quantized."
         )
-    from smoothquant_kernels._hf_quantizer import Config, Quantizer
+    from smoothquant_kernels.checkpoint.hf_quantizer import Config, Quantizer
 
     register_quantization_config(QUANT_METHOD)(Config)
     register_quantizer(QUANT_METHOD)(Quantizer)
@@ -58,7 +58,7 @@ def save_refusals(model: nn.Module) -> list[tuple[nn.Module, Any]]:
     """
     if "transformers" not in sys.modules:
         return []
-    from smoothquant_kernels._hf_quantizer import Config, Quantizer
+    from smoothquant_kernels.checkpoint.hf_quantizer import Config, Quantizer
 
     return [
         (module, Quantizer(Config()))

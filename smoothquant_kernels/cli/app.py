@@ -1,5 +1,5 @@
 """The command `smoothquant-kernels`: the commands, their own options and help. What the commands do is in
-`_commands.py`, `_report_command.py`, `_inspect.py`, `_doctor.py` and `_demo.py`, imported only when they run, so that
+`_commands.py`, `command.py`, `_inspect.py`, `_doctor.py` and `_demo.py`, imported only when they run, so that
 `--help` is quick.
 
 Exit codes: 0 success; 2 a mistake in the request, told in one sentence; 130 Ctrl-C; 1 a defect, here (a traceback) or
@@ -13,8 +13,8 @@ from typing import Annotated
 
 import typer
 
-from smoothquant_kernels._console import Document, serve
-from smoothquant_kernels._options import (
+from smoothquant_kernels.cli.console import serve
+from smoothquant_kernels.cli.options import (
     TEXT_HELP,
     Alpha,
     AnyModel,
@@ -33,6 +33,7 @@ from smoothquant_kernels._options import (
     WeightGranularity,
     Window,
 )
+from smoothquant_kernels.storage.document import Document
 
 app = typer.Typer(
     name="smoothquant-kernels",
@@ -114,12 +115,12 @@ def quantize(
     """
 
     def work() -> Document:
-        from smoothquant_kernels import _commands
+        from smoothquant_kernels.cli import quantize as command
 
-        return _commands.quantize(
+        return command.quantize(
             model,
             output,
-            _commands.read_config(
+            command.read_config(
                 config,
                 alpha=alpha,
                 activation_scheme=scheme,
@@ -139,9 +140,9 @@ def quantize(
         )
 
     def render(document: Document) -> object:
-        from smoothquant_kernels import _commands
+        from smoothquant_kernels.cli.quantize import render_quantize
 
-        return _commands.render_quantize(document)
+        return render_quantize(document)
 
     serve(work, render, as_json=as_json, verbose=verbose)
 
@@ -174,9 +175,9 @@ def evaluate(
     """
 
     def work() -> Document:
-        from smoothquant_kernels import _commands
+        from smoothquant_kernels.cli import evaluate as command
 
-        return _commands.evaluate(
+        return command.evaluate(
             model,
             reference=reference,
             text=text,
@@ -188,9 +189,9 @@ def evaluate(
         )
 
     def render(document: Document) -> object:
-        from smoothquant_kernels import _commands
+        from smoothquant_kernels.cli.evaluate import render_evaluate
 
-        return _commands.render_evaluate(document)
+        return render_evaluate(document)
 
     serve(work, render, as_json=as_json, verbose=verbose)
 
@@ -239,7 +240,7 @@ def report(
     """
 
     def work() -> Document:
-        from smoothquant_kernels import _report_command
+        from smoothquant_kernels.cli import report as command
 
         changes = {
             "alpha": alpha,
@@ -250,7 +251,7 @@ def report(
             "calibration_tokens": calibration_tokens,
             "smooth": False if no_smooth else None,
         }
-        return _report_command.report(
+        return command.report(
             model,
             output,
             reference=reference,
@@ -265,9 +266,9 @@ def report(
         )
 
     def render(document: Document) -> object:
-        from smoothquant_kernels import _report_command
+        from smoothquant_kernels.cli import report as command
 
-        return _report_command.render_report(document)
+        return command.render_report(document)
 
     serve(work, render, as_json=as_json, verbose=verbose)
 
@@ -290,9 +291,9 @@ def generate(
     """Continue a prompt with the most probable tokens: on one machine the same answer every time."""
 
     def work() -> Document:
-        from smoothquant_kernels import _commands
+        from smoothquant_kernels.cli import generate as command
 
-        return _commands.generate(
+        return command.generate(
             model,
             prompt,
             max_new_tokens=max_new_tokens,
@@ -302,9 +303,9 @@ def generate(
         )
 
     def render(document: Document) -> object:
-        from smoothquant_kernels import _commands
+        from smoothquant_kernels.cli.generate import render_generate
 
-        return _commands.render_generate(document)
+        return render_generate(document)
 
     serve(work, render, as_json=as_json, verbose=verbose)
 
@@ -323,12 +324,12 @@ def inspect(
     """What a checkpoint holds, layer by layer, without loading its weights."""
 
     def work() -> Document:
-        from smoothquant_kernels._inspect import inspect_checkpoint
+        from smoothquant_kernels.cli.inspect import inspect_checkpoint
 
         return inspect_checkpoint(directory, verify=verify)
 
     def render(document: Document) -> object:
-        from smoothquant_kernels._inspect import render_inspect
+        from smoothquant_kernels.cli.inspect import render_inspect
 
         return render_inspect(document)
 
@@ -340,12 +341,12 @@ def doctor(as_json: Json = False) -> None:
     """What is installed here and what will run where."""
 
     def work() -> Document:
-        from smoothquant_kernels._doctor import examine
+        from smoothquant_kernels.cli.doctor import examine
 
         return examine()
 
     def render(document: Document) -> object:
-        from smoothquant_kernels._doctor import render_doctor
+        from smoothquant_kernels.cli.doctor import render_doctor
 
         return render_doctor(document)
 
@@ -375,12 +376,12 @@ def demo(
     """
 
     def work() -> Document:
-        from smoothquant_kernels._demo import run_demo
+        from smoothquant_kernels.cli.demo import run_demo
 
         return run_demo(output, quick=quick, calibration=calibration, text=text)
 
     def render(document: Document) -> object:
-        from smoothquant_kernels._demo import render_demo
+        from smoothquant_kernels.cli.demo import render_demo
 
         return render_demo(document)
 

@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
-import math
 import os
 import re
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import typer
 
-from smoothquant_kernels._wording import for_command_line
+from smoothquant_kernels.cli.wording import for_command_line
 from smoothquant_kernels.errors import SmoothQuantError
-
-Document = dict[str, Any]
+from smoothquant_kernels.storage.document import Document, json_text
 
 DEFECT, MISMATCH, USER_ERROR, INTERRUPTED = 1, 1, 2, 130
-_PACKAGE = str(Path(__file__).parent)
+_PACKAGE = str(Path(__file__).parents[1])
 _PIPE_WIDTH = 124  # of tables that go into a file or a pipe, where there is no terminal to ask
 _VERBOSE = False
 
@@ -122,29 +119,9 @@ def _show(document: Document, render: Callable[[Document], Any], *, as_json: boo
     Console(width=width, highlight=False, markup=False).print(shown)
 
 
-def note(text: str) -> None:
-    """Says on stderr what is going on."""
-    print(text, file=sys.stderr, flush=True)
-
-
 def show_progress() -> bool:
     """Whether progress bars make sense: they are for people who look at a terminal."""
     return sys.stderr.isatty()
-
-
-def json_text(document: Mapping[str, Any]) -> str:
-    """JSON that every parser reads: NaN and infinities, which JSON lacks, become null."""
-    return json.dumps(_plain(document), indent=2, allow_nan=False, default=str)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    return value
 
 
 @contextlib.contextmanager
@@ -180,14 +157,6 @@ def quiet_stderr() -> Iterator[None]:
         return
     with contextlib.redirect_stderr(io.StringIO()):
         yield
-
-
-def readable_size(size: float) -> str:
-    """A size for people."""
-    for unit, bytes_ in (("GB", 1e9), ("MB", 1e6)):
-        if size >= bytes_:
-            return f"{size / bytes_:,.1f} {unit}"
-    return f"{size / 1e3:,.1f} kB"
 
 
 def general_name(text: str) -> str:

@@ -20,23 +20,34 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
 
-from smoothquant_kernels._commands import complete
-from smoothquant_kernels._console import Document, json_text, note, quiet_stderr, readable_size
-from smoothquant_kernels._inputs import text_windows
-from smoothquant_kernels._inspect import summarise_layers
-from smoothquant_kernels._pipeline import check_target, linear_bytes
-from smoothquant_kernels.calibrate import ActivationStatistics, calibrate_model
-from smoothquant_kernels.checkpoint import load_quantized, save_quantized
+from smoothquant_kernels.checkpoint.load import load_quantized
+from smoothquant_kernels.checkpoint.save import save_quantized
+from smoothquant_kernels.cli.console import quiet_stderr
+from smoothquant_kernels.cli.generate import complete
+from smoothquant_kernels.cli.inputs import text_windows
+from smoothquant_kernels.cli.inspect import summarise_layers
+from smoothquant_kernels.cli.loading import check_target, linear_bytes
 from smoothquant_kernels.config import SmoothQuantConfig
-from smoothquant_kernels.convert import quantize_model
 from smoothquant_kernels.errors import SmoothQuantError
-from smoothquant_kernels.evaluate import Reference, evaluate
-from smoothquant_kernels.linear import ACTIVATION_SCHEMES, pending_smooth
-from smoothquant_kernels.models import builtin_demo_model, load_model, load_tokenizer
-from smoothquant_kernels.modules import Batch, evaluating, partition_linears, run
-from smoothquant_kernels.plot import LayerMaxima, has_matplotlib, peak_to_median, plot_maxima
-from smoothquant_kernels.smooth import INFO, smooth_lm
-from smoothquant_kernels.text import load_text, token_windows
+from smoothquant_kernels.evaluation.models import builtin_demo_model, load_model, load_tokenizer
+from smoothquant_kernels.evaluation.perplexity import Reference, evaluate
+from smoothquant_kernels.evaluation.text import load_text, token_windows
+from smoothquant_kernels.modeling.record import INFO
+from smoothquant_kernels.modeling.run import Batch, evaluating, run
+from smoothquant_kernels.modeling.view import partition_linears
+from smoothquant_kernels.nn.float_linear import pending_smooth
+from smoothquant_kernels.report.maxima import (
+    LayerMaxima,
+    has_matplotlib,
+    peak_to_median,
+    plot_maxima,
+)
+from smoothquant_kernels.schemes import ACTIVATION_SCHEMES
+from smoothquant_kernels.smoothing.calibrate import calibrate_model
+from smoothquant_kernels.smoothing.convert import quantize_model
+from smoothquant_kernels.smoothing.smooth import smooth_lm
+from smoothquant_kernels.smoothing.statistics import ActivationStatistics
+from smoothquant_kernels.storage.document import Document, json_text, note, readable_size
 
 PROMPT = "What is gravity?"
 RESULT, PLOT, CHECKPOINT = "demo.json", "activations.png", "checkpoint"

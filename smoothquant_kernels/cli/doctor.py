@@ -11,17 +11,17 @@ import torch
 from rich.markup import escape
 from rich.table import Table
 
-from smoothquant_kernels import cpu
-from smoothquant_kernels._console import Document
-from smoothquant_kernels._extension import (
+from smoothquant_kernels.backends import onednn as cpu
+from smoothquant_kernels.backends.cuda import (
     build_info,
     dispatch_tables,
     extension_status,
     has_cuda_kernel,
 )
-from smoothquant_kernels._tune import tune_cache
+from smoothquant_kernels.backends.tuned_tiles import tune_cache
 from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.ops import OPS as ALL_OPS
+from smoothquant_kernels.storage.document import Document
 
 #: Without the private ones, which serve tests and the tuner.
 OPS = tuple(op for op in ALL_OPS if not op.startswith("_"))
@@ -44,7 +44,7 @@ def examine() -> Document:
     """Everything that explains where int8 layers run on this machine, and why not elsewhere."""
     return {
         "package": _version("smoothquant-kernels"),
-        "location": str(Path(__file__).resolve().parent),
+        "location": str(Path(__file__).resolve().parents[1]),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "torch": torch.__version__,

@@ -9,19 +9,20 @@ from typing import Any
 
 from torch import Tensor, tensor
 
-from smoothquant_kernels import models
-from smoothquant_kernels._console import note, quiet_stderr
-from smoothquant_kernels._kinds import Kind, architecture, kind_of
-from smoothquant_kernels._pipeline import config_of, load_tokenizer
+from smoothquant_kernels.cli.console import quiet_stderr
+from smoothquant_kernels.cli.loading import config_of, load_tokenizer
 from smoothquant_kernels.config import SmoothQuantConfig
 from smoothquant_kernels.errors import SmoothQuantError
-from smoothquant_kernels.text import (
+from smoothquant_kernels.evaluation import models
+from smoothquant_kernels.evaluation.architecture import Kind, architecture, kind_of
+from smoothquant_kernels.evaluation.text import (
     check_vocabulary,
     front_tokens,
     load_text,
     token_ids,
     token_windows,
 )
+from smoothquant_kernels.storage.document import note
 
 _IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _MOST_IMAGES = 128  # each has hundreds of patches: more change the ranges little

@@ -15,10 +15,18 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from smoothquant_kernels._console import Document, MismatchError, general_name, readable_size
-from smoothquant_kernels._manifest import MANIFEST, Manifest, check_files, file_entry, read_manifest
+from smoothquant_kernels.checkpoint.manifest import (
+    MANIFEST,
+    Manifest,
+    check_files,
+    is_checkpoint,
+    read_manifest,
+)
+from smoothquant_kernels.cli.console import MismatchError, general_name
 from smoothquant_kernels.config import DEFAULT_ALPHA
 from smoothquant_kernels.errors import SmoothQuantError
+from smoothquant_kernels.storage.digests import file_entry
+from smoothquant_kernels.storage.document import Document, readable_size
 
 # Bytes of an element, by the names that safetensors headers use.
 _BYTES = {
@@ -27,11 +35,6 @@ _BYTES = {
 }  # fmt: skip
 
 _PERCENT = re.compile(r"\d+\.\d+(?=%)")
-
-
-def is_checkpoint(path: Path) -> bool:
-    """Whether this is a folder that `save_quantized` wrote, by its manifest."""
-    return (path / MANIFEST).is_file()
 
 
 def weight_files(directory: Path) -> list[Path]:

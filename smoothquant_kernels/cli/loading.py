@@ -12,14 +12,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from smoothquant_kernels import checkpoint, models
-from smoothquant_kernels._console import note, quiet_stderr
-from smoothquant_kernels._extension import extension_status
-from smoothquant_kernels._inspect import is_checkpoint
-from smoothquant_kernels._kinds import check_causal
+from smoothquant_kernels.backends.cuda import extension_status
+from smoothquant_kernels.checkpoint.load import load_quantized
+from smoothquant_kernels.checkpoint.manifest import CONFIG, is_checkpoint
+from smoothquant_kernels.cli.console import quiet_stderr
 from smoothquant_kernels.config import SmoothQuantConfig
 from smoothquant_kernels.errors import SmoothQuantError
-from smoothquant_kernels.linear import W8A8Linear, is_float_linear
+from smoothquant_kernels.evaluation import models
+from smoothquant_kernels.evaluation.architecture import check_causal
+from smoothquant_kernels.nn.float_linear import is_float_linear
+from smoothquant_kernels.nn.linear import W8A8Linear
+from smoothquant_kernels.storage.document import note
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -99,7 +102,7 @@ def config_of(source: str) -> Any:
         with quiet_stderr():
             return models.load_config(source)
     try:
-        values = json.loads((Path(source) / checkpoint.CONFIG).read_text("utf-8"))
+        values = json.loads((Path(source) / CONFIG).read_text("utf-8"))
         return SimpleNamespace(**values)
     except (OSError, ValueError, TypeError):
         return None  # load_quantized says what is wrong with it
@@ -119,7 +122,7 @@ def load_any(
     note(f"loading {source}")
     if is_checkpoint(Path(source)):
         with quiet_stderr():
-            model = checkpoint.load_quantized(Path(source), device=where)
+            model = load_quantized(Path(source), device=where)
         return model.eval(), True
     with quiet_stderr():
         plain: Any = models.load_model(source, dtype=float_type)

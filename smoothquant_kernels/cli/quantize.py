@@ -13,38 +13,39 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
-from smoothquant_kernels._console import Document, note, quiet_stderr, readable_size, show_progress
-from smoothquant_kernels._inputs import calibration_inputs, describe_inputs, processor_of
-from smoothquant_kernels._inspect import (
+from smoothquant_kernels.checkpoint.manifest import is_checkpoint
+from smoothquant_kernels.checkpoint.save import save_quantized
+from smoothquant_kernels.checkpoint.size import checkpoint_bytes
+from smoothquant_kernels.cli.console import quiet_stderr, show_progress
+from smoothquant_kernels.cli.evaluate import evaluate
+from smoothquant_kernels.cli.generate import complete, generate
+from smoothquant_kernels.cli.inputs import calibration_inputs, describe_inputs, processor_of
+from smoothquant_kernels.cli.inspect import (
     describe_config,
     describe_verification,
     inspect_checkpoint,
-    is_checkpoint,
     render_layers,
     summarise_layers,
     weight_files,
 )
-from smoothquant_kernels._pipeline import (
+from smoothquant_kernels.cli.loading import (
     check_output,
     choose_device,
     choose_dtype,
     linear_bytes,
-    load_any,
-    load_tokenizer,
     read_config,
     tensor_bytes,
 )
-from smoothquant_kernels._space import check_space, checkpoint_bytes
-from smoothquant_kernels.calibrate import calibrate_model
-from smoothquant_kernels.checkpoint import save_quantized
 from smoothquant_kernels.config import SmoothQuantConfig
-from smoothquant_kernels.convert import quantize_model
 from smoothquant_kernels.errors import SmoothQuantError
-from smoothquant_kernels.evaluate import evaluate as evaluate_model
-from smoothquant_kernels.models import load_model
-from smoothquant_kernels.modules import evaluating, model_device, partition_linears
-from smoothquant_kernels.smooth import INFO, check_finite_weights, smooth_lm
-from smoothquant_kernels.text import check_vocabulary, load_text
+from smoothquant_kernels.evaluation.models import load_model
+from smoothquant_kernels.modeling.record import INFO
+from smoothquant_kernels.modeling.view import partition_linears
+from smoothquant_kernels.smoothing.calibrate import calibrate_model
+from smoothquant_kernels.smoothing.convert import quantize_model
+from smoothquant_kernels.smoothing.smooth import check_finite_weights, smooth_lm
+from smoothquant_kernels.storage.document import Document, note, readable_size
+from smoothquant_kernels.storage.space import check_space
 
 __all__ = ["complete", "evaluate", "generate", "quantize", "read_config"]
 
@@ -139,8 +140,8 @@ def _quantize_streamed(
     resume: bool,
 ) -> Document:
     """The same for a model that is never in memory as a whole; what is said of it is read from the checkpoint."""
-    from smoothquant_kernels._stream_source import check_folder
-    from smoothquant_kernels.stream import quantize_streamed
+    from smoothquant_kernels.streaming.source import check_folder
+    from smoothquant_kernels.streaming.stream import quantize_streamed
 
     check_folder(Path(source))
     inputs = calibration_inputs(source, calibration, config)
@@ -173,7 +174,7 @@ def _search(
     model: nn.Module, windows: list[Any], config: SmoothQuantConfig, output: Path
 ) -> SmoothQuantConfig:
     """The settings that a search finds; what it has tried so far is in a file beside the checkpoint to be."""
-    from smoothquant_kernels.search import search_config
+    from smoothquant_kernels.search.search import search_config
 
     path = output.absolute().with_name(f"{output.name}.search.json")
     note(f"searching settings for each layer; what is found is kept in {path}")
@@ -210,137 +211,4 @@ def render_quantize(document: Document) -> Group:
 # --- evaluate -------------------------------------------------------------------------------------
 
 
-def evaluate(
-    source: str,
-    *,
-    reference: str | None,
-    text: str,
-    window: int,
-    max_tokens: int | None,
-    last_word: bool,
-    dtype: str,
-    device: str,
-) -> Document:
-    """`smoothquant-kernels evaluate`."""
-    texts = load_text(text)
-    options = {"dtype": dtype, "device": device, "causal": "evaluate"}
-    model, quantised = load_any(source, **options)
-    original = None if reference is None else load_any(reference, **options)[0]
-    tokenizer = load_tokenizer(source, reference)
-    note(f"evaluating on {text}")
-    result = evaluate_model(
-        model,
-        texts,
-        tokenizer,
-        reference=original,
-        window=window,
-        max_tokens=max_tokens,
-        last_word=last_word,
-        progress=show_progress(),
-    )
-    return {
-        "model": source,
-        "quantised": quantised,
-        "reference": reference,
-        "text": text,
-        "window": window,
-        "result": result.to_dict(),
-    }
-
-
-def render_evaluate(document: Document) -> Table:
-    result = document["result"]
-    table = Table(title=f"{document['model']} on {document['text']}", title_justify="left")
-    table.add_column("")
-    table.add_column("value", justify="right")
-    table.add_column("standard error", justify="right")
-    table.add_row("tokens scored", f"{result['tokens']}", "")
-    table.add_row("perplexity", f"{result['perplexity']:.4f}", "")
-    table.add_row("nats per token", f"{result['nll']:.4f}", f"{result['nll_stderr']:.4f}")
-    if document["reference"] is not None:
-        table.add_row(
-            "more nats than the reference",
-            f"{result['delta_nll']:+.4f}",
-            f"{result['delta_nll_stderr']:.4f}",
-        )
-        table.add_row(
-            "KL divergence from it", f"{result['mean_kl']:.5f}", f"{result['kl_stderr']:.5f}"
-        )
-        table.add_row("same most probable token", f"{result['top1_agreement']:.2%}", "")
-    if result["last_word_accuracy"] is not None:
-        table.add_row("last words right", f"{result['last_word_accuracy']:.2%}", "")
-    table.add_row("seconds", f"{result['seconds']:.1f}", "")
-    return table
-
-
 # --- generate -------------------------------------------------------------------------------------
-
-
-def generate(
-    source: str, prompt: str, *, max_new_tokens: int, chat: bool, dtype: str, device: str
-) -> Document:
-    """`smoothquant-kernels generate`."""
-    model, quantised = load_any(source, dtype=dtype, device=device, causal="generate")
-    tokenizer = load_tokenizer(source)
-    answer = complete(model, tokenizer, prompt, max_new_tokens=max_new_tokens, chat=chat)
-    return {"model": source, "quantised": quantised, "prompt": prompt, "chat": chat, **answer}
-
-
-def complete(
-    model: Any,
-    tokenizer: Any,
-    prompt: str,
-    *,
-    max_new_tokens: int,
-    chat: bool = False,
-) -> Document:
-    """Continues a prompt greedily; the text, the number of tokens and the time."""
-    from transformers import GenerationConfig
-
-    if chat:
-        if not getattr(tokenizer, "chat_template", None):
-            raise SmoothQuantError("this model has no chat template; leave out --chat.")
-        messages = [{"role": "user", "content": prompt}]
-        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    # A chat template writes the special tokens itself.
-    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat)["input_ids"]
-    if not ids.shape[1]:
-        raise SmoothQuantError("the prompt is empty; give some text to continue.")
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if isinstance(positions, int) and ids.shape[1] + max_new_tokens > positions:
-        raise SmoothQuantError(
-            f"the prompt of {ids.shape[1]} tokens and {max_new_tokens} new ones exceed the "
-            f"{positions} positions of the model; ask for fewer."
-        )
-    check_vocabulary(model.config, int(ids.max()))
-    stop = getattr(model.generation_config, "eos_token_id", None) or tokenizer.eos_token_id
-    # A configuration of our own: that of the model may ask for sampling or penalties.
-    settings: Any = GenerationConfig  # its constructor carries no annotations
-    greedy = settings(
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        eos_token_id=stop,
-        pad_token_id=stop[0] if isinstance(stop, list) else stop,
-    )
-    ids = ids.to(model_device(model))
-    begin = time.perf_counter()
-    with evaluating(model), quiet_stderr():
-        output = model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=greedy
-        )
-    seconds = time.perf_counter() - begin
-    new = output[0, ids.shape[1] :]
-    # Many tokenizers drop the space before the first token that they decode, so decode the whole.
-    whole = tokenizer.decode(output[0], skip_special_tokens=True)
-    start = tokenizer.decode(ids[0], skip_special_tokens=True)
-    text = whole[len(start) :] if whole.startswith(start) else tokenizer.decode(new)
-    return {
-        "text": text.strip() if chat else text,
-        "new_tokens": len(new),
-        "seconds": seconds,
-    }
-
-
-def render_generate(document: Document) -> str:
-    # Plain text, not wrapped: it is for copying and for pipes.
-    return str(document["text"] if document["chat"] else document["prompt"] + document["text"])

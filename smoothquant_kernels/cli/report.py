@@ -9,12 +9,10 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from smoothquant_kernels._console import Document, show_progress
-from smoothquant_kernels._inputs import calibration_inputs, text_windows
-from smoothquant_kernels._inspect import is_checkpoint
-from smoothquant_kernels._kinds import Kind, is_causal
-from smoothquant_kernels._manifest import read_manifest
-from smoothquant_kernels._pipeline import (
+from smoothquant_kernels.checkpoint.manifest import is_checkpoint, read_manifest
+from smoothquant_kernels.cli.console import show_progress
+from smoothquant_kernels.cli.inputs import calibration_inputs, text_windows
+from smoothquant_kernels.cli.loading import (
     check_target,
     choose_device,
     config_of,
@@ -23,8 +21,10 @@ from smoothquant_kernels._pipeline import (
 )
 from smoothquant_kernels.config import SmoothQuantConfig
 from smoothquant_kernels.errors import SmoothQuantError
-from smoothquant_kernels.report import check_report_folder, make_report
-from smoothquant_kernels.text import load_text
+from smoothquant_kernels.evaluation.architecture import Kind, is_causal
+from smoothquant_kernels.evaluation.text import load_text
+from smoothquant_kernels.report.report import check_report_folder, make_report
+from smoothquant_kernels.storage.document import Document
 
 _HELD_IMAGES = 8
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from importlib.util import find_spec
 
-from smoothquant_kernels._transformers import register_transformers
+from smoothquant_kernels.checkpoint.transformers_hook import register_transformers
 from smoothquant_kernels.errors import SmoothQuantError
 
 

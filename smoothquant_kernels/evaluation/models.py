@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import torch
 
-from ._foreign import check_float_config
-from ._kinds import model_class
-from ._safetensors import check_headers
-from .errors import SmoothQuantError
+from smoothquant_kernels.errors import SmoothQuantError
+from smoothquant_kernels.evaluation.architecture import model_class
+from smoothquant_kernels.modeling.foreign import check_float_config
+from smoothquant_kernels.storage.safetensors import check_headers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -9,40 +9,34 @@ distributions, and how often both prefer the same token; each mean with a standa
 from __future__ import annotations
 
 import math
-import re
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from ._batches import position_limit
-from .errors import SmoothQuantError
-from .text import Window, check_vocabulary, front_tokens, load_text, token_ids, token_windows
+from smoothquant_kernels.errors import SmoothQuantError
+from smoothquant_kernels.evaluation.last_word import last_word_accuracy
+from smoothquant_kernels.evaluation.scoring import _bar, _check_fits, _fitting_window, _logits
+from smoothquant_kernels.evaluation.text import (
+    Window,
+    load_text,
+    token_windows,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = ["EvaluationResult", "Reference", "evaluate", "last_word_accuracy"]
 
-T = TypeVar("T")
 
 _GIB = 2**30
-_WINDOW = 512
 # Rows of a [tokens, vocabulary] matrix that are compared at a time. So few keep the temporaries in a
 # CPU's cache, which makes the comparison three times as fast as with the whole matrix.
 _ROWS = 16
-
-# LAMBADA asks for the last word of a passage, and its words are bare. So here: letters and digits,
-# joined inside by apostrophes or hyphens, with a space before; what follows it (a full stop, a
-# bracket) is not asked for.
-_WORD = re.compile(r"[^\W_]+(?:['\u2019-][^\W_]+)*")
-_LAST_WORD = re.compile(rf"(?s)(.*\S) ({_WORD.pattern})[^\w\s]*")
-_MIN_WORDS = 20
 
 
 @dataclass(frozen=True)
@@ -173,112 +167,6 @@ def evaluate(
     )
 
 
-def last_word_accuracy(
-    model: nn.Module,
-    text: str | Path | Sequence[str],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    window: int | None = None,
-    min_words: int = _MIN_WORDS,
-    max_tokens: int | None = None,
-    progress: bool = False,
-) -> float:
-    """Share of passages whose last word the model guesses, all of its tokens right.
-
-    A passage is a paragraph (between blank lines, its white space made single spaces) of at least
-    `min_words` words, read with nothing before it. A word is a run of letters and digits, joined
-    inside by apostrophes or hyphens; the last word is one that a space precedes and that at most
-    punctuation follows, which is dropped. Paragraphs that end otherwise (in code, say) are left
-    out. The model is given the true text up to the word, and at each token of the word its most
-    probable token must be the true one.
-
-    Args:
-        model, text, tokenizer: as for `evaluate`.
-        window: tokens of a passage that the model sees, the last ones; None as for `evaluate`.
-        min_words: words that a passage has at least, the last one included; 2 or more.
-        max_tokens: use passages, from the first on, as long as they have at most so many tokens in
-            all.
-        progress: show a progress bar on stderr.
-    Returns: a number between 0 and 1.
-    Raises: SmoothQuantError if there is no such passage, or tokenizer and model do not fit.
-    Equivalent to:
-        mean(all(model(ids).logits[0, -n - 1 : -1].argmax(-1) == ids[0, -n:]) for ids, n in
-        passages)
-    Source: LAMBADA (Paperno et al., 2016); as scored in SmoothQuant (Xiao et al., 2022), section 5.
-    """
-    if min_words < 2:
-        raise SmoothQuantError(f"min_words must be at least 2, not {min_words}.")
-    window = _fitting_window(model) if window is None else window
-    passages = _passages(load_text(text), tokenizer, window, min_words, max_tokens)
-    if not passages:
-        raise SmoothQuantError(
-            f"No paragraph of the text has {min_words} words, ends in a word and fits max_tokens; "
-            "give a longer text of prose."
-        )
-    _check_fits(model, passages)
-    right = 0
-    for passage in _bar(passages, "last words", progress):
-        logits = _logits(model, passage)
-        hit = logits.argmax(-1) == passage.input_ids[0, -passage.scored :].to(logits.device)
-        # argmax takes a NaN for the greatest, which could be a hit.
-        right += bool((hit & ~logits.isnan().any(-1)).all())
-    return right / len(passages)
-
-
-def _passages(
-    texts: Sequence[str],
-    tokenizer: PreTrainedTokenizerBase,
-    window: int,
-    min_words: int,
-    max_tokens: int | None,
-) -> list[Window]:
-    """Windows that end with the last word of a passage and score its tokens."""
-    front = front_tokens(tokenizer)
-    passages = []
-    total = 0
-    for paragraph in re.split(r"\n\s*\n", "\n\n".join(texts)):
-        match = _LAST_WORD.fullmatch(" ".join(paragraph.split()))
-        if match is None or len(_WORD.findall(match[1])) + 1 < min_words:
-            continue
-        context = token_ids(match[1], tokenizer)
-        whole = token_ids(f"{match[1]} {match[2]}", tokenizer)
-        # A tokenizer may join the word with what precedes it: all that the context does not fix is
-        # asked for.
-        known = next(
-            (i for i, (a, b) in enumerate(zip(context, whole, strict=False)) if a != b),
-            min(len(context), len(whole)),
-        )
-        asked = len(whole) - known
-        ids = front + whole[-(window - len(front)) :] if window > len(front) else []
-        if not 0 < asked < len(ids) - len(front):
-            continue
-        total += len(ids)
-        if max_tokens is not None and total > max_tokens:
-            break
-        passages.append(Window(torch.tensor([ids]), asked))
-    return passages
-
-
-def _logits(model: nn.Module, window: Window) -> torch.Tensor:
-    """[scored, V] logits that predict the last `scored` tokens of the window."""
-    with torch.no_grad(), _eval_mode(model):
-        output = model(input_ids=window.input_ids.to(_device(model)), use_cache=False)
-    logits: torch.Tensor = output.logits
-    return logits[0, -window.scored - 1 : -1]
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
 def _log_probs(model: nn.Module, window: Window) -> torch.Tensor:
     return torch.log_softmax(_logits(model, window).float(), dim=-1)
 
@@ -342,35 +230,3 @@ def _exp(x: float) -> float:
         return math.exp(x)
     except OverflowError:
         return math.inf
-
-
-def _device(model: nn.Module) -> torch.device:
-    # Buffers too: a model may hold all of its weights as int8 buffers.
-    for tensor in (*model.parameters(), *model.buffers()):
-        return tensor.device
-    return torch.device("cpu")
-
-
-def _fitting_window(*models: Any) -> int:
-    limits = [position_limit(model)[0] for model in models if isinstance(model, nn.Module)]
-    return min([_WINDOW, *(limit for limit in limits if limit is not None)])
-
-
-def _check_fits(model: nn.Module, windows: Sequence[Window]) -> None:
-    positions, _ = position_limit(model)
-    longest = max(window.input_ids.shape[1] for window in windows)
-    if positions is not None and longest > positions:
-        raise SmoothQuantError(
-            f"A window of {longest} tokens is longer than the {positions} positions of the model; "
-            "give a shorter one."
-        )
-    greatest = max(int(window.input_ids.max()) for window in windows)
-    check_vocabulary(getattr(model, "config", None), greatest)
-
-
-def _bar(items: Sequence[T], label: str, show: bool) -> Iterable[T]:
-    from rich.console import Console
-    from rich.progress import track
-
-    console = Console(stderr=True)
-    return track(items, label, console=console, transient=True, disable=not show)

@@ -12,7 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from .errors import SmoothQuantError
+from smoothquant_kernels.errors import SmoothQuantError
 
 _TEXT = "text"
 _SEPARATED = {".csv": ",", ".tsv": "\t"}

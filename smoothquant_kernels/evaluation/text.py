@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
-from ._tables import is_table, read_table, read_utf8
-from .errors import SmoothQuantError
-from .models import hub_is_reachable
+from smoothquant_kernels.errors import SmoothQuantError
+from smoothquant_kernels.evaluation.models import hub_is_reachable
+from smoothquant_kernels.evaluation.tables import is_table, read_table, read_utf8
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

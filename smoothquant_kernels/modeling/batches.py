@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from smoothquant_kernels.errors import SmoothQuantError
-from smoothquant_kernels.linear import is_float_linear
-from smoothquant_kernels.modules import Batch, evaluating, run, token_mask
+from smoothquant_kernels.modeling.run import Batch, evaluating, run, token_mask
+from smoothquant_kernels.nn.float_linear import is_float_linear
 
 TEXT, DECODER = "", "decoder_"
 _TEXT_ENTRIES = ("input_ids", "inputs_embeds")

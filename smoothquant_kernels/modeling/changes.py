@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from smoothquant_kernels.linear import pending_smooth, set_pending_smooth
-from smoothquant_kernels.modules import module_places, put_module
+from smoothquant_kernels.modeling.view import module_places, put_module
+from smoothquant_kernels.nn.float_linear import pending_smooth, set_pending_smooth
 
 
 class Changes:

@@ -18,13 +18,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from smoothquant_kernels._readers import UNWATCHED, Readers, watched
-from smoothquant_kernels._sample_inputs import repeated
-from smoothquant_kernels._selectors import Selectors, selects_by_name
-from smoothquant_kernels._source_reads import read_in_source
 from smoothquant_kernels.errors import SmoothQuantError
-from smoothquant_kernels.linear import W8A8Linear, weight_of
-from smoothquant_kernels.modules import Batch, evaluating, run, shared_parameters
+from smoothquant_kernels.modeling.readers import UNWATCHED, Readers, watched
+from smoothquant_kernels.modeling.run import Batch, evaluating, run
+from smoothquant_kernels.modeling.sample_inputs import repeated
+from smoothquant_kernels.modeling.selectors import Selectors, selects_by_name
+from smoothquant_kernels.modeling.source_reads import read_in_source
+from smoothquant_kernels.modeling.view import shared_parameters
+from smoothquant_kernels.nn.float_linear import weight_of
+from smoothquant_kernels.nn.linear import W8A8Linear
 
 _READ = "reads its parameters from outside: stays in float"
 _SELECTS = "it selects, and stays in float"

@@ -29,21 +29,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from smoothquant_kernels._changes import writable
-from smoothquant_kernels._readers import UNWATCHED, Readers, readable, watched
-from smoothquant_kernels._sample_inputs import repeated
-from smoothquant_kernels.linear import is_float_linear, weight_of
-from smoothquant_kernels.modules import (
-    Batch,
-    Hooks,
-    evaluating,
-    is_channelwise,
-    is_read_by_others,
-    output_tensors,
-    run,
-    run_changed,
-    shared_parameters,
-)
+from smoothquant_kernels.modeling.changes import writable
+from smoothquant_kernels.modeling.hooks import Hooks
+from smoothquant_kernels.modeling.readers import UNWATCHED, Readers, readable, watched
+from smoothquant_kernels.modeling.run import Batch, evaluating, output_tensors, run, run_changed
+from smoothquant_kernels.modeling.sample_inputs import repeated
+from smoothquant_kernels.modeling.view import is_channelwise, is_read_by_others, shared_parameters
+from smoothquant_kernels.nn.float_linear import is_float_linear, weight_of
 
 _CANDIDATES = 4  # earlier linears that are tried as producer of a group: q, k, v and one more
 

@@ -24,7 +24,7 @@ from torch import Tensor, UntypedStorage, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from smoothquant_kernels.modules import tensors_in
+from smoothquant_kernels.modeling.run import tensors_in
 
 #: What operators raise that refuse to run under a dispatch mode (flex attention).
 UNWATCHED = (RuntimeError, NotImplementedError, TypeError)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from smoothquant_kernels.linear import is_float_linear, weight_of
-from smoothquant_kernels.modules import Batch, evaluating, run
+from smoothquant_kernels.modeling.run import Batch, evaluating, run
+from smoothquant_kernels.nn.float_linear import is_float_linear, weight_of
 
 _TOKENS = 8
 _REPEATS = 8

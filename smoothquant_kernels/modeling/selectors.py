@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from smoothquant_kernels._readers import storage_of, tensors_of
-from smoothquant_kernels.modules import tensors_in
+from smoothquant_kernels.modeling.readers import storage_of, tensors_of
+from smoothquant_kernels.modeling.run import tensors_in
 
 _STEPS = 16  # DeepSeek V3.2's indexer: 12 from its projections to its topk
 #: Operations that are there for their indices: read by Python (`tolist`) if nothing else reads them.

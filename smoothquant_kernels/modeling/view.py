@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import fnmatch
-import inspect
-import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -17,15 +12,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-from torch.utils import _pytree as pytree
 
-from smoothquant_kernels._attached import keeps_float
-from smoothquant_kernels._foreign import check_float_model
 from smoothquant_kernels.errors import SmoothQuantError
-from smoothquant_kernels.linear import W8A8Linear, is_conv1d, is_float_linear, weight_of
+from smoothquant_kernels.modeling.foreign import check_float_model
+from smoothquant_kernels.nn.attached import keeps_float
+from smoothquant_kernels.nn.float_linear import is_conv1d, is_float_linear, weight_of
+from smoothquant_kernels.nn.linear import W8A8Linear
 from smoothquant_kernels.reference import MAX_K
-
-Batch = Mapping[str, Tensor]
 
 
 def output_heads(model: nn.Module) -> set[str]:
@@ -189,152 +182,3 @@ def shared_parameters(model: nn.Module) -> dict[str, list[str]]:
     return {
         n: [o for o in group if o != n] for group in names.values() for n in group if len(group) > 1
     }
-
-
-def model_device(model: nn.Module) -> torch.device:
-    """Where the inputs go: the device of the first parameter."""
-    first = next(iter(model.parameters()), None)
-    return torch.device("cpu") if first is None else first.device
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """No gradients, and evaluation mode for the time of the block; each module gets its own mode back.
-
-    Compiled models run eagerly: a graph that is compiled already calls no hooks, and no operation of it can be watched.
-    """
-    training = [m for m in model.modules() if m.training]
-    model.eval()
-    # nothing is compiled where dynamo was never loaded, and loading it takes a second
-    compiled = "torch._dynamo" in sys.modules
-    stance = torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
-    try:
-        with stance, torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def run(model: nn.Module, batch: Batch, *, logits: bool = True) -> Any:
-    """The model's output on one batch, without a key-value cache; `logits=False` saves most of the output head."""
-    extra: dict[str, Any] = {}
-    parameters = inspect.signature(model.forward).parameters
-    if hasattr(model, "config") and "use_cache" not in batch and "use_cache" in parameters:
-        extra["use_cache"] = False
-    whole = (
-        "labels" in batch or "logits_to_keep" in batch
-    )  # a loss needs the logits of all its labels
-    if not logits and "logits_to_keep" in parameters and not whole:
-        extra["logits_to_keep"] = 1
-    device = model_device(model)
-    return model(**{k: v.to(device) for k, v in batch.items()}, **extra)
-
-
-def run_changed(model: nn.Module, batch: Batch) -> Any:
-    """`run` for a model some of whose tensors were changed on purpose; None if it cannot compute with them.
-
-    A router that sends another number of tokens to an expert makes shapes that the recorded tensors do not have.
-    """
-    try:
-        return run(model, batch)
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, IndexError, ValueError):
-        return None
-
-
-def tensors_in(tree: Any) -> Iterator[Tensor]:
-    """All tensors of nested containers, those among them that pytree takes for leaves: mappings and dataclasses."""
-    for leaf in pytree.tree_leaves(tree):
-        if isinstance(leaf, Tensor):
-            yield leaf
-        elif isinstance(leaf, Mapping):
-            yield from tensors_in(list(leaf.values()))
-        elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
-            yield from tensors_in(list(vars(leaf).values()))
-
-
-def output_tensors(output: Any) -> list[Tensor]:
-    """Every float tensor of a model's output; the logits first where there are any.
-
-    Raises:
-        SmoothQuantError: the output holds no float tensor.
-    """
-    logits = getattr(output, "logits", None)
-    first = [logits] if isinstance(logits, Tensor) else []
-    tensors = [t for t in (*first, *tensors_in(output)) if t.is_floating_point()]
-    if not tensors:
-        raise SmoothQuantError(
-            f"the model returned no float tensor to compare ({type(output).__name__})."
-        )
-    return list({id(t): t for t in tensors}.values())
-
-
-def output_tensor(output: Any) -> Tensor:
-    """The tensor that stands for an output: the logits where there are any, else the first float tensor.
-
-    Raises:
-        SmoothQuantError: the output holds no float tensor.
-    """
-    return output_tensors(output)[0]
-
-
-def _first(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    return args[0] if args else next(iter(kwargs.values()), None)
-
-
-def _with_first(
-    args: tuple[Any, ...], kwargs: dict[str, Any], value: Tensor
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if args:
-        return (value, *args[1:]), kwargs
-    name = next(iter(kwargs))
-    return args, {**kwargs, name: value}
-
-
-class Hooks:
-    """Forward hooks that are removed at the end of a `with` block."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._handles: list[Any] = []
-
-    def __enter__(self) -> Hooks:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def on_input(self, name: str, change: Callable[[Tensor], Tensor | None]) -> None:
-        """Calls `change` with the module's input; what it returns, if anything, replaces the input."""
-
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            new = change(_first(args, kwargs))
-            return None if new is None else _with_first(args, kwargs, new)
-
-        module = self._model.get_submodule(name)
-        self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-
-    def on_output(self, name: str, change: Callable[[Tensor], Tensor | None]) -> None:
-        """Calls `change` with the module's output; what it returns, if anything, replaces the output."""
-
-        def hook(_: nn.Module, __: Any, output: Any) -> Any:
-            return change(output) if isinstance(output, Tensor) else None
-
-        self._handles.append(self._model.get_submodule(name).register_forward_hook(hook))
-
-
-def token_mask(batch: Batch, name: str = "attention_mask") -> Tensor | None:
-    """[B, T] bool, False at padding; None where the batch has no such mask, or one that is added to scores."""
-    mask = batch.get(name)
-    if mask is None or mask.dim() != 2 or (mask.is_floating_point() and bool((mask < 0).any())):
-        return None
-    return mask.bool()
-
-
-def unpadded_rows(t: Tensor, keep: Tensor | None) -> Tensor:
-    """[M, last dimension]: the rows of t that `keep` [rows] has, as `_padding.Padding.keep` makes it; None: all."""
-    rows = t.reshape(-1, t.shape[-1])
-    return rows if keep is None else rows[keep]

@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from smoothquant_kernels.linear import FOLDED, PENDING, W8A8Linear
+from smoothquant_kernels.nn.float_linear import FOLDED, PENDING
+from smoothquant_kernels.nn.linear import W8A8Linear
 
 #: Called with the input or the output of a forward pass, which an int8 layer has like a float one. Handles remove
 #: their hook from these very dictionaries.

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
 
 from smoothquant_kernels import ops
-from smoothquant_kernels._lazy_weight import dequantized_weight
+from smoothquant_kernels.nn.lazy_weight import dequantized_weight
 
 
 class StraightThrough(Function):

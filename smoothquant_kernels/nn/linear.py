@@ -9,16 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from smoothquant_kernels import ops, reference
-from smoothquant_kernels._float_types import check_float_type, float_type
-from smoothquant_kernels._gradient import through
-from smoothquant_kernels._lazy_weight import LazyWeight, dequantized_weight
 from smoothquant_kernels.errors import SmoothQuantError
+from smoothquant_kernels.nn.float_linear import pending_smooth, weight_of
+from smoothquant_kernels.nn.float_types import check_float_type, float_type
+from smoothquant_kernels.nn.gradient import through
+from smoothquant_kernels.nn.lazy_weight import LazyWeight, dequantized_weight
+from smoothquant_kernels.schemes import ACTIVATION_SCHEMES, WEIGHT_GRANULARITIES
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-ACTIVATION_SCHEMES = ("per_token", "per_tensor", "static")
-WEIGHT_GRANULARITIES = ("channel", "tensor")
 #: The entry of a quantized layer's state dict that has the name of a float layer's weight, and another shape.
 MARKER = "weight"
 #: Bytes that the rows of int8 operands start at multiples of, for the CUDA kernels' 16-byte loads.
@@ -338,57 +338,3 @@ class W8A8Linear(nn.Module):
             f"activation_scheme={self.activation_scheme}, weight_granularity={self.weight_granularity}"
         )
         return text + (", smooth=True" if self.inv_smooth is not None else "")
-
-
-#: A plain attribute: a buffer would be written into checkpoints, and rounded by `.half()`.
-PENDING = "_smoothquant_pending"
-#: Another: the weight holds factors.
-FOLDED = "_smoothquant_folded"
-
-
-def pending_smooth(module: nn.Module) -> Tensor | None:
-    """s [K] float32 of a float linear that is smoothed at run time: `W8A8Linear.from_linear` will divide by it.
-
-    The float layer itself needs no division, since `(x / s) @ (s * w)` is `x @ w`: it keeps every bit of its weight and
-    of its output, whoever reads, saves or hooks it.
-    """
-    found: Tensor | None = module.__dict__.get(PENDING)
-    return None if found is None else found.to(weight_of(module).device)
-
-
-def is_smoothed(module: nn.Module) -> bool:
-    """Whether factors are in the weight of a float linear, or wait at it."""
-    return PENDING in module.__dict__ or FOLDED in module.__dict__
-
-
-def set_pending_smooth(module: nn.Module, smooth: Tensor | None) -> None:
-    """Leaves the factors s [K] to the quantizer; None takes them back."""
-    if smooth is None:
-        module.__dict__.pop(PENDING, None)
-    else:
-        module.__dict__[PENDING] = smooth
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether this is GPT-2's `Conv1D`: a linear whose weight is stored [K, N]. By shape, without an import."""
-    return (
-        type(module).__name__ == "Conv1D"
-        and hasattr(module, "nf")
-        and getattr(module, "weight", torch.empty(0)).dim() == 2
-    )
-
-
-def is_float_linear(module: nn.Module) -> bool:
-    """Whether `from_linear` takes this module."""
-    return isinstance(module, nn.Linear) or is_conv1d(module)
-
-
-def weight_of(module: nn.Module) -> Tensor:
-    """The weight as [N, K], a view for `Conv1D`: writing to it writes to the module."""
-    if not is_float_linear(module):
-        raise SmoothQuantError(
-            f"expected nn.Linear or Conv1D, got {type(module).__name__}; only these can be quantised."
-        )
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return weight.t() if is_conv1d(module) else weight

@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smoothquant_kernels import _cpu_fused, _fakes, cpu
-from smoothquant_kernels._extension import explain_missing_kernel
-from smoothquant_kernels._library import define_op, eager_cpu
+from smoothquant_kernels.backends import onednn as cpu
+from smoothquant_kernels.backends import producers as _cpu_fused
+from smoothquant_kernels.backends.cuda import explain_missing_kernel
+from smoothquant_kernels.ops import fakes as _fakes
+from smoothquant_kernels.ops.registry import define_op, eager_cpu
 
 # --- schemas ----------------------------------------------------------------------------------------------------------
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smoothquant_kernels import _checks, reference
+from smoothquant_kernels import reference
+from smoothquant_kernels.ops import checks as _checks
 
 
 def _quantised(

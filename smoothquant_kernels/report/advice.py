@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from smoothquant_kernels._console import Document
-from smoothquant_kernels._report_measure import (
+from smoothquant_kernels.config import MASSIVE_PEAK, SmoothQuantConfig
+from smoothquant_kernels.modeling.run import Batch
+from smoothquant_kernels.report.measure import (
     Measured,
     Plan,
     Stand,
@@ -19,9 +20,8 @@ from smoothquant_kernels._report_measure import (
     measure,
     stand_in,
 )
-from smoothquant_kernels.calibrate import ActivationStatistics
-from smoothquant_kernels.config import MASSIVE_PEAK, SmoothQuantConfig
-from smoothquant_kernels.modules import Batch
+from smoothquant_kernels.smoothing.statistics import ActivationStatistics
+from smoothquant_kernels.storage.document import Document
 
 _STEPS = (-0.2, -0.1, 0.1, 0.2)
 #: Smaller gains are not worth a setting of their own: the layers of one model differ by tens of dB.

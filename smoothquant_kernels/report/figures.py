@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from smoothquant_kernels._console import Document
-from smoothquant_kernels.plot import AFTER, BEFORE, peak_to_median, short_number
+from smoothquant_kernels.report.maxima import AFTER, BEFORE, peak_to_median, short_number
+from smoothquant_kernels.storage.document import Document
 
 _DPI = 110
 _COLUMNS = 512  # of a heat map: more would be narrower than a pixel

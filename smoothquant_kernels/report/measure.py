@@ -11,15 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from smoothquant_kernels._batches import count_tokens, has_tokens
-from smoothquant_kernels._int8_error import static_scale
-from smoothquant_kernels._padding import Padding
-from smoothquant_kernels.calibrate import ActivationStatistics
 from smoothquant_kernels.config import SmoothQuantConfig
-from smoothquant_kernels.factors import group_factors, weight_absmax
-from smoothquant_kernels.groups import Group
-from smoothquant_kernels.linear import W8A8Linear, pending_smooth, weight_of
-from smoothquant_kernels.modules import Batch, evaluating, run, unpadded_rows
+from smoothquant_kernels.modeling.batches import count_tokens, has_tokens
+from smoothquant_kernels.modeling.groups import Group
+from smoothquant_kernels.modeling.run import Batch, evaluating, run, unpadded_rows
+from smoothquant_kernels.nn.float_linear import pending_smooth, weight_of
+from smoothquant_kernels.nn.linear import W8A8Linear
+from smoothquant_kernels.smoothing.factors import group_factors, weight_absmax
+from smoothquant_kernels.smoothing.int8_error import static_scale
+from smoothquant_kernels.smoothing.padding import Padding
+from smoothquant_kernels.smoothing.statistics import ActivationStatistics
 
 #: Makes the layer that stands in for a float layer. It is called at every batch and the layer dropped again, so that
 #: only one of them is in memory at a time; quantising a weight is cheap beside multiplying a window of tokens with it.

@@ -9,8 +9,8 @@ from html import escape
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from smoothquant_kernels._console import Document, readable_size
-from smoothquant_kernels._report_plots import Picture
+from smoothquant_kernels.report.figures import Picture
+from smoothquant_kernels.storage.document import Document, readable_size
 
 _STYLE = """
 :root { color: #1b1f24; background: #fff; font: 16px/1.5 system-ui, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }

@@ -11,32 +11,29 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from smoothquant_kernels import _report_page, _report_plots
-from smoothquant_kernels._console import Document, json_text, note
-from smoothquant_kernels._folder import new_folder
-from smoothquant_kernels._report_advice import advise
-from smoothquant_kernels._report_measure import (
-    Measured,
-    Plan,
-    layer_factors,
-    measure,
-    stand_in,
-)
-from smoothquant_kernels.calibrate import (
-    ActivationStatistics,
+from smoothquant_kernels.config import SmoothQuantConfig
+from smoothquant_kernels.errors import SmoothQuantError
+from smoothquant_kernels.evaluation.perplexity import Reference, evaluate
+from smoothquant_kernels.modeling.record import INFO
+from smoothquant_kernels.modeling.run import Batch
+from smoothquant_kernels.modeling.view import partition_linears
+from smoothquant_kernels.nn.float_linear import weight_of
+from smoothquant_kernels.report import figures as _report_plots
+from smoothquant_kernels.report import page as _report_page
+from smoothquant_kernels.report.advice import advise
+from smoothquant_kernels.report.maxima import has_matplotlib, peak_to_median
+from smoothquant_kernels.report.measure import Measured, Plan, layer_factors, measure, stand_in
+from smoothquant_kernels.smoothing.calibrate import (
     CalibrationData,
     calibrate_model,
     calibration_batches,
     fitting_window,
 )
-from smoothquant_kernels.config import SmoothQuantConfig
-from smoothquant_kernels.convert import quantize_model
-from smoothquant_kernels.errors import SmoothQuantError
-from smoothquant_kernels.evaluate import Reference, evaluate
-from smoothquant_kernels.linear import weight_of
-from smoothquant_kernels.modules import Batch, partition_linears
-from smoothquant_kernels.plot import has_matplotlib, peak_to_median
-from smoothquant_kernels.smooth import INFO, smooth_lm
+from smoothquant_kernels.smoothing.convert import quantize_model
+from smoothquant_kernels.smoothing.smooth import smooth_lm
+from smoothquant_kernels.smoothing.statistics import ActivationStatistics
+from smoothquant_kernels.storage.document import Document, json_text, note
+from smoothquant_kernels.storage.folder import new_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from smoothquant_kernels import ops, reference
-from smoothquant_kernels._int8_error import static_scale
-from smoothquant_kernels._search_result import Choice, GroupResult
-from smoothquant_kernels._sensitivity import Recording
-from smoothquant_kernels.calibrate import ActivationStatistics
 from smoothquant_kernels.config import SmoothQuantConfig
-from smoothquant_kernels.factors import group_factors, weight_absmax
-from smoothquant_kernels.groups import Group
-from smoothquant_kernels.linear import weight_of
+from smoothquant_kernels.modeling.groups import Group
+from smoothquant_kernels.nn.float_linear import weight_of
+from smoothquant_kernels.search.result import Choice, GroupResult
+from smoothquant_kernels.search.sensitivity import Recording
+from smoothquant_kernels.smoothing.factors import group_factors, weight_absmax
+from smoothquant_kernels.smoothing.int8_error import static_scale
+from smoothquant_kernels.smoothing.statistics import ActivationStatistics
 
 #: Tried for every group; then the neighbours of the best, this far away.
 ALPHAS: tuple[float, ...] = (0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)

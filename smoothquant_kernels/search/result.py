@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from smoothquant_kernels.config import SmoothQuantConfig
 from smoothquant_kernels.errors import SmoothQuantError
-from smoothquant_kernels.modules import Batch
+from smoothquant_kernels.modeling.run import Batch
 
 FORMAT = "smoothquant_kernels.search"
 FORMAT_VERSION = 1

@@ -12,10 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from smoothquant_kernels._batches import PositionCounter, rows_of
-from smoothquant_kernels._padding import Padding
-from smoothquant_kernels._patterns import check_patterns
-from smoothquant_kernels._search_result import (
+from smoothquant_kernels.config import SmoothQuantConfig
+from smoothquant_kernels.errors import SmoothQuantError
+from smoothquant_kernels.evaluation.perplexity import stderr_of_mean
+from smoothquant_kernels.modeling.batches import PositionCounter, rows_of
+from smoothquant_kernels.modeling.groups import Group, find_groups
+from smoothquant_kernels.modeling.run import Batch, evaluating, run
+from smoothquant_kernels.modeling.view import partition_linears
+from smoothquant_kernels.nn.float_linear import weight_of
+from smoothquant_kernels.search.candidates import ALPHAS, Space, own_scheme
+from smoothquant_kernels.search.result import (
     Choice,
     GroupResult,
     SearchFile,
@@ -23,25 +29,19 @@ from smoothquant_kernels._search_result import (
     Validation,
     fingerprint,
 )
-from smoothquant_kernels._search_space import ALPHAS, Space, own_scheme
-from smoothquant_kernels._sensitivity import count_rows, divergence, record
-from smoothquant_kernels._statistics import shortage
-from smoothquant_kernels.calibrate import (
-    ActivationStatistics,
+from smoothquant_kernels.search.sensitivity import count_rows, divergence, record
+from smoothquant_kernels.smoothing.calibrate import (
     CalibrationData,
     calibration_bar,
     calibration_batches,
     collect_statistics,
 )
-from smoothquant_kernels.config import SmoothQuantConfig
-from smoothquant_kernels.convert import quantize_model
-from smoothquant_kernels.errors import SmoothQuantError
-from smoothquant_kernels.evaluate import stderr_of_mean
-from smoothquant_kernels.factors import runs_within, smoothable_linears
-from smoothquant_kernels.groups import Group, find_groups
-from smoothquant_kernels.linear import weight_of
-from smoothquant_kernels.modules import Batch, evaluating, partition_linears, run
-from smoothquant_kernels.smooth import check_finite_weights, smooth_lm
+from smoothquant_kernels.smoothing.convert import quantize_model
+from smoothquant_kernels.smoothing.factors import runs_within, smoothable_linears
+from smoothquant_kernels.smoothing.padding import Padding
+from smoothquant_kernels.smoothing.patterns import check_patterns
+from smoothquant_kernels.smoothing.smooth import check_finite_weights, smooth_lm
+from smoothquant_kernels.smoothing.statistics import ActivationStatistics, shortage
 
 __all__ = ["Choice", "GroupResult", "SearchResult", "Validation", "search_config"]
 

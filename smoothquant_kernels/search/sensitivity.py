@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from smoothquant_kernels._padding import OUTPUT, Padding
-from smoothquant_kernels.groups import Group
-from smoothquant_kernels.modules import Batch, evaluating, output_tensor, run, unpadded_rows
+from smoothquant_kernels.modeling.groups import Group
+from smoothquant_kernels.modeling.run import Batch, evaluating, output_tensor, run, unpadded_rows
+from smoothquant_kernels.smoothing.padding import OUTPUT, Padding
 
 
 @dataclass

@@ -10,7 +10,9 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from smoothquant_kernels._batches import (
+from smoothquant_kernels.config import SmoothQuantConfig
+from smoothquant_kernels.errors import SmoothQuantError
+from smoothquant_kernels.modeling.batches import (
     PositionCounter,
     count_tokens,
     has_tokens,
@@ -20,13 +22,12 @@ from smoothquant_kernels._batches import (
     shortened,
     small_batch,
 )
-from smoothquant_kernels._entries import tensors_of
-from smoothquant_kernels._padding import Padding
-from smoothquant_kernels._patterns import check_patterns
-from smoothquant_kernels._statistics import ActivationStatistics as ActivationStatistics
-from smoothquant_kernels.config import SmoothQuantConfig
-from smoothquant_kernels.errors import SmoothQuantError
-from smoothquant_kernels.modules import Batch, check_present, evaluating, partition_linears
+from smoothquant_kernels.modeling.run import Batch, evaluating
+from smoothquant_kernels.modeling.view import check_present, partition_linears
+from smoothquant_kernels.smoothing.entries import tensors_of
+from smoothquant_kernels.smoothing.padding import Padding
+from smoothquant_kernels.smoothing.patterns import check_patterns
+from smoothquant_kernels.smoothing.statistics import ActivationStatistics
 
 CalibrationData = Iterable[Any]
 

@@ -6,21 +6,24 @@ from typing import Any
 
 from torch import nn
 
-from smoothquant_kernels._attached import move_attached
-from smoothquant_kernels._changes import Changes
-from smoothquant_kernels._float_layers import FOUND, stays_in_float
-from smoothquant_kernels._float_types import check_float_types
-from smoothquant_kernels._int8_error import static_scale
-from smoothquant_kernels._patterns import check_patterns
-from smoothquant_kernels._safetensors import align_tensors
-from smoothquant_kernels._sample_inputs import runnable_batch
-from smoothquant_kernels._transformers import HF_QUANTIZER, save_refusals
-from smoothquant_kernels.calibrate import ActivationStatistics, CalibrationData
+from smoothquant_kernels.checkpoint.transformers_hook import HF_QUANTIZER, save_refusals
 from smoothquant_kernels.config import SmoothQuantConfig
 from smoothquant_kernels.errors import SmoothQuantError
-from smoothquant_kernels.linear import W8A8Linear, is_smoothed
-from smoothquant_kernels.modules import partition_linears
-from smoothquant_kernels.smooth import INFO, check_finite_weights, smooth_into
+from smoothquant_kernels.modeling.changes import Changes
+from smoothquant_kernels.modeling.float_layers import FOUND, stays_in_float
+from smoothquant_kernels.modeling.record import INFO
+from smoothquant_kernels.modeling.sample_inputs import runnable_batch
+from smoothquant_kernels.modeling.view import partition_linears
+from smoothquant_kernels.nn.attached import move_attached
+from smoothquant_kernels.nn.float_linear import is_smoothed
+from smoothquant_kernels.nn.float_types import check_float_types
+from smoothquant_kernels.nn.linear import W8A8Linear
+from smoothquant_kernels.smoothing.calibrate import CalibrationData
+from smoothquant_kernels.smoothing.int8_error import static_scale
+from smoothquant_kernels.smoothing.patterns import check_patterns
+from smoothquant_kernels.smoothing.smooth import check_finite_weights, smooth_into
+from smoothquant_kernels.smoothing.statistics import ActivationStatistics
+from smoothquant_kernels.storage.safetensors import align_tensors
 
 
 def quantize_model(

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from smoothquant_kernels._batches import main_entry
 from smoothquant_kernels.errors import SmoothQuantError
+from smoothquant_kernels.modeling.batches import main_entry
 
 
 def accepted_names(model: nn.Module | None) -> set[str] | None:

@@ -8,21 +8,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from smoothquant_kernels._changes import Changes
-from smoothquant_kernels._int8_error import int8_errors
-from smoothquant_kernels.calibrate import ActivationStatistics
 from smoothquant_kernels.config import SmoothQuantConfig, first_match
 from smoothquant_kernels.errors import SmoothQuantError
-from smoothquant_kernels.fold import (
+from smoothquant_kernels.modeling.changes import Changes
+from smoothquant_kernels.modeling.groups import Group
+from smoothquant_kernels.modeling.run import Batch
+from smoothquant_kernels.modeling.view import shared_parameters
+from smoothquant_kernels.nn.float_linear import weight_of
+from smoothquant_kernels.reference import smoothing_factors
+from smoothquant_kernels.smoothing.fold import (
     Smoothing,
     divide_at_run_time,
     fold_verified,
     round_to_power_of_two,
 )
-from smoothquant_kernels.groups import Group
-from smoothquant_kernels.linear import weight_of
-from smoothquant_kernels.modules import Batch, shared_parameters
-from smoothquant_kernels.reference import smoothing_factors
+from smoothquant_kernels.smoothing.int8_error import int8_errors
+from smoothquant_kernels.smoothing.statistics import ActivationStatistics
 
 _FOLDS_AT_ONCE = 16  # verified together,
 _FOLD_BYTES = 1 << 26  # at most so many bytes of their weights, or those of one group

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from smoothquant_kernels._changes import Changes, widened
-from smoothquant_kernels.groups import Group
-from smoothquant_kernels.linear import FOLDED, is_float_linear, weight_of
+from smoothquant_kernels.modeling.changes import Changes, widened
+from smoothquant_kernels.modeling.groups import Group
+from smoothquant_kernels.nn.float_linear import FOLDED, is_float_linear, weight_of
 
 #: Per channel, of a folded norm's output: some tens of float32 roundings. A wrong formula is off by far more.
 _NORM_TOLERANCE = 1e-5

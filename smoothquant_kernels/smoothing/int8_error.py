@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from smoothquant_kernels import reference
-from smoothquant_kernels._padding import Padding
 from smoothquant_kernels.config import SmoothQuantConfig
-from smoothquant_kernels.groups import Group
-from smoothquant_kernels.linear import weight_of
-from smoothquant_kernels.modules import Batch, Hooks, unpadded_rows
+from smoothquant_kernels.modeling.groups import Group
+from smoothquant_kernels.modeling.hooks import Hooks
+from smoothquant_kernels.modeling.run import Batch, unpadded_rows
+from smoothquant_kernels.nn.float_linear import weight_of
+from smoothquant_kernels.smoothing.padding import Padding
 
 #: Errors nearer to each other than this ratio are a tie on so few tokens; smoothing then stays, as everywhere else.
 _TIE = 1.05

@@ -15,9 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from smoothquant_kernels._batches import special_tokens, stream_shape, take_positions, take_rows
 from smoothquant_kernels.errors import SmoothQuantError
-from smoothquant_kernels.modules import Batch, output_tensor, token_mask
+from smoothquant_kernels.modeling.batches import (
+    special_tokens,
+    stream_shape,
+    take_positions,
+    take_rows,
+)
+from smoothquant_kernels.modeling.run import Batch, output_tensor, token_mask
 
 OUTPUT = ""  # stands for the model's output, as the name of the whole model does
 _SUFFIX = "attention_mask"

@@ -10,8 +10,9 @@ from torch import nn
 
 from smoothquant_kernels.config import SmoothQuantConfig
 from smoothquant_kernels.errors import SmoothQuantError
-from smoothquant_kernels.linear import W8A8Linear, is_float_linear
-from smoothquant_kernels.modules import holds_matrices
+from smoothquant_kernels.modeling.view import holds_matrices
+from smoothquant_kernels.nn.float_linear import is_float_linear
+from smoothquant_kernels.nn.linear import W8A8Linear
 
 _SUGGESTIONS = 2
 _WILDCARDS = frozenset("*?[")

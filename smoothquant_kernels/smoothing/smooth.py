@@ -10,30 +10,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from smoothquant_kernels._changes import Changes, widened
-from smoothquant_kernels._float_layers import stays_in_float
-from smoothquant_kernels._float_types import check_float_type
-from smoothquant_kernels._patterns import check_patterns
-from smoothquant_kernels.calibrate import ActivationStatistics, CalibrationData, calibrate_model
 from smoothquant_kernels.config import SmoothQuantConfig
 from smoothquant_kernels.errors import SmoothQuantError
-from smoothquant_kernels.factors import Plan, group_alpha, smoothable_linears
-from smoothquant_kernels.groups import Group, find_groups
-from smoothquant_kernels.linear import W8A8Linear, is_float_linear, is_smoothed, weight_of
-from smoothquant_kernels.modules import (
-    Batch,
-    Hooks,
-    check_present,
-    evaluating,
-    output_tensor,
-    partition_linears,
-    run,
-    shared_parameters,
-)
+from smoothquant_kernels.modeling.changes import Changes, widened
+from smoothquant_kernels.modeling.float_layers import stays_in_float
+from smoothquant_kernels.modeling.groups import Group, find_groups
+from smoothquant_kernels.modeling.hooks import Hooks
+from smoothquant_kernels.modeling.record import INFO
+from smoothquant_kernels.modeling.run import Batch, evaluating, output_tensor, run
+from smoothquant_kernels.modeling.view import check_present, partition_linears, shared_parameters
+from smoothquant_kernels.nn.float_linear import is_float_linear, is_smoothed, weight_of
+from smoothquant_kernels.nn.float_types import check_float_type
+from smoothquant_kernels.nn.linear import W8A8Linear
+from smoothquant_kernels.smoothing.calibrate import CalibrationData, calibrate_model
+from smoothquant_kernels.smoothing.factors import Plan, group_alpha, smoothable_linears
+from smoothquant_kernels.smoothing.patterns import check_patterns
+from smoothquant_kernels.smoothing.statistics import ActivationStatistics
 
 #: Folding rounds a producer's parameters, the readers' weights and every partial sum anew: so much `rounding_noise`.
 ROUNDINGS = 8
-INFO = "smoothquant_info"
 
 
 # --- the driver -------------------------------------------------------------------------------------------------------

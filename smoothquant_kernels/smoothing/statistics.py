@@ -14,9 +14,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from smoothquant_kernels._safetensors import check_storable, write_safetensors
 from smoothquant_kernels.errors import SmoothQuantError
-from smoothquant_kernels.modules import Batch, unpadded_rows
+from smoothquant_kernels.modeling.run import Batch, unpadded_rows
+from smoothquant_kernels.storage.safetensors import check_storable, write_safetensors
 
 _PEAK_TOKENS = 4096  # whose sizes are kept; enough for a median
 _FORMAT = "smoothquant-kernels statistics"

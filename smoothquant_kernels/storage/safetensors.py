@@ -6,14 +6,14 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from smoothquant_kernels._manifest import FileEntry, TensorEntry
 from smoothquant_kernels.errors import SmoothQuantError
+from smoothquant_kernels.storage.digests import FileEntry
 
 # torch's allocator aligns to 64 bytes. A float GEMM may add in another order for other alignments,
 # so that a reloaded model would not be bit-identical; and vector loads are faster.
@@ -34,6 +34,14 @@ NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+
+
+class TensorEntry(TypedDict):
+    """A tensor: its safetensors file, `torch.dtype` without the prefix, shape."""
+
+    file: str
+    dtype: str
+    shape: list[int]
 
 
 def check_storable(name: str, value: object) -> Tensor:
@@ -227,6 +235,20 @@ def check_headers(folder: Path) -> None:
 
 def dtype_name(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
+
+
+def tensor_entries(
+    tensors: Mapping[str, Tensor], files: Mapping[str, str] | None = None
+) -> dict[str, TensorEntry]:
+    """The manifest's entries of tensors; without `files` (name -> file) the files are not known yet."""
+    return {
+        name: {
+            "file": "" if files is None else files[name],
+            "dtype": dtype_name(t),
+            "shape": list(t.shape),
+        }
+        for name, t in tensors.items()
+    }
 
 
 def read(folder: Path, entries: Mapping[str, TensorEntry]) -> dict[str, Tensor]:

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from smoothquant_kernels._batches import explained
-from smoothquant_kernels._stream_source import IN_MEMORY
 from smoothquant_kernels.errors import SmoothQuantError
-from smoothquant_kernels.linear import is_float_linear
-from smoothquant_kernels.modules import Batch, output_tensor, run
+from smoothquant_kernels.modeling.batches import explained
+from smoothquant_kernels.modeling.run import Batch, output_tensor, run
+from smoothquant_kernels.nn.float_linear import is_float_linear
+from smoothquant_kernels.streaming.source import IN_MEMORY
 
 
 def find_blocks(model: nn.Module) -> str:

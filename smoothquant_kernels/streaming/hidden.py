@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from smoothquant_kernels.modules import Batch
+from smoothquant_kernels.modeling.run import Batch
 
 HIDDEN = "hidden_states"
 

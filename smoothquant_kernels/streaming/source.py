@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from smoothquant_kernels import _skeleton as skeletons
-from smoothquant_kernels._foreign import check_float_config
-from smoothquant_kernels._safetensors import NAMES, read_header
+from smoothquant_kernels.checkpoint import skeleton as skeletons
 from smoothquant_kernels.errors import SmoothQuantError
+from smoothquant_kernels.modeling.foreign import check_float_config
+from smoothquant_kernels.storage.safetensors import NAMES, read_header
 
 IN_MEMORY = "load the model and use smooth_and_quantize instead"
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"

@@ -10,18 +10,48 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from smoothquant_kernels import _skeleton as skeletons
-from smoothquant_kernels._batches import count_tokens, explained, small_batch
-from smoothquant_kernels._changes import Changes
-from smoothquant_kernels._folder import check_target, put, seal
-from smoothquant_kernels._manifest import MANIFEST, TensorEntry
-from smoothquant_kernels._patterns import check_patterns, patterns_within
-from smoothquant_kernels._safetensors import dtype_name, unique, write_safetensors
-from smoothquant_kernels._space import check_space, checkpoint_bytes
-from smoothquant_kernels._statistics import shortage
-from smoothquant_kernels._stream_batches import hidden_size, joined, known, split
-from smoothquant_kernels._stream_blocks import BlockChain, BlockView
-from smoothquant_kernels._stream_source import (
+from smoothquant_kernels.checkpoint import skeleton as skeletons
+from smoothquant_kernels.checkpoint.manifest import MANIFEST
+from smoothquant_kernels.checkpoint.save import (
+    MAX_SHARD_BYTES,
+    check_shard_bytes,
+    check_tokenizer,
+    config_texts,
+    constructed_again,
+    make_manifest,
+    non_persistent_buffers,
+    write_other_files,
+)
+from smoothquant_kernels.checkpoint.size import checkpoint_bytes
+from smoothquant_kernels.config import SmoothQuantConfig
+from smoothquant_kernels.errors import SmoothQuantError
+from smoothquant_kernels.modeling.batches import count_tokens, explained, small_batch
+from smoothquant_kernels.modeling.changes import Changes
+from smoothquant_kernels.modeling.record import INFO
+from smoothquant_kernels.modeling.run import Batch, evaluating
+from smoothquant_kernels.modeling.view import partition_linears
+from smoothquant_kernels.smoothing.calibrate import (
+    CalibrationData,
+    Recorder,
+    calibration_bar,
+    calibration_batches,
+)
+from smoothquant_kernels.smoothing.convert import quantize_model
+from smoothquant_kernels.smoothing.patterns import check_patterns, patterns_within
+from smoothquant_kernels.smoothing.smooth import relative_difference, smooth_into, smooth_lm
+from smoothquant_kernels.smoothing.statistics import ActivationStatistics, shortage
+from smoothquant_kernels.storage.folder import check_target, put, seal
+from smoothquant_kernels.storage.safetensors import (
+    TensorEntry,
+    tensor_entries,
+    unique,
+    write_safetensors,
+)
+from smoothquant_kernels.storage.space import check_space
+from smoothquant_kernels.storage.versions import package_version
+from smoothquant_kernels.streaming.blocks import BlockChain, BlockView
+from smoothquant_kernels.streaming.hidden import hidden_size, joined, known, split
+from smoothquant_kernels.streaming.source import (
     IN_MEMORY,
     WeightSource,
     empty_model,
@@ -29,37 +59,13 @@ from smoothquant_kernels._stream_source import (
     match_names,
     owned_outside,
 )
-from smoothquant_kernels._stream_work import (
+from smoothquant_kernels.streaming.work import (
     WorkFolder,
     digest_of,
     partial_folder,
     remove,
     work_folder,
 )
-from smoothquant_kernels.calibrate import (
-    ActivationStatistics,
-    CalibrationData,
-    Recorder,
-    calibration_bar,
-    calibration_batches,
-)
-from smoothquant_kernels.checkpoint import (
-    MAX_SHARD_BYTES,
-    check_scales,
-    check_shard_bytes,
-    check_tokenizer,
-    config_texts,
-    constructed_again,
-    make_manifest,
-    non_persistent_buffers,
-    package_version,
-    write_other_files,
-)
-from smoothquant_kernels.config import SmoothQuantConfig
-from smoothquant_kernels.convert import quantize_model
-from smoothquant_kernels.errors import SmoothQuantError
-from smoothquant_kernels.modules import Batch, evaluating, partition_linears
-from smoothquant_kernels.smooth import INFO, relative_difference, smooth_into, smooth_lm
 
 _SAMPLE = "sample."
 
@@ -241,14 +247,14 @@ class _Stream:
             quantize_model(view, config=self._config_of(view))
         tensors, tied = unique(skeletons.layer_state(block, prefix=f"{self.chain.names[index]}."))
         modules, shared = skeletons.describe_modules(view)
-        check_scales(tensors, modules)
+        skeletons.check_scales(tensors, modules)
         entry = write_safetensors(self.work.part(index), tensors)
         record = {
             "layers": getattr(view, INFO, {}).get("layers", []),
             "skipped": skipped,
             "modules": modules,
             "shared": shared,
-            "tensors": _entries(tensors),
+            "tensors": tensor_entries(tensors),
             "tied": tied,
             "size": entry["size"],
             "tuples": self.chain.tuples,
@@ -357,7 +363,7 @@ class _Stream:
             "calibration_tokens": sum(count_tokens(batch) for batch in self.batches),
         }
         setattr(model, INFO, info)
-        check_scales(rest, modules)
+        skeletons.check_scales(rest, modules)
         self.chain.restore()
         made = {name: skeletons.make_module(name, values) for name, values in modules.items()}
         made |= {alias: made[name] for alias, name in shared.items()}
@@ -373,7 +379,7 @@ class _Stream:
         shards, files = self.work.join_parts(sizes, self.max_shard_bytes)
         entries: dict[str, TensorEntry] = {}
         for shard, tensors in zip(
-            shards, [*(record["tensors"] for record in records), _entries(rest)], strict=True
+            shards, [*(record["tensors"] for record in records), tensor_entries(rest)], strict=True
         ):
             entries |= {name: {**entry, "file": shard} for name, entry in tensors.items()}
         manifest = make_manifest(
@@ -389,11 +395,3 @@ class _Stream:
         manifest.files.update(files)
         write_other_files(folder, manifest, texts, tokenizer)
         (folder / MANIFEST).write_text(manifest.to_json(), "utf-8")
-
-
-def _entries(tensors: Mapping[str, Tensor]) -> dict[str, TensorEntry]:
-    """Of a part, whose file is not known yet."""
-    return {
-        name: {"file": "", "dtype": dtype_name(t), "shape": list(t.shape)}
-        for name, t in tensors.items()
-    }

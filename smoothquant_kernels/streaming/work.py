@@ -17,11 +17,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from smoothquant_kernels._folder import _sync
-from smoothquant_kernels._manifest import FileEntry, file_entry
-from smoothquant_kernels._safetensors import join_safetensors, shard_name, write_safetensors
 from smoothquant_kernels.errors import SmoothQuantError
-from smoothquant_kernels.modules import Batch
+from smoothquant_kernels.modeling.run import Batch
+from smoothquant_kernels.storage.digests import FileEntry, file_entry
+from smoothquant_kernels.storage.folder import _sync
+from smoothquant_kernels.storage.safetensors import join_safetensors, shard_name, write_safetensors
 
 _CALL, _LOCK = "call.json", "lock"
 

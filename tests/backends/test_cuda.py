@@ -15,11 +15,12 @@ from typing import Any
 import build_commands
 import build_support
 import pytest
-import simulator
 import torch
-from backends import require_library
 
-from smoothquant_kernels import _extension, ops
+from smoothquant_kernels import ops
+from smoothquant_kernels.backends import cuda as _extension
+from tests.support import simulator
+from tests.support.backends import require_library
 
 INF, NAN = float("inf"), float("nan")
 # Value -> int8: ties to even, both ends, past the ends, subnormal, signed zero, not finite.
@@ -245,7 +246,7 @@ def compile_library(program: str, target: Path, *flags: str) -> None:
 def test_the_kernels_of_a_library_stay(tmp_path: Path) -> None:
     package = tmp_path / "smoothquant_kernels"
     package.mkdir()
-    for source in Path(_extension.__file__).parent.glob("*.py"):
+    for source in _extension.FOLDER.glob("*.py"):
         shutil.copy(source, package)
     (package / _extension.BUILD_INFO_NAME).write_text(json.dumps(facts()))
     compile_library(LIBRARY, package / _extension.LIBRARY_NAME)

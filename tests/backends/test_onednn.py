@@ -7,14 +7,15 @@ import os
 import weakref
 from collections.abc import Iterator
 
-import cases
 import numpy as np
 import pytest
 import torch
-from compare import assert_all_bitwise_equal, assert_bitwise_equal
 from torch import Tensor
 
-from smoothquant_kernels import SmoothQuantError, cpu, ops, reference
+from smoothquant_kernels import SmoothQuantError, ops, reference
+from smoothquant_kernels.backends import onednn as cpu
+from tests.support import cases
+from tests.support.compare import assert_all_bitwise_equal, assert_bitwise_equal
 
 
 @pytest.fixture(params=cpu.MODES)

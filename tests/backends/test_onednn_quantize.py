@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import cases
 import pytest
 import torch
-from compare import assert_all_bitwise_equal, assert_bitwise_equal
 from torch import Tensor
 
-from smoothquant_kernels import cpu, ops, reference
+from smoothquant_kernels import ops, reference
+from smoothquant_kernels.backends import onednn as cpu
+from tests.support import cases
+from tests.support.compare import assert_all_bitwise_equal, assert_bitwise_equal
 
 
 def check_quantize(x: Tensor, what: str = "") -> None:

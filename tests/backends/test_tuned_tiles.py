@@ -13,15 +13,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import c_gemm
 import pytest
 import torch
 import tune_choices
 from build_support import ROOT
-from c_interface import SUCCESS
-from test_gemm_measured import taken, use
 
-from smoothquant_kernels import _tune
+from smoothquant_kernels.backends import tuned_tiles as _tune
+from tests.csrc.test_gemm_measured import taken, use
+from tests.support import c_gemm
+from tests.support.c_interface import SUCCESS
 
 NAME = "NVIDIA H100 80GB HBM3"
 #: What is defined where CUDA is, and never called here; a library that Python loads may have nothing undefined.

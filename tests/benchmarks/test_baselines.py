@@ -22,7 +22,7 @@ from torch import Tensor
 
 from smoothquant_kernels import reference
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 WIDE = Layer("toy", "up", 96, 2048)
 DEEP = Layer("toy", "down", 64, 4096)

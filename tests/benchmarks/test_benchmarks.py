@@ -30,7 +30,7 @@ from torch import Tensor
 
 from smoothquant_kernels import ops
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 Ops = Callable[..., Tensor]
 
@@ -58,8 +58,9 @@ def test_ratios_are_taken_pair_by_pair() -> None:
 
 
 def test_planted_outliers_keep_the_function() -> None:
-    from models import make_model, token_batches
     from planted import llama_readers, plant_outliers
+
+    from tests.support.models import make_model, token_batches
 
     model = make_model("llama")
     ids = token_batches(1)[0]

@@ -13,10 +13,11 @@ from typing import Any
 import children
 import first_light
 import pytest
-import simulator
 from first_light import MARK, PHASES
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.support import simulator
+
+ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = ROOT / "benchmarks" / "first_light.py"
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the kit runs on Linux")

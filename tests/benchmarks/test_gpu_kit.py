@@ -19,7 +19,7 @@ from torch import Tensor
 
 from smoothquant_kernels import ops
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "benchmarks" / "run_on_gpu.sh"
 CPU = torch.device("cpu")
 

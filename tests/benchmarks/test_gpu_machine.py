@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_gpu_script import ROOT, needs_bash, words_of
+
+from tests.benchmarks.test_gpu_script import ROOT, needs_bash, words_of
 
 FAKE_PYTHON = """#!{python}
 import os, sys

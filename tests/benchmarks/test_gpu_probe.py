@@ -14,7 +14,7 @@ from model import Model
 from model_costs import MACHINES, MEMORY_SHARE, waves
 from predict import GPUS, Planner
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 GPU, MACHINE = GPUS["H100"], MACHINES["H100"]
 MEASURED = {
     "sms": 132, "dram_read_gb_per_s": 3015.0, "l2_read_tb_per_s": 5.0, "copy_gb_per_s": 2900.0,

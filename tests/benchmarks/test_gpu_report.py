@@ -7,8 +7,9 @@ from pathlib import Path
 
 import make_report
 import pytest
-from test_gpu_first_light import ALL_OK, row
-from test_gpu_probe import MEASURED
+
+from tests.benchmarks.test_gpu_first_light import ALL_OK, row
+from tests.benchmarks.test_gpu_probe import MEASURED
 
 MACHINE = {"device": "NVIDIA H100 80GB HBM3", "cuda": "13.0", "driver": "580", "torch": "2.11.0"}
 

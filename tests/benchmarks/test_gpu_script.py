@@ -12,12 +12,13 @@ import tarfile
 from pathlib import Path
 
 import pytest
-import simulator
 import torch
 from build_support import CUTLASS_PYPI
 from producers import PRODUCERS
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.support import simulator
+
+ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "benchmarks" / "run_on_gpu.sh"
 
 needs_bash = pytest.mark.skipif(

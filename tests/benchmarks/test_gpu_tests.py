@@ -10,7 +10,7 @@ from pathlib import Path
 import gpu_tests
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = ROOT / "benchmarks" / "gpu_tests.py"
 
 #: The context of a process is dead from the test on that breaks it, as after a sticky CUDA error.
@@ -111,10 +111,11 @@ def test_kernels_come_first_and_compiling_last(suite: Path, how: list[str]) -> N
 
 def test_the_projects_tests_for_a_gpu_are_found() -> None:
     files = gpu_tests.test_files()
-    assert {"tests/kernels/test_gemm.py", "tests/test_cuda.py", "tests/test_cuda_graphs.py"} <= set(files)  # fmt: skip
+    expected = ["kernels/test_gemm.py", "gpu/test_cuda.py", "gpu/test_cuda_graphs.py"]
+    assert {f"tests/{name}" for name in expected} <= set(files)
     first = [name.startswith("tests/kernels/") for name in files]
     assert first == sorted(first, reverse=True)
-    assert "tests/test_smooth.py" not in files
+    assert "tests/smoothing/test_smooth.py" not in files
 
 
 @pytest.mark.parametrize("how", [[], ["--by-file"]], ids=["xdist", "by file"])

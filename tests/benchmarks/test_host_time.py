@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 
 import host_time
-import null_runtime
 import pytest
+
+from tests.support import null_runtime
 
 pytestmark = [pytest.mark.simulator, pytest.mark.xdist_group("host_time")]
 

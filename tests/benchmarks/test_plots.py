@@ -11,9 +11,10 @@ import make_report
 import plots
 import predict
 import pytest
-from test_tables import BLOCK, GEMM, LINEAR, MACHINE, QUANTIZE, gemm_row, write
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.benchmarks.test_tables import BLOCK, GEMM, LINEAR, MACHINE, QUANTIZE, gemm_row, write
+
+ROOT = Path(__file__).resolve().parents[2]
 CPU = ROOT / "benchmarks" / "results" / "epyc-avx2_2026-11-23"
 
 

@@ -9,7 +9,7 @@ import torch
 from bench_sentence import MLP_PER_TOKEN, Bench, minilm_folder, sentences
 
 from smoothquant_kernels import SmoothQuantError
-from smoothquant_kernels.linear import W8A8Linear
+from smoothquant_kernels.nn.linear import W8A8Linear
 
 pytestmark = [pytest.mark.real_model, pytest.mark.xdist_group("minilm")]
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import build_commands
 import build_support
-import c_gemm
 import gemm_cases
 import pytest
 import torch
@@ -22,6 +21,8 @@ import tune_rules
 from build_support import ROOT
 from gemm_cases import TOY_TABLE
 from tune_rules import ANY_M, Rule, rules
+
+from tests.support import c_gemm
 
 #: A row of C++: {most_m, {six tiles}, "when", "why"},
 ROW = re.compile(r'^\s*\{(\w+), \{(-?\d+(?:, -?\d+){5})\}, "([^"]+)",\s+"([^"]+)"\},$')

@@ -10,7 +10,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from checkpoints import (
+from safetensors.torch import load_file
+from torch import nn
+
+from smoothquant_kernels import SmoothQuantConfig, W8A8Linear, quantize_model, smooth_lm
+from smoothquant_kernels.checkpoint.load import load_quantized
+from smoothquant_kernels.checkpoint.save import save_quantized
+from smoothquant_kernels.nn.float_linear import pending_smooth
+from tests.support.checkpoints import (
     IDS,
     WEIGHTS,
     assert_same_bits,
@@ -22,18 +29,7 @@ from checkpoints import (
     quantized,
     refusal,
 )
-from models import VOCAB, make_model
-from safetensors.torch import load_file
-from torch import nn
-
-from smoothquant_kernels import (
-    SmoothQuantConfig,
-    W8A8Linear,
-    quantize_model,
-    smooth_lm,
-)
-from smoothquant_kernels.checkpoint import load_quantized, save_quantized
-from smoothquant_kernels.linear import pending_smooth
+from tests.support.models import VOCAB, make_model
 
 SCHEMES = ("per_token", "per_tensor", "static")
 MODELS: dict[str, Callable[[], nn.Module]] = {

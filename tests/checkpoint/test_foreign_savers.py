@@ -16,16 +16,6 @@ import safetensors.torch
 import torch
 import torch.distributed.checkpoint as dcp
 import transformers
-from checkpoints import (
-    IDS,
-    assert_same_bits,
-    assert_same_state,
-    llama,
-    logits,
-    manifest_of,
-    quantized,
-    rewrite,
-)
 from torch import nn
 
 from smoothquant_kernels import (
@@ -36,7 +26,17 @@ from smoothquant_kernels import (
     save_quantized,
     smooth_lm,
 )
-from smoothquant_kernels._skeleton import plain_floats
+from smoothquant_kernels.checkpoint.skeleton import plain_floats
+from tests.support.checkpoints import (
+    IDS,
+    assert_same_bits,
+    assert_same_state,
+    llama,
+    logits,
+    manifest_of,
+    quantized,
+    rewrite,
+)
 
 SAVE_QUANTIZED = r"use smoothquant_kernels\.save_quantized\(model, folder\)"
 

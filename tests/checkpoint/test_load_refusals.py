@@ -12,7 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import (
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import smoothquant_kernels
+from smoothquant_kernels.checkpoint.load import load_quantized
+from smoothquant_kernels.checkpoint.manifest import MANIFEST
+from smoothquant_kernels.checkpoint.save import save_quantized
+from tests.support.checkpoints import (
     WEIGHTS,
     llama,
     manifest_of,
@@ -20,14 +27,6 @@ from checkpoints import (
     refusal,
     rewrite,
 )
-from safetensors.torch import load_file, save_file
-from torch import nn
-
-from smoothquant_kernels import (
-    checkpoint,
-)
-from smoothquant_kernels._manifest import MANIFEST
-from smoothquant_kernels.checkpoint import load_quantized, save_quantized
 
 
 @pytest.fixture(scope="module")
@@ -247,13 +246,13 @@ def test_a_class_that_is_no_model(name: str, saved: Path) -> None:
 
 
 def test_the_source_has_no_pickle() -> None:
-    folder = Path(checkpoint.__file__).parent
-    for name in ("checkpoint", "_manifest", "_folder", "_safetensors", "_skeleton"):
-        tree = ast.parse((folder / f"{name}.py").read_text())
+    package = Path(smoothquant_kernels.__file__).parent
+    for file in (*package.glob("checkpoint/*.py"), *package.glob("storage/*.py")):
+        tree = ast.parse(file.read_text())
         imported = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
         imported |= {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
         assert not imported & {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}
         called = {n.func.id for n in ast.walk(tree)
                   if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}  # fmt: skip
         assert not called & {"eval", "exec", "__import__"}
-        assert "torch.load(" not in (folder / f"{name}.py").read_text()
+        assert "torch.load(" not in file.read_text()

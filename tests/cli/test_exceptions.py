@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from command_line import QUANTIZE, TEXT, VOCABULARY, Result, refused, word_tokenizer
 
-from smoothquant_kernels import _commands
+from smoothquant_kernels.cli import quantize as _commands
+from tests.support.command_line import QUANTIZE, TEXT, VOCABULARY, Result, refused, word_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def test_a_models_own_exception_is_one_sentence(
     assert said.startswith("Error: ") and type(error).__name__ in said and str(error) in said
     assert not (tmp_path / "q").exists()
     if result.code == 1:
-        assert "test_cli_exceptions.py, line " in said and said.endswith("shows the traceback.")
+        assert "test_exceptions.py, line " in said and said.endswith("shows the traceback.")
         shown = Result(*command, *more, "--verbose").err
         assert "Traceback (most recent call last)" in shown and shown.splitlines()[-1] == said
 

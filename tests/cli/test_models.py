@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from command_line import QUANTIZE, TEXT, VOCABULARY, Result, refused, word_tokenizer
 
-from smoothquant_kernels import SmoothQuantConfig, _commands, load_quantized, smooth_and_quantize
-from smoothquant_kernels import stream as stream_module
-from smoothquant_kernels.models import load_model
+from smoothquant_kernels import SmoothQuantConfig, load_quantized, smooth_and_quantize
+from smoothquant_kernels.cli import quantize as _commands
+from smoothquant_kernels.evaluation.models import load_model
+from smoothquant_kernels.streaming import stream as stream_module
+from tests.support.command_line import QUANTIZE, TEXT, VOCABULARY, Result, refused, word_tokenizer
 
 SIZES = {
     "vocab_size": len(VOCABULARY),
@@ -96,8 +97,10 @@ def test_what_needs_a_causal_model_says_so(
 ) -> None:
     output = tmp_path / "q"
     Result("quantize", bert, "-o", output, "--calibration", text, *QUANTIZE, "--no-smooth")
-    monkeypatch.setattr("smoothquant_kernels.models.load_model", lambda *_: pytest.fail("loaded"))
-    monkeypatch.setattr("smoothquant_kernels.checkpoint.load_quantized", lambda *_: pytest.fail())
+    monkeypatch.setattr(
+        "smoothquant_kernels.evaluation.models.load_model", lambda *_: pytest.fail("loaded")
+    )
+    monkeypatch.setattr("smoothquant_kernels.cli.loading.load_quantized", lambda *_: pytest.fail())
     for source in (bert, output):
         said = refused(*command[:1], source, *command[1:])
         assert said.startswith(

@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
-import test_cli
 import torch
-from test_cli import QUANTIZE, Result, refused
 
 from smoothquant_kernels import load_quantized
+from tests.cli import test_cli
+from tests.cli.test_cli import QUANTIZE, Result, refused
 
 tiny, text, checkpoint = test_cli.tiny, test_cli.text, test_cli.checkpoint  # fixtures
 

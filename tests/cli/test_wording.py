@@ -10,31 +10,33 @@ from pathlib import Path
 import pytest
 
 import smoothquant_kernels
-from smoothquant_kernels import _options, _wording, config
-from smoothquant_kernels._pipeline import _DTYPES
-from smoothquant_kernels._stream_source import IN_MEMORY
-from smoothquant_kernels._wording import for_command_line
+from smoothquant_kernels import config
+from smoothquant_kernels.cli import options as _options
+from smoothquant_kernels.cli import wording as _wording
+from smoothquant_kernels.cli.loading import _DTYPES
+from smoothquant_kernels.cli.wording import for_command_line
+from smoothquant_kernels.streaming.source import IN_MEMORY
 
 PACKAGE = Path(smoothquant_kernels.__file__).parent
 FUNCTIONS = "|".join(n for n in smoothquant_kernels.__all__ if n.islower() and n != "ops")
 API = re.compile(rf"\b\w+=(?!=)|\b({FUNCTIONS}|load_model|from_pretrained)\b|\b[Pp]ass |torch\.\w")
 # Of functions that no command calls, or of arguments that it always gives.
 PYTHON_ONLY = (
-    "_batches.py: ",  # of batches that users make
-    "_entries.py: ",
-    "_float_types.py: ",  # the command line loads in a type of its own choice
-    "_hf_quantizer.py: ",
-    "_statistics.py: all_reduce",
-    "_transformers.py: ",
-    "calibrate.py: ",  # of data that users make
-    "checkpoint.py: max_shard_bytes",
-    "checkpoint.py: the model has no quantised layer",
-    "checkpoint.py: tokenizer must",
-    "convert.py: layer ... was smoothed as a part",
-    "models.py: dtype must be",
-    "modules.py: a batch",
-    "modules.py: the model is itself",
-    "report.py: to evaluate on text",
+    "modeling/batches.py: ",  # of batches that users make
+    "smoothing/entries.py: ",
+    "nn/float_types.py: ",  # the command line loads in a type of its own choice
+    "checkpoint/hf_quantizer.py: ",
+    "smoothing/statistics.py: all_reduce",
+    "checkpoint/transformers_hook.py: ",
+    "smoothing/calibrate.py: ",  # of data that users make
+    "checkpoint/save.py: max_shard_bytes",
+    "checkpoint/save.py: the model has no quantised layer",
+    "checkpoint/save.py: tokenizer must",
+    "smoothing/convert.py: layer ... was smoothed as a part",
+    "evaluation/models.py: dtype must be",
+    "modeling/run.py: a batch",
+    "modeling/view.py: the model is itself",
+    "report/report.py: to evaluate on text",
 )
 
 
@@ -59,7 +61,7 @@ def messages() -> Iterator[str]:
         for node in ast.walk(ast.parse(file.read_text("utf-8"))):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.args:
                 if node.func.id in ("SmoothQuantError", "MismatchError"):
-                    yield f"{file.name}: {literal(node.args[0])}"
+                    yield f"{file.relative_to(PACKAGE).as_posix()}: {literal(node.args[0])}"
 
 
 def test_messages_have_no_words_of_the_api() -> None:
@@ -105,7 +107,7 @@ def test_choices_in_the_help_are_those_of_the_configuration() -> None:
 
 
 def test_options_exist() -> None:
-    program = (PACKAGE / "cli.py").read_text("utf-8")
+    program = (PACKAGE / "cli" / "app.py").read_text("utf-8")
     known = {f"--{name.replace('_', '-')}" for name in re.findall(r"^    (\w+): ", program, re.M)}
     assert set(_wording.OPTIONS.values()) <= known
     for _, instead in _wording._TABLE:

@@ -1,5 +1,5 @@
 // Which block works on which part of which tile under CUTLASS's stream-K schedule, on the host, for
-// tests/test_stream_k.py. Reads lines of "row m n k sms clusters" (m, n: the instruction's) and
+// tests/csrc/test_stream_k.py. Reads lines of "row m n k sms clusters" (m, n: the instruction's) and
 // prints "grid x y", then a line for each part: block, its turn, tile, first tile of k, how many.
 //
 // What CUDA declares comes first; nothing of it runs here.

@@ -16,12 +16,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import c_interface
 import producers
 import pytest
-import simulator
 import torch
 from producers import Case
+
+from tests.support import c_interface, simulator
 
 pytestmark = [pytest.mark.simulator, pytest.mark.slow, pytest.mark.xdist_group("bytes")]
 
@@ -132,8 +132,8 @@ def count_all(library: str, result: str) -> None:
 
 SCRIPT = """
 import sys
-sys.path[:0] = ["tests", "tools", "benchmarks"]
-import test_bytes
+sys.path[:0] = ["tools", "benchmarks"]
+from tests.csrc import test_bytes
 test_bytes.count_all(*sys.argv[1:])
 """
 

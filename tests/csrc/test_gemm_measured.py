@@ -8,14 +8,13 @@ import json
 import threading
 from collections.abc import Iterator
 
-import c_gemm
 import pytest
-import simulator
-from c_gemm import Device, Plan
-from c_interface import INVALID_ARGUMENT, SUCCESS
-from test_gemm_plan import GPUS, assert_can_be_launched, compiled, params, plan
 
-from smoothquant_kernels import _tune
+from smoothquant_kernels.backends import tuned_tiles as _tune
+from tests.csrc.test_gemm_plan import GPUS, assert_can_be_launched, compiled, params, plan
+from tests.support import c_gemm, simulator
+from tests.support.c_gemm import Device, Plan
+from tests.support.c_interface import INVALID_ARGUMENT, SUCCESS
 
 pytestmark = pytest.mark.compiler
 
@@ -174,9 +173,9 @@ def test_plans_on_other_threads_see_one_list_or_the_other(library: ctypes.CDLL) 
 SAME_BITS = """
 import ctypes, sys
 import torch
-sys.path.insert(0, "tests")
-import c_gemm, c_interface, cases
-from smoothquant_kernels import _tune, ops, reference
+from smoothquant_kernels import ops, reference
+from smoothquant_kernels.backends import tuned_tiles as _tune
+from tests.support import c_gemm, c_interface, cases
 
 torch.ops.load_library(sys.argv[1])
 ops.eager_cpu = lambda *tensors: False

@@ -11,13 +11,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import c_gemm
 import pytest
 from build_support import ROOT
-from c_gemm import Device, Params, Plan
-from c_interface import INVALID_ARGUMENT, SUCCESS, UNSUPPORTED_SHAPE
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from tests.support import c_gemm
+from tests.support.c_gemm import Device, Params, Plan
+from tests.support.c_interface import INVALID_ARGUMENT, SUCCESS, UNSUPPORTED_SHAPE
 
 pytestmark = pytest.mark.compiler
 

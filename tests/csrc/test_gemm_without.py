@@ -9,13 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import c_gemm
 import pytest
-from c_gemm import Plan
-from c_interface import EXCLUDED_TILE, SUCCESS, UNKNOWN_TILE, UNSUPPORTED_SHAPE
-from test_gemm_plan import GPUS, LAYERS, assert_can_be_launched, compiled, params, plan
 
-from smoothquant_kernels import _tune
+from smoothquant_kernels.backends import tuned_tiles as _tune
+from tests.csrc.test_gemm_plan import GPUS, LAYERS, assert_can_be_launched, compiled, params, plan
+from tests.support import c_gemm
+from tests.support.c_gemm import Plan
+from tests.support.c_interface import EXCLUDED_TILE, SUCCESS, UNKNOWN_TILE, UNSUPPORTED_SHAPE
 
 VARIABLE = "SQK_WITHOUT_TILES"
 H100 = GPUS["H100"][0]

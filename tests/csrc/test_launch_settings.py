@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import null_runtime
 import pytest
+
+from tests.support import null_runtime
 
 pytestmark = [pytest.mark.simulator, pytest.mark.slow, pytest.mark.xdist_group("host_time")]
 
 #: The null runtime, the library's C entries, and one GEMM by tile and one quantiser that can be called.
 START = """
 import ctypes, pathlib, sys, tempfile
-sys.path.insert(0, "tests")
-import c_gemm, host_time, torch
-from c_gemm import Device, Params, Plan
-from c_interface import SUCCESS, UNSUPPORTED_SHAPE
+import host_time, torch
+from tests.support import c_gemm
+from tests.support.c_gemm import Device, Params, Plan
+from tests.support.c_interface import SUCCESS, UNSUPPORTED_SHAPE
 from smoothquant_kernels import ops
 
 with tempfile.TemporaryDirectory() as folder:

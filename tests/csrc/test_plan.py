@@ -8,12 +8,13 @@ import shutil
 import subprocess
 from typing import Any
 
-import c_interface
 import pytest
 from build_support import ROOT
-from c_interface import Device, Params, Plan
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from tests.support import c_interface
+from tests.support.c_interface import Device, Params, Plan
 
 pytestmark = pytest.mark.compiler
 

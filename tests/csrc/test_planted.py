@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import mutants
 import pytest
-from mutants import (
+
+from tests.support import mutants
+from tests.support.mutants import (
     NOT_WITHIN_THE_BOUND,
     OUT_OF_BOUNDS,
     RACE,

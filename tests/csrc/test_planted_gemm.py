@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import mutants
 import pytest
-from mutants import OUT_OF_BOUNDS, RACE, WRONG_VALUES, WROTE_BESIDE, Mutant
+
+from tests.support import mutants
+from tests.support.mutants import OUT_OF_BOUNDS, RACE, WRONG_VALUES, WROTE_BESIDE, Mutant
 
 # With test_planted.py: one worker of pytest-xdist builds the library that both need.
 pytestmark = [pytest.mark.simulator, pytest.mark.slow, pytest.mark.xdist_group("planted")]

@@ -5,10 +5,11 @@ Each is planted in a copy of the GEMMs. In the simulator's fixed order of blocks
 
 from __future__ import annotations
 
-import mutants
 import pytest
-from mutants import WRONG_VALUES, Mutant
-from test_planted_gemm import ENTRY, MMA
+
+from tests.csrc.test_planted_gemm import ENTRY, MMA
+from tests.support import mutants
+from tests.support.mutants import WRONG_VALUES, Mutant
 
 pytestmark = [pytest.mark.simulator, pytest.mark.slow, pytest.mark.xdist_group("planted")]
 

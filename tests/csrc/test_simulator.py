@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 
 import pytest
-import simulator
 from build_support import ROOT
+
+from tests.support import simulator
 
 #: What of tests/kernels depends on the GPU's limits: its table of GEMM tiles, the longest rows that fit, small samples.
 LIMITS = (
@@ -41,7 +42,7 @@ def test_kernels(arch: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 #: What blocks do for each other: splits that add up by tickets, stream-K, clusters; every tile, in small shapes.
 TOGETHER = "need_not_be_cleared and 127"
-#: seed -> whether memory is weak as well, which the planted defects need to show (tests/test_planted_order.py).
+#: seed -> whether memory is weak as well, which the planted defects need to show (tests/csrc/test_planted_order.py).
 ORDERS = {1: True, 2: False, 3: True}
 
 

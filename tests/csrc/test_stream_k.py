@@ -17,10 +17,11 @@ from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
-import c_gemm
 import pytest
 from build_support import ROOT, BuildError, find_cutlass, find_nvcc
-from test_gemm_plan import compiled
+
+from tests.csrc.test_gemm_plan import compiled
+from tests.support import c_gemm
 
 pytestmark = [pytest.mark.slow, pytest.mark.compiler]  # 6 s of compiler
 
@@ -73,7 +74,7 @@ class Schedules:
         self._program = folder / "stream_k"
         command = ["g++", "-std=c++17", "-O0", "-w", "-fpermissive", f"-DROWS={' '.join(cases)}"]
         command += [f"-I{place}" for place in (*cutlass.includes, toolkit, toolkit / "cccl")]
-        command += ["tests/stream_k.cpp", "-o", str(self._program)]
+        command += ["tests/csrc/stream_k.cpp", "-o", str(self._program)]
         subprocess.run(command, cwd=ROOT, check=True)
 
     def run(self, cases: list[Case]) -> list[tuple[int, list[Part]]]:

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from smoothquant_kernels.errors import SmoothQuantError
-from smoothquant_kernels.evaluate import evaluate, last_word_accuracy
+from smoothquant_kernels.evaluation.last_word import last_word_accuracy
+from smoothquant_kernels.evaluation.perplexity import evaluate
 
 
 class Characters:

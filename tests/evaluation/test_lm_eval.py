@@ -13,17 +13,25 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from checkpoints import IDS, assert_same_bits, assert_same_state, logits, quantized, refusal
-from models import GQA
 from torch import nn
 from transformers.quantizers.base import HfQuantizer
 
-from smoothquant_kernels import _transformers, load_quantized, save_quantized
-from smoothquant_kernels import lm_eval as wrapper
-from smoothquant_kernels._manifest import MANIFEST, digest
-from smoothquant_kernels._transformers import register_transformers
-from smoothquant_kernels.checkpoint import INDEX
-from smoothquant_kernels.text import topics
+from smoothquant_kernels import load_quantized, save_quantized
+from smoothquant_kernels.checkpoint import transformers_hook as _transformers
+from smoothquant_kernels.checkpoint.manifest import INDEX, MANIFEST
+from smoothquant_kernels.checkpoint.transformers_hook import register_transformers
+from smoothquant_kernels.evaluation import lm_eval as wrapper
+from smoothquant_kernels.evaluation.text import topics
+from smoothquant_kernels.storage.digests import digest
+from tests.support.checkpoints import (
+    IDS,
+    assert_same_bits,
+    assert_same_state,
+    logits,
+    quantized,
+    refusal,
+)
+from tests.support.models import GQA
 
 TASK = "python_docs"
 CHOICES = 4

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from smoothquant_kernels import models
 from smoothquant_kernels.errors import SmoothQuantError
-from smoothquant_kernels.models import builtin_demo_model, load_model, load_tokenizer
+from smoothquant_kernels.evaluation import models
+from smoothquant_kernels.evaluation.models import builtin_demo_model, load_model, load_tokenizer
 
 IDS = torch.arange(3, 60)[None]
 VOCABULARY = 96

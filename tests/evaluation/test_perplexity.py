@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from smoothquant_kernels.errors import SmoothQuantError
-from smoothquant_kernels.evaluate import Reference, evaluate, stderr_of_mean
-from smoothquant_kernels.text import token_windows, topics
+from smoothquant_kernels.evaluation.perplexity import Reference, evaluate, stderr_of_mean
+from smoothquant_kernels.evaluation.text import token_windows, topics
 
 VOCABULARY = 96
 WORDS = [f"w{i}" for i in range(VOCABULARY)]

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smoothquant_kernels import text as text_module
 from smoothquant_kernels.errors import SmoothQuantError
-from smoothquant_kernels.text import load_text, token_windows, topics
+from smoothquant_kernels.evaluation import text as text_module
+from smoothquant_kernels.evaluation.text import load_text, token_windows, topics
 
 
 class Numbers:

@@ -15,22 +15,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-import backends
-import cases
 import pytest
-import test_ops
-import tolerance
 import torch
-from compare import assert_all_bitwise_equal
-from test_ops import Call
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 from torch.utils._pytree import tree_leaves, tree_map
 
-from smoothquant_kernels import _extension, ops, reference
+from smoothquant_kernels import ops, reference
+from smoothquant_kernels.backends import cuda as _extension
+from tests.ops import test_ops
+from tests.ops.test_ops import Call
+from tests.support import backends, cases, tolerance
+from tests.support.compare import assert_all_bitwise_equal
 
-#: Those whose results may differ from the CPU's by what tests/tolerance.py derives.
+#: Those whose results may differ from the CPU's by what tests/support/tolerance.py derives.
 ROUNDED = ("rms_norm_quantize", "layer_norm_quantize", "act_quantize")
 GPU = "cuda"
 EPS = 1e-5
@@ -87,7 +86,7 @@ def problems(m: int, k: int, dtype: torch.dtype = torch.float16, seed: int = 0) 
 
 
 def assert_like_the_cpu(call: Call, found: Any) -> None:
-    """Norms and activations are as near to the reference as tests/tolerance.py asks; all else has the CPU's bits."""
+    """Norms and activations are as near to the reference as `tolerance` asks; all else has the CPU's bits."""
     call = move(call, "cpu")
     expected = call.eager()
     if call.name not in ROUNDED:
@@ -356,7 +355,7 @@ def test_the_library_has_kernels_of(op: str) -> None:
 def test_the_library_has_the_table_of_its_sources() -> None:
     backends.require_library()
     rows = _extension.dispatch_tables()["quantize"]
-    source = Path(__file__).resolve().parent.parent / "csrc" / "quantize" / "table.h"
+    source = Path(__file__).resolve().parents[2] / "csrc" / "quantize" / "table.h"
     rules = source.read_text().partition("kPathRules[] = {")[2].partition("\n};")[0]
     named = [name.lower() for name in re.findall(r"\{QuantizePath::k(\w+),", rules)]
     assert [row["path"] for row in rows] == named

@@ -11,15 +11,15 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
-import backends
-import cases
 import pytest
 import torch
-from compare import assert_all_bitwise_equal
-from test_cuda import CALLS, EPS, GPU, assert_like_the_cpu, move, problems, tensors
-from test_ops import Call
 from torch import Tensor
 from torch.utils._pytree import tree_map
+
+from tests.gpu.test_cuda import CALLS, EPS, GPU, assert_like_the_cpu, move, problems, tensors
+from tests.ops.test_ops import Call
+from tests.support import backends, cases
+from tests.support.compare import assert_all_bitwise_equal
 
 pytestmark = pytest.mark.cuda
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 
-import backends
-import cases
 import pytest
 import torch
-from compare import assert_bitwise_equal
 from torch import Tensor
 
-from smoothquant_kernels import W8A8Linear, _extension, reference
+from smoothquant_kernels import W8A8Linear, reference
+from smoothquant_kernels.backends import cuda as _extension
+from tests.support import backends, cases
+from tests.support.compare import assert_bitwise_equal
 
 pytestmark = pytest.mark.cuda
 SCHEMES = ("per_token", "per_tensor", "static")

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import ctypes
 
-import backends
-import c_gemm
-import compare
 import pytest
+
+from tests.support import backends, c_gemm, compare
 
 
 @pytest.fixture(scope="session")

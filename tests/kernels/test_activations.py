@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import cases
 import pytest
-import tolerance
 import torch
-from backends import Backend
 from torch import Tensor
 
 from smoothquant_kernels import ops, reference
+from tests.support import cases, tolerance
+from tests.support.backends import Backend
 
 PLAIN = tuple(reference.ACTIVATIONS)
 FUSED = tuple(reference.FUSED_KINDS)

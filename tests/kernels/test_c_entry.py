@@ -7,16 +7,14 @@ import os
 from ctypes import byref
 from typing import Any
 
-import c_interface
-import cases
 import pytest
-import tolerance
 import torch
-from backends import Backend
-from compare import assert_bitwise_equal, count_result
 from torch import Tensor
 
 from smoothquant_kernels import reference
+from tests.support import c_interface, cases, tolerance
+from tests.support.backends import Backend
+from tests.support.compare import assert_bitwise_equal, count_result
 
 #: Rows that a path can take, small and large: (path, M, K).
 FORCED = (

@@ -6,16 +6,15 @@ import ctypes
 from itertools import product
 from typing import Any
 
-import c_gemm
-import cases
 import pytest
 import torch
-from backends import Backend
-from cases import Gemm
-from compare import assert_bitwise_equal, count_result
 from torch import Tensor
 
 from smoothquant_kernels import ops, reference
+from tests.support import c_gemm, cases
+from tests.support.backends import Backend
+from tests.support.cases import Gemm
+from tests.support.compare import assert_bitwise_equal, count_result
 
 #: M on both sides of every rule of every table.
 TOKENS = (0, 1, 2, 5, 8, 9, 16, 17, 32, 33, 64, 65, 128, 129, 256, 257, 513)

@@ -8,18 +8,21 @@ from contextlib import contextmanager
 from ctypes import byref
 from typing import Any
 
-import c_gemm
-import c_interface
-import cases
 import pytest
 import torch
-from backends import Backend
-from c_interface import INVALID_ARGUMENT, SUCCESS, UNSUPPORTED_SHAPE, WORKSPACE_TOO_SMALL
-from cases import Gemm
-from compare import assert_bitwise_equal, count_result
 from torch import Tensor
 
 from smoothquant_kernels import reference
+from tests.support import c_gemm, c_interface, cases
+from tests.support.backends import Backend
+from tests.support.c_interface import (
+    INVALID_ARGUMENT,
+    SUCCESS,
+    UNSUPPORTED_SHAPE,
+    WORKSPACE_TOO_SMALL,
+)
+from tests.support.cases import Gemm
+from tests.support.compare import assert_bitwise_equal, count_result
 
 TYPES = (*cases.FLOATS, torch.int8)
 POISON = 77

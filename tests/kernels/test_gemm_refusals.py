@@ -5,14 +5,13 @@ from __future__ import annotations
 import ctypes
 from typing import Any
 
-import c_gemm
-import cases
 import pytest
 import torch
-from backends import Backend
 from torch import Tensor
 
 from smoothquant_kernels import reference
+from tests.support import c_gemm, cases
+from tests.support.backends import Backend
 
 G = cases.gemm_operands(4, 3, 6)
 LONG = torch.zeros(1, reference.MAX_K + 1, dtype=torch.int8)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import cases
 import pytest
 import torch
-from backends import Backend
-from compare import assert_bitwise_equal, count_result
 from torch import Tensor
 
 from smoothquant_kernels import ops, reference
+from tests.support import cases
+from tests.support.backends import Backend
+from tests.support.compare import assert_bitwise_equal, count_result
 
 #: M on both sides of what one launch serves, and of the tiles behind it.
 TOKENS = (0, 1, 2, 5, 8, 9, 16, 17, 65)

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import cases
-import compare
 import pytest
-import tolerance
 import torch
-from backends import Backend
-from compare import assert_bitwise_equal
 from torch import Tensor
 
 from smoothquant_kernels import ops, reference
+from tests.support import cases, compare, tolerance
+from tests.support.backends import Backend
+from tests.support.compare import assert_bitwise_equal
 
 NORMS = ("rms_norm", "layer_norm")
 EPS = 1e-5

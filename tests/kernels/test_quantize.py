@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import cases
 import pytest
 import torch
-from backends import Backend
-from compare import assert_all_bitwise_equal, count_result
 from torch import Tensor
 
 from smoothquant_kernels import ops, reference
+from tests.support import cases
+from tests.support.backends import Backend
+from tests.support.compare import assert_all_bitwise_equal, count_result
 
 #: K on both sides of every change of path (csrc/quantize/table.h), whole vectors or not, and beyond the longest row; M
 #: on both sides of "few rows" for the simulated GPU, which has 8 multiprocessors, and for real ones.

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 import transformers as t
-from models import LLAMA_LIKE, VOCAB, make_model, token_batches
 from torch import Tensor, nn
 
 from smoothquant_kernels import SmoothQuantConfig, SmoothQuantError, calibrate_model, smooth_lm
-from smoothquant_kernels.calibrate import calibration_batches
+from smoothquant_kernels.smoothing.calibrate import calibration_batches
+from tests.support.models import LLAMA_LIKE, VOCAB, make_model, token_batches
 
 SMALL: dict[str, Any] = {**LLAMA_LIKE, "num_hidden_layers": 1, "max_position_embeddings": 32}
 IMAGE = 120

@@ -9,22 +9,22 @@ from typing import Any
 
 import pytest
 import torch
-from models import logits as run
-from models import make_model, token_batches
 from torch import nn
 
 from smoothquant_kernels import (
     SmoothQuantConfig,
     SmoothQuantError,
     W8A8Linear,
-    _changes,
     quantize_model,
     smooth_and_quantize,
     smooth_lm,
 )
-from smoothquant_kernels._changes import Changes
-from smoothquant_kernels.linear import pending_smooth, set_pending_smooth
-from smoothquant_kernels.modules import model_device
+from smoothquant_kernels.modeling import changes as _changes
+from smoothquant_kernels.modeling.changes import Changes
+from smoothquant_kernels.modeling.run import model_device
+from smoothquant_kernels.nn.float_linear import pending_smooth, set_pending_smooth
+from tests.support.models import logits as run
+from tests.support.models import make_model, token_batches
 
 IDS = token_batches(1, length=12)[0]
 DATA = token_batches(2, length=8)

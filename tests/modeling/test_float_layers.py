@@ -7,8 +7,6 @@ import copy
 import pytest
 import torch
 import transformers as t
-from families import FAMILIES
-from models import HIDDEN, VOCAB, token_batches
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -19,10 +17,12 @@ from smoothquant_kernels import (
     quantize_model,
     smooth_lm,
 )
-from smoothquant_kernels._float_layers import stays_in_float
-from smoothquant_kernels._readers import watched
-from smoothquant_kernels._sample_inputs import runnable_batch
-from smoothquant_kernels.modules import evaluating, output_tensor, run
+from smoothquant_kernels.modeling.float_layers import stays_in_float
+from smoothquant_kernels.modeling.readers import watched
+from smoothquant_kernels.modeling.run import evaluating, output_tensor, run
+from smoothquant_kernels.modeling.sample_inputs import runnable_batch
+from tests.support.families import FAMILIES
+from tests.support.models import HIDDEN, VOCAB, token_batches
 
 EXACT = SmoothQuantConfig(smooth_rounding="power_of_two", only_where_better=False)
 

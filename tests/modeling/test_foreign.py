@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import IDS, llama, refusal
 from torch import nn
 
 from smoothquant_kernels import (
@@ -25,8 +24,9 @@ from smoothquant_kernels import (
     smooth_and_quantize,
     smooth_lm,
 )
-from smoothquant_kernels._foreign import check_float_config, check_float_model
-from smoothquant_kernels.models import load_model
+from smoothquant_kernels.evaluation.models import load_model
+from smoothquant_kernels.modeling.foreign import check_float_config, check_float_model
+from tests.support.checkpoints import IDS, llama, refusal
 
 
 def stand_in(module: str, name: str, base: type) -> Any:

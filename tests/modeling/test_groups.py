@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import CONFIGS, GQA, HIDDEN, VOCAB, make_model, token_batches
 from torch import nn
 
-import smoothquant_kernels.groups as groups_module
 from smoothquant_kernels import SmoothQuantConfig, calibrate_model, smooth_lm
-from smoothquant_kernels._float_layers import stays_in_float
-from smoothquant_kernels.groups import find_groups
-from smoothquant_kernels.modules import partition_linears
+from smoothquant_kernels.modeling import groups as groups_module
+from smoothquant_kernels.modeling.float_layers import stays_in_float
+from smoothquant_kernels.modeling.groups import find_groups
+from smoothquant_kernels.modeling.view import partition_linears
+from tests.support.models import CONFIGS, GQA, HIDDEN, VOCAB, make_model, token_batches
 
 _LLAMA = {
     "q_proj k_proj v_proj": "input_layernorm",

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from models import make_model, token_batches
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
@@ -23,7 +22,8 @@ from smoothquant_kernels import (
     search_config,
     smooth_lm,
 )
-from smoothquant_kernels.linear import W8A8Linear
+from smoothquant_kernels.nn.linear import W8A8Linear
+from tests.support.models import make_model, token_batches
 
 EXACT = SmoothQuantConfig(smooth_rounding="power_of_two", only_where_better=False)
 

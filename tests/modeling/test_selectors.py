@@ -7,13 +7,13 @@ from collections.abc import Callable
 import pytest
 import torch
 import transformers as t
-from models import HIDDEN, VOCAB, token_batches
-from test_float_layers import EXACT, Model, Training, both_ways
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from smoothquant_kernels import W8A8Linear, smooth_lm
-from smoothquant_kernels._float_layers import stays_in_float
+from smoothquant_kernels.modeling.float_layers import stays_in_float
+from tests.modeling.test_float_layers import EXACT, Model, Training, both_ways
+from tests.support.models import HIDDEN, VOCAB, token_batches
 
 
 class Choosing(Model):

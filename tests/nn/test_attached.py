@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from compare import assert_bitwise_equal
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
@@ -21,6 +20,7 @@ from smoothquant_kernels import (
     quantize_model,
     smooth_and_quantize,
 )
+from tests.support.compare import assert_bitwise_equal
 
 K = 16
 X = torch.randn(8, K, generator=torch.Generator().manual_seed(1))

@@ -7,24 +7,22 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-import cases
-import compare
 import pytest
 import torch
-from compare import assert_bitwise_equal
 from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from smoothquant_kernels import QuantizedActivation, SmoothQuantError, W8A8Linear, reference
-from smoothquant_kernels.linear import (
-    ACTIVATION_SCHEMES,
-    WEIGHT_GRANULARITIES,
+from smoothquant_kernels.nn.float_linear import (
     is_float_linear,
     pending_smooth,
     set_pending_smooth,
     weight_of,
 )
+from smoothquant_kernels.schemes import ACTIVATION_SCHEMES, WEIGHT_GRANULARITIES
+from tests.support import cases, compare
+from tests.support.compare import assert_bitwise_equal
 
 U = 2.0**-24
 SIZES = ((1, 1), (5, 1), (1, 7), (31, 17), (64, 48))

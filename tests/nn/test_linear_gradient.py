@@ -5,15 +5,15 @@ from __future__ import annotations
 import copy
 import warnings
 
-import cases
 import pytest
 import torch
-from models import make_model, token_batches
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from smoothquant_kernels import quantize_model
-from smoothquant_kernels.linear import ACTIVATION_SCHEMES
+from smoothquant_kernels.schemes import ACTIVATION_SCHEMES
+from tests.support import cases
+from tests.support.models import make_model, token_batches
 
 K, N = 24, 10
 

@@ -7,15 +7,16 @@ import io
 import pickle
 from collections.abc import Callable
 
-import cases
 import pytest
 import torch
-from compare import assert_bitwise_equal, assert_same_buffers
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from smoothquant_kernels import W8A8Linear, linear
-from smoothquant_kernels.linear import ACTIVATION_SCHEMES, WEIGHT_GRANULARITIES
+from smoothquant_kernels import W8A8Linear
+from smoothquant_kernels.nn import linear
+from smoothquant_kernels.schemes import ACTIVATION_SCHEMES, WEIGHT_GRANULARITIES
+from tests.support import cases
+from tests.support.compare import assert_bitwise_equal, assert_same_buffers
 
 
 def every_buffer() -> W8A8Linear:

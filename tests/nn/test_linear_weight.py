@@ -7,11 +7,9 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
-import cases
 import pytest
 import torch
 import transformers
-from compare import assert_bitwise_equal
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
@@ -23,7 +21,9 @@ from smoothquant_kernels import (
     quantize_model,
     smooth_lm,
 )
-from smoothquant_kernels._lazy_weight import LazyWeight
+from smoothquant_kernels.nn.lazy_weight import LazyWeight
+from tests.support import cases
+from tests.support.compare import assert_bitwise_equal
 
 HALF = [torch.float16, torch.bfloat16]
 FLOATS = [torch.float32, *HALF]

@@ -10,15 +10,15 @@ import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import cases
 import pytest
 import torch
-from compare import assert_all_bitwise_equal
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._pytree import tree_map
 
 from smoothquant_kernels import W8A8Linear, ops, reference
+from tests.support import cases
+from tests.support.compare import assert_all_bitwise_equal
 
 M, N, K = 6, 5, 18
 

@@ -11,25 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import test_cli
 import torch
-from browser import look_at
-from models import divided_by, make_model, token_batches
-from test_cli import Result, refused
 from torch.nn import functional as F
 
-from smoothquant_kernels import (
-    SmoothQuantConfig,
-    SmoothQuantError,
-    _report_page,
-    _report_plots,
-    report,
-    smooth_lm,
-)
-from smoothquant_kernels._report_measure import Plan, decibel, half_stand_in, measure, stand_in
-from smoothquant_kernels.linear import weight_of
-from smoothquant_kernels.modules import partition_linears
-from smoothquant_kernels.report import advised_config, make_report, split_name
+from smoothquant_kernels import SmoothQuantConfig, SmoothQuantError, smooth_lm
+from smoothquant_kernels.modeling.view import partition_linears
+from smoothquant_kernels.nn.float_linear import weight_of
+from smoothquant_kernels.report import figures as _report_plots
+from smoothquant_kernels.report import page as _report_page
+from smoothquant_kernels.report import report
+from smoothquant_kernels.report.measure import Plan, decibel, half_stand_in, measure, stand_in
+from smoothquant_kernels.report.report import advised_config, make_report, split_name
+from tests.cli import test_cli
+from tests.cli.test_cli import Result, refused
+from tests.support.browser import look_at
+from tests.support.models import divided_by, make_model, token_batches
 
 tiny, text, checkpoint = test_cli.tiny, test_cli.text, test_cli.checkpoint  # fixtures
 

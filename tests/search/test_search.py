@@ -11,10 +11,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from models import make_model, token_batches
 from torch import nn
 
-import smoothquant_kernels.search as search_module
 from smoothquant_kernels import (
     SearchResult,
     SmoothQuantConfig,
@@ -24,12 +22,14 @@ from smoothquant_kernels import (
     search_config,
     smooth_and_quantize,
 )
-from smoothquant_kernels._search_result import Choice, GroupResult, Validation
-from smoothquant_kernels._search_space import ALPHAS, Space
-from smoothquant_kernels._sensitivity import divergence, record
-from smoothquant_kernels.factors import group_factors, weight_absmax
-from smoothquant_kernels.groups import Group
-from smoothquant_kernels.modules import evaluating, run
+from smoothquant_kernels.modeling.groups import Group
+from smoothquant_kernels.modeling.run import evaluating, run
+from smoothquant_kernels.search import search as search_module
+from smoothquant_kernels.search.candidates import ALPHAS, Space
+from smoothquant_kernels.search.result import Choice, GroupResult, Validation
+from smoothquant_kernels.search.sensitivity import divergence, record
+from smoothquant_kernels.smoothing.factors import group_factors, weight_absmax
+from tests.support.models import make_model, token_batches
 
 DATA = token_batches(8)
 STATIC = SmoothQuantConfig(activation_scheme="static")

@@ -6,16 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from models import VOCAB, make_model, token_batches
 from torch import nn
 
 from smoothquant_kernels import SmoothQuantError
-from smoothquant_kernels.calibrate import (
-    ActivationStatistics,
-    calibration_batches,
-    collect_statistics,
-)
-from smoothquant_kernels.modules import partition_linears
+from smoothquant_kernels.modeling.view import partition_linears
+from smoothquant_kernels.smoothing.calibrate import calibration_batches, collect_statistics
+from smoothquant_kernels.smoothing.statistics import ActivationStatistics
+from tests.support.models import VOCAB, make_model, token_batches
 
 
 class WordTokenizer:

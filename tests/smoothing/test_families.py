@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from families import FAMILIES, Batch
-from family_table import PATH, page, role, smoothed
 from torch import Tensor, nn
 
 from smoothquant_kernels import SmoothQuantConfig, W8A8Linear, quantize_model, smooth_lm
-from smoothquant_kernels.groups import Group
-from smoothquant_kernels.linear import is_float_linear, pending_smooth
-from smoothquant_kernels.modules import evaluating, output_tensors, run
-from smoothquant_kernels.smooth import ROUNDINGS, rounding_noise
+from smoothquant_kernels.modeling.groups import Group
+from smoothquant_kernels.modeling.run import evaluating, output_tensors, run
+from smoothquant_kernels.nn.float_linear import is_float_linear, pending_smooth
+from smoothquant_kernels.smoothing.smooth import ROUNDINGS, rounding_noise
+from tests.support.families import FAMILIES, Batch
+from tests.support.family_table import PATH, page, role, smoothed
 
 MIXTURES = [
     *("mixtral", "qwen2_moe", "qwen3_moe", "qwen3_next", "qwen3_5_moe", "glm4_moe"),
@@ -129,7 +129,7 @@ def test_the_page_says_what_happens() -> None:
     if f"with transformers {transformers.__version__}." not in PATH.read_text(encoding="utf-8"):
         pytest.skip("docs/families.md was written with another version of transformers")
     assert PATH.read_text(encoding="utf-8") == page(), (
-        "docs/families.md is not what happens: python tests/family_table.py --write, and read the difference"
+        "docs/families.md is not what happens: python -m tests.support.family_table --write, and read the difference"
     )
 
 

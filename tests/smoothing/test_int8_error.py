@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from models import make_model, token_batches
 from planted import llama_readers, plant_outliers
 from torch import nn
 from torch.nn import functional as F
@@ -19,10 +18,12 @@ from smoothquant_kernels import (
     quantize_model,
     smooth_lm,
 )
-from smoothquant_kernels._int8_error import int8_errors, static_scale
-from smoothquant_kernels.groups import Group
-from smoothquant_kernels.linear import ACTIVATION_SCHEMES, pending_smooth
-from smoothquant_kernels.modules import evaluating
+from smoothquant_kernels.modeling.groups import Group
+from smoothquant_kernels.modeling.run import evaluating
+from smoothquant_kernels.nn.float_linear import pending_smooth
+from smoothquant_kernels.schemes import ACTIVATION_SCHEMES
+from smoothquant_kernels.smoothing.int8_error import int8_errors, static_scale
+from tests.support.models import make_model, token_batches
 
 DATA = token_batches(2, length=24)
 

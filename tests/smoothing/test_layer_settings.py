@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from models import logits, make_model, token_batches
 
 from smoothquant_kernels import (
     SmoothQuantConfig,
@@ -17,6 +16,7 @@ from smoothquant_kernels import (
     smooth_lm,
 )
 from smoothquant_kernels.config import DEFAULT_ALPHA
+from tests.support.models import logits, make_model, token_batches
 
 LAYER = "model.layers.1."
 STATIC = SmoothQuantConfig(

@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 import torch
 import transformers as t
-from models import LLAMA_LIKE, VOCAB, make_model
 from torch import Tensor, nn
 
 from smoothquant_kernels import calibrate_model
-from smoothquant_kernels._padding import OUTPUT, Padding
-from smoothquant_kernels.modules import evaluating, partition_linears, run
+from smoothquant_kernels.modeling.run import evaluating, run
+from smoothquant_kernels.modeling.view import partition_linears
+from smoothquant_kernels.smoothing.padding import OUTPUT, Padding
+from tests.support.models import LLAMA_LIKE, VOCAB, make_model
 
 ROWS, LENGTH = 3, 16
 SMALL: dict[str, Any] = {**LLAMA_LIKE, "num_hidden_layers": 1, "max_position_embeddings": LENGTH}

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from models import make_model, token_batches
 from torch import nn
 
 from smoothquant_kernels import (
@@ -21,9 +20,10 @@ from smoothquant_kernels import (
     smooth_and_quantize,
     smooth_lm,
 )
-from smoothquant_kernels._patterns import check_patterns, patterns_within
-from smoothquant_kernels.search import search_config
-from smoothquant_kernels.stream import quantize_streamed
+from smoothquant_kernels.search.search import search_config
+from smoothquant_kernels.smoothing.patterns import check_patterns, patterns_within
+from smoothquant_kernels.streaming.stream import quantize_streamed
+from tests.support.models import make_model, token_batches
 
 SETTINGS: dict[str, Callable[[str], Any]] = {
     "skip": lambda p: (p,),

@@ -19,9 +19,9 @@ from smoothquant_kernels import (
     save_quantized,
     smooth_lm,
 )
-from smoothquant_kernels.calibrate import ActivationStatistics
-from smoothquant_kernels.evaluate import Reference, evaluate
-from smoothquant_kernels.text import token_windows, topics
+from smoothquant_kernels.evaluation.perplexity import Reference, evaluate
+from smoothquant_kernels.evaluation.text import token_windows, topics
+from smoothquant_kernels.smoothing.statistics import ActivationStatistics
 
 pytestmark = pytest.mark.real_model
 CALIBRATION_TOKENS = 2048

@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from models import CONFIGS, make_model, token_batches
-from models import logits as run
 from planted import plant_outliers
 from torch import nn
 
@@ -21,10 +19,12 @@ from smoothquant_kernels import (
     smooth_and_quantize,
     smooth_lm,
 )
-from smoothquant_kernels.calibrate import calibration_batches, collect_statistics
-from smoothquant_kernels.fold import norm_offsets, round_to_power_of_two
-from smoothquant_kernels.linear import pending_smooth
-from smoothquant_kernels.modules import partition_linears
+from smoothquant_kernels.modeling.view import partition_linears
+from smoothquant_kernels.nn.float_linear import pending_smooth
+from smoothquant_kernels.smoothing.calibrate import calibration_batches, collect_statistics
+from smoothquant_kernels.smoothing.fold import norm_offsets, round_to_power_of_two
+from tests.support.models import CONFIGS, make_model, token_batches
+from tests.support.models import logits as run
 
 IDS = token_batches(1, length=40)[0]
 
@@ -149,8 +149,8 @@ def test_norm_parametrisations_are_told_apart() -> None:
 
 def test_fold_that_changes_the_model_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """If a producer that is no producer slipped through the search, verification downgrades its group only."""
-    import smoothquant_kernels.smooth as module
-    from smoothquant_kernels.groups import Group, find_groups
+    from smoothquant_kernels.modeling.groups import Group, find_groups
+    from smoothquant_kernels.smoothing import smooth as module
 
     def wrong_groups(*args: Any, **options: Any) -> list[Group]:
         found = find_groups(*args, **options)

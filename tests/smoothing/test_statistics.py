@@ -12,12 +12,13 @@ from typing import Any
 import accelerate
 import pytest
 import torch
-from checkpoints import assert_same_state, refusal
-from models import make_model, token_batches
 
-from smoothquant_kernels import _statistics as module
 from smoothquant_kernels import smooth_and_quantize, smooth_lm
-from smoothquant_kernels.calibrate import ActivationStatistics, calibrate_model
+from smoothquant_kernels.smoothing import statistics as module
+from smoothquant_kernels.smoothing.calibrate import calibrate_model
+from smoothquant_kernels.smoothing.statistics import ActivationStatistics
+from tests.support.checkpoints import assert_same_state, refusal
+from tests.support.models import make_model, token_batches
 
 BATCHES = token_batches(6)
 
@@ -100,8 +101,9 @@ import sys
 import torch
 import torch.distributed as dist
 sys.path.insert(0, sys.argv[1])
-from test_ranks import BATCHES, measured
-from smoothquant_kernels import SmoothQuantError, _statistics
+from tests.smoothing.test_statistics import BATCHES, measured
+from smoothquant_kernels import SmoothQuantError
+from smoothquant_kernels.smoothing import statistics as _statistics
 rank, folder = int(sys.argv[3]), sys.argv[2]
 dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
 for bound in (4096, 150):
@@ -121,7 +123,7 @@ dist.barrier()  # both are still there
 
 
 def test_two_gloo_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    command = [sys.executable, "-c", SCRIPT, str(Path(__file__).parent), str(tmp_path)]
+    command = [sys.executable, "-c", SCRIPT, str(Path(__file__).parents[2]), str(tmp_path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     running = [
         subprocess.Popen(

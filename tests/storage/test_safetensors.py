@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from models import make_model, token_batches
 from torch import Tensor, nn
 
 from smoothquant_kernels import load_quantized, quantize_model, save_quantized
-from smoothquant_kernels._safetensors import ALIGNMENT
+from smoothquant_kernels.storage.safetensors import ALIGNMENT
+from tests.support.models import make_model, token_batches
 
 IDS = token_batches(1)[0]
 

@@ -13,8 +13,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from checkpoints import assert_same_state, contents, logits, manifest_of, refusal
-from models import CONFIGS, GQA, LLAMA_LIKE, VOCAB, make_model, token_batches
 
 from smoothquant_kernels import (
     SmoothQuantConfig,
@@ -22,9 +20,11 @@ from smoothquant_kernels import (
     save_quantized,
     smooth_and_quantize,
 )
-from smoothquant_kernels import stream as stream_module
-from smoothquant_kernels.models import load_model
-from smoothquant_kernels.stream import quantize_streamed
+from smoothquant_kernels.evaluation.models import load_model
+from smoothquant_kernels.streaming import stream as stream_module
+from smoothquant_kernels.streaming.stream import quantize_streamed
+from tests.support.checkpoints import assert_same_state, contents, logits, manifest_of, refusal
+from tests.support.models import CONFIGS, GQA, LLAMA_LIKE, VOCAB, make_model, token_batches
 
 BATCHES = token_batches(3)
 
@@ -227,8 +227,8 @@ SCRIPT = """
 import os, signal, sys
 import torch
 sys.path.insert(0, sys.argv[1])
-from models import token_batches
-from smoothquant_kernels import stream
+from tests.support.models import token_batches
+from smoothquant_kernels.streaming import stream
 finish = stream.WorkFolder.finish_block
 def die(self, index, *args):
     if index == 1:  # in the middle of a block: its shard is written, its record is not
@@ -242,7 +242,7 @@ stream.quantize_streamed(sys.argv[2], sys.argv[3], token_batches(3), progress=Fa
 def run_script(
     code: str, *arguments: object, timeout: float = 120
 ) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", code, str(Path(__file__).parent), *map(str, arguments)]
+    command = [sys.executable, "-c", code, str(Path(__file__).parents[2]), *map(str, arguments)]
     # Large blocks are mapped, so that freed ones, touched or not, no longer count against the limit of test_memory.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "1000000"}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
@@ -372,10 +372,10 @@ def test_refuses_blocks_that_are_no_chain(tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="needs Linux")
 def test_memory(tmp_path: Path) -> None:
     """606 MB of weights, 38 MB a block, under 200 MB; the path through memory fails under the same limit."""
-    from stream_memory import make
+    from tests.support.stream_memory import make
 
     assert make(tmp_path / "float", 16, 1024, 2048) > 3 * 200e6
-    program = str(Path(__file__).parent / "stream_memory.py")
+    program = str(Path(__file__).parents[1] / "support" / "stream_memory.py")
     code = f"import runpy, sys; sys.argv[:2] = [{program!r}]; runpy.run_path({program!r}, run_name='__main__')"
     done = run_script(code, "stream", tmp_path / "float", tmp_path / "out", 200)
     if done.stdout.strip() == "unlimited":

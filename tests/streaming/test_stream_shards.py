@@ -9,16 +9,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from checkpoints import assert_same_state, contents, logits, refusal
 from safetensors import safe_open
-from test_stream import BATCHES, Stopped, family, save_float
 
-from smoothquant_kernels import (
-    _stream_work,
-    load_quantized,
-    quantize_streamed,
-    register_transformers,
-)
+from smoothquant_kernels import load_quantized, quantize_streamed, register_transformers
+from smoothquant_kernels.streaming import work as _stream_work
+from tests.streaming.test_stream import BATCHES, Stopped, family, save_float
+from tests.support.checkpoints import assert_same_state, contents, logits, refusal
 
 
 def test_shards_are_joined_and_from_pretrained_reads_them(tmp_path: Path) -> None:

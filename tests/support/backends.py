@@ -1,8 +1,8 @@
 """Where the ops run: `pytest --backend cpu | simulator | cuda tests/kernels`.
 
 The tests of tests/kernels are the same for all: the CPU kernels, the CUDA kernels' PTX run on the CPU by a
-simulator (tests/test_simulator.py starts pytest inside of it), and the CUDA kernels on a GPU. All are compared with
-`reference.py`.
+simulator (tests/csrc/test_simulator.py starts pytest inside of it), and the CUDA kernels on a GPU. All are compared
+with `reference.py`.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import c_gemm
-import cases
 import pytest
 import torch
 from torch import Tensor
 
-from smoothquant_kernels import _extension, ops
+from smoothquant_kernels import ops
+from smoothquant_kernels.backends import cuda as _extension
+from tests.support import c_gemm, cases
 
 NAMES = ("cpu", "simulator", "cuda")
-#: Set by tests/test_simulator.py for the pytest that it starts: the library to load.
+#: Set by tests/csrc/test_simulator.py for the pytest that it starts: the library to load.
 LIBRARY_VARIABLE = "SQK_SIMULATOR_LIBRARY"
 
 
@@ -69,14 +69,14 @@ def start(name: str) -> Backend:
     if name == "simulator":
         path = os.environ.get(LIBRARY_VARIABLE)
         if path is None:
-            pytest.skip("tests/test_simulator.py starts this inside of the simulator")
+            pytest.skip("tests/csrc/test_simulator.py starts this inside of the simulator")
         torch.ops.load_library(path)  # binds the CUDA kernels to the CPU key
         ops.eager_cpu = lambda *tensors: False  # type: ignore[attr-defined]
         return Backend("simulator", "cpu", Path(path))
     if not torch.cuda.is_available():
         pytest.skip("no GPU")
     require_library()
-    folder = Path(_extension.__file__).parent
+    folder = _extension.FOLDER
     return Backend("cuda", "cuda", folder / _extension.LIBRARY_NAME)
 
 
@@ -91,7 +91,7 @@ def gemm_tiles(name: str) -> list[dict[str, Any]]:
         path = os.environ.get(LIBRARY_VARIABLE)
     else:
         here = torch.cuda.is_available() and _extension.extension_status().available
-        path = str(Path(_extension.__file__).parent / _extension.LIBRARY_NAME) if here else None
+        path = str(_extension.FOLDER / _extension.LIBRARY_NAME) if here else None
     return [] if path is None else c_gemm.tiles(c_gemm.declare(ctypes.CDLL(path)))
 
 

@@ -7,10 +7,11 @@ import json
 from ctypes import POINTER, Structure, byref, c_char_p, c_double, c_int32, c_int64, c_void_p
 from typing import Any
 
-import c_interface
 import torch
-from c_interface import row_stride
 from torch import Tensor
+
+from tests.support import c_interface
+from tests.support.c_interface import row_stride
 
 DTYPES = {**c_interface.DTYPES, torch.int8: 3}
 TABLES = ("sm80", "sm89", "sm90")

@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from models import GQA, token_batches
-from models import logits as run
 from torch import nn
 
 from smoothquant_kernels import SmoothQuantConfig, SmoothQuantError, smooth_and_quantize
-from smoothquant_kernels._manifest import MANIFEST, digest
+from smoothquant_kernels.checkpoint.manifest import MANIFEST
+from smoothquant_kernels.storage.digests import digest
+from tests.support.models import GQA, token_batches
+from tests.support.models import logits as run
 
 WEIGHTS = "smoothquant.safetensors"
 IDS = token_batches(1)[0]

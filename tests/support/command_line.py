@@ -7,7 +7,7 @@ from typing import Any
 
 from typer.testing import CliRunner
 
-from smoothquant_kernels.cli import app
+from smoothquant_kernels.cli.app import app
 
 WORDS = "the a cat dog sat ran on under mat tree and then slept while it rained all day".split()
 TEXT = " ".join(WORDS[(i * i + i // 7) % len(WORDS)] for i in range(1500))

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 import transformers as t
-from models import CONFIGS as DECODERS
-from models import GQA, HIDDEN, LLAMA_LIKE, VOCAB
 from torch import Tensor, nn
+
+from tests.support.models import CONFIGS as DECODERS
+from tests.support.models import GQA, HIDDEN, LLAMA_LIKE, VOCAB
 
 Batch = dict[str, Tensor]
 TOKENS = 12

@@ -1,6 +1,7 @@
 """What smoothing does to each family of `families.py`, and the page that tells it.
 
-`python tests/family_table.py --write` rewrites docs/families.md; tests/test_families.py compares it with what happens.
+`python -m tests.support.family_table --write` rewrites docs/families.md; tests/smoothing/test_families.py compares it
+with what happens.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import transformers as t
-from families import FAMILIES
 from torch import nn
 
 from smoothquant_kernels import SmoothQuantConfig, smooth_lm
+from tests.support.families import FAMILIES
 
-PATH = Path(__file__).resolve().parents[1] / "docs" / "families.md"
+PATH = Path(__file__).resolve().parents[2] / "docs" / "families.md"
 
 
 @dataclass(frozen=True)
@@ -132,8 +133,8 @@ def _cell(found: list[Row], how: str) -> str:
 _INTRO = """# Architectures
 
 What `smooth_lm` does to each architecture, as found on a tiny random model of it (two layers, hidden size 32) by
-`tests/test_families.py`, which compares this page with what happens. No family is looked up anywhere: which linears
-read one tensor and what may absorb their factors is traced and proved on the model at hand
+`tests/smoothing/test_families.py`, which compares this page with what happens. No family is looked up anywhere: which
+linears read one tensor and what may absorb their factors is traced and proved on the model at hand
 ([smoothing.md](smoothing.md)), so a model that is not listed here goes through the same steps.
 
 For every row the test demands that the smoothed model's outputs equal the float model's bit for bit (with factors that
@@ -146,7 +147,7 @@ mixtures of experts give the same logits, and that the int8 model runs and stays
   tensor, and folding would change what it reads.
 * Experts that `transformers` 5 keeps in 3-D parameters stay in float; so do routers that are no `nn.Linear`.
 
-Written by `python tests/family_table.py --write`, with transformers {version}.
+Written by `python -m tests.support.family_table --write`, with transformers {version}.
 """
 
 

@@ -9,7 +9,7 @@ import torch
 import transformers as t
 from torch import nn
 
-from smoothquant_kernels.linear import pending_smooth
+from smoothquant_kernels.nn.float_linear import pending_smooth
 
 VOCAB = 131
 HIDDEN = 32

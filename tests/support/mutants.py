@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import simulator
 from build_support import ROOT, jobs
+
+from tests.support import simulator
 
 # What a failure looks like.
 WRONG_VALUES = r"\d elements differ, first at \("

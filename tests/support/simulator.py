@@ -18,8 +18,9 @@ from pathlib import Path
 
 import build_commands
 import pytest
-from backends import LIBRARY_VARIABLE
 from build_support import ROOT, BuildError, find_cutlass, find_nvcc, find_torch, jobs
+
+from tests.support.backends import LIBRARY_VARIABLE
 
 _BUILD = ROOT / "build" / "simulator"
 # PTX only: the simulator ignores SASS, and leaving it out halves the compile time.

@@ -15,8 +15,8 @@ import transformers
 from safetensors.torch import save_file
 
 from smoothquant_kernels import save_quantized, smooth_and_quantize
-from smoothquant_kernels.models import load_model
-from smoothquant_kernels.stream import quantize_streamed
+from smoothquant_kernels.evaluation.models import load_model
+from smoothquant_kernels.streaming.stream import quantize_streamed
 
 
 def make(folder: Path, layers: int, hidden: int, ffn: int, dtype: str = "float32") -> float:

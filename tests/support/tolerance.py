@@ -11,10 +11,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from compare import assert_bitwise_equal, count_result
 from torch import Tensor
 
 from smoothquant_kernels import reference
+from tests.support.compare import assert_bitwise_equal, count_result
 
 U = 2.0**-24
 #: Products below float32's normal range lose bits, and 1 / (1 + exp(88)) becomes 0 where it is 2^-127.

@@ -283,7 +283,7 @@ def test_the_pure_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> No
     assert wheel.name == "smoothquant_kernels-0.1.0-py3-none-any.whl"
     names = zipfile.ZipFile(wheel).namelist()
     assert "smoothquant_kernels/py.typed" in names
-    assert "smoothquant_kernels/_extension.py" in names
+    assert "smoothquant_kernels/backends/cuda.py" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     folders = {name.split("/")[0] for name in names}
     assert folders == {"smoothquant_kernels", "smoothquant_kernels-0.1.0.dist-info"}

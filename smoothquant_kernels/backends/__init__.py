@@ -1,0 +1,1 @@
+"""Where ops run: kernels registered for the ops of `ops`."""

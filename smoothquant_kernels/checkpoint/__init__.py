@@ -1,0 +1,1 @@
+"""Checkpoints of quantized models: written, read, and loaded by transformers."""

@@ -1,0 +1,173 @@
+"""Loading checkpoints: checked before use, without running code from them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from smoothquant_kernels.checkpoint import skeleton as skeletons
+from smoothquant_kernels.checkpoint.manifest import (
+    CONFIG,
+    GENERATION_CONFIG,
+    Manifest,
+    check_files,
+    read_manifest,
+)
+from smoothquant_kernels.checkpoint.skeleton import check_scales
+from smoothquant_kernels.checkpoint.transformers_hook import HF_QUANTIZER, save_refusals
+from smoothquant_kernels.errors import SmoothQuantError
+from smoothquant_kernels.modeling.record import INFO
+from smoothquant_kernels.storage.safetensors import (
+    aligned,
+    read,
+)
+
+
+def load_quantized(
+    directory: str | Path,
+    *,
+    device: torch.device | str | int | None = None,
+    model: nn.Module | None = None,
+    verify: bool = True,
+) -> nn.Module:
+    """Loads what `save_quantized` wrote. Runs no code from the folder: no pickle, no remote code.
+
+    On the CPU the weights are mapped, not read: memory is taken as they are used, and is shared between processes.
+
+    Args:
+        directory: the folder.
+        device: where the model goes; None is the CPU.
+        model: a float model of the checkpoint's architecture, for classes that transformers does not have. Its
+            weights may be on the meta device. It is changed in place and returned; its own weights are dropped.
+        verify: compare size and SHA-256 of every file; False skips that, and the whole file is not read up front.
+
+    Returns:
+        The model in eval mode, with `smoothquant_info`, computing bit for bit what the saved one does.
+
+    Raises:
+        SmoothQuantError: the folder is missing, is not a checkpoint, was altered, is incomplete, was written by a newer
+            release, does not fit the model, or has a NaN scale. A model passed in is unchanged then.
+
+    Equivalent to:
+        model = AutoModelForCausalLM.from_config(config); swap in the W8A8Linear; model.load_state_dict(tensors)
+    """
+    folder = Path(directory).expanduser()
+    place = _device(device)
+    manifest = read_manifest(folder)
+    check_files(folder, manifest, verify=verify)
+    modules = skeletons.make_modules(manifest)
+    skeleton = _rebuild(folder, manifest) if model is None else model
+    _check_fit(skeleton, modules, manifest)
+    tensors = read(folder, manifest.tensors)
+    check_scales(tensors, manifest.modules)
+    skeletons.install(skeleton, modules)
+    _assign(skeleton, tensors, manifest, place)
+    setattr(skeleton, INFO, manifest.info)
+    for module, refusal in save_refusals(skeleton):
+        module.__dict__.setdefault(HF_QUANTIZER, refusal)
+    return skeleton.eval()
+
+
+def _device(device: torch.device | str | int | None) -> torch.device:
+    try:
+        place = torch.device("cpu" if device is None else device)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA raises AssertionError
+        raise SmoothQuantError(
+            f"the device {device!r} cannot be used here ({str(error).splitlines()[0]})."
+        ) from error
+    if place.type == "meta":
+        raise SmoothQuantError("a model cannot be loaded to the meta device: it holds no data.")
+    return place
+
+
+def _rebuild(folder: Path, manifest: Manifest) -> nn.Module:
+    """The transformers model that config.json describes, without weights."""
+    name = manifest.model["name"]
+    if not manifest.model["rebuild"]:
+        raise SmoothQuantError(
+            f"the saved model is a {manifest.model['module']}.{name} that transformers cannot make: pass model= with a "
+            "float model of that architecture."
+        )
+    try:
+        text = (folder / CONFIG).read_text("utf-8")
+        values = json.loads(text)
+        architectures = values.get("architectures")
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise SmoothQuantError(
+            f"{folder / CONFIG} cannot be read ({error}): copy it again."
+        ) from None
+    if architectures != [name]:
+        raise SmoothQuantError(
+            f"{folder / CONFIG} is for {architectures} and the weights are of a {name}: copy it again."
+        )
+    model: Any = skeletons.build(skeletons.find_class(name), text, manifest.model["attention"])
+    model.config.name_or_path = model.name_or_path = str(folder)
+    if GENERATION_CONFIG in manifest.files:
+        from transformers import GenerationConfig
+
+        try:
+            saved = json.loads((folder / GENERATION_CONFIG).read_text("utf-8"))
+            values = skeletons.plain_floats(saved)
+            # What from_dict makes, transformers 4 cannot generate with.
+            model.generation_config = (
+                GenerationConfig.from_pretrained(folder)
+                if values == saved
+                else GenerationConfig.from_dict(values)
+            )
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise SmoothQuantError(
+                f"{folder / GENERATION_CONFIG} cannot be read ({error}): copy it again."
+            ) from error
+    return model  # type: ignore[no-any-return]
+
+
+def _check_fit(model: nn.Module, modules: Mapping[str, nn.Module], manifest: Manifest) -> None:
+    """Raises SmoothQuantError unless the checkpoint has each tensor of the model, and no other."""
+    name = type(model).__name__
+    problems = [f"it is a {name}"] if name != manifest.model["name"] else []
+    problems += skeletons.mismatches(model, modules, manifest)
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise SmoothQuantError(
+            f"the checkpoint of a {manifest.model['name']} does not fit the model, {problems[0]}{more}: pass a model "
+            "of the same class and configuration."
+        )
+
+
+def _assign(
+    model: nn.Module, tensors: Mapping[str, Tensor], manifest: Manifest, device: torch.device
+) -> None:
+    """Puts the tensors in, ties what was tied, and moves the rest of the model to the device."""
+    state = model.state_dict()  # with its metadata: the versions that modules want to see
+    placed = {name: aligned(t).to(device) for name, t in tensors.items()}
+    placed |= {alias: placed[name] for alias, name in manifest.tied.items()}
+    for name in manifest.non_persistent:
+        owner, leaf = _owner(model, name)
+        owner._buffers[leaf] = placed.pop(name)
+    state.update(placed)
+    model.load_state_dict(state, assign=True)
+    for alias, name in manifest.tied.items():
+        # One Parameter again: two that share memory would part ways at the next `.to(dtype)`.
+        owner, leaf = _owner(model, alias)
+        source, source_leaf = _owner(model, name)
+        for kind in ("_parameters", "_buffers"):
+            values = getattr(source, kind)
+            if source_leaf in values and leaf in getattr(owner, kind):
+                getattr(owner, kind)[leaf] = values[source_leaf]
+    named = [*model.named_parameters(), *model.named_buffers()]
+    if left := [name for name, t in named if t.is_meta]:
+        raise SmoothQuantError(
+            f"{left[0]} is on the meta device after loading: pass a model whose buffers have data."
+        )
+    model.to(device)
+
+
+def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    owner, _, leaf = name.rpartition(".")
+    return model.get_submodule(owner), leaf

@@ -1,0 +1,88 @@
+"""The command generate."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+from smoothquant_kernels.cli.console import quiet_stderr
+from smoothquant_kernels.cli.loading import (
+    load_any,
+    load_tokenizer,
+)
+from smoothquant_kernels.errors import SmoothQuantError
+from smoothquant_kernels.evaluation.text import check_vocabulary
+from smoothquant_kernels.modeling.run import evaluating, model_device
+from smoothquant_kernels.storage.document import Document
+
+
+def generate(
+    source: str, prompt: str, *, max_new_tokens: int, chat: bool, dtype: str, device: str
+) -> Document:
+    """`smoothquant-kernels generate`."""
+    model, quantised = load_any(source, dtype=dtype, device=device, causal="generate")
+    tokenizer = load_tokenizer(source)
+    answer = complete(model, tokenizer, prompt, max_new_tokens=max_new_tokens, chat=chat)
+    return {"model": source, "quantised": quantised, "prompt": prompt, "chat": chat, **answer}
+
+
+def complete(
+    model: Any,
+    tokenizer: Any,
+    prompt: str,
+    *,
+    max_new_tokens: int,
+    chat: bool = False,
+) -> Document:
+    """Continues a prompt greedily; the text, the number of tokens and the time."""
+    from transformers import GenerationConfig
+
+    if chat:
+        if not getattr(tokenizer, "chat_template", None):
+            raise SmoothQuantError("this model has no chat template; leave out --chat.")
+        messages = [{"role": "user", "content": prompt}]
+        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    # A chat template writes the special tokens itself.
+    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat)["input_ids"]
+    if not ids.shape[1]:
+        raise SmoothQuantError("the prompt is empty; give some text to continue.")
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if isinstance(positions, int) and ids.shape[1] + max_new_tokens > positions:
+        raise SmoothQuantError(
+            f"the prompt of {ids.shape[1]} tokens and {max_new_tokens} new ones exceed the "
+            f"{positions} positions of the model; ask for fewer."
+        )
+    check_vocabulary(model.config, int(ids.max()))
+    stop = getattr(model.generation_config, "eos_token_id", None) or tokenizer.eos_token_id
+    # A configuration of our own: that of the model may ask for sampling or penalties.
+    settings: Any = GenerationConfig  # its constructor carries no annotations
+    greedy = settings(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        eos_token_id=stop,
+        pad_token_id=stop[0] if isinstance(stop, list) else stop,
+    )
+    ids = ids.to(model_device(model))
+    begin = time.perf_counter()
+    with evaluating(model), quiet_stderr():
+        output = model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=greedy
+        )
+    seconds = time.perf_counter() - begin
+    new = output[0, ids.shape[1] :]
+    # Many tokenizers drop the space before the first token that they decode, so decode the whole.
+    whole = tokenizer.decode(output[0], skip_special_tokens=True)
+    start = tokenizer.decode(ids[0], skip_special_tokens=True)
+    text = whole[len(start) :] if whole.startswith(start) else tokenizer.decode(new)
+    return {
+        "text": text.strip() if chat else text,
+        "new_tokens": len(new),
+        "seconds": seconds,
+    }
+
+
+def render_generate(document: Document) -> str:
+    # Plain text, not wrapped: it is for copying and for pipes.
+    return str(document["text"] if document["chat"] else document["prompt"] + document["text"])

@@ -1,0 +1,1 @@
+"""Looking at a model and changing it: its layers, what reads what, how it is run, what was done to it."""

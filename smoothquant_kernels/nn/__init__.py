@@ -1,0 +1,1 @@
+"""Quantized layers, and what they need of float ones."""

@@ -1,0 +1,1 @@
+"""A report on smoothing a model."""

@@ -1,0 +1,1 @@
+"""Calibration, smoothing factors, folding and conversion to int8."""

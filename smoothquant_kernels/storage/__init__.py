@@ -1,0 +1,1 @@
+"""Files: safetensors, folders that appear whole, digests, JSON."""

@@ -1,0 +1,39 @@
+"""JSON documents: what commands and reports return, written so that every parser reads it."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+Document = dict[str, Any]
+
+
+def note(text: str) -> None:
+    """Says on stderr what is going on."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def json_text(document: Mapping[str, Any]) -> str:
+    """JSON that every parser reads: NaN and infinities, which JSON lacks, become null."""
+    return json.dumps(_plain(document), indent=2, allow_nan=False, default=str)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return value
+
+
+def readable_size(size: float) -> str:
+    """A size for people."""
+    for unit, bytes_ in (("GB", 1e9), ("MB", 1e6)):
+        if size >= bytes_:
+            return f"{size / bytes_:,.1f} {unit}"
+    return f"{size / 1e3:,.1f} kB"

@@ -1,0 +1,25 @@
+"""Whether a disk has room, asked before the work."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from smoothquant_kernels.errors import SmoothQuantError
+
+
+def check_space(target: Path, need: int) -> None:
+    """Raises SmoothQuantError unless the disk of a folder to be has that many bytes free."""
+    parent = target.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    free = shutil.disk_usage(parent).free
+    if free < need:
+        raise SmoothQuantError(
+            f"{target} will take about {_gigabytes(need)} and the disk of {parent} has {_gigabytes(free)} free: free "
+            "some space, or give another place."
+        )
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:,.3f} GB" if size < 1e9 else f"{size / 1e9:,.1f} GB"
