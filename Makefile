@@ -1,5 +1,5 @@
 # Every target makes the environment that it needs; nothing is installed outside this folder.
-#   make demo       smooth, quantise and run a small real model on the CPU
+#   make demo       smooth, quantize and run a small real model on the CPU
 #   make test       all tests that need no compiler and no GPU: 8 minutes of CPU time at most
 #   make test-all   those, and all that take longer, start a compiler or load a real model
 #   make test-instructions  make test once more with the processor's plainer instructions

@@ -1,4 +1,4 @@
-"""One frozen description of everything that smoothing and quantisation do."""
+"""One frozen description of everything that smoothing and quantization do."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DEFAULT_ALPHA = {"per_token": 0.6, "per_tensor": 0.7, "static": 0.7}
 
 @dataclass(frozen=True)
 class SmoothQuantConfig:
-    """How a model is smoothed and quantised. Round-trips through JSON; unknown or wrong values are refused.
+    """How a model is smoothed and quantized. Round-trips through JSON; unknown or wrong values are refused.
 
     Attributes:
         alpha: migration strength in [0, 1]: 0 leaves the activations as they are, 1 moves all difficulty into the

@@ -40,7 +40,7 @@ def scale_from_absmax(absmax: Tensor) -> Tensor:
 
 
 def inverse_scale(scale: Tensor) -> Tensor:
-    """`1 / scale` in float32; 0 where the scale is 0, negative, NaN or Inf, so that such a row quantises to 0."""
+    """`1 / scale` in float32; 0 where the scale is 0, negative, NaN or Inf, so that such a row quantizes to 0."""
     usable = (scale >= MIN_SCALE) & torch.isfinite(scale)
     return torch.where(usable, torch.ones_like(scale) / scale, torch.zeros_like(scale))
 
@@ -68,7 +68,7 @@ def quantize(
     granularity: str = "token",
     k_multiple: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """Divide by the smoothing factors and quantise; see `ops.quantize`.
+    """Divide by the smoothing factors and quantize; see `ops.quantize`.
 
     * dynamic per token: `x_scale[m] = max_k |x * inv_smooth| / 127`; a row with a NaN or Inf gets a NaN or Inf
       scale and zeros, which makes its (and only its) products non-finite;
@@ -96,7 +96,7 @@ def quantize(
 
 
 def quantize_weight(w: Tensor, granularity: str = "channel") -> tuple[Tensor, Tensor]:
-    """Quantise a weight [N, K] per output channel (`w_scale` [N]) or per tensor (`w_scale` [1])."""
+    """Quantize a weight [N, K] per output channel (`w_scale` [N]) or per tensor (`w_scale` [1])."""
     return quantize(w, granularity={"channel": "token", "tensor": "tensor"}[granularity])
 
 
@@ -126,7 +126,7 @@ def gemm_s8(
     residual: Tensor | None = None,
     out_dtype: torch.dtype = torch.float16,
 ) -> Tensor:
-    """INT8 GEMM with fused dequantisation: `fma(acc * w_scale, x_scale, bias) + residual`, rounded once."""
+    """INT8 GEMM with fused dequantization: `fma(acc * w_scale, x_scale, bias) + residual`, rounded once."""
     acc = x_q.reshape(-1, x_q.shape[-1]).double() @ w_q.double().T  # exact
     y = acc.to(torch.int32).float() * w_scale.float()  # by way of int32, which has no -0
     x_column = x_scale.float()[:, None]
@@ -145,7 +145,7 @@ def gemm_s8_requant(
     bias: Tensor | None = None,
     relu: bool = False,
 ) -> Tensor:
-    """`gemm_s8` whose float32 result is quantised by a static scale, after an optional ReLU."""
+    """`gemm_s8` whose float32 result is quantized by a static scale, after an optional ReLU."""
     y = gemm_s8(x_q, w_q, x_scale, w_scale, bias, out_dtype=torch.float32)
     if relu:
         y = torch.relu(y)

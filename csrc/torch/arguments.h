@@ -167,7 +167,7 @@ struct Rows {
   }
 };
 
-// The checks that all quantisers share, and what they say of the scheme, the sizes and x's type.
+// The checks that all quantizers share, and what they say of the scheme, the sizes and x's type.
 inline void check_quantizer(const char* op, const Tensor& x, int64_t k,
                             const MaybeTensor& inv_smooth, const MaybeTensor& scale,
                             std::string_view granularity, QuantizeParams& params) {

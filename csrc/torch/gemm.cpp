@@ -14,7 +14,7 @@ int64_t padded(int64_t k) { return (k + kGemmAlignment - 1) / kGemmAlignment * k
 
 void check_int8(const char* op, const char* name, const Tensor& tensor) {
   SQK_CHECK(tensor.scalar_type() == ScalarType::Char, op, ": ", name, " must be int8, got ",
-            dtype_name(tensor.scalar_type()), ". Quantise it first (ops.quantize).");
+            dtype_name(tensor.scalar_type()), ". Quantize it first (ops.quantize).");
 }
 
 // A scale: one for each, or one for all.
@@ -124,7 +124,7 @@ class Gemm {
 
  private:
   // Rows as the kernels load them, 16 bytes at a time: the tensor itself where it lies so (what the
-  // quantisers return with k_multiple = 16 does, and a packed weight), else a padded copy.
+  // quantizers return with k_multiple = 16 does, and a packed weight), else a padded copy.
   const int8_t* aligned_rows(const Tensor& t, int64_t& stride, std::optional<Rows>& keep) {
     if (Rows::uniform(t)) {
       const Rows& rows = keep.emplace(t);

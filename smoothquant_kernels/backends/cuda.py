@@ -174,7 +174,7 @@ def _load(folder: Path) -> ExtensionStatus:
 
 
 def _mismatch(cuda_version: str, torch_target: str) -> str | None:
-    """What is known to go wrong, asked first: an initialiser that throws would end the process."""
+    """What is known to go wrong, asked first: an initializer that throws would end the process."""
     if not cuda_version or not torch_target:
         return f"{BUILD_INFO_NAME} is missing or damaged beside {LIBRARY_NAME}"
     if torch.version.cuda is None:

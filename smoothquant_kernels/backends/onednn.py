@@ -33,7 +33,7 @@ MODES = ("vnni", "split", "float")
 _EXACT_FLOAT = 2**24  # every integer up to here is a float32 number
 _VNNI_MAX_K = (2**31 - 1) // (255 * 128)  # x + 128 reaches 255: a longer uint8 sum could pass 2**31
 _CHUNK_RESULTS = 1 << 20  # float32 products made at a time: finished while in the cache
-_CHUNK_BYTES = 1 << 20  # rows quantised at a time: the passes over one chunk stay in the L2 cache
+_CHUNK_BYTES = 1 << 20  # rows quantized at a time: the passes over one chunk stay in the L2 cache
 
 
 # --- int8 GEMM --------------------------------------------------------------------------------------------------------
@@ -208,7 +208,7 @@ def _scaled_product(x_q: Tensor, w_q: Tensor, w_scale: Tensor) -> Tensor:
     return total.float().mul_(w_scale)
 
 
-def _dequantised(
+def _dequantized(
     x_q: Tensor, w_q: Tensor, x_scale: Tensor, w_scale: Tensor, bias: Tensor | None
 ) -> Tensor:
     y = _scaled_product(x_q.reshape(-1, x_q.shape[-1]).contiguous(), w_q, w_scale.contiguous())
@@ -239,7 +239,7 @@ def gemm_s8(
 
     def part(start: int, stop: int) -> Tensor:
         scale = x_scale if x_scale.shape[0] == 1 else x_scale[start:stop]
-        y = _dequantised(rows[start:stop], w_q, scale, w_scale, bias)
+        y = _dequantized(rows[start:stop], w_q, scale, w_scale, bias)
         return y if extra is None else y.add_(extra[start:stop].float())
 
     step = max(128, _CHUNK_RESULTS // n)
@@ -265,7 +265,7 @@ def gemm_s8_requant(
     """CPU kernel of `ops.gemm_s8_requant`."""
     _checks.gemm("gemm_s8_requant", x_q, w_q, x_scale, w_scale, bias)
     _checks.requant_scale("gemm_s8_requant", out_scale, x_q)
-    y = _dequantised(x_q, w_q, x_scale, w_scale, bias)
+    y = _dequantized(x_q, w_q, x_scale, w_scale, bias)
     if relu:
         y = y.relu_()
     y_q = reference.round_to_int8(y.mul_(reference.inverse_scale(out_scale)))
@@ -305,7 +305,7 @@ def linear_s8(
     return gemm_s8(x_q, w_q, x_scale, w_scale, bias=bias, out_dtype=x.dtype)
 
 
-# --- quantiser --------------------------------------------------------------------------------------------------------
+# --- quantizer --------------------------------------------------------------------------------------------------------
 
 
 def _rows(x: Tensor, start: int, stop: int, inv_smooth: Tensor | None) -> Tensor:
@@ -337,7 +337,7 @@ def quantize(
 ) -> tuple[Tensor, Tensor]:
     """CPU kernel of `ops.quantize`."""
     k = x.shape[-1] if x.dim() else 0
-    _checks.quantiser("quantize", x, k, inv_smooth, scale, granularity, k_multiple)
+    _checks.quantizer("quantize", x, k, inv_smooth, scale, granularity, k_multiple)
     rows = x.detach().reshape(-1, k)
     m = rows.shape[0]
     step = max(1, _CHUNK_BYTES // (4 * k))

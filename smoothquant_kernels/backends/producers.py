@@ -70,7 +70,7 @@ def act_quantize(
 ) -> tuple[Tensor, Tensor]:
     """CPU kernel of `ops.act_quantize`."""
     k = _checks.activation_kind("act_quantize", x, kind, gate)
-    _checks.quantiser("act_quantize", x, k, inv_smooth, scale, granularity, k_multiple)
+    _checks.quantizer("act_quantize", x, k, inv_smooth, scale, granularity, k_multiple)
     y = reference.activation(x, kind, gate)
     return quantize(
         y, inv_smooth=inv_smooth, scale=scale, granularity=granularity, k_multiple=k_multiple

@@ -1,4 +1,4 @@
-"""Saving and loading quantised models: safetensors and JSON, whole or not at all, checked before use."""
+"""Saving and loading quantized models: safetensors and JSON, whole or not at all, checked before use."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def save_quantized(
     overwrite: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> Path:
-    """Writes a quantised model to a folder (docs/checkpoint.md has the format).
+    """Writes a quantized model to a folder (docs/checkpoint.md has the format).
 
     The folder appears when everything is on the disk: after a crash, Ctrl-C or a full disk there is no half of it.
 
@@ -61,7 +61,7 @@ def save_quantized(
         The folder.
 
     Raises:
-        SmoothQuantError: nothing is quantised, a scale is NaN, a tensor has no data, the folder exists, or the disk is
+        SmoothQuantError: nothing is quantized, a scale is NaN, a tensor has no data, the folder exists, or the disk is
             full.
 
     Equivalent to:
@@ -92,7 +92,7 @@ def _describe(
     if not any(isinstance(m, W8A8Linear) for m in model.modules()):
         smoothed = " (it is smoothed, but in float)" if modules or hasattr(model, INFO) else ""
         raise SmoothQuantError(
-            f"the model has no quantised layer{smoothed}: run quantize_model on it first, or save a float model with "
+            f"the model has no quantized layer{smoothed}: run quantize_model on it first, or save a float model with "
             "save_pretrained."
         )
     tensors, tied = unique(skeletons.layer_state(model))

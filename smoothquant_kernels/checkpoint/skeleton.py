@@ -251,5 +251,5 @@ def check_scales(tensors: Mapping[str, Tensor], modules: Iterable[str]) -> None:
         t = tensors.get(name)
         if t is not None and not bool(((t > 0) & t.isfinite()).all()):
             raise SmoothQuantError(
-                f"{name} has a value that is NaN, infinite or not positive: quantise the model again."
+                f"{name} has a value that is NaN, infinite or not positive: quantize the model again."
             )

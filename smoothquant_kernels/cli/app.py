@@ -37,7 +37,7 @@ from smoothquant_kernels.storage.document import Document
 
 app = typer.Typer(
     name="smoothquant-kernels",
-    help="SmoothQuant W8A8 INT8 for Hugging Face models: quantise, evaluate, report, generate.",
+    help="SmoothQuant W8A8 INT8 for Hugging Face models: quantize, evaluate, report, generate.",
     no_args_is_help=True,
     add_completion=False,
     # A defect shows Python's own traceback: plain text is what a bug report needs.
@@ -86,7 +86,7 @@ def quantize(
     dtype: Dtype = "float32",
     device: Device = "auto",
     no_smooth: Annotated[
-        bool, typer.Option("--no-smooth", help="Quantise without smoothing, to compare.")
+        bool, typer.Option("--no-smooth", help="Quantize without smoothing, to compare.")
     ] = False,
     search: Annotated[
         bool,
@@ -109,7 +109,7 @@ def quantize(
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Calibrate, smooth and quantise a model, and save the checkpoint.
+    """Calibrate, smooth and quantize a model, and save the checkpoint.
 
     Example: smoothquant-kernels quantize org/model --output model-w8a8
     """
@@ -228,7 +228,7 @@ def report(
     dtype: Dtype = "float32",
     device: Device = "auto",
     no_smooth: Annotated[
-        bool, typer.Option("--no-smooth", help="Report on quantising without smoothing.")
+        bool, typer.Option("--no-smooth", help="Report on quantizing without smoothing.")
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier report.")] = False,
     as_json: Json = False,

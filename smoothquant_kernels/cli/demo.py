@@ -25,7 +25,7 @@ from smoothquant_kernels.checkpoint.save import save_quantized
 from smoothquant_kernels.cli.console import quiet_stderr
 from smoothquant_kernels.cli.generate import complete
 from smoothquant_kernels.cli.inputs import text_windows
-from smoothquant_kernels.cli.inspect import summarise_layers
+from smoothquant_kernels.cli.inspect import summarize_layers
 from smoothquant_kernels.cli.loading import check_target, linear_bytes
 from smoothquant_kernels.config import SmoothQuantConfig
 from smoothquant_kernels.errors import SmoothQuantError
@@ -205,7 +205,7 @@ def _with_change(row: Document) -> Document:
 
 
 def _naive(model: nn.Module, statistics: ActivationStatistics, scheme: str) -> nn.Module:
-    """A copy quantised without smoothing, on the same calibrated ranges."""
+    """A copy quantized without smoothing, on the same calibrated ranges."""
     candidate = copy.deepcopy(model)
     config = SmoothQuantConfig(activation_scheme=scheme, smooth=False)
     return quantize_model(smooth_lm(candidate, statistics, config=config))
@@ -230,7 +230,7 @@ def _save_and_reload(model: Any, tokenizer: Any, folder: Path, ids: Tensor, size
             "bytes": sum(file.stat().st_size for file in files),
             "reloaded_logits_bit_identical": same,
             "verification": info["verification"],
-            "smoothing": summarise_layers(info["layers"], info["skipped"])["smoothing"],
+            "smoothing": summarize_layers(info["layers"], info["skipped"])["smoothing"],
         },
         "generation": complete(again, tokenizer, PROMPT, max_new_tokens=size.new_tokens, chat=True),
     }

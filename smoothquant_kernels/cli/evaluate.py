@@ -28,7 +28,7 @@ def evaluate(
     """`smoothquant-kernels evaluate`."""
     texts = load_text(text)
     options = {"dtype": dtype, "device": device, "causal": "evaluate"}
-    model, quantised = load_any(source, **options)
+    model, quantized = load_any(source, **options)
     original = None if reference is None else load_any(reference, **options)[0]
     tokenizer = load_tokenizer(source, reference)
     note(f"evaluating on {text}")
@@ -44,7 +44,7 @@ def evaluate(
     )
     return {
         "model": source,
-        "quantised": quantised,
+        "quantised": quantized,
         "reference": reference,
         "text": text,
         "window": window,

@@ -22,10 +22,10 @@ def generate(
     source: str, prompt: str, *, max_new_tokens: int, chat: bool, dtype: str, device: str
 ) -> Document:
     """`smoothquant-kernels generate`."""
-    model, quantised = load_any(source, dtype=dtype, device=device, causal="generate")
+    model, quantized = load_any(source, dtype=dtype, device=device, causal="generate")
     tokenizer = load_tokenizer(source)
     answer = complete(model, tokenizer, prompt, max_new_tokens=max_new_tokens, chat=chat)
-    return {"model": source, "quantised": quantised, "prompt": prompt, "chat": chat, **answer}
+    return {"model": source, "quantised": quantized, "prompt": prompt, "chat": chat, **answer}
 
 
 def complete(

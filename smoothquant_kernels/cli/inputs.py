@@ -106,7 +106,7 @@ def text_windows(
     A model that reads in both directions gets the tokens that its tokenizer puts after a text, too.
     """
     enough, size = [], 0
-    for part in texts:  # tokenising a whole corpus for some thousand tokens would take minutes
+    for part in texts:  # tokenizing a whole corpus for some thousand tokens would take minutes
         enough.append(part)
         size += len(part)
         if size > 32 * tokens:

@@ -104,7 +104,7 @@ def inspect_checkpoint(directory: Path, *, verify: bool = False) -> Document:
         "config": info.get("config", {}),
         "calibration_tokens": info.get("calibration_tokens"),
         "verification": info.get("verification"),
-        **summarise_layers(layers, info.get("skipped", [])),
+        **summarize_layers(layers, info.get("skipped", [])),
         "layers": layers,
         "bytes": {
             "quantised_layers": in_layers,
@@ -138,7 +138,7 @@ def _tensor_bytes(directory: Path, manifest: Manifest) -> dict[str, int]:
     return sizes
 
 
-def summarise_layers(
+def summarize_layers(
     layers: Sequence[dict[str, Any]], skipped: Sequence[dict[str, Any]]
 ) -> Document:
     """Counts, with layers that differ only in their number taken together."""
@@ -192,7 +192,7 @@ def _with_ranges(reasons: Sequence[str]) -> str:
 
 
 def render_layers(document: Document) -> Group:
-    """The table of `summarise_layers`, and one line of totals."""
+    """The table of `summarize_layers`, and one line of totals."""
     table = Table()
     table.add_column("layers", overflow="fold")
     table.add_column("no.", justify="right")

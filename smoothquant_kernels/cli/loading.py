@@ -111,7 +111,7 @@ def config_of(source: str) -> Any:
 def load_any(
     source: str, *, dtype: str, device: str, causal: str | None = None
 ) -> tuple[Any, bool]:
-    """A model in evaluation mode, float or quantised, and whether it is quantised.
+    """A model in evaluation mode, float or quantized, and whether it is quantized.
 
     `causal`: the command, if it needs a causal language model; another is refused before its weights are read.
     """
@@ -147,7 +147,7 @@ def tensor_bytes(module: nn.Module) -> int:
 
 
 def linear_bytes(model: nn.Module, skipped: Sequence[str] = ()) -> int:
-    """Bytes of the linears that are quantised, or will be: all but those of the names `skipped`."""
+    """Bytes of the linears that are quantized, or will be: all but those of the names `skipped`."""
     return sum(
         tensor_bytes(module)
         for name, module in model.named_modules()

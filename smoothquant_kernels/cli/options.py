@@ -78,7 +78,7 @@ AnyModel = Annotated[
 ]
 Window = Annotated[int, typer.Option(min=2, help="Tokens that the model reads at a time.")]
 
-# --- how a model is smoothed and quantised --------------------------------------------------------
+# --- how a model is smoothed and quantized --------------------------------------------------------
 
 Alpha = Annotated[
     float | None,

@@ -25,7 +25,7 @@ from smoothquant_kernels.cli.inspect import (
     describe_verification,
     inspect_checkpoint,
     render_layers,
-    summarise_layers,
+    summarize_layers,
     weight_files,
 )
 from smoothquant_kernels.cli.loading import (
@@ -82,7 +82,7 @@ def quantize(
         raise SmoothQuantError("--restart drops the unfinished work of --stream; give both.")
     float_type, where = choose_dtype(dtype), choose_device(device)
     if is_checkpoint(Path(source)):
-        raise SmoothQuantError(f"{source} is quantised already; give the original model.")
+        raise SmoothQuantError(f"{source} is quantized already; give the original model.")
     if stream:
         document = _quantize_streamed(
             source, output, config, calibration=calibration, dtype=float_type, device=where,
@@ -115,7 +115,7 @@ def quantize(
         "output": str(output),
         "config": info["config"],
         "calibration": None if inputs is None else inputs.facts,
-        **summarise_layers(info["layers"], info["skipped"]),
+        **summarize_layers(info["layers"], info["skipped"]),
         "verification": info.get("verification"),
         "bytes": {
             "model_before": before["model"],
@@ -145,7 +145,7 @@ def _quantize_streamed(
 
     check_folder(Path(source))
     inputs = calibration_inputs(source, calibration, config)
-    note(f"quantising {source} block by block on {inputs}")
+    note(f"quantizing {source} block by block on {inputs}")
     quantize_streamed(
         source, output, inputs.batches, config, tokenizer=inputs.processor, dtype=dtype, device=device,
         overwrite=force, resume=resume, progress=show_progress(),
@@ -200,7 +200,7 @@ def render_quantize(document: Document) -> Group:
     facts.add_row(
         "size",
         f"model {whole}{readable_size(size['model_after'])}, "
-        f"its quantised linears {readable_size(size['linears_before'])} -> "
+        f"its quantized linears {readable_size(size['linears_before'])} -> "
         f"{readable_size(size['linears_after'])}",
     )
     facts.add_row("seconds", f"{document['seconds']:.1f}")

@@ -51,7 +51,7 @@ def report(
     where, held_source = choose_device(device), text or "topics:evaluation"
     original = source if reference is None else reference
     if is_checkpoint(Path(original)):
-        raise SmoothQuantError(f"{original} is quantised; a report needs the original model.")
+        raise SmoothQuantError(f"{original} is quantized; a report needs the original model.")
     fallback = None if reference is None else source
     inputs = calibration_inputs(original, calibration, settings, fallback)
     if text is not None and not is_causal(config_of(original)):
@@ -101,7 +101,7 @@ def _report_config(
         return read_config(config, **changes)
     if reference is None:
         raise SmoothQuantError(
-            f"{source} is quantised; name the original model with --reference as well."
+            f"{source} is quantized; name the original model with --reference as well."
         )
     if config is not None or changes.keys() - {"calibration_tokens"}:
         raise SmoothQuantError(

@@ -1,4 +1,4 @@
-"""`lm_eval` on quantised checkpoints.
+"""`lm_eval` on quantized checkpoints.
 
     python -m smoothquant_kernels.lm_eval run --model hf --model_args pretrained=DIR --tasks ...
 

@@ -48,12 +48,12 @@ def load_model(
 
     Args:
         source: a hub name (`org/name`), a folder with config.json and weights, a folder with one
-            .gguf file, or a .gguf file. GGUF weights are dequantised.
+            .gguf file, or a .gguf file. GGUF weights are dequantized.
         dtype: floating-point type of the returned weights.
         trust_remote_code: run the Python files of a hub repository; never done unless asked for.
     Returns: the model on the CPU. One that came from GGUF is plain as well: `save_pretrained` works
         on it, its config has no quantization_config, and tied weights are tied.
-    Raises: SmoothQuantError if the source is unknown or broken, lacks weights, or is quantised already.
+    Raises: SmoothQuantError if the source is unknown or broken, lacks weights, or is quantized already.
     Equivalent to:
         AutoModelForCausalLM.from_pretrained(source, dtype=dtype).eval()   # or BertModel, ViTModel, ...
     Source: Hugging Face transformers, `from_pretrained`, with the errors and the GGUF case mended.

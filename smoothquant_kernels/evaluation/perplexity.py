@@ -1,4 +1,4 @@
-"""How good a language model is, and how far a quantised one is from the original.
+"""How good a language model is, and how far a quantized one is from the original.
 
 Two perplexities that differ by half a per cent say little: rounding the weights to bfloat16 alone
 moves them that much. So a model is compared with its reference token by token: the difference of
@@ -66,7 +66,7 @@ class Reference:
     Log-probabilities are kept in memory, in float32, as long as they fit: one token takes 4 bytes
     times the vocabulary (4,096 tokens of a vocabulary of 49,152 take 0.75 GiB). Windows beyond that
     run anew each time, so any text can be evaluated; only the time differs. The model must stay as it
-    is: do not smooth or quantise it in place, but a copy.
+    is: do not smooth or quantize it in place, but a copy.
 
     Args:  model: the reference; max_bytes: bound for the memory, 0 to remember nothing.
     """
@@ -107,14 +107,14 @@ def evaluate(
     model's type; means are taken in float64. Logits that are NaN or infinite give a perplexity that
     is nan or inf, no error.
 
-    Standard errors are by batch means: neighbouring tokens share their context, so their values are
+    Standard errors are by batch means: neighboring tokens share their context, so their values are
     correlated, and the usual s / sqrt(n) is too small. The n tokens, in the order of the text, are
     cut into about sqrt(n) contiguous blocks of about sqrt(n) tokens, and the scatter of the block
     means is taken. Blocks of that length outgrow any fixed correlation length as the text grows,
     and so does their number; the estimate is consistent.
 
     Args:
-        model: a causal language model, original or quantised: `model(input_ids=[1, T]).logits` is
+        model: a causal language model, original or quantized: `model(input_ids=[1, T]).logits` is
             [1, T, V].
         text: as for `load_text`; pass a text itself in a list.
         tokenizer: turns the text into tokens.

@@ -128,7 +128,7 @@ def load_text(source: str | Path | Sequence[str]) -> list[str]:
 
 
 def _without_blanks(rows: Sequence[str]) -> list[str]:
-    """Rows, the blank ones attached to their neighbours so that `"\\n\\n".join` gives the same.
+    """Rows, the blank ones attached to their neighbors so that `"\\n\\n".join` gives the same.
 
     Published perplexities of WikiText join all of its rows, a third of which are empty.
     """

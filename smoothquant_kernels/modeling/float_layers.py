@@ -77,7 +77,7 @@ def stays_in_float(model: nn.Module, linears: Iterable[str], batch: Batch | None
     if names and len(found) == len(names):
         name, reason = next(iter(found.items()))
         raise SmoothQuantError(
-            f"no linear layer to quantise in {type(model).__name__}: all {len(found)} must stay in float "
+            f"no linear layer to quantize in {type(model).__name__}: all {len(found)} must stay in float "
             f"({name}: {reason})."
         )
     return found

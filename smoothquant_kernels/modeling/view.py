@@ -32,10 +32,10 @@ def output_heads(model: nn.Module) -> set[str]:
 def partition_linears(
     model: nn.Module, skip: tuple[str, ...] = ()
 ) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """The float linears to quantise, and those left in float with the reason.
+    """The float linears to quantize, and those left in float with the reason.
 
     Raises:
-        SmoothQuantError: there is no linear layer to quantise, or another tool has quantized the model.
+        SmoothQuantError: there is no linear layer to quantize, or another tool has quantized the model.
     """
     check_float_model(model)
     if is_float_linear(model):
@@ -82,9 +82,9 @@ def partition_linears(
             chosen[name] = module
     if not chosen:
         if quantized:
-            raise SmoothQuantError(f"the model is quantised already ({quantized} W8A8Linear).")
+            raise SmoothQuantError(f"the model is quantized already ({quantized} W8A8Linear).")
         raise SmoothQuantError(
-            f"no linear layer to quantise in {type(model).__name__}: expected nn.Linear or Conv1D modules"
+            f"no linear layer to quantize in {type(model).__name__}: expected nn.Linear or Conv1D modules"
             + (f"; {len(skipped)} were skipped." if skipped else ".")
         )
     return chosen, skipped

@@ -61,7 +61,7 @@ def weight_of(module: nn.Module) -> Tensor:
     """The weight as [N, K], a view for `Conv1D`: writing to it writes to the module."""
     if not is_float_linear(module):
         raise SmoothQuantError(
-            f"expected nn.Linear or Conv1D, got {type(module).__name__}; only these can be quantised."
+            f"expected nn.Linear or Conv1D, got {type(module).__name__}; only these can be quantized."
         )
     weight = module.weight
     assert isinstance(weight, Tensor)

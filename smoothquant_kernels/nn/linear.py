@@ -52,7 +52,7 @@ def packed_rows(w_q: Tensor) -> Tensor:
 
 
 class QuantizedActivation(NamedTuple):
-    """An activation quantised once for several linears that read it (q, k and v; gate and up).
+    """An activation quantized once for several linears that read it (q, k and v; gate and up).
 
     `x_q` [..., K] int8, `x_scale` [M] or [1] float32, `dtype` the float type that the linears shall return. Smoothing
     has been applied: a linear that is given one does not apply its own `inv_smooth`.
@@ -71,7 +71,7 @@ class W8A8Linear(nn.Module):
         bias: whether there is a bias.
         activation_scheme: ``"per_token"`` (paper O1), ``"per_tensor"`` (dynamic, O2) or ``"static"`` (calibrated, O3).
         weight_granularity: ``"channel"`` or ``"tensor"``.
-        smooth: whether the input is divided by smoothing factors at run time (inside the quantiser).
+        smooth: whether the input is divided by smoothing factors at run time (inside the quantizer).
         device: where the buffers live; ``"meta"`` to load a checkpoint without allocating twice.
         dtype: the type that `weight` shows to code outside, float16, bfloat16 or float32: that of the float layer.
             It follows `.half()`, `.to(dtype)` and the like.
@@ -85,7 +85,7 @@ class W8A8Linear(nn.Module):
     `load_state_dict` of a float linear stumbles over, even with strict=False, instead of leaving random weights.
 
     Equivalent to:
-        torch.nn.functional.linear(x / s, w * s, bias), up to the quantisation error.
+        torch.nn.functional.linear(x / s, w * s, bias), up to the quantization error.
 
     Source: SmoothQuant (Xiao et al., 2022), section 4.
     """
@@ -152,7 +152,7 @@ class W8A8Linear(nn.Module):
         smooth: Tensor | None = None,
         x_scale: Tensor | float | None = None,
     ) -> W8A8Linear:
-        """Quantises a float layer.
+        """Quantizes a float layer.
 
         Args:
             linear: an `nn.Linear` or GPT-2's `Conv1D` (weight [K, N]); left unchanged. Factors that smoothing has left
@@ -262,7 +262,7 @@ class W8A8Linear(nn.Module):
         self.w_q = packed_rows(self.w_q)  # a copy made under inference_mode
 
     def quantize_input(self, x: Tensor) -> QuantizedActivation:
-        """Smooths and quantises x [..., K] as this layer wants it, for all layers that share its input."""
+        """Smooths and quantizes x [..., K] as this layer wants it, for all layers that share its input."""
         x_q, x_scale = ops.quantize(
             x,
             inv_smooth=self.inv_smooth,
@@ -307,7 +307,7 @@ class W8A8Linear(nn.Module):
 
     # The name of the parameter is nn.Linear's own: some models call proj(input=x).
     def forward(self, input: Tensor | QuantizedActivation) -> Tensor:
-        """input [..., K] float16, bfloat16, float32 or already quantised -> [..., N]."""
+        """input [..., K] float16, bfloat16, float32 or already quantized -> [..., N]."""
         x = input
         # Not self.w_q: nn.Module finds a buffer after a search elsewhere, which takes a microsecond for each.
         own: dict[str, Any] = self._buffers

@@ -24,29 +24,29 @@ from smoothquant_kernels.ops.registry import define_op, eager_cpu
 
 # --- schemas ----------------------------------------------------------------------------------------------------------
 
-_QUANTISER = (
+_QUANTIZER = (
     'Tensor? inv_smooth=None, Tensor? scale=None, str granularity="token", int k_multiple=1'
 )
 
 _quantize = define_op(
-    f"quantize(Tensor x, *, {_QUANTISER}) -> (Tensor, Tensor)",
+    f"quantize(Tensor x, *, {_QUANTIZER}) -> (Tensor, Tensor)",
     cpu=cpu.quantize,
     fake=_fakes.quantize,
 )
 _rms_norm_quantize = define_op(
     "rms_norm_quantize(Tensor x, Tensor weight, float eps, *, Tensor? residual=None, "
-    f"{_QUANTISER}) -> (Tensor, Tensor, Tensor)",
+    f"{_QUANTIZER}) -> (Tensor, Tensor, Tensor)",
     cpu=_cpu_fused.rms_norm_quantize,
     fake=_fakes.rms_norm_quantize,
 )
 _layer_norm_quantize = define_op(
     "layer_norm_quantize(Tensor x, Tensor? weight, Tensor? bias, float eps, *, "
-    f"Tensor? residual=None, {_QUANTISER}) -> (Tensor, Tensor, Tensor)",
+    f"Tensor? residual=None, {_QUANTIZER}) -> (Tensor, Tensor, Tensor)",
     cpu=_cpu_fused.layer_norm_quantize,
     fake=_fakes.layer_norm_quantize,
 )
 _act_quantize = define_op(
-    f"act_quantize(Tensor x, str kind, *, Tensor? gate=None, {_QUANTISER}) -> (Tensor, Tensor)",
+    f"act_quantize(Tensor x, str kind, *, Tensor? gate=None, {_QUANTIZER}) -> (Tensor, Tensor)",
     cpu=_cpu_fused.act_quantize,
     fake=_fakes.act_quantize,
 )
@@ -102,7 +102,7 @@ def quantize(
     granularity: str = "token",
     k_multiple: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """Divide by the smoothing factors and quantise to int8, in one pass.
+    """Divide by the smoothing factors and quantize to int8, in one pass.
 
     Args:
         x: [..., K] float16, bfloat16 or float32, any strides.
@@ -147,7 +147,7 @@ def rms_norm_quantize(
     granularity: str = "token",
     k_multiple: int = 1,
 ) -> tuple[Tensor, ...]:
-    """RMSNorm, smoothing and int8 quantisation in one pass, with an optional residual added first.
+    """RMSNorm, smoothing and int8 quantization in one pass, with an optional residual added first.
 
     Args:
         x: [..., K] float16, bfloat16 or float32.
@@ -158,7 +158,7 @@ def rms_norm_quantize(
 
     Returns:
         (x_q, x_scale), and x + residual (x's shape and dtype) where a residual was given. The norm's own output stays
-        in float32 until it is quantised.
+        in float32 until it is quantized.
 
     Raises:
         TypeError, ValueError: as in `quantize`.
@@ -170,7 +170,7 @@ def rms_norm_quantize(
 
     Source: Zhang and Sennrich (2019), RMSNorm, eq. 4; SmoothQuant, section 4 (fusing into the previous layer).
     """
-    *quantised, total = _rms_norm_quantize(
+    *quantized, total = _rms_norm_quantize(
         x,
         weight,
         eps,
@@ -180,7 +180,7 @@ def rms_norm_quantize(
         granularity=granularity,
         k_multiple=k_multiple,
     )
-    return tuple(quantised) if residual is None else (*quantised, total)
+    return tuple(quantized) if residual is None else (*quantized, total)
 
 
 def layer_norm_quantize(
@@ -195,7 +195,7 @@ def layer_norm_quantize(
     granularity: str = "token",
     k_multiple: int = 1,
 ) -> tuple[Tensor, ...]:
-    """LayerNorm, smoothing and int8 quantisation in one pass, with an optional residual added first.
+    """LayerNorm, smoothing and int8 quantization in one pass, with an optional residual added first.
 
     Args:
         x: [..., K] float16, bfloat16 or float32.
@@ -216,7 +216,7 @@ def layer_norm_quantize(
 
     Source: Ba et al. (2016), Layer Normalization; SmoothQuant, section 4.
     """
-    *quantised, total = _layer_norm_quantize(
+    *quantized, total = _layer_norm_quantize(
         x,
         weight,
         bias,
@@ -227,7 +227,7 @@ def layer_norm_quantize(
         granularity=granularity,
         k_multiple=k_multiple,
     )
-    return tuple(quantised) if residual is None else (*quantised, total)
+    return tuple(quantized) if residual is None else (*quantized, total)
 
 
 def act_quantize(
@@ -240,7 +240,7 @@ def act_quantize(
     granularity: str = "token",
     k_multiple: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """Activation function (gated or not), smoothing and int8 quantisation in one pass.
+    """Activation function (gated or not), smoothing and int8 quantization in one pass.
 
     Args:
         x: [..., K] float16, bfloat16 or float32; [..., 2K] (gate, then up) for the fused kinds.
@@ -283,7 +283,7 @@ def gemm_s8(
     residual: Tensor | None = None,
     out_dtype: torch.dtype = torch.float16,
 ) -> Tensor:
-    """INT8 GEMM with fused dequantisation, bias and residual.
+    """INT8 GEMM with fused dequantization, bias and residual.
 
     Args:
         x_q: [..., K] int8, 1 <= K <= 131,071.
@@ -323,12 +323,12 @@ def gemm_s8_requant(
     bias: Tensor | None = None,
     relu: bool = False,
 ) -> Tensor:
-    """INT8 GEMM whose output is quantised again by a static scale, for an int8 consumer (OPT's fc1 to fc2).
+    """INT8 GEMM whose output is quantized again by a static scale, for an int8 consumer (OPT's fc1 to fc2).
 
     Args:
         x_q, w_q, x_scale, w_scale, bias: as in `gemm_s8`.
         out_scale: [1] float32, the calibrated scale of the output.
-        relu: apply ReLU before the quantisation.
+        relu: apply ReLU before the quantization.
 
     Returns:
         [..., N] int8 in [-127, 127]; NaN becomes 0.

@@ -53,7 +53,7 @@ def activation_input(op: str, x: Tensor) -> None:
         raise ValueError(f"{op}: x must have shape [..., K] with K >= 1, got {_shape(x)}.")
 
 
-def quantiser(
+def quantizer(
     op: str,
     x: Tensor,
     k: int,
@@ -107,7 +107,7 @@ def norm(
 ) -> None:
     """Checks the arguments of both norm producers."""
     k = x.shape[-1] if x.dim() else 0
-    quantiser(op, x, k, inv_smooth, scale, granularity, k_multiple)
+    quantizer(op, x, k, inv_smooth, scale, granularity, k_multiple)
     norm_parameter(op, "weight", weight, x)
     norm_parameter(op, "bias", bias, x)
     same_as_x(op, "residual", residual, x)
@@ -130,12 +130,12 @@ def activation_kind(op: str, x: Tensor, kind: str, gate: Tensor | None) -> int:
     return int(x.shape[-1]) // 2
 
 
-_QUANTISE_FIRST = " Quantise it first (ops.quantize)."
+_QUANTIZE_FIRST = " Quantize it first (ops.quantize)."
 
 
 def _gemm_weight(op: str, x: Tensor, w_q: Tensor, w_scale: Tensor, bias: Tensor | None) -> None:
     """Checks what a GEMM has besides its activation x [..., K], float or int8."""
-    _require_dtype(op, "w_q", w_q, (torch.int8,), _QUANTISE_FIRST)
+    _require_dtype(op, "w_q", w_q, (torch.int8,), _QUANTIZE_FIRST)
     _require_device(op, "w_q", w_q, x)
     if x.dim() < 1 or w_q.dim() != 2 or w_q.shape[0] < 1 or x.shape[-1] != w_q.shape[1]:
         raise ValueError(
@@ -165,7 +165,7 @@ def gemm(
     out_dtype: torch.dtype = torch.float32,
 ) -> None:
     """Checks the operands of an int8 GEMM."""
-    _require_dtype(op, "x_q", x_q, (torch.int8,), _QUANTISE_FIRST)
+    _require_dtype(op, "x_q", x_q, (torch.int8,), _QUANTIZE_FIRST)
     _gemm_weight(op, x_q, w_q, w_scale, bias)
     m = math.prod(x_q.shape[:-1])
     _require_vector(op, "x_scale", x_scale, x_q, (m, 1), "per token or per tensor")
@@ -186,7 +186,7 @@ def linear(
     """Checks the operands of a whole linear layer."""
     activation_input(op, x)
     _gemm_weight(op, x, w_q, w_scale, bias)
-    quantiser(op, x, x.shape[-1], inv_smooth, scale, granularity, 1)
+    quantizer(op, x, x.shape[-1], inv_smooth, scale, granularity, 1)
 
 
 def forced_tile(op: str, tile: int, splits: int) -> None:

@@ -12,7 +12,7 @@ from smoothquant_kernels import reference
 from smoothquant_kernels.ops import checks as _checks
 
 
-def _quantised(
+def _quantized(
     x: Tensor, k: int, scale: Tensor | None, granularity: str, k_multiple: int
 ) -> tuple[Tensor, Tensor]:
     per_tensor = scale is None and granularity == "tensor"
@@ -32,8 +32,8 @@ def quantize(
     k_multiple: int = 1,
 ) -> tuple[Tensor, Tensor]:
     k = x.shape[-1] if x.dim() else 0
-    _checks.quantiser("quantize", x, k, inv_smooth, scale, granularity, k_multiple)
-    return _quantised(x, k, scale, granularity, k_multiple)
+    _checks.quantizer("quantize", x, k, inv_smooth, scale, granularity, k_multiple)
+    return _quantized(x, k, scale, granularity, k_multiple)
 
 
 def _norm_quantize(
@@ -50,7 +50,7 @@ def _norm_quantize(
 ) -> tuple[Tensor, Tensor, Tensor]:
     _checks.norm(op, x, weight, bias, residual, inv_smooth, scale, granularity, k_multiple)
     total = x.new_empty(0 if residual is None else x.shape)
-    return *_quantised(x, x.shape[-1], scale, granularity, k_multiple), total
+    return *_quantized(x, x.shape[-1], scale, granularity, k_multiple), total
 
 
 def rms_norm_quantize(
@@ -76,8 +76,8 @@ def act_quantize(
     k_multiple: int = 1,
 ) -> tuple[Tensor, Tensor]:
     k = _checks.activation_kind("act_quantize", x, kind, gate)
-    _checks.quantiser("act_quantize", x, k, inv_smooth, scale, granularity, k_multiple)
-    return _quantised(x, k, scale, granularity, k_multiple)
+    _checks.quantizer("act_quantize", x, k, inv_smooth, scale, granularity, k_multiple)
+    return _quantized(x, k, scale, granularity, k_multiple)
 
 
 def gemm_s8(

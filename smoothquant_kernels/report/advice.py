@@ -93,7 +93,7 @@ def _stands(
     statistics: ActivationStatistics,
     config: SmoothQuantConfig,
 ) -> list[Stand]:
-    """One for each trial, then the first with only its weights and with only its activations quantised."""
+    """One for each trial, then the first with only its weights and with only its activations quantized."""
     members = layers[name]["group"]
     absmax = statistics.absmax[name]
     now = layer_factors(original, members, statistics, trials[0].alpha, config)

@@ -1,4 +1,4 @@
-"""The pictures of a report. Colours: viridis, and blue against orange-red, which differ in lightness as well."""
+"""The pictures of a report. Colors: viridis, and blue against orange-red, which differ in lightness as well."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from smoothquant_kernels.storage.document import Document
 
 _DPI = 110
 _COLUMNS = 512  # of a heat map: more would be narrower than a pixel
-# Schemes are told apart by colour and by marker.
+# Schemes are told apart by color and by marker.
 _SCHEMES = {
     "per_token": ("#2a6f97", "s"),
     "per_tensor": ("#7a5195", "^"),
@@ -95,10 +95,10 @@ def _activations(figure: Document, before: Tensor, after: Tensor, path: Path) ->
     )
     pooled = [_pool(before), _pool(after)]
     drawing.subplots_adjust(0.064, 0.105, 0.926, 0.94, wspace=0.035, hspace=0.1)
-    low, high = _colour_range(torch.cat(pooled))
+    low, high = _color_range(torch.cat(pooled))
     norm = LogNorm(low, high)
     image = None
-    for column, (values, x, colour, what) in enumerate(
+    for column, (values, x, color, what) in enumerate(
         zip(maxima, pooled, (BEFORE, AFTER), ("before", "after"), strict=True)
     ):
         line, heat = axes[0][column], axes[1][column]
@@ -107,12 +107,12 @@ def _activations(figure: Document, before: Tensor, after: Tensor, path: Path) ->
         line.yaxis.set_minor_locator(NullLocator())  # most of the time to draw, for little
         floor = float(both.quantile(0.002)) / 2 if len(both) else 0.1
         line.fill_between(
-            range(channels), floor, values.clamp_min(floor).numpy(), step="mid", color=colour, lw=0
+            range(channels), floor, values.clamp_min(floor).numpy(), step="mid", color=color, lw=0
         )
         median = float(values[values > 0].median()) if bool((values > 0).any()) else 1.0
         tall = values > 3 * median
         # A single channel among thousands is thinner than a pixel, and it is what this is about.
-        line.vlines(tall.nonzero()[:, 0].numpy(), floor, values[tall].numpy(), color=colour, lw=1.2)
+        line.vlines(tall.nonzero()[:, 0].numpy(), floor, values[tall].numpy(), color=color, lw=1.2)
         line.axhline(median, color="black", lw=0.9, ls=(0, (4, 3)))
         if len(both):
             line.set_ylim(floor, float(both.max()) * 8)
@@ -144,14 +144,14 @@ def _activations(figure: Document, before: Tensor, after: Tensor, path: Path) ->
 
 
 def _pool(x: Tensor) -> Tensor:
-    """[T, K] to at most `_COLUMNS` columns: the largest of neighbours, so that no outlier is lost."""
+    """[T, K] to at most `_COLUMNS` columns: the largest of neighbors, so that no outlier is lost."""
     size = math.ceil(x.shape[1] / _COLUMNS)
     padded = F.pad(x, (0, -x.shape[1] % size))
     return padded.reshape(len(x), -1, size).amax(-1)
 
 
-def _colour_range(x: Tensor) -> tuple[float, float]:
-    """What the colours span: a few massive elements must not leave all others dark."""
+def _color_range(x: Tensor) -> tuple[float, float]:
+    """What the colors span: a few massive elements must not leave all others dark."""
     values = x[x > 0].flatten()
     if not len(values):
         return 0.1, 1.0
@@ -207,13 +207,13 @@ def _sqnr(layers: Sequence[Document], path: Path) -> Picture:
     drawing, flat, columns = _panels(len(roles), 2.35)
     for axes, role in zip(flat, roles, strict=False):
         chosen = [layer for layer in layers if layer["role"] == role]
-        for key, colour, marker, label in (
+        for key, color, marker, label in (
             ("sqnr_naive", BEFORE, "o", "without smoothing"),
             ("sqnr", AFTER, "s", "smoothed"),
         ):
             points = [(la["index"], la[key]) for la in chosen if _finite(la[key])]
             axes.plot(
-                [p[0] for p in points], [p[1] for p in points], color=colour, marker=marker, ms=4,
+                [p[0] for p in points], [p[1] for p in points], color=color, marker=marker, ms=4,
                 lw=1.2, label=label, ls=(0, (3, 2)) if key == "sqnr_naive" else "-",
             )  # fmt: skip
         _label(axes, role)
@@ -223,7 +223,7 @@ def _sqnr(layers: Sequence[Document], path: Path) -> Picture:
         drawing.legend(handles, labels, loc="upper center", ncols=2, frameon=False)
     return _save(
         drawing, path,
-        f"Signal to quantisation noise by block for {len(roles)} kinds of layers, without smoothing and smoothed; the "
+        f"Signal to quantization noise by block for {len(roles)} kinds of layers, without smoothing and smoothed; the "
         "numbers are in the table of all layers.",
     )  # fmt: skip
 
@@ -239,18 +239,18 @@ def _alpha(layers: Sequence[Document], path: Path) -> Picture:
     for axes, name in zip(flat, names, strict=False):
         for key, layer in groups.items():
             if labels[key] == name:
-                colour, marker = _SCHEMES[layer["activation_scheme"]]
+                color, marker = _SCHEMES[layer["activation_scheme"]]
                 filled = layer["smoothing"] == "folded"
                 axes.plot(
-                    [layer["index"]], [layer["alpha"]], color=colour, marker=marker, ms=5, ls="",
-                    mfc=colour if filled else "none",
+                    [layer["index"]], [layer["alpha"]], color=color, marker=marker, ms=5, ls="",
+                    mfc=color if filled else "none",
                 )  # fmt: skip
         axes.set_ylim(-0.05, 1.05)
         _label(axes, name)
     _label_axes(flat[: len(names)], columns, "alpha")
     handles = [
-        Line2D([], [], ls="", marker=marker, color=colour, label=f"scales {scheme}")
-        for scheme, (colour, marker) in _SCHEMES.items()
+        Line2D([], [], ls="", marker=marker, color=color, label=f"scales {scheme}")
+        for scheme, (color, marker) in _SCHEMES.items()
         if any(layer["activation_scheme"] == scheme for layer in groups.values())
     ]
     handles += [

@@ -88,16 +88,16 @@ def plot_maxima(layers: Sequence[LayerMaxima], path: Path, *, title: str) -> Non
     figure.savefig(path)
 
 
-def _draw(axes: Any, absmax: Tensor, colour: str) -> None:
+def _draw(axes: Any, absmax: Tensor, color: str) -> None:
     values = absmax.cpu().float()
     alive = values[values > 0]
     median = float(alive.median()) if len(alive) else _FLOOR
     axes.set_yscale("log")
     channels = torch.arange(len(values))
-    axes.fill_between(channels, _FLOOR, values.clamp_min(_FLOOR), step="mid", color=colour, lw=0)
+    axes.fill_between(channels, _FLOOR, values.clamp_min(_FLOOR), step="mid", color=color, lw=0)
     # A single channel among thousands is thinner than a pixel, and it is what this is about.
     high = values > _OUTLIER * median
-    axes.vlines(channels[high], _FLOOR, values[high], color=colour, lw=1.4)
+    axes.vlines(channels[high], _FLOOR, values[high], color=color, lw=1.4)
     axes.axhline(median, color="black", linewidth=0.9, linestyle=(0, (4, 3)))
     axes.set_xlim(-0.01 * len(values), 1.01 * len(values))
     axes.text(

@@ -1,4 +1,4 @@
-"""What the report measures: the quantisation noise of each layer, alone, on tokens that calibration did not choose."""
+"""What the report measures: the quantization noise of each layer, alone, on tokens that calibration did not choose."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from smoothquant_kernels.smoothing.padding import Padding
 from smoothquant_kernels.smoothing.statistics import ActivationStatistics
 
 #: Makes the layer that stands in for a float layer. It is called at every batch and the layer dropped again, so that
-#: only one of them is in memory at a time; quantising a weight is cheap beside multiplying a window of tokens with it.
+#: only one of them is in memory at a time; quantizing a weight is cheap beside multiplying a window of tokens with it.
 Stand = Callable[[nn.Module], nn.Module]
 SHOWN_TOKENS = 128  # rows of the heat maps
 
@@ -49,7 +49,7 @@ class Measured:
         return self.noise[name][which] / self.signal[name] if self.signal.get(name) else None
 
     def sqnr(self, name: str, which: int = 0) -> float | None:
-        """Signal to quantisation noise in dB; infinite for an exact layer."""
+        """Signal to quantization noise in dB; infinite for an exact layer."""
         relative = self.relative(name, which)
         return None if relative is None else decibel(relative)
 
@@ -137,10 +137,10 @@ def _keep(shown: dict[str, Tensor], name: str, module: nn.Module, x: Tensor) -> 
 
 @dataclass(frozen=True)
 class Plan:
-    """How one layer is quantised.
+    """How one layer is quantized.
 
     `factor` [K] is what the layer's input is divided by in addition to what the module does already (None: nothing),
-    `x_absmax` the calibrated range of what is quantised, which only the static scheme needs.
+    `x_absmax` the calibrated range of what is quantized, which only the static scheme needs.
     """
 
     alpha: float | None
@@ -171,31 +171,31 @@ def stand_in(plan: Plan, name: str, config: SmoothQuantConfig) -> Stand:
 class _Half(nn.Module):
     """A `W8A8Linear` with only its weights or only its activations rounded to int8; the rest is float32."""
 
-    def __init__(self, quantised: W8A8Linear, original: nn.Module, *, weights: bool) -> None:
+    def __init__(self, quantized: W8A8Linear, original: nn.Module, *, weights: bool) -> None:
         super().__init__()
-        self.quantised, self.weights = quantised, weights
+        self.quantized, self.weights = quantized, weights
         exact = weight_of(original).detach().float()
-        self.weight = quantised.dequantized_weight() if weights else exact
+        self.weight = quantized.dequantized_weight() if weights else exact
 
     def forward(self, x: Tensor) -> Tensor:
         z = x.float()
         if not self.weights:
-            x_q, x_scale, _ = self.quantised.quantize_input(x)
+            x_q, x_scale, _ = self.quantized.quantize_input(x)
             z = x_q.float() * (
                 x_scale if x_scale.numel() == 1 else x_scale.reshape(*x.shape[:-1], 1)
             )
-            inverse = self.quantised.inv_smooth
+            inverse = self.quantized.inv_smooth
             z = z if inverse is None else z / inverse
-        return F.linear(z, self.weight, self.quantised.bias).to(x.dtype)
+        return F.linear(z, self.weight, self.quantized.bias).to(x.dtype)
 
 
 def half_stand_in(make: Stand, *, weights: bool) -> Stand:
-    """As `make`, but only weights (or only activations) are quantised: what either contributes to the noise."""
+    """As `make`, but only weights (or only activations) are quantized: what either contributes to the noise."""
 
     def half(module: nn.Module) -> nn.Module:
-        quantised = make(module)
-        assert isinstance(quantised, W8A8Linear)
-        return _Half(quantised, module, weights=weights)
+        quantized = make(module)
+        assert isinstance(quantized, W8A8Linear)
+        return _Half(quantized, module, weights=weights)
 
     return half
 

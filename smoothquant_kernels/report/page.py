@@ -244,8 +244,8 @@ def _activations(document: Document, pictures: Mapping[str, Picture], folder: Pa
     return (
         "<section>\n<h2>Activations before and after smoothing</h2>\n<p>The layer with the greatest outlier channel of "
         "each kind. Above, the largest magnitude of each input channel over the calibration tokens; below, the "
-        "magnitudes of the first tokens that were measured (neighbouring channels of wide layers share a column, which "
-        "shows the largest). Both sides have the same axes and colours.</p>\n"
+        "magnitudes of the first tokens that were measured (neighboring channels of wide layers share a column, which "
+        "shows the largest). Both sides have the same axes and colors.</p>\n"
         + "\n".join(parts) + "\n</section>"
     )  # fmt: skip
 
@@ -260,7 +260,7 @@ def _noise(document: Document, pictures: Mapping[str, Picture], folder: Path) ->
         for la in document["layers"]
     ]  # fmt: skip
     return (
-        "<section>\n<h2>Quantisation noise of each layer</h2>\n<p>SQNR = 10 log<sub>10</sub>(|y|<sup>2</sup> / "
+        "<section>\n<h2>Quantization noise of each layer</h2>\n<p>SQNR = 10 log<sub>10</sub>(|y|<sup>2</sup> / "
         "|&#375; &minus; y|<sup>2</sup>) over all measured tokens: y is the output of the float layer, &#375; that of "
         "its int8 form on the same input. The noise of earlier layers is not in it. 6 dB more halve the error.</p>\n"
         + _picture(pictures.get("sqnr"), folder, "Higher is better.")
@@ -288,7 +288,7 @@ def _alphas(document: Document, pictures: Mapping[str, Picture], folder: Path) -
     ]
     return (
         "<section>\n<h2>How each group of layers is smoothed</h2>\n<p>Layers that read one tensor share their factors. "
-        "Folded factors cost nothing; others are divided within the quantiser at run time.</p>\n"
+        "Folded factors cost nothing; others are divided within the quantizer at run time.</p>\n"
         + _picture(pictures.get("alpha"), folder,
                    "0 leaves the difficulty in the activations, 1 moves it all to the weights.")
         + _table(

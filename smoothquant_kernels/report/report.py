@@ -64,7 +64,7 @@ def make_report(
         model: a float model; it is left unchanged.
         data: what to calibrate on, or what `calibrate_model` measured on this model.
         directory: the folder to write; it appears when all is done, or not at all.
-        config: how the model is smoothed and quantised.
+        config: how the model is smoothed and quantized.
         held: what the layers are measured on, as `data`; better not the calibration data.
         tokenizer: turns strings into token ids.
         tokens: how many tokens of `held`, and of `text`, are used.
@@ -85,7 +85,7 @@ def make_report(
 
     Memory:
         The model and a smoothed copy; beside them, for one layer at a time, its int8 form and its input and output of
-        one batch; per channel the maxima; 128 tokens of five layers' inputs. With `text` also a quantised copy and up
+        one batch; per channel the maxima; 128 tokens of five layers' inputs. With `text` also a quantized copy and up
         to 2 GiB of log-probabilities.
 
     Raises:
@@ -326,7 +326,7 @@ def _evaluate(
     tokenizer: PreTrainedTokenizerBase,
     tokens: int,
 ) -> Document:
-    """Perplexity and KL of the float model, of naive W8A8 and of the smoothed model, which is quantised in place."""
+    """Perplexity and KL of the float model, of naive W8A8 and of the smoothed model, which is quantized in place."""
     reference = Reference(model)
     window = fitting_window(config.calibration_window, tokenizer, model)
 

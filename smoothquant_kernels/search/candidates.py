@@ -19,7 +19,7 @@ from smoothquant_kernels.smoothing.factors import group_factors, weight_absmax
 from smoothquant_kernels.smoothing.int8_error import static_scale
 from smoothquant_kernels.smoothing.statistics import ActivationStatistics
 
-#: Tried for every group; then the neighbours of the best, this far away.
+#: Tried for every group; then the neighbors of the best, this far away.
 ALPHAS: tuple[float, ...] = (0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 STEP = 0.05
 #: Parts of the calibrated range that a static scale may cover, and quantiles of |x| that it may end at.
@@ -67,7 +67,7 @@ class Space:
             tried += [trial.choice(at_alpha, scheme, alpha) for scheme in schemes]
         for scheme in schemes:
             best = GroupResult(group.linears, tuple(tried)).best(scheme)
-            for alpha in _neighbours(best.alpha):
+            for alpha in _neighbors(best.alpha):
                 tried.append(trial.choice(trial.quantized(alpha), scheme, alpha))
             if scheme == "static":
                 best = GroupResult(group.linears, tuple(tried)).best(scheme)
@@ -77,7 +77,7 @@ class Space:
         return GroupResult(group.linears, tuple(tried))
 
 
-def _neighbours(alpha: float | None) -> Iterator[float]:
+def _neighbors(alpha: float | None) -> Iterator[float]:
     if alpha is not None:
         yield from (round(alpha - STEP, 2), round(alpha + STEP, 2))
 

@@ -59,7 +59,7 @@ class GroupResult:
 
 @dataclass(frozen=True)
 class Validation:
-    """The whole quantised model on tokens that neither ranges nor choices were taken from.
+    """The whole quantized model on tokens that neither ranges nor choices were taken from.
 
     Attributes:
         tokens: predictions compared.

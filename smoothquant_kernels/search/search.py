@@ -62,8 +62,8 @@ def search_config(
     """Finds the best alpha of every group (and clipping ratio, and scheme) for a configuration.
 
     Each candidate is tried on activations that the ranges were not taken from, with the int8 arithmetic that the
-    quantised layer will do, and judged by the KL divergence that its error causes at the model's output, estimated from
-    gradients (docs/search.md). Then the whole quantised model is compared on further tokens with the fixed alpha of the
+    quantized layer will do, and judged by the KL divergence that its error causes at the model's output, estimated from
+    gradients (docs/search.md). Then the whole quantized model is compared on further tokens with the fixed alpha of the
     least cost and with the defaults; if it is worse than the better of these by more than the standard error, that one
     is returned.
 
@@ -80,7 +80,7 @@ def search_config(
             token, those that gain most. 0 leaves all in the scheme, and so does `massive_activations="keep"`.
         max_bytes: bound of what is kept of inputs and gradients at a time: rows * (K + N) elements for each layer; more
             layers than fit take further passes over the tokens. Beside it: the model, one batch's backward pass, one
-            layer's candidates and, for the validation, one quantised copy.
+            layer's candidates and, for the validation, one quantized copy.
         progress: show a progress bar.
 
     Returns:
@@ -288,7 +288,7 @@ def _validate(
 ) -> tuple[Validation, int]:
     """The searched model against the better of the fixed ones (its index is returned), all on the same tokens.
 
-    One quantised copy is alive at a time, and its rows of KL are kept.
+    One quantized copy is alive at a time, and its rows of KL are kept.
     """
 
     padding = Padding(model, {})

@@ -4,7 +4,7 @@ To second order, an error d in the output of a layer raises the KL divergence of
 original's by half of d' F d, F being the Fisher information of that output: the mean of g g' over labels that the model
 itself predicts, g the gradient of a label's log-likelihood. Rounding errors of different elements are nearly
 independent, so the diagonal of F says nearly all: the cost is half the sum of g^2 d^2. On SmolLM2-135M the costs of all
-layers, each measured alone, add up to within some ten per cent of the KL divergence of the whole quantised model
+layers, each measured alone, add up to within some ten per cent of the KL divergence of the whole quantized model
 (docs/search.md).
 """
 

@@ -33,7 +33,7 @@ def quantize_model(
     *,
     config: SmoothQuantConfig | None = None,
 ) -> nn.Module:
-    """Quantises every linear of a model in place, smoothed before or not.
+    """Quantizes every linear of a model in place, smoothed before or not.
 
     Args:
         model: what `smooth_lm` returned; or any float model, which gives plain ("naive") W8A8.
@@ -145,14 +145,14 @@ def smooth_and_quantize(
     tokenizer: Any = None,
     progress: bool = True,
 ) -> nn.Module:
-    """Calibrates, smooths and quantises a model in place: one call that does it all.
+    """Calibrates, smooths and quantizes a model in place: one call that does it all.
 
     Args:
         model, calibration_data, tokenizer, progress: as in `smooth_lm`.
         config: everything else; `SmoothQuantConfig()` by default.
 
     Returns:
-        The quantised model, with `model.smoothquant_info`.
+        The quantized model, with `model.smoothquant_info`.
 
     Raises:
         SmoothQuantError: as in `smooth_lm` and `quantize_model`. After any exception the model is as it was.

@@ -129,7 +129,7 @@ class ActivationStatistics:
             group: a torch.distributed process group; None is the default one.
 
         Raises:
-            SmoothQuantError: torch.distributed is not initialised; or, on every rank, the ranks measured different
+            SmoothQuantError: torch.distributed is not initialized; or, on every rank, the ranks measured different
                 layers or numbers of channels. Nothing is changed then.
 
         Equivalent to:

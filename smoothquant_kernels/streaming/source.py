@@ -141,7 +141,7 @@ def empty_model(folder: Path, dtype: torch.dtype | None) -> Any:
     """The model of a folder's config.json as `from_pretrained` makes it, its parameters on the meta device.
 
     Raises:
-        SmoothQuantError: there is no usable config.json, the model is quantised already, is an encoder-decoder, or
+        SmoothQuantError: there is no usable config.json, the model is quantized already, is an encoder-decoder, or
             keeps weights in another type than `dtype`.
     """
     from accelerate import init_empty_weights

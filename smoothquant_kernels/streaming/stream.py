@@ -1,4 +1,4 @@
-"""Quantising a checkpoint that is larger than memory: one block's weights at a time."""
+"""Quantizing a checkpoint that is larger than memory: one block's weights at a time."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def quantize_streamed(
     progress: bool = True,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> Path:
-    """Calibrates, smooths, quantises and saves a model of which one block at a time is in memory.
+    """Calibrates, smooths, quantizes and saves a model of which one block at a time is in memory.
 
     Memory: about two blocks, the weights outside the blocks (embeddings, head), and the hidden states of all
     calibration tokens (tokens x hidden size). The folder that `load_quantized` reads appears when all is done. Until
@@ -189,7 +189,7 @@ class _Stream:
         self.config, self.work, self.device = config, work, device
         self.names = match_names(model, weights)
         self.order = [name for name, _ in model.named_modules()]
-        # Refuses early if nothing is to be quantised; what each layer computes is tried when it has its weights.
+        # Refuses early if nothing is to be quantized; what each layer computes is tried when it has its weights.
         _, self.skipped_at_first = partition_linears(model, config.skip)
         self.chain = BlockChain(model)
         if tied := owned_outside(model, self.chain.empty):
@@ -222,7 +222,7 @@ class _Stream:
             )
             self.chain.prove(first, self.sample)
         with calibration_bar(progress) as bar:
-            task = bar.add_task("quantising (blocks)", total=len(self.chain.names), completed=done)
+            task = bar.add_task("quantizing (blocks)", total=len(self.chain.names), completed=done)
             for index in range(done, len(self.chain.names)):
                 self._do_block(index)
                 bar.advance(task)
@@ -266,7 +266,7 @@ class _Stream:
         self.records.append(record)
 
     def _linears(self, view: nn.Module, index: int) -> tuple[dict[str, nn.Module], dict[str, str]]:
-        """The linears of a block to quantise, and those that stay; there may be none to quantise."""
+        """The linears of a block to quantize, and those that stay; there may be none to quantize."""
         try:
             return partition_linears(view, self.config.skip)
         except SmoothQuantError:
@@ -306,7 +306,7 @@ class _Stream:
     # --- the rest ---
 
     def _do_rest(self) -> tuple[list[dict[str, Any]], dict[str, str], float]:
-        """Smooths and quantises linears outside the blocks; their entries, what is skipped, and the model's change."""
+        """Smooths and quantizes linears outside the blocks; their entries, what is skipped, and the model's change."""
         model = self.model
         before = self.chain.finish(self.sample, known(self.original))
         try:

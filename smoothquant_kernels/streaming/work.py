@@ -1,4 +1,4 @@
-"""What a streamed quantisation has done so far, on the disk, so that the same call can go on with it."""
+"""What a streamed quantization has done so far, on the disk, so that the same call can go on with it."""
 
 from __future__ import annotations
 

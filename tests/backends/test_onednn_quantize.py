@@ -1,4 +1,4 @@
-"""The CPU quantisers give the reference's bits for every type, layout, row and chunk."""
+"""The CPU quantizers give the reference's bits for every type, layout, row and chunk."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_quantize_edge_rows(k: int, dtype: torch.dtype) -> None:
         check_quantize(torch.stack([good[2], row]), name)
 
 
-def test_random_bits_quantise_alike() -> None:
+def test_random_bits_quantize_alike() -> None:
     g = cases.generator(0)
     bits = torch.randint(-(2**31), 2**31, (400, 40), generator=g).to(torch.int32)
     x = bits.view(torch.float32)

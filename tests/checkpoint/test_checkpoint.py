@@ -310,7 +310,7 @@ def test_a_changed_transformers_model_needs_a_skeleton(tmp_path: Path) -> None:
 
 
 def test_smoothed_layers(tmp_path: Path) -> None:
-    """Alone they are refused; beside quantised ones (left out by a pattern) they are plain float layers."""
+    """Alone they are refused; beside quantized ones (left out by a pattern) they are plain float layers."""
     torch.manual_seed(0)
     config = SmoothQuantConfig(folding="never")
     model = smooth_lm(llama().eval(), [IDS], config=config, progress=False)
@@ -328,7 +328,7 @@ def test_smoothed_layers(tmp_path: Path) -> None:
 def test_what_cannot_be_saved(model: nn.Module, tmp_path: Path) -> None:
     target = tmp_path / "model"
     message = refusal(lambda: save_quantized(llama(), target))
-    assert "the model has no quantised layer: run quantize_model" in message
+    assert "the model has no quantized layer: run quantize_model" in message
     assert "max_shard_bytes" in refusal(lambda: save_quantized(model, target, max_shard_bytes=0))
     broken = copy.deepcopy(model)
     next(m for m in broken.modules() if isinstance(m, W8A8Linear)).w_scale[1] = float("nan")

@@ -122,7 +122,7 @@ def test_options_override_the_configuration_file(tiny: Path, text: Path, tmp_pat
     assert document["calibration"]["tokens"] == 100
 
 
-def test_evaluate_float_and_quantised(tiny: Path, checkpoint: Path, text: Path) -> None:
+def test_evaluate_float_and_quantized(tiny: Path, checkpoint: Path, text: Path) -> None:
     options = ("--text", text, "--window", "64", "--max-tokens", "300", "--json")
     plain = Result("evaluate", tiny, *options).json
     same = Result("evaluate", tiny, "--reference", tiny, *options).json
@@ -215,7 +215,7 @@ def test_layers_are_counted_together_and_figures_stay_figures() -> None:
         layer(n, said.format(*p)) for n, p in enumerate([("0.52", "9.70"), ("0.50", "10.10")])
     ]
     layers.append(layer(2, "model.layers.2.norm is read by something else"))
-    groups = [(g["count"], g["reason"]) for g in _inspect.summarise_layers(layers, [])["groups"]]
+    groups = [(g["count"], g["reason"]) for g in _inspect.summarize_layers(layers, [])["groups"]]
     assert groups == [
         (2, said.format("0.50 to 0.52", "9.70 to 10.10")),
         (1, "model.layers.*.norm is read by something else"),
@@ -246,7 +246,7 @@ def test_json_has_no_nan() -> None:
         (("--dtype", "int8"), "--dtype must be one of float32, bfloat16, float16"),
         (("--device", "abacus"), "the device 'abacus' cannot be used here"),
         (("--device", "meta"), "(it computes nothing): give auto, cpu, or a GPU"),
-        (("--skip", "*"), "no linear layer to quantise"),
+        (("--skip", "*"), "no linear layer to quantize"),
         (("--smooth-rounding", "up"), "--smooth-rounding must be one of auto, power_of_two, none"),
     ],
 )
@@ -323,9 +323,9 @@ def test_damaged_checkpoint(checkpoint: Path, tmp_path: Path, text: Path) -> Non
     assert "damaged or was altered" in refused("inspect", tmp_path / "altered")
 
 
-def test_quantising_a_checkpoint_again(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+def test_quantizing_a_checkpoint_again(checkpoint: Path, text: Path, tmp_path: Path) -> None:
     said = refused("quantize", checkpoint, "-o", tmp_path / "q", "--calibration", text)
-    assert "is quantised already" in said
+    assert "is quantized already" in said
 
 
 @pytest.mark.parametrize(

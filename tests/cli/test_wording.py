@@ -30,7 +30,7 @@ PYTHON_ONLY = (
     "checkpoint/transformers_hook.py: ",
     "smoothing/calibrate.py: ",  # of data that users make
     "checkpoint/save.py: max_shard_bytes",
-    "checkpoint/save.py: the model has no quantised layer",
+    "checkpoint/save.py: the model has no quantized layer",
     "checkpoint/save.py: tokenizer must",
     "smoothing/convert.py: layer ... was smoothed as a part",
     "evaluation/models.py: dtype must be",

@@ -188,7 +188,7 @@ def make_row(case: Case, layout: str, launches: list[dict[str, Any]]) -> Row:
     scale_requests = scale // 128
     touched = total["load", "sectors"] - scale_requests
     # A thread with eight 16-bit elements reads its eight float32 factors in two requests of 16 bytes, 32 bytes
-    # apart from its neighbours': each touches every sector. The second finds them in L1.
+    # apart from its neighbors': each touches every sector. The second finds them in L1.
     strided = case.smooth and case.dtype.itemsize == 2 and path != "element"
     strided_bytes = 4 * case.m * case.k * len(launches) if strided else 0
     return Row(

@@ -191,9 +191,9 @@ for m in (5, 16, 40):
         return ops.linear_s8(x, gemm.w_q, gemm.w_scale, bias=gemm.bias)
     def fused():
         x_q, x_scale = torch.empty(m, k, dtype=torch.int8), torch.empty(m)
-        quantiser = c_interface.params_of(x, x_q, x_scale, scheme="token", scale=None, inv_smooth=None, k=k)
+        quantizer = c_interface.params_of(x, x_q, x_scale, scheme="token", scale=None, inv_smooth=None, k=k)
         product = c_gemm.params_of(None, gemm.w_q, None, gemm.w_scale, torch.empty(m, n).half())
-        status, found = c_gemm.linear_plan(library, c_gemm.LinearParams(quantiser, product))
+        status, found = c_gemm.linear_plan(library, c_gemm.LinearParams(quantizer, product))
         assert status == 0
         return bool(found.fused)
     assert use(c_gemm.TABLES.index(table), device.sms, None, ctypes.c_int64(0)) == 0

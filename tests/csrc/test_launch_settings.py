@@ -10,7 +10,7 @@ from tests.support import null_runtime
 
 pytestmark = [pytest.mark.simulator, pytest.mark.slow, pytest.mark.xdist_group("host_time")]
 
-#: The null runtime, the library's C entries, and one GEMM by tile and one quantiser that can be called.
+#: The null runtime, the library's C entries, and one GEMM by tile and one quantizer that can be called.
 START = """
 import ctypes, pathlib, sys, tempfile
 import host_time, torch

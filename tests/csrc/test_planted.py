@@ -1,4 +1,4 @@
-"""Defects planted in a copy of the quantisers are caught by tests/kernels in the simulator, or by its checks."""
+"""Defects planted in a copy of the quantizers are caught by tests/kernels in the simulator, or by its checks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tests.support.mutants import (
     NOT_WITHIN_THE_BOUND,
     OUT_OF_BOUNDS,
     RACE,
-    UNINITIALISED,
+    UNINITIALIZED,
     WRONG_VALUES,
     Mutant,
 )
@@ -22,7 +22,7 @@ QUANTIZE, RMS_NORM = f"{INSTANCES}/quantize.cu", f"{INSTANCES}/rms_norm.cu"
 CLUSTER, LAUNCH = f"{INSTANCES}/cluster_sm90.cu", "csrc/quantize/launch.cu"
 
 
-def quantiser(
+def quantizer(
     name: str,
     file: str,
     old: str,
@@ -45,7 +45,7 @@ def quantiser(
 
 
 MUTANTS = (
-    quantiser(
+    quantizer(
         "a vector behind the row's end",
         "row_slice.cuh",
         "has(int i) const { return at(i, 0) < end; }",
@@ -55,7 +55,7 @@ MUTANTS = (
         "smoke_quantize",
         OUT_OF_BOUNDS,
     ),
-    quantiser(
+    quantizer(
         "the maximum forgets each vector's last element",
         "row_slice.cuh",
         "if (Traits::kVectors || has(i, e)) largest.add(v[e]);",
@@ -65,7 +65,7 @@ MUTANTS = (
         "test_edge_rows and 64",
         WRONG_VALUES,
     ),
-    quantiser(
+    quantizer(
         "-128 is not clamped",
         "vector.cuh",
         "max.NaN.f32 %0, %1, 0fC2FE0000;",
@@ -75,7 +75,7 @@ MUTANTS = (
         "smoke_quantize",
         WRONG_VALUES + r".*: -128 .* != -127 ",
     ),
-    quantiser(
+    quantizer(
         "the maximum drops a NaN",
         "reduce.cuh",
         "max.NaN.f32",
@@ -85,7 +85,7 @@ MUTANTS = (
         "test_edge_rows and 64",
         WRONG_VALUES,
     ),
-    quantiser(
+    quantizer(
         "x * (1 / scale) * inv_smooth, not x * inv_smooth * (1 / scale)",
         "row_slice.cuh",
         "void store(int i, const float (&v)[kV], float inverse) const {",
@@ -102,7 +102,7 @@ MUTANTS = (
         "order_of_the_multiplications",
         WRONG_VALUES,
     ),
-    quantiser(
+    quantizer(
         "a static scale hides a broken row",
         "row_kernel.cuh",
         "scale = is_finite_bits(bits) ? given : __uint_as_float(kNanBits);",
@@ -112,7 +112,7 @@ MUTANTS = (
         "test_static_scales",
         WRONG_VALUES + r".*!= nan \(",
     ),
-    quantiser(
+    quantizer(
         "what does not fit in registers is not kept",
         "row_slice.cuh",
         "if (i - kRegisters < slots) put(i - kRegisters, w);",
@@ -120,9 +120,9 @@ MUTANTS = (
         QUANTIZE,
         "test_quantize.py",
         "test_long_rows and 49160 and float16",
-        UNINITIALISED,
+        UNINITIALIZED,
     ),
-    quantiser(
+    quantizer(
         "the last maximum of the workspace is not read",
         "launch.cu",
         "row.maxima_count = per_tensor ? plan.workspace_bytes / 4 : plan.splits;",
@@ -132,7 +132,7 @@ MUTANTS = (
         "smoke_quantize",
         WRONG_VALUES,
     ),
-    quantiser(
+    quantizer(
         "the residual's sum is not rounded",
         "row_slice.cuh",
         "v[e] = to_float(total.element[e]);",
@@ -143,7 +143,7 @@ MUTANTS = (
         NOT_WITHIN_THE_BOUND,
         types=("__half",),
     ),
-    quantiser(
+    quantizer(
         "epsilon is added to the root",
         "producer.cuh",
         "__fsqrt_rn(__fadd_rn(variance, eps))",
@@ -154,7 +154,7 @@ MUTANTS = (
         NOT_WITHIN_THE_BOUND,
         types=("__half",),
     ),
-    quantiser(
+    quantizer(
         "the reductions use one buffer",
         "reduce.cuh",
         "turn_ ^= 1;",
@@ -165,7 +165,7 @@ MUTANTS = (
         RACE,
         types=("__half",),
     ),
-    quantiser(
+    quantizer(
         "no barrier in the cluster's exchange",
         "reduce.cuh",
         "    Cluster::wait();\n    return lane",
@@ -173,11 +173,11 @@ MUTANTS = (
         CLUSTER,
         "test_quantize.py",
         "test_long_rows and 8200",
-        UNINITIALISED,  # a block reads the others' maxima before they have written any
+        UNINITIALIZED,  # a block reads the others' maxima before they have written any
         arch="sm_90",
     ),
     # The same tests with the sources as they are: what fails above fails because of the defect.
-    quantiser(
+    quantizer(
         "nothing is wrong: quantize",
         "reduce.cuh",
         "turn_ ^= 1;",
@@ -187,7 +187,7 @@ MUTANTS = (
         "smoke or static_scales or (edge_rows and 64) or (49160 and float16) or order_of",
         None,
     ),
-    quantiser(
+    quantizer(
         "nothing is wrong: rms_norm",
         "reduce.cuh",
         "turn_ ^= 1;",
@@ -198,7 +198,7 @@ MUTANTS = (
         None,
         types=("__half",),
     ),
-    quantiser(
+    quantizer(
         "nothing is wrong: clusters",
         "reduce.cuh",
         "turn_ ^= 1;",

@@ -163,7 +163,7 @@ def questions(count: int = 20, seed: int = 0) -> list[dict[str, Any]]:
 
 
 class Setting:
-    """A task, and a quantised model with its tokenizer, original and saved."""
+    """A task, and a quantized model with its tokenizer, original and saved."""
 
     def __init__(self, folder: Path, word_tokenizer: Any) -> None:
         self.rows = questions()

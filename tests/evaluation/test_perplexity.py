@@ -233,7 +233,7 @@ def coverage(stderr: Callable[[torch.Tensor], float], runs: int = 400) -> float:
     return hits.count(True) / runs
 
 
-def test_standard_errors_respect_the_correlation_of_neighbours() -> None:
+def test_standard_errors_respect_the_correlation_of_neighbors() -> None:
     # With blocks of b = 64 the variance is short by 2 rho / (1 - rho^2) / b = 7 %: 94 % instead of
     # 95 %, and 64 blocks (Student's t) take 0.5 % more. 400 runs scatter by 1.2 %; the bounds are
     # four times that away.

@@ -155,7 +155,7 @@ def test_jsonl_with_a_line_separator_inside_a_string(tmp_path: Path) -> None:
 
 
 @given(st.lists(st.sampled_from(["", " ", "\n", "a", "b c", " d\n"]), min_size=1, max_size=12))
-def test_blank_texts_join_their_neighbours(rows: list[str]) -> None:
+def test_blank_texts_join_their_neighbors(rows: list[str]) -> None:
     if not any(row.strip() for row in rows):
         with pytest.raises(SmoothQuantError, match="There is no text in the list"):
             load_text(rows)

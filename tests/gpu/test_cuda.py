@@ -103,7 +103,7 @@ def assert_like_the_cpu(call: Call, found: Any) -> None:
     granularity = options.get("granularity", "token")
     for x_q, x_scale, *total in (found, expected):
         assert not x_q[..., k:].any(), "the pad is zero"
-        tolerance.assert_quantised(
+        tolerance.assert_quantized(
             (x_q[..., :k], x_scale), near, options.get("scale"), granularity, call.name
         )
         assert len(total) == (residual is not None)

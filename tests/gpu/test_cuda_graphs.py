@@ -156,7 +156,7 @@ def test_work_on_the_default_stream_is_not_waited_for(concurrent: None) -> None:
 
 
 @contextmanager
-def synchronising_is_an_error() -> Iterator[None]:
+def synchronizing_is_an_error() -> Iterator[None]:
     torch.cuda.set_sync_debug_mode("error")
     try:
         yield
@@ -165,12 +165,12 @@ def synchronising_is_an_error() -> Iterator[None]:
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
-def test_no_op_synchronises() -> None:
+def test_no_op_synchronizes() -> None:
     calls = [move(call, GPU) for call in CALLS]
     for shape in SHAPES:
         calls += problems(*shape)
     some = torch.ones(1, device=GPU)
-    with synchronising_is_an_error():
+    with synchronizing_is_an_error():
         with pytest.raises(RuntimeError, match="synchroniz"):  # the mode is on
             some.item()
         for call in calls:

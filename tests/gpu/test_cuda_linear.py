@@ -60,7 +60,7 @@ def test_any_leading_dimensions() -> None:
         check(on_gpu, on_cpu, shaped)
 
 
-def test_one_quantised_input_for_several_layers() -> None:
+def test_one_quantized_input_for_several_layers() -> None:
     first, second = (layer(100, n, "per_token", smooth=False) for n in (64, 33))
     x = cases.activations(9, 100, torch.bfloat16)
     shared = first.cuda().quantize_input(x.cuda())

@@ -36,7 +36,7 @@ def check(
             assert found[0].is_contiguous() and not found[0][..., k:].any()
             rows = x.cpu().reshape(-1, x.shape[-1])
             gate_rows = None if gate is None else gate.cpu().reshape(-1, k)
-            differ += tolerance.assert_quantised(
+            differ += tolerance.assert_quantized(
                 (found[0][..., :k], found[1]),
                 tolerance.activation(rows, kind, gate_rows, inv_smooth),
                 options.get("scale"),

@@ -119,7 +119,7 @@ def test_every_path(
         else:
             expected = tolerance.activation(b.x.cpu(), "silu", b.other.cpu(), inv_smooth)
         granularity = options.get("granularity", "token")
-        tolerance.assert_quantised(found, expected, options.get("scale"), granularity, producer)
+        tolerance.assert_quantized(found, expected, options.get("scale"), granularity, producer)
 
 
 @pytest.mark.parametrize("dtype", cases.FLOATS, ids=str)
@@ -139,7 +139,7 @@ def test_the_sum_may_take_an_inputs_place(
         assert_bitwise_equal(b.x if into == "x" else b.other, total)
         expected = tolerance.layer_norm(total, b.weight.cpu(), b.bias.cpu(), 1e-5, None)
         scales = b.x_scale[: 1 if scheme == "tensor" else 3]
-        tolerance.assert_quantised((b.x_q, scales), expected, None, scheme, into)
+        tolerance.assert_quantized((b.x_q, scales), expected, None, scheme, into)
 
 
 @pytest.mark.parametrize("clear", [True, False])

@@ -202,7 +202,7 @@ def test_the_largest_sums(backend: Backend, m: int) -> None:
 
 @pytest.mark.parametrize("m", [3, 40])
 def test_any_layout(backend: Backend, m: int) -> None:
-    """Views whose neighbours hold other numbers; what is not aligned to 16 bytes is copied first."""
+    """Views whose neighbors hold other numbers; what is not aligned to 16 bytes is copied first."""
     k = 80
     base = backend.put(cases.random_int8(2 * m, 3 * k))
     odd = base.reshape(-1)[1 : 1 + m * k]

@@ -241,7 +241,7 @@ def test_no_tokens(compiled: Backend, library: ctypes.CDLL) -> None:
 
 
 class Layer:
-    """A linear layer's operands, with the quantiser's results in poisoned buffers."""
+    """A linear layer's operands, with the quantizer's results in poisoned buffers."""
 
     def __init__(self, backend: Backend, m: int, n: int, k: int, dtype: torch.dtype) -> None:
         put = backend.put
@@ -256,10 +256,10 @@ class Layer:
         self.x_q = put(torch.full((m, padded), POISON, dtype=torch.int8))
         self.x_scale = put(torch.full((m,), float(POISON)))
 
-    def params(self, scheme: str, tile: int, **quantiser: Any) -> c_gemm.LinearParams:
+    def params(self, scheme: str, tile: int, **quantizer: Any) -> c_gemm.LinearParams:
         scale = self.scale if scheme == "static" else None
         given = {"scheme": scheme, "scale": scale, "inv_smooth": self.inv_smooth, "k": self.k}
-        quantize = c_interface.params_of(self.x, self.x_q, self.x_scale, **given, **quantiser)
+        quantize = c_interface.params_of(self.x, self.x_q, self.x_scale, **given, **quantizer)
         gemm = c_gemm.params_of(
             None, self.w_q, None, self.w_scale, self.output.y, bias=self.bias, tile=tile
         )
@@ -318,11 +318,11 @@ def test_a_layer_is_fused_or_not(
                 assert layer.run(library, params).fused
                 layer.output.check(expected, f"{what}, no x_q")
             else:
-                quantised = reference.quantize(
+                quantized = reference.quantize(
                     layer.x.cpu(), layer.inv_smooth.cpu(), **cases.quantize_options(scheme)
                 )  # fmt: skip
-                assert_bitwise_equal(layer.x_q[:, :k], quantised[0], what)
-                assert_bitwise_equal(layer.x_scale[: len(quantised[1])], quantised[1], what)
+                assert_bitwise_equal(layer.x_q[:, :k], quantized[0], what)
+                assert_bitwise_equal(layer.x_scale[: len(quantized[1])], quantized[1], what)
                 layer.x_q.fill_(POISON)
 
 
@@ -330,7 +330,7 @@ def test_a_layer_is_fused_or_not(
 def test_a_norm_or_activation_comes_first(
     compiled: Backend, library: ctypes.CDLL, producer: str
 ) -> None:
-    """Then the quantiser is a launch of its own, and the GEMM takes what it wrote."""
+    """Then the quantizer is a launch of its own, and the GEMM takes what it wrote."""
     for m in (3, 30):
         for scheme in cases.SCHEMES:
             layer = Layer(compiled, m, 37, 200, torch.bfloat16)

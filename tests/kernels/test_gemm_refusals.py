@@ -16,7 +16,7 @@ from tests.support.backends import Backend
 G = cases.gemm_operands(4, 3, 6)
 LONG = torch.zeros(1, reference.MAX_K + 1, dtype=torch.int8)
 REFUSED: tuple[tuple[dict[str, Any], str], ...] = (
-    ({"x_q": G.residual}, "x_q must be int8, got float32. Quantise it first"),
+    ({"x_q": G.residual}, "x_q must be int8, got float32. Quantize it first"),
     ({"w_q": G.w_q.short()}, "w_q must be int8, got "),
     ({"w_q": G.w_q.t()}, r"the same K and N >= 1, got \(4, 6\) and \(6, 3\)\."),
     ({"w_q": G.w_q[:0]}, r"N >= 1, got \(4, 6\) and \(0, 6\)\."),

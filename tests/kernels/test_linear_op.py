@@ -1,4 +1,4 @@
-"""`linear_s8` gives the bits of the reference's quantiser and GEMM one after the other, fused or not."""
+"""`linear_s8` gives the bits of the reference's quantizer and GEMM one after the other, fused or not."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.compare import assert_bitwise_equal, count_result
 
 #: M on both sides of what one launch serves, and of the tiles behind it.
 TOKENS = (0, 1, 2, 5, 8, 9, 16, 17, 65)
-#: K: one channel, odd, whole vectors or not, several parts of a row for each warp; the longest are quantised first.
+#: K: one channel, odd, whole vectors or not, several parts of a row for each warp; the longest are quantized first.
 CHANNELS = (1, 31, 64, 257, 1000, 2056, 4099)
 
 
@@ -81,7 +81,7 @@ def test_every_number_of_tokens_and_channels(backend: Backend, m: int, dtype: to
     ("m", "k"), [(1, 16384), (3, 9000), (8, 5120), (8, 5128), (5, 8195), (9, 5120), (1, 50000)]
 )
 def test_long_rows(backend: Backend, m: int, k: int, dtype: torch.dtype) -> None:
-    """On both sides of what a block quantises for itself; several rounds of a block's warps over a row."""
+    """On both sides of what a block quantizes for itself; several rounds of a block's warps over a row."""
     check_all(backend, backend.put(cases.activations(m, k, dtype)), 20, f"{m} {k}")
 
 
@@ -191,7 +191,7 @@ def test_random_bits(backend: Backend) -> None:
         ({"x": torch.ones(2, 8).double()}, "x must be float16 or bfloat16 or float32, got float64."),
         ({"x": torch.ones(2, 0)}, r"x must have shape \[..., K\] with K >= 1, got \(2, 0\)."),
         ({"x": torch.ones(2, 7)}, r"the same K and N >= 1, got \(2, 7\) and \(3, 8\)\."),
-        ({"w_q": torch.ones(3, 8)}, "w_q must be int8, got float32. Quantise it first"),
+        ({"w_q": torch.ones(3, 8)}, "w_q must be int8, got float32. Quantize it first"),
         ({"w_scale": torch.ones(2)}, r"w_scale must have shape \[3\] or \[1\] \(per output channel"),
         ({"bias": torch.ones(2)}, r"bias must have shape \[3\], got \(2,\)\."),
         ({"inv_smooth": torch.ones(7)}, r"inv_smooth must have shape \[8\] \(one factor per channel of x\), got"),

@@ -69,7 +69,7 @@ def check(
                 assert len(found) == 2
             assert not found[0][..., k:].any(), "the pad is zero"
             rows = total.reshape(-1, k)
-            differ += tolerance.assert_quantised(
+            differ += tolerance.assert_quantized(
                 (found[0][..., :k], found[1]),
                 parameters.expected(rows, inv_smooth),
                 options.get("scale"),

@@ -236,7 +236,7 @@ def test_operators_that_cannot_be_followed_are_no_error() -> None:
 
 
 def test_linears_whose_weight_is_read_elsewhere() -> None:
-    """To be left as they are: quantising or scaling them would change the other reader. Tied ones read their own."""
+    """To be left as they are: quantizing or scaling them would change the other reader. Tied ones read their own."""
     model = Block("linear's weight read")
     batch = {"input_ids": token_batches()[0]}
     assert stays_in_float(model, ["a", "b"], batch) == {

@@ -246,5 +246,5 @@ def test_a_model_with_something_on_every_linear_is_refused_by_name() -> None:
     model = Two().eval()
     for linear in (model.a, model.b):
         replaced_forward(linear)
-    with pytest.raises(SmoothQuantError, match="no linear layer to quantise in Two"):
+    with pytest.raises(SmoothQuantError, match="no linear layer to quantize in Two"):
         quantize_model(model)

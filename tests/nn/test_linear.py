@@ -85,13 +85,13 @@ def test_the_error_is_within_its_bound(
         e_x = layer.quantize_input(x).x_scale.double().expand(9)[:, None] * step
         e_w = layer.w_scale.double().expand(n)[None] * step
         sum_x, sum_w = xs.abs().sum(1)[:, None], ws.abs().sum(1)[None]
-        quantising = e_x * sum_w + e_w * (sum_x + k * e_x)
+        quantizing = e_x * sum_w + e_w * (sum_x + k * e_x)
         products = xs.abs() @ ws.abs().T
-        rounding = 3.1 * U * products + 3.1 * U * (exact.abs() + products + quantising)
+        rounding = 3.1 * U * products + 3.1 * U * (exact.abs() + products + quantizing)
         error = (layer(x).double() - exact).abs()
-    assert bool((error <= quantising + rounding).all())
+    assert bool((error <= quantizing + rounding).all())
     if k >= 300:  # the bound is one: the error is not much below it for nothing
-        assert float((error / quantising).max()) > 0.005
+        assert float((error / quantizing).max()) > 0.005
 
 
 def test_smoothing_helps_where_a_channel_is_an_outlier() -> None:
@@ -138,7 +138,7 @@ def test_pending_factors_wait_for_the_quantizer() -> None:
     compare.assert_same_buffers(cases.quantized(smoothed), cases.quantized(linear))
 
 
-def test_q_k_and_v_can_share_one_quantisation() -> None:
+def test_q_k_and_v_can_share_one_quantization() -> None:
     linears = [cases.float_linear(24, n, seed=n) for n in (24, 8, 8)]
     smooth = cases.inverse_smooth(24)
     x = cases.activations(10, 24, torch.float16).view(2, 5, 24)
@@ -273,7 +273,7 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "module": (
         lambda: cases.quantized(nn.Conv1d(4, 3, 1)),
-        "expected nn.Linear or Conv1D, got Conv1d; only these can be quantised.",
+        "expected nn.Linear or Conv1D, got Conv1d; only these can be quantized.",
     ),
 }
 

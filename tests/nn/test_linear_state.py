@@ -189,7 +189,7 @@ def test_compile_and_export(scheme: str, dynamic: bool) -> None:
             assert_bitwise_equal(program.module()(x), model(x))
 
 
-def test_compile_with_a_shared_quantisation() -> None:
+def test_compile_with_a_shared_quantization() -> None:
     torch._dynamo.reset()
     layers = [cases.quantized(cases.float_linear(8, n, seed=n)) for n in (4, 6)]
 

@@ -100,7 +100,7 @@ def reported(
 
 
 def by_hand(x: torch.Tensor, module: Any, x_absmax: float) -> float:
-    """SQNR of one static layer: the quantiser in float32 as the contract has it, all else in float64."""
+    """SQNR of one static layer: the quantizer in float32 as the contract has it, all else in float64."""
     inverse = divided_by(module)
     weight = weight_of(module).detach().float() / inverse
     bias = 0.0 if module.bias is None else module.bias.detach().double()
@@ -384,7 +384,7 @@ def test_the_command_refuses_in_one_sentence(
     assert "leave it out" in refused("report", tiny, "--reference", tiny, "-o", output)
     given = ("--reference", tiny, "-o", output)
     assert "the settings are those of" in refused("report", checkpoint, *given, "--alpha", "0.3")
-    assert "is quantised" in refused("report", checkpoint, "--reference", checkpoint, "-o", output)
+    assert "is quantized" in refused("report", checkpoint, "--reference", checkpoint, "-o", output)
     assert "alpha must be" in refused("report", tiny, "-o", output, "--alpha", "2")
     assert "no file or folder" in refused("report", tiny, "-o", output, "--text", tmp_path / "no")
     assert not output.exists()

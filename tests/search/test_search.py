@@ -242,7 +242,7 @@ def test_clips_are_searched_not_inherited(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_validation_measures_both_models(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On batches that nothing else has seen; the same as quantising and comparing by hand."""
+    """On batches that nothing else has seen; the same as quantizing and comparing by hand."""
     model = make_model("llama")
     used: list[Any] = []
     original = search_module._validate
@@ -258,10 +258,10 @@ def test_validation_measures_both_models(monkeypatch: pytest.MonkeyPatch) -> Non
     assert statistics.tokens == 4 * 48
     means = []
     for config in (*fixed, chosen):
-        quantised = smooth_and_quantize(copy.deepcopy(model), statistics, config, progress=False)
+        quantized = smooth_and_quantize(copy.deepcopy(model), statistics, config, progress=False)
         with torch.no_grad():
             p = [torch.log_softmax(model(**b).logits.double(), -1) for b in unseen]
-            q = [torch.log_softmax(quantised(**b).logits.double(), -1) for b in unseen]
+            q = [torch.log_softmax(quantized(**b).logits.double(), -1) for b in unseen]
         rows = [(a.exp() * (a - b)).sum(-1).mean() for a, b in zip(p, q, strict=True)]
         means.append(float(torch.stack(rows).mean()))
     assert result.validation is not None

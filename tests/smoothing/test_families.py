@@ -115,8 +115,8 @@ def test_the_int8_model_is_near(family: str) -> None:
         pytest.xfail("T5 looks at the type of wo.weight, which W8A8Linear does not have")
     outcome = smoothed(family)
     model = quantize_model(copy.deepcopy(outcome.smoothed))
-    quantised = {n for n, m in model.named_modules() if isinstance(m, W8A8Linear)}
-    assert quantised == {e["name"] for e in outcome.info["layers"]}
+    quantized = {n for n, m in model.named_modules() if isinstance(m, W8A8Linear)}
+    assert quantized == {e["name"] for e in outcome.info["layers"]}
     assert model.smoothquant_info["skipped"] == outcome.info["skipped"]
     after = outputs(model, unseen(family))
     assert all(bool(t.isfinite().all()) for t in after)

@@ -24,7 +24,7 @@ STATIC = SmoothQuantConfig(
 )
 
 
-def quantised(config: SmoothQuantConfig, family: str = "llama") -> Any:
+def quantized(config: SmoothQuantConfig, family: str = "llama") -> Any:
     return smooth_and_quantize(make_model(family), token_batches(), config, progress=False)
 
 
@@ -33,13 +33,13 @@ def layers(model: Any) -> dict[str, dict[str, Any]]:
 
 
 def test_each_setting_reaches_its_layer_alone() -> None:
-    plain = quantised(STATIC)
+    plain = quantized(STATIC)
     own = STATIC.replace(
         alphas={f"{LAYER}mlp.down_proj": 0.2},
         clips={f"{LAYER}self_attn.o_proj": 0.5},
         schemes={f"{LAYER}mlp.gate_proj": "per_token", f"{LAYER}mlp.up_proj": "per_tensor"},
     )
-    changed = quantised(own)
+    changed = quantized(own)
     before, after = layers(plain), layers(changed)
     different = {n for n in before if before[n] != after[n]}
     # gate and up: their schemes, and the default alpha of the first one's, which they share
@@ -54,7 +54,7 @@ def test_each_setting_reaches_its_layer_alone() -> None:
 
 
 def test_groups_are_told() -> None:
-    info = layers(quantised(STATIC))
+    info = layers(quantized(STATIC))
     qkv = [f"{LAYER}self_attn.{n}_proj" for n in "qkv"]
     assert all(info[name]["group"] == qkv for name in qkv)
     assert info[f"{LAYER}mlp.down_proj"]["group"] == [f"{LAYER}mlp.down_proj"]

@@ -1,4 +1,4 @@
-"""What quantisation may cost a real model, on text that calibration never saw."""
+"""What quantization may cost a real model, on text that calibration never saw."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Setting:
         )
         self.reference = Reference(model)
 
-    def quantised(self, scheme: str, **settings: Any) -> Any:
+    def quantized(self, scheme: str, **settings: Any) -> Any:
         config = SmoothQuantConfig(activation_scheme=scheme, **settings)
         smoothed = smooth_lm(copy.deepcopy(self.model), self.statistics, config=config)
         return quantize_model(smoothed)
@@ -86,12 +86,12 @@ def test_smoothing_keeps_the_float_logits(setting: Setting) -> None:
 def test_smoothed_schemes_stay_close_to_float32(
     setting: Setting, scheme: str, limit: float
 ) -> None:
-    assert setting.rise(setting.quantised(scheme)) <= limit
+    assert setting.rise(setting.quantized(scheme)) <= limit
 
 
 def test_naive_static_is_ruined_by_massive_activations(setting: Setting) -> None:
     """What smoothing is for: without it one scale for the tensor about doubles the perplexity (docs/accuracy.md)."""
-    assert setting.rise(setting.quantised("static", smooth=False)) > 0.5
+    assert setting.rise(setting.quantized("static", smooth=False)) > 0.5
 
 
 def test_planted_outlier_channels(setting: Setting) -> None:
@@ -103,13 +103,13 @@ def test_planted_outlier_channels(setting: Setting) -> None:
     plant_outliers(model, llama_readers(model))
     planted = Setting(model, setting.tokenizer)
     planted.reference = setting.reference  # the function did not change
-    assert planted.rise(planted.quantised("per_token", smooth=False)) >= 1 / 4
-    assert planted.rise(planted.quantised("per_token")) <= 0.02
+    assert planted.rise(planted.quantized("per_token", smooth=False)) >= 1 / 4
+    assert planted.rise(planted.quantized("per_token")) <= 0.02
 
 
 def test_checkpoint_of_the_real_model(setting: Setting, tmp_path: Path) -> None:
     """Reloaded logits are the same bits; the linears take about a quarter of float32."""
-    model = setting.quantised("static")
+    model = setting.quantized("static")
     save_quantized(model, tmp_path / "q")
     again = load_quantized(tmp_path / "q")
     ids = torch.arange(1, 65)[None]
@@ -119,6 +119,6 @@ def test_checkpoint_of_the_real_model(setting: Setting, tmp_path: Path) -> None:
     names = {layer["name"] for layer in model.smoothquant_info["layers"]}
     total = sum(p.numel() for p in setting.model.parameters())
     linears = sum(setting.model.get_submodule(n).weight.numel() for n in names)
-    quantised = files - 4 * (total - linears)
+    quantized = files - 4 * (total - linears)
     # 1 byte a weight, and float32 scales [N] and factors [K] of each layer: under 2 % for these sizes
-    assert 0.25 <= quantised / (4 * linears) <= 0.26
+    assert 0.25 <= quantized / (4 * linears) <= 0.26

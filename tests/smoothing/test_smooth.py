@@ -186,7 +186,7 @@ def test_what_roundings_refuse_is_folded_by_powers_of_two() -> None:
     assert torch.equal(run(exact, IDS), run(model, IDS))
 
 
-def test_tied_linear_is_quantised_but_not_smoothed() -> None:
+def test_tied_linear_is_quantized_but_not_smoothed() -> None:
     model = make_model("llama")
     first, second = (model.model.layers[i].mlp.down_proj for i in (0, 1))
     second.weight = first.weight
@@ -214,7 +214,7 @@ def test_a_layer_with_two_names_is_replaced_under_both() -> None:
     assert isinstance(model.first, W8A8Linear) and model.second is model.first
 
 
-# --- quantisation ------------------------------------------------------------------------------------------------
+# --- quantization ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", ["llama", "opt", "bloom", "gpt_neox", "gpt2", "qwen3"])
@@ -226,8 +226,8 @@ def test_every_linear_but_the_head_is_int8(family: str, scheme: str) -> None:
     names = set(partition_linears(model)[0])
     result = smooth_and_quantize(model, token_batches(), config, progress=False)
     assert result is model
-    quantised = {n for n, m in model.named_modules() if isinstance(m, W8A8Linear)}
-    assert quantised == names == set(layers(model))
+    quantized = {n for n, m in model.named_modules() if isinstance(m, W8A8Linear)}
+    assert quantized == names == set(layers(model))
     assert {layer["activation_scheme"] for layer in layers(model).values()} == {scheme}
     assert [s["reason"] for s in model.smoothquant_info["skipped"]] == [
         "output head: stays in float"
@@ -258,7 +258,7 @@ def test_planted_outliers_break_naive_and_not_smoothed(scheme: str) -> None:
     assert error(smooth=True) < 0.5 * error(smooth=False)
 
 
-def test_quantise_without_smoothing_is_naive_w8a8() -> None:
+def test_quantize_without_smoothing_is_naive_w8a8() -> None:
     model = make_model("llama")
     reference = copy.deepcopy(model)
     quantize_model(model, w_bit=8, a_bit=8)
@@ -285,7 +285,7 @@ def test_static_scale_is_the_smoothed_maximum_over_127() -> None:
         assert model.get_submodule(name).x_scale.item() == pytest.approx(scale, rel=1e-6)
 
 
-def test_skip_patterns_and_second_quantisation() -> None:
+def test_skip_patterns_and_second_quantization() -> None:
     model = make_model("llama")
     config = SmoothQuantConfig(skip=("*.down_proj", "*layers.0*q_proj"))
     smooth_and_quantize(model, token_batches(), config, progress=False)
@@ -296,7 +296,7 @@ def test_skip_patterns_and_second_quantisation() -> None:
         "model.layers.0.self_attn.q_proj",
         "lm_head",
     }
-    with pytest.raises(SmoothQuantError, match="quantised already"):
+    with pytest.raises(SmoothQuantError, match="quantized already"):
         quantize_model(model)
 
 

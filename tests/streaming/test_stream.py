@@ -1,4 +1,4 @@
-"""Streamed quantisation: the same checkpoint as through memory, resumed after any interruption, in little memory."""
+"""Streamed quantization: the same checkpoint as through memory, resumed after any interruption, in little memory."""
 
 from __future__ import annotations
 

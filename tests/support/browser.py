@@ -25,8 +25,8 @@ addEventListener("load", () => {
   const linear = (v) => (v /= 255) <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
   const shine = (c) => { const [r, g, b] = c.map(linear);
                          return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
-  const colour = (text) => text.match(/[\d.]+/g).map(Number);
-  const ground = (e) => { for (; e; e = e.parentElement) { const c = colour(getComputedStyle(e).backgroundColor);
+  const color = (text) => text.match(/[\d.]+/g).map(Number);
+  const ground = (e) => { for (; e; e = e.parentElement) { const c = color(getComputedStyle(e).backgroundColor);
                           if (c.length < 4 || c[3] > 0) return c.slice(0, 3); } return [255, 255, 255]; };
   out.inner = innerWidth; out.width = root.scrollWidth; out.lang = root.lang; out.title = document.title;
   out.scripts = document.querySelectorAll("script").length - 1;
@@ -40,7 +40,7 @@ addEventListener("load", () => {
     if (!node.data.trim() || e.tagName == "SCRIPT") continue;
     out.texts++;
     if (parseFloat(style.fontSize) < 12) out.small.push(name(e));
-    const a = shine(colour(style.color).slice(0, 3)), b = shine(ground(e));
+    const a = shine(color(style.color).slice(0, 3)), b = shine(ground(e));
     if ((Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05) < 4.5) out.faint.push(name(e));
     const range = document.createRange(); range.selectNodeContents(node);
     for (const box of range.getClientRects()) {

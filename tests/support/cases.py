@@ -31,7 +31,7 @@ GEMM_SHAPES = (
     (65, 130, 100),
 )
 
-#: Every kind of scale a quantiser takes; "static" is filled in by `quantize_options`.
+#: Every kind of scale a quantizer takes; "static" is filled in by `quantize_options`.
 SCHEMES = ("token", "tensor", "static")
 
 
@@ -57,7 +57,7 @@ def random_int8(*shape: int, seed: int = 0, low: int = -128, high: int = 127) ->
 
 
 def quantize_options(scheme: str, scale: float = 0.013) -> dict[str, object]:
-    """Keyword arguments of the quantisers for one of `SCHEMES`."""
+    """Keyword arguments of the quantizers for one of `SCHEMES`."""
     if scheme == "static":
         return {"scale": torch.tensor([scale])}
     return {"granularity": scheme}
@@ -75,7 +75,7 @@ def _ties(k: int, dtype: torch.dtype) -> Tensor:
 
 
 def _spike(k: int, dtype: torch.dtype) -> Tensor:
-    """The only large value comes last, where a vectorised maximum has its tail."""
+    """The only large value comes last, where a vectorized maximum has its tail."""
     row = torch.full((k,), 0.01)
     row[-1] = -1000.0
     return row

@@ -1,4 +1,4 @@
-"""Quantised tiny models, and what the tests of their checkpoints compare."""
+"""Quantized tiny models, and what the tests of their checkpoints compare."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def llama(**changed: Any) -> nn.Module:
 
 
 def quantized(make: Callable[[], nn.Module] = llama, scheme: str = "static", **options: Any) -> Any:
-    """A new model, smoothed and quantised."""
+    """A new model, smoothed and quantized."""
     torch.manual_seed(0)
     model = make()
     half = next(model.parameters()).dtype != torch.float32

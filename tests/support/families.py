@@ -66,7 +66,7 @@ class Family:
         model: nn.Module = model_class.from_config(config) if auto else model_class(config)
         generator = _generator(seed + 1)
         for parameter in model.parameters():
-            # every parameter from here, so that nothing depends on how the library initialises
+            # every parameter from here, so that nothing depends on how the library initializes
             noise = torch.randn(parameter.shape, generator=generator)
             if parameter.dim() <= 1:
                 parameter.data += 0.2 * noise

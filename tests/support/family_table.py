@@ -109,7 +109,7 @@ def _only(info: dict[str, Any], wanted: str) -> dict[str, Any]:
 _TITLES = {
     "folded": "folded into",
     "runtime": "divided at run time, because",
-    "none": "quantised, not smoothed",
+    "none": "quantized, not smoothed",
     "float": "left in float",
 }
 
@@ -142,7 +142,7 @@ are powers of two; relative 1e-5 without that rounding), that every linear is in
 mixtures of experts give the same logits, and that the int8 model runs and stays near the float one.
 
 * *folded into*: 1 / s is multiplied into that norm's weight, or into the rows of that linear; the layer runs as before.
-* *divided at run time*: the quantiser multiplies by 1 / s while it reads the input. That is always exact.
+* *divided at run time*: the quantizer multiplies by 1 / s while it reads the input. That is always exact.
 * "is read by something else as well (aten.add reads it)": a residual branch, a router or an expert reads the same
   tensor, and folding would change what it reads.
 * Experts that `transformers` 5 keeps in 3-D parameters stay in float; so do routers that are no `nn.Linear`.

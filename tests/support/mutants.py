@@ -20,7 +20,7 @@ from tests.support import simulator
 WRONG_VALUES = r"\d elements differ, first at \("
 NOT_WITHIN_THE_BOUND = r"int8 values are not within the bound|: scales .* not in "
 OUT_OF_BOUNDS = r"out-of-bounds global"
-UNINITIALISED = r"uninitiali[sz]ed"
+UNINITIALIZED = r"uninitiali[sz]ed"
 RACE = r"shared-memory race"
 WROTE_BESIDE = r"wrote beside y"
 

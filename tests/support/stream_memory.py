@@ -1,4 +1,4 @@
-"""Quantises a checkpoint under a limit on memory: `python stream_memory.py stream|memory SOURCE TARGET MEGABYTES`.
+"""Quantizes a checkpoint under a limit on memory: `python stream_memory.py stream|memory SOURCE TARGET MEGABYTES`.
 
 The limit is on what the process may allocate beyond what Python and torch have taken. `make` writes the checkpoint.
 """

@@ -1,9 +1,9 @@
 """How far the norms and activations of a kernel may be from the reference, and what that means for int8.
 
 `quantize` alone is exact. Behind a norm or an activation the kernels compute in float32 what the reference computes in
-float64, so v, the value before quantisation, may differ by a bound that is derived here from the number of roundings
+float64, so v, the value before quantization, may differ by a bound that is derived here from the number of roundings
 (u = 2^-24 is half a unit in the last place of 1). An int8 result may then differ by one step only where v lies within
-that bound of a rounding boundary, which is what `assert_quantised` demands.
+that bound of a rounding boundary, which is what `assert_quantized` demands.
 """
 
 from __future__ import annotations
@@ -88,14 +88,14 @@ def activation(x: Tensor, kind: str, gate: Tensor | None, inv_smooth: Tensor | N
     return _smoothed(y, bound, inv_smooth)
 
 
-def assert_quantised(
+def assert_quantized(
     found: tuple[Tensor, ...],
     expected: Expected,
     scale: Tensor | None,
     granularity: str,
     what: str = "",
 ) -> int:
-    """x_q and x_scale are what quantising some v' within the bound of v gives; returns how many x_q are not the
+    """x_q and x_scale are what quantizing some v' within the bound of v gives; returns how many x_q are not the
     reference's own."""
     x_q, x_scale = (t.cpu() for t in found[:2])
     v, bound = expected.v.double(), expected.bound
