@@ -32,7 +32,6 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -40,6 +39,7 @@ from timer import interleaved
 from torch import Tensor
 
 from smoothquant_kernels import W8A8Linear, ops
+from smoothquant_kernels.ops import registry
 
 ROOT = Path(__file__).resolve().parent.parent
 GPUS = ("h100", "a100")  # as null_use_device counts them
@@ -101,9 +101,8 @@ def load(library: Path, folder: Path) -> tuple[ctypes.CDLL, ctypes.CDLL]:
     """(the null runtime, the library), with the ops bound to the CPU key."""
     runtime = null_runtime(folder)
     torch.ops.load_library(str(library))  # warns that it replaces the CPU kernels
-    # The CPU's short cut round the dispatcher is asked for, and refused, as for a tensor on a GPU.
-    asked, elsewhere = ops.eager_cpu, SimpleNamespace(is_cpu=False)
-    ops.eager_cpu = lambda x, *others: asked(elsewhere, *others)  # type: ignore[attr-defined]
+    # No short cut around the dispatcher, as for a tensor on a GPU.
+    registry.eager_cpu = lambda *call: False
     # Large results from the heap: mapping pages anew for each is nothing that a GPU's allocator does.
     with contextlib.suppress(AttributeError):
         libc = ctypes.CDLL(None)

@@ -154,7 +154,8 @@ _PROGRAM = """
 import ctypes, json, sys
 import torch
 from smoothquant_kernels import ops
-ops.eager_cpu = lambda *tensors: False
+from smoothquant_kernels.ops import registry
+registry.eager_cpu = lambda *call: False
 torch.ops.load_library(sys.argv[1])
 for tile in json.loads(sys.argv[2]):
     m, n = tile["m"] * tile["cluster"][0], tile["n"] * tile["cluster"][1]

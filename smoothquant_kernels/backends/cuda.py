@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 import torch
 
 from smoothquant_kernels.backends import tuned_tiles as _tune
-from smoothquant_kernels.ops.registry import _LIBRARY, NAMESPACE, define_op
+from smoothquant_kernels.ops.registry import LIBRARY, NAMESPACE, OPS
 
 #: The build puts the library beside the package's `__init__.py`.
 FOLDER = Path(__file__).resolve().parents[1]
@@ -239,7 +239,7 @@ def explain_missing_kernel(op: str) -> None:
     if has_cuda_kernel(op) or op in _explained:
         return
     _explained.add(op)
-    _LIBRARY.impl(op, _explainer(op), "CUDA")
+    LIBRARY.impl(op, _explainer(op), "CUDA")
 
 
 def _explainer(op: str) -> Callable[..., Any]:
@@ -253,30 +253,6 @@ def _explainer(op: str) -> Callable[..., Any]:
     return explain
 
 
-# --------------------------------------------------------------------------------------- self-test
-
-
-def _check_saturate(x: torch.Tensor) -> None:
-    if x.dtype != torch.float32:
-        dtype = str(x.dtype).removeprefix("torch.")
-        raise RuntimeError(f"_saturate_s8: x must be float32, got {dtype} of shape {list(x.shape)}")
-
-
-def _saturate_s8_cpu(x: torch.Tensor) -> torch.Tensor:
-    _check_saturate(x)
-    # As cvt.rni.sat.s8.f32 does: half to even, saturating, NaN gives 0. The cast alone would wrap.
-    y = torch.nan_to_num(x, nan=0.0).round().clamp(-128, 127).to(torch.int8)
-    return y.contiguous()
-
-
-def _saturate_s8_fake(x: torch.Tensor) -> torch.Tensor:
-    _check_saturate(x)
-    return torch.empty(x.shape, dtype=torch.int8, device=x.device)
-
-
-# float32 -> int8, rounded half to even, saturating, NaN to 0. It is the smallest op there is: the
-# tests and `doctor` use it to see that the library is built, loaded and right.
-saturate_s8 = define_op(
-    "_saturate_s8(Tensor x) -> Tensor", cpu=_saturate_s8_cpu, fake=_saturate_s8_fake
-)
-explain_missing_kernel("_saturate_s8")
+# The library was loaded while the ops had no CUDA kernels: the dispatcher takes kernels and schemas in either order.
+for _op in OPS:
+    explain_missing_kernel(_op)

@@ -1,7 +1,5 @@
 """The CPU kernels: the numbers of `reference.py`, bit for bit, as fast as PyTorch's own building blocks allow.
 
-The norms and activations in front of `quantize` are in `_cpu_fused.py`.
-
 The int8 product runs in oneDNN (`onednn.qlinear_pointwise`, uint8 x int8 with float32 output). Which way of calling
 it is exact depends on the processor, so it is measured once per process, on data that would saturate:
 
@@ -27,7 +25,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from smoothquant_kernels import reference
 from smoothquant_kernels.errors import SmoothQuantError
-from smoothquant_kernels.ops import checks as _checks
+from smoothquant_kernels.ops.registry import cpu_kernel
 
 MODES = ("vnni", "split", "float")
 _EXACT_FLOAT = 2**24  # every integer up to here is a float32 number
@@ -220,19 +218,16 @@ def _dequantized(
     return reference.fma(y, column, bias.float())
 
 
+@cpu_kernel("gemm_s8")
 def gemm_s8(
     x_q: Tensor,
     w_q: Tensor,
     x_scale: Tensor,
     w_scale: Tensor,
-    *,
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
+    bias: Tensor | None,
+    residual: Tensor | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """CPU kernel of `ops.gemm_s8`."""
-    _checks.gemm("gemm_s8", x_q, w_q, x_scale, w_scale, bias, out_dtype)
-    _checks.gemm_residual("gemm_s8", residual, x_q, w_q)
     rows, n = x_q.reshape(-1, x_q.shape[-1]), w_q.shape[0]
     m = rows.shape[0]
     extra = None if residual is None else residual.reshape(m, n)
@@ -252,19 +247,23 @@ def gemm_s8(
     return result
 
 
+@cpu_kernel("_gemm_s8_tile")
+def _gemm_s8_tile(*arguments: Any) -> Tensor:
+    """A CPU has no tiles to choose from."""
+    *gemm, _, _ = arguments
+    return gemm_s8(*gemm)
+
+
+@cpu_kernel("gemm_s8_requant")
 def gemm_s8_requant(
     x_q: Tensor,
     w_q: Tensor,
     x_scale: Tensor,
     w_scale: Tensor,
     out_scale: Tensor,
-    *,
-    bias: Tensor | None = None,
-    relu: bool = False,
+    bias: Tensor | None,
+    relu: bool,
 ) -> Tensor:
-    """CPU kernel of `ops.gemm_s8_requant`."""
-    _checks.gemm("gemm_s8_requant", x_q, w_q, x_scale, w_scale, bias)
-    _checks.requant_scale("gemm_s8_requant", out_scale, x_q)
     y = _dequantized(x_q, w_q, x_scale, w_scale, bias)
     if relu:
         y = y.relu_()
@@ -272,37 +271,18 @@ def gemm_s8_requant(
     return y_q.view(*x_q.shape[:-1], w_q.shape[0])
 
 
-def gemm_s8_tile(
-    x_q: Tensor,
-    w_q: Tensor,
-    x_scale: Tensor,
-    w_scale: Tensor,
-    *,
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
-    out_dtype: torch.dtype,
-    tile: int = -1,
-    splits: int = 0,
-) -> Tensor:
-    """`gemm_s8`: a CPU has no tiles to choose from."""
-    _checks.forced_tile("_gemm_s8_tile", tile, splits)
-    return gemm_s8(x_q, w_q, x_scale, w_scale, bias=bias, residual=residual, out_dtype=out_dtype)
-
-
+@cpu_kernel("linear_s8")
 def linear_s8(
     x: Tensor,
     w_q: Tensor,
     w_scale: Tensor,
-    *,
-    bias: Tensor | None = None,
-    inv_smooth: Tensor | None = None,
-    scale: Tensor | None = None,
-    granularity: str = "token",
+    bias: Tensor | None,
+    inv_smooth: Tensor | None,
+    scale: Tensor | None,
+    granularity: str,
 ) -> Tensor:
-    """CPU kernel of `ops.linear_s8`."""
-    _checks.linear("linear_s8", x, w_q, w_scale, bias, inv_smooth, scale, granularity)
-    x_q, x_scale = quantize(x, inv_smooth=inv_smooth, scale=scale, granularity=granularity)
-    return gemm_s8(x_q, w_q, x_scale, w_scale, bias=bias, out_dtype=x.dtype)
+    x_q, x_scale = quantize(x, inv_smooth, scale, granularity, 1)
+    return gemm_s8(x_q, w_q, x_scale, w_scale, bias, None, x.dtype)
 
 
 # --- quantizer --------------------------------------------------------------------------------------------------------
@@ -327,17 +307,11 @@ def _round_rows(v: Tensor, inverse: Tensor, out: Tensor, saturate: bool) -> None
         out.copy_(v.round_())
 
 
+@cpu_kernel("quantize")
 def quantize(
-    x: Tensor,
-    *,
-    inv_smooth: Tensor | None = None,
-    scale: Tensor | None = None,
-    granularity: str = "token",
-    k_multiple: int = 1,
+    x: Tensor, inv_smooth: Tensor | None, scale: Tensor | None, granularity: str, k_multiple: int
 ) -> tuple[Tensor, Tensor]:
-    """CPU kernel of `ops.quantize`."""
-    k = x.shape[-1] if x.dim() else 0
-    _checks.quantizer("quantize", x, k, inv_smooth, scale, granularity, k_multiple)
+    k = x.shape[-1]
     rows = x.detach().reshape(-1, k)
     m = rows.shape[0]
     step = max(1, _CHUNK_BYTES // (4 * k))

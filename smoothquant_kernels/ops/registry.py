@@ -1,51 +1,190 @@
-"""The torch operator library: one namespace, one way to register an op.
+"""Ops, each described once: one function gives a torch op its schema, checks, result shapes and documentation.
 
-Python owns each op's schema, fake (meta) kernel, CPU kernel and docstring. The CUDA extension, when it was
-built, only adds CUDA kernels to the schemas defined here, so everything but those kernels imports, traces,
-exports and tests itself without a GPU and without a compiler.
+The body of a function under `@op` checks the arguments and describes the results with `result`. It computes nothing. It
+runs as the fake kernel (meta tensors, torch.compile, torch.export), before a CPU kernel, and after a CUDA kernel has
+refused its arguments, so that a wrong argument raises the same exception everywhere.
+
+Kernels come from backends. A Python backend registers CPU kernels with `cpu_kernel`; the CUDA library registers its own
+with the dispatcher. So everything but the CUDA kernels imports, traces, exports and tests itself without a compiler.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable
-from typing import Any
+from importlib import import_module
+from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 NAMESPACE = "smoothquant_kernels"
+#: Modules that register kernels, imported by name once all ops are described. The first one with a CPU kernel for an op
+#: runs it; the reference comes last.
+BACKENDS = ("onednn", "reference", "cuda")
 
 # Kept alive for the life of the process: dropping a Library unregisters its ops.
-_LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+#: Names of all ops, in the order of their descriptions.
+OPS: list[str] = []
+_CPU_KERNELS: dict[str, Callable[..., Any]] = {}
+_SCHEMA_TYPES = {
+    "Tensor": "Tensor",
+    "Tensor | None": "Tensor?",
+    "torch.dtype": "ScalarType",
+    "tuple[Tensor, Tensor]": "(Tensor, Tensor)",
+    **{name: name for name in ("str", "int", "float", "bool")},
+}
+
+P = ParamSpec("P")
+R = TypeVar("R")
+Kernel = TypeVar("Kernel", bound=Callable[..., Any])
 
 
-def define_op(
-    schema: str, *, cpu: Callable[..., Any], fake: Callable[..., Any]
-) -> torch._ops.OpOverload:
-    """Registers an op of this package and returns its callable overload.
+class _Result(NamedTuple):
+    like: Tensor
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def result(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Describes a contiguous result on the device of `like`. Only the fake kernel makes a tensor of it."""
+    return cast(Tensor, _Result(like, shape, dtype))
+
+
+def _made(described: Any) -> Any:
+    if isinstance(described, _Result):
+        return described.like.new_empty(described.shape, dtype=described.dtype)
+    return tuple(map(_made, described))
+
+
+def op(*, optional_result: str | None = None) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Makes a torch op of a function that checks its arguments and describes its results.
 
     Args:
-        schema: the op's signature without the namespace, e.g. ``"f(Tensor x) -> Tensor"``.
-        cpu: the CPU kernel.
-        fake: shape and dtype propagation, without reading data.
+        optional_result: a keyword argument without which the last of three results is left out. The torch op itself
+            returns an empty tensor there, because a schema has a fixed number of results.
+
+    Returns:
+        A decorator. The decorated function calls the op, with the signature and docstring of its description.
     """
-    name = schema.split("(", 1)[0]
-    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
-    # Without no_grad, autograd would record some of the steps inside and give a part of the gradient as the whole.
-    _LIBRARY.impl(name, torch.no_grad()(cpu), "CPU")
-    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
-    overload: torch._ops.OpOverload = getattr(getattr(torch.ops, NAMESPACE), name).default
-    return overload
+
+    def decorate(describe: Callable[P, R]) -> Callable[P, R]:
+        name = describe.__name__
+        parameters = list(inspect.signature(describe).parameters.values())
+        LIBRARY.define(
+            _schema(
+                name,
+                parameters,
+                optional_result is not None,
+                str(inspect.signature(describe).return_annotation),
+            ),
+            tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
+        )
+        OPS.append(name)
+        first = parameters[0].name
+        defaults = [(p.name, p.default) for p in parameters]
+        # A schema cannot hold a dtype as a default.
+        dtype_name, dtype = next(
+            ((p.name, p.default) for p in parameters if isinstance(p.default, torch.dtype)),
+            (None, None),
+        )
+
+        def on_cpu(*args: Any, **kwargs: Any) -> Any:
+            describe(*args, **kwargs)
+            rest = [kwargs.get(key, default) for key, default in defaults[len(args) :]]
+            return _CPU_KERNELS[name](*args, *rest)
+
+        # Without no_grad, autograd would record some of the steps inside and give a part of the gradient as the whole.
+        LIBRARY.impl(name, torch.no_grad()(on_cpu), "CPU")
+        torch.library.register_fake(
+            f"{NAMESPACE}::{name}",
+            lambda *args, **kwargs: _made(describe(*args, **kwargs)),
+            lib=LIBRARY,
+        )
+        overload = getattr(getattr(torch.ops, NAMESPACE), name).default
+
+        @functools.wraps(describe)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            x: Any = args[0] if args else kwargs.get(first)
+            if dtype_name is not None and dtype_name not in kwargs:
+                kwargs[dtype_name] = dtype
+            if x.is_cpu and eager_cpu(
+                x, args, kwargs
+            ):  # on a GPU each further question is a part of every call
+                results = on_cpu(*args, **kwargs)
+            else:
+                try:
+                    results = overload(*args, **kwargs)
+                except RuntimeError:  # all that C++ can throw through torch's stable ABI
+                    _raise_what_is_wrong(describe, args, kwargs)
+                    raise
+            if optional_result is not None and kwargs.get(optional_result) is None:
+                return cast(R, tuple(results[:-1]))
+            return cast(R, results)
+
+        return call
+
+    return decorate
 
 
-def eager_cpu(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether the CPU kernel can be called without the dispatcher, which costs a Python op some microseconds.
+def _raise_what_is_wrong(
+    describe: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    try:
+        describe(*args, **kwargs)
+    except (TypeError, ValueError) as error:
+        raise error from None
+
+
+def _schema(
+    name: str, parameters: list[inspect.Parameter], three_results: bool, returned: str
+) -> str:
+    """The op's signature in torch's schema language, as the C++ kernels read their arguments."""
+    parts = []
+    for i, p in enumerate(parameters):
+        if p.kind is p.KEYWORD_ONLY and (not i or parameters[i - 1].kind is not p.KEYWORD_ONLY):
+            parts.append("*")
+        default = ""
+        if p.default is not p.empty and not isinstance(p.default, torch.dtype):
+            value = f'"{p.default}"' if isinstance(p.default, str) else p.default
+            default = f"={value}"
+        parts.append(f"{_SCHEMA_TYPES[p.annotation]} {p.name}{default}")
+    results = "(Tensor, Tensor, Tensor)" if three_results else _SCHEMA_TYPES[returned]
+    return f"{name}({', '.join(parts)}) -> {results}"
+
+
+def cpu_kernel(name: str) -> Callable[[Kernel], Kernel]:
+    """Registers a CPU kernel for an op, unless a backend that comes before in `BACKENDS` has one.
+
+    A kernel is called with all arguments of the op by position, checked. It returns contiguous tensors.
+    """
+
+    def register(kernel: Kernel) -> Kernel:
+        _CPU_KERNELS.setdefault(name, kernel)
+        return kernel
+
+    return register
+
+
+def cpu(name: str) -> Callable[..., Any]:
+    """The CPU kernel of an op, for kernels that are made of others."""
+    return _CPU_KERNELS[name]
+
+
+def load_backends() -> None:
+    """Imports the backends, which register their kernels."""
+    for name in BACKENDS:
+        import_module(f"{NAMESPACE}.backends.{name}")
+
+
+def eager_cpu(x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a CPU kernel can be called without the dispatcher, which costs a Python op some microseconds.
 
     Not where somebody looks at the ops as they go by: dynamo, which says so; other tracers, whose tensors are of a
     subclass or which sit in the stack of dispatch modes; autograd.
     """
-    if not x.is_cpu:  # first: on a GPU each question more is a part of every call
-        return False
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return False
     if torch._C._len_torch_dispatch_stack():
@@ -54,4 +193,4 @@ def eager_cpu(x: Tensor, *others: Tensor | None) -> bool:
         return False
     if not torch.is_grad_enabled():
         return True
-    return not any(t is not None and t.requires_grad for t in (x, *others))
+    return not any(isinstance(t, Tensor) and t.requires_grad for t in (*args, *kwargs.values()))

@@ -22,6 +22,7 @@ from smoothquant_kernels.backends import cuda as _extension
 from tests.support import simulator
 from tests.support.backends import require_library
 
+saturate_s8 = torch.ops.smoothquant_kernels._saturate_s8.default
 INF, NAN = float("inf"), float("nan")
 # Value -> int8: ties to even, both ends, past the ends, subnormal, signed zero, not finite.
 EDGES = {
@@ -56,35 +57,35 @@ def assert_same(got: torch.Tensor, expected: torch.Tensor) -> None:
 
 def test_saturate_on_edges() -> None:
     x, expected = edge_tensors()
-    assert_same(_extension.saturate_s8(x), expected)
+    assert_same(saturate_s8(x), expected)
     assert_same(saturate_reference(x), expected)
-    assert _extension.saturate_s8(torch.tensor([-0.0])).item() == 0  # not a key beside 0.0
+    assert saturate_s8(torch.tensor([-0.0])).item() == 0  # not a key beside 0.0
 
 
 @pytest.mark.parametrize("shape", [(0,), (0, 7), (1,), (3, 5), (2, 3, 4), (1000,), ()])
 def test_saturate_shapes(shape: tuple[int, ...]) -> None:
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1)) * 150
-    assert_same(_extension.saturate_s8(x), saturate_reference(x))
+    assert_same(saturate_s8(x), saturate_reference(x))
 
 
 def test_saturate_of_a_view_is_contiguous() -> None:
     x = (torch.randn(6, 8, generator=torch.Generator().manual_seed(2)) * 99).t()[1::2, ::2]
-    y = _extension.saturate_s8(x)
+    y = saturate_s8(x)
     assert y.is_contiguous()
     assert_same(y, saturate_reference(x))
 
 
 @pytest.mark.parametrize("shape", [(4,), (3, 5), (0,)])
 def test_saturate_opcheck(shape: tuple[int, ...]) -> None:
-    torch.library.opcheck(_extension.saturate_s8, (torch.randn(shape),))
-    torch.library.opcheck(_extension.saturate_s8, (torch.randn(*shape, 2).transpose(0, -1),))
+    torch.library.opcheck(saturate_s8, (torch.randn(shape),))
+    torch.library.opcheck(saturate_s8, (torch.randn(*shape, 2).transpose(0, -1),))
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_saturate_of_another_type_says_what_it_got(device: str) -> None:
     x = torch.zeros(2, 3, dtype=torch.float16, device=device)
     with pytest.raises(RuntimeError, match=r"x must be float32, got float16 of shape \[2, 3\]"):
-        _extension.saturate_s8(x)
+        saturate_s8(x)
 
 
 # ----------------------------------------------------------------------------- the library's state
@@ -192,7 +193,7 @@ CALLS: dict[str, tuple[Any, ...]] = {
 
 
 def test_every_op_is_called_here() -> None:
-    assert set(CALLS) == {"_saturate_s8", *ops.OPS}
+    assert set(CALLS) == set(ops.OPS)
 
 
 @pytest.mark.parametrize("op", CALLS)
@@ -218,7 +219,7 @@ STABLE_TORCH_LIBRARY_IMPL(smoothquant_kernels, CUDA, m) { m.impl("quantize", &ke
 WITH_LIBRARY = """
 import torch
 torch.version.cuda = "13.0"  # so that the library is taken for one that fits
-from smoothquant_kernels import _extension
+from smoothquant_kernels.backends import cuda as _extension
 assert _extension.extension_status().available, _extension.extension_status()
 assert _extension.has_cuda_kernel("quantize") and not _extension.has_cuda_kernel("gemm_s8")
 keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
@@ -245,9 +246,7 @@ def compile_library(program: str, target: Path, *flags: str) -> None:
 @pytest.mark.compiler
 def test_the_kernels_of_a_library_stay(tmp_path: Path) -> None:
     package = tmp_path / "smoothquant_kernels"
-    package.mkdir()
-    for source in _extension.FOLDER.glob("*.py"):
-        shutil.copy(source, package)
+    shutil.copytree(_extension.FOLDER, package, ignore=shutil.ignore_patterns("*.so", "*.json"))
     (package / _extension.BUILD_INFO_NAME).write_text(json.dumps(facts()))
     compile_library(LIBRARY, package / _extension.LIBRARY_NAME)
     said = subprocess.run(
@@ -310,7 +309,7 @@ def test_the_built_library_registers_its_kernels() -> None:
     assert status.torch_target == build_support.version_text(build_support.TORCH_TARGET)
     assert _extension.has_cuda_kernel("_saturate_s8")
     x, expected = edge_tensors()
-    assert_same(_extension.saturate_s8(x), expected)  # the CPU kernel is still Python's
+    assert_same(saturate_s8(x), expected)  # the CPU kernel is still Python's
 
 
 @pytest.mark.cuda_build
@@ -328,28 +327,29 @@ def test_saturate_on_a_gpu() -> None:
         pytest.skip("no GPU")
     require_library()
     x, expected = edge_tensors("cuda")
-    assert_same(_extension.saturate_s8(x), expected)
+    assert_same(saturate_s8(x), expected)
     view = (torch.randn(300, 700, device="cuda") * 99).t()[1:, ::2]
-    assert_same(_extension.saturate_s8(view).cpu(), saturate_reference(view.cpu()))
-    assert _extension.saturate_s8(torch.empty(0, 4, device="cuda")).shape == (0, 4)
+    assert_same(saturate_s8(view).cpu(), saturate_reference(view.cpu()))
+    assert saturate_s8(torch.empty(0, 4, device="cuda")).shape == (0, 4)
     with pytest.raises(RuntimeError, match="x must be float32, got float16"):
-        _extension.saturate_s8(x.half())
+        saturate_s8(x.half())
 
 
 # ------------------------------------------------------------------------------------ the simulator
 
 BINDING = """
 import sys, torch
-from smoothquant_kernels import _extension
+from smoothquant_kernels.ops import registry
+saturate_s8 = torch.ops.smoothquant_kernels._saturate_s8.default
 x, expected = torch.load(sys.argv[1])
 torch.ops.load_library(sys.argv[2])  # takes the place of the CPU kernel
-assert torch.equal(_extension.saturate_s8(x), expected), _extension.saturate_s8(x)
+assert torch.equal(saturate_s8(x), expected), saturate_s8(x)
 view = (torch.randn(30, 70) * 99).t()[1:, ::2]
-y = _extension.saturate_s8(view)
-assert y.is_contiguous() and torch.equal(y, _extension._saturate_s8_cpu(view))
-assert _extension.saturate_s8(torch.empty(0, 4)).shape == (0, 4)
+y = saturate_s8(view)
+assert y.is_contiguous() and torch.equal(y, registry.cpu("_saturate_s8")(view))
+assert saturate_s8(torch.empty(0, 4)).shape == (0, 4)
 try:
-    _extension.saturate_s8(torch.zeros(2, 3, dtype=torch.float16))
+    saturate_s8(torch.zeros(2, 3, dtype=torch.float16))
 except RuntimeError as error:
     print(error)
 """

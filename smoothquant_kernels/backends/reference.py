@@ -1,0 +1,79 @@
+"""The last resort: CPU kernels in the words of `reference.py`, for ops that no other backend has a kernel for.
+
+A norm or an activation is the reference's. Its result goes to the CPU's quantizer, whichever backend has that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from smoothquant_kernels import reference
+from smoothquant_kernels.ops.registry import cpu, cpu_kernel
+
+cpu_kernel("quantize")(reference.quantize)
+cpu_kernel("gemm_s8")(reference.gemm_s8)
+
+
+@cpu_kernel("_gemm_s8_tile")
+def _gemm_s8_tile(*arguments: Any) -> Tensor:
+    """A CPU has no tiles to choose from."""
+    *gemm, _, _ = arguments
+    product: Tensor = cpu("gemm_s8")(*gemm)
+    return product
+
+
+cpu_kernel("gemm_s8_requant")(reference.gemm_s8_requant)
+
+
+@cpu_kernel("linear_s8")
+def _linear_s8(
+    x: Tensor, w_q: Tensor, w_scale: Tensor, bias: Tensor | None, *quantizer: Any
+) -> Tensor:
+    x_q, x_scale = cpu("quantize")(x, *quantizer, 1)
+    y: Tensor = cpu("gemm_s8")(x_q, w_q, x_scale, w_scale, bias, None, x.dtype)
+    return y
+
+
+def _norm_quantize(
+    norm: Callable[[Tensor], Tensor], x: Tensor, residual: Tensor | None, quantizer: tuple[Any, ...]
+) -> tuple[Tensor, Tensor, Tensor]:
+    total = reference.add_residual(x, residual)
+    x_q, x_scale = cpu("quantize")(norm(total), *quantizer)
+    return x_q, x_scale, x.new_empty(0) if residual is None else total
+
+
+@cpu_kernel("rms_norm_quantize")
+def _rms_norm_quantize(
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, *quantizer: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _norm_quantize(lambda t: reference.rms_norm(t, weight, eps), x, residual, quantizer)
+
+
+@cpu_kernel("layer_norm_quantize")
+def _layer_norm_quantize(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    *quantizer: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _norm_quantize(
+        lambda t: reference.layer_norm(t, weight, bias, eps), x, residual, quantizer
+    )
+
+
+@cpu_kernel("act_quantize")
+def _act_quantize(x: Tensor, kind: str, gate: Tensor | None, *quantizer: Any) -> Any:
+    return cpu("quantize")(reference.activation(x, kind, gate), *quantizer)
+
+
+@cpu_kernel("_saturate_s8")
+def _saturate_s8(x: Tensor) -> Tensor:
+    # As cvt.rni.sat.s8.f32 does: half to even, saturating, NaN gives 0. The cast alone would wrap.
+    y = torch.nan_to_num(x, nan=0.0).round().clamp(-128, 127).to(torch.int8)
+    return y.contiguous()

@@ -1,0 +1,75 @@
+"""Quantizing activations to int8, and what every producer of int8 returns."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from smoothquant_kernels.ops import checks
+from smoothquant_kernels.ops.registry import op, result
+from smoothquant_kernels.reference import padded_k
+
+
+def quantized(
+    x: Tensor, k: int, scale: Tensor | None, granularity: str, k_multiple: int
+) -> tuple[Tensor, Tensor]:
+    """Describes (x_q, x_scale) of x [..., K] with k output channels."""
+    per_tensor = scale is None and granularity == "tensor"
+    rows = 1 if per_tensor else math.prod(x.shape[:-1])
+    x_q = result(x, (*x.shape[:-1], padded_k(k, k_multiple)), torch.int8)
+    return x_q, result(x, (rows,), torch.float32)
+
+
+@op()
+def quantize(
+    x: Tensor,
+    *,
+    inv_smooth: Tensor | None = None,
+    scale: Tensor | None = None,
+    granularity: str = "token",
+    k_multiple: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """Divide by the smoothing factors and quantize to int8, in one pass.
+
+    Args:
+        x: [..., K] float16, bfloat16 or float32, any strides.
+        inv_smooth: [K] float32, the reciprocals 1 / s of the smoothing factors.
+        scale: [1] float32, a calibrated (static) scale; `granularity` then has no effect.
+        granularity: ``"token"`` for a scale per row, ``"tensor"`` for one scale; both dynamic.
+        k_multiple: pads x_q with columns of zeros until this divides their number. They add nothing to a GEMM whose
+            weight is padded likewise, and give it rows that are aligned for any K.
+
+    Returns:
+        x_q: [..., K] int8 in [-127, 127], contiguous; K rounded up to a multiple of k_multiple.
+        x_scale: float32, [M]; [1] for ``"tensor"``. A token with a NaN or Inf has a non-finite scale, so that its
+            output cannot look sound; under ``"tensor"`` all tokens share that fate.
+
+    Raises:
+        TypeError: a dtype is not one of the above.
+        ValueError: a shape or device does not fit, granularity is unknown, or k_multiple is below 1.
+
+    Equivalent to:
+        v = x.float() * inv_smooth
+        x_scale = v.abs().amax(-1) / 127
+        x_q = torch.round(v * (1 / x_scale)[..., None]).clamp(-127, 127).to(torch.int8)
+        x_q = torch.nn.functional.pad(x_q, (0, -K % k_multiple))
+
+    Source: SmoothQuant (Xiao et al., 2022), section 3.2, eq. 3; schemes O1, O2, O3 of table 2.
+    """
+    k = x.shape[-1] if x.dim() else 0
+    checks.quantizer("quantize", x, k, inv_smooth, scale, granularity, k_multiple)
+    return quantized(x, k, scale, granularity, k_multiple)
+
+
+@op()
+def _saturate_s8(x: Tensor) -> Tensor:
+    """float32 -> int8: rounded half to even, saturated to [-128, 127], NaN to 0.
+
+    The smallest op there is: the tests use it to see that the CUDA library is built, loaded and right.
+    """
+    if x.dtype != torch.float32:
+        dtype = str(x.dtype).removeprefix("torch.")
+        raise RuntimeError(f"_saturate_s8: x must be float32, got {dtype} of shape {list(x.shape)}")
+    return result(x, tuple(x.shape), torch.int8)

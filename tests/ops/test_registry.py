@@ -1,0 +1,130 @@
+"""How an op is described and finds its kernel."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from smoothquant_kernels import ops
+from smoothquant_kernels.backends import onednn, reference
+from smoothquant_kernels.ops import registry
+from tests.ops.test_ops import Call, each_call
+from tests.support.compare import assert_all_bitwise_equal
+
+#: As the C++ kernels read their arguments from the dispatcher's stack.
+QUANTIZER = 'Tensor? inv_smooth=None, Tensor? scale=None, str granularity="token", int k_multiple=1'
+GEMM = "Tensor x_q, Tensor w_q, Tensor x_scale, Tensor w_scale"
+SCHEMAS = {
+    "quantize": f"(Tensor x, *, {QUANTIZER}) -> (Tensor, Tensor)",
+    "rms_norm_quantize": "(Tensor x, Tensor weight, float eps, *, Tensor? residual=None, "
+    f"{QUANTIZER}) -> (Tensor, Tensor, Tensor)",
+    "layer_norm_quantize": "(Tensor x, Tensor? weight, Tensor? bias, float eps, *, "
+    f"Tensor? residual=None, {QUANTIZER}) -> (Tensor, Tensor, Tensor)",
+    "act_quantize": f"(Tensor x, str kind, *, Tensor? gate=None, {QUANTIZER}) -> (Tensor, Tensor)",
+    "gemm_s8": f"({GEMM}, *, Tensor? bias=None, Tensor? residual=None, ScalarType out_dtype) -> Tensor",
+    "gemm_s8_requant": f"({GEMM}, Tensor out_scale, *, Tensor? bias=None, bool relu=False) -> Tensor",
+    "linear_s8": "(Tensor x, Tensor w_q, Tensor w_scale, *, Tensor? bias=None, Tensor? inv_smooth=None, "
+    'Tensor? scale=None, str granularity="token") -> Tensor',
+    "_gemm_s8_tile": f"({GEMM}, *, Tensor? bias=None, Tensor? residual=None, ScalarType out_dtype, "
+    "int tile=-1, int splits=0) -> Tensor",
+    "_saturate_s8": "(Tensor x) -> Tensor",
+}
+
+
+def test_schemas_are_those_of_the_binding() -> None:
+    assert set(ops.OPS) == SCHEMAS.keys()
+    for name, schema in SCHEMAS.items():
+        found = getattr(torch.ops.smoothquant_kernels, name).default._schema
+        assert str(found) == f"smoothquant_kernels::{name}{schema}"
+
+
+def test_ops_are_listed_in_the_order_of_the_documentation() -> None:
+    public = [name for name in ops.OPS if not name.startswith("_")]
+    assert public == [
+        "quantize",
+        "rms_norm_quantize",
+        "layer_norm_quantize",
+        "act_quantize",
+        "gemm_s8",
+        "gemm_s8_requant",
+        "linear_s8",
+    ]
+    assert all(getattr(ops, name).__doc__ for name in public)
+
+
+def test_the_first_backend_with_a_kernel_runs_it() -> None:
+    assert registry.cpu("gemm_s8").__module__ == onednn.__name__
+    assert registry.cpu("act_quantize").__module__ == reference.__name__
+
+
+@each_call
+def test_the_reference_serves_every_op_alone(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = call.eager()
+    monkeypatch.setattr(registry, "_CPU_KERNELS", {})
+    importlib.reload(reference)
+    assert registry._CPU_KERNELS.keys() == set(ops.OPS)
+    assert_all_bitwise_equal(call.eager(), expected)
+
+
+#: A library whose kernel refuses what the description refuses, and one thing more, with C++'s only exception.
+KERNEL_THAT_REFUSES = """
+from __future__ import annotations  # a schema is made of the annotations as they are written
+import torch
+from torch import Tensor
+from smoothquant_kernels.ops import registry
+from smoothquant_kernels.ops.registry import cpu_kernel, op, result
+
+@op()
+def doubled(x: Tensor, *, times: int = 1) -> Tensor:
+    "Twice x, some times over."
+    if x.dtype != torch.float32:
+        raise TypeError("doubled: x must be float32")
+    if times < 1:
+        raise ValueError("doubled: times must be at least 1")
+    return result(x, tuple(x.shape), x.dtype)
+
+def refuses(*arguments, **options):
+    raise RuntimeError("from C++")
+
+x = torch.ones(3)
+try:
+    doubled(x)
+except KeyError:
+    print("no kernel yet")
+
+@cpu_kernel("doubled")
+def kernel(x, times):
+    return x * 2**times
+
+print(doubled(x, times=3).tolist(), doubled(x=x).tolist(), doubled.__doc__)
+print(doubled(x.to("meta")).shape, torch.compile(doubled, fullgraph=True, backend="eager")(x).tolist())
+registry.LIBRARY.impl("doubled", refuses, "CPU", allow_override=True)
+registry.eager_cpu = lambda *call: False
+for wrong, times in ((x.double(), 1), (x, 0), (x, 1)):
+    try:
+        doubled(wrong, times=times)
+    except Exception as error:
+        print(type(error).__name__, error, error.__cause__, error.__suppress_context__)
+"""
+
+
+def test_an_op_of_its_own() -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", KERNEL_THAT_REFUSES],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "no kernel yet",
+        "[8.0, 8.0, 8.0] [2.0, 2.0, 2.0] Twice x, some times over.",
+        "torch.Size([3]) [2.0, 2.0, 2.0]",
+        "TypeError doubled: x must be float32 None True",
+        "ValueError doubled: times must be at least 1 None True",
+        "RuntimeError from C++ None False",
+    ]
