@@ -44,7 +44,7 @@ _TABLE = (
         "calibrate on more text, or leave them in float with --skip",
     ),
     (
-        "use smoothquant_kernels.stream.quantize_streamed, which reads one block at a time",
+        "use smoothquant_kernels.quantize_streamed, which reads one block at a time",
         "add --stream, which reads one block at a time",
     ),
     (": pass what its forward takes", ""),

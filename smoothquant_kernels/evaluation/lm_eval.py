@@ -1,6 +1,6 @@
 """`lm_eval` on quantized checkpoints.
 
-    python -m smoothquant_kernels.lm_eval run --model hf --model_args pretrained=DIR --tasks ...
+    python -m smoothquant_kernels.evaluation.lm_eval run --model hf --model_args pretrained=DIR --tasks ...
 
 The command line of the Language Model Evaluation Harness as it is (docs/evaluation.md), in a process where
 `from_pretrained` loads the folders of `save_quantized`.

@@ -142,7 +142,7 @@ def check_present(model: nn.Module, prefix: str = "") -> None:
     if name is not None:
         raise SmoothQuantError(
             f"{name} has no data (meta device; accelerate puts offloaded weights there): load the model without "
-            "offloading, or use smoothquant_kernels.stream.quantize_streamed, which reads one block at a time."
+            "offloading, or use smoothquant_kernels.quantize_streamed, which reads one block at a time."
         )
 
 
