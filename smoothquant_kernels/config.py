@@ -1,4 +1,4 @@
-"""One frozen description of everything that smoothing and quantization do."""
+"""The settings of smoothing and quantization."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from smoothquant_kernels.schemes import ACTIVATION_SCHEMES, WEIGHT_GRANULARITIES
 ROUNDINGS = ("auto", "power_of_two", "none")
 FOLDINGS = ("auto", "never")
 MASSIVE_CHOICES = ("per_token", "keep")
-#: A layer has massive activations if its largest token reaches this many times its median token (both by their largest
-#: element). Such layers stand apart: 20 to 2,100 for six down_proj of SmolLM2-135M, at most 12 for its other layers
-#: (compare Sun et al., 2024, "Massive Activations in Large Language Models").
+#: A layer has massive activations if the largest element of some token is this many times that of the median token. The
+#: ratio is 20 to 2,100 for six down_proj of SmolLM2-135M and at most 12 for its other layers (compare Sun et al., 2024,
+#: "Massive Activations in Large Language Models").
 MASSIVE_PEAK = 16.0
-#: The migration strengths that measured best on documentation; on news 0.5 is better (docs/accuracy.md).
+#: The best measured migration strengths on documentation. On news 0.5 is better (docs/accuracy.md).
 DEFAULT_ALPHA = {"per_token": 0.6, "per_tensor": 0.7, "static": 0.7}
 
 
 @dataclass(frozen=True)
 class SmoothQuantConfig:
-    """How a model is smoothed and quantized. Round-trips through JSON; unknown or wrong values are refused.
+    """How a model is smoothed and quantized. It round-trips through JSON. Unknown names and wrong values are refused.
 
     Attributes:
         alpha: migration strength in [0, 1]: 0 leaves the activations as they are, 1 moves all difficulty into the
             weights (paper, section 3.2, eq. 4). None takes the best measured value for the activation scheme, see
             `DEFAULT_ALPHA` and docs/accuracy.md.
-        smooth: False leaves the activations as they are and only measures their ranges: naive W8A8, to compare with.
+        smooth: False only measures the ranges of the activations. The result is naive W8A8, for comparison.
         activation_scheme: ``"per_token"`` (O1), ``"per_tensor"`` (dynamic, O2), ``"static"`` (calibrated, O3).
         alphas: layer -> alpha, for the layers that shall differ from `alpha`. Here and below, a layer is given by its
             full name or by a shell-style pattern (``"*.down_proj"``); a full name counts before the first pattern that
@@ -43,7 +43,7 @@ class SmoothQuantConfig:
             activations (a token many times larger than the others, see `MASSIVE_PEAK`), which no smoothing of channels
             can balance: ``"per_token"`` gives that layer a scale per token, ``"keep"`` leaves it in the scheme.
         weight_granularity: ``"channel"`` or ``"tensor"``.
-        w_bit, a_bit: bits of weights and activations; 8 is what there is.
+        w_bit, a_bit: bits of weights and activations. Only 8 is supported.
         smooth_rounding: ``"power_of_two"`` rounds every factor to the nearest power of two, so that folding changes no
             bit of the float model in any dtype; ``"none"`` uses the formula's value, which balances a little better
             and costs float roundings; ``"auto"`` is ``"none"`` for float32 models and ``"power_of_two"`` for others.

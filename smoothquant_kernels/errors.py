@@ -1,10 +1,10 @@
-"""Errors that a user can cause and can mend."""
+"""Errors that users can cause and correct."""
 
 from __future__ import annotations
 
 
 class SmoothQuantError(ValueError):
-    """A request that cannot be served: what was passed, what is allowed, what to do, in one sentence.
+    """A request that cannot be served. One sentence says what was passed, what is allowed and what to do.
 
-    The command line prints the sentence and exits with 2; any other exception is a defect of this package.
+    The command line prints the sentence and exits with 2. Any other exception is a defect of this package.
     """

@@ -1,8 +1,8 @@
 """The specification: what every kernel of this package computes, in plain PyTorch.
 
-Where a kernel and this file disagree, one of them has a bug. Everything here is written to be read, not to be
-fast, and gives the same bits on every device and at every thread count: integer sums are exact, every float32
-operation is a single correctly rounded one in the order written, and sums of many terms are taken in float64.
+Where a kernel and this file disagree, one of them has a bug. The code is written to be read, not to be fast. It gives
+the same bits on every device and at every thread count: integer sums are exact, float32 operations are rounded once each
+in the order written, and sums of many terms are taken in float64.
 
 Names follow the glossary of docs/numerics.md: `x` [..., K] activation, `w` [N, K] weight, `M` the number of rows
 (tokens) of `x`, `inv_smooth` [K] float32 = 1 / s, `x_scale` [M] or [1], `w_scale` [N] or [1].
@@ -18,10 +18,10 @@ from torch import Tensor
 QMAX = 127
 #: |int8 product| <= 2**14, so this many of them always fit a signed 32-bit accumulator.
 MAX_K = 131_071
-#: Scales below the smallest normal float32 are taken as zero: their reciprocal would overflow.
+#: Smaller scales count as zero, because their reciprocal would overflow.
 MIN_SCALE = torch.finfo(torch.float32).tiny
 
-#: Activation functions of `act_quantize`, on float64 (the result is rounded once to float32).
+#: Activation functions of `act_quantize` on float64. The result is rounded once to float32.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu,
     "gelu": torch.nn.functional.gelu,
@@ -33,14 +33,14 @@ FUSED_KINDS = {"silu_mul": "silu", "gelu_mul": "gelu", "gelu_tanh_mul": "gelu_ta
 
 
 def scale_from_absmax(absmax: Tensor) -> Tensor:
-    """`absmax / 127` in float32, zero where that is below the smallest normal number; NaN and Inf stay."""
-    # A tensor divisor: PyTorch multiplies by a rounded reciprocal when a CUDA tensor is divided by a Python number.
+    """`absmax / 127` in float32, or zero where that is below the smallest normal number. NaN and Inf stay."""
+    # The divisor is a tensor, because PyTorch divides a CUDA tensor by a Python number with a rounded reciprocal.
     scale = absmax.float() / torch.full_like(absmax, QMAX, dtype=torch.float32)
     return torch.where(scale < MIN_SCALE, torch.zeros_like(scale), scale)
 
 
 def inverse_scale(scale: Tensor) -> Tensor:
-    """`1 / scale` in float32; 0 where the scale is 0, negative, NaN or Inf, so that such a row quantizes to 0."""
+    """`1 / scale` in float32, or 0 where the scale is 0, negative, NaN or Inf, so that such a row quantizes to 0."""
     usable = (scale >= MIN_SCALE) & torch.isfinite(scale)
     return torch.where(usable, torch.ones_like(scale) / scale, torch.zeros_like(scale))
 
@@ -56,7 +56,7 @@ def padded_k(k: int, k_multiple: int) -> int:
 
 
 def pad_k(x_q: Tensor, k_multiple: int) -> Tensor:
-    """`x_q` [..., K] with columns of zeros up to `padded_k`: they add nothing to a GEMM whose weight has them too."""
+    """`x_q` [..., K] with columns of zeros up to `padded_k`. They add nothing to a GEMM with an equally padded weight."""
     k = x_q.shape[-1]
     return torch.nn.functional.pad(x_q, (0, padded_k(k, k_multiple) - k))
 
@@ -68,15 +68,15 @@ def quantize(
     granularity: str = "token",
     k_multiple: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """Divide by the smoothing factors and quantize; see `ops.quantize`.
+    """Divides by the smoothing factors and quantizes. See `ops.quantize`.
 
-    * dynamic per token: `x_scale[m] = max_k |x * inv_smooth| / 127`; a row with a NaN or Inf gets a NaN or Inf
-      scale and zeros, which makes its (and only its) products non-finite;
-    * dynamic per tensor: one scale [1]; a NaN or Inf anywhere makes it, and so every product, non-finite;
-    * static (`scale` given): the values saturate; `x_scale[m] = scale`, or NaN for a row with a NaN or Inf, so that
-      a broken token is as loud under a static scale as under a dynamic one.
+    * Dynamic per token: `x_scale[m] = max_k |x * inv_smooth| / 127`. A row with a NaN or Inf gets a NaN or Inf scale
+      and zeros, which makes the products of this row alone non-finite.
+    * Dynamic per tensor: one scale [1]. A NaN or Inf anywhere makes it, and so every product, non-finite.
+    * Static (`scale` given): values saturate. `x_scale[m] = scale`, or NaN for a row with a NaN or Inf, so that NaN
+      propagates under a static scale as it does under a dynamic one.
 
-    Then `pad_k` by `k_multiple`.
+    `pad_k` pads the result to `k_multiple`.
     """
     v = x.float()
     if inv_smooth is not None:
@@ -103,9 +103,9 @@ def quantize_weight(w: Tensor, granularity: str = "channel") -> tuple[Tensor, Te
 def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     """Correctly rounded float32 `a * b + c`, as the GPU's and CPU's fused multiply-add compute it.
 
-    The float64 product of two float32 numbers is exact. The float64 sum is not, and rounding it again to float32
-    could double-round, so its last bit is made odd whenever bits were lost (round to odd, Boldo & Melquiond 2008):
-    then the second rounding is the only one.
+    The float64 product of two float32 numbers is exact. The float64 sum is not, and rounding it to float32 could round
+    twice. So its last bit is made odd whenever bits were lost (round to odd, Boldo & Melquiond 2008), which leaves the
+    second rounding as the only one.
     """
     p, c64 = torch.broadcast_tensors(a.double() * b.double(), c.double())
     s = p + c64
@@ -128,7 +128,7 @@ def gemm_s8(
 ) -> Tensor:
     """INT8 GEMM with fused dequantization: `fma(acc * w_scale, x_scale, bias) + residual`, rounded once."""
     acc = x_q.reshape(-1, x_q.shape[-1]).double() @ w_q.double().T  # exact
-    y = acc.to(torch.int32).float() * w_scale.float()  # by way of int32, which has no -0
+    y = acc.to(torch.int32).float() * w_scale.float()  # through int32, which has no -0
     x_column = x_scale.float()[:, None]
     y = y * x_column if bias is None else fma(y, x_column, bias.float())
     if residual is not None:
@@ -153,7 +153,7 @@ def gemm_s8_requant(
 
 
 def add_residual(x: Tensor, residual: Tensor | None) -> Tensor:
-    """`x + residual` in float32, rounded to x's type: what the unfused model adds and what the next layer reads."""
+    """`x + residual` in float32, rounded to x's type, as the unfused model adds it and the next layer reads it."""
     return x if residual is None else (x.float() + residual.float()).to(x.dtype)
 
 

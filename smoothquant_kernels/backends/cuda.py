@@ -1,11 +1,10 @@
-"""The CUDA library: whether it is here, what it was built with, and what to say when it is not.
+"""The CUDA library: whether it is installed, what it was built with, and what to say where it is missing.
 
-Importing this module never fails. It registers the CUDA kernels when the library was built and
-fits the installed torch; otherwise `extension_status().reason` says why not and how to build it.
+Importing this module never fails. It loads the library, which registers the CUDA kernels, if the library was built and
+fits the installed torch. Otherwise `extension_status().reason` says why not and how to build it.
 
-The facts about the build come from a JSON file beside the library and not from a compiled Python
-module: they can then be read where the library cannot be loaded (a torch without CUDA), and nothing
-in the package depends on the Python version, so one wheel serves them all.
+A JSON file beside the library holds the facts about the build, so that they can be read where the library cannot be
+loaded. A compiled Python module would also tie the wheel to one Python version.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from smoothquant_kernels.backends import tuned_tiles as _tune
+from smoothquant_kernels.backends import tuned_tiles
 from smoothquant_kernels.ops.registry import LIBRARY, NAMESPACE, OPS
 
 #: The build puts the library beside the package's `__init__.py`.
@@ -44,7 +43,7 @@ class ExtensionStatus:
         cutlass_version: e.g. ``"4.2.0"``.
         cuda_version: of the compiler, e.g. ``"13.0"``.
         torch_target: the oldest torch that the library runs with, e.g. ``"2.10"``.
-    The last four are empty when no library was built.
+    Without a library the last four are empty.
     """
 
     available: bool
@@ -56,12 +55,12 @@ class ExtensionStatus:
 
 
 _lock = threading.Lock()
-_explained: set[str] = set()  # ops whose CUDA kernel only raises
+_explained: set[str] = set()  # ops whose CUDA kernel only raises an error
 _status: ExtensionStatus | None = None
 
 
 def extension_status() -> ExtensionStatus:
-    """Loads the library on the first call, from whichever thread, and says how that went."""
+    """The state of the library, which the first call loads."""
     global _status
     with _lock:
         if _status is None:
@@ -70,7 +69,7 @@ def extension_status() -> ExtensionStatus:
 
 
 def build_info(folder: Path = FOLDER) -> dict[str, Any]:
-    """All recorded facts about the build (flags, registers of each kernel); empty when none was."""
+    """All recorded facts about the build, such as flags and registers of each kernel. Empty without a build."""
     try:
         facts = json.loads((folder / BUILD_INFO_NAME).read_text())
     except (OSError, ValueError):
@@ -99,13 +98,13 @@ def _entry_json(name: str) -> Any:
 
 
 def gemm_tables() -> dict[str, Any]:
-    """The GEMM tables of the library, by GPU: {"sm90": {"tiles": [...], "rules": [...]}, ...}; empty without one."""
+    """The GEMM tables by GPU: {"sm90": {"tiles": [...], "rules": [...]}, ...}. Empty without a library."""
     tables = _entry_json("sqk_gemm_tables")
     return tables if isinstance(tables, dict) else {}
 
 
 def gemm_plan(m: int, n: int, k: int) -> dict[str, Any]:
-    """What `gemm_s8` takes on the current GPU: {"table", "tile", "splits", "blocks", ...}; empty without a library."""
+    """The plan of `gemm_s8` on the current GPU: {"table", "tile", "splits", "blocks", ...}. Empty without a library."""
     ask, choose = _entry("sqk_gemm_device"), _entry("sqk_gemm_choice", ctypes.c_char_p)
     device = (ctypes.c_int32 * 5)()  # sqk::GemmDevice
     if ask is None or choose is None or ask(device) != 0:
@@ -116,10 +115,11 @@ def gemm_plan(m: int, n: int, k: int) -> dict[str, Any]:
 
 
 def dispatch_tables() -> dict[str, list[dict[str, str]]]:
-    """Which kernel of the library serves which problem, as the library itself has it.
+    """Which kernel serves which problem, as the library itself reports it.
 
-    Returns: op -> rows of {"path", "when", "why"}, in the library's order. Empty when no library is
-    loaded or it has no such tables; never raises.
+    Returns:
+        op -> rows of {"path", "when", "why"}, in the library's order. Empty without a library or without such tables.
+        Never raises.
     """
     found: dict[str, list[dict[str, str]]] = {}
     try:
@@ -167,14 +167,14 @@ def _load(folder: Path) -> ExtensionStatus:
         except OSError as error:
             problem = f"{library.name} does not load with torch {torch.__version__}: {error}"
     if problem is None:
-        _tune.load(library)
+        tuned_tiles.load(library)
         return built
     reason = f"{problem}; to build it again: {BUILD_COMMAND}"
     return replace(built, available=False, reason=reason)
 
 
 def _mismatch(cuda_version: str, torch_target: str) -> str | None:
-    """What is known to go wrong, asked first: an initializer that throws would end the process."""
+    """Why the library does not fit this torch. Known before loading, because a throwing initializer ends a process."""
     if not cuda_version or not torch_target:
         return f"{BUILD_INFO_NAME} is missing or damaged beside {LIBRARY_NAME}"
     if torch.version.cuda is None:
@@ -199,11 +199,11 @@ def _release(version: str) -> tuple[int, ...]:
 
 
 def missing_kernel_message(op: str, device: torch.device | None = None) -> str:
-    """The sentence for a CUDA call that no kernel can serve.
+    """The error message of a CUDA call that no kernel serves.
 
     Args:
-        op: the op's name, without the namespace.
-        device: the GPU of the call; named with its compute capability when given.
+        op: the op's name without the namespace.
+        device: the GPU of the call. The message names it and its compute capability.
     """
     status = extension_status()
     where = ""
@@ -218,7 +218,7 @@ def missing_kernel_message(op: str, device: torch.device | None = None) -> str:
 
 
 def raise_missing_kernel(op: str, device: torch.device | None = None) -> NoReturn:
-    """Raises the RuntimeError of `missing_kernel_message`."""
+    """Raises RuntimeError with `missing_kernel_message`."""
     raise RuntimeError(missing_kernel_message(op, device))
 
 
@@ -230,11 +230,10 @@ def has_cuda_kernel(op: str) -> bool:
 
 
 def explain_missing_kernel(op: str) -> None:
-    """Gives an op without a CUDA kernel one that raises the sentence above.
+    """Gives an op without a CUDA kernel one that raises `missing_kernel_message`.
 
-    Without it, a CUDA tensor gets the dispatcher's "Could not run ... with arguments from the
-    'CUDA' backend", which lists forty backends and not the remedy. Call it once for each op, after
-    define_op.
+    Otherwise a CUDA tensor gets the dispatcher's "Could not run ... with arguments from the 'CUDA' backend", which
+    lists forty backends and no remedy.
     """
     if has_cuda_kernel(op) or op in _explained:
         return

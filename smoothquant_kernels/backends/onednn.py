@@ -1,15 +1,14 @@
-"""The CPU kernels: the numbers of `reference.py`, bit for bit, as fast as PyTorch's own building blocks allow.
+"""CPU kernels on oneDNN: the bits of `reference.py`, as fast as PyTorch's building blocks allow.
 
-The int8 product runs in oneDNN (`onednn.qlinear_pointwise`, uint8 x int8 with float32 output). Which way of calling
-it is exact depends on the processor, so it is measured once per process, on data that would saturate:
+oneDNN computes the int8 product (`onednn.qlinear_pointwise`, uint8 x int8 with float32 output). The processor decides
+which way of calling it is exact. A process measures that once, on data that would saturate:
 
-* ``vnni``   8-bit dot products accumulate in int32. x + 128 with zero point 128 is exact, one call.
-* ``split``  without VNNI, pairs of u8 x s8 products saturate at 16 bits. 7-bit activations cannot reach that limit, so
-             x = max(x, 0) - max(-x, 0) as two non-negative operands stacked along M is exact, in one call of twice
-             the rows.
-* ``float``  no usable oneDNN: float32 matrix products over slices of K short enough to be exact.
+* ``vnni``   8-bit dot products accumulate in int32. One call on x + 128 with zero point 128 is exact.
+* ``split``  Without VNNI, pairs of u8 x s8 products saturate at 16 bits. 7-bit activations cannot reach that limit, so
+             one call on twice the rows is exact: x = max(x, 0) - max(-x, 0), both parts stacked along M.
+* ``float``  Without a usable oneDNN, float32 matrix products over short slices of K are exact.
 
-Set ``SMOOTHQUANT_KERNELS_CPU=float`` (or ``split``) to force a slower way; all give the same bits.
+``SMOOTHQUANT_KERNELS_CPU=float`` (or ``split``) forces a slower way. All ways give the same bits.
 """
 
 from __future__ import annotations
@@ -29,9 +28,9 @@ from smoothquant_kernels.ops.registry import cpu_kernel
 
 MODES = ("vnni", "split", "float")
 _EXACT_FLOAT = 2**24  # every integer up to here is a float32 number
-_VNNI_MAX_K = (2**31 - 1) // (255 * 128)  # x + 128 reaches 255: a longer uint8 sum could pass 2**31
-_CHUNK_RESULTS = 1 << 20  # float32 products made at a time: finished while in the cache
-_CHUNK_BYTES = 1 << 20  # rows quantized at a time: the passes over one chunk stay in the L2 cache
+_VNNI_MAX_K = (2**31 - 1) // (255 * 128)  # x + 128 reaches 255, so a longer uint8 sum could pass 2**31
+_CHUNK_RESULTS = 1 << 20  # float32 products of one chunk, which stay in the cache until they are scaled
+_CHUNK_BYTES = 1 << 20  # float32 rows of one chunk, so that all passes over it hit the L2 cache
 
 
 # --- int8 GEMM --------------------------------------------------------------------------------------------------------
@@ -59,7 +58,7 @@ def _prepack(w_q: Tensor) -> Tensor:
     return packed
 
 
-# The caller's default dtype and device must not matter here: everything made below is float32 and on the CPU.
+# The caller's default dtype and device must not matter, so each tensor below names its own.
 _randn = functools.partial(torch.randn, dtype=torch.float32, device="cpu")
 _ones = functools.partial(torch.ones, dtype=torch.float32, device="cpu")
 _zero_points = functools.partial(torch.zeros, dtype=torch.int32, device="cpu")
@@ -72,7 +71,7 @@ def _random_int8(rows: int, columns: int, generator: torch.Generator) -> Tensor:
 
 
 def _is_exact(mode: str) -> bool:
-    """Runs `mode` on operands whose 16-bit partial sums saturate, and on random ones, for several kernel sizes."""
+    """Whether `mode` is exact: tried for several sizes on random operands and on some whose 16-bit sums saturate."""
     generator = torch.Generator().manual_seed(0)
     try:
         for m, n, k in ((1, 64, 256), (3, 17, 31), (64, 64, 256)):
@@ -89,14 +88,14 @@ def _is_exact(mode: str) -> bool:
                 y = (parts[:m] - parts[m:]) * w_scale
             if not torch.equal(y, (x.double() @ w.double().T).float() * w_scale):
                 return False
-    except (RuntimeError, AttributeError):  # an op or a type that this build lacks
+    except (RuntimeError, AttributeError):  # this build lacks the op or the type
         return False
     return True
 
 
 @functools.cache
 def gemm_mode() -> str:
-    """Which of `MODES` this process uses: the fastest exact one, or the one SMOOTHQUANT_KERNELS_CPU names."""
+    """The member of `MODES` that this process uses: the fastest exact one, unless the environment asks for a slower."""
     wanted = os.environ.get("SMOOTHQUANT_KERNELS_CPU", "auto")
     if wanted not in (*MODES, "auto"):
         raise SmoothQuantError(
@@ -110,12 +109,12 @@ def gemm_mode() -> str:
 
 @functools.cache
 def _addcmul_is_fused() -> bool:
-    """Whether `torch.addcmul` rounds once here, for the layouts used below (it does with FMA instructions)."""
+    """Whether `torch.addcmul` rounds once for the layouts used below. With FMA instructions it does."""
     generator = torch.Generator().manual_seed(0)
     for m, n in ((1, 1), (7, 1), (1, 67), (5, 7), (33, 131)):
         y = _randn(m, n, generator=generator)
         scale = _randn(m, 1, generator=generator)
-        bias = -(y[0] * scale[0])  # cancels in the first row, where only a fused result is not zero
+        bias = -(y[0] * scale[0])  # cancels in the first row: only a fused result is not zero there
         if not torch.equal(torch.addcmul(bias, y, scale), reference.fma(y, scale, bias)):
             return False
     return True
@@ -125,7 +124,7 @@ def _addcmul_is_fused() -> bool:
 class _Packed:
     """A weight in the layout of the chosen mode; `chunks` are (start, stop, packed) along K.
 
-    Holds no view of the weight: that would keep it alive and the cache would never let go of it.
+    It holds no view of the weight, which would keep the weight alive and in the cache forever.
     """
 
     version: int
@@ -136,7 +135,7 @@ class _Packed:
 
 
 def _chunk_bounds(w_q: Tensor) -> list[tuple[int, int]]:
-    """Slices of K, as few as possible, in which no partial sum can exceed 2**24."""
+    """The fewest slices of K in which no partial sum can exceed 2**24."""
     k = w_q.shape[1]
     magnitude = w_q.to(torch.int16).abs()  # int16: -128 has no int8 opposite
     for count in range(1, k + 1):
@@ -150,7 +149,7 @@ def _chunk_bounds(w_q: Tensor) -> list[tuple[int, int]]:
 def _pack(w_q: Tensor, mode: str, version: int) -> _Packed:
     zeros = _zero_points(w_q.shape[0])
     bounds = [(0, w_q.shape[1])] if mode == "vnni" else _chunk_bounds(w_q)
-    # float mode converts at every call: keeping float32 copies would take four times the weight's memory
+    # The float mode converts at every call, because float32 copies would take four times the weight's memory.
     chunks = tuple((a, b, None if mode == "float" else _prepack(w_q[:, a:b])) for a, b in bounds)
     return _Packed(version, w_q.data_ptr(), mode, zeros, chunks)
 
@@ -159,14 +158,14 @@ _PACKED: Any = WeakTensorKeyDictionary()
 
 
 def _packed_weight(w_q: Tensor) -> _Packed:
-    """The packed form of w_q, made at its first use and kept while w_q lives and is not written to.
+    """The packed form of w_q. It is made at the first use and kept while w_q lives unchanged.
 
-    A write is noticed by the tensor's version; one through `.data` or a NumPy view has none and is not.
+    The tensor's version reveals a write. A write through `.data` or a NumPy view has no version and goes unnoticed.
     """
     mode = gemm_mode()
     if mode == "vnni" and w_q.shape[1] > _VNNI_MAX_K:
         mode = "split"
-    if w_q.is_inference():  # no version counter, so a later write could not be noticed
+    if w_q.is_inference():  # it has no version counter to reveal a later write
         return _pack(w_q, mode, -1)
     cached = _PACKED.get(w_q)
     now = (w_q._version, w_q.data_ptr(), mode)
@@ -197,10 +196,10 @@ def _scaled_product(x_q: Tensor, w_q: Tensor, w_scale: Tensor) -> Tensor:
         else:
             with torch.autocast("cpu", enabled=False):
                 product = part.float() @ w_q[:, start:stop].float().t()
-            product = product.add_(0.0)  # one product may be -0, an int32 sum is not
+            product = product.add_(0.0)  # a product may be -0, an int32 sum never is
         if len(packed.chunks) == 1:
             return product.mul_(w_scale)
-        exact = product.to(torch.int32)  # the slices are exact in float32, their sum need not be
+        exact = product.to(torch.int32)  # each slice is exact in float32, but their sum may not be
         total = exact if total is None else total.add_(exact)
     assert total is not None
     return total.float().mul_(w_scale)
@@ -289,7 +288,7 @@ def linear_s8(
 
 
 def _rows(x: Tensor, start: int, stop: int, inv_smooth: Tensor | None) -> Tensor:
-    """Rows of x in float32, smoothed; may alias x."""
+    """Smoothed rows of x in float32. They may alias x."""
     v = x[start:stop].float()
     return v if inv_smooth is None else v * inv_smooth
 
@@ -297,8 +296,8 @@ def _rows(x: Tensor, start: int, stop: int, inv_smooth: Tensor | None) -> Tensor
 def _round_rows(v: Tensor, inverse: Tensor, out: Tensor, saturate: bool) -> None:
     """out = int8(rint(v * inverse)), the same as `reference.round_to_int8`.
 
-    Under a finite dynamic scale nothing is NaN and nothing rounds beyond 127, so two passes can be left out:
-    |v| <= absmax and the two roundings in 127 / absmax move absmax * (1 / scale) by less than 1e-4.
+    A finite dynamic scale saves two passes, because no value is NaN and none rounds beyond 127: |v| <= absmax, and the
+    two roundings in 127 / absmax move absmax * (1 / scale) by less than 1e-4.
     """
     v = v * inverse
     if saturate:

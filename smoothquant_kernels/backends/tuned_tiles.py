@@ -1,9 +1,8 @@
-"""`SQK_TUNE_CACHE`: what `benchmarks/tune.py --cache` measured on a user's own GPU, in place of the shipped rules.
+"""`SQK_TUNE_CACHE`: tiles that `benchmarks/tune.py --cache` measured on a user's GPU replace the shipped rules.
 
-Which tile multiplies is a matter of speed alone: all give the same bits. Without the variable nothing is read. With it
-the file is read once, when the CUDA library is loaded, and handed to the library when torch starts CUDA: the GPUs are
-not asked before, because a process that has asked cannot fork workers any more. Whatever is wrong with the file is one
-warning, and the shipped rules stay.
+All tiles give the same bits, so a choice affects speed only. Without the variable no file is read. With it the file is
+read once, when the CUDA library is loaded. The library gets it when torch starts CUDA. Asking the GPUs earlier would
+keep the process from forking workers. A wrong file causes one warning, and the shipped rules stay.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from typing import Any
 import torch
 
 VARIABLE = "SQK_TUNE_CACHE"
-#: Of the file; another number is another layout.
+#: The layout of the file.
 FORMAT = 1
 #: GemmTable of csrc/include/sqk/gemm.h.
 _TABLES = ("sm80", "sm89", "sm90")
@@ -40,7 +39,7 @@ class _Measured(ctypes.Structure):
 
 
 class _Unusable(Exception):
-    """What is wrong with the file, and what to do."""
+    """The file cannot be used: what is wrong with it and what to do."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +47,9 @@ class TuneCache:
     """The state of the measured choices.
 
     Attributes:
-        state: one line for people; of `doctor` too.
-        in_use: plans of the GPUs named `gpu` go by the file.
-        path, gpu, choices: the file, the GPU that it was measured on, and for how many problems it chooses.
+        state: one line for people, also shown by `doctor`.
+        in_use: plans for GPUs named `gpu` follow the file.
+        path, gpu, choices: the file, the GPU it was measured on, and the number of problems it covers.
     """
 
     state: str
@@ -64,12 +63,12 @@ _current = TuneCache(f"none: {VARIABLE} is not set")
 
 
 def tune_cache() -> TuneCache:
-    """Whether measured choices are in use, or why not."""
+    """Whether measured choices are in use, and why not."""
     return _current
 
 
 def load(library: Path) -> None:
-    """Reads the file that SQK_TUNE_CACHE names, once, for the CUDA library that was just loaded. Never raises."""
+    """Reads the file that SQK_TUNE_CACHE names, for a CUDA library that was just loaded. Never raises."""
     global _current
     path = os.environ.get(VARIABLE, "")
     if not path:
@@ -95,7 +94,7 @@ def load(library: Path) -> None:
 
 
 def _when_cuda_starts(function: Callable[[], None]) -> None:
-    # As torch.cuda does with its own questions to the GPUs: now, if it runs already.
+    # torch.cuda delays its own questions to the GPUs the same way. It calls at once if CUDA runs already.
     lazy: Callable[[Callable[[], None]], None] | None = getattr(torch.cuda, "_lazy_call", None)
     if lazy is not None:
         lazy(function)
@@ -114,7 +113,7 @@ def _refuse(path: str, why: str) -> None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """The file, its members checked for their types."""
+    """The content of the file. The types of its members are checked."""
     try:
         data: Any = json.loads(path.read_text())
     except OSError as error:
@@ -145,7 +144,7 @@ def _tables(entries: ctypes.CDLL) -> dict[str, Any]:
 
 
 def _rows(data: Mapping[str, Any], tables: Mapping[str, Any]) -> list[_Measured]:
-    """The choices as the library takes them; tiles are known by their names."""
+    """The choices as the library takes them. The file names tiles, the library numbers them."""
     table = data["table"]
     if table not in _TABLES or table not in tables:
         raise _Unusable(
@@ -173,7 +172,7 @@ def _rows(data: Mapping[str, Any], tables: Mapping[str, Any]) -> list[_Measured]
 
 
 def _install(use: Any, data: Mapping[str, Any], rows: list[_Measured]) -> None:
-    """Hands the rows to the library if one of the GPUs is that of the file; called as CUDA starts."""
+    """Gives the rows to the library if the file is of one of the GPUs. Runs when CUDA starts."""
     global _current
     wanted, path = (data["gpu"], data["sms"]), _current.path
     try:

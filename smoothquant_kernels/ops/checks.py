@@ -1,4 +1,4 @@
-"""Argument checks of the ops: what was passed, what is allowed. Shared by the CPU and the fake kernels."""
+"""Argument checks that the ops' descriptions share. An error says what was passed and what is allowed."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _require_vector(
 
 
 def activation_input(op: str, x: Tensor) -> None:
-    """Checks x [..., K]: a float tensor with at least one channel."""
+    """Requires x [..., K] to be a float tensor with at least one channel."""
     _require_dtype(op, "x", x, FLOATS)
     if x.dim() < 1 or x.shape[-1] < 1:
         raise ValueError(f"{op}: x must have shape [..., K] with K >= 1, got {_shape(x)}.")
@@ -62,7 +62,7 @@ def quantizer(
     granularity: str,
     k_multiple: int,
 ) -> None:
-    """Checks what every producer of int8 shares."""
+    """Checks the arguments that every producer of int8 takes."""
     activation_input(op, x)
     _require_vector(op, "inv_smooth", inv_smooth, x, (k,), "one factor per channel of x")
     _require_vector(op, "scale", scale, x, (1,), "a static scale for the whole tensor")
@@ -134,7 +134,7 @@ _QUANTIZE_FIRST = " Quantize it first (ops.quantize)."
 
 
 def _gemm_weight(op: str, x: Tensor, w_q: Tensor, w_scale: Tensor, bias: Tensor | None) -> None:
-    """Checks what a GEMM has besides its activation x [..., K], float or int8."""
+    """Checks a GEMM's weight, scale and bias against its activation x [..., K], float or int8."""
     _require_dtype(op, "w_q", w_q, (torch.int8,), _QUANTIZE_FIRST)
     _require_device(op, "w_q", w_q, x)
     if x.dim() < 1 or w_q.dim() != 2 or w_q.shape[0] < 1 or x.shape[-1] != w_q.shape[1]:
