@@ -1,7 +1,7 @@
 """The specification: what every kernel of this package computes, in plain PyTorch.
 
 Where a kernel and this file disagree, one of them has a bug. The code is written to be read, not to be fast. It gives
-the same bits on every device and at every thread count: integer sums are exact, float32 operations are rounded once each
+the same bits on every device and at every thread count: integer sums are exact, each float32 operation is rounded once
 in the order written, and sums of many terms are taken in float64.
 
 Names follow the glossary of docs/numerics.md: `x` [..., K] activation, `w` [N, K] weight, `M` the number of rows
@@ -56,7 +56,7 @@ def padded_k(k: int, k_multiple: int) -> int:
 
 
 def pad_k(x_q: Tensor, k_multiple: int) -> Tensor:
-    """`x_q` [..., K] with columns of zeros up to `padded_k`. They add nothing to a GEMM with an equally padded weight."""
+    """`x_q` [..., K] with columns of zeros up to `padded_k`. They add nothing to a GEMM with a weight padded alike."""
     k = x_q.shape[-1]
     return torch.nn.functional.pad(x_q, (0, padded_k(k, k_multiple) - k))
 
