@@ -48,9 +48,9 @@ app = typer.Typer(
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import version
+        from smoothquant_kernels.storage.versions import PACKAGE, package_version
 
-        print(f"smoothquant-kernels {version('smoothquant-kernels')}")
+        print(f"{PACKAGE} {package_version()}")
         raise typer.Exit()
 
 

@@ -5,11 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import os
-import shutil
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +23,7 @@ from smoothquant_kernels.cli.console import quiet_stderr
 from smoothquant_kernels.cli.generate import complete
 from smoothquant_kernels.cli.inputs import text_windows
 from smoothquant_kernels.cli.inspect import summarize_layers
-from smoothquant_kernels.cli.loading import check_target, linear_bytes
+from smoothquant_kernels.cli.loading import linear_bytes
 from smoothquant_kernels.config import SmoothQuantConfig
 from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.evaluation.models import builtin_demo_model, load_model, load_tokenizer
@@ -48,6 +45,7 @@ from smoothquant_kernels.smoothing.convert import quantize_model
 from smoothquant_kernels.smoothing.smooth import smooth_lm
 from smoothquant_kernels.smoothing.statistics import ActivationStatistics
 from smoothquant_kernels.storage.document import Document, json_text, note, readable_size
+from smoothquant_kernels.storage.folder import check_writable, occupant, replace_folder
 
 PROMPT = "What is gravity?"
 RESULT, PLOT, CHECKPOINT = "demo.json", "activations.png", "checkpoint"
@@ -124,7 +122,8 @@ def run_demo(output: Path, *, quick: bool, calibration: str, text: str) -> Docum
     for scheme in ACTIVATION_SCHEMES:
         measure("naive W8A8", scheme, _naive(model, statistics, scheme))
     plots: list[LayerMaxima] = []
-    with _folder(output) as folder:
+    with replace_folder(output.resolve(), overwrite=True) as folder:
+        folder.chmod(0o755)  # for everybody to look at, whatever the umask
         saved: Document = {}
         smoothed, alphas = model, None
         for scheme in ACTIVATION_SCHEMES:
@@ -305,27 +304,11 @@ def _inputs(model: nn.Module, batch: Batch, names: Sequence[str]) -> dict[str, T
 
 def _check_folder(output: Path) -> None:
     """A folder of an earlier demo is replaced; anything else is somebody's."""
-    if output.exists() and not (output / RESULT).is_file():
+    if output.exists() and occupant(output, RESULT) != "own":
         raise SmoothQuantError(
             f"{output} exists and is not the result of a demo; give another name with --output."
         )
-    check_target(output)
-
-
-@contextmanager
-def _folder(output: Path) -> Iterator[Path]:
-    """A temporary folder that takes the final name when all went well."""
-    target = output.absolute()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        folder.chmod(0o755)
-        yield folder
-        if target.exists():
-            shutil.rmtree(target)
-        folder.rename(target)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    check_writable(output)
 
 
 # --- for people -----------------------------------------------------------------------------------

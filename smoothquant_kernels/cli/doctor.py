@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from smoothquant_kernels.backends.tuned_tiles import tune_cache
 from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.ops import OPS as ALL_OPS
 from smoothquant_kernels.storage.document import Document
+from smoothquant_kernels.storage.versions import PACKAGE, installed_version
 
 #: Without the private ones, which serve tests and the tuner.
 OPS = tuple(op for op in ALL_OPS if not op.startswith("_"))
@@ -43,24 +43,17 @@ _MODES = {
 def examine() -> Document:
     """Everything that explains where int8 layers run on this machine, and why not elsewhere."""
     return {
-        "package": _version("smoothquant-kernels"),
+        "package": installed_version(PACKAGE),
         "location": str(Path(__file__).resolve().parents[1]),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "torch": torch.__version__,
-        "packages": {name: _version(name) for name in _PACKAGES},
+        "packages": {name: installed_version(name) for name in _PACKAGES},
         "cuda": _cuda(),
         "extension": _extension(),
         "cpu": _cpu(),
         "verdict": _verdict(),
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _cuda() -> dict[str, Any]:

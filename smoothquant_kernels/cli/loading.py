@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,8 +13,9 @@ from torch import nn
 
 from smoothquant_kernels.backends.cuda import extension_status
 from smoothquant_kernels.checkpoint.load import load_quantized
-from smoothquant_kernels.checkpoint.manifest import CONFIG, is_checkpoint
+from smoothquant_kernels.checkpoint.manifest import CONFIG, MANIFEST, is_checkpoint
 from smoothquant_kernels.cli.console import quiet_stderr
+from smoothquant_kernels.cli.options import DTYPES
 from smoothquant_kernels.config import SmoothQuantConfig
 from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.evaluation import models
@@ -23,11 +23,10 @@ from smoothquant_kernels.evaluation.architecture import check_causal
 from smoothquant_kernels.nn.float_linear import is_float_linear
 from smoothquant_kernels.nn.linear import W8A8Linear
 from smoothquant_kernels.storage.document import note
+from smoothquant_kernels.storage.folder import check_writable, occupant
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def read_config(path: Path | None, **changes: Any) -> SmoothQuantConfig:
@@ -44,9 +43,10 @@ def read_config(path: Path | None, **changes: Any) -> SmoothQuantConfig:
 
 
 def choose_dtype(name: str) -> torch.dtype:
-    if name not in _DTYPES:
-        raise SmoothQuantError(f"--dtype must be one of {', '.join(_DTYPES)}; got {name!r}.")
-    return _DTYPES[name]
+    if name not in DTYPES:
+        raise SmoothQuantError(f"--dtype must be one of {', '.join(DTYPES)}; got {name!r}.")
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
 
 
 def choose_device(name: str) -> torch.device:
@@ -70,30 +70,15 @@ def choose_device(name: str) -> torch.device:
 
 def check_output(output: Path, *, force: bool) -> None:
     """Finds out, before hours of work, whether the result could be written."""
-    empty = output.is_dir() and not any(output.iterdir())
-    if output.exists() and not is_checkpoint(output) and not empty:
+    found = occupant(output, MANIFEST)
+    if found in ("file", "other"):
         raise SmoothQuantError(
             f"{output} exists already and is not a checkpoint of this package, so it is not replaced; give another "
             "name."
         )
-    if (output.is_symlink() or (output.exists() and not empty)) and not force:
+    if (found or output.is_symlink()) and not force:
         raise SmoothQuantError(f"{output} exists already; give another name, or --force.")
-    check_target(output)
-
-
-def check_target(output: Path) -> None:
-    """Whether a folder can be made there; nothing is left behind."""
-    parent = output.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    try:
-        # Asking for permissions is not enough: a read-only file system grants them to root.
-        with tempfile.TemporaryDirectory(dir=parent):
-            pass
-    except OSError as error:
-        raise SmoothQuantError(
-            f"{output} cannot be written: {error.strerror} ({parent}); give another place."
-        ) from error
+    check_writable(output)
 
 
 def config_of(source: str) -> Any:

@@ -9,6 +9,9 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
+from smoothquant_kernels.config import DEFAULT_ALPHA, ROUNDINGS
+from smoothquant_kernels.schemes import ACTIVATION_SCHEMES, WEIGHT_GRANULARITIES
+
 
 class Command(typer.core.TyperCommand):
     """A command whose complaint about an option's value quotes that value."""
@@ -46,12 +49,7 @@ Device = Annotated[
         help="cpu, cuda, cuda:1, ... or auto, which takes a GPU if the CUDA kernels can run.",
     ),
 ]
-# Choices as the configuration has them, repeated here because importing it takes as long as torch; a test compares.
-DTYPES = ("float32", "bfloat16", "float16")
-SCHEMES = ("per_token", "per_tensor", "static")
-ALPHAS = {"per_token": 0.6, "per_tensor": 0.7, "static": 0.7}
-GRANULARITIES = ("channel", "tensor")
-ROUNDINGS = ("auto", "power_of_two", "none")
+DTYPES = ("float32", "bfloat16", "float16")  # names of torch
 
 
 def _choices(names: tuple[str, ...]) -> str:
@@ -84,14 +82,14 @@ Alpha = Annotated[
     float | None,
     typer.Option(
         help="Migration strength in [0, 1].",
-        show_default=", ".join(f"{alpha} {name}" for name, alpha in ALPHAS.items()),
+        show_default=", ".join(f"{alpha} {name}" for name, alpha in DEFAULT_ALPHA.items()),
     ),
 ]
 Scheme = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
-        help=f"Activation scales, dynamic or calibrated: {_choices(SCHEMES)}.",
+        help=f"Activation scales, dynamic or calibrated: {_choices(ACTIVATION_SCHEMES)}.",
         show_default="per_token",
     ),
 ]
@@ -99,7 +97,7 @@ WeightGranularity = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
-        help=f"Weight scales, one for each: {_choices(GRANULARITIES)}.",
+        help=f"Weight scales, one for each: {_choices(WEIGHT_GRANULARITIES)}.",
         show_default="channel",
     ),
 ]

@@ -13,7 +13,6 @@ from smoothquant_kernels.checkpoint.manifest import is_checkpoint, read_manifest
 from smoothquant_kernels.cli.console import show_progress
 from smoothquant_kernels.cli.inputs import calibration_inputs, text_windows
 from smoothquant_kernels.cli.loading import (
-    check_target,
     choose_device,
     config_of,
     load_any,
@@ -25,6 +24,7 @@ from smoothquant_kernels.evaluation.architecture import Kind, is_causal
 from smoothquant_kernels.evaluation.text import load_text
 from smoothquant_kernels.report.report import check_report_folder, make_report
 from smoothquant_kernels.storage.document import Document
+from smoothquant_kernels.storage.folder import check_writable
 
 _HELD_IMAGES = 8
 
@@ -46,7 +46,7 @@ def report(
     """`smoothquant-kernels report`; `changes` are the settings that were given as options."""
     begin = time.perf_counter()
     check_report_folder(output, overwrite=force)
-    check_target(output)
+    check_writable(output)
     settings = _report_config(source, reference, config, changes)
     where, held_source = choose_device(device), text or "topics:evaluation"
     original = source if reference is None else reference

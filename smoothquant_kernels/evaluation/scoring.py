@@ -2,54 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from smoothquant_kernels.errors import SmoothQuantError
-from smoothquant_kernels.evaluation.text import (
-    Window,
-    check_vocabulary,
-)
+from smoothquant_kernels.evaluation.text import Window, check_vocabulary
 from smoothquant_kernels.modeling.batches import position_limit
-
-if TYPE_CHECKING:
-    pass
+from smoothquant_kernels.modeling.run import evaluation_mode, model_device
 
 T = TypeVar("T")
-
-
 _WINDOW = 512
 
 
 def _logits(model: nn.Module, window: Window) -> torch.Tensor:
     """[scored, V] logits that predict the last `scored` tokens of the window."""
-    with torch.no_grad(), _eval_mode(model):
-        output = model(input_ids=window.input_ids.to(_device(model)), use_cache=False)
+    with torch.no_grad(), evaluation_mode(model):  # a compiled model stays compiled
+        output = model(input_ids=window.input_ids.to(model_device(model)), use_cache=False)
     logits: torch.Tensor = output.logits
     return logits[0, -window.scored - 1 : -1]
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def _device(model: nn.Module) -> torch.device:
-    # Buffers too: a model may hold all of its weights as int8 buffers.
-    for tensor in (*model.parameters(), *model.buffers()):
-        return tensor.device
-    return torch.device("cpu")
 
 
 def _fitting_window(*models: Any) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
+import itertools
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,28 +21,36 @@ Batch = Mapping[str, Tensor]
 
 
 def model_device(model: nn.Module) -> torch.device:
-    """Where the inputs go: the device of the first parameter."""
-    first = next(iter(model.parameters()), None)
+    """Where the inputs go: the device of the first parameter, or buffer where all weights are buffers."""
+    first = next(itertools.chain(model.parameters(), model.buffers()), None)
     return torch.device("cpu") if first is None else first.device
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """No gradients, and evaluation mode for the time of the block; each module gets its own mode back.
-
-    Compiled models run eagerly: a graph that is compiled already calls no hooks, and no operation of it can be watched.
-    """
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for the time of the block; each module gets its own mode back."""
     training = [m for m in model.modules() if m.training]
-    model.eval()
-    # nothing is compiled where dynamo was never loaded, and loading it takes a second
-    compiled = "torch._dynamo" in sys.modules
-    stance = torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
+    for module in training:
+        module.training = False
     try:
-        with stance, torch.no_grad():
-            yield
+        yield
     finally:
         for module in training:
             module.training = True
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """`evaluation_mode` without gradients.
+
+    Compiled models run eagerly: a graph that is compiled already calls no hooks, and no operation of it can be watched.
+    """
+    # nothing is compiled where dynamo was never loaded, and loading it takes a second
+    compiled = "torch._dynamo" in sys.modules
+    stance = torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
+    with stance, torch.no_grad(), evaluation_mode(model):
+        model.eval()  # some modules do more in it than take the mode
+        yield
 
 
 def run(model: nn.Module, batch: Batch, *, logits: bool = True) -> Any:

@@ -6,11 +6,11 @@ import base64
 import math
 from collections.abc import Mapping, Sequence
 from html import escape
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from smoothquant_kernels.report.figures import Picture
 from smoothquant_kernels.storage.document import Document, readable_size
+from smoothquant_kernels.storage.versions import PACKAGE, installed_version
 
 _STYLE = """
 :root { color: #1b1f24; background: #fff; font: 16px/1.5 system-ui, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
@@ -342,8 +342,5 @@ def _tried(entry: Document) -> str:
 
 
 def _footer() -> str:
-    try:
-        own = version("smoothquant-kernels")
-    except PackageNotFoundError:  # run from a source tree
-        own = "(source tree)"
-    return f"Made by smoothquant-kernels {escape(own)}. Method: SmoothQuant (Xiao et al., 2022)."
+    own = installed_version(PACKAGE) or "(source tree)"
+    return f"Made by {PACKAGE} {escape(own)}. Method: SmoothQuant (Xiao et al., 2022)."

@@ -33,7 +33,7 @@ from smoothquant_kernels.smoothing.convert import quantize_model
 from smoothquant_kernels.smoothing.smooth import smooth_lm
 from smoothquant_kernels.smoothing.statistics import ActivationStatistics
 from smoothquant_kernels.storage.document import Document, json_text, note
-from smoothquant_kernels.storage.folder import new_folder
+from smoothquant_kernels.storage.folder import check_folder, new_folder, occupant
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -187,17 +187,11 @@ def check_report_folder(directory: Path, *, overwrite: bool) -> None:
         raise SmoothQuantError(
             "a report needs matplotlib for its figures: run `pip install matplotlib`."
         )
-    if directory.exists() and not directory.is_dir():
-        raise SmoothQuantError(f"{directory} is a file: give the name of a folder.")
-    if directory.is_dir() and any(directory.iterdir()):
-        if not (directory / NUMBERS).is_file():
-            raise SmoothQuantError(
-                f"{directory} exists already, is not a report and is not replaced; give another name."
-            )
-        if not overwrite:
-            raise SmoothQuantError(
-                f"{directory} exists already: pass overwrite=True to replace it, or give another name."
-            )
+    if occupant(directory, NUMBERS) == "other":
+        raise SmoothQuantError(
+            f"{directory} exists already, is not a report and is not replaced; give another name."
+        )
+    check_folder(directory, NUMBERS, overwrite=overwrite)
 
 
 def advised_config(config: SmoothQuantConfig, advice: Iterable[Document]) -> SmoothQuantConfig:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -11,12 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from smoothquant_kernels.config import SmoothQuantConfig
 from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.modeling.run import Batch
+from smoothquant_kernels.storage.digests import tensors_digest
+from smoothquant_kernels.storage.folder import replace_file
 
 FORMAT = "smoothquant_kernels.search"
 FORMAT_VERSION = 1
@@ -210,11 +210,10 @@ class SearchFile:
             "groups": [dataclasses.asdict(g) for g in self.groups.values()],
             "result": None if self.result is None else self.result.to_dict(),
         }
-        temporary = self.path.with_name(f".{self.path.name}.tmp")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
-            temporary.replace(self.path)
+            with replace_file(self.path) as part:
+                part.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
         except OSError as error:
             raise SmoothQuantError(
                 f"{self.path} cannot be written: {error.strerror}; give another place."
@@ -223,15 +222,6 @@ class SearchFile:
 
 def fingerprint(model: nn.Module, batches: Sequence[Batch], settings: Any) -> str:
     """Tells searches apart: all of the model's values, the data, and what was asked for."""
-    sha256 = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-
-    def add(name: str, t: Tensor) -> None:
-        sha256.update(f"{name} {tuple(t.shape)} {t.dtype}".encode())
-        sha256.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-
-    for name, value in model.state_dict().items():
-        add(name, value)
-    for batch in batches:
-        for name, value in batch.items():
-            add(name, value)
-    return sha256.hexdigest()
+    tensors = [item for part in (model.state_dict(), *batches) for item in part.items()]
+    labeled = ((f"{name} {tuple(t.shape)} {t.dtype}", t) for name, t in tensors)
+    return tensors_digest(labeled, json.dumps(settings, sort_keys=True))

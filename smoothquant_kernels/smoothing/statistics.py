@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import secrets
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +13,7 @@ from torch import Tensor
 
 from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.modeling.run import Batch, unpadded_rows
+from smoothquant_kernels.storage.folder import replace_file
 from smoothquant_kernels.storage.safetensors import check_storable, write_safetensors
 
 _PEAK_TOKENS = 4096  # whose sizes are kept; enough for a median
@@ -205,17 +203,13 @@ class ActivationStatistics:
             "sample": list(self.sample),
             "watched": list(self.watched),
         }
-        part = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
         try:
-            write_safetensors(part, tensors, {"statistics": json.dumps(facts)})
-            os.replace(part, target)
+            with replace_file(target) as part:
+                write_safetensors(part, tensors, {"statistics": json.dumps(facts)})
         except OSError as error:
             raise SmoothQuantError(
                 f"{target} cannot be written ({error.strerror or error}), nothing was saved: save elsewhere."
             ) from error
-        finally:
-            with contextlib.suppress(OSError):  # the name itself may be what the disk refused
-                part.unlink(missing_ok=True)
         return target
 
     @classmethod

@@ -1,15 +1,18 @@
-"""Writing a folder so that it is there whole or not at all."""
+"""Files and folders that are there whole or not at all, and whether a folder may be written."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import secrets
 import shutil
 import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 from smoothquant_kernels.errors import SmoothQuantError
 
@@ -27,14 +30,11 @@ def new_folder(target: Path, *, marker: str, overwrite: bool) -> Iterator[Path]:
         SmoothQuantError: `target` exists and may not be replaced, or the disk refuses (it is full, read-only, ...).
     """
     target = target.expanduser().resolve()  # a link stays, what it points to is replaced
-    folder = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
-        check_target(target, marker, overwrite)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        folder.mkdir()
-        yield folder
-        seal(folder)
-        put(folder, target, overwrite)
+        check_folder(target, marker, overwrite=overwrite)
+        with replace_folder(target, overwrite=overwrite) as folder:
+            yield folder
+            seal(folder)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise SmoothQuantError(
@@ -43,23 +43,88 @@ def new_folder(target: Path, *, marker: str, overwrite: bool) -> Iterator[Path]:
         raise SmoothQuantError(
             f"{target} cannot be written ({error.strerror or error}), nothing was saved: save elsewhere."
         ) from error
+
+
+@contextmanager
+def replace_folder(target: Path, *, overwrite: bool) -> Iterator[Path]:
+    """A temporary folder as that of `new_folder`; nothing is checked, and the system's errors stay what they are."""
+    folder = _beside(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir()
+        yield folder
+        put(folder, target, overwrite)
     finally:  # whatever happened, Ctrl-C included; after success there is nothing left of that name
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def check_target(target: Path, marker: str, overwrite: bool) -> None:
+@contextmanager
+def replace_file(target: Path, part: Path | None = None, *, sync: bool = False) -> Iterator[Path]:
+    """A temporary file that takes the name of `target` when the block ends well, and vanishes when it does not.
+
+    Args:
+        target: where the file shall be; one that is there is lost only after the new one is complete.
+        part: the temporary file. By default it is beside `target`, and no other process uses its name.
+        sync: the content is on the disk before the name appears.
+    """
+    part = part or _beside(target)
+    try:
+        yield part
+        if sync:
+            _sync(str(part))
+        os.replace(part, target)
+    finally:
+        with contextlib.suppress(OSError):  # the name itself may be what the disk refused
+            part.unlink(missing_ok=True)
+
+
+def _beside(target: Path) -> Path:
+    return target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+
+
+def occupant(target: Path, marker: str) -> Literal["file", "own", "other"] | None:
+    """What is where a folder shall be written: an own folder has the marker; an empty folder counts as nothing."""
     if target.exists() and not target.is_dir():
-        raise SmoothQuantError(f"{target} is a file: give the name of a folder.")
+        return "file"
     if not target.exists() or not any(target.iterdir()):
-        return
-    if not (target / marker).is_file():
+        return None
+    return "own" if (target / marker).is_file() else "other"
+
+
+def check_folder(target: Path, marker: str, *, overwrite: bool) -> None:
+    """Raises SmoothQuantError if `target` exists and may not be replaced; the arguments are those of `new_folder`."""
+    found = occupant(target, marker)
+    if found == "file":
+        raise SmoothQuantError(f"{target} is a file: give the name of a folder.")
+    if found == "other":
         raise SmoothQuantError(
             f"{target} exists already, is not a checkpoint of this package and is not overwritten: give another name."
         )
-    if not overwrite:
+    if found and not overwrite:
         raise SmoothQuantError(
             f"{target} exists already: pass overwrite=True to replace it, or give another name."
         )
+
+
+def check_writable(target: Path) -> None:
+    """Raises SmoothQuantError if no folder can be made at `target`; nothing is left there."""
+    parent = existing_parent(target)
+    try:
+        # Asking for permissions is not enough: a read-only file system grants them to root.
+        with tempfile.TemporaryDirectory(dir=parent):
+            pass
+    except OSError as error:
+        raise SmoothQuantError(
+            f"{target} cannot be written: {error.strerror} ({parent}); give another place."
+        ) from error
+
+
+def existing_parent(target: Path) -> Path:
+    """The nearest folder above `target` that exists."""
+    parent = target.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    return parent
 
 
 def seal(folder: Path) -> None:

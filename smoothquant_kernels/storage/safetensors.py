@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -13,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from smoothquant_kernels.errors import SmoothQuantError
-from smoothquant_kernels.storage.digests import FileEntry
+from smoothquant_kernels.storage.digests import FileEntry, tensor_bytes, write_pieces
 
 # torch's allocator aligns to 64 bytes. A float GEMM may add in another order for other alignments,
 # so that a reloaded model would not be bit-identical; and vector loads are faster.
@@ -80,14 +79,7 @@ def write_safetensors(
         safetensors.torch.save_file(tensors, path, {"format": "pt"})
     """
     names = sorted(tensors, key=lambda name: size_of(tensors[name]) % ALIGNMENT != 0)
-    sha256 = hashlib.sha256()
-    size = 0
-    with path.open("wb") as file:
-        for part in _parts(names, tensors, metadata or {}):
-            file.write(part)
-            sha256.update(part)
-            size += len(part)
-    return {"size": size, "sha256": sha256.hexdigest()}
+    return write_pieces(path, _parts(names, tensors, metadata or {}))
 
 
 def _parts(
@@ -104,9 +96,7 @@ def _parts(
         }
     yield _header_bytes(header)
     for name in names:
-        data = tensors[name].detach().cpu().contiguous()
-        if data.numel():
-            yield data.reshape(-1).view(torch.uint8).numpy().data
+        yield tensor_bytes(tensors[name])
 
 
 def join_safetensors(path: Path, parts: Iterable[Path]) -> FileEntry:
@@ -122,14 +112,9 @@ def join_safetensors(path: Path, parts: Iterable[Path]) -> FileEntry:
         *_, name, entry = found[i]
         header[name] = {**entry, "data_offsets": [end, end + sizes[i]]}
         end += sizes[i]
-    sha256 = hashlib.sha256()
-    with path.open("wb") as file:
 
-        def put(piece: bytes) -> None:
-            file.write(piece)
-            sha256.update(piece)
-
-        put(_header_bytes(header))
+    def pieces() -> Iterator[bytes]:
+        yield _header_bytes(header)
         for i in order:
             part, begin, _, entry = found[i]
             with part.open("rb") as source:
@@ -139,9 +124,10 @@ def join_safetensors(path: Path, parts: Iterable[Path]) -> FileEntry:
                     piece = source.read(min(left, _PIECE))
                     if not piece:
                         raise OSError(f"{part} ends too early")
-                    put(piece)
+                    yield piece
                     left -= len(piece)
-        return {"size": file.tell(), "sha256": sha256.hexdigest()}
+
+    return write_pieces(path, pieces())
 
 
 def _header_bytes(header: Mapping[str, object]) -> bytes:

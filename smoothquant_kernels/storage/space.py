@@ -6,13 +6,12 @@ import shutil
 from pathlib import Path
 
 from smoothquant_kernels.errors import SmoothQuantError
+from smoothquant_kernels.storage.folder import existing_parent
 
 
 def check_space(target: Path, need: int) -> None:
     """Raises SmoothQuantError unless the disk of a folder to be has that many bytes free."""
-    parent = target.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
+    parent = existing_parent(target)
     free = shutil.disk_usage(parent).free
     if free < need:
         raise SmoothQuantError(

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
 
+PACKAGE = "smoothquant-kernels"
+
+
+def installed_version(package: str) -> str | None:
+    """The version of a package; None if it is not installed, as this one in a plain source tree."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
 
 def package_version() -> str:
-    try:
-        return version("smoothquant-kernels")
-    except PackageNotFoundError:  # run from a source tree that is not installed
-        return "unknown"
+    """This package's version, or "unknown"."""
+    return installed_version(PACKAGE) or "unknown"

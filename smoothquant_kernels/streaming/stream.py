@@ -40,7 +40,7 @@ from smoothquant_kernels.smoothing.convert import quantize_model
 from smoothquant_kernels.smoothing.patterns import check_patterns, patterns_within
 from smoothquant_kernels.smoothing.smooth import relative_difference, smooth_into, smooth_lm
 from smoothquant_kernels.smoothing.statistics import ActivationStatistics, shortage
-from smoothquant_kernels.storage.folder import check_target, put, seal
+from smoothquant_kernels.storage.folder import check_folder, put, seal
 from smoothquant_kernels.storage.safetensors import (
     TensorEntry,
     tensor_entries,
@@ -123,7 +123,7 @@ def quantize_streamed(
     check_tokenizer(tokenizer)
     check_shard_bytes(max_shard_bytes)
     target = Path(directory).expanduser().resolve()
-    check_target(target, MANIFEST, overwrite)
+    check_folder(target, MANIFEST, overwrite=overwrite)
     weights = WeightSource(Path(source).expanduser().resolve())
     model = empty_model(weights.folder, dtype)
     check_patterns(model, config)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -12,15 +11,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.modeling.run import Batch
-from smoothquant_kernels.storage.digests import FileEntry, file_entry
-from smoothquant_kernels.storage.folder import _sync
+from smoothquant_kernels.storage.digests import FileEntry, file_entry, tensors_digest
+from smoothquant_kernels.storage.folder import replace_file
 from smoothquant_kernels.storage.safetensors import join_safetensors, shard_name, write_safetensors
 
 _CALL, _LOCK = "call.json", "lock"
@@ -28,13 +26,8 @@ _CALL, _LOCK = "call.json", "lock"
 
 def digest_of(batches: Iterable[Batch]) -> str:
     """SHA-256 of the calibration data."""
-    sha256 = hashlib.sha256()
-    for batch in batches:
-        for name, tensor in sorted(batch.items()):
-            sha256.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-            data = tensor.detach().cpu().contiguous().reshape(-1)
-            sha256.update(data.view(torch.uint8).numpy().data if data.numel() else b"")
-    return sha256.hexdigest()
+    tensors = (item for batch in batches for item in sorted(batch.items()))
+    return tensors_digest((f"{name} {t.dtype} {list(t.shape)}\n", t) for name, t in tensors)
 
 
 class WorkFolder:
@@ -81,10 +74,8 @@ class WorkFolder:
             if target.is_file():
                 entries[name] = file_entry(target)
             else:
-                joined = self.folder / "shard.tmp"
-                entries[name] = join_safetensors(joined, parts)
-                _sync(str(joined))
-                os.replace(joined, target)
+                with replace_file(target, self.folder / "shard.tmp", sync=True) as joined:
+                    entries[name] = join_safetensors(joined, parts)
             for part in parts:
                 part.unlink(missing_ok=True)
             names += [name] * len(group)
@@ -102,9 +93,8 @@ class WorkFolder:
     ) -> None:
         """Notes that a block's shard is written, with the hidden states behind it."""
         part = self.folder / "hidden.tmp"
-        write_safetensors(part, hidden)
-        _sync(str(part))
-        os.replace(part, self._hidden(index + 1))
+        with replace_file(self._hidden(index + 1), part, sync=True):
+            write_safetensors(part, hidden)
         _write_text(self._record(index), json.dumps(record, allow_nan=False))
         self._hidden(index).unlink(missing_ok=True)
 
@@ -200,7 +190,5 @@ def _start(folder: Path, call: Mapping[str, Any], resume: bool) -> None:
 
 
 def _write_text(path: Path, text: str) -> None:
-    part = path.with_name(f"{path.name}.tmp")
-    part.write_text(text, "utf-8")
-    _sync(str(part))
-    os.replace(part, path)
+    with replace_file(path, path.with_name(f"{path.name}.tmp"), sync=True) as part:
+        part.write_text(text, "utf-8")

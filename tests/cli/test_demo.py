@@ -96,18 +96,6 @@ def test_threads_leave_busy_cores(monkeypatch: pytest.MonkeyPatch, load: float, 
     assert asked == ([used] if used < 4 else [])
 
 
-def test_the_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
-    target = tmp_path / "new" / "demo"
-    with pytest.raises(KeyboardInterrupt), _demo._folder(target) as folder:
-        (folder / "half").touch()
-        raise KeyboardInterrupt
-    assert list(target.parent.iterdir()) == []
-    for content in ("first", "second"):
-        with _demo._folder(target) as folder:
-            (folder / content).touch()
-        assert [p.name for p in target.iterdir()] == [content]
-
-
 @pytest.mark.parametrize("folding", ["auto", "never"])
 def test_maxima_after_smoothing_are_those_of_the_smoothed_model(
     tiny_llama: Any, folding: str

@@ -8,12 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 import smoothquant_kernels
 from smoothquant_kernels import config
 from smoothquant_kernels.cli import options as _options
 from smoothquant_kernels.cli import wording as _wording
-from smoothquant_kernels.cli.loading import _DTYPES
+from smoothquant_kernels.cli.loading import choose_dtype
 from smoothquant_kernels.cli.wording import for_command_line
 from smoothquant_kernels.streaming.source import IN_MEMORY
 
@@ -99,11 +100,22 @@ def test_options_in_place_of_arguments(said: str, expected: str) -> None:
 
 
 def test_choices_in_the_help_are_those_of_the_configuration() -> None:
-    assert _options.DTYPES == tuple(_DTYPES)
-    assert _options.SCHEMES == config.ACTIVATION_SCHEMES
-    assert _options.ALPHAS == config.DEFAULT_ALPHA
-    assert _options.GRANULARITIES == config.WEIGHT_GRANULARITIES
-    assert _options.ROUNDINGS == config.ROUNDINGS
+    for option, name, choices in (
+        (_options.Scheme, "activation_scheme", config.ACTIVATION_SCHEMES),
+        (_options.WeightGranularity, "weight_granularity", config.WEIGHT_GRANULARITIES),
+        (_options.SmoothRounding, "smooth_rounding", config.ROUNDINGS),
+    ):
+        (shown,) = option.__metadata__
+        assert f"{', '.join(choices[:-1])} or {choices[-1]}" in shown.help
+        assert shown.show_default == getattr(config.SmoothQuantConfig(), name)
+    (alpha,) = _options.Alpha.__metadata__
+    for scheme, default in config.DEFAULT_ALPHA.items():
+        assert f"{default} {scheme}" in alpha.show_default
+    (dtype,) = _options.Dtype.__metadata__
+    assert "float32, bfloat16 or float16" in dtype.help
+    assert [choose_dtype(name) for name in _options.DTYPES] == [
+        torch.float32, torch.bfloat16, torch.float16,
+    ]  # fmt: skip
 
 
 def test_options_exist() -> None:
