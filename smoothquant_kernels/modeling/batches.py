@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from smoothquant_kernels.errors import SmoothQuantError
+from smoothquant_kernels.modeling.hooks import Hooks
 from smoothquant_kernels.modeling.run import Batch, evaluating, run, token_mask
 from smoothquant_kernels.nn.float_linear import is_float_linear
 
@@ -181,22 +182,10 @@ class PositionCounter:
 
 def _most_rows(model: nn.Module, batch: Batch) -> int:
     rows = [count_tokens(batch)]
-
-    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x = args[0] if args else next(iter(kwargs.values()))
-        rows.append(x.numel() // max(1, x.shape[-1]))
-
-    handles = [
-        module.register_forward_pre_hook(hook, with_kwargs=True)
-        for module in model.modules()
-        if is_float_linear(module)
-    ]
-    try:
-        with evaluating(model):
-            run_checked(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with Hooks(model) as hooks, evaluating(model):
+        for module in filter(is_float_linear, model.modules()):
+            hooks.on_input(module, lambda x: rows.append(x.numel() // max(1, x.shape[-1])))
+        run_checked(model, batch)
     return max(rows)
 
 

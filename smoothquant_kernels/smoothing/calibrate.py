@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from smoothquant_kernels.modeling.batches import (
     shortened,
     small_batch,
 )
+from smoothquant_kernels.modeling.hooks import Hooks
 from smoothquant_kernels.modeling.run import Batch, evaluating
 from smoothquant_kernels.modeling.view import check_present, partition_linears
 from smoothquant_kernels.smoothing.entries import tensors_of
@@ -137,7 +139,7 @@ def calibration_batches(
 
 
 class Recorder:
-    """Forward hooks that merge the inputs of `linears` into `statistics`, for the time of a `with` block.
+    """Merges the inputs of `linears` into `statistics`, batch by batch.
 
     Attributes:
         rows: the most rows that one of the linears has read of the last batch, without padding.
@@ -146,43 +148,22 @@ class Recorder:
     def __init__(
         self, statistics: ActivationStatistics, linears: Mapping[str, nn.Module], model: nn.Module
     ) -> None:
-        self._statistics, self._linears = statistics, linears
+        self._statistics, self._linears, self._model = statistics, linears, model
         self._padding = Padding(model, linears)
-        self._handles: list[Any] = []
-        self._measuring = False
         self.rows = 0
 
-    def __enter__(self) -> Recorder:
-        def record(name: str) -> Any:
-            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                if not self._measuring:
-                    return
-                x = args[0] if args else next(iter(kwargs.values()))
-                keep = self._padding.keep(name, x)
-                rows = x.numel() // max(1, x.shape[-1]) if keep is None else int(keep.sum())
-                self.rows = max(self.rows, rows)
-                self._statistics.update(name, x, keep)
-
-            return hook
-
-        self._handles = [
-            module.register_forward_pre_hook(record(name), with_kwargs=True)
-            for name, module in self._linears.items()
-        ]
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-
     def measure(self, batch: Batch, run: Callable[[Batch], Any]) -> Any:
-        """Runs a batch, whose padding is not measured, and returns what `run` does. Other runs are not measured."""
+        """Runs a batch, whose padding is not measured, and returns what `run` does."""
         self._padding.start(batch, run)
-        self.rows, self._measuring = 0, True
-        try:
+        self.rows = 0
+        with Hooks(self._model) as hooks:
+            for name, module in self._linears.items():
+                hooks.on_input(module, partial(self._record, name))
             return run(batch)
-        finally:
-            self._measuring = False
+
+    def _record(self, name: str, x: Tensor) -> None:
+        rows = self._statistics.update(name, x, self._padding.keep(name, x))
+        self.rows = max(self.rows, rows)
 
 
 def calibration_bar(progress: bool) -> Progress:
@@ -220,7 +201,7 @@ def collect_statistics(
 
     statistics = ActivationStatistics(watched=tuple(linears))
     recorder = Recorder(statistics, linears, model)
-    with recorder, evaluating(model), calibration_bar(progress) as bar:
+    with evaluating(model), calibration_bar(progress) as bar:
         task = bar.add_task("calibrating (tokens)", total=max_tokens)
         for batch in batches:
             recorder.measure(batch, forward)

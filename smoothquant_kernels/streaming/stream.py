@@ -285,9 +285,9 @@ class _Stream:
             )
             return result
 
-        with Recorder(statistics, linears, self.model) as recorder:
-            for i, batch in enumerate(self.batches):
-                self.hidden[i] = recorder.measure(joined(batch, self.hidden[i]), step).cpu()
+        recorder = Recorder(statistics, linears, self.model)
+        for i, batch in enumerate(self.batches):
+            self.hidden[i] = recorder.measure(joined(batch, self.hidden[i]), step).cpu()
         statistics.check_finite()
         original = self.chain.step(index, block, self.sample, self.original).cpu()
         if linears:
@@ -321,9 +321,9 @@ class _Stream:
                 batch, hidden = split(batch)
                 return self.chain.finish(batch, known(hidden), logits=False)
 
-            with Recorder(statistics, linears, model) as recorder:
-                for batch, hidden in zip(self.batches, self.hidden, strict=True):
-                    recorder.measure(joined(batch, hidden), around)
+            recorder = Recorder(statistics, linears, model)
+            for batch, hidden in zip(self.batches, self.hidden, strict=True):
+                recorder.measure(joined(batch, hidden), around)
             statistics.check_finite()
             # With all blocks left out, what is before them and what is behind them is a small model.
             # The layers' inputs are those of the whole model all the same.
