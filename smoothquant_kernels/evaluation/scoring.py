@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -15,9 +15,6 @@ from smoothquant_kernels.evaluation.text import (
     check_vocabulary,
 )
 from smoothquant_kernels.modeling.batches import position_limit
-
-if TYPE_CHECKING:
-    pass
 
 T = TypeVar("T")
 

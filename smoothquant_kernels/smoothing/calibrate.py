@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -29,7 +28,7 @@ from smoothquant_kernels.modeling.view import check_present, partition_linears
 from smoothquant_kernels.smoothing.entries import tensors_of
 from smoothquant_kernels.smoothing.padding import Padding
 from smoothquant_kernels.smoothing.patterns import check_patterns
-from smoothquant_kernels.smoothing.statistics import ActivationStatistics
+from smoothquant_kernels.smoothing.statistics import ActivationStatistics, warn_if_short
 
 CalibrationData = Iterable[Any]
 
@@ -136,6 +135,23 @@ def calibration_batches(
             left -= tokens
             if left <= 0:
                 return
+
+
+def configured_batches(
+    model: nn.Module,
+    data: CalibrationData,
+    config: SmoothQuantConfig,
+    tokenizer: Any,
+    max_tokens: int | None = None,
+) -> Iterator[Batch]:
+    """`calibration_batches` with the window and, unless it is given, the number of tokens of a configuration."""
+    return calibration_batches(
+        data,
+        tokenizer=tokenizer,
+        window=config.calibration_window,
+        max_tokens=max_tokens or config.calibration_tokens,
+        model=model,
+    )
 
 
 class Recorder:
@@ -246,13 +262,7 @@ def calibrate_model(
     Source: SmoothQuant (Xiao et al., 2022), section 3.2 ("we use the calibration samples to estimate the scale").
     """
     config = config or SmoothQuantConfig()
-    batches = calibration_batches(
-        data,
-        tokenizer=tokenizer,
-        window=config.calibration_window,
-        max_tokens=config.calibration_tokens,
-        model=model,
-    )
+    batches = configured_batches(model, data, config, tokenizer)
     check_present(model)
     check_patterns(model, config)
     linears, _ = partition_linears(model, config.skip)
@@ -260,6 +270,5 @@ def calibrate_model(
         model, linears, batches, max_tokens=config.calibration_tokens, progress=progress
     )
     statistics.asked = config.calibration_tokens
-    if (short := statistics.shortage()) is not None:
-        warnings.warn(short, stacklevel=2)
+    warn_if_short(statistics.tokens, statistics.asked)
     return statistics

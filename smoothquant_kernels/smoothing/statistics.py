@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import secrets
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,12 @@ def shortage(tokens: int, asked: int) -> str | None:
         f"the calibration data ended after {tokens} of the {asked} tokens asked for (calibration_tokens): with so few, "
         "outliers may be missed; give more data."
     )
+
+
+def warn_if_short(tokens: int, asked: int) -> None:
+    """Warns the caller's caller of a `shortage`."""
+    if (short := shortage(tokens, asked)) is not None:
+        warnings.warn(short, stacklevel=3)
 
 
 @dataclass
