@@ -10,10 +10,7 @@ import torch
 from torch import nn
 
 from smoothquant_kernels.errors import SmoothQuantError
-from smoothquant_kernels.evaluation.text import (
-    Window,
-    check_vocabulary,
-)
+from smoothquant_kernels.evaluation.text import Window, check_vocabulary
 from smoothquant_kernels.modeling.batches import position_limit
 
 T = TypeVar("T")

@@ -148,11 +148,12 @@ def has_tokens(batch: Batch) -> bool:
     return any(name in batch for name in _TEXT_ENTRIES)
 
 
-def count_tokens(batch: Batch) -> int:
-    """Tokens of a batch that are not padding; where it holds no text, its rows (images, recordings)."""
+def count_tokens(batch: Batch, otherwise: int | None = None) -> int:
+    """Tokens of a batch that are not padding; where it holds no text, `otherwise`, or its rows (images, recordings)."""
     main = batch[main_entry(batch)]
     if not has_tokens(batch):
-        return main.shape[0] if main.dim() else 1
+        rows = main.shape[0] if main.dim() else 1
+        return rows if otherwise is None else otherwise
     tokens = main if main_entry(batch) == "input_ids" else main[..., 0]
     mask = token_mask(batch)
     return int(mask.sum()) if mask is not None and mask.shape == tokens.shape else tokens.numel()
@@ -173,10 +174,10 @@ class PositionCounter:
         if has_tokens(batch) or self._model is None:
             return count_tokens(batch)
         one = take_rows(batch, [0], self._model)
-        count = 1 if one is None else count_tokens(batch)
-        key = tuple((n, tuple(v.shape)) for n, v in (batch if one is None else one).items())
+        count, part = (1, batch) if one is None else (count_tokens(batch), one)
+        key = tuple((n, tuple(v.shape)) for n, v in part.items())
         if key not in self._known:
-            self._known[key] = _most_rows(self._model, batch if one is None else one)
+            self._known[key] = _most_rows(self._model, part)
         return count * self._known[key]
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from smoothquant_kernels.config import SmoothQuantConfig
-from smoothquant_kernels.modeling.batches import count_tokens, has_tokens
+from smoothquant_kernels.modeling.batches import count_tokens
 from smoothquant_kernels.modeling.groups import Group
 from smoothquant_kernels.modeling.hooks import Hooks
 from smoothquant_kernels.modeling.run import Batch, evaluating, run, unpadded_rows
@@ -104,7 +104,7 @@ def measure(
                 for name in stands:
                     hooks.on_call(name, partial(record, name))
                 forward(batch)
-            result.tokens += count_tokens(batch) if has_tokens(batch) else rows
+            result.tokens += count_tokens(batch, rows)
     return result
 
 

@@ -15,7 +15,6 @@ from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.modeling.batches import (
     PositionCounter,
     count_tokens,
-    has_tokens,
     main_entry,
     position_limit,
     run_checked,
@@ -223,7 +222,7 @@ def collect_statistics(
             recorder.measure(batch, forward)
             if not statistics.sample:
                 statistics.sample = small_batch(batch, forward, model)
-            count = count_tokens(batch) if has_tokens(batch) else recorder.rows
+            count = count_tokens(batch, recorder.rows)
             statistics.tokens += count
             bar.advance(task, count)
     statistics.check_not_empty()

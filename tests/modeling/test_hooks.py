@@ -71,7 +71,7 @@ def test_an_output_is_seen_and_replaced_if_it_is_a_tensor() -> None:
     calls: list[tuple[float, float]] = []
     with Hooks(model) as hooks:
         hooks.on_output("a", lambda y: y + 1)
-        hooks.on_call("a", lambda x, y: calls.append((float(x), float(y))))  # type: ignore[func-returns-value]
+        hooks.on_call("a", lambda x, y: calls.append((float(x), float(y))))
         hooks.on_call(model.a, lambda x, y: x + y)
         assert float(model(ONE)) == 4
         assert float(model(ONE, extra=2)) == 4  # the input given by name
