@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.evaluation.models import builtin_demo_model, load_model, load_tokenizer
 from smoothquant_kernels.evaluation.perplexity import Reference, evaluate
 from smoothquant_kernels.evaluation.text import load_text, token_windows
+from smoothquant_kernels.modeling.hooks import Hooks
 from smoothquant_kernels.modeling.record import INFO
 from smoothquant_kernels.modeling.run import Batch, evaluating, run
 from smoothquant_kernels.modeling.view import partition_linears
@@ -281,21 +283,15 @@ def _inputs(model: nn.Module, batch: Batch, names: Sequence[str]) -> dict[str, T
     """[tokens, K] inputs of layers, after a division at run time."""
     found: dict[str, Tensor] = {}
 
-    def record(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = args[0].detach().reshape(-1, args[0].shape[-1]).float()
-            smooth = pending_smooth(module)
-            found[name] = x if smooth is None else x / smooth
+    def record(name: str, x: Tensor) -> None:
+        x = x.detach().reshape(-1, x.shape[-1]).float()
+        smooth = pending_smooth(model.get_submodule(name))
+        found[name] = x if smooth is None else x / smooth
 
-        return hook
-
-    handles = [model.get_submodule(name).register_forward_pre_hook(record(name)) for name in names]
-    try:
-        with evaluating(model):
-            run(model, batch, logits=False)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with Hooks(model) as hooks, evaluating(model):
+        for name in names:
+            hooks.on_input(name, partial(record, name))
+        run(model, batch, logits=False)
     return found
 
 

@@ -12,12 +12,7 @@ from torch import nn
 
 from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.evaluation.scoring import _bar, _check_fits, _fitting_window, _logits
-from smoothquant_kernels.evaluation.text import (
-    Window,
-    front_tokens,
-    load_text,
-    token_ids,
-)
+from smoothquant_kernels.evaluation.text import Window, front_tokens, load_text, token_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

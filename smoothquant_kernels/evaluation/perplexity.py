@@ -21,11 +21,7 @@ from torch import nn
 from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.evaluation.last_word import last_word_accuracy
 from smoothquant_kernels.evaluation.scoring import _bar, _check_fits, _fitting_window, _logits
-from smoothquant_kernels.evaluation.text import (
-    Window,
-    load_text,
-    token_windows,
-)
+from smoothquant_kernels.evaluation.text import Window, load_text, token_windows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from smoothquant_kernels.errors import SmoothQuantError
+from smoothquant_kernels.modeling.hooks import Hooks
 from smoothquant_kernels.modeling.run import Batch, evaluating, run, token_mask
 from smoothquant_kernels.nn.float_linear import is_float_linear
 
@@ -147,11 +148,12 @@ def has_tokens(batch: Batch) -> bool:
     return any(name in batch for name in _TEXT_ENTRIES)
 
 
-def count_tokens(batch: Batch) -> int:
-    """Tokens of a batch that are not padding; where it holds no text, its rows (images, recordings)."""
+def count_tokens(batch: Batch, otherwise: int | None = None) -> int:
+    """Tokens of a batch that are not padding; where it holds no text, `otherwise`, or its rows (images, recordings)."""
     main = batch[main_entry(batch)]
     if not has_tokens(batch):
-        return main.shape[0] if main.dim() else 1
+        rows = main.shape[0] if main.dim() else 1
+        return rows if otherwise is None else otherwise
     tokens = main if main_entry(batch) == "input_ids" else main[..., 0]
     mask = token_mask(batch)
     return int(mask.sum()) if mask is not None and mask.shape == tokens.shape else tokens.numel()
@@ -172,31 +174,19 @@ class PositionCounter:
         if has_tokens(batch) or self._model is None:
             return count_tokens(batch)
         one = take_rows(batch, [0], self._model)
-        count = 1 if one is None else count_tokens(batch)
-        key = tuple((n, tuple(v.shape)) for n, v in (batch if one is None else one).items())
+        count, part = (1, batch) if one is None else (count_tokens(batch), one)
+        key = tuple((n, tuple(v.shape)) for n, v in part.items())
         if key not in self._known:
-            self._known[key] = _most_rows(self._model, batch if one is None else one)
+            self._known[key] = _most_rows(self._model, part)
         return count * self._known[key]
 
 
 def _most_rows(model: nn.Module, batch: Batch) -> int:
     rows = [count_tokens(batch)]
-
-    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x = args[0] if args else next(iter(kwargs.values()))
-        rows.append(x.numel() // max(1, x.shape[-1]))
-
-    handles = [
-        module.register_forward_pre_hook(hook, with_kwargs=True)
-        for module in model.modules()
-        if is_float_linear(module)
-    ]
-    try:
-        with evaluating(model):
-            run_checked(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with Hooks(model) as hooks, evaluating(model):
+        for module in filter(is_float_linear, model.modules()):
+            hooks.on_input(module, lambda x: rows.append(x.numel() // max(1, x.shape[-1])))
+        run_checked(model, batch)
     return max(rows)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from smoothquant_kernels.errors import SmoothQuantError
-from smoothquant_kernels.modeling.readers import UNWATCHED, Readers, watched
+from smoothquant_kernels.modeling.readers import UNWATCHED, Readers, overridden, watched
 from smoothquant_kernels.modeling.run import Batch, evaluating, run
 from smoothquant_kernels.modeling.sample_inputs import repeated
 from smoothquant_kernels.modeling.selectors import Selectors, selects_by_name
@@ -149,15 +150,9 @@ def _asking(model: nn.Module) -> Iterator[dict[nn.Module, None]]:
 
         return call
 
-    modules = list(model.modules())
-    try:
-        for module in modules:
-            module.__dict__["named_parameters"] = noted(module, module.named_parameters)
-        with watched({"": model}, enter, leave):
-            yield found
-    finally:
-        for module in modules:
-            module.__dict__.pop("named_parameters", None)
+    lists = ((m, "named_parameters", noted(m, m.named_parameters)) for m in model.modules())
+    with overridden(lists), watched({"": model}, enter, leave):
+        yield found
 
 
 def _first_parameters(
@@ -206,20 +201,15 @@ def _using(names: Mapping[nn.Module, str]) -> Iterator[dict[str, str]]:
 
         return call
 
-    before = {module: dict(vars(module)) for module in names}
-    try:
-        for module in names:
-            for name in _own_methods(type(module)):
-                if name not in vars(module):
-                    module.__dict__[name] = method(module, name, getattr(module, name))
-            module.__dict__["forward"] = forward(module, module.forward)
+    methods = (
+        (m, name, method(m, name, getattr(m, name)))
+        for m in names
+        for name in _own_methods(type(m))
+        if name not in vars(m)
+    )
+    forwards = ((m, "forward", forward(m, m.forward)) for m in names)
+    with overridden(itertools.chain(methods, forwards)):
         yield found
-    finally:
-        for module, attributes in before.items():
-            for name in ("forward", *_own_methods(type(module))):
-                module.__dict__.pop(name, None)
-                if name in attributes:
-                    module.__dict__[name] = attributes[name]
 
 
 def _own_methods(kind: type) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ Kernels that are given raw addresses from Python are not seen; the comparison of
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -160,6 +161,19 @@ def readable(error: BaseException) -> str:
 
 
 @contextmanager
+def overridden(attributes: Iterable[tuple[nn.Module, str, Any]]) -> Iterator[None]:
+    """Gives modules attributes of their own, by name and value; at the end they have again what they had."""
+    with contextlib.ExitStack() as stack:
+        for module, name, value in attributes:
+            own = module.__dict__
+            had = {name: own[name]} if name in own else {}
+            stack.callback(own.update, had)
+            stack.callback(own.pop, name, None)
+            own[name] = value
+        yield
+
+
+@contextmanager
 def watched(
     modules: Mapping[str, nn.Module],
     enter: Callable[[str], None],
@@ -181,13 +195,5 @@ def watched(
 
         return call
 
-    before = {name: m.__dict__.get("forward") for name, m in modules.items()}
-    try:
-        for name, module in modules.items():
-            module.__dict__["forward"] = wrapped(name, module.forward)
+    with overridden((m, "forward", wrapped(name, m.forward)) for name, m in modules.items()):
         yield
-    finally:
-        for name, module in modules.items():
-            module.__dict__.pop("forward", None)
-            if before[name] is not None:
-                module.__dict__["forward"] = before[name]

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 
 from smoothquant_kernels.errors import SmoothQuantError
-
-if TYPE_CHECKING:
-    pass
 
 #: A plain attribute: a buffer would be written into checkpoints, and rounded by `.half()`.
 PENDING = "_smoothquant_pending"

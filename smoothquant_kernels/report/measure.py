@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from smoothquant_kernels.config import SmoothQuantConfig
-from smoothquant_kernels.modeling.batches import count_tokens, has_tokens
+from smoothquant_kernels.modeling.batches import count_tokens
 from smoothquant_kernels.modeling.groups import Group
+from smoothquant_kernels.modeling.hooks import Hooks
 from smoothquant_kernels.modeling.run import Batch, evaluating, run, unpadded_rows
 from smoothquant_kernels.nn.float_linear import pending_smooth, weight_of
 from smoothquant_kernels.nn.linear import W8A8Linear
@@ -79,43 +81,30 @@ def measure(
     padding = Padding(model, layers)
     rows = 0  # the most that one layer has read of the batch
 
-    def record(name: str) -> Any:
-        def hook(
-            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor
-        ) -> None:
-            nonlocal rows
-            if padding.learning:
-                return
-            x = args[0] if args else next(iter(kwargs.values()))
-            keep = padding.keep(name, x)
-            exact = unpadded_rows(y.detach(), keep)
-            rows = max(rows, len(exact))
-            if name in shown and len(result.shown.get(name, ())) < SHOWN_TOKENS:
-                _keep(result.shown, name, module, unpadded_rows(x.detach(), keep))
-            result.signal[name] = result.signal.get(name, 0.0) + _power(exact)
-            for i, make in enumerate(stands[name]):
-                noise = unpadded_rows(make(module)(x), keep).float() - exact.float()
-                result.noise[name][i] += _power(noise)
-
-        return hook
+    def record(name: str, x: Tensor, y: Tensor) -> None:
+        nonlocal rows
+        keep = padding.keep(name, x)
+        exact = unpadded_rows(y.detach(), keep)
+        rows = max(rows, len(exact))
+        if name in shown and len(result.shown.get(name, ())) < SHOWN_TOKENS:
+            _keep(result.shown, name, layers[name], unpadded_rows(x.detach(), keep))
+        result.signal[name] = result.signal.get(name, 0.0) + _power(exact)
+        for i, make in enumerate(stands[name]):
+            noise = unpadded_rows(make(layers[name])(x), keep).float() - exact.float()
+            result.noise[name][i] += _power(noise)
 
     def forward(batch: Batch) -> Any:
         return run(model, batch, logits=False)
 
-    handles = [
-        module.register_forward_hook(record(name), with_kwargs=True)
-        for name, module in layers.items()
-    ]
-    try:
-        with evaluating(model):
-            for batch in batches:
-                rows = 0
-                padding.start(batch, forward)
+    with evaluating(model):
+        for batch in batches:
+            rows = 0
+            padding.start(batch, forward)
+            with Hooks(model) as hooks:
+                for name in stands:
+                    hooks.on_call(name, partial(record, name))
                 forward(batch)
-                result.tokens += count_tokens(batch) if has_tokens(batch) else rows
-    finally:
-        for handle in handles:
-            handle.remove()
+            result.tokens += count_tokens(batch, rows)
     return result
 
 

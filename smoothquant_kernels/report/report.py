@@ -26,7 +26,7 @@ from smoothquant_kernels.report.measure import Measured, Plan, layer_factors, me
 from smoothquant_kernels.smoothing.calibrate import (
     CalibrationData,
     calibrate_model,
-    calibration_batches,
+    configured_batches,
     fitting_window,
 )
 from smoothquant_kernels.smoothing.convert import quantize_model
@@ -104,15 +104,7 @@ def make_report(
         raise SmoothQuantError("to evaluate on text, make_report needs the tokenizer as well.")
     if tokens < 1:
         raise SmoothQuantError(f"tokens must be at least 1, got {tokens}.")
-    batches = list(
-        calibration_batches(
-            held,
-            tokenizer=tokenizer,
-            window=config.calibration_window,
-            max_tokens=tokens,
-            model=model,
-        )
-    )
+    batches = list(configured_batches(model, held, config, tokenizer, tokens))
     if not batches:
         raise SmoothQuantError("the held data is empty: give at least one batch with tokens.")
     statistics = data

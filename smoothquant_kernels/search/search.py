@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,15 +32,15 @@ from smoothquant_kernels.search.sensitivity import count_rows, divergence, recor
 from smoothquant_kernels.smoothing.calibrate import (
     CalibrationData,
     calibration_bar,
-    calibration_batches,
     collect_statistics,
+    configured_batches,
 )
 from smoothquant_kernels.smoothing.convert import quantize_model
 from smoothquant_kernels.smoothing.factors import runs_within, smoothable_linears
 from smoothquant_kernels.smoothing.padding import Padding
 from smoothquant_kernels.smoothing.patterns import check_patterns
 from smoothquant_kernels.smoothing.smooth import check_finite_weights, smooth_lm
-from smoothquant_kernels.smoothing.statistics import ActivationStatistics, shortage
+from smoothquant_kernels.smoothing.statistics import ActivationStatistics, warn_if_short
 
 __all__ = ["Choice", "GroupResult", "SearchResult", "Validation", "search_config"]
 
@@ -108,18 +107,8 @@ def search_config(
     check_patterns(model, config)
     linears, _ = partition_linears(model, config.skip)
     check_finite_weights(linears)
-    batches = list(
-        calibration_batches(
-            data,
-            tokenizer=tokenizer,
-            window=config.calibration_window,
-            max_tokens=config.calibration_tokens,
-            model=model,
-        )
-    )
-    size = PositionCounter(model)
-    if (short := shortage(sum(map(size, batches)), config.calibration_tokens)) is not None:
-        warnings.warn(short, stacklevel=2)
+    batches = list(configured_batches(model, data, config, tokenizer))
+    warn_if_short(sum(map(PositionCounter(model), batches)), config.calibration_tokens)
     seen, held, unseen = _split(model, batches, tokens, validation_tokens)
     asked = [config.to_dict(), tokens, validation_tokens, per_token_share]
     file = SearchFile.open(path, fingerprint(model, batches, asked))
@@ -160,16 +149,13 @@ def search_config(
 # --- data -------------------------------------------------------------------------------------------------------------
 
 
-def _sequences(batches: Sequence[Batch], model: nn.Module) -> list[Batch]:
-    """One batch for each row, where all entries can be told by rows."""
-    return [row for batch in batches for row in rows_of(batch, model)]
-
-
 def _split(
     model: nn.Module, batches: Sequence[Batch], tokens: int, validation_tokens: int
 ) -> tuple[list[Batch], list[Batch], list[Batch]]:
     """For the ranges, for the search and for the validation; the last two from the end, at most a quarter each."""
-    left = list(batches) if len(batches) >= 8 else _sequences(batches, model)
+    left = list(batches)
+    if len(left) < 8:
+        left = [row for batch in batches for row in rows_of(batch, model)]
     quarter, size = max(1, len(left) // 4), PositionCounter(model)
     if len(left) < (3 if validation_tokens else 2):
         raise SmoothQuantError(

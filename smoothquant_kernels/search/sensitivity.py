@@ -11,15 +11,17 @@ layers, each measured alone, add up to within some ten per cent of the KL diverg
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from smoothquant_kernels.modeling.groups import Group
+from smoothquant_kernels.modeling.hooks import Hooks
 from smoothquant_kernels.modeling.run import Batch, evaluating, output_tensor, run, unpadded_rows
 from smoothquant_kernels.smoothing.padding import OUTPUT, Padding
 
@@ -122,51 +124,32 @@ def record(
     names = [name for group in groups for name in group.linears]
     padding = Padding(model, {name: model.get_submodule(name) for name in names})
 
-    def keep_input(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-            if padding.learning:
-                return
-            x = args[0] if args else next(iter(kwargs.values()))
-            xs[name].append(unpadded_rows(x.detach(), padding.keep(name, x)).clone())
+    def keep_input(name: str, x: Tensor) -> None:
+        xs[name].append(unpadded_rows(x.detach(), padding.keep(name, x)).clone())
 
-        return hook
+    def keep_output(name: str, y: Tensor) -> Tensor:
+        y = y if y.requires_grad else y.detach().requires_grad_()
+        outputs.append((name, y))
+        return y.clone()  # what follows may work in place
 
-    def keep_output(name: str) -> Callable[..., Tensor]:
-        def hook(_: nn.Module, __: Any, y: Tensor) -> Tensor:
-            if padding.learning:
-                return y
-            y = y if y.requires_grad else y.detach().requires_grad_()
-            outputs.append((name, y))
-            return y.clone()  # what follows may work in place
-
-        return hook
-
-    handles: list[Any] = []
-    for group in groups:
-        first = model.get_submodule(group.linears[0])
-        hook = keep_input(group.linears[0])
-        handles.append(first.register_forward_pre_hook(hook, with_kwargs=True))
-        for name in group.linears:
-            module = model.get_submodule(name)
-            handles.append(module.register_forward_hook(keep_output(name)))
-    try:
-        with evaluating(model), torch.enable_grad(), _without_parameter_gradients(model):
-            for index, batch in enumerate(batches):
-                outputs.clear()
-                padding.start(batch, lambda b: run(model, b))
-                generator = torch.Generator().manual_seed(seed + index)
+    with evaluating(model), torch.enable_grad(), _without_parameter_gradients(model):
+        for index, batch in enumerate(batches):
+            padding.start(batch, lambda b: run(model, b))
+            generator = torch.Generator().manual_seed(seed + index)
+            with Hooks(model) as hooks:
+                for group in groups:
+                    hooks.on_input(group.linears[0], partial(keep_input, group.linears[0]))
+                    for name in group.linears:
+                        hooks.on_output(name, partial(keep_output, name))
                 loss, count = likelihood(run(model, batch), padding, generator)
-                predictions += count
-                if not outputs:  # experts that this batch did not reach
-                    continue
-                found = torch.autograd.grad(loss, [y for _, y in outputs], allow_unused=True)
-                for (name, y), g in zip(outputs, found, strict=True):
-                    g = torch.zeros_like(y) if g is None else g
-                    gradients[name].append(unpadded_rows(g.detach(), padding.keep(name, g)))
-    finally:
-        outputs.clear()
-        for handle in handles:
-            handle.remove()
+            predictions += count
+            if not outputs:  # experts that this batch did not reach
+                continue
+            found = torch.autograd.grad(loss, [y for _, y in outputs], allow_unused=True)
+            for (name, y), g in zip(outputs, found, strict=True):
+                g = torch.zeros_like(y) if g is None else g
+                gradients[name].append(unpadded_rows(g.detach(), padding.keep(name, g)))
+            outputs.clear()
     rows = {n: [len(part) for part in v] for n, v in xs.items()}
     return Recording(
         {n: _joined(v) for n, v in xs.items()},
@@ -191,18 +174,12 @@ def count_rows(model: nn.Module, names: Iterable[str], batches: Iterable[Batch])
     """How many rows each linear reads, padding included; those that are not called are absent."""
     rows: dict[str, int] = {}
 
-    def count(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, __: Any, y: Tensor) -> None:
-            rows[name] = rows.get(name, 0) + y.numel() // y.shape[-1]
+    def count(name: str, y: Tensor) -> None:
+        rows[name] = rows.get(name, 0) + y.numel() // y.shape[-1]
 
-        return hook
-
-    handles = [model.get_submodule(n).register_forward_hook(count(n)) for n in names]
-    try:
-        with evaluating(model):
-            for batch in batches:
-                run(model, batch, logits=False)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with Hooks(model) as hooks, evaluating(model):
+        for name in names:
+            hooks.on_output(name, partial(count, name))
+        for batch in batches:
+            run(model, batch, logits=False)
     return rows

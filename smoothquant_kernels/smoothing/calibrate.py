@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,19 +15,19 @@ from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.modeling.batches import (
     PositionCounter,
     count_tokens,
-    has_tokens,
     main_entry,
     position_limit,
     run_checked,
     shortened,
     small_batch,
 )
+from smoothquant_kernels.modeling.hooks import Hooks
 from smoothquant_kernels.modeling.run import Batch, evaluating
 from smoothquant_kernels.modeling.view import check_present, partition_linears
 from smoothquant_kernels.smoothing.entries import tensors_of
 from smoothquant_kernels.smoothing.padding import Padding
 from smoothquant_kernels.smoothing.patterns import check_patterns
-from smoothquant_kernels.smoothing.statistics import ActivationStatistics
+from smoothquant_kernels.smoothing.statistics import ActivationStatistics, warn_if_short
 
 CalibrationData = Iterable[Any]
 
@@ -136,8 +136,25 @@ def calibration_batches(
                 return
 
 
+def configured_batches(
+    model: nn.Module,
+    data: CalibrationData,
+    config: SmoothQuantConfig,
+    tokenizer: Any,
+    max_tokens: int | None = None,
+) -> Iterator[Batch]:
+    """`calibration_batches` with the window and, unless it is given, the number of tokens of a configuration."""
+    return calibration_batches(
+        data,
+        tokenizer=tokenizer,
+        window=config.calibration_window,
+        max_tokens=max_tokens or config.calibration_tokens,
+        model=model,
+    )
+
+
 class Recorder:
-    """Forward hooks that merge the inputs of `linears` into `statistics`, for the time of a `with` block.
+    """Merges the inputs of `linears` into `statistics`, batch by batch.
 
     Attributes:
         rows: the most rows that one of the linears has read of the last batch, without padding.
@@ -146,43 +163,22 @@ class Recorder:
     def __init__(
         self, statistics: ActivationStatistics, linears: Mapping[str, nn.Module], model: nn.Module
     ) -> None:
-        self._statistics, self._linears = statistics, linears
+        self._statistics, self._linears, self._model = statistics, linears, model
         self._padding = Padding(model, linears)
-        self._handles: list[Any] = []
-        self._measuring = False
         self.rows = 0
 
-    def __enter__(self) -> Recorder:
-        def record(name: str) -> Any:
-            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                if not self._measuring:
-                    return
-                x = args[0] if args else next(iter(kwargs.values()))
-                keep = self._padding.keep(name, x)
-                rows = x.numel() // max(1, x.shape[-1]) if keep is None else int(keep.sum())
-                self.rows = max(self.rows, rows)
-                self._statistics.update(name, x, keep)
-
-            return hook
-
-        self._handles = [
-            module.register_forward_pre_hook(record(name), with_kwargs=True)
-            for name, module in self._linears.items()
-        ]
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-
     def measure(self, batch: Batch, run: Callable[[Batch], Any]) -> Any:
-        """Runs a batch, whose padding is not measured, and returns what `run` does. Other runs are not measured."""
+        """Runs a batch, whose padding is not measured, and returns what `run` does."""
         self._padding.start(batch, run)
-        self.rows, self._measuring = 0, True
-        try:
+        self.rows = 0
+        with Hooks(self._model) as hooks:
+            for name, module in self._linears.items():
+                hooks.on_input(module, partial(self._record, name))
             return run(batch)
-        finally:
-            self._measuring = False
+
+    def _record(self, name: str, x: Tensor) -> None:
+        rows = self._statistics.update(name, x, self._padding.keep(name, x))
+        self.rows = max(self.rows, rows)
 
 
 def calibration_bar(progress: bool) -> Progress:
@@ -220,13 +216,13 @@ def collect_statistics(
 
     statistics = ActivationStatistics(watched=tuple(linears))
     recorder = Recorder(statistics, linears, model)
-    with recorder, evaluating(model), calibration_bar(progress) as bar:
+    with evaluating(model), calibration_bar(progress) as bar:
         task = bar.add_task("calibrating (tokens)", total=max_tokens)
         for batch in batches:
             recorder.measure(batch, forward)
             if not statistics.sample:
                 statistics.sample = small_batch(batch, forward, model)
-            count = count_tokens(batch) if has_tokens(batch) else recorder.rows
+            count = count_tokens(batch, recorder.rows)
             statistics.tokens += count
             bar.advance(task, count)
     statistics.check_not_empty()
@@ -265,13 +261,7 @@ def calibrate_model(
     Source: SmoothQuant (Xiao et al., 2022), section 3.2 ("we use the calibration samples to estimate the scale").
     """
     config = config or SmoothQuantConfig()
-    batches = calibration_batches(
-        data,
-        tokenizer=tokenizer,
-        window=config.calibration_window,
-        max_tokens=config.calibration_tokens,
-        model=model,
-    )
+    batches = configured_batches(model, data, config, tokenizer)
     check_present(model)
     check_patterns(model, config)
     linears, _ = partition_linears(model, config.skip)
@@ -279,6 +269,5 @@ def calibrate_model(
         model, linears, batches, max_tokens=config.calibration_tokens, progress=progress
     )
     statistics.asked = config.calibration_tokens
-    if (short := statistics.shortage()) is not None:
-        warnings.warn(short, stacklevel=2)
+    warn_if_short(statistics.tokens, statistics.asked)
     return statistics

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -80,7 +81,7 @@ def int8_errors(
 
     with Hooks(model) as hooks:
         for group in factors:
-            hooks.on_input(group.linears[0], lambda x, g=group: measure(g, x))  # type: ignore[misc]
+            hooks.on_input(group.linears[0], partial(measure, group))
         run_sample(batch)
     tiny = torch.finfo(torch.float64).tiny
     return {

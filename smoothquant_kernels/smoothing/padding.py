@@ -10,6 +10,7 @@ the rows that a router gave to an expert, sound at another rate), are not the ma
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from smoothquant_kernels.modeling.batches import (
     take_positions,
     take_rows,
 )
+from smoothquant_kernels.modeling.hooks import Hooks
 from smoothquant_kernels.modeling.run import Batch, output_tensor, token_mask
 
 OUTPUT = ""  # stands for the model's output, as the name of the whole model does
@@ -35,14 +37,10 @@ class Padding:
     Args:
         model: whose configuration names tokens that stand for images.
         linears: the layers whose inputs are asked for.
-
-    Attributes:
-        learning: whether a run is one of `start`'s own, which is not to be measured.
     """
 
     def __init__(self, model: nn.Module, linears: Mapping[str, nn.Module]) -> None:
         self._model, self._linears = model, linears
-        self.learning = False
         self._masks: dict[str, Tensor] = {}
         # mask -> layer -> how its rows are ordered: "bt" or "tb", rows of the batch first or positions first
         self._orders: dict[str, dict[str, str]] = {}
@@ -84,7 +82,6 @@ class Padding:
         column = _removable(part, stream, part_mask, special_tokens(self._model))
         index = torch.tensor([i for i in range(shape[1]) if i != column])
         shorter = take_positions(part, stream, index, self._model)
-        self.learning = True
         try:
             with torch.no_grad():
                 one, two = self._shapes(part, run), self._shapes(shorter, run)
@@ -92,8 +89,6 @@ class Padding:
             raise
         except (SmoothQuantError, LookupError, RuntimeError, TypeError, ValueError):
             return {}  # it takes one length only
-        finally:
-            self.learning = False
         orders = {n: _order(one[n], two.get(n, []), *shape) for n in one}
         # Flattened rows are in the order of the tensors that they came from.
         if "tb" in orders.values():
@@ -107,22 +102,13 @@ class Padding:
         """layer -> the shapes, but for the last dimension, of what it reads at each call; and of the output."""
         found: _Shapes = {}
 
-        def watch(name: str) -> Any:
-            def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                x = args[0] if args else next(iter(kwargs.values()))
-                found.setdefault(name, []).append(tuple(x.shape[:-1]))
+        def note(name: str, x: Tensor) -> None:
+            found.setdefault(name, []).append(tuple(x.shape[:-1]))
 
-            return hook
-
-        handles = [
-            module.register_forward_pre_hook(watch(name), with_kwargs=True)
-            for name, module in self._linears.items()
-        ]
-        try:
+        with Hooks(self._model) as hooks:
+            for name, module in self._linears.items():
+                hooks.on_input(module, partial(note, name))
             output = run(batch)
-        finally:
-            for handle in handles:
-                handle.remove()
         try:
             found[OUTPUT] = [tuple(output_tensor(output).shape[:-1])]
         except SmoothQuantError:

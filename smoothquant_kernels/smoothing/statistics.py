@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,12 @@ def shortage(tokens: int, asked: int) -> str | None:
     )
 
 
+def warn_if_short(tokens: int, asked: int) -> None:
+    """Warns the caller's caller of a `shortage`."""
+    if (short := shortage(tokens, asked)) is not None:
+        warnings.warn(short, stacklevel=3)
+
+
 @dataclass
 class ActivationStatistics:
     """Running statistics of the inputs of linear layers.
@@ -52,11 +59,14 @@ class ActivationStatistics:
     watched: tuple[str, ...] = ()
     asked: int = 0
 
-    def update(self, name: str, x: Tensor, keep: Tensor | None) -> None:
-        """Merges the input x [..., K] of one call; `keep` (bool, one value a row) leaves padding out, None nothing."""
+    def update(self, name: str, x: Tensor, keep: Tensor | None) -> int:
+        """Merges the input x [..., K] of one call; `keep` (bool, one value a row) leaves padding out, None nothing.
+
+        Returns the number of rows that were merged.
+        """
         rows = unpadded_rows(x.detach(), keep)
-        if not rows.shape[0]:
-            return
+        if not len(rows):
+            return 0
         magnitude = rows.abs()
         absmax = magnitude.amax(0).float()  # exact: a maximum does not round
         old = self.absmax.get(name)
@@ -64,6 +74,7 @@ class ActivationStatistics:
         seen = self.token_absmax.get(name, absmax.new_empty(0))
         tokens = magnitude[: _PEAK_TOKENS - len(seen)].amax(1).float()
         self.token_absmax[name] = torch.cat([seen, tokens])
+        return len(rows)
 
     def peak(self, name: str) -> float:
         """The largest token over the median token of a layer's input, by their largest elements; 1 if all are zero."""

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.modeling.batches import explained
+from smoothquant_kernels.modeling.hooks import first_argument, with_first
 from smoothquant_kernels.modeling.run import Batch, output_tensor, run
 from smoothquant_kernels.nn.float_linear import is_float_linear
 from smoothquant_kernels.streaming.source import IN_MEMORY
@@ -114,19 +115,18 @@ class BlockChain:
 
     def visit(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What a placeholder does."""
-        name, hidden = ("", args[0]) if args else next(iter(kwargs.items()), ("", None))
+        hidden = first_argument(args, kwargs)
         if not isinstance(hidden, Tensor):
             raise SmoothQuantError(
                 f"{self.names[index]} is not given hidden states as its first argument: {IN_MEMORY}."
             )
-        others = pytree.tree_leaves((args[1:], {k: v for k, v in kwargs.items() if k != name}))
+        others = pytree.tree_leaves(with_first(args, kwargs, None))
         if self._turn is None or self._turn[0] != index:
             self._note(index, hidden, hidden, others)
             return (hidden,) if self.tuples else hidden
         _, block, given, stop = self._turn
         if given is not None:
-            given = given.to(hidden.device)
-            args, kwargs = ((given, *args[1:]), kwargs) if args else (args, {**kwargs, name: given})
+            args, kwargs = with_first(args, kwargs, given.to(hidden.device))
         output = block(*args, **kwargs)
         result = self._hidden_of(output, index)
         self._note(index, hidden, result, others)
@@ -203,7 +203,7 @@ class BlockChain:
         for factor in (1.0, 0.0):
 
             def block(*args: Any, factor: float = factor, **kwargs: Any) -> Any:
-                hidden = (args[0] if args else next(iter(kwargs.values()))) * factor
+                hidden = first_argument(args, kwargs) * factor
                 return (hidden,) if self.tuples else hidden
 
             self._visits = []

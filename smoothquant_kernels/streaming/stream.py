@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,12 +33,12 @@ from smoothquant_kernels.smoothing.calibrate import (
     CalibrationData,
     Recorder,
     calibration_bar,
-    calibration_batches,
+    configured_batches,
 )
 from smoothquant_kernels.smoothing.convert import quantize_model
 from smoothquant_kernels.smoothing.patterns import check_patterns, patterns_within
 from smoothquant_kernels.smoothing.smooth import relative_difference, smooth_into, smooth_lm
-from smoothquant_kernels.smoothing.statistics import ActivationStatistics, shortage
+from smoothquant_kernels.smoothing.statistics import ActivationStatistics, warn_if_short
 from smoothquant_kernels.storage.folder import check_folder, put, seal
 from smoothquant_kernels.storage.safetensors import (
     TensorEntry,
@@ -127,20 +126,10 @@ def quantize_streamed(
     weights = WeightSource(Path(source).expanduser().resolve())
     model = empty_model(weights.folder, dtype)
     check_patterns(model, config)
-    batches = list(
-        calibration_batches(
-            data,
-            tokenizer=tokenizer,
-            window=config.calibration_window,
-            max_tokens=config.calibration_tokens,
-            model=model,
-        )
-    )
+    batches = list(configured_batches(model, data, config, tokenizer))
     if not batches:
         ActivationStatistics().check_not_empty()
-    tokens = sum(map(count_tokens, batches))
-    if (short := shortage(tokens, config.calibration_tokens)) is not None:
-        warnings.warn(short, stacklevel=2)
+    warn_if_short(sum(map(count_tokens, batches)), config.calibration_tokens)
     hidden = sum(b["input_ids"].numel() for b in batches if "input_ids" in b) * hidden_size(model)
     # Twice the hidden states, before and after a block; and while weight files are joined, the largest of them.
     whole = checkpoint_bytes(model, partition_linears(model, config.skip)[0])
@@ -285,9 +274,9 @@ class _Stream:
             )
             return result
 
-        with Recorder(statistics, linears, self.model) as recorder:
-            for i, batch in enumerate(self.batches):
-                self.hidden[i] = recorder.measure(joined(batch, self.hidden[i]), step).cpu()
+        recorder = Recorder(statistics, linears, self.model)
+        for i, batch in enumerate(self.batches):
+            self.hidden[i] = recorder.measure(joined(batch, self.hidden[i]), step).cpu()
         statistics.check_finite()
         original = self.chain.step(index, block, self.sample, self.original).cpu()
         if linears:
@@ -321,9 +310,9 @@ class _Stream:
                 batch, hidden = split(batch)
                 return self.chain.finish(batch, known(hidden), logits=False)
 
-            with Recorder(statistics, linears, model) as recorder:
-                for batch, hidden in zip(self.batches, self.hidden, strict=True):
-                    recorder.measure(joined(batch, hidden), around)
+            recorder = Recorder(statistics, linears, model)
+            for batch, hidden in zip(self.batches, self.hidden, strict=True):
+                recorder.measure(joined(batch, hidden), around)
             statistics.check_finite()
             # With all blocks left out, what is before them and what is behind them is a small model.
             # The layers' inputs are those of the whole model all the same.
