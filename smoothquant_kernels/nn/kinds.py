@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from torch import Tensor, nn
 
@@ -43,12 +43,15 @@ class Kind(ABC, Generic[Layer]):
         layer: the class. It is no `nn.Linear`, has the attribute `bias` (None without one), and keeps all of its data
             in its state dict.
         scales: entries of its state that a checkpoint refuses unless every value is positive and finite.
-        markers: entries of its state that a checkpoint leaves out.
+        markers: entries that its state dict adds to the layer's tensors, which a checkpoint leaves out. A layer on the
+            meta device adds none.
+        defaults: arguments that manifests of earlier releases lack.
     """
 
     layer: type[Layer]
     scales: tuple[str, ...] = ()
     markers: tuple[str, ...] = ()
+    defaults: ClassVar[Mapping[str, Any]] = {}
 
     @abstractmethod
     def takes(self, name: str, linear: nn.Module, config: SmoothQuantConfig) -> bool:
@@ -60,19 +63,21 @@ class Kind(ABC, Generic[Layer]):
 
     @abstractmethod
     def arguments(self, layer: Layer) -> dict[str, Any]:
-        """JSON values that `make` takes, for the manifest; among them what tables show: `activation_scheme`,
-        `in_features` and `out_features`."""
+        """JSON values for the manifest, which `make` takes.
+
+        Tables show three of them, so every kind has `activation_scheme`, `in_features` and `out_features`.
+        """
 
     @abstractmethod
     def make(self, arguments: dict[str, Any]) -> Layer | None:
-        """The layer on the meta device; None for arguments that `arguments` does not give.
+        """The layer on the meta device, for arguments with the names and types of those that `arguments` gives.
 
-        They come from a file, so names and types must be checked.
+        Their values come from a file: None for one that `arguments` never gives.
         """
 
     @abstractmethod
     def smallest(self) -> Layer:
-        """A layer on the meta device, to see which attributes the kind uses."""
+        """A layer on the meta device, to see which attributes and arguments the kind uses."""
 
     @abstractmethod
     def nbytes(self, n: int, k: int) -> int:
@@ -132,9 +137,15 @@ def shown(layer: nn.Module) -> dict[str, Any]:
 
 def make(arguments: Mapping[str, Any]) -> nn.Module | None:
     """The layer that `describe` described, on the meta device; None if no kind understands the arguments."""
-    values = dict(arguments)
-    kind = named(values.pop("class", None))
-    return None if kind is None else kind.make(values)
+    if (kind := named(arguments.get("class"))) is None:
+        return None
+    types = {name: type(value) for name, value in describe(kind.smallest()).items()}
+    values = {**kind.defaults, **arguments}
+    if {name: type(value) for name, value in values.items()} != types:
+        return None
+    del values["class"]
+    made: nn.Module | None = kind.make(values)
+    return made
 
 
 def named(name: object) -> Kind[Any] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -348,6 +348,7 @@ class _W8A8(Kind[W8A8Linear]):
     layer = W8A8Linear
     scales = ("w_scale", "x_scale", "inv_smooth")
     markers = (MARKER,)
+    defaults: ClassVar = {"dtype": "float32"}  # absent in checkpoints of the first releases
 
     def takes(self, name: str, linear: nn.Module, config: SmoothQuantConfig) -> bool:
         return True
@@ -367,21 +368,10 @@ class _W8A8(Kind[W8A8Linear]):
         }
 
     def make(self, arguments: dict[str, Any]) -> W8A8Linear | None:
-        # absent in checkpoints of the first releases
-        own = arguments.pop("dtype", "float32")
-        dtype = next((t for t in FLOAT_TYPES if type_name(t) == own), None)
-        types = {
-            "in_features": int,
-            "out_features": int,
-            "bias": bool,
-            "activation_scheme": str,
-            "weight_granularity": str,
-            "smooth": bool,
-        }
-        same = arguments.keys() == types.keys()
-        if dtype is None or not same or any(type(arguments[k]) is not t for k, t in types.items()):
+        dtype = next((t for t in FLOAT_TYPES if type_name(t) == arguments["dtype"]), None)
+        if dtype is None:
             return None
-        return W8A8Linear(**arguments, dtype=dtype, device="meta")
+        return W8A8Linear(**{**arguments, "dtype": dtype}, device="meta")
 
     def smallest(self) -> W8A8Linear:
         return W8A8Linear(1, 1, device="meta")
