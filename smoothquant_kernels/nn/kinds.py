@@ -55,7 +55,7 @@ class Kind(ABC, Generic[Layer]):
 
     @abstractmethod
     def takes(self, name: str, linear: nn.Module, config: SmoothQuantConfig) -> bool:
-        """Whether the layer `name` of a model becomes one of this kind. The kind registered last is asked first."""
+        """Whether the layer `name` of a model becomes one of this kind."""
 
     @abstractmethod
     def from_linear(self, linear: nn.Module, settings: Settings) -> Layer:
@@ -92,13 +92,13 @@ class Kind(ABC, Generic[Layer]):
         """[..., K] float32: x as the layer reads it, rounded and without smoothing factors."""
 
 
-#: All kinds, in the order of their registration.
+#: All kinds. `choose` asks the last one first.
 KINDS: list[Kind[Any]] = []
 
 
-def register(kind: Kind[Any]) -> None:
-    """Adds a kind. It is asked before those that are registered already."""
-    KINDS.append(kind)
+def register(kind: Kind[Any], *, fallback: bool = False) -> None:
+    """Adds a kind. It is asked before those that are registered already; a fallback is asked after all others."""
+    KINDS.insert(0 if fallback else len(KINDS), kind)
 
 
 def choose(name: str, linear: nn.Module, config: SmoothQuantConfig) -> Kind[Any]:

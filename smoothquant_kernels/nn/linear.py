@@ -388,4 +388,4 @@ class _W8A8(Kind[W8A8Linear]):
         return z if layer.inv_smooth is None else z / layer.inv_smooth
 
 
-register(_W8A8())
+register(_W8A8(), fallback=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import copy
 import math
 import re
 from collections.abc import Iterator
@@ -29,9 +28,12 @@ from smoothquant_kernels import (
 )
 from smoothquant_kernels.checkpoint.size import checkpoint_bytes
 from smoothquant_kernels.checkpoint.skeleton import make_module
+from smoothquant_kernels.modeling.float_layers import _own_methods
 from smoothquant_kernels.modeling.record import INFO
 from smoothquant_kernels.modeling.view import partition_linears
 from smoothquant_kernels.nn import kinds
+from smoothquant_kernels.nn.attached import keeps_float
+from smoothquant_kernels.report.measure import Plan, half_stand_in, stand_in
 from tests.cli.test_cli import Result
 from tests.support.checkpoints import assert_same_bits, logits, manifest_of, refusal, rewrite
 from tests.support.half_linear import HalfKind, HalfLinear
@@ -65,10 +67,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:the calibration data ended")
 
 @pytest.fixture
 def half() -> Iterator[HalfKind]:
+    before = list(kinds.KINDS)
     kind = HalfKind()
     kinds.register(kind)
     yield kind
-    kinds.KINDS.remove(kind)
+    kinds.KINDS[:] = before
 
 
 @pytest.fixture
@@ -152,8 +155,6 @@ def test_the_report_measures_the_kinds(half: HalfKind, tmp_path: Path) -> None:
 
 
 def test_only_weights_are_rounded_where_a_kind_rounds_no_input(half: HalfKind) -> None:
-    from smoothquant_kernels.report.measure import Plan, half_stand_in, stand_in
-
     torch.manual_seed(0)
     linear, x = nn.Linear(24, 16), torch.randn(5, 24)
     whole = stand_in(Plan(None, "per_token", None), HALF[0], CONFIG)
@@ -179,44 +180,49 @@ def test_the_bytes_are_those_of_the_kinds(half: HalfKind) -> None:
     linears, _ = partition_linears(model)
     mixed = checkpoint_bytes(model, linears, CONFIG)
     kinds.KINDS.remove(half)
-    try:
-        plain = checkpoint_bytes(model, linears, CONFIG)
-    finally:
-        kinds.register(half)
+    plain = checkpoint_bytes(model, linears, CONFIG)
     assert mixed - plain == 2 * ((2 * 32 * 32 + 4) - (32 * 32 + 4 * (32 + 32)))
 
 
 def test_a_quantized_model_is_named_by_its_kinds(quantized: Any) -> None:
-    for call in (quantize_model, lambda m: smooth_lm(m, BATCHES, progress=False)):
-        assert "(7 W8A8Linear, 2 HalfLinear)" in refusal(
-            lambda call=call: call(
-                _only(quantized, "q_proj", "k_proj", "v_proj", "o_proj", "up_proj")
-            )
-        )
+    assert "(12 W8A8Linear, 2 HalfLinear)" in refusal(
+        lambda: smooth_lm(quantized, BATCHES, progress=False)
+    )
+    alone = nn.Sequential(*filter(kinds.is_quantized, quantized.modules()))
+    assert "(12 W8A8Linear, 2 HalfLinear)" in refusal(lambda: quantize_model(alone))
 
 
-def _only(model: nn.Module, *leaves: str) -> nn.Module:
-    """A model of some of the quantized layers."""
-    found = [m for n, m in model.named_modules() if n.rsplit(".", 1)[-1] in leaves]
-    return nn.Sequential(*copy.deepcopy(found[:9]))
-
-
-def test_attributes_and_methods_of_any_kind_are_noticed(half: HalfKind) -> None:
-    from smoothquant_kernels.nn.attached import keeps_float
-
+def test_attributes_that_any_kind_uses_keep_a_layer_in_float(half: HalfKind) -> None:
     linear: Any = nn.Linear(4, 4)
     linear.mine = 3
     assert keeps_float(linear) is None
     linear.rounded = 3
-    assert (
-        keeps_float(linear)
-        == "its attribute rounded means something else for an int8 layer: stays in float"
-    )
+    assert str(keeps_float(linear)).startswith("its attribute rounded means something else")
     kinds.KINDS.remove(half)
-    try:
-        assert keeps_float(linear) is None
-    finally:
-        kinds.register(half)
+    assert keeps_float(linear) is None
+
+
+def test_methods_that_any_kind_lacks_are_watched(half: HalfKind) -> None:
+    class Own(nn.Linear):
+        def dequantized_weight(self) -> Any:
+            """`W8A8Linear` has it, the toy has not."""
+
+    assert "dequantized_weight" in _own_methods(Own)
+    kinds.KINDS.remove(half)
+    assert "dequantized_weight" not in _own_methods(Own)
+
+
+def test_the_kind_registered_last_is_asked_first(half: HalfKind) -> None:
+    later, fallback = HalfKind(), HalfKind()
+    kinds.register(later)
+    kinds.register(fallback, fallback=True)
+    linear = nn.Linear(4, 4)
+    assert kinds.choose("o_proj", linear, CONFIG) is later
+    kinds.KINDS.remove(later)
+    assert kinds.choose("o_proj", linear, CONFIG) is half
+    assert kinds.choose("q_proj", linear, CONFIG).layer is W8A8Linear
+    kinds.KINDS.remove(half)
+    assert kinds.choose("o_proj", linear, CONFIG).layer is W8A8Linear
 
 
 def test_without_other_kinds_every_layer_is_w8a8() -> None:
