@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Mapping
 
 from torch import nn
 
+from smoothquant_kernels.config import SmoothQuantConfig
 from smoothquant_kernels.nn.float_linear import weight_of
+from smoothquant_kernels.nn.kinds import choose
 
 _SPARE = 1 << 20  # configuration, tokenizer, manifest
 
 
-def checkpoint_bytes(model: nn.Module, linears: Collection[str]) -> int:
+def checkpoint_bytes(
+    model: nn.Module, linears: Mapping[str, nn.Module], config: SmoothQuantConfig
+) -> int:
     """About the size of the checkpoint of a float model (on the meta device, too) once `linears` are quantized."""
-    names = {id(model.get_submodule(name)) for name in linears}
+    names = {id(module): name for name, module in linears.items()}
     seen: set[int] = set()
     size = _SPARE
     for module in model.modules():
@@ -21,7 +25,7 @@ def checkpoint_bytes(model: nn.Module, linears: Collection[str]) -> int:
             if id(tensor) not in seen:
                 seen.add(id(tensor))
                 size += tensor.numel() * tensor.element_size()
-        if id(module) in names:
-            n, k = (weight := weight_of(module)).shape
-            size += weight.numel() * (1 - weight.element_size()) + 4 * (n + k)
+        if (name := names.get(id(module))) is not None:
+            weight = weight_of(module)
+            size += choose(name, module, config).nbytes(*weight.shape) - weight.nbytes
     return size

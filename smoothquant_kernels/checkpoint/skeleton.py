@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,15 +13,13 @@ from torch import Tensor, nn
 from smoothquant_kernels.checkpoint.manifest import Manifest
 from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.modeling.view import replace_module
+from smoothquant_kernels.nn import kinds
 from smoothquant_kernels.nn.float_linear import is_float_linear, weight_of
-from smoothquant_kernels.nn.float_types import FLOAT_TYPES, type_name
-from smoothquant_kernels.nn.linear import MARKER, W8A8Linear
 
 QUANT_METHOD = "smoothquant_kernels"
 # Which attention runs is not in config.json, but logits depend on it bit for bit. Only torch's own:
 # the name of any other may be a repository whose code transformers would fetch and run.
 ATTENTIONS = ("eager", "sdpa")
-_SCALES = ("w_scale", "x_scale", "inv_smooth")
 _IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
 _CODE_KEYS = {"auto_map", *_IMPLEMENTATIONS, *(f"_{n}" for n in _IMPLEMENTATIONS)}
 _CODE_KEYS |= {f"_{n}_internal" for n in _IMPLEMENTATIONS}
@@ -116,8 +114,9 @@ def layer_state(model: nn.Module, prefix: str = "") -> dict[str, Any]:
     """The state dict without the markers of quantized layers: a manifest has what these say."""
     state: dict[str, Any] = model.state_dict(prefix=prefix)
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, W8A8Linear):
-            state.pop(f"{prefix}{name}.{MARKER}" if name else f"{prefix}{MARKER}", None)
+        if (kind := kinds.kind_of(module)) is not None:
+            for marker in kind.markers:
+                state.pop(f"{prefix}{name}.{marker}" if name else f"{prefix}{marker}", None)
     return state
 
 
@@ -127,21 +126,12 @@ def describe_modules(model: nn.Module) -> tuple[dict[str, dict[str, Any]], dict[
     shared: dict[str, str] = {}
     first: dict[nn.Module, str] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if not isinstance(module, W8A8Linear):
+        if not kinds.is_quantized(module):
             continue
         if first.setdefault(module, name) != name:
             shared[name] = first[module]
             continue
-        modules[name] = {
-            "class": type(module).__name__,
-            "in_features": module.in_features,
-            "out_features": module.out_features,
-            "bias": module.bias is not None,
-            "activation_scheme": module.activation_scheme,
-            "weight_granularity": module.weight_granularity,
-            "smooth": module.inv_smooth is not None,
-            "dtype": type_name(module.dtype),
-        }
+        modules[name] = kinds.describe(module)
     return modules, shared
 
 
@@ -151,25 +141,11 @@ def make_module(name: str, arguments: Mapping[str, Any]) -> nn.Module:
     Raises:
         SmoothQuantError: the arguments are not those that `describe_modules` gives.
     """
-    values = dict(arguments)
-    kind = values.pop("class", None)
-    types = {
-        "in_features": int,
-        "out_features": int,
-        "bias": bool,
-        "activation_scheme": str,
-        "weight_granularity": str,
-        "smooth": bool,
-    }
-    # absent in checkpoints of the first releases
-    own = values.pop("dtype", "float32")
-    dtype = next((t for t in FLOAT_TYPES if type_name(t) == own), None)
-    fits = values.keys() == types.keys() and all(type(values[k]) is t for k, t in types.items())
-    if kind != "W8A8Linear" or not fits or dtype is None:
+    if (made := kinds.make(arguments)) is None:
         raise SmoothQuantError(
             f"the manifest's arguments of {name} are not understood: {dict(arguments)}."
         )
-    return W8A8Linear(**values, dtype=dtype, device="meta")
+    return made
 
 
 def make_modules(manifest: Manifest) -> dict[str, nn.Module]:
@@ -188,7 +164,7 @@ def mismatches(
         old = existing.get(name)
         if old is None:
             yield f"it has no module {name}"
-        elif not is_float_linear(old) and not isinstance(old, W8A8Linear):
+        elif not is_float_linear(old) and not kinds.is_quantized(old):
             yield f"{name} is a {type(old).__name__}"
         elif (sizes := _sizes(old)) != _sizes(new):
             yield f"{name} maps {sizes[0]} to {sizes[1]} features, not {_sizes(new)}"
@@ -214,23 +190,22 @@ def mismatches(
             yield f"it has no tensor {name}"
         elif list(want.shape) != entry["shape"]:
             yield f"{name} has shape {list(want.shape)}, not {entry['shape']}"
-        elif not _same_kind(
-            want, entry["dtype"], isinstance(modules.get(name.rpartition(".")[0]), W8A8Linear)
-        ):
+        elif not _same_kind(want, entry["dtype"], exact=name.rpartition(".")[0] in modules):
             yield f"{name} is {want.dtype}, not {entry['dtype']}"
     for name in expected:
         yield f"{name} is not in the checkpoint"
 
 
 def _sizes(module: nn.Module) -> tuple[int, int]:
-    if isinstance(module, W8A8Linear):
-        return module.in_features, module.out_features
+    if kinds.is_quantized(module):
+        shown = kinds.shown(module)
+        return shown["in_features"], shown["out_features"]
     n, k = weight_of(module).shape
     return k, n
 
 
-def _same_kind(want: Tensor, dtype: str, exact: bool) -> bool:
-    """The checkpoint decides between float types, except inside a W8A8Linear."""
+def _same_kind(want: Tensor, dtype: str, *, exact: bool) -> bool:
+    """The checkpoint decides between float types, except inside a quantized layer."""
     stored = getattr(torch, dtype, None)
     if not isinstance(stored, torch.dtype):
         return False
@@ -245,9 +220,15 @@ def install(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
         replace_module(model, name, new.train(model.training))
 
 
-def check_scales(tensors: Mapping[str, Tensor], modules: Iterable[str]) -> None:
+def check_scales(tensors: Mapping[str, Tensor], modules: Mapping[str, Mapping[str, Any]]) -> None:
     """Raises SmoothQuantError unless every scale and smoothing factor is positive and finite."""
-    for name in (f"{module}.{scale}" for module in modules for scale in _SCALES):
+    scales = [
+        f"{name}.{scale}"
+        for name, arguments in modules.items()
+        if (kind := kinds.named(arguments["class"])) is not None
+        for scale in kind.scales
+    ]
+    for name in scales:
         t = tensors.get(name)
         if t is not None and not bool(((t > 0) & t.isfinite()).all()):
             raise SmoothQuantError(

@@ -9,7 +9,7 @@ from torch import nn
 
 from smoothquant_kernels.checkpoint.skeleton import QUANT_METHOD
 from smoothquant_kernels.errors import SmoothQuantError
-from smoothquant_kernels.nn.linear import W8A8Linear
+from smoothquant_kernels.nn.kinds import is_quantized
 
 HF_QUANTIZER = "hf_quantizer"
 _done = False
@@ -64,5 +64,5 @@ def save_refusals(model: nn.Module) -> list[tuple[nn.Module, Any]]:
         (module, Quantizer(Config()))
         for module in model.modules()
         if hasattr(type(module), "save_pretrained")
-        and any(isinstance(m, W8A8Linear) for m in module.modules())
+        and any(is_quantized(m) for m in module.modules())
     ]

@@ -248,7 +248,7 @@ def describe_config(document: Document) -> str:
         return f"{text}, alpha {alpha}"
     # Layers with massive activations may have another scheme, and with it another alpha.
     schemes = {g["activation_scheme"] for g in document["groups"] if g["smoothing"] != "none"}
-    return f"{text}, alpha {', '.join(str(DEFAULT_ALPHA.get(s)) for s in sorted(schemes))}"
+    return f"{text}, alpha {', '.join(str(DEFAULT_ALPHA.get(s)) for s in sorted(schemes & DEFAULT_ALPHA.keys()))}"
 
 
 def render_inspect(document: Document) -> Group:

@@ -21,7 +21,7 @@ from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.evaluation import models
 from smoothquant_kernels.evaluation.architecture import check_causal
 from smoothquant_kernels.nn.float_linear import is_float_linear
-from smoothquant_kernels.nn.linear import W8A8Linear
+from smoothquant_kernels.nn.kinds import is_quantized
 from smoothquant_kernels.storage.document import note
 from smoothquant_kernels.storage.folder import check_writable, occupant
 
@@ -136,5 +136,5 @@ def linear_bytes(model: nn.Module, skipped: Sequence[str] = ()) -> int:
     return sum(
         tensor_bytes(module)
         for name, module in model.named_modules()
-        if (isinstance(module, W8A8Linear) or is_float_linear(module)) and name not in skipped
+        if (is_quantized(module) or is_float_linear(module)) and name not in skipped
     )

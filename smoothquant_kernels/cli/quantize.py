@@ -98,7 +98,7 @@ def quantize(
     linears, skipped = partition_linears(model, config.skip)
     check_finite_weights(linears)  # before the calibration, which can take long
     before = {"model": tensor_bytes(model), "linears": linear_bytes(model, list(skipped))}
-    check_space(output, checkpoint_bytes(model, linears))
+    check_space(output, checkpoint_bytes(model, linears, config))
     if inputs is not None:
         if search:
             config = _search(model, inputs.batches, config, output)

@@ -27,7 +27,7 @@ from smoothquant_kernels.modeling.selectors import Selectors, selects_by_name
 from smoothquant_kernels.modeling.source_reads import read_in_source
 from smoothquant_kernels.modeling.view import shared_parameters
 from smoothquant_kernels.nn.float_linear import weight_of
-from smoothquant_kernels.nn.linear import W8A8Linear
+from smoothquant_kernels.nn.kinds import KINDS
 
 _READ = "reads its parameters from outside: stays in float"
 _SELECTS = "it selects, and stays in float"
@@ -213,12 +213,14 @@ def _using(names: Mapping[nn.Module, str]) -> Iterator[dict[str, str]]:
 
 
 def _own_methods(kind: type) -> tuple[str, ...]:
-    """Methods of a subclass of `nn.Linear` that no int8 layer has."""
+    """Methods of a subclass of `nn.Linear` that not every kind of quantized layer has."""
     return tuple(
         name
         for base in kind.__mro__[: kind.__mro__.index(nn.Module)]
         for name, value in vars(base).items()
-        if inspect.isfunction(value) and not name.startswith("__") and not hasattr(W8A8Linear, name)
+        if inspect.isfunction(value)
+        and not name.startswith("__")
+        and not all(hasattr(other.layer, name) for other in KINDS)
     )
 
 

@@ -17,7 +17,7 @@ from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.modeling.foreign import check_float_model
 from smoothquant_kernels.nn.attached import keeps_float
 from smoothquant_kernels.nn.float_linear import is_conv1d, is_float_linear, weight_of
-from smoothquant_kernels.nn.linear import W8A8Linear
+from smoothquant_kernels.nn.kinds import count_quantized
 from smoothquant_kernels.reference import MAX_K
 
 
@@ -47,9 +47,7 @@ def partition_linears(
     heads = output_heads(model)
     chosen: dict[str, nn.Module] = {}
     skipped: dict[str, str] = {}
-    quantized = 0
     for name, module in model.named_modules():
-        quantized += isinstance(module, W8A8Linear)
         if not is_float_linear(module):
             if holds_matrices(module):
                 what = (
@@ -81,8 +79,8 @@ def partition_linears(
         else:
             chosen[name] = module
     if not chosen:
-        if quantized:
-            raise SmoothQuantError(f"the model is quantized already ({quantized} W8A8Linear).")
+        if quantized := count_quantized(model):
+            raise SmoothQuantError(f"the model is quantized already ({quantized}).")
         raise SmoothQuantError(
             f"no linear layer to quantize in {type(model).__name__}: expected nn.Linear or Conv1D modules"
             + (f"; {len(skipped)} were skipped." if skipped else ".")

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from smoothquant_kernels.nn.float_linear import FOLDED, PENDING
-from smoothquant_kernels.nn.linear import W8A8Linear
+from smoothquant_kernels.nn.kinds import KINDS
 
 #: Called with the input or the output of a forward pass, which an int8 layer has like a float one. Handles remove
 #: their hook from these very dictionaries.
@@ -74,7 +74,7 @@ def _reasons(linear: nn.Module) -> Iterator[str]:
             yield f"it has a tensor of its own, {name}"
         elif _bound_to(value, linear):
             yield f"its attribute {name} is bound to the float layer"
-        elif hasattr(W8A8Linear, name) or name in _int8_attributes():
+        elif any(hasattr(kind.smallest(), name) for kind in KINDS):
             yield f"its attribute {name} means something else for an int8 layer"
 
 
@@ -95,11 +95,6 @@ def _is_dispatched(linear: nn.Module, name: str = "forward") -> bool:
     return name in ("forward", "_hf_hook", "_old_forward") and hook == "AlignDevicesHook"
 
 
-@functools.cache
-def _int8_attributes() -> frozenset[str]:
-    return frozenset(vars(W8A8Linear(1, 1, device="meta")))
-
-
 def _bound_to(value: Any, linear: nn.Module) -> bool:
     """Whether calling it calls the float layer."""
     while isinstance(value, functools.partial):
@@ -107,7 +102,7 @@ def _bound_to(value: Any, linear: nn.Module) -> bool:
     return value is linear or getattr(value, "__self__", None) is linear
 
 
-def move_attached(old: nn.Module, new: W8A8Linear) -> None:
+def move_attached(old: nn.Module, new: nn.Module) -> None:
     """Hands what hangs on the float layer to the int8 layer that takes its place."""
     for kind in _MOVED:
         setattr(new, kind, getattr(old, kind))

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from smoothquant_kernels import ops, reference
+from smoothquant_kernels.config import SmoothQuantConfig
 from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.nn.float_linear import pending_smooth, weight_of
-from smoothquant_kernels.nn.float_types import check_float_type, float_type
+from smoothquant_kernels.nn.float_types import FLOAT_TYPES, check_float_type, float_type, type_name
 from smoothquant_kernels.nn.gradient import through
+from smoothquant_kernels.nn.kinds import Kind, Settings, register
 from smoothquant_kernels.nn.lazy_weight import LazyWeight, dequantized_weight
 from smoothquant_kernels.schemes import ACTIVATION_SCHEMES, WEIGHT_GRANULARITIES
 
@@ -338,3 +340,52 @@ class W8A8Linear(nn.Module):
             f"activation_scheme={self.activation_scheme}, weight_granularity={self.weight_granularity}"
         )
         return text + (", smooth=True" if self.inv_smooth is not None else "")
+
+
+class _W8A8(Kind[W8A8Linear]):
+    """Takes every layer that no other kind takes."""
+
+    layer = W8A8Linear
+    scales = ("w_scale", "x_scale", "inv_smooth")
+    markers = (MARKER,)
+    defaults: ClassVar = {"dtype": "float32"}  # absent in checkpoints of the first releases
+
+    def takes(self, name: str, linear: nn.Module, config: SmoothQuantConfig) -> bool:
+        return True
+
+    def from_linear(self, linear: nn.Module, settings: Settings) -> W8A8Linear:
+        return W8A8Linear.from_linear(linear, **vars(settings))
+
+    def arguments(self, layer: W8A8Linear) -> dict[str, Any]:
+        return {
+            "in_features": layer.in_features,
+            "out_features": layer.out_features,
+            "bias": layer.bias is not None,
+            "activation_scheme": layer.activation_scheme,
+            "weight_granularity": layer.weight_granularity,
+            "smooth": layer.inv_smooth is not None,
+            "dtype": type_name(layer.dtype),
+        }
+
+    def make(self, arguments: dict[str, Any]) -> W8A8Linear | None:
+        dtype = next((t for t in FLOAT_TYPES if type_name(t) == arguments["dtype"]), None)
+        if dtype is None:
+            return None
+        return W8A8Linear(**{**arguments, "dtype": dtype}, device="meta")
+
+    def smallest(self) -> W8A8Linear:
+        return W8A8Linear(1, 1, device="meta")
+
+    def nbytes(self, n: int, k: int) -> int:
+        return n * k + 4 * (n + k)  # as if it had factors and a scale per channel
+
+    def rounded_weight(self, layer: W8A8Linear) -> Tensor:
+        return layer.dequantized_weight()
+
+    def rounded_input(self, layer: W8A8Linear, x: Tensor) -> Tensor:
+        x_q, scale, _ = layer.quantize_input(x)
+        z = x_q.float() * (scale if scale.numel() == 1 else scale.reshape(*x.shape[:-1], 1))
+        return z if layer.inv_smooth is None else z / layer.inv_smooth
+
+
+register(_W8A8(), fallback=True)

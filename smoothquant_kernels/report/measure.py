@@ -18,9 +18,9 @@ from smoothquant_kernels.modeling.groups import Group
 from smoothquant_kernels.modeling.hooks import Hooks
 from smoothquant_kernels.modeling.run import Batch, evaluating, run, unpadded_rows
 from smoothquant_kernels.nn.float_linear import pending_smooth, weight_of
-from smoothquant_kernels.nn.linear import W8A8Linear
+from smoothquant_kernels.nn.kinds import kind_of
+from smoothquant_kernels.smoothing.convert import quantize_linear
 from smoothquant_kernels.smoothing.factors import group_factors, weight_absmax
-from smoothquant_kernels.smoothing.int8_error import static_scale
 from smoothquant_kernels.smoothing.padding import Padding
 from smoothquant_kernels.smoothing.statistics import ActivationStatistics
 
@@ -139,54 +139,38 @@ class Plan:
 
 
 def stand_in(plan: Plan, name: str, config: SmoothQuantConfig) -> Stand:
-    """Makes the `W8A8Linear` that `quantize_model` would put in place of a float layer."""
+    """Makes the quantized layer that `quantize_model` would put in place of a float layer."""
 
-    def make(module: nn.Module) -> W8A8Linear:
-        scale = None
-        if plan.scheme == "static":
-            assert plan.x_absmax is not None
-            scale = static_scale(plan.x_absmax, config.clip_of(name))
-        return W8A8Linear.from_linear(
-            module,
-            activation_scheme=plan.scheme,
-            weight_granularity=config.weight_granularity,
-            smooth=plan.factor,
-            x_scale=scale,
-        )
+    def make(module: nn.Module) -> nn.Module:
+        return quantize_linear(name, module, plan.scheme, plan.x_absmax, config, plan.factor)
 
     return make
-
-
-class _Half(nn.Module):
-    """A `W8A8Linear` with only its weights or only its activations rounded to int8; the rest is float32."""
-
-    def __init__(self, quantized: W8A8Linear, original: nn.Module, *, weights: bool) -> None:
-        super().__init__()
-        self.quantized, self.weights = quantized, weights
-        exact = weight_of(original).detach().float()
-        self.weight = quantized.dequantized_weight() if weights else exact
-
-    def forward(self, x: Tensor) -> Tensor:
-        z = x.float()
-        if not self.weights:
-            x_q, x_scale, _ = self.quantized.quantize_input(x)
-            z = x_q.float() * (
-                x_scale if x_scale.numel() == 1 else x_scale.reshape(*x.shape[:-1], 1)
-            )
-            inverse = self.quantized.inv_smooth
-            z = z if inverse is None else z / inverse
-        return F.linear(z, self.weight, self.quantized.bias).to(x.dtype)
 
 
 def half_stand_in(make: Stand, *, weights: bool) -> Stand:
     """As `make`, but only weights (or only activations) are quantized: what either contributes to the noise."""
 
     def half(module: nn.Module) -> nn.Module:
-        quantized = make(module)
-        assert isinstance(quantized, W8A8Linear)
-        return _Half(quantized, module, weights=weights)
+        return _Half(make(module), module, weights=weights)
 
     return half
+
+
+class _Half(nn.Module):
+    """A quantized layer with only its weights or only its activations rounded; the rest is float32."""
+
+    def __init__(self, quantized: nn.Module, original: nn.Module, *, weights: bool) -> None:
+        super().__init__()
+        kind = kind_of(quantized)
+        assert kind is not None
+        exact = weight_of(original).detach().float()
+        self.weight = kind.rounded_weight(quantized) if weights else exact
+        self.read = Tensor.float if weights else partial(kind.rounded_input, quantized)
+        bias = getattr(original, "bias", None)
+        self.bias = None if bias is None else bias.detach().float()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.read(x), self.weight, self.bias).to(x.dtype)
 
 
 # --- factors ----------------------------------------------------------------------------------------------------------

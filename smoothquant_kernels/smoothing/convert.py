@@ -1,10 +1,10 @@
-"""Replacing the float linears of a model by `W8A8Linear`."""
+"""Replacing the float linears of a model by quantized layers."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from smoothquant_kernels.checkpoint.transformers_hook import HF_QUANTIZER, save_refusals
 from smoothquant_kernels.config import SmoothQuantConfig
@@ -14,10 +14,10 @@ from smoothquant_kernels.modeling.float_layers import FOUND, stays_in_float
 from smoothquant_kernels.modeling.record import INFO
 from smoothquant_kernels.modeling.sample_inputs import runnable_batch
 from smoothquant_kernels.modeling.view import partition_linears
+from smoothquant_kernels.nn import kinds
 from smoothquant_kernels.nn.attached import move_attached
 from smoothquant_kernels.nn.float_linear import is_smoothed
 from smoothquant_kernels.nn.float_types import check_float_types
-from smoothquant_kernels.nn.linear import W8A8Linear
 from smoothquant_kernels.smoothing.calibrate import CalibrationData
 from smoothquant_kernels.smoothing.int8_error import static_scale
 from smoothquant_kernels.smoothing.patterns import check_patterns
@@ -92,28 +92,15 @@ def _quantize_into(model: nn.Module, config: SmoothQuantConfig, changes: Changes
             f"the static scheme needs a calibrated range for {missing[0]} ({len(missing)} of {len(linears)} layers "
             "have none): run smooth_lm on calibration data first (smooth=False only measures), or skip them."
         )
-    made: dict[str, W8A8Linear] = {}
+    made: dict[str, nn.Module] = {}
     # those of an earlier call, which left other layers out
-    layers = [layer for name, layer in described.items() if _is_int8(model, name)]
+    layers = [layer for name, layer in described.items() if _is_quantized(model, name)]
     for name, linear in linears.items():
         layer = described.get(name, {"name": name, "smoothing": "none", "reason": "not smoothed"})
-        new = made[name] = W8A8Linear.from_linear(
-            linear,
-            activation_scheme=schemes[name],
-            weight_granularity=config.weight_granularity,
-            x_scale=static_scale(layer["x_absmax"], config.clip_of(name))
-            if schemes[name] == "static"
-            else None,
-        )
+        new = quantize_linear(name, linear, schemes[name], layer.get("x_absmax"), config)
+        made[name] = new
         move_attached(linear, new)
-        layers.append(
-            {
-                **layer,
-                "activation_scheme": schemes[name],
-                "in_features": new.in_features,
-                "out_features": new.out_features,
-            }
-        )
+        layers.append({**layer, **kinds.shown(new)})
     reasons = {s["name"]: s["reason"] for s in info.get("skipped", []) if s["name"] not in made}
     reasons |= skipped
     new_info = {
@@ -130,9 +117,40 @@ def _quantize_into(model: nn.Module, config: SmoothQuantConfig, changes: Changes
     align_tensors(model)
 
 
-def _is_int8(model: nn.Module, name: str) -> bool:
+def quantize_linear(
+    name: str,
+    linear: nn.Module,
+    scheme: str,
+    x_absmax: float | None,
+    config: SmoothQuantConfig,
+    smooth: Tensor | None = None,
+) -> nn.Module:
+    """The quantized layer for the float layer `name`, of the kind that takes it; nothing is changed.
+
+    Args:
+        scheme: the layer's activation scheme.
+        x_absmax: the calibrated range of the smoothed input, which only the static scheme needs.
+        config: everything else.
+        smooth: [K] factors to apply beside those that wait at the layer.
+
+    Returns:
+        The layer.
+
+    Raises:
+        SmoothQuantError: the kind refuses the weight or the factors.
+    """
+    x_scale = None
+    if scheme == "static":
+        assert x_absmax is not None
+        x_scale = static_scale(x_absmax, config.clip_of(name))
+    settings = kinds.Settings(scheme, config.weight_granularity, x_scale, smooth)
+    made: nn.Module = kinds.choose(name, linear, config).from_linear(linear, settings)
+    return made
+
+
+def _is_quantized(model: nn.Module, name: str) -> bool:
     try:
-        return isinstance(model.get_submodule(name), W8A8Linear)
+        return kinds.is_quantized(model.get_submodule(name))
     except AttributeError:
         return False
 

@@ -12,7 +12,7 @@ from smoothquant_kernels.config import SmoothQuantConfig
 from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.modeling.view import holds_matrices
 from smoothquant_kernels.nn.float_linear import is_float_linear
-from smoothquant_kernels.nn.linear import W8A8Linear
+from smoothquant_kernels.nn.kinds import is_quantized
 
 _SUGGESTIONS = 2
 _WILDCARDS = frozenset("*?[")
@@ -65,7 +65,7 @@ def patterns_within(config: SmoothQuantConfig, names: Iterable[str]) -> SmoothQu
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return is_float_linear(module) or isinstance(module, W8A8Linear) or holds_matrices(module)
+    return is_float_linear(module) or is_quantized(module) or holds_matrices(module)
 
 
 def _parents(name: str) -> list[str]:

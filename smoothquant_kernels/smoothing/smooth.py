@@ -21,7 +21,7 @@ from smoothquant_kernels.modeling.run import Batch, evaluating, output_tensor, r
 from smoothquant_kernels.modeling.view import check_present, partition_linears, shared_parameters
 from smoothquant_kernels.nn.float_linear import is_float_linear, is_smoothed, weight_of
 from smoothquant_kernels.nn.float_types import check_float_type
-from smoothquant_kernels.nn.linear import W8A8Linear
+from smoothquant_kernels.nn.kinds import count_quantized
 from smoothquant_kernels.smoothing.calibrate import CalibrationData, calibrate_model
 from smoothquant_kernels.smoothing.factors import Plan, group_alpha, smoothable_linears
 from smoothquant_kernels.smoothing.patterns import check_patterns
@@ -161,10 +161,9 @@ def smooth_into(
 def refuse_smoothed(model: nn.Module) -> None:
     """Raises SmoothQuantError if the model, or a part of it, is smoothed: its weights hold factors that the formula
     cannot see. One with int8 layers cannot be smoothed either."""
-    quantized = sum(isinstance(m, W8A8Linear) for m in model.modules())
-    if quantized:
+    if quantized := count_quantized(model):
         raise SmoothQuantError(
-            f"the model is quantized already ({quantized} W8A8Linear), and smoothing needs float layers: load the "
+            f"the model is quantized already ({quantized}), and smoothing needs float layers: load the "
             "original float model again; to keep some layers in float, name them in skip."
         )
     layers = [e for m in model.modules() for e in vars(m).get(INFO, {}).get("layers", [])]

@@ -132,7 +132,7 @@ def quantize_streamed(
     warn_if_short(sum(map(count_tokens, batches)), config.calibration_tokens)
     hidden = sum(b["input_ids"].numel() for b in batches if "input_ids" in b) * hidden_size(model)
     # Twice the hidden states, before and after a block; and while weight files are joined, the largest of them.
-    whole = checkpoint_bytes(model, partition_linears(model, config.skip)[0])
+    whole = checkpoint_bytes(model, partition_linears(model, config.skip)[0], config)
     done = partial_folder(target)
     there = sum(f.stat().st_size for f in done.rglob("*") if f.is_file())
     check_space(target, whole + min(whole, max_shard_bytes) + 2 * hidden - there)
