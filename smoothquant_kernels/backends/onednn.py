@@ -28,8 +28,12 @@ from smoothquant_kernels.ops.registry import cpu_kernel
 
 MODES = ("vnni", "split", "float")
 _EXACT_FLOAT = 2**24  # every integer up to here is a float32 number
-_VNNI_MAX_K = (2**31 - 1) // (255 * 128)  # x + 128 reaches 255, so a longer uint8 sum could pass 2**31
-_CHUNK_RESULTS = 1 << 20  # float32 products of one chunk, which stay in the cache until they are scaled
+_VNNI_MAX_K = (2**31 - 1) // (
+    255 * 128
+)  # x + 128 reaches 255, so a longer uint8 sum could pass 2**31
+_CHUNK_RESULTS = (
+    1 << 20
+)  # float32 products of one chunk, which stay in the cache until they are scaled
 _CHUNK_BYTES = 1 << 20  # float32 rows of one chunk, so that all passes over it hit the L2 cache
 
 

@@ -21,7 +21,7 @@ from smoothquant_kernels.checkpoint.manifest import (
 from smoothquant_kernels.checkpoint.skeleton import check_scales
 from smoothquant_kernels.checkpoint.transformers_hook import HF_QUANTIZER, save_refusals
 from smoothquant_kernels.errors import SmoothQuantError
-from smoothquant_kernels.modeling.record import INFO
+from smoothquant_kernels.modeling.record import attach_info
 from smoothquant_kernels.storage.safetensors import (
     aligned,
     read,
@@ -67,7 +67,7 @@ def load_quantized(
     check_scales(tensors, manifest.modules)
     skeletons.install(skeleton, modules)
     _assign(skeleton, tensors, manifest, place)
-    setattr(skeleton, INFO, manifest.info)
+    attach_info(skeleton, manifest.info)
     for module, refusal in save_refusals(skeleton):
         module.__dict__.setdefault(HF_QUANTIZER, refusal)
     return skeleton.eval()

@@ -21,7 +21,7 @@ from smoothquant_kernels.checkpoint.manifest import (
 )
 from smoothquant_kernels.checkpoint.skeleton import check_scales
 from smoothquant_kernels.errors import SmoothQuantError
-from smoothquant_kernels.modeling.record import INFO
+from smoothquant_kernels.modeling.record import info_of
 from smoothquant_kernels.storage.digests import file_entry
 from smoothquant_kernels.storage.folder import new_folder
 from smoothquant_kernels.storage.safetensors import (
@@ -89,7 +89,7 @@ def _describe(
     """The manifest but for its files, and the tensors to write."""
     modules, shared = skeletons.describe_modules(model)
     if not modules:
-        smoothed = " (it is smoothed, but in float)" if hasattr(model, INFO) else ""
+        smoothed = " (it is smoothed, but in float)" if info_of(model) else ""
         raise SmoothQuantError(
             f"the model has no quantized layer{smoothed}: run quantize_model on it first, or save a float model with "
             "save_pretrained."
@@ -142,7 +142,7 @@ def make_manifest(
             "rebuild": True,
             "attention": _attention(model),
         },
-        info=getattr(model, INFO, {}),
+        info=info_of(model),
         modules=modules,
         shared_modules=shared,
         tensors=tensors,

@@ -31,9 +31,9 @@ from smoothquant_kernels.evaluation.models import builtin_demo_model, load_model
 from smoothquant_kernels.evaluation.perplexity import Reference, evaluate
 from smoothquant_kernels.evaluation.text import load_text, token_windows
 from smoothquant_kernels.modeling.hooks import Hooks
-from smoothquant_kernels.modeling.record import INFO
+from smoothquant_kernels.modeling.record import ModelRecord, skipped_layers
 from smoothquant_kernels.modeling.run import Batch, evaluating, run
-from smoothquant_kernels.modeling.view import partition_linears
+from smoothquant_kernels.modeling.view import ModelView
 from smoothquant_kernels.nn.float_linear import pending_smooth
 from smoothquant_kernels.report.maxima import (
     LayerMaxima,
@@ -177,7 +177,7 @@ def run_demo(output: Path, *, quick: bool, calibration: str, text: str) -> Docum
 
 
 def _left_out(model: nn.Module) -> list[dict[str, str]]:
-    return [{"name": n, "reason": r} for n, r in partition_linears(model)[1].items()]
+    return [layer.to_dict() for layer in skipped_layers(ModelView(model).skipped)]
 
 
 def leave_busy_cores() -> None:
@@ -223,15 +223,15 @@ def _save_and_reload(model: Any, tokenizer: Any, folder: Path, ids: Tensor, size
     with evaluating(model), evaluating(again):
         same = torch.equal(run(model, batch).logits, run(again, batch).logits)
     note(f"asking the int8 model: {PROMPT}")
-    info: dict[str, Any] = getattr(model, INFO)
+    record = ModelRecord.of(model)
     files = [file for file in (folder / CHECKPOINT).rglob("*") if file.is_file()]
     return {
         "checkpoint": {
             "scheme": _SAVED_SCHEME,
             "bytes": sum(file.stat().st_size for file in files),
             "reloaded_logits_bit_identical": same,
-            "verification": info["verification"],
-            "smoothing": summarize_layers(info["layers"], info["skipped"])["smoothing"],
+            "verification": record.verification and record.verification.to_dict(),
+            "smoothing": summarize_layers(record.layers, record.skipped)["smoothing"],
         },
         "generation": complete(again, tokenizer, PROMPT, max_new_tokens=size.new_tokens, chat=True),
     }

@@ -3,13 +3,13 @@ safetensors files. No weight is read."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Group
 from rich.table import Table
@@ -25,6 +25,7 @@ from smoothquant_kernels.checkpoint.manifest import (
 from smoothquant_kernels.cli.console import MismatchError, general_name
 from smoothquant_kernels.config import DEFAULT_ALPHA
 from smoothquant_kernels.errors import SmoothQuantError
+from smoothquant_kernels.modeling.record import HOWS, How, LayerRecord, ModelRecord, SkippedLayer
 from smoothquant_kernels.storage.digests import file_entry
 from smoothquant_kernels.storage.document import Document, readable_size
 
@@ -80,20 +81,27 @@ def inspect_checkpoint(directory: Path, *, verify: bool = False) -> Document:
     manifest = read_manifest(directory)
     check_files(directory, manifest, verify=False)
     sizes = _tensor_bytes(directory, manifest)
-    info = manifest.info
-    described = {layer["name"]: layer for layer in info.get("layers", [])}
-    layers = []
-    for name, module in manifest.modules.items():
-        layer = described.get(name, {"smoothing": "none", "reason": ""})
-        layers.append(
-            {
-                "name": name,
-                **module,
-                "smoothing": layer["smoothing"],
-                "reason": layer["reason"],
-                "bytes": sum(size for key, size in sizes.items() if key.startswith(f"{name}.")),
-            }
+    record = ModelRecord.from_dict(manifest.info)
+    described = record.described
+    records = [
+        dataclasses.replace(
+            described.get(name, LayerRecord(name)),
+            activation_scheme=module["activation_scheme"],
+            in_features=module["in_features"],
+            out_features=module["out_features"],
         )
+        for name, module in manifest.modules.items()
+    ]
+    layers = [
+        {
+            "name": layer.name,
+            **manifest.modules[layer.name],
+            "smoothing": layer.smoothing,
+            "reason": layer.reason,
+            "bytes": sum(size for key, size in sizes.items() if key.startswith(f"{layer.name}.")),
+        }
+        for layer in records
+    ]
     in_layers = sum(layer["bytes"] for layer in layers)
     return {
         "directory": str(directory),
@@ -101,10 +109,10 @@ def inspect_checkpoint(directory: Path, *, verify: bool = False) -> Document:
         "format_version": json.loads((directory / MANIFEST).read_text("utf-8"))["format_version"],
         "package_version": manifest.package_version,
         "model": manifest.model["name"],
-        "config": info.get("config", {}),
-        "calibration_tokens": info.get("calibration_tokens"),
-        "verification": info.get("verification"),
-        **summarize_layers(layers, info.get("skipped", [])),
+        "config": record.config,
+        "calibration_tokens": record.calibration_tokens,
+        "verification": record.verification and record.verification.to_dict(),
+        **summarize_layers(records, record.skipped),
         "layers": layers,
         "bytes": {
             "quantised_layers": in_layers,
@@ -138,28 +146,23 @@ def _tensor_bytes(directory: Path, manifest: Manifest) -> dict[str, int]:
     return sizes
 
 
-def summarize_layers(
-    layers: Sequence[dict[str, Any]], skipped: Sequence[dict[str, Any]]
-) -> Document:
+def summarize_layers(layers: Sequence[LayerRecord], skipped: Sequence[SkippedLayer]) -> Document:
     """Counts, with layers that differ only in their number taken together."""
-    groups: dict[tuple[str, str, str, str, int, int], list[str]] = {}
+    groups: dict[tuple[str, How, str, str | None, int, int], list[str]] = {}
     for layer in layers:
         key = (
-            general_name(layer["name"]),
-            layer["smoothing"],
-            _PERCENT.sub("", general_name(layer["reason"])),
-            layer["activation_scheme"],
-            layer["out_features"],
-            layer["in_features"],
+            general_name(layer.name),
+            layer.smoothing,
+            _PERCENT.sub("", general_name(layer.reason)),
+            layer.activation_scheme,
+            layer.out_features,
+            layer.in_features,
         )
-        groups.setdefault(key, []).append(general_name(layer["reason"]))
-    left_out = Counter((general_name(s["name"]), s["reason"]) for s in skipped)
+        groups.setdefault(key, []).append(general_name(layer.reason))
+    left_out = Counter((general_name(layer.name), layer.reason) for layer in skipped)
     return {
         "quantised": len(layers),
-        "smoothing": {
-            how: sum(layer["smoothing"] == how for layer in layers)
-            for how in ("folded", "runtime", "none")
-        },
+        "smoothing": {how: sum(layer.smoothing == how for layer in layers) for how in HOWS},
         "groups": [
             {
                 "layers": name,

@@ -39,8 +39,8 @@ from smoothquant_kernels.cli.loading import (
 from smoothquant_kernels.config import SmoothQuantConfig
 from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.evaluation.models import load_model
-from smoothquant_kernels.modeling.record import INFO
-from smoothquant_kernels.modeling.view import partition_linears
+from smoothquant_kernels.modeling.record import ModelRecord
+from smoothquant_kernels.modeling.view import ModelView
 from smoothquant_kernels.smoothing.calibrate import calibrate_model
 from smoothquant_kernels.smoothing.convert import quantize_model
 from smoothquant_kernels.smoothing.smooth import check_finite_weights, smooth_lm
@@ -95,7 +95,8 @@ def quantize(
     with quiet_stderr():
         plain: Any = load_model(source, dtype=float_type)
     model: nn.Module = plain.to(where)
-    linears, skipped = partition_linears(model, config.skip)
+    view = ModelView(model, config.skip)
+    linears, skipped = view.linears, view.skipped
     check_finite_weights(linears)  # before the calibration, which can take long
     before = {"model": tensor_bytes(model), "linears": linear_bytes(model, list(skipped))}
     check_space(output, checkpoint_bytes(model, linears, config))
@@ -109,14 +110,14 @@ def quantize(
     after = {"model": tensor_bytes(model), "linears": linear_bytes(model, list(skipped))}
     note(f"saving {output}")
     save_quantized(model, output, tokenizer=processor, overwrite=force)
-    info: dict[str, Any] = getattr(model, INFO)
+    record = ModelRecord.of(model)
     return {
         "model": source,
         "output": str(output),
-        "config": info["config"],
+        "config": record.config,
         "calibration": None if inputs is None else inputs.facts,
-        **summarize_layers(info["layers"], info["skipped"]),
-        "verification": info.get("verification"),
+        **summarize_layers(record.layers, record.skipped),
+        "verification": record.verification and record.verification.to_dict(),
         "bytes": {
             "model_before": before["model"],
             "model_after": after["model"],

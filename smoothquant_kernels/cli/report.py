@@ -22,6 +22,7 @@ from smoothquant_kernels.config import SmoothQuantConfig
 from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.evaluation.architecture import Kind, is_causal
 from smoothquant_kernels.evaluation.text import load_text
+from smoothquant_kernels.modeling.record import ModelRecord
 from smoothquant_kernels.report.report import check_report_folder, make_report
 from smoothquant_kernels.storage.document import Document
 from smoothquant_kernels.storage.folder import check_writable
@@ -107,10 +108,10 @@ def _report_config(
         raise SmoothQuantError(
             f"the settings are those of {source}; to try others, report on {reference} itself."
         )
-    info = read_manifest(Path(source)).info
-    if "config" not in info:
+    made_with = ModelRecord.from_dict(read_manifest(Path(source)).info).config
+    if not made_with:
         raise SmoothQuantError(f"{source} does not say how it was made; report on the original.")
-    return SmoothQuantConfig.from_dict(info["config"]).replace(**changes)
+    return SmoothQuantConfig.from_dict(made_with).replace(**changes)
 
 
 def _display_name(source: str) -> str:

@@ -21,20 +21,14 @@ from torch import Tensor, nn
 
 from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.modeling.readers import UNWATCHED, Readers, overridden, watched
+from smoothquant_kernels.modeling.record import Reason
 from smoothquant_kernels.modeling.run import Batch, evaluating, run
 from smoothquant_kernels.modeling.sample_inputs import repeated
 from smoothquant_kernels.modeling.selectors import Selectors, selects_by_name
 from smoothquant_kernels.modeling.source_reads import read_in_source
-from smoothquant_kernels.modeling.view import shared_parameters
+from smoothquant_kernels.modeling.view import ModelView
 from smoothquant_kernels.nn.float_linear import weight_of
 from smoothquant_kernels.nn.kinds import KINDS
-
-_READ = "reads its parameters from outside: stays in float"
-_SELECTS = "it selects, and stays in float"
-_ASKS = "asks its parameters for their type, and this is its first: stays in float"
-_USED = "which an int8 layer does not have: stays in float"
-#: How the reasons of `stays_in_float` end.
-FOUND = (_READ, _SELECTS, _ASKS, _USED)
 
 
 @dataclass
@@ -47,7 +41,7 @@ class _Seen:
     uses: dict[str, str] = field(default_factory=dict)  # whole reasons
 
 
-def stays_in_float(model: nn.Module, linears: Iterable[str], batch: Batch | None) -> dict[str, str]:
+def stays_in_float(view: ModelView, linears: Iterable[str], batch: Batch | None) -> dict[str, str]:
     """Linears that must not be quantized or scaled, whatever they look like: name -> the reason.
 
     Args:
@@ -57,24 +51,25 @@ def stays_in_float(model: nn.Module, linears: Iterable[str], batch: Batch | None
     Raises:
         SmoothQuantError: none of the linears is left.
     """
+    model = view.model
     names = {model.get_submodule(name): name for name in linears}
-    seen = _watch(model, names, batch) if batch is not None else _Seen()
+    seen = _watch(view, names, batch) if batch is not None else _Seen()
     if batch is not None and (longer := repeated(model, batch)) is not None:
         with contextlib.suppress(Exception):  # longer than the model goes
-            also = _watch(model, names, longer)
+            also = _watch(view, names, longer)
             seen.read, seen.selects = also.read | seen.read, also.selects | seen.selects
             seen.uses = also.uses | seen.uses
-    found = {name: f"{op} {_READ}" for name, op in seen.read.items()}
+    found = {name: Reason.READ(op) for name, op in seen.read.items()}
     found = seen.uses | found
     for reader, layer in read_in_source(model):
         name = names.get(layer, "")
         if name and name not in seen.called:
-            found.setdefault(name, f"{type(reader).__name__} {_READ}")
+            found.setdefault(name, Reason.READ(type(reader).__name__))
     for module, name in names.items():
         by_name = selects_by_name(model, name, weight_of(module).shape[0])
         why = f"{seen.selects[name]} reads its output" if name in seen.selects else by_name
         if why is not None:
-            found.setdefault(name, f"{why}: {_SELECTS}")
+            found.setdefault(name, Reason.SELECTS(why))
     if names and len(found) == len(names):
         name, reason = next(iter(found.items()))
         raise SmoothQuantError(
@@ -84,13 +79,14 @@ def stays_in_float(model: nn.Module, linears: Iterable[str], batch: Batch | None
     return found
 
 
-def _watch(model: nn.Module, names: dict[nn.Module, str], batch: Batch) -> _Seen:
+def _watch(view: ModelView, names: dict[nn.Module, str], batch: Batch) -> _Seen:
     """Runs the model once and looks at every operation; nothing is seen where an operator cannot be watched."""
+    model = view.model
     marks = {name: 1 << i for i, name in enumerate(names.values())}
     readers = Readers({module: marks[name] for module, name in names.items()})
     selectors = Selectors(model)
     # whoever shares a parameter reads its own
-    modules = {name: module for module, name in names.items()} | _sharers(model, names.values())
+    modules = {name: module for module, name in names.items()} | _sharers(view, names.values())
     seen = _Seen()
     running: list[nn.Module | None] = []
 
@@ -166,7 +162,7 @@ def _first_parameters(
         name = owners.get(parameters[0]) if parameters else None
         left = next((p for p in parameters if p not in owners), None)
         if name is not None and (left is None or left.dtype != parameters[0].dtype):
-            found[name] = f"{type(module).__name__} {_ASKS}"
+            found[name] = Reason.ASKS(type(module).__name__)
     return found
 
 
@@ -183,7 +179,7 @@ def _using(names: Mapping[nn.Module, str]) -> Iterator[dict[str, str]]:
                 *("a second argument" for _ in args[1:]),
                 *(k for k in kwargs if args or k != "input"),
             ]:
-                found[names[module]] = f"it is called with {more[0]}, {_USED}"
+                found[names[module]] = Reason.USED(f"it is called with {more[0]}")
             running.append(module)
             try:
                 return own(*args, **kwargs)
@@ -196,7 +192,7 @@ def _using(names: Mapping[nn.Module, str]) -> Iterator[dict[str, str]]:
         @functools.wraps(own)
         def call(*args: Any, **kwargs: Any) -> Any:
             if module not in running:  # its forward gives what a linear gives, by whatever means
-                found[names[module]] = f"the model calls its {name}, {_USED}"
+                found[names[module]] = Reason.USED(f"the model calls its {name}")
             return own(*args, **kwargs)
 
         return call
@@ -224,14 +220,13 @@ def _own_methods(kind: type) -> tuple[str, ...]:
     )
 
 
-def _sharers(model: nn.Module, linears: Iterable[str]) -> dict[str, nn.Module]:
+def _sharers(view: ModelView, linears: Iterable[str]) -> dict[str, nn.Module]:
     """Other modules that hold a parameter of one of the linears as their own."""
-    shared = shared_parameters(model)
     linears = set(linears)
     others = {
         other.rpartition(".")[0]
-        for parameter, group in shared.items()
+        for parameter, group in view.shared.items()
         if parameter.rpartition(".")[0] in linears
         for other in group
     }
-    return {name: model.get_submodule(name) for name in others - linears}
+    return {name: view.model.get_submodule(name) for name in others - linears}

@@ -32,9 +32,10 @@ from torch import Tensor, nn
 from smoothquant_kernels.modeling.changes import writable
 from smoothquant_kernels.modeling.hooks import Hooks
 from smoothquant_kernels.modeling.readers import UNWATCHED, Readers, readable, watched
+from smoothquant_kernels.modeling.record import Reason
 from smoothquant_kernels.modeling.run import Batch, evaluating, output_tensors, run, run_changed
 from smoothquant_kernels.modeling.sample_inputs import repeated
-from smoothquant_kernels.modeling.view import is_channelwise, is_read_by_others, shared_parameters
+from smoothquant_kernels.modeling.view import ModelView, is_channelwise, is_read_by_others
 from smoothquant_kernels.nn.float_linear import is_float_linear, weight_of
 
 _CANDIDATES = 4  # earlier linears that are tried as producer of a group: q, k, v and one more
@@ -96,7 +97,7 @@ def _group_by_input(trace: _Trace) -> list[Group]:
         group = Group(tuple(names))
         norm = norm_of.get(key[0])
         if len(key) > 1:
-            group = group.without_producer("called more than once in a forward pass")
+            group = group.without_producer(Reason.CALLED_AGAIN())
         elif norm is not None and len(trace.norm_outputs[norm]) == 1:
             group = replace(group, producer=norm)
         groups.append(group)
@@ -182,7 +183,7 @@ def _probe(model: nn.Module, batch: Batch, trace: _Trace, groups: list[Group]) -
             taken.add(match)
             group = replace(group, producer=match)
         elif group.producer is None and not group.reason:
-            group = group.without_producer("no producer scales its channels one by one")
+            group = group.without_producer(Reason.NO_PRODUCER())
         result.append(group)
     return result
 
@@ -286,9 +287,7 @@ def _refuse_uncalled(model: nn.Module, trace: _Trace, groups: list[Group]) -> li
             k = trace.inputs[group.linears[0]][0].shape[-1]
             for name, width in silent:
                 if width == k and _within(_block(name), _block(group.producer)):
-                    return group.without_producer(
-                        f"{name}, not called on the sample, may read {group.producer} too"
-                    )
+                    return group.without_producer(Reason.MAY_BE_READ(name, group.producer))
         return group
 
     return [refuse(group) for group in groups]
@@ -304,7 +303,7 @@ def _role(name: str) -> str:
 
 
 def find_groups(
-    model: nn.Module, linears: Iterable[str], batch: Batch, *, folding: str = "auto"
+    view: ModelView, linears: Iterable[str], batch: Batch, *, folding: str = "auto"
 ) -> list[Group]:
     """Groups of linears in calling order, with a proved producer where there is one.
 
@@ -316,17 +315,16 @@ def find_groups(
     Raises:
         Nothing of its own: a producer that cannot be proved is left out, with the reason in the group.
     """
-    linears = list(linears)
+    model, linears = view.model, list(linears)
     with evaluating(model):
         trace = _trace(model, batch, linears)
         groups = _group_by_input(trace)
         silent = [n for n in linears if n not in trace.inputs]
-        alone = [Group((n,), reason="not called on the sample batch") for n in silent]
+        alone = [Group((n,), reason=Reason.NOT_ON_SAMPLE()) for n in silent]
         if folding == "never":
-            return [g.without_producer("folding is switched off") for g in groups + alone]
-        shared = shared_parameters(model)
+            return [g.without_producer(Reason.FOLDING_OFF()) for g in groups + alone]
         groups = _probe(model, batch, trace, groups)
-        groups = [_refuse_watched(model, _refuse_shared(model, g, shared)) for g in groups]
+        groups = [_refuse_watched(model, _refuse_shared(view, g)) for g in groups]
         groups = _refuse_common_producers(groups)
         groups = _refuse_uncalled(model, trace, groups)
         candidates = [g for g in groups if g.producer is not None]
@@ -347,22 +345,22 @@ def _judge(group: Group, readers: Mapping[str, str], bad: set[tuple[str, ...]]) 
     if reader is None and group.linears not in bad:
         return group
     detail = "" if reader is None else f" ({reader})"
-    return group.without_producer(f"{group.producer} is read by something else as well{detail}")
+    return group.without_producer(Reason.IS_READ(group.producer, detail))
 
 
-def _refuse_shared(model: nn.Module, group: Group, shared: Mapping[str, list[str]]) -> Group:
+def _refuse_shared(view: ModelView, group: Group) -> Group:
     """Scaling a parameter that has two names would scale two places; one that cannot be written is not scaled."""
     if group.producer is None:
         return group
     for module in (group.producer, *group.linears):
-        for parameter, value in model.get_submodule(module).named_parameters(recurse=False):
+        for parameter, value in view.model.get_submodule(module).named_parameters(recurse=False):
             # a linear's bias is not scaled: sharing it is harmless, but for the producer
             if module != group.producer and parameter != "weight":
                 continue
-            if others := shared.get(f"{module}.{parameter}", []):
-                return group.without_producer(f"{module} shares its {parameter} with {others[0]}")
+            if others := view.shared.get(f"{module}.{parameter}", []):
+                return group.without_producer(Reason.PARAMETER_SHARED(module, parameter, others[0]))
             if not writable(value):
-                return group.without_producer(f"the {parameter} of {module} is read-only")
+                return group.without_producer(Reason.READ_ONLY(parameter, module))
     return group
 
 
@@ -372,7 +370,7 @@ def _refuse_watched(model: nn.Module, group: Group) -> Group:
         module = model.get_submodule(name)
         inputs = name in group.linears and module._forward_pre_hooks
         if inputs or module._forward_hooks:
-            return group.without_producer(f"a forward hook on {name} may read what a fold scales")
+            return group.without_producer(Reason.HOOKED(name))
     return group
 
 
@@ -383,7 +381,7 @@ def _refuse_common_producers(groups: list[Group]) -> list[Group]:
         if group.producer is not None:
             counts[group.producer] = counts.get(group.producer, 0) + 1
     return [
-        g.without_producer(f"{g.producer} feeds several groups")
+        g.without_producer(Reason.FEEDS_SEVERAL(g.producer))
         if g.producer is not None and counts[g.producer] > 1
         else g
         for g in groups

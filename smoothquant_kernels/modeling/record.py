@@ -1,5 +1,257 @@
-"""What was done to a model, as `model.smoothquant_info` has it."""
+"""What was done to a model, layer by layer, and why; `model.smoothquant_info` has it as plain JSON values.
+
+Only this file knows the attribute's name and the keys in it.
+"""
 
 from __future__ import annotations
 
-INFO = "smoothquant_info"
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from enum import Enum
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from smoothquant_kernels.modeling.changes import Changes
+
+_INFO = "smoothquant_info"
+
+#: How a layer was smoothed: its factors are in a producer, are divided by at run time, or there are none.
+How = Literal["folded", "runtime", "none"]
+HOWS: tuple[How, ...] = get_args(How)
+
+
+class Reason(Enum):
+    """Why a layer is as it is: the sentence that says so, with {} for names and numbers. Calling it fills them in."""
+
+    # a layer to quantize
+    FOLDED = "into {}"
+    FOLD_REFUSED = "folding into {} would change the model"
+    NO_GAIN = "int8 error {:.2%} on the sample, {:.2%} if smoothed"
+    WEIGHT_SHARED = "its weight is also {}"
+    NEVER_CALLED = "never called during calibration"
+    SMOOTHING_OFF = "smoothing is switched off"
+    NOT_SMOOTHED = "not smoothed"
+    # its group has no producer
+    CALLED_AGAIN = "called more than once in a forward pass"
+    NO_PRODUCER = "no producer scales its channels one by one"
+    NOT_ON_SAMPLE = "not called on the sample batch"
+    FOLDING_OFF = "folding is switched off"
+    MAY_BE_READ = "{}, not called on the sample, may read {} too"
+    IS_READ = "{} is read by something else as well{}"
+    FEEDS_SEVERAL = "{} feeds several groups"
+    PARAMETER_SHARED = "{} shares its {} with {}"
+    READ_ONLY = "the {} of {} is read-only"
+    HOOKED = "a forward hook on {} may read what a fold scales"
+    # a layer left in float
+    SKIP_PATTERN = "matches the skip pattern {!r}"
+    OUTPUT_HEAD = "output head: stays in float"
+    MATRICES = "{} in one 3-D parameter: stay in float"
+    TORCHSCRIPT = "TorchScript: stays in float"
+    EMPTY = "it has no inputs or no outputs: stays in float"
+    OVERFLOW = "more than {} input features: an int32 sum could overflow"
+    NOT_FLOAT = "weight is {}, not float"
+    ATTENTION = "its weight is read by nn.MultiheadAttention: stays in float"
+    NOT_LINEAR = "{} computes more than a linear: stays in float"
+    # seen when the model ran, or in its source
+    READ = "{} reads its parameters from outside: stays in float"
+    SELECTS = "{}: it selects, and stays in float"
+    ASKS = "{} asks its parameters for their type, and this is its first: stays in float"
+    USED = "{}, which an int8 layer does not have: stays in float"
+    # last, for any other sentence with this ending
+    ATTACHED = "{}: stays in float"
+
+    def __call__(self, *details: object) -> str:
+        return str(self.value).format(*details)
+
+    @property
+    def found_by_running(self) -> bool:
+        """Whether a run of the model on real data shows it, which looking at the layer does not."""
+        return self in (Reason.READ, Reason.SELECTS, Reason.ASKS, Reason.USED)
+
+    @classmethod
+    def of(cls, sentence: str) -> Reason | None:
+        """The reason that a sentence gives; None for one of another release."""
+        return next((reason for reason in cls if _PATTERNS[reason].fullmatch(sentence)), None)
+
+
+_PATTERNS = {
+    reason: re.compile(".*".join(map(re.escape, re.split(r"{.*?}", reason.value))), re.DOTALL)
+    for reason in Reason
+}
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """A linear that is quantized, or would be.
+
+    Attributes:
+        reason: a sentence of `Reason`.
+        alpha: migration strength; None without smoothing.
+        group: the layers that read the same tensor and share its factors; empty if `smooth_lm` has not seen the layer,
+            and then nothing was measured either.
+        x_absmax: the largest input seen, after smoothing; gives the static scale.
+        x_peak: the largest token over the median one.
+        activation_scheme: of the int8 layer; None in a float model.
+        more: what another release or a user has added.
+    """
+
+    name: str
+    smoothing: How = "none"
+    reason: str = ""
+    alpha: float | None = None
+    group: tuple[str, ...] = ()
+    in_features: int = 0
+    out_features: int = 0
+    x_absmax: float | None = None
+    x_peak: float | None = None
+    activation_scheme: str | None = None
+    more: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> LayerRecord:
+        """The layer that `to_dict` described."""
+        known = _arguments(cls, values)
+        return cls(**known | {"group": tuple(known.get("group", ()))})
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        info: dict[str, Any] = asdict(self) | {"group": list(self.group)}
+        more, scheme = info.pop("more"), info.pop("activation_scheme")
+        own = {} if scheme is None else {"activation_scheme": scheme}
+        if not self.group:
+            sizes = {key: info[key] for key in ("in_features", "out_features")}
+            info = {key: info[key] for key in ("name", "smoothing", "reason")} | own | sizes
+        return info | own | more
+
+
+@dataclass(frozen=True)
+class SkippedLayer:
+    """A layer left in float, and the sentence that says why."""
+
+    name: str
+    reason: str
+
+    @property
+    def found_by_running(self) -> bool:
+        """Whether only a run of the model has shown that the layer must stay in float."""
+        reason = Reason.of(self.reason)
+        return reason is not None and reason.found_by_running
+
+    def to_dict(self) -> dict[str, str]:
+        """JSON values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Verification:
+    """How far smoothing moved the float model's output: the largest change over the largest value."""
+
+    relative_change: float
+    bit_exact: bool
+
+    @classmethod
+    def of(cls, change: float) -> Verification:
+        return cls(change, change == 0.0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class ModelRecord:
+    """What was done to a whole model.
+
+    Attributes:
+        config: `SmoothQuantConfig.to_dict`; empty if nothing was done.
+        layers: those quantized; of a float model those to quantize.
+        skipped: those left in float.
+        verification, calibration_tokens: None if `smooth_lm` has not seen the model.
+        more: what another release or a user has added.
+    """
+
+    config: dict[str, Any] = field(default_factory=dict)
+    layers: tuple[LayerRecord, ...] = ()
+    skipped: tuple[SkippedLayer, ...] = ()
+    verification: Verification | None = None
+    calibration_tokens: int | None = None
+    more: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: nn.Module) -> ModelRecord:
+        """The record of a model; an empty one if nothing was done to it."""
+        return cls.from_dict(info_of(model))
+
+    @classmethod
+    def from_dict(cls, info: Mapping[str, Any]) -> ModelRecord:
+        """The record that `to_dict` described."""
+        known = _arguments(cls, info)
+        check = known.get("verification")
+        known |= {
+            "layers": tuple(map(LayerRecord.from_dict, known.get("layers", ()))),
+            "skipped": tuple(
+                SkippedLayer(entry["name"], entry["reason"]) for entry in known.get("skipped", ())
+            ),
+            "verification": check
+            and Verification(check["relative_change"], check.get("bit_exact", False)),
+        }
+        return cls(**known)
+
+    @property
+    def described(self) -> dict[str, LayerRecord]:
+        """The layers by name."""
+        return {layer.name: layer for layer in self.layers}
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values: the documented `model.smoothquant_info`."""
+        info: dict[str, Any] = {
+            "config": self.config,
+            "layers": [layer.to_dict() for layer in self.layers],
+            "skipped": [layer.to_dict() for layer in self.skipped],
+        }
+        if self.verification is not None:
+            info["verification"] = self.verification.to_dict()
+        if self.calibration_tokens is not None:
+            info["calibration_tokens"] = self.calibration_tokens
+        return info | self.more
+
+    def attach(self, model: nn.Module, changes: Changes | None = None) -> None:
+        """Makes this the record of a model; `changes` can take it back."""
+        if changes is None:
+            attach_info(model, self.to_dict())
+        else:
+            changes.set_attribute(model, _INFO, self.to_dict())
+
+
+def skipped_layers(reasons: Mapping[str, str]) -> tuple[SkippedLayer, ...]:
+    """The layers left in float, from their names and reasons."""
+    return tuple(SkippedLayer(name, reason) for name, reason in reasons.items())
+
+
+def info_of(model: nn.Module) -> dict[str, Any]:
+    """`model.smoothquant_info` as it is, for a checkpoint; empty without one."""
+    info: dict[str, Any] = getattr(model, _INFO, {})
+    return info
+
+
+def attach_info(model: nn.Module, info: dict[str, Any]) -> None:
+    """Gives a model the `smoothquant_info` of a checkpoint, as it is."""
+    setattr(model, _INFO, info)
+
+
+def layers_within(model: nn.Module) -> list[LayerRecord]:
+    """The layers in the records of a model and of all its parts."""
+    parts = [module for module in model.modules() if _INFO in vars(module)]
+    return [layer for part in parts for layer in ModelRecord.of(part).layers]
+
+
+def _arguments(
+    record: type[LayerRecord | ModelRecord], values: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The fields of a record, and under `more` all the rest."""
+    names = {f.name for f in fields(record)}
+    known = {key: value for key, value in values.items() if key in names}
+    return known | {"more": {k: v for k, v in values.items() if k not in names}}

@@ -1,10 +1,12 @@
-"""Finding and replacing layers in a model, and running it on a batch."""
+"""What a model consists of: linears to quantize, those that stay in float, shared parameters; replacing modules."""
 
 from __future__ import annotations
 
 import fnmatch
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,28 +17,64 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.modeling.foreign import check_float_model
+from smoothquant_kernels.modeling.record import Reason
 from smoothquant_kernels.nn.attached import keeps_float
 from smoothquant_kernels.nn.float_linear import is_conv1d, is_float_linear, weight_of
 from smoothquant_kernels.nn.kinds import count_quantized
 from smoothquant_kernels.reference import MAX_K
 
 
-def output_heads(model: nn.Module) -> set[str]:
-    """Names of the modules that turn hidden states into logits; they stay in float, as in the paper."""
-    getter: Any = getattr(model, "get_output_embeddings", None)
-    head = None if getter is None else getter()
-    names = {name for name, module in model.named_modules() if head is not None and module is head}
-    return names | {n for n, _ in model.named_modules() if n.rsplit(".", 1)[-1] == "lm_head"}
+@dataclass(frozen=True)
+class ModelView:
+    """What one operation knows of a model. Each part is found when it is asked for first, and kept.
 
-
-def partition_linears(
-    model: nn.Module, skip: tuple[str, ...] = ()
-) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """The float linears to quantize, and those left in float with the reason.
+    Attributes:
+        skip: patterns of the names that stay in float.
 
     Raises:
-        SmoothQuantError: there is no linear layer to quantize, or another tool has quantized the model.
+        SmoothQuantError: by `linears` and `skipped`, if there is no linear layer to quantize, or another tool has
+            quantized the model.
     """
+
+    model: nn.Module
+    skip: tuple[str, ...] = ()
+
+    @property
+    def linears(self) -> Mapping[str, nn.Module]:
+        """The float linears to quantize."""
+        return self._parts[0]
+
+    @property
+    def skipped(self) -> Mapping[str, str]:
+        """Those left in float, each with its reason."""
+        return self._parts[1]
+
+    @cached_property
+    def heads(self) -> set[str]:
+        """Names of the modules that turn hidden states into logits; they stay in float, as in the paper."""
+        getter: Any = getattr(self.model, "get_output_embeddings", None)
+        head = None if getter is None else getter()
+        modules = list(self.model.named_modules())
+        names = {name for name, module in modules if head is not None and module is head}
+        return names | {name for name, _ in modules if name.rsplit(".", 1)[-1] == "lm_head"}
+
+    @cached_property
+    def shared(self) -> dict[str, list[str]]:
+        """Parameter names that denote one tensor: each name -> the others."""
+        names: dict[int, list[str]] = defaultdict(list)
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            names[parameter.data_ptr() if not parameter.is_meta else id(parameter)].append(name)
+        several = [group for group in names.values() if len(group) > 1]
+        return {n: [other for other in group if other != n] for group in several for n in group}
+
+    @cached_property
+    def _parts(self) -> tuple[dict[str, nn.Module], dict[str, str]]:
+        return _partition(self)
+
+
+def _partition(view: ModelView) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """The linears and the skipped ones of a view."""
+    model = view.model
     check_float_model(model)
     if is_float_linear(model):
         raise SmoothQuantError(
@@ -44,7 +82,6 @@ def partition_linears(
             "pass a module around it, such as nn.Sequential(layer), or use W8A8Linear.from_linear(layer)."
         )
     check_whole(model)
-    heads = output_heads(model)
     chosen: dict[str, nn.Module] = {}
     skipped: dict[str, str] = {}
     for name, module in model.named_modules():
@@ -55,27 +92,27 @@ def partition_linears(
                     if "expert" in f"{name}.{type(module).__name__}".lower()
                     else "weights"
                 )
-                skipped[name] = f"{what} in one 3-D parameter: stay in float"
+                skipped[name] = Reason.MATRICES(what)
             elif getattr(module, "original_name", "") == "Linear":  # of a torch.jit.ScriptModule
-                skipped[name] = "TorchScript: stays in float"
+                skipped[name] = Reason.TORCHSCRIPT()
             continue
-        pattern = next((p for p in skip if fnmatch.fnmatchcase(name, p)), None)
+        pattern = next((p for p in view.skip if fnmatch.fnmatchcase(name, p)), None)
         if pattern is not None:
-            skipped[name] = f"matches the skip pattern {pattern!r}"
-        elif name in heads:
-            skipped[name] = "output head: stays in float"
+            skipped[name] = Reason.SKIP_PATTERN(pattern)
+        elif name in view.heads:
+            skipped[name] = Reason.OUTPUT_HEAD()
         elif (attached := keeps_float(module)) is not None:
-            skipped[name] = attached
+            skipped[name] = Reason.ATTACHED(attached)
         elif not weight_of(module).numel():
-            skipped[name] = "it has no inputs or no outputs: stays in float"
+            skipped[name] = Reason.EMPTY()
         elif weight_of(module).shape[1] > MAX_K:
-            skipped[name] = f"more than {MAX_K} input features: an int32 sum could overflow"
+            skipped[name] = Reason.OVERFLOW(MAX_K)
         elif not weight_of(module).is_floating_point():
-            skipped[name] = f"weight is {weight_of(module).dtype}, not float"
+            skipped[name] = Reason.NOT_FLOAT(weight_of(module).dtype)
         elif is_read_by_others(module):
-            skipped[name] = "its weight is read by nn.MultiheadAttention: stays in float"
+            skipped[name] = Reason.ATTENTION()
         elif not computes_linear(module):
-            skipped[name] = f"{type(module).__name__} computes more than a linear: stays in float"
+            skipped[name] = Reason.NOT_LINEAR(type(module).__name__)
         else:
             chosen[name] = module
     if not chosen:
@@ -170,13 +207,3 @@ def put_module(places: Iterable[tuple[nn.Module, str]], module: nn.Module) -> No
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
     """Puts `new` where the module `name` is, and under every other name that the same module has."""
     put_module(module_places(model, model.get_submodule(name)), new)
-
-
-def shared_parameters(model: nn.Module) -> dict[str, list[str]]:
-    """Parameter names that denote one tensor: each name -> the others."""
-    names: dict[int, list[str]] = defaultdict(list)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names[parameter.data_ptr() if not parameter.is_meta else id(parameter)].append(name)
-    return {
-        n: [o for o in group if o != n] for group in names.values() for n in group if len(group) > 1
-    }

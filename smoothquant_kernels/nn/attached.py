@@ -34,7 +34,6 @@ _STAYS = {
     "_load_state_dict_pre_hooks": _STATE,
     "_load_state_dict_post_hooks": _STATE,
 }
-_FLOAT = "stays in float"
 #: What a linear has of its own, besides what every module has.
 _OWN = {"in_features", "out_features", "nf", "nx", PENDING, FOLDED}
 #: How torch keeps the compiled form of a module, which is made again for another one.
@@ -43,8 +42,7 @@ _DROPPED = {"_compiled_call_impl"}
 
 def keeps_float(linear: nn.Module) -> str | None:
     """Why a linear must stay in float for the sake of what hangs on it; None if all of it can move along."""
-    reason = next(_reasons(linear), None)
-    return None if reason is None else f"{reason}: {_FLOAT}"
+    return next(_reasons(linear), None)
 
 
 def _reasons(linear: nn.Module) -> Iterator[str]:

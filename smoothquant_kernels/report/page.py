@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
+from smoothquant_kernels.modeling.record import How
 from smoothquant_kernels.report.figures import Picture
 from smoothquant_kernels.storage.document import Document, readable_size
 from smoothquant_kernels.storage.versions import PACKAGE, installed_version
@@ -57,7 +58,7 @@ footer { margin: 40px auto 32px; color: #4d5661; font-size: 0.8125rem; }
   h2, h3 { break-after: avoid; }
 }
 """
-_SMOOTHING = {"folded": "folded", "runtime": "run time", "none": "not smoothed"}
+_SMOOTHING: dict[How, str] = {"folded": "folded", "runtime": "run time", "none": "not smoothed"}
 
 
 def page(

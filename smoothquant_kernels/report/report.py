@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from smoothquant_kernels.config import SmoothQuantConfig
 from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.evaluation.perplexity import Reference, evaluate
-from smoothquant_kernels.modeling.record import INFO
+from smoothquant_kernels.modeling.record import HOWS, ModelRecord
 from smoothquant_kernels.modeling.run import Batch
-from smoothquant_kernels.modeling.view import partition_linears
 from smoothquant_kernels.nn.float_linear import weight_of
 from smoothquant_kernels.report import figures as _report_plots
 from smoothquant_kernels.report import page as _report_page
@@ -115,8 +114,9 @@ def make_report(
         )
     note("smoothing a copy")
     smoothed = smooth_lm(copy.deepcopy(model), statistics, config=config)
-    info: dict[str, Any] = getattr(smoothed, INFO)
-    layers = _layers(model, info, statistics, config)
+    record = ModelRecord.of(smoothed)
+    check = record.verification
+    layers = _layers(model, record, statistics, config)
     chosen = _figure_layers(layers)
     note(f"measuring {len(layers)} layers, not smoothed and smoothed")
     naive = {
@@ -147,10 +147,10 @@ def make_report(
         "config": config.to_dict(),
         "calibration": {"source": sources[0], "tokens": statistics.tokens},
         "held": {"source": sources[1], "tokens": after.tokens},
-        "summary": _summary(layers, info),
-        "verification": info["verification"] if config.smooth else None,
+        "summary": _summary(layers, len(record.skipped)),
+        "verification": check.to_dict() if check and config.smooth else None,
         "layers": layers,
-        "skipped": info["skipped"],
+        "skipped": [layer.to_dict() for layer in record.skipped],
         "advice": advice,
         "figures": [_channels(model, named[n], statistics, config) for n in chosen],
         "evaluation": None,
@@ -210,29 +210,28 @@ def split_name(name: str) -> tuple[int, str]:
 
 def _layers(
     model: nn.Module,
-    info: dict[str, Any],
+    record: ModelRecord,
     statistics: ActivationStatistics,
     config: SmoothQuantConfig,
 ) -> list[Document]:
     naive = config.replace(smooth=False)
-    linears, _ = partition_linears(model, config.skip)
     layers = []
-    for layer in info["layers"]:
-        name, peak = layer["name"], layer["x_peak"]
+    for layer in record.layers:
+        name, peak = layer.name, layer.x_peak
         index, role = split_name(name)
         entry = {
-            **layer,
+            **layer.to_dict(),
             "index": index,
             "role": role,
             "activation_scheme": config.scheme_of(peak, name),
             "naive_scheme": naive.scheme_of(peak, name),
-            "float_bytes": weight_of(linears[name]).element_size(),
+            "float_bytes": weight_of(model.get_submodule(name)).element_size(),
             "channel_peak": None,
             "channel_peak_smoothed": None,
         }
         if name in statistics.absmax:
             absmax = statistics.absmax[name]
-            factors = layer_factors(model, layer["group"], statistics, layer["alpha"], config)
+            factors = layer_factors(model, layer.group, statistics, layer.alpha, config)
             entry["channel_peak"] = peak_to_median(absmax)
             entry["channel_peak_smoothed"] = peak_to_median(absmax / factors)
         layers.append(entry)
@@ -288,7 +287,7 @@ def _channels(
 # --- the whole --------------------------------------------------------------------------------------------------------
 
 
-def _summary(layers: Sequence[Document], info: dict[str, Any]) -> Document:
+def _summary(layers: Sequence[Document], skipped: int) -> Document:
     def numbers(key: str) -> Document:
         values = [layer[key] for layer in layers if layer[key] is not None]
         return {"median": stats.median(values), "worst": min(values)} if values else {}
@@ -296,8 +295,8 @@ def _summary(layers: Sequence[Document], info: dict[str, Any]) -> Document:
     hows = [layer["smoothing"] for layer in layers]
     return {
         "quantised": len(layers),
-        **{how: hows.count(how) for how in ("folded", "runtime", "none")},
-        "skipped": len(info["skipped"]),
+        **{how: hows.count(how) for how in HOWS},
+        "skipped": skipped,
         "sqnr_naive": numbers("sqnr_naive"),
         "sqnr": numbers("sqnr"),
     }

@@ -17,7 +17,7 @@ from smoothquant_kernels.evaluation.perplexity import stderr_of_mean
 from smoothquant_kernels.modeling.batches import PositionCounter, rows_of
 from smoothquant_kernels.modeling.groups import Group, find_groups
 from smoothquant_kernels.modeling.run import Batch, evaluating, run
-from smoothquant_kernels.modeling.view import partition_linears
+from smoothquant_kernels.modeling.view import ModelView
 from smoothquant_kernels.nn.float_linear import weight_of
 from smoothquant_kernels.search.candidates import ALPHAS, Space, own_scheme
 from smoothquant_kernels.search.result import (
@@ -105,8 +105,8 @@ def search_config(
     if per_token_share == 0.0:
         config = config.replace(massive_activations="keep")
     check_patterns(model, config)
-    linears, _ = partition_linears(model, config.skip)
-    check_finite_weights(linears)
+    view = ModelView(model, config.skip)
+    check_finite_weights(view.linears)
     batches = list(configured_batches(model, data, config, tokenizer))
     warn_if_short(sum(map(PositionCounter(model), batches)), config.calibration_tokens)
     seen, held, unseen = _split(model, batches, tokens, validation_tokens)
@@ -114,9 +114,9 @@ def search_config(
     file = SearchFile.open(path, fingerprint(model, batches, asked))
     if file.result is not None:
         return file.result
-    statistics = collect_statistics(model, linears, seen, progress=progress)
-    names = smoothable_linears(model, linears, statistics)
-    groups = find_groups(model, names, statistics.sample, folding="never")
+    statistics = collect_statistics(model, view.linears, seen, progress=progress)
+    names = smoothable_linears(view, view.linears, statistics)
+    groups = find_groups(view, names, statistics.sample, folding="never")
     per_token = config.smooth and config.massive_activations == "per_token"
     _explore_all(
         Space(model, statistics, config), groups, held, file, per_token, max_bytes, progress

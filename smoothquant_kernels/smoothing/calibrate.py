@@ -23,7 +23,7 @@ from smoothquant_kernels.modeling.batches import (
 )
 from smoothquant_kernels.modeling.hooks import Hooks
 from smoothquant_kernels.modeling.run import Batch, evaluating
-from smoothquant_kernels.modeling.view import check_present, partition_linears
+from smoothquant_kernels.modeling.view import ModelView, check_present
 from smoothquant_kernels.smoothing.entries import tensors_of
 from smoothquant_kernels.smoothing.padding import Padding
 from smoothquant_kernels.smoothing.patterns import check_patterns
@@ -261,13 +261,26 @@ def calibrate_model(
     Source: SmoothQuant (Xiao et al., 2022), section 3.2 ("we use the calibration samples to estimate the scale").
     """
     config = config or SmoothQuantConfig()
+    view = ModelView(model, config.skip)
+    return calibrate_view(view, data, config, tokenizer=tokenizer, progress=progress)
+
+
+def calibrate_view(
+    view: ModelView,
+    data: CalibrationData,
+    config: SmoothQuantConfig,
+    *,
+    tokenizer: Any = None,
+    progress: bool = True,
+) -> ActivationStatistics:
+    """`calibrate_model` as a part of a larger operation."""
+    model = view.model
     batches = configured_batches(model, data, config, tokenizer)
     check_present(model)
     check_patterns(model, config)
-    linears, _ = partition_linears(model, config.skip)
     statistics = collect_statistics(
-        model, linears, batches, max_tokens=config.calibration_tokens, progress=progress
+        model, view.linears, batches, max_tokens=config.calibration_tokens, progress=progress
     )
     statistics.asked = config.calibration_tokens
-    warn_if_short(statistics.tokens, statistics.asked)
+    warn_if_short(statistics.tokens, statistics.asked, stacklevel=4)
     return statistics

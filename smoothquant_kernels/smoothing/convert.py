@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,10 +11,10 @@ from smoothquant_kernels.checkpoint.transformers_hook import HF_QUANTIZER, save_
 from smoothquant_kernels.config import SmoothQuantConfig
 from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.modeling.changes import Changes
-from smoothquant_kernels.modeling.float_layers import FOUND, stays_in_float
-from smoothquant_kernels.modeling.record import INFO
+from smoothquant_kernels.modeling.float_layers import stays_in_float
+from smoothquant_kernels.modeling.record import LayerRecord, ModelRecord, Reason, skipped_layers
 from smoothquant_kernels.modeling.sample_inputs import runnable_batch
-from smoothquant_kernels.modeling.view import partition_linears
+from smoothquant_kernels.modeling.view import ModelView
 from smoothquant_kernels.nn import kinds
 from smoothquant_kernels.nn.attached import move_attached
 from smoothquant_kernels.nn.float_linear import is_smoothed
@@ -57,23 +58,23 @@ def quantize_model(
     Source: SmoothQuant (Xiao et al., 2022), section 4 and table 2.
     """
     if config is None:
-        config = SmoothQuantConfig.from_dict(getattr(model, INFO, {}).get("config", {}))
+        config = SmoothQuantConfig.from_dict(ModelRecord.of(model).config)
+    config = config.replace(w_bit=w_bit, a_bit=a_bit)
     with Changes() as changes:
-        _quantize_into(model, config.replace(w_bit=w_bit, a_bit=a_bit), changes)
+        quantize_into(ModelView(model, config.skip), config, changes)
     return model
 
 
-def _quantize_into(model: nn.Module, config: SmoothQuantConfig, changes: Changes) -> None:
+def quantize_into(view: ModelView, config: SmoothQuantConfig, changes: Changes) -> None:
     """`quantize_model` as a part of a larger change: every layer is made before the first takes its place."""
-    info: dict[str, Any] = getattr(model, INFO, {})
+    model, record = view.model, ModelRecord.of(view.model)
     check_patterns(model, config)
-    linears, skipped = partition_linears(model, config.skip)
-    for entry in info.get("skipped", []):
-        if entry["reason"].endswith(FOUND):  # by running the model on real data
-            linears.pop(entry["name"], None)
+    stay = {layer.name for layer in record.skipped if layer.found_by_running}
+    linears = {name: linear for name, linear in view.linears.items() if name not in stay}
+    skipped = dict(view.skipped)
     check_float_types(linears)
     check_finite_weights(linears)
-    described = {layer["name"]: layer for layer in info.get("layers", [])}
+    described = record.described
     for name, linear in linears.items():
         if name not in described and is_smoothed(linear):
             raise SmoothQuantError(
@@ -81,12 +82,16 @@ def _quantize_into(model: nn.Module, config: SmoothQuantConfig, changes: Changes
                 "quantize_model with the very model that smooth_lm was given."
             )
     if unknown := linears.keys() - described.keys():
-        found = stays_in_float(model, [n for n in linears if n in unknown], runnable_batch(model))
+        found = stays_in_float(view, [n for n in linears if n in unknown], runnable_batch(model))
         linears = {name: linear for name, linear in linears.items() if name not in found}
         skipped |= found
-    schemes = {n: config.scheme_of(described.get(n, {}).get("x_peak"), n) for n in linears}
-    static = [n for n in linears if schemes[n] == "static"]
-    missing = [n for n in static if described.get(n, {}).get("x_absmax") is None]
+    layers = {
+        name: described.get(name, LayerRecord(name, reason=Reason.NOT_SMOOTHED()))
+        for name in linears
+    }
+    schemes = {name: config.scheme_of(layer.x_peak, name) for name, layer in layers.items()}
+    static = {name: layers[name].x_absmax for name in linears if schemes[name] == "static"}
+    missing = [name for name, absmax in static.items() if absmax is None]
     if missing:
         raise SmoothQuantError(
             f"the static scheme needs a calibrated range for {missing[0]} ({len(missing)} of {len(linears)} layers "
@@ -94,24 +99,21 @@ def _quantize_into(model: nn.Module, config: SmoothQuantConfig, changes: Changes
         )
     made: dict[str, nn.Module] = {}
     # those of an earlier call, which left other layers out
-    layers = [layer for name, layer in described.items() if _is_quantized(model, name)]
+    earlier = [layer for name, layer in described.items() if _is_quantized(model, name)]
     for name, linear in linears.items():
-        layer = described.get(name, {"name": name, "smoothing": "none", "reason": "not smoothed"})
-        new = quantize_linear(name, linear, schemes[name], layer.get("x_absmax"), config)
+        new = quantize_linear(name, linear, schemes[name], static.get(name), config)
         made[name] = new
         move_attached(linear, new)
-        layers.append({**layer, **kinds.shown(new)})
-    reasons = {s["name"]: s["reason"] for s in info.get("skipped", []) if s["name"] not in made}
-    reasons |= skipped
-    new_info = {
-        **info,
-        "config": config.to_dict(),
-        "layers": layers,
-        "skipped": [{"name": n, "reason": r} for n, r in reasons.items()],
-    }
+        layers[name] = dataclasses.replace(layers[name], **kinds.shown(new))
+    before = {layer.name: layer.reason for layer in record.skipped if layer.name not in made}
     for name, new in made.items():
         changes.replace_module(model, name, new)
-    changes.set_attribute(model, INFO, new_info)
+    dataclasses.replace(
+        record,
+        config=config.to_dict(),
+        layers=(*earlier, *layers.values()),
+        skipped=skipped_layers(before | skipped),
+    ).attach(model, changes)
     for module, refusal in save_refusals(model):
         changes.set_attribute(module, HF_QUANTIZER, refusal)
     align_tensors(model)
@@ -181,10 +183,9 @@ def smooth_and_quantize(
     Source: SmoothQuant (Xiao et al., 2022).
     """
     config = config or SmoothQuantConfig()
-    check_float_types(partition_linears(model, config.skip)[0])  # before the work of smoothing
+    view = ModelView(model, config.skip)
+    check_float_types(view.linears)  # before the work of smoothing
     with Changes() as changes:
-        smooth_into(
-            model, calibration_data, config, changes, tokenizer=tokenizer, progress=progress
-        )
-        _quantize_into(model, config, changes)
+        smooth_into(view, calibration_data, config, changes, tokenizer=tokenizer, progress=progress)
+        quantize_into(view, config, changes)
     return model

@@ -12,8 +12,9 @@ from smoothquant_kernels.config import SmoothQuantConfig, first_match
 from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.modeling.changes import Changes
 from smoothquant_kernels.modeling.groups import Group
+from smoothquant_kernels.modeling.record import How, Reason
 from smoothquant_kernels.modeling.run import Batch
-from smoothquant_kernels.modeling.view import shared_parameters
+from smoothquant_kernels.modeling.view import ModelView
 from smoothquant_kernels.nn.float_linear import weight_of
 from smoothquant_kernels.reference import smoothing_factors
 from smoothquant_kernels.smoothing.fold import (
@@ -65,11 +66,10 @@ def group_factors(
 
 
 def smoothable_linears(
-    model: nn.Module, linears: Iterable[str], statistics: ActivationStatistics
+    view: ModelView, linears: Iterable[str], statistics: ActivationStatistics
 ) -> list[str]:
     """Those that calibration has seen and whose weight is theirs alone."""
-    shared = shared_parameters(model)
-    return [n for n in linears if n in statistics.absmax and f"{n}.weight" not in shared]
+    return [n for n in linears if n in statistics.absmax and f"{n}.weight" not in view.shared]
 
 
 def runs_within(
@@ -125,7 +125,7 @@ class Plan:
 
     def leave_out_what_does_not_gain(
         self, batch: Batch, run_sample: Callable[[Batch], Any]
-    ) -> dict[str, tuple[str, str]]:
+    ) -> dict[str, tuple[How, str]]:
         """Drops the groups that int8 computes better without factors; name -> (``"none"``, why)."""
         config = self._config
         if not config.only_where_better:
@@ -135,25 +135,24 @@ class Plan:
             for group, s in self._factors.items()
             if first_match(config.alphas, group.linears[0]) is None
         }
-        left: dict[str, tuple[str, str]] = {}
+        left: dict[str, tuple[How, str]] = {}
         absmax = self._statistics.absmax
         errors = int8_errors(self._model, asked, absmax, self._peaks, config, batch, run_sample)
         for group, error in errors.items():
             if not error.helps:
                 del self._factors[group]
-                why = (
-                    f"int8 error {error.naive:.2%} on the sample, {error.smoothed:.2%} if smoothed"
-                )
+                why = Reason.NO_GAIN(error.naive, error.smoothed)
                 left |= dict.fromkeys(group.linears, ("none", why))
         return left
 
     def apply(
         self, same_output: Callable[[], bool], changes: Changes
-    ) -> dict[str, tuple[str, str]]:
+    ) -> dict[str, tuple[How, str]]:
         """Smooths the groups; returns name -> (``"folded"`` or ``"runtime"``, why) and divides `statistics` by s."""
-        model, result = self._model, {}
+        model = self._model
+        result: dict[str, tuple[How, str]] = {}
 
-        def note(smoothing: Smoothing, how: str, why: str) -> None:
+        def note(smoothing: Smoothing, how: How, why: str) -> None:
             for name in smoothing.group.linears:
                 result[name] = (how, why)
                 absmax = self._statistics.absmax
@@ -171,11 +170,11 @@ class Plan:
                 more, refused = fold_verified(model, rounded, same_output, changes)
                 done += more
             for smoothing in done:
-                note(smoothing, "folded", f"into {smoothing.group.producer}")
+                note(smoothing, "folded", Reason.FOLDED(smoothing.group.producer))
             for group in (r.group for r in refused):
                 smoothing = Smoothing(group, self._factors[group])
                 divide_at_run_time(model, smoothing, changes)
-                note(smoothing, "runtime", f"folding into {group.producer} would change the model")
+                note(smoothing, "runtime", Reason.FOLD_REFUSED(group.producer))
         for group, smooth in self._factors.items():
             if group.producer is None:
                 smoothing = Smoothing(group, smooth)

@@ -16,13 +16,21 @@ from smoothquant_kernels.modeling.changes import Changes, widened
 from smoothquant_kernels.modeling.float_layers import stays_in_float
 from smoothquant_kernels.modeling.groups import Group, find_groups
 from smoothquant_kernels.modeling.hooks import Hooks
-from smoothquant_kernels.modeling.record import INFO
+from smoothquant_kernels.modeling.record import (
+    How,
+    LayerRecord,
+    ModelRecord,
+    Reason,
+    Verification,
+    layers_within,
+    skipped_layers,
+)
 from smoothquant_kernels.modeling.run import Batch, evaluating, output_tensor, run
-from smoothquant_kernels.modeling.view import check_present, partition_linears, shared_parameters
+from smoothquant_kernels.modeling.view import ModelView, check_present
 from smoothquant_kernels.nn.float_linear import is_float_linear, is_smoothed, weight_of
 from smoothquant_kernels.nn.float_types import check_float_type
 from smoothquant_kernels.nn.kinds import count_quantized
-from smoothquant_kernels.smoothing.calibrate import CalibrationData, calibrate_model
+from smoothquant_kernels.smoothing.calibrate import CalibrationData, calibrate_view
 from smoothquant_kernels.smoothing.factors import Plan, group_alpha, smoothable_linears
 from smoothquant_kernels.smoothing.patterns import check_patterns
 from smoothquant_kernels.smoothing.statistics import ActivationStatistics
@@ -84,14 +92,13 @@ def smooth_lm(
     if alpha is not None:
         config = config.replace(alpha=alpha)
     with Changes() as changes:
-        smooth_into(
-            model, calibration_data, config, changes, tokenizer=tokenizer, progress=progress
-        )
+        view = ModelView(model, config.skip)
+        smooth_into(view, calibration_data, config, changes, tokenizer=tokenizer, progress=progress)
     return model
 
 
 def smooth_into(
-    model: nn.Module,
+    view: ModelView,
     calibration_data: CalibrationData | ActivationStatistics,
     config: SmoothQuantConfig,
     changes: Changes,
@@ -103,21 +110,22 @@ def smooth_into(
     """`smooth_lm` as a part of a larger change.
 
     Args:
-        run_sample: runs `model` on the calibration sample; needed where its forward alone gives the layers other inputs
-            than calibration saw (a model without its blocks).
+        run_sample: runs the model on the calibration sample; needed where its forward alone gives the layers other
+            inputs than calibration saw (a model without its blocks).
     """
+    model = view.model
     refuse_smoothed(model)
     check_patterns(model, config)
-    linears, skipped = partition_linears(model, config.skip)
+    linears, skipped = dict(view.linears), dict(view.skipped)
     check_finite_weights(linears)
     if isinstance(calibration_data, ActivationStatistics):
         statistics = dataclasses.replace(calibration_data, absmax=dict(calibration_data.absmax))
     else:
-        statistics = calibrate_model(
-            model, calibration_data, config, tokenizer=tokenizer, progress=progress
+        statistics = calibrate_view(
+            view, calibration_data, config, tokenizer=tokenizer, progress=progress
         )
     small = statistics.sample
-    for name, reason in stays_in_float(model, linears, small).items():
+    for name, reason in stays_in_float(view, linears, small).items():
         del linears[name]
         skipped[name] = reason
     peaks = {name: statistics.peak(name) for name in statistics.absmax}
@@ -125,9 +133,8 @@ def smooth_into(
     for name in statistics.absmax.keys() & linears.keys():
         device = weight_of(linears[name]).device
         statistics.absmax[name] = statistics.absmax[name].to(device)
-    shared = shared_parameters(model)
-    smoothable = smoothable_linears(model, linears, statistics) if config.smooth else []
-    groups = find_groups(model, smoothable, small, folding=config.folding)
+    smoothable = smoothable_linears(view, linears, statistics) if config.smooth else []
+    groups = find_groups(view, smoothable, small, folding=config.folding)
     plan = Plan(model, groups, statistics, peaks, config)
     with evaluating(model):
         errors = plan.leave_out_what_does_not_gain(
@@ -148,14 +155,13 @@ def smooth_into(
             f"the model's output differs by {change:.1e} relative from one call to the next, more than "
             f"{tolerance:.1e}: smoothing can only be checked on a model that gives the same output twice."
         )
-    info = {
-        "config": config.to_dict(),
-        "layers": _describe(linears, groups, statistics, peaks, outcomes | errors, shared, config),
-        "skipped": [{"name": n, "reason": r} for n, r in skipped.items()],
-        "verification": {"relative_change": change, "bit_exact": change == 0.0},
-        "calibration_tokens": statistics.tokens,
-    }
-    changes.set_attribute(model, INFO, info)
+    ModelRecord(
+        config=config.to_dict(),
+        layers=_describe(view, linears, groups, statistics, peaks, outcomes | errors, config),
+        skipped=skipped_layers(skipped),
+        verification=Verification.of(change),
+        calibration_tokens=statistics.tokens,
+    ).attach(model, changes)
 
 
 def refuse_smoothed(model: nn.Module) -> None:
@@ -166,14 +172,14 @@ def refuse_smoothed(model: nn.Module) -> None:
             f"the model is quantized already ({quantized}), and smoothing needs float layers: load the "
             "original float model again; to keep some layers in float, name them in skip."
         )
-    layers = [e for m in model.modules() for e in vars(m).get(INFO, {}).get("layers", [])]
-    smoothed = sum(layer["smoothing"] != "none" for layer in layers)
+    layers = layers_within(model)
+    smoothed, total = sum(layer.smoothing != "none" for layer in layers), len(layers)
     if not smoothed:  # a part of a model that was
-        layers = [m for m in model.modules() if is_float_linear(m)]
-        smoothed = sum(map(is_smoothed, layers))
+        marks = [is_smoothed(m) for m in model.modules() if is_float_linear(m)]
+        smoothed, total = sum(marks), len(marks)
     if smoothed:
         raise SmoothQuantError(
-            f"the model is smoothed already ({smoothed} of {len(layers)} layers): load the original float model again "
+            f"the model is smoothed already ({smoothed} of {total} layers): load the original float model again "
             "to smooth it with other settings, or call quantize_model to go on with these."
         )
 
@@ -215,42 +221,44 @@ def check_finite_weights(linears: Mapping[str, nn.Module]) -> None:
 
 
 def _describe(
+    view: ModelView,
     linears: Mapping[str, nn.Module],
     groups: Sequence[Group],
     statistics: ActivationStatistics,
     peaks: Mapping[str, float],
-    outcomes: Mapping[str, tuple[str, str]],
-    shared: Mapping[str, list[str]],
+    outcomes: Mapping[str, tuple[How, str]],
     config: SmoothQuantConfig,
-) -> list[dict[str, Any]]:
-    """One JSON-able entry a linear; `x_absmax`, the largest smoothed input seen, becomes the static scale."""
+) -> tuple[LayerRecord, ...]:
+    """One record a linear; `x_absmax`, the largest smoothed input seen, becomes the static scale."""
     layers = []
     group_of = {name: group for group in groups for name in group.linears}
     for name, module in linears.items():
+        how: How = "none"
         if name in outcomes:
             how, why = outcomes[name]
-        elif f"{name}.weight" in shared:
-            how, why = "none", f"its weight is also {shared[f'{name}.weight'][0]}"
+        elif others := view.shared.get(f"{name}.weight"):
+            why = Reason.WEIGHT_SHARED(others[0])
         elif name not in statistics.absmax:
-            how, why = "none", "never called during calibration"
+            why = Reason.NEVER_CALLED()
         else:
-            how, why = "none", "smoothing is switched off"
+            why = Reason.SMOOTHING_OFF()
+        alpha: float | None = None
+        members: tuple[str, ...] = (name,)
+        if (group := group_of.get(name)) and how != "none":
+            alpha, members = group_alpha(group, peaks[group.linears[0]], config), group.linears
         absmax = statistics.absmax.get(name)
         n, k = weight_of(module).shape
         layers.append(
-            {
-                "name": name,
-                "smoothing": how,
-                "reason": why,
-                "alpha": None,
-                "group": [name],
-                "in_features": k,
-                "out_features": n,
-                "x_absmax": None if absmax is None else float(absmax.max()),
-                "x_peak": peaks.get(name),
-            }
+            LayerRecord(
+                name,
+                smoothing=how,
+                reason=why,
+                alpha=alpha,
+                group=members,
+                in_features=k,
+                out_features=n,
+                x_absmax=None if absmax is None else float(absmax.max()),
+                x_peak=peaks.get(name),
+            )
         )
-        if (group := group_of.get(name)) and how != "none":
-            alpha = group_alpha(group, peaks[group.linears[0]], config)
-            layers[-1] |= {"alpha": alpha, "group": list(group.linears)}
-    return layers
+    return tuple(layers)

@@ -32,10 +32,10 @@ def shortage(tokens: int, asked: int) -> str | None:
     )
 
 
-def warn_if_short(tokens: int, asked: int) -> None:
-    """Warns the caller's caller of a `shortage`."""
+def warn_if_short(tokens: int, asked: int, *, stacklevel: int = 3) -> None:
+    """Warns of a `shortage`, by default where the caller was called."""
     if (short := shortage(tokens, asked)) is not None:
-        warnings.warn(short, stacklevel=3)
+        warnings.warn(short, stacklevel=stacklevel)
 
 
 @dataclass

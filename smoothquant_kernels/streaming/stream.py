@@ -26,9 +26,14 @@ from smoothquant_kernels.config import SmoothQuantConfig
 from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.modeling.batches import count_tokens, explained, small_batch
 from smoothquant_kernels.modeling.changes import Changes
-from smoothquant_kernels.modeling.record import INFO
+from smoothquant_kernels.modeling.record import (
+    LayerRecord,
+    ModelRecord,
+    Verification,
+    skipped_layers,
+)
 from smoothquant_kernels.modeling.run import Batch, evaluating
-from smoothquant_kernels.modeling.view import partition_linears
+from smoothquant_kernels.modeling.view import ModelView
 from smoothquant_kernels.smoothing.calibrate import (
     CalibrationData,
     Recorder,
@@ -132,7 +137,7 @@ def quantize_streamed(
     warn_if_short(sum(map(count_tokens, batches)), config.calibration_tokens)
     hidden = sum(b["input_ids"].numel() for b in batches if "input_ids" in b) * hidden_size(model)
     # Twice the hidden states, before and after a block; and while weight files are joined, the largest of them.
-    whole = checkpoint_bytes(model, partition_linears(model, config.skip)[0], config)
+    whole = checkpoint_bytes(model, ModelView(model, config.skip).linears, config)
     done = partial_folder(target)
     there = sum(f.stat().st_size for f in done.rglob("*") if f.is_file())
     check_space(target, whole + min(whole, max_shard_bytes) + 2 * hidden - there)
@@ -179,7 +184,7 @@ class _Stream:
         self.names = match_names(model, weights)
         self.order = [name for name, _ in model.named_modules()]
         # Refuses early if nothing is to be quantized; what each layer computes is tried when it has its weights.
-        _, self.skipped_at_first = partition_linears(model, config.skip)
+        self.skipped_at_first = ModelView(model, config.skip).skipped
         self.chain = BlockChain(model)
         if tied := owned_outside(model, self.chain.empty):
             raise SmoothQuantError(f"{tied[0]} is shared between blocks: {IN_MEMORY}.")
@@ -231,7 +236,7 @@ class _Stream:
         view = BlockView(self.chain.names[index], block, output)
         linears, skipped = self._linears(view, index)
         self.original, self.smoothed = self._measure(index, block, view, linears)
-        skipped |= {s["name"]: s["reason"] for s in getattr(view, INFO, {}).get("skipped", [])}
+        skipped |= {layer.name: layer.reason for layer in ModelRecord.of(view).skipped}
         if linears:
             quantize_model(view, config=self._config_of(view))
         tensors, tied = unique(skeletons.layer_state(block, prefix=f"{self.chain.names[index]}."))
@@ -239,7 +244,7 @@ class _Stream:
         skeletons.check_scales(tensors, modules)
         entry = write_safetensors(self.work.part(index), tensors)
         record = {
-            "layers": getattr(view, INFO, {}).get("layers", []),
+            "layers": [layer.to_dict() for layer in ModelRecord.of(view).layers],
             "skipped": skipped,
             "modules": modules,
             "shared": shared,
@@ -254,10 +259,11 @@ class _Stream:
         self.work.finish_block(index, record, states)
         self.records.append(record)
 
-    def _linears(self, view: nn.Module, index: int) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    def _linears(self, part: nn.Module, index: int) -> tuple[dict[str, nn.Module], dict[str, str]]:
         """The linears of a block to quantize, and those that stay; there may be none to quantize."""
+        view = ModelView(part, self.config.skip)
         try:
-            return partition_linears(view, self.config.skip)
+            return dict(view.linears), dict(view.skipped)
         except SmoothQuantError:
             prefix = f"{self.chain.names[index]}."
             return {}, {n: r for n, r in self.skipped_at_first.items() if n.startswith(prefix)}
@@ -294,12 +300,13 @@ class _Stream:
 
     # --- the rest ---
 
-    def _do_rest(self) -> tuple[list[dict[str, Any]], dict[str, str], float]:
-        """Smooths and quantizes linears outside the blocks; their entries, what is skipped, and the model's change."""
+    def _do_rest(self) -> tuple[list[LayerRecord], dict[str, str], float]:
+        """Smooths and quantizes linears outside the blocks; their records, what is skipped, and the model's change."""
         model = self.model
         before = self.chain.finish(self.sample, known(self.original))
+        view = ModelView(model, self.config.skip)
         try:
-            linears, skipped = partition_linears(model, self.config.skip)
+            linears, skipped = dict(view.linears), dict(view.skipped)
         except SmoothQuantError:  # the usual case
             rest, linears = {name for name, _ in model.named_modules()}, {}
             skipped = {n: r for n, r in self.skipped_at_first.items() if n in rest}
@@ -314,20 +321,19 @@ class _Stream:
             for batch, hidden in zip(self.batches, self.hidden, strict=True):
                 recorder.measure(joined(batch, hidden), around)
             statistics.check_finite()
+
+            def sample_around(sample: Batch) -> Any:
+                return self.chain.finish(sample, known(self.original))
+
             # With all blocks left out, what is before them and what is behind them is a small model.
             # The layers' inputs are those of the whole model all the same.
+            config = self._config_of(model)
             with Changes() as changes:
-                smooth_into(
-                    model,
-                    statistics,
-                    self._config_of(model),
-                    changes,
-                    run_sample=lambda sample: self.chain.finish(sample, known(self.original)),
-                )
+                smooth_into(view, statistics, config, changes, run_sample=sample_around)
         change = relative_difference(self.chain.finish(self.sample, known(self.smoothed)), before)
         if linears:
             quantize_model(model, config=self._config_of(model))
-        return getattr(model, INFO, {}).get("layers", []), skipped, change
+        return list(ModelRecord.of(model).layers), skipped, change
 
     def finish(self, tokenizer: Any) -> None:
         """The rest's shard, the configuration and the manifest, as `save_quantized` has them."""
@@ -336,22 +342,18 @@ class _Stream:
         rest, tied = unique(skeletons.layer_state(model))
         modules, shared = skeletons.describe_modules(model)
         for record in records:
-            layers = layers + record["layers"]
+            layers += map(LayerRecord.from_dict, record["layers"])
             skipped = skipped | record["skipped"]
             modules, shared = modules | record["modules"], shared | record["shared"]
             tied = tied | record["tied"]
         place = {name: i for i, name in enumerate(self.order)}
-        info = {
-            "config": self.config.to_dict(),
-            "layers": sorted(layers, key=lambda layer: place[layer["name"]]),
-            "skipped": [
-                {"name": n, "reason": r}
-                for n, r in sorted(skipped.items(), key=lambda s: place[s[0]])
-            ],
-            "verification": {"relative_change": change, "bit_exact": change == 0.0},
-            "calibration_tokens": sum(count_tokens(batch) for batch in self.batches),
-        }
-        setattr(model, INFO, info)
+        ModelRecord(
+            config=self.config.to_dict(),
+            layers=tuple(sorted(layers, key=lambda layer: place[layer.name])),
+            skipped=skipped_layers(dict(sorted(skipped.items(), key=lambda s: place[s[0]]))),
+            verification=Verification.of(change),
+            calibration_tokens=sum(count_tokens(batch) for batch in self.batches),
+        ).attach(model)
         skeletons.check_scales(rest, modules)
         self.chain.restore()
         made = {name: skeletons.make_module(name, values) for name, values in modules.items()}

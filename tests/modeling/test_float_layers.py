@@ -21,6 +21,7 @@ from smoothquant_kernels.modeling.float_layers import stays_in_float
 from smoothquant_kernels.modeling.readers import watched
 from smoothquant_kernels.modeling.run import evaluating, output_tensor, run
 from smoothquant_kernels.modeling.sample_inputs import runnable_batch
+from smoothquant_kernels.modeling.view import ModelView
 from tests.support.families import FAMILIES
 from tests.support.models import HIDDEN, VOCAB, token_batches
 
@@ -172,7 +173,7 @@ def test_layers_that_others_read_stay_in_float(case: str) -> None:
 @pytest.mark.parametrize("case", ["functional", "helper", "autograd function"])
 def test_the_source_tells_where_nothing_can_be_run(case: str) -> None:
     kind, expected = READERS[case]
-    found = stays_in_float(kind(), ["a", "b", "c", "head"], None)
+    found = stays_in_float(ModelView(kind()), ["a", "b", "c", "head"], None)
     assert found == dict.fromkeys(
         expected, f"{kind.__name__} reads its parameters from outside: stays in float"
     )
@@ -209,12 +210,14 @@ def test_a_first_parameter_of_another_type_is_no_substitute() -> None:
     model = Asking().eval()
     model.c[0], model.c[1] = model.c[1], model.c[0].double()  # type: ignore[index]
     model.c.forward = lambda x: model.c[0](x)  # type: ignore[index, method-assign]
-    found = stays_in_float(model, ["a", "b.0", "b.2", "c.0"], {"input_ids": token_batches()[0]})
+    found = stays_in_float(
+        ModelView(model), ["a", "b.0", "b.2", "c.0"], {"input_ids": token_batches()[0]}
+    )
     assert found.keys() == {"b.0", "c.0"}
 
 
 def test_the_source_is_not_asked_about_types() -> None:
-    assert stays_in_float(Called(), ["a", "b", "c"], None) == {}
+    assert stays_in_float(ModelView(Called()), ["a", "b", "c"], None) == {}
 
 
 def test_a_fold_that_only_long_inputs_would_notice() -> None:

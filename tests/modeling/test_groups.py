@@ -10,7 +10,7 @@ from smoothquant_kernels import SmoothQuantConfig, calibrate_model, smooth_lm
 from smoothquant_kernels.modeling import groups as groups_module
 from smoothquant_kernels.modeling.float_layers import stays_in_float
 from smoothquant_kernels.modeling.groups import find_groups
-from smoothquant_kernels.modeling.view import partition_linears
+from smoothquant_kernels.modeling.view import ModelView
 from tests.support.models import CONFIGS, GQA, HIDDEN, VOCAB, make_model, token_batches
 
 _LLAMA = {
@@ -52,8 +52,8 @@ EXPECTED["gpt_neox_serial"] = EXPECTED["gpt_neox"]
 
 
 def found(model: nn.Module, **options: str) -> dict[tuple[str, ...], str | None]:
-    linears, _ = partition_linears(model)
-    groups = find_groups(model, linears, {"input_ids": token_batches()[0]}, **options)
+    linears = ModelView(model).linears
+    groups = find_groups(ModelView(model), linears, {"input_ids": token_batches()[0]}, **options)
     return {g.linears: g.producer for g in groups}
 
 
@@ -211,7 +211,7 @@ def test_outputs_alone_do_not_show_every_reader(
 def test_the_reason_names_the_reader() -> None:
     model = Block("scale-invariant")
     del model.rare
-    groups = find_groups(model, ["a", "b"], {"input_ids": token_batches()[0]})
+    groups = find_groups(ModelView(model), ["a", "b"], {"input_ids": token_batches()[0]})
     assert [g.reason for g in groups] == [
         "norm is read by something else as well (aten.sign reads it)"
     ]
@@ -228,7 +228,7 @@ def test_operators_that_cannot_be_followed_are_no_error() -> None:
 
     model = Unfollowed()
     del model.rare
-    (group,) = find_groups(model, ["a", "b"], {"input_ids": token_batches()[0]})
+    (group,) = find_groups(ModelView(model), ["a", "b"], {"input_ids": token_batches()[0]})
     assert group.producer is None
     assert group.reason == (
         "norm is read by something else as well (cannot be followed: no rule for this mode)"
@@ -239,13 +239,13 @@ def test_linears_whose_weight_is_read_elsewhere() -> None:
     """To be left as they are: quantizing or scaling them would change the other reader. Tied ones read their own."""
     model = Block("linear's weight read")
     batch = {"input_ids": token_batches()[0]}
-    assert stays_in_float(model, ["a", "b"], batch) == {
+    assert stays_in_float(ModelView(model), ["a", "b"], batch) == {
         "a": "aten.t reads its parameters from outside: stays in float"
     }
     model = Block()
     model.b = nn.Linear(HIDDEN, HIDDEN)
     model.b.weight = model.a.weight
-    assert stays_in_float(model, ["a", "b"], batch) == {}
+    assert stays_in_float(ModelView(model), ["a", "b"], batch) == {}
 
 
 class Mixture(nn.Module):
@@ -340,7 +340,7 @@ class Gated(nn.Module):
 def test_linear_producers_are_probed(function: str, producer: str | None) -> None:
     model = Gated(function)
     x = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
-    groups = find_groups(model, ["up", "gate", "down"], {"x": x})
+    groups = find_groups(ModelView(model), ["up", "gate", "down"], {"x": x})
     assert [(g.linears, g.producer) for g in groups] == [
         (("up", "gate"), None),
         (("down",), producer),
@@ -358,7 +358,7 @@ def test_probe_survives_half_precision() -> None:
 def test_gqa_keeps_the_runtime_division_with_a_reason() -> None:
     model = make_model("llama_gqa")
     assert GQA["num_key_value_heads"] == 2
-    linears, _ = partition_linears(model)
-    groups = find_groups(model, linears, {"input_ids": token_batches()[0]})
+    linears = ModelView(model).linears
+    groups = find_groups(ModelView(model), linears, {"input_ids": token_batches()[0]})
     reasons = {g.reason for g in groups if g.linears[0].endswith("o_proj")}
     assert reasons == {"no producer scales its channels one by one"}

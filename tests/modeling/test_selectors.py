@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from smoothquant_kernels import W8A8Linear, smooth_lm
 from smoothquant_kernels.modeling.float_layers import stays_in_float
+from smoothquant_kernels.modeling.view import ModelView
 from tests.modeling.test_float_layers import EXACT, Model, Training, both_ways
 from tests.support.models import HIDDEN, VOCAB, token_batches
 
@@ -217,7 +218,10 @@ def test_a_token_that_is_only_returned_is_no_choice() -> None:
             return logits, logits.argmax(-1)
 
     model = Greedy().eval()
-    assert stays_in_float(model, ["a", "b", "c", "head"], {"input_ids": token_batches()[0]}) == {}
+    assert (
+        stays_in_float(ModelView(model), ["a", "b", "c", "head"], {"input_ids": token_batches()[0]})
+        == {}
+    )
 
 
 class Named(nn.Module):
@@ -236,11 +240,11 @@ class Named(nn.Module):
 
 def test_names_tell_where_nothing_can_be_run() -> None:
     linears = ["gate", "my_router.0", "shared_expert_gate", "experts.0"]
-    assert stays_in_float(Named(4, 4), linears, None) == {
+    assert stays_in_float(ModelView(Named(4, 4)), linears, None) == {
         "gate": "it has as many outputs as experts has experts: it selects, and stays in float",
         "my_router.0": "its name says that it is a router: it selects, and stays in float",
     }
-    assert stays_in_float(Named(4, 3), linears, None).keys() == {"my_router.0"}
+    assert stays_in_float(ModelView(Named(4, 3)), linears, None).keys() == {"my_router.0"}
 
 
 def test_gemma_4_keeps_its_routers() -> None:

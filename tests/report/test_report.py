@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional as F
 
 from smoothquant_kernels import SmoothQuantConfig, SmoothQuantError, smooth_lm
-from smoothquant_kernels.modeling.view import partition_linears
+from smoothquant_kernels.modeling.view import ModelView
 from smoothquant_kernels.nn.float_linear import weight_of
 from smoothquant_kernels.report import figures as _report_plots
 from smoothquant_kernels.report import page as _report_page
@@ -117,7 +117,7 @@ def test_the_sqnr_of_every_layer_is_that_of_an_independent_computation(reported:
     model, _, document = reported
     smoothed = smooth_lm(copy.deepcopy(model), DATA, config=CONFIG, progress=False)
     layers = document["layers"]
-    assert [layer["name"] for layer in layers] == list(partition_linears(model)[0])
+    assert [layer["name"] for layer in layers] == list(ModelView(model).linears)
     ways = {layer["smoothing"] for layer in layers}
     assert "folded" in ways and ways <= {"folded", "runtime"}  # LLaMA's grouped queries need both
     for layer in layers:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from smoothquant_kernels import SmoothQuantError
-from smoothquant_kernels.modeling.view import partition_linears
+from smoothquant_kernels.modeling.view import ModelView
 from smoothquant_kernels.smoothing.calibrate import calibration_batches, collect_statistics
 from smoothquant_kernels.smoothing.statistics import ActivationStatistics
 from tests.support.models import VOCAB, make_model, token_batches
@@ -25,7 +25,7 @@ class WordTokenizer:
 
 
 def statistics(model: nn.Module, data: Any, **options: Any) -> Any:
-    linears, _ = partition_linears(model)
+    linears = ModelView(model).linears
     return collect_statistics(model, linears, calibration_batches(data, **options), progress=False)
 
 
@@ -51,7 +51,7 @@ def test_maxima_equal_those_of_all_inputs(family: str) -> None:
     data = token_batches()
     result = statistics(model, data)
     assert result.tokens == 4 * 2 * 24
-    linears, _ = partition_linears(model)
+    linears = ModelView(model).linears
     assert set(result.absmax) == set(linears)
     for name in linears:
         expected = by_hand(model, name, [{"input_ids": ids} for ids in data])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from smoothquant_kernels import calibrate_model
 from smoothquant_kernels.modeling.run import evaluating, run
-from smoothquant_kernels.modeling.view import partition_linears
+from smoothquant_kernels.modeling.view import ModelView
 from smoothquant_kernels.smoothing.padding import OUTPUT, Padding
 from tests.support.models import LLAMA_LIKE, VOCAB, make_model
 
@@ -48,7 +48,7 @@ def t5() -> nn.Module:
 def by_hand(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """The input of every linear."""
     seen: dict[str, Tensor] = {}
-    linears, _ = partition_linears(model)
+    linears = ModelView(model).linears
 
     def hook(name: str) -> Any:
         return lambda _, args: seen.update({name: args[0].detach()})
@@ -181,7 +181,7 @@ def test_sound_at_another_rate_is_not_masked() -> None:
 
 
 def learned(model: nn.Module, batch: dict[str, Tensor]) -> Padding:
-    linears, _ = partition_linears(model)
+    linears = ModelView(model).linears
     padding = Padding(model, linears)
     with evaluating(model):
         padding.start(batch, lambda b: run(model, b))

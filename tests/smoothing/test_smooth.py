@@ -19,7 +19,7 @@ from smoothquant_kernels import (
     smooth_and_quantize,
     smooth_lm,
 )
-from smoothquant_kernels.modeling.view import partition_linears
+from smoothquant_kernels.modeling.view import ModelView
 from smoothquant_kernels.nn.float_linear import pending_smooth
 from smoothquant_kernels.smoothing.calibrate import calibration_batches, collect_statistics
 from smoothquant_kernels.smoothing.fold import norm_offsets, round_to_power_of_two
@@ -48,7 +48,7 @@ def test_powers_of_two_change_no_bit(family: str) -> None:
     assert torch.equal(run(result, IDS), run(model, IDS))
     assert result.smoothquant_info["verification"] == {"relative_change": 0.0, "bit_exact": True}
     changed = [n for n, layer in layers(result).items() if layer["smoothing"] != "none"]
-    assert len(changed) == len(partition_linears(model)[0])
+    assert len(changed) == len(ModelView(model).linears)
 
 
 @pytest.mark.parametrize("family", ["llama", "opt", "gpt2", "bloom_post", "gpt_neox"])
@@ -70,7 +70,7 @@ def test_factors_are_those_of_the_formula() -> None:
     """s from the definition, read back from the weights (folded) and from inv_smooth (run time)."""
     model = make_model("llama_gqa")
     result = smoothed(model, alpha=0.7, smooth_rounding="none")
-    names, _ = partition_linears(model)
+    names = ModelView(model).linears
     batches = calibration_batches(token_batches())
     absmax = collect_statistics(model, names, batches, progress=False).absmax
     prefix = "model.layers.1."
@@ -223,7 +223,7 @@ def test_every_linear_but_the_head_is_int8(family: str, scheme: str) -> None:
     model = make_model(family)
     expected = run(model, IDS)
     config = SmoothQuantConfig(activation_scheme=scheme, alpha=0.5)
-    names = set(partition_linears(model)[0])
+    names = set(ModelView(model).linears)
     result = smooth_and_quantize(model, token_batches(), config, progress=False)
     assert result is model
     quantized = {n for n, m in model.named_modules() if isinstance(m, W8A8Linear)}
