@@ -124,7 +124,7 @@ class LayerRecord:
         if not self.group:
             sizes = {key: info[key] for key in ("in_features", "out_features")}
             info = {key: info[key] for key in ("name", "smoothing", "reason")} | own | sizes
-        return info | own | more
+        return {**info, **own, **more}
 
 
 @dataclass(frozen=True)
