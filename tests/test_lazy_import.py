@@ -35,7 +35,7 @@ def test_help_does_not_load_torch() -> None:
     assert "power_of_two" in run(HELP.format(arguments=["quantize", "--help"]))
 
 
-# torch loads fcntl of its own: without it there, whoever imports it shows. Each of these takes long, or lacks on Windows.
+# torch has loaded fcntl, which Windows lacks; once it is taken away, a later import of it shows.
 UNWANTED = """
 import sys
 if {torch}:

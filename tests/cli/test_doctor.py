@@ -42,7 +42,7 @@ def install(folder: Path, monkeypatch: pytest.MonkeyPatch, source: str) -> None:
     (folder / "library.cpp").write_text(source)
     command = ["g++", "-shared", "-fPIC", "library.cpp", "-o", _extension.LIBRARY_NAME]
     subprocess.run(command, cwd=folder, check=True)
-    monkeypatch.setattr(_extension, "_FOLDER", folder)
+    monkeypatch.setattr(_extension, "FOLDER", folder)
     monkeypatch.setattr(_extension, "_status", _extension.ExtensionStatus(True, ""))
 
 
@@ -122,7 +122,7 @@ def test_a_damaged_table_is_none(
 def test_a_library_without_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install(tmp_path, monkeypatch, "")
     assert _extension.dispatch_tables() == {}
-    monkeypatch.setattr(_extension, "_FOLDER", tmp_path / "nothing")
+    monkeypatch.setattr(_extension, "FOLDER", tmp_path / "nothing")
     assert _extension.dispatch_tables() == {}
 
 
