@@ -61,6 +61,7 @@ def serve(command: str, *, as_json: bool, verbose: bool = False, **arguments: An
         text, code = _told(error)
         if verbose and not isinstance(error, SmoothQuantError):
             traceback.print_exc()
+        # Here and below imports are late where help needs nothing of them.
         from smoothquant_kernels.cli.wording import for_command_line
 
         # The sentence may quote a library's message with line breaks.
