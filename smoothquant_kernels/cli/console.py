@@ -9,15 +9,17 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from smoothquant_kernels.cli.wording import for_command_line
 from smoothquant_kernels.errors import SmoothQuantError
-from smoothquant_kernels.storage.document import Document, json_text
+
+if TYPE_CHECKING:
+    from smoothquant_kernels.storage.document import Document
 
 DEFECT, MISMATCH, USER_ERROR, INTERRUPTED = 1, 1, 2, 130
 _PACKAGE = str(Path(__file__).parents[1])
@@ -29,14 +31,17 @@ class MismatchError(SmoothQuantError):
     """A check that was asked for has failed: exit code 1, as `cmp` and `sha256sum --check` have it."""
 
 
-def serve(
-    work: Callable[[], Document],
-    render: Callable[[Document], Any],
-    *,
-    as_json: bool,
-    verbose: bool = False,
-) -> None:
-    """Runs a command and prints its document: as JSON, or as `render` has it (text, a renderable).
+def serve(command: str, *, as_json: bool, verbose: bool = False, **arguments: Any) -> None:
+    """Runs a command and prints its document.
+
+    Its module has two functions: `work` makes the document from the arguments, and `render` makes what people read
+    (text, a renderable) from nothing but the document.
+
+    Args:
+        command: the name of the command and of its module, which is imported here, so that help is quick.
+        as_json: prints the document as JSON.
+        verbose: shows the libraries' warnings, progress bars and tracebacks.
+        arguments: what `work` takes.
 
     Raises:
         typer.Exit: after one sentence. 2: a SmoothQuantError, no memory, or a file or disk that fails. 1: a
@@ -47,7 +52,8 @@ def serve(
     try:
         # A library that prints to stdout would spoil the JSON document.
         with contextlib.redirect_stdout(sys.stderr), _quiet_libraries(verbose):
-            document = work()
+            module = import_module(f"smoothquant_kernels.cli.{command}")
+            document = module.work(**arguments)
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from None
@@ -55,11 +61,14 @@ def serve(
         text, code = _told(error)
         if verbose and not isinstance(error, SmoothQuantError):
             traceback.print_exc()
+        # Here and below imports are late where help needs nothing of them.
+        from smoothquant_kernels.cli.wording import for_command_line
+
         # The sentence may quote a library's message with line breaks.
         print(f"Error: {for_command_line(' '.join(text.split()))}", file=sys.stderr)
         raise typer.Exit(code) from None
     try:
-        _show(document, render, as_json=as_json)
+        _show(document, None if as_json else module.render)
     except BrokenPipeError:
         raise  # typer ends quietly
     except OSError as error:
@@ -104,8 +113,10 @@ def _os_sentence(error: OSError) -> str:
     return f"{place}: {error.strerror}; give another place, or mend that one."
 
 
-def _show(document: Document, render: Callable[[Document], Any], *, as_json: bool) -> None:
-    if as_json:
+def _show(document: Document, render: Any) -> None:
+    if render is None:
+        from smoothquant_kernels.storage.document import json_text
+
         print(json_text(document), flush=True)
         return
     shown = render(document)

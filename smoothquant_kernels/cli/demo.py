@@ -72,7 +72,7 @@ FULL, QUICK = Size(4096, 3072, 40), Size(512, 512, 16)
 # --- the run --------------------------------------------------------------------------------------
 
 
-def run_demo(output: Path, *, quick: bool, calibration: str, text: str) -> Document:
+def work(output: Path, *, quick: bool, calibration: str, text: str) -> Document:
     """Measures, saves, plots; returns all numbers.
 
     Raises:
@@ -310,7 +310,7 @@ def _check_folder(output: Path) -> None:
 # --- for people -----------------------------------------------------------------------------------
 
 
-def render_demo(document: Document) -> Group:
+def render(document: Document) -> Group:
     table = Table(title=_title(document), title_justify="left")
     table.add_column("model")
     for name in (

@@ -40,7 +40,7 @@ _MODES = {
 }
 
 
-def examine() -> Document:
+def work() -> Document:
     """Everything that explains where int8 layers run on this machine, and why not elsewhere."""
     return {
         "package": installed_version(PACKAGE),
@@ -138,7 +138,7 @@ def _verdict() -> list[str]:
     return sentences
 
 
-def render_doctor(document: Document) -> Table:
+def render(document: Document) -> Table:
     cuda, extension, chip = document["cuda"], document["extension"], document["cpu"]
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold", no_wrap=True)

@@ -1,4 +1,4 @@
-"""The command evaluate."""
+"""`smoothquant-kernels evaluate`: perplexity, and the distance from the original."""
 
 from __future__ import annotations
 
@@ -9,36 +9,36 @@ from smoothquant_kernels.cli.loading import (
     load_any,
     load_tokenizer,
 )
-from smoothquant_kernels.evaluation.perplexity import evaluate as evaluate_model
+from smoothquant_kernels.evaluation import perplexity
 from smoothquant_kernels.evaluation.text import load_text
 from smoothquant_kernels.storage.document import Document, note
 
 
-def evaluate(
+def work(
     source: str,
     *,
     reference: str | None,
     text: str,
     window: int,
-    max_tokens: int | None,
+    max_tokens: int,
     last_word: bool,
     dtype: str,
     device: str,
 ) -> Document:
-    """`smoothquant-kernels evaluate`."""
+    """Measures a model or checkpoint; `max_tokens=0` takes the whole text."""
     texts = load_text(text)
     options = {"dtype": dtype, "device": device, "causal": "evaluate"}
     model, quantized = load_any(source, **options)
     original = None if reference is None else load_any(reference, **options)[0]
     tokenizer = load_tokenizer(source, reference)
     note(f"evaluating on {text}")
-    result = evaluate_model(
+    result = perplexity.evaluate(
         model,
         texts,
         tokenizer,
         reference=original,
         window=window,
-        max_tokens=max_tokens,
+        max_tokens=max_tokens or None,
         last_word=last_word,
         progress=show_progress(),
     )
@@ -52,7 +52,7 @@ def evaluate(
     }
 
 
-def render_evaluate(document: Document) -> Table:
+def render(document: Document) -> Table:
     result = document["result"]
     table = Table(title=f"{document['model']} on {document['text']}", title_justify="left")
     table.add_column("")

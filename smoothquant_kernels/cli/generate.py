@@ -1,4 +1,4 @@
-"""The command generate."""
+"""`smoothquant-kernels generate`: a prompt, continued greedily."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from smoothquant_kernels.modeling.run import evaluating, model_device
 from smoothquant_kernels.storage.document import Document
 
 
-def generate(
+def work(
     source: str, prompt: str, *, max_new_tokens: int, chat: bool, dtype: str, device: str
 ) -> Document:
-    """`smoothquant-kernels generate`."""
+    """Loads the model and continues the prompt."""
     model, quantized = load_any(source, dtype=dtype, device=device, causal="generate")
     tokenizer = load_tokenizer(source)
     answer = complete(model, tokenizer, prompt, max_new_tokens=max_new_tokens, chat=chat)
@@ -83,6 +83,6 @@ def complete(
     }
 
 
-def render_generate(document: Document) -> str:
+def render(document: Document) -> str:
     # Plain text, not wrapped: it is for copying and for pipes.
     return str(document["text"] if document["chat"] else document["prompt"] + document["text"])

@@ -69,7 +69,7 @@ def verify_checkpoint(directory: Path) -> None:
         raise MismatchError(f"{'; '.join(wrong)}: copy or download the checkpoint again.")
 
 
-def inspect_checkpoint(directory: Path, *, verify: bool = False) -> Document:
+def work(directory: Path, *, verify: bool = False) -> Document:
     """Everything that is known about a checkpoint without its weights; with `verify`, after reading all files.
 
     Raises:
@@ -254,7 +254,7 @@ def describe_config(document: Document) -> str:
     return f"{text}, alpha {', '.join(str(DEFAULT_ALPHA.get(s)) for s in sorted(schemes & DEFAULT_ALPHA.keys()))}"
 
 
-def render_inspect(document: Document) -> Group:
+def render(document: Document) -> Group:
     size = document["bytes"]
     facts = Table.grid(padding=(0, 2))
     facts.add_row("model", document["model"])

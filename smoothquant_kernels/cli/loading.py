@@ -22,15 +22,28 @@ from smoothquant_kernels.evaluation import models
 from smoothquant_kernels.evaluation.architecture import check_causal
 from smoothquant_kernels.nn.float_linear import is_float_linear
 from smoothquant_kernels.nn.kinds import is_quantized
-from smoothquant_kernels.storage.document import note
+from smoothquant_kernels.storage.document import Document, note
 from smoothquant_kernels.storage.folder import check_writable, occupant
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def read_config(path: Path | None, **changes: Any) -> SmoothQuantConfig:
-    """The settings of a file, or the defaults, with those of `changes` that are not None."""
+def changed_settings(
+    *, scheme: str | None, skip: list[str] | None, no_smooth: bool, **others: Any
+) -> Document:
+    """The settings that options were given for; `others` have the names of the settings already."""
+    changes = {
+        **others,
+        "activation_scheme": scheme,
+        "skip": tuple(skip) if skip else None,
+        "smooth": False if no_smooth else None,
+    }
+    return {name: value for name, value in changes.items() if value is not None}
+
+
+def read_config(path: Path | None, changes: Document) -> SmoothQuantConfig:
+    """The settings of a file, or the defaults, with those of `changes` instead."""
     config = SmoothQuantConfig()
     if path is not None:
         try:
@@ -39,7 +52,7 @@ def read_config(path: Path | None, **changes: Any) -> SmoothQuantConfig:
             raise SmoothQuantError(f"{path} cannot be read: {error.strerror}.") from error
         except (SmoothQuantError, UnicodeDecodeError) as error:
             raise SmoothQuantError(f"{path}: {error}") from error
-    return config.replace(**{k: v for k, v in changes.items() if v is not None})
+    return config.replace(**changes)
 
 
 def choose_dtype(name: str) -> torch.dtype:

@@ -119,6 +119,7 @@ Skip = Annotated[
 Config = Annotated[
     Path | None,
     typer.Option(
+        "--config",
         metavar="FILE.json",
         help="Settings, any of docs/cli.md, also those without an option; the options override them.",
     ),

@@ -1,5 +1,4 @@
-"""The work of the commands quantize, evaluate and generate: each returns what it found as plain
-values, and `render_*` makes what people read from just these values."""
+"""`smoothquant-kernels quantize`: calibrates, smooths, quantizes and saves."""
 
 from __future__ import annotations
 
@@ -17,18 +16,17 @@ from smoothquant_kernels.checkpoint.manifest import is_checkpoint
 from smoothquant_kernels.checkpoint.save import save_quantized
 from smoothquant_kernels.checkpoint.size import checkpoint_bytes
 from smoothquant_kernels.cli.console import quiet_stderr, show_progress
-from smoothquant_kernels.cli.evaluate import evaluate
-from smoothquant_kernels.cli.generate import complete, generate
 from smoothquant_kernels.cli.inputs import calibration_inputs, describe_inputs, processor_of
 from smoothquant_kernels.cli.inspect import (
     describe_config,
     describe_verification,
-    inspect_checkpoint,
     render_layers,
     summarize_layers,
     weight_files,
 )
+from smoothquant_kernels.cli.inspect import work as inspect_checkpoint
 from smoothquant_kernels.cli.loading import (
+    changed_settings,
     check_output,
     choose_device,
     choose_dtype,
@@ -47,27 +45,24 @@ from smoothquant_kernels.smoothing.smooth import check_finite_weights, smooth_lm
 from smoothquant_kernels.storage.document import Document, note, readable_size
 from smoothquant_kernels.storage.space import check_space
 
-__all__ = ["complete", "evaluate", "generate", "quantize", "read_config"]
 
-
-# --- quantize -------------------------------------------------------------------------------------
-
-
-def quantize(
+def work(
     source: str,
     output: Path,
-    config: SmoothQuantConfig,
     *,
+    config_file: Path | None,
     calibration: str,
     dtype: str,
     device: str,
     force: bool,
-    search: bool = False,
-    stream: bool = False,
-    restart: bool = False,
+    search: bool,
+    stream: bool,
+    restart: bool,
+    **options: Any,
 ) -> Document:
-    """`smoothquant-kernels quantize`."""
+    """Writes the checkpoint; `options` are those of the settings."""
     begin = time.perf_counter()
+    config = read_config(config_file, changed_settings(**options))
     check_output(output, force=force)
     measured = config.smooth or config.activation_scheme == "static"
     if search and stream:
@@ -189,7 +184,7 @@ def _search(
     return found.config
 
 
-def render_quantize(document: Document) -> Group:
+def render(document: Document) -> Group:
     size = document["bytes"]
     facts = Table.grid(padding=(0, 2))
     facts.add_row("settings", describe_config(document))
@@ -207,9 +202,3 @@ def render_quantize(document: Document) -> Group:
     facts.add_row("seconds", f"{document['seconds']:.1f}")
     saved = Text(f"saved {document['output']}", style="bold")
     return Group(render_layers(document), facts, saved)
-
-
-# --- evaluate -------------------------------------------------------------------------------------
-
-
-# --- generate -------------------------------------------------------------------------------------

@@ -1,9 +1,10 @@
-"""The work of the command report."""
+"""`smoothquant-kernels report`: what smoothing does to each layer, as an HTML page."""
 
 from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 from rich.console import Group
 from rich.table import Table
@@ -13,6 +14,7 @@ from smoothquant_kernels.checkpoint.manifest import is_checkpoint, read_manifest
 from smoothquant_kernels.cli.console import show_progress
 from smoothquant_kernels.cli.inputs import calibration_inputs, text_windows
 from smoothquant_kernels.cli.loading import (
+    changed_settings,
     choose_device,
     config_of,
     load_any,
@@ -30,25 +32,25 @@ from smoothquant_kernels.storage.folder import check_writable
 _HELD_IMAGES = 8
 
 
-def report(
+def work(
     source: str,
     output: Path,
     *,
     reference: str | None,
-    config: Path | None,
-    changes: Document,
+    config_file: Path | None,
     calibration: str,
     text: str | None,
     tokens: int,
     dtype: str,
     device: str,
     force: bool,
+    **options: Any,
 ) -> Document:
-    """`smoothquant-kernels report`; `changes` are the settings that were given as options."""
+    """Writes the page; `options` are those of the settings."""
     begin = time.perf_counter()
     check_report_folder(output, overwrite=force)
     check_writable(output)
-    settings = _report_config(source, reference, config, changes)
+    settings = _report_config(source, reference, config_file, changed_settings(**options))
     where, held_source = choose_device(device), text or "topics:evaluation"
     original = source if reference is None else reference
     if is_checkpoint(Path(original)):
@@ -99,7 +101,7 @@ def _report_config(
             raise SmoothQuantError(
                 f"--reference goes with a checkpoint, and {source} is none; leave it out."
             )
-        return read_config(config, **changes)
+        return read_config(config, changes)
     if reference is None:
         raise SmoothQuantError(
             f"{source} is quantized; name the original model with --reference as well."
@@ -120,7 +122,7 @@ def _display_name(source: str) -> str:
     return (path.stem if path.is_file() else path.resolve().name) if path.exists() else source
 
 
-def render_report(document: Document) -> Group:
+def render(document: Document) -> Group:
     summary = document["summary"]
     facts = Table.grid(padding=(0, 2))
     facts.add_row(

@@ -1,4 +1,4 @@
-"""The report as one HTML page: styles and pictures inside, no script, nothing from the network."""
+"""The report as one HTML page: styles (`page.css`) and pictures inside, no script, nothing from the network."""
 
 from __future__ import annotations
 
@@ -7,57 +7,13 @@ import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
+from string import Template
 
 from smoothquant_kernels.modeling.record import How
 from smoothquant_kernels.report.figures import Picture
 from smoothquant_kernels.storage.document import Document, readable_size
 from smoothquant_kernels.storage.versions import PACKAGE, installed_version
 
-_STYLE = """
-:root { color: #1b1f24; background: #fff; font: 16px/1.5 system-ui, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
-body { margin: 0; }
-main, header, footer { max-width: 1160px; margin: 0 auto; padding: 0 24px; }
-header { padding-top: 32px; }
-h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 4px; overflow-wrap: anywhere; }
-h2 { font-size: 1.35rem; margin: 44px 0 8px; border-bottom: 2px solid #d0d7de; padding-bottom: 4px; }
-h3 { font-size: 1rem; margin: 24px 0 4px; overflow-wrap: anywhere; }
-p { max-width: 88ch; margin: 8px 0; overflow-wrap: anywhere; }
-.lead { font-size: 1.05rem; }
-code, .name { font-family: ui-monospace, "DejaVu Sans Mono", Consolas, monospace; font-size: 0.875rem; }
-dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(245px, 1fr)); gap: 12px; margin: 20px 0; }
-dl div { border: 1px solid #d0d7de; border-radius: 6px; padding: 10px 14px; }
-dt { color: #4d5661; font-size: 0.875rem; }
-dd { margin: 0; font-size: 1.2rem; font-weight: 600; overflow-wrap: anywhere; }
-dd small { display: block; font-size: 0.8125rem; font-weight: 400; color: #4d5661; }
-figure { margin: 12px 0 24px; }
-figure img { display: block; width: 100%; height: auto; }
-figcaption { font-size: 0.875rem; color: #4d5661; }
-.scroll { overflow: auto; max-height: 560px; border: 1px solid #d0d7de; border-radius: 6px; margin: 12px 0; }
-.whole { max-height: none; }
-.scroll:focus-visible { outline: 3px solid #2a6f97; }
-table { border-collapse: collapse; width: 100%; font-size: 0.8125rem; font-variant-numeric: tabular-nums; }
-caption { text-align: left; padding: 6px 10px; color: #4d5661; }
-th, td { padding: 5px 10px; text-align: right; border-bottom: 1px solid #e6eaee; white-space: nowrap; }
-thead th { position: sticky; top: 0; background: #f3f5f7; border-bottom: 2px solid #d0d7de; vertical-align: bottom; }
-th[scope=row] { font-weight: 400; }
-.left { text-align: left; }
-.text { text-align: left; white-space: normal; min-width: 330px; }
-.better { color: #0b5c2d; font-weight: 600; }
-.worse { color: #9b2c17; font-weight: 600; }
-footer { margin: 40px auto 32px; color: #4d5661; font-size: 0.8125rem; }
-@page { margin: 14mm; }
-@media print {
-  :root { font-size: 12px; }
-  main, header, footer { max-width: none; padding: 0; }
-  .scroll { overflow: visible; max-height: none; border: 0; }
-  thead th { position: static; }
-  th, td { white-space: normal; overflow-wrap: anywhere; padding: 3px 5px; }
-  table, code, .name, dt, dd small, figcaption, footer { font-size: 9pt; }
-  .text { min-width: 0; }
-  figure, tr, dl div { break-inside: avoid; }
-  h2, h3 { break-after: avoid; }
-}
-"""
 _SMOOTHING: dict[How, str] = {"folded": "folded", "runtime": "run time", "none": "not smoothed"}
 
 
@@ -71,22 +27,24 @@ def page(
         pictures: by layer, and ``"sqnr"``, ``"alpha"``; their files are in `folder`.
         advised: the file with all the advice as settings, if there is any advice.
     """
-    title = f"SmoothQuant W8A8: {document['model']}"
-    parts = [
+    sections = [
         _summary(document),
         _activations(document, pictures, folder),
         _noise(document, pictures, folder),
         _alphas(document, pictures, folder),
         _advice(document, advised),
     ]
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
-        f"<header>\n<h1>{escape(title)}</h1>\n{_lead(document)}\n</header>\n<main>\n"
-        + "\n".join(parts)
-        + f"\n</main>\n<footer>{_footer()}</footer>\n</body>\n</html>\n"
+    return Template(_part("html")).substitute(
+        title=escape(f"SmoothQuant W8A8: {document['model']}"),
+        style=_part("css"),
+        lead=_lead(document),
+        sections="\n".join(sections),
+        footer=_footer(),
     )
+
+
+def _part(kind: str) -> str:
+    return Path(__file__).with_suffix(f".{kind}").read_text("utf-8")
 
 
 # --- pieces -----------------------------------------------------------------------------------------------------------

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from smoothquant_kernels.config import SmoothQuantConfig
@@ -28,6 +27,9 @@ from smoothquant_kernels.smoothing.entries import tensors_of
 from smoothquant_kernels.smoothing.padding import Padding
 from smoothquant_kernels.smoothing.patterns import check_patterns
 from smoothquant_kernels.smoothing.statistics import ActivationStatistics, warn_if_short
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 CalibrationData = Iterable[Any]
 
@@ -183,13 +185,15 @@ class Recorder:
 
 def calibration_bar(progress: bool) -> Progress:
     """The bar that all slow steps of calibration show."""
+    from rich import progress as rich
+
     columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
+        rich.TextColumn("{task.description}"),
+        rich.BarColumn(),
+        rich.MofNCompleteColumn(),
+        rich.TimeRemainingColumn(),
     )
-    return Progress(*columns, transient=True, disable=not progress)
+    return rich.Progress(*columns, transient=True, disable=not progress)
 
 
 def collect_statistics(

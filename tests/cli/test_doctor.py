@@ -42,7 +42,7 @@ def install(folder: Path, monkeypatch: pytest.MonkeyPatch, source: str) -> None:
     (folder / "library.cpp").write_text(source)
     command = ["g++", "-shared", "-fPIC", "library.cpp", "-o", _extension.LIBRARY_NAME]
     subprocess.run(command, cwd=folder, check=True)
-    monkeypatch.setattr(_extension, "_FOLDER", folder)
+    monkeypatch.setattr(_extension, "FOLDER", folder)
     monkeypatch.setattr(_extension, "_status", _extension.ExtensionStatus(True, ""))
 
 
@@ -57,7 +57,7 @@ def as_c_string(text: str) -> str:
 def rendered(document: _doctor.Document) -> str:
     console = Console(width=300, file=io.StringIO())
     with console.capture() as capture:
-        console.print(_doctor.render_doctor(document))
+        console.print(_doctor.render(document))
     return capture.get()
 
 
@@ -65,7 +65,7 @@ def rendered(document: _doctor.Document) -> str:
 def test_doctor_shows_the_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install(tmp_path, monkeypatch, returning(as_c_string(json.dumps(ROWS))))
     assert _extension.dispatch_tables() == {"quantize": ROWS}
-    document = _doctor.examine()
+    document = _doctor.work()
     assert document["extension"]["tables"] == {"quantize": ROWS}
     lines = [line.split() for line in rendered(document).splitlines()]
     assert ["quantize", "by", "warp:", "K", "<=", "1024"] in lines
@@ -82,7 +82,7 @@ def test_doctor_shows_the_tables_of_the_gemm(
     assert _extension.gemm_tables() == GEMM
     expected = {"quantize": ROWS, "gemm_s8 sm80": GEMM_ROWS}
     assert _extension.dispatch_tables() == expected
-    lines = [line.split() for line in rendered(_doctor.examine()).splitlines()]
+    lines = [line.split() for line in rendered(_doctor.work()).splitlines()]
     assert ["gemm_s8", "sm80", "by", "16x32x64:", "M", "<=", "16"] in lines
     assert ["64x64x64,", "16x32x64:", "M", ">", "16"] in lines
 
@@ -122,21 +122,21 @@ def test_a_damaged_table_is_none(
 def test_a_library_without_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install(tmp_path, monkeypatch, "")
     assert _extension.dispatch_tables() == {}
-    monkeypatch.setattr(_extension, "_FOLDER", tmp_path / "nothing")
+    monkeypatch.setattr(_extension, "FOLDER", tmp_path / "nothing")
     assert _extension.dispatch_tables() == {}
 
 
 def test_no_library_has_no_tables(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_extension, "_status", _extension.ExtensionStatus(False, "not built"))
     assert _extension.dispatch_tables() == {}
-    document = _doctor.examine()
+    document = _doctor.work()
     assert document["extension"]["tables"] == {}
     assert "quantize by" not in rendered(document)
 
 
 @pytest.mark.parametrize("tuned", [False, True])
 def test_doctor_says_when_no_table_was_tuned(tuned: bool) -> None:
-    document = _doctor.examine()
+    document = _doctor.work()
     document["extension"] |= {"available": True, "tuned": tuned}
     document["cuda"]["devices"] = []
     assert "no tuned table" not in rendered(document), "there is no GPU"

@@ -284,6 +284,7 @@ def test_the_pure_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> No
     names = zipfile.ZipFile(wheel).namelist()
     assert "smoothquant_kernels/py.typed" in names
     assert "smoothquant_kernels/backends/cuda.py" in names
+    assert {f"smoothquant_kernels/report/page.{kind}" for kind in ("html", "css")} <= set(names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
     folders = {name.split("/")[0] for name in names}
     assert folders == {"smoothquant_kernels", "smoothquant_kernels-0.1.0.dist-info"}
@@ -297,5 +298,6 @@ def test_the_sdist_holds_what_builds_the_kernels(tmp_path: Path) -> None:
         names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
     wanted = {*build_commands.sources(), "tools/build_support.py", "tools/build_commands.py"}
     wanted |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*.h")}
+    wanted |= {f"smoothquant_kernels/report/page.{kind}" for kind in ("html", "css")}
     assert wanted <= names
     assert not [name for name in names if name.endswith(".so")]
