@@ -119,12 +119,13 @@ class LayerRecord:
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
         info: dict[str, Any] = asdict(self) | {"group": list(self.group)}
-        more, scheme = info.pop("more"), info.pop("activation_scheme")
+        more: dict[str, Any] = info.pop("more")
+        scheme = info.pop("activation_scheme")
         own = {} if scheme is None else {"activation_scheme": scheme}
         if not self.group:
-            sizes = {key: info[key] for key in ("in_features", "out_features")}
-            info = {key: info[key] for key in ("name", "smoothing", "reason")} | own | sizes
-        return {**info, **own, **more}
+            info = {key: info[key] for key in ("name", "smoothing", "reason")} | own
+            info |= {"in_features": self.in_features, "out_features": self.out_features}
+        return info | own | more
 
 
 @dataclass(frozen=True)

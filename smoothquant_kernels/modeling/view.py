@@ -82,6 +82,7 @@ def _partition(view: ModelView) -> tuple[dict[str, nn.Module], dict[str, str]]:
             "pass a module around it, such as nn.Sequential(layer), or use W8A8Linear.from_linear(layer)."
         )
     check_whole(model)
+    heads = view.heads
     chosen: dict[str, nn.Module] = {}
     skipped: dict[str, str] = {}
     for name, module in model.named_modules():
@@ -99,7 +100,7 @@ def _partition(view: ModelView) -> tuple[dict[str, nn.Module], dict[str, str]]:
         pattern = next((p for p in view.skip if fnmatch.fnmatchcase(name, p)), None)
         if pattern is not None:
             skipped[name] = Reason.SKIP_PATTERN(pattern)
-        elif name in view.heads:
+        elif name in heads:
             skipped[name] = Reason.OUTPUT_HEAD()
         elif (attached := keeps_float(module)) is not None:
             skipped[name] = Reason.ATTACHED(attached)

@@ -61,11 +61,11 @@ def quantize_model(
         config = SmoothQuantConfig.from_dict(ModelRecord.of(model).config)
     config = config.replace(w_bit=w_bit, a_bit=a_bit)
     with Changes() as changes:
-        quantize_into(ModelView(model, config.skip), config, changes)
+        _quantize_into(ModelView(model, config.skip), config, changes)
     return model
 
 
-def quantize_into(view: ModelView, config: SmoothQuantConfig, changes: Changes) -> None:
+def _quantize_into(view: ModelView, config: SmoothQuantConfig, changes: Changes) -> None:
     """`quantize_model` as a part of a larger change: every layer is made before the first takes its place."""
     model, record = view.model, ModelRecord.of(view.model)
     check_patterns(model, config)
@@ -187,5 +187,5 @@ def smooth_and_quantize(
     check_float_types(view.linears)  # before the work of smoothing
     with Changes() as changes:
         smooth_into(view, calibration_data, config, changes, tokenizer=tokenizer, progress=progress)
-        quantize_into(view, config, changes)
+        _quantize_into(view, config, changes)
     return model

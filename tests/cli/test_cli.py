@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from smoothquant_kernels.cli import console as _console
 from smoothquant_kernels.cli import doctor as _doctor
 from smoothquant_kernels.cli import inspect as _inspect
+from smoothquant_kernels.modeling.record import LayerRecord
 from smoothquant_kernels.storage.document import json_text, readable_size
 from tests.support.command_line import QUANTIZE, TEXT, VOCABULARY, Result, refused, word_tokenizer
 
@@ -204,11 +205,11 @@ def test_sizes_are_readable() -> None:
 
 
 def test_layers_are_counted_together_and_figures_stay_figures() -> None:
-    def layer(n: int, reason: str) -> dict[str, Any]:
-        return {
-            "name": f"model.layers.{n}.fc", "smoothing": "none", "reason": reason,
-            "activation_scheme": "per_token", "out_features": 4, "in_features": 4,
-        }  # fmt: skip
+    def layer(n: int, reason: str) -> LayerRecord:
+        return LayerRecord(
+            f"model.layers.{n}.fc", smoothing="none", reason=reason,
+            activation_scheme="per_token", out_features=4, in_features=4,
+        )  # fmt: skip
 
     said = "int8 error {}% on the sample, {}% if smoothed"
     layers = [
