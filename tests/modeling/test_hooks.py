@@ -16,6 +16,7 @@ from smoothquant_kernels.cli.demo import _inputs
 from smoothquant_kernels.modeling.batches import PositionCounter
 from smoothquant_kernels.modeling.groups import Group, find_groups
 from smoothquant_kernels.modeling.hooks import Hooks
+from smoothquant_kernels.modeling.view import ModelView
 from smoothquant_kernels.report.measure import measure
 from smoothquant_kernels.search.sensitivity import count_rows, record
 from smoothquant_kernels.smoothing.calibrate import collect_statistics
@@ -117,7 +118,7 @@ USERS: dict[str, Callable[[nn.Module], Any]] = {
     ),
     "padding": learn_padding,
     "positions": lambda m: PositionCounter(m)({"inputs": IDS}),
-    "groups": lambda m: find_groups(m, linears_of(m), TEXT),
+    "groups": lambda m: find_groups(ModelView(m), linears_of(m), TEXT),
     "sensitivity": lambda m: record(m, [Group((name,)) for name in linears_of(m)], [PADDED]),
     "rows": lambda m: count_rows(m, linears_of(m), [TEXT]),
     "report": lambda m: measure(m, dict.fromkeys(linears_of(m), ()), [PADDED]),

@@ -29,8 +29,7 @@ from smoothquant_kernels import (
 from smoothquant_kernels.checkpoint.size import checkpoint_bytes
 from smoothquant_kernels.checkpoint.skeleton import make_module
 from smoothquant_kernels.modeling.float_layers import _own_methods
-from smoothquant_kernels.modeling.record import INFO
-from smoothquant_kernels.modeling.view import partition_linears
+from smoothquant_kernels.modeling.view import ModelView
 from smoothquant_kernels.nn import kinds
 from smoothquant_kernels.nn.attached import keeps_float
 from smoothquant_kernels.report.measure import Plan, half_stand_in, stand_in
@@ -91,7 +90,7 @@ def halves(model: nn.Module) -> list[str]:
 def test_each_kind_takes_its_layers(quantized: Any) -> None:
     assert halves(quantized) == HALF
     assert sum(isinstance(m, W8A8Linear) for m in quantized.modules()) == 12
-    layers = {layer["name"]: layer for layer in getattr(quantized, INFO)["layers"]}
+    layers = {layer["name"]: layer for layer in quantized.smoothquant_info["layers"]}
     assert len(layers) == 14
     assert {n for n, la in layers.items() if la["activation_scheme"] == "none"} == set(HALF)
     assert {layers[n]["smoothing"] for n in HALF} == {"runtime"}
@@ -177,7 +176,7 @@ def test_a_streamed_model_has_the_same_kinds(
 
 def test_the_bytes_are_those_of_the_kinds(half: HalfKind) -> None:
     model = make_model("llama_gqa")
-    linears, _ = partition_linears(model)
+    linears = ModelView(model).linears
     mixed = checkpoint_bytes(model, linears, CONFIG)
     kinds.KINDS.remove(half)
     plain = checkpoint_bytes(model, linears, CONFIG)

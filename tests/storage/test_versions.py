@@ -34,7 +34,7 @@ def test_an_installed_package() -> None:
     [
         (versions.package_version, "unknown"),
         (page._footer, "smoothquant-kernels (source tree). Method"),
-        (lambda: str([doctor.examine()[key] for key in ("package", "packages")]), "[None, {"),
+        (lambda: str([doctor.work()[key] for key in ("package", "packages")]), "[None, {"),
     ],
 )
 def test_a_source_tree(without: None, says: Callable[[], str], words: str) -> None:
