@@ -16,7 +16,7 @@ import setuptools
 from setuptools import Extension, setup
 
 if tuple(int(part) for part in setuptools.__version__.split(".")[:1]) < (77,):
-    # Reached only with --no-build-isolation; older ones stop at the licence field with a traceback.
+    # Reached only with --no-build-isolation; older ones stop at the license field with a traceback.
     sys.exit(
         f"setuptools {setuptools.__version__} is too old to build this package; "
         "run: pip install --upgrade 'setuptools>=77'"
