@@ -1,4 +1,4 @@
-// Checks of arguments that several ops share, in the words of smoothquant_kernels/_checks.py.
+// Checks of arguments that several ops share, in the words of smoothquant_kernels/ops/checks.py.
 #pragma once
 
 #include <algorithm>

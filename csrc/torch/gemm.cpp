@@ -1,5 +1,5 @@
 // Binding of csrc/gemm: the int8 GEMMs and the whole linear layer. Schemas, fakes and CPU kernels
-// are in smoothquant_kernels/ops.py.
+// are in smoothquant_kernels/ops/.
 #include "sqk/gemm.h"
 
 #include <string>

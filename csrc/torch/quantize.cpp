@@ -1,5 +1,5 @@
 // Binding of csrc/quantize: the producers of int8 activations. Schemas, fakes and CPU kernels are
-// in smoothquant_kernels/ops.py.
+// in smoothquant_kernels/ops/.
 #include "sqk/quantize.h"
 
 #include <string>
