@@ -1,1 +1,1 @@
-"""Looking at a model and changing it: its layers, what reads what, how it is run, what was done to it."""
+"""Inspects, runs and changes a model: its layers, what reads each tensor, and the record of what was done."""

@@ -1,4 +1,4 @@
-"""Changing a model so that everything can be taken back, bit for bit."""
+"""Changes a model so that everything can be undone, bit for bit."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from smoothquant_kernels.nn.float_linear import pending_smooth, set_pending_smoo
 
 
 class Changes:
-    """The changes made to a model so far. An exception of any kind in the `with` block takes all of them back.
+    """The changes made to a model so far. Any exception in the `with` block undoes all of them.
 
-    Memory: a copy of every parameter written, but for those whose new value gives the old one back exactly (scaled by a
-    power of two, say): these cost nothing.
+    Memory: a copy of every parameter written. A parameter whose new value gives the old one back exactly (scaled by a
+    power of two, for example) costs nothing.
     """
 
     def __init__(self) -> None:
@@ -34,12 +34,12 @@ class Changes:
         return len(self._undo)
 
     def back_to(self, mark: int) -> None:
-        """Takes back what was changed after the mark, the last change first."""
+        """Undoes all changes since the mark, the last one first."""
         while len(self._undo) > mark:
             self._undo[-1]()
             self._undo.pop()
 
-    # Each entry is noted before the change and is harmless without it: an interrupt may fall between the two.
+    # An interrupt may fall between an undo entry and its change, so the entry comes first and is harmless without it.
 
     def write(self, parameter: Tensor, value: Tensor) -> None:
         """Gives a parameter, or a view of one, new values."""
@@ -48,7 +48,7 @@ class Changes:
         _assign(parameter, value)
 
     def scale(self, parameter: Tensor, factor: Tensor) -> None:
-        """Multiplies a parameter by factors that broadcast to it, in float32 at least, rounding once to its type."""
+        """Multiplies a parameter by factors that broadcast to it, in float32 or wider, and rounds once to its type."""
         old = parameter.data
         new = (widened(old) * factor).to(old.dtype)
         if not torch.equal((widened(new) / factor).to(old.dtype), old):
@@ -67,7 +67,7 @@ class Changes:
             _assign(parameter, new)
 
     def attach_smooth(self, linear: nn.Module, smooth: Tensor) -> None:
-        """Leaves smoothing factors to the quantizer of a linear."""
+        """Leaves smoothing factors on a linear, for its quantizer."""
         old = pending_smooth(linear)
         self._undo.append(lambda: set_pending_smooth(linear, old))
         set_pending_smooth(linear, smooth)
@@ -81,7 +81,7 @@ class Changes:
         module.__dict__[name] = value
 
     def replace_module(self, model: nn.Module, name: str, new: nn.Module) -> None:
-        """Puts `new` in place of a module, under all its names."""
+        """Replaces a module with `new`, under all its names."""
         old = model.get_submodule(name)
         places = module_places(model, old)
         self._undo.append(lambda: put_module(places, old))
@@ -89,12 +89,12 @@ class Changes:
 
 
 def widened(t: Tensor) -> Tensor:
-    """In float32; float64 stays."""
+    """`t` in float32, or unchanged if it is float64."""
     return t if t.dtype == torch.float64 else t.float()
 
 
 def writable(t: Tensor) -> bool:
-    """Whether a tensor takes new values in place: not one expanded over its memory, nor one of inference mode."""
+    """Whether a tensor can be written in place: no elements share memory, and inference mode does not forbid it."""
     if t.is_inference() and not torch.is_inference_mode_enabled():
         return False
     return all(stride or size < 2 for size, stride in zip(t.shape, t.stride(), strict=True))

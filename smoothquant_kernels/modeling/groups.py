@@ -1,21 +1,23 @@
-"""Which linears read the same tensor, and which producer could absorb their smoothing factors: found, not listed.
+"""Finds linears that read the same tensor, and the producer that can absorb their smoothing factors.
 
-Smoothing divides a linear's input by s. Where another module produces that input channel by channel (a norm's weight;
-the rows of `v_proj` behind attention, of `up_proj` behind the gate, of `fc1` behind a ReLU), 1 / s can be folded into
-it. Whether it can is not looked up by architecture but tried on the model itself:
+Smoothing divides a linear's input by s. If another module produces that input channel by channel, 1 / s can be folded
+into that producer: the weight of a norm, or the rows of `v_proj` (through attention), of `up_proj` (through the gate)
+or of `fc1` (through a ReLU). No list of architectures says where this works. The model itself is tested:
 
-1. *trace*: one forward pass; linears that are given the very same tensor form a group, and a norm whose output that
-   tensor is becomes the candidate;
-2. *probe*: for a group without one, earlier linears of K output features are candidates. Their output is multiplied by
-   random powers of two, channel by channel. If the group's input is multiplied by just these, the producer is found;
-3. *prove*: all producers' outputs are multiplied and all groups' inputs divided again. Powers of two are exact in
-   floating point, so the model's outputs keep every bit (but for products so small that they are subnormal), unless
-   something else reads a producer too (a residual branch, a hidden consumer). Such groups are found by bisection and
-   keep the run-time division, which needs no producer;
-4. *follow*: a reader whose effect the outputs do not show on this sample is still an operation: two more passes, one of
-   them over longer input, look at every operation that reads a producer's output, without hooks (`_readers.py`).
+1. *trace*: One forward pass. Linears that receive the very same tensor form a group. If that tensor is the output of a
+   norm, the norm is the candidate.
+2. *probe*: For a group without a candidate, earlier linears with K output features become candidates. Their output is
+   multiplied by random powers of two, channel by channel. If this multiplies the group's input by exactly the same
+   factors, the producer is found.
+3. *prove*: All producers' outputs are multiplied, and all groups' inputs are divided again. Powers of two are exact in
+   floating point, so the model's outputs keep every bit (except for subnormal products), unless something else also
+   reads a producer (a residual branch, a hidden consumer). Bisection finds such groups. They keep the run-time
+   division, which needs no producer.
+4. *follow*: On this sample, a reader may have no effect on the outputs, but it is still an operation. Two more passes,
+   one over longer input, watch every operation that reads a producer's output, without hooks (`readers.py`).
 
-What a sample does not run cannot be seen: an uncalled linear of the producer's layer that is as wide refuses it.
+No pass sees what the sample does not run. So an uncalled linear of the same width in the producer's block refuses the
+producer.
 """
 
 from __future__ import annotations
@@ -38,12 +40,12 @@ from smoothquant_kernels.modeling.sample_inputs import repeated
 from smoothquant_kernels.modeling.view import ModelView, is_channelwise, is_read_by_others
 from smoothquant_kernels.nn.float_linear import is_float_linear, weight_of
 
-_CANDIDATES = 4  # earlier linears that are tried as producer of a group: q, k, v and one more
+_CANDIDATES = 4  # earlier linears tried as the producer of a group: q, k, v and one more
 
 
 @dataclass(frozen=True)
 class Group:
-    """Linears that read one tensor, with the module that can absorb 1 / s, if any."""
+    """Linears that read one tensor, and the module that can absorb 1 / s, if any."""
 
     linears: tuple[str, ...]
     producer: str | None = None
@@ -55,7 +57,7 @@ class Group:
 
 @dataclass
 class _Trace:
-    """What one forward pass showed; tensors are kept so that no address is used twice."""
+    """What one forward pass showed. It keeps the tensors alive, so that no address is used twice."""
 
     inputs: dict[str, list[Tensor]]
     norm_outputs: dict[str, list[Tensor]]
@@ -80,7 +82,7 @@ def _trace(model: nn.Module, batch: Batch, linears: Iterable[str]) -> _Trace:
 
 
 def _identity(t: Tensor) -> tuple[int, int, int]:
-    """Equal for a tensor and its reshapes; tells apart views of parts."""
+    """A key that is equal for a tensor and its reshapes, and differs for views of its parts."""
     return (t.data_ptr(), t.numel(), t.shape[-1])
 
 
@@ -105,9 +107,10 @@ def _group_by_input(trace: _Trace) -> list[Group]:
 
 
 def _same(a: Tensor, b: Tensor, *, by_channel: bool = False) -> bool:
-    """Equal but for what subnormal products lose under a factor of two; anything structural is far larger.
+    """Whether `a` equals `b`, except for what subnormal products lose under a factor of two.
 
-    `by_channel` compares each of the last dimension's channels on its own scale, so that no channel hides another.
+    Any structural difference is far larger. `by_channel` compares each channel of the last dimension on its own scale,
+    so that no channel hides another.
     """
     if a.shape != b.shape:
         return False
@@ -120,12 +123,12 @@ def _same(a: Tensor, b: Tensor, *, by_channel: bool = False) -> bool:
 
 def _powers_of_two(size: int, like: Tensor, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    # 1 and 2 only: exact in float16 too, and far from its limits
+    # Only 1 and 2: products stay exact in float16 too, and far from its limits.
     return (2.0 ** torch.randint(0, 2, (size,), generator=generator)).to(like.device, like.dtype)
 
 
 def _candidates(model: nn.Module, trace: _Trace, group: Group) -> list[str]:
-    """Linears with K output features that ran before the group, nearest first, within its repeated block."""
+    """Linears of the same repeated block with K output features that ran once, before the group; nearest first."""
     order = list(trace.inputs)
     first = min(order.index(n) for n in group.linears)
     k = trace.inputs[group.linears[0]][0].shape[-1]
@@ -140,7 +143,7 @@ def _candidates(model: nn.Module, trace: _Trace, group: Group) -> list[str]:
 
 
 def _block(name: str) -> str:
-    """The name up to and with its first number: `model.layers.3`; the empty string without one."""
+    """The name through its first number, such as `model.layers.3`; the empty string without a number."""
     parts = name.split(".")
     for i, part in enumerate(parts):
         if part.isdigit():
@@ -153,8 +156,8 @@ def _out_features(module: nn.Module) -> int:
 
 
 def _probe(model: nn.Module, batch: Batch, trace: _Trace, groups: list[Group]) -> list[Group]:
-    """Looks for a linear producer of each group that has none (step 2)."""
-    # one trial at a time in a block: a query that is scaled changes what its block's values come to
+    """Looks for a linear producer for each group that has none (step 2)."""
+    # A block runs one trial at a time, because a scaled query changes the attention output that a trial of v compares.
     waiting: dict[str, list[tuple[int, int, str]]] = {}
     for i, group in enumerate(groups):
         if group.producer is None and not group.reason:
@@ -167,7 +170,7 @@ def _probe(model: nn.Module, batch: Batch, trace: _Trace, groups: list[Group]) -
         now = {name: i for _, i, name in (trials.pop() for trials in waiting.values() if trials)}
         with Hooks(model) as hooks:
             for name, inputs in trace.inputs.items():
-                # no trial reaches beyond the next linear
+                # The recorded input ends the effect of a trial at the next linear.
                 if len(inputs) == 1 and not any(name in groups[i].linears for i in now.values()):
                     hooks.on_input(name, functools.partial(_replay, inputs[0]))
             for producer, i in now.items():
@@ -189,7 +192,7 @@ def _probe(model: nn.Module, batch: Batch, trace: _Trace, groups: list[Group]) -
 
 
 def _replay(original: Tensor, x: Tensor) -> Tensor:
-    """What a module was given without the trial; not where the trial has sent an expert other tokens."""
+    """The recorded input, or `x` if the trial has routed a different number of tokens to an expert."""
     return original if x.shape == original.shape else x
 
 
@@ -210,7 +213,7 @@ def _add_probe(
 
 
 def _preserves_output(model: nn.Module, batch: Batch, trace: _Trace, groups: list[Group]) -> bool:
-    """Multiplies the producers' outputs, divides the groups' inputs; whether the model's output keeps every bit."""
+    """Whether the model's outputs stay the same when producers' outputs are multiplied and groups' inputs divided."""
     with Hooks(model) as hooks:
         for seed, group in enumerate(groups):
             assert group.producer is not None
@@ -225,7 +228,7 @@ def _preserves_output(model: nn.Module, batch: Batch, trace: _Trace, groups: lis
 
 
 def _unsound(model: nn.Module, batch: Batch, trace: _Trace, groups: list[Group]) -> list[Group]:
-    """The groups whose producer is read by something else, by bisection (step 3)."""
+    """The groups whose producer something else also reads, found by bisection (step 3)."""
     if not groups or _preserves_output(model, batch, trace, groups):
         return []
     if len(groups) == 1:
@@ -239,7 +242,10 @@ def _unsound(model: nn.Module, batch: Batch, trace: _Trace, groups: list[Group])
 def _hidden_readers(
     model: nn.Module, batch: Batch, groups: list[Group], *, all_run: bool = True
 ) -> dict[str, str]:
-    """Producers that more than their group reads, with what reads them (step 4); `all_run`: the batch calls all."""
+    """Producers that something outside their group reads, each with its reader (step 4).
+
+    With `all_run`, also refuses a producer if the pass misses one of the watched modules or cannot be watched at all.
+    """
     found = [(g.producer, g.linears) for g in groups if g.producer is not None]
     marks = {producer: 1 << i for i, (producer, _) in enumerate(found)}
     takes_off: dict[str, int] = {}
@@ -275,7 +281,7 @@ def _hidden_readers(
 
 
 def _refuse_uncalled(model: nn.Module, trace: _Trace, groups: list[Group]) -> list[Group]:
-    """A linear that the sample did not reach may read the producer too."""
+    """Refuses producers that may also be read by a linear that the sample did not reach."""
     silent = [
         (name, weight_of(module).shape[1])
         for name, module in model.named_modules()
@@ -294,7 +300,7 @@ def _refuse_uncalled(model: nn.Module, trace: _Trace, groups: list[Group]) -> li
 
 
 def _within(inner: str, outer: str) -> bool:
-    """Whether a block is the other or a part of it; everything is a part of the model, whose name is empty."""
+    """Whether a block is the other block or a part of it. The empty name is the model, which contains all blocks."""
     return not outer or inner == outer or inner.startswith(f"{outer}.")
 
 
@@ -305,15 +311,15 @@ def _role(name: str) -> str:
 def find_groups(
     view: ModelView, linears: Iterable[str], batch: Batch, *, folding: str = "auto"
 ) -> list[Group]:
-    """Groups of linears in calling order, with a proved producer where there is one.
+    """Returns groups of linears in the order of their calls, each with a proved producer if there is one.
 
     Args:
-        linears: names of the linears to be smoothed.
-        batch: a small batch; a few dozen real tokens are enough.
+        linears: names of the linears to smooth.
+        batch: a small batch. A few dozen real tokens are enough.
         folding: ``"never"`` looks for no producers.
 
     Raises:
-        Nothing of its own: a producer that cannot be proved is left out, with the reason in the group.
+        Nothing of its own. A group whose producer cannot be proved has no producer, but a reason.
     """
     model, linears = view.model, list(linears)
     with evaluating(model):
@@ -328,11 +334,11 @@ def find_groups(
         groups = _refuse_common_producers(groups)
         groups = _refuse_uncalled(model, trace, groups)
         candidates = [g for g in groups if g.producer is not None]
-        # alike groups side by side, so that a structural fault is bisected in few runs
+        # Groups with the same role are neighbors, so that bisection isolates a structural fault in few runs.
         candidates.sort(key=lambda g: _role(g.linears[0]))
         readers = _hidden_readers(model, batch, candidates) if candidates else {}
         longer = repeated(model, batch) if candidates else None
-        with contextlib.suppress(Exception):  # longer than the model goes
+        with contextlib.suppress(Exception):  # the model may refuse an input of this length
             if longer is not None:
                 readers = _hidden_readers(model, longer, candidates, all_run=False) | readers
         candidates = [g for g in candidates if g.producer not in readers]
@@ -349,12 +355,12 @@ def _judge(group: Group, readers: Mapping[str, str], bad: set[tuple[str, ...]]) 
 
 
 def _refuse_shared(view: ModelView, group: Group) -> Group:
-    """Scaling a parameter that has two names would scale two places; one that cannot be written is not scaled."""
+    """Refuses a producer if a parameter to scale is read-only, or shared, so that scaling would change two places."""
     if group.producer is None:
         return group
     for module in (group.producer, *group.linears):
         for parameter, value in view.model.get_submodule(module).named_parameters(recurse=False):
-            # a linear's bias is not scaled: sharing it is harmless, but for the producer
+            # Of the group's linears, the fold scales only the weights, so their biases may be shared.
             if module != group.producer and parameter != "weight":
                 continue
             if others := view.shared.get(f"{module}.{parameter}", []):
@@ -365,7 +371,7 @@ def _refuse_shared(view: ModelView, group: Group) -> Group:
 
 
 def _refuse_watched(model: nn.Module, group: Group) -> Group:
-    """A hook of the user's on what a fold scales would be given other numbers than before."""
+    """Refuses a producer if a user's hook sees a tensor that the fold would scale."""
     for name in (group.producer, *group.linears) if group.producer is not None else ():
         module = model.get_submodule(name)
         inputs = name in group.linears and module._forward_pre_hooks
@@ -375,7 +381,7 @@ def _refuse_watched(model: nn.Module, group: Group) -> Group:
 
 
 def _refuse_common_producers(groups: list[Group]) -> list[Group]:
-    """A producer whose output reaches two groups (as different tensors) can absorb the factors of neither."""
+    """Refuses a producer whose output reaches two groups (as different tensors), as it can fold for neither."""
     counts: dict[str, int] = {}
     for group in groups:
         if group.producer is not None:

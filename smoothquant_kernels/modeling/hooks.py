@@ -1,4 +1,4 @@
-"""Forward hooks that a `with` block removes, however it ends: the one place where the package registers any."""
+"""Forward hooks that a `with` block removes, however it ends. The package registers all its hooks here."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from torch import Tensor, nn
 
 
 def first_argument(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """What a module is called on, by position or by name; None if it is called on nothing."""
+    """The first argument of a call, by position or by name; None without arguments."""
     return args[0] if args else next(iter(kwargs.values()), None)
 
 
 def with_first(
     args: tuple[Any, ...], kwargs: dict[str, Any], value: Any
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of a call, `value` in place of the first."""
+    """The arguments of a call, with `value` in place of the first."""
     return ((value, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): value})
 
 
 class Hooks:
-    """Forward hooks on modules, given as such or by their names in `model`, for the time of a `with` block.
+    """Forward hooks that last for a `with` block, on modules or on names of modules in `model`.
 
-    A module's hooks are called in the order in which they were added, after those that it has already.
+    A module calls these hooks in the order of their addition, after those that it already has.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -41,7 +41,7 @@ class Hooks:
         return self._model.get_submodule(where) if isinstance(where, str) else where
 
     def on_input(self, where: nn.Module | str, change: Callable[[Tensor], Tensor | None]) -> None:
-        """Calls `change` with the module's input; what it returns, if anything, replaces the input."""
+        """Calls `change` with the module's input. A result other than None replaces the input."""
 
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             new = change(first_argument(args, kwargs))
@@ -51,9 +51,9 @@ class Hooks:
         self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 
     def on_output(self, where: nn.Module | str, change: Callable[[Tensor], Tensor | None]) -> None:
-        """Calls `change` with the module's output; what it returns, if anything, replaces the output.
+        """Calls `change` with the module's output. A result other than None replaces the output.
 
-        An output that is no tensor is left alone.
+        Ignores an output that is not a tensor.
         """
 
         def hook(_: nn.Module, __: Any, output: Any) -> Any:
@@ -64,7 +64,7 @@ class Hooks:
     def on_call(
         self, where: nn.Module | str, change: Callable[[Tensor, Tensor], Tensor | None]
     ) -> None:
-        """As `on_output`; `change` is called with the module's input and its output."""
+        """Does the same as `on_output`, but calls `change` with the module's input and output."""
 
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             x = first_argument(args, kwargs)

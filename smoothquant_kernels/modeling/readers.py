@@ -1,16 +1,16 @@
-"""Who reads a module's output: every operation of a forward pass is seen, not only what changes its result.
+"""Finds everything that reads a module's output, by watching every operation of a forward pass.
 
-A producer may take 1 / s in if nothing but its group's linears notices. Comparing the model's output cannot show that
-alone: a reader may have no effect on the sample (a weight of zero, an expert that another outvotes, an output that
-is not compared). So each operation is looked at instead, below autograd, where PyTorch has nothing hidden left:
+A producer may absorb 1 / s if only its group's linears notice. A comparison of the model's outputs cannot prove this
+alone, because a reader may have no effect on the sample (a weight of zero, an expert that another one outvotes, an
+output that is not compared). So `Readers` watches each operation below autograd, where PyTorch hides none:
 
-* the producer's output carries a mark, and so does every view of it (marks belong to storages);
-* an operation that scales with its input, channel by channel, hands the mark on (`_SCALES`);
-* the group's linears take it off; they are given s;
-* any other operation that reads a marked tensor refuses the producer, and so does a marked output of the model, or an
-  operation outside a module that reads its parameters.
+* The producer's output carries a mark, and so does every view of it (marks belong to storages).
+* An operation that scales with its input, channel by channel, passes the mark on (`_SCALES`).
+* The group's linears remove the mark, because they receive s.
+* Any other operation that reads a marked tensor refuses the producer. So does a marked output of the model, and so does
+  an operation that reads the parameters of a watched module from outside.
 
-Kernels that are given raw addresses from Python are not seen; the comparison of outputs remains for those.
+Kernels that Python calls with raw addresses stay invisible. Only the comparison of outputs covers them.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from smoothquant_kernels.modeling.run import tensors_in
 
-#: What operators raise that refuse to run under a dispatch mode (flex attention).
+#: Raised by operators that refuse to run under a dispatch mode (flex attention).
 UNWATCHED = (RuntimeError, NotImplementedError, TypeError)
 
-#: Operations f with f(c x) = c f(x) for c > 0 in each channel: name -> the arguments that x may be. Only copies, ReLU
-#: and products: a clamp, say, is exact for the sample's small values and wrong for larger ones.
+#: Operations f with f(c x) = c f(x) for c > 0 in each channel: name -> positions of the arguments that may be x.
+#: Only copies, ReLU and products. A clamp, say, is exact for the sample's small values but wrong for larger ones.
 _SCALES: dict[str, tuple[int, ...]] = {
     "clone": (0,),
     "_to_copy": (0,),
@@ -46,7 +46,7 @@ _SCALES: dict[str, tuple[int, ...]] = {
     "bmm": (1,),  # probabilities [T, T] times values [T, channels]
     "mm": (1,),
 }
-# every fused attention: linear in the values, its third argument
+# Every fused attention is linear in the values, its third argument.
 _ATTENTION = "_scaled_dot_product_"
 _VALUES = (2,)
 
@@ -60,21 +60,21 @@ def tensors_of(tree: Any) -> list[Tensor]:
 
 
 class Readers(TorchDispatchMode):
-    """Follows marked tensors through everything that runs within the `with` block.
+    """Follows marked tensors through all operations of a `with` block.
 
     Attributes:
-        refused: mark -> the first thing that must not have read it.
-        inside: marks that the running linear takes off.
-        running: the running module, among those whose parameters are watched.
+        refused: mark -> why it was refused first.
+        inside: marks that the running linear removes.
+        running: the module that is running, if its parameters are watched.
     """
 
     def __init__(self, parameters: Mapping[nn.Module, int]) -> None:
-        """`parameters`: modules and the marks that are refused if an operation outside reads their parameters."""
+        """`parameters`: modules, each with the marks to refuse if an operation outside it reads its parameters."""
         super().__init__()  # type: ignore[no-untyped-call]
         self.refused: dict[int, str] = {}
         self.inside = 0
         self.running: nn.Module | None = None
-        # storage -> marks (a sum of powers of two); kept alive, so that no other tensor comes to lie there
+        # storage -> marks (a sum of powers of two). `_kept` keeps the storages alive, so that no address is used twice.
         self._marks: dict[int, int] = {}
         self._kept: list[UntypedStorage] = []
         self._owners: dict[int, list[tuple[nn.Module, int]]] = {}
@@ -96,7 +96,7 @@ class Readers(TorchDispatchMode):
             marks ^= lowest
 
     def refuse_output(self, output: Any) -> None:
-        """What the model returns is read by its caller."""
+        """Refuses the marks in the model's output, because the caller reads it."""
         for t in tensors_in(output):
             self.refuse(self._marks.get(storage_of(t), 0), "the model returns it")
 
@@ -122,7 +122,7 @@ class Readers(TorchDispatchMode):
             self.mark(t, carried)
 
     def _read(self, name: str, tensors: Iterable[Tensor]) -> int:
-        """The marks of one argument; checks that parameters are read by their own modules."""
+        """Returns the marks of one argument. Refuses marks if a parameter is read outside its own module."""
         marks = 0
         for t in tensors:
             key = storage_of(t)
@@ -145,7 +145,7 @@ def _union(marks: Iterable[int]) -> int:
 
 
 def _carried(places: tuple[int, ...], read: list[int]) -> int:
-    """Marks that stand in one of `places` and nowhere else: x * x is not proportional to x."""
+    """Marks that occur exactly once, in one of `places`, because x * x is not proportional to x."""
     once = repeated = 0
     for m in read:
         repeated |= once & m
@@ -156,13 +156,13 @@ def _carried(places: tuple[int, ...], read: list[int]) -> int:
 
 
 def readable(error: BaseException) -> str:
-    """The first line of an error, for a reason."""
+    """The first line of an error message, short enough for a reason."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
 
 
 @contextmanager
 def overridden(attributes: Iterable[tuple[nn.Module, str, Any]]) -> Iterator[None]:
-    """Gives modules attributes of their own, by name and value; at the end they have again what they had."""
+    """Sets attributes on module instances, as (module, name, value), and restores the old ones at the end."""
     with contextlib.ExitStack() as stack:
         for module, name, value in attributes:
             own = module.__dict__
@@ -181,8 +181,7 @@ def watched(
 ) -> Iterator[None]:
     """Calls `enter(name)` before and `leave(name, output)` after every call of each module's `forward`.
 
-    Without hooks: some modules look for hooks below them and run another way where there are any
-    (`nn.TransformerEncoderLayer`).
+    It uses no hooks, because some modules (`nn.TransformerEncoderLayer`) take another path if a submodule has any.
     """
 
     def wrapped(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,6 +1,6 @@
-"""What was done to a model, layer by layer, and why; `model.smoothquant_info` has it as plain JSON values.
+"""The record of what was done to a model and why, layer by layer; `model.smoothquant_info` holds it as JSON values.
 
-Only this file knows the attribute's name and the keys in it.
+Only this file knows the name of that attribute and its keys.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 
 _INFO = "smoothquant_info"
 
-#: How a layer was smoothed: its factors are in a producer, are divided by at run time, or there are none.
+#: How a layer was smoothed: a producer holds its factors, the layer divides by them at run time, or it has none.
 How = Literal["folded", "runtime", "none"]
 HOWS: tuple[How, ...] = get_args(How)
 
 
 class Reason(Enum):
-    """Why a layer is as it is: the sentence that says so, with {} for names and numbers. Calling it fills them in."""
+    """Why a layer is as it is: a sentence with {} for names and numbers, which a call of the member fills in."""
 
-    # a layer to quantize
+    # For a layer to quantize.
     FOLDED = "into {}"
     FOLD_REFUSED = "folding into {} would change the model"
     NO_GAIN = "int8 error {:.2%} on the sample, {:.2%} if smoothed"
@@ -34,7 +34,7 @@ class Reason(Enum):
     NEVER_CALLED = "never called during calibration"
     SMOOTHING_OFF = "smoothing is switched off"
     NOT_SMOOTHED = "not smoothed"
-    # its group has no producer
+    # For a layer whose group has no producer.
     CALLED_AGAIN = "called more than once in a forward pass"
     NO_PRODUCER = "no producer scales its channels one by one"
     NOT_ON_SAMPLE = "not called on the sample batch"
@@ -45,7 +45,7 @@ class Reason(Enum):
     PARAMETER_SHARED = "{} shares its {} with {}"
     READ_ONLY = "the {} of {} is read-only"
     HOOKED = "a forward hook on {} may read what a fold scales"
-    # a layer left in float
+    # For a layer left in float.
     SKIP_PATTERN = "matches the skip pattern {!r}"
     OUTPUT_HEAD = "output head: stays in float"
     MATRICES = "{} in one 3-D parameter: stay in float"
@@ -55,12 +55,12 @@ class Reason(Enum):
     NOT_FLOAT = "weight is {}, not float"
     ATTENTION = "its weight is read by nn.MultiheadAttention: stays in float"
     NOT_LINEAR = "{} computes more than a linear: stays in float"
-    # seen when the model ran, or in its source
+    # For a layer left in float because of what a run of the model or its source shows.
     READ = "{} reads its parameters from outside: stays in float"
     SELECTS = "{}: it selects, and stays in float"
     ASKS = "{} asks its parameters for their type, and this is its first: stays in float"
     USED = "{}, which an int8 layer does not have: stays in float"
-    # last, for any other sentence with this ending
+    # Last, because `of` matches it with any other sentence of this ending.
     ATTACHED = "{}: stays in float"
 
     def __call__(self, *details: object) -> str:
@@ -68,12 +68,12 @@ class Reason(Enum):
 
     @property
     def found_by_running(self) -> bool:
-        """Whether a run of the model on real data shows it, which looking at the layer does not."""
+        """Whether this takes a run of the model on real data to see. The layer alone does not show it."""
         return self in (Reason.READ, Reason.SELECTS, Reason.ASKS, Reason.USED)
 
     @classmethod
     def of(cls, sentence: str) -> Reason | None:
-        """The reason that a sentence gives; None for one of another release."""
+        """The reason that a sentence states; None if the sentence is from another release."""
         return next((reason for reason in cls if _PATTERNS[reason].fullmatch(sentence)), None)
 
 
@@ -90,11 +90,11 @@ class LayerRecord:
     Attributes:
         reason: a sentence of `Reason`.
         alpha: migration strength; None without smoothing.
-        group: the layers that read the same tensor and share its factors; empty if `smooth_lm` has not seen the layer,
-            and then nothing was measured either.
-        x_absmax: the largest input seen, after smoothing; gives the static scale.
-        x_peak: the largest token over the median one.
-        activation_scheme: of the int8 layer; None in a float model.
+        group: the layers that read the same tensor and share its factors. Empty if `smooth_lm` has not seen the layer;
+            then nothing was measured.
+        x_absmax: the largest input seen, after smoothing. The static scale comes from it.
+        x_peak: the largest token divided by the median one.
+        activation_scheme: the scheme of the int8 layer; None in a float model.
         more: what another release or a user has added.
     """
 
@@ -117,7 +117,7 @@ class LayerRecord:
         return cls(**known | {"group": tuple(known.get("group", ()))})
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values."""
+        """Returns JSON values."""
         info: dict[str, Any] = asdict(self) | {"group": list(self.group)}
         more: dict[str, Any] = info.pop("more")
         scheme = info.pop("activation_scheme")
@@ -137,18 +137,18 @@ class SkippedLayer:
 
     @property
     def found_by_running(self) -> bool:
-        """Whether only a run of the model has shown that the layer must stay in float."""
+        """Whether only a run of the model showed that the layer must stay in float."""
         reason = Reason.of(self.reason)
         return reason is not None and reason.found_by_running
 
     def to_dict(self) -> dict[str, str]:
-        """JSON values."""
+        """Returns JSON values."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class Verification:
-    """How far smoothing moved the float model's output: the largest change over the largest value."""
+    """How much smoothing changed the float model's output: the largest change divided by the largest value."""
 
     relative_change: float
     bit_exact: bool
@@ -158,7 +158,7 @@ class Verification:
         return cls(change, change == 0.0)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values."""
+        """Returns JSON values."""
         return asdict(self)
 
 
@@ -168,8 +168,8 @@ class ModelRecord:
 
     Attributes:
         config: `SmoothQuantConfig.to_dict`; empty if nothing was done.
-        layers: those quantized; of a float model those to quantize.
-        skipped: those left in float.
+        layers: the quantized layers; for a float model, the layers to quantize.
+        skipped: the layers left in float.
         verification, calibration_tokens: None if `smooth_lm` has not seen the model.
         more: what another release or a user has added.
     """
@@ -183,7 +183,7 @@ class ModelRecord:
 
     @classmethod
     def of(cls, model: nn.Module) -> ModelRecord:
-        """The record of a model; an empty one if nothing was done to it."""
+        """The record of a model, empty if nothing was done to it."""
         return cls.from_dict(info_of(model))
 
     @classmethod
@@ -207,7 +207,7 @@ class ModelRecord:
         return {layer.name: layer for layer in self.layers}
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values: the documented `model.smoothquant_info`."""
+        """Returns JSON values: the documented `model.smoothquant_info`."""
         info: dict[str, Any] = {
             "config": self.config,
             "layers": [layer.to_dict() for layer in self.layers],
@@ -220,7 +220,7 @@ class ModelRecord:
         return info | self.more
 
     def attach(self, model: nn.Module, changes: Changes | None = None) -> None:
-        """Makes this the record of a model; `changes` can take it back."""
+        """Makes this the record of a model, which `changes` can undo."""
         if changes is None:
             attach_info(model, self.to_dict())
         else:
@@ -228,18 +228,18 @@ class ModelRecord:
 
 
 def skipped_layers(reasons: Mapping[str, str]) -> tuple[SkippedLayer, ...]:
-    """The layers left in float, from their names and reasons."""
+    """The records of layers left in float, from their names and reasons."""
     return tuple(SkippedLayer(name, reason) for name, reason in reasons.items())
 
 
 def info_of(model: nn.Module) -> dict[str, Any]:
-    """`model.smoothquant_info` as it is, for a checkpoint; empty without one."""
+    """`model.smoothquant_info` unchanged, for a checkpoint; empty if the model has none."""
     info: dict[str, Any] = getattr(model, _INFO, {})
     return info
 
 
 def attach_info(model: nn.Module, info: dict[str, Any]) -> None:
-    """Gives a model the `smoothquant_info` of a checkpoint, as it is."""
+    """Gives a model the `smoothquant_info` of a checkpoint, unchanged."""
     setattr(model, _INFO, info)
 
 
@@ -252,7 +252,7 @@ def layers_within(model: nn.Module) -> list[LayerRecord]:
 def _arguments(
     record: type[LayerRecord | ModelRecord], values: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The fields of a record, and under `more` all the rest."""
+    """The values for the fields of a record, with all others under `more`."""
     names = {f.name for f in fields(record)}
     known = {key: value for key, value in values.items() if key in names}
     return known | {"more": {k: v for k, v in values.items() if k not in names}}

@@ -1,4 +1,4 @@
-"""Running a model on a batch, and the tensors of its output."""
+"""Runs a model on a batch and finds the tensors in its output."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ Batch = Mapping[str, Tensor]
 
 
 def model_device(model: nn.Module) -> torch.device:
-    """Where the inputs go: the device of the first parameter, or buffer where all weights are buffers."""
+    """The device for inputs: that of the first parameter, or of the first buffer if all weights are buffers."""
     first = next(itertools.chain(model.parameters(), model.buffers()), None)
     return torch.device("cpu") if first is None else first.device
 
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for the time of the block; each module gets its own mode back."""
+    """Sets evaluation mode within the block, then restores the mode of each module."""
     training = [m for m in model.modules() if m.training]
     for module in training:
         module.training = False
@@ -43,25 +43,24 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 def evaluating(model: nn.Module) -> Iterator[None]:
     """`evaluation_mode` without gradients.
 
-    Compiled models run eagerly: a graph that is compiled already calls no hooks, and no operation of it can be watched.
+    Compiled models run eagerly, because a compiled graph calls no hooks and its operations cannot be watched.
     """
-    # nothing is compiled where dynamo was never loaded, and loading it takes a second
+    # If dynamo was never loaded, nothing is compiled, and loading it here would take a second.
     compiled = "torch._dynamo" in sys.modules
     stance = torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
     with stance, torch.no_grad(), evaluation_mode(model):
-        model.eval()  # some modules do more in it than take the mode
+        model.eval()  # some modules override it to do more than set the mode
         yield
 
 
 def run(model: nn.Module, batch: Batch, *, logits: bool = True) -> Any:
-    """The model's output on one batch, without a key-value cache; `logits=False` saves most of the output head."""
+    """Returns the output for one batch, without a key-value cache. `logits=False` skips most of the output head."""
     extra: dict[str, Any] = {}
     parameters = inspect.signature(model.forward).parameters
     if hasattr(model, "config") and "use_cache" not in batch and "use_cache" in parameters:
         extra["use_cache"] = False
-    whole = (
-        "labels" in batch or "logits_to_keep" in batch
-    )  # a loss needs the logits of all its labels
+    # A loss needs the logits of all its labels.
+    whole = "labels" in batch or "logits_to_keep" in batch
     if not logits and "logits_to_keep" in parameters and not whole:
         extra["logits_to_keep"] = 1
     device = model_device(model)
@@ -69,9 +68,9 @@ def run(model: nn.Module, batch: Batch, *, logits: bool = True) -> Any:
 
 
 def run_changed(model: nn.Module, batch: Batch) -> Any:
-    """`run` for a model some of whose tensors were changed on purpose; None if it cannot compute with them.
+    """`run` for a model whose tensors were changed on purpose; None if the model cannot compute with them.
 
-    A router that sends another number of tokens to an expert makes shapes that the recorded tensors do not have.
+    For example, a router may send an expert a different number of tokens than the recorded tensors have.
     """
     try:
         return run(model, batch)
@@ -82,7 +81,7 @@ def run_changed(model: nn.Module, batch: Batch) -> Any:
 
 
 def tensors_in(tree: Any) -> Iterator[Tensor]:
-    """All tensors of nested containers, those among them that pytree takes for leaves: mappings and dataclasses."""
+    """Yields all tensors of nested containers, including the mappings and dataclasses that pytree treats as leaves."""
     for leaf in pytree.tree_leaves(tree):
         if isinstance(leaf, Tensor):
             yield leaf
@@ -93,7 +92,7 @@ def tensors_in(tree: Any) -> Iterator[Tensor]:
 
 
 def output_tensors(output: Any) -> list[Tensor]:
-    """Every float tensor of a model's output; the logits first where there are any.
+    """Every float tensor of a model's output, the logits first if there are any.
 
     Raises:
         SmoothQuantError: the output holds no float tensor.
@@ -109,7 +108,7 @@ def output_tensors(output: Any) -> list[Tensor]:
 
 
 def output_tensor(output: Any) -> Tensor:
-    """The tensor that stands for an output: the logits where there are any, else the first float tensor.
+    """The tensor that represents an output: the logits if there are any, else the first float tensor.
 
     Raises:
         SmoothQuantError: the output holds no float tensor.
@@ -118,7 +117,7 @@ def output_tensor(output: Any) -> Tensor:
 
 
 def token_mask(batch: Batch, name: str = "attention_mask") -> Tensor | None:
-    """[B, T] bool, False at padding; None where the batch has no such mask, or one that is added to scores."""
+    """[B, T] bool, False at padding; None if the batch has no such mask or an additive one."""
     mask = batch.get(name)
     if mask is None or mask.dim() != 2 or (mask.is_floating_point() and bool((mask < 0).any())):
         return None
@@ -126,6 +125,6 @@ def token_mask(batch: Batch, name: str = "attention_mask") -> Tensor | None:
 
 
 def unpadded_rows(t: Tensor, keep: Tensor | None) -> Tensor:
-    """[M, last dimension]: the rows of t that `keep` [rows] has, as `_padding.Padding.keep` makes it; None: all."""
+    """[M, last dimension]: the rows of `t` that the mask `keep` [rows] of `Padding.keep` selects; None keeps all."""
     rows = t.reshape(-1, t.shape[-1])
     return rows if keep is None else rows[keep]

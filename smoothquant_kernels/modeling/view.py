@@ -1,4 +1,4 @@
-"""What a model consists of: linears to quantize, those that stay in float, shared parameters; replacing modules."""
+"""The parts of a model: linears to quantize, layers that stay in float, shared parameters. Also replaces modules."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from smoothquant_kernels.reference import MAX_K
 
 @dataclass(frozen=True)
 class ModelView:
-    """What one operation knows of a model. Each part is found when it is asked for first, and kept.
+    """What one operation knows about a model. Each part is computed on first use and kept.
 
     Attributes:
-        skip: patterns of the names that stay in float.
+        skip: patterns for the names of layers that stay in float.
 
     Raises:
-        SmoothQuantError: by `linears` and `skipped`, if there is no linear layer to quantize, or another tool has
+        SmoothQuantError: by `linears` and `skipped`, if there is no linear layer to quantize, or if another tool has
             quantized the model.
     """
 
@@ -46,12 +46,12 @@ class ModelView:
 
     @property
     def skipped(self) -> Mapping[str, str]:
-        """Those left in float, each with its reason."""
+        """The layers left in float, each with its reason."""
         return self._parts[1]
 
     @cached_property
     def heads(self) -> set[str]:
-        """Names of the modules that turn hidden states into logits; they stay in float, as in the paper."""
+        """Names of the modules that turn hidden states into logits. They stay in float, as in the paper."""
         getter: Any = getattr(self.model, "get_output_embeddings", None)
         head = None if getter is None else getter()
         modules = list(self.model.named_modules())
@@ -60,7 +60,7 @@ class ModelView:
 
     @cached_property
     def shared(self) -> dict[str, list[str]]:
-        """Parameter names that denote one tensor: each name -> the others."""
+        """Names of parameters that are one tensor: each name -> its other names."""
         names: dict[int, list[str]] = defaultdict(list)
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
             names[parameter.data_ptr() if not parameter.is_meta else id(parameter)].append(name)
@@ -73,7 +73,7 @@ class ModelView:
 
 
 def _partition(view: ModelView) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """The linears and the skipped ones of a view."""
+    """The linears and the skipped layers of a view."""
     model = view.model
     check_float_model(model)
     if is_float_linear(model):
@@ -94,7 +94,7 @@ def _partition(view: ModelView) -> tuple[dict[str, nn.Module], dict[str, str]]:
                     else "weights"
                 )
                 skipped[name] = Reason.MATRICES(what)
-            elif getattr(module, "original_name", "") == "Linear":  # of a torch.jit.ScriptModule
+            elif getattr(module, "original_name", "") == "Linear":  # a torch.jit.ScriptModule
                 skipped[name] = Reason.TORCHSCRIPT()
             continue
         pattern = next((p for p in view.skip if fnmatch.fnmatchcase(name, p)), None)
@@ -127,7 +127,7 @@ def _partition(view: ModelView) -> tuple[dict[str, nn.Module], dict[str, str]]:
 
 
 def holds_matrices(module: nn.Module) -> bool:
-    """Whether a module keeps several matrices in one 3-D parameter, as `transformers` 5 keeps experts."""
+    """Whether a module keeps several matrices in one 3-D parameter, as `transformers` 5 does for experts."""
     return not isinstance(module, _ConvNd) and any(
         p.dim() == 3 and min(p.shape) > 1 and p.is_floating_point()
         for p in module.parameters(recurse=False)
@@ -135,12 +135,15 @@ def holds_matrices(module: nn.Module) -> bool:
 
 
 def is_read_by_others(module: nn.Module) -> bool:
-    """Whether another module uses this linear's weight and never calls it: `nn.MultiheadAttention` and its out_proj."""
+    """Whether another module reads this linear's weight but never calls it (out_proj of `nn.MultiheadAttention`)."""
     return isinstance(module, NonDynamicallyQuantizableLinear)
 
 
 def computes_linear(module: nn.Module) -> bool:
-    """Whether a linear with a forward of its own (Falcon's; a router that returns scores too) is one still: tried."""
+    """Whether a linear still computes x @ W.T + b, tested on random input.
+
+    A subclass may override forward. Falcon's still computes a linear, but a router also returns scores.
+    """
     if type(module).forward is nn.Linear.forward or is_conv1d(module):
         return True
     weight = weight_of(module)
@@ -151,18 +154,18 @@ def computes_linear(module: nn.Module) -> bool:
     try:
         with torch.no_grad():
             got = module(x)
-    except Exception:  # it wants other arguments, and says so in its own way
+    except Exception:  # a forward with other arguments may raise anything
         return False
     expected = F.linear(x, weight, getattr(module, "bias", None))
     if not isinstance(got, Tensor) or got.shape != expected.shape or got.dtype != expected.dtype:
         return False
-    # the order of K additions, and the rounding to a narrow type
+    # Covers a different order of K additions and the rounding to a narrow type.
     bound = 8 * torch.finfo(x.dtype).eps * (x.float().abs() @ weight.detach().float().abs().t() + 1)
     return bool(((got - expected).float().abs() <= bound).all())
 
 
 def is_channelwise(module: nn.Module) -> bool:
-    """Whether a module may be a norm by its shape: all it has are vectors of one length, whatever their names."""
+    """Whether a module may be a norm: it has only vectors of one length, whatever their names, and no children."""
     parameters = list(module.parameters(recurse=False))
     return (
         bool(parameters)
@@ -173,7 +176,7 @@ def is_channelwise(module: nn.Module) -> bool:
 
 
 def check_present(model: nn.Module, prefix: str = "") -> None:
-    """Raises SmoothQuantError if a parameter has no data: it is on the meta device, or accelerate has offloaded it."""
+    """Raises SmoothQuantError if a parameter has no data (on the meta device, or offloaded by accelerate)."""
     name = next((n for n, p in model.named_parameters(prefix) if p.is_meta), None)
     if name is not None:
         raise SmoothQuantError(
@@ -183,7 +186,7 @@ def check_present(model: nn.Module, prefix: str = "") -> None:
 
 
 def check_whole(model: nn.Module) -> None:
-    """Raises SmoothQuantError if a parameter is a DTensor, of which each process has a part."""
+    """Raises SmoothQuantError if a parameter is a DTensor, of which each process holds only a part."""
     for name, parameter in model.named_parameters():
         if any(t.__module__.startswith("torch.distributed.") for t in type(parameter).__mro__):
             raise SmoothQuantError(
@@ -193,18 +196,18 @@ def check_whole(model: nn.Module) -> None:
 
 
 def module_places(model: nn.Module, module: nn.Module) -> list[tuple[nn.Module, str]]:
-    """Every place of a module in a model, as (parent, attribute): it may have several names."""
+    """Every place of a module in a model, as (parent, attribute). A module may have several names."""
     names = [n for n, m in model.named_modules(remove_duplicate=False) if m is module]
     parts = [name.rpartition(".") for name in names]
     return [(model.get_submodule(parent), child) for parent, _, child in parts]
 
 
 def put_module(places: Iterable[tuple[nn.Module, str]], module: nn.Module) -> None:
-    """Puts a module into all the places."""
+    """Puts a module into each of the places."""
     for parent, child in places:
         setattr(parent, child, module)
 
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Puts `new` where the module `name` is, and under every other name that the same module has."""
+    """Replaces the module `name` with `new`, under all names that the module has."""
     put_module(module_places(model, model.get_submodule(name)), new)
