@@ -65,8 +65,8 @@ GemmTable table_of(const GemmDevice& device) {
 }
 
 // A part of a GPU runs no stream-K: its blocks wait for each other's parts of a tile. A block waits
-// only for blocks of lower numbers (tests/csrc/test_stream_k.py), so that none waits for ever as long as
-// they start in the order of their numbers; but where fewer of them run at a time than were
+// only for blocks of lower numbers (tests/csrc/test_stream_k.py), so that none waits for ever as
+// long as they start in the order of their numbers; but where fewer of them run at a time than were
 // counted on, they do wait.
 bool serves(const GemmTile& tile, const GemmParams& p, const GemmDevice& device) {
   if (device.part && tile.schedule == Schedule::kStreamK) return false;

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from smoothquant_kernels.checkpoint.manifest import Manifest
 from smoothquant_kernels.errors import SmoothQuantError
-from smoothquant_kernels.modeling.view import replace_module
+from smoothquant_kernels.modeling.changes import replace_module
 from smoothquant_kernels.nn import kinds
 from smoothquant_kernels.nn.float_linear import is_float_linear, weight_of
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from smoothquant_kernels.modeling.view import module_places, put_module
 from smoothquant_kernels.nn.float_linear import pending_smooth, set_pending_smooth
 
 
@@ -114,3 +113,21 @@ def _first_difference(a: Tensor, b: Tensor) -> tuple[int, ...] | None:
         index, rest = divmod(index, size)
         place.append(rest)
     return tuple(reversed(place))
+
+
+def module_places(model: nn.Module, module: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Every place of a module in a model, as (parent, attribute). A module may have several names."""
+    names = [n for n, m in model.named_modules(remove_duplicate=False) if m is module]
+    parts = [name.rpartition(".") for name in names]
+    return [(model.get_submodule(parent), child) for parent, _, child in parts]
+
+
+def put_module(places: Iterable[tuple[nn.Module, str]], module: nn.Module) -> None:
+    """Puts a module into each of the places."""
+    for parent, child in places:
+        setattr(parent, child, module)
+
+
+def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Replaces the module `name` with `new`, under all names that the module has."""
+    put_module(module_places(model, model.get_submodule(name)), new)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -193,21 +193,3 @@ def check_whole(model: nn.Module) -> None:
                 f"{name} is a {type(parameter).__name__}, spread over processes (fully_shard, tensor parallelism): "
                 "smooth and quantize the model first, and spread the result."
             )
-
-
-def module_places(model: nn.Module, module: nn.Module) -> list[tuple[nn.Module, str]]:
-    """Every place of a module in a model, as (parent, attribute). A module may have several names."""
-    names = [n for n, m in model.named_modules(remove_duplicate=False) if m is module]
-    parts = [name.rpartition(".") for name in names]
-    return [(model.get_submodule(parent), child) for parent, _, child in parts]
-
-
-def put_module(places: Iterable[tuple[nn.Module, str]], module: nn.Module) -> None:
-    """Puts a module into each of the places."""
-    for parent, child in places:
-        setattr(parent, child, module)
-
-
-def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Replaces the module `name` with `new`, under all names that the module has."""
-    put_module(module_places(model, model.get_submodule(name)), new)
