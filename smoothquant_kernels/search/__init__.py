@@ -1,1 +1,1 @@
-"""Settings for each layer, searched by what they cost at the model's output."""
+"""Searching the settings of each layer by their cost at the model's output."""

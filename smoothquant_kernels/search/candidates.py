@@ -1,4 +1,4 @@
-"""Trying candidates for one group: the int8 arithmetic of the layers to come, on recorded activations."""
+"""Trying candidates for one group with the int8 arithmetic of the quantized layers, on recorded activations."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from smoothquant_kernels.smoothing.factors import group_factors, weight_absmax
 from smoothquant_kernels.smoothing.int8_error import static_scale
 from smoothquant_kernels.smoothing.statistics import ActivationStatistics
 
-#: Tried for every group; then the neighbors of the best, this far away.
+#: Every group tries these alphas, then the neighbors of its best one at a distance of `STEP`.
 ALPHAS: tuple[float, ...] = (0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 STEP = 0.05
-#: Parts of the calibrated range that a static scale may cover, and quantiles of |x| that it may end at.
+#: Parts of the calibrated range for a static scale to cover, and quantiles of |x| for its range to end at.
 CLIPS = (0.9, 0.8, 0.65, 0.5)
 QUANTILES = (0.99999, 0.9999, 0.999)
 
 
 def own_scheme(config: SmoothQuantConfig, group: Group | GroupResult) -> str:
-    """What the settings give a group whatever its activations are: the scheme of its first linear."""
+    """Returns the scheme that the settings give the group's first linear, whatever its activations are."""
     return config.replace(massive_activations="keep").scheme_of(None, group.linears[0])
 
 
 @dataclass
 class _Quantized:
-    """A group at one alpha: smoothing factors and int8 weights, to be used with any scale of the activations."""
+    """A group at one alpha: smoothing factors and int8 weights, which fit any scale of the activations."""
 
     inv_smooth: Tensor | None
-    absmax: float  # of the smoothed input, over the calibration data
+    absmax: float  # of the smoothed input over the calibration data
     weights: list[tuple[Tensor, Tensor]]
 
 
@@ -54,12 +54,12 @@ class Space:
         return ALPHAS if self.config.smooth else (None,)
 
     def schemes(self, group: Group, *, per_token: bool) -> list[str]:
-        """The group's own scheme and, where that is allowed, one scale per token."""
+        """Returns the group's own scheme and, if `per_token` allows it, one scale per token."""
         own = own_scheme(self.config, group)
         return [own] if own == "per_token" or not per_token else [own, "per_token"]
 
     def explore(self, group: Group, schemes: list[str], recording: Recording) -> GroupResult:
-        """All candidates of a group with their costs, in an order that depends on nothing else."""
+        """Returns all candidates of a group with their costs, always in the same order."""
         trial = _Trial(self, group, recording)
         tried: list[Choice] = []
         for alpha in self.alphas:
@@ -131,7 +131,7 @@ class _Trial:
             return ops.quantize(self.x, inv_smooth=inv_smooth, scale=scale)
         if scheme == "per_token":
             return ops.quantize(self.x, inv_smooth=inv_smooth)
-        # A dynamic scale per tensor is one for each call.
+        # A dynamic scale per tensor differs from call to call.
         parts = [
             ops.quantize(x, inv_smooth=inv_smooth, granularity="tensor")
             for x in self.x.split(self.rows)
@@ -140,7 +140,7 @@ class _Trial:
         return torch.cat([q for q, _ in parts]), torch.cat(scales)
 
     def clips(self, at_alpha: _Quantized) -> list[float]:
-        """Ratios to the calibrated range, the quantiles of the recorded |x| among them; descending."""
+        """Returns the parts of the calibrated range to try, including quantiles of the recorded |x|, descending."""
         x = self.x.float() if at_alpha.inv_smooth is None else self.x * at_alpha.inv_smooth
         flat = x.abs().reshape(-1)
         quantiles = [

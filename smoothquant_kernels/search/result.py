@@ -1,4 +1,4 @@
-"""What a search found, and the JSON file that keeps it and that an interrupted search goes on from."""
+"""The result of a search, and the JSON file that stores it and lets an interrupted search resume."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class Choice:
-    """One candidate for a group, and what it costs.
+    """One candidate for a group, and its cost.
 
     Attributes:
         scheme: activation scheme.
         alpha: migration strength; None without smoothing.
         clip: part of the calibrated range that a static scale covers.
-        cost: estimated KL divergence at the model's output, nats per prediction, of this group alone.
+        cost: estimated KL divergence at the model's output, in nats per prediction, if only this group is quantized.
     """
 
     scheme: str
@@ -41,17 +41,17 @@ class Choice:
 
 @dataclass(frozen=True)
 class GroupResult:
-    """All candidates that were tried for the linears that read one tensor."""
+    """All tried candidates for the linears that read one tensor."""
 
     linears: tuple[str, ...]
     tried: tuple[Choice, ...]
 
     def best(self, scheme: str) -> Choice:
-        """The cheapest of a scheme; the first of equals, so that the result is the same everywhere."""
+        """Returns the cheapest candidate of a scheme; the first of equals, so the result is deterministic."""
         return min((c for c in self.tried if c.scheme == scheme), key=lambda c: c.cost)
 
     def at(self, scheme: str, alpha: float | None) -> Choice | None:
-        """The candidate without clipping, if it was tried."""
+        """Returns the candidate without clipping, or None if it was not tried."""
         return next(
             (c for c in self.tried if (c.scheme, c.alpha, c.clip) == (scheme, alpha, 1.0)), None
         )
@@ -59,12 +59,12 @@ class GroupResult:
 
 @dataclass(frozen=True)
 class Validation:
-    """The whole quantized model on tokens that neither ranges nor choices were taken from.
+    """The whole quantized model, measured on tokens that neither set the ranges nor decided between candidates.
 
     Attributes:
-        tokens: predictions compared.
-        fixed_kl, searched_kl: mean KL divergence from the float model, nats.
-        difference, stderr: mean of searched minus fixed, paired, and its standard error; None of fewer than four.
+        tokens: the number of compared predictions.
+        fixed_kl, searched_kl: mean KL divergence from the float model, in nats.
+        difference, stderr: mean and standard error of searched minus fixed, paired; no error for fewer than four.
     """
 
     tokens: int
@@ -75,22 +75,23 @@ class Validation:
 
     @property
     def worse(self) -> bool:
-        """Whether the searched settings lose by more than the standard error."""
+        """Whether the searched settings are worse by more than the standard error."""
         bound = self.stderr if self.stderr is not None else 0.0
         return not self.difference <= bound
 
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What `search_config` found.
+    """The result of `search_config`.
 
     Attributes:
         config: for `smooth_lm` or `smooth_and_quantize`.
-        kept: ``"searched"``, or ``"fixed"`` if the validation spoke for the best fixed alpha.
-        fixed_alpha: the single alpha that the search was measured against: the best by cost; None if the alpha or the
+        kept: ``"searched"``, or ``"fixed"`` if the validation favored the fixed settings.
+        fixed_alpha: the single alpha of least cost, which the search was compared with; None if the alpha or the
             defaults of the given configuration did better.
-        fixed_cost, searched_cost: sums of the groups' costs: of the best single alpha or the defaults; as searched.
-        groups: every candidate that was tried, group by group.
+        fixed_cost, searched_cost: sums of the groups' costs, with the best single alpha or the defaults, and with the
+            searched settings.
+        groups: every tried candidate, group by group.
         validation: None if there was no data for it.
     """
 
@@ -103,12 +104,12 @@ class SearchResult:
     validation: Validation | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as JSON has them."""
+        """Returns plain values that JSON can store."""
         return {**dataclasses.asdict(self), "config": self.config.to_dict()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> SearchResult:
-        """The inverse of `to_dict`."""
+        """Rebuilds the result from `to_dict`."""
         validation = values["validation"]
         return cls(
             **{
@@ -124,7 +125,7 @@ class SearchResult:
         """Reads the file of a finished search.
 
         Raises:
-            SmoothQuantError: it cannot be read, is not one, or the search has not finished.
+            SmoothQuantError: the file cannot be read, is not a search file, or holds an unfinished search.
         """
         content = _read(Path(path).expanduser())
         if content["result"] is None:
@@ -139,7 +140,7 @@ def _group(values: dict[str, Any]) -> GroupResult:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """The file's content, its groups and result looked at once."""
+    """Returns the file's content after a check that its groups and result can be parsed."""
     try:
         content: dict[str, Any] = json.loads(path.read_text("utf-8"))
         if content["format"] != FORMAT or content["version"] != FORMAT_VERSION:
@@ -162,7 +163,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 @dataclass
 class SearchFile:
-    """The groups that are done, kept in a file if there is a path."""
+    """The finished groups, stored in a file if there is a path."""
 
     path: Path | None
     digest: str
@@ -171,10 +172,11 @@ class SearchFile:
 
     @classmethod
     def open(cls, path: str | Path | None, digest: str) -> SearchFile:
-        """Reads what an earlier run of the same search left, if anything.
+        """Reads the progress of an earlier run of the same search, if there is any.
 
         Raises:
-            SmoothQuantError: the file is of another model, other data or settings, or is not one.
+            SmoothQuantError: the file is not a search file, belongs to another model, other data or other settings, or
+                cannot be written.
         """
         file = cls(None if path is None else Path(path).expanduser(), digest)
         if file.path is not None and os.path.lexists(file.path):
@@ -187,7 +189,7 @@ class SearchFile:
             file.groups = {g.linears: g for g in map(_group, content["groups"])}
             if content["result"] is not None:
                 file.result = SearchResult.from_dict(content["result"])
-        file.save()  # finds out now, not after minutes, whether it can be written
+        file.save()  # fails now, not after minutes, if the path cannot be written
         return file
 
     def add(self, group: GroupResult) -> None:
@@ -200,7 +202,7 @@ class SearchFile:
         return result
 
     def save(self) -> None:
-        """Whole or not at all."""
+        """Writes the file, whole or not at all."""
         if self.path is None:
             return
         content = {
@@ -221,7 +223,7 @@ class SearchFile:
 
 
 def fingerprint(model: nn.Module, batches: Sequence[Batch], settings: Any) -> str:
-    """Tells searches apart: all of the model's values, the data, and what was asked for."""
+    """Returns a digest that identifies a search: all of the model's values, the data and the settings."""
     tensors = [item for part in (model.state_dict(), *batches) for item in part.items()]
     labeled = ((f"{name} {tuple(t.shape)} {t.dtype}", t) for name, t in tensors)
     return tensors_digest(labeled, json.dumps(settings, sort_keys=True))

@@ -1,4 +1,4 @@
-"""Choosing alpha, clipping and scheme per layer by what they cost at the model's output, in the real int8 numerics."""
+"""Choosing alpha, clipping and scheme per layer by their cost at the model's output, in the real int8 arithmetic."""
 
 from __future__ import annotations
 
@@ -58,43 +58,42 @@ def search_config(
     max_bytes: int = 1 << 30,
     progress: bool = True,
 ) -> SearchResult:
-    """Finds the best alpha of every group (and clipping ratio, and scheme) for a configuration.
+    """Finds the best alpha, clipping ratio and scheme of every group for a configuration.
 
-    Each candidate is tried on activations that the ranges were not taken from, with the int8 arithmetic that the
-    quantized layer will do, and judged by the KL divergence that its error causes at the model's output, estimated from
-    gradients (docs/search.md). Then the whole quantized model is compared on further tokens with the fixed alpha of the
-    least cost and with the defaults; if it is worse than the better of these by more than the standard error, that one
-    is returned.
+    Each candidate runs with the int8 arithmetic of the quantized layer, on activations that did not set the ranges. Its
+    cost is the KL divergence that its error causes at the model's output, estimated from gradients (docs/search.md).
+    Then the whole quantized model is compared on further tokens with the fixed alpha of least cost and with the
+    defaults. If it is worse than the better of these by more than the standard error, that one is returned.
 
     Args:
         model: a float model; left unchanged.
-        data: as for `calibrate_model`; the last batches are held back for the search and for the validation.
-        config: what is searched for: its scheme, granularity, rounding, skips. `alphas` and `clips` are replaced. With
+        data: as for `calibrate_model`. The last batches are held back for the search and for the validation.
+        config: the scheme, granularity, rounding and skips to search for. `alphas` and `clips` are replaced. With
             `smooth=False` only the clipping of static scales is searched.
         tokenizer: turns strings into token ids.
-        path: a JSON file that keeps what is found; an interrupted search goes on from it. It ends as the result.
-        tokens, validation_tokens: held back, at most; no more than a quarter of the batches each. 0 for the second
-            skips the validation.
-        per_token_share: the part of the groups that a configuration with one scale per tensor may give a scale per
-            token, those that gain most. 0 leaves all in the scheme, and so does `massive_activations="keep"`.
-        max_bytes: bound of what is kept of inputs and gradients at a time: rows * (K + N) elements for each layer; more
-            layers than fit take further passes over the tokens. Beside it: the model, one batch's backward pass, one
-            layer's candidates and, for the validation, one quantized copy.
-        progress: show a progress bar.
+        path: a JSON file that stores each finding, so an interrupted search can resume. At the end it holds the result.
+        tokens, validation_tokens: the number of tokens to hold back, limited to a quarter of the batches each. Without
+            validation tokens (0) there is no validation.
+        per_token_share: the part of the groups that may get a scale per token where the configuration has one per
+            tensor; those that gain most get it. With 0 or `massive_activations="keep"` all keep their scheme.
+        max_bytes: the limit for recorded inputs and gradients, which take rows * (K + N) elements per layer. Layers
+            that do not fit take further passes over the tokens. The limit excludes the model, one batch's backward
+            pass, one layer's candidates and, for the validation, one quantized copy.
+        progress: whether to show a progress bar.
 
     Returns:
-        A `SearchResult`: `.config` for `smooth_lm` or `smooth_and_quantize`, and what was measured. The same model,
+        A `SearchResult` with `.config` for `smooth_lm` or `smooth_and_quantize`, and all measurements. The same model,
         data and settings give the same result.
 
     Raises:
-        SmoothQuantError: as `calibrate_model`; too little data to hold any back (fewer than three sequences); or `path`
-            belongs to another search, or cannot be written.
+        SmoothQuantError: as for `calibrate_model`; or there is too little data to hold any back (fewer than three
+            sequences); or `path` belongs to another search or cannot be written.
 
     Equivalent to:
         for each group: argmin over alpha of sum(g ** 2 * (w8a8(x / s, w * s) - w @ x) ** 2) / 2
 
-    Source: SmoothQuant (Xiao et al., 2022), section 3.2 (alpha by a grid search); weighting errors by the diagonal of
-    the Fisher information: Optimal Brain Damage (LeCun et al., 1990), BRECQ (Li et al., 2021), section 3.
+    Source: SmoothQuant (Xiao et al., 2022), section 3.2, for the grid search of alpha; Optimal Brain Damage (LeCun et
+    al., 1990) and BRECQ (Li et al., 2021), section 3, for errors weighted by the diagonal of the Fisher information.
     """
     config = config or SmoothQuantConfig()
     if not 0.0 <= per_token_share <= 1.0 or tokens < 1 or validation_tokens < 0 or max_bytes < 1:
@@ -152,7 +151,7 @@ def search_config(
 def _split(
     model: nn.Module, batches: Sequence[Batch], tokens: int, validation_tokens: int
 ) -> tuple[list[Batch], list[Batch], list[Batch]]:
-    """For the ranges, for the search and for the validation; the last two from the end, at most a quarter each."""
+    """Splits the batches: ranges, search, validation. The last two come from the end, at most a quarter each."""
     left = list(batches)
     if len(left) < 8:
         left = [row for batch in batches for row in rows_of(batch, model)]
@@ -186,7 +185,7 @@ def _explore_all(
     max_bytes: int,
     progress: bool,
 ) -> None:
-    """Adds to `file` what every group costs with every candidate, passing over the tokens as often as memory asks."""
+    """Adds the costs of all candidates of every group to `file`, in as many passes as `max_bytes` requires."""
     todo = [g for g in groups if g.linears not in file.groups]
     if not todo:
         return
@@ -216,7 +215,7 @@ def _explore_all(
 def _searched(
     config: SmoothQuantConfig, found: Sequence[GroupResult], budget: int
 ) -> tuple[SmoothQuantConfig, float]:
-    """The cheapest candidate of each group; `budget` groups, those that gain most, go per token."""
+    """Takes each group's cheapest candidate; up to `budget` groups, those that gain most, get a scale per token."""
 
     def gain(group: GroupResult) -> float:
         own = own_scheme(config, group)
@@ -248,7 +247,7 @@ def _searched(
 def _best_fixed(
     config: SmoothQuantConfig, statistics: ActivationStatistics, found: Sequence[GroupResult]
 ) -> tuple[float | None, float]:
-    """The alpha, the same for all groups, of the least cost under the schemes that `config` gives by itself."""
+    """Returns the single alpha of least cost in the schemes of `config`, or None for its own alphas, and that cost."""
 
     def cost(alpha: float | None) -> float:
         total = 0.0
@@ -272,9 +271,9 @@ def _validate(
     searched: SmoothQuantConfig,
     unseen: Sequence[Batch],
 ) -> tuple[Validation, int]:
-    """The searched model against the better of the fixed ones (its index is returned), all on the same tokens.
+    """Compares the searched model with the better of the fixed ones on the same tokens; also returns that one's index.
 
-    One quantized copy is alive at a time, and its rows of KL are kept.
+    Only one quantized copy is alive at a time. Its KL rows are kept.
     """
 
     padding = Padding(model, {})

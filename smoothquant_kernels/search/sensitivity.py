@@ -1,10 +1,10 @@
 """How much an error in a layer's output costs at the model's output, measured by gradients.
 
-To second order, an error d in the output of a layer raises the KL divergence of the model's predictions from the
-original's by half of d' F d, F being the Fisher information of that output: the mean of g g' over labels that the model
-itself predicts, g the gradient of a label's log-likelihood. Rounding errors of different elements are nearly
-independent, so the diagonal of F says nearly all: the cost is half the sum of g^2 d^2. On SmolLM2-135M the costs of all
-layers, each measured alone, add up to within some ten per cent of the KL divergence of the whole quantized model
+To second order, an error d in a layer's output raises the KL divergence of the model's predictions from the original's
+by half of d' F d. F is the Fisher information of that output: the mean of g g' over labels that the model itself
+predicts, where g is the gradient of a label's log-likelihood. Rounding errors of different elements are nearly
+independent, so the diagonal of F nearly suffices, and the cost is half the sum of g^2 d^2. On SmolLM2-135M, the costs
+of all layers, each measured alone, add up to within about ten percent of the KL divergence of the whole quantized model
 (docs/search.md).
 """
 
@@ -28,13 +28,13 @@ from smoothquant_kernels.smoothing.padding import OUTPUT, Padding
 
 @dataclass
 class Recording:
-    """What one layer reads and how sensitive the model is to what it writes; padding left out.
+    """The inputs of layers, and how sensitive the model is to their outputs; without padding.
 
     Attributes:
         x: name of a group's first linear -> [M, K] its input.
         gradient: name of a linear -> [M, N] the gradient of the sampled labels' log-likelihood by its output.
-        rows: name of a group's first linear -> how many of the rows of x each call had.
-        predictions: how many labels were sampled.
+        rows: name of a group's first linear -> the number of rows of x from each call.
+        predictions: the number of sampled labels.
     """
 
     x: dict[str, Tensor] = field(default_factory=dict)
@@ -43,15 +43,15 @@ class Recording:
     predictions: int = 0
 
     def forget(self, group: Group) -> None:
-        """Frees what is kept for a group."""
+        """Frees the recorded input and gradients of a group."""
         self.x.pop(group.linears[0], None)
         for name in group.linears:
             self.gradient.pop(name, None)
 
     def cost(self, name: str, error: Tensor) -> float:
-        """Nats per prediction that an error [M, N] in a linear's output costs at the model's output."""
+        """The cost of an error [M, N] in a linear's output at the model's output, in nats per prediction."""
         g = self.gradient[name].float()
-        # float64 for the sum only: some squares are 1e6 times as large as others
+        # Only the sum needs float64, because some squares are 1e6 times as large as others.
         return (
             0.5
             * float((error.detach().float() * g).square().sum(dtype=torch.float64))
@@ -60,7 +60,7 @@ class Recording:
 
 
 def _predictions(output: Any, padding: Padding | None) -> Tensor:
-    """[M, last dimension] float32: what stands for the output, without what is predicted at padding."""
+    """The output's main tensor as [M, last dimension] float32, without predictions at padding."""
     values = output_tensor(output).float()
     return unpadded_rows(values, None if padding is None else padding.keep(OUTPUT, values))
 
@@ -80,11 +80,11 @@ def _without_parameter_gradients(model: nn.Module) -> Iterator[None]:
 def likelihood(
     output: Any, padding: Padding | None, generator: torch.Generator
 ) -> tuple[Tensor, int]:
-    """The log-likelihood of outcomes drawn from the model's own predictions, up to a constant; and their number.
+    """Returns the log-likelihood, up to a constant, of outcomes drawn from the model's predictions, and their number.
 
-    Logits predict a label each. Any other output (embeddings, hidden states) is taken for the mean of a normal
-    distribution whose width is the output's root mean square, so that the cost of an error is half of its square
-    relative to the output's.
+    Each row of logits predicts a label. Any other output (embeddings, hidden states) counts as the mean of a normal
+    distribution whose width is the output's root mean square. So an error costs half of its square over the output's
+    square.
     """
     values = _predictions(output, padding)
     if getattr(output, "logits", None) is not None:
@@ -98,9 +98,9 @@ def likelihood(
 
 
 def divergence(expected: Any, output: Any, padding: Padding | None = None) -> Tensor:
-    """What `likelihood` makes of two outputs: KL(expected || output) of each row [M], float64 on the CPU.
+    """KL(expected || output) of each row under the distributions of `likelihood`, [M] float64 on the CPU.
 
-    `padding` has been told of the batch (`Padding.start`); None compares all rows.
+    `Padding.start` must have seen the batch. Without `padding`, all rows are compared.
     """
     a, b = _predictions(expected, padding), _predictions(output, padding)
     if getattr(expected, "logits", None) is not None:
@@ -112,10 +112,10 @@ def divergence(expected: Any, output: Any, padding: Padding | None = None) -> Te
 def record(
     model: nn.Module, groups: Sequence[Group], batches: Iterable[Batch], *, seed: int = 0
 ) -> Recording:
-    """Runs the batches forwards and backwards and keeps inputs and gradients of these groups' linears.
+    """Runs the batches forward and backward and records the inputs and gradients of these groups' linears.
 
-    The result takes rows * (K of each group + N of each linear) elements of the model's type; beside it, one batch's
-    backward pass is alive.
+    Memory: the result takes rows * (K of each group + N of each linear) elements of the model's type. One batch's
+    backward pass is also alive.
     """
     xs: dict[str, list[Tensor]] = defaultdict(list)
     gradients: dict[str, list[Tensor]] = defaultdict(list)
@@ -130,7 +130,7 @@ def record(
     def keep_output(name: str, y: Tensor) -> Tensor:
         y = y if y.requires_grad else y.detach().requires_grad_()
         outputs.append((name, y))
-        return y.clone()  # what follows may work in place
+        return y.clone()  # later operations may work in place
 
     with evaluating(model), torch.enable_grad(), _without_parameter_gradients(model):
         for index, batch in enumerate(batches):
@@ -143,7 +143,7 @@ def record(
                         hooks.on_output(name, partial(keep_output, name))
                 loss, count = likelihood(run(model, batch), padding, generator)
             predictions += count
-            if not outputs:  # experts that this batch did not reach
+            if not outputs:  # this batch reached none of these experts
                 continue
             found = torch.autograd.grad(loss, [y for _, y in outputs], allow_unused=True)
             for (name, y), g in zip(outputs, found, strict=True):
@@ -160,7 +160,7 @@ def record(
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
-    """One tensor of all; each part is freed as soon as it is copied, so that not all are there twice."""
+    """Concatenates the parts and frees each one once it is copied, so two complete copies never exist at once."""
     whole = parts[0].new_empty(sum(map(len, parts)), parts[0].shape[-1])
     at = 0
     while parts:
@@ -171,7 +171,7 @@ def _joined(parts: list[Tensor]) -> Tensor:
 
 
 def count_rows(model: nn.Module, names: Iterable[str], batches: Iterable[Batch]) -> dict[str, int]:
-    """How many rows each linear reads, padding included; those that are not called are absent."""
+    """Returns the number of rows that each linear reads, padding included. Linears that are never called are absent."""
     rows: dict[str, int] = {}
 
     def count(name: str, y: Tensor) -> None:

@@ -38,7 +38,7 @@ def _to_batches(item: Any, tokenizer: Any, window: int, model: nn.Module | None)
     if isinstance(item, Mapping):
         text = item.get("text")
         if isinstance(text, str) and "input_ids" not in item and tokenizer is not None:
-            item = text  # a row of a data set
+            item = text  # a row of a dataset
         else:
             yield tensors_of(item, model)
             return
@@ -71,7 +71,7 @@ def _to_batches(item: Any, tokenizer: Any, window: int, model: nn.Module | None)
 
 
 def _only_member(item: Sequence[Any]) -> Tensor:
-    """What a list or tuple stands for: token ids, or the only tensor of a TensorDataset's batch."""
+    """The tensor that a list or tuple stands for: token ids, or the only tensor of a TensorDataset's batch."""
     if len(item) == 1 and isinstance(item[0], Tensor):
         return item[0]
     if item and all(type(v) is int for v in item):
@@ -89,7 +89,7 @@ def _only_member(item: Sequence[Any]) -> Tensor:
 
 
 def fitting_window(window: int, tokenizer: Any, model: nn.Module | None) -> int:
-    """`window`, or as many tokens as the model and the tokenizer are made for."""
+    """Returns `window`, or the longest length that the model and the tokenizer support if that is shorter."""
     longest = getattr(tokenizer, "model_max_length", None)
     limits = [position_limit(model)[0], longest if isinstance(longest, int) else None]
     return min([window, *(n for n in limits if n is not None and n > 0)])
@@ -103,19 +103,19 @@ def calibration_batches(
     max_tokens: int = 16384,
     model: nn.Module | None = None,
 ) -> Iterator[Batch]:
-    """Batches of about `max_tokens` tokens in all, from any iterable of what users have.
+    """Yields batches of about `max_tokens` tokens in total from an iterable of any supported items.
 
-    The last batch is cut if it is one row of text alone; any other is used whole. A batch without token ids counts the
-    positions that the model makes of it (`PositionCounter`), and its rows where no model is given.
+    The last batch is cut if it is a single row of text. Any other batch is used whole. A batch without token ids counts
+    the positions that the model derives from it (`PositionCounter`), or its rows if there is no model.
 
     Args:
         data: token-id tensors [T] or [B, T], dicts of tensors (`input_ids`, `attention_mask`, ...), or strings.
         tokenizer: needed for strings.
         window: strings are cut into windows of this many tokens, or of as many as the model and the tokenizer take.
-        model: that the batches are for; one without its weights is not run.
+        model: the model that the batches are for. A model without its weights is not run.
 
     Raises:
-        SmoothQuantError: an item is none of these, or a single string or tensor was passed as the data.
+        SmoothQuantError: an item is none of these, or the data is a single item (a string, a dict, a tensor [T]).
     """
     if isinstance(data, (str, bytes, Mapping)) or not isinstance(data, Iterable):
         raise SmoothQuantError(
@@ -145,7 +145,7 @@ def configured_batches(
     tokenizer: Any,
     max_tokens: int | None = None,
 ) -> Iterator[Batch]:
-    """`calibration_batches` with the window and, unless it is given, the number of tokens of a configuration."""
+    """Runs `calibration_batches` with a configuration's window and, unless `max_tokens` is given, its token count."""
     return calibration_batches(
         data,
         tokenizer=tokenizer,
@@ -159,7 +159,7 @@ class Recorder:
     """Merges the inputs of `linears` into `statistics`, batch by batch.
 
     Attributes:
-        rows: the most rows that one of the linears has read of the last batch, without padding.
+        rows: the most rows of the last batch that one of the linears read in one call, without padding.
     """
 
     def __init__(
@@ -170,7 +170,7 @@ class Recorder:
         self.rows = 0
 
     def measure(self, batch: Batch, run: Callable[[Batch], Any]) -> Any:
-        """Runs a batch, whose padding is not measured, and returns what `run` does."""
+        """Runs a batch, measures all of it but padding, and returns the result of `run`."""
         self._padding.start(batch, run)
         self.rows = 0
         with Hooks(self._model) as hooks:
@@ -184,7 +184,7 @@ class Recorder:
 
 
 def calibration_bar(progress: bool) -> Progress:
-    """The bar that all slow steps of calibration show."""
+    """The progress bar of all slow calibration steps."""
     from rich import progress as rich
 
     columns = (
@@ -204,15 +204,15 @@ def collect_statistics(
     max_tokens: int | None = None,
     progress: bool = True,
 ) -> ActivationStatistics:
-    """Runs the model over the batches and returns per-channel maxima of the inputs of `linears`.
+    """Runs the model over the batches and returns the statistics of the inputs of `linears`.
 
     Args:
-        batches: as `calibration_batches` yields them; padding (attention_mask 0) does not count (`Padding`).
-        max_tokens: only for the length of the progress bar.
+        batches: as `calibration_batches` yields them. Padding (attention_mask 0) does not count (`Padding`).
+        max_tokens: the length of the progress bar; nothing else depends on it.
 
     Raises:
-        SmoothQuantError: there was no data, the model refused a batch, or an input held NaN or Inf (the layer is
-            named).
+        SmoothQuantError: there is no data, the model refuses a batch, or an input holds NaN or Inf (the message names
+            the layer).
     """
 
     def forward(batch: Batch) -> Any:
@@ -245,19 +245,19 @@ def calibrate_model(
     """Measures a float model once, for any number of `smooth_lm` calls on copies of it.
 
     Args:
-        model: a float model; it is left unchanged.
-        data: token-id tensors [T] or [B, T], dicts of tensors, or strings (with `tokenizer`); any iterable, also an
-            endless one: it is read until `calibration_tokens` are there.
-        config: `skip`, `calibration_tokens` and `calibration_window` are used.
+        model: a float model; left unchanged.
+        data: an iterable of token-id tensors [T] or [B, T], dicts of tensors, or strings (with `tokenizer`). It may be
+            endless, because reading stops after `calibration_tokens`.
+        config: only `skip`, `calibration_tokens` and `calibration_window` are used.
         tokenizer: turns strings into token ids.
-        progress: show a progress bar.
+        progress: whether to show a progress bar.
 
     Returns:
-        The statistics, to be passed to `smooth_lm` in place of calibration data. A warning says if the data ended
-        before half of `calibration_tokens`.
+        The statistics, which `smooth_lm` takes in place of calibration data. A warning says if the data ended before
+        half of `calibration_tokens`.
 
     Raises:
-        SmoothQuantError: no linears, no data, wrong data, or NaN or Inf in an input (the layer is named).
+        SmoothQuantError: no linears, no data, wrong data, or NaN or Inf in an input (the message names the layer).
 
     Equivalent to:
         for each linear: absmax = torch.stack([x.abs().flatten(0, -2).amax(0) for x in its inputs]).amax(0)
@@ -277,7 +277,7 @@ def calibrate_view(
     tokenizer: Any = None,
     progress: bool = True,
 ) -> ActivationStatistics:
-    """`calibrate_model` as a part of a larger operation."""
+    """Runs `calibrate_model` as a part of a larger operation."""
     model = view.model
     batches = configured_batches(model, data, config, tokenizer)
     check_present(model)

@@ -1,4 +1,4 @@
-"""Replacing the float linears of a model by quantized layers."""
+"""Replacing the float linears of a model with quantized layers."""
 
 from __future__ import annotations
 
@@ -37,19 +37,20 @@ def quantize_model(
     """Quantizes every linear of a model in place, smoothed before or not.
 
     Args:
-        model: what `smooth_lm` returned; or any float model, which gives plain ("naive") W8A8.
+        model: the result of `smooth_lm`; or any float model, which gives plain ("naive") W8A8.
         w_bit, a_bit: 8.
-        config: schemes and patterns to skip; the default is what the model was smoothed with, else the package's. The
-            static scheme needs the ranges that `smooth_lm` measured (`smooth=False` measures only).
+        config: schemes and patterns to skip. The default is the configuration that the model was smoothed with, else
+            the package's. The static scheme needs the ranges that `smooth_lm` measured (`smooth=False` only measures).
 
     Returns:
-        The model; its output head stays in float. `model.smoothquant_info` lists every layer.
+        The model. Its output head stays in float. `model.smoothquant_info` lists every layer.
 
     Raises:
-        SmoothQuantError: bits other than 8, no linears, NaN or Inf in a weight (the layer is named), or no ranges for
-            the static scheme. After this or any other exception the model is as it was.
+        SmoothQuantError: bits other than 8, no linears, NaN or Inf in a weight (the message names the layer), or no
+            ranges for the static scheme. After any exception the model is unchanged.
 
-    Memory: the int8 layers beside the float ones, which are freed when all are made (docs/streaming.md for less).
+    Memory: the int8 layers and the float ones, which are freed once all int8 layers exist. Streaming needs less
+    (docs/streaming.md).
 
     Equivalent to:
         for name, linear in model.named_modules():
@@ -66,7 +67,7 @@ def quantize_model(
 
 
 def _quantize_into(view: ModelView, config: SmoothQuantConfig, changes: Changes) -> None:
-    """`quantize_model` as a part of a larger change: every layer is made before the first takes its place."""
+    """Runs `quantize_model` as a part of a larger change. All layers are made before the first one is replaced."""
     model, record = view.model, ModelRecord.of(view.model)
     check_patterns(model, config)
     stay = {layer.name for layer in record.skipped if layer.found_by_running}
@@ -98,7 +99,7 @@ def _quantize_into(view: ModelView, config: SmoothQuantConfig, changes: Changes)
             "have none): run smooth_lm on calibration data first (smooth=False only measures), or skip them."
         )
     made: dict[str, nn.Module] = {}
-    # those of an earlier call, which left other layers out
+    # Layers quantized by an earlier call, which left other layers in float.
     earlier = [layer for name, layer in described.items() if _is_quantized(model, name)]
     for name, linear in linears.items():
         new = quantize_linear(name, linear, schemes[name], static.get(name), config)
@@ -127,13 +128,13 @@ def quantize_linear(
     config: SmoothQuantConfig,
     smooth: Tensor | None = None,
 ) -> nn.Module:
-    """The quantized layer for the float layer `name`, of the kind that takes it; nothing is changed.
+    """Makes the quantized layer for the float layer `name`, of the kind that accepts it, and changes nothing else.
 
     Args:
         scheme: the layer's activation scheme.
         x_absmax: the calibrated range of the smoothed input, which only the static scheme needs.
-        config: everything else.
-        smooth: [K] factors to apply beside those that wait at the layer.
+        config: all other settings.
+        smooth: [K] factors to apply in addition to those that are pending at the layer (`pending_smooth`).
 
     Returns:
         The layer.
@@ -165,17 +166,17 @@ def smooth_and_quantize(
     tokenizer: Any = None,
     progress: bool = True,
 ) -> nn.Module:
-    """Calibrates, smooths and quantizes a model in place: one call that does it all.
+    """Calibrates, smooths and quantizes a model in place, in one call.
 
     Args:
         model, calibration_data, tokenizer, progress: as in `smooth_lm`.
-        config: everything else; `SmoothQuantConfig()` by default.
+        config: all other settings; `SmoothQuantConfig()` by default.
 
     Returns:
         The quantized model, with `model.smoothquant_info`.
 
     Raises:
-        SmoothQuantError: as in `smooth_lm` and `quantize_model`. After any exception the model is as it was.
+        SmoothQuantError: as in `smooth_lm` and `quantize_model`. After any exception the model is unchanged.
 
     Equivalent to:
         quantize_model(smooth_lm(model, calibration_data, config=config, tokenizer=tokenizer), config=config)
@@ -184,7 +185,7 @@ def smooth_and_quantize(
     """
     config = config or SmoothQuantConfig()
     view = ModelView(model, config.skip)
-    check_float_types(view.linears)  # before the work of smoothing
+    check_float_types(view.linears)  # fail before the slow smoothing
     with Changes() as changes:
         smooth_into(view, calibration_data, config, changes, tokenizer=tokenizer, progress=progress)
         _quantize_into(view, config, changes)

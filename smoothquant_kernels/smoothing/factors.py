@@ -1,4 +1,4 @@
-"""Smoothing factors of every group of linears, and what becomes of them: folded, divided at run time, or left out."""
+"""Smoothing factors of every group of linears, and how each is applied: folded, at run time, or not at all."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from smoothquant_kernels.smoothing.fold import (
 from smoothquant_kernels.smoothing.int8_error import int8_errors
 from smoothquant_kernels.smoothing.statistics import ActivationStatistics
 
-_FOLDS_AT_ONCE = 16  # verified together,
-_FOLD_BYTES = 1 << 26  # at most so many bytes of their weights, or those of one group
+_FOLDS_AT_ONCE = 16  # the most groups whose folds are verified together
+_FOLD_BYTES = 1 << 26  # the most bytes of their weights, unless one group alone has more
 
 
 def group_alpha(group: Group, peak: float, config: SmoothQuantConfig) -> float:
-    """The migration strength of a group; raises SmoothQuantError if the configuration gives its linears several."""
+    """Returns the alpha of a group. Raises SmoothQuantError if the configuration gives its linears different ones."""
     first, *others = group.linears
     alpha = config.alpha_of(peak, first)
     own = first_match(config.alphas, first)
-    # without settings of their own they all take the default of the first one's scheme
+    # Linears without an alpha of their own all take the default of the first one's scheme.
     for other in others:
         if first_match(config.alphas, other) != own:
             raise SmoothQuantError(
@@ -47,7 +47,7 @@ def group_alpha(group: Group, peak: float, config: SmoothQuantConfig) -> float:
 
 
 def weight_absmax(model: nn.Module, group: Group) -> Tensor:
-    """[K] float32: the largest |w| of each input channel over all linears of the group."""
+    """Returns the largest |w| of each input channel over all linears of the group, [K] float32."""
     columns = [
         weight_of(model.get_submodule(n)).detach().abs().amax(0).float() for n in group.linears
     ]
@@ -57,7 +57,7 @@ def weight_absmax(model: nn.Module, group: Group) -> Tensor:
 def group_factors(
     x_absmax: Tensor, w_absmax: Tensor, alpha: float, dtype: torch.dtype, config: SmoothQuantConfig
 ) -> Tensor:
-    """s [K] float32 of a group of linears whose weights have this dtype."""
+    """Returns s [K] float32, rounded as configured, for a group of linears whose weights have this dtype."""
     smooth = smoothing_factors(x_absmax, w_absmax, alpha)
     rounding = config.smooth_rounding
     if rounding == "auto":
@@ -68,7 +68,7 @@ def group_factors(
 def smoothable_linears(
     view: ModelView, linears: Iterable[str], statistics: ActivationStatistics
 ) -> list[str]:
-    """Those that calibration has seen and whose weight is theirs alone."""
+    """Returns the linears that calibration reached and whose weight no other module shares."""
     return [n for n in linears if n in statistics.absmax and f"{n}.weight" not in view.shared]
 
 
@@ -78,7 +78,7 @@ def runs_within(
     max_bytes: int,
     max_groups: int | None = None,
 ) -> Iterator[list[Group]]:
-    """The groups in runs whose sizes fit together; one that does not fit alone is a run for itself."""
+    """Splits the groups into runs of at most `max_bytes` and `max_groups`. A group that is too large runs alone."""
     part: list[Group] = []
     used = 0
     for group in groups:
@@ -93,10 +93,10 @@ def runs_within(
 
 
 class Plan:
-    """The factors of every group, all from the weights as they are before any fold.
+    """The factors of every group, all computed from the weights before any fold.
 
-    A fold into the rows of v_proj or up_proj changes the weight that their own group reads, and what is quantized
-    should not depend on what could be folded, and in which order.
+    A fold into the rows of v_proj or up_proj changes the weight that the factors of their own group depend on. The
+    quantized result must not depend on which folds succeed, or on their order.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class Plan:
     def leave_out_what_does_not_gain(
         self, batch: Batch, run_sample: Callable[[Batch], Any]
     ) -> dict[str, tuple[How, str]]:
-        """Drops the groups that int8 computes better without factors; name -> (``"none"``, why)."""
+        """Drops the groups that int8 computes better without factors; returns name -> (``"none"``, why)."""
         config = self._config
         if not config.only_where_better:
             return {}
@@ -148,7 +148,7 @@ class Plan:
     def apply(
         self, same_output: Callable[[], bool], changes: Changes
     ) -> dict[str, tuple[How, str]]:
-        """Smooths the groups; returns name -> (``"folded"`` or ``"runtime"``, why) and divides `statistics` by s."""
+        """Smooths the groups and divides `statistics` by s; returns name -> (``"folded"`` or ``"runtime"``, why)."""
         model = self._model
         result: dict[str, tuple[How, str]] = {}
 
@@ -165,7 +165,7 @@ class Plan:
             smoothings = [Smoothing(group, self._factors[group]) for group in part]
             done, refused = fold_verified(model, smoothings, same_output, changes)
             if self._config.smooth_rounding == "auto":
-                # what float roundings refuse, powers of two may fold without any
+                # A fold refused for its rounding errors may succeed with powers of two, which multiply exactly.
                 rounded = [Smoothing(r.group, round_to_power_of_two(r.smooth)) for r in refused]
                 more, refused = fold_verified(model, rounded, same_output, changes)
                 done += more

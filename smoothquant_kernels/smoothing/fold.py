@@ -1,4 +1,4 @@
-"""Putting smoothing factors into a float model: folded into the producer, or divided at run time."""
+"""Applying smoothing factors to a float model: folding into the producer, or division at run time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from smoothquant_kernels.modeling.changes import Changes, widened
 from smoothquant_kernels.modeling.groups import Group
 from smoothquant_kernels.nn.float_linear import FOLDED, is_float_linear, weight_of
 
-#: Per channel, of a folded norm's output: some tens of float32 roundings. A wrong formula is off by far more.
+#: Relative error allowed per channel of a folded norm: some tens of float32 roundings. A wrong formula far exceeds it.
 _NORM_TOLERANCE = 1e-5
 
 
@@ -25,14 +25,14 @@ class Smoothing:
 
 
 def round_to_power_of_two(smooth: Tensor) -> Tensor:
-    """The nearest power of two, in the logarithm; multiplying by it is exact in every floating-point type."""
+    """Rounds to the power of two nearest in the logarithm. It multiplies exactly in every floating-point type."""
     return torch.exp2(torch.log2(smooth.double()).round()).float()
 
 
 def scale_norm(
     module: nn.Module, factor: Tensor, offsets: Mapping[str, float], changes: Changes
 ) -> None:
-    """Scales every vector of a norm by `factor` [channels]; `offsets`: name -> 1.0 for a weight used as 1 + weight."""
+    """Scales every vector of a norm by `factor` [channels]. `offsets` maps a weight used as 1 + weight to 1.0."""
     for name, parameter in module.named_parameters(recurse=False):
         if offset := offsets.get(name, 0.0):
             changes.write(parameter, (widened(parameter.data) + offset) * factor - offset)
@@ -41,18 +41,18 @@ def scale_norm(
 
 
 def scale_rows(linear: nn.Module, factor: Tensor, changes: Changes) -> None:
-    """Makes a linear put out `factor` [N] times what it did."""
-    changes.scale(weight_of(linear), factor[:, None])  # a view: writes through
+    """Scales the output of a linear by `factor` [N]."""
+    changes.scale(weight_of(linear), factor[:, None])  # a view, so it writes to the module
     bias: Tensor | None = getattr(linear, "bias", None)
     if bias is not None:
         changes.scale(bias, factor)
 
 
 def norm_offsets(module: nn.Module, factor: Tensor, tolerance: float) -> dict[str, float] | None:
-    """How a norm must be folded: {} for weight * y, {"weight": 1.0} for (1 + weight) * y (Gemma's), None if no way is.
+    """Returns how to fold a norm: {} for weight * y, {"weight": 1.0} for (1 + weight) * y (Gemma's), else None.
 
-    Tried on random input: the folded norm must put out `factor` times what it did. So the parameters may have any
-    names; a bias is scaled like a weight. The module is left as it was.
+    Each way is tested on random input: the folded norm must return `factor` times its original output. So the
+    parameters may have any names. A bias is scaled like a weight. The module is left unchanged.
     """
     parameters = dict(module.named_parameters(recurse=False))
     first = next(iter(parameters.values()))
@@ -66,16 +66,16 @@ def norm_offsets(module: nn.Module, factor: Tensor, tolerance: float) -> dict[st
                 scale_norm(module, factor, offsets, trial)
                 error = (widened(module(x)) - expected).abs().amax(0)
                 trial.back_to(0)
-                # by channel: what (1 + w) / s - 1 loses counts in that channel, which the readers multiply by s again
+                # Per channel, because the readers multiply a channel's rounding error of (1 + w) / s - 1 by s again.
                 if bool((error <= tolerance * expected.abs().amax(0)).all()):
                     return offsets
-        except Exception:  # it wants other arguments, and says so in its own way
+        except Exception:  # a norm that needs other arguments may raise anything
             trial.back_to(0)
     return None
 
 
 def fold(model: nn.Module, smoothing: Smoothing, changes: Changes) -> bool:
-    """Folds 1 / s into the producer and s into the readers; False (and nothing changed) if the producer refuses."""
+    """Folds 1 / s into the producer and s into the readers. Returns False and changes nothing if no fold fits."""
     assert smoothing.group.producer is not None
     producer = model.get_submodule(smoothing.group.producer)
     factor = 1.0 / smoothing.smooth
@@ -99,13 +99,13 @@ def fold_verified(
     same_output: Callable[[], bool],
     changes: Changes,
 ) -> tuple[list[Smoothing], list[Smoothing]]:
-    """Folds the factors and checks the model's output; takes back, by bisection, those that change it.
+    """Folds the factors and checks the model's output. Bisection finds the folds that change it and undoes them.
 
     Args:
-        same_output: whether the model still computes what it did.
+        same_output: returns whether the model's output is still the same.
 
     Returns:
-        What is folded, and what was refused (its parameters are as they were).
+        The folded smoothings, and the refused ones, whose parameters are unchanged.
     """
     before = changes.mark()
     done: list[Smoothing] = []
@@ -126,6 +126,6 @@ def fold_verified(
 
 
 def divide_at_run_time(model: nn.Module, smoothing: Smoothing, changes: Changes) -> None:
-    """Leaves the division to the quantizers of the group's linears; the float model stays as it is."""
+    """Leaves the division to the quantizers of the group's linears. The float model computes the same as before."""
     for name in smoothing.group.linears:
         changes.attach_smooth(model.get_submodule(name), smoothing.smooth)

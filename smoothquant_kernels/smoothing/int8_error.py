@@ -1,4 +1,4 @@
-"""Whether smoothing helps a group of linears: its int8 error on the sample, with factors and without."""
+"""Whether smoothing helps a group of linears, judged by its int8 error on the sample with and without factors."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from smoothquant_kernels.modeling.run import Batch, unpadded_rows
 from smoothquant_kernels.nn.float_linear import weight_of
 from smoothquant_kernels.smoothing.padding import Padding
 
-#: Errors nearer to each other than this ratio are a tie on so few tokens; smoothing then stays, as everywhere else.
+#: On so few tokens, errors within this ratio of each other are a tie. A tie keeps smoothing, the default everywhere.
 _TIE = 1.05
 
 
 @dataclass(frozen=True)
 class Int8Error:
-    """Relative error of a group's outputs in int8: norm of the error over norm of the outputs, on the sample."""
+    """Relative int8 errors of a group's outputs on the sample: the norm of the error over the norm of the outputs."""
 
     naive: float
     smoothed: float
@@ -36,7 +36,7 @@ class Int8Error:
 
 
 def static_scale(absmax: float, clip: float) -> float:
-    """The scale whose int8 range covers `clip` times the calibrated range."""
+    """Returns the scale whose int8 range covers `clip` times the calibrated range."""
     return max(clip * absmax / reference.QMAX, reference.MIN_SCALE)
 
 
@@ -49,16 +49,17 @@ def int8_errors(
     batch: Batch,
     run_sample: Callable[[Batch], Any],
 ) -> dict[Group, Int8Error]:
-    """Tries every group that the sample reaches, in the configured scheme.
+    """Returns the errors of every group that the sample reaches, in the configured scheme.
 
-    A token counts by the size of its error, as it does in the residual stream that most outputs are added to. By
-    relative errors, a layer with massive activations would look better off unsmoothed, and the model would get worse.
+    A token counts by the absolute size of its error, as it does in the residual stream that most outputs are added to.
+    By relative errors per token, a layer with massive activations would seem better without smoothing, and the model
+    would get worse.
 
     Args:
         factors: s [K] of each group.
-        absmax: calibrated maxima of the inputs, not smoothed.
-        batch: the calibration sample; its padding does not count.
-        run_sample: runs the float model on it.
+        absmax: calibrated maxima of the inputs before smoothing.
+        batch: the calibration sample. Its padding does not count.
+        run_sample: runs the float model on the sample.
     """
     squares: dict[Group, Tensor] = {}
     padding = Padding(model, {g.linears[0]: model.get_submodule(g.linears[0]) for g in factors})
@@ -99,7 +100,7 @@ def _int8_product(
     clip: float,
     config: SmoothQuantConfig,
 ) -> Tensor:
-    """rows @ weight.T as a `W8A8Linear` of this scheme computes it; in float32, so that it needs no kernels."""
+    """Returns rows @ weight.T as a `W8A8Linear` of this scheme computes it, in float32, so it needs no kernels."""
     inv_smooth = None
     if smooth is not None:
         weight, absmax, inv_smooth = weight * smooth, absmax / smooth, 1.0 / smooth
@@ -109,5 +110,5 @@ def _int8_product(
     granularity = "tensor" if scheme == "per_tensor" else "token"
     x_q, x_scale = reference.quantize(rows, inv_smooth, scale=scale, granularity=granularity)
     w_q, w_scale = reference.quantize_weight(weight, config.weight_granularity)
-    # float32 holds these sums to some 1e-7, which is enough to judge by
+    # float32 sums are accurate to about 1e-7, which is enough for a comparison.
     return F.linear(x_q.float(), w_q.float()) * w_scale * x_scale[:, None]

@@ -1,4 +1,4 @@
-"""Smoothing a float model: factors from calibration, folded where that is proved exact, else divided at run time."""
+"""Smoothing a float model: calibrated factors are folded where a check proves that exact, else divided at run time."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ from smoothquant_kernels.smoothing.factors import Plan, group_alpha, smoothable_
 from smoothquant_kernels.smoothing.patterns import check_patterns
 from smoothquant_kernels.smoothing.statistics import ActivationStatistics
 
-#: Folding rounds a producer's parameters, the readers' weights and every partial sum anew: so much `rounding_noise`.
+#: The tolerance in units of `rounding_noise`. Folding rounds the producer's parameters, the readers' weights and every
+#: partial sum anew.
 ROUNDINGS = 8
 
 
@@ -43,7 +44,7 @@ ROUNDINGS = 8
 
 
 def relative_difference(output: Tensor, before: Tensor) -> float:
-    """The largest change over the largest finite value; equal infinities and NaNs are no change."""
+    """The largest change over the largest finite value. Equal infinities and NaNs count as no change."""
     a, b = widened(output), widened(before)
     same = (a == b) | (a.isnan() & b.isnan())
     largest = b.abs().nan_to_num(0.0, 0.0, 0.0).max().clamp_min(1e-30)
@@ -59,27 +60,27 @@ def smooth_lm(
     tokenizer: Any = None,
     progress: bool = True,
 ) -> nn.Module:
-    """Smooths a float model in place: the function stays, the activations' outlier channels move into the weights.
+    """Smooths a float model in place: its function stays the same; outlier channels move from activations to weights.
 
     Args:
         model: a Hugging Face model, or any module whose forward takes the batches' entries by name.
-        calibration_data: an iterable of token-id tensors [T] or [B, T], of dicts of tensors, or of strings; or
-            what `calibrate_model` measured on this model or a copy of it.
+        calibration_data: an iterable of token-id tensors [T] or [B, T], of dicts of tensors, or of strings; or the
+            result of `calibrate_model` on this model or a copy of it.
         alpha: migration strength in [0, 1]; None takes the configuration's.
-        config: everything else; the default is the best measured one (docs/accuracy.md).
+        config: all other settings; the default is the best measured configuration (docs/accuracy.md).
         tokenizer: turns strings into token ids.
-        progress: show a progress bar.
+        progress: whether to show a progress bar.
 
     Returns:
-        The model, with `model.smoothquant_info` saying what was done to each linear.
+        The model. `model.smoothquant_info` records how each linear was smoothed.
 
     Raises:
-        SmoothQuantError: no linears, no data, NaN or Inf in weights or activations (the layer is named), alpha outside
-            [0, 1], or the model is smoothed already. After this or any other exception, an interrupt included, the
-            model computes what it did, bit for bit.
+        SmoothQuantError: no linears, no data, NaN or Inf in weights or activations (the message names the layer), alpha
+            outside [0, 1], or the model is smoothed already. After any exception, even an interrupt, the model
+            computes the same bits as before.
 
-    Memory: beside the model, a copy of the weights that are folded by factors other than powers of two (the default
-    for float32 models only), until the call returns.
+    Memory: until the call returns, it also holds a copy of the weights that are folded by factors other than powers of
+    two. By default, only float32 models have such factors.
 
     Equivalent to:
         for each group of linears that read one tensor x:
@@ -107,11 +108,11 @@ def smooth_into(
     progress: bool = True,
     run_sample: Callable[[Batch], Any] | None = None,
 ) -> None:
-    """`smooth_lm` as a part of a larger change.
+    """Runs `smooth_lm` as a part of a larger change.
 
     Args:
-        run_sample: runs the model on the calibration sample; needed where its forward alone gives the layers other
-            inputs than calibration saw (a model without its blocks).
+        run_sample: runs the model on the calibration sample. It is needed if the model's own forward gives the layers
+            other inputs than calibration saw (a model without its blocks).
     """
     model = view.model
     refuse_smoothed(model)
@@ -129,7 +130,7 @@ def smooth_into(
         del linears[name]
         skipped[name] = reason
     peaks = {name: statistics.peak(name) for name in statistics.absmax}
-    # they may come from a file or from another rank's device
+    # Statistics may come from a file or from another rank's device.
     for name in statistics.absmax.keys() & linears.keys():
         device = weight_of(linears[name]).device
         statistics.absmax[name] = statistics.absmax[name].to(device)
@@ -165,8 +166,10 @@ def smooth_into(
 
 
 def refuse_smoothed(model: nn.Module) -> None:
-    """Raises SmoothQuantError if the model, or a part of it, is smoothed: its weights hold factors that the formula
-    cannot see. One with int8 layers cannot be smoothed either."""
+    """Raises SmoothQuantError if any part of the model is smoothed or quantized.
+
+    Smoothed weights already hold factors that the formula cannot see. Smoothing needs float layers.
+    """
     if quantized := count_quantized(model):
         raise SmoothQuantError(
             f"the model is quantized already ({quantized}), and smoothing needs float layers: load the "
@@ -174,7 +177,7 @@ def refuse_smoothed(model: nn.Module) -> None:
         )
     layers = layers_within(model)
     smoothed, total = sum(layer.smoothing != "none" for layer in layers), len(layers)
-    if not smoothed:  # a part of a model that was
+    if not smoothed:  # the model may be a part of a smoothed one
         marks = [is_smoothed(m) for m in model.modules() if is_float_linear(m)]
         smoothed, total = sum(marks), len(marks)
     if smoothed:
@@ -187,9 +190,10 @@ def refuse_smoothed(model: nn.Module) -> None:
 def rounding_noise(
     model: nn.Module, groups: Sequence[Group], batch: Batch, output: Tensor
 ) -> float:
-    """How far the model's output moves if the input of every linear is rounded once more: what exact arithmetic hides.
+    """How far the model's output moves if the inputs of the groups' linears are rounded once more.
 
-    Each element is moved by one unit of its type's precision, up or down at random, in two runs; the larger change.
+    Even exact arithmetic, once rounded, can move the output that far. Each of two runs moves every element by one unit
+    of its type's precision, up or down at random. The larger change counts.
     """
     found = [0.0]
     for seed in range(2 if groups else 0):
@@ -208,10 +212,10 @@ def rounding_noise(
 
 
 def check_finite_weights(linears: Mapping[str, nn.Module]) -> None:
-    """Raises SmoothQuantError naming the first layer whose weight or bias has NaN or Inf, or no data."""
+    """Raises SmoothQuantError naming the first layer whose weight or bias holds NaN or Inf, or has no data."""
     for name, module in linears.items():
         check_present(module, name)
-        if weight_of(module).dtype != torch.float64:  # which can be smoothed, at least
+        if weight_of(module).dtype != torch.float64:  # float64 can be smoothed, not quantized
             check_float_type(weight_of(module).dtype, f"the weight of layer {name}")
         for what, parameter in module.named_parameters(recurse=False):
             if not bool(parameter.detach().isfinite().all()):
@@ -229,7 +233,7 @@ def _describe(
     outcomes: Mapping[str, tuple[How, str]],
     config: SmoothQuantConfig,
 ) -> tuple[LayerRecord, ...]:
-    """One record a linear; `x_absmax`, the largest smoothed input seen, becomes the static scale."""
+    """Returns one record per linear. Its `x_absmax`, the largest smoothed input seen, sets the static scale."""
     layers = []
     group_of = {name: group for group in groups for name in group.linears}
     for name, module in linears.items():

@@ -1,4 +1,4 @@
-"""What calibration measures: kept, merged across processes, written to a file and read again."""
+"""The statistics that calibration measures: collecting, merging across processes, saving and loading."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from smoothquant_kernels.modeling.run import Batch, unpadded_rows
 from smoothquant_kernels.storage.folder import replace_file
 from smoothquant_kernels.storage.safetensors import check_storable, write_safetensors
 
-_PEAK_TOKENS = 4096  # whose sizes are kept; enough for a median
+_PEAK_TOKENS = 4096  # sizes kept per layer; enough for a median
 _FORMAT = "smoothquant-kernels statistics"
 _FORMAT_VERSION = 1
 
 
 def shortage(tokens: int, asked: int) -> str | None:
-    """One sentence if data ended before half of the tokens that were asked for."""
+    """Returns one sentence if the data ended before half of the requested tokens, else None."""
     if 2 * tokens >= asked:
         return None
     return (
@@ -33,7 +33,7 @@ def shortage(tokens: int, asked: int) -> str | None:
 
 
 def warn_if_short(tokens: int, asked: int, *, stacklevel: int = 3) -> None:
-    """Warns of a `shortage`, by default where the caller was called."""
+    """Warns of a `shortage`. By default the warning points to the line that called the caller."""
     if (short := shortage(tokens, asked)) is not None:
         warnings.warn(short, stacklevel=stacklevel)
 
@@ -43,13 +43,13 @@ class ActivationStatistics:
     """Running statistics of the inputs of linear layers.
 
     Attributes:
-        absmax: module name -> [K] float32 largest |x| per channel over all tokens that are not padding.
+        absmax: module name -> [K] float32 largest |x| per channel over all tokens except padding.
         token_absmax: module name -> float32 largest |x| of each of the first few thousand tokens.
-        tokens: how many tokens were seen that are not padding. A batch without text counts the positions that the model
-            makes of it (patches of images, frames of sound): the most rows that one of the layers reads.
-        sample: a small batch of the data, on which structure is found and folds are verified.
-        watched: names of all layers that were measured, also of those that no token reached (unused experts).
-        asked: `calibration_tokens` of the calibration; 0 where that is not known (statistics from a file).
+        tokens: the number of tokens seen, without padding. A batch without text counts the positions that the model
+            derives from it (image patches, sound frames): the most rows that one of the layers reads.
+        sample: a small batch of the data, used to find the model's structure and to verify folds.
+        watched: names of all measured layers, including those that no token reached (unused experts).
+        asked: the calibration's `calibration_tokens`; 0 if unknown (statistics from a file).
     """
 
     absmax: dict[str, Tensor] = field(default_factory=dict)
@@ -60,15 +60,15 @@ class ActivationStatistics:
     asked: int = 0
 
     def update(self, name: str, x: Tensor, keep: Tensor | None) -> int:
-        """Merges the input x [..., K] of one call; `keep` (bool, one value a row) leaves padding out, None nothing.
+        """Merges the input x [..., K] of one call and returns the number of merged rows.
 
-        Returns the number of rows that were merged.
+        `keep` (bool, one value per row) is False at padding, which is left out. None keeps all rows.
         """
         rows = unpadded_rows(x.detach(), keep)
         if not len(rows):
             return 0
         magnitude = rows.abs()
-        absmax = magnitude.amax(0).float()  # exact: a maximum does not round
+        absmax = magnitude.amax(0).float()  # exact, because a maximum does not round
         old = self.absmax.get(name)
         self.absmax[name] = absmax if old is None else torch.maximum(old, absmax)
         seen = self.token_absmax.get(name, absmax.new_empty(0))
@@ -77,7 +77,7 @@ class ActivationStatistics:
         return len(rows)
 
     def peak(self, name: str) -> float:
-        """The largest token over the median token of a layer's input, by their largest elements; 1 if all are zero."""
+        """The largest token of a layer's input over the median one, by their largest elements; 1 if all are zero."""
         tokens = self.token_absmax[name]
         median = tokens[tokens > 0].median() if bool((tokens > 0).any()) else tokens.new_ones(())
         return max(1.0, float(self.absmax[name].max() / median))
@@ -90,7 +90,7 @@ class ActivationStatistics:
             )
 
     def shortage(self) -> str | None:
-        """One sentence if the data ended before half of the tokens that were asked for."""
+        """Returns one sentence if the data ended before half of the requested tokens, else None."""
         return shortage(self.tokens, self.asked)
 
     def check_finite(self) -> None:
@@ -107,11 +107,11 @@ class ActivationStatistics:
         """Adds what `other` measured on more data, as if this object had seen that data after its own.
 
         Args:
-            other: of the same model; not changed.
+            other: statistics of the same model; left unchanged.
 
         Raises:
-            SmoothQuantError: the two measured different layers, or a layer has another number of channels. Nothing is
-                changed then.
+            SmoothQuantError: the two measured different layers, or a layer's numbers of channels differ. Nothing
+                changes then.
 
         Equivalent to:
             absmax = torch.maximum(absmax, other.absmax) for each layer; tokens += other.tokens
@@ -129,17 +129,17 @@ class ActivationStatistics:
         self.watched = self.watched or other.watched
 
     def all_reduce(self, group: Any = None) -> None:
-        """Merges, in place, the statistics of all ranks of a process group, each of which saw a part of the data.
+        """Merges the statistics of all ranks of a process group in place. Each rank has seen a part of the data.
 
         Every rank of the group must call it. Afterwards all ranks hold the same bits: those of one process that saw
-        the data of rank 0, then that of rank 1, and so on. `sample` is that of the first rank that has one.
+        the data of rank 0, then that of rank 1, and so on. `sample` comes from the first rank that has one.
 
         Args:
             group: a torch.distributed process group; None is the default one.
 
         Raises:
-            SmoothQuantError: torch.distributed is not initialized; or, on every rank, the ranks measured different
-                layers or numbers of channels. Nothing is changed then.
+            SmoothQuantError: torch.distributed is not initialized; or the ranks measured different layers or numbers
+                of channels, which every rank reports. Nothing changes then.
 
         Equivalent to:
             torch.distributed.all_reduce(absmax[name], torch.distributed.ReduceOp.MAX, group) for each layer
@@ -152,7 +152,7 @@ class ActivationStatistics:
             )
         summaries: list[Any] = [None] * dist.get_world_size(group)
         dist.all_gather_object(summaries, _summary(self), group)
-        _check_alike(summaries, "ranks")  # the same list, so the same verdict, on all of them
+        _check_alike(summaries, "ranks")  # all ranks check the same list, so all agree
         home = next((t.device for t in self.absmax.values()), torch.device("cpu"))
         nccl = dist.get_backend(group) == "nccl"
         place = torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
@@ -163,9 +163,9 @@ class ActivationStatistics:
             self.check_not_empty()
         zeros = {n: torch.zeros(k) for n, k in sizes.items() if n not in self.absmax}
         flat = _flat([self.absmax.get(n, zeros.get(n)) for n in sizes], place)
-        dist.all_reduce(flat, dist.ReduceOp.MAX, group)  # exact, in whatever order
+        dist.all_reduce(flat, dist.ReduceOp.MAX, group)  # exact in any order
         parts = flat.to(home).split(list(sizes.values()))
-        first = dict.fromkeys(sizes, 0)  # how many tokens of each layer are there already
+        first = dict.fromkeys(sizes, 0)  # tokens of each layer collected so far
         collected: dict[str, list[Tensor]] = {n: [] for n in sizes}
         for rank, summary in enumerate(summaries):
             counts = {n: min(summary["peaks"].get(n, 0), _PEAK_TOKENS - first[n]) for n in sizes}
@@ -190,10 +190,10 @@ class ActivationStatistics:
         self.sample = sample[0]
 
     def save(self, path: str | Path) -> Path:
-        """Writes one safetensors file, whole or not at all, so that calibration can be done elsewhere or once for all.
+        """Writes one safetensors file, whole or not at all, so calibration can run once, or on another machine.
 
         Args:
-            path: the file; an existing one is replaced when the new one is complete.
+            path: the file. An existing one is replaced once the new one is complete.
 
         Returns:
             The path.
@@ -225,10 +225,10 @@ class ActivationStatistics:
 
     @classmethod
     def load(cls, path: str | Path) -> ActivationStatistics:
-        """Reads what `save` wrote; the tensors are on the CPU.
+        """Reads a file that `save` wrote. The tensors are on the CPU.
 
         Raises:
-            SmoothQuantError: there is no such file, or it is not one of these, is damaged, or is of a newer release.
+            SmoothQuantError: the file does not exist, does not hold statistics, is damaged, or is from a newer release.
         """
         source = Path(path).expanduser()
         try:
@@ -268,7 +268,7 @@ def _check_facts(source: Path, facts: Any) -> None:
 
 
 def _summary(statistics: ActivationStatistics) -> dict[str, Any]:
-    """What must agree, and how much there is to send."""
+    """What the ranks must agree on, and the sizes of what each one sends."""
     return {
         "watched": sorted(statistics.watched or statistics.absmax),
         "sizes": {n: t.numel() for n, t in statistics.absmax.items()},
@@ -279,7 +279,7 @@ def _summary(statistics: ActivationStatistics) -> dict[str, Any]:
 
 
 def _check_alike(summaries: list[dict[str, Any]], what: str) -> None:
-    """Raises SmoothQuantError unless all measured the same layers of the same sizes; one that saw nothing fits all."""
+    """Raises SmoothQuantError unless all that measured anything measured the same layers, of the same sizes."""
     used = [(i, s) for i, s in enumerate(summaries) if s["watched"]]
     sizes: dict[str, int] = {}
     for i, summary in used:
