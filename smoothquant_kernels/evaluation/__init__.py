@@ -1,1 +1,1 @@
-"""Models and text to evaluate, and how good a model is on them."""
+"""Models and text for evaluation, and measures of how good a model is."""

@@ -1,4 +1,4 @@
-"""What a model of a configuration reads and writes, told before its weights are loaded."""
+"""What a model reads and writes, derived from its configuration before its weights are loaded."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ def architecture(config: Any) -> str:
 
 
 def model_class(config: Any) -> Any:
-    """The class to load the model with: the one that config.json names, else that of the causal language model.
+    """The class that loads the model: the one that config.json names, or else AutoModelForCausalLM.
 
-    A causal language model is loaded as such, whatever config.json says of its head: a text model in one with images.
+    A causal language model always loads as one, whatever head config.json names. An example is the text model inside a
+    model with images.
     """
     import transformers
 
@@ -31,12 +32,11 @@ def model_class(config: Any) -> Any:
     found = getattr(transformers, name, None)
     if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
         return found
-    return transformers.AutoModelForCausalLM  # code of the repository, if that is allowed
+    return transformers.AutoModelForCausalLM  # runs the repository's code, if that is allowed
 
 
 def is_causal(config: Any) -> bool:
-    """Whether the model predicts the next token of a text; a GGUF file (None), or a class that transformers
-    lacks, is trusted to."""
+    """Whether the model predicts the next token of a text. GGUF files (None) and unknown classes count as such."""
     import transformers
 
     name = "" if config is None else architecture(config)
@@ -47,10 +47,10 @@ def is_causal(config: Any) -> bool:
 
 
 def kind_of(config: Any) -> Kind:
-    """What to calibrate the model on from the command line: text or images.
+    """The kind of model, which decides whether the command line calibrates it on text or on images.
 
     Raises:
-        SmoothQuantError: neither alone will do; it says what the Python API takes.
+        SmoothQuantError: neither text nor images alone suffice. The message says what the Python API takes.
     """
     if is_causal(config):
         return "causal"
@@ -96,7 +96,7 @@ def _causal_names() -> set[str]:
 
 
 def _inputs(cls: Any) -> tuple[set[str], set[str]]:
-    """The arguments of the forward, and those without a default."""
+    """The names of the arguments of `cls.forward`, and of those without a default."""
     parameters = list(inspect.signature(cls.forward).parameters.values())[1:]
     kinds = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
     required = {p.name for p in parameters if p.default is p.empty and p.kind not in kinds}

@@ -1,4 +1,4 @@
-"""Accuracy on the last word of passages, as LAMBADA asks for it."""
+"""Accuracy on the last word of passages, as in LAMBADA."""
 
 from __future__ import annotations
 
@@ -17,15 +17,10 @@ from smoothquant_kernels.evaluation.text import Window, front_tokens, load_text,
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# LAMBADA asks for the last word of a passage, and its words are bare. So here: letters and digits,
-# joined inside by apostrophes or hyphens, with a space before; what follows it (a full stop, a
-# bracket) is not asked for.
+# The last words of LAMBADA are bare. So a word here is letters and digits, joined inside by apostrophes or hyphens. A
+# space precedes the last word. The punctuation after it (a period, a bracket) is not scored.
 _WORD = re.compile(r"[^\W_]+(?:['\u2019-][^\W_]+)*")
-
-
 _LAST_WORD = re.compile(rf"(?s)(.*\S) ({_WORD.pattern})[^\w\s]*")
-
-
 _MIN_WORDS = 20
 
 
@@ -39,28 +34,31 @@ def last_word_accuracy(
     max_tokens: int | None = None,
     progress: bool = False,
 ) -> float:
-    """Share of passages whose last word the model guesses, all of its tokens right.
+    """The share of passages whose last word the model guesses, with all of its tokens right.
 
-    A passage is a paragraph (between blank lines, its white space made single spaces) of at least
-    `min_words` words, read with nothing before it. A word is a run of letters and digits, joined
-    inside by apostrophes or hyphens; the last word is one that a space precedes and that at most
-    punctuation follows, which is dropped. Paragraphs that end otherwise (in code, say) are left
-    out. The model is given the true text up to the word, and at each token of the word its most
-    probable token must be the true one.
+    A passage is a paragraph of at least `min_words` words. Blank lines separate paragraphs, and white space becomes
+    single spaces. The model reads each passage without the text before it. A word is a run of letters and digits,
+    joined inside by apostrophes or hyphens. A space must precede the last word, and only punctuation may follow it,
+    which is dropped. Paragraphs that end otherwise (for example, in code) are left out. The model reads the true text
+    up to the word. At each token of the word, its most probable token must be the true one.
 
     Args:
         model, text, tokenizer: as for `evaluate`.
-        window: tokens of a passage that the model sees, the last ones; None as for `evaluate`.
-        min_words: words that a passage has at least, the last one included; 2 or more.
-        max_tokens: use passages, from the first on, as long as they have at most so many tokens in
-            all.
+        window: how many tokens of a passage the model sees, counted from the end. None: as for `evaluate`.
+        min_words: how many words a passage has at least, including the last one; 2 or more.
+        max_tokens: use the first passages that together have at most this many tokens.
         progress: show a progress bar on stderr.
-    Returns: a number between 0 and 1.
-    Raises: SmoothQuantError if there is no such passage, or tokenizer and model do not fit.
+
+    Returns:
+        A number between 0 and 1.
+
+    Raises:
+        SmoothQuantError: there is no such passage, or tokenizer and model do not fit.
+
     Equivalent to:
-        mean(all(model(ids).logits[0, -n - 1 : -1].argmax(-1) == ids[0, -n:]) for ids, n in
-        passages)
-    Source: LAMBADA (Paperno et al., 2016); as scored in SmoothQuant (Xiao et al., 2022), section 5.
+        mean(all(model(ids).logits[0, -n - 1 : -1].argmax(-1) == ids[0, -n:]) for ids, n in passages)
+
+    Source: LAMBADA (Paperno et al., 2016), scored as in SmoothQuant (Xiao et al., 2022), section 5.
     """
     if min_words < 2:
         raise SmoothQuantError(f"min_words must be at least 2, not {min_words}.")
@@ -76,7 +74,7 @@ def last_word_accuracy(
     for passage in _bar(passages, "last words", progress):
         logits = _logits(model, passage)
         hit = logits.argmax(-1) == passage.input_ids[0, -passage.scored :].to(logits.device)
-        # argmax takes a NaN for the greatest, which could be a hit.
+        # argmax treats NaN as the greatest value, which could be a hit.
         right += bool((hit & ~logits.isnan().any(-1)).all())
     return right / len(passages)
 
@@ -98,8 +96,7 @@ def _passages(
             continue
         context = token_ids(match[1], tokenizer)
         whole = token_ids(f"{match[1]} {match[2]}", tokenizer)
-        # A tokenizer may join the word with what precedes it: all that the context does not fix is
-        # asked for.
+        # A tokenizer may merge the word with what precedes it, so scoring starts where the tokens leave the context's.
         known = next(
             (i for i, (a, b) in enumerate(zip(context, whole, strict=False)) if a != b),
             min(len(context), len(whole)),

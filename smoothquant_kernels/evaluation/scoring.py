@@ -1,4 +1,4 @@
-"""What perplexity and last-word accuracy share: logits of a window, window sizes, a progress bar."""
+"""What perplexity and last-word accuracy share: the logits of a window, window sizes, and a progress bar."""
 
 from __future__ import annotations
 

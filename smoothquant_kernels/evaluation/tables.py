@@ -1,4 +1,4 @@
-"""Text in files: whole, or in a column of a table."""
+"""Text from files: a whole file, or one column of a table."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ _Rows = tuple[list[str], list[list[Any]]]  # the columns' names, and the values 
 def read_utf8(path: Path) -> str:
     """The text of a file, without a byte order mark.
 
-    Raises: SmoothQuantError if it cannot be read or is not UTF-8.
+    Raises:
+        SmoothQuantError: the file cannot be read or is not UTF-8 text.
     """
     try:
         text = path.read_text(encoding="utf-8").removeprefix("\ufeff")
@@ -45,10 +46,14 @@ def is_table(path: Path) -> bool:
 
 
 def read_table(path: Path, column: str | None = None) -> list[str]:
-    """The texts of one column of a table, row by row; rows without a value are left out.
+    """The texts of one column of a table, row by row, without rows that have no value.
 
-    Args:  path: a file that `is_table`; column: its name. None: "text", or the only column, which needs no name.
-    Raises: SmoothQuantError if the file is damaged, has no such column, or a value is no text.
+    Args:
+        path: a file for which `is_table` holds.
+        column: the name of the column. None: "text", or the only column, which needs no name.
+
+    Raises:
+        SmoothQuantError: the file is damaged, it has no such column, or a value is not text.
     """
     columns, rows = _READERS[path.suffix.lower()](path)
     if not columns:
@@ -80,8 +85,7 @@ def read_table(path: Path, column: str | None = None) -> list[str]:
 
 
 def _is_row(first: str, rows: list[list[Any]]) -> bool:
-    """Whether the first line of a single column is a text, not the column's name: a name is one word above longer
-    texts, or "text"."""
+    """Whether the first line of a single column is a text. A name is "text", or one word above longer texts."""
     if first.strip().lower() == _TEXT:
         return False
     return len(first.split()) != 1 or all(len(str(v).split()) < 2 for row in rows for v in row)
@@ -89,7 +93,7 @@ def _is_row(first: str, rows: list[list[Any]]) -> bool:
 
 def _read_separated(path: Path, delimiter: str) -> _Rows:
     reader = csv.reader(io.StringIO(read_utf8(path), newline=""), delimiter=delimiter, strict=True)
-    old = csv.field_size_limit(2**31 - 1)  # a text may be longer than csv's limit for a field
+    old = csv.field_size_limit(2**31 - 1)  # texts may exceed csv's default limit for a field
     try:
         rows = [row for row in reader if row]
     except csv.Error as error:
@@ -101,8 +105,7 @@ def _read_separated(path: Path, delimiter: str) -> _Rows:
 
 def _read_jsonl(path: Path) -> _Rows:
     objects = []
-    # Split at newlines only: splitlines() would also cut at U+2028, which JSON strings may hold as
-    # it is.
+    # splitlines() would also split at U+2028, which JSON strings may contain unescaped.
     for number, line in enumerate(read_utf8(path).split("\n"), start=1):
         if line.strip():
             objects.append(_json(path, line, f", line {number},"))
@@ -150,7 +153,7 @@ def _read_parquet(path: Path) -> _Rows:
         ) from error
     try:
         table = parquet.read_table(path)
-    except (OSError, ValueError, RuntimeError) as error:  # what pyarrow's own errors are
+    except (OSError, ValueError, RuntimeError) as error:  # the bases of pyarrow's errors
         reason = " ".join(str(error).split())[:200]
         raise SmoothQuantError(f"{path} cannot be read: {reason}") from error
     columns = [table.column(i).to_pylist() for i in range(table.num_columns)]

@@ -1,4 +1,4 @@
-"""Text to calibrate on and to evaluate on, and its cutting into windows of tokens."""
+"""Text for calibration and evaluation, and how it is cut into windows of tokens."""
 
 from __future__ import annotations
 
@@ -22,27 +22,32 @@ __all__ = ["Window", "load_text", "token_windows", "topics"]
 
 Half = Literal["calibration", "evaluation"]
 
-# Shorter paragraphs ("For example:", "Changed in version 3.9:") repeat in any technical text and
-# give nothing away.
+# Shorter paragraphs ("For example:", "Changed in version 3.9:") recur in any technical text, so copies of them do not
+# count as shared text.
 _LONG_PARAGRAPH = 80
 
 
 def topics(half: Half) -> list[str]:
-    """Half of the Python language reference that every Python carries in `pydoc_data`: English
-    prose with code.
+    """Half of the Python language reference that every Python ships in `pydoc_data`: English prose with code.
 
-    The even topics of the sorted names are for calibration, the odd ones for evaluation. Many
-    topics are excerpts of others ("for" of "compound") or second names of the same text ("else",
-    "if"), so a topic that mostly repeats longer ones is left out before the split, and a paragraph
-    that is still in both halves leaves the calibration half. The text is that of the running
-    Python's documentation: compare numbers within one minor version only.
+    Of the sorted names, the even topics are for calibration and the odd ones for evaluation. Many topics are excerpts
+    of others ("for" of "compound") or second names of the same text ("else", "if"). So a topic that mostly repeats
+    longer ones is left out before the split. A paragraph that is still in both halves is removed from the calibration
+    half. The text depends on the running Python, so compare numbers within one minor version only.
 
-    Args:  half: "calibration" or "evaluation".
-    Returns: one text per topic, in a fixed order.
-    Raises: SmoothQuantError if `half` is another word, or this Python was stripped of `pydoc_data`.
+    Args:
+        half: "calibration" or "evaluation".
+
+    Returns:
+        One text per topic, in a fixed order.
+
+    Raises:
+        SmoothQuantError: `half` is another word, or this Python lacks `pydoc_data`.
+
     Equivalent to:
         names = sorted(name for name in table if not mostly_in_longer_topics(name))
         [table[name] for name in names[half == "evaluation" :: 2]]
+
     Source: https://docs.python.org/3/reference/
     """
     if half not in get_args(Half):
@@ -67,7 +72,7 @@ def _paragraphs(text: str) -> list[str]:
 
 
 def _key(paragraph: str) -> str | None:
-    """What copies of a paragraph share, whatever their indentation; None for a short one."""
+    """The words of a paragraph, which its copies share whatever their indentation; None for a short paragraph."""
     words = " ".join(paragraph.split())
     return words if len(words) >= _LONG_PARAGRAPH else None
 
@@ -98,19 +103,26 @@ def _without_shared_paragraphs(texts: list[str], others: list[str]) -> list[str]
 
 
 def load_text(source: str | Path | Sequence[str]) -> list[str]:
-    """Texts from wherever they are.
+    """Reads texts from any kind of source.
 
     Args:
-        source: one of: a list of texts; a text file; a table (.csv, .tsv, .jsonl, .json, .parquet)
-            with a column "text", or one column only (with or without a name), or the column named behind a colon, as in
-            "reviews.csv:body"; a folder of .txt files; "topics:calibration" or
-            "topics:evaluation" (see `topics`); the name of a data set on the Hugging Face hub with
-            a column "text", as "name", "name:config" or "name:config:split" (split: "train" unless
-            given; needs the package datasets).
-    Returns: the texts in order, at least one, each with a visible character: blank ones become part
-        of the text before them, so that the texts joined by blank lines are what they were.
-    Raises: SmoothQuantError if there is no such source, it cannot be read as UTF-8, or it has no
-        text.
+        source: one of:
+            a list of texts;
+            a text file;
+            a table (.csv, .tsv, .jsonl, .json, .parquet) with a column "text", or with only one column (with or without
+            a name), or with the column named after a colon, as in "reviews.csv:body";
+            a folder of .txt files;
+            "topics:calibration" or "topics:evaluation" (see `topics`);
+            the name of a data set on the Hugging Face hub with a column "text", as "name", "name:config" or
+            "name:config:split" (by default, split is "train"), which needs the package datasets.
+
+    Returns:
+        The texts in order, at least one, each with a visible character. A blank text is merged into its neighbor, so
+        joining the texts with blank lines gives the original.
+
+    Raises:
+        SmoothQuantError: there is no such source, it cannot be read as UTF-8, or it has no text.
+
     Equivalent to:
         [Path(source).read_text(encoding="utf-8")]
     """
@@ -128,7 +140,7 @@ def load_text(source: str | Path | Sequence[str]) -> list[str]:
 
 
 def _without_blanks(rows: Sequence[str]) -> list[str]:
-    """Rows, the blank ones attached to their neighbors so that `"\\n\\n".join` gives the same.
+    """Attaches blank rows to their neighbors, so that `"\\n\\n".join` gives the same text.
 
     Published perplexities of WikiText join all of its rows, a third of which are empty.
     """
@@ -194,7 +206,7 @@ def _read_dataset(name: str) -> list[str]:
         )
         columns = list(rows.column_names)
     except Exception as error:
-        # What comes out depends on the data set's format; each says that it is not to be had.
+        # The type of the error depends on the data set's format. Each error means that the data set is unavailable.
         reason = " ".join(str(error).split())[:300]
         where = "" if online else " (the hub cannot be reached; the local cache was tried)"
         raise SmoothQuantError(
@@ -209,10 +221,10 @@ def _read_dataset(name: str) -> list[str]:
 
 @dataclass(frozen=True, eq=False)
 class Window:
-    """A piece of the token stream: a model reads all of it, its last `scored` tokens count."""
+    """A piece of the token stream. A model reads all of it, and its last `scored` tokens count."""
 
     input_ids: torch.Tensor  # [1, T] int64
-    scored: int  # 1 <= scored < T: the first token has nothing before it
+    scored: int  # 1 <= scored < T, because the first token has no context
 
 
 def token_windows(
@@ -225,26 +237,33 @@ def token_windows(
 ) -> list[Window]:
     """Sliding windows over the texts, joined by blank lines, that score each token exactly once.
 
-    The tokens that the tokenizer itself puts in front of a text (BOS, where there is one) stand in
-    front of every window and are never scored; those that it puts behind (EOS) are left off. With
-    no BOS, the very first token of the text has no context and is the one token that is not scored.
+    The tokens that the tokenizer adds before a text (BOS, if it has one) start every window and are never scored. Those
+    that it adds after a text (EOS) are left out. Without BOS, the first token of the text has no context and is the
+    only one that is not scored.
 
     Args:
-        texts: texts; tokenizer: what turns them into tokens.
-        window: tokens per window, BOS included; at least 2.
-        stride: tokens that a window after the first scores. None: as many as can be, `window - 1`,
-            so that the windows overlap in one token (or only in BOS): fastest. A smaller one gives
-            every token more context.
-        max_tokens: use the first so many tokens of the text.
-    Returns: windows in the order of the text. All have `window` tokens unless the text is shorter;
-        the last one reaches back as far as it can and scores what is left.
-    Raises: SmoothQuantError if a size is out of range or the text has no token to score.
+        texts: the texts.
+        tokenizer: turns them into tokens.
+        window: the tokens per window, BOS included; at least 2.
+        stride: how many tokens each window after the first scores. None: as many as possible, `window - 1`. The windows
+            then overlap in one token (or only in BOS), which is fastest. A smaller stride gives every token more
+            context.
+        max_tokens: use only this many tokens from the start of the text.
+
+    Returns:
+        The windows in the order of the text. All have `window` tokens unless the text is shorter. The last one reaches
+        back as far as it can and scores the remaining tokens.
+
+    Raises:
+        SmoothQuantError: a size is out of range, or the text has no token to score.
+
     Equivalent to:
         ids = tokenizer("\\n\\n".join(texts)).input_ids[:max_tokens]
         ends = [window, window + stride, window + 2 * stride, ..., len(ids)]
         [Window(ids[end - window : end], scored=end - previous_end) for end in ends]
-    Source: the strided evaluation of fixed-length models in the Hugging Face documentation; there
-        the first token of each window is lost when the stride equals the window.
+
+    Source: the strided evaluation of fixed-length models in the Hugging Face documentation, which loses the first token
+        of each window when the stride equals the window.
     """
     front = len(prefix := front_tokens(tokenizer))
     if window < max(2, front + 1):
@@ -277,7 +296,7 @@ def token_windows(
 
 
 def check_vocabulary(config: Any, greatest: int) -> None:
-    """Raises SmoothQuantError if a model of that configuration does not know a token of the tokenizer."""
+    """Raises SmoothQuantError if token `greatest` exceeds the vocabulary of a model of that configuration."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     vocabulary = getattr(text, "vocab_size", None)
     if isinstance(vocabulary, int) and greatest >= vocabulary:
@@ -288,17 +307,16 @@ def check_vocabulary(config: Any, greatest: int) -> None:
 
 
 def token_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens of the text alone, without those that the tokenizer puts around it."""
-    # verbose=False: the warning that the text is longer than the model is for those who feed it
-    # whole.
+    """The tokens of the text alone, without those that the tokenizer adds around it."""
+    # verbose=False, because the warning that the text exceeds the model matters only if the model reads it whole.
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def front_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The special tokens that the tokenizer puts in front of a text: [bos], mostly, or none."""
+    """The special tokens that the tokenizer adds before a text: usually [bos] or none."""
     plain = token_ids("a", tokenizer)
     dressed = list(tokenizer("a")["input_ids"])
-    # From behind: where "a" is unknown and the unknown token is BOS itself, the first match is BOS.
+    # The search starts at the end: if "a" is unknown and the unknown token is BOS itself, the first match would be BOS.
     for front in reversed(range(len(dressed) - len(plain) + 1)):
         if dressed[front : front + len(plain)] == plain:
             return dressed[:front]

@@ -1,4 +1,4 @@
-"""Advice for the worst layers: every alternative that is offered was tried, on the tokens of the report."""
+"""Advice for the worst layers. Every alternative that it offers was tried on the tokens of the report."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from smoothquant_kernels.smoothing.statistics import ActivationStatistics
 from smoothquant_kernels.storage.document import Document
 
 _STEPS = (-0.2, -0.1, 0.1, 0.2)
-#: Smaller gains are not worth a setting of their own: the layers of one model differ by tens of dB.
+#: In dB. The layers of one model differ by tens of dB, so smaller gains are not worth a setting of their own.
 WORTH = 0.5
 
 
 @dataclass(frozen=True)
 class _Trial:
-    """An alternative for all layers that read one tensor: they share their factors."""
+    """An alternative for all layers that read one tensor, since they share their factors."""
 
     alpha: float | None
     scheme: str
@@ -47,16 +47,16 @@ def advise(
 ) -> list[Document]:
     """Tries other settings for some layers, each together with the layers that read the same tensor.
 
-    Tried are alpha 0.1 and 0.2 lower and higher, and a scale per token where the layer has none. A layer's input is
-    that of the smoothed float model, so a setting is judged alone, not together with other layers' settings.
+    It tries alpha 0.1 and 0.2 lower and higher, and a scale per token if the layer has none. A layer's input is that of
+    the smoothed float model, so each setting is judged without the settings of other layers.
 
     Args:
-        worst: names of the layers.
-        layers: name -> what `smoothquant_info` says of it, with `activation_scheme`.
-        statistics: of the original model.
+        worst: the names of the layers.
+        layers: name -> the layer's entry in `smoothquant_info`, with `activation_scheme`.
+        statistics: those of the original model.
 
     Returns:
-        One entry a layer of `worst`: what was tried, what is best, and the settings that give just that.
+        One entry for each layer of `worst`: the settings tried, the best one, and the settings that give exactly that.
     """
     trials: dict[str, list[_Trial]] = {}
     stands: dict[str, list[Stand]] = {}
@@ -74,7 +74,7 @@ def advise(
 
 
 def _trials(layer: Document) -> list[_Trial]:
-    """What is, first, and its alternatives."""
+    """The present setting, then its alternatives."""
     alpha, scheme = layer["alpha"], layer["activation_scheme"]
     found = [_Trial(alpha, scheme)]
     if alpha is not None:
@@ -93,14 +93,14 @@ def _stands(
     statistics: ActivationStatistics,
     config: SmoothQuantConfig,
 ) -> list[Stand]:
-    """One for each trial, then the first with only its weights and with only its activations quantized."""
+    """One stand-in per trial, then the first one with only its weights and with only its activations quantized."""
     members = layers[name]["group"]
     absmax = statistics.absmax[name]
     now = layer_factors(original, members, statistics, trials[0].alpha, config)
     made = []
     for trial in trials:
         factors = layer_factors(original, members, statistics, trial.alpha, config)
-        # The smoothed model divides by `now` already.
+        # The smoothed model already divides by `now`.
         factor = None if trial.alpha == trials[0].alpha else factors / now
         plan = Plan(trial.alpha, trial.scheme, float((absmax / factors).max()), factor)
         made.append(stand_in(plan, name, config))
@@ -146,9 +146,9 @@ def _advice(
 
 
 def _settings(group: Sequence[str], now: _Trial, best: _Trial) -> dict[str, Any]:
-    """The settings of `SmoothQuantConfig` that change, by the layers' full names, which count before all patterns."""
+    """The settings of `SmoothQuantConfig` that change, by full layer name, which takes precedence over patterns."""
     found: dict[str, Any] = {}
-    if best.alpha is not None:  # also if it stays: another scheme would bring another default
+    if best.alpha is not None:  # even if unchanged: another scheme has another default
         found["alphas"] = {name: best.alpha for name in group}
     if best.scheme != now.scheme:
         found["schemes"] = {name: best.scheme for name in group}
@@ -156,7 +156,7 @@ def _settings(group: Sequence[str], now: _Trial, best: _Trial) -> dict[str, Any]
 
 
 def _text(advice: Document, layer: Document, trials: Sequence[_Trial]) -> str:
-    """What to do, and the facts that speak for it."""
+    """What to do, and the facts that support it."""
     share, peak = advice["weights_share"], advice["x_peak"] or 1.0
     facts = []
     if share is not None:

@@ -1,4 +1,4 @@
-"""The pictures of a report. Colors: viridis, and blue against orange-red, which differ in lightness as well."""
+"""The pictures of a report. The colors are viridis, and blue and orange-red, which also differ in lightness."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from smoothquant_kernels.report.maxima import AFTER, BEFORE, peak_to_median, sho
 from smoothquant_kernels.storage.document import Document
 
 _DPI = 110
-_COLUMNS = 512  # of a heat map: more would be narrower than a pixel
-# Schemes are told apart by color and by marker.
+_COLUMNS = 512  # of a heat map; more would be narrower than a pixel
+# Both the color and the marker distinguish the schemes.
 _SCHEMES = {
     "per_token": ("#2a6f97", "s"),
     "per_tensor": ("#7a5195", "^"),
@@ -27,7 +27,7 @@ _SCHEMES = {
 
 @dataclass(frozen=True)
 class Picture:
-    """A file in the report's folder, with what it shows in words for those who do not see it."""
+    """A file in the report's folder, with a description for readers who cannot see it."""
 
     file: str
     alt: str
@@ -44,7 +44,7 @@ def draw(
         before, after: layer -> |x| [T, K] of the first held tokens, for the layers of `document["figures"]`.
 
     Returns:
-        ``"sqnr"``, ``"alpha"`` (where there are any) and one for each layer's name.
+        The pictures ``"sqnr"`` and ``"alpha"`` (if any layer has such a value), and one by each drawn layer's name.
     """
     pictures = {}
     for number, figure in enumerate(document["figures"], 1):
@@ -66,14 +66,14 @@ def _figure(width: float, height: float) -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    # Margins by hand: a layout engine draws everything twice.
+    # The callers set the margins, because a layout engine draws everything twice.
     figure = Figure(figsize=(width, height), dpi=_DPI)
     FigureCanvasAgg(figure)
     return figure
 
 
 def _save(figure: Any, path: Path, alt: str) -> Picture:
-    figure.savefig(path, bbox_inches="tight", pad_inches=0.05)  # labels beside the axes are kept
+    figure.savefig(path, bbox_inches="tight", pad_inches=0.05)  # keeps labels beside the axes
     width, height = (round(inches * _DPI) for inches in figure.get_size_inches())
     return Picture(path.name, alt, width, height)
 
@@ -82,7 +82,7 @@ def _save(figure: Any, path: Path, alt: str) -> Picture:
 
 
 def _activations(figure: Document, before: Tensor, after: Tensor, path: Path) -> Picture:
-    """Above: the largest |x| of each channel. Below: |x| of each token. Left and right have the same axes."""
+    """Top: the largest |x| of each channel. Bottom: |x| of each token. Left and right have the same axes."""
     from matplotlib.colors import LogNorm
     from matplotlib.ticker import NullLocator
 
@@ -104,14 +104,14 @@ def _activations(figure: Document, before: Tensor, after: Tensor, path: Path) ->
         line, heat = axes[0][column], axes[1][column]
         channels = len(values)
         line.set_yscale("log")
-        line.yaxis.set_minor_locator(NullLocator())  # most of the time to draw, for little
+        line.yaxis.set_minor_locator(NullLocator())  # they would take most of the drawing time
         floor = float(both.quantile(0.002)) / 2 if len(both) else 0.1
         line.fill_between(
             range(channels), floor, values.clamp_min(floor).numpy(), step="mid", color=color, lw=0
         )
         median = float(values[values > 0].median()) if bool((values > 0).any()) else 1.0
         tall = values > 3 * median
-        # A single channel among thousands is thinner than a pixel, and it is what this is about.
+        # A single channel among thousands is thinner than a pixel, but the outliers are the point of the figure.
         line.vlines(tall.nonzero()[:, 0].numpy(), floor, values[tall].numpy(), color=color, lw=1.2)
         line.axhline(median, color="black", lw=0.9, ls=(0, (4, 3)))
         if len(both):
@@ -144,18 +144,18 @@ def _activations(figure: Document, before: Tensor, after: Tensor, path: Path) ->
 
 
 def _pool(x: Tensor) -> Tensor:
-    """[T, K] to at most `_COLUMNS` columns: the largest of neighbors, so that no outlier is lost."""
+    """Reduces [T, K] to at most `_COLUMNS` columns by the maximum of neighbors, so no outlier is lost."""
     size = math.ceil(x.shape[1] / _COLUMNS)
     padded = F.pad(x, (0, -x.shape[1] % size))
     return padded.reshape(len(x), -1, size).amax(-1)
 
 
 def _color_range(x: Tensor) -> tuple[float, float]:
-    """What the colors span: a few massive elements must not leave all others dark."""
+    """The range that the colors span. A few massive elements must not leave all others dark."""
     values = x[x > 0].flatten()
     if not len(values):
         return 0.1, 1.0
-    values = values[:: max(1, len(values) // 1_000_000)]  # as many as `quantile` takes
+    values = values[:: max(1, len(values) // 1_000_000)]  # `quantile` has a size limit
     low, high = (float(q) for q in values.quantile(torch.tensor([0.05, 0.9995])))
     return low, max(high, 2 * low)
 
@@ -168,7 +168,7 @@ def _roles(layers: Sequence[Document]) -> list[str]:
 
 
 def _panels(count: int, height: float) -> tuple[Any, list[Any], int]:
-    """A figure of `count` panels with the same axes, its panels and their columns."""
+    """A figure of `count` panels with the same axes, its panels, and the number of columns."""
     columns = min(4, max(1, count))
     rows = max(1, math.ceil(count / columns))
     whole = height * rows + 0.8
@@ -200,7 +200,7 @@ def _label_axes(panels: Sequence[Any], columns: int, what: str) -> None:
 
 
 def _sqnr(layers: Sequence[Document], path: Path) -> Picture:
-    """One panel for each role: dB by block, without smoothing and with it."""
+    """One panel for each role: dB by block, without and with smoothing."""
     roles = [
         r for r in _roles(layers) if any(_finite(la["sqnr"]) for la in layers if la["role"] == r)
     ]
@@ -229,7 +229,7 @@ def _sqnr(layers: Sequence[Document], path: Path) -> Picture:
 
 
 def _alpha(layers: Sequence[Document], path: Path) -> Picture:
-    """One panel for each kind of group: migration strength by block, with the scheme and where s went."""
+    """One panel for each kind of group: migration strength by block, with the scheme and whether s was folded."""
     from matplotlib.lines import Line2D
 
     groups = {tuple(la["group"]): la for la in layers if la["alpha"] is not None}
@@ -267,7 +267,7 @@ def _alpha(layers: Sequence[Document], path: Path) -> Picture:
 
 
 def _group_label(members: Sequence[str]) -> str:
-    """The last names of layers that read one tensor: ``"q_proj, k_proj, v_proj"``, shortened."""
+    """The last names of layers that read one tensor, at most three, as in ``"q_proj, k_proj, v_proj"``."""
     short = list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in members))
     return ", ".join(short[:3]) + (", ..." if len(short) > 3 else "")
 

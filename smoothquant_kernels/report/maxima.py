@@ -1,4 +1,4 @@
-"""Figures. matplotlib is optional: `pip install smoothquant-kernels[demo]`."""
+"""Figures of activation maxima. matplotlib is optional: `pip install smoothquant-kernels[demo]`."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from torch import Tensor
 from smoothquant_kernels.errors import SmoothQuantError
 
 BEFORE, AFTER = "#c8553d", "#2a6f97"  # far apart in hue and in lightness
-_FLOOR = 1e-12  # where the bars begin: a logarithmic axis has no zero
+_FLOOR = 1e-12  # where the bars begin, because a logarithmic axis has no zero
 _OUTLIER = 3.0
 
 
 @dataclass(frozen=True, eq=False)
 class LayerMaxima:
-    """Largest |activation| per input channel of one layer, before and after smoothing: [K] each.
+    """The largest |activation| per input channel of one layer, before and after smoothing: [K] each.
 
-    `note` says what was done, in a few words.
+    `note` says in a few words what was done.
     """
 
     name: str
@@ -32,7 +32,7 @@ class LayerMaxima:
 
 
 def peak_to_median(absmax: Tensor) -> float:
-    """How far the largest channel stands above the typical one; dead channels do not count."""
+    """The ratio of the largest channel to the median one, without dead channels."""
     alive = absmax[absmax > 0]
     return float(alive.max() / alive.median()) if len(alive) else 1.0
 
@@ -46,8 +46,8 @@ def plot_maxima(layers: Sequence[LayerMaxima], path: Path, *, title: str) -> Non
     """Draws the activation maxima of some layers per channel, before and after smoothing.
 
     Args:
-        layers: one row of the figure each.
-        path: the file to write; the ending says the format (.png, .svg, .pdf).
+        layers: the layers, one row of the figure each.
+        path: the file to write. Its suffix selects the format (.png, .svg, .pdf).
         title: the heading.
 
     Raises:
@@ -75,7 +75,7 @@ def plot_maxima(layers: Sequence[LayerMaxima], path: Path, *, title: str) -> Non
         values = torch.cat([layer.before, layer.after])
         values = values[values > 0]
         if len(values):
-            # Dead channels must not stretch the axis; room above for the numbers.
+            # Dead channels must not stretch the axis. The numbers need room at the top.
             low = float(values.quantile(0.002)) / 2
             row[0].set_ylim(low, float(values.max()) * 6)
     for axes, what in zip(grid[0], ("before smoothing", "after smoothing"), strict=True):
@@ -95,7 +95,7 @@ def _draw(axes: Any, absmax: Tensor, color: str) -> None:
     axes.set_yscale("log")
     channels = torch.arange(len(values))
     axes.fill_between(channels, _FLOOR, values.clamp_min(_FLOOR), step="mid", color=color, lw=0)
-    # A single channel among thousands is thinner than a pixel, and it is what this is about.
+    # A single channel among thousands is thinner than a pixel, but the outliers are the point of the figure.
     high = values > _OUTLIER * median
     axes.vlines(channels[high], _FLOOR, values[high], color=color, lw=1.4)
     axes.axhline(median, color="black", linewidth=0.9, linestyle=(0, (4, 3)))
@@ -112,5 +112,5 @@ def _draw(axes: Any, absmax: Tensor, color: str) -> None:
 
 
 def short_number(value: float) -> str:
-    """Three digits, or a whole number."""
+    """Three significant digits, or a whole number from 100 on."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

@@ -1,4 +1,4 @@
-"""What the report measures: the quantization noise of each layer, alone, on tokens that calibration did not choose."""
+"""What the report measures: the quantization noise of each layer alone, on tokens not chosen for calibration."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from smoothquant_kernels.smoothing.factors import group_factors, weight_absmax
 from smoothquant_kernels.smoothing.padding import Padding
 from smoothquant_kernels.smoothing.statistics import ActivationStatistics
 
-#: Makes the layer that stands in for a float layer. It is called at every batch and the layer dropped again, so that
-#: only one of them is in memory at a time; quantizing a weight is cheap beside multiplying a window of tokens with it.
+#: Makes the layer that stands in for a float layer. It is called for every batch and its layer is then dropped, so only
+#: one is in memory at a time. Quantizing a weight is cheap compared with multiplying a window of tokens by it.
 Stand = Callable[[nn.Module], nn.Module]
 SHOWN_TOKENS = 128  # rows of the heat maps
 
 
 @dataclass
 class Measured:
-    """Sums over all tokens that are not padding, in float64, and the first rows of some inputs.
+    """Float64 sums over all tokens that are not padding, and the first rows of some inputs.
 
     Attributes:
-        signal: layer -> |y|^2, y the output of the float layer.
+        signal: layer -> |y|^2, where y is the output of the float layer.
         noise: layer -> |y_hat - y|^2 for each of its stand-ins.
-        shown: layer -> |x| [T, K] float32 of the first tokens, after a division at run time.
+        shown: layer -> |x| [T, K] float32 of the first tokens, after division at run time, if any.
         tokens: how many tokens were read.
     """
 
@@ -47,11 +47,11 @@ class Measured:
     tokens: int = 0
 
     def relative(self, name: str, which: int = 0) -> float | None:
-        """|y_hat - y|^2 / |y|^2; None for a layer that was never called or whose output is zero."""
+        """|y_hat - y|^2 / |y|^2. None if the layer was never called or its output is zero."""
         return self.noise[name][which] / self.signal[name] if self.signal.get(name) else None
 
     def sqnr(self, name: str, which: int = 0) -> float | None:
-        """Signal to quantization noise in dB; infinite for an exact layer."""
+        """The ratio of signal to quantization noise in dB, infinite for an exact layer. None as in `relative`."""
         relative = self.relative(name, which)
         return None if relative is None else decibel(relative)
 
@@ -68,18 +68,19 @@ def measure(
     *,
     shown: Sequence[str] = (),
 ) -> Measured:
-    """Runs the float model and gives the input of each layer to its stand-ins too; the model computes what it did.
+    """Runs the float model and gives each layer's input to its stand-ins too. The model's results do not change.
 
     Args:
-        stands: layer -> what makes its stand-ins.
-        shown: layers whose first inputs are kept: at most `SHOWN_TOKENS` rows each.
+        stands: layer -> the functions that make its stand-ins.
+        shown: layers whose first inputs are kept, at most `SHOWN_TOKENS` rows each.
 
-    Memory: beside the model, the input, the output and one stand-in of one layer for one batch, and `shown`.
+    Memory:
+        In addition to the model: the input, the output and one stand-in of one layer for one batch, and `shown`.
     """
     result = Measured(noise={name: [0.0] * len(made) for name, made in stands.items()})
     layers = {name: model.get_submodule(name) for name in stands}
     padding = Padding(model, layers)
-    rows = 0  # the most that one layer has read of the batch
+    rows = 0  # the most rows of the batch that one layer has read
 
     def record(name: str, x: Tensor, y: Tensor) -> None:
         nonlocal rows
@@ -109,7 +110,7 @@ def measure(
 
 
 def _power(x: Tensor) -> float:
-    """The sum of squares. Rows are summed in float32 and the rows' sums in float64, which keeps about six digits."""
+    """The sum of squares: float32 within a row and float64 across rows, which keeps about six digits."""
     return float(x.float().square().sum(-1).sum(dtype=torch.float64))
 
 
@@ -128,8 +129,8 @@ def _keep(shown: dict[str, Tensor], name: str, module: nn.Module, x: Tensor) -> 
 class Plan:
     """How one layer is quantized.
 
-    `factor` [K] is what the layer's input is divided by in addition to what the module does already (None: nothing),
-    `x_absmax` the calibrated range of what is quantized, which only the static scheme needs.
+    The layer's input is divided by `factor` [K] in addition to what the module already divides by (None: nothing).
+    `x_absmax` is the calibrated range of the quantized input, which only the static scheme needs.
     """
 
     alpha: float | None
@@ -139,7 +140,7 @@ class Plan:
 
 
 def stand_in(plan: Plan, name: str, config: SmoothQuantConfig) -> Stand:
-    """Makes the quantized layer that `quantize_model` would put in place of a float layer."""
+    """A function that makes the quantized layer with which `quantize_model` would replace a float layer."""
 
     def make(module: nn.Module) -> nn.Module:
         return quantize_linear(name, module, plan.scheme, plan.x_absmax, config, plan.factor)
@@ -148,7 +149,7 @@ def stand_in(plan: Plan, name: str, config: SmoothQuantConfig) -> Stand:
 
 
 def half_stand_in(make: Stand, *, weights: bool) -> Stand:
-    """As `make`, but only weights (or only activations) are quantized: what either contributes to the noise."""
+    """Like `make`, but with only weights (or only activations) quantized, to measure what each adds to the noise."""
 
     def half(module: nn.Module) -> nn.Module:
         return _Half(make(module), module, weights=weights)
@@ -157,7 +158,7 @@ def half_stand_in(make: Stand, *, weights: bool) -> Stand:
 
 
 class _Half(nn.Module):
-    """A quantized layer with only its weights or only its activations rounded; the rest is float32."""
+    """A quantized layer with only its weights or only its activations rounded. The rest is float32."""
 
     def __init__(self, quantized: nn.Module, original: nn.Module, *, weights: bool) -> None:
         super().__init__()
@@ -183,7 +184,7 @@ def layer_factors(
     alpha: float | None,
     config: SmoothQuantConfig,
 ) -> Tensor:
-    """s [K] float32 that `smooth_lm` takes for linears of the unsmoothed model; ones where alpha is None."""
+    """The s [K] float32 that `smooth_lm` uses for linears of the unsmoothed model. All ones if alpha is None."""
     x_absmax = statistics.absmax[members[0]]
     if alpha is None:
         return torch.ones_like(x_absmax)

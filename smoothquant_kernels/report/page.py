@@ -1,4 +1,4 @@
-"""The report as one HTML page: styles (`page.css`) and pictures inside, no script, nothing from the network."""
+"""The report as one HTML page that contains its styles (`page.css`) and pictures. It uses no script and no network."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _SMOOTHING: dict[How, str] = {"folded": "folded", "runtime": "run time", "none":
 def page(
     document: Document, pictures: Mapping[str, Picture], folder: Path, *, advised: str | None = None
 ) -> str:
-    """The whole page.
+    """Returns the whole page.
 
     Args:
         document: the numbers of the report.
-        pictures: by layer, and ``"sqnr"``, ``"alpha"``; their files are in `folder`.
-        advised: the file with all the advice as settings, if there is any advice.
+        pictures: the pictures by layer, and ``"sqnr"`` and ``"alpha"``. Their files are in `folder`.
+        advised: the name of the file with all the advice as settings, if there is any advice.
     """
     sections = [
         _summary(document),
@@ -64,7 +64,7 @@ def _picture(picture: Picture | None, folder: Path, caption: str) -> str:
 def _table(
     label: str, head: Sequence[tuple[str, str]], rows: Sequence[Sequence[str]], box: str = "scroll"
 ) -> str:
-    """Rows of HTML cells; `head` holds (text, class) of each column, and the first cell names its row."""
+    """A table of HTML cells. `head` holds (text, class) of each column, and the first cell of a row names the row."""
     columns = "".join(f'<th scope="col" class="{kind}">{text}</th>' for text, kind in head)
     lines = []
     for row in rows:

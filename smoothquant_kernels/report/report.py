@@ -60,31 +60,32 @@ def make_report(
     """Measures what smoothing and int8 do to each layer of a float model, and writes a page about it.
 
     Args:
-        model: a float model; it is left unchanged.
-        data: what to calibrate on, or what `calibrate_model` measured on this model.
-        directory: the folder to write; it appears when all is done, or not at all.
+        model: a float model. It is left unchanged.
+        data: the calibration data, or what `calibrate_model` measured on this model.
+        directory: the folder to write. It appears only when everything is done.
         config: how the model is smoothed and quantized.
-        held: what the layers are measured on, as `data`; better not the calibration data.
+        held: the data to measure the layers on, given like `data`; preferably not the calibration data.
         tokenizer: turns strings into token ids.
         tokens: how many tokens of `held`, and of `text`, are used.
         text: evaluate perplexity and KL divergence on these texts as well (needs `tokenizer`).
-        name: what the page calls the model; its class by default.
+        name: the model's name on the page; by default, its class.
         sources: names of the calibration data and of the held data, for the page.
         overwrite: replace an earlier report.
         progress: show progress bars.
 
     Returns:
         The numbers, as in ``report.json``. Per layer, `sqnr` is 10 log10(|y|^2 / |y_hat - y|^2) in dB over all held
-        tokens: y from the layer of the smoothed float model, y_hat from its `W8A8Linear` (exact int8 numerics) on the
-        same input, so noise of earlier layers is not in it. `sqnr_naive` is the same without smoothing.
+        tokens. y comes from the layer of the smoothed float model, and y_hat from its `W8A8Linear` (exact int8
+        numerics) on the same input, so the noise of earlier layers is excluded. `sqnr_naive` is the same without
+        smoothing.
 
     Files:
-        ``report.html`` (one file: no script, no network), the figures (.png), ``report.json``, and, where advice was
-        found, ``advised.json``: `config` with all of it, for ``quantize --config``.
+        ``report.html`` (one file: no script, no network), the figures (.png), ``report.json``, and, if there is advice,
+        ``advised.json``: `config` with all of the advice, for ``quantize --config``.
 
     Memory:
-        The model and a smoothed copy; beside them, for one layer at a time, its int8 form and its input and output of
-        one batch; per channel the maxima; 128 tokens of five layers' inputs. With `text` also a quantized copy and up
+        The model and a smoothed copy. In addition, for one layer at a time, its int8 form and its input and output of
+        one batch; the maxima per channel; 128 tokens of the inputs of five layers. `text` adds a quantized copy and up
         to 2 GiB of log-probabilities.
 
     Raises:
@@ -174,7 +175,7 @@ def make_report(
 
 
 def check_report_folder(directory: Path, *, overwrite: bool) -> None:
-    """Finds out, before long work, whether the report could be drawn and written."""
+    """Raises SmoothQuantError, before long work starts, if the report could not be drawn or written."""
     if not has_matplotlib():
         raise SmoothQuantError(
             "a report needs matplotlib for its figures: run `pip install matplotlib`."
@@ -187,7 +188,7 @@ def check_report_folder(directory: Path, *, overwrite: bool) -> None:
 
 
 def advised_config(config: SmoothQuantConfig, advice: Iterable[Document]) -> SmoothQuantConfig:
-    """The configuration with all the settings that the advice names; the same one if there are none."""
+    """The configuration with all settings of the advice. It equals `config` if there are none."""
     alphas, schemes = dict(config.alphas), dict(config.schemes)
     for entry in advice:
         settings = entry["settings"] or {}
@@ -200,7 +201,7 @@ def advised_config(config: SmoothQuantConfig, advice: Iterable[Document]) -> Smo
 
 
 def split_name(name: str) -> tuple[int, str]:
-    """The number of the block (0 without one) and the layer's role in it: ``(3, "mlp.experts.*.w1")``."""
+    """The number of the block (0 if there is none) and the layer's role in it: ``(3, "mlp.experts.*.w1")``."""
     parts = name.split(".")
     for i, part in enumerate(parts):
         if part.isdigit() and i + 1 < len(parts):
@@ -250,12 +251,12 @@ def _measure(
 
 
 def _figure_layers(layers: Sequence[Document]) -> list[str]:
-    """The layer with the greatest channel outlier of each role, one of each group of readers, the worst first."""
+    """The layer with the greatest channel outlier for each role that heads a group of readers, the worst first."""
     worst: dict[str, Document] = {}
     for layer in layers:
         if layer["channel_peak"] is None:
             continue
-        reader = split_name(layer["group"][0])[1]  # q, k and v read one tensor: one figure
+        reader = split_name(layer["group"][0])[1]  # q, k and v read one tensor and share a figure
         known = worst.get(reader)
         if known is None or layer["channel_peak"] > known["channel_peak"]:
             worst[reader] = layer
@@ -270,7 +271,7 @@ def _channels(
     statistics: ActivationStatistics,
     config: SmoothQuantConfig,
 ) -> Document:
-    """Maxima per channel over the calibration tokens, to six digits."""
+    """The maxima per channel over the calibration tokens, to six digits."""
     absmax = statistics.absmax[layer["name"]]
     factors = layer_factors(model, layer["group"], statistics, layer["alpha"], config)
 
@@ -311,7 +312,7 @@ def _evaluate(
     tokenizer: PreTrainedTokenizerBase,
     tokens: int,
 ) -> Document:
-    """Perplexity and KL of the float model, of naive W8A8 and of the smoothed model, which is quantized in place."""
+    """The perplexity and KL of the float, naive W8A8 and smoothed int8 models. It quantizes `smoothed` in place."""
     reference = Reference(model)
     window = fitting_window(config.calibration_window, tokenizer, model)
 
