@@ -1,8 +1,8 @@
 """Batches as models take them: what their entries are, how many positions they hold, and how to take a part of one.
 
-An entry belongs to a stream: the text (or whatever else `attention_mask` is laid on), the decoder's text, or one of its
-own (images, sound). Two streams may have the same length by chance, so entries are told apart by their names, as
-transformers gives them, and by their shapes only within a stream.
+An entry belongs to a stream: the text (or whatever else `attention_mask` covers), the decoder's text, or a stream of
+its own (images, sound). Two streams may have the same length by chance. So the names that transformers gives the
+entries distinguish streams, and shapes matter only within a stream.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from smoothquant_kernels.nn.float_linear import is_float_linear
 
 TEXT, DECODER = "", "decoder_"
 _TEXT_ENTRIES = ("input_ids", "inputs_embeds")
-# Without token ids the first of these says how many rows a batch has.
+# In a batch without text, the first of these that it holds gives the number of rows.
 _MAIN_ENTRIES = ("input_features", "input_values", "pixel_values", "pixel_values_videos")
-# A stream of its own each, with its own mask where it has one (`pixel_attention_mask`).
+# Each is a stream of its own, with its own mask if it has one (`pixel_attention_mask`).
 _OTHER_STREAMS = ("pixel_", "encoder_", "image", "video", "audio", "input_features_", "spatial_")
-_SAMPLE_TOKENS = 32  # enough to tell structures apart; tracing keeps every linear's inputs for them
+_SAMPLE_TOKENS = 32  # enough to find structure; tracing keeps every linear's inputs for all of them
 
 
 def main_entry(batch: Batch) -> str:
-    """The name of the entry that says what the rows of a batch are; the token ids where there are any."""
+    """The name of the entry that defines the rows of a batch: the token ids if there are any."""
     known = (*_TEXT_ENTRIES, *_MAIN_ENTRIES)
     return next((name for name in known if name in batch), next(iter(batch)))
 
 
 def is_seq2seq(batch: Batch, model: nn.Module | None) -> bool:
-    """Whether a decoder of its own reads `labels`."""
+    """Whether a separate decoder reads `labels`."""
     config = getattr(model, "config", None)
     return bool(getattr(config, "is_encoder_decoder", False)) or any(
         name.startswith(DECODER) for name in batch
@@ -42,17 +42,17 @@ def is_seq2seq(batch: Batch, model: nn.Module | None) -> bool:
 
 
 def stream_of(name: str, batch: Batch, model: nn.Module | None = None) -> str:
-    """Which stream an entry belongs to, by the prefix of its mask's name; `attention_mask` has none."""
+    """The stream of an entry, as the prefix of its mask's name (empty for `attention_mask`)."""
     if name.startswith(DECODER) or (name == "labels" and is_seq2seq(batch, model)):
         return DECODER
     if name == main_entry(batch):
-        # Images with a mask of their own are no text even where there is none.
+        # Images with their own mask are not text, even in a batch without text.
         return "pixel_" if "pixel_attention_mask" in batch and name not in _TEXT_ENTRIES else TEXT
     return next((prefix for prefix in _OTHER_STREAMS if name.startswith(prefix)), TEXT)
 
 
 def stream_shape(stream: str, batch: Batch) -> tuple[int, int] | None:
-    """(rows, positions) of a text, or of what a mask is laid on; None where the batch has no such stream."""
+    """(rows, positions) of a text or of what a mask covers, or None if the batch has no such stream."""
     names = [f"{stream}input_ids", f"{stream}inputs_embeds", f"{stream}attention_mask"]
     for name in [*names, "labels"] if stream == DECODER else names:
         v = batch.get(name)
@@ -62,12 +62,12 @@ def stream_shape(stream: str, batch: Batch) -> tuple[int, int] | None:
 
 
 def position_axes(name: str, v: Tensor, rows: int, length: int) -> tuple[int, ...]:
-    """Which axes of an entry of a stream of `rows` x `length` count its positions; none: it is not cut along them."""
+    """The axes of an entry that count positions, in a stream of `rows` x `length`. Without any, it is never cut."""
     shape = tuple(v.shape)
     if "mask" in name and len(shape) >= 3 and shape[-2:] == (length, length):
         return (len(shape) - 2, len(shape) - 1)  # [B, T, T] or [B, 1, T, T]
     if name == "position_ids" and len(shape) == 3 and shape[1:] == (rows, length):
-        return (2,)  # one row for time, height and width each
+        return (2,)  # one row each for time, height and width
     if name in ("position_ids", "cache_position") and shape in ((length,), (1, length)):
         return (len(shape) - 1,)
     return (1,) if shape[:2] == (rows, length) else ()
@@ -76,7 +76,7 @@ def position_axes(name: str, v: Tensor, rows: int, length: int) -> tuple[int, ..
 def take_positions(
     batch: Batch, stream: str, index: Tensor, model: nn.Module | None = None
 ) -> Batch:
-    """The batch with only these positions of one stream."""
+    """Returns the batch with only these positions of one stream."""
     shape = stream_shape(stream, batch)
     if shape is None:
         return batch
@@ -89,7 +89,7 @@ def take_positions(
 
 
 def special_tokens(model: nn.Module | None, *, placeholders: bool = False) -> set[int]:
-    """Ids that the model's configuration names (padding, end, images); `placeholders`: of images and sound only."""
+    """Ids that the model's configuration names (padding, end, images), with `placeholders` only of images and sound."""
     found: set[int] = set()
 
     def collect(config: Any) -> None:
@@ -110,14 +110,14 @@ def special_tokens(model: nn.Module | None, *, placeholders: bool = False) -> se
 
 
 def take_rows(batch: Batch, rows: Sequence[int], model: nn.Module | None = None) -> Batch | None:
-    """Some rows of all entries; None where an entry (the images of several rows in one list) cannot be told by rows."""
+    """Returns some rows of all entries, or None if one does not split by rows (images of several rows in one list)."""
     main = batch[main_entry(batch)]
     if not main.dim():
         return None
     count = main.shape[0]
     if count == 1:
         return batch
-    # Rows of several images each and rows of none may give as many images as rows.
+    # Rows with several images and rows with none may together hold as many images as rows.
     ids = batch.get("input_ids")
     media = [n for n in batch if stream_of(n, batch, model) not in (TEXT, DECODER)]
     if ids is not None and media:
@@ -144,12 +144,12 @@ def take_rows(batch: Batch, rows: Sequence[int], model: nn.Module | None = None)
 
 
 def has_tokens(batch: Batch) -> bool:
-    """Whether a batch is text: token ids, or embeddings in their place."""
+    """Whether a batch holds text, as token ids or as embeddings."""
     return any(name in batch for name in _TEXT_ENTRIES)
 
 
 def count_tokens(batch: Batch, otherwise: int | None = None) -> int:
-    """Tokens of a batch that are not padding; where it holds no text, `otherwise`, or its rows (images, recordings)."""
+    """Counts the tokens that are not padding. Without text, returns `otherwise` or the rows (images, recordings)."""
     main = batch[main_entry(batch)]
     if not has_tokens(batch):
         rows = main.shape[0] if main.dim() else 1
@@ -160,10 +160,10 @@ def count_tokens(batch: Batch, otherwise: int | None = None) -> int:
 
 
 class PositionCounter:
-    """How many positions a model reads in a batch: tokens, or, where it holds no text, what the model makes of it.
+    """Counts the positions that a model reads in a batch: tokens or, without text, what the model makes of it.
 
-    A batch without text counts the most rows that one of the linears reads: the patches of images, the frames of
-    sound. The model is run for it once for each shape of input, on one row where rows can be told.
+    A batch without text counts as the most rows that any linear reads, such as patches of images or frames of sound.
+    That takes one run of the model for each input shape, on a single row if the batch splits by rows.
     """
 
     def __init__(self, model: nn.Module | None) -> None:
@@ -194,7 +194,7 @@ def _most_rows(model: nn.Module, batch: Batch) -> int:
 
 
 def position_limit(model: nn.Module | None) -> tuple[int | None, bool]:
-    """The positions that a model is made for, and whether a longer text fails for want of position embeddings."""
+    """The number of positions that a model supports, and whether a longer text runs out of position embeddings."""
     config = getattr(model, "config", None)
     if config is not None and hasattr(config, "get_text_config"):
         config = config.get_text_config()
@@ -213,14 +213,14 @@ def position_limit(model: nn.Module | None) -> tuple[int | None, bool]:
         last = name.rsplit(".", 1)[-1].lower()
         if isinstance(module, nn.Embedding) and ("pos" in last or last == "wpe"):
             if limit <= module.num_embeddings <= limit + 2 and "rel" not in last:
-                # RoBERTa's first position is the one after its padding's: two fewer than its table has.
+                # RoBERTa's positions start after its padding index, so it has two fewer than its table.
                 taken = (module.padding_idx or 0) + 1 if module.padding_idx is not None else 0
                 return min(limit, module.num_embeddings - taken), True
     return limit, False
 
 
 def _is_too_long(model: nn.Module, batch: Batch) -> str | None:
-    """One sentence if a row is longer than the table of the model's positions (which it may not use: ESM's)."""
+    """One sentence if a row is longer than the model's position table, which the model may not use (ESM), else None."""
     ids = batch.get("input_ids")
     limit, hard = position_limit(model)
     if ids is None or not hard or limit is None or ids.dim() < 2 or ids.shape[-1] <= limit:
@@ -233,12 +233,12 @@ def _is_too_long(model: nn.Module, batch: Batch) -> str | None:
 
 
 def run_checked(model: nn.Module, batch: Batch) -> Any:
-    """`run` without the logits, `explained`."""
+    """Calls `run` without the logits, with its errors `explained`."""
     return explained(model, batch, lambda: run(model, batch, logits=False))
 
 
 def explained(model: nn.Module, batch: Batch, call: Callable[[], Any]) -> Any:
-    """What `call` returns; if the model refuses the batch, one sentence says why.
+    """Returns what `call` returns. If the model refuses the batch, the error says why in one sentence.
 
     Raises:
         SmoothQuantError: the batch is too long for the model, lacks the decoder's text, or the model refuses it.
@@ -275,7 +275,7 @@ def _described(name: str, v: Tensor) -> str:
 
 
 def _is_text_only(batch: Batch, model: nn.Module | None) -> bool:
-    """Whether all entries are text or one value a row, so that the model reads a shorter text alike."""
+    """Whether all entries are text or one value a row, so that the model reads a shorter text in the same way."""
     for name, v in batch.items():
         stream = stream_of(name, batch, model)
         shape = stream_shape(stream, batch) if stream in (TEXT, DECODER) else None
@@ -286,7 +286,7 @@ def _is_text_only(batch: Batch, model: nn.Module | None) -> bool:
 
 
 def _first_positions(batch: Batch, model: nn.Module | None, count: int) -> Batch:
-    """At most `count` positions of each text, from the first that is not padding in its first row."""
+    """At most `count` positions of each text, starting at the first one that is not padding in its first row."""
     for stream in (TEXT, DECODER):
         shape = stream_shape(stream, batch)
         if shape is None or shape[1] <= count:
@@ -300,13 +300,13 @@ def _first_positions(batch: Batch, model: nn.Module | None, count: int) -> Batch
 
 
 def small_batch(batch: Batch, try_run: Callable[[Batch], Any], model: nn.Module) -> Batch:
-    """A part of a batch on which structure is found and folds are verified; the model must run on it as on the whole.
+    """Returns a part of a batch to find structure and verify folds on. The model must run on it as on the whole.
 
-    The first tokens of one row, if all is text; one whole row, if it also reads images or sound; the whole batch, if
-    these cannot be told by rows. A part that the model refuses (it asks for an end token, say) gives way to the next.
+    The part is the first tokens of one row if all entries are text, one whole row if some are images or sound, and the
+    whole batch if these do not split by rows. If the model refuses a part (it may need an end token), the next follows.
 
     Args:
-        try_run: runs the model; what it raises is taken for a refusal.
+        try_run: runs the model. An error that it raises counts as a refusal.
     """
     row = batch
     if (main := batch[main_entry(batch)]).dim() and main.shape[0] > 1:
@@ -329,11 +329,11 @@ def small_batch(batch: Batch, try_run: Callable[[Batch], Any], model: nn.Module)
 
 
 def shortened(batch: Batch, tokens: int, model: nn.Module | None = None) -> Batch:
-    """A batch of one row of text cut to so many tokens that are not padding; any other batch as it is."""
+    """Cuts a batch of one row of text to `tokens` tokens that are not padding. Returns any other batch unchanged."""
     shape = stream_shape(TEXT, batch)
     if shape is None or shape[0] != 1 or not has_tokens(batch):
         return batch
-    # Beside images a cut could part them from their placeholders, and a decoder's text belongs to the whole source.
+    # A cut could separate images from their placeholders, and a decoder's text belongs to the whole source.
     if not _is_text_only(batch, model) or any(stream_of(n, batch, model) for n in batch):
         return batch
     mask = token_mask(batch)
@@ -344,7 +344,7 @@ def shortened(batch: Batch, tokens: int, model: nn.Module | None = None) -> Batc
 
 
 def rows_of(batch: Batch, model: nn.Module | None = None) -> Iterator[Batch]:
-    """One batch for each row; the batch itself where rows cannot be told."""
+    """Yields one batch for each row, or the batch itself if it does not split by rows."""
     main = batch[main_entry(batch)]
     parts = [take_rows(batch, [i], model) for i in range(main.shape[0] if main.dim() else 0)]
     if not parts or any(part is None for part in parts):

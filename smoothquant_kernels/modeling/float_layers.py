@@ -1,9 +1,11 @@
-"""Which linears stay in float because of what the model does with them: others read their weight, or they select, or
-code asks for what would be gone: a module's first parameter (`next(self.mlp.parameters()).dtype`), a method.
+"""Which linears stay in float because of how the model uses them.
 
-Three sources, from the surest to the weakest: a run of the model (`_readers.py`, `_selectors.py`), the source of its
-classes (`_source_reads.py`), and names. The source is asked about layers that the run did not call: a path that was
-not taken may read a weight that the path taken gives to a linear, and a quantized layer still answers that in float.
+Either other code reads their weight, or they select, or code asks for something that a quantized layer lacks: a
+module's first parameter (`next(self.mlp.parameters()).dtype`) or a method.
+
+There are three sources, from the most to the least reliable: a run of the model (`readers.py`, `selectors.py`), the
+source of its classes (`source_reads.py`), and names. The source is consulted only about layers that the run did not
+call. Another path may still read the weight of a layer that was called, but a quantized layer answers that in float.
 """
 
 from __future__ import annotations
@@ -33,29 +35,29 @@ from smoothquant_kernels.nn.kinds import KINDS
 
 @dataclass
 class _Seen:
-    """What one run showed of the linears that were watched."""
+    """What one run showed about the watched linears."""
 
     called: set[str] = field(default_factory=set)
     read: dict[str, str] = field(default_factory=dict)
     selects: dict[str, str] = field(default_factory=dict)
-    uses: dict[str, str] = field(default_factory=dict)  # whole reasons
+    uses: dict[str, str] = field(default_factory=dict)  # full reasons
 
 
 def stays_in_float(view: ModelView, linears: Iterable[str], batch: Batch | None) -> dict[str, str]:
-    """Linears that must not be quantized or scaled, whatever they look like: name -> the reason.
+    """Returns name -> reason for linears that must be neither quantized nor scaled, whatever they look like.
 
     Args:
-        linears: names to be looked at.
-        batch: a small batch, as for `find_groups`; None where the model cannot be run.
+        linears: names to check.
+        batch: a small batch, as for `find_groups`; None if the model cannot be run.
 
     Raises:
-        SmoothQuantError: none of the linears is left.
+        SmoothQuantError: no linear is left to quantize.
     """
     model = view.model
     names = {model.get_submodule(name): name for name in linears}
     seen = _watch(view, names, batch) if batch is not None else _Seen()
     if batch is not None and (longer := repeated(model, batch)) is not None:
-        with contextlib.suppress(Exception):  # longer than the model goes
+        with contextlib.suppress(Exception):  # it may be longer than the model allows
             also = _watch(view, names, longer)
             seen.read, seen.selects = also.read | seen.read, also.selects | seen.selects
             seen.uses = also.uses | seen.uses
@@ -80,12 +82,12 @@ def stays_in_float(view: ModelView, linears: Iterable[str], batch: Batch | None)
 
 
 def _watch(view: ModelView, names: dict[nn.Module, str], batch: Batch) -> _Seen:
-    """Runs the model once and looks at every operation; nothing is seen where an operator cannot be watched."""
+    """Runs the model once and watches every operation. Reports nothing if an operator cannot be watched."""
     model = view.model
     marks = {name: 1 << i for i, name in enumerate(names.values())}
     readers = Readers({module: marks[name] for module, name in names.items()})
     selectors = Selectors(model)
-    # whoever shares a parameter reads its own
+    # reads by a module that shares a linear's parameter are reads of its own
     modules = {name: module for module, name in names.items()} | _sharers(view, names.values())
     seen = _Seen()
     running: list[nn.Module | None] = []
@@ -126,7 +128,7 @@ def _watch(view: ModelView, names: dict[nn.Module, str], batch: Batch) -> _Seen:
 
 @contextmanager
 def _asking(model: nn.Module) -> Iterator[dict[nn.Module, None]]:
-    """The modules whose parameters are listed while the model runs."""
+    """Collects the modules whose parameters are listed while the model runs."""
     found: dict[nn.Module, None] = {}
     running = False
 
@@ -154,7 +156,7 @@ def _asking(model: nn.Module) -> Iterator[dict[nn.Module, None]]:
 def _first_parameters(
     asking: Iterable[nn.Module], names: Mapping[nn.Module, str]
 ) -> dict[str, str]:
-    """Linears that hold the first parameter of one of these modules, where no other could stand for it."""
+    """Linears that hold a module's first parameter, unless its first one outside the linears has the same dtype."""
     owners = {p: name for module, name in names.items() for p in module.parameters(recurse=False)}
     found: dict[str, str] = {}
     for module in asking:
@@ -168,7 +170,7 @@ def _first_parameters(
 
 @contextmanager
 def _using(names: Mapping[nn.Module, str]) -> Iterator[dict[str, str]]:
-    """Reasons why linears stay as they are: they are called with more than an input, or by methods of their class."""
+    """Collects linears that are called with more than an input, or through methods of their class, and the reason."""
     found: dict[str, str] = {}
     running: list[nn.Module] = []
 
@@ -191,7 +193,7 @@ def _using(names: Mapping[nn.Module, str]) -> Iterator[dict[str, str]]:
     def method(module: nn.Module, name: str, own: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(own)
         def call(*args: Any, **kwargs: Any) -> Any:
-            if module not in running:  # its forward gives what a linear gives, by whatever means
+            if module not in running:  # inside its own forward, only the result matters
                 found[names[module]] = Reason.USED(f"the model calls its {name}")
             return own(*args, **kwargs)
 
@@ -209,7 +211,7 @@ def _using(names: Mapping[nn.Module, str]) -> Iterator[dict[str, str]]:
 
 
 def _own_methods(kind: type) -> tuple[str, ...]:
-    """Methods of a subclass of `nn.Linear` that not every kind of quantized layer has."""
+    """Methods of a subclass of `nn.Linear` that some kind of quantized layer lacks."""
     return tuple(
         name
         for base in kind.__mro__[: kind.__mro__.index(nn.Module)]
@@ -221,7 +223,7 @@ def _own_methods(kind: type) -> tuple[str, ...]:
 
 
 def _sharers(view: ModelView, linears: Iterable[str]) -> dict[str, nn.Module]:
-    """Other modules that hold a parameter of one of the linears as their own."""
+    """Other modules that also own a parameter of one of the linears."""
     linears = set(linears)
     others = {
         other.rpartition(".")[0]

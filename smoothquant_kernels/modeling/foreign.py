@@ -1,4 +1,4 @@
-"""Models that another tool has quantized: recognized by what their layers hold, and named."""
+"""Recognizes models that another tool has quantized by what their layers hold, and names the tool."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from smoothquant_kernels.errors import SmoothQuantError
 
 _OURS = "smoothquant_kernels"
-# By the first words of the module that defines a layer's or a tensor's class. Nothing of these is imported.
+# Each key starts the module name of a layer's or a tensor's class. None of these packages is imported.
 _PACKAGES = {
     "aqlm": "AQLM",
     "auto_gptq": "GPTQ",
@@ -33,7 +33,7 @@ _PACKAGES = {
     "transformer_engine": "Transformer Engine",
     "vptq": "VPTQ",
 }
-# transformers' own modules for other tools' formats, by the file that defines them.
+# Modules of transformers for other tools' formats, by the file that defines them.
 _INTEGRATIONS = {
     "aqlm": "AQLM",
     "awq": "AWQ",
@@ -52,7 +52,7 @@ _INTEGRATIONS = {
     "spqr": "SpQR",
     "vptq": "VPTQ",
 }
-# What layers keep beside or in place of a float weight -> who does so, if only one does.
+# What layers keep beside or instead of a float weight -> the tool, if only one does so.
 _STATE = {
     "SCB": "bitsandbytes",
     "W_q": "HQQ",
@@ -70,10 +70,10 @@ _METHODS |= {"eetq": "EETQ", "mxfp4": "MXFP4"}
 
 
 def check_float_model(model: nn.Module) -> None:
-    """Raises SmoothQuantError if another tool has quantized a layer of the model: that tool and the layer are named.
+    """Raises SmoothQuantError, with the tool and the layer, if another tool has quantized a layer of the model.
 
-    What counts is what the layers hold. A configuration that says "quantized" is not enough: transformers keeps it on
-    models that it has dequantized.
+    Only what the layers hold counts. A configuration that says "quantized" is not enough, because transformers keeps it
+    on models that it has dequantized.
     """
     for name, module in model.named_modules():
         sign = _sign(module)
@@ -88,7 +88,7 @@ def check_float_model(model: nn.Module) -> None:
 
 
 def check_float_config(config: Any, source: object) -> None:
-    """The same by config.json, before weights are loaded: raises SmoothQuantError if it says they are quantized."""
+    """Raises SmoothQuantError if config.json says that the weights are quantized, before they are loaded."""
     method = _method(config)
     if method == _OURS:
         raise SmoothQuantError(
@@ -101,7 +101,7 @@ def check_float_config(config: Any, source: object) -> None:
 
 
 def _method(config: Any) -> str | None:
-    """The tool that a configuration, or the one of a tower in it, names; None where it says nothing."""
+    """The tool that a configuration, or that of a tower inside it, names, or None."""
     for values in _configs(config):
         found = _get(values, "quantization_config")
         if found is None:
@@ -135,7 +135,7 @@ def _get(values: Any, key: str) -> Any:
 
 
 def _sign(module: nn.Module) -> tuple[str, str] | None:
-    """The tool ("" if unknown) that has quantized a module, and what shows it; None for a float module."""
+    """The tool ("" if unknown) that has quantized a module and the evidence for it, or None for a float module."""
     home = type(module).__module__
     if home.split(".")[0] == _OURS:
         return None
@@ -152,7 +152,7 @@ def _sign(module: nn.Module) -> tuple[str, str] | None:
         return None
     weight = own.get("weight")
     if weight is not None and _is_plain_float(weight):
-        return None  # a scale beside it is somebody's own
+        return None  # a scale beside a float weight is the model's own
     if names := [name for name in _STATE if name in own]:
         return _STATE[names[0]], f"with a {names[0]}"
     if weight is not None and weight.dim() >= 2:
@@ -161,7 +161,7 @@ def _sign(module: nn.Module) -> tuple[str, str] | None:
 
 
 def _tool_of(cls: type) -> str | None:
-    for base in cls.__mro__:  # somebody's subclass of such a class is one
+    for base in cls.__mro__:  # a subclass of such a class counts too
         home = base.__module__
         if home.startswith("transformers.integrations."):
             return _INTEGRATIONS.get(home.split(".")[2])
@@ -172,7 +172,7 @@ def _tool_of(cls: type) -> str | None:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    """Whether a module stands for a linear layer, whatever it has made of it."""
+    """Whether a module is or replaces a linear layer, in whatever form."""
     return isinstance(module, nn.Linear) or any(
         "linear" in base.__name__.lower() or base.__name__ == "Conv1D"
         for base in type(module).__mro__

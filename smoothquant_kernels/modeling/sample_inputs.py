@@ -1,4 +1,4 @@
-"""Inputs that a model may be run on where the caller has given none: enough to see what reads what, and no more."""
+"""Makes inputs for a model when the caller gives none: just enough to see what reads what."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from smoothquant_kernels.nn.float_linear import is_float_linear, weight_of
 
 _TOKENS = 8
 _REPEATS = 8
-_SAMPLES = 4000  # of a waveform
+_SAMPLES = 4000  # samples of a waveform
 
 
 def runnable_batch(model: nn.Module) -> Batch | None:
-    """A batch of random input that the model accepts, or None; the model is run once on each that is tried.
+    """Returns a batch of random input that the model accepts, or None. Runs the model once for each batch it tries.
 
-    Neither the model's mode nor the global random state is changed.
+    The model's mode and the global random state do not change.
     """
     if any(p.is_meta for p in model.parameters()):
         return None
@@ -29,16 +29,16 @@ def runnable_batch(model: nn.Module) -> Batch | None:
         for batch in _candidates(model):
             try:
                 run(model, batch)
-            except Exception:  # what a model says to wrong input is its own affair
+            except Exception:  # a model may raise anything on wrong input
                 continue
             return batch
     return None
 
 
 def repeated(model: nn.Module, batch: Batch) -> Batch | None:
-    """The batch with its tokens several times over, for paths that only long inputs take; None if it has no tokens.
+    """Returns the batch with its tokens repeated, for paths that only long inputs take, or None if it has no tokens.
 
-    The model may refuse it: positions end somewhere.
+    The model may refuse it, because its positions are limited.
     """
     ids = batch.get("input_ids")
     if ids is None or ids.dim() != 2 or not getattr(model, "takes_any_length", True):
@@ -66,7 +66,7 @@ def _candidates(model: nn.Module) -> Iterator[Batch]:
 
 
 def _arguments(model: nn.Module) -> tuple[list[str], list[str]]:
-    """Names of the arguments of `forward` that must be given, and of all."""
+    """The names of the required arguments of `forward`, and of all its arguments."""
     parameters = [
         p
         for p in inspect.signature(model.forward).parameters.values()
@@ -92,7 +92,7 @@ def _ids(model: nn.Module) -> Tensor:
 
 
 def _setting(model: nn.Module, *names: str, default: int) -> int:
-    """A number from the model's configuration, or from that of its vision or audio part."""
+    """A number from the model's configuration, or from that of its vision, audio or text part."""
     config: Any = getattr(model, "config", None)
     parts = [config, *(getattr(config, f"{p}_config", None) for p in ("vision", "audio", "text"))]
     for part in parts:
@@ -106,7 +106,7 @@ def _setting(model: nn.Module, *names: str, default: int) -> int:
 
 
 def _known(model: nn.Module, name: str) -> Tensor | None:
-    """An input of a name that transformers gives a meaning."""
+    """An input for a name that has a meaning in transformers, else None."""
     if name in ("input_ids", "decoder_input_ids"):
         return _ids(model)
     if name == "pixel_values":
@@ -119,7 +119,7 @@ def _known(model: nn.Module, name: str) -> Tensor | None:
 
 
 def _guesses(model: nn.Module) -> Iterator[Tensor]:
-    """For a module of any kind: ids where it embeds, else numbers as wide as one of its first linears is."""
+    """Inputs for any module: ids if it embeds, numbers as wide as its first linears, images if it convolves."""
     if any(isinstance(m, nn.Embedding) for m in model.modules()):
         yield _ids(model)
     widths = [weight_of(m).shape[1] for m in model.modules() if is_float_linear(m)]

@@ -1,18 +1,18 @@
-"""Which linears select: experts, tokens, queries. A rounding error there does not perturb a result, it changes which.
+"""Which linears select experts, tokens or queries. A rounding error there changes the choice, not just a result.
 
-Selection is an operation, not a class or a name: something orders a linear's outputs (`topk`, `sort`, `argmax`), makes
-integers of them, or compares them with a threshold, and what comes of it is used as an index; or it compares them with
-each other; or Python reads them. So the outputs of linears are followed through a forward pass, below autograd:
+Selection is an operation, not a class or a name. An operation orders a linear's outputs (`topk`, `sort`, `argmax`),
+rounds them to integers or compares them with a threshold, and the result serves as an index. Or it compares the outputs
+with each other, or Python reads them. `Selectors` follows the outputs through a forward pass, below autograd:
 
-* the output of a linear carries its mark, and so does all that is computed from it without weights: activations,
-  softmax, sums, products of activations, for `_STEPS` operations. A product with another weight ends it;
-* what orders marked numbers puts out *choices*: indices, or truth values;
-* an operation that indexes with a choice tells on the linear, and so does a comparison of one output with another. A
-  maximum that is only a value, an `argmax` that is only returned (the next token, say) and a mask that only multiplies
-  do not;
-* `tolist` and `numpy` take many numbers to where nothing can be followed: whatever they are for, they choose.
+* The output of a linear carries the linear's mark. So does everything computed from it without weights (activations,
+  softmax, sums, products of activations), for `_STEPS` operations. A product with another weight ends the mark.
+* An operation that orders marked numbers or compares them with a threshold returns *choices*: indices or truth values.
+* A linear selects if an operation indexes with one of its choices or compares one of its outputs with another. A
+  maximum used only as a value, an `argmax` that is only returned (the next token, for example) and a mask that only
+  multiplies do not count.
+* `tolist` and `numpy` take many numbers to where nothing can follow them, so they always count as a selection.
 
-A model that cannot be run leaves the names: `router`, or as many outputs as the module beside it holds experts.
+If the model cannot be run, only names are left: `router`, or as many outputs as a sibling module holds experts.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ from smoothquant_kernels.modeling.readers import storage_of, tensors_of
 from smoothquant_kernels.modeling.run import tensors_in
 
 _STEPS = 16  # DeepSeek V3.2's indexer: 12 from its projections to its topk
-#: Operations that are there for their indices: read by Python (`tolist`) if nothing else reads them.
+#: Operations called for their indices. If no operation reads the indices, Python does (`tolist`).
 _INDICES = frozenset("aten.topk aten.argmax aten.argmin aten.multinomial".split())
-#: Operations whose integer results say which of the marked numbers is the larger.
+#: Operations whose integer results show which of the marked numbers is larger.
 _ORDER = frozenset(
     "topk sort argsort argmax argmin kthvalue multinomial mode bucketize searchsorted".split()
 )
-_ORDER_ALONG = frozenset({"max", "min", "median"})  # with a dimension they return indices, too
+_ORDER_ALONG = frozenset({"max", "min", "median"})  # given a dimension, they also return indices
 _THRESHOLD = frozenset("gt ge lt le eq ne".split())
-#: Numbers that stand for the order of others: one of them is compared with those.
+#: Operations whose results rank other numbers, so that a comparison with the result selects.
 _RANKED = frozenset({"amax", "amin", *_ORDER, *_ORDER_ALONG})
 _INDEXING = frozenset(
     "index index_put index_put_ index_select index_add index_add_ index_copy index_copy_ gather take scatter scatter_ "
     "scatter_add scatter_add_ scatter_reduce scatter_reduce_ embedding nonzero masked_select take_along_dim bincount "
     "_local_scalar_dense sort argsort histc one_hot searchsorted repeat_interleave".split()
 )
-#: A mask may index rows; a single truth value that is looked at is a check of ranges.
+#: Operations that may index rows by a mask. Reading a single truth value is only a check of ranges.
 _BY_MASK = frozenset("index index_put index_put_ nonzero masked_select".split())
-#: Operations that look at the values of what they are given, not only where it points to.
+#: Operations that read the values of their arguments rather than only index with them.
 _BY_VALUE = frozenset(
     "_local_scalar_dense nonzero masked_select sort argsort histc bincount".split()
 )
@@ -66,24 +66,24 @@ class Selectors(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.found: dict[int, str] = {}
         self._weights = {storage_of(p) for p in model.parameters() if p.dim() > 1}
-        # storage -> mark -> steps from the linear; and for choices mark -> what chose, whether by a threshold
+        # storage -> mark -> steps from the linear; for choices: the operation that chose, whether by a threshold
         self._marks: dict[int, dict[int, int]] = {}
         self._choices: dict[int, dict[int, tuple[str, bool]]] = {}
-        # they keep the address of a freed storage from being given to another
+        # weak references, which keep the address of a freed storage from being reused
         self._known: dict[int, StorageWeakRef] = {}
         self._ranked: set[int] = set()
 
     def mark(self, t: Tensor, mark: int) -> None:
-        """`t` is the output of the linear with this mark, and of nothing before it."""
+        """Gives `t`, the output of a linear, that linear's mark in place of all earlier ones."""
         self._remember(t)
         self._marks[storage_of(t)] = {mark: 0}
         self._choices.pop(storage_of(t), None)
 
     @contextmanager
     def python_reads(self) -> Iterator[None]:
-        """Within it, reads by Python tell on linears as well.
+        """Counts reads by Python as selections within the block.
 
-        Not a mode for torch's functions, under which `nn.TransformerEncoder` would take another path.
+        It patches `Tensor`, because `nn.TransformerEncoder` would take another path under a torch function mode.
         """
 
         def told(reader: str) -> Callable[..., Any]:
@@ -91,7 +91,7 @@ class Selectors(TorchDispatchMode):
 
             def call(t: Tensor, *args: Any, **kwargs: Any) -> Any:
                 for mark in self._marks.get(storage_of(t), {}) if t.numel() > 1 else ():
-                    self.found.setdefault(mark, f"Tensor.{reader}")  # one number: a check of ranges
+                    self.found.setdefault(mark, f"Tensor.{reader}")  # one number only checks ranges
                 return read(t, *args, **kwargs)
 
             return call
@@ -109,7 +109,7 @@ class Selectors(TorchDispatchMode):
                     setattr(Tensor, reader, before)
 
     def finish(self, output: Any) -> None:
-        """Indices that no operation read and that the model does not return were read by Python, unseen."""
+        """Records linears whose indices no operation read and the model does not return. Python read those unseen."""
         returned: set[int] = set()
         for t in tensors_in(output):
             returned |= self._choices.get(storage_of(t), {}).keys()
@@ -132,7 +132,7 @@ class Selectors(TorchDispatchMode):
 
     def _follow(self, name: str, read: list[Tensor], results: list[Tensor]) -> None:
         sources = {storage_of(t) for t in read}
-        if sources and sources <= self._weights:  # a weight in another type is one still
+        if sources and sources <= self._weights:  # a weight in another dtype is still a weight
             for t in results:
                 self._remember(t)
                 self._weights.add(storage_of(t))
@@ -141,7 +141,7 @@ class Selectors(TorchDispatchMode):
         if not marks and not choices:
             return
         if all(storage_of(t) in sources for t in results) and not name.endswith("_"):
-            if name not in _INDEXING:  # views
+            if name not in _INDEXING:  # a view shares its storage, which keeps its marks
                 return
         if choices and (name in _INDEXING or name in _ROWS_BY_MASK):
             self._confirm(name, read)
@@ -165,7 +165,7 @@ class Selectors(TorchDispatchMode):
                     self._ranked.add(key)
 
     def _gather(self, read: Iterable[Tensor]) -> tuple[dict[int, int], dict[int, tuple[str, bool]]]:
-        """Marks, each a step further, and choices of all that an operation reads."""
+        """Returns the marks, each one step further, and the choices of everything that an operation reads."""
         marks: dict[int, int] = {}
         choices: dict[int, tuple[str, bool]] = {}
         for t in read:
@@ -177,7 +177,7 @@ class Selectors(TorchDispatchMode):
 
     @staticmethod
     def _chooses(name: str, results: list[Tensor]) -> bool | None:
-        """Whether an operation's result is a choice: True by a threshold, False by order, None if it is none."""
+        """How an operation's result chooses: True by a threshold, False by order, None if it does not."""
         if name in _ORDER or (name in _ORDER_ALONG and len(results) == 2):
             return False
         if name == "_to_copy" and results[0].dtype != torch.bool:  # rounded
@@ -185,7 +185,7 @@ class Selectors(TorchDispatchMode):
         return True if name in _THRESHOLD or name == "_to_copy" else None
 
     def _compared(self, name: str, a: Tensor, b: Tensor) -> None:
-        """Outputs of one linear against each other: which is the larger. `x != x` asks for NaN."""
+        """Records comparisons of a linear's outputs with each other, which find the larger. `x != x` asks for NaN."""
         keys = storage_of(a), storage_of(b)
         if name in ("eq", "ne") and not self._ranked.intersection(keys):
             return
@@ -193,7 +193,7 @@ class Selectors(TorchDispatchMode):
             self.found.setdefault(mark, f"aten.{name}")
 
     def _confirm(self, name: str, read: list[Tensor]) -> None:
-        """An operation indexes with choices. A mask as large as what it indexes only edits numbers."""
+        """Records the choices that an operation indexes with. A mask as large as its target only edits numbers."""
         rank = max(t.dim() for t in read)
         width = max((t.shape[-1] for t in read if t.dim()), default=0)
         for t in read:
@@ -209,7 +209,7 @@ class Selectors(TorchDispatchMode):
 
 
 def selects_by_name(model: nn.Module, name: str, out_features: int) -> str | None:
-    """Why a linear is a router by its place in the model, or None."""
+    """Why a linear is a router, judged by its name and its siblings, or None."""
     parts = name.lower().split(".")
     if any(part.split("_")[-1] == "router" or part.startswith("router") for part in parts):
         return "its name says that it is a router"
@@ -223,7 +223,7 @@ def selects_by_name(model: nn.Module, name: str, out_features: int) -> str | Non
 
 
 def _count(experts: nn.Module) -> int:
-    """How many experts a module holds: as its children, or in 3-D parameters."""
+    """The number of experts that a module holds, as children or in 3-D parameters."""
     if isinstance(experts, (nn.ModuleList, nn.ModuleDict)):
         return len(experts)
     return next((p.shape[0] for p in experts.parameters(recurse=False) if p.dim() == 3), 0)

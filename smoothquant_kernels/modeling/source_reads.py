@@ -1,9 +1,9 @@
-"""Reads of a layer's weight by other code, found in the source of the model's classes, without running it.
+"""Finds other code that reads a layer's weight in the source of the model's classes, without running the model.
 
-A run shows which parameters are read on the paths that the run takes. What it does not take, or a model that cannot be
-run, leaves only the text: `forward` of every class and the methods and functions that it calls. What a name stands for
-is followed through attributes of `self`, assignments, loops and arguments. Reading `weight.dtype` and the like is no
-use of the numbers, and neither is what constructors and initializers do.
+A run shows only the reads on the paths that it takes. For other paths, and for a model that cannot be run, only the
+source remains: `forward` of every class, and the methods and functions that it calls. Names are followed through
+attributes of `self`, assignments, loops and arguments. Reading `weight.dtype` and the like does not count, because it
+does not use the numbers. Constructors and initializers do not count either.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from typing import Any
 
 from torch import nn
 
-#: Attributes of a weight that tell nothing of its numbers.
+#: Attributes of a weight that reveal nothing about its numbers.
 _HARMLESS = frozenset(
     "dtype device shape size dim ndim numel requires_grad is_cuda is_meta layout element_size grad".split()
 )
 _READ = frozenset({"weight", "bias"})
 _ANY_CHILD = "*"
-_DEPTH = 6  # calls that are followed into one another
+_DEPTH = 6  # the deepest chain of calls that is followed
 Path = tuple[str, ...]  # attributes from the module down to a layer
 _Env = Mapping[str, frozenset[Path]]
 _NOTHING: frozenset[Path] = frozenset()
 
 
 def read_in_source(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
-    """(reader, layer): modules whose `forward` may read the parameters of a module below them."""
+    """Yields (reader, layer): a module whose `forward` may read the parameters of a layer below it."""
     for module in model.modules():
         for path in _reads_of(type(module)):  # type: ignore[arg-type]
             for layer in _resolve(module, path):
@@ -57,12 +57,12 @@ def _reads_of(cls: type) -> frozenset[Path]:
     reader = _Reader(cls)
     if forward is not None and cls.__module__ != "torch.nn.modules.module":
         reader.follow(forward, [frozenset({()})], {}, 0)
-    # a path of no steps is the module's own weight
+    # an empty path is the module's own weight
     return frozenset(path for path in reader.found if path)
 
 
 class _Reader:
-    """One class: follows calls from `forward`; `found` collects the paths of what is read."""
+    """Follows the calls in the `forward` of one class. `found` collects the paths of what they read."""
 
     def __init__(self, cls: type) -> None:
         self.cls = cls
@@ -76,7 +76,7 @@ class _Reader:
         kwargs: Mapping[str, frozenset[Path]],
         depth: int,
     ) -> None:
-        """Reads within a function that is called with what these paths denote; the first argument may be self."""
+        """Collects reads in a function whose arguments denote these paths. The first argument may be self."""
         function = getattr(function, "__func__", inspect.unwrap(function))
         code = getattr(function, "__code__", None)
         tree = None if code is None else _parsed(function)
@@ -88,7 +88,7 @@ class _Reader:
         if key in self._seen:
             return
         self._seen.add(key)
-        # twice: a loop may use a name before the line that gives it
+        # twice, because a loop may use a name above the line that assigns it
         for _ in range(2):
             for node in ast.walk(tree):
                 self._bind(node, env)
@@ -101,7 +101,7 @@ class _Reader:
                 self._call(node, env, getattr(function, "__globals__", {}), depth)
 
     def _bind(self, node: ast.AST, env: dict[str, frozenset[Path]]) -> None:
-        """What assignments and loops let a name stand for."""
+        """Adds what an assignment or a loop lets a name denote."""
         if isinstance(node, ast.Assign) and len(node.targets) == 1:
             target, paths = node.targets[0], self._paths(node.value, env)
         elif isinstance(node, ast.NamedExpr):
@@ -109,7 +109,7 @@ class _Reader:
         elif isinstance(node, (ast.For, ast.comprehension)):
             inner = _iterated(node.iter)
             target, paths = node.target, self._paths(inner, env)
-            if not isinstance(inner, (ast.Tuple, ast.List)):  # whose parts it has given
+            if not isinstance(inner, (ast.Tuple, ast.List)):  # its elements are in `paths` already
                 paths = _children(paths)
         else:
             return
@@ -120,7 +120,7 @@ class _Reader:
                 env[name.id] = env.get(name.id, _NOTHING) | paths
 
     def _paths(self, node: ast.AST, env: _Env) -> frozenset[Path]:
-        """What an expression may stand for, as far as it is a module below self."""
+        """The modules below self that an expression may denote."""
         if isinstance(node, ast.Name):
             return env.get(node.id, _NOTHING)
         if isinstance(node, ast.Attribute):
@@ -140,7 +140,7 @@ class _Reader:
         return _NOTHING
 
     def _call(self, node: ast.Call, env: _Env, names: Mapping[str, Any], depth: int) -> None:
-        """Follows a call of a method of self, or of a function that is given a module."""
+        """Follows a call of a method of self, or of a function that takes a module."""
         args = [self._paths(arg, env) for arg in node.args]
         kwargs = {k.arg: self._paths(k.value, env) for k in node.keywords if k.arg}
         function, first = self._callee(node.func, env, names)
@@ -154,7 +154,7 @@ class _Reader:
     def _callee(
         self, node: ast.AST, env: _Env, names: Mapping[str, Any]
     ) -> tuple[Callable[..., Any] | None, list[frozenset[Path]]]:
-        """The function that is called, and self where it is a method."""
+        """The function that is called, and self if it is a method."""
         if isinstance(node, ast.Name):
             found = names.get(node.id)
             return (found if inspect.isroutine(found) else None), []
@@ -175,7 +175,7 @@ class _Reader:
 
 
 def _only_looked_at(node: ast.AST) -> list[ast.expr]:
-    """Parts of an expression whose numbers it does not use: `w` in `w.dtype`, `isinstance(w, ...)`, `w is None`."""
+    """Parts of an expression whose numbers stay unused: `w` in `w.dtype`, `isinstance(w, ...)`, `w is None`."""
     if isinstance(node, ast.Attribute) and node.attr in _HARMLESS:
         return [node.value]
     if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("isinstance", "type", "id"):
@@ -190,7 +190,7 @@ def _children(paths: frozenset[Path]) -> frozenset[Path]:
 
 
 def _iterated(node: ast.AST) -> ast.AST:
-    """What a loop runs over, within `enumerate(...)` and `zip(...)` (as far as their first argument goes)."""
+    """What a loop runs over, inside `enumerate`, `zip` and `reversed` (only their first argument)."""
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.args:
         return node.args[0] if node.func.id in ("enumerate", "zip", "reversed") else node
     return node
@@ -198,7 +198,7 @@ def _iterated(node: ast.AST) -> ast.AST:
 
 @functools.cache
 def _parsed(function: Any) -> ast.FunctionDef | ast.AsyncFunctionDef | None:
-    """The function's definition; None where there is no source."""
+    """The function's definition, or None if there is no source."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     except (OSError, TypeError, SyntaxError, ValueError):

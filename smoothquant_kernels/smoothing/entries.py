@@ -1,4 +1,4 @@
-"""What users have in a batch (arrays, lists, a single sample, a data set's columns), made the tensors of a batch."""
+"""Converts what users pass as a batch (arrays, lists, a single sample, a data set's columns) to tensors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from smoothquant_kernels.modeling.batches import main_entry
 
 
 def accepted_names(model: nn.Module | None) -> set[str] | None:
-    """What a model's forward takes by name; None: anything."""
+    """The argument names that a model's forward takes, or None if it takes any."""
     if model is None:
         return None
     parameters = inspect.signature(model.forward).parameters
@@ -24,13 +24,13 @@ def accepted_names(model: nn.Module | None) -> set[str] | None:
 
 
 def tensors_of(item: Mapping[Any, Any], model: nn.Module | None = None) -> dict[str, Tensor]:
-    """The entries of a batch as tensors, with a dimension for rows.
+    """Returns the entries of a batch as tensors with a dimension for rows.
 
-    Arrays and lists of numbers become tensors; strings, None, and numbers for each row that the model does not take (a
-    data set's columns) are left out.
+    Arrays and lists of numbers become tensors. Strings and None are left out, as are numbers for each row that the
+    model does not take (a data set's columns).
 
     Raises:
-        SmoothQuantError: there is no tensor, or an entry is ragged or one that the model does not take.
+        SmoothQuantError: there is no tensor, an entry is ragged, or the model does not take an entry.
     """
     found = {str(k): t for k, v in item.items() if (t := _as_tensor(str(k), v)) is not None}
     names = accepted_names(model)
@@ -88,7 +88,7 @@ def _from_list(name: str, value: Sequence[Any]) -> Tensor | None:
 
 
 def _with_rows(found: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A single sample gets its dimension for rows; whether it is one, its main entry says, for all entries."""
+    """Adds the dimension for rows to a single sample. The main entry shows, for all entries, whether it is one."""
     main = found.get(name := main_entry(found))
     own = any(n in found for n in ("pixel_attention_mask", "spatial_shapes", "image_grid_thw"))
     single = {"input_ids": 1, "inputs_embeds": 2, "input_features": 2, "input_values": 1}
@@ -101,6 +101,6 @@ def _with_rows(found: dict[str, Tensor]) -> dict[str, Tensor]:
             result[n] = v[:, None]
         else:
             alone = v.dim() <= single.get(n, 1)
-            scalar = not v.dim() and n != "labels"  # a switch, such as return_dict
+            scalar = not v.dim() and n != "labels"  # a flag, such as return_dict
             result[n] = v[None] if alone and not scalar else v
     return result

@@ -1,10 +1,10 @@
-"""Which rows of which layer's input are padding: learned from the model, not taken from the number of rows.
+"""Which rows of each layer's input are padding: learned from the model, not guessed from the number of rows.
 
-A mask says which positions of one stream are padding: of the text, of the decoder's text, of an image's patches. A
-layer reads the positions of a mask if its input gets shorter by one position when the stream does. So the first batch
-with padding is run as it is and with one position less, and the shapes that every linear reads are compared. The axis
-that changes is the one of positions. Inputs that do not change, or by another amount (the other tower's text, patches,
-the rows that a router gave to an expert, sound at another rate), are not the mask's: all of their rows are measured.
+A mask says which positions of one stream are padding: the text, the decoder's text or an image's patches. A layer reads
+the positions of a mask if its input gets one position shorter when the stream does. So the first batch with padding
+runs twice, once without one position, and the shapes that every linear reads are compared. The axis that changes is the
+one of positions. An input that does not change, or changes by another amount (the other tower's text, patches, the rows
+that a router gives to an expert, sound at another rate), does not belong to the mask. All of its rows are measured.
 """
 
 from __future__ import annotations
@@ -26,27 +26,27 @@ from smoothquant_kernels.modeling.batches import (
 from smoothquant_kernels.modeling.hooks import Hooks
 from smoothquant_kernels.modeling.run import Batch, output_tensor, token_mask
 
-OUTPUT = ""  # stands for the model's output, as the name of the whole model does
+OUTPUT = ""  # names the model's output; it is also the name of the whole model
 _SUFFIX = "attention_mask"
 _Shapes = dict[str, list[tuple[int, ...]]]
 
 
 class Padding:
-    """What is padding in the inputs of `linears`, batch by batch.
+    """Finds padding in the inputs of `linears`, batch by batch.
 
     Args:
-        model: whose configuration names tokens that stand for images.
-        linears: the layers whose inputs are asked for.
+        model: the model. Its configuration names tokens that stand for images.
+        linears: the layers whose inputs `keep` is called for.
     """
 
     def __init__(self, model: nn.Module, linears: Mapping[str, nn.Module]) -> None:
         self._model, self._linears = model, linears
         self._masks: dict[str, Tensor] = {}
-        # mask -> layer -> how its rows are ordered: "bt" or "tb", rows of the batch first or positions first
+        # mask -> layer -> the order of its rows: "bt" (rows of the batch first) or "tb" (positions first)
         self._orders: dict[str, dict[str, str]] = {}
 
     def start(self, batch: Batch, run: Callable[[Batch], Any]) -> None:
-        """Says which batch runs next. `run` runs the model; it is called only for the first batch with padding."""
+        """Sets the batch that runs next. Calls `run`, which runs the model, only for the first batch with padding."""
         self._masks = _padded_masks(batch)
         for name in self._masks:
             if name not in self._orders:
@@ -55,7 +55,7 @@ class Padding:
                     self._orders[name] = found
 
     def keep(self, name: str, t: Tensor) -> Tensor | None:
-        """[rows] bool, False at padding, for a tensor [..., K] that the layer reads or writes; None keeps all rows."""
+        """[rows] bool, False at padding, for a tensor [..., K] that the layer reads or writes. None keeps all rows."""
         lead = tuple(t.shape[:-1])
         for mask_name, mask in self._masks.items():
             order = self._orders.get(mask_name, {}).get(name)
@@ -69,7 +69,7 @@ class Padding:
     def _learn(
         self, mask_name: str, batch: Batch, run: Callable[[Batch], Any]
     ) -> dict[str, str] | None:
-        """The order of the rows of every layer that reads this mask's positions; None if the batch cannot tell."""
+        """The row order of every layer that reads this mask's positions, or None if the batch cannot show it."""
         stream = mask_name.removesuffix(_SUFFIX)
         mask = self._masks[mask_name]
         worst = mask.sum(1).argsort()[:2].sort().values.tolist()
@@ -88,18 +88,18 @@ class Padding:
         except torch.OutOfMemoryError:
             raise
         except (SmoothQuantError, LookupError, RuntimeError, TypeError, ValueError):
-            return {}  # it takes one length only
+            return {}  # the model takes only one length
         orders = {n: _order(one[n], two.get(n, []), *shape) for n in one}
-        # Flattened rows are in the order of the tensors that they came from.
+        # Flattened rows keep the order of the tensors that they came from, unknown once any layer has "tb".
         if "tb" in orders.values():
             orders = {n: order for n, order in orders.items() if order != "flat"}
-        # A router's experts take rows in an order of their own, even when one gets all of them.
+        # A router's experts take rows in their own order, even when one of them gets all rows.
         routed = {n for n in orders if "expert" in n and "shared" not in n}
         orders = {n: o for n, o in orders.items() if not (o == "flat" and n in routed)}
         return {n: "bt" if o == "flat" else o for n, o in orders.items() if o is not None}
 
     def _shapes(self, batch: Batch, run: Callable[[Batch], Any]) -> _Shapes:
-        """layer -> the shapes, but for the last dimension, of what it reads at each call; and of the output."""
+        """layer -> the shapes, without the last dimension, that it reads at each call. `OUTPUT` has the output's."""
         found: _Shapes = {}
 
         def note(name: str, x: Tensor) -> None:
@@ -117,14 +117,14 @@ class Padding:
 
 
 def _padded_masks(batch: Batch) -> dict[str, Tensor]:
-    """The masks of a batch that leave something out and not all, by name."""
+    """The masks of a batch that mark any padding, by name."""
     names = [name for name in batch if name.endswith(_SUFFIX)]
     masks = {n: m for n in names if (m := token_mask(batch, n)) is not None}
     return {n: m for n, m in masks.items() if not bool(m.all())}
 
 
 def _removable(batch: Batch, stream: str, mask: Tensor, special: set[int]) -> int:
-    """A position without which the model still runs: padding in all rows, else without a special token."""
+    """A position that the model can run without: one that is padding in all rows, or else holds no special token."""
     columns = torch.arange(mask.shape[1])
     empty = ~mask.any(0).cpu()
     if bool(empty.any()):
@@ -140,12 +140,12 @@ def _removable(batch: Batch, stream: str, mask: Tensor, special: set[int]) -> in
 def _order(
     one: list[tuple[int, ...]], two: list[tuple[int, ...]], rows: int, length: int
 ) -> str | None:
-    """How a layer's rows follow the positions, the same in all of its calls; None: they do not."""
+    """How a layer's rows follow the positions, if they do so in the same way in all of its calls, else None."""
     orders = {
         (rows, length): ((rows, length - 1), "bt"),
         (rows * length,): ((rows * (length - 1),), "flat"),
     }
-    if rows != length:  # else the first has the same shape, and the axis that changes decides
+    if rows != length:  # if equal, both orders have one shape, and the axis that changes decides
         orders[(length, rows)] = ((length - 1, rows), "tb")
     found = set()
     if len(one) != len(two):

@@ -1,4 +1,4 @@
-"""Layer names and patterns of a configuration, checked against a model: one that means nothing is refused."""
+"""Checks the layer names and patterns of a configuration against a model and refuses those without effect."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ _WILDCARDS = frozenset("*?[")
 def check_patterns(model: nn.Module, config: SmoothQuantConfig) -> None:
     """Raises SmoothQuantError if a name or pattern in `skip`, `alphas`, `schemes` or `clips` reaches no layer.
 
-    A layer that is skipped anyway (an output head, a norm) may be named. A module that only holds linear layers may
-    not: settings are looked up by the layers' own names, so naming their container would do nothing.
+    A pattern may match a layer that is skipped anyway (an output head, a norm), but not only containers of linear
+    layers. Settings are looked up by the layers' own names, so the name of a container has no effect.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     modules.pop("", None)
@@ -30,7 +30,7 @@ def check_patterns(model: nn.Module, config: SmoothQuantConfig) -> None:
     holders = {p for name in linears for p in _parents(name)} - set(linears)
     for setting in ("skip", "alphas", "schemes", "clips"):
         for pattern in getattr(config, setting):
-            # search results name every layer: do not match hundreds of names with hundreds of names
+            # search results name every layer, so this avoids matching hundreds of names with hundreds of names
             exact = pattern in modules
             found = [pattern] if exact else (n for n in modules if fnmatch.fnmatchcase(n, pattern))
             matched = list(found)
@@ -49,7 +49,7 @@ def check_patterns(model: nn.Module, config: SmoothQuantConfig) -> None:
 
 
 def patterns_within(config: SmoothQuantConfig, names: Iterable[str]) -> SmoothQuantConfig:
-    """The configuration for a part of a model: without the names and patterns that match none of `names`."""
+    """Returns the configuration for a part of a model, without names and patterns that match none of `names`."""
     names = list(names)
 
     def within(pattern: str) -> bool:
@@ -74,7 +74,7 @@ def _parents(name: str) -> list[str]:
 
 
 def _nearest(pattern: str, linears: Iterable[str]) -> list[str]:
-    """Names, or patterns where one was given, that look most like it."""
+    """The names, or patterns if one was given, that are most like `pattern`."""
     candidates: dict[str, None] = {}
     for name in linears:
         if not _WILDCARDS.intersection(pattern):
