@@ -1,6 +1,6 @@
-"""SmoothQuant W8A8 INT8 inference for Hugging Face models: smoothing that proves itself, exact kernels, one package.
+"""SmoothQuant W8A8 INT8 inference for Hugging Face models: verified smoothing, exact kernels, one package.
 
-A name is imported when it is first used, so that `smoothquant-kernels --help` does not wait for torch.
+Each name is imported on first use, so that `smoothquant-kernels --help` does not wait for torch.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def __getattr__(name: str) -> Any:
         return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
     if not name.startswith("__"):
         try:
-            return import_module(f"{__name__}.{name}")  # a module of ours, `ops` for one
+            return import_module(f"{__name__}.{name}")  # a module of this package, such as `ops`
         except ModuleNotFoundError as error:
             if error.name != f"{__name__}.{name}":
                 raise
@@ -82,6 +82,6 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-# Whoever has torch loaded may want torch.ops.smoothquant_kernels from this import alone, and waits for little.
+# With torch loaded, users may expect this import alone to define torch.ops.smoothquant_kernels, and it costs little.
 if "torch" in sys.modules:
     import_module(f"{__name__}.ops")

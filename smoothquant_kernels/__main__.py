@@ -1,4 +1,4 @@
-"""`python -m smoothquant_kernels`: the same as the command `smoothquant-kernels`."""
+"""`python -m smoothquant_kernels`: same as the command `smoothquant-kernels`."""
 
 from smoothquant_kernels.cli.app import main
 

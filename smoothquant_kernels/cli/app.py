@@ -1,8 +1,10 @@
-"""The command `smoothquant-kernels`: the commands, their own options and help. What a command does is in the
-module of its name, whose `work` takes the arguments that are declared here.
+"""The commands of `smoothquant-kernels`, with the options and help of each.
 
-Exit codes: 0 success; 2 a mistake in the request, told in one sentence; 130 Ctrl-C; 1 a defect, here (a traceback) or
-in a model's code (a sentence; `--verbose` adds the traceback), or a file that `inspect --verify` finds changed.
+The module with a command's name implements it: its `work` takes the arguments declared here.
+
+Exit codes: 0 success; 2 a mistake in the request, reported in one sentence; 130 Ctrl-C; 1 a defect, in this package (a
+traceback) or in a model's code (a sentence; `--verbose` adds the traceback), or a file that `inspect --verify` finds
+changed.
 """
 
 from __future__ import annotations
@@ -39,11 +41,11 @@ _COMMANDS: dict[str, Callable[..., None]] = {}
 
 
 class Program(typer.core.TyperGroup):
-    """All commands, each built when it is asked for: building all takes a fifth of the time of `--help`."""
+    """All commands. Each is built on first use, because building all takes a fifth of the time of `--help`."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
-        names: Any = _COMMANDS  # what typer lists, and looks for similar names in
+        names: Any = _COMMANDS  # typer lists these and suggests similar names
         self.commands = names
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
@@ -54,7 +56,7 @@ class Program(typer.core.TyperGroup):
         return typer.main.get_command(alone)
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
-        """Writes the first paragraph of each command's help, whole."""
+        """Writes the first paragraph of each command's help without truncating it."""
         with formatter.section("Commands"):
             formatter.write_dl(
                 [(n, (f.__doc__ or "").partition("\n\n")[0]) for n, f in _COMMANDS.items()]
@@ -62,7 +64,7 @@ class Program(typer.core.TyperGroup):
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
-    """Adds a command of the function's name, options and help."""
+    """Adds a command with the function's name, options and help."""
     _COMMANDS[function.__name__] = function
     return function
 
@@ -73,8 +75,8 @@ app = typer.Typer(
     help="SmoothQuant W8A8 INT8 for Hugging Face models: quantize, evaluate, report, generate.",
     no_args_is_help=True,
     add_completion=False,
-    rich_markup_mode=None,  # rich takes as long to import as the rest of the help
-    # A defect shows Python's own traceback: plain text is what a bug report needs.
+    rich_markup_mode=None,  # importing rich takes as long as the rest of the help
+    # A defect shows Python's own traceback, because a bug report needs plain text.
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )

@@ -1,4 +1,4 @@
-"""What the command line prints, and where: the result on stdout, everything else on stderr."""
+"""The output of the command line: the result goes to stdout, everything else to stderr."""
 
 from __future__ import annotations
 
@@ -23,29 +23,29 @@ if TYPE_CHECKING:
 
 DEFECT, MISMATCH, USER_ERROR, INTERRUPTED = 1, 1, 2, 130
 _PACKAGE = str(Path(__file__).parents[1])
-_PIPE_WIDTH = 124  # of tables that go into a file or a pipe, where there is no terminal to ask
+_PIPE_WIDTH = 124  # of tables in a file or a pipe, which have no terminal width
 _VERBOSE = False
 
 
 class MismatchError(SmoothQuantError):
-    """A check that was asked for has failed: exit code 1, as `cmp` and `sha256sum --check` have it."""
+    """A requested check has failed: exit code 1, as for `cmp` and `sha256sum --check`."""
 
 
 def serve(command: str, *, as_json: bool, verbose: bool = False, **arguments: Any) -> None:
     """Runs a command and prints its document.
 
-    Its module has two functions: `work` makes the document from the arguments, and `render` makes what people read
-    (text, a renderable) from nothing but the document.
+    Its module has two functions: `work` makes the document from the arguments, and `render` makes the text or
+    renderable that people read from the document alone.
 
     Args:
-        command: the name of the command and of its module, which is imported here, so that help is quick.
+        command: the name of the command and of its module. The module is imported here, so that help is quick.
         as_json: prints the document as JSON.
         verbose: shows the libraries' warnings, progress bars and tracebacks.
         arguments: what `work` takes.
 
     Raises:
-        typer.Exit: after one sentence. 2: a SmoothQuantError, no memory, or a file or disk that fails. 1: a
-            MismatchError, or an exception of a model's own code or of another package. 130: Ctrl-C.
+        typer.Exit: after printing one sentence. 2: a SmoothQuantError, no memory, or a file or disk that fails. 1: a
+            MismatchError, or an exception from a model's own code or another package. 130: Ctrl-C.
     """
     global _VERBOSE
     _VERBOSE = verbose
@@ -61,7 +61,7 @@ def serve(command: str, *, as_json: bool, verbose: bool = False, **arguments: An
         text, code = _told(error)
         if verbose and not isinstance(error, SmoothQuantError):
             traceback.print_exc()
-        # Here and below imports are late where help needs nothing of them.
+        # Here and below, imports that help does not need are late.
         from smoothquant_kernels.cli.wording import for_command_line
 
         # The sentence may quote a library's message with line breaks.
@@ -70,17 +70,17 @@ def serve(command: str, *, as_json: bool, verbose: bool = False, **arguments: An
     try:
         _show(document, None if as_json else module.render)
     except BrokenPipeError:
-        raise  # typer ends quietly
+        raise  # typer exits quietly
     except OSError as error:
         print(f"Error: {_os_sentence(error)}", file=sys.stderr)
         raise typer.Exit(USER_ERROR) from None
 
 
 def _told(error: Exception) -> tuple[str, int]:
-    """What to say of an exception, and the exit code; raises it again if it is a defect of this package.
+    """The sentence for an exception, and the exit code; re-raises a defect of this package.
 
-    An exception that comes out of another package's code (a model's own, a library) is told in one sentence: it may as
-    well be the model or the data.
+    An exception from another package's code (a model's own, a library) becomes one sentence, because the model or the
+    data may be its cause.
     """
     if isinstance(error, SmoothQuantError):
         return str(error), MISMATCH if isinstance(error, MismatchError) else USER_ERROR
@@ -131,16 +131,16 @@ def _show(document: Document, render: Any) -> None:
 
 
 def show_progress() -> bool:
-    """Whether progress bars make sense: they are for people who look at a terminal."""
+    """Whether to show progress bars: only if stderr is a terminal."""
     return sys.stderr.isatty()
 
 
 @contextlib.contextmanager
 def _quiet_libraries(verbose: bool) -> Iterator[None]:
-    """Sends rich's bars to stderr and, unless `verbose`, silences warnings and downloads' bars."""
+    """Sends rich's bars to stderr and, unless `verbose`, silences warnings and download bars."""
     import rich
 
-    rich.reconfigure(stderr=True)  # the console that bars take when nobody names one
+    rich.reconfigure(stderr=True)  # progress bars use this console by default
     if verbose:
         yield
         return
@@ -161,8 +161,10 @@ def _quiet_libraries(verbose: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet_stderr() -> Iterator[None]:
-    """Drops what libraries write to stderr in the block: loading GGUF shows bars that no option
-    turns off. Exceptions pass."""
+    """Drops what libraries write to stderr in the block. Exceptions pass.
+
+    Loading GGUF shows bars that no option turns off.
+    """
     if _VERBOSE:
         yield
         return
@@ -171,8 +173,8 @@ def quiet_stderr() -> Iterator[None]:
 
 
 def general_name(text: str) -> str:
-    """The text with layer numbers as `*`, so that the same remark about many layers is counted.
+    """The text with layer numbers as `*`, so that the same remark about many layers can be counted.
 
-    A figure such as 0.52% is no layer's number.
+    A figure such as 0.52% is not a layer number.
     """
     return re.sub(r"(?<=\.)\d+\b(?!%)", "*", text)

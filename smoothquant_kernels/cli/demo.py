@@ -58,14 +58,14 @@ _PLOTTED_SCHEME = "static"  # the one that outliers hurt most
 
 @dataclass(frozen=True)
 class Size:
-    """How much is measured."""
+    """The number of tokens for each part of a run."""
 
     calibration_tokens: int
     evaluation_tokens: int
     new_tokens: int
 
 
-# Two slow cores manage about 300 tokens a second in float32, and each row of the table reads all.
+# Two slow cores reach about 300 tokens a second in float32, and each row of the table reads all tokens.
 FULL, QUICK = Size(4096, 3072, 40), Size(512, 512, 16)
 
 
@@ -73,11 +73,10 @@ FULL, QUICK = Size(4096, 3072, 40), Size(512, 512, 16)
 
 
 def work(output: Path, *, quick: bool, calibration: str, text: str) -> Document:
-    """Measures, saves, plots; returns all numbers.
+    """Measures, saves and plots; returns all numbers.
 
     Raises:
-        SmoothQuantError: the model's package is not installed, a text is missing, or the folder
-            cannot be written.
+        SmoothQuantError: the model's package is not installed, a text is missing, or the folder cannot be written.
     """
     begin = time.perf_counter()
     source, size = builtin_demo_model(), QUICK if quick else FULL
@@ -115,9 +114,8 @@ def work(output: Path, *, quick: bool, calibration: str, text: str) -> Document:
         )
         linears = linear_bytes(candidate, [s["name"] for s in _left_out(model)])
         found = result.to_dict()
-        del found[
-            "seconds"
-        ]  # the original's answers are kept, so its row would look quicker than it is
+        # The reference has stored the original's answers, so the original's row would look faster than it is.
+        del found["seconds"]
         rows.append({"variant": variant, "scheme": scheme, "linear_bytes": linears, **found})
 
     measure("float32", None, model)
@@ -125,13 +123,13 @@ def work(output: Path, *, quick: bool, calibration: str, text: str) -> Document:
         measure("naive W8A8", scheme, _naive(model, statistics, scheme))
     plots: list[LayerMaxima] = []
     with replace_folder(output.resolve(), overwrite=True) as folder:
-        folder.chmod(0o755)  # for everybody to look at, whatever the umask
+        folder.chmod(0o755)  # readable by everybody, whatever the umask
         saved: Document = {}
         smoothed, alphas = model, None
         for scheme in ACTIVATION_SCHEMES:
             chosen = config.replace(activation_scheme=scheme)
             wanted = [chosen.alpha_of(statistics.peak(name)) for name in statistics.absmax]
-            if wanted != alphas:  # schemes of the same alphas share the smoothing
+            if wanted != alphas:  # schemes with the same alphas share the smoothing
                 smoothed, alphas = copy.deepcopy(model), wanted
                 smooth_lm(smoothed, statistics, config=chosen)
             if scheme == _PLOTTED_SCHEME:
@@ -181,10 +179,10 @@ def _left_out(model: nn.Module) -> list[dict[str, str]]:
 
 
 def leave_busy_cores() -> None:
-    """Takes no more threads than cores that are free.
+    """Uses no more threads than there are free cores.
 
-    Threads that wait for one whose core is busy with another program spin meanwhile: on two cores,
-    one of them busy, two threads took six times as long as one.
+    Threads spin while they wait for a thread whose core is busy with another program. On two cores, one of them busy,
+    two threads took six times as long as one.
     """
     if not hasattr(os, "getloadavg"):  # Windows
         return
@@ -196,7 +194,7 @@ def leave_busy_cores() -> None:
 
 
 def _with_change(row: Document) -> Document:
-    """Adds the change of perplexity, whose error is that of the paired differences."""
+    """Adds the change of perplexity, with the standard error of the paired differences."""
     ratio = math.exp(row["delta_nll"])
     return {
         **row,
@@ -206,14 +204,14 @@ def _with_change(row: Document) -> Document:
 
 
 def _naive(model: nn.Module, statistics: ActivationStatistics, scheme: str) -> nn.Module:
-    """A copy quantized without smoothing, on the same calibrated ranges."""
+    """A copy quantized without smoothing, from the same calibrated ranges."""
     candidate = copy.deepcopy(model)
     config = SmoothQuantConfig(activation_scheme=scheme, smooth=False)
     return quantize_model(smooth_lm(candidate, statistics, config=config))
 
 
 def _save_and_reload(model: Any, tokenizer: Any, folder: Path, ids: Tensor, size: Size) -> Document:
-    """Saves the checkpoint, loads it again and lets the loaded model prove itself."""
+    """Saves the checkpoint, loads it again, compares the logits and generates text with the loaded model."""
     note("saving the checkpoint and loading it again")
     save_quantized(model, folder / CHECKPOINT, tokenizer=tokenizer)
     with quiet_stderr():
@@ -246,7 +244,7 @@ def _maxima(
     statistics: ActivationStatistics,
     config: SmoothQuantConfig,
 ) -> list[LayerMaxima]:
-    """The two down_proj with the greatest outliers, and the worst layer of two other kinds."""
+    """The two down_proj layers with the greatest outliers, and the worst layer of two other kinds."""
     absmax = statistics.absmax
     worst = sorted(absmax, key=lambda name: -peak_to_median(absmax[name]))
 
@@ -266,9 +264,9 @@ def _maxima(
 def _factors(
     before: nn.Module, after: nn.Module, batch: Batch, names: Sequence[str]
 ) -> dict[str, Tensor]:
-    """What each channel of the layers' inputs was divided by, wherever the division was put.
+    """The divisor of each channel of the layers' inputs, wherever smoothing applies the division.
 
-    Read off the inputs of both models at the token where the channel is largest.
+    The inputs of both models give it, at the token where the channel is largest.
     """
     x, y = _inputs(before, batch, names), _inputs(after, batch, names)
     factors = {}
@@ -280,7 +278,7 @@ def _factors(
 
 
 def _inputs(model: nn.Module, batch: Batch, names: Sequence[str]) -> dict[str, Tensor]:
-    """[tokens, K] inputs of layers, after a division at run time."""
+    """The inputs [tokens, K] of layers, after any division at run time."""
     found: dict[str, Tensor] = {}
 
     def record(name: str, x: Tensor) -> None:
@@ -299,7 +297,7 @@ def _inputs(model: nn.Module, batch: Batch, names: Sequence[str]) -> dict[str, T
 
 
 def _check_folder(output: Path) -> None:
-    """A folder of an earlier demo is replaced; anything else is somebody's."""
+    """Raises SmoothQuantError unless `output` is writable, and is new or the result of an earlier demo."""
     if output.exists() and occupant(output, RESULT) != "own":
         raise SmoothQuantError(
             f"{output} exists and is not the result of a demo; give another name with --output."

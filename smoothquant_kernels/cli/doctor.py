@@ -23,11 +23,11 @@ from smoothquant_kernels.ops import OPS as ALL_OPS
 from smoothquant_kernels.storage.document import Document
 from smoothquant_kernels.storage.versions import PACKAGE, installed_version
 
-#: Without the private ones, which serve tests and the tuner.
+#: The public ops; the private ones serve tests and the tuner.
 OPS = tuple(op for op in ALL_OPS if not op.startswith("_"))
 
 _PACKAGES = ("transformers", "safetensors", "accelerate", "gguf", "matplotlib", "datasets")
-# Names as /proc/cpuinfo has them (x86, then ARM): those that decide how fast int8 products are.
+# Names in /proc/cpuinfo (x86, then ARM) of the features that decide how fast int8 products are.
 _CPU_FLAGS = (
     "avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx_vnni_int8", "amx_int8",
     "avx512_bf16", "asimddp", "i8mm", "sve",
@@ -83,7 +83,7 @@ def _extension() -> dict[str, Any]:
         "cuda_kernels": [op for op in OPS if has_cuda_kernel(op)],
         "tables": dispatch_tables(),
         "tuning": bool(build_info().get("tuning")),
-        "tune_cache": tune_cache().state,  # after the GPUs were asked: CUDA has started
+        "tune_cache": tune_cache().state,  # read after the GPU queries, which start CUDA
         "tuned": tune_cache().in_use,
     }
 
@@ -105,7 +105,7 @@ def _cpu() -> dict[str, Any]:
 
 
 def _cpuinfo(path: Path) -> tuple[str, set[str]]:
-    """Name and flags of the first processor; empty where the file does not exist (not Linux)."""
+    """The name and flags of the first processor; empty if the file does not exist (not Linux)."""
     try:
         lines = path.read_text().split("\n\n")[0].splitlines()
     except OSError:
@@ -169,13 +169,13 @@ def render(document: Document) -> Table:
     if extension["available"]:
         table.add_row("SQK_TUNE_CACHE", escape(extension["tune_cache"]))
         if cuda["devices"] and not extension["tuned"]:
-            # No table of csrc/gemm was tuned on a GPU yet (docs/gpu.md, "Retuning").
+            # No table of csrc/gemm has been tuned on a GPU yet (docs/gpu.md, "Retuning").
             table.add_row("", "no tuned table exists for this GPU: tiles are chosen by estimates")
     if extension["tuning"]:
         table.add_row("", "a tuning build: with candidates, for benchmarks/tune.py")
     for op, rows in extension["tables"].items():
         for index, row in enumerate(rows):
-            text = escape(f"{row['path']}: {row['when']}")  # "[m]" is no markup
+            text = escape(f"{row['path']}: {row['when']}")  # "[m]" is not markup
             table.add_row(f"{op} by" if index == 0 else "", text)
     table.add_row("CPU", f"{chip['name']}; torch uses {chip['torch_capability']}")
     table.add_row("", f"features: {', '.join(chip['features']) or 'none known'}")

@@ -25,7 +25,7 @@ def work(
     dtype: str,
     device: str,
 ) -> Document:
-    """Measures a model or checkpoint; `max_tokens=0` takes the whole text."""
+    """Measures a model or checkpoint; `max_tokens=0` uses the whole text."""
     texts = load_text(text)
     options = {"dtype": dtype, "device": device, "causal": "evaluate"}
     model, quantized = load_any(source, **options)

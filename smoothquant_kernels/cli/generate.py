@@ -1,4 +1,4 @@
-"""`smoothquant-kernels generate`: a prompt, continued greedily."""
+"""`smoothquant-kernels generate`: continues a prompt greedily."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def complete(
     max_new_tokens: int,
     chat: bool = False,
 ) -> Document:
-    """Continues a prompt greedily; the text, the number of tokens and the time."""
+    """Continues a prompt greedily; returns the text, the number of new tokens and the time."""
     from transformers import GenerationConfig
 
     if chat:
@@ -56,8 +56,8 @@ def complete(
         )
     check_vocabulary(model.config, int(ids.max()))
     stop = getattr(model.generation_config, "eos_token_id", None) or tokenizer.eos_token_id
-    # A configuration of our own: that of the model may ask for sampling or penalties.
-    settings: Any = GenerationConfig  # its constructor carries no annotations
+    # The model's own configuration is not used, because it may ask for sampling or penalties.
+    settings: Any = GenerationConfig  # its constructor has no annotations
     greedy = settings(
         max_new_tokens=max_new_tokens,
         do_sample=False,
@@ -72,7 +72,7 @@ def complete(
         )
     seconds = time.perf_counter() - begin
     new = output[0, ids.shape[1] :]
-    # Many tokenizers drop the space before the first token that they decode, so decode the whole.
+    # Many tokenizers drop the space before the first token they decode, so decode the whole sequence.
     whole = tokenizer.decode(output[0], skip_special_tokens=True)
     start = tokenizer.decode(ids[0], skip_special_tokens=True)
     text = whole[len(start) :] if whole.startswith(start) else tokenizer.decode(new)
@@ -84,5 +84,5 @@ def complete(
 
 
 def render(document: Document) -> str:
-    # Plain text, not wrapped: it is for copying and for pipes.
+    # Plain text without wrapping, for copying and for pipes.
     return str(document["text"] if document["chat"] else document["prompt"] + document["text"])

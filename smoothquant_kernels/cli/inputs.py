@@ -1,4 +1,4 @@
-"""What the commands calibrate on: windows of a text, or images, for the kind of model that there is."""
+"""The calibration data of the commands: windows of a text or images, depending on the kind of model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from smoothquant_kernels.evaluation.text import (
 from smoothquant_kernels.storage.document import note
 
 _IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-_MOST_IMAGES = 128  # each has hundreds of patches: more change the ranges little
+_MOST_IMAGES = 128  # each has hundreds of patches, so more images change the ranges little
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Inputs:
     Attributes:
         batches: token ids [1, T], or dicts of tensors.
         processor: the tokenizer or image processor, to be saved with the checkpoint.
-        facts: how much there is of what, for JSON.
+        facts: the source and the amount of data, for JSON.
     """
 
     batches: list[Any]
@@ -47,7 +47,7 @@ class Inputs:
 
 
 def describe_inputs(facts: dict[str, Any]) -> str:
-    """In words: "4096 tokens of topics:calibration"."""
+    """The facts in words, for example "4096 tokens of topics:calibration"."""
     count = f"{facts['images']} images" if facts["images"] else f"{facts['tokens']} tokens"
     return f"{count} of {facts['source']}"
 
@@ -55,14 +55,16 @@ def describe_inputs(facts: dict[str, Any]) -> str:
 def calibration_inputs(
     model: str, calibration: str, settings: SmoothQuantConfig, fallback: str | None = None
 ) -> Inputs:
-    """The calibration data that a model of the hub, a folder or a GGUF file takes, read before the model is.
+    """The calibration data for a model from the hub, a folder or a GGUF file. It is read before the model.
 
     Args:
-        model: the model; calibration: the text or the folder of images.
-        fallback: whose tokenizer to take if the model has none.
+        model: the name or path of the model.
+        calibration: the text or the folder of images.
+        settings: the window and the number of tokens.
+        fallback: the model or checkpoint whose tokenizer to use if the model has none.
 
     Raises:
-        SmoothQuantError: there is no such data, or the model needs other data.
+        SmoothQuantError: the data does not exist, or the model needs other data.
     """
     config = config_of(model)
     kind: Kind = "causal" if config is None else kind_of(config)
@@ -101,12 +103,12 @@ def processor_of(model: str) -> Any:
 def text_windows(
     texts: Sequence[str], tokenizer: Any, *, window: int, tokens: int, kind: Kind = "causal"
 ) -> list[Tensor]:
-    """Token ids [1, T], at most `tokens` in all: the texts joined, so that short ones make full windows.
+    """Token ids [1, T], at most `tokens` in all. The texts are joined, so that short ones fill whole windows.
 
-    A model that reads in both directions gets the tokens that its tokenizer puts after a text, too.
+    A model that reads in both directions also gets the tokens that its tokenizer adds after a text.
     """
     enough, size = [], 0
-    for part in texts:  # tokenizing a whole corpus for some thousand tokens would take minutes
+    for part in texts:  # tokenizing a whole corpus for a few thousand tokens would take minutes
         enough.append(part)
         size += len(part)
         if size > 32 * tokens:
@@ -139,12 +141,12 @@ def _whole_windows(text: str, tokenizer: Any, window: int) -> list[Tensor]:
 
 
 def _longest(config: Any, tokenizer: Any, kind: Kind) -> list[int]:
-    """What limits the length of a window: the model's positions, and what its tokenizer knows of them."""
+    """The limits on the length of a window: the model's positions, and the tokenizer's maximum length."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     positions = getattr(text, "max_position_embeddings", None)
     padding = getattr(text, "pad_token_id", None)
     if kind == "text" and isinstance(positions, int) and padding in (0, 1, 2, 3):
-        positions -= padding + 1  # RoBERTa and its kin count positions from there on
+        positions -= padding + 1  # RoBERTa-like models count positions from there
     limits = [positions, getattr(tokenizer, "model_max_length", None)]
     return [int(n) for n in limits if isinstance(n, int) and 1 < n < 10**9]
 
@@ -175,7 +177,7 @@ def _pixels(file: Path, processor: Any) -> Tensor:
     try:
         with Image.open(file) as image:
             values = processor(images=image.convert("RGB"), return_tensors="pt")["pixel_values"]
-    except Exception as error:  # formats and processors raise what they like
+    except Exception as error:  # formats and processors raise exceptions of any type
         reason = " ".join(str(error).split()) or type(error).__name__
         raise SmoothQuantError(
             f"{file} could not be read as an image ({reason[:300]}): give --calibration a folder of images."

@@ -1,5 +1,7 @@
-"""`smoothquant-kernels inspect`: what a checkpoint holds, from its manifest and the headers of its
-safetensors files. No weight is read."""
+"""`smoothquant-kernels inspect`: what a checkpoint holds.
+
+It reads the manifest and the headers of the safetensors files, but no weight.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,7 @@ from smoothquant_kernels.modeling.record import HOWS, How, LayerRecord, ModelRec
 from smoothquant_kernels.storage.digests import file_entry
 from smoothquant_kernels.storage.document import Document, readable_size
 
-# Bytes of an element, by the names that safetensors headers use.
+# Bytes per element, by the type names in safetensors headers.
 _BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
@@ -44,14 +46,14 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def verify_checkpoint(directory: Path) -> None:
-    """Compares size and digest of every file with the manifest.
+    """Compares the size and digest of every file with the manifest.
 
     Raises:
-        MismatchError: naming each file that is missing or is not what was saved.
+        MismatchError: a file is missing or differs from what was saved; the message names each one.
         SmoothQuantError: it is not a checkpoint.
     """
     if not is_checkpoint(directory):
-        read_manifest(directory)  # says so
+        read_manifest(directory)  # raises the reason
     try:
         manifest = read_manifest(directory)
     except SmoothQuantError as error:
@@ -70,10 +72,10 @@ def verify_checkpoint(directory: Path) -> None:
 
 
 def work(directory: Path, *, verify: bool = False) -> Document:
-    """Everything that is known about a checkpoint without its weights; with `verify`, after reading all files.
+    """Everything known about a checkpoint without its weights; `verify` reads all files first.
 
     Raises:
-        MismatchError: `verify`, and a file is not what was saved.
+        MismatchError: with `verify`, a file differs from what was saved.
         SmoothQuantError: it is not a checkpoint, or a file is missing or damaged.
     """
     if verify:
@@ -123,7 +125,7 @@ def work(directory: Path, *, verify: bool = False) -> Document:
 
 
 def _tensor_bytes(directory: Path, manifest: Manifest) -> dict[str, int]:
-    """Bytes of each tensor, as the files' headers say."""
+    """Bytes of each tensor, from the files' headers."""
     from safetensors import SafetensorError, safe_open
 
     sizes = {}
@@ -147,7 +149,7 @@ def _tensor_bytes(directory: Path, manifest: Manifest) -> dict[str, int]:
 
 
 def summarize_layers(layers: Sequence[LayerRecord], skipped: Sequence[SkippedLayer]) -> Document:
-    """Counts, with layers that differ only in their number taken together."""
+    """Counts of layers; those that differ only in their number form one group."""
     groups: dict[tuple[str, How, str, str | None, int, int], list[str]] = {}
     for layer in layers:
         key = (
@@ -183,7 +185,7 @@ def summarize_layers(layers: Sequence[LayerRecord], skipped: Sequence[SkippedLay
 
 
 def _with_ranges(reasons: Sequence[str]) -> str:
-    """Reasons that differ in percentages alone as one, with the smallest and the largest of each."""
+    """One reason for several that differ only in percentages, with the smallest and the largest of each."""
     rows = [_PERCENT.findall(reason) for reason in reasons]
     ranges = iter([sorted(column, key=float) for column in zip(*rows, strict=True)])
 
@@ -238,7 +240,7 @@ def describe_verification(document: Document) -> str:
 
 
 def describe_config(document: Document) -> str:
-    """The settings that decide about accuracy, in words."""
+    """The settings that decide accuracy, in words."""
     config, smoothing = document["config"], document["smoothing"]
     scheme = config.get("activation_scheme")
     text = f"activations {scheme}, weights per {config.get('weight_granularity')}"

@@ -1,4 +1,4 @@
-"""What several commands do: read settings, choose a device, find and load models, calibrate."""
+"""Steps that several commands share: reading settings, choosing a device, finding and loading models."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 def changed_settings(
     *, scheme: str | None, skip: list[str] | None, no_smooth: bool, **others: Any
 ) -> Document:
-    """The settings that options were given for; `others` have the names of the settings already."""
+    """The settings whose options were given; `others` already have the names of settings."""
     changes = {
         **others,
         "activation_scheme": scheme,
@@ -43,7 +43,7 @@ def changed_settings(
 
 
 def read_config(path: Path | None, changes: Document) -> SmoothQuantConfig:
-    """The settings of a file, or the defaults, with those of `changes` instead."""
+    """The settings of a file, or the defaults, overridden by `changes`."""
     config = SmoothQuantConfig()
     if path is not None:
         try:
@@ -63,7 +63,7 @@ def choose_dtype(name: str) -> torch.dtype:
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` takes a GPU only where the CUDA kernels can run; a device by name must exist."""
+    """`auto` takes a GPU only if the CUDA kernels can run; a named device must exist."""
     if name == "auto":
         usable = torch.cuda.is_available() and extension_status().available
         return torch.device("cuda" if usable else "cpu")
@@ -82,7 +82,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def check_output(output: Path, *, force: bool) -> None:
-    """Finds out, before hours of work, whether the result could be written."""
+    """Raises SmoothQuantError, before hours of work, if the result cannot be written."""
     found = occupant(output, MANIFEST)
     if found in ("file", "other"):
         raise SmoothQuantError(
@@ -95,7 +95,7 @@ def check_output(output: Path, *, force: bool) -> None:
 
 
 def config_of(source: str) -> Any:
-    """The configuration of a model or checkpoint, before its weights; None where only the weights' file has it."""
+    """The configuration of a model or checkpoint, without its weights; None if only the weights' file has it."""
     if not is_checkpoint(Path(source)):
         with quiet_stderr():
             return models.load_config(source)
@@ -103,7 +103,7 @@ def config_of(source: str) -> Any:
         values = json.loads((Path(source) / CONFIG).read_text("utf-8"))
         return SimpleNamespace(**values)
     except (OSError, ValueError, TypeError):
-        return None  # load_quantized says what is wrong with it
+        return None  # load_quantized reports what is wrong with it
 
 
 def load_any(
@@ -111,7 +111,8 @@ def load_any(
 ) -> tuple[Any, bool]:
     """A model in evaluation mode, float or quantized, and whether it is quantized.
 
-    `causal`: the command, if it needs a causal language model; another is refused before its weights are read.
+    `causal` names the command if it needs a causal language model. Any other model is refused before its weights are
+    read.
     """
     where = choose_device(device)
     float_type = choose_dtype(dtype)
@@ -128,7 +129,7 @@ def load_any(
 
 
 def load_tokenizer(source: str, fallback: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model or checkpoint; one that has none takes that of `fallback`."""
+    """The tokenizer of a model or checkpoint, or that of `fallback` if it has none."""
     with quiet_stderr():
         try:
             return models.load_tokenizer(source)
@@ -139,13 +140,13 @@ def load_tokenizer(source: str, fallback: str | None = None) -> PreTrainedTokeni
 
 
 def tensor_bytes(module: nn.Module) -> int:
-    """Bytes of all parameters and buffers, shared ones once."""
+    """Bytes of all parameters and buffers; shared ones count once."""
     tensors = {t.data_ptr(): t.nbytes for t in (*module.parameters(), *module.buffers())}
     return sum(tensors.values())
 
 
 def linear_bytes(model: nn.Module, skipped: Sequence[str] = ()) -> int:
-    """Bytes of the linears that are quantized, or will be: all but those of the names `skipped`."""
+    """Bytes of the linears that are or will be quantized: all but those named in `skipped`."""
     return sum(
         tensor_bytes(module)
         for name, module in model.named_modules()

@@ -14,10 +14,10 @@ from smoothquant_kernels.schemes import ACTIVATION_SCHEMES, WEIGHT_GRANULARITIES
 
 
 class Command(typer.core.TyperCommand):
-    """A command whose complaint about an option's value quotes that value."""
+    """A command whose error about an option's value quotes that value."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        given = list(args)  # parsing empties it
+        given = list(args)  # parsing empties args
         try:
             return super().parse_args(ctx, args)
         except typer.BadParameter as error:
@@ -49,7 +49,7 @@ Device = Annotated[
         help="cpu, cuda, cuda:1, ... or auto, which takes a GPU if the CUDA kernels can run.",
     ),
 ]
-DTYPES = ("float32", "bfloat16", "float16")  # names of torch
+DTYPES = ("float32", "bfloat16", "float16")  # torch's names
 
 
 def _choices(names: tuple[str, ...]) -> str:

@@ -60,7 +60,7 @@ def work(
     restart: bool,
     **options: Any,
 ) -> Document:
-    """Writes the checkpoint; `options` are those of the settings."""
+    """Writes the checkpoint; `options` are the options that change settings."""
     begin = time.perf_counter()
     config = read_config(config_file, changed_settings(**options))
     check_output(output, force=force)
@@ -92,7 +92,7 @@ def work(
     model: nn.Module = plain.to(where)
     view = ModelView(model, config.skip)
     linears, skipped = view.linears, view.skipped
-    check_finite_weights(linears)  # before the calibration, which can take long
+    check_finite_weights(linears)  # before the calibration, which can take a long time
     before = {"model": tensor_bytes(model), "linears": linear_bytes(model, list(skipped))}
     check_space(output, checkpoint_bytes(model, linears, config))
     if inputs is not None:
@@ -135,7 +135,7 @@ def _quantize_streamed(
     force: bool,
     resume: bool,
 ) -> Document:
-    """The same for a model that is never in memory as a whole; what is said of it is read from the checkpoint."""
+    """Quantizes a model that is never in memory as a whole; the document describes the written checkpoint."""
     from smoothquant_kernels.streaming.source import check_folder
     from smoothquant_kernels.streaming.stream import quantize_streamed
 
@@ -148,7 +148,7 @@ def _quantize_streamed(
     )  # fmt: skip
     found = inspect_checkpoint(output)
     layers = found["layers"]
-    # The float linears, without having loaded them: their weights, and nothing for a bias.
+    # The whole float model is never loaded, so this counts the weights of its linears, without any bias.
     linears = sum(layer["out_features"] * layer["in_features"] for layer in layers)
     return {
         "model": source,
@@ -169,7 +169,7 @@ def _quantize_streamed(
 def _search(
     model: nn.Module, windows: list[Any], config: SmoothQuantConfig, output: Path
 ) -> SmoothQuantConfig:
-    """The settings that a search finds; what it has tried so far is in a file beside the checkpoint to be."""
+    """The settings that a search finds. A file next to the future checkpoint keeps what it has tried so far."""
     from smoothquant_kernels.search.search import search_config
 
     path = output.absolute().with_name(f"{output.name}.search.json")
@@ -191,7 +191,7 @@ def render(document: Document) -> Group:
     if (calibration := document["calibration"]) is not None:
         facts.add_row("calibrated on", describe_inputs(calibration))
     facts.add_row("verified", describe_verification(document))
-    # a streamed model was never there as a whole
+    # a streamed model was never in memory as a whole
     whole = f"{readable_size(size['model_before'])} -> " if size["model_before"] else ""
     facts.add_row(
         "size",

@@ -46,7 +46,7 @@ def work(
     force: bool,
     **options: Any,
 ) -> Document:
-    """Writes the page; `options` are those of the settings."""
+    """Writes the page; `options` are the options that change settings."""
     begin = time.perf_counter()
     check_report_folder(output, overwrite=force)
     check_writable(output)
@@ -61,7 +61,7 @@ def work(
         raise SmoothQuantError(
             f"--text measures perplexity, which {original} has none of: leave it out, or give a causal language model."
         )
-    if inputs.facts["images"]:  # those that calibration takes are all there are
+    if inputs.facts["images"]:  # all images are used for calibration, so some serve twice
         held_source, held_texts, held = calibration, [], inputs.batches[-_HELD_IMAGES:]
     else:
         held_texts = load_text(held_source)
@@ -117,7 +117,7 @@ def _report_config(
 
 
 def _display_name(source: str) -> str:
-    """A hub's name as it is; of a file or folder its own name, not where it is on this machine."""
+    """A hub name as it is; for a file or folder, its own name without its location on this machine."""
     path = Path(source)
     return (path.stem if path.is_file() else path.resolve().name) if path.exists() else source
 

@@ -1,4 +1,4 @@
-"""Errors speak of arguments of the Python API; the command line says the same of its options."""
+"""Rewrites errors, which name arguments of the Python API, in terms of command-line options."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ OPTIONS = {
     "window": "--window",
 }
 
-# In this order; a sentence that is not here has no words of the API in it, which a test sees to.
+# Applied in this order. A test checks that every other sentence is free of words of the API.
 _TABLE = (
     ("load the model and use smooth_and_quantize instead", "leave out --stream"),
     ("pass overwrite=True to replace it", "add --force to replace it"),
@@ -59,5 +59,5 @@ def for_command_line(sentence: str) -> str:
     """The sentence of an error with options in place of arguments."""
     for words, instead in _TABLE:
         sentence = sentence.replace(words, instead)
-    # Only at the start: a settings file's own names come after its path.
+    # Only at the start: an error about a settings file starts with its path, and its own names stay.
     return _SETTING.sub(lambda found: OPTIONS[found[0]], sentence)

@@ -1,3 +1,3 @@
-"""Quantized layers, and what they need of float ones. Importing it registers the kinds of layers that come with it."""
+"""Quantized layers, and what they need from float ones. Importing this package registers its own kinds of layers."""
 
 import smoothquant_kernels.nn.linear  # noqa: F401

@@ -1,6 +1,6 @@
-"""What users and tools hang on a linear: hooks, a forward of its own, parametrizations, attributes.
+"""What users and tools attach to a linear: hooks, a replaced forward, parametrizations, attributes.
 
-What still does the same on an int8 layer moves along. A layer with anything else stays in float, and is listed.
+Whatever works the same on an int8 layer moves to it. A layer with anything else stays in float, and is listed.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from smoothquant_kernels.nn.float_linear import FOLDED, PENDING
 from smoothquant_kernels.nn.kinds import KINDS
 
-#: Called with the input or the output of a forward pass, which an int8 layer has like a float one. Handles remove
-#: their hook from these very dictionaries.
+#: Hooks on the input or output of a forward pass, which are the same for an int8 layer. The dictionaries themselves
+#: move, because a handle removes its hook from the original dictionary.
 _MOVED = (
     "_forward_pre_hooks",
     "_forward_pre_hooks_with_kwargs",
@@ -23,7 +23,7 @@ _MOVED = (
     "_forward_hooks_with_kwargs",
     "_forward_hooks_always_called",
 )
-#: Hooks that the int8 layer could not serve, and what they are about.
+#: Hooks that an int8 layer cannot serve, and why.
 _BACKWARD = "it has backward hooks, and an int8 layer has no gradient"
 _STATE = "it has hooks on its state dict, which name the float weight"
 _STAYS = {
@@ -34,25 +34,25 @@ _STAYS = {
     "_load_state_dict_pre_hooks": _STATE,
     "_load_state_dict_post_hooks": _STATE,
 }
-#: What a linear has of its own, besides what every module has.
+#: Attributes of a linear that a plain module does not have.
 _OWN = {"in_features", "out_features", "nf", "nx", PENDING, FOLDED}
-#: How torch keeps the compiled form of a module, which is made again for another one.
+#: Where torch keeps the compiled form of a module. The new module needs its own.
 _DROPPED = {"_compiled_call_impl"}
 
 
 def keeps_float(linear: nn.Module) -> str | None:
-    """Why a linear must stay in float for the sake of what hangs on it; None if all of it can move along."""
+    """Why a linear must stay in float because of what is attached to it; None if all of that can move."""
     return next(_reasons(linear), None)
 
 
 def _reasons(linear: nn.Module) -> Iterator[str]:
     if any(True for _ in linear.children()):
         child = next(name for name, _ in linear.named_children())
-        # torch.nn.utils.parametrize among them
+        # for example from torch.nn.utils.parametrize
         yield f"it has a module of its own, {child}"
     parameters = {name for name, p in linear._parameters.items() if p is not None}
     if extra := sorted(parameters - {"weight", "bias"}):
-        # weight_norm, spectral_norm, pruning, adapters in the layer
+        # for example from weight_norm, spectral_norm, pruning, or an adapter in the layer
         yield f"it has a parameter of its own, {extra[0]}"
     if linear._buffers:
         yield f"it has a buffer of its own, {min(linear._buffers)}"
@@ -77,7 +77,7 @@ def _reasons(linear: nn.Module) -> Iterator[str]:
 
 
 def _attributes(linear: nn.Module) -> Iterator[tuple[str, Any]]:
-    """What was set on the instance, beyond what its constructor sets."""
+    """Attributes set on the instance, other than those that its constructor sets."""
     plain = vars(nn.Module()).keys() | _OWN | _DROPPED
     for name, value in vars(linear).items():
         if name not in plain and name != "forward" and not _is_dispatched(linear, name):
@@ -85,23 +85,23 @@ def _attributes(linear: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _is_dispatched(linear: nn.Module, name: str = "forward") -> bool:
-    """Whether accelerate has put this there to move inputs to the layer's device, where the int8 layer will be too.
+    """Whether accelerate set this attribute to move inputs to the layer's device, which the int8 layer shares.
 
-    Weights that it has offloaded have no data, which is refused elsewhere.
+    Weights that accelerate has offloaded have no data; `check_present` refuses those.
     """
     hook = type(vars(linear).get("_hf_hook")).__name__
     return name in ("forward", "_hf_hook", "_old_forward") and hook == "AlignDevicesHook"
 
 
 def _bound_to(value: Any, linear: nn.Module) -> bool:
-    """Whether calling it calls the float layer."""
+    """Whether a call of `value` calls the float layer."""
     while isinstance(value, functools.partial):
         value = value.func
     return value is linear or getattr(value, "__self__", None) is linear
 
 
 def move_attached(old: nn.Module, new: nn.Module) -> None:
-    """Hands what hangs on the float layer to the int8 layer that takes its place."""
+    """Moves what is attached to the float layer to the int8 layer that replaces it."""
     for kind in _MOVED:
         setattr(new, kind, getattr(old, kind))
     for name, value in _attributes(old):

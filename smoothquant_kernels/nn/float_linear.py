@@ -7,31 +7,31 @@ from torch import Tensor, nn
 
 from smoothquant_kernels.errors import SmoothQuantError
 
-#: A plain attribute: a buffer would be written into checkpoints, and rounded by `.half()`.
+#: A plain attribute, because checkpoints would include a buffer and `.half()` would round it.
 PENDING = "_smoothquant_pending"
 
 
-#: Another: the weight holds factors.
+#: A plain attribute as well. It marks a weight that contains the factors.
 FOLDED = "_smoothquant_folded"
 
 
 def pending_smooth(module: nn.Module) -> Tensor | None:
-    """s [K] float32 of a float linear that is smoothed at run time: `W8A8Linear.from_linear` will divide by it.
+    """s [K] float32 of a float linear that is smoothed at run time; `W8A8Linear.from_linear` applies it.
 
-    The float layer itself needs no division, since `(x / s) @ (s * w)` is `x @ w`: it keeps every bit of its weight and
-    of its output, whoever reads, saves or hooks it.
+    The float layer itself needs no division, since `(x / s) @ (s * w)` is `x @ w`. It keeps every bit of its weight and
+    its output, so code that reads, saves or hooks it sees no change.
     """
     found: Tensor | None = module.__dict__.get(PENDING)
     return None if found is None else found.to(weight_of(module).device)
 
 
 def is_smoothed(module: nn.Module) -> bool:
-    """Whether factors are in the weight of a float linear, or wait at it."""
+    """Whether a float linear has factors, folded into its weight or pending."""
     return PENDING in module.__dict__ or FOLDED in module.__dict__
 
 
 def set_pending_smooth(module: nn.Module, smooth: Tensor | None) -> None:
-    """Leaves the factors s [K] to the quantizer; None takes them back."""
+    """Leaves the factors s [K] to the quantizer; None removes them."""
     if smooth is None:
         module.__dict__.pop(PENDING, None)
     else:
@@ -39,7 +39,7 @@ def set_pending_smooth(module: nn.Module, smooth: Tensor | None) -> None:
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether this is GPT-2's `Conv1D`: a linear whose weight is stored [K, N]. By shape, without an import."""
+    """Whether this is GPT-2's `Conv1D`, a linear with weight [K, N], by its name and shape, without an import."""
     return (
         type(module).__name__ == "Conv1D"
         and hasattr(module, "nf")
@@ -48,12 +48,12 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def is_float_linear(module: nn.Module) -> bool:
-    """Whether `from_linear` takes this module."""
+    """Whether `W8A8Linear.from_linear` accepts this module."""
     return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
 def weight_of(module: nn.Module) -> Tensor:
-    """The weight as [N, K], a view for `Conv1D`: writing to it writes to the module."""
+    """The weight as [N, K]. For `Conv1D` it is a view, so a write to it changes the module."""
     if not is_float_linear(module):
         raise SmoothQuantError(
             f"expected nn.Linear or Conv1D, got {type(module).__name__}; only these can be quantized."

@@ -14,12 +14,12 @@ FLOAT_TYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def type_name(dtype: torch.dtype) -> str:
-    """Without the prefix: ``float16``."""
+    """The name without the prefix ``torch.``, for example ``float16``."""
     return str(dtype).removeprefix("torch.")
 
 
 def check_float_type(dtype: torch.dtype, what: str) -> None:
-    """Raises SmoothQuantError for any other type; `what` has it, as the subject of a sentence."""
+    """Raises SmoothQuantError for a type not in `FLOAT_TYPES`; `what` is the subject of its sentence."""
     if dtype not in FLOAT_TYPES:
         raise SmoothQuantError(
             f"{what} is {type_name(dtype)}, and must be one of {', '.join(map(type_name, FLOAT_TYPES))} to be "
@@ -29,12 +29,12 @@ def check_float_type(dtype: torch.dtype, what: str) -> None:
 
 
 def check_float_types(linears: Mapping[str, nn.Module]) -> None:
-    """Raises SmoothQuantError naming the first linear whose weight cannot be quantized for its type."""
+    """Raises SmoothQuantError that names the first linear whose weight has a type that cannot be quantized."""
     for name, linear in linears.items():
         weight: Any = linear.weight
         check_float_type(weight.dtype, f"the weight of layer {name}")
 
 
 def float_type(t: Tensor, otherwise: torch.dtype) -> torch.dtype:
-    """The tensor's type if it is one of these."""
+    """The type of `t` if it is in `FLOAT_TYPES`, else `otherwise`."""
     return t.dtype if t.dtype in FLOAT_TYPES else otherwise

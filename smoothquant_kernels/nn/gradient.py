@@ -1,4 +1,4 @@
-"""The gradient of an int8 layer by its input, for what is trained around frozen layers: adapters, prompts, inputs."""
+"""The gradient of an int8 layer's input, which training adapters, prompts or inputs around frozen layers needs."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from smoothquant_kernels.nn.lazy_weight import dequantized_weight
 
 
 class StraightThrough(Function):
-    """`ops.linear_s8` whose gradient is that of the float product: rounding counts as the identity.
+    """`ops.linear_s8` with the gradient of the float product: rounding counts as the identity.
 
-    Without it torch's fallback for operations that have no gradient warns and cuts the graph, and a residual
-    connection around the layer hides that most of the gradient is missing.
+    Without this class, torch's fallback for operations without a gradient warns and cuts the graph. A residual
+    connection around the layer then hides that most of the gradient is missing.
     """
 
     @staticmethod
@@ -29,7 +29,7 @@ class StraightThrough(Function):
         scale: Tensor | None,
         granularity: str,
     ) -> Tensor:
-        """The arguments of `linear_s8` in its order."""
+        """Runs `linear_s8`; the arguments are in its order."""
         ctx.save_for_backward(w_q, w_scale, inv_smooth)
         return ops.linear_s8(
             x,
@@ -51,6 +51,6 @@ class StraightThrough(Function):
 
 
 def through(x: Tensor, *rest: Any) -> Tensor:
-    """`StraightThrough` of x and of the other arguments."""
+    """Applies `StraightThrough` to x and the other arguments."""
     y: Tensor = StraightThrough.apply(x, *rest)  # type: ignore[no-untyped-call]
     return y

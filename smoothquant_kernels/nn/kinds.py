@@ -1,6 +1,6 @@
-"""The kinds of quantized layers. Each says how its layer is made from a float one, saved, loaded and measured.
+"""The kinds of quantized layers. Each defines how to make its layer from a float one, save, load and measure it.
 
-A kind lives in one file: the layer, a `Kind` for it, and a call of `register`. Everything else asks this registry.
+A kind lives in one file: the layer, its `Kind`, and a call of `register`. All other code asks this registry.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from torch import Tensor, nn
 from smoothquant_kernels.config import SmoothQuantConfig
 
 Layer = TypeVar("Layer", bound=nn.Module)
-#: What tables and `smoothquant_info` show of every quantized layer, whatever its kind.
+#: What tables and `smoothquant_info` show of every quantized layer of any kind.
 _SHOWN = ("activation_scheme", "in_features", "out_features")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the configuration and the calibration say of one float layer.
+    """The settings of one float layer, from the configuration and the calibration.
 
     Attributes:
         activation_scheme, weight_granularity: as in `SmoothQuantConfig`.
-        x_scale: the scale of the smoothed input, exactly when the scheme is ``"static"``.
-        smooth: [K] factors to apply beside those that wait at the layer (`pending_smooth`).
+        x_scale: the scale of the smoothed input if the scheme is ``"static"``, else None.
+        smooth: [K] factors to apply in addition to the layer's own pending ones (`pending_smooth`).
     """
 
     activation_scheme: str
@@ -40,12 +40,12 @@ class Kind(ABC, Generic[Layer]):
     """One kind of quantized layer, which replaces a float linear.
 
     Attributes:
-        layer: the class. It is no `nn.Linear`, has the attribute `bias` (None without one), and keeps all of its data
-            in its state dict.
-        scales: entries of its state that a checkpoint refuses unless every value is positive and finite.
-        markers: entries that its state dict adds to the layer's tensors, which a checkpoint leaves out. A layer on the
+        layer: the class. It is not an `nn.Linear`, has the attribute `bias` (None without one), and keeps all of its
+            data in its state dict.
+        scales: entries of the state dict that a checkpoint refuses unless every value is positive and finite.
+        markers: entries that the state dict adds to the layer's tensors. Checkpoints omit them, and a layer on the
             meta device adds none.
-        defaults: arguments that manifests of earlier releases lack.
+        defaults: arguments that manifests of earlier releases lack, with their values.
     """
 
     layer: type[Layer]
@@ -59,45 +59,45 @@ class Kind(ABC, Generic[Layer]):
 
     @abstractmethod
     def from_linear(self, linear: nn.Module, settings: Settings) -> Layer:
-        """Quantizes a float layer, which is left unchanged; raises SmoothQuantError for weights it cannot take."""
+        """Quantizes a float layer and leaves it unchanged; raises SmoothQuantError for weights it cannot take."""
 
     @abstractmethod
     def arguments(self, layer: Layer) -> dict[str, Any]:
-        """JSON values for the manifest, which `make` takes.
+        """The JSON values for the manifest, which `make` takes.
 
         Tables show three of them, so every kind has `activation_scheme`, `in_features` and `out_features`.
         """
 
     @abstractmethod
     def make(self, arguments: dict[str, Any]) -> Layer | None:
-        """The layer on the meta device, for arguments with the names and types of those that `arguments` gives.
+        """The layer on the meta device, for arguments with the names and types that `arguments` returns.
 
-        Their values come from a file: None for one that `arguments` never gives.
+        The values come from a file. Returns None for a value that `arguments` never returns.
         """
 
     @abstractmethod
     def smallest(self) -> Layer:
-        """A layer on the meta device, to see which attributes and arguments the kind uses."""
+        """A minimal layer on the meta device, which shows the attributes and arguments that the kind uses."""
 
     @abstractmethod
     def nbytes(self, n: int, k: int) -> int:
-        """About the size of a layer's state for a weight [N, K], without the bias."""
+        """The approximate bytes of a layer's state for a weight [N, K], without the bias."""
 
     @abstractmethod
     def rounded_weight(self, layer: Layer) -> Tensor:
-        """[N, K] float32: the weight that the layer stands for, without smoothing factors."""
+        """[N, K] float32: the weight that the layer represents, without smoothing factors."""
 
     @abstractmethod
     def rounded_input(self, layer: Layer, x: Tensor) -> Tensor:
         """[..., K] float32: x as the layer reads it, rounded and without smoothing factors."""
 
 
-#: All kinds. `choose` asks the last one first.
+#: All kinds. `choose` tries the last one first.
 KINDS: list[Kind[Any]] = []
 
 
 def register(kind: Kind[Any], *, fallback: bool = False) -> None:
-    """Adds a kind. It is asked before those that are registered already; a fallback is asked after all others."""
+    """Adds a kind. `choose` tries it before all earlier kinds, and a fallback after all others."""
     KINDS.insert(0 if fallback else len(KINDS), kind)
 
 
@@ -117,13 +117,13 @@ def is_quantized(module: nn.Module | None) -> bool:
 
 
 def count_quantized(model: nn.Module) -> str:
-    """The quantized layers of a model in words, ``"14 W8A8Linear"``; empty if there are none."""
+    """The quantized layers of a model in words, for example ``"14 W8A8Linear"``; empty if there are none."""
     found = Counter(kind.layer.__name__ for m in model.modules() if (kind := kind_of(m)))
     return ", ".join(f"{count} {name}" for name, count in found.items())
 
 
 def describe(layer: nn.Module) -> dict[str, Any]:
-    """The class and the constructor's arguments of a quantized layer, as JSON values for `make`."""
+    """The class and constructor arguments of a quantized layer, as JSON values for `make`."""
     kind = kind_of(layer)
     assert kind is not None
     return {"class": type(layer).__name__, **kind.arguments(layer)}
@@ -136,7 +136,7 @@ def shown(layer: nn.Module) -> dict[str, Any]:
 
 
 def make(arguments: Mapping[str, Any]) -> nn.Module | None:
-    """The layer that `describe` described, on the meta device; None if no kind understands the arguments."""
+    """The layer that `describe` described, on the meta device; None if no kind accepts the arguments."""
     if (kind := named(arguments.get("class"))) is None:
         return None
     types = {name: type(value) for name, value in describe(kind.smallest()).items()}
@@ -149,5 +149,5 @@ def make(arguments: Mapping[str, Any]) -> nn.Module | None:
 
 
 def named(name: object) -> Kind[Any] | None:
-    """The kind whose class has this name."""
+    """The kind whose class has this name; None if there is none."""
     return next((kind for kind in KINDS if kind.layer.__name__ == name), None)

@@ -1,4 +1,4 @@
-"""The float weight that code outside a quantized layer finds: type and shape at once, values only if they are read."""
+"""The float weight that outside code sees on a quantized layer: type and shape at once, values only when read."""
 
 from __future__ import annotations
 
@@ -14,31 +14,30 @@ from smoothquant_kernels.errors import SmoothQuantError
 
 #: The operations that add a bias to a product. The layer's own bias is float32, whatever the type of its weight.
 _WITH_BIAS = ("addmm", "linear")
-#: A copy or a view, which depends on the arguments: taken for a copy.
+#: These return a copy or a view, depending on the arguments. They count as copies.
 _PERHAPS_VIEWS = ("to", "contiguous", "reshape", "flatten", "type_as")
 
 
 class LazyWeight(Tensor):
-    """A read-only float tensor that is computed when an operation reads it, and again by the next operation.
+    """A read-only float tensor. Every operation that reads it computes its values again.
 
     Model code asks a linear's weight for its type, device or shape before it calls the layer
-    (`x.to(self.proj.weight.dtype)`), and some code multiplies by the weight itself. The first costs a few microseconds
-    here, the second is right and slow. Views of it (`weight.t()`, `weight[:8]`, `weight.data`) are read-only and
-    computed late, too.
+    (`x.to(self.proj.weight.dtype)`). That costs a few microseconds here. Some code multiplies by the weight itself.
+    That is correct but slow. Views (`weight.t()`, `weight[:8]`, `weight.data`) are read-only and lazy, too.
 
     Args:
-        values: computes the tensor; called for every operation that reads it.
-        shape, dtype, device: of what `values` returns.
-        stride, offset: of a view; None and 0 for a tensor whose rows follow each other.
+        values: computes the tensor; called by every operation that reads it.
+        shape, dtype, device: those of the tensor that `values` returns.
+        stride, offset: those of a view; None and 0 for a contiguous tensor.
 
     Raises:
-        SmoothQuantError: an operation would write to it. Nothing could hold what it writes.
+        SmoothQuantError: an operation would write to it. No memory could hold the written values.
 
     Equivalent to:
         values()
     """
 
-    # transformers initializes weights without this mark in the layers that it has just made
+    # transformers initializes the weights of new layers that lack this mark
     _is_hf_initialized = True
 
     _values: Callable[[], Tensor]
@@ -88,7 +87,7 @@ class LazyWeight(Tensor):
         return self._values().clone().__reduce_ex__(protocol)
 
     def numpy(self, **options: Any) -> Any:
-        """The values, which are a copy."""
+        """A copy of the values."""
         return self._values().numpy(**options)
 
     def tolist(self) -> Any:
@@ -96,7 +95,7 @@ class LazyWeight(Tensor):
         return self._values().tolist()
 
     def data_ptr(self) -> int:
-        """There is no memory to point to: raises SmoothQuantError."""
+        """Raises SmoothQuantError, because there is no memory to point to."""
         raise SmoothQuantError(
             "the weight of a quantized layer is int8 and has no address as a float tensor: call the layer, use "
             "layer.dequantized_weight(), or skip the layer when quantizing."
@@ -104,7 +103,7 @@ class LazyWeight(Tensor):
 
     @property
     def data(self) -> Tensor:
-        """The same, without a gradient."""
+        """The same weight without a gradient."""
         return self.detach()
 
     @data.setter
@@ -116,11 +115,11 @@ class LazyWeight(Tensor):
         return False
 
     @_is_param.setter
-    def _is_param(self, value: bool) -> None:  # by nn.Parameter(layer.weight)
+    def _is_param(self, value: bool) -> None:  # nn.Parameter(layer.weight) sets it
         raise _read_only("an optimizer or a tied layer")
 
     def requires_grad_(self, requires_grad: bool = True) -> LazyWeight:
-        """False changes nothing; True raises SmoothQuantError."""
+        """Does nothing for False; raises SmoothQuantError for True."""
         if requires_grad:
             raise _read_only("an optimizer")
         return self
@@ -148,7 +147,7 @@ def _is_view(func: Any, name: str) -> bool:
 
 
 def _view(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The view, or the views, of a lazy weight: lazy as well, so that a write to them is refused."""
+    """The view or views of a lazy weight. They are lazy too, so that writes to them are refused."""
     first = next(
         leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, LazyWeight)
     )
@@ -180,7 +179,7 @@ def _view(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _bias_like_weight(name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """A float32 bias in the type of the product."""
+    """The arguments, with a float32 bias converted to the type of the product."""
     at, product = (2, args[0]) if name == "linear" else (0, args[1])
     bias = args[at] if at < len(args) else None
     if isinstance(bias, Tensor) and bias.dtype == torch.float32:
@@ -189,6 +188,6 @@ def _bias_like_weight(name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def dequantized_weight(w_q: Tensor, w_scale: Tensor, inv_smooth: Tensor | None) -> Tensor:
-    """[N, K] float32 of w_q [N, K], w_scale [N] or [1] and 1 / s [K]: the weight without its smoothing factors."""
+    """[N, K] float32: the weight without smoothing factors, from w_q [N, K], w_scale [N] or [1] and 1 / s [K]."""
     w = w_q.float() * (w_scale[:, None] if w_scale.shape[0] > 1 else w_scale)
     return w if inv_smooth is None else w * inv_smooth

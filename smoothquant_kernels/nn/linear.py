@@ -21,22 +21,22 @@ from smoothquant_kernels.schemes import ACTIVATION_SCHEMES, WEIGHT_GRANULARITIES
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-#: The entry of a quantized layer's state dict that has the name of a float layer's weight, and another shape.
+#: The entry of a quantized layer's state dict with the name of a float layer's weight, but another shape.
 MARKER = "weight"
-#: Bytes that the rows of int8 operands start at multiples of, for the CUDA kernels' 16-byte loads.
+#: Rows of int8 operands start at multiples of this many bytes, for the CUDA kernels' 16-byte loads.
 ROW_ALIGNMENT = 16
 
 
 def wants_aligned_rows(t: Tensor) -> bool:
-    """Whether kernels that load 16 bytes at a time will read this tensor's device."""
+    """Whether the kernels of this tensor's device load 16 bytes at a time."""
     return t.is_cuda
 
 
 def packed_rows(w_q: Tensor) -> Tensor:
-    """w_q [N, K] int8 as the kernels of its device load it: on a GPU its rows start at multiples of 16 bytes.
+    """w_q [N, K] int8 as the kernels of its device load it: on a GPU, its rows start at multiples of 16 bytes.
 
-    The tensor itself where they do already. `gemm_s8` takes any other weight too, by a copy at every call.
-    Never an inference tensor for a CPU: it has no version, so that no packed form of it can be kept.
+    Returns an aligned tensor itself. `gemm_s8` also takes any other weight, but copies it at every call.
+    On a CPU, returns a normal tensor: inference tensors have no version counter, so packed copies could not be cached.
     """
     if w_q.is_meta:
         return w_q
@@ -56,8 +56,8 @@ def packed_rows(w_q: Tensor) -> Tensor:
 class QuantizedActivation(NamedTuple):
     """An activation quantized once for several linears that read it (q, k and v; gate and up).
 
-    `x_q` [..., K] int8, `x_scale` [M] or [1] float32, `dtype` the float type that the linears shall return. Smoothing
-    has been applied: a linear that is given one does not apply its own `inv_smooth`.
+    `x_q` is [..., K] int8, `x_scale` is [M] or [1] float32, and `dtype` is the float type that the linears return.
+    Smoothing is already applied, so a linear that receives one does not apply its own `inv_smooth`.
     """
 
     x_q: Tensor
@@ -75,16 +75,16 @@ class W8A8Linear(nn.Module):
         weight_granularity: ``"channel"`` or ``"tensor"``.
         smooth: whether the input is divided by smoothing factors at run time (inside the quantizer).
         device: where the buffers live; ``"meta"`` to load a checkpoint without allocating twice.
-        dtype: the type that `weight` shows to code outside, float16, bfloat16 or float32: that of the float layer.
-            It follows `.half()`, `.to(dtype)` and the like.
+        dtype: the type that `weight` shows to outside code, which is that of the float layer: float16, bfloat16 or
+            float32. It follows `.half()`, `.to(dtype)` and the like.
 
-    Buffers, of final type and shape from the start, so that `load_state_dict` works on a fresh layer:
+    Buffers, with their final type and shape from the start so that `load_state_dict` works on a fresh layer:
         w_q [N, K] int8; w_scale [N] or [1]; bias [N] or None; inv_smooth [K] or None; x_scale [1] or None (static).
         All but w_q are float32 and stay so under `.half()`, `.bfloat16()`, `.double()` and `.to(dtype)`.
         On a GPU the rows of w_q start at multiples of 16 bytes, so for other K it is a view of a wider tensor.
 
-    The state dict has one entry more, `weight` [1] of type `dtype`, without a value. It keeps the type, and it is what
-    `load_state_dict` of a float linear stumbles over, even with strict=False, instead of leaving random weights.
+    The state dict has one more entry, `weight` [1] of type `dtype`, whose value has no meaning. It keeps the type. It
+    also makes `load_state_dict` of a float linear fail, even with strict=False, instead of leaving random weights.
 
     Equivalent to:
         torch.nn.functional.linear(x / s, w * s, bias), up to the quantization error.
@@ -157,12 +157,12 @@ class W8A8Linear(nn.Module):
         """Quantizes a float layer.
 
         Args:
-            linear: an `nn.Linear` or GPT-2's `Conv1D` (weight [K, N]); left unchanged. Factors that smoothing has left
-                to the quantizer (`pending_smooth`) are applied.
+            linear: an `nn.Linear` or GPT-2's `Conv1D` (weight [K, N]); left unchanged. Its pending smoothing factors
+                (`pending_smooth`) are applied.
             activation_scheme, weight_granularity: as in the constructor.
-            smooth: [K] float32 smoothing factors s, positive: the weight is multiplied by s here, the input divided by
-                s at run time. None where smoothing is folded into the weights already, or not wanted.
-            x_scale: the static scale of the (smoothed) input, > 0; exactly when the scheme is ``"static"``.
+            smooth: [K] float32 smoothing factors s, positive. The weight is multiplied by s here, and the input is
+                divided by s at run time. None if the weights already contain the smoothing, or for no smoothing.
+            x_scale: the static scale of the (smoothed) input, > 0; required for the scheme ``"static"``, else None.
 
         Raises:
             SmoothQuantError: the weight is float64, float8 or another type, has NaN or Inf, a factor is not positive,
@@ -220,7 +220,7 @@ class W8A8Linear(nn.Module):
         return new.train(linear.training)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Moves the buffers like any module, but never rounds the float32 ones to another type."""
+        """Moves the buffers like any module, but never rounds the float32 buffers to another type."""
         self.dtype = float_type(fn(self.w_scale.new_empty(0, dtype=self.dtype)), self.dtype)
         before = {name: b for name, b in self._buffers.items() if b is not None}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -233,7 +233,7 @@ class W8A8Linear(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if not self.w_q.is_meta:  # a layer without data: its state is asked for to see what to load
+        if not self.w_q.is_meta:  # a meta layer's state dict only shows what to load
             destination[prefix + MARKER] = self.w_scale.new_zeros(1, dtype=self.dtype)
 
     def _load_from_state_dict(
@@ -257,14 +257,14 @@ class W8A8Linear(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        self.w_q = packed_rows(self.w_q)  # assign=True puts the given tensor in its place
+        self.w_q = packed_rows(self.w_q)  # assign=True replaces the buffer with the given tensor
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self.w_q = packed_rows(self.w_q)  # a copy made under inference_mode
+        self.w_q = packed_rows(self.w_q)  # a copy may be made under inference_mode
 
     def quantize_input(self, x: Tensor) -> QuantizedActivation:
-        """Smooths and quantizes x [..., K] as this layer wants it, for all layers that share its input."""
+        """Smooths and quantizes x [..., K] for this layer and all layers that share its input."""
         x_q, x_scale = ops.quantize(
             x,
             inv_smooth=self.inv_smooth,
@@ -278,10 +278,10 @@ class W8A8Linear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """[N, K] `dtype`, read-only: `dequantized_weight()`, computed by each operation that reads it, not before.
+        """[N, K] `dtype`, read-only: `dequantized_weight()`, which each operation that reads it computes again.
 
-        For code that asks a linear for its weight's type, device or shape (T5's feed-forward, SigLIP's embedding), or
-        that multiplies by the weight itself (Mamba's dt_proj).
+        It serves code that asks a linear for its weight's type, device or shape (T5's feed-forward, SigLIP's
+        embedding) or multiplies by the weight itself (Mamba's dt_proj).
         """
         dtype = self.dtype
 
@@ -289,13 +289,13 @@ class W8A8Linear(nn.Module):
             return self.dequantized_weight().to(dtype)
 
         if torch.compiler.is_compiling():
-            return values()  # traced, and left out of the graph where nothing reads it
+            return values()  # the compiler drops it from the graph if nothing reads it
         w_q: Any = self._buffers["w_q"]
         return LazyWeight(values, w_q.shape, dtype, w_q.device)
 
     @weight.setter
     def weight(self, value: Tensor) -> None:
-        # functional_call puts in what the state dict has, and takes it out again
+        # functional_call assigns the entry of the state dict, then restores the old value
         if isinstance(value, LazyWeight) or value.shape == (1,):
             return
         raise SmoothQuantError(
@@ -307,11 +307,11 @@ class W8A8Linear(nn.Module):
     def _granularity(self) -> str:
         return "tensor" if self.activation_scheme == "per_tensor" else "token"
 
-    # The name of the parameter is nn.Linear's own: some models call proj(input=x).
+    # The parameter has the name that nn.Linear gives it, because some models call proj(input=x).
     def forward(self, input: Tensor | QuantizedActivation) -> Tensor:
         """input [..., K] float16, bfloat16, float32 or already quantized -> [..., N]."""
         x = input
-        # Not self.w_q: nn.Module finds a buffer after a search elsewhere, which takes a microsecond for each.
+        # Not self.w_q: nn.Module searches elsewhere before it finds a buffer, which takes a microsecond each.
         own: dict[str, Any] = self._buffers
         if isinstance(x, QuantizedActivation):
             return ops.gemm_s8(
@@ -331,7 +331,7 @@ class W8A8Linear(nn.Module):
         )
 
     def dequantized_weight(self) -> Tensor:
-        """[N, K] float32: the weight that the layer stands for, without the smoothing factors."""
+        """[N, K] float32: the weight that the layer represents, without smoothing factors."""
         return dequantized_weight(self.w_q, self.w_scale, self.inv_smooth)
 
     def extra_repr(self) -> str:
@@ -348,7 +348,7 @@ class _W8A8(Kind[W8A8Linear]):
     layer = W8A8Linear
     scales = ("w_scale", "x_scale", "inv_smooth")
     markers = (MARKER,)
-    defaults: ClassVar = {"dtype": "float32"}  # absent in checkpoints of the first releases
+    defaults: ClassVar = {"dtype": "float32"}  # absent from checkpoints of the first releases
 
     def takes(self, name: str, linear: nn.Module, config: SmoothQuantConfig) -> bool:
         return True
@@ -377,7 +377,7 @@ class _W8A8(Kind[W8A8Linear]):
         return W8A8Linear(1, 1, device="meta")
 
     def nbytes(self, n: int, k: int) -> int:
-        return n * k + 4 * (n + k)  # as if it had factors and a scale per channel
+        return n * k + 4 * (n + k)  # assumes factors and a scale per channel
 
     def rounded_weight(self, layer: W8A8Linear) -> Tensor:
         return layer.dequantized_weight()

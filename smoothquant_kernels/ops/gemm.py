@@ -75,7 +75,7 @@ def _gemm_s8_tile(
     tile: int = -1,
     splits: int = 0,
 ) -> Tensor:
-    """`gemm_s8` by a row of the current GPU's table and a number of blocks for a tile's K, for tests and the tuner."""
+    """`gemm_s8` with a given row of the current GPU's table and number of blocks per tile, for tests and the tuner."""
     checks.forced_tile("_gemm_s8_tile", tile, splits)
     return _product(x_q, w_q, x_scale, w_scale, bias, residual, out_dtype)
 
@@ -91,12 +91,12 @@ def gemm_s8_requant(
     bias: Tensor | None = None,
     relu: bool = False,
 ) -> Tensor:
-    """INT8 GEMM whose output is quantized again by a static scale, for an int8 consumer (OPT's fc1 to fc2).
+    """INT8 GEMM that quantizes its output with a static scale, for an int8 consumer (OPT's fc1 to fc2).
 
     Args:
         x_q, w_q, x_scale, w_scale, bias: as in `gemm_s8`.
         out_scale: [1] float32, the calibrated scale of the output.
-        relu: apply ReLU before the quantization.
+        relu: whether to apply ReLU before the quantization.
 
     Returns:
         [..., N] int8 in [-127, 127]; NaN becomes 0.

@@ -19,7 +19,7 @@ def linear_s8(
     scale: Tensor | None = None,
     granularity: str = "token",
 ) -> Tensor:
-    """A whole W8A8 linear layer: `quantize`, then `gemm_s8`, to the same bits; on a GPU one launch for a few tokens.
+    """A whole W8A8 linear layer: the same bits as `quantize`, then `gemm_s8`. On a GPU, a few tokens take one launch.
 
     Args:
         x: [..., K] float16, bfloat16 or float32.

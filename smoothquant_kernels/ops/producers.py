@@ -27,12 +27,12 @@ def rms_norm_quantize(
         x: [..., K] float16, bfloat16 or float32.
         weight: [K] float, the norm's weight.
         eps: added to the mean of squares.
-        residual: like x; the norm reads `x + residual`, rounded to x's type as an unfused model adds it.
+        residual: like x; the norm reads `x + residual`, rounded to x's type as in an unfused model.
         inv_smooth, scale, granularity, k_multiple: as in `quantize`.
 
     Returns:
-        (x_q, x_scale), and x + residual (x's shape and dtype) where a residual was given. The norm's own output stays
-        in float32 until it is quantized.
+        (x_q, x_scale), and x + residual (x's shape and dtype) if a residual is given. The norm's own output stays in
+        float32 until it is quantized.
 
     Raises:
         TypeError, ValueError: as in `quantize`.
@@ -73,7 +73,7 @@ def layer_norm_quantize(
         residual, inv_smooth, scale, granularity, k_multiple: as in `rms_norm_quantize`.
 
     Returns:
-        (x_q, x_scale), and x + residual where a residual was given.
+        (x_q, x_scale), and x + residual if a residual is given.
 
     Raises:
         TypeError, ValueError: as in `quantize`.
@@ -109,11 +109,11 @@ def act_quantize(
         x: [..., K] float16, bfloat16 or float32; [..., 2K] (gate, then up) for the fused kinds.
         kind: ``"relu"``, ``"gelu"``, ``"gelu_tanh"``, ``"silu"``; or ``"silu_mul"``, ``"gelu_mul"``,
             ``"gelu_tanh_mul"``, which read both halves from x.
-        gate: like x; given, the result is act(gate) * x.
+        gate: like x; if given, the result is act(gate) * x.
         inv_smooth, scale, granularity, k_multiple: as in `quantize`, over the K outputs.
 
     Returns:
-        (x_q, x_scale), x_q of shape [..., K], K rounded up to a multiple of k_multiple.
+        (x_q, x_scale); x_q has the shape [..., K], with K rounded up to a multiple of k_multiple.
 
     Raises:
         TypeError, ValueError: as in `quantize`; also for an unknown kind or an odd fused size.

@@ -1,4 +1,4 @@
-"""Quantizing activations to int8, and what every producer of int8 returns."""
+"""The quantizer of activations to int8, and the results that every producer of int8 returns."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ def quantize(
     granularity: str = "token",
     k_multiple: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """Divide by the smoothing factors and quantize to int8, in one pass.
+    """Divides by the smoothing factors and quantizes to int8, in one pass.
 
     Args:
         x: [..., K] float16, bfloat16 or float32, any strides.
         inv_smooth: [K] float32, the reciprocals 1 / s of the smoothing factors.
         scale: [1] float32, a calibrated (static) scale; `granularity` then has no effect.
         granularity: ``"token"`` for a scale per row, ``"tensor"`` for one scale; both dynamic.
-        k_multiple: pads x_q with columns of zeros until this divides their number. They add nothing to a GEMM whose
-            weight is padded likewise, and give it rows that are aligned for any K.
+        k_multiple: pads x_q with zero columns until the number of columns is a multiple of this. They add nothing to a
+            GEMM whose weight has the same padding, and they align its rows for any K.
 
     Returns:
         x_q: [..., K] int8 in [-127, 127], contiguous; K rounded up to a multiple of k_multiple.
         x_scale: float32, [M]; [1] for ``"tensor"``. A token with a NaN or Inf has a non-finite scale, so that its
-            output cannot look sound; under ``"tensor"`` all tokens share that fate.
+            output cannot look valid. Under ``"tensor"`` this affects all tokens.
 
     Raises:
         TypeError: a dtype is not one of the above.
@@ -67,7 +67,7 @@ def quantize(
 def _saturate_s8(x: Tensor) -> Tensor:
     """float32 -> int8: rounded half to even, saturated to [-128, 127], NaN to 0.
 
-    The smallest op there is: the tests use it to see that the CUDA library is built, loaded and right.
+    The smallest op. The tests use it to check that the CUDA library is built, loaded and correct.
     """
     if x.dtype != torch.float32:
         dtype = str(x.dtype).removeprefix("torch.")
