@@ -1,6 +1,6 @@
-"""What transformers knows a quantized model by: `config.quantization_config` and `model.hf_quantizer`.
+"""The classes by which transformers recognizes a quantized model: `config.quantization_config`, `model.hf_quantizer`.
 
-Imports transformers; import it late.
+This module imports transformers, so import it late.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ _SPREAD = {"auto", "balanced", "balanced_low_0", "sequential", "disk"}
 
 
 class Config(QuantizationConfigMixin):
-    """What config.json says: the method, nothing else. The manifest has the rest."""
+    """The quantization_config in config.json. It holds only the method, and the manifest has the rest."""
 
     def __init__(self, **_: Any) -> None:
         self.quant_method = cast(Any, skeletons.QUANT_METHOD)
 
 
 class Quantizer(HfQuantizer):
-    """Loads a checkpoint for `from_pretrained`, and refuses `save_pretrained`, which could not be read again.
+    """Loads a checkpoint for `from_pretrained`. Refuses `save_pretrained`, whose files could not be read again.
 
-    Loading: puts the modules in before transformers looks for weights, and reads the tensors after it.
+    Installs the modules before transformers looks for weights, and reads the tensors afterwards.
     """
 
-    requires_calibration = True  # so that quantization_config=... on a float model is refused
+    requires_calibration = True  # refuses quantization_config=... on a float model
     is_compileable = property(lambda _: True)
     is_trainable = property(lambda _: False)
 
     def is_serializable(self, safe_serialization: Any = None) -> bool:
-        """No; transformers then raises an error that speaks of warnings, which this is."""
+        """Returns False after a warning, because the error that transformers then raises refers to warnings."""
         warnings.warn(
             "save_pretrained, and with it push_to_hub and Trainer.save_model, cannot write int8 layers so that "
             "from_pretrained finds them: use smoothquant_kernels.save_quantized(model, folder), or save the float "
@@ -56,9 +56,9 @@ class Quantizer(HfQuantizer):
         return device_map
 
     def update_attn_implementation(self, config: Any) -> Any:
-        """The one hook that sees the configuration before the weights are looked for."""
+        """Sets the weight file and the attention in the only hook that sees the configuration before weight lookup."""
         manifest = read_manifest(Path(config._name_or_path))
-        # Not in config.json: a transformers that does not know our method would go on with random weights.
+        # config.json must not hold it, or a transformers without our method would continue with random weights.
         config.transformers_weights = _weights_file(manifest)
         attention = manifest.model["attention"]
         if attention in skeletons.ATTENTIONS and not config._attn_implementation_internal:
@@ -76,10 +76,10 @@ class Quantizer(HfQuantizer):
         skeletons.install(model, skeletons.make_modules(manifest))
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
-        # Once more, exactly: transformers has converted the types of what it read.
+        # transformers has converted the types of what it read. This reads the tensors again, exactly.
         load_quantized(self.folder, device=model.device, model=model)
         del model.config.transformers_weights
-        model.config.dtype = model.dtype  # whatever `dtype` was asked for
+        model.config.dtype = model.dtype  # replaces the caller's `dtype`
         return model
 
 

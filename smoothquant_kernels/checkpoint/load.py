@@ -1,4 +1,4 @@
-"""Loading checkpoints: checked before use, without running code from them."""
+"""Loads checkpoints, which it checks before use, without running code from them."""
 
 from __future__ import annotations
 
@@ -37,21 +37,21 @@ def load_quantized(
 ) -> nn.Module:
     """Loads what `save_quantized` wrote. Runs no code from the folder: no pickle, no remote code.
 
-    On the CPU the weights are mapped, not read: memory is taken as they are used, and is shared between processes.
+    On the CPU, the weights are mapped rather than read. They take memory as they are used, and processes share it.
 
     Args:
         directory: the folder.
-        device: where the model goes; None is the CPU.
+        device: the device for the model; None is the CPU.
         model: a float model of the checkpoint's architecture, for classes that transformers does not have. Its
-            weights may be on the meta device. It is changed in place and returned; its own weights are dropped.
-        verify: compare size and SHA-256 of every file; False skips that, and the whole file is not read up front.
+            weights may be on the meta device. It is changed in place and returned. Its own weights are dropped.
+        verify: compare the size and SHA-256 of every file. False skips this, so files are not read whole up front.
 
     Returns:
-        The model in eval mode, with `smoothquant_info`, computing bit for bit what the saved one does.
+        The model in eval mode, with `smoothquant_info`. It computes bit for bit what the saved one does.
 
     Raises:
         SmoothQuantError: the folder is missing, is not a checkpoint, was altered, is incomplete, was written by a newer
-            release, does not fit the model, or has a NaN scale. A model passed in is unchanged then.
+            release, does not fit the model, or has a NaN scale. A model passed in stays unchanged.
 
     Equivalent to:
         model = AutoModelForCausalLM.from_config(config); swap in the W8A8Linear; model.load_state_dict(tensors)
@@ -114,7 +114,7 @@ def _rebuild(folder: Path, manifest: Manifest) -> nn.Module:
         try:
             saved = json.loads((folder / GENERATION_CONFIG).read_text("utf-8"))
             values = skeletons.plain_floats(saved)
-            # What from_dict makes, transformers 4 cannot generate with.
+            # transformers 4 cannot generate with the result of from_dict. Only tagged floats require it.
             model.generation_config = (
                 GenerationConfig.from_pretrained(folder)
                 if values == saved
@@ -128,7 +128,7 @@ def _rebuild(folder: Path, manifest: Manifest) -> nn.Module:
 
 
 def _check_fit(model: nn.Module, modules: Mapping[str, nn.Module], manifest: Manifest) -> None:
-    """Raises SmoothQuantError unless the checkpoint has each tensor of the model, and no other."""
+    """Raises SmoothQuantError unless the checkpoint has every tensor of the model and no other."""
     name = type(model).__name__
     problems = [f"it is a {name}"] if name != manifest.model["name"] else []
     problems += skeletons.mismatches(model, modules, manifest)
@@ -143,8 +143,8 @@ def _check_fit(model: nn.Module, modules: Mapping[str, nn.Module], manifest: Man
 def _assign(
     model: nn.Module, tensors: Mapping[str, Tensor], manifest: Manifest, device: torch.device
 ) -> None:
-    """Puts the tensors in, ties what was tied, and moves the rest of the model to the device."""
-    state = model.state_dict()  # with its metadata: the versions that modules want to see
+    """Assigns the tensors, ties those that were tied, and moves the rest of the model to the device."""
+    state = model.state_dict()  # includes metadata: the versions that modules check
     placed = {name: aligned(t).to(device) for name, t in tensors.items()}
     placed |= {alias: placed[name] for alias, name in manifest.tied.items()}
     for name in manifest.non_persistent:
@@ -153,7 +153,7 @@ def _assign(
     state.update(placed)
     model.load_state_dict(state, assign=True)
     for alias, name in manifest.tied.items():
-        # One Parameter again: two that share memory would part ways at the next `.to(dtype)`.
+        # One Parameter again, because two that share memory would separate at the next `.to(dtype)`.
         owner, leaf = _owner(model, alias)
         source, source_leaf = _owner(model, name)
         for kind in ("_parameters", "_buffers"):

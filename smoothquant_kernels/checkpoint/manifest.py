@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint folder: what is in it, as JSON that is checked before it is believed."""
+"""The manifest of a checkpoint folder: its contents as JSON, which is checked before use."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ FORMAT = "smoothquant-kernels"
 FORMAT_VERSION = 1
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
-#: What `from_pretrained` reads where there are several weight files: which of them has which tensor.
+#: Maps tensors to weight files. `from_pretrained` reads it if there are several weight files.
 INDEX = "smoothquant.safetensors.index.json"
 
 
 class ModelEntry(TypedDict):
-    """The model's class. `rebuild`: whether transformers makes the same modules from config.json."""
+    """The model's class. `rebuild` says whether transformers makes the same modules from config.json."""
 
     name: str
     module: str
@@ -33,18 +33,18 @@ class ModelEntry(TypedDict):
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything in smoothquant.json but the format, its version and the digest.
+    """Everything in smoothquant.json except the format, its version and the digest.
 
     Attributes:
-        model: the class.
+        model: the model's class.
         info: `model.smoothquant_info`.
         modules: name of each replaced module -> its class and constructor arguments.
         shared_modules: another name of such a module -> its name in `modules`.
-        tensors: name in the state dict -> where it is.
+        tensors: name in the state dict -> file, dtype and shape.
         tied: another name of a tensor -> its name in `tensors`.
         non_persistent: names in `tensors` that the state dict does not have.
-        files: path relative to the folder -> size and digest; all files but the manifest.
-        package_version: of the writer; for people, nothing depends on it.
+        files: path relative to the folder -> size and digest, for all files except the manifest.
+        package_version: the writer's version. It is for people, and nothing depends on it.
     """
 
     model: ModelEntry
@@ -58,10 +58,10 @@ class Manifest:
     package_version: str
 
     def to_json(self) -> str:
-        """JSON text with the format's name, its version and the digest of all the rest.
+        """Returns JSON text with the format's name, its version and the digest of everything else.
 
         Raises:
-            SmoothQuantError: `info` holds something that JSON cannot.
+            SmoothQuantError: `info` holds something that JSON cannot represent.
         """
         body = {"format": FORMAT, "format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
         try:
@@ -73,12 +73,12 @@ class Manifest:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether this is a folder that `save_quantized` wrote, by its manifest."""
+    """Whether `save_quantized` wrote this folder, judged by its manifest."""
     return (path / MANIFEST).is_file()
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a checkpoint folder, with every value of the right type and every path inside the folder.
+    """Reads the manifest of a checkpoint folder. Every value has the right type, every path stays inside the folder.
 
     Raises:
         SmoothQuantError: there is no such folder, it is not a checkpoint, a newer release wrote it, or the manifest
@@ -106,7 +106,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise SmoothQuantError(
             f'{path} was not written by this package: its "format" is not "{FORMAT}".'
         )
-    # Before the digest: a later format may compute it in another way.
+    # The version comes before the digest, because a later format may compute the digest in another way.
     version = body.pop("format_version", None)
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
         raise _damaged(path, f"its format_version is {version!r}")
@@ -127,10 +127,10 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def check_files(folder: Path, manifest: Manifest, *, verify: bool) -> None:
-    """Whether the files are there and, with `verify`, are byte for byte what was saved.
+    """Checks that the files exist and, with `verify`, that they are byte for byte what was saved.
 
     Raises:
-        SmoothQuantError: naming the first file that is not.
+        SmoothQuantError: a file is missing or differs. The message names the first one.
     """
     for name, entry in manifest.files.items():
         path = folder / name
@@ -155,7 +155,7 @@ def _damaged(path: Path, what: str) -> SmoothQuantError:
 
 
 def _parse(body: dict[str, Any], fail: Callable[[str], SmoothQuantError]) -> Manifest:
-    """The dataclass from parsed JSON. A digest proves no origin, so that every value is looked at."""
+    """Makes the dataclass from parsed JSON. A digest does not prove the origin, so every value is checked."""
     _check_record(body, Manifest, "the manifest", fail)
     _check_record(body["model"], ModelEntry, "model", fail)
     for field, entry in (("files", FileEntry), ("tensors", TensorEntry)):
@@ -191,11 +191,11 @@ def _parse(body: dict[str, Any], fail: Callable[[str], SmoothQuantError]) -> Man
 def _check_record(
     value: object, record: type, where: str, fail: Callable[[str], SmoothQuantError]
 ) -> None:
-    """Whether an object has exactly the fields of a dataclass or TypedDict, each of its type."""
+    """Raises unless an object has exactly the fields of a dataclass or TypedDict, each of the right type."""
     hints = get_type_hints(record)
     if not isinstance(value, dict) or value.keys() != hints.keys():
         raise fail(f"the entries of {where} are not the expected ones")
     for key, hint in hints.items():
         kind = dict if hint is ModelEntry else get_origin(hint) or hint
-        if type(value[key]) is not kind:  # and not isinstance: True is no size
+        if type(value[key]) is not kind:  # isinstance would accept True as a size
             raise fail(f"{key} of {where} is of the wrong type")

@@ -1,4 +1,4 @@
-"""Saving and loading quantized models: safetensors and JSON, whole or not at all, checked before use."""
+"""Saves quantized models as safetensors and JSON, whole or not at all."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ def save_quantized(
 ) -> Path:
     """Writes a quantized model to a folder (docs/checkpoint.md has the format).
 
-    The folder appears when everything is on the disk: after a crash, Ctrl-C or a full disk there is no half of it.
+    The folder appears when everything is on the disk. A crash, Ctrl-C or a full disk never leaves half of it.
 
     Args:
         model: what `quantize_model` returned; not changed.
-        directory: the folder; must not exist, or be empty, unless `overwrite`.
-        tokenizer: its files are written too, so that the folder is all that is needed.
+        directory: the folder. Unless `overwrite`, it must be empty or not exist.
+        tokenizer: its files are written too, so that the folder is self-contained.
         overwrite: replace an existing checkpoint, which is lost only after the new one is complete.
-        max_shard_bytes: a safetensors file holds at most this much; a larger tensor has a file for itself.
+        max_shard_bytes: the most tensor bytes in one safetensors file. A larger tensor gets a file of its own.
 
     Returns:
         The folder.
@@ -64,7 +64,7 @@ def save_quantized(
             full.
 
     Equivalent to:
-        safetensors.torch.save_model(model, directory / "smoothquant.safetensors"), with what is needed to load it.
+        safetensors.torch.save_model(model, directory / "smoothquant.safetensors"), plus what is needed to load it.
     """
     check_shard_bytes(max_shard_bytes)
     check_tokenizer(tokenizer)
@@ -86,7 +86,7 @@ def save_quantized(
 def _describe(
     model: nn.Module, texts: Mapping[str, str], max_shard_bytes: int
 ) -> tuple[Manifest, dict[str, Tensor]]:
-    """The manifest but for its files, and the tensors to write."""
+    """Returns the manifest without its files, and the tensors to write."""
     modules, shared = skeletons.describe_modules(model)
     if not modules:
         smoothed = " (it is smoothed, but in float)" if info_of(model) else ""
@@ -113,7 +113,7 @@ def _describe(
 
 
 def constructed_again(model: nn.Module, texts: Mapping[str, str]) -> nn.Module | None:
-    """The model as transformers will make it from config.json; None for a class that transformers does not have."""
+    """The model that transformers will make from config.json, or None for a class that transformers does not have."""
     if skeletons.is_transformers(type(model)) and CONFIG in texts:
         return skeletons.build(type(model), texts[CONFIG], _attention(model))
     return None
@@ -133,7 +133,7 @@ def make_manifest(
     tied: dict[str, str],
     non_persistent: list[str],
 ) -> Manifest:
-    """The manifest but for its files; warns if only a model passed to `load_quantized` will be able to take it."""
+    """Returns the manifest without its files. Warns if `load_quantized` will need a model for the checkpoint."""
     cls = type(model)
     manifest = Manifest(
         model={
@@ -151,7 +151,7 @@ def make_manifest(
         files={},
         package_version=package_version(),
     )
-    manifest.to_json()  # refuses here, before anything is written, what it will have to refuse
+    manifest.to_json()  # raises its error before anything is written
     problem = "transformers does not define its class"
     if again is not None:
         problem = next(skeletons.mismatches(again, skeletons.make_modules(manifest), manifest), "")
@@ -167,7 +167,7 @@ def make_manifest(
 def write_other_files(
     folder: Path, manifest: Manifest, texts: Mapping[str, str], tokenizer: Any
 ) -> None:
-    """The tokenizer's files and the configuration's, entered into the manifest with what else is there already."""
+    """Writes the tokenizer, the configuration and the index. Adds every file of the folder to the manifest."""
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     for name, text in texts.items():
@@ -188,7 +188,7 @@ def check_shard_bytes(limit: int) -> None:
 
 
 def check_tokenizer(tokenizer: Any) -> None:
-    """Raises SmoothQuantError unless it is None or can be saved."""
+    """Raises SmoothQuantError unless `tokenizer` is None or can be saved."""
     if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
         raise SmoothQuantError(
             f"tokenizer must have save_pretrained, as those of transformers do; got {type(tokenizer).__name__}."
@@ -196,7 +196,7 @@ def check_tokenizer(tokenizer: Any) -> None:
 
 
 def config_texts(model: Any) -> dict[str, str]:
-    """The files that transformers reads, of a transformers model."""
+    """The files that transformers reads, as name -> text; empty unless the model is one of transformers."""
     texts = {}
     if hasattr(getattr(model, "config", None), "to_json_string"):
         texts[CONFIG] = skeletons.config_json(model)
@@ -208,7 +208,7 @@ def config_texts(model: Any) -> dict[str, str]:
 def non_persistent_buffers(
     model: nn.Module, again: nn.Module | None, persistent: Set[str]
 ) -> dict[str, Tensor]:
-    """The buffers outside the state dict, except those that the constructor makes the same."""
+    """The buffers outside the state dict, except those that the constructor makes with the same values."""
     made = dict(again.named_buffers(remove_duplicate=False)) if again is not None else {}
     found = {}
     for name, buffer in model.named_buffers(remove_duplicate=False):
@@ -218,6 +218,3 @@ def non_persistent_buffers(
         if other is None or other.dtype != value.dtype or not torch.equal(other.cpu(), value):
             found[name] = value
     return found
-
-
-# --- loading ----------------------------------------------------------------------------------------------------------

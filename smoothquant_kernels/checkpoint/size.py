@@ -1,4 +1,4 @@
-"""Whether a disk has room for a checkpoint, asked before the work and not after it."""
+"""Estimates the size of a checkpoint, so that the disk can be checked before the work starts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SPARE = 1 << 20  # configuration, tokenizer, manifest
 def checkpoint_bytes(
     model: nn.Module, linears: Mapping[str, nn.Module], config: SmoothQuantConfig
 ) -> int:
-    """About the size of the checkpoint of a float model (on the meta device, too) once `linears` are quantized."""
+    """Estimates the checkpoint size of a float model, which may be on the meta device, with `linears` quantized."""
     names = {id(module): name for name, module in linears.items()}
     seen: set[int] = set()
     size = _SPARE

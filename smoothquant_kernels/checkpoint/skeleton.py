@@ -1,4 +1,4 @@
-"""Models without weights: what a checkpoint describes, made so that its tensors can be put in."""
+"""Models without weights, made from a checkpoint's description, that can take its tensors."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from smoothquant_kernels.nn import kinds
 from smoothquant_kernels.nn.float_linear import is_float_linear, weight_of
 
 QUANT_METHOD = "smoothquant_kernels"
-# Which attention runs is not in config.json, but logits depend on it bit for bit. Only torch's own:
-# the name of any other may be a repository whose code transformers would fetch and run.
+# config.json does not say which attention runs, but the bits of the logits depend on it. Only torch's own are allowed,
+# because the name of any other may be a repository whose code transformers would fetch and run.
 ATTENTIONS = ("eager", "sdpa")
 _IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
 _CODE_KEYS = {"auto_map", *_IMPLEMENTATIONS, *(f"_{n}" for n in _IMPLEMENTATIONS)}
@@ -32,15 +32,15 @@ _FLOATS = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
 
 
 def is_transformers(cls: type) -> bool:
-    """Whether transformers defines this class, told without importing it."""
+    """Whether transformers defines this class. Does not import transformers."""
     return cls.__module__.startswith("transformers.models.")
 
 
 def find_class(name: str) -> type[Any]:
-    """The transformers model class of this name. No other code is ever looked up or fetched.
+    """Returns the transformers model class of this name. Never looks up or fetches other code.
 
     Raises:
-        SmoothQuantError: the installed release has none.
+        SmoothQuantError: the installed release has no such class.
     """
     import transformers
 
@@ -54,7 +54,7 @@ def find_class(name: str) -> type[Any]:
 
 
 def config_json(model: Any) -> str:
-    """The text of config.json. Its quantization_config says that the weights are not plain ones."""
+    """The text of config.json. Its quantization_config says that the weights are not plain floats."""
     values = json.loads(model.config.to_json_string())
     values["architectures"] = [type(model).__name__]
     values["dtype"] = str(model.dtype).removeprefix("torch.")
@@ -63,27 +63,26 @@ def config_json(model: Any) -> str:
 
 
 def build(cls: type[Any], config_text: str, attention: str) -> nn.Module:
-    """The model of a class and config.json: parameters on the meta device, buffers computed.
+    """Builds the model of a class and config.json: parameters on the meta device, buffers computed.
 
     Raises:
-        SmoothQuantError: the configuration does not make such a model.
+        SmoothQuantError: the class cannot be built from the configuration.
     """
     from accelerate import init_empty_weights
 
     try:
         values = _without_code(plain_floats(json.loads(config_text)))
-        del values[
-            "quantization_config"
-        ]  # the loaded model has replaced modules, nothing to convert
+        # The loaded model has replaced modules, so transformers has nothing to convert.
+        del values["quantization_config"]
         config = cls.config_class.from_dict(values)
         if attention in ATTENTIONS:
             config._attn_implementation = attention
-        # Buffers are real: those that no checkpoint holds (rotary frequencies) are computed here.
-        # no_grad: no graph of the moves to meta.
+        # Buffers are real, because those that no checkpoint holds (rotary frequencies) are computed here.
+        # no_grad keeps autograd from recording the moves to meta.
         with torch.no_grad(), init_empty_weights(include_buffers=False):
             return cls(config)  # type: ignore[no-any-return]
     except Exception as error:
-        # Each model reads its configuration in its own way and raises what it likes.
+        # Each model reads its configuration in its own way and may raise anything.
         reason = " ".join(str(error).split()) or type(error).__name__
         raise SmoothQuantError(
             f"config.json does not make a {cls.__name__} ({reason[:200]}): install the release of transformers that it "
@@ -92,7 +91,7 @@ def build(cls: type[Any], config_text: str, attention: str) -> nn.Module:
 
 
 def plain_floats(value: Any) -> Any:
-    """Parsed JSON with infinity and NaN as floats: transformers 5 writes {"__float__": "Infinity"} for these."""
+    """Returns parsed JSON with infinity and NaN as floats. transformers 5 writes {"__float__": "Infinity"} for them."""
     if isinstance(value, dict):
         if value.keys() == {_FLOAT_TAG} and str(value[_FLOAT_TAG]) in _FLOATS:
             return _FLOATS[str(value[_FLOAT_TAG])]
@@ -101,7 +100,7 @@ def plain_floats(value: Any) -> Any:
 
 
 def _without_code(value: Any) -> Any:
-    """The configuration without the keys that can name code to fetch."""
+    """Returns the configuration without the keys that can name code to fetch."""
     if isinstance(value, dict):
         return {k: _without_code(v) for k, v in value.items() if k not in _CODE_KEYS}
     return [_without_code(v) for v in value] if isinstance(value, list) else value
@@ -111,7 +110,7 @@ def _without_code(value: Any) -> Any:
 
 
 def layer_state(model: nn.Module, prefix: str = "") -> dict[str, Any]:
-    """The state dict without the markers of quantized layers: a manifest has what these say."""
+    """The state dict without the markers of quantized layers. A manifest holds the same information."""
     state: dict[str, Any] = model.state_dict(prefix=prefix)
     for name, module in model.named_modules(remove_duplicate=False):
         if (kind := kinds.kind_of(module)) is not None:
@@ -121,7 +120,7 @@ def layer_state(model: nn.Module, prefix: str = "") -> dict[str, Any]:
 
 
 def describe_modules(model: nn.Module) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
-    """Constructor arguments of each replaced module, and the other names of those that have several."""
+    """Returns the constructor arguments of each replaced module, and the other names of those with several."""
     modules: dict[str, dict[str, Any]] = {}
     shared: dict[str, str] = {}
     first: dict[nn.Module, str] = {}
@@ -136,10 +135,10 @@ def describe_modules(model: nn.Module) -> tuple[dict[str, dict[str, Any]], dict[
 
 
 def make_module(name: str, arguments: Mapping[str, Any]) -> nn.Module:
-    """A replaced module on the meta device.
+    """Makes a replaced module on the meta device.
 
     Raises:
-        SmoothQuantError: the arguments are not those that `describe_modules` gives.
+        SmoothQuantError: `describe_modules` does not return such arguments.
     """
     if (made := kinds.make(arguments)) is None:
         raise SmoothQuantError(
@@ -149,7 +148,7 @@ def make_module(name: str, arguments: Mapping[str, Any]) -> nn.Module:
 
 
 def make_modules(manifest: Manifest) -> dict[str, nn.Module]:
-    """All of them, by every name they have."""
+    """Makes all replaced modules and returns them under each of their names."""
     made = {name: make_module(name, values) for name, values in manifest.modules.items()}
     return made | {alias: made[name] for alias, name in manifest.shared_modules.items()}
 
@@ -157,7 +156,7 @@ def make_modules(manifest: Manifest) -> dict[str, nn.Module]:
 def mismatches(
     model: nn.Module, modules: Mapping[str, nn.Module], manifest: Manifest
 ) -> Iterator[str]:
-    """What keeps the checkpoint from fitting into the model, as phrases. Nothing is changed."""
+    """Yields phrases that say why the checkpoint does not fit the model. Changes nothing."""
     expected = model.state_dict(keep_vars=True)
     existing = dict(model.named_modules(remove_duplicate=False))
     for name, new in modules.items():
@@ -181,7 +180,7 @@ def mismatches(
             yield f"it has no buffer {name} outside its state dict"
         del stored[name]
     for name, buffer in model.named_buffers(remove_duplicate=False):
-        # Not in the state dict, so nothing will give it a value.
+        # It is not in the state dict, so nothing will give it a value.
         if buffer.is_meta and name not in kept and name not in manifest.non_persistent:
             yield f"its buffer {name} has no data (meta device)"
     for name, entry in stored.items():
@@ -205,7 +204,7 @@ def _sizes(module: nn.Module) -> tuple[int, int]:
 
 
 def _same_kind(want: Tensor, dtype: str, *, exact: bool) -> bool:
-    """The checkpoint decides between float types, except inside a quantized layer."""
+    """Whether the types match. Outside quantized layers, the checkpoint decides between float types."""
     stored = getattr(torch, dtype, None)
     if not isinstance(stored, torch.dtype):
         return False
@@ -215,7 +214,7 @@ def _same_kind(want: Tensor, dtype: str, *, exact: bool) -> bool:
 
 
 def install(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
-    """Puts the replaced modules in."""
+    """Puts the replaced modules into the model."""
     for name, new in modules.items():
         replace_module(model, name, new.train(model.training))
 

@@ -1,4 +1,4 @@
-"""`from_pretrained` of transformers on our checkpoints, and its `save_pretrained` on quantized models."""
+"""Makes `from_pretrained` of transformers load our checkpoints and `save_pretrained` refuse quantized models."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ _done = False
 
 
 def register_transformers() -> None:
-    """Lets `AutoModelForCausalLM.from_pretrained(folder)` load what `save_quantized` wrote, for this process.
+    """Lets `AutoModelForCausalLM.from_pretrained(folder)` load what `save_quantized` wrote, in this process.
 
-    The result is that of `load_quantized`, bit for bit: the checkpoint decides the types (`dtype` is not used) and,
-    unless the caller does, how attention runs. Without this call transformers finds no weights in such a folder and
-    says so. A second call does nothing.
+    The result is that of `load_quantized`, bit for bit. The checkpoint decides the types (`dtype` is not used). It also
+    decides how attention runs, unless the caller does. Without this call, transformers reports that it finds no
+    weights in such a folder. A second call does nothing.
 
     Raises:
-        SmoothQuantError: the installed transformers has no such hook. Later, from `from_pretrained`: what
-            `load_quantized` raises, or the model shall go to several devices.
+        SmoothQuantError: the installed transformers has no such hook. Later, `from_pretrained` raises what
+            `load_quantized` raises. It also raises if the model would go to several devices.
 
     Equivalent to:
         AutoModelForCausalLM.from_pretrained = load_quantized, for folders whose config.json names our method
@@ -51,10 +51,10 @@ def register_transformers() -> None:
 
 
 def save_refusals(model: nn.Module) -> list[tuple[nn.Module, Any]]:
-    """Each module whose `save_pretrained` would write quantized layers, and the `hf_quantizer` that makes it refuse.
+    """Each module whose `save_pretrained` would write quantized layers, with an `hf_quantizer` that makes it refuse.
 
-    transformers and diffusers ask for that attribute. Any other saver writes the state dict, which no float model
-    loads (`W8A8Linear`). Nothing without transformers, which defines what it is.
+    transformers and diffusers check that attribute. Any other saver writes the state dict, which no float model
+    loads (`W8A8Linear`). The list is empty if transformers, which defines the attribute's class, is not imported.
     """
     if "transformers" not in sys.modules:
         return []

@@ -1,1 +1,1 @@
-"""Files: safetensors, folders that appear whole, digests, JSON."""
+"""Files: safetensors, folders that appear whole or not at all, digests, JSON."""

@@ -13,20 +13,20 @@ from torch import Tensor
 
 
 class FileEntry(TypedDict):
-    """A file of the folder."""
+    """The manifest's entry for a file."""
 
     size: int
     sha256: str
 
 
 def digest(body: dict[str, Any]) -> str:
-    """SHA-256 of the canonical JSON: sorted keys, no spaces, ASCII."""
+    """Returns the SHA-256 of the canonical JSON, which has sorted keys, no spaces and only ASCII."""
     text = json.dumps(body, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode("ascii")).hexdigest()
 
 
 def tensors_digest(labeled: Iterable[tuple[str, Tensor]], start: str = "") -> str:
-    """SHA-256 of a text and of tensors, each after its label."""
+    """Returns the SHA-256 of `start`, followed by each label and its tensor's bytes."""
     sha256 = hashlib.sha256(start.encode())
     for label, tensor in labeled:
         sha256.update(label.encode())
@@ -35,12 +35,12 @@ def tensors_digest(labeled: Iterable[tuple[str, Tensor]], start: str = "") -> st
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The elements, row by row; a copy unless the tensor has them so on the CPU."""
+    """Returns the bytes of the elements, row by row. Copies them unless the tensor is contiguous on the CPU."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def write_pieces(path: Path, pieces: Iterable[bytes | memoryview]) -> FileEntry:
-    """Writes a file piece by piece; its size and digest."""
+    """Writes a file piece by piece and returns its size and digest."""
     sha256 = hashlib.sha256()
     with path.open("wb") as file:
         for piece in pieces:
@@ -50,7 +50,7 @@ def write_pieces(path: Path, pieces: Iterable[bytes | memoryview]) -> FileEntry:
 
 
 def file_entry(path: Path) -> FileEntry:
-    """Size and digest of a file."""
+    """Returns the size and digest of a file."""
     sha256 = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):

@@ -1,4 +1,4 @@
-"""JSON documents: what commands and reports return, written so that every parser reads it."""
+"""JSON documents: the results of commands and reports, in a form that every parser reads."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ Document = dict[str, Any]
 
 
 def note(text: str) -> None:
-    """Says on stderr what is going on."""
+    """Prints a progress note to stderr."""
     print(text, file=sys.stderr, flush=True)
 
 
 def json_text(document: Mapping[str, Any]) -> str:
-    """JSON that every parser reads: NaN and infinities, which JSON lacks, become null."""
+    """Returns JSON that every parser reads. NaN and infinities, which JSON lacks, become null."""
     return json.dumps(_plain(document), indent=2, allow_nan=False, default=str)
 
 
@@ -32,7 +32,7 @@ def _plain(value: Any) -> Any:
 
 
 def readable_size(size: float) -> str:
-    """A size for people."""
+    """Returns a number of bytes as text with a unit, for example "1.5 GB"."""
     for unit, bytes_ in (("GB", 1e9), ("MB", 1e6)):
         if size >= bytes_:
             return f"{size / bytes_:,.1f} {unit}"

@@ -1,4 +1,4 @@
-"""Files and folders that are there whole or not at all, and whether a folder may be written."""
+"""Files and folders that appear whole or not at all, and checks whether a folder may be written."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from smoothquant_kernels.errors import SmoothQuantError
 
 @contextmanager
 def new_folder(target: Path, *, marker: str, overwrite: bool) -> Iterator[Path]:
-    """A temporary folder beside `target` that takes its name when the block ends well, and vanishes when it does not.
+    """Yields a temporary folder beside `target`, which takes its name on success and is deleted on failure.
 
     Args:
-        target: where the folder shall be; parents are made. An empty folder there is replaced.
-        marker: the file by which a folder is known as one that may be overwritten.
-        overwrite: replace an existing folder; it is lost only after the new one is complete.
+        target: the final path. Missing parents are created. An empty folder there is replaced.
+        marker: the file that identifies a folder as one that may be overwritten.
+        overwrite: replace an existing folder, which is lost only after the new one is complete.
 
     Raises:
         SmoothQuantError: `target` exists and may not be replaced, or the disk refuses (it is full, read-only, ...).
     """
-    target = target.expanduser().resolve()  # a link stays, what it points to is replaced
+    target = target.expanduser().resolve()  # keeps a link and replaces its target
     try:
         check_folder(target, marker, overwrite=overwrite)
         with replace_folder(target, overwrite=overwrite) as folder:
@@ -47,25 +47,25 @@ def new_folder(target: Path, *, marker: str, overwrite: bool) -> Iterator[Path]:
 
 @contextmanager
 def replace_folder(target: Path, *, overwrite: bool) -> Iterator[Path]:
-    """A temporary folder as that of `new_folder`; nothing is checked, and the system's errors stay what they are."""
+    """Yields a temporary folder like `new_folder`, but checks nothing and does not convert the system's errors."""
     folder = _beside(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         folder.mkdir()
         yield folder
         put(folder, target, overwrite)
-    finally:  # whatever happened, Ctrl-C included; after success there is nothing left of that name
+    finally:  # Ctrl-C included; after success, nothing has this name anymore
         shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
 def replace_file(target: Path, part: Path | None = None, *, sync: bool = False) -> Iterator[Path]:
-    """A temporary file that takes the name of `target` when the block ends well, and vanishes when it does not.
+    """Yields a temporary file, which takes the name of `target` on success and is deleted on failure.
 
     Args:
-        target: where the file shall be; one that is there is lost only after the new one is complete.
-        part: the temporary file. By default it is beside `target`, and no other process uses its name.
-        sync: the content is on the disk before the name appears.
+        target: the final path. An existing file is lost only after the new one is complete.
+        part: the temporary file. The default is beside `target`, under a name that no other process uses.
+        sync: write the content to the disk before the name appears.
     """
     part = part or _beside(target)
     try:
@@ -74,7 +74,7 @@ def replace_file(target: Path, part: Path | None = None, *, sync: bool = False) 
             _sync(str(part))
         os.replace(part, target)
     finally:
-        with contextlib.suppress(OSError):  # the name itself may be what the disk refused
+        with contextlib.suppress(OSError):  # the disk may have refused the name itself
             part.unlink(missing_ok=True)
 
 
@@ -83,7 +83,7 @@ def _beside(target: Path) -> Path:
 
 
 def occupant(target: Path, marker: str) -> Literal["file", "own", "other"] | None:
-    """What is where a folder shall be written: an own folder has the marker; an empty folder counts as nothing."""
+    """What exists at the path of a new folder. An "own" folder has the marker. An empty folder counts as nothing."""
     if target.exists() and not target.is_dir():
         return "file"
     if not target.exists() or not any(target.iterdir()):
@@ -92,7 +92,7 @@ def occupant(target: Path, marker: str) -> Literal["file", "own", "other"] | Non
 
 
 def check_folder(target: Path, marker: str, *, overwrite: bool) -> None:
-    """Raises SmoothQuantError if `target` exists and may not be replaced; the arguments are those of `new_folder`."""
+    """Raises SmoothQuantError if `target` exists and may not be replaced. Takes the arguments of `new_folder`."""
     found = occupant(target, marker)
     if found == "file":
         raise SmoothQuantError(f"{target} is a file: give the name of a folder.")
@@ -107,10 +107,10 @@ def check_folder(target: Path, marker: str, *, overwrite: bool) -> None:
 
 
 def check_writable(target: Path) -> None:
-    """Raises SmoothQuantError if no folder can be made at `target`; nothing is left there."""
+    """Raises SmoothQuantError if no folder can be made at `target`. Leaves nothing there."""
     parent = existing_parent(target)
     try:
-        # Asking for permissions is not enough: a read-only file system grants them to root.
+        # Checking permissions is not enough, because a read-only file system grants them to root.
         with tempfile.TemporaryDirectory(dir=parent):
             pass
     except OSError as error:
@@ -128,7 +128,7 @@ def existing_parent(target: Path) -> Path:
 
 
 def seal(folder: Path) -> None:
-    """Usual permissions for all files, and everything on the disk before the name appears."""
+    """Gives all files the usual permissions and syncs everything to the disk before the final name appears."""
     for root, _, names in os.walk(folder, topdown=False):
         mode = stat.S_IMODE(os.stat(root).st_mode) & 0o666  # what the umask leaves
         for name in names:
@@ -143,7 +143,7 @@ def put(folder: Path, target: Path, overwrite: bool) -> None:
     try:
         if overwrite and target.exists():
             os.replace(target, old)
-        os.replace(folder, target)  # fails where another process has put a folder meanwhile
+        os.replace(folder, target)  # fails if another process has made a folder there
         _sync(str(target.parent))
     except BaseException:
         if old.exists() and not target.exists():

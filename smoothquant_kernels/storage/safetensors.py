@@ -1,4 +1,4 @@
-"""Safetensors files whose tensors can be used where they are mapped."""
+"""Safetensors files whose tensors can be used in place when the file is mapped."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch import Tensor
 from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.storage.digests import FileEntry, tensor_bytes, write_pieces
 
-# torch's allocator aligns to 64 bytes. A float GEMM may add in another order for other alignments,
-# so that a reloaded model would not be bit-identical; and vector loads are faster.
+# torch's allocator aligns to 64 bytes. With another alignment, a float GEMM may add in another order, and a reloaded
+# model would not be bit-identical. Aligned vector loads are also faster.
 ALIGNMENT = 64
 _PIECE = 8 << 20  # bytes copied at a time
 
@@ -36,7 +36,7 @@ NAMES = {
 
 
 class TensorEntry(TypedDict):
-    """A tensor: its safetensors file, `torch.dtype` without the prefix, shape."""
+    """A tensor's safetensors file, its `torch.dtype` without the prefix, and its shape."""
 
     file: str
     dtype: str
@@ -44,10 +44,10 @@ class TensorEntry(TypedDict):
 
 
 def check_storable(name: str, value: object) -> Tensor:
-    """The tensor, if the format has it.
+    """Returns the tensor if the format can store it.
 
     Raises:
-        SmoothQuantError: it is not a tensor, is sparse, has no data (meta device), or is of a type without a name.
+        SmoothQuantError: it is not a tensor, is sparse, has no data (meta device), or has a type that `NAMES` lacks.
     """
     if not isinstance(value, Tensor):
         raise SmoothQuantError(
@@ -63,17 +63,17 @@ def check_storable(name: str, value: object) -> Tensor:
 
 
 def size_of(tensor: Tensor) -> int:
-    """Bytes in the file."""
+    """The bytes that a tensor takes in the file."""
     return tensor.numel() * tensor.element_size()
 
 
 def write_safetensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> FileEntry:
-    """Writes one file and returns its size and digest; at most one tensor is copied at a time.
+    """Writes one file and returns its size and digest. Copies at most one tensor at a time.
 
-    `safetensors.torch.save_file` aligns the data to 8 bytes. Here it starts at a multiple of 64 and tensors whose
-    size is a multiple of 64 come first, so that all of these are aligned when the file is mapped.
+    `safetensors.torch.save_file` aligns the data to 8 bytes. Here the data starts at a multiple of 64, and tensors
+    whose size is a multiple of 64 come first, so that all of these are aligned when the file is mapped.
 
     Equivalent to:
         safetensors.torch.save_file(tensors, path, {"format": "pt"})
@@ -100,7 +100,7 @@ def _parts(
 
 
 def join_safetensors(path: Path, parts: Iterable[Path]) -> FileEntry:
-    """Writes the tensors of several files into one, a piece at a time; they are in the order of `write_safetensors`."""
+    """Writes the tensors of several files into one, a piece at a time, in the order of `write_safetensors`."""
     found = [
         (p, begin, *item) for p in parts for e, begin in [read_header(p)] for item in e.items()
     ]
@@ -137,14 +137,14 @@ def _header_bytes(header: Mapping[str, object]) -> bytes:
 
 
 def aligned(tensor: Tensor) -> Tensor:
-    """The tensor, copied if a mapping has put it where the allocator would not."""
+    """Returns the tensor, or a copy if it is not aligned, as a mapped one may be."""
     return tensor.clone() if tensor.data_ptr() % ALIGNMENT else tensor
 
 
 def align_tensors(model: torch.nn.Module) -> None:
-    """Copies what a mapped file has put where the allocator would not, so that a reloaded model adds in the same order.
+    """Copies the CPU tensors that are not aligned, so that a reloaded model adds in the same order.
 
-    transformers maps the files of a checkpoint, and a float product of few tokens depends on where its weight begins.
+    transformers maps the files of a checkpoint. A float product of few tokens depends on the address of its weight.
     """
     for tensor in (*model.parameters(), *model.buffers()):
         plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device.type == "cpu"
@@ -153,7 +153,7 @@ def align_tensors(model: torch.nn.Module) -> None:
 
 
 def unique(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors, each once, and the other names of those that have several."""
+    """Returns each tensor once, and the other names of tensors that have several (other name -> first name)."""
     tensors: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
     first: dict[tuple[object, ...], str] = {}
@@ -168,7 +168,7 @@ def unique(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]
 
 
 def assign_files(tensors: Mapping[str, Tensor], limit: int) -> dict[str, str]:
-    """The file of each tensor, in order, as many in a file as fit."""
+    """Assigns the tensors to files, in order, as many to a file as fit in `limit` bytes."""
     numbers: dict[str, int] = {}
     number = used = 0
     for name, tensor in tensors.items():
@@ -180,20 +180,20 @@ def assign_files(tensors: Mapping[str, Tensor], limit: int) -> dict[str, str]:
 
 
 def shard_name(number: int, count: int) -> str:
-    """Of a checkpoint's weight file, counted from 0."""
-    # Not model.safetensors: loaders that look for that name would take the rest for a float model.
+    """The name of a checkpoint's weight file, counted from 0."""
+    # Not model.safetensors, because loaders that look for that name would take the rest for a float model.
     if count == 1:
         return "smoothquant.safetensors"
     return f"smoothquant-{number + 1:05}-of-{count:05}.safetensors"
 
 
 def read_header(file: Path) -> tuple[dict[str, dict[str, Any]], int]:
-    """The entries of a safetensors file's tensors, and the byte where the data begin.
+    """Returns the entries of a safetensors file's tensors, and the byte where the data begin.
 
-    The format is eight bytes of length, JSON, data.
+    The format is eight bytes with the header's length, the header in JSON, and the data.
 
     Raises:
-        SmoothQuantError: it is not such a file, or it is cut short.
+        SmoothQuantError: the file is not a safetensors file, or it is truncated.
     """
     try:
         with file.open("rb") as data:
@@ -214,7 +214,7 @@ def read_header(file: Path) -> tuple[dict[str, dict[str, Any]], int]:
 
 
 def check_headers(folder: Path) -> None:
-    """Whether each safetensors file of a folder is whole; raises SmoothQuantError that names the one that is not."""
+    """Raises SmoothQuantError, which names the file, unless every safetensors file of a folder is whole."""
     for file in sorted(folder.glob("*.safetensors")) if folder.is_dir() else ():
         read_header(file)
 
@@ -226,7 +226,7 @@ def dtype_name(tensor: Tensor) -> str:
 def tensor_entries(
     tensors: Mapping[str, Tensor], files: Mapping[str, str] | None = None
 ) -> dict[str, TensorEntry]:
-    """The manifest's entries of tensors; without `files` (name -> file) the files are not known yet."""
+    """Returns the manifest's entries of tensors. Without `files` (name -> file), the file names stay empty."""
     return {
         name: {
             "file": "" if files is None else files[name],
@@ -238,7 +238,7 @@ def tensor_entries(
 
 
 def read(folder: Path, entries: Mapping[str, TensorEntry]) -> dict[str, Tensor]:
-    """The tensors, mapped, each as the manifest describes it."""
+    """Maps the tensors and checks that each is as the manifest describes it."""
     tensors: dict[str, Tensor] = {}
     for file in sorted({entry["file"] for entry in entries.values()}):
         names = {name for name, entry in entries.items() if entry["file"] == file}

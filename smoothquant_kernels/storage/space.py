@@ -1,4 +1,4 @@
-"""Whether a disk has room, asked before the work."""
+"""Checks that a disk has enough room before the work starts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from smoothquant_kernels.storage.folder import existing_parent
 
 
 def check_space(target: Path, need: int) -> None:
-    """Raises SmoothQuantError unless the disk of a folder to be has that many bytes free."""
+    """Raises SmoothQuantError unless the disk that will hold `target` has `need` bytes free."""
     parent = existing_parent(target)
     free = shutil.disk_usage(parent).free
     if free < need:

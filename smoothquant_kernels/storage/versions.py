@@ -8,7 +8,7 @@ PACKAGE = "smoothquant-kernels"
 
 
 def installed_version(package: str) -> str | None:
-    """The version of a package; None if it is not installed, as this one in a plain source tree."""
+    """The version of a package, or None if it is not installed, as this package in a plain source tree."""
     try:
         return version(package)
     except PackageNotFoundError:

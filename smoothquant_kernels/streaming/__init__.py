@@ -1,1 +1,1 @@
-"""Quantizing a checkpoint that is larger than memory."""
+"""Quantizes a checkpoint that is larger than memory."""

@@ -1,4 +1,4 @@
-"""A model whose repeated blocks are run one at a time: found, proved to be a chain, and taken out of the model."""
+"""Runs the repeated blocks of a model one at a time: finds them, proves that they form a chain, takes them out."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from smoothquant_kernels.streaming.source import IN_MEMORY
 
 
 def find_blocks(model: nn.Module) -> str:
-    """The name of the ModuleList whose members hold most parameters of linears; the outer one of two alike.
+    """Returns the name of the ModuleList with the most parameters of linears, the outer one if two are alike.
 
     Raises:
-        SmoothQuantError: there is none.
+        SmoothQuantError: the model has no such list.
     """
     best, most = "", 0
     for name, module in model.named_modules():
@@ -44,15 +44,15 @@ def find_blocks(model: nn.Module) -> str:
 
 
 class _Finished(Exception):
-    """The block that was wanted has run; nothing behind it is needed."""
+    """The requested block has run, so nothing after it is needed."""
 
 
 class _Slot(nn.Module):
-    """Stands where a block was; a block's attributes (its kind of attention, ...) are still there."""
+    """A placeholder for a block. It keeps the block's attributes (its kind of attention, ...)."""
 
     def __init__(self, chain: BlockChain, index: int, block: nn.Module) -> None:
         super().__init__()
-        self._call = (chain, index, block)  # in a tuple, so that they are not its submodules
+        self._call = (chain, index, block)  # in a tuple, so that they do not become submodules
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         chain, index, _ = self._call
@@ -66,7 +66,7 @@ class _Slot(nn.Module):
 
 
 class _Visit(NamedTuple):
-    """A call of a placeholder: the hidden states that it read and put out, and its other arguments."""
+    """A call of a placeholder: the hidden states that it read and returned, and its other arguments."""
 
     block: int
     read: Tensor
@@ -75,15 +75,15 @@ class _Visit(NamedTuple):
 
 
 class BlockChain:
-    """The blocks of a model, each of which reads the output of the one before, and the model around them ("the rest").
+    """The blocks of a model, each of which reads the output of the previous one, and the rest of the model around them.
 
-    The blocks are replaced by placeholders. They pass on what they get, except the one that has the turn: it calls the
-    block that was given for it. So masks, position embeddings and all else that the model hands to a block are
-    computed by the model itself, each time that they are needed.
+    Placeholders replace the blocks. Each returns its input, except the one whose turn it is. That one calls the block
+    that was given for it. So the model itself computes the masks, the position embeddings and everything else that it
+    passes to a block, each time they are needed.
 
     Attributes:
-        names: of the blocks.
-        empty: the blocks as they came, without weights.
+        names: the names of the blocks.
+        empty: the original blocks, without weights.
         tuples: whether blocks return (hidden, ) instead of hidden.
     """
 
@@ -108,13 +108,13 @@ class BlockChain:
             self._list[i] = block
 
     def copy_of(self, index: int) -> nn.Module:
-        """A block to be filled with weights and changed."""
+        """Returns a copy of a block, to be filled with weights and changed."""
         return copy.deepcopy(self.empty[index])
 
     # --- running ---
 
     def visit(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What a placeholder does."""
+        """The forward pass of a placeholder."""
         hidden = first_argument(args, kwargs)
         if not isinstance(hidden, Tensor):
             raise SmoothQuantError(
@@ -140,7 +140,7 @@ class BlockChain:
             self._visits.append(_Visit(index, read, put_out, others))
 
     def _hidden_of(self, output: Any, index: int) -> Tensor:
-        """The hidden states in a block's output: it, or the first of a tuple, whose others the model must not need."""
+        """Returns a block's output, or the first item of a tuple. The model must not need the other items."""
         first = output[0] if isinstance(output, tuple) and output else output
         if not isinstance(first, Tensor):
             raise SmoothQuantError(
@@ -160,7 +160,7 @@ class BlockChain:
             self._turn = self._result = None
 
     def step(self, index: int, block: nn.Module, batch: Batch, hidden: Tensor | None) -> Tensor:
-        """The block's output [B, T, H] for its input; None takes what the model gives to the first block."""
+        """Returns the block's output [B, T, H] for `hidden`. None means what the model passes to the first block."""
         with self._turn_of(index, block, hidden, stop=True):
             try:
                 run(self.model, batch, logits=False)
@@ -169,7 +169,7 @@ class BlockChain:
         raise SmoothQuantError(f"{self.names[index]} was not called: {IN_MEMORY}.")
 
     def finish(self, batch: Batch, hidden: Tensor, *, logits: bool = True) -> Tensor:
-        """The model's output, given that of the last block."""
+        """Returns the model's output for a given output of the last block."""
         last = len(self.names) - 1
 
         def given(*args: Any, **kwargs: Any) -> Any:
@@ -181,23 +181,25 @@ class BlockChain:
     def output_after(
         self, index: int, block: nn.Module, batch: Batch, hidden: Tensor | None
     ) -> Tensor:
-        """The model's output if it ended behind this block: more telling than the block's own, which a few massive
-        activations can dominate."""
+        """Returns the output that the model would have if it ended after this block.
+
+        It tells more than the block's own output, which a few massive activations can dominate.
+        """
         with self._turn_of(index, block, hidden, stop=False):
             return output_tensor(run(self.model, batch))
 
     # --- proof ---
 
     def prove(self, first: nn.Module, batch: Batch) -> None:
-        """Checks that the blocks are a chain.
+        """Checks that the blocks form a chain.
 
-        Each must be called once, in order, on just what the one before put out, and with other arguments that do not
-        depend on any block's output. `first` is the first block, with its weights.
+        The model must call each block once, in order, on exactly the output of the previous block. The other arguments
+        of a block must not depend on any block's output. `first` is the first block, with its weights.
 
         Raises:
-            SmoothQuantError: it is not so.
+            SmoothQuantError: they do not form a chain.
         """
-        # shows whether blocks return tuples
+        # This step sets `tuples`.
         explained(self.model, batch, lambda: self.step(0, first, batch, None))
         runs = []
         for factor in (1.0, 0.0):
@@ -246,7 +248,7 @@ def _same_arguments(one: list[Any], two: list[Any]) -> bool:
 class BlockView(nn.Module):
     """A block under its full name, so that patterns of layer names and `smoothquant_info` need no translation.
 
-    Its forward gives the output that the model would have if it ended behind the block.
+    Its forward returns the output that the model would have if it ended after the block.
     """
 
     takes_any_length = False  # only the hidden states of the sample are known

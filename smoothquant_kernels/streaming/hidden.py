@@ -1,4 +1,4 @@
-"""A batch and the hidden states in front of a block, carried as one."""
+"""A batch and the hidden states that a block reads, joined into one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ HIDDEN = "hidden_states"
 
 
 def joined(batch: Batch, hidden: Tensor | None) -> Batch:
-    """A batch with the hidden states in front of a block as one more entry, so that padding is cut off both."""
+    """Adds the hidden states that a block reads to a batch as one more entry, so that padding is cut off both."""
     return batch if hidden is None else {**batch, HIDDEN: hidden}
 
 
@@ -21,11 +21,11 @@ def split(batch: Batch) -> tuple[Batch, Tensor | None]:
 
 
 def known(hidden: Tensor | None) -> Tensor:
-    assert hidden is not None  # behind the first block it is
+    assert hidden is not None  # None only before the first block
     return hidden
 
 
 def hidden_size(model: Any) -> int:
-    """Bytes of one token's hidden states, about."""
+    """The approximate bytes of one token's hidden states."""
     size = getattr(model.config.get_text_config(), "hidden_size", 0)
     return (size if isinstance(size, int) else 0) * int(model.dtype.itemsize)

@@ -1,4 +1,4 @@
-"""A local checkpoint read piece by piece: the model without weights, and the weights of one module at a time."""
+"""Reads a local checkpoint piece by piece: the model without weights, and the weights of one module at a time."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _DTYPES = {name: dtype for dtype, name in NAMES.items()}
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a tensor lies: its file, type and shape, first byte and number of bytes."""
+    """The location of a tensor: its file, type, shape, first byte and number of bytes."""
 
     file: Path
     dtype: torch.dtype
@@ -34,7 +34,7 @@ class _Place:
 
 
 def check_folder(folder: Path) -> None:
-    """Raises SmoothQuantError unless it is a folder, of a float model: not a GGUF file, nor a name on the hub."""
+    """Raises SmoothQuantError unless it is the folder of a float model. A GGUF file or a hub name is refused."""
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "is not a local folder"
         raise SmoothQuantError(
@@ -44,14 +44,14 @@ def check_folder(folder: Path) -> None:
     try:
         config = json.loads((folder / "config.json").read_text("utf-8"))
     except (OSError, ValueError):
-        return  # said when the model is made
+        return  # `empty_model` reports this
     check_float_config(config, folder)
 
 
 class WeightSource:
-    """The safetensors files of a folder, of which only what is asked for is read.
+    """The safetensors files of a folder. Reads only the tensors that are asked for.
 
-    The files are not mapped: a mapping counts as memory of the process, and its tensors lie at any address.
+    The files are not mapped, because a mapping counts as memory of the process and does not align its tensors.
 
     Raises:
         SmoothQuantError: the folder has no safetensors weights, or a file is missing or damaged.
@@ -88,12 +88,12 @@ class WeightSource:
         return set(self._places)
 
     def identity(self) -> list[list[Any]]:
-        """By which another call knows that the files are the same, without reading them."""
+        """Names, sizes and times of the files, by which another call recognizes them without reading them."""
         found = [*self.files, self.folder / "config.json"]
         return [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in found]
 
     def read(self, key: str) -> Tensor:
-        """One tensor, in memory of its own."""
+        """Reads one tensor into memory of its own."""
         place = self._places[key]
         data = torch.empty(place.size, dtype=torch.uint8)
         try:
@@ -116,7 +116,7 @@ class WeightSource:
 
 
 def _read_header(file: Path) -> dict[str, _Place]:
-    """Where the tensors of a safetensors file lie."""
+    """Reads the locations of the tensors of a safetensors file."""
     entries, begin = read_header(file)
     places = {}
     try:
@@ -138,10 +138,10 @@ def _read_header(file: Path) -> dict[str, _Place]:
 
 
 def empty_model(folder: Path, dtype: torch.dtype | None) -> Any:
-    """The model of a folder's config.json as `from_pretrained` makes it, its parameters on the meta device.
+    """Builds the model of a folder's config.json as `from_pretrained` does, with parameters on the meta device.
 
     Raises:
-        SmoothQuantError: there is no usable config.json, the model is quantized already, is an encoder-decoder, or
+        SmoothQuantError: there is no usable config.json, or the model is already quantized, is an encoder-decoder, or
             keeps weights in another type than `dtype`.
     """
     from accelerate import init_empty_weights
@@ -154,7 +154,7 @@ def empty_model(folder: Path, dtype: torch.dtype | None) -> Any:
         )
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # each configuration class raises what it likes
+    except Exception as error:  # a configuration class may raise anything
         raise SmoothQuantError(f"{folder}/config.json cannot be read ({error}).") from error
     check_float_config(config, folder)
     names = getattr(config, "architectures", None) or ["(none)"]
@@ -164,10 +164,10 @@ def empty_model(folder: Path, dtype: torch.dtype | None) -> Any:
         )
     cls = skeletons.find_class(names[0])
     dtype = dtype or _stored_dtype(config)
-    # no_grad: no graph of the moves to meta
+    # no_grad keeps autograd from recording the moves to meta.
     with torch.no_grad(), init_empty_weights(include_buffers=False):
         model = cls._from_config(config, dtype=dtype)
-    model.tie_weights()  # each registration above has made a parameter of its own
+    model.tie_weights()  # each registration above has made a separate parameter
     plan: Mapping[str, Any] = getattr(model, "_get_dtype_plan", lambda _: {})(dtype)
     if kept := next((p for p in plan if any(p in n for n, _ in model.named_parameters())), None):
         raise SmoothQuantError(
@@ -188,10 +188,11 @@ def _stored_dtype(config: Any) -> torch.dtype:
 
 
 def match_names(model: Any, source: WeightSource) -> dict[str, str]:
-    """State-dict name -> key in the files, of every tensor; tied names have the key that is there.
+    """Returns state-dict name -> key in the files for every tensor. Tied names share the key that the files have.
 
     Raises:
-        SmoothQuantError: a weight is missing, or lies there under another name, shape or in several parts.
+        SmoothQuantError: a weight is missing, is stored under another name, in another shape or in several parts, or
+            tied weights are stored with different values.
     """
     keys = _model_names(model, source.keys())
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
@@ -216,7 +217,7 @@ def match_names(model: Any, source: WeightSource) -> dict[str, str]:
                 f"{key} has shape {list(source.shape(key))} in {source.folder} and {list(tensor.shape)} in the model: "
                 f"{IN_MEMORY}."
             )
-    for name, tensor in state.items():  # tied by the configuration, but stored twice and different
+    for name, tensor in state.items():  # tied weights may be stored twice with different values
         other = by_tensor[id(tensor)]
         if names[name] != other and not torch.equal(source.read(names[name]), source.read(other)):
             raise SmoothQuantError(
@@ -227,9 +228,10 @@ def match_names(model: Any, source: WeightSource) -> dict[str, str]:
 
 
 def _model_names(model: Any, keys: Iterable[str]) -> dict[str, str]:
-    """Name in the model -> key in the files: most are the same; transformers renames some (GPT-NeoX's `embed_out`).
+    """Returns name in the model -> key in the files.
 
-    Those that it makes from several tensors (merged experts) are left out.
+    Most are the same, but transformers renames some (GPT-NeoX's `embed_out`). Tensors that it makes from several
+    (merged experts) are left out.
     """
     keys = sorted(keys)
     names = {key: key for key in keys}
@@ -257,7 +259,7 @@ def _model_names(model: Any, keys: Iterable[str]) -> dict[str, str]:
 
 
 def fill(module: nn.Module, prefix: str, names: Mapping[str, str], source: WeightSource) -> None:
-    """Gives a module its parameters and persistent buffers; `prefix`: its name in the model, with a dot at its end."""
+    """Reads a module's parameters and persistent buffers. `prefix` is its name in the model, with a dot at the end."""
     done: dict[int, nn.Parameter] = {}
     for name, tensor in list(module.state_dict(keep_vars=True).items()):
         if not tensor.is_meta and isinstance(tensor, nn.Parameter):
@@ -274,7 +276,7 @@ def fill(module: nn.Module, prefix: str, names: Mapping[str, str], source: Weigh
 
 
 def owned_outside(model: nn.Module, blocks: Iterable[nn.Module]) -> list[str]:
-    """Names of parameters of the model that are parameters of a block too (tied across blocks)."""
+    """Returns the names of a parameter that a block shares with another block or with the rest; empty if none."""
     seen: dict[int, int] = {}
     for i, block in enumerate(blocks):
         for parameter in block.parameters():

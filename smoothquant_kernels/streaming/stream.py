@@ -1,4 +1,4 @@
-"""Quantizing a checkpoint that is larger than memory: one block's weights at a time."""
+"""Quantizes a checkpoint that is larger than memory, with one block's weights in memory at a time."""
 
 from __future__ import annotations
 
@@ -88,12 +88,12 @@ def quantize_streamed(
     progress: bool = True,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> Path:
-    """Calibrates, smooths, quantizes and saves a model of which one block at a time is in memory.
+    """Calibrates, smooths, quantizes and saves a model with one block in memory at a time.
 
     Memory: about two blocks, the weights outside the blocks (embeddings, head), and the hidden states of all
     calibration tokens (tokens x hidden size). The folder that `load_quantized` reads appears when all is done. Until
-    then the work is in `.<name>.partial` beside it and survives an error or a killed process: the same call goes on
-    behind the last finished block.
+    then, the work is in `.<name>.partial` beside it and survives an error or a killed process. The same call then
+    resumes after the last finished block.
 
     Args:
         source: a local folder with config.json and safetensors, of a transformers model whose blocks form a chain
@@ -102,20 +102,20 @@ def quantize_streamed(
         data: token-id tensors [T] or [B, T], dicts of tensors, or strings (with `tokenizer`).
         config: `SmoothQuantConfig()` by default.
         tokenizer: turns strings into token ids; its files are written too.
-        dtype: of the float model; None is that of config.json.
-        device: where the block that has the turn is computed; None is the CPU.
+        dtype: the type of the float model; None is that of config.json.
+        device: where the current block is computed; None is the CPU.
         overwrite: replace an existing checkpoint, which is lost only after the new one is complete.
-        resume: go on with what an interrupted call left. If that call was another (source, data, settings), it is
-            an error; False drops what is left and starts anew.
+        resume: continue the work of an interrupted call. If that call had another source, data or settings, this is
+            an error. False drops that work and starts over.
         progress: show a progress bar.
-        max_shard_bytes: as in `save_quantized`; a block is never split.
+        max_shard_bytes: as in `save_quantized`, but a block is never split.
 
     Returns:
         The folder.
 
     Raises:
-        SmoothQuantError: the source is not such a folder or such a model, what `smooth_lm` and `quantize_model`
-            raise, the folder exists, unfinished work there belongs to another call, or the disk refuses.
+        SmoothQuantError: the source is not such a folder or model, `smooth_lm` or `quantize_model` raises, the folder
+            exists, unfinished work there belongs to another call, or the disk refuses.
 
     Equivalent to:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
@@ -136,7 +136,7 @@ def quantize_streamed(
         ActivationStatistics().check_not_empty()
     warn_if_short(sum(map(count_tokens, batches)), config.calibration_tokens)
     hidden = sum(b["input_ids"].numel() for b in batches if "input_ids" in b) * hidden_size(model)
-    # Twice the hidden states, before and after a block; and while weight files are joined, the largest of them.
+    # Twice the hidden states, before and after a block, and the largest weight file while files are joined.
     whole = checkpoint_bytes(model, ModelView(model, config.skip).linears, config)
     done = partial_folder(target)
     there = sum(f.stat().st_size for f in done.rglob("*") if f.is_file())
@@ -166,7 +166,7 @@ def quantize_streamed(
 
 
 class _Stream:
-    """One call: the chain of blocks, the hidden states in front of the next one, and the records of those done."""
+    """One call: the chain of blocks, the hidden states that the next one reads, and the records of finished blocks."""
 
     def __init__(
         self,
@@ -183,16 +183,16 @@ class _Stream:
         self.config, self.work, self.device = config, work, device
         self.names = match_names(model, weights)
         self.order = [name for name, _ in model.named_modules()]
-        # Refuses early if nothing is to be quantized; what each layer computes is tried when it has its weights.
+        # Raises early if there is nothing to quantize. What a layer computes is tested once it has its weights.
         self.skipped_at_first = ModelView(model, config.skip).skipped
         self.chain = BlockChain(model)
         if tied := owned_outside(model, self.chain.empty):
             raise SmoothQuantError(f"{tied[0]} is shared between blocks: {IN_MEMORY}.")
-        fill(model, "", self.names, weights)  # the blocks are out of it: this is the rest
+        fill(model, "", self.names, weights)  # the rest, without the blocks
         model.to(device)
         self.sample = batches[0]  # until the first block can be run
         self.records = work.records()
-        # In front of the next block: of all batches, and of the sample in the original and in the smoothed model.
+        # What the next block reads: for all batches, and for the sample in the original and in the smoothed model.
         self.hidden: list[Tensor | None] = [None] * len(batches)
         self.original: Tensor | None = None
         self.smoothed: Tensor | None = None
@@ -200,7 +200,7 @@ class _Stream:
     # --- blocks ---
 
     def run(self, *, progress: bool) -> None:
-        """All blocks that are not done yet."""
+        """Runs all blocks that are not finished yet."""
         done = len(self.records)
         if done:
             states = self.work.hidden(done)
@@ -260,7 +260,7 @@ class _Stream:
         self.records.append(record)
 
     def _linears(self, part: nn.Module, index: int) -> tuple[dict[str, nn.Module], dict[str, str]]:
-        """The linears of a block to quantize, and those that stay; there may be none to quantize."""
+        """Returns the linears of a block to quantize (possibly none), and those that stay in float with the reasons."""
         view = ModelView(part, self.config.skip)
         try:
             return dict(view.linears), dict(view.skipped)
@@ -271,7 +271,7 @@ class _Stream:
     def _measure(
         self, index: int, block: nn.Module, view: nn.Module, linears: Mapping[str, nn.Module]
     ) -> tuple[Tensor, Tensor]:
-        """Calibrates and smooths the block; the sample behind it, in the original and in the smoothed model."""
+        """Calibrates and smooths the block. Returns the sample's hidden states after it, original and smoothed."""
         statistics = self._statistics(linears)
 
         def step(batch: Batch) -> Tensor:
@@ -291,7 +291,7 @@ class _Stream:
         return original, self.chain.step(index, block, self.sample, self.smoothed).cpu()
 
     def _config_of(self, part: nn.Module) -> SmoothQuantConfig:
-        """The configuration without patterns for other parts of the model: all were checked on the whole one."""
+        """The configuration without patterns for other parts. All patterns were checked on the whole model."""
         return patterns_within(self.config, [name for name, _ in part.named_modules()])
 
     def _statistics(self, linears: Mapping[str, nn.Module]) -> ActivationStatistics:
@@ -301,13 +301,13 @@ class _Stream:
     # --- the rest ---
 
     def _do_rest(self) -> tuple[list[LayerRecord], dict[str, str], float]:
-        """Smooths and quantizes linears outside the blocks; their records, what is skipped, and the model's change."""
+        """Smooths and quantizes linears outside the blocks. Returns records, skipped layers and the model's change."""
         model = self.model
         before = self.chain.finish(self.sample, known(self.original))
         view = ModelView(model, self.config.skip)
         try:
             linears, skipped = dict(view.linears), dict(view.skipped)
-        except SmoothQuantError:  # the usual case
+        except SmoothQuantError:  # usually, there is none to quantize
             rest, linears = {name for name, _ in model.named_modules()}, {}
             skipped = {n: r for n, r in self.skipped_at_first.items() if n in rest}
         if linears:
@@ -325,8 +325,8 @@ class _Stream:
             def sample_around(sample: Batch) -> Any:
                 return self.chain.finish(sample, known(self.original))
 
-            # With all blocks left out, what is before them and what is behind them is a small model.
-            # The layers' inputs are those of the whole model all the same.
+            # Without its blocks, the model is a small one made of the parts before and after them.
+            # `run_sample` still gives its layers the inputs that they have in the whole model.
             config = self._config_of(model)
             with Changes() as changes:
                 smooth_into(view, statistics, config, changes, run_sample=sample_around)
@@ -336,7 +336,7 @@ class _Stream:
         return list(ModelRecord.of(model).layers), skipped, change
 
     def finish(self, tokenizer: Any) -> None:
-        """The rest's shard, the configuration and the manifest, as `save_quantized` has them."""
+        """Writes the rest's shard, the weight files, the configuration and the manifest, as `save_quantized` does."""
         model, records = self.model, self.records
         layers, skipped, change = self._do_rest()
         rest, tied = unique(skeletons.layer_state(model))

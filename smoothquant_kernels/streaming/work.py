@@ -1,4 +1,4 @@
-"""What a streamed quantization has done so far, on the disk, so that the same call can go on with it."""
+"""The progress of a streamed quantization, kept on the disk so that the same call can resume."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ _CALL, _LOCK = "call.json", "lock"
 
 
 def digest_of(batches: Iterable[Batch]) -> str:
-    """SHA-256 of the calibration data."""
+    """Returns the SHA-256 of the calibration data."""
     tensors = (item for batch in batches for item in sorted(batch.items()))
     return tensors_digest((f"{name} {t.dtype} {list(t.shape)}\n", t) for name, t in tensors)
 
 
 class WorkFolder:
-    """A folder beside the target: finished shards, what is known of their blocks, and the next block's input.
+    """A folder beside the target with finished shards, the records of their blocks, and the next block's input.
 
-    A block counts as done when its record is there, which is written last; so any file may be missing or half-written
-    at any time.
+    A block counts as finished when its record exists. The record is written last, so any file may be missing or
+    half-written at any time.
 
     Attributes:
         checkpoint: the folder that becomes the target.
@@ -51,19 +51,19 @@ class WorkFolder:
         return self.folder / f"hidden-{index:05}.safetensors"
 
     def part(self, index: int) -> Path:
-        """The weights of a block that is done; one more than there are blocks is for what is outside them."""
+        """The weight file of a finished block. The index after the last block is for the weights outside the blocks."""
         return self.folder / f"block-{index:05}.safetensors"
 
     def join_parts(
         self, sizes: Sequence[int], limit: int
     ) -> tuple[list[str], dict[str, FileEntry]]:
-        """Makes the checkpoint's weight files of the parts, of at most `limit` bytes unless a part is larger.
+        """Joins the parts into the checkpoint's weight files, of at most `limit` bytes unless a part is larger.
 
-        A file takes its name when it is complete, and its parts go then: an interrupted call goes on after it, and the
-        disk holds one file more than the result.
+        A file takes its name when it is complete, and then its parts are deleted. So an interrupted call resumes after
+        it, and the disk never holds more than one file beyond the result.
 
         Returns:
-            The file of each part, and size and digest of each file.
+            The file of each part, and the size and digest of each file.
         """
         groups = _groups(sizes, limit)
         names: list[str] = []
@@ -82,7 +82,7 @@ class WorkFolder:
         return names, entries
 
     def records(self) -> list[dict[str, Any]]:
-        """What `finish_block` noted of the blocks that are done, the first ones without a gap."""
+        """Reads the records of `finish_block`, from the first block up to the first gap."""
         found: list[dict[str, Any]] = []
         while self._record(len(found)).is_file():
             found.append(json.loads(self._record(len(found)).read_text("utf-8")))
@@ -91,7 +91,7 @@ class WorkFolder:
     def finish_block(
         self, index: int, record: Mapping[str, Any], hidden: Mapping[str, Tensor]
     ) -> None:
-        """Notes that a block's shard is written, with the hidden states behind it."""
+        """Records that a block's shard is written, and stores the hidden states after the block."""
         part = self.folder / "hidden.tmp"
         with replace_file(self._hidden(index + 1), part, sync=True):
             write_safetensors(part, hidden)
@@ -99,7 +99,7 @@ class WorkFolder:
         self._hidden(index).unlink(missing_ok=True)
 
     def hidden(self, index: int) -> dict[str, Tensor]:
-        """The hidden states in front of a block."""
+        """Loads the hidden states that a block reads."""
         try:
             return load_file(self._hidden(index))
         except (SafetensorError, OSError) as error:
@@ -109,7 +109,7 @@ class WorkFolder:
 
 
 def _groups(sizes: Sequence[int], limit: int) -> list[list[int]]:
-    """Neighbors together, as many as fit."""
+    """Groups neighbors, as many as fit in `limit`."""
     groups: list[list[int]] = []
     used = 0
     for i, size in enumerate(sizes):
@@ -123,31 +123,30 @@ def _groups(sizes: Sequence[int], limit: int) -> list[list[int]]:
 
 
 def partial_folder(target: Path) -> Path:
-    """Where unfinished work for a target is kept."""
+    """The folder for the unfinished work of a target."""
     return target.with_name(f".{target.name}.partial")
 
 
 @contextmanager
 def work_folder(target: Path, call: Mapping[str, Any], *, resume: bool) -> Iterator[WorkFolder]:
-    """The folder `.<name>.partial` beside the target, new or as an interrupted call left it.
+    """Yields the folder `.<name>.partial` beside the target, new or as an interrupted call left it.
 
-    After an error it stays if a block is done.
+    After an error, the folder stays if a block is finished.
 
     Args:
         call: everything that the result depends on, as JSON values.
-        resume: go on with what is there; False removes it.
+        resume: continue existing work; False removes it.
 
     Raises:
-        SmoothQuantError: what is there belongs to another call, or another process is at work in it.
+        SmoothQuantError: existing work belongs to another call, or another process is using the folder.
     """
     folder = partial_folder(target)
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder / _LOCK, os.O_CREAT | os.O_RDWR)
     try:
         try:
-            fcntl.flock(
-                descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB
-            )  # ends with the process, however it ends
+            # The lock ends with the process, however that ends.
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise SmoothQuantError(
                 f"another process is writing {target} (it works in {folder}): wait for it, or give another name."
@@ -157,7 +156,7 @@ def work_folder(target: Path, call: Mapping[str, Any], *, resume: bool) -> Itera
         try:
             yield work
         except BaseException:
-            if not work.records():  # nothing is lost
+            if not work.records():  # no finished block is lost
                 remove(folder)
             raise
     finally:
