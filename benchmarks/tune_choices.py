@@ -64,7 +64,7 @@ def wrong_tiles(results: Sequence[Result]) -> set[int]:
 
 
 def cache(data: dict[str, Any], with_candidates: bool = False) -> dict[str, Any]:
-    """What SQK_TUNE_CACHE reads (smoothquant_kernels/_tune.py): of one GPU, the best choice for each problem.
+    """What SQK_TUNE_CACHE reads (`tuned_tiles.py` of the package): of one GPU, the best choice for each problem.
 
     Where the dispatch is as good, give or take the noise, its own choice is kept.
     """

@@ -1,5 +1,5 @@
 // Binding of csrc/quantize/saturate.cu. The schema, fake and CPU kernels are in
-// smoothquant_kernels/_extension.py.
+// smoothquant_kernels/ops/ and backends/.
 #include "sqk/saturate.h"
 
 #include "check.h"

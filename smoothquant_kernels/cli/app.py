@@ -48,6 +48,14 @@ class Program(typer.core.TyperGroup):
         names: Any = _COMMANDS  # typer lists these and suggests similar names
         self.commands = names
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if (
+            not args
+        ):  # help that was not asked for is an error, but its text goes to stdout all the same
+            typer.echo(ctx.get_help())
+            ctx.exit(2)
+        return super().parse_args(ctx, args)
+
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if cmd_name not in _COMMANDS:
             return None
@@ -73,7 +81,6 @@ app = typer.Typer(
     cls=Program,
     name="smoothquant-kernels",
     help="SmoothQuant W8A8 INT8 for Hugging Face models: quantize, evaluate, report, generate.",
-    no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,  # importing rich takes as long as the rest of the help
     # A defect shows Python's own traceback, because a bug report needs plain text.

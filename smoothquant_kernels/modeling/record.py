@@ -114,7 +114,7 @@ class LayerRecord:
     def from_dict(cls, values: Mapping[str, Any]) -> LayerRecord:
         """The layer that `to_dict` described."""
         known = _arguments(cls, values)
-        return cls(**known | {"group": tuple(known.get("group", ()))})
+        return cls(**known | {"group": tuple(known.get("group") or ())})
 
     def to_dict(self) -> dict[str, Any]:
         """Returns JSON values."""
@@ -151,7 +151,8 @@ class Verification:
     """How much smoothing changed the float model's output: the largest change divided by the largest value."""
 
     relative_change: float
-    bit_exact: bool
+    bit_exact: bool = False
+    more: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, change: float) -> Verification:
@@ -159,7 +160,7 @@ class Verification:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns JSON values."""
-        return asdict(self)
+        return {"relative_change": self.relative_change, "bit_exact": self.bit_exact, **self.more}
 
 
 @dataclass(frozen=True)
@@ -196,8 +197,7 @@ class ModelRecord:
             "skipped": tuple(
                 SkippedLayer(entry["name"], entry["reason"]) for entry in known.get("skipped", ())
             ),
-            "verification": check
-            and Verification(check["relative_change"], check.get("bit_exact", False)),
+            "verification": check and Verification(**_arguments(Verification, check)),
         }
         return cls(**known)
 
@@ -250,7 +250,7 @@ def layers_within(model: nn.Module) -> list[LayerRecord]:
 
 
 def _arguments(
-    record: type[LayerRecord | ModelRecord], values: Mapping[str, Any]
+    record: type[LayerRecord | ModelRecord | Verification], values: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The values for the fields of a record, with all others under `more`."""
     names = {f.name for f in fields(record)}

@@ -14,7 +14,7 @@ from smoothquant_kernels.ops.quantize import quantize
 from smoothquant_kernels.ops.producers import act_quantize, layer_norm_quantize, rms_norm_quantize
 from smoothquant_kernels.ops.gemm import gemm_s8, gemm_s8_requant
 from smoothquant_kernels.ops.linear import linear_s8
-from smoothquant_kernels.ops.registry import OPS, load_backends
+from smoothquant_kernels.ops import registry
 # isort: on
 
 __all__ = [
@@ -28,4 +28,7 @@ __all__ = [
     "rms_norm_quantize",
 ]
 
-load_backends()
+#: Names of all ops, with the private ones that serve tests and the tuner.
+OPS = tuple(registry.OPS)
+
+registry.load_backends()

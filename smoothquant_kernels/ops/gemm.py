@@ -23,7 +23,7 @@ def _product(
     return result(x_q, (*x_q.shape[:-1], w_q.shape[0]), out_dtype)
 
 
-@op()
+@op(shortcut=True)
 def gemm_s8(
     x_q: Tensor,
     w_q: Tensor,
@@ -80,7 +80,7 @@ def _gemm_s8_tile(
     return _product(x_q, w_q, x_scale, w_scale, bias, residual, out_dtype)
 
 
-@op()
+@op(shortcut=True)
 def gemm_s8_requant(
     x_q: Tensor,
     w_q: Tensor,

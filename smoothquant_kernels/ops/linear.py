@@ -8,7 +8,7 @@ from smoothquant_kernels.ops import checks
 from smoothquant_kernels.ops.registry import op, result
 
 
-@op()
+@op(shortcut=True)
 def linear_s8(
     x: Tensor,
     w_q: Tensor,

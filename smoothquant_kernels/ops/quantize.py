@@ -22,7 +22,7 @@ def quantized(
     return x_q, result(x, (rows,), torch.float32)
 
 
-@op()
+@op(shortcut=True)
 def quantize(
     x: Tensor,
     *,

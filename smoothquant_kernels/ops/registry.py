@@ -59,10 +59,14 @@ def _made(described: Any) -> Any:
     return tuple(map(_made, described))
 
 
-def op(*, optional_result: str | None = None) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def op(
+    *, shortcut: bool = False, optional_result: str | None = None
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Makes a torch op of a function that checks its arguments and describes its results.
 
     Args:
+        shortcut: whether plain CPU tensors go to the CPU kernel without the dispatcher (`eager_cpu`). The dispatcher
+            costs some microseconds, but the profiler and vmap see only the calls that pass through it.
         optional_result: a keyword argument without which the last of three results is left out. The torch op itself
             returns an empty tensor there, because a schema has a fixed number of results.
 
@@ -108,11 +112,12 @@ def op(*, optional_result: str | None = None) -> Callable[[Callable[P, R]], Call
         @functools.wraps(describe)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
             x: Any = args[0] if args else kwargs.get(first)
+            if x is None:
+                describe(*args, **kwargs)  # raises Python's own error for a missing argument
             if dtype_name is not None and dtype_name not in kwargs:
                 kwargs[dtype_name] = dtype
-            if x.is_cpu and eager_cpu(
-                x, args, kwargs
-            ):  # on a GPU each further question is a part of every call
+            # On a GPU, each further question is a part of every call.
+            if shortcut and x.is_cpu and eager_cpu(x, args, kwargs):
                 results = on_cpu(*args, **kwargs)
             else:
                 try:

@@ -52,3 +52,9 @@ def test_the_module_of_a_command_takes_its_options(name: str) -> None:
         assert len(changed) == len(more)
         assert changed.keys() <= SmoothQuantConfig().to_dict().keys()
     assert list(inspect.signature(module.render).parameters) == ["document"]
+
+
+def test_no_arguments_are_help_on_stdout() -> None:
+    asked, alone = Result("--help"), Result()
+    assert (asked.code, alone.code) == (0, 2)
+    assert alone.out == asked.out and not alone.err

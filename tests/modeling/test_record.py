@@ -163,3 +163,15 @@ def test_a_record_is_attached_and_taken_back() -> None:
     assert ModelRecord.of(model) == ModelRecord()
     record.attach(model)
     assert ModelRecord.of(model) == record and type(model.smoothquant_info) is dict
+
+
+def test_keys_of_others_stay() -> None:
+    info = {
+        "config": {},
+        "layers": [],
+        "skipped": [],
+        "verification": {"relative_change": 0.5, "bit_exact": False, "mine": 1},
+        "theirs": [2],
+    }
+    assert ModelRecord.from_dict(info).to_dict() == info
+    assert ModelRecord.from_dict({"layers": [{"name": "a", "group": None}]}).layers[0].group == ()

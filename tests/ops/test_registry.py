@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -128,3 +129,20 @@ def test_an_op_of_its_own() -> None:
         "ValueError doubled: times must be at least 1 None True",
         "RuntimeError from C++ None False",
     ]
+
+
+@pytest.mark.parametrize("name", [name for name in ops.OPS if not name.startswith("_")])
+def test_a_missing_argument_is_pythons_own_error(name: str) -> None:
+    with pytest.raises(TypeError, match=f"{name}.* missing .* required positional argument"):
+        getattr(ops, name)()
+
+
+def test_norms_and_activations_pass_through_the_dispatcher() -> None:
+    """vmap and the profiler see them, and the schema refuses an eps that is no number."""
+    x, weight = torch.randn(3, 4, 32), torch.rand(32)
+    x_q, x_scale = torch.func.vmap(lambda a: ops.rms_norm_quantize(a, weight, 1e-6))(x)
+    for i, row in enumerate(x):
+        assert_all_bitwise_equal((x_q[i], x_scale[i]), ops.rms_norm_quantize(row, weight, 1e-6))
+    wrong: Any = 1j
+    with pytest.raises(RuntimeError, match="Expected a value of type 'float' for argument 'eps'"):
+        ops.rms_norm_quantize(x, weight, wrong)
