@@ -47,7 +47,7 @@ STAMP_CUDA := $(call stamp,$(VENV_CUDA),$(TORCH_CUDA))
 TRANSFORMERS ?= transformers==4.56.0
 VENV_OLD ?= .venv-transformers
 STAMP_OLD := $(call stamp,$(VENV_OLD),$(TORCH)-$(TRANSFORMERS))
-TRANSFORMERS_TESTS ?= $(addprefix tests/,checkpoint test_config.py nn evaluation/test_models.py)
+TRANSFORMERS_TESTS ?= $(addprefix tests/,checkpoint test_config.py nn)
 
 .PHONY: binding-matrix test-transformers
 .PHONY: demo test test-slow test-all test-instructions test-cuda gates lint bench clean install install-cuda

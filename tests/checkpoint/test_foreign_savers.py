@@ -15,6 +15,7 @@ import pytest
 import safetensors.torch
 import torch
 import torch.distributed.checkpoint as dcp
+import torch.distributed.checkpoint.state_dict
 import transformers
 from torch import nn
 
