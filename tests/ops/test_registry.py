@@ -113,6 +113,7 @@ for wrong, times in ((x.double(), 1), (x, 0), (x, 1)):
 """
 
 
+@pytest.mark.slow
 def test_an_op_of_its_own() -> None:
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", KERNEL_THAT_REFUSES],
