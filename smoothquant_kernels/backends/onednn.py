@@ -250,13 +250,6 @@ def gemm_s8(
     return result
 
 
-@cpu_kernel("_gemm_s8_tile")
-def _gemm_s8_tile(*arguments: Any) -> Tensor:
-    """A CPU has no tiles to choose from."""
-    *gemm, _, _ = arguments
-    return gemm_s8(*gemm)
-
-
 @cpu_kernel("gemm_s8_requant")
 def gemm_s8_requant(
     x_q: Tensor,
@@ -272,20 +265,6 @@ def gemm_s8_requant(
         y = y.relu_()
     y_q = reference.round_to_int8(y.mul_(reference.inverse_scale(out_scale)))
     return y_q.view(*x_q.shape[:-1], w_q.shape[0])
-
-
-@cpu_kernel("linear_s8")
-def linear_s8(
-    x: Tensor,
-    w_q: Tensor,
-    w_scale: Tensor,
-    bias: Tensor | None,
-    inv_smooth: Tensor | None,
-    scale: Tensor | None,
-    granularity: str,
-) -> Tensor:
-    x_q, x_scale = quantize(x, inv_smooth, scale, granularity, 1)
-    return gemm_s8(x_q, w_q, x_scale, w_scale, bias, None, x.dtype)
 
 
 # --- quantizer --------------------------------------------------------------------------------------------------------

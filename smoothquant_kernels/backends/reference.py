@@ -1,6 +1,7 @@
 """The last resort: CPU kernels in the words of `reference.py`, for ops that no other backend has a kernel for.
 
-A norm or an activation is the reference's. Its result goes to the CPU's quantizer, whichever backend has that.
+Ops that consist of others call those of whichever backend has them: a norm or an activation is the reference's, and its
+result goes to the CPU's quantizer; a linear layer is the CPU's quantizer and GEMM.
 """
 
 from __future__ import annotations

@@ -9,20 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from smoothquant_kernels.errors import SmoothQuantError
-
-FLOAT_TYPES = (torch.float16, torch.bfloat16, torch.float32)
-
-
-def type_name(dtype: torch.dtype) -> str:
-    """The name without the prefix ``torch.``, for example ``float16``."""
-    return str(dtype).removeprefix("torch.")
+from smoothquant_kernels.ops.checks import FLOATS, type_name
 
 
 def check_float_type(dtype: torch.dtype, what: str) -> None:
-    """Raises SmoothQuantError for a type not in `FLOAT_TYPES`; `what` is the subject of its sentence."""
-    if dtype not in FLOAT_TYPES:
+    """Raises SmoothQuantError for a type not in `FLOATS`; `what` is the subject of its sentence."""
+    if dtype not in FLOATS:
         raise SmoothQuantError(
-            f"{what} is {type_name(dtype)}, and must be one of {', '.join(map(type_name, FLOAT_TYPES))} to be "
+            f"{what} is {type_name(dtype)}, and must be one of {', '.join(map(type_name, FLOATS))} to be "
             "quantized: convert the model first, for example model.to(torch.bfloat16), and switch layerwise casting "
             "off."
         )
@@ -36,5 +30,5 @@ def check_float_types(linears: Mapping[str, nn.Module]) -> None:
 
 
 def float_type(t: Tensor, otherwise: torch.dtype) -> torch.dtype:
-    """The type of `t` if it is in `FLOAT_TYPES`, else `otherwise`."""
-    return t.dtype if t.dtype in FLOAT_TYPES else otherwise
+    """The type of `t` if it is in `FLOATS`, else `otherwise`."""
+    return t.dtype if t.dtype in FLOATS else otherwise

@@ -12,10 +12,11 @@ from smoothquant_kernels import ops, reference
 from smoothquant_kernels.config import SmoothQuantConfig
 from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.nn.float_linear import pending_smooth, weight_of
-from smoothquant_kernels.nn.float_types import FLOAT_TYPES, check_float_type, float_type, type_name
+from smoothquant_kernels.nn.float_types import check_float_type, float_type
 from smoothquant_kernels.nn.gradient import through
 from smoothquant_kernels.nn.kinds import Kind, Settings, register
 from smoothquant_kernels.nn.lazy_weight import LazyWeight, dequantized_weight
+from smoothquant_kernels.ops.checks import FLOATS, type_name
 from smoothquant_kernels.schemes import ACTIVATION_SCHEMES, WEIGHT_GRANULARITIES
 
 if TYPE_CHECKING:
@@ -368,7 +369,7 @@ class _W8A8(Kind[W8A8Linear]):
         }
 
     def make(self, arguments: dict[str, Any]) -> W8A8Linear | None:
-        dtype = next((t for t in FLOAT_TYPES if type_name(t) == arguments["dtype"]), None)
+        dtype = next((t for t in FLOATS if type_name(t) == arguments["dtype"]), None)
         if dtype is None:
             return None
         return W8A8Linear(**{**arguments, "dtype": dtype}, device="meta")

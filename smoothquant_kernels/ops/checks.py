@@ -18,13 +18,17 @@ def _shape(t: Tensor) -> str:
     return str(tuple(t.shape))
 
 
+def type_name(dtype: torch.dtype) -> str:
+    """The name without the prefix ``torch.``, for example ``float16``."""
+    return str(dtype).removeprefix("torch.")
+
+
 def _require_dtype(
     op: str, name: str, t: Tensor, allowed: tuple[torch.dtype, ...], hint: str = ""
 ) -> None:
     if t.dtype not in allowed:
-        names = " or ".join(str(d).removeprefix("torch.") for d in allowed)
-        got = str(t.dtype).removeprefix("torch.")
-        raise TypeError(f"{op}: {name} must be {names}, got {got}.{hint}")
+        names = " or ".join(map(type_name, allowed))
+        raise TypeError(f"{op}: {name} must be {names}, got {type_name(t.dtype)}.{hint}")
 
 
 def _require_device(op: str, name: str, t: Tensor, like: Tensor) -> None:

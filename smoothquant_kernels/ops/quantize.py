@@ -70,6 +70,6 @@ def _saturate_s8(x: Tensor) -> Tensor:
     The smallest op. The tests use it to check that the CUDA library is built, loaded and correct.
     """
     if x.dtype != torch.float32:
-        dtype = str(x.dtype).removeprefix("torch.")
-        raise RuntimeError(f"_saturate_s8: x must be float32, got {dtype} of shape {list(x.shape)}")
+        got = checks.type_name(x.dtype)
+        raise RuntimeError(f"_saturate_s8: x must be float32, got {got} of shape {list(x.shape)}")
     return result(x, tuple(x.shape), torch.int8)

@@ -76,14 +76,10 @@ def op(
 
     def decorate(describe: Callable[P, R]) -> Callable[P, R]:
         name = describe.__name__
-        parameters = list(inspect.signature(describe).parameters.values())
+        signature = inspect.signature(describe)
+        parameters = list(signature.parameters.values())
         LIBRARY.define(
-            _schema(
-                name,
-                parameters,
-                optional_result is not None,
-                str(inspect.signature(describe).return_annotation),
-            ),
+            _schema(name, signature, three_results=optional_result is not None),
             tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
         )
         OPS.append(name)
@@ -143,20 +139,20 @@ def _raise_what_is_wrong(
         raise error from None
 
 
-def _schema(
-    name: str, parameters: list[inspect.Parameter], three_results: bool, returned: str
-) -> str:
+def _schema(name: str, signature: inspect.Signature, *, three_results: bool) -> str:
     """The op's signature in torch's schema language, as the C++ kernels read their arguments."""
-    parts = []
-    for i, p in enumerate(parameters):
-        if p.kind is p.KEYWORD_ONLY and (not i or parameters[i - 1].kind is not p.KEYWORD_ONLY):
+    parts: list[str] = []
+    for p in signature.parameters.values():
+        if p.kind is p.KEYWORD_ONLY and "*" not in parts:
             parts.append("*")
         default = ""
         if p.default is not p.empty and not isinstance(p.default, torch.dtype):
             value = f'"{p.default}"' if isinstance(p.default, str) else p.default
             default = f"={value}"
         parts.append(f"{_SCHEMA_TYPES[p.annotation]} {p.name}{default}")
-    results = "(Tensor, Tensor, Tensor)" if three_results else _SCHEMA_TYPES[returned]
+    results = (
+        "(Tensor, Tensor, Tensor)" if three_results else _SCHEMA_TYPES[signature.return_annotation]
+    )
     return f"{name}({', '.join(parts)}) -> {results}"
 
 
