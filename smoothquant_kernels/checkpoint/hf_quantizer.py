@@ -73,7 +73,7 @@ class Quantizer(HfQuantizer):
                 f"{self.folder} holds a {manifest.model['name']} and a {type(model).__name__} was asked for: use "
                 "the class of the checkpoint."
             )
-        skeletons.install(model, skeletons.make_modules(manifest))
+        skeletons.install(model, skeletons.make_modules(manifest.modules, manifest.shared_modules))
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         # transformers has converted the types of what it read. This reads the tensors again, exactly.

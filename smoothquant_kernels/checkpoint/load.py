@@ -60,7 +60,7 @@ def load_quantized(
     place = _device(device)
     manifest = read_manifest(folder)
     check_files(folder, manifest, verify=verify)
-    modules = skeletons.make_modules(manifest)
+    modules = skeletons.make_modules(manifest.modules, manifest.shared_modules)
     skeleton = _rebuild(folder, manifest) if model is None else model
     _check_fit(skeleton, modules, manifest)
     tensors = read(folder, manifest.tensors)

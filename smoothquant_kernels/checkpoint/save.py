@@ -154,7 +154,9 @@ def make_manifest(
     manifest.to_json()  # raises its error before anything is written
     problem = "transformers does not define its class"
     if again is not None:
-        problem = next(skeletons.mismatches(again, skeletons.make_modules(manifest), manifest), "")
+        problem = next(
+            skeletons.mismatches(again, skeletons.make_modules(modules, shared), manifest), ""
+        )
     if problem:
         manifest.model["rebuild"] = False
         warnings.warn(

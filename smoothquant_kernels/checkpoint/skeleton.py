@@ -147,10 +147,12 @@ def make_module(name: str, arguments: Mapping[str, Any]) -> nn.Module:
     return made
 
 
-def make_modules(manifest: Manifest) -> dict[str, nn.Module]:
-    """Makes all replaced modules and returns them under each of their names."""
-    made = {name: make_module(name, values) for name, values in manifest.modules.items()}
-    return made | {alias: made[name] for alias, name in manifest.shared_modules.items()}
+def make_modules(
+    modules: Mapping[str, Mapping[str, Any]], shared: Mapping[str, str]
+) -> dict[str, nn.Module]:
+    """Makes the modules that `describe_modules` described and returns them under each of their names."""
+    made = {name: make_module(name, values) for name, values in modules.items()}
+    return made | {alias: made[name] for alias, name in shared.items()}
 
 
 def mismatches(

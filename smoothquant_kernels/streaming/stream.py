@@ -180,6 +180,7 @@ class _Stream:
     ) -> None:
         self.model, self.weights, self.batches = model, weights, batches
         self.max_shard_bytes = max_shard_bytes
+        self.tokens = sum(map(count_tokens, batches))
         self.config, self.work, self.device = config, work, device
         self.names = match_names(model, weights)
         self.order = [name for name, _ in model.named_modules()]
@@ -234,7 +235,7 @@ class _Stream:
             return self.chain.output_after(index, block, batch, original)
 
         view = BlockView(self.chain.names[index], block, output)
-        linears, skipped = self._linears(view, index)
+        linears, skipped = self._linears(ModelView(view, self.config.skip))
         self.original, self.smoothed = self._measure(index, block, view, linears)
         skipped |= {layer.name: layer.reason for layer in ModelRecord.of(view).skipped}
         if linears:
@@ -259,14 +260,13 @@ class _Stream:
         self.work.finish_block(index, record, states)
         self.records.append(record)
 
-    def _linears(self, part: nn.Module, index: int) -> tuple[dict[str, nn.Module], dict[str, str]]:
-        """Returns the linears of a block to quantize (possibly none), and those that stay in float with the reasons."""
-        view = ModelView(part, self.config.skip)
+    def _linears(self, view: ModelView) -> tuple[dict[str, nn.Module], dict[str, str]]:
+        """Returns the linears of a part to quantize (possibly none), and those that stay in float with the reasons."""
         try:
             return dict(view.linears), dict(view.skipped)
         except SmoothQuantError:
-            prefix = f"{self.chain.names[index]}."
-            return {}, {n: r for n, r in self.skipped_at_first.items() if n.startswith(prefix)}
+            names = {name for name, _ in view.model.named_modules()}
+            return {}, {n: r for n, r in self.skipped_at_first.items() if n in names}
 
     def _measure(
         self, index: int, block: nn.Module, view: nn.Module, linears: Mapping[str, nn.Module]
@@ -295,8 +295,7 @@ class _Stream:
         return patterns_within(self.config, [name for name, _ in part.named_modules()])
 
     def _statistics(self, linears: Mapping[str, nn.Module]) -> ActivationStatistics:
-        tokens = sum(count_tokens(batch) for batch in self.batches)
-        return ActivationStatistics(tokens=tokens, sample=self.sample, watched=tuple(linears))
+        return ActivationStatistics(tokens=self.tokens, sample=self.sample, watched=tuple(linears))
 
     # --- the rest ---
 
@@ -305,11 +304,7 @@ class _Stream:
         model = self.model
         before = self.chain.finish(self.sample, known(self.original))
         view = ModelView(model, self.config.skip)
-        try:
-            linears, skipped = dict(view.linears), dict(view.skipped)
-        except SmoothQuantError:  # usually, there is none to quantize
-            rest, linears = {name for name, _ in model.named_modules()}, {}
-            skipped = {n: r for n, r in self.skipped_at_first.items() if n in rest}
+        linears, skipped = self._linears(view)  # usually, there is none to quantize
         if linears:
             statistics = self._statistics(linears)
 
@@ -352,12 +347,11 @@ class _Stream:
             layers=tuple(sorted(layers, key=lambda layer: place[layer.name])),
             skipped=skipped_layers(dict(sorted(skipped.items(), key=lambda s: place[s[0]]))),
             verification=Verification.of(change),
-            calibration_tokens=sum(count_tokens(batch) for batch in self.batches),
+            calibration_tokens=self.tokens,
         ).attach(model)
         skeletons.check_scales(rest, modules)
         self.chain.restore()
-        made = {name: skeletons.make_module(name, values) for name, values in modules.items()}
-        made |= {alias: made[name] for alias, name in shared.items()}
+        made = skeletons.make_modules(modules, shared)
         inside = tuple(f"{name}." for name in self.chain.names)
         skeletons.install(model, {n: m for n, m in made.items() if n.startswith(inside)})
         texts = config_texts(model)
