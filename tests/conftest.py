@@ -1,11 +1,10 @@
-"""What several test files share: no network, tiny models made on the spot, and one small real model."""
+"""Fixtures that several folders share: no network, tiny random models, and one small real model."""
 
 from __future__ import annotations
 
 import os
 
-# Before anything imports huggingface_hub, which reads them once. A test that needs the network is a
-# bad test.
+# huggingface_hub reads these once, at its import. No test may need the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
@@ -34,7 +33,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Sends all tests of the real model to one worker of pytest-xdist, which loads it once, and starts them first."""
+    """Sends the real model's tests to one pytest-xdist worker, which then loads it once, and starts them first."""
     for item in items:
         if "smollm2" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.xdist_group("smollm2"))
@@ -43,7 +42,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def smollm2() -> tuple[Any, Any]:
-    """(model, tokenizer) of SmolLM2-135M-Instruct in float32. Shared: change a deep copy, never the model."""
+    """(model, tokenizer) of SmolLM2-135M-Instruct in float32. Tests share it: change only a deep copy."""
     from smoothquant_kernels.errors import SmoothQuantError
     from smoothquant_kernels.evaluation.models import builtin_demo_model, load_model, load_tokenizer
 
@@ -70,7 +69,7 @@ def tiny_llama() -> Callable[..., Any]:
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "max_position_embeddings": 128,
-            # Ten times the usual: random logits should differ as those of a trained model do.
+            # Ten times the default, so that the logits differ as much as those of a trained model.
             "initializer_range": 0.2,
             "bos_token_id": 1,
             "eos_token_id": 2,
@@ -85,7 +84,7 @@ def tiny_llama() -> Callable[..., Any]:
 
 @pytest.fixture
 def word_tokenizer() -> Callable[..., Any]:
-    """Makes a tokenizer of whole words: the i-th word is token i. `bos` is put in front of every text."""
+    """Makes a tokenizer of whole words: the i-th word is token i. `bos` starts every text."""
 
     def make(words: Sequence[str], *, bos: str | None = None) -> Any:
         from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -106,23 +105,23 @@ def word_tokenizer() -> Callable[..., Any]:
 
 @pytest.fixture
 def packs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Ids of the weights that the CPU path packed, in order."""
-    from smoothquant_kernels.backends import onednn as cpu
+    """Ids of the weights that the CPU backend packed, in order."""
+    from smoothquant_kernels.backends import onednn
 
     seen: list[int] = []
-    original = cpu._pack
+    original = onednn._pack
 
     def counting(w_q: torch.Tensor, *args: Any) -> Any:
         seen.append(id(w_q))
         return original(w_q, *args)
 
-    monkeypatch.setattr(cpu, "_pack", counting)
+    monkeypatch.setattr(onednn, "_pack", counting)
     return seen
 
 
 @pytest.fixture(scope="session")
 def null_library() -> Path:
-    """The kernels' library on an empty CUDA runtime, for `null_runtime.python`."""
+    """The kernels' library, linked against an empty CUDA runtime, for `null_runtime.python`."""
     import host_time
 
     try:
@@ -135,7 +134,7 @@ def null_library() -> Path:
 def planted_runs(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[mutants.Runs]:
-    """What the tests said of each of the module's MUTANTS."""
+    """The outcome of the tests for each of the module's MUTANTS."""
     from tests.support import mutants
 
     yield from mutants.run_all(request.module.MUTANTS, request, tmp_path_factory)

@@ -1,4 +1,4 @@
-"""The rooms of the package: which folder may import which, and how much one holds."""
+"""Which part of the package may import which other part, and how many files a folder may hold."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PACKAGE = Path(smoothquant_kernels.__file__).parent
 MOST_FILES = 15
 ROOT_FILES = {"errors", "schemes", "config", "reference"}
 
-#: This folder, or file of the root, may import these. Lower rooms come first; no arrow points down the list.
+#: Part (a folder, or a file of the root) -> the parts that it may import. A part imports only from parts above it.
 MAY_IMPORT = {
     "errors": "",
     "schemes": "",
@@ -37,12 +37,12 @@ MAY_IMPORT = {
 }
 
 
-def room_of(file: Path) -> str:
+def part_of(file: Path) -> str:
     return file.relative_to(PACKAGE).with_suffix("").parts[0]
 
 
-def imported_rooms(file: Path) -> Iterator[str]:
-    """The rooms that a file imports from, at its top or inside of a function."""
+def imported_parts(file: Path) -> Iterator[str]:
+    """The parts that a file imports from, at module level or inside a function."""
     for node in ast.walk(ast.parse(file.read_text("utf-8"))):
         names: list[str] = []
         if isinstance(node, ast.ImportFrom):
@@ -58,58 +58,58 @@ def imported_rooms(file: Path) -> Iterator[str]:
                 yield rest.split(".")[0]
 
 
-def arrows() -> dict[str, dict[str, str]]:
-    """room -> room that it imports -> the first file that does."""
+def imports() -> dict[str, dict[str, str]]:
+    """part -> imported part -> the first file that imports it."""
     found: dict[str, dict[str, str]] = defaultdict(dict)
     for file in sorted(PACKAGE.rglob("*.py")):
-        room = room_of(file)
-        if room.startswith("__"):
+        part = part_of(file)
+        if part.startswith("__"):
             continue
-        for other in imported_rooms(file):
-            if other != room:
-                found[room].setdefault(other, file.relative_to(PACKAGE).as_posix())
+        for other in imported_parts(file):
+            if other != part:
+                found[part].setdefault(other, file.relative_to(PACKAGE).as_posix())
     return found
 
 
-def test_every_room_is_in_the_table() -> None:
+def test_every_part_is_in_the_table() -> None:
     folders = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").is_file()}
     assert folders | ROOT_FILES == MAY_IMPORT.keys()
 
 
-def test_imports_follow_the_arrows() -> None:
+def test_imports_follow_the_table() -> None:
     wrong = [
-        f"{room} imports {other}, in {file}"
-        for room, others in arrows().items()
+        f"{part} imports {other}, in {file}"
+        for part, others in imports().items()
         for other, file in others.items()
-        if other not in MAY_IMPORT[room].split()
+        if other not in MAY_IMPORT[part].split()
     ]
     assert not wrong, "\n".join(wrong)
 
 
-def test_the_table_has_no_arrow_that_is_not_used() -> None:
-    found = arrows()
-    idle = [
-        f"{room} -> {other}"
-        for room, others in MAY_IMPORT.items()
+def test_the_table_allows_nothing_unused() -> None:
+    found = imports()
+    unused = [
+        f"{part} -> {other}"
+        for part, others in MAY_IMPORT.items()
         for other in others.split()
-        if other not in found[room]
+        if other not in found[part]
     ]
-    assert not idle
+    assert not unused
 
 
-def test_no_arrow_points_down() -> None:
+def test_no_part_imports_from_below() -> None:
     order = list(MAY_IMPORT)
-    for room, others in MAY_IMPORT.items():
-        assert all(order.index(other) < order.index(room) for other in others.split()), room
+    for part, others in MAY_IMPORT.items():
+        assert all(order.index(other) < order.index(part) for other in others.split()), part
 
 
 @pytest.mark.parametrize(
     "folder", sorted({path.parent for path in PACKAGE.rglob("*.py")}), ids=lambda p: p.name
 )
-def test_a_room_holds_few_files(folder: Path) -> None:
+def test_a_folder_holds_at_most_15_files(folder: Path) -> None:
     files = [path for path in folder.iterdir() if path.suffix in {".py", ".html", ".css"}]
     assert len(files) <= MOST_FILES
 
 
-def test_the_root_holds_what_everything_stands_on() -> None:
+def test_the_root_holds_only_the_base_modules() -> None:
     assert {path.stem for path in PACKAGE.glob("*.py")} == ROOT_FILES | {"__init__", "__main__"}

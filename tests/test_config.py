@@ -1,4 +1,4 @@
-"""`SmoothQuantConfig`: what it refuses, and that it survives JSON."""
+"""`SmoothQuantConfig`: JSON round trip, refused values, and the settings of single layers."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ configs = st.builds(
 
 
 def test_the_strategy_covers_every_setting() -> None:
-    """A new setting belongs into `configs` and into REFUSED."""
+    """A new setting must be added to `configs` and to REFUSED."""
     fields = {f.name for f in dataclasses.fields(SmoothQuantConfig)}
     assert fields == {name for name, _, _ in REFUSED}
 
@@ -129,7 +129,7 @@ def test_refusals(name: str, value: Any, sentence: str) -> None:
         ('{"aplha": 1, "beta": 2}', "unknown setting aplha, beta; known are a_bit,"),
     ],
 )
-def test_text_that_is_no_configuration(text: str, sentence: str) -> None:
+def test_invalid_text_is_refused(text: str, sentence: str) -> None:
     with pytest.raises(SmoothQuantError, match=re.escape(sentence)):
         SmoothQuantConfig.from_json(text)
 
@@ -160,7 +160,7 @@ def test_alpha_depends_on_the_scheme_unless_it_is_given() -> None:
 
 
 @pytest.mark.parametrize("scheme", ["per_token", "per_tensor", "static"])
-def test_layers_with_massive_activations_go_per_token(scheme: str) -> None:
+def test_massive_activations_are_quantized_per_token(scheme: str) -> None:
     config = SmoothQuantConfig(activation_scheme=scheme)
     assert config.scheme_of(MASSIVE_PEAK - 0.1) == config.scheme_of(None) == scheme
     assert config.scheme_of(MASSIVE_PEAK) == "per_token"
@@ -169,8 +169,8 @@ def test_layers_with_massive_activations_go_per_token(scheme: str) -> None:
         assert kept.scheme_of(1e6) == scheme
 
 
-def test_a_layer_of_its_own() -> None:
-    """A full name counts before patterns, and patterns in their order; the rest keeps what it had."""
+def test_settings_of_single_layers() -> None:
+    """A full name wins over patterns, and an earlier pattern over a later one. Other layers keep their settings."""
     config = SmoothQuantConfig(
         alphas={"*.down_proj": 0.3, "a.*": 0.4, "a.down_proj": 0.5},
         schemes={"*.down_proj": "static", "a.*": "per_tensor"},
@@ -185,7 +185,7 @@ def test_a_layer_of_its_own() -> None:
     assert config.scheme_of(1.0, "a.up_proj") == "per_tensor"
     assert config.scheme_of(1.0, "b.up_proj") == "per_token"
     assert config.clip_of("b.down_proj") == 0.9 and config.clip_of("a.down_proj") == 1.0
-    # the default alpha is that of the layer's own scheme; what is said of a layer is done, massive or not
+    # The default alpha follows the layer's own scheme. An explicit scheme holds for massive activations too.
     assert config.alpha_of(1.0, "c.down_proj") == 0.3
     assert SmoothQuantConfig(schemes={"x": "static"}).alpha_of(1.0, "x") == DEFAULT_ALPHA["static"]
     assert config.scheme_of(1e6, "a.down_proj") == "static"

@@ -1,4 +1,4 @@
-"""What is imported when: help needs neither torch nor transformers, and every public name is still there."""
+"""What an import loads: help needs neither torch nor transformers, and every public name resolves."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_help_does_not_load_torch() -> None:
     assert "power_of_two" in run(HELP.format(arguments=["quantize", "--help"]))
 
 
-# torch has loaded fcntl, which Windows lacks; once it is taken away, a later import of it shows.
+# Windows lacks fcntl. torch imports it where it exists, so it is removed first: only our own import can bring it back.
 UNWANTED = """
 import sys
 if {torch}:
@@ -55,11 +55,11 @@ assert not found, found
         "from smoothquant_kernels import calibrate_model, search_config, make_report",
     ],
 )
-def test_the_library_loads_nothing_of_the_command_line(statement: str) -> None:
+def test_the_library_does_not_load_the_command_line(statement: str) -> None:
     run(UNWANTED.format(torch=True, statement=statement))
 
 
-def test_the_package_itself_loads_nothing() -> None:
+def test_the_package_root_loads_nothing() -> None:
     run(UNWANTED.format(torch=False, statement="import smoothquant_kernels"))
 
 
@@ -72,5 +72,5 @@ def test_public_names() -> None:
         _ = smoothquant_kernels.smooth_ml
 
 
-def test_the_import_registers_the_ops_where_torch_is_loaded() -> None:
+def test_the_import_registers_the_ops_if_torch_is_loaded() -> None:
     run("import torch, smoothquant_kernels; torch.ops.smoothquant_kernels.quantize.default")

@@ -1,4 +1,4 @@
-"""The specification itself: properties that hold for every input, and exact arithmetic by other means."""
+"""The specification: properties that hold for every input, and comparison with independent exact arithmetic."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TINY = reference.MIN_SCALE
 
 
 def random_bits(n: int, seed: int) -> Tensor:
-    """Float32 numbers of every exponent, NaN and Inf among them."""
+    """Float32 numbers of every exponent, including NaN and Inf."""
     g = cases.generator(seed)
     return torch.randint(-(2**31), 2**31, (n,), generator=g).to(torch.int32).view(torch.float32)
 
@@ -47,7 +47,7 @@ def test_every_tie_goes_to_the_even_integer() -> None:
 
 
 @pytest.mark.parametrize("step", [-1, 1])
-def test_beside_a_tie_goes_to_the_nearest(step: int) -> None:
+def test_next_to_a_tie_rounds_to_nearest(step: int) -> None:
     halves = torch.arange(-126, 126).float() + 0.5
     beside = torch.nextafter(halves, torch.full_like(halves, step * math.inf))
     expected = torch.tensor([round(h) for h in beside.tolist()])
@@ -65,11 +65,13 @@ def test_values_out_of_range_saturate_and_nan_becomes_zero() -> None:
 @example([3.4e38, 1e-38], [1.0] * 40)
 @example([127 * TINY], [1.0] * 40)
 @example([127 * TINY / 2, 1e-45], [1.0] * 40)
-def test_dynamic_error_is_half_a_step(values: list[float], inverses: list[float]) -> None:
+def test_the_dynamic_error_is_at_most_half_a_step(
+    values: list[float], inverses: list[float]
+) -> None:
     x, inv_smooth = row(values), torch.tensor(inverses[: len(values)], dtype=torch.float32)
     x_q, x_scale = reference.quantize(x, inv_smooth)
     v, scale = x * inv_smooth, float(x_scale[0])
-    if not bool(v.isfinite().all()):  # the product left float32
+    if not bool(v.isfinite().all()):  # the product overflowed float32
         assert not math.isfinite(scale) and not x_q.any()
         return
     error = (v.double() - x_q.double() * scale).abs().max()
@@ -77,20 +79,22 @@ def test_dynamic_error_is_half_a_step(values: list[float], inverses: list[float]
         assert not x_q.any() and error <= 127 * TINY
         return
     # t = fl(v * fl(1/scale)) = v/scale * (1 + d1)(1 + d2), |d| <= U, all normal; |v/scale| <= 127 (1 + U).
-    # So |t - v/scale| <= 127 * 2 U and a little; x_q = rint(t) is within 1/2 of t: 1/2 + 255 U steps.
+    # So |t - v/scale| <= 127 * 2 U plus terms in U^2; x_q = rint(t) is within 1/2 of t: 1/2 + 255 U steps.
     assert error <= scale * (0.5 + 255 * U)
-    assert int(x_q.abs().max()) == 127  # the largest value is the end of the range
+    assert int(x_q.abs().max()) == 127  # the largest value maps to the end of the range
 
 
 @PROPERTY
 @given(rows_of_finite, st.floats(2.0**-100, 2.0**100, width=32))
-def test_static_saturates_and_is_half_a_step_inside(values: list[float], scale: float) -> None:
+def test_static_values_saturate_or_err_by_at_most_half_a_step(
+    values: list[float], scale: float
+) -> None:
     x = row(values)
     x_q, x_scale = reference.quantize(x, scale=torch.tensor([scale]))
     assert x_scale.tolist() == [scale]
     inside = x.double().abs() <= 127 * scale
     error = (x.double() - x_q.double() * scale).abs()
-    # As above; |x| far below the scale may underflow in x * (1/scale), and is 0 either way.
+    # As above. |x| far below the scale may underflow in x * (1/scale), but rounds to 0 anyway.
     assert bool((error[inside] <= scale * (0.5 + 255 * U)).all())
     assert torch.equal(x_q[~inside].float(), 127 * x[~inside].sign())
 
@@ -141,7 +145,9 @@ def test_a_constant_row_is_127_everywhere_and_a_zero_row_is_zero() -> None:
 
 @pytest.mark.parametrize("scheme", ["token", "static"])
 @pytest.mark.parametrize("dtype", cases.FLOATS, ids=str)
-def test_a_broken_token_is_loud_and_alone(dtype: torch.dtype, scheme: str) -> None:
+def test_a_nonfinite_token_makes_only_its_own_output_nonfinite(
+    dtype: torch.dtype, scheme: str
+) -> None:
     k, n = 37, 5
     good = cases.activations(2 * len(cases.BROKEN_ROWS) + 1, k, dtype)
     mixed = good.clone()
@@ -160,7 +166,7 @@ def test_a_broken_token_is_loud_and_alone(dtype: torch.dtype, scheme: str) -> No
 
 
 @pytest.mark.parametrize("name", cases.BROKEN_ROWS)
-def test_under_one_dynamic_scale_a_broken_token_breaks_all(name: str) -> None:
+def test_with_one_dynamic_scale_a_nonfinite_token_spoils_all(name: str) -> None:
     x = cases.activations(4, 19)
     x[2] = cases.BROKEN_ROWS[name](19, x.dtype)
     x_q, x_scale = reference.quantize(x, granularity="tensor")
@@ -203,7 +209,7 @@ def test_a_static_scale_without_a_reciprocal_gives_zeros(scale: float) -> None:
     assert_bitwise_equal(x_scale, torch.full((2,), scale))
 
 
-def test_a_transposed_weight_gives_a_contiguous_one() -> None:
+def test_a_transposed_weight_quantizes_to_a_contiguous_one() -> None:
     w_q, _ = reference.quantize_weight(torch.randn(6, 4).t())
     assert w_q.is_contiguous()
 
@@ -211,12 +217,12 @@ def test_a_transposed_weight_gives_a_contiguous_one() -> None:
 # --- fma and gemm ---------------------------------------------------------------------------------
 
 
-def test_fma_is_libms_on_random_bits() -> None:
+def test_fma_equals_libm_on_random_bits() -> None:
     a, b, c = (random_bits(30_000, seed) for seed in (1, 2, 3))
     assert_bitwise_equal(reference.fma(a, b, c), libm_fma(a, b, c))
 
 
-def test_fma_is_libms_where_the_product_and_the_sum_nearly_cancel() -> None:
+def test_fma_equals_libm_near_cancellation() -> None:
     g = cases.generator(4)
     a, b = random_bits(40_000, 5), random_bits(40_000, 6)
     distance = torch.exp2(-torch.randint(1, 60, a.shape, generator=g).double())
@@ -224,7 +230,9 @@ def test_fma_is_libms_where_the_product_and_the_sum_nearly_cancel() -> None:
     fused = reference.fma(a, b, c)
     assert_bitwise_equal(fused, libm_fma(a, b, c))
     usable = fused.isfinite() & (fused != 0)
-    assert int((fused != (a * b + c))[usable].sum()) > 1000, "the cases tell fused from unfused"
+    assert int((fused != (a * b + c))[usable].sum()) > 1000, (
+        "the inputs must distinguish fused from unfused"
+    )
 
 
 def test_fma_does_not_round_twice() -> None:
@@ -233,7 +241,7 @@ def test_fma_does_not_round_twice() -> None:
     for sign, expected in ((1, 1 + 2**-23), (-1, 1.0)):
         c = torch.tensor(sign * 2.0**-60)
         assert reference.fma(a, b, c).item() == expected
-    assert (a.double() * b.double() + 2.0**-60).float().item() == 1.0, "float64 alone is not enough"
+    assert (a.double() * b.double() + 2.0**-60).float().item() == 1.0, "float64 rounds twice here"
 
 
 @pytest.mark.parametrize("shape", cases.GEMM_SHAPES, ids=str)
@@ -261,7 +269,9 @@ def test_the_weight_scale_comes_first() -> None:
         acc * column * op.w_scale,
         acc * (op.w_scale * column),
     )
-    assert not torch.equal(first, other) and not torch.equal(first, joint), "the cases tell"
+    assert not torch.equal(first, other) and not torch.equal(first, joint), (
+        "the inputs must show the order"
+    )
     assert_bitwise_equal(reference.gemm_s8(*op[:4], out_dtype=torch.float32), first)
 
 
@@ -280,7 +290,7 @@ def test_a_sum_of_zero_is_plus_zero() -> None:
     assert_bitwise_equal(y, torch.zeros(1, 1))
 
 
-def test_requant_is_gemm_relu_quantize() -> None:
+def test_requant_equals_gemm_relu_quantize() -> None:
     op = cases.gemm_operands(9, 8, 33)
     scale = torch.tensor([0.01])
     y = reference.gemm_s8(*op[:4], op.bias, out_dtype=torch.float32)
@@ -298,17 +308,17 @@ def relative_error(found: Tensor, exact: Tensor) -> float:
     return float(((found.double() - exact).abs() / exact.abs().clamp_min(1e-30)).max())
 
 
-def test_rms_norm_is_the_formula_to_three_roundings() -> None:
+def test_rms_norm_matches_the_formula_within_three_roundings() -> None:
     x, w = cases.activations(6, 65), cases.inverse_smooth(65)
     x64 = x.double()
     exact = x64 / (x64.square().mean(-1, keepdim=True) + 1e-5).sqrt() * w.double()
     assert relative_error(reference.rms_norm(x, w, 1e-5), exact) <= 3.01 * U
 
 
-def test_layer_norm_is_the_formula() -> None:
+def test_layer_norm_matches_the_formula() -> None:
     x, w, b = cases.activations(6, 65), cases.inverse_smooth(65), cases.inverse_smooth(65, 5)
     exact = torch.nn.functional.layer_norm(x.double(), (65,), w.double(), b.double(), 1e-5)
-    # x - mean cancels, so the error is one of x: U * (|x| + |mean|) * rstd * w, and roundings of the result.
+    # x - mean cancels, so the error scales with x: U * (|x| + |mean|) * rstd * w, plus the roundings of the result.
     rstd = 1 / (x.double().var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
     slack = 2 * U * x.abs().amax(-1, keepdim=True) * rstd * w + 4 * U * (exact.abs() + b)
     found = reference.layer_norm(x, w, b, 1e-5).double()
@@ -351,7 +361,7 @@ positive = st.floats(2.0**-20, 2.0**20, width=32)
 @given(positive, positive, st.floats(0, 1))
 @example(3.0, 7.0, 0.0)
 @example(3.0, 7.0, 1.0)
-def test_smoothing_factors_are_the_formula(x: float, w: float, alpha: float) -> None:
+def test_smoothing_factors_match_the_formula(x: float, w: float, alpha: float) -> None:
     found = reference.smoothing_factors(torch.tensor([x]), torch.tensor([w]), alpha)
     exact = math.pow(x, alpha) / math.pow(w, 1 - alpha)
     assert abs(found.item() - exact) <= 1.01 * U * exact

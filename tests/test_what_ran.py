@@ -1,4 +1,4 @@
-"""What the suite prints of tests that did not run, and that no test starts a compiler unmarked."""
+"""The suite lists the tests that did not run, and fails a test that starts a compiler without the marker."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import subprocess, sys
 import pytest
 
 def start(folder, *arguments):
-    program = folder / "g++"  # the name counts: no compiler is needed for this
+    program = folder / "g++"  # the plugin looks at the name only, so no compiler is needed
     program.write_text("#!/bin/sh\\n")
     program.chmod(0o755)
     subprocess.run([str(program), *arguments], check=True)
@@ -47,7 +47,7 @@ def run(pytester: pytest.Pytester, *arguments: str) -> pytest.RunResult:
     return pytester.runpytest_inprocess("-p", "no:cacheprovider", *arguments, plugins=[what_ran])
 
 
-def test_nothing_is_left_out_silently(pytester: pytest.Pytester) -> None:
+def test_skipped_and_deselected_tests_are_listed(pytester: pytest.Pytester) -> None:
     found = run(pytester, "-m", "not slow", "--deselect", "test_nothing.py")
     found.stdout.fnmatch_lines(
         [
@@ -62,20 +62,20 @@ def test_nothing_is_left_out_silently(pytester: pytest.Pytester) -> None:
     )
 
 
-def test_all_run_is_nothing_to_say(pytester: pytest.Pytester) -> None:
+def test_nothing_is_listed_when_all_tests_run(pytester: pytest.Pytester) -> None:
     found = run(pytester, "-k", "longer")
     assert "1  not selected: compiler" in found.stdout.str()
     assert what_ran.summary(what_ran.Counter(), what_ran.Counter()) == []
 
 
-def test_a_compiler_needs_its_marker(pytester: pytest.Pytester) -> None:
+def test_starting_a_compiler_needs_the_marker(pytester: pytest.Pytester) -> None:
     found = run(pytester)
     found.assert_outcomes(passed=5, errors=1, skipped=3)
-    found.stdout.fnmatch_lines(["*starts a compiler and is not marked so: *g++ -c a.cpp*"])
+    found.stdout.fnmatch_lines(["*starts a compiler without the marker `compiler`: *g++ -c a.cpp*"])
     assert "ERROR at teardown of test_unmarked" in found.stdout.str()
 
 
-def test_instructions_that_torch_does_not_take_are_an_error(
+def test_unsupported_cpu_instructions_are_an_error(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ATEN_CPU_CAPABILITY", "abacus")

@@ -1,5 +1,7 @@
-"""A page as headless Chromium shows it, without a driver: a script added to a copy of the page puts what it measures
-into the page's text, and `--dump-dom` prints that."""
+"""Measures a page in headless Chromium, without a driver.
+
+A script in a copy of the page writes its measurements into the page's text, and `--dump-dom` prints that text.
+"""
 
 from __future__ import annotations
 
@@ -17,17 +19,17 @@ import pytest
 _NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 _BUNDLED = "ms-playwright/chromium*/chrome-linux*/chrome"
 
-# Text nodes decide what counts: an element without text of its own has no size to read.
+# The script checks text nodes: an element without text of its own has no font size that anyone reads.
 _SCRIPT = r"""
 addEventListener("load", () => {
   const root = document.documentElement, out = {};
   const name = (e) => e.tagName.toLowerCase() + "." + e.className + ": " + e.textContent.slice(0, 40);
   const linear = (v) => (v /= 255) <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
-  const shine = (c) => { const [r, g, b] = c.map(linear);
-                         return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
+  const luminance = (c) => { const [r, g, b] = c.map(linear);
+                             return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
   const color = (text) => text.match(/[\d.]+/g).map(Number);
-  const ground = (e) => { for (; e; e = e.parentElement) { const c = color(getComputedStyle(e).backgroundColor);
-                          if (c.length < 4 || c[3] > 0) return c.slice(0, 3); } return [255, 255, 255]; };
+  const background = (e) => { for (; e; e = e.parentElement) { const c = color(getComputedStyle(e).backgroundColor);
+                              if (c.length < 4 || c[3] > 0) return c.slice(0, 3); } return [255, 255, 255]; };
   out.inner = innerWidth; out.width = root.scrollWidth; out.lang = root.lang; out.title = document.title;
   out.scripts = document.querySelectorAll("script").length - 1;
   out.images = [...document.images].map((i) => ({ complete: i.complete, width: i.naturalWidth, alt: i.alt,
@@ -40,11 +42,11 @@ addEventListener("load", () => {
     if (!node.data.trim() || e.tagName == "SCRIPT") continue;
     out.texts++;
     if (parseFloat(style.fontSize) < 12) out.small.push(name(e));
-    const a = shine(color(style.color).slice(0, 3)), b = shine(ground(e));
+    const a = luminance(color(style.color).slice(0, 3)), b = luminance(background(e));
     if ((Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05) < 4.5) out.faint.push(name(e));
     const range = document.createRange(); range.selectNodeContents(node);
     for (const box of range.getClientRects()) {
-      if (e.closest(".scroll")) continue;  // it scrolls inside
+      if (e.closest(".scroll")) continue;  // the box scrolls
       for (let p = e; p; p = p.parentElement) {
         const outer = p.getBoundingClientRect(), cut = getComputedStyle(p);
         const beyond = box.right > outer.right + 1 || box.left < outer.left - 1;
@@ -64,7 +66,7 @@ addEventListener("load", () => {
 
 
 def find_browser() -> str:
-    """The path of a Chromium; skips the test where there is none."""
+    """The path of a Chromium. Skips the test without one."""
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     found = next(filter(None, map(shutil.which, _NAMES)), None)
     found = found or next((str(p) for p in sorted(cache.glob(_BUNDLED))), None)
@@ -74,7 +76,7 @@ def find_browser() -> str:
 
 
 def look_at(page: Path, folder: Path, *, width: int = 1280) -> tuple[dict[str, Any], str]:
-    """What the script measured, and what the browser's console said. `folder` is for the browser's own files."""
+    """The script's measurements, and the browser's console. The browser keeps its own files in `folder`."""
     copy = folder / "page.html"
     text = page.read_text(encoding="utf-8")
     copy.write_text(text.replace("</body>", f"<script>{_SCRIPT}</script></body>"), encoding="utf-8")

@@ -1,6 +1,6 @@
-"""Shapes, dtypes and rows on which kernels break, for every test that runs one.
+"""Shapes, dtypes and rows on which kernels break, for every test that runs a kernel.
 
-Nothing here depends on where the kernel runs: the CPU path, a simulator and a GPU get the same operands.
+The operands do not depend on the backend: the CPU, the simulator and a GPU get the same ones.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from smoothquant_kernels import W8A8Linear
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
-#: (M, K): none, one and several rows; one, odd and even channels; vectors with and without a tail.
+#: (M, K): zero, one and several rows; one, odd and even numbers of channels; vectors with and without a tail.
 QUANTIZE_SHAPES = ((0, 8), (1, 1), (17, 1), (1, 31), (5, 7), (3, 513), (33, 64), (2, 4099))
 
 #: (M, N, K): below, at and above the usual tiles, with odd and one-element sides.
@@ -31,7 +31,7 @@ GEMM_SHAPES = (
     (65, 130, 100),
 )
 
-#: Every kind of scale a quantizer takes; "static" is filled in by `quantize_options`.
+#: Every granularity of a scale that a quantizer takes. `quantize_options` supplies the scale of "static".
 SCHEMES = ("token", "tensor", "static")
 
 
@@ -40,7 +40,7 @@ def generator(seed: int) -> torch.Generator:
 
 
 def activations(m: int, k: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    """[M, K] as a language model has them: normal, with a few channels a hundred times larger."""
+    """[M, K] as in a language model: normally distributed, with a few channels a hundred times larger."""
     g = generator(seed)
     x = torch.randn(m, k, generator=g)
     x[:, torch.rand(k, generator=g) < 0.03] *= 100
@@ -48,7 +48,7 @@ def activations(m: int, k: int, dtype: torch.dtype = torch.float32, seed: int = 
 
 
 def inverse_smooth(k: int, seed: int = 0) -> Tensor:
-    """[K] float32 reciprocals of smoothing factors, no powers of two."""
+    """[K] float32 reciprocals of smoothing factors, which are not powers of two."""
     return torch.rand(k, generator=generator(seed + 1)) * 1.9 + 0.1
 
 
@@ -67,7 +67,7 @@ def quantize_options(scheme: str, scale: float = 0.013) -> dict[str, object]:
 
 
 def _ties(k: int, dtype: torch.dtype) -> Tensor:
-    """Under a scale of exactly 1: every tie between two integers, of both signs."""
+    """Every tie between two integers, of both signs, under a scale of exactly 1."""
     row = torch.arange(k) % 253 - 126.0
     row = row + torch.where(row < 0, -0.5, 0.5)
     row[0] = 127.0
@@ -75,14 +75,14 @@ def _ties(k: int, dtype: torch.dtype) -> Tensor:
 
 
 def _spike(k: int, dtype: torch.dtype) -> Tensor:
-    """The only large value comes last, where a vectorized maximum has its tail."""
+    """The only large value is the last one, which a vectorized maximum handles in its tail."""
     row = torch.full((k,), 0.01)
     row[-1] = -1000.0
     return row
 
 
 def _mixed(k: int, dtype: torch.dtype) -> Tensor:
-    """The largest number beside the smallest."""
+    """The largest number among the smallest."""
     row = torch.full((k,), torch.finfo(dtype).tiny)
     row[k // 2] = -torch.finfo(dtype).max
     return row
@@ -98,7 +98,7 @@ def _last(value: float) -> Callable[[int, torch.dtype], Tensor]:
 
 
 def _nan_then_large(k: int, dtype: torch.dtype) -> Tensor:
-    """A maximum that compares with `>` forgets the NaN at the larger value that follows."""
+    """A maximum that compares with `>` loses the NaN when a larger value follows."""
     row = torch.linspace(1, 2, k)
     row[0] = torch.nan
     return row
@@ -117,7 +117,7 @@ FINITE_ROWS: dict[str, Callable[[int, torch.dtype], Tensor]] = {
     "mixed": _mixed,
     "largest": lambda k, dtype: torch.full((k,), torch.finfo(dtype).max),
     "subnormal": lambda k, dtype: torch.full((k,), torch.finfo(dtype).tiny / 4),
-    # Only float32 and bfloat16 reach down to where the scale itself is no normal number.
+    # In float16 these round to 0: only float32 and bfloat16 reach a scale that is subnormal.
     "scale_subnormal": lambda k, dtype: torch.full((k,), 126.0 * _SMALLEST),
     "scale_smallest": lambda k, dtype: torch.full((k,), 128.0 * _SMALLEST),
 }
@@ -163,7 +163,7 @@ def gemm_operands(
     largest_weight: int = 128,
     seed: int = 0,
 ) -> Gemm:
-    """Full-range operands with a row of -128 on each side; outputs of the order of 1."""
+    """Full-range operands with a row of -128 on each side. Their scales make outputs of the order of 1."""
     x_q = random_int8(m, k, seed=seed)
     high = min(largest_weight, 127)
     w_q = random_int8(n, k, seed=seed + 1, low=-largest_weight, high=high)
@@ -185,7 +185,7 @@ def gemm_operands(
 
 
 def covering(count: int, seed: int, **dimensions: Sequence[Any]) -> list[dict[str, Any]]:
-    """So many cases that each value of a dimension is in as many as any other, in a shuffled order, always the same."""
+    """`count` cases in which each value of a dimension occurs equally often, in a reproducible shuffled order."""
     g = generator(seed)
     columns = []
     for values in dimensions.values():
@@ -194,7 +194,7 @@ def covering(count: int, seed: int, **dimensions: Sequence[Any]) -> list[dict[st
     return [dict(zip(dimensions, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
-#: A row for a GEMM that has no tiles: the CPU's.
+#: The placeholder for the CPU's GEMM, which has no tiles.
 NO_TILE = {
     "tile": -1, "name": "none", "kernel": "cpu", "m": 16, "n": 16, "k": 32, "stages": 2, "cluster": [1, 1],
     "most_splits": 1,
@@ -202,13 +202,13 @@ NO_TILE = {
 
 
 def k_of_all_stages(tile: dict[str, Any]) -> int:
-    """K for which a block has filled each of its stages once; of a streaming kernel: of each of its 16 warps."""
+    """The K at which a block (a streaming kernel: each of its 16 warps) has filled each of its stages once."""
     stage: int = tile["stages"] * tile["k"]
     return stage or 16 * 3 * 128
 
 
 def gemm_sizes(tile: dict[str, Any]) -> dict[str, list[int]]:
-    """M, N and K that such a tile can take: one, below, at and above its edges, several tiles and clusters."""
+    """M, N and K for a tile: one, below, at and above its edges, and several tiles and clusters."""
     sizes = {}
     for side, cluster, odd in (("m", tile["cluster"][0], 3), ("n", tile["cluster"][1], 7)):
         edge = tile[side]

@@ -1,4 +1,4 @@
-"""Quantized tiny models, and what the tests of their checkpoints compare."""
+"""Tiny quantized models, and comparisons of their checkpoints."""
 
 from __future__ import annotations
 
@@ -16,20 +16,21 @@ from torch import nn
 from smoothquant_kernels import SmoothQuantConfig, SmoothQuantError, smooth_and_quantize
 from smoothquant_kernels.checkpoint.manifest import MANIFEST
 from smoothquant_kernels.storage.digests import digest
-from tests.support.models import GQA, token_batches
-from tests.support.models import logits as run
+from tests.support import models
 
 WEIGHTS = "smoothquant.safetensors"
-IDS = token_batches(1)[0]
+IDS = models.token_batches(1)[0]
 
 
 def llama(**changed: Any) -> nn.Module:
-    """Grouped queries: o_proj is divided at run time, the rest is folded."""
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**GQA, **changed})).eval()
+    """With grouped queries, o_proj divides its input at run time, and all other factors are folded."""
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**{**models.GQA, **changed})
+    ).eval()
 
 
 def quantized(make: Callable[[], nn.Module] = llama, scheme: str = "static", **options: Any) -> Any:
-    """A new model, smoothed and quantized."""
+    """A new model that is smoothed and quantized."""
     torch.manual_seed(0)
     model = make()
     half = next(model.parameters()).dtype != torch.float32
@@ -39,7 +40,7 @@ def quantized(make: Callable[[], nn.Module] = llama, scheme: str = "static", **o
 
 
 def logits(model: nn.Module) -> torch.Tensor:
-    return run(model, IDS)
+    return models.logits(model, IDS)
 
 
 def assert_same_bits(got: torch.Tensor, expected: torch.Tensor) -> None:
@@ -51,7 +52,7 @@ def assert_same_bits(got: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 def assert_same_state(got: nn.Module, expected: nn.Module) -> None:
-    """State, buffers outside it, and which names are one tensor."""
+    """The same state dict, the same non-persistent buffers, and the same tied tensors."""
     for group in (
         lambda m: m.state_dict(),
         lambda m: dict(m.named_buffers(remove_duplicate=False)),
@@ -78,7 +79,7 @@ def manifest_of(folder: Path) -> dict[str, Any]:
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Changes the manifest and makes its digests right again, as one who wants to deceive would."""
+    """Changes the manifest and recomputes its digests, as a forger would."""
     values = manifest_of(folder)
     for name in (WEIGHTS, "config.json"):
         data = (folder / name).read_bytes()
@@ -89,7 +90,7 @@ def rewrite(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
 
 
 def refusal(call: Callable[[], object]) -> str:
-    """The sentence: one line, one full stop at its end."""
+    """The message of the refusal, which must be one line that ends with a full stop."""
     with pytest.raises(SmoothQuantError) as caught:
         call()
     text = str(caught.value)

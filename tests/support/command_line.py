@@ -1,4 +1,4 @@
-"""Commands run in this process, and what they print; a tokenizer of twenty words."""
+"""Runs commands in this process and keeps what they print. Also a tokenizer of twenty words."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ QUANTIZE = ("--calibration-tokens", "200", "--device", "cpu")
 
 
 class Result:
-    """What a command left: exit code, and both streams."""
+    """The exit code and both output streams of a command."""
 
     def __init__(self, *arguments: object) -> None:
         result = CliRunner().invoke(app, [str(a) for a in arguments], prog_name="sqk")
@@ -29,7 +29,7 @@ class Result:
 
 
 def refused(*arguments: object) -> str:
-    """The one sentence of a command that must fail by the user's mistake."""
+    """The error sentence of a command that must fail because of a user's mistake."""
     result = Result(*arguments)
     assert result.code == 2, (result.code, result.out, result.err)
     assert result.out == ""
@@ -43,7 +43,7 @@ VOCABULARY = {word: i for i, word in enumerate(["<unk>", "<s>", "</s>", *WORDS])
 
 
 def word_tokenizer(*, encoder: bool = False) -> Any:
-    """Of words; `encoder`: with <s> before and </s> after each text, as BERT's has it."""
+    """A tokenizer of whole words. `encoder` adds <s> before and </s> after each text, as BERT does."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 

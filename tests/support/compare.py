@@ -1,4 +1,4 @@
-"""Comparisons that say where and by how much two tensors differ."""
+"""Comparisons that report where and by how much two tensors differ."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-#: Op results compared with the reference in this process; the simulator's and the GPU's reports name it.
+#: How many op results this process compared with the reference, for the reports of the simulator and the GPU.
 compared = 0
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -26,7 +26,7 @@ def _describe(t: Tensor) -> str:
 
 
 def assert_bitwise_equal(actual: Tensor, expected: Tensor, what: str = "") -> None:
-    """Every bit, so -0 is not 0; but a NaN equals a NaN, whatever its sign and payload."""
+    """Compares every bit, so -0 differs from 0. Any two NaNs are equal, whatever their signs and payloads."""
     prefix = f"{what}: " if what else ""
     assert actual.dtype == expected.dtype, f"{prefix}dtype {actual.dtype} != {expected.dtype}"
     assert actual.shape == expected.shape, (
@@ -44,7 +44,6 @@ def assert_bitwise_equal(actual: Tensor, expected: Tensor, what: str = "") -> No
 
 
 def count_result() -> None:
-    """One more result of an op was compared."""
     global compared
     compared += 1
 
@@ -62,7 +61,7 @@ def assert_all_bitwise_equal(actual: object, expected: object, what: str = "") -
 
 
 def assert_same_buffers(found: nn.Module, expected: nn.Module) -> None:
-    """The same buffers, None where None, with the same bits."""
+    """Both modules have the same buffers, with the same bits or both None."""
     assert found._buffers.keys() == expected._buffers.keys()
     for name, buffer in expected._buffers.items():
         other = found._buffers[name]
@@ -74,7 +73,7 @@ def assert_same_buffers(found: nn.Module, expected: nn.Module) -> None:
 def _libm_fmaf() -> Callable[[float, float, float], float]:
     name = ctypes.util.find_library("m")
     if name is None:
-        pytest.skip("the C library's fmaf is not here")
+        pytest.skip("this system has no C library with fmaf")
     function = ctypes.CDLL(name).fmaf
     function.restype = ctypes.c_float
     function.argtypes = [ctypes.c_float] * 3

@@ -1,4 +1,4 @@
-"""Tiny random models of every architecture that is proved, made from their configurations without a download."""
+"""Tiny random models of every supported architecture, made from their configurations without a download."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def encoder_decoder(seed: int = 0) -> Batch:
 
 
 def image(seed: int = 0) -> Batch:
-    """Four 8 x 8 patches."""
+    """One image of four 8 x 8 patches."""
     return {"pixel_values": torch.randn(1, 3, 16, 16, generator=_generator(seed))}
 
 
@@ -47,14 +47,14 @@ def speech(seed: int = 0) -> Batch:
 
 @dataclass(frozen=True)
 class Family:
-    """A class of `transformers`, its configuration and what its forward is given."""
+    """A model class of `transformers`, its configuration and the inputs of its forward."""
 
     model_class: str
     config: Callable[[], Any]
     inputs: Callable[[int], Batch] = tokens
 
     def make(self, seed: int = 0) -> nn.Module:
-        """A random model whose norms and biases are not at their initial ones and zeros, in evaluation mode."""
+        """A random model in evaluation mode. Its norms and biases differ from their initial ones and zeros."""
         torch.manual_seed(seed)
         try:
             model_class, config = getattr(t, self.model_class), self.config()
@@ -66,7 +66,7 @@ class Family:
         model: nn.Module = model_class.from_config(config) if auto else model_class(config)
         generator = _generator(seed + 1)
         for parameter in model.parameters():
-            # every parameter from here, so that nothing depends on how the library initializes
+            # Overwrites every parameter, so that the model does not depend on the library's initialization.
             noise = torch.randn(parameter.shape, generator=generator)
             if parameter.dim() <= 1:
                 parameter.data += 0.2 * noise
@@ -120,7 +120,7 @@ _IDS: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 
 def _opt_350m() -> Any:
-    """Post-LN, and embeddings narrower than the layers: projected in and out."""
+    """Post-LN, with embeddings that are narrower than the layers and so are projected in and out."""
     return t.OPTConfig(
         vocab_size=VOCAB,
         hidden_size=HIDDEN,

@@ -1,4 +1,4 @@
-"""A toy kind of quantized layer, all in one file: a linear whose weight is float16, for the layers named o_proj."""
+"""A toy kind of quantized layer in one file: a linear with a float16 weight, for the layers named o_proj."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from smoothquant_kernels.nn.kinds import Kind, Settings
 
 
 class HalfLinear(nn.Module):
-    """y = x @ (half * peak).T + bias. Factors of smoothing need no division here: they are never multiplied in."""
+    """y = x @ (half * peak).T + bias. The weight never contains smoothing factors, so x needs no division."""
 
     half_weight: Tensor
     peak: Tensor

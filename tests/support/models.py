@@ -71,7 +71,7 @@ CONFIGS: dict[str, Callable[[], Any]] = {
 
 
 def make_model(family: str, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
-    """A random model whose norms and biases are not at their initial ones and zeros, in evaluation mode."""
+    """A random model in evaluation mode. Its norms and biases differ from their initial ones and zeros."""
     torch.manual_seed(seed)
     model = t.AutoModelForCausalLM.from_config(CONFIGS[family]())
     generator = torch.Generator().manual_seed(seed + 1)
@@ -79,7 +79,7 @@ def make_model(family: str, *, dtype: torch.dtype = torch.float32, seed: int = 0
         if parameter.dim() == 1:
             parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
         else:
-            parameter.data *= 4.0  # the initial 0.02 makes every model nearly linear
+            parameter.data *= 4.0  # with the initial 0.02 every model would be nearly linear
     return model.to(dtype).eval()
 
 
@@ -97,6 +97,6 @@ def logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
 
 
 def divided_by(module: nn.Module) -> torch.Tensor:
-    """1 / s of what the layer's quantizer will divide by."""
+    """1 / s, where s are the factors that the layer's quantizer will divide its input by."""
     smooth = pending_smooth(module)
     return torch.ones(1) if smooth is None else 1.0 / smooth

@@ -1,4 +1,4 @@
-"""Programs that use the kernels' library on an empty CUDA runtime: what the host does, without a GPU."""
+"""Runs programs with the kernels' library on an empty CUDA runtime, to test the host code without a GPU."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from build_support import ROOT
 
 
 def python(*arguments: str) -> str:
-    """Output of Python in a process of its own: the library takes the place of the ops' CPU kernels."""
+    """The output of Python in a new process, where the library replaces the ops' CPU kernels."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, *arguments],

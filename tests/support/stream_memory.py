@@ -1,6 +1,6 @@
-"""Quantizes a checkpoint under a limit on memory: `python stream_memory.py stream|memory SOURCE TARGET MEGABYTES`.
+"""Quantizes a checkpoint under a memory limit: `python stream_memory.py stream|memory SOURCE TARGET MEGABYTES`.
 
-The limit is on what the process may allocate beyond what Python and torch have taken. `make` writes the checkpoint.
+The limit applies to what the process allocates beyond Python and torch themselves. `make` writes the checkpoint.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from smoothquant_kernels.streaming.stream import quantize_streamed
 
 
 def make(folder: Path, layers: int, hidden: int, ffn: int, dtype: str = "float32") -> float:
-    """A random LLaMA, one shard a layer, never all of it in memory; returns the bytes of its weights."""
+    """Writes a random LLaMA, one shard a layer, without holding all of it in memory. Returns its bytes."""
     config = transformers.LlamaConfig(
         vocab_size=256,
         hidden_size=hidden,
@@ -62,7 +62,7 @@ def status(key: str) -> int:
 def main(mode: str, source: str, target: str, megabytes: str) -> None:
     torch.set_num_threads(1)
     data = [torch.arange(128)[None] * 7 % 256]
-    # What is imported at the first use is no part of the model's memory.
+    # Quantizes a small model first, so that the limit does not count what is imported at the first use.
     small = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
             vocab_size=32,

@@ -1,9 +1,9 @@
-"""How far the norms and activations of a kernel may be from the reference, and what that means for int8.
+"""Bounds on how far a kernel's norms and activations may be from the reference, and what they imply for int8.
 
-`quantize` alone is exact. Behind a norm or an activation the kernels compute in float32 what the reference computes in
-float64, so v, the value before quantization, may differ by a bound that is derived here from the number of roundings
-(u = 2^-24 is half a unit in the last place of 1). An int8 result may then differ by one step only where v lies within
-that bound of a rounding boundary, which is what `assert_quantized` demands.
+`quantize` alone is exact. The kernels compute norms and activations in float32, the reference computes them in float64.
+So v, the value before quantization, may differ by a bound that is derived here from the number of roundings (u = 2^-24
+is half a unit in the last place of 1). An int8 result may then differ by one step, and only where v lies within that
+bound of a rounding boundary: `assert_quantized` checks this.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from smoothquant_kernels import reference
 from tests.support.compare import assert_bitwise_equal, count_result
 
 U = 2.0**-24
-#: Products below float32's normal range lose bits, and 1 / (1 + exp(88)) becomes 0 where it is 2^-127.
+#: Products below float32's normal range lose bits, and 1 / (1 + exp(88)) = 2^-127 is flushed to 0.
 UNDERFLOW = 2.0**-119
 
 
@@ -30,7 +30,7 @@ class Expected:
 
 
 def _smoothed(y: Tensor, bound: Tensor, inv_smooth: Tensor | None) -> Expected:
-    """One more product: its own rounding on both sides, and the bound scaled with it."""
+    """Applies one more product: it scales the bound and adds one rounding on each side."""
     if inv_smooth is None:
         return Expected(y, bound)
     factor = inv_smooth.double()
@@ -38,14 +38,14 @@ def _smoothed(y: Tensor, bound: Tensor, inv_smooth: Tensor | None) -> Expected:
 
 
 def chain(k: int) -> int:
-    """Additions in a row, at most: elements per thread (32, or K / 512 beyond 512 threads), then two trees of 5."""
+    """The longest chain of additions: elements per thread (32, or K / 512 beyond 512 threads), then two trees of 5."""
     return max(32, -(-k // 512) + 8) + 10
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, inv_smooth: Tensor | None) -> Expected:
-    """rstd: half the sum's relative error, and 5 roundings of division, sum, root, reciprocal; then 2 products.
+    """rstd has half the sum's relative error, and 5 roundings of division, sum, root and reciprocal; 2 products follow.
 
-    The reference itself rounds rstd and two products.
+    The reference itself rounds 3 times: rstd and two products.
     """
     y = reference.rms_norm(x, weight, eps)
     roundings = chain(x.shape[-1]) / 2 + 5 + 2 + 3
@@ -59,7 +59,7 @@ def layer_norm(
     eps: float,
     inv_smooth: Tensor | None,
 ) -> Expected:
-    """As `rms_norm`, and the mean is off by its own sum's error, which x - mean passes on absolutely."""
+    """As `rms_norm`, and the mean has the error of its own sum, which is an absolute error of x - mean."""
     y = reference.layer_norm(x, weight, bias, eps)
     x64 = x.double()
     mean = x64.mean(-1, keepdim=True)
@@ -77,8 +77,11 @@ def layer_norm(
 
 
 def activation(x: Tensor, kind: str, gate: Tensor | None, inv_smooth: Tensor | None) -> Expected:
-    """|act' - act| <= 8 u |t|: x sigma(x) is stationary enough that errors of exp's argument stay below 2 u |t|;
-    exp (2), the sum (1), the reciprocal (2) and the product (1) are the rest; erf has 2 + 1 + 1. Then the gating."""
+    """|act' - act| <= 8 u |t|, and the gating adds its product.
+
+    x sigma(x) is flat enough that an error in exp's argument contributes at most 2 u |t|. exp (2), the sum (1), the
+    reciprocal (2) and the product (1) contribute the rest; erf has 2 + 1 + 1.
+    """
     y = reference.activation(x, kind, gate)
     if kind in reference.FUSED_KINDS:
         gate, x = x.chunk(2, dim=-1)
@@ -95,8 +98,10 @@ def assert_quantized(
     granularity: str,
     what: str = "",
 ) -> int:
-    """x_q and x_scale are what quantizing some v' within the bound of v gives; returns how many x_q are not the
-    reference's own."""
+    """Checks that x_q and x_scale result from quantizing some v' within the bound of v.
+
+    Returns how many x_q differ from the reference's.
+    """
     x_q, x_scale = (t.cpu() for t in found[:2])
     v, bound = expected.v.double(), expected.bound
     count_result()
@@ -113,7 +118,7 @@ def assert_quantized(
         low, high = (v.abs() - bound).amax(-1), (v.abs() + bound).amax(-1)
         if granularity == "tensor":
             low, high = low.amax(0, keepdim=True), high.amax(0, keepdim=True)
-        # Below the smallest normal number a scale is 0.
+        # A scale below the smallest normal number is flushed to 0.
         floor = reference.MIN_SCALE
         low = torch.where(low / 127 < floor * (1 + 4 * U), 0.0, low / 127 * (1 - 2 * U))
         high = (high / 127 * (1 + 2 * U)).clamp_min(0)
@@ -121,8 +126,9 @@ def assert_quantized(
         assert bool(inside.all()), f"{what}: scales {x_scale[~inside]} not in {low[~inside]}..."
     inverse = reference.inverse_scale(scale if scale is not None else x_scale)
     per_row = inverse.double().expand(m)[:, None]
-    # A broken row has an inverse of 0 under a dynamic scale. Under a static one its sound values are as others are,
-    # infinities saturate and a NaN is 0: all three exactly.
+    # With a dynamic scale, a row that is not finite has an inverse of 0. With a static scale, its finite values are
+    # quantized as usual, infinities saturate and a NaN becomes 0: all three exactly.
+
     target = (v * per_row).nan_to_num(nan=0.0).clamp(-127, 127)
     slack = 0.5 + (bound * per_row).nan_to_num(nan=0.0, posinf=0.0) + 127 * 2 * U
     wrong = (x_q.double() - target).abs() > slack

@@ -1,8 +1,8 @@
-"""A plugin of the test suite: nothing is left out silently, and what needs a compiler says so.
+"""A pytest plugin: it lists the tests that did not run, and enforces the marker `compiler`.
 
-At the end, every reason to skip is printed with the number of tests that gave it, and so is what the marker
-expression left out. A test that starts a compiler without the marker `compiler` (or `simulator`) fails, so that
-`make test` needs none.
+At the end of a run it prints each reason to skip with its number of tests, and how many tests the marker expression
+deselected. A test that starts a compiler without the marker `compiler` (or `simulator`) fails, so `make test` needs
+no compiler.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-#: Why a test is not among the quick ones, the first marker that it has.
+#: The markers of tests that are not quick. A test counts under the first of these that it has.
 HEAVY = ("simulator", "compiler", "real_model", "slow")
 COMPILERS = {"nvcc", "g++", "gcc", "c++", "cc", "cpp", "clang", "clang++", "ccache"}
 
@@ -63,10 +63,12 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
 def pytest_runtest_teardown(item: pytest.Item) -> None:
     marked = any(item.get_closest_marker(name) for name in ("compiler", "simulator"))
     if _started and not marked:
-        pytest.fail(f"starts a compiler and is not marked so: {_started[0]}", pytrace=False)
+        pytest.fail(
+            f"starts a compiler without the marker `compiler`: {_started[0]}", pytrace=False
+        )
 
 
-# --- what was left out ------------------------------------------------------------------------------------------------
+# --- tests that did not run -------------------------------------------------------------------------------------------
 
 
 def _reason(item: pytest.Item) -> str:
@@ -80,7 +82,7 @@ def pytest_deselected(items: list[pytest.Item]) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """A worker of pytest-xdist tells the main process, which collects nothing itself."""
+    """A pytest-xdist worker reports its counts to the main process, which collects no tests itself."""
     output = getattr(session.config, "workeroutput", None)
     if output is not None:
         output[_LEFT_OUT] = dict(session.config.stash.get(_COUNTS, Counter()))
@@ -88,7 +90,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any, error: object) -> None:
-    """Every worker leaves out the same."""
+    """Takes the counts of one worker, not their sum: every worker deselects the same tests."""
     counts = getattr(node, "workeroutput", {}).get(_LEFT_OUT)
     if counts is not None:
         node.config.stash[_COUNTS] = Counter(counts)
