@@ -1,4 +1,4 @@
-"""The command line: what it prints, what it writes, and how it says no."""
+"""The command line: its output, its files and its refusals."""
 
 from __future__ import annotations
 
@@ -14,59 +14,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from smoothquant_kernels.cli import console as _console
-from smoothquant_kernels.cli import doctor as _doctor
-from smoothquant_kernels.cli import inspect as _inspect
+from smoothquant_kernels.cli import console, doctor, inspect
 from smoothquant_kernels.modeling.record import LayerRecord
 from smoothquant_kernels.storage.document import json_text, readable_size
-from tests.support.command_line import QUANTIZE, TEXT, VOCABULARY, Result, refused, word_tokenizer
+from tests.support.command_line import QUANTIZE, TEXT, Result, refused
 
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a random LLaMA and a tokenizer of twenty words."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(VOCABULARY),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=512,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    folder = tmp_path_factory.mktemp("cli") / "tiny"
-    LlamaForCausalLM(config).save_pretrained(folder)
-    word_tokenizer().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("cli-text") / "text.txt"
-    path.write_text(TEXT)
-    return path
-
-
-@pytest.fixture(scope="session")
-def checkpoint(tiny: Path, text: Path) -> Path:
-    output = tiny.parent / "checkpoint"
-    document = Result(
-        "quantize", tiny, "-o", output, "--calibration", text, *QUANTIZE, "--json"
-    ).json
-    assert document["output"] == str(output)
-    return output
-
-
-# --- what the commands do -------------------------------------------------------------------------
+# --- results --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("scheme", ["per_token", "per_tensor", "static"])
 @pytest.mark.parametrize("flags", [(), ("--no-smooth",)])
-def test_quantize_says_what_it_did_and_inspect_agrees(
+def test_quantize_and_inspect_report_the_same(
     tiny: Path, text: Path, tmp_path: Path, scheme: str, flags: tuple[str, ...]
 ) -> None:
     output = tmp_path / "new" / "q"
@@ -81,7 +39,7 @@ def test_quantize_says_what_it_did_and_inspect_agrees(
         "lm_head": 1, "model.layers.*.self_attn.o_proj": 1,
     }  # fmt: skip
     smoothed = done["smoothing"]["folded"] + done["smoothing"]["runtime"]
-    # a random layer may be as well off without: then it says so
+    # Smoothing may not help a random layer, which then counts as "none".
     assert smoothed + done["smoothing"].get("none", 0) == 13 and (smoothed < 10) == bool(flags)
     assert flags or 0 <= done["verification"]["relative_change"] <= 1e-5
     assert done["bytes"]["linears_after"] < 0.4 * done["bytes"]["linears_before"]
@@ -192,10 +150,10 @@ def test_doctor_reports_this_machine() -> None:
     assert "on the CPU run on oneDNN" in " ".join(text.split())
 
 
-def test_doctor_knows_all_ops() -> None:
+def test_doctor_lists_all_ops() -> None:
     names = (n.split("::") for n in torch._C._dispatch_get_all_op_names())
     ours = {n for space, n in names if space == "smoothquant_kernels" and n[0] != "_"}
-    assert ours == set(_doctor.OPS)
+    assert ours == set(doctor.OPS)
 
 
 def test_sizes_are_readable() -> None:
@@ -204,7 +162,7 @@ def test_sizes_are_readable() -> None:
     assert [readable_size(size) for size in sizes] == expected
 
 
-def test_layers_are_counted_together_and_figures_stay_figures() -> None:
+def test_like_reasons_are_grouped_and_numbers_become_ranges() -> None:
     def layer(n: int, reason: str) -> LayerRecord:
         return LayerRecord(
             f"model.layers.{n}.fc", smoothing="none", reason=reason,
@@ -216,12 +174,12 @@ def test_layers_are_counted_together_and_figures_stay_figures() -> None:
         layer(n, said.format(*p)) for n, p in enumerate([("0.52", "9.70"), ("0.50", "10.10")])
     ]
     layers.append(layer(2, "model.layers.2.norm is read by something else"))
-    groups = [(g["count"], g["reason"]) for g in _inspect.summarize_layers(layers, [])["groups"]]
+    groups = [(g["count"], g["reason"]) for g in inspect.summarize_layers(layers, [])["groups"]]
     assert groups == [
         (2, said.format("0.50 to 0.52", "9.70 to 10.10")),
         (1, "model.layers.*.norm is read by something else"),
     ]
-    assert _console.general_name("blocks.0.1.fc and layers.31") == "blocks.*.*.fc and layers.*"
+    assert console.general_name("blocks.0.1.fc and layers.31") == "blocks.*.*.fc and layers.*"
 
 
 def test_json_has_no_nan() -> None:
@@ -229,7 +187,7 @@ def test_json_has_no_nan() -> None:
     assert json.loads(text) == {"a": None, "b": [None, 1.5], "c": "x"}
 
 
-# --- how it says no -------------------------------------------------------------------------------
+# --- refusals -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -272,7 +230,7 @@ def test_bad_options(
     assert sorted(p.name for p in tmp_path.iterdir()) == before
 
 
-def test_unknown_model(tmp_path: Path, text: Path) -> None:
+def test_an_unknown_model_is_refused(tmp_path: Path, text: Path) -> None:
     output = tmp_path / "q"
     command = ("quantize", tmp_path / "nowhere", "-o", output, "--calibration", text)
     assert f"There is no file or folder {tmp_path}/nowhere" in refused(*command)
@@ -281,7 +239,7 @@ def test_unknown_model(tmp_path: Path, text: Path) -> None:
     assert not output.exists()
 
 
-def test_nan_weights_name_the_layer(tiny: Path, text: Path, tmp_path: Path) -> None:
+def test_the_error_for_nan_weights_names_the_layer(tiny: Path, text: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     broken.mkdir()
     for file in tiny.iterdir():
@@ -296,21 +254,21 @@ def test_nan_weights_name_the_layer(tiny: Path, text: Path, tmp_path: Path) -> N
     assert not (tmp_path / "q").exists()
 
 
-def test_unwritable_output(tiny: Path, text: Path, tmp_path: Path) -> None:
+def test_an_unwritable_output_is_refused(tiny: Path, text: Path, tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.touch()
     command = ("quantize", tiny, "--calibration", text, "-o")
     assert "cannot be written: Not a directory" in refused(*command, file / "q")
-    if Path("/proc/self").exists():  # refuses even root
+    if Path("/proc/self").exists():  # nobody can write there, not even root
         assert "/proc/q cannot be written" in refused(*command, "/proc/q")
 
 
-def test_not_a_checkpoint(tiny: Path, tmp_path: Path) -> None:
+def test_inspect_needs_a_checkpoint(tiny: Path, tmp_path: Path) -> None:
     assert "is not a checkpoint of this package" in refused("inspect", tiny)
     assert "there is no folder" in refused("inspect", tmp_path / "nowhere")
 
 
-def test_damaged_checkpoint(checkpoint: Path, tmp_path: Path, text: Path) -> None:
+def test_a_damaged_checkpoint_is_refused(checkpoint: Path, tmp_path: Path, text: Path) -> None:
     for name in ("cut", "altered"):
         (tmp_path / name).mkdir()
         for file in checkpoint.iterdir():
@@ -324,7 +282,7 @@ def test_damaged_checkpoint(checkpoint: Path, tmp_path: Path, text: Path) -> Non
     assert "damaged or was altered" in refused("inspect", tmp_path / "altered")
 
 
-def test_quantizing_a_checkpoint_again(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_is_not_quantized_again(checkpoint: Path, text: Path, tmp_path: Path) -> None:
     said = refused("quantize", checkpoint, "-o", tmp_path / "q", "--calibration", text)
     assert "is quantized already" in said
 
@@ -337,11 +295,11 @@ def test_quantizing_a_checkpoint_again(checkpoint: Path, text: Path, tmp_path: P
         (("--prompt", "the cat", "--max-new-tokens", "600"), "exceed the 512 positions"),
     ],
 )
-def test_generate_refuses(tiny: Path, arguments: tuple[str, ...], sentence: str) -> None:
+def test_refusals_of_generate(tiny: Path, arguments: tuple[str, ...], sentence: str) -> None:
     assert sentence in refused("generate", tiny, *arguments)
 
 
-def test_evaluate_refuses(tiny: Path, text: Path, tmp_path: Path) -> None:
+def test_refusals_of_evaluate(tiny: Path, text: Path, tmp_path: Path) -> None:
     assert "There is no file or folder" in refused("evaluate", tiny, "--text", tmp_path / "no.txt")
     said = refused("evaluate", tiny, "--text", text, "--window", "4096", "--max-tokens", "0")
     assert "longer than the 512 positions" in said
@@ -358,18 +316,17 @@ def test_wrong_usage_exits_with_two(arguments: tuple[str, ...]) -> None:
 # --- the process ----------------------------------------------------------------------------------
 
 
-def test_module_and_version() -> None:
+def test_the_module_prints_its_version() -> None:
     command = [sys.executable, "-m", "smoothquant_kernels", "--version"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("smoothquant-kernels ")
 
 
-def test_interrupt_leaves_nothing(tiny: Path, text: Path, tmp_path: Path) -> None:
+def test_an_interrupt_leaves_no_files(tiny: Path, text: Path, tmp_path: Path) -> None:
     output = tmp_path / "out" / "q"
-    text.with_name("long.txt").write_text(
-        f"{TEXT}\n" * 1200
-    )  # seconds of work, so that the signal finds some
+    # Enough text for seconds of work, so that the signal arrives during it.
+    text.with_name("long.txt").write_text(f"{TEXT}\n" * 1200)
     process = subprocess.Popen(
         [
             sys.executable, "-m", "smoothquant_kernels", "quantize", str(tiny), "-o", str(output),
@@ -378,7 +335,7 @@ def test_interrupt_leaves_nothing(tiny: Path, text: Path, tmp_path: Path) -> Non
         ],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-        # a shell starts background jobs with the signal ignored, and children inherit that
+        # A shell makes its background jobs ignore the signal, and their children inherit that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     assert process.stderr is not None

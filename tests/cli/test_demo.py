@@ -11,11 +11,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from smoothquant_kernels.cli import demo as _demo
+from smoothquant_kernels.cli import demo
 from smoothquant_kernels.cli.app import app
 from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.evaluation.models import builtin_demo_model
-from smoothquant_kernels.report import maxima as plot
+from smoothquant_kernels.report import maxima
 from smoothquant_kernels.smoothing.calibrate import calibrate_model
 from smoothquant_kernels.smoothing.smooth import smooth_lm
 
@@ -66,8 +66,8 @@ def test_quick_demo_on_the_real_model(tmp_path: Path) -> None:
     assert "210 layers in int8" in shown.stdout
 
 
-def test_a_foreign_folder_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_demo, "builtin_demo_model", lambda: Path("model.gguf"))
+def test_another_folder_is_not_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "builtin_demo_model", lambda: Path("model.gguf"))
     (tmp_path / "mine.txt").write_text("mine")
     result = CliRunner().invoke(app, ["demo", "-o", str(tmp_path)])
     assert result.exit_code == 2 and result.stdout == ""
@@ -86,21 +86,23 @@ def test_without_the_model_the_demo_says_how_to_get_it(
 
 
 @pytest.mark.parametrize(("load", "used"), [(0.2, 4), (1.3, 3), (3.6, 1), (9.0, 1)])
-def test_threads_leave_busy_cores(monkeypatch: pytest.MonkeyPatch, load: float, used: int) -> None:
+def test_the_demo_leaves_busy_cores_to_others(
+    monkeypatch: pytest.MonkeyPatch, load: float, used: int
+) -> None:
     asked: list[int] = []
     monkeypatch.setattr("os.getloadavg", lambda: (load, 0.0, 0.0), raising=False)
     monkeypatch.setattr("os.cpu_count", lambda: 4)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     monkeypatch.setattr(torch, "set_num_threads", asked.append)
-    _demo.leave_busy_cores()
+    demo.leave_busy_cores()
     assert asked == ([used] if used < 4 else [])
 
 
 @pytest.mark.parametrize("folding", ["auto", "never"])
-def test_maxima_after_smoothing_are_those_of_the_smoothed_model(
+def test_maxima_after_smoothing_equal_those_of_the_smoothed_model(
     tiny_llama: Any, folding: str
 ) -> None:
-    """The figure divides maxima by factors; measuring the smoothed model gives the same."""
+    """The figure divides the maxima by the factors. Measuring the smoothed model gives the same values."""
     from smoothquant_kernels import SmoothQuantConfig
     from smoothquant_kernels.nn.float_linear import pending_smooth
 
@@ -110,7 +112,7 @@ def test_maxima_after_smoothing_are_those_of_the_smoothed_model(
     statistics = calibrate_model(model, data, progress=False)
     smooth_lm(smoothed, statistics, config=config)
     after = calibrate_model(smoothed, data, progress=False)
-    layers = _demo._maxima(model, smoothed, statistics, config)
+    layers = demo._maxima(model, smoothed, statistics, config)
     assert [layer.name.rsplit(".", 1)[1] for layer in layers] == [
         "down_proj", "down_proj", "q_proj", "o_proj",
     ]  # fmt: skip
@@ -127,10 +129,10 @@ def test_figure_shows_every_layer_and_its_outlier(tmp_path: Path) -> None:
     before = torch.ones(64)
     before[7] = 300.0
     layers = [
-        plot.LayerMaxima("a.down_proj", before, torch.ones(64), "alpha = 1") for _ in range(2)
+        maxima.LayerMaxima("a.down_proj", before, torch.ones(64), "alpha = 1") for _ in range(2)
     ]
-    plot.plot_maxima(layers, tmp_path / "f.svg", title="A title")
-    # Text is drawn as glyphs, but matplotlib leaves it in comments.
+    maxima.plot_maxima(layers, tmp_path / "f.svg", title="A title")
+    # matplotlib draws text as glyphs, but also writes it into comments.
     svg = (tmp_path / "f.svg").read_text()
     assert svg.count("<!-- a.down_proj -->") == 2
     assert svg.count("largest 300 = 300 x median (dashed)") == 2
@@ -141,14 +143,14 @@ def test_figure_shows_every_layer_and_its_outlier(tmp_path: Path) -> None:
 
 @needs_matplotlib
 def test_figure_of_dead_channels(tmp_path: Path) -> None:
-    dead = plot.LayerMaxima("dead", torch.zeros(8), torch.zeros(8))
-    plot.plot_maxima([dead], tmp_path / "f.png", title="t")
+    dead = maxima.LayerMaxima("dead", torch.zeros(8), torch.zeros(8))
+    maxima.plot_maxima([dead], tmp_path / "f.png", title="t")
     assert (tmp_path / "f.png").stat().st_size > 1000
     with pytest.raises(SmoothQuantError, match="no layer to draw"):
-        plot.plot_maxima([], tmp_path / "g.png", title="t")
+        maxima.plot_maxima([], tmp_path / "g.png", title="t")
 
 
 def test_figure_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plot, "find_spec", lambda name: None)
+    monkeypatch.setattr(maxima, "find_spec", lambda name: None)
     with pytest.raises(SmoothQuantError, match="pip install matplotlib"):
-        plot.plot_maxima([], tmp_path / "f.png", title="t")
+        maxima.plot_maxima([], tmp_path / "f.png", title="t")

@@ -1,4 +1,4 @@
-"""What the command line says of exceptions that are not its own: of a model's code, of libraries, of the machine."""
+"""Messages for exceptions from elsewhere: from a model's code, from libraries and from the system."""
 
 from __future__ import annotations
 
@@ -14,30 +14,13 @@ import pytest
 import torch
 import transformers
 
-from smoothquant_kernels.cli import quantize as _commands
-from tests.support.command_line import QUANTIZE, TEXT, VOCABULARY, Result, refused, word_tokenizer
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(VOCABULARY), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=4, max_position_embeddings=512, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    folder = tmp_path_factory.mktemp("llama") / "llama"
-    LlamaForCausalLM(config).save_pretrained(folder)
-    word_tokenizer().save_pretrained(folder)
-    (folder.parent / "text.txt").write_text(TEXT)
-    return folder
+from smoothquant_kernels.cli import quantize
+from tests.support.command_line import QUANTIZE, VOCABULARY, Result, refused
 
 
 @pytest.fixture
-def command(llama: Path, tmp_path: Path) -> tuple[Any, ...]:
-    text = llama.parent / "text.txt"
-    return ("quantize", llama, "-o", tmp_path / "q", "--calibration", text, *QUANTIZE)
+def command(tiny: Path, text: Path, tmp_path: Path) -> tuple[Any, ...]:
+    return ("quantize", tiny, "-o", tmp_path / "q", "--calibration", text, *QUANTIZE)
 
 
 ERRORS = [
@@ -49,7 +32,7 @@ ERRORS = [
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda e: type(e).__name__)
 @pytest.mark.parametrize("more", [(), ("--stream",), ("--search", "--calibration-tokens", "1536")])
-def test_a_models_own_exception_is_one_sentence(
+def test_an_exception_in_a_model_becomes_one_sentence(
     command: tuple[Any, ...], tmp_path: Path, error: Exception, more: Any, monkeypatch: Any
 ) -> None:
     from transformers.models.llama import modeling_llama
@@ -69,10 +52,10 @@ def test_a_models_own_exception_is_one_sentence(
         assert "Traceback (most recent call last)" in shown and shown.splitlines()[-1] == said
 
 
-def test_a_defect_of_this_package_shows_its_traceback(command: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr(_commands, "check_output", None)
+def test_a_bug_in_this_package_shows_its_traceback(command: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(quantize, "check_output", None)
     with pytest.raises(AssertionError, match="'NoneType' object is not callable"):
-        Result(*command)  # of the harness, which lets only sentences pass
+        Result(*command)  # fails the test helper, which accepts only error sentences
 
 
 @pytest.mark.parametrize(
@@ -88,19 +71,19 @@ def test_a_defect_of_this_package_shows_its_traceback(command: Any, monkeypatch:
         (OSError(errno.EIO, "Input/output error"), "the output: Input/output error; "),
     ],
 )
-def test_what_the_machine_lacks(
+def test_lack_of_memory_or_disk_is_explained(
     command: Any, error: Exception, words: str, monkeypatch: Any
 ) -> None:
     def fails(*_: Any, **__: Any) -> None:
         raise error
 
-    monkeypatch.setattr(_commands, "quantize_model", fails)
+    monkeypatch.setattr(quantize, "quantize_model", fails)
     assert words in refused(*command)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
 @pytest.mark.parametrize("more", [(), ("--json",)])
-def test_an_output_that_cannot_be_written(more: tuple[str, ...]) -> None:
+def test_a_full_output_device_is_reported(more: tuple[str, ...]) -> None:
     with open("/dev/full", "w") as full:
         done = subprocess.run(
             [sys.executable, "-m", "smoothquant_kernels", "doctor", *more],
@@ -118,7 +101,7 @@ def test_an_output_that_cannot_be_written(more: tuple[str, ...]) -> None:
         (("--alpha=half",), "Invalid value for '--alpha'"),
     ],
 )
-def test_a_value_that_is_no_number_is_quoted(command: Any, options: Any, got: str) -> None:
+def test_a_value_that_is_not_a_number_is_quoted(command: Any, options: Any, got: str) -> None:
     result = Result(*command, *options)
     said = " ".join(result.err.replace("│", " ").split())
     assert result.code == 2 and result.out == "" and got in said and "Traceback" not in said
@@ -127,13 +110,14 @@ def test_a_value_that_is_no_number_is_quoted(command: Any, options: Any, got: st
 @pytest.mark.parametrize(
     "arguments", [("evaluate", "--text", "TEXT"), ("generate", "-p", "the cat")]
 )
-def test_a_tokenizer_of_another_model(llama: Path, tmp_path: Path, arguments: Any) -> None:
-    folder = shutil.copytree(llama, tmp_path / "other")
+def test_a_tokenizer_of_another_model_is_refused(
+    tiny: Path, text: Path, tmp_path: Path, arguments: Any
+) -> None:
+    folder = shutil.copytree(tiny, tmp_path / "other")
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     words = tokenizer["model"]["vocab"]
     tokenizer["model"]["vocab"] = {w: i + 1000 * (w in "the a cat") for w, i in words.items()}
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
-    text = llama.parent / "text.txt"
     options = [text if a == "TEXT" else a for a in arguments[1:]]
     said = refused(arguments[0], folder, *options)
     assert said.startswith("The tokenizer makes token 10") and "has only 21 tokens" in said
@@ -142,12 +126,12 @@ def test_a_tokenizer_of_another_model(llama: Path, tmp_path: Path, arguments: An
         assert "the tokenizer belongs to another model" in refused(*command)
 
 
-def test_a_config_of_another_model(llama: Path, command: Any, tmp_path: Path) -> None:
-    folder = shutil.copytree(llama, tmp_path / "other")
+def test_a_config_of_another_model_is_refused(tiny: Path, command: Any, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny, tmp_path / "other")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 48}))
     said = refused(command[0], folder, *command[2:])
-    if transformers.__version__.startswith("4."):  # which tells no shapes
+    if transformers.__version__.startswith("4."):  # its message has no shapes
         assert f"_proj.weight has another shape in {folder} than config.json asks for: give" in said
     else:
         assert (
@@ -156,13 +140,11 @@ def test_a_config_of_another_model(llama: Path, command: Any, tmp_path: Path) ->
     assert "ignore_mismatched_sizes" not in said
 
 
-def test_a_report_on_a_checkpoint_of_another_model(
-    llama: Path, command: Any, tmp_path: Path
-) -> None:
+def test_a_report_needs_the_checkpoints_own_model(tiny: Path, command: Any, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     from transformers import MistralConfig, MistralForCausalLM
 
-    other = shutil.copytree(llama, tmp_path / "other")
+    other = shutil.copytree(tiny, tmp_path / "other")
     (other / "model.safetensors").unlink()
     config = MistralConfig(
         vocab_size=len(VOCABULARY), hidden_size=32, intermediate_size=64, num_hidden_layers=1,

@@ -1,4 +1,4 @@
-"""The command line on encoders, vision models and what it does not take; on data too short, disks too small."""
+"""The command line with encoders, vision models and unsupported models, with short texts and full disks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from smoothquant_kernels import SmoothQuantConfig, load_quantized, smooth_and_quantize
-from smoothquant_kernels.cli import quantize as _commands
+from smoothquant_kernels.cli import quantize
 from smoothquant_kernels.evaluation.models import load_model
 from smoothquant_kernels.streaming import stream as stream_module
 from tests.support.command_line import QUANTIZE, TEXT, VOCABULARY, Result, refused, word_tokenizer
@@ -50,17 +50,10 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return saved(transformers.LlamaForCausalLM(config), tmp_path_factory.mktemp("llama") / "llama")
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(TEXT)
-    return path
-
-
 # --- encoders ---------------------------------------------------------------------------------------------------------
 
 
-def test_an_encoder_goes_all_the_way(bert: Path, text: Path, tmp_path: Path) -> None:
+def test_an_encoder_is_quantized_as_by_the_api(bert: Path, text: Path, tmp_path: Path) -> None:
     output = tmp_path / "q"
     done = Result("quantize", bert, "-o", output, "--calibration", text, *QUANTIZE, "--json").json
     assert done["quantised"] == 13 and done["smoothing"]["none"] < 13
@@ -72,7 +65,7 @@ def test_an_encoder_goes_all_the_way(bert: Path, text: Path, tmp_path: Path) -> 
     again: Any = load_quantized(output)
     assert type(again).__name__ == "BertModel"
 
-    # Whole windows, <s> and </s> around each, of which the last is cut: the same by the API.
+    # The same by the API: whole windows, each between <s> and </s>, and the last one is cut.
     tokens = word_tokenizer()(TEXT, add_special_tokens=False)["input_ids"]
     windows = [torch.tensor([[1, *tokens[i : i + 37], 2]]) for i in range(0, 6 * 37, 37)]
     config = SmoothQuantConfig(calibration_tokens=200)
@@ -92,7 +85,7 @@ def test_report_on_an_encoder(bert: Path, text: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("command", [("evaluate",), ("generate", "-p", "the cat")])
-def test_what_needs_a_causal_model_says_so(
+def test_evaluate_and_generate_need_a_causal_model(
     bert: Path, text: Path, tmp_path: Path, command: tuple[str, ...], monkeypatch: Any
 ) -> None:
     output = tmp_path / "q"
@@ -118,7 +111,7 @@ ENCODERS = {
 
 
 @pytest.mark.parametrize("name", ENCODERS)
-def test_other_text_models(name: str, text: Path, tmp_path: Path) -> None:
+def test_other_text_models_are_quantized(name: str, text: Path, tmp_path: Path) -> None:
     config = ENCODERS[name](**SIZES, pad_token_id=0)
     source = saved(getattr(transformers, name)(config), tmp_path / "float", encoder=True)
     output = tmp_path / "q"
@@ -130,7 +123,7 @@ def test_other_text_models(name: str, text: Path, tmp_path: Path) -> None:
     assert type(load_quantized(output)).__name__ == name
 
 
-def test_a_vision_model_takes_images(text: Path, tmp_path: Path) -> None:
+def test_a_vision_model_is_calibrated_on_images(text: Path, tmp_path: Path) -> None:
     image = pytest.importorskip("PIL.Image")
     config = transformers.ViTConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
@@ -157,8 +150,8 @@ def test_a_vision_model_takes_images(text: Path, tmp_path: Path) -> None:
     assert "3.png could not be read as an image" in said
 
 
-def test_what_the_command_line_does_not_take(text: Path, tmp_path: Path) -> None:
-    """One sentence each, before the weights are read; it says what the Python API does instead."""
+def test_unsupported_models_are_refused(text: Path, tmp_path: Path) -> None:
+    """Each is refused in one sentence before the weights are read. The sentence names the way in Python."""
     t5 = transformers.T5Config(vocab_size=30, d_model=32, d_ff=64, num_layers=1, num_heads=4)
     cases = [
         (t5, "T5ForConditionalGeneration", "is an encoder-decoder"),
@@ -182,15 +175,15 @@ def test_what_the_command_line_does_not_take(text: Path, tmp_path: Path) -> None
 # --- data, disk, damage -----------------------------------------------------------------------------------------------
 
 
-def test_the_tokens_announced_are_those_taken(llama: Path, text: Path, tmp_path: Path) -> None:
-    """200 is no multiple of the model's 40 positions, nor is it of the windows, which overlap in a token."""
+def test_the_announced_tokens_are_used(llama: Path, text: Path, tmp_path: Path) -> None:
+    """200 is a multiple neither of the model's 40 positions nor of the windows, which overlap in one token."""
     result = Result("quantize", llama, "-o", tmp_path / "q", "--calibration", text, *QUANTIZE)
     assert f"calibrating on 200 tokens of {text}\n" in result.err and "fewer" not in result.err
     assert f"calibrated on  200 tokens of {text}" in result.out
     assert Result("inspect", tmp_path / "q", "--json").json["calibration_tokens"] == 200
 
 
-def test_too_short_a_text_is_remarked_on(llama: Path, tmp_path: Path) -> None:
+def test_a_short_text_is_reported(llama: Path, tmp_path: Path) -> None:
     few = tmp_path / "few.txt"
     few.write_text("the cat sat on a mat")
     command = ("quantize", llama, "-o", tmp_path / "q", "--calibration", few, "--device", "cpu")
@@ -200,19 +193,19 @@ def test_too_short_a_text_is_remarked_on(llama: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stream", [(), ("--stream",)])
-def test_a_full_disk_is_found_before_the_work(
+def test_a_full_disk_is_refused_before_any_work(
     llama: Path, text: Path, tmp_path: Path, stream: tuple[str, ...], monkeypatch: Any
 ) -> None:
     command = ("quantize", llama, "-o", tmp_path / "q", "--calibration", text, *QUANTIZE, *stream)
     with monkeypatch.context() as patch:
-        for module, name in ((_commands, "calibrate_model"), (stream_module, "smooth_lm")):
+        for module, name in ((quantize, "calibrate_model"), (stream_module, "smooth_lm")):
             patch.setattr(module, name, lambda *_, **__: pytest.fail("worked"))
         patch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1_000_000))
         said = refused(*command)
     assert said.startswith(f"{tmp_path / 'q'} will take about ") and "has 0.001 GB free" in said
     assert list(tmp_path.iterdir()) == []
     size = Result(*command, "--json").json["bytes"]["weight_files"]
-    # The weights and 1 MiB for what else there is; streaming joins files, so that it needs room for one more.
+    # The weights and 1 MiB for all other files. Streaming joins its files and so needs room for one more.
     enough = (size + (1 << 20)) * (2 if stream else 1) + 50_000
     for free, code in ((size, 2), (enough, 0)):
         with monkeypatch.context() as patch:
@@ -220,7 +213,7 @@ def test_a_full_disk_is_found_before_the_work(
             assert Result(*command, "--force").code == code
 
 
-def test_a_cut_file_is_named(llama: Path, text: Path, tmp_path: Path) -> None:
+def test_a_truncated_file_is_named(llama: Path, text: Path, tmp_path: Path) -> None:
     cut = shutil.copytree(llama, tmp_path / "cut") / "model.safetensors"
     cut.write_bytes(cut.read_bytes()[:-100])
     for stream in ((), ("--stream",)):
@@ -229,7 +222,7 @@ def test_a_cut_file_is_named(llama: Path, text: Path, tmp_path: Path) -> None:
         assert said.endswith(": copy or download it again.")
 
 
-def test_streaming_refuses_what_is_no_folder(text: Path, tmp_path: Path) -> None:
+def test_streaming_needs_a_folder(text: Path, tmp_path: Path) -> None:
     file = tmp_path / "x.gguf"
     file.write_bytes(b"GGUF")
     command = ("-o", tmp_path / "q", "--calibration", text, "--stream")
@@ -240,9 +233,7 @@ def test_streaming_refuses_what_is_no_folder(text: Path, tmp_path: Path) -> None
     assert "org/model is not a local folder" in refused("quantize", "org/model", *command)
 
 
-def test_force_is_not_advised_where_it_does_not_help(
-    llama: Path, text: Path, tmp_path: Path
-) -> None:
+def test_force_is_suggested_only_where_it_helps(llama: Path, text: Path, tmp_path: Path) -> None:
     full, empty = tmp_path / "full", tmp_path / "empty"
     for folder in (full, empty):
         folder.mkdir()
@@ -252,11 +243,11 @@ def test_force_is_not_advised_where_it_does_not_help(
         for stream in ((), ("--stream",)):
             said = refused(*command, full, *force, *stream)
             assert "is not a checkpoint" in said and "--force" not in said and "another" in said
-    assert Result(*command, empty).code == 0  # as save_quantized has it
+    assert Result(*command, empty).code == 0  # save_quantized accepts an empty folder
     assert "or --force" in refused(*command, empty)
 
 
-def test_verify(llama: Path, text: Path, tmp_path: Path) -> None:
+def test_inspect_verify(llama: Path, text: Path, tmp_path: Path) -> None:
     output = tmp_path / "q"
     Result("quantize", llama, "-o", output, "--calibration", text, *QUANTIZE, "--no-smooth")
     assert "every file is what was saved" in Result("inspect", output, "--verify").out
@@ -277,14 +268,16 @@ def test_verify(llama: Path, text: Path, tmp_path: Path) -> None:
     assert "is not a checkpoint" in refused("inspect", llama, "--verify")
 
 
-def test_smooth_rounding(llama: Path, text: Path, tmp_path: Path) -> None:
+def test_smooth_rounding_to_powers_of_two(llama: Path, text: Path, tmp_path: Path) -> None:
     command = ("quantize", llama, "-o", tmp_path / "q", "--calibration", text, *QUANTIZE)
     done = Result(*command, "--smooth-rounding", "power_of_two", "--json").json
     assert done["config"]["smooth_rounding"] == "power_of_two"
     assert done["verification"]["relative_change"] == 0.0
 
 
-def test_messages_name_options(llama: Path, text: Path, tmp_path: Path) -> None:
+def test_messages_name_options_instead_of_arguments(
+    llama: Path, text: Path, tmp_path: Path
+) -> None:
     partial = tmp_path / ".q.partial"
     partial.mkdir()
     (partial / "call.json").write_text('{"config": "another"}')
@@ -294,7 +287,7 @@ def test_messages_name_options(llama: Path, text: Path, tmp_path: Path) -> None:
     assert Result(*command, "--stream", "--restart").code == 0
 
 
-def test_somebody_elses_checkpoint(llama: Path, text: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_tool_is_refused(llama: Path, text: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(llama, tmp_path / "gptq")
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4}

@@ -1,4 +1,4 @@
-"""`quantize --search` and `quantize --stream`: what they write is what the library functions find."""
+"""`quantize --search` and `quantize --stream` give the same results as the library functions."""
 
 from __future__ import annotations
 
@@ -9,13 +9,10 @@ import pytest
 import torch
 
 from smoothquant_kernels import load_quantized
-from tests.cli import test_cli
-from tests.cli.test_cli import QUANTIZE, Result, refused
-
-tiny, text, checkpoint = test_cli.tiny, test_cli.text, test_cli.checkpoint  # fixtures
+from tests.support.command_line import QUANTIZE, Result, refused
 
 
-def test_search_writes_a_checkpoint_with_what_it_found(
+def test_search_writes_a_checkpoint_with_the_found_settings(
     tiny: Path, text: Path, tmp_path: Path
 ) -> None:
     options = tmp_path / "settings.json"
@@ -25,7 +22,7 @@ def test_search_writes_a_checkpoint_with_what_it_found(
     kept = json.loads((tmp_path / "q.search.json").read_text())
     config = done["config"]
     assert config["alphas"] or config["alpha"] is not None or config["clips"]
-    assert json.dumps(config["alphas"]) in json.dumps(kept)  # the file ends as the result
+    assert json.dumps(config["alphas"]) in json.dumps(kept)  # the log ends with the result
     assert Result("inspect", tmp_path / "q", "--json").json["config"] == config
     again = Result(*arguments, "-o", tmp_path / "q", "--force", "--device", "cpu", "--json").json
     assert again["config"] == config
@@ -59,7 +56,7 @@ def test_streaming_writes_the_same_model(
         (("--restart",), "give both"),
     ],
 )
-def test_options_that_do_not_go_together(
+def test_conflicting_options_are_refused(
     tiny: Path, tmp_path: Path, flags: tuple[str, ...], sentence: str
 ) -> None:
     assert sentence in refused("quantize", tiny, "-o", tmp_path / "q", *flags)

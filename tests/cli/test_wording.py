@@ -1,4 +1,4 @@
-"""Errors on the command line speak of its options: every message of the package is read."""
+"""Errors on the command line name its options. The tests read every message in the package's sources."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ import torch
 
 import smoothquant_kernels
 from smoothquant_kernels import config
-from smoothquant_kernels.cli import options as _options
-from smoothquant_kernels.cli import wording as _wording
+from smoothquant_kernels.cli import options, wording
 from smoothquant_kernels.cli.loading import choose_dtype
 from smoothquant_kernels.cli.wording import for_command_line
 from smoothquant_kernels.streaming.source import IN_MEMORY
@@ -21,15 +20,15 @@ from smoothquant_kernels.streaming.source import IN_MEMORY
 PACKAGE = Path(smoothquant_kernels.__file__).parent
 FUNCTIONS = "|".join(n for n in smoothquant_kernels.__all__ if n.islower() and n != "ops")
 API = re.compile(rf"\b\w+=(?!=)|\b({FUNCTIONS}|load_model|from_pretrained)\b|\b[Pp]ass |torch\.\w")
-# Of functions that no command calls, or of arguments that it always gives.
+# Messages of functions that no command calls, or about arguments that the commands always pass.
 PYTHON_ONLY = (
-    "modeling/batches.py: ",  # of batches that users make
+    "modeling/batches.py: ",  # about batches that users make
     "smoothing/entries.py: ",
-    "nn/float_types.py: ",  # the command line loads in a type of its own choice
+    "nn/float_types.py: ",  # the command line chooses the type itself
     "checkpoint/hf_quantizer.py: ",
     "smoothing/statistics.py: all_reduce",
     "checkpoint/transformers_hook.py: ",
-    "smoothing/calibrate.py: ",  # of data that users make
+    "smoothing/calibrate.py: ",  # about data that users make
     "checkpoint/save.py: max_shard_bytes",
     "checkpoint/save.py: the model has no quantized layer",
     "checkpoint/save.py: tokenizer must",
@@ -42,7 +41,7 @@ PYTHON_ONLY = (
 
 
 def literal(node: ast.expr) -> str:
-    """The text of a string expression, with `...` for what is put in."""
+    """The text of a string expression, with `...` for inserted values."""
     match node:
         case ast.Constant(value=str(text)):
             return text
@@ -65,10 +64,10 @@ def messages() -> Iterator[str]:
                     yield f"{file.relative_to(PACKAGE).as_posix()}: {literal(node.args[0])}"
 
 
-def test_messages_have_no_words_of_the_api() -> None:
+def test_messages_do_not_name_the_api() -> None:
     found = [m for m in messages() if not m.startswith(PYTHON_ONLY)]
     assert len(found) > 100
-    # A sentence may send people to Python, if it says so.
+    # A sentence with "in Python, " may use words of the API.
     wrong = [
         m
         for m in found
@@ -77,9 +76,9 @@ def test_messages_have_no_words_of_the_api() -> None:
     assert not wrong, "\n".join(wrong)
 
 
-def test_the_table_has_nothing_that_no_message_says() -> None:
+def test_the_table_has_no_unused_words() -> None:
     said = "\n".join(messages())
-    assert not [words for words, _ in _wording._TABLE if words not in said]
+    assert not [words for words, _ in wording._TABLE if words not in said]
 
 
 @pytest.mark.parametrize(
@@ -95,33 +94,33 @@ def test_the_table_has_nothing_that_no_message_says() -> None:
         ("smooth must be true or false", "smooth must be true or false"),
     ],
 )
-def test_options_in_place_of_arguments(said: str, expected: str) -> None:
+def test_options_replace_arguments(said: str, expected: str) -> None:
     assert for_command_line(said) == expected
 
 
-def test_choices_in_the_help_are_those_of_the_configuration() -> None:
+def test_help_lists_the_choices_of_the_configuration() -> None:
     for option, name, choices in (
-        (_options.Scheme, "activation_scheme", config.ACTIVATION_SCHEMES),
-        (_options.WeightGranularity, "weight_granularity", config.WEIGHT_GRANULARITIES),
-        (_options.SmoothRounding, "smooth_rounding", config.ROUNDINGS),
+        (options.Scheme, "activation_scheme", config.ACTIVATION_SCHEMES),
+        (options.WeightGranularity, "weight_granularity", config.WEIGHT_GRANULARITIES),
+        (options.SmoothRounding, "smooth_rounding", config.ROUNDINGS),
     ):
         (shown,) = option.__metadata__
         assert f"{', '.join(choices[:-1])} or {choices[-1]}" in shown.help
         assert shown.show_default == getattr(config.SmoothQuantConfig(), name)
-    (alpha,) = _options.Alpha.__metadata__
+    (alpha,) = options.Alpha.__metadata__
     for scheme, default in config.DEFAULT_ALPHA.items():
         assert f"{default} {scheme}" in alpha.show_default
-    (dtype,) = _options.Dtype.__metadata__
+    (dtype,) = options.Dtype.__metadata__
     assert "float32, bfloat16 or float16" in dtype.help
-    assert [choose_dtype(name) for name in _options.DTYPES] == [
+    assert [choose_dtype(name) for name in options.DTYPES] == [
         torch.float32, torch.bfloat16, torch.float16,
     ]  # fmt: skip
 
 
-def test_options_exist() -> None:
+def test_the_named_options_exist() -> None:
     program = (PACKAGE / "cli" / "app.py").read_text("utf-8")
     known = {f"--{name.replace('_', '-')}" for name in re.findall(r"^    (\w+): ", program, re.M)}
-    assert set(_wording.OPTIONS.values()) <= known
-    for _, instead in _wording._TABLE:
+    assert set(wording.OPTIONS.values()) <= known
+    for _, instead in wording._TABLE:
         for option in re.findall(r"--[a-z][a-z-]*", instead):
             assert option in known or f'"{option}"' in program

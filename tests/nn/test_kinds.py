@@ -1,4 +1,4 @@
-"""Kinds of quantized layers: a toy kind goes through the whole package, which names no kind itself."""
+"""Kinds of quantized layers: a toy kind works with the whole package, which itself names no kind."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ from smoothquant_kernels.modeling.view import ModelView
 from smoothquant_kernels.nn import kinds
 from smoothquant_kernels.nn.attached import keeps_float
 from smoothquant_kernels.report.measure import Plan, half_stand_in, stand_in
-from tests.cli.test_cli import Result
 from tests.support.checkpoints import assert_same_bits, logits, manifest_of, refusal, rewrite
+from tests.support.command_line import Result
 from tests.support.half_linear import HalfKind, HalfLinear
 from tests.support.models import make_model, token_batches
 
 PACKAGE = Path(smoothquant_kernels.__file__).parent
-#: The folders whose code works with every kind.
+#: The folders whose code must work with every kind.
 ABOVE = (
     "modeling",
     "checkpoint",
@@ -87,7 +87,7 @@ def halves(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, HalfLinear)]
 
 
-def test_each_kind_takes_its_layers(quantized: Any) -> None:
+def test_each_kind_replaces_its_layers(quantized: Any) -> None:
     assert halves(quantized) == HALF
     assert sum(isinstance(m, W8A8Linear) for m in quantized.modules()) == 12
     layers = {layer["name"]: layer for layer in quantized.smoothquant_info["layers"]}
@@ -96,13 +96,13 @@ def test_each_kind_takes_its_layers(quantized: Any) -> None:
     assert {layers[n]["smoothing"] for n in HALF} == {"runtime"}
 
 
-def test_quantize_model_takes_the_same_kinds(half: HalfKind, quantized: Any) -> None:
+def test_quantize_model_chooses_the_same_kinds(half: HalfKind, quantized: Any) -> None:
     smoothed = smooth_lm(make_model("llama_gqa"), BATCHES, config=CONFIG, progress=False)
     assert_same_bits(logits(quantize_model(smoothed)), logits(quantized))
     assert halves(quantize_model(make_model("llama_gqa"))) == HALF
 
 
-def test_a_loaded_model_computes_what_the_saved_one_does(quantized: Any, folder: Path) -> None:
+def test_a_loaded_model_equals_the_saved_one(quantized: Any, folder: Path) -> None:
     manifest = manifest_of(folder)
     assert {n: m for n, m in manifest["modules"].items() if n in HALF} == dict.fromkeys(
         HALF, ARGUMENTS
@@ -149,11 +149,11 @@ def test_the_report_measures_the_kinds(half: HalfKind, tmp_path: Path) -> None:
         make_model("llama_gqa"), BATCHES, tmp_path / "report", CONFIG, held=BATCHES[:1]
     )
     noise = {layer["name"]: layer["sqnr"] for layer in document["layers"]}
-    # float16 rounds to 2**-11 of a value: the error is at most 66 dB below the products, and int8's is near 40 dB
+    # float16 rounds by up to 2**-11 of a value, so its error is about 66 dB below the products. int8 gives about 40 dB.
     assert all((value > 60) == (name in HALF) for name, value in noise.items()), noise
 
 
-def test_only_weights_are_rounded_where_a_kind_rounds_no_input(half: HalfKind) -> None:
+def test_the_report_rounds_inputs_only_if_the_kind_does(half: HalfKind) -> None:
     torch.manual_seed(0)
     linear, x = nn.Linear(24, 16), torch.randn(5, 24)
     whole = stand_in(Plan(None, "per_token", None), HALF[0], CONFIG)
@@ -174,7 +174,7 @@ def test_a_streamed_model_has_the_same_kinds(
     assert_same_bits(logits(loaded), logits(quantized))
 
 
-def test_the_bytes_are_those_of_the_kinds(half: HalfKind) -> None:
+def test_checkpoint_bytes_count_each_kind(half: HalfKind) -> None:
     model = make_model("llama_gqa")
     linears = ModelView(model).linears
     mixed = checkpoint_bytes(model, linears, CONFIG)
@@ -183,7 +183,7 @@ def test_the_bytes_are_those_of_the_kinds(half: HalfKind) -> None:
     assert mixed - plain == 2 * ((2 * 32 * 32 + 4) - (32 * 32 + 4 * (32 + 32)))
 
 
-def test_a_quantized_model_is_named_by_its_kinds(quantized: Any) -> None:
+def test_refusals_count_the_layers_of_each_kind(quantized: Any) -> None:
     assert "(12 W8A8Linear, 2 HalfLinear)" in refusal(
         lambda: smooth_lm(quantized, BATCHES, progress=False)
     )
@@ -204,7 +204,7 @@ def test_attributes_that_any_kind_uses_keep_a_layer_in_float(half: HalfKind) -> 
 def test_methods_that_any_kind_lacks_are_watched(half: HalfKind) -> None:
     class Own(nn.Linear):
         def dequantized_weight(self) -> Any:
-            """`W8A8Linear` has it, the toy has not."""
+            """`W8A8Linear` has this method, the toy kind does not."""
 
     assert "dequantized_weight" in _own_methods(Own)
     kinds.KINDS.remove(half)
@@ -234,7 +234,7 @@ def test_without_other_kinds_every_layer_is_w8a8() -> None:
 
 
 def names_of_kinds(code: str) -> set[str]:
-    """The names of kinds that code, and not its docstrings or sentences, mentions."""
+    """The names of kinds in code, without those in docstrings and sentences."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.ImportFrom):

@@ -1,4 +1,4 @@
-"""The report: its numbers against independent ones, its advice against following it, its page as a browser shows it."""
+"""The report: its numbers equal independent ones, its advice holds when followed, and its page renders in a browser."""
 
 from __future__ import annotations
 
@@ -17,28 +17,24 @@ from torch.nn import functional as F
 from smoothquant_kernels import SmoothQuantConfig, SmoothQuantError, smooth_lm
 from smoothquant_kernels.modeling.view import ModelView
 from smoothquant_kernels.nn.float_linear import weight_of
-from smoothquant_kernels.report import figures as _report_plots
-from smoothquant_kernels.report import page as _report_page
-from smoothquant_kernels.report import report
+from smoothquant_kernels.report import figures, report
+from smoothquant_kernels.report import page as page_module
 from smoothquant_kernels.report.measure import Plan, decibel, half_stand_in, measure, stand_in
 from smoothquant_kernels.report.report import advised_config, make_report, split_name
-from tests.cli import test_cli
-from tests.cli.test_cli import Result, refused
 from tests.support.browser import look_at
+from tests.support.command_line import Result, refused
 from tests.support.models import divided_by, make_model, token_batches
-
-tiny, text, checkpoint = test_cli.tiny, test_cli.text, test_cli.checkpoint  # fixtures
 
 CONFIG = SmoothQuantConfig(activation_scheme="static", alpha=0.5)
 DATA = token_batches()
 HELD = [batch.flip(1) for batch in token_batches(2, 20, 3)]
-#: dB. The float32 product is off by less than 1e-5 of |y| and the noise is more than 1e-2 of it, so sums of squares of
-#: differences are off by less than 2e-3 of themselves: 0.009 dB.
+#: In dB. The float32 product is off by less than 1e-5 of |y|, and the noise is more than 1e-2 of it. So the relative
+#: error of sums of squared differences is below 2e-3, or 0.009 dB.
 CLOSE = 0.01
 
 
 def model_with_outliers(family: str) -> Any:
-    """A tiny model with channels that need smoothing in front of attention and MLP."""
+    """A tiny model whose attention and MLP read channels that need smoothing."""
     model = make_model(family)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -48,7 +44,7 @@ def model_with_outliers(family: str) -> Any:
 
 
 def inputs_of(model: Any, name: str, batches: list[torch.Tensor]) -> torch.Tensor:
-    """[tokens, K]: what one layer is given."""
+    """The inputs of one layer [tokens, K]."""
     seen: list[torch.Tensor] = []
     handle = model.get_submodule(name).register_forward_pre_hook(
         lambda _, args: seen.append(args[0].detach().flatten(0, -2))
@@ -62,8 +58,8 @@ def inputs_of(model: Any, name: str, batches: list[torch.Tensor]) -> torch.Tenso
 
 @pytest.fixture
 def no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes most of a small report's time."""
-    monkeypatch.setattr(_report_plots, "draw", lambda *a, **k: {})
+    """Skips the figures, which take most of a small report's time."""
+    monkeypatch.setattr(figures, "draw", lambda *a, **k: {})
 
 
 @pytest.fixture
@@ -73,7 +69,7 @@ def one_figure(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path, Any]:
-    """(model, folder, document) of a report with hostile names."""
+    """(model, folder, document) of a report with names that contain HTML."""
     model = model_with_outliers("llama_gqa")
     folder = tmp_path_factory.mktemp("report") / "new" / "report"
     document = make_report(
@@ -92,7 +88,7 @@ def reported(
     model = model_with_outliers(request.param)
     folder = tmp_path_factory.mktemp("report") / request.param
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_report_plots, "draw", lambda *a, **k: {})
+        patch.setattr(figures, "draw", lambda *a, **k: {})
         return model, folder, make_report(model, DATA, folder, CONFIG, held=HELD)
 
 
@@ -100,7 +96,7 @@ def reported(
 
 
 def by_hand(x: torch.Tensor, module: Any, x_absmax: float) -> float:
-    """SQNR of one static layer: the quantizer in float32 as the contract has it, all else in float64."""
+    """SQNR of one static layer. The quantizer computes in float32, as specified, and all else in float64."""
     inverse = divided_by(module)
     weight = weight_of(module).detach().float() / inverse
     bias = 0.0 if module.bias is None else module.bias.detach().double()
@@ -113,7 +109,7 @@ def by_hand(x: torch.Tensor, module: Any, x_absmax: float) -> float:
     return float(10 * torch.log10(y.square().sum() / (y_hat - y).square().sum()))
 
 
-def test_the_sqnr_of_every_layer_is_that_of_an_independent_computation(reported: Any) -> None:
+def test_the_sqnr_of_every_layer_equals_a_direct_computation(reported: Any) -> None:
     model, _, document = reported
     smoothed = smooth_lm(copy.deepcopy(model), DATA, config=CONFIG, progress=False)
     layers = document["layers"]
@@ -129,7 +125,7 @@ def test_the_sqnr_of_every_layer_is_that_of_an_independent_computation(reported:
         assert layer["naive_scheme"] == layer["activation_scheme"] == "static"
         module = smoothed.get_submodule(name)
         inverse = divided_by(module)
-        # the range as it was measured, before any rounding by a fold
+        # The range was measured before the folds rounded anything.
         seen = float((inputs_of(smoothed, name, DATA) * inverse).abs().max())
         assert layer["x_absmax"] == pytest.approx(seen, rel=1e-5)
         now = by_hand(inputs_of(smoothed, name, HELD), module, layer["x_absmax"])
@@ -137,10 +133,10 @@ def test_the_sqnr_of_every_layer_is_that_of_an_independent_computation(reported:
     assert document["held"]["tokens"] == sum(ids.numel() for ids in HELD)
     assert document["summary"]["sqnr"]["worst"] == min(layer["sqnr"] for layer in layers)
     gains = [layer["sqnr"] - layer["sqnr_naive"] for layer in layers]
-    assert max(gains) > 5  # the outliers were worth smoothing
+    assert max(gains) > 5  # smoothing the outliers must pay off
 
 
-def test_maxima_are_those_that_hooks_see(reported: Any) -> None:
+def test_maxima_equal_those_that_hooks_measure(reported: Any) -> None:
     model, _, document = reported
     smoothed = smooth_lm(copy.deepcopy(model), DATA, config=CONFIG, progress=False)
     assert len(document["figures"]) >= 3
@@ -148,23 +144,23 @@ def test_maxima_are_those_that_hooks_see(reported: Any) -> None:
     for figure in document["figures"]:
         name = figure["layer"]
         before = inputs_of(model, name, DATA).abs().amax(0)
-        # six digits are written: half a unit of the sixth
+        # The file has six digits, so values are off by half a unit of the sixth.
         torch.testing.assert_close(torch.tensor(figure["absmax"]), before, rtol=5e-6, atol=0)
         inverse = divided_by(smoothed.get_submodule(name))
         after = (inputs_of(smoothed, name, DATA) * inverse).abs().amax(0)
-        # the fold rounds each element a few times
+        # A fold rounds each element a few times.
         torch.testing.assert_close(
             torch.tensor(figure["absmax_smoothed"]), after, rtol=2e-5, atol=1e-6
         )
     roles = [split_name(groups[f["layer"]][0])[1] for f in document["figures"]]
-    assert len(set(roles)) == len(roles)  # one of each kind
+    assert len(set(roles)) == len(roles)  # one figure for each role
     peaks = {layer["name"]: layer["channel_peak"] for layer in document["layers"]}
     shown = [peaks[f["layer"]] for f in document["figures"]]
     assert shown == sorted(shown, reverse=True) and shown[0] == max(peaks.values())
 
 
 @pytest.mark.usefixtures("no_drawing")
-def test_following_the_advice_gives_what_it_promises(reported: Any, tmp_path: Path) -> None:
+def test_the_advice_holds_when_followed(reported: Any, tmp_path: Path) -> None:
     model, folder, document = reported
     sqnr = {layer["name"]: layer["sqnr"] for layer in document["layers"]}
     assert [a["sqnr"] for a in document["advice"]] == sorted(sqnr.values())[:10]
@@ -177,7 +173,7 @@ def test_following_the_advice_gives_what_it_promises(reported: Any, tmp_path: Pa
     advised = [a for a in document["advice"] if a["settings"]]
     alphas = [a for a in advised if "schemes" not in a["settings"]]
     schemes = [a for a in advised if "schemes" in a["settings"]]
-    assert schemes  # a random model's tokens differ enough for that
+    assert schemes  # the tokens of a random model differ enough for per_token to help
     for i, entry in enumerate([*schemes[:2], *alphas[:1]]):
         config = advised_config(CONFIG, [entry])
         assert set(entry["group"]) == set(config.alphas)
@@ -190,8 +186,8 @@ def test_following_the_advice_gives_what_it_promises(reported: Any, tmp_path: Pa
 
 
 def test_noise_of_weights_and_of_activations_add_up(drawn: Any) -> None:
-    # Roundings of weights and activations are nearly independent: together they make the whole but for the product of
-    # both errors and chance, here within a quarter.
+    # Roundings of weights and activations are nearly independent. So their noise adds up to the whole, except for the
+    # product of both errors and for chance, which stay within a quarter here.
     model, _, document = drawn
     name = document["layers"][0]["name"]
     whole = stand_in(Plan(None, "per_token", None), name, CONFIG)
@@ -211,7 +207,7 @@ def test_padding_is_not_measured() -> None:
     padded = torch.cat([ids, torch.full((1, 9), 5)], 1)
     mask = torch.cat([torch.ones_like(ids), torch.zeros(1, 9, dtype=torch.long)], 1)
     masked = measure(model, stands, [{"input_ids": padded, "attention_mask": mask}], shown=[name])
-    # attention over a longer row adds in another order
+    # Attention over a longer row adds in another order.
     assert masked.noise[name][0] == pytest.approx(plain.noise[name][0], rel=1e-3)
     assert masked.signal[name] == pytest.approx(plain.signal[name], rel=1e-5)
     assert masked.tokens == plain.tokens == ids.numel() == len(masked.shown[name])
@@ -220,7 +216,7 @@ def test_padding_is_not_measured() -> None:
 
 
 @pytest.mark.usefixtures("one_figure")
-def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
+def test_reports_are_reproducible(tmp_path: Path) -> None:
     model = model_with_outliers("llama")
     before = copy.deepcopy(model.state_dict())
     for name in ("a", "b"):
@@ -236,7 +232,7 @@ def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_drawing")
-def test_a_model_that_is_not_smoothed_has_a_report_too(tmp_path: Path) -> None:
+def test_a_report_on_a_model_that_is_not_smoothed(tmp_path: Path) -> None:
     document = make_report(
         make_model("gpt2"), DATA[:1], tmp_path / "r", CONFIG.replace(smooth=False), held=HELD[:1]
     )
@@ -251,7 +247,7 @@ def test_a_model_that_is_not_smoothed_has_a_report_too(tmp_path: Path) -> None:
 
 
 class Reader(HTMLParser):
-    """Collects tags, and complains about those that are not closed in order."""
+    """Collects the tags and checks that they are closed in order."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -282,13 +278,13 @@ def test_the_page_is_one_file_without_script_or_network(drawn: Any) -> None:
     images = [attributes for tag, attributes in reader.tags if tag == "img"]
     assert len(images) == len(document["figures"]) + 2
     assert all(image["alt"] and image["width"] and image["height"] for image in images)
-    # every number of the tables is one of the document
+    # The page shows the numbers of the document.
     for layer in document["layers"]:
         assert f">{layer['sqnr']:.1f}</td>" in page
     assert json.loads((folder / "report.json").read_text()) == json.loads(json.dumps(document))
 
 
-def test_a_browser_shows_the_page_whole(drawn: Any, tmp_path: Path) -> None:
+def test_a_browser_shows_the_whole_page(drawn: Any, tmp_path: Path) -> None:
     _, folder, document = drawn
     seen, console = look_at(folder / "report.html", tmp_path)
     assert console == "" and seen["scripts"] == 0
@@ -310,8 +306,8 @@ def test_a_browser_shows_the_page_whole(drawn: Any, tmp_path: Path) -> None:
         )
 
 
-def test_the_browser_check_sees_what_is_wrong(tmp_path: Path) -> None:
-    """The measuring script itself must be able to fail."""
+def test_the_browser_check_detects_defects(tmp_path: Path) -> None:
+    """The measuring script must detect each kind of defect."""
     page = tmp_path / "bad.html"
     page.write_text(
         '<!DOCTYPE html><html><body><h1>a</h1><h3 style="color:#ccc">faint</h3>'
@@ -329,7 +325,7 @@ def test_the_browser_check_sees_what_is_wrong(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_drawing")
-def test_bad_requests_are_refused_and_leave_nothing(
+def test_wrong_requests_are_refused_and_leave_no_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, target = make_model("llama"), tmp_path / "report"
@@ -340,7 +336,7 @@ def test_bad_requests_are_refused_and_leave_nothing(
     ):
         with pytest.raises(SmoothQuantError, match=message):
             make_report(model, DATA[:1], target, CONFIG, **{"held": HELD[:1], **changes})
-    monkeypatch.setattr(_report_page, "page", lambda *a, **k: 1 / 0)
+    monkeypatch.setattr(page_module, "page", lambda *a, **k: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         make_report(model, DATA[:1], target, CONFIG, held=HELD[:1])
     assert list(tmp_path.iterdir()) == []
@@ -356,7 +352,7 @@ def test_bad_requests_are_refused_and_leave_nothing(
 
 
 @pytest.mark.usefixtures("no_drawing")
-def test_the_command_takes_a_model_or_a_checkpoint(
+def test_the_command_accepts_a_model_or_a_checkpoint(
     tiny: Path, text: Path, checkpoint: Path, tmp_path: Path
 ) -> None:
     common = ("--calibration", text, "--text", text, "--tokens", 60, "--calibration-tokens", 200)
@@ -365,9 +361,9 @@ def test_the_command_takes_a_model_or_a_checkpoint(
     assert done["output"] == str(output) and done["model"] == "tiny"
     written = json.loads((output / "report.json").read_text())
     assert written == {k: v for k, v in done.items() if k not in ("output", "seconds")}
-    assert done["evaluation"]["smoothed"]["tokens"] == 59  # the first has nothing before it
+    assert done["evaluation"]["smoothed"]["tokens"] == 59  # the first token has no context
     assert done["evaluation"]["float"]["mean_kl"] == 0 < done["evaluation"]["smoothed"]["mean_kl"]
-    # `quantize` made the checkpoint with the same settings and data: the same report, but for the perplexity
+    # The checkpoint was made with the same settings and data, so its report is the same.
     other = tmp_path / "c"
     shown = Result(
         "report", checkpoint, "--reference", tiny, "-o", other, *common, "--device", "cpu"
@@ -376,9 +372,7 @@ def test_the_command_takes_a_model_or_a_checkpoint(
     assert json.loads((other / "report.json").read_text()) == written
 
 
-def test_the_command_refuses_in_one_sentence(
-    tiny: Path, text: Path, checkpoint: Path, tmp_path: Path
-) -> None:
+def test_refusals_of_the_command(tiny: Path, text: Path, checkpoint: Path, tmp_path: Path) -> None:
     output = tmp_path / "r"
     assert "--reference" in refused("report", checkpoint, "-o", output)
     assert "leave it out" in refused("report", tiny, "--reference", tiny, "-o", output)

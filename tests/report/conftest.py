@@ -1,0 +1,3 @@
+from tests.support.tiny_checkpoint import checkpoint, text, tiny
+
+__all__ = ["checkpoint", "text", "tiny"]
