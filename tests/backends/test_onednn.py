@@ -1,4 +1,4 @@
-"""The CPU kernels give the reference's bits, in every mode, for every layout, at every thread count."""
+"""The CPU kernels equal the reference bit for bit, in every mode, for every layout and thread count."""
 
 from __future__ import annotations
 
@@ -13,28 +13,29 @@ import torch
 from torch import Tensor
 
 from smoothquant_kernels import SmoothQuantError, ops, reference
-from smoothquant_kernels.backends import onednn as cpu
+from smoothquant_kernels.backends import onednn
 from tests.support import cases
 from tests.support.compare import assert_all_bitwise_equal, assert_bitwise_equal
 
 
-@pytest.fixture(params=cpu.MODES)
+@pytest.fixture(params=onednn.MODES)
 def mode(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Each way to multiply, whichever this processor would choose."""
+    """Each way to multiply, not only the one that this processor would choose."""
     if request.param != "float" and not hasattr(torch.ops.onednn, "qlinear_pointwise"):
         pytest.skip("this torch has no oneDNN")
-    if request.param == "split" and not cpu._is_exact("split"):
+    if request.param == "split" and not onednn._is_exact("split"):
         pytest.skip("two stacked operands are not exact on this processor")
-    monkeypatch.setattr(cpu, "gemm_mode", lambda: request.param)
+    monkeypatch.setattr(onednn, "gemm_mode", lambda: request.param)
     return str(request.param)
 
 
 def largest_weight(mode: str) -> int:
-    """Without VNNI, oneDNN adds pairs of u8 x s8 products in 16 bits: only |w| <= 64 cannot saturate them there.
+    """The largest |w| that this processor multiplies exactly in a mode.
 
-    255 * 64 * 2 < 2^15. With that limit the mode can be tested on any processor; with VNNI it is tested in full.
+    Without VNNI, oneDNN adds pairs of u8 x s8 products in 16 bits, which cannot saturate if |w| <= 64:
+    255 * 64 * 2 < 2^15. So the mode is tested on any processor, and over the full range with VNNI.
     """
-    return 64 if mode == "vnni" and not cpu._is_exact("vnni") else 128
+    return 64 if mode == "vnni" and not onednn._is_exact("vnni") else 128
 
 
 # --- gemm -------------------------------------------------------------------------------------------
@@ -59,7 +60,7 @@ def test_gemm(mode: str, shape: tuple[int, int, int], per_token: bool, per_chann
             assert_bitwise_equal(found, reference.gemm_s8_requant(*args, bias, relu), "requant")
 
 
-def test_sums_that_float32_cannot_hold(mode: str) -> None:
+def test_sums_beyond_the_precision_of_float32(mode: str) -> None:
     k = reference.MAX_K
     op = cases.gemm_operands(3, 4, k, largest_weight=largest_weight(mode))
     op.x_q[0] = 127
@@ -67,16 +68,16 @@ def test_sums_that_float32_cannot_hold(mode: str) -> None:
     acc = op.x_q.long() @ op.w_q.long().T
     assert bool((acc.abs() > 2**28).any()) and not torch.equal(acc.float().long(), acc)
     if mode != "vnni":
-        assert len(cpu._chunk_bounds(op.w_q)) > 10
+        assert len(onednn._chunk_bounds(op.w_q)) > 10
     for bias in (None, op.bias):
         found = ops.gemm_s8(*op[:4], bias=bias, out_dtype=torch.float32)
         assert_bitwise_equal(found, reference.gemm_s8(*op[:4], bias, out_dtype=torch.float32))
 
 
 @pytest.mark.parametrize("extra", [0, 1])
-def test_the_longest_unsigned_sum(mode: str, extra: int) -> None:
-    """uint8 operands are at most 255: up to this K no sum can leave int32, above it "vnni" gives way."""
-    k = cpu._VNNI_MAX_K + extra
+def test_the_largest_k_of_vnni(mode: str, extra: int) -> None:
+    """uint8 operands are at most 255, so no sum overflows int32 up to this K. Above it, "split" replaces "vnni"."""
+    k = onednn._VNNI_MAX_K + extra
     assert (255 * 128 * k < 2**31) == (extra == 0)
     limit = largest_weight(mode)
     x_q, w_q = (
@@ -88,21 +89,21 @@ def test_the_longest_unsigned_sum(mode: str, extra: int) -> None:
     args = (x_q, w_q, torch.ones(2), torch.ones(2))
     found = ops.gemm_s8(*args, out_dtype=torch.float32)
     assert_bitwise_equal(found, reference.gemm_s8(*args, out_dtype=torch.float32))
-    packed = cpu._packed_weight(w_q)
+    packed = onednn._packed_weight(w_q)
     assert packed.mode == ("split" if mode == "vnni" and extra else mode)
-    assert cpu._packed_weight(w_q) is packed
+    assert onednn._packed_weight(w_q) is packed
 
 
-def test_the_slices_of_k_keep_every_partial_sum_exact() -> None:
+def test_slices_of_k_keep_partial_sums_exact() -> None:
     for k in (1, 1023, 1025, 5000):
         w_q = cases.random_int8(3, k)
         w_q[1] = -128
-        bounds = cpu._chunk_bounds(w_q)
+        bounds = onednn._chunk_bounds(w_q)
         assert [b for _, b in bounds[:-1]] == [a for a, _ in bounds[1:]], "no gap, no overlap"
         assert bounds[0][0] == 0 and bounds[-1][1] == k
         for start, stop in bounds:
             assert int(w_q[:, start:stop].long().abs().sum(1).max()) * 128 <= 2**24
-    assert len(cpu._chunk_bounds(torch.ones(2, 100_000, dtype=torch.int8))) == 1, (
+    assert len(onednn._chunk_bounds(torch.ones(2, 100_000, dtype=torch.int8))) == 1, (
         "no more than needed"
     )
 
@@ -141,7 +142,7 @@ def test_any_layout_of_the_operands(mode: str) -> None:
 
 
 def test_the_output_is_rounded_to_nearest_even_once() -> None:
-    """Out of the range of float16 is Inf; 65519.99 is still its largest number."""
+    """Values beyond float16's range become Inf, but 65519.99 still rounds to its largest number."""
     x_q = torch.tensor([[127, 1]], dtype=torch.int8)
     w_q = torch.tensor([[100, 0], [-100, 0], [100, 0], [0, 1], [0, 1], [0, 1]], dtype=torch.int8)
     wanted = [65520.0, -65520.0, 65519.0, 2049.0, 2051.0, 1 + 3 * 2.0**-9]
@@ -171,7 +172,7 @@ def test_with_and_without_a_fused_addcmul(
     expected = reference.gemm_s8(*op[:4], bias, out_dtype=torch.float32)
     assert_bitwise_equal(ops.gemm_s8(*op[:4], bias=bias, out_dtype=torch.float32), expected)
     assert not torch.equal(product + bias, expected)
-    monkeypatch.setattr(cpu, "_addcmul_is_fused", lambda: False)
+    monkeypatch.setattr(onednn, "_addcmul_is_fused", lambda: False)
     assert_bitwise_equal(ops.gemm_s8(*op[:4], bias=bias, out_dtype=torch.float32), expected)
 
 
@@ -180,23 +181,23 @@ def test_with_and_without_a_fused_addcmul(
 
 @pytest.fixture
 def fresh_mode(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The mode is chosen once a process; chosen anew here, and once more afterwards."""
+    """Makes the test choose the mode anew. A process otherwise chooses it once."""
     monkeypatch.delenv("SMOOTHQUANT_KERNELS_CPU", raising=False)
-    cpu.gemm_mode.cache_clear()
-    cpu._addcmul_is_fused.cache_clear()
+    onednn.gemm_mode.cache_clear()
+    onednn._addcmul_is_fused.cache_clear()
     yield
-    cpu.gemm_mode.cache_clear()
-    cpu._addcmul_is_fused.cache_clear()
+    onednn.gemm_mode.cache_clear()
+    onednn._addcmul_is_fused.cache_clear()
 
 
 @pytest.mark.usefixtures("fresh_mode")
 def test_the_fastest_exact_mode_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    exact = [m for m in ("vnni", "split") if cpu._is_exact(m)]
-    assert cpu.gemm_mode() == [*exact, "float"][0]
-    original = cpu._qlinear
-    monkeypatch.setattr(cpu, "_qlinear", lambda *args: original(*args) * 1.0001)
-    cpu.gemm_mode.cache_clear()
-    assert cpu.gemm_mode() == "float", "a product that is off by a little is not used"
+    exact = [m for m in ("vnni", "split") if onednn._is_exact(m)]
+    assert onednn.gemm_mode() == [*exact, "float"][0]
+    original = onednn._qlinear
+    monkeypatch.setattr(onednn, "_qlinear", lambda *args: original(*args) * 1.0001)
+    onednn.gemm_mode.cache_clear()
+    assert onednn.gemm_mode() == "float", "a product that is off by a little is not used"
 
 
 @pytest.mark.usefixtures("fresh_mode")
@@ -206,22 +207,22 @@ def test_the_environment_can_force_a_slower_mode(
 ) -> None:
     monkeypatch.setitem(os.environ, "SMOOTHQUANT_KERNELS_CPU", wanted)
     if wanted == "auto":
-        assert cpu.gemm_mode() in cpu.MODES
+        assert onednn.gemm_mode() in onednn.MODES
     else:
-        assert cpu.gemm_mode() in cpu.MODES[cpu.MODES.index(wanted) :]
+        assert onednn.gemm_mode() in onednn.MODES[onednn.MODES.index(wanted) :]
 
 
 @pytest.mark.usefixtures("fresh_mode")
 def test_an_unknown_mode_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(os.environ, "SMOOTHQUANT_KERNELS_CPU", "fast")
     with pytest.raises(SmoothQuantError, match="must be auto, vnni, split, float; got 'fast'"):
-        cpu.gemm_mode()
+        onednn.gemm_mode()
 
 
 # --- the packed weights -----------------------------------------------------------------------------
 
 
-def assert_right(op: cases.Gemm, w_q: Tensor) -> None:
+def assert_equals_reference(op: cases.Gemm, w_q: Tensor) -> None:
     args = (op.x_q, w_q, op.x_scale, op.w_scale)
     assert_bitwise_equal(ops.gemm_s8(*args), reference.gemm_s8(*args))
 
@@ -238,47 +239,47 @@ def test_a_weight_is_packed_once_until_it_is_written_to(mode: str, packs: list[i
     )
     for count, write in enumerate(writes, start=1):
         write()
-        assert_right(op, w_q)
-        assert_right(op, w_q)
+        assert_equals_reference(op, w_q)
+        assert_equals_reference(op, w_q)
         assert len(packs) == count
 
 
 def test_the_cache_does_not_keep_a_weight_alive(mode: str) -> None:
     gc.collect()
-    before = len(cpu._PACKED)
+    before = len(onednn._PACKED)
     op = cases.gemm_operands(2, 3, 4, largest_weight=64)
     w_q = op.w_q.clone()
-    assert_right(op, w_q)
-    assert len(cpu._PACKED) == before + 1
+    assert_equals_reference(op, w_q)
+    assert len(onednn._PACKED) == before + 1
     alive = weakref.ref(w_q)
     del w_q
     gc.collect()
-    assert alive() is None and len(cpu._PACKED) == before
+    assert alive() is None and len(onednn._PACKED) == before
 
 
 def test_another_mode_packs_again(monkeypatch: pytest.MonkeyPatch) -> None:
     op = cases.gemm_operands(2, 3, 4)
     for mode in ("float", "split", "float"):
-        if mode == "float" or cpu._is_exact(mode):
-            monkeypatch.setattr(cpu, "gemm_mode", lambda mode=mode: mode)
-            assert_right(op, op.w_q)
+        if mode == "float" or onednn._is_exact(mode):
+            monkeypatch.setattr(onednn, "gemm_mode", lambda mode=mode: mode)
+            assert_equals_reference(op, op.w_q)
 
 
 def test_inference_tensors(mode: str) -> None:
     with torch.inference_mode():
         op = cases.gemm_operands(2, 3, 4, largest_weight=64)
-        assert_right(op, op.w_q)
-        op.w_q.neg_()  # has no version: nothing could notice
-        assert_right(op, op.w_q)
-    assert_right(op, op.w_q)
+        assert_equals_reference(op, op.w_q)
+        op.w_q.neg_()  # inference tensors have no version, so a cache could not notice this
+        assert_equals_reference(op, op.w_q)
+    assert_equals_reference(op, op.w_q)
     plain = cases.gemm_operands(2, 3, 4, largest_weight=64)
     with torch.inference_mode():
-        assert_right(plain, plain.w_q)
+        assert_equals_reference(plain, plain.w_q)
         plain.w_q.neg_()
-        assert_right(plain, plain.w_q)
+        assert_equals_reference(plain, plain.w_q)
 
 
-# --- surroundings -----------------------------------------------------------------------------------
+# --- threads, defaults and chunks -------------------------------------------------------------------
 
 
 def run_everything(mode: str) -> list[Tensor]:
@@ -295,7 +296,7 @@ def run_everything(mode: str) -> list[Tensor]:
     ]
 
 
-def test_thread_count_does_not_matter(mode: str) -> None:
+def test_the_thread_count_does_not_change_the_results(mode: str) -> None:
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
@@ -308,14 +309,14 @@ def test_thread_count_does_not_matter(mode: str) -> None:
 
 
 @pytest.mark.usefixtures("fresh_mode")
-def test_defaults_of_the_caller_do_not_matter() -> None:
+def test_the_callers_defaults_do_not_change_the_results() -> None:
     op = cases.gemm_operands(3, 4, 50, per_channel=False)
     x, empty = cases.activations(3, 5), cases.activations(0, 5)
 
     def results() -> list[Tensor]:
-        cpu.gemm_mode.cache_clear()
-        cpu._addcmul_is_fused.cache_clear()
-        chosen.append(cpu.gemm_mode())
+        onednn.gemm_mode.cache_clear()
+        onednn._addcmul_is_fused.cache_clear()
+        chosen.append(onednn.gemm_mode())
         y = ops.gemm_s8(op.x_q, op.w_q.clone(), *op[2:4], bias=op.bias)
         none = ops.gemm_s8(op.x_q[:0], op.w_q, op.x_scale[:0], op.w_scale)
         return [y, none, *ops.quantize(x), *ops.quantize(empty, granularity="tensor")]
@@ -334,22 +335,22 @@ def test_defaults_of_the_caller_do_not_matter() -> None:
     assert len(set(chosen)) == 1, f"another mode was chosen: {chosen}"
 
 
-def test_autocast_does_not_reach_inside(mode: str) -> None:
+def test_autocast_does_not_change_the_results(mode: str) -> None:
     expected = run_everything(mode)
     with torch.autocast("cpu", torch.bfloat16):
         assert_all_bitwise_equal(run_everything(mode), expected)
 
 
-def test_results_made_in_chunks_are_those_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows are multiplied some at a time, here 128: the last chunk is a part, and scalar scales have no rows."""
+def test_gemm_in_chunks_equals_the_whole_gemm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows are multiplied in chunks, here of 128. The last one is shorter, and a scalar scale has no rows to slice."""
     generator = torch.Generator().manual_seed(3)
     x_q = torch.randint(-127, 128, (3, 100, 40), generator=generator, dtype=torch.int8)
     w_q = torch.randint(-127, 128, (24, 40), generator=generator, dtype=torch.int8)
     w_scale, bias = torch.rand(24, generator=generator), torch.randn(24, generator=generator)
     residual = torch.randn(3, 100, 24, generator=generator)
-    monkeypatch.setattr(cpu, "_CHUNK_RESULTS", 1)
+    monkeypatch.setattr(onednn, "_CHUNK_RESULTS", 1)
     for x_scale in (torch.rand(300, generator=generator), torch.rand(1, generator=generator)):
         for extra in (None, residual):
             args = (x_q, w_q, x_scale, w_scale)
-            y = cpu.gemm_s8(*args, bias=bias, residual=extra, out_dtype=torch.float16)
+            y = onednn.gemm_s8(*args, bias=bias, residual=extra, out_dtype=torch.float16)
             assert_bitwise_equal(y, reference.gemm_s8(*args, bias, extra, torch.float16))

@@ -1,4 +1,4 @@
-"""The CPU quantizers give the reference's bits for every type, layout, row and chunk."""
+"""The CPU quantizers equal the reference bit for bit, for every type, layout, row and chunk size."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from smoothquant_kernels import ops, reference
-from smoothquant_kernels.backends import onednn as cpu
+from smoothquant_kernels.backends import onednn
 from tests.support import cases
 from tests.support.compare import assert_all_bitwise_equal, assert_bitwise_equal
 
@@ -44,7 +44,7 @@ def test_quantize_edge_rows(k: int, dtype: torch.dtype) -> None:
         check_quantize(torch.stack([good[2], row]), name)
 
 
-def test_random_bits_quantize_alike() -> None:
+def test_quantize_random_bits() -> None:
     g = cases.generator(0)
     bits = torch.randint(-(2**31), 2**31, (400, 40), generator=g).to(torch.int32)
     x = bits.view(torch.float32)
@@ -54,11 +54,11 @@ def test_random_bits_quantize_alike() -> None:
 
 @pytest.mark.parametrize("rows_at_a_time", [0, 1, 3, 4])
 @pytest.mark.parametrize("m", [1, 3, 4, 5, 8, 9])
-def test_rows_are_the_same_in_any_chunks(
+def test_the_chunk_size_does_not_change_the_rows(
     m: int, rows_at_a_time: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     k = 10
-    monkeypatch.setattr(cpu, "_CHUNK_BYTES", 4 * k * rows_at_a_time)
+    monkeypatch.setattr(onednn, "_CHUNK_BYTES", 4 * k * rows_at_a_time)
     check_quantize(cases.activations(m, k))
     broken = cases.activations(m, k, torch.float16)
     broken[m // 2, 3] = torch.nan
@@ -87,7 +87,7 @@ def test_any_layout_of_x() -> None:
 
 
 @pytest.mark.parametrize("k", [1, 16, 21, 50])
-def test_padded_operands_give_the_product_of_the_unpadded(k: int) -> None:
+def test_padding_k_does_not_change_the_product(k: int) -> None:
     x, w = cases.activations(9, k), cases.activations(5, k, seed=1)
     w_q, w_scale = ops.quantize(w)
     x_q, x_scale = ops.quantize(x)
@@ -99,7 +99,7 @@ def test_padded_operands_give_the_product_of_the_unpadded(k: int) -> None:
         assert_bitwise_equal(found, expected)
 
 
-# 17 divides the number of channels, also that of the fused kinds; 16 divides neither.
+# 17 divides the number of channels, with and without a fused gate; 16 divides neither.
 @pytest.mark.parametrize(("m", "k_multiple"), [(6, 1), (6, 16), (6, 17), (0, 1), (0, 16)])
 @pytest.mark.parametrize("dtype", cases.FLOATS, ids=str)
 @pytest.mark.parametrize("scheme", cases.SCHEMES)
