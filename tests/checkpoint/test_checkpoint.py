@@ -1,4 +1,4 @@
-"""Saved models come back bit for bit."""
+"""A saved and reloaded model is the same, bit for bit."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def saved(model: nn.Module, tmp_path: Path) -> Path:
     return save_quantized(model, tmp_path / "model")
 
 
-# ---------------------------------------------------------------------------------------- the trip
+# ------------------------------------------------------------------------------ save and load again
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -125,7 +125,7 @@ def test_a_loaded_model_can_be_saved_over_itself(saved: Path, model: nn.Module) 
     loaded = load_quantized(saved)
     save_quantized(loaded, saved, overwrite=True)
     assert contents(saved)[WEIGHTS] == first[WEIGHTS]
-    assert_same_bits(logits(loaded), logits(model))  # its old file is gone, its mapping is not
+    assert_same_bits(logits(loaded), logits(model))  # the old file is deleted but still mapped
     assert_same_bits(logits(load_quantized(saved)), logits(model))
 
 
@@ -138,7 +138,7 @@ def test_changing_a_loaded_model_leaves_the_file(saved: Path, model: nn.Module) 
 
 
 def test_weights_are_mapped(tmp_path: Path) -> None:
-    """A weight of the usual size is the file's memory; an odd one is a copy as aligned as torch's own."""
+    """Weights of the usual sizes are mapped from the file. Others are copied, and aligned as torch aligns its own."""
     model = quantized(lambda: llama(hidden_size=64, intermediate_size=128))
     loaded = load_quantized(save_quantized(model, tmp_path / "model"))
     maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
@@ -151,7 +151,7 @@ def test_weights_are_mapped(tmp_path: Path) -> None:
 
 
 def test_size(tmp_path: Path) -> None:
-    """The layers take a quarter of their float32 size, a scale a row and, in the file, a header."""
+    """The layers take a quarter of their float32 size plus a scale for each row. The file adds a header."""
     model = quantize_model(llama(hidden_size=128, intermediate_size=256))
     folder = save_quantized(model, tmp_path / "model")
     linears = [m for m in model.modules() if isinstance(m, W8A8Linear)]
@@ -189,7 +189,7 @@ def test_tied_weights_are_stored_once(tmp_path: Path) -> None:
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
 
 
-def test_untied_by_hand_stays_untied(tmp_path: Path) -> None:
+def test_manually_untied_weights_stay_untied(tmp_path: Path) -> None:
     before: Any = quantized(MODELS["llama_tied"])
     before.lm_head.weight = nn.Parameter(before.lm_head.weight * 2)
     after: Any = load_quantized(save_quantized(before, tmp_path / "model"))
@@ -197,7 +197,7 @@ def test_untied_by_hand_stays_untied(tmp_path: Path) -> None:
     assert_same_bits(logits(after), logits(before))
 
 
-def test_tokenizer_and_what_transformers_sees(model: nn.Module, tmp_path: Path) -> None:
+def test_transformers_reads_the_tokenizer_and_config(model: nn.Module, tmp_path: Path) -> None:
     from tokenizers import Tokenizer, models
 
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0"))
@@ -211,7 +211,7 @@ def test_tokenizer_and_what_transformers_sees(model: nn.Module, tmp_path: Path) 
     config = transformers.AutoConfig.from_pretrained(folder)
     assert config.architectures == ["LlamaForCausalLM"]
     assert config.quantization_config["quant_method"] == "smoothquant_kernels"
-    # It must not come up with random weights and a warning.
+    # transformers must fail, rather than warn and make random weights.
     with pytest.raises(OSError, match=r"no file named (model|.*model\.safetensors)"):
         transformers.AutoModelForCausalLM.from_pretrained(folder)
     message = refusal(lambda: save_quantized(model, tmp_path / "other", tokenizer="gpt2"))
@@ -247,7 +247,7 @@ def save_block(folder: Path, skip: tuple[str, ...] = ()) -> tuple[nn.Module, Pat
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_a_module_of_ones_own(device: str, tmp_path: Path) -> None:
+def test_a_custom_module(device: str, tmp_path: Path) -> None:
     before, folder = save_block(tmp_path)
     with torch.device(device):
         skeleton = Block()
@@ -267,7 +267,9 @@ def test_a_module_of_ones_own(device: str, tmp_path: Path) -> None:
         (llama, "the checkpoint of a Block does not fit the model, it is a LlamaForCausalLM"),
     ],
 )
-def test_another_architecture(make: Callable[[], nn.Module], expected: str, tmp_path: Path) -> None:
+def test_another_architecture_is_refused(
+    make: Callable[[], nn.Module], expected: str, tmp_path: Path
+) -> None:
     _, folder = save_block(tmp_path)
     skeleton = make()
     before = copy.deepcopy(skeleton)
@@ -276,7 +278,7 @@ def test_another_architecture(make: Callable[[], nn.Module], expected: str, tmp_
     assert_same_state(skeleton, before)
 
 
-def test_tensors_that_only_one_side_has(tmp_path: Path) -> None:
+def test_missing_and_extra_tensors_are_refused(tmp_path: Path) -> None:
     _, folder = save_block(tmp_path)
     more, less = Block(), Block()
     more.extra = nn.LayerNorm(3)
@@ -289,7 +291,7 @@ def test_tensors_that_only_one_side_has(tmp_path: Path) -> None:
     assert "buffer lost has no data" in refusal(lambda: load_quantized(folder, model=lost))
 
 
-def test_a_skeleton_of_another_size(saved: Path) -> None:
+def test_a_skeleton_of_another_size_is_refused(saved: Path) -> None:
     message = refusal(lambda: load_quantized(saved, model=llama(intermediate_size=80)))
     assert "maps 32 to 80 features" in message
     message = refusal(lambda: load_quantized(saved, model=llama(vocab_size=VOCAB + 1)))
@@ -310,7 +312,7 @@ def test_a_changed_transformers_model_needs_a_skeleton(tmp_path: Path) -> None:
 
 
 def test_smoothed_layers(tmp_path: Path) -> None:
-    """Alone they are refused; beside quantized ones (left out by a pattern) they are plain float layers."""
+    """A model with only smoothed layers is refused. Beside quantized layers, a skipped one is saved as a float one."""
     torch.manual_seed(0)
     config = SmoothQuantConfig(folding="never")
     model = smooth_lm(llama().eval(), [IDS], config=config, progress=False)
@@ -325,7 +327,7 @@ def test_smoothed_layers(tmp_path: Path) -> None:
     assert_same_bits(logits(after), logits(model))
 
 
-def test_what_cannot_be_saved(model: nn.Module, tmp_path: Path) -> None:
+def test_unsavable_models_are_refused(model: nn.Module, tmp_path: Path) -> None:
     target = tmp_path / "model"
     message = refusal(lambda: save_quantized(llama(), target))
     assert "the model has no quantized layer: run quantize_model" in message

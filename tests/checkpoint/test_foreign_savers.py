@@ -1,4 +1,4 @@
-"""Savers that know nothing of int8 layers: what they write is read back as it was, or refused, never half of it."""
+"""Savers without knowledge of int8 layers: their files load completely or are refused, never partly."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_a_whole_model_can_still_be_copied_and_pickled(int8: Any) -> None:
         assert_same_state(other, int8)
 
 
-def test_parts_without_int8_layers_and_float_models_save_as_ever(tmp_path: Path) -> None:
+def test_float_models_and_parts_are_saved_as_usual(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model: Any = llama()
     before = logits(model)
@@ -143,7 +143,7 @@ STATES = {
 
 
 @pytest.mark.parametrize("way", STATES)
-def test_a_state_dict_loads_into_its_kind_and_no_other(way: str, tmp_path: Path) -> None:
+def test_a_state_dict_loads_only_into_a_quantized_model(way: str, tmp_path: Path) -> None:
     model = quantized(bfloat16, "per_token")
     load = STATES[way](model, tmp_path)
     empty = copy.deepcopy(model)
@@ -157,7 +157,7 @@ def test_a_state_dict_loads_into_its_kind_and_no_other(way: str, tmp_path: Path)
 
 
 def test_a_foreign_weight_file_is_refused_by_from_pretrained(tmp_path: Path) -> None:
-    """What accelerate writes has the name that from_pretrained looks for."""
+    """accelerate writes a file with the name that from_pretrained looks for."""
     model = quantized()
     accelerate.Accelerator().save_model(model, str(tmp_path))
     model.config.save_pretrained(tmp_path)
@@ -177,7 +177,7 @@ def test_distributed_checkpoints(tmp_path: Path) -> None:
     assert_same_bits(logits(other), logits(model))
 
 
-def test_accelerate_moves_an_int8_model_as_it_is() -> None:
+def test_accelerate_hooks_keep_the_results() -> None:
     model = quantized(bfloat16, "per_token")
     for moved in (
         accelerate.cpu_offload(copy.deepcopy(model), execution_device=torch.device("cpu")),
@@ -190,7 +190,7 @@ def test_accelerate_moves_an_int8_model_as_it_is() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-def test_a_checkpoint_keeps_the_type_that_the_weight_shows(
+def test_a_checkpoint_keeps_the_dtype_of_the_weight_property(
     dtype: torch.dtype, tmp_path: Path
 ) -> None:
     model = quantized(lambda: llama().to(dtype), "per_token")
@@ -203,15 +203,15 @@ def test_a_checkpoint_keeps_the_type_that_the_weight_shows(
     assert_same_state(loaded, model)
 
 
-def test_a_checkpoint_without_the_type_is_read(tmp_path: Path) -> None:
+def test_a_checkpoint_without_the_dtype_is_read(tmp_path: Path) -> None:
     model = quantized()
     save_quantized(model, tmp_path / "a")
 
-    def of_a_release_before(manifest: dict[str, Any]) -> None:
+    def as_an_older_release_wrote(manifest: dict[str, Any]) -> None:
         for arguments in manifest["modules"].values():
             del arguments["dtype"]
 
-    rewrite(tmp_path / "a", of_a_release_before)
+    rewrite(tmp_path / "a", as_an_older_release_wrote)
     assert_same_bits(logits(load_quantized(tmp_path / "a")), logits(model))
 
 
@@ -236,7 +236,7 @@ def test_infinity_and_nan_in_a_configuration(tmp_path: Path) -> None:
     assert list(loaded.config.time_step_limit) == [0.0, math.inf]
     assert loaded.config.own["low"] == -math.inf and loaded.config.own["list"] == [math.inf]
     assert math.isnan(loaded.config.own["none"])
-    # transformers reads what we write, whichever way its release has of writing infinity
+    # transformers reads our file, however its release writes infinity.
     read = transformers.AutoConfig.from_pretrained(tmp_path / "a")
     assert list(read.time_step_limit) == [0.0, math.inf]
 

@@ -1,4 +1,4 @@
-"""Damaged, forged and foreign checkpoints are refused in one sentence, and none of their code is run."""
+"""Damaged, forged and foreign checkpoints are refused in one sentence, and their code never runs."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def saved(model: nn.Module, tmp_path: Path) -> Path:
 # ------------------------------------------------------------------------------ folders refused
 
 
-def test_no_checkpoint(tmp_path: Path) -> None:
+def test_a_folder_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
     assert "there is no folder" in refusal(lambda: load_quantized(tmp_path / "none"))
     message = refusal(lambda: load_quantized(tmp_path))
     assert f"is not a checkpoint of this package, it has no {MANIFEST}" in message
@@ -52,7 +52,7 @@ def test_no_checkpoint(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, "config.json", "generation_config.json"])
-def test_a_damaged_file(name: str, saved: Path) -> None:
+def test_a_damaged_file_is_refused(name: str, saved: Path) -> None:
     path = saved / name
     data = path.read_bytes()
     for position in (0, len(data) // 2, len(data) - 1):
@@ -70,7 +70,7 @@ def test_a_damaged_file(name: str, saved: Path) -> None:
     load_quantized(saved)
 
 
-def test_without_verification(saved: Path, model: nn.Module) -> None:
+def test_loading_without_verification(saved: Path, model: nn.Module) -> None:
     path = saved / "generation_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "max_new_tokens": 3}))
     loaded: Any = load_quantized(saved, verify=False)
@@ -92,7 +92,7 @@ def test_without_verification(saved: Path, model: nn.Module) -> None:
         assert expected in refusal(lambda: load_quantized(saved, verify=False))
 
 
-def test_an_altered_manifest(saved: Path) -> None:
+def test_an_altered_manifest_is_refused(saved: Path) -> None:
     text = (saved / MANIFEST).read_text()
     for old, new in (
         ('"alpha": 0.75', '"alpha": 0.5'),
@@ -102,13 +102,13 @@ def test_an_altered_manifest(saved: Path) -> None:
         (saved / MANIFEST).write_text(text.replace(old, new))
         message = refusal(lambda: load_quantized(saved))
         assert f"{saved / MANIFEST} is damaged or was altered" in message
-    # Other spacing and order are the same manifest.
+    # Spacing and order do not matter.
     values = json.loads(text)
     (saved / MANIFEST).write_text(json.dumps(dict(reversed(values.items()))))
     load_quantized(saved)
 
 
-def test_a_newer_format(saved: Path) -> None:
+def test_a_newer_format_is_refused(saved: Path) -> None:
     values = {**manifest_of(saved), "format_version": 2, "something": "new"}
     (saved / MANIFEST).write_text(json.dumps(values))
     message = refusal(lambda: load_quantized(saved))
@@ -120,7 +120,7 @@ FIRST = "model.layers.0.self_attn.q_proj"
 
 
 @pytest.mark.parametrize("path", ["../secret", "/etc/passwd", "a/../../b", "..\\secret", "."])
-def test_a_path_that_leaves_the_folder(path: str, saved: Path) -> None:
+def test_a_path_that_leaves_the_folder_is_refused(path: str, saved: Path) -> None:
     (saved.parent / "secret").write_text("x")
     entry = {"size": 1, "sha256": hashlib.sha256(b"x").hexdigest()}
     rewrite(saved, lambda m: m["files"].update({path: entry}))
@@ -156,7 +156,7 @@ def test_a_path_that_leaves_the_folder(path: str, saved: Path) -> None:
         (lambda m: m["model"].update(name="OPTForCausalLM"), "is for ['LlamaForCausalLM'] and"),
     ],
 )
-def test_a_forged_manifest(
+def test_a_forged_manifest_is_refused(
     change: Callable[[dict[str, Any]], object], expected: str, saved: Path
 ) -> None:
     rewrite(saved, change)
@@ -185,7 +185,7 @@ def negative(data: dict[str, torch.Tensor]) -> None:
         (negative, f"{FIRST}.x_scale has a value that is NaN, infinite or not positive"),
     ],
 )
-def test_forged_tensors(
+def test_forged_tensors_are_refused(
     change: Callable[[dict[str, torch.Tensor]], object], expected: str, saved: Path
 ) -> None:
     data = {n: t.clone() for n, t in load_file(saved / WEIGHTS).items()}
@@ -199,7 +199,7 @@ def test_forged_tensors(
     assert str(skeleton) == before
 
 
-def test_devices(saved: Path) -> None:
+def test_unusable_devices_are_refused(saved: Path) -> None:
     assert "meta device" in refusal(lambda: load_quantized(saved, device="meta"))
     assert "'nonsense' cannot be used" in refusal(lambda: load_quantized(saved, device="nonsense"))
     if not torch.cuda.is_available():
@@ -209,8 +209,8 @@ def test_devices(saved: Path) -> None:
 # ---------------------------------------------------------------------------------- no foreign code
 
 
-def test_no_code_from_the_folder(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither pickle nor modules that config.json names, however the digests are."""
+def test_no_code_of_the_folder_is_run(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even with valid digests, neither pickles nor modules that config.json names are loaded."""
     config = json.loads((saved / "config.json").read_text())
     evil = "someone/kernel"
     for key in ("attn_implementation", "_attn_implementation", "_attn_implementation_internal"):
@@ -237,7 +237,7 @@ def test_no_code_from_the_folder(saved: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("name", ["Trainer", "PreTrainedModel", "utils", "__loader__", "No Such"])
-def test_a_class_that_is_no_model(name: str, saved: Path) -> None:
+def test_a_name_that_is_not_a_model_class_is_refused(name: str, saved: Path) -> None:
     config = json.loads((saved / "config.json").read_text())
     (saved / "config.json").write_text(json.dumps({**config, "architectures": [name]}))
     rewrite(saved, lambda m: m["model"].update(name=name))

@@ -1,4 +1,4 @@
-"""A checkpoint is there whole or not at all, whatever happens while it is written."""
+"""A checkpoint appears complete or not at all, whatever interrupts the writing."""
 
 from __future__ import annotations
 
@@ -14,16 +14,12 @@ import torch
 from torch import nn
 
 from smoothquant_kernels import SmoothQuantError
-from smoothquant_kernels.checkpoint import save as checkpoint
+from smoothquant_kernels.checkpoint import save
 from smoothquant_kernels.checkpoint.load import load_quantized
 from smoothquant_kernels.checkpoint.save import save_quantized
-from smoothquant_kernels.storage import folder as _folder
+from smoothquant_kernels.storage import folder as folder_module
 from smoothquant_kernels.storage.safetensors import write_safetensors
-from tests.support.checkpoints import (
-    contents,
-    quantized,
-    refusal,
-)
+from tests.support.checkpoints import contents, quantized, refusal
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +32,7 @@ def saved(model: nn.Module, tmp_path: Path) -> Path:
     return save_quantized(model, tmp_path / "model")
 
 
-# ---------------------------------------------------------------------------------- whole or not
+# ------------------------------------------------------------------------------ complete or absent
 
 
 def fail_at(number: int, error: BaseException) -> Callable[..., Any]:
@@ -65,7 +61,7 @@ INTERRUPTIONS = [
 @pytest.mark.parametrize("existing", [False, True])
 @pytest.mark.parametrize(("error", "kind", "text"), INTERRUPTIONS)
 @pytest.mark.parametrize("where", ["second shard", "sync", "rename"])
-def test_interrupted(
+def test_an_interrupted_save_leaves_the_old_state(
     where: str,
     error: BaseException,
     kind: type[BaseException],
@@ -81,17 +77,19 @@ def test_interrupted(
         save_quantized(model, target)
         before = contents(target)
     if where == "second shard":
-        monkeypatch.setattr(checkpoint, "write_safetensors", fail_at(2, error))
+        monkeypatch.setattr(save, "write_safetensors", fail_at(2, error))
     else:
         replace = os.replace
 
         def fail(source: Any, to: Any = None) -> None:
-            # Renaming the old one away succeeds: what fails is giving the new one its name.
+            # Moving the old folder away succeeds. Renaming the new one fails.
             if where == "rename" and not str(source).endswith(".tmp"):
                 return replace(source, to)
             raise error
 
-        monkeypatch.setattr(*((_folder, "_sync") if where == "sync" else (os, "replace")), fail)
+        monkeypatch.setattr(
+            *((folder_module, "_sync") if where == "sync" else (os, "replace")), fail
+        )
     with pytest.raises(kind) as caught:
         save_quantized(model, target, overwrite=existing, max_shard_bytes=20_000)
     assert text in str(caught.value)
@@ -103,8 +101,8 @@ def test_interrupted(
     save_quantized(model, target, overwrite=existing)
 
 
-def test_a_write_that_the_system_refuses(model: nn.Module, tmp_path: Path) -> None:
-    """The same with a real limit instead of a stand-in: no file may grow beyond 30 kB."""
+def test_a_write_that_the_system_refuses_saves_nothing(model: nn.Module, tmp_path: Path) -> None:
+    """As above, with a real limit instead of a mock: no file may grow beyond 30 kB."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, limits[1]))
     try:
