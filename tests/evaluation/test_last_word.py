@@ -1,4 +1,4 @@
-"""Last-word accuracy with models that know texts by heart."""
+"""Last-word accuracy, measured on models that have memorized texts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Characters:
 
 
 class Memory(nn.Module):
-    """Continues texts that it knows by heart, character by character; else says "?"."""
+    """Continues memorized texts character by character. Predicts "?" for all others."""
 
     def __init__(self, *texts: str, nan_at_end: bool = False) -> None:
         super().__init__()
@@ -51,11 +51,11 @@ def test_every_token_of_the_last_word_must_be_right() -> None:
     assert accuracy(Memory("one two three fouls"), text) == 0  # one letter in the middle
     assert accuracy(Memory("one two three fourths"), text) == 0
     assert accuracy(Memory(text, nan_at_end=True), text) == 0
-    # What stands before the word is given, not asked for; of a text nobody knows nothing is right.
+    # The words before the last are context and are not scored. The model does not know this context.
     assert accuracy(Memory("ten two three fours"), text) == 0
 
 
-def test_the_share_of_passages() -> None:
+def test_accuracy_is_the_share_of_correct_passages() -> None:
     known = ["one two three four", "five six seven eight", "nine ten eleven twelve"]
     text = "\n\n".join([*known, "this one it knows not"])
     assert accuracy(Memory(*known), text) == 3 / 4
@@ -86,10 +86,10 @@ def test_passages_and_their_last_words(paragraph: str, passage: str) -> None:
         "one two three foo_bar",  # an identifier
     ],
 )
-def test_paragraphs_that_are_no_passages(paragraph: str) -> None:
+def test_paragraphs_that_are_not_passages(paragraph: str) -> None:
     with pytest.raises(SmoothQuantError, match="No paragraph of the text has 4 words"):
         accuracy(Memory(), paragraph)
-    # Beside a real passage they do not count.
+    # Next to a valid passage such a paragraph is ignored.
     text = f"one two three four\n\n{paragraph}"
     assert accuracy(Memory("one two three four"), text) == 1
 
@@ -100,13 +100,13 @@ def test_max_tokens_and_window_bound_the_passages() -> None:
     assert accuracy(Memory("one two three four"), text, max_tokens=38) == 1 / 2
     with pytest.raises(SmoothQuantError, match="fits max_tokens"):
         accuracy(Memory(), text, max_tokens=17)
-    # Of a long passage the model sees the end.
+    # The model sees only the end of a long passage.
     assert accuracy(Memory("three four"), "one two three four", window=10) == 1
     with pytest.raises(SmoothQuantError, match="min_words must be at least 2"):
         last_word_accuracy(Memory(), [text], Characters(), min_words=1)  # type: ignore[arg-type]
 
 
-def test_a_bos_token_stands_before_the_passage(word_tokenizer: Callable[..., Any]) -> None:
+def test_a_bos_token_precedes_the_passage(word_tokenizer: Callable[..., Any]) -> None:
     words = ["<s>", *(f"w{i}" for i in range(30))]
     seen: list[int] = []
 

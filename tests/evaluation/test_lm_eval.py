@@ -1,4 +1,4 @@
-"""The Language Model Evaluation Harness on our checkpoints, and `from_pretrained` of transformers, which it calls."""
+"""The Language Model Evaluation Harness on our checkpoints, and transformers' `from_pretrained`, which it calls."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import nn
 from transformers.quantizers.base import HfQuantizer
 
 from smoothquant_kernels import load_quantized, save_quantized
-from smoothquant_kernels.checkpoint import transformers_hook as _transformers
+from smoothquant_kernels.checkpoint import transformers_hook
 from smoothquant_kernels.checkpoint.manifest import INDEX, MANIFEST
 from smoothquant_kernels.checkpoint.transformers_hook import register_transformers
 from smoothquant_kernels.evaluation import lm_eval as wrapper
@@ -49,7 +49,7 @@ def saved(tmp_path: Path) -> tuple[nn.Module, Path]:
 def register() -> None:
     if not hasattr(HfQuantizer, "update_attn_implementation"):
         pytest.skip(
-            f"transformers {transformers.__version__} has no hook before the weights are looked for"
+            f"transformers {transformers.__version__} has no hook that runs before it looks for weights"
         )
     register_transformers()
 
@@ -60,7 +60,7 @@ def from_pretrained(folder: Path, **options: Any) -> Any:
 
 
 @pytest.mark.parametrize("scheme", ["per_token", "static"])
-def test_from_pretrained_is_load_quantized(scheme: str, tmp_path: Path) -> None:
+def test_from_pretrained_equals_load_quantized(scheme: str, tmp_path: Path) -> None:
     model = quantized(scheme=scheme)
     folder = save_quantized(model, tmp_path / "saved")
     loaded, info = from_pretrained(folder, output_loading_info=True)
@@ -71,7 +71,7 @@ def test_from_pretrained_is_load_quantized(scheme: str, tmp_path: Path) -> None:
     assert not loaded.training
 
 
-def test_the_checkpoint_decides_type_and_attention(saved: tuple[nn.Module, Path]) -> None:
+def test_the_checkpoint_decides_the_dtype_and_attention(saved: tuple[nn.Module, Path]) -> None:
     model, folder = saved
     loaded = from_pretrained(folder, dtype=torch.float16, device_map="cpu")
     assert loaded.dtype == loaded.config.dtype == torch.float32
@@ -104,7 +104,7 @@ def test_from_pretrained_reads_several_weight_files(
 
 
 def rewrite_without_index(folder: Path) -> None:
-    """As a release that did not know the index would have written it."""
+    """Writes the folder as a release without the index would have done."""
     manifest = folder / MANIFEST
     values = json.loads(manifest.read_text())
     (folder / INDEX).unlink()
@@ -112,7 +112,7 @@ def rewrite_without_index(folder: Path) -> None:
     manifest.write_text(json.dumps({**values, "digest": digest(values)}))
 
 
-def test_from_pretrained_refuses(saved: tuple[nn.Module, Path], tmp_path: Path) -> None:
+def test_refusals_of_from_pretrained(saved: tuple[nn.Module, Path], tmp_path: Path) -> None:
     model, folder = saved
     assert "spread the model" in refusal(lambda: from_pretrained(folder, device_map="auto"))
     shards = save_quantized(model, tmp_path / "shards", max_shard_bytes=20_000)
@@ -127,7 +127,7 @@ def test_from_pretrained_refuses(saved: tuple[nn.Module, Path], tmp_path: Path) 
 def test_without_registration_nothing_is_loaded(
     saved: tuple[nn.Module, Path], monkeypatch: Any
 ) -> None:
-    """transformers only warns of an unknown method; then it must at least find no weights, not random ones."""
+    """transformers only warns of an unknown method. It must then fail to find weights, rather than make random ones."""
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
     register()
@@ -137,7 +137,7 @@ def test_without_registration_nothing_is_loaded(
 
 
 def test_an_older_transformers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_transformers, "_done", False)
+    monkeypatch.setattr(transformers_hook, "_done", False)
     monkeypatch.delattr(HfQuantizer, "update_attn_implementation", raising=False)
     assert "upgrade it, or use load_quantized" in refusal(register_transformers)
 
@@ -146,7 +146,7 @@ def test_an_older_transformers_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def questions(count: int = 20, seed: int = 0) -> list[dict[str, Any]]:
-    """Which word comes next in a sentence of Python's documentation: the true one and three of other sentences."""
+    """Which word comes next in a sentence of Python's documentation? The right word and three from other sentences."""
     text = " ".join(" ".join(topics("evaluation")[:40]).split())
     found = [s.split() for s in re.findall(r"[A-Z][A-Za-z ,]{60,120}\.", text)]
     chosen = [words[:12] for words in found if len(words) >= 12][:count]
@@ -163,7 +163,7 @@ def questions(count: int = 20, seed: int = 0) -> list[dict[str, Any]]:
 
 
 class Setting:
-    """A task, and a quantized model with its tokenizer, original and saved."""
+    """A task, and a quantized model with its tokenizer, in memory and saved."""
 
     def __init__(self, folder: Path, word_tokenizer: Any) -> None:
         self.rows = questions()
@@ -203,7 +203,7 @@ class Setting:
         (self.tasks / "task.yaml").write_text(json.dumps(task))  # JSON is YAML
 
     def log_likelihoods(self, model: nn.Module) -> list[list[float]]:
-        """Without lm_eval: of each choice of each question."""
+        """The log-likelihood of each choice of each question, computed without lm_eval."""
         table = []
         for row in self.rows:
             context = self.tokenizer(row["text"], add_special_tokens=False)["input_ids"]
@@ -250,13 +250,13 @@ def test_lm_eval_measures_what_the_checkpoint_computes(setting: Setting) -> None
     accuracy, table = by_harness(setting, setting.model)
     own = setting.log_likelihoods(load_quantized(setting.saved))
     assert accuracy == setting.accuracy(own)
-    # The same float32 logits on both sides; log_softmax over vectors of another layout may sum in another order:
-    # 200 additions of float32, each off by 2**-24 of a sum, in a result below 16.
+    # Both sides have the same float32 logits, but log_softmax may add in another order if the layout differs:
+    # 200 float32 additions, each off by 2**-24 of a sum, in a result below 16.
     torch.testing.assert_close(
         torch.tensor(table), torch.tensor(own), rtol=0.0, atol=200 * 16 * 2.0**-24
     )
     assert by_harness(setting, load_quantized(setting.saved)) == (accuracy, table)
-    # a task that any model answers alike would prove nothing
+    # A task that every model answers in the same way would prove nothing.
     float_model = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(**{**GQA, "vocab_size": 300})
     )
@@ -264,7 +264,7 @@ def test_lm_eval_measures_what_the_checkpoint_computes(setting: Setting) -> None
 
 
 @pytest.mark.slow
-def test_the_command_line_loads_a_folder_as_hf(
+def test_the_lm_eval_command_loads_a_folder(
     setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import lm_eval.tasks
@@ -274,7 +274,7 @@ def test_the_command_line_loads_a_folder_as_hf(
     command = f"lm_eval run --model hf --model_args pretrained={setting.saved} --device cpu --batch_size 1"
     command += f" --tasks {TASK} --include_path {setting.tasks} --output_path {out}"
     monkeypatch.setattr(sys, "argv", command.split())
-    # Reading the thousands of tasks that it brings along takes most of a minute, and none of them is used.
+    # Reading the thousands of bundled tasks takes most of a minute, and the test uses none of them.
     manager = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False)
     monkeypatch.setattr(lm_eval.tasks, "TaskManager", manager)
     wrapper.main()

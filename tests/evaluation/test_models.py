@@ -1,4 +1,4 @@
-"""Loading models and tokenizers, and every way in which that can fail."""
+"""Loading models and tokenizers, and every way in which loading can fail."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def write_gguf(model: Any, path: Path) -> None:
         target = names.get_name(name, try_suffixes=(".weight",))
         rows = weight.float()
         for part, count in heads.items():
-            if part in target:  # the format stores rotary pairs side by side
+            if part in target:  # GGUF stores rotary pairs side by side
                 rows = rows.view(count, 2, -1, rows.shape[1]).transpose(1, 2).reshape(rows.shape)
         writer.add_tensor(target, rows.numpy())
     writer.write_header_to_file()
@@ -71,7 +71,7 @@ def folder(tmp_path: Path, tiny_llama: Callable[..., Any]) -> Path:
 # --- folders ---
 
 
-def test_a_folder_gives_the_same_model_in_eval_mode(
+def test_a_folder_loads_the_same_model_in_eval_mode(
     folder: Path, tiny_llama: Callable[..., Any]
 ) -> None:
     for source in (folder, str(folder)):
@@ -80,7 +80,7 @@ def test_a_folder_gives_the_same_model_in_eval_mode(
         assert not model.training
 
 
-def test_the_type_of_the_weights_is_the_one_asked_for(folder: Path) -> None:
+def test_the_weights_have_the_requested_dtype(folder: Path) -> None:
     model = load_model(folder, dtype=torch.bfloat16)
     assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
     assert model.config.dtype == torch.bfloat16
@@ -95,7 +95,7 @@ def test_a_tokenizer_from_a_folder(folder: Path, word_tokenizer: Callable[..., A
     assert load_tokenizer(folder)("y x").input_ids == [0, 2, 1]
 
 
-def test_missing_weights_are_not_made_up(folder: Path) -> None:
+def test_missing_weights_are_an_error(folder: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     weights = load_file(folder / "model.safetensors")
@@ -142,7 +142,7 @@ def change_config(folder: Path, **values: Any) -> None:
         (lambda path: (path / "config.json").unlink(), "holds neither config.json with"),
     ],
 )
-def test_a_broken_folder_is_one_sentence(
+def test_a_broken_folder_is_refused_in_one_sentence(
     folder: Path, damage: Callable[[Path], object], message: str
 ) -> None:
     damage(folder)
@@ -155,12 +155,14 @@ def test_a_broken_folder_is_one_sentence(
 
 
 @pytest.mark.parametrize("name", ["nonesuch-org/nonesuch", "nonesuch"])
-def test_an_unknown_name_without_a_network_fails_at_once(name: str) -> None:
+def test_an_unknown_name_fails_fast_without_a_network(name: str) -> None:
     begin = time.perf_counter()
     for load in (load_model, load_tokenizer):
         with pytest.raises(SmoothQuantError, match=f"no file or folder {name}, no model .* cache"):
             load(name)
-    assert time.perf_counter() - begin < 20  # with transformers' repetitions: 2 x 23 s and more
+    assert (
+        time.perf_counter() - begin < 20
+    )  # transformers' own retries would take at least 2 x 23 s
 
 
 def test_a_name_that_the_hub_denies(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,9 +180,7 @@ def test_a_name_that_the_hub_denies(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "name", ["./nowhere", "/nowhere/at/all", "a/b/c", "model.gguf", "", "two words", "~/nowhere-1"]
 )
-def test_what_looks_like_a_path_is_not_asked_of_the_hub(
-    monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_a_path_is_not_looked_up_on_the_hub(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(models, "_locate_on_hub", lambda _: pytest.fail("asked"))
     monkeypatch.chdir("/")
     if not name:
@@ -195,7 +195,7 @@ def test_what_looks_like_a_path_is_not_asked_of_the_hub(
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_gguf_file_becomes_a_plain_model(
+def test_a_gguf_file_loads_as_a_plain_model(
     tmp_path: Path, tiny_llama: Callable[..., Any], tied: bool
 ) -> None:
     original = tiny_llama(tie_word_embeddings=tied)
@@ -215,9 +215,9 @@ def test_a_gguf_file_becomes_a_plain_model(
     assert "quantization_config" not in json.loads((tmp_path / "saved/config.json").read_text())
 
 
-def test_a_gguf_file_in_another_type(tmp_path: Path, tiny_llama: Callable[..., Any]) -> None:
+def test_a_gguf_file_in_another_dtype(tmp_path: Path, tiny_llama: Callable[..., Any]) -> None:
     write_gguf(tiny_llama(), tmp_path / "tiny.gguf")
-    model = load_model(tmp_path, dtype=torch.bfloat16)  # the folder: it holds just this one
+    model = load_model(tmp_path, dtype=torch.bfloat16)  # a folder that holds only this file
     assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
     assert model.config.dtype == torch.bfloat16
 
@@ -229,7 +229,7 @@ def test_the_tokenizer_of_a_gguf_file(tmp_path: Path, tiny_llama: Callable[..., 
     assert ids == [3, VOCABULARY - 1, 3 + ord("A") - ord("!")]
 
 
-def test_gguf_files_that_cannot_be_loaded(tmp_path: Path, tiny_llama: Callable[..., Any]) -> None:
+def test_broken_gguf_files_are_refused(tmp_path: Path, tiny_llama: Callable[..., Any]) -> None:
     whole = tmp_path / "tiny.gguf"
     write_gguf(tiny_llama(), whole)
     (tmp_path / "wrong.gguf").write_bytes(b"GGML" + whole.read_bytes()[4:])
@@ -244,12 +244,12 @@ def test_gguf_files_that_cannot_be_loaded(tmp_path: Path, tiny_llama: Callable[.
         load_model(tmp_path)
 
 
-def test_a_file_that_is_no_model(folder: Path) -> None:
+def test_a_file_that_is_not_a_model_is_refused(folder: Path) -> None:
     with pytest.raises(SmoothQuantError, match=r"give the folder that holds config\.json"):
         load_model(folder / "model.safetensors")
 
 
-def test_what_is_not_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "a.gguf").write_bytes(b"GGUF")
     monkeypatch.setattr(models, "find_spec", lambda name: None if name == "gguf" else name)
     with pytest.raises(SmoothQuantError, match="pip install gguf`"):
@@ -263,7 +263,7 @@ def test_what_is_not_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
 
 
 @pytest.mark.real_model
-def test_the_demo_model_is_plain_and_whole(smollm2: tuple[Any, Any], tmp_path: Path) -> None:
+def test_the_demo_model_is_plain_and_complete(smollm2: tuple[Any, Any], tmp_path: Path) -> None:
     model, tokenizer = smollm2
     assert builtin_demo_model().name == "SmolLM2-135M-Instruct.Q4_1.gguf"
     assert not hasattr(model.config, "quantization_config")
@@ -271,8 +271,7 @@ def test_the_demo_model_is_plain_and_whole(smollm2: tuple[Any, Any], tmp_path: P
     assert {weight.dtype for weight in model.parameters()} == {torch.float32}
     assert sum(weight.numel() for weight in model.parameters()) == 134_515_008
     assert len(tokenizer) == model.config.vocab_size == 49_152
-    # A wrong permutation of q and k, a transposed weight or an untied head would end this sentence
-    # differently.
+    # A wrong permutation of q and k, a transposed weight or an untied head would change the last word.
     ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
     with torch.no_grad():
         best = model(input_ids=ids).logits[0, -1].argmax()

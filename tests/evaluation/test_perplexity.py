@@ -1,4 +1,4 @@
-"""Evaluation against independent computations and against models whose answers are known."""
+"""Evaluation, compared with independent computations and with models whose results are known."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from smoothquant_kernels.evaluation.text import token_windows, topics
 
 VOCABULARY = 96
 WORDS = [f"w{i}" for i in range(VOCABULARY)]
-# The float32 sum of 96 exponentials is off by at most 96 * 2^-24 = 6e-6 of itself, and so its logarithm
-# by 6e-6; two subtractions of numbers below 16 round by 2^-21 = 5e-7 each. A mean is off by no more.
+# The float32 sum of 96 exponentials has a relative error of at most 96 * 2^-24 = 6e-6, so its logarithm is off by
+# 6e-6. Two subtractions of numbers below 16 round by 2^-21 = 5e-7 each. The error of a mean is no larger.
 NLL_TOLERANCE = 1e-5
 
 
@@ -30,7 +30,7 @@ def random_text(tokens: int, seed: int = 0) -> list[str]:
 
 
 class Markov(nn.Module):
-    """A model that knows only the last token: row i of `table` holds the log-probabilities after token i."""
+    """A model that sees only the last token: row i of `table` holds the log-probabilities after token i."""
 
     def __init__(self, table: Sequence[Sequence[float]] | torch.Tensor) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class Markov(nn.Module):
 
 
 def true_nlls(model: Any, ids: list[int], window: int, stride: int) -> np.ndarray[Any, Any]:
-    """Token by token, in float64: find the window that has to score it, run that, read off one number."""
+    """For each token, in float64: finds the window that must score it, runs the model and reads one number."""
     nlls = []
     for position in range(1, len(ids)):
         end = min(window, len(ids))
@@ -65,7 +65,7 @@ def true_nlls(model: Any, ids: list[int], window: int, stride: int) -> np.ndarra
 @pytest.mark.parametrize(
     ("tokens", "window", "stride"), [(20, 64, 63), (150, 64, 63), (101, 32, 7), (65, 64, 1)]
 )
-def test_perplexity_is_that_of_a_straightforward_computation(
+def test_perplexity_equals_a_direct_computation(
     tiny_llama: Callable[..., Any],
     word_tokenizer: Callable[..., Any],
     tokens: int,
@@ -83,7 +83,7 @@ def test_perplexity_is_that_of_a_straightforward_computation(
     assert result.mean_kl is result.delta_nll is result.last_word_accuracy is None
 
 
-def test_kl_delta_and_agreement_are_those_of_a_straightforward_computation(
+def test_kl_delta_and_agreement_equal_a_direct_computation(
     tiny_llama: Callable[..., Any], word_tokenizer: Callable[..., Any]
 ) -> None:
     text, model, other = random_text(60), tiny_llama(), tiny_llama(seed=1)
@@ -113,7 +113,7 @@ def test_a_model_does_not_differ_from_itself(
         assert result.top1_agreement == 1
 
 
-def test_log_probabilities_are_float32_whatever_the_model(
+def test_log_probabilities_are_float32_for_any_model(
     tiny_llama: Callable[..., Any], word_tokenizer: Callable[..., Any]
 ) -> None:
     model = tiny_llama(dtype=torch.bfloat16)
@@ -139,7 +139,7 @@ class SimpleFloat:
 
 # --- against known answers ---
 
-# After w0 and w1 the reference and the model believe this of the next word:
+# The next word's probabilities after w0 and after w1, in the reference (R) and in the model (P).
 R = [[0.5, 0.5], [0.75, 0.25]]
 P = [[0.25, 0.75], [0.75, 0.25]]
 
@@ -156,22 +156,21 @@ def test_known_probabilities_give_known_means_and_errors(
     result = evaluate(
         Markov(log(P)), text, word_tokenizer(["w0", "w1"]), reference=Markov(log(R)), window=6
     )
-    kl = 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)  # after w0; none after w1
+    kl = 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)  # after w0; 0 after w1
     assert result.tokens == 9
     assert result.mean_kl == pytest.approx(4 / 9 * kl, rel=1e-6)
-    # Blocks hold 2, 1, 1 contexts w0 of 3: means 2/3, 1/3, 1/3 of kl, variance (2/27) / 2 of a mean
-    # of three.
+    # 2, 1 and 1 of the 3 contexts in the blocks are w0: their means are 2/3, 1/3 and 1/3 of kl. The variance of the
+    # mean of three is (2/27) / 2 / 3.
     variance = sum((share - 4 / 9) ** 2 for share in (2 / 3, 1 / 3, 1 / 3)) / (3 * 2)
     assert result.kl_stderr == pytest.approx(kl * math.sqrt(variance), rel=1e-6)
-    # After w0 come w0, w1, w0, w1: the model gives 1/4, 3/4, 1/4, 3/4 where the reference has 1/2.
+    # w0, w1, w0, w1 follow w0: the model gives them 1/4, 3/4, 1/4, 3/4, the reference 1/2 each.
     up, down = math.log(0.5 / 0.25), math.log(0.5 / 0.75)
     assert result.delta_nll == pytest.approx(2 / 9 * (up + down), rel=1e-5)
     blocks = [(up + down) / 3, up / 3, down / 3]
     mean = sum(blocks) / 3
     expected = math.sqrt(sum((block - mean) ** 2 for block in blocks) / (3 * 2))
     assert result.delta_nll_stderr == pytest.approx(expected, rel=1e-5)
-    # After w0 the reference is undecided and names the first, w0; the model names w1. After w1 they
-    # agree.
+    # After w0, the reference has a tie and names the first, w0, and the model names w1. After w1 they agree.
     assert result.top1_agreement == pytest.approx(5 / 9)
     after_w1 = [0.25, 0.25, 0.75, 0.25, 0.75]  # w1, w1, w0, w1, w0
     nll = -sum(map(math.log, [0.25, 0.75, 0.25, 0.75, *after_w1])) / 9
@@ -185,7 +184,7 @@ def test_zero_probabilities(word_tokenizer: Callable[..., Any]) -> None:
     wrong = evaluate(sure, text, tokenizer, reference=fair)
     assert wrong.perplexity == wrong.nll == wrong.mean_kl == wrong.delta_nll == math.inf
     assert math.isnan(wrong.nll_stderr)
-    # What the reference rules out adds nothing to the divergence: it is log 2.
+    # A word with probability 0 in the reference adds nothing to the divergence, which is log 2.
     right = evaluate(fair, text, tokenizer, reference=sure)
     assert right.mean_kl == pytest.approx(math.log(2), rel=1e-6)
     assert right.delta_nll == -math.inf
@@ -202,7 +201,7 @@ def test_nan_is_reported_and_agrees_with_nothing(word_tokenizer: Callable[..., A
     assert result.top1_agreement == 3 / 4
 
 
-def test_a_perplexity_too_great_for_a_float_is_infinite(
+def test_a_perplexity_beyond_float_is_infinite(
     word_tokenizer: Callable[..., Any],
 ) -> None:
     result = evaluate(
@@ -211,10 +210,10 @@ def test_a_perplexity_too_great_for_a_float_is_infinite(
     assert result.nll == 2000 and result.perplexity == math.inf
 
 
-def test_the_result_goes_into_json(word_tokenizer: Callable[..., Any]) -> None:
+def test_the_result_can_be_written_as_json(word_tokenizer: Callable[..., Any]) -> None:
     result = evaluate(Markov(log(P)), ["w0 w1 w1"], word_tokenizer(["w0", "w1"]), progress=True)
     assert json.loads(json.dumps(result.to_dict()))["tokens"] == 2
-    assert math.isnan(result.nll_stderr)  # two tokens have no two blocks of two
+    assert math.isnan(result.nll_stderr)  # two tokens are too few for two blocks of two
     assert result.seconds > 0
 
 
@@ -222,28 +221,28 @@ def test_the_result_goes_into_json(word_tokenizer: Callable[..., Any]) -> None:
 
 
 def coverage(stderr: Callable[[torch.Tensor], float], runs: int = 400) -> float:
-    """How often mean +- 1.96 errors holds the true mean, 0, of a series with correlation 0.8 per step."""
+    """How often mean +- 1.96 standard errors contains the true mean 0 of a series with correlation 0.8 per step."""
     rng = np.random.default_rng(7)
     noise = rng.standard_normal((runs, 4200))
     series = np.zeros_like(noise)
     for t in range(1, noise.shape[1]):
         series[:, t] = 0.8 * series[:, t - 1] + noise[:, t]
-    values = torch.from_numpy(series[:, 104:])  # 4,096 tokens, after the start is forgotten
+    values = torch.from_numpy(series[:, 104:])  # 4,096 tokens, without the start
     hits = [abs(float(row.mean())) < 1.96 * stderr(row) for row in values]
     return hits.count(True) / runs
 
 
-def test_standard_errors_respect_the_correlation_of_neighbors() -> None:
-    # With blocks of b = 64 the variance is short by 2 rho / (1 - rho^2) / b = 7 %: 94 % instead of
-    # 95 %, and 64 blocks (Student's t) take 0.5 % more. 400 runs scatter by 1.2 %; the bounds are
-    # four times that away.
+def test_standard_errors_account_for_correlated_neighbors() -> None:
+    # With blocks of b = 64 the variance is too small by 2 rho / (1 - rho^2) / b = 7 %, which gives 94 % instead of
+    # 95 %. With 64 blocks, Student's t takes off another 0.5 %. 400 runs scatter by 1.2 %, and the bounds are four
+    # times that away.
     assert 0.885 < coverage(stderr_of_mean) < 0.985
-    # The usual error is too small by sqrt((1 - rho) / (1 + rho)) = 1/3: 49 %.
+    # The usual standard error is too small by a factor of sqrt((1 - rho) / (1 + rho)) = 1/3, which gives 49 %.
     assert coverage(lambda row: (row.std() / math.sqrt(len(row))).item()) < 0.6
 
 
 @pytest.mark.parametrize("count", [4, 5, 11, 1000])
-def test_standard_error_of_blocks_of_unequal_length(count: int) -> None:
+def test_the_standard_error_of_blocks_of_unequal_length(count: int) -> None:
     values = torch.from_numpy(np.random.default_rng(1).standard_normal(count))
     blocks = math.isqrt(count)
     parts = np.array_split(values.numpy(), blocks)
@@ -252,11 +251,11 @@ def test_standard_error_of_blocks_of_unequal_length(count: int) -> None:
     assert stderr_of_mean(values) == pytest.approx(expected, rel=1e-12)
 
 
-# --- the reference's memory ---
+# --- the reference's cache ---
 
 
 @pytest.mark.parametrize(("kept", "calls"), [(0, 8), (2, 6), (4, 4), (99, 4)])
-def test_the_reference_remembers_what_fits(
+def test_the_reference_caches_what_fits(
     word_tokenizer: Callable[..., Any], kept: int, calls: int
 ) -> None:
     table, tokenizer = torch.randn(VOCABULARY, VOCABULARY), word_tokenizer(WORDS)
@@ -274,7 +273,7 @@ def test_the_reference_remembers_what_fits(
     assert first.mean_kl == anew.mean_kl and first.delta_nll == anew.delta_nll
 
 
-def test_another_text_is_not_answered_from_memory(word_tokenizer: Callable[..., Any]) -> None:
+def test_the_cache_does_not_confuse_texts(word_tokenizer: Callable[..., Any]) -> None:
     table = torch.randn(VOCABULARY, VOCABULARY)
     original, twin = Markov(table), Markov(table)
     reference, tokenizer = Reference(original), word_tokenizer(WORDS)
@@ -292,10 +291,10 @@ def test_the_reference_itself_runs_once(word_tokenizer: Callable[..., Any]) -> N
     assert original.calls == 4 and result.mean_kl == 0 and result.nll == alone.nll
 
 
-# --- what can go wrong ---
+# --- refusals and modes ---
 
 
-def test_models_and_tokenizers_that_do_not_fit(
+def test_mismatched_models_and_tokenizers_are_refused(
     tiny_llama: Callable[..., Any], word_tokenizer: Callable[..., Any]
 ) -> None:
     tokenizer, text = word_tokenizer(WORDS), [" ".join(WORDS)]
@@ -309,13 +308,13 @@ def test_models_and_tokenizers_that_do_not_fit(
         evaluate(tiny_llama(), few, tokenizer, window=64, reference=small)
     with pytest.raises(SmoothQuantError, match="window of 200 tokens is longer than the 128"):
         evaluate(tiny_llama(), random_text(300), tokenizer, window=200)
-    evaluate(tiny_llama(), few, tokenizer, window=200)  # the text is what counts
+    evaluate(tiny_llama(), few, tokenizer, window=200)  # the text is shorter than the window
     for bad in ([], [" \n"], ["w1"], "./no-such-file"):
         with pytest.raises(SmoothQuantError, match=r"no text|too few to score|no file or folder"):
             evaluate(tiny_llama(), bad, tokenizer, window=64)
 
 
-def test_the_training_mode_of_every_module_comes_back(
+def test_the_training_mode_of_every_module_is_restored(
     tiny_llama: Callable[..., Any], word_tokenizer: Callable[..., Any]
 ) -> None:
     tokenizer, text = word_tokenizer(WORDS), random_text(40)
@@ -331,7 +330,7 @@ def test_the_training_mode_of_every_module_comes_back(
 
 
 @pytest.mark.real_model
-def test_the_real_models_loss_is_the_one_transformers_computes(smollm2: tuple[Any, Any]) -> None:
+def test_the_real_models_loss_equals_that_of_transformers(smollm2: tuple[Any, Any]) -> None:
     model, tokenizer = smollm2
     text = topics("evaluation")
     result = evaluate(model, text, tokenizer, window=256, max_tokens=256, reference=model)
@@ -339,7 +338,7 @@ def test_the_real_models_loss_is_the_one_transformers_computes(smollm2: tuple[An
     with torch.no_grad():
         loss = model(input_ids=ids, labels=ids).loss.item()
     assert result.tokens == 255
-    # transformers adds 255 numbers up in float32: off by at most 255 * 2^-24 = 1.5e-5, and its
-    # log-softmax runs over the same float32 logits as ours.
+    # transformers adds 255 numbers in float32, with a relative error of at most 255 * 2^-24 = 1.5e-5. Its log-softmax
+    # gets the same float32 logits as ours.
     assert result.nll == pytest.approx(loss, rel=2e-5)
     assert result.mean_kl == 0 and result.top1_agreement == 1

@@ -51,7 +51,7 @@ def test_the_halves_of_topics_share_no_paragraph() -> None:
     assert not calibration & evaluation
 
 
-def test_topics_are_long_enough_and_the_same_each_time() -> None:
+def test_topics_are_long_enough_and_reproducible() -> None:
     for half in ("calibration", "evaluation"):
         texts = topics(half)
         assert sum(map(len, texts)) > 100_000  # 16,384 tokens need about 65,000 characters
@@ -66,19 +66,19 @@ def test_topics_leave_out_aliases_and_excerpts(monkeypatch: pytest.MonkeyPatch) 
     a, b, c, d = (paragraph(word) for word in ("alpha", "beta", "gamma", "delta"))
     table = {
         "a": f"{a}\n\n{b}\n\n{c}",
-        "b-excerpt": f"short heading\n\n   {b}\n\n   {c}",  # indented, as in a list
+        "b-excerpt": f"short heading\n\n   {b}\n\n   {c}",  # indented like a list
         "c-alias": "tiny",
         "d-alias": "tiny",
         "e": d,
         "f-some": f"{a}\n\n{paragraph('eta')}\n\n{paragraph('theta')}",  # a third is repeated
     }
     monkeypatch.setattr("pydoc_data.topics.topics", table)
-    # Kept: a, c-alias, e, f-some; the last is odd, and what it repeats leaves the other half.
+    # a, c-alias, e and f-some are kept. f-some goes to evaluation, so its repeated paragraph leaves calibration.
     assert topics("evaluation") == ["tiny", table["f-some"]]
     assert topics("calibration") == [f"{b}\n\n{c}", d]
 
 
-def test_topics_of_another_name_are_refused() -> None:
+def test_unknown_topics_are_refused() -> None:
     with pytest.raises(SmoothQuantError, match=r'"calibration" and "evaluation", not .test'):
         load_text("topics:test")
 
@@ -92,7 +92,7 @@ def test_a_file_is_one_text(tmp_path: Path) -> None:
     assert load_text(path) == load_text(str(path)) == ["Grüße\n\nzwei"]
 
 
-def test_a_folder_is_read_in_the_order_of_names(tmp_path: Path) -> None:
+def test_a_folder_is_read_in_order_of_names(tmp_path: Path) -> None:
     for name, content in {"b.txt": "two", "a.txt": "one", "c.md": "not this"}.items():
         (tmp_path / name).write_text(content)
     assert load_text(tmp_path) == ["one", "two"]
@@ -113,7 +113,7 @@ def test_a_folder_is_read_in_the_order_of_names(tmp_path: Path) -> None:
         ("wrapped.json", '{"data": [{"text": "one, \\"two\\"\\nthree"}, {"text": "four"}]}'),
     ],
 )
-def test_tables_are_read_by_their_column_of_text(tmp_path: Path, name: str, content: str) -> None:
+def test_the_text_column_of_a_table_is_read(tmp_path: Path, name: str, content: str) -> None:
     (tmp_path / name.partition(":")[0]).write_text(content, encoding="utf-8")
     assert load_text(str(tmp_path / name)) == ['one, "two"\nthree', "four"]
 
@@ -132,7 +132,7 @@ def test_tables_are_read_by_their_column_of_text(tmp_path: Path, name: str, cont
         ("a.jsonl", '{"the body": "a cat"}', ["a cat"]),
     ],
 )
-def test_a_single_column_without_a_name_loses_no_line(
+def test_a_single_column_without_a_header_keeps_its_first_line(
     tmp_path: Path, name: str, content: str, texts: list[str]
 ) -> None:
     (tmp_path / name.partition(":")[0]).write_text(content)
@@ -146,7 +146,7 @@ def test_parquet(tmp_path: Path) -> None:
     assert load_text(tmp_path / "a.parquet") == ["a", "b"]
 
 
-def test_jsonl_with_a_line_separator_inside_a_string(tmp_path: Path) -> None:
+def test_jsonl_with_a_unicode_line_separator_in_a_string(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     rows = [{"text": "one\u2028still one", "id": 7}, {"text": "two"}]
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
@@ -195,7 +195,7 @@ def test_a_file_without_text_is_an_error(
         load_text(tmp_path / name)
 
 
-def test_sources_that_are_none(tmp_path: Path) -> None:
+def test_invalid_sources_are_refused(tmp_path: Path) -> None:
     with pytest.raises(SmoothQuantError, match=r"holds no \.txt file"):
         load_text(tmp_path)
     with pytest.raises(SmoothQuantError, match="no file or folder"):
@@ -210,7 +210,7 @@ def test_sources_that_are_none(tmp_path: Path) -> None:
         load_text([b"bytes"])  # type: ignore[list-item]
 
 
-# --- data sets: the hub is absent, so a stand-in plays the package ---
+# --- data sets: a mock replaces the package, because tests must not use the hub ---
 
 
 class Rows(dict[str, list[str]]):
@@ -219,7 +219,7 @@ class Rows(dict[str, list[str]]):
         return list(self)
 
 
-def play_datasets(monkeypatch: pytest.MonkeyPatch, load: Callable[..., Rows]) -> None:
+def mock_datasets(monkeypatch: pytest.MonkeyPatch, load: Callable[..., Rows]) -> None:
     module = types.ModuleType("datasets")
     module.__spec__ = types.SimpleNamespace()  # type: ignore[assignment]  # find_spec wants one
     module.load_dataset = load  # type: ignore[attr-defined]
@@ -246,19 +246,19 @@ def test_names_of_data_sets(
         assert download_config == {"local_files_only": True}
         return Rows(text=["", "one", "", "two"])
 
-    play_datasets(monkeypatch, load)
+    mock_datasets(monkeypatch, load)
     assert load_text(name) == ["\n\none\n\n", "two"]
     assert calls == [asked]
 
 
-def test_data_sets_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unavailable_data_sets_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> Rows:
         raise ConnectionError("no\nway")
 
-    play_datasets(monkeypatch, fail)
+    mock_datasets(monkeypatch, fail)
     with pytest.raises(SmoothQuantError, match=r"nor a data set \(the hub .*tried\): no way"):
         load_text("org/wiki")
-    play_datasets(monkeypatch, lambda *_, **__: Rows(content=["a"], id=["b"]))
+    mock_datasets(monkeypatch, lambda *_, **__: Rows(content=["a"], id=["b"]))
     with pytest.raises(SmoothQuantError, match='no column "text", only content, id'):
         load_text("org/wiki")
     monkeypatch.setattr(text_module, "find_spec", lambda _: None)
@@ -299,7 +299,7 @@ def test_each_token_is_scored_once_with_its_true_context(data: st.DataObject) ->
             assert len(ids) == window
         scored += ids[-item.scored :]
     assert scored == (body if front else body[1:])
-    # All that can be, then `stride` each, then the rest.
+    # The first window scores all that it can, the next ones `stride` each, and the last one the rest.
     step = stride or longest
     assert [item.scored for item in windows[1:-1]] == [step] * len(windows[1:-1])
     if len(windows) > 1:
@@ -316,7 +316,7 @@ def test_texts_are_joined_by_blank_lines() -> None:
     assert item.scored == 4
 
 
-def test_a_real_tokenizers_bos_stands_in_front_of_every_window(
+def test_a_bos_token_starts_every_window(
     word_tokenizer: Callable[..., Any],
 ) -> None:
     words = [f"w{i}" for i in range(20)]
@@ -336,7 +336,7 @@ def test_a_real_tokenizers_bos_stands_in_front_of_every_window(
         ({"window": 8, "max_tokens": 1}, "max_tokens must be at least 2, not 1"),
     ],
 )
-def test_sizes_out_of_range(options: dict[str, int], message: str) -> None:
+def test_sizes_out_of_range_are_refused(options: dict[str, int], message: str) -> None:
     with pytest.raises(SmoothQuantError, match=message):
         token_windows(numbers(50), Numbers(), **options)  # type: ignore[arg-type]
     with pytest.raises(SmoothQuantError, match="window must be at least 3"):
