@@ -1,7 +1,7 @@
-"""The CUDA kernels as PyTorch's ops: results, tracers, autograd, refusals, devices; and the library without a GPU.
+"""The CUDA kernels as PyTorch ops: results, tracers, autograd, refusals and devices. Also the library without a GPU.
 
-What they compute for every type, shape and row is tested in tests/kernels (`--backend cuda`); streams, CUDA graphs and
-memory in test_cuda_graphs.py.
+tests/kernels (`--backend cuda`) tests the results for every type, shape and row. test_cuda_graphs.py tests streams,
+CUDA graphs and memory.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from torch._dynamo.utils import counters
 from torch.utils._pytree import tree_leaves, tree_map
 
 from smoothquant_kernels import ops, reference
-from smoothquant_kernels.backends import cuda as _extension
+from smoothquant_kernels.backends import cuda
 from tests.ops import test_ops
 from tests.ops.test_ops import Call
 from tests.support import backends, cases, tolerance
 from tests.support.compare import assert_all_bitwise_equal
 
-#: Those whose results may differ from the CPU's by what tests/support/tolerance.py derives.
+#: Ops whose results may differ from the CPU's by the bound of tests/support/tolerance.py.
 ROUNDED = ("rms_norm_quantize", "layer_norm_quantize", "act_quantize")
 GPU = "cuda"
 EPS = 1e-5
@@ -52,13 +52,13 @@ def tensors(value: Any) -> list[Tensor]:
 
 
 def move(value: T, device: str) -> T:
-    """The same with copies of its tensors; strides stay where there are no gaps."""
+    """The same value with copies of its tensors. Dense tensors keep their strides."""
     moved: T = tree_map(lambda t: t.to(device, copy=True) if isinstance(t, Tensor) else t, value)
     return moved
 
 
 def problems(m: int, k: int, dtype: torch.dtype = torch.float16, seed: int = 0) -> list[Call]:
-    """Calls on the GPU of every op under test, with x [M, K] and all optional tensors."""
+    """Calls of every op on the GPU, with x [M, K] and all optional tensors."""
     x, other = (cases.activations(m, k, dtype, seed + i) for i in (0, 1))
     weight, bias = (cases.inverse_smooth(k, seed + i).to(dtype) for i in (2, 3))
     made = []
@@ -74,7 +74,7 @@ def problems(m: int, k: int, dtype: torch.dtype = torch.float16, seed: int = 0) 
     gemm = cases.gemm_operands(m, 24, k, dtype=dtype, seed=seed)
     added = {"bias": gemm.bias, "residual": gemm.residual}
     made += [
-        Call("quantize", (x.t().contiguous().t(),), {}),  # copied first
+        Call("quantize", (x.t().contiguous().t(),), {}),  # the op copies it first
         Call("gemm_s8", gemm[:4], {**added, "out_dtype": dtype}),
         Call("gemm_s8_requant", (*gemm[:4], torch.ones(1)), {"bias": gemm.bias, "relu": True}),
     ]
@@ -86,7 +86,7 @@ def problems(m: int, k: int, dtype: torch.dtype = torch.float16, seed: int = 0) 
 
 
 def assert_like_the_cpu(call: Call, found: Any) -> None:
-    """Norms and activations are as near to the reference as `tolerance` asks; all else has the CPU's bits."""
+    """Norms and activations stay within `tolerance` of the reference. All other ops equal the CPU bit for bit."""
     call = move(call, "cpu")
     expected = call.eager()
     if call.name not in ROUNDED:
@@ -117,7 +117,7 @@ def assert_like_the_cpu(call: Call, found: Any) -> None:
 @on_gpu
 @pytest.mark.parametrize("dtype", cases.FLOATS, ids=str)
 @pytest.mark.parametrize("shape", [(0, 64), (1, 5120), (33, 1000), (700, 264), (2, 40000)], ids=str)
-def test_results_are_those_of_the_cpu(shape: tuple[int, int], dtype: torch.dtype) -> None:
+def test_results_equal_those_of_the_cpu(shape: tuple[int, int], dtype: torch.dtype) -> None:
     for call in problems(*shape, dtype):
         found = call.eager()
         assert all(t.is_cuda for t in tensors(found))
@@ -125,7 +125,7 @@ def test_results_are_those_of_the_cpu(shape: tuple[int, int], dtype: torch.dtype
 
 
 @on_gpu
-def test_the_same_bits_every_time() -> None:
+def test_results_are_reproducible() -> None:
     for call in problems(3000, 1096, torch.bfloat16):
         first = tensors(call.eager())
         for _ in range(50):
@@ -160,7 +160,7 @@ def test_compile_gives_the_same_bits(call: Call, backend: str) -> None:
 
 
 def chain(x: Tensor, other: Tensor, weight: Tensor, static: Tensor) -> tuple[Tensor, ...]:
-    """Every producer, with ordinary PyTorch between, of which every step is exact or rounds but once."""
+    """Every producer, with PyTorch operations between them that are exact or round once."""
     n_q, n_scale, total = ops.rms_norm_quantize(x, weight, 1e-5, residual=other * 2)
     l_q, l_scale = ops.layer_norm_quantize(
         total, weight, None, 1e-5, granularity="tensor", k_multiple=16
@@ -176,7 +176,7 @@ def chain_arguments(m: int, seed: int = 0) -> tuple[Tensor, ...]:
 
 
 def why_inductor_cannot_run() -> str:
-    """What inductor needs for code on a GPU: Triton, which compiles a small module in C."""
+    """Inductor needs Triton for code on a GPU, and Triton compiles a small C module."""
     if importlib.util.find_spec("triton") is None:
         return "inductor needs Triton"
     if not any(shutil.which(name) for name in (os.environ.get("CC", "gcc"), "gcc", "clang", "cc")):
@@ -207,7 +207,7 @@ def test_inductor_gives_the_same_bits() -> None:
 @needs_inductor
 @pytest.mark.parametrize("sizes", [(33, 33, 33, 33), (7, 7, 7, 11, 11, 11, 33, 2, 7)], ids=str)
 def test_reduce_overhead_gives_the_same_bits(sizes: tuple[int, ...]) -> None:
-    """Inductor in CUDA graphs: the first run warms up, the second captures, later ones replay."""
+    """Inductor in CUDA graphs: the first run warms up, the second captures and later ones replay."""
     torch._dynamo.reset()
     counters.clear()
     compiled = torch.compile(
@@ -240,7 +240,7 @@ def test_one_graph_serves_every_number_of_tokens(backend: str) -> None:
 
 @on_gpu
 @each_call
-def test_inputs_that_require_gradients_give_the_same_numbers(call: Call) -> None:
+def test_inputs_that_require_gradients_give_the_same_results(call: Call) -> None:
     def leaf(value: Any) -> Any:
         floating = isinstance(value, Tensor) and value.is_floating_point()
         return value.clone().requires_grad_() if floating else value
@@ -251,7 +251,7 @@ def test_inputs_that_require_gradients_give_the_same_numbers(call: Call) -> None
     found = tracked.eager()
     assert_all_bitwise_equal(found, expected)
     for result in (t for t in tensors(found) if t.is_floating_point()):
-        # There are no gradients: an attempt says so, and no part of one comes through.
+        # The ops have no gradient: backward warns, and no input gets a part of one.
         assert result.requires_grad
         with pytest.warns(UserWarning, match="autograd kernel was not registered"):
             result.sum().backward(retain_graph=True)
@@ -269,10 +269,10 @@ def test_inference_mode(call: Call) -> None:
     expected = call.eager()
     with torch.inference_mode():
         found = call.eager()
-        there = move(call, GPU).eager()  # the inputs are inference tensors, too
+        again = move(call, GPU).eager()  # here the inputs are inference tensors as well
     assert all(t.is_inference() for t in tensors(found))
     assert_all_bitwise_equal(found, expected)
-    assert_all_bitwise_equal(there, expected)
+    assert_all_bitwise_equal(again, expected)
 
 
 # --- refusals -------------------------------------------------------------------------------------------
@@ -280,11 +280,11 @@ def test_inference_mode(call: Call) -> None:
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("op", ops.OPS)
-def test_an_op_without_a_kernel_explains(op: str) -> None:
-    """Also where the whole library is missing: then this is what every op says."""
+def test_an_op_without_a_kernel_says_so(op: str) -> None:
+    """If the whole library is missing, every op raises this error."""
     if not torch.cuda.is_available():
         pytest.skip("no GPU")
-    if _extension.has_cuda_kernel(op):
+    if cuda.has_cuda_kernel(op):
         pytest.skip(f"{op} has a CUDA kernel")
     call = move(next(call for call in test_ops.calls() if call.name == op), GPU)
     major, minor = torch.cuda.get_device_capability()
@@ -329,7 +329,7 @@ def test_tensors_on_two_devices_are_refused(elsewhere: str) -> None:
 
 @on_gpu
 @two_gpus
-def test_tensors_on_another_gpu_than_the_current() -> None:
+def test_tensors_on_another_than_the_current_gpu() -> None:
     there = torch.device(GPU, 1)
     for shape in ((33, 1024), (2, 40000), (0, 64)):
         for call in problems(*shape):
@@ -348,13 +348,13 @@ def test_tensors_on_another_gpu_than_the_current() -> None:
 @pytest.mark.parametrize("op", ops.OPS)
 def test_the_library_has_kernels_of(op: str) -> None:
     backends.require_library()
-    assert _extension.has_cuda_kernel(op)
+    assert cuda.has_cuda_kernel(op)
 
 
 @pytest.mark.cuda_build
-def test_the_library_has_the_table_of_its_sources() -> None:
+def test_the_librarys_table_is_that_of_the_sources() -> None:
     backends.require_library()
-    rows = _extension.dispatch_tables()["quantize"]
+    rows = cuda.dispatch_tables()["quantize"]
     source = Path(__file__).resolve().parents[2] / "csrc" / "quantize" / "table.h"
     rules = source.read_text().partition("kPathRules[] = {")[2].partition("\n};")[0]
     named = [name.lower() for name in re.findall(r"\{QuantizePath::k(\w+),", rules)]

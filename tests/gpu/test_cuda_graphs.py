@@ -1,5 +1,4 @@
-"""The CUDA kernels on streams and in CUDA graphs: where they run, what they wait for, what a replay computes; and
-what memory they take, up to tensors of more than 2^31 elements."""
+"""The CUDA kernels on streams and in CUDA graphs, their use of memory, and tensors of more than 2^31 elements."""
 
 from __future__ import annotations
 
@@ -23,7 +22,7 @@ from tests.support.compare import assert_all_bitwise_equal
 
 pytestmark = pytest.mark.cuda
 
-#: None, one and many rows; whole vectors or not; slices or a cluster for each of few long rows; shared memory.
+#: (M, K): zero, one and many rows; whole and partial vectors; few long rows, in slices, clusters or shared memory.
 SHAPES = ((0, 64), (1, 8192), (5, 67), (300, 1024), (3, 16384), (2, 40000))
 SLEEP = 200_000_000  # cycles: about a tenth of a second
 GIB = 2**30
@@ -36,7 +35,7 @@ def gpu() -> None:
 
 @pytest.fixture
 def concurrent() -> None:
-    """Skips where streams are told to wait for each other."""
+    """Skips the test if an environment variable makes streams wait for each other."""
     for name in ("CUDA_LAUNCH_BLOCKING", "CUDA_DEVICE_MAX_CONNECTIONS"):
         if os.environ.get(name) == "1":
             pytest.skip(f"{name} is 1")
@@ -49,7 +48,7 @@ def overwrite(call: Call, source: Call) -> None:
 
 
 def warm_up(calls: list[Call], stream: torch.cuda.Stream) -> None:
-    """Loads the kernels and gives the allocator blocks for the stream, which may make the GPU wait."""
+    """Loads the kernels and allocates the stream's blocks, because both may make the GPU wait."""
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         results = [call.eager() for call in calls]
@@ -75,14 +74,14 @@ def test_a_graph_replays_with_new_inputs(shape: tuple[int, int], side: bool) -> 
         for source in (call, *(other[i] for other in others)):
             overwrite(call, source)
             for result in tensors(found):
-                result.fill_(77)  # what a replay must overwrite
+                result.fill_(77)  # the replay must overwrite it
             graph.replay()
             assert_all_bitwise_equal(found, call.eager(), call.name)
 
 
 @pytest.mark.parametrize("shape", [(300, 1024), (2, 40000)], ids=str)
 def test_many_replays_of_a_graph_of_every_op(shape: tuple[int, int]) -> None:
-    """In one graph memory that an op gave back serves the next: workspaces and results must not meet."""
+    """In one graph, an op reuses memory that an earlier one freed. Workspaces and results must not overlap."""
     calls = problems(*shape, dtype=torch.bfloat16)
     expected = [tensors(call.eager()) for call in calls]
     warm_up(calls, torch.cuda.Stream())
@@ -97,8 +96,8 @@ def test_many_replays_of_a_graph_of_every_op(shape: tuple[int, int]) -> None:
             assert all(map(torch.equal, results, right)), call.name
 
 
-def test_a_graph_beside_other_work() -> None:
-    """Replayed on a stream of its own while the same ops run on another."""
+def test_a_graph_runs_beside_other_work() -> None:
+    """The graph is replayed on its own stream while the same ops run on another."""
     calls, stream = problems(300, 1024), torch.cuda.Stream()
     expected = [call.eager() for call in calls]
     warm_up(calls, stream)
@@ -121,7 +120,7 @@ def test_a_graph_beside_other_work() -> None:
 
 @pytest.mark.parametrize("shape", [(64, 1024), (3, 16384), (2, 40000)], ids=str)
 def test_ops_run_on_the_current_stream(shape: tuple[int, int], concurrent: None) -> None:
-    """The inputs are filled on the stream after a long sleep: whoever runs elsewhere reads zeros."""
+    """The stream fills the inputs after a long sleep, so an op on any other stream reads zeros."""
     calls, stream = problems(*shape), torch.cuda.Stream()
     expected = [call.eager() for call in calls]
     warm_up(calls, stream)
@@ -138,7 +137,7 @@ def test_ops_run_on_the_current_stream(shape: tuple[int, int], concurrent: None)
         assert_all_bitwise_equal(found, right, call.name)
 
 
-def test_work_on_the_default_stream_is_not_waited_for(concurrent: None) -> None:
+def test_ops_do_not_wait_for_the_default_stream(concurrent: None) -> None:
     calls, stream = problems(64, 1024) + problems(2, 40000), torch.cuda.Stream()
     expected = [call.eager() for call in calls]
     warm_up(calls, stream)
@@ -177,7 +176,7 @@ def test_no_op_synchronizes() -> None:
             call.eager()
 
 
-def test_threads_with_streams_of_their_own() -> None:
+def test_threads_with_their_own_streams() -> None:
     work = [problems(16 + i, 1024, seed=100 * i) + problems(2, 16384, seed=i) for i in range(8)]
     expected = [[call.eager() for call in calls] for calls in work]
     torch.cuda.synchronize()
@@ -204,22 +203,22 @@ def test_threads_with_streams_of_their_own() -> None:
 
 @pytest.fixture
 def allocator(gpu: None) -> None:
-    """Skips where torch's own allocator keeps no accounts."""
+    """Skips the test unless torch's own caching allocator counts the memory."""
     if torch.cuda.get_allocator_backend() != "native":
-        pytest.skip("the allocator is not torch's own")
+        pytest.skip("another allocator than torch's own is used")
     if os.environ.get("PYTORCH_NO_CUDA_MEMORY_CACHING"):
-        pytest.skip("the caching allocator is switched off")
+        pytest.skip("the caching allocator is disabled")
     torch._dynamo.reset()
     gc.collect()
     torch.cuda.synchronize()
 
 
 def held() -> int:
-    """Bytes asked of torch's allocator and not yet returned; `memory_allocated` rounds them up."""
+    """Bytes that were requested from torch's allocator and not freed. `memory_allocated` would round them up."""
     return int(torch.cuda.memory_stats()["requested_bytes.all.current"])
 
 
-def test_a_call_keeps_no_memory_but_its_results(allocator: None) -> None:
+def test_a_call_keeps_only_the_memory_of_its_results(allocator: None) -> None:
     for shape in ((64, 1024), (2, 40000), (0, 64)):
         for call in problems(*shape):
             before, allocated = held(), torch.cuda.memory_allocated()
@@ -231,7 +230,7 @@ def test_a_call_keeps_no_memory_but_its_results(allocator: None) -> None:
 
 def test_a_thousand_calls_do_not_grow_memory(allocator: None) -> None:
     def outside() -> int:
-        """Bytes in use on the GPU that are not torch's."""
+        """Bytes in use on the GPU that torch did not reserve."""
         free, total = torch.cuda.mem_get_info()
         return total - free - torch.cuda.memory_reserved()
 
@@ -244,7 +243,7 @@ def test_a_thousand_calls_do_not_grow_memory(allocator: None) -> None:
         calls[i % len(calls)].eager()
     torch.cuda.synchronize()
     assert torch.cuda.memory_reserved() == reserved
-    assert outside() - others < 32 * 2**20  # other programs may use the GPU, too
+    assert outside() - others < 32 * 2**20  # other programs may use the GPU as well
 
 
 def require_memory(size: int) -> None:
@@ -252,11 +251,11 @@ def require_memory(size: int) -> None:
     torch.cuda.empty_cache()
     free = torch.cuda.mem_get_info()[0]
     if free < size:
-        pytest.skip(f"needs {size / GIB:.0f} GiB of free GPU memory, {free / GIB:.1f} are here")
+        pytest.skip(f"needs {size / GIB:.0f} GiB of free GPU memory, has {free / GIB:.1f}")
 
 
 def ends(t: Tensor) -> Tensor:
-    """Some rows from the beginning, the middle and the end; all of a short tensor."""
+    """Some rows from the beginning, the middle and the end, or a short tensor as a whole."""
     if len(t) < 12:
         return t
     return torch.cat([t[:4], t[len(t) // 2 :][:4], t[-4:]])
@@ -267,7 +266,7 @@ def ends(t: Tensor) -> Tensor:
 def test_more_than_2_to_the_31_elements(k: int) -> None:
     require_memory(20 * GIB)
     x = torch.empty(2**31 // k + 9, k, dtype=torch.float16, device=GPU).normal_()
-    x[-1, -1] = 1000.0  # makes the scale of the whole tensor
+    x[-1, -1] = 1000.0  # determines the scale of the whole tensor
     assert x.numel() > 2**31
     ones = torch.ones(k, device=GPU)
     for granularity in cases.SCHEMES[:2]:

@@ -1,4 +1,4 @@
-"""`W8A8Linear` on a GPU, from end to end: the CPU's bits, any leading dimensions, compiled and in CUDA graphs."""
+"""`W8A8Linear` on a GPU equals the CPU bit for bit: any leading dimensions, compiled, and in CUDA graphs."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from smoothquant_kernels import W8A8Linear, reference
-from smoothquant_kernels.backends import cuda as _extension
+from smoothquant_kernels.backends import cuda
 from tests.support import backends, cases
 from tests.support.compare import assert_bitwise_equal
 
 pytestmark = pytest.mark.cuda
 SCHEMES = ("per_token", "per_tensor", "static")
-#: (M, N, K): decoding, small and large batches, odd sizes.
+#: (M, N, K): decoding, small and large batches, and odd sizes.
 SHAPES = (
     (1, 256, 512),
     (8, 100, 4096),
@@ -43,7 +43,7 @@ def check(on_gpu: W8A8Linear, on_cpu: W8A8Linear, x: Tensor) -> None:
 @pytest.mark.parametrize("dtype", cases.FLOATS, ids=str)
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_the_same_bits_as_on_a_cpu(
+def test_results_equal_those_of_the_cpu(
     shape: tuple[int, int, int], scheme: str, dtype: torch.dtype
 ) -> None:
     m, n, k = shape
@@ -98,8 +98,8 @@ def test_compiled_and_in_a_graph(m: int) -> None:
         assert_bitwise_equal(y.cpu(), on_cpu(new))
 
 
-def test_a_layer_after_a_layer_without_a_pause() -> None:
-    """The second kernel of a call may start before the first ends: results must not depend on it."""
+def test_back_to_back_layers() -> None:
+    """The second kernel of a call may start before the first one ends. The results must not depend on it."""
     torch.manual_seed(0)
     chain = [layer(1024, 1024, "per_token") for _ in range(4)]
     on_gpu = [copy.deepcopy(one).cuda() for one in chain]
@@ -116,7 +116,7 @@ def test_a_layer_after_a_layer_without_a_pause() -> None:
 
 def test_every_tile_of_this_gpu() -> None:
     m, n, k = 16, 256, 1056
-    table = _extension.gemm_tables()[_extension.gemm_plan(m, n, k)["table"]]
+    table = cuda.gemm_tables()[cuda.gemm_plan(m, n, k)["table"]]
     g = cases.gemm_operands(m, n, k)
     on_gpu = [t.cuda() for t in g[:4]]
     expected = reference.gemm_s8(*g[:4], out_dtype=torch.float16)
