@@ -1,4 +1,4 @@
-"""Batches of every kind: what counts as a sample, how much a batch holds, where it may be cut, what is refused."""
+"""Calibration batches of every kind: their samples, their sizes, where they may be cut, and refusals."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def t5() -> nn.Module:
 
 
 class Named(nn.Module):
-    """Takes these entries and no others."""
+    """Its forward takes these entries and no others."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ def llava() -> nn.Module:
 
 
 def with_images(at: list[list[int]], length: int = 48) -> dict[str, Tensor]:
-    """Rows of text with images of four placeholders at these positions."""
+    """Rows of text with an image of four placeholder tokens at each of these positions."""
     text = ids(len(at), length)
     for row, places in enumerate(at):
         for place in places:
@@ -87,14 +87,14 @@ def measured(model: nn.Module, *data: Any, **options: Any) -> Any:
     return calibrate_model(model, data, progress=False, **options)
 
 
-def test_labels_of_a_classifier_stay_one_a_row() -> None:
+def test_classifier_labels_stay_one_per_row() -> None:
     batch = {"input_ids": ids(4, 16), "labels": torch.tensor([0, 1, 2, 0])}
     statistics = measured(classifier(), batch)
     assert statistics.tokens == 64 and statistics.sample["labels"].shape == (1,)
 
 
 @pytest.mark.parametrize("kind", [torch.tensor, np.array, list])
-def test_a_single_sample_gets_its_row(kind: Any) -> None:
+def test_a_single_sample_gets_a_batch_dimension(kind: Any) -> None:
     sample = {
         "input_ids": kind(ids(1, 9)[0].tolist()),
         "attention_mask": kind([1] * 9),
@@ -110,7 +110,7 @@ def test_a_single_sample_gets_its_row(kind: Any) -> None:
     }
 
 
-def test_a_single_image() -> None:
+def test_a_single_image_gets_a_batch_dimension() -> None:
     (batch,) = calibration_batches([{"pixel_values": [np.zeros((3, 16, 16))]}], model=vit())
     assert batch["pixel_values"].shape == (1, 3, 16, 16)
     (batch,) = calibration_batches([{"pixel_values": torch.zeros(3, 16, 16)}], model=vit())
@@ -132,39 +132,43 @@ def test_batches_of_data_loaders() -> None:
 
 def endless(batch: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
     yield from itertools.islice(itertools.repeat(batch), 50)
-    raise AssertionError("read on")
+    raise AssertionError("the loader was read to its end")
 
 
 @pytest.mark.parametrize(
     ("make", "batch", "each"),
     [
-        (vit, {"pixel_values": torch.zeros(2, 3, 16, 16)}, 2 * 5),  # four patches and the class
+        (
+            vit,
+            {"pixel_values": torch.zeros(2, 3, 16, 16)},
+            2 * 5,
+        ),  # four patches and the class token
         (lambda: make_model("llama"), {"inputs_embeds": torch.zeros(2, 6, 32)}, 12),
         (lambda: make_model("llama"), {"input_ids": ids(2, 6)}, 12),
     ],
     ids=["images", "embeddings", "tokens"],
 )
-def test_an_endless_loader_is_read_until_there_is_enough(make: Any, batch: Any, each: int) -> None:
+def test_an_endless_loader_is_read_only_as_far_as_needed(make: Any, batch: Any, each: int) -> None:
     config = SmoothQuantConfig(calibration_tokens=5 * each)
     statistics = calibrate_model(make(), endless(batch), config, progress=False)
     assert statistics.tokens == 5 * each
 
 
-def test_the_sample_is_not_cut_between_text_and_images() -> None:
+def test_text_and_images_of_the_sample_stay_together() -> None:
     model = llava()
     statistics = measured(model, with_images([[40], [3]]))
     assert statistics.sample["input_ids"].shape == (1, 48)
     assert statistics.sample["pixel_values"].shape == (1, 3, 16, 16)
-    # two images in the first row and none in the second: as many images as rows
+    # Two images in the first row and none in the second, so there are as many images as rows.
     uneven = with_images([[3, 30], []])
     assert measured(model, uneven).sample["input_ids"].shape == (2, 48)
     before = model(**uneven).logits
     smooth_lm(model, [uneven], progress=False)
-    # two float32 models, 1e-5 apart at most (verify_tolerance), and as much for other rows
+    # verify_tolerance allows 1e-5 on the sample; these rows get twice that.
     assert (model(**uneven).logits - before).abs().max() < 2e-5 * before.abs().max()
 
 
-def test_the_sample_is_text_that_is_not_padding() -> None:
+def test_the_sample_has_little_padding() -> None:
     mask = torch.ones(2, 80, dtype=torch.long)
     mask[:, :60] = 0
     statistics = measured(make_model("llama"), {"input_ids": ids(2, 80), "attention_mask": mask})
@@ -173,7 +177,7 @@ def test_the_sample_is_text_that_is_not_padding() -> None:
 
 
 def test_the_sample_keeps_what_the_model_needs() -> None:
-    """A classifier that reads the end token, which stands after the first 32 tokens."""
+    """The classifier needs the end token, which comes after the first 32 tokens."""
     config = t.BartConfig(
         vocab_size=VOCAB, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
         decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, num_labels=2,
@@ -204,7 +208,7 @@ def test_only_plain_text_is_cut_at_the_end() -> None:
 
 
 class Letters:
-    model_max_length = 10**30  # as tokenizers have it that know no limit
+    model_max_length = 10**30  # transformers' value for a tokenizer without a limit
 
     def __call__(self, text: str, return_tensors: str) -> dict[str, Tensor]:
         return {"input_ids": torch.tensor([[ord(c) % 90 + 5 for c in text]])}
@@ -239,7 +243,7 @@ def test_windows_fit_the_model_and_the_tokenizer() -> None:
          r"with input_ids \[2, 8\], position_ids \[8\] \((Runtime|Index)Error: "),
     ],
 )  # fmt: skip
-def test_one_sentence_says_what_to_pass(make: Any, batch: Any, message: str) -> None:
+def test_refusals_say_what_to_pass(make: Any, batch: Any, message: str) -> None:
     with pytest.raises(SmoothQuantError, match=message):
         measured(make(), batch)
 

@@ -1,4 +1,4 @@
-"""After any failure, a model computes what it did: every step of smoothing and quantizing is made to fail in turn."""
+"""After any failure a model is unchanged. The tests make each step of smoothing and quantizing fail in turn."""
 
 from __future__ import annotations
 
@@ -19,24 +19,23 @@ from smoothquant_kernels import (
     smooth_and_quantize,
     smooth_lm,
 )
-from smoothquant_kernels.modeling import changes as _changes
+from smoothquant_kernels.modeling import changes as changes_module
 from smoothquant_kernels.modeling.changes import Changes
 from smoothquant_kernels.modeling.run import model_device
 from smoothquant_kernels.nn.float_linear import pending_smooth, set_pending_smooth
-from tests.support.models import logits as run
-from tests.support.models import make_model, token_batches
+from tests.support.models import logits, make_model, token_batches
 
 IDS = token_batches(1, length=12)[0]
 DATA = token_batches(2, length=8)
 
 
 class Stop(BaseException):
-    """An interrupt: nothing in the package may take it for an error of its own."""
+    """An interrupt, which no handler in the package may catch."""
 
 
 @contextmanager
 def failing_at(step: int, target: Any, name: str, error: BaseException) -> Iterator[list[int]]:
-    """Makes the call number `step` of a function fail; the list counts the calls."""
+    """Makes call number `step` of a function fail. The list that it yields counts the calls."""
     original: Callable[..., Any] = getattr(target, name)
     count = [0]
 
@@ -59,7 +58,7 @@ def one_block(family: str) -> nn.Module:
 
 
 def snapshot(model: nn.Module) -> dict[str, Any]:
-    """Everything that a model is: bits, classes, modes, hooks, attributes."""
+    """The whole state of a model: bits, classes, modes, hooks and attributes."""
     state: dict[str, Any] = {n: t.detach().clone() for n, t in model.state_dict().items()}
     for name, module in model.named_modules(remove_duplicate=False):
         state[f"{name} is"] = (type(module), id(module), module.training)
@@ -91,15 +90,13 @@ CALLS: dict[str, Callable[[nn.Module], Any]] = {
 
 @pytest.mark.parametrize("call", ["smooth", "powers_of_two", "both"])
 @pytest.mark.parametrize("family", ["opt", "llama_gqa"])
-def test_a_failure_at_any_call_of_a_module_leaves_the_model_as_it_was(
-    family: str, call: str
-) -> None:
-    """Module calls are the steps that user code, hooks and kernels can make fail."""
+def test_a_failure_in_any_module_call_leaves_the_model_unchanged(family: str, call: str) -> None:
+    """User code, hooks and kernels can fail in any call of a module."""
     model = one_block(family)
     before = snapshot(model)
     with failing_at(0, nn.Module, "__call__", Stop()) as count:
         CALLS[call](copy.deepcopy(model))
-    # a prime stride, so that each kind of step is met at many places
+    # A prime stride reaches each kind of step at many places.
     for i, step in enumerate([*range(1, count[0], 13), count[0]]):
         error = RuntimeError("out of memory") if i % 2 else Stop()
         with failing_at(step, nn.Module, "__call__", error):
@@ -108,7 +105,7 @@ def test_a_failure_at_any_call_of_a_module_leaves_the_model_as_it_was(
             except (Stop, RuntimeError, SmoothQuantError):
                 assert_same(model, before, f"{type(error).__name__} at call {step}")
                 continue
-        # an error of a probe means that a norm or a reader refuses: the call may go on without it
+        # If a probe fails, a norm or a reader refuses to be probed, and the call may go on without it.
         assert isinstance(error, RuntimeError), f"call {step} was not reached"
         model = one_block(family)
         before = snapshot(model)
@@ -123,12 +120,12 @@ def test_a_failure_at_any_call_of_a_module_leaves_the_model_as_it_was(
         (Changes, "replace_module"),
         (Changes, "set_attribute"),
         (W8A8Linear, "from_linear"),
-        (_changes, "_assign"),
+        (changes_module, "_assign"),
         (torch, "equal"),
     ],
 )
 @pytest.mark.parametrize("rounding", ["none", "power_of_two"])
-def test_an_interrupt_between_two_changes_leaves_the_model_as_it_was(
+def test_an_interrupt_between_two_changes_leaves_the_model_unchanged(
     target: Any, name: str, rounding: str
 ) -> None:
     model = one_block("llama_gqa")
@@ -147,22 +144,22 @@ def test_an_interrupt_between_two_changes_leaves_the_model_as_it_was(
     assert reached or (name, rounding) == ("write", "power_of_two")
 
 
-def test_scaling_is_undone_whether_it_had_happened_or_not() -> None:
-    """The undo of an exact scaling divides; an interrupt just before the scaling must not make it divide too."""
+def test_undoing_a_scaling_works_before_and_after_it() -> None:
+    """Undoing an exact scaling divides. After an interrupt just before the scaling it must not divide."""
     old = torch.tensor([[0.0, 3.0, -5.0], [1.0, 0.0, 7.0]])
     for factor in (torch.tensor([1.0, 2.0, 0.25]), torch.tensor([1.5, 1.1, 0.7])):
-        for happened in (True, False):
+        for scaled in (True, False):
             parameter = nn.Parameter(old.clone())
             changes = Changes()
             changes.scale(parameter, factor)
             assert not torch.equal(parameter, old)
-            if not happened:
+            if not scaled:
                 parameter.data.copy_(old)
             changes.back_to(0)
             assert torch.equal(parameter, old)
 
 
-def test_later_changes_are_taken_back_first() -> None:
+def test_changes_are_undone_in_reverse_order() -> None:
     linear = nn.Linear(4, 3)
     before = copy.deepcopy(linear.state_dict())
     set_pending_smooth(linear, torch.ones(4))
@@ -189,12 +186,12 @@ def test_a_smoothed_model_is_refused_before_it_is_changed(first: float | None) -
     with pytest.raises(SmoothQuantError, match="call quantize_model to go on"):
         smooth_and_quantize(model, DATA, progress=False)
     assert_same(model, before, "refused")
-    quantize_model(model)  # what the message says
+    quantize_model(model)  # as the message says
 
 
 @pytest.mark.parametrize("part_first", [True, False])
-def test_a_part_of_a_smoothed_model_is_smoothed(part_first: bool) -> None:
-    """Neither the whole nor the part knows what the other call found out: refused, instead of guessed."""
+def test_a_part_or_whole_of_a_smoothed_model_is_refused(part_first: bool) -> None:
+    """Neither the whole nor the part knows the findings of the other call, so both calls are refused."""
     model: Any = make_model("llama")
     first, second = (model.model, model) if part_first else (model, model.model)
     config = SmoothQuantConfig(activation_scheme="static")
@@ -208,14 +205,14 @@ def test_a_part_of_a_smoothed_model_is_smoothed(part_first: bool) -> None:
     assert quantize_model(first).smoothquant_info["config"]["activation_scheme"] == "static"  # type: ignore[union-attr, index]
 
 
-def test_int8_layers_are_not_smoothed_and_stay_listed() -> None:
+def test_int8_layers_are_not_smoothed_but_stay_listed() -> None:
     model = make_model("llama")
     quantize_model(model, config=SmoothQuantConfig(skip=("*.mlp.*",)))
     before = snapshot(model)
     with pytest.raises(SmoothQuantError, match=r"quantized already \(8 W8A8Linear\)"):
         smooth_lm(model, DATA, progress=False)
     assert_same(model, before, "refused")
-    quantize_model(model, config=SmoothQuantConfig())  # goes on with the others
+    quantize_model(model, config=SmoothQuantConfig())  # continues with the other layers
     info: Any = model.smoothquant_info
     int8 = [n for n, m in model.named_modules() if isinstance(m, W8A8Linear)]
     assert len(int8) == 14 and {layer["name"] for layer in info["layers"]} == set(int8)
@@ -236,16 +233,16 @@ def _inference(layer: nn.Module) -> None:
 def test_a_parameter_that_cannot_be_written_is_not_folded(
     make: Callable[[nn.Module], None], name: str
 ) -> None:
-    """Writing fails half-way, and taking back would fail as well."""
+    """Writing would fail halfway, and undoing would fail as well."""
     model: Any = make_model("llama")
     make(model.get_submodule(name))
-    expected, before = run(model, IDS), snapshot(model)
+    expected, before = logits(model, IDS), snapshot(model)
     config = SmoothQuantConfig(smooth_rounding="power_of_two", only_where_better=False)
     with failing_at(1, Changes, "replace_module", Stop()), pytest.raises(Stop):
         smooth_and_quantize(model, DATA, config, progress=False)
     assert_same(model, before, "stopped")
     smooth_lm(model, DATA, config=config, progress=False)
-    assert torch.equal(run(model, IDS), expected)
+    assert torch.equal(logits(model, IDS), expected)
     reasons = [layer["reason"] for layer in model.smoothquant_info["layers"]]
     assert f"the weight of {name} is read-only" in reasons
     assert any(layer["smoothing"] == "folded" for layer in model.smoothquant_info["layers"])
@@ -253,9 +250,9 @@ def test_a_parameter_that_cannot_be_written_is_not_folded(
 
 def test_a_model_that_was_only_measured_can_be_smoothed() -> None:
     model = make_model("llama")
-    expected = run(model, IDS)
+    expected = logits(model, IDS)
     smooth_lm(model, DATA, config=SmoothQuantConfig(smooth=False), progress=False)
     smooth_lm(model, DATA, progress=False)
     assert any(layer["smoothing"] != "none" for layer in model.smoothquant_info["layers"])
-    torch.testing.assert_close(run(model, IDS), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logits(model, IDS), expected, rtol=1e-4, atol=1e-5)
     assert model_device(model).type == "cpu"

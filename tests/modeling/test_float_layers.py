@@ -1,4 +1,4 @@
-"""Layers whose weight is read by others stay in float: found by running the model as it is, and by its source."""
+"""A layer stays in float if other code reads its weight. Running the model or reading its source shows that."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ EXACT = SmoothQuantConfig(smooth_rounding="power_of_two", only_where_better=Fals
 
 
 class Model(nn.Module):
-    """Embedding, norm and four linears; subclasses say what they do with them."""
+    """An embedding, a norm and four linears. Subclasses define `middle`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ class Custom(Model):
 
 
 class Called(Model):
-    """Looks at types only, and calls `forward` itself."""
+    """Reads only the type of a weight, and calls `forward` directly."""
 
     def middle(self, x: Tensor) -> Tensor:
         if isinstance(self.a.weight, Tensor) and self.a.weight.dtype.is_complex:
@@ -85,7 +85,7 @@ class Called(Model):
 
 
 class Training(Model):
-    """A path that inference does not take."""
+    """Reads a weight on a path that inference does not take."""
 
     def middle(self, x: Tensor) -> Tensor:
         y = F.linear(x, self.b.weight, self.b.bias) if self.training else self.b(x)
@@ -93,7 +93,7 @@ class Training(Model):
 
 
 class Long(Model):
-    """A path that only inputs longer than any sample take: it reads a weight, and a norm's output."""
+    """Only inputs that are longer than any sample reach the path that reads a weight and a norm's output."""
 
     def middle(self, x: Tensor) -> Tensor:
         y = self.a(x) + self.c(x)
@@ -101,7 +101,7 @@ class Long(Model):
 
 
 class Asking(Model):
-    """The usual way to learn a module's type: of one that would have no parameter left, and of one that would."""
+    """Asks two modules for their type in the usual way. One would have no parameter left, the other one would."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -114,7 +114,7 @@ class Asking(Model):
 
 
 class Described(nn.Linear):
-    """A linear that can do more, and mostly does not."""
+    """A linear with more arguments and methods than nn.Linear, most of which are not used."""
 
     def forward(self, input: Tensor, scale: float = 1.0) -> Tensor:
         return scale * super().forward(self.same(input))
@@ -146,7 +146,7 @@ READERS: dict[str, tuple[type[Model], set[str]]] = {
 
 
 def both_ways(model: nn.Module) -> list[nn.Module]:
-    """Quantized without data, and smoothed before."""
+    """The model, quantized without data and quantized after smoothing."""
     smoothed = smooth_lm(copy.deepcopy(model), token_batches(), config=EXACT, progress=False)
     return [quantize_model(copy.deepcopy(model)), quantize_model(smoothed)]
 
@@ -166,12 +166,12 @@ def test_layers_that_others_read_stay_in_float(case: str) -> None:
         )
         int8 = {n for n, m in made.named_modules() if isinstance(m, W8A8Linear)}
         assert int8 == {"a", "b", "c", "head"} - expected
-        # one int8 rounding of each operand in a few layers: a percent or two
+        # int8 rounds each operand in a few layers, which costs one or two percent.
         assert (made(ids) - y).norm() < 0.1 * y.norm()
 
 
 @pytest.mark.parametrize("case", ["functional", "helper", "autograd function"])
-def test_the_source_tells_where_nothing_can_be_run(case: str) -> None:
+def test_without_a_run_the_source_shows_the_readers(case: str) -> None:
     kind, expected = READERS[case]
     found = stays_in_float(ModelView(kind()), ["a", "b", "c", "head"], None)
     assert found == dict.fromkeys(
@@ -179,7 +179,7 @@ def test_the_source_tells_where_nothing_can_be_run(case: str) -> None:
     )
 
 
-def test_a_module_that_is_asked_for_its_type_keeps_a_parameter() -> None:
+def test_a_module_that_reads_its_dtype_keeps_a_parameter() -> None:
     model = Asking().eval()
     ids = token_batches()[0]
     y = model(ids)
@@ -188,10 +188,10 @@ def test_a_module_that_is_asked_for_its_type_keeps_a_parameter() -> None:
         assert skipped == {
             "b.0": "Sequential asks its parameters for their type, and this is its first: stays in float"
         }
-        assert (made(ids) - y).norm() < 0.1 * y.norm()  # and it runs
+        assert (made(ids) - y).norm() < 0.1 * y.norm()
 
 
-def test_what_only_a_subclass_has_is_not_taken_away() -> None:
+def test_a_layer_stays_in_float_if_its_extra_features_are_used() -> None:
     model = Using().eval()
     ids = token_batches()[0]
     y = model(ids)
@@ -206,7 +206,7 @@ def test_what_only_a_subclass_has_is_not_taken_away() -> None:
         assert all("size" not in vars(m) and "forward" not in vars(m) for m in made.modules())
 
 
-def test_a_first_parameter_of_another_type_is_no_substitute() -> None:
+def test_a_first_parameter_of_another_dtype_is_not_enough() -> None:
     model = Asking().eval()
     model.c[0], model.c[1] = model.c[1], model.c[0].double()  # type: ignore[index]
     model.c.forward = lambda x: model.c[0](x)  # type: ignore[index, method-assign]
@@ -216,11 +216,11 @@ def test_a_first_parameter_of_another_type_is_no_substitute() -> None:
     assert found.keys() == {"b.0", "c.0"}
 
 
-def test_the_source_is_not_asked_about_types() -> None:
+def test_reading_a_dtype_does_not_keep_a_layer_in_float() -> None:
     assert stays_in_float(ModelView(Called()), ["a", "b", "c"], None) == {}
 
 
-def test_a_fold_that_only_long_inputs_would_notice() -> None:
+def test_nothing_is_folded_that_only_long_inputs_read() -> None:
     model = Long().eval()
     smoothed = smooth_lm(copy.deepcopy(model), token_batches(), config=EXACT, progress=False)
     ids = torch.arange(64)[None]
@@ -239,7 +239,7 @@ def test_a_scripted_layer_is_listed() -> None:
 @pytest.mark.parametrize("norm_first", [False, True])
 @pytest.mark.parametrize("smooth", [False, True])
 def test_the_fast_path_of_the_transformer_encoder(norm_first: bool, smooth: bool) -> None:
-    """It is what runs without hooks, and reads the weights itself: with hooks it would not be seen."""
+    """torch takes the fast path, which reads the weights itself, only without hooks. So hooks would not see it."""
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(HIDDEN, 4, 48, batch_first=True, norm_first=norm_first)
     encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
@@ -259,7 +259,7 @@ def test_the_fast_path_of_the_transformer_encoder(norm_first: bool, smooth: bool
         assert reasons[name] == (
             "aten._transformer_encoder_layer_fwd reads its parameters from outside: stays in float"
         )
-    # the encoder alone has nothing else: refused, and as it was
+    # The encoder alone has no other layers, so it is refused and left unchanged.
     with pytest.raises(SmoothQuantError, match="all 4 must stay in float"):
         quantize_model(encoder)
     with pytest.raises(SmoothQuantError, match="all 4 must stay in float"):
@@ -268,7 +268,7 @@ def test_the_fast_path_of_the_transformer_encoder(norm_first: bool, smooth: bool
         assert torch.equal(model(x), y)
 
 
-def test_mamba_keeps_what_its_scan_reads() -> None:
+def test_layers_that_mambas_scan_reads_stay_in_float() -> None:
     config = t.MambaConfig(vocab_size=VOCAB, hidden_size=HIDDEN, num_hidden_layers=2, state_size=4)
     model = t.MambaForCausalLM(config).eval()
     for made in both_ways(model):
@@ -278,7 +278,7 @@ def test_mamba_keeps_what_its_scan_reads() -> None:
             assert bool(made(token_batches()[0]).logits.isfinite().all())
 
 
-def test_watching_leaves_no_trace() -> None:
+def test_watching_restores_the_modules() -> None:
     model = Functional()
     own = model.a.forward
     model.b.forward = lambda x: own(x)  # type: ignore[method-assign]
@@ -294,8 +294,8 @@ def test_watching_leaves_no_trace() -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "mpt", "bert", "t5", "vit", "whisper", "clip"])
-def test_a_batch_is_found_that_the_model_takes(family: str) -> None:
-    """And neither the random state nor the model's mode shows that it was tried."""
+def test_a_runnable_batch_is_found(family: str) -> None:
+    """The search changes neither the random state nor the model's mode."""
     model = FAMILIES[family].make().train()
     state = torch.get_rng_state()
     batch = runnable_batch(model)
@@ -314,7 +314,7 @@ class Odd(nn.Module):
         return F.linear(self.a(parts["x"]), self.b.weight)
 
 
-def test_a_model_that_cannot_be_run_is_read() -> None:
+def test_a_model_that_cannot_be_run_is_judged_by_its_source() -> None:
     model = Odd().eval()
     assert runnable_batch(model) is None
     quantize_model(model)

@@ -1,4 +1,4 @@
-"""Models that another tool has quantized: named in one sentence by every entry, and left as they are."""
+"""Models that another tool quantized: every entry point refuses them in one sentence and leaves them unchanged."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from smoothquant_kernels.modeling.foreign import check_float_config, check_float
 from tests.support.checkpoints import IDS, llama, refusal
 
 
-def stand_in(module: str, name: str, base: type) -> Any:
-    """A class that says that it comes from a package, which is not installed here."""
+def fake_class(module: str, name: str, base: type) -> Any:
+    """A class that claims to come from a package that is not installed."""
     return type(name, (base,), {"__module__": module})
 
 
@@ -54,7 +54,7 @@ def with_weight(weight: Any, name: str = "Linear") -> nn.Module:
 
 
 def tensor_subclass() -> Any:
-    cls = stand_in("torchao.dtypes.affine", "AffineTensor", torch.Tensor)
+    cls = fake_class("torchao.dtypes.affine", "AffineTensor", torch.Tensor)
     return nn.Parameter(torch.randn(4, 4).as_subclass(cls), requires_grad=False)
 
 
@@ -62,15 +62,17 @@ PACKED = torch.zeros(4, 4, dtype=torch.int32)
 FOREIGN: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "subclass of a tensor": (lambda: with_weight(tensor_subclass()), "torchao"),
     "bitsandbytes": (
-        lambda: stand_in("bitsandbytes.nn.modules", "Linear8bitLt", nn.Linear)(4, 4),
+        lambda: fake_class("bitsandbytes.nn.modules", "Linear8bitLt", nn.Linear)(4, 4),
         "bitsandbytes",
     ),
     "quanto, weights still float": (
-        lambda: stand_in("optimum.quanto.nn.qlinear", "QLinear", nn.Linear)(4, 4),
+        lambda: fake_class("optimum.quanto.nn.qlinear", "QLinear", nn.Linear)(4, 4),
         "optimum-quanto",
     ),
     "FP8 of transformers": (
-        lambda: stand_in("transformers.integrations.finegrained_fp8", "FP8Linear", nn.Linear)(4, 4),
+        lambda: fake_class("transformers.integrations.finegrained_fp8", "FP8Linear", nn.Linear)(
+            4, 4
+        ),
         "FP8",
     ),
     "compressed": (lambda: with_buffers("CompressedLinear", weight_packed=PACKED), "compressed"),
@@ -89,7 +91,7 @@ FOREIGN: dict[str, tuple[Callable[[], nn.Module], str]] = {
 
 
 @pytest.mark.parametrize("kind", FOREIGN)
-def test_names_the_tool_and_the_layer(kind: str) -> None:
+def test_the_error_names_the_tool_and_the_layer(kind: str) -> None:
     make, tool = FOREIGN[kind]
     model = with_layer(make())
     text = refusal(lambda: check_float_model(model))
@@ -98,7 +100,7 @@ def test_names_the_tool_and_the_layer(kind: str) -> None:
     assert text.endswith(": load the original float model.")
 
 
-def test_fake_quantized_by_compressed_tensors() -> None:
+def test_fake_quantization_by_compressed_tensors_is_refused() -> None:
     model = llama()
     model.get_submodule("model.layers.0.mlp.up_proj").quantization_scheme = object()  # type: ignore[assignment]
     assert "by compressed-tensors (model.layers.0.mlp.up_proj" in refusal(
@@ -120,13 +122,12 @@ def test_float_models_pass() -> None:
     scaled.get_submodule("model.layers.1.mlp.down_proj").register_buffer(
         "weight_scale", torch.ones(1)
     )
-    check_float_model(scaled)  # somebody's own scale beside a float weight
+    check_float_model(scaled)  # a scale of the user's own next to a float weight
     model: Any = llama()
     model.config.quantization_config = {"quant_method": "fp8"}
-    check_float_model(model)  # transformers keeps that after it has dequantized
-    check_float_model(
-        smooth_and_quantize(llama(), [IDS], progress=False)
-    )  # ours has an error of its own
+    check_float_model(model)  # transformers keeps this entry after dequantizing
+    # Our own int8 layers get another error elsewhere.
+    check_float_model(smooth_and_quantize(llama(), [IDS], progress=False))
     nn.utils.parametrizations.weight_norm(model.model.layers[0].mlp.up_proj)
     check_float_model(model)
 
@@ -145,12 +146,12 @@ ENTRIES: dict[str, Callable[[Any, Path], object]] = {
 
 @pytest.mark.parametrize("entry", ENTRIES)
 @pytest.mark.parametrize("whole", [False, True])
-def test_every_entry_refuses(entry: str, whole: bool, tmp_path: Path) -> None:
-    """One layer of many, or all of them: in neither case is anything quantized again."""
+def test_every_entry_point_refuses(entry: str, whole: bool, tmp_path: Path) -> None:
+    """Nothing is quantized again, whether one layer or all of them are quantized already."""
     if entry == "make_report":
         pytest.importorskip("matplotlib")
     model = llama()
-    cls = stand_in("bitsandbytes.nn.modules", "Linear8bitLt", nn.Linear)
+    cls = fake_class("bitsandbytes.nn.modules", "Linear8bitLt", nn.Linear)
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and (whole or name.endswith("1.mlp.down_proj")):
             module.__class__ = cls
@@ -198,12 +199,12 @@ def test_folders_are_refused_before_their_weights_are_read(tmp_path: Path) -> No
     assert not (tmp_path / "q").exists()
 
 
-def test_nothing_foreign_is_imported() -> None:
+def test_no_other_tool_is_imported() -> None:
     check_float_model(with_layer(nn.Linear(64, 32)))
     assert not {"bitsandbytes", "torchao", "compressed_tensors", "hqq"} & set(sys.modules)
 
 
-def test_skip_does_not_hide_it() -> None:
+def test_skip_does_not_hide_a_quantized_layer() -> None:
     model = with_layer(with_buffers("QuantLinear", qweight=PACKED))
     config = SmoothQuantConfig(skip=("*.down_proj",))
     assert "quantized already" in refusal(lambda: quantize_model(model, config=config))

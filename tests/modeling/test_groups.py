@@ -1,4 +1,4 @@
-"""Which linears are grouped and which producers are proved, per family and with planted defects."""
+"""Which linears form a group and which producers are proved, for each family and with planted defects."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _LLAMA = {
     "gate_proj up_proj": "post_attention_layernorm",
     "down_proj": "up_proj",
 }
-# Per decoder layer: the linears that read one tensor -> what can absorb their factors.
+# For each decoder layer: the linears that read one tensor -> the module that can absorb their factors.
 EXPECTED: dict[str, dict[str, str | None]] = {
     "llama": {**_LLAMA, "o_proj": "v_proj"},
     "llama_gqa": {**_LLAMA, "o_proj": None},
@@ -30,15 +30,15 @@ EXPECTED: dict[str, dict[str, str | None]] = {
         "q_proj k_proj v_proj": "self_attn_layer_norm",
         "out_proj": "v_proj",
         "fc1": "final_layer_norm",
-        "fc2": "fc1",  # behind a ReLU
+        "fc2": "fc1",  # after a ReLU
     },
     "bloom": {
         "query_key_value": "input_layernorm",
         "dense": None,
         "dense_h_to_4h": "post_attention_layernorm",
-        "dense_4h_to_h": None,  # behind a GELU
+        "dense_4h_to_h": None,  # after a GELU
     },
-    # the residual branch reads the norms' outputs as well
+    # The residual branch also reads the norms' outputs.
     "bloom_post": dict.fromkeys(["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]),
     "gpt_neox": {
         "query_key_value": "input_layernorm",
@@ -59,12 +59,12 @@ def found(model: nn.Module, **options: str) -> dict[tuple[str, ...], str | None]
 
 @pytest.mark.parametrize("family", CONFIGS)
 def test_groups_of_each_family(family: str) -> None:
-    """Every layer has exactly the expected groups with the expected producers, and nothing else."""
+    """Every layer has exactly the expected groups with the expected producers."""
     result = found(make_model(family))
     layers: dict[str, dict[str, str | None]] = {}
     for names, producer in result.items():
         layer = next(part for part in names[0].split(".") if part.isdigit())
-        # shortest suffixes that the table uses
+        # The table uses the shortest unambiguous suffixes.
         key = " ".join(_short(name, family) for name in names)
         layers.setdefault(layer, {})[key] = producer and producer.rsplit(".", 1)[-1]
     assert layers == {"0": EXPECTED[family], "1": EXPECTED[family]}
@@ -89,7 +89,7 @@ def test_folding_never() -> None:
 
 
 class Block(nn.Module):
-    """norm -> two linears, with room for defects that a mapping table would not notice."""
+    """norm -> two linears, with a choice of defects that a table of module names would miss."""
 
     def __init__(self, defect: str = "") -> None:
         super().__init__()
@@ -132,14 +132,13 @@ class Block(nn.Module):
         elif self.defect == "scale-invariant":
             y = y + torch.sign(h)
         elif self.defect == "outvoted router":
-            votes = torch.stack(
-                [h.mean(-1), h.mean(-1) + 1e6], -1
-            )  # the second expert, whatever h is
+            # Always chooses the second expert, whatever h is.
+            votes = torch.stack([h.mean(-1), h.mean(-1) + 1e6], -1)
             y = torch.where(votes.argmax(-1, keepdim=True) == 1, y, -y)
         elif self.defect == "python branch":
             y = -y if float(h.abs().max()) > 1e6 else y
         elif self.defect == "no token for the expert":
-            chosen = (input_ids == VOCAB).nonzero(as_tuple=True)  # of which there is none
+            chosen = (input_ids == VOCAB).nonzero(as_tuple=True)  # no token has this id
             y = y.index_put(chosen, h[chosen] @ self.weight, accumulate=True)
         elif self.defect == "expert not called":
             y = self.rare(h) if int(input_ids.max()) >= VOCAB else y
@@ -156,7 +155,7 @@ class Block(nn.Module):
 def found_in_block(defect: str = "") -> dict[tuple[str, ...], str | None]:
     model = Block(defect)
     if defect != NOT_CALLED:
-        del model.rare  # a linear that could read the norm and does not run is a defect
+        del model.rare  # a linear that does not run but could read the norm is a defect of its own
     return found(model)
 
 
@@ -164,7 +163,7 @@ def test_block_without_defect() -> None:
     assert found_in_block() == {("a", "b"): "norm"}
 
 
-# What no output shows on the sample: a comparison of outputs would let the norm be folded.
+# Readers that change no output on the sample: comparing outputs alone would allow folding into the norm.
 UNSEEN = [
     *(
         "functional linear of zeros",
@@ -176,7 +175,7 @@ UNSEEN = [
     *("python branch", "no token for the expert", "norm's weight read", "linear's weight read"),
     "in place",
 ]
-# also defects, but of other kinds
+# Defects of other kinds.
 RETURNED, NOT_CALLED = "returned", "expert not called"
 
 
@@ -188,12 +187,12 @@ RETURNED, NOT_CALLED = "returned", "expert not called"
         *(*UNSEEN, RETURNED, NOT_CALLED),
     ],
 )
-def test_planted_consumers_are_caught(defect: str) -> None:
+def test_planted_readers_are_caught(defect: str) -> None:
     result = found_in_block(defect)
     if defect == NOT_CALLED:
         assert result == {("a", "b"): None, ("rare",): None}
     elif defect == "called twice":
-        # `a` has two inputs, so `b` is alone with the norm, which `a` reads too
+        # `a` has two inputs, so `b` forms a group alone, and `a` also reads its norm.
         assert result == {("a",): None, ("b",): None}
     else:
         assert result == {("a", "b"): None}
@@ -203,7 +202,7 @@ def test_planted_consumers_are_caught(defect: str) -> None:
 def test_outputs_alone_do_not_show_every_reader(
     defect: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each of these is caught by following the operations and by nothing else."""
+    """Only following the operations catches these readers."""
     monkeypatch.setattr(groups_module, "_hidden_readers", lambda *_: {})
     assert found_in_block(defect) == {("a", "b"): "norm"}
 
@@ -217,8 +216,8 @@ def test_the_reason_names_the_reader() -> None:
     ]
 
 
-def test_operators_that_cannot_be_followed_are_no_error() -> None:
-    """Flex attention, say, refuses to run under a dispatch mode; the groups keep the run-time division."""
+def test_operators_that_cannot_be_followed_are_not_an_error() -> None:
+    """Some operators, such as flex attention, refuse to run under a dispatch mode. Their groups divide at run time."""
 
     class Unfollowed(Block):
         def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -235,8 +234,8 @@ def test_operators_that_cannot_be_followed_are_no_error() -> None:
     )
 
 
-def test_linears_whose_weight_is_read_elsewhere() -> None:
-    """To be left as they are: quantizing or scaling them would change the other reader. Tied ones read their own."""
+def test_linears_whose_weight_is_read_elsewhere_stay_in_float() -> None:
+    """They stay in float, because quantizing or scaling would change the other reader. Tied ones may be quantized."""
     model = Block("linear's weight read")
     batch = {"input_ids": token_batches()[0]}
     assert stays_in_float(ModelView(model), ["a", "b"], batch) == {
@@ -249,7 +248,7 @@ def test_linears_whose_weight_is_read_elsewhere() -> None:
 
 
 class Mixture(nn.Module):
-    """Experts as modules: each is called with the tokens that its router chose, if there are any."""
+    """Experts that are modules: each is called with the tokens that its router chose, if any."""
 
     def __init__(self, dense: bool = False) -> None:
         super().__init__()
@@ -268,7 +267,7 @@ class Mixture(nn.Module):
         for i in range(16):
             chosen = best == i
             if bool(chosen.any()):
-                # `dense`: every expert that is called reads all tokens, so it reads the norm's output itself
+                # With `dense`, an expert that is called reads all tokens, and so the norm's output itself.
                 x = h if self.dense else h[chosen]
                 out = self.down[i](torch.relu(self.up[i](x)))
                 y[chosen] += out[chosen] if self.dense else out
@@ -276,8 +275,8 @@ class Mixture(nn.Module):
 
 
 @pytest.mark.parametrize("dense", [False, True])
-def test_experts_that_the_sample_does_not_reach(dense: bool) -> None:
-    """They are smoothed all the same, by division, and nothing that they may read is folded. The router stays."""
+def test_experts_that_the_sample_does_not_reach_are_smoothed(dense: bool) -> None:
+    """They are smoothed by division, and nothing that they may read is folded. The router stays in float."""
     model = Mixture(dense)
     data = token_batches()
     before = [model(ids) for ids in data]
@@ -294,12 +293,12 @@ def test_experts_that_the_sample_does_not_reach(dense: bool) -> None:
     assert skipped == {"router": "aten.argmax reads its output: it selects, and stays in float"}
     silent = [e for e in layers.values() if e["reason"] == "not called on the sample batch"]
     assert len(silent) >= 2 * (len(reached) - 2) > 0
-    # the sums over K of the same numbers; only the order of an expert's rows is fixed, so equality can be demanded
+    # Both models add the same numbers over K in the same order, so the results are equal bit for bit.
     assert all(torch.equal(model(ids), y) for ids, y in zip(data, before, strict=True))
 
 
 class Gated(nn.Module):
-    """Two linears meet in a product; only one of them may take the factors."""
+    """A product of two linears, only one of which may absorb the factors."""
 
     def __init__(self, function: str) -> None:
         super().__init__()
@@ -316,14 +315,14 @@ class Gated(nn.Module):
         elif self.function == "gelu":
             h = torch.nn.functional.gelu(gate) + 0 * up
         elif self.function == "clamp":
-            h = up.clamp(-1e6, 1e6) * torch.sigmoid(gate)  # exact for what the sample holds
+            h = up.clamp(-1e6, 1e6) * torch.sigmoid(gate)  # does not clamp any value of the sample
         elif self.function == "its own factor":
             h = up * (up * 0 + 1)
         elif self.function == "leaky_relu":
             h = torch.nn.functional.leaky_relu(up)
         elif self.function == "sum":
             h = up + gate
-        else:  # the producer is read again behind the gate
+        else:  # the producer is read again after the gate
             h = up * torch.sigmoid(gate)
             return self.down(h) + up.mean(-1, keepdim=True)
         return self.down(h)
@@ -348,14 +347,14 @@ def test_linear_producers_are_probed(function: str, producer: str | None) -> Non
     assert all(g.reason for g in groups if g.producer is None)
 
 
-def test_probe_survives_half_precision() -> None:
-    """Powers of two are exact in bfloat16 and float16 too: the same producers are proved."""
+def test_half_precision_proves_the_same_producers() -> None:
+    """Powers of two are exact in bfloat16 and float16 as well, so the same producers are proved."""
     for dtype in (torch.bfloat16, torch.float16):
         result = found(make_model("llama", dtype=dtype))
         assert sum(p is not None for p in result.values()) == 8, (dtype, result)
 
 
-def test_gqa_keeps_the_runtime_division_with_a_reason() -> None:
+def test_gqa_divides_at_run_time_and_says_why() -> None:
     model = make_model("llama_gqa")
     assert GQA["num_key_value_heads"] == 2
     linears = ModelView(model).linears

@@ -1,4 +1,4 @@
-"""Hooks: what they are called with, what they change, and that none is left, wherever the package adds some."""
+"""Hooks: their arguments, their effect, and their removal wherever the package adds some."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ ONE = torch.ones(1)
 
 
 @pytest.mark.parametrize("named", [{}, {"extra": 0}], ids=["by position", "by name"])
-def test_an_input_is_seen_and_replaced(named: dict[str, int]) -> None:
+def test_an_input_is_observed_and_replaced(named: dict[str, int]) -> None:
     model = Net()
     seen: list[float] = []
 
@@ -61,13 +61,13 @@ def test_an_input_is_seen_and_replaced(named: dict[str, int]) -> None:
 
     with Hooks(model) as hooks:
         hooks.on_input("a", change)
-        hooks.on_input(model.a, change)  # after the first, and given what that returned
+        hooks.on_input(model.a, change)  # runs after the first hook, on its result
         assert float(model(ONE, **named)) == 6
         assert seen == [1, 2]
     assert float(model(ONE, **named)) == 2
 
 
-def test_an_output_is_seen_and_replaced_if_it_is_a_tensor() -> None:
+def test_an_output_is_observed_and_replaced_if_it_is_a_tensor() -> None:
     model = Net()
     calls: list[tuple[float, float]] = []
     with Hooks(model) as hooks:
@@ -75,13 +75,13 @@ def test_an_output_is_seen_and_replaced_if_it_is_a_tensor() -> None:
         hooks.on_call("a", lambda x, y: calls.append((float(x), float(y))))
         hooks.on_call(model.a, lambda x, y: x + y)
         assert float(model(ONE)) == 4
-        assert float(model(ONE, extra=2)) == 4  # the input given by name
+        assert float(model(ONE, extra=2)) == 4  # passes the input by name
         assert model(ONE, extra=1) == (2,)
     assert calls == [(1, 3), (1, 3)]
     assert hooks_of(model) == 0
 
 
-def test_hooks_come_after_those_that_are_there() -> None:
+def test_new_hooks_run_after_existing_ones() -> None:
     model = Net()
     handle = model.a.register_forward_pre_hook(lambda _, args: (args[0] + 10,))
     with Hooks(model) as hooks:
@@ -138,7 +138,7 @@ def test_an_interrupt_while_hooks_are_added_leaves_none(
             nonlocal added
             added += 1
             if added == 3:
-                assert hooks_of(model) == 2, "no hooks were added before"
+                assert hooks_of(model) == 2, "the first two hooks must be registered"
                 raise Stop
             return add(*args, **kwargs)
 

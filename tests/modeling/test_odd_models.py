@@ -1,4 +1,4 @@
-"""Models that no family here is like: readers out of sight, linears that are none, batches that reach little."""
+"""Unusual models: hidden readers, subclasses of nn.Linear, and batches that reach only some layers."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def x(seed: int = 0) -> Tensor:
 
 
 class Heads(nn.Module):
-    """One of two heads reads the norm, as the task says."""
+    """The task decides which of two heads reads the norm."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class Heads(nn.Module):
         return self.heads[int(task)](self.norm(self.inp(x)))
 
 
-def test_a_head_that_the_sample_does_not_reach_keeps_its_input() -> None:
+def test_the_input_of_an_unreached_head_is_not_changed() -> None:
     model = Heads().eval()
     calls = [{"x": x(i), "task": torch.tensor(i)} for i in range(2)]
     before = [model(**c) for c in calls]
@@ -64,7 +64,7 @@ class Aux:
 @pytest.mark.parametrize(
     "container", [Aux, lambda h: UserDict(hidden=h), lambda h: [{"h": Aux(h)}]]
 )
-def test_what_the_model_returns_is_found_in_any_container(container: Any) -> None:
+def test_returned_tensors_are_found_in_any_container(container: Any) -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -103,7 +103,7 @@ class Asserting(nn.Linear):
         return super().forward(x)
 
 
-def test_each_linear_of_its_own_kind_is_tried_by_itself() -> None:
+def test_each_instance_of_a_linear_subclass_is_tested() -> None:
     model = nn.Sequential(Scaled(16, 16), Scaled(16, 16), Indexing(16, 16), Asserting(16, 16))
     model[1].scale = 3.0
     quantize_model(model)
@@ -112,7 +112,7 @@ def test_each_linear_of_its_own_kind_is_tried_by_itself() -> None:
 
 
 def test_statistics_may_come_from_another_device_or_file(tmp_path: Any) -> None:
-    """On the CPU only that they go through a file is shown; the move to the weights' device is one line."""
+    """This shows the round trip through a file. A CPU cannot show the move to the weights' device."""
     model, other = make_model("llama"), make_model("llama")
     statistics = calibrate_model(model, token_batches(), progress=False)
     path = statistics.save(tmp_path / "s.safetensors")
@@ -138,7 +138,7 @@ class Experts(nn.Module):
         return self.out(h + self.experts[int(input_ids[0, 0]) % 2](h))
 
 
-def test_search_passes_over_batches_that_miss_an_expert() -> None:
+def test_search_skips_batches_that_miss_an_expert() -> None:
     generator = torch.Generator().manual_seed(0)
     data = [torch.randint(0, 64, (1, 12), generator=generator) for _ in range(12)]
     for i, ids in enumerate(data):
@@ -150,7 +150,7 @@ def test_search_passes_over_batches_that_miss_an_expert() -> None:
 
 
 class Routed(nn.Module):
-    """Experts that are modules, and a router that is a bare parameter: it reads what a trial changes."""
+    """Experts that are modules, and a router that is a bare parameter. The router reads values that a probe changes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -169,7 +169,7 @@ class Routed(nn.Module):
         return self.out(h + mixed)
 
 
-def test_a_trial_may_send_experts_other_tokens() -> None:
+def test_a_probe_may_route_other_tokens_to_an_expert() -> None:
     generator = torch.Generator().manual_seed(0)
     data = [torch.randint(0, 64, (1, 24), generator=generator) for _ in range(2)]
     model = Routed().eval()
@@ -181,8 +181,8 @@ def test_a_trial_may_send_experts_other_tokens() -> None:
     assert {layers[f"experts.{i}"]["smoothing"] for i in range(4)} == {"runtime"}
 
 
-def test_padding_is_no_prediction() -> None:
-    """The same tokens with padding behind them: the same costs and the same validation."""
+def test_search_does_not_score_padding() -> None:
+    """Padding after the same tokens changes neither the costs nor the validation."""
     model = make_model("llama")
     generator = torch.Generator().manual_seed(1)
     short = [torch.randint(0, 131, (1, 10), generator=generator) for _ in range(12)]
@@ -197,13 +197,13 @@ def test_padding_is_no_prediction() -> None:
     b = search_config(model, padded, **options)
     assert a.validation is not None and b.validation is not None
     assert (a.validation.tokens, b.validation.tokens) == (20, 20)
-    # float32 sums over rows of another length are added in another order
+    # float32 sums over rows of another length add in another order.
     assert b.searched_cost == pytest.approx(a.searched_cost, rel=1e-3)
     assert b.validation.fixed_kl == pytest.approx(a.validation.fixed_kl, rel=0.02)
 
 
-def test_labels_and_square_masks_in_batches() -> None:
-    """As data sets of transformers have them; the mask is longer than what structure is found on."""
+def test_batches_may_have_labels_and_square_masks() -> None:
+    """Data sets for transformers have them. The mask is longer than the sample on which the groups are found."""
     ids = torch.randint(0, 131, (1, 48), generator=torch.Generator().manual_seed(2))
     square = torch.ones(1, 1, 48, 48, dtype=torch.bool).tril()
     for extra in ({"labels": ids}, {"attention_mask": square}):
@@ -217,7 +217,7 @@ def test_labels_and_square_masks_in_batches() -> None:
 
 
 class Block(nn.Module):
-    """A norm that is folded into, and a linear for each kind of compiling."""
+    """A norm and two linears. The norm and the first linear can absorb factors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -230,8 +230,8 @@ class Block(nn.Module):
 
 
 @pytest.mark.parametrize("how", ["in place", "wrapped", "a layer"])
-def test_a_compiled_model_is_watched_like_any_other(how: str) -> None:
-    """Its graph was made before our hooks were there, and would never call them."""
+def test_a_compiled_model_is_handled_like_any_other(how: str) -> None:
+    """The compiled graph is older than our hooks and would never call them."""
     model: Any = Block().eval()
     if how == "in place":
         model.compile(backend="eager")
@@ -239,7 +239,7 @@ def test_a_compiled_model_is_watched_like_any_other(how: str) -> None:
         model = torch.compile(model, backend="eager")
     else:
         model.a = torch.compile(model.a, backend="eager")
-    with torch.no_grad():  # as in calibration, so that nothing asks for another graph
+    with torch.no_grad():  # as in calibration, so that no other graph is compiled
         before = model(x())
     smooth_lm(model, [{"x": x(i)} for i in range(2)], config=EXACT, progress=False)
     assert [e["smoothing"] for e in model.smoothquant_info["layers"]] == ["folded", "folded"]
@@ -247,10 +247,10 @@ def test_a_compiled_model_is_watched_like_any_other(how: str) -> None:
     quantize_model(model)
     assert sum(isinstance(m, W8A8Linear) for m in model.modules()) == 2
     change = (model(x()) - before).norm() / before.norm()
-    assert 0 < change < 0.05  # and the old graph is not used
+    assert 0 < change < 0.05  # 0 would mean that the old graph is still used
 
 
-def test_a_lone_layer_is_refused() -> None:
+def test_a_bare_layer_is_refused() -> None:
     layer = nn.Linear(16, 16)
     for call in (quantize_model, lambda m: smooth_lm(m, [{"input": x()}], progress=False)):
         with pytest.raises(SmoothQuantError, match=r"itself a Linear.*nn.Sequential\(layer\)"):
@@ -258,7 +258,7 @@ def test_a_lone_layer_is_refused() -> None:
     assert type(quantize_model(nn.Sequential(layer))[0]) is W8A8Linear  # type: ignore[index]
 
 
-def test_a_model_spread_over_processes_is_refused() -> None:
+def test_a_model_with_tensor_parallelism_is_refused() -> None:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         mesh = init_device_mesh("cpu", (1,))
@@ -273,7 +273,7 @@ def test_a_model_spread_over_processes_is_refused() -> None:
         dist.destroy_process_group()
 
 
-def test_layers_of_no_size_are_listed() -> None:
+def test_empty_layers_are_listed_as_skipped() -> None:
     model: Any = nn.Sequential(nn.Linear(16, 0), nn.Linear(0, 16), nn.Linear(16, 16))
     smooth_lm(model, [{"input": x()}], progress=False)
     quantize_model(model)
@@ -285,8 +285,8 @@ def test_layers_of_no_size_are_listed() -> None:
 
 
 @pytest.mark.parametrize("hooked", ["norm", "a", "b"])
-def test_hooks_are_given_what_they_were_before(hooked: str) -> None:
-    """What a hook does with the numbers is its own affair: they stay, whatever the model's output says."""
+def test_hooks_see_unchanged_values(hooked: str) -> None:
+    """A hook may use the values in any way, so they must not change, even if the model's output would not."""
     model: Any = Block().eval()
     seen: list[list[Tensor]] = []
     model.get_submodule(hooked).register_forward_hook(lambda m, args, y: seen.append([*args, y]))

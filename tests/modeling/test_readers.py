@@ -1,4 +1,4 @@
-"""Attributes that a module has for a while only."""
+"""`overridden` gives modules temporary attributes."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from torch import nn
 from smoothquant_kernels.modeling.readers import overridden
 
 
-def test_attributes_come_back_however_the_block_ends() -> None:
+def test_attributes_are_restored_however_the_block_ends() -> None:
     layer = nn.Linear(2, 2)
     layer.__dict__["own"] = "before"
-    had = dict(vars(layer))
+    before = dict(vars(layer))
 
     def attributes(*, fails: bool) -> Iterator[tuple[nn.Module, str, Any]]:
         yield layer, "own", "first"
         yield layer, "own", "second"
         yield layer, "other", "new"
         if fails:
-            raise RuntimeError("half-way")
+            raise RuntimeError("halfway")
 
     with overridden(attributes(fails=False)):
         assert (vars(layer)["own"], vars(layer)["other"]) == ("second", "new")
-    assert vars(layer) == had
-    with pytest.raises(RuntimeError, match="half-way"), overridden(attributes(fails=True)):
+    assert vars(layer) == before
+    with pytest.raises(RuntimeError, match="halfway"), overridden(attributes(fails=True)):
         pass
-    assert vars(layer) == had
+    assert vars(layer) == before
     with pytest.raises(ValueError, match="within"), overridden(attributes(fails=False)):
         raise ValueError("within")
-    assert vars(layer) == had
+    assert vars(layer) == before

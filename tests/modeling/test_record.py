@@ -1,4 +1,4 @@
-"""Records of what was done to a model: files that an earlier release wrote, their reasons, and what users add."""
+"""Records of the changes to a model: files of an earlier release, reasons, and keys that users add."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def read(name: str) -> Any:
     return json.loads((DATA / f"{name}.info.json").read_text())
 
 
-def test_the_files_are_there() -> None:
+def test_all_files_of_the_earlier_release_are_found() -> None:
     assert len(WRITTEN) == 7
 
 
@@ -54,7 +54,7 @@ def test_every_sentence_of_an_earlier_release_has_its_reason(path: Path) -> None
 def test_a_manifest_of_an_earlier_release_is_inspected_byte_for_byte(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The weights are zeros of the right shapes: only their headers are read."""
+    """The weights are zeros of the right shapes, because `inspect` reads only their headers."""
     folder = tmp_path / "gpt2"
     folder.mkdir()
     (folder / MANIFEST).write_bytes((DATA / "gpt2.manifest.json").read_bytes())
@@ -73,7 +73,7 @@ def test_a_manifest_of_an_earlier_release_is_inspected_byte_for_byte(
 
 
 def shape(value: Any) -> Any:
-    """Keys in their order and the types of their values; of a list, each kind of entry once."""
+    """The keys in order and the types of their values. Of a list, each kind of entry counts once."""
     if isinstance(value, dict):
         return [(key, shape(entry)) for key, entry in value.items()]
     if isinstance(value, list):
@@ -97,7 +97,7 @@ def test_new_records_have_the_keys_of_an_earlier_release(name: str) -> None:
     assert json.loads(json.dumps(got)) == got  # plain values, no tuple and no enum
     for layer in (*got["layers"], *expected["layers"]):
         if "alpha" in layer:
-            layer["alpha"] = 0.5  # which layers gain by smoothing is a matter of numbers
+            layer["alpha"] = 0.5  # which layers profit from smoothing depends on the numbers
     assert shape(got) == shape(expected)
 
 
@@ -105,7 +105,7 @@ def test_new_records_have_the_keys_of_an_earlier_release(name: str) -> None:
 
 
 @pytest.mark.parametrize("reason", Reason)
-def test_a_sentence_gives_its_reason_back(reason: Reason) -> None:
+def test_a_reason_is_recognized_by_its_sentence(reason: Reason) -> None:
     places = reason.value.count("{")
     numbers = 0.25 if reason is Reason.NO_GAIN else "model.layers.0.mlp"
     assert Reason.of(reason(*[numbers] * places)) is reason
@@ -117,12 +117,12 @@ def test_sentences_of_other_releases_have_no_reason() -> None:
     assert not SkippedLayer("a", "the moon was full").found_by_running
 
 
-def test_a_pattern_that_reads_like_a_reason_is_a_pattern() -> None:
+def test_a_skip_pattern_that_contains_a_reason_stays_a_pattern() -> None:
     assert Reason.of(Reason.SKIP_PATTERN(f"x: {Reason.SELECTS('y')}")) is Reason.SKIP_PATTERN
 
 
-def test_what_a_run_has_found_stays_in_float_without_another_run() -> None:
-    """The entry alone says so: nothing in this model would keep the layer in float."""
+def test_a_recorded_reason_keeps_a_layer_in_float() -> None:
+    """Only the recorded entry keeps this layer in float. A new run would not find the reason."""
     for reason, quantized in ((Reason.SELECTS("aten.topk reads its output"), 13), ("?", 14)):
         model = make_model("llama")
         smooth_lm(model, token_batches(), progress=False)
@@ -142,7 +142,7 @@ def test_a_model_without_a_record_has_an_empty_one() -> None:
     assert info_of(nn.Linear(2, 2)) == {}
 
 
-def test_what_others_have_added_is_kept() -> None:
+def test_unknown_keys_of_the_record_and_its_layers_are_kept() -> None:
     info = read("llama")
     info["later"] = {"a": [1]}
     info["layers"][0]["note"] = "mine"
@@ -151,7 +151,7 @@ def test_what_others_have_added_is_kept() -> None:
     assert record.described[info["layers"][0]["name"]].more == {"note": "mine"}
 
 
-def test_a_record_is_attached_and_taken_back() -> None:
+def test_an_attached_record_is_removed_after_a_failure() -> None:
     model = nn.Linear(2, 2)
     record = ModelRecord(
         layers=(LayerRecord("a", group=("a",)),), skipped=(SkippedLayer("b", "?"),)
@@ -165,7 +165,7 @@ def test_a_record_is_attached_and_taken_back() -> None:
     assert ModelRecord.of(model) == record and type(model.smoothquant_info) is dict
 
 
-def test_keys_of_others_stay() -> None:
+def test_unknown_keys_survive_a_round_trip() -> None:
     info = {
         "config": {},
         "layers": [],

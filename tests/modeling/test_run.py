@@ -1,4 +1,4 @@
-"""Where a model runs, and in which mode."""
+"""The device and the mode in which a model runs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from smoothquant_kernels.modeling.run import evaluating, evaluation_mode, model_
 
 
 class Merging(nn.Linear):
-    """A layer that does something whenever its mode is set."""
+    """A layer that acts whenever its mode is set."""
 
     merged = 0
 
@@ -31,7 +31,7 @@ def test_the_device_of_a_model() -> None:
 
 
 @pytest.mark.parametrize("mode", [evaluation_mode, evaluating])
-def test_each_module_gets_its_own_mode_back(mode: Any) -> None:
+def test_the_mode_of_each_module_is_restored(mode: Any) -> None:
     model = nn.Sequential(Merging(2, 2), nn.Dropout(), nn.ReLU())
     model[1].eval()
     with pytest.raises(KeyboardInterrupt), mode(model):

@@ -1,4 +1,4 @@
-"""Linears by which a model selects experts or tokens stay in float, whatever their class and name."""
+"""Linears that select experts or tokens stay in float, whatever their class and name."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support.models import HIDDEN, VOCAB, token_batches
 
 
 class Choosing(Model):
-    """A mixture of three experts, behind a linear whose name says nothing."""
+    """A mixture of three experts, which a linear with a neutral name selects."""
 
     def __init__(self, how: str) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ def _python(m: Choosing, h: Tensor) -> Tensor:
 
 
 def _tokens(m: Choosing, h: Tensor) -> Tensor:
-    """A mixture of depths: only some tokens go through the layer."""
+    """A mixture of depths: the layer processes only some tokens."""
     index = m.w(h)[..., :1].topk(4, dim=1).indices.expand(-1, -1, HIDDEN)
     return torch.zeros_like(h).scatter_add(1, index, m.parts[0](h.gather(1, index)))
 
@@ -92,7 +92,7 @@ def _gates(m: Choosing, h: Tensor, gates: Tensor) -> Tensor:
 
 
 def _kth_largest(m: Choosing, h: Tensor) -> Tensor:
-    """Values, never indices: what is below the second largest is hidden."""
+    """Selects by value, not by index: it masks everything below the second largest value."""
     y = m.w(h)
     second = y.sort(-1, descending=True).values[..., 1:2]
     return _gates(m, h, y.masked_fill(y < second, float("-inf")).softmax(-1))
@@ -117,12 +117,12 @@ def _bucket(m: Choosing, h: Tensor) -> Tensor:
 
 
 def _bits(m: Choosing, h: Tensor) -> Tensor:
-    """Hashing: the signs are the digits of an expert's number."""
+    """Hashing: the signs are the bits of an expert's number."""
     return _hot(m, h, ((m.w(h) > 0).long() * torch.tensor([1, 1, 0])).sum(-1))
 
 
 def _sparse(m: Choosing, h: Tensor) -> Tensor:
-    """A ReLU router: experts take the rows whose weight is not zero."""
+    """A ReLU router: each expert takes the rows with a nonzero weight."""
     gates = m.w(h).relu().flatten(0, -2)
     rows, y = h.flatten(0, -2), torch.zeros_like(h).flatten(0, -2)
     for i, part in enumerate(m.parts):
@@ -132,7 +132,7 @@ def _sparse(m: Choosing, h: Tensor) -> Tensor:
 
 
 def _or_not(m: Choosing, h: Tensor) -> Tensor:
-    """A mixture of depths again: both paths are computed, and each token takes one."""
+    """A mixture of depths that computes both paths and selects one for each token."""
     return torch.where(m.w(h)[..., :1] > 0, m.parts[0](h), h)
 
 
@@ -146,7 +146,7 @@ def _list(m: Choosing, h: Tensor) -> Tensor:
 
 
 def _checked(m: Choosing, h: Tensor) -> Tensor:
-    """Guards: against NaN, infinity, and numbers out of a range."""
+    """Guards against NaN, infinity and values out of range. They select nothing."""
     y = m.w(h)
     if bool(torch.isinf(y).any()) or bool(torch.isnan(y).any()) or float(y.abs().max()) > 1e4:
         y = torch.where(y != y, torch.zeros_like(y), y).clamp(-1e4, 1e4)
@@ -187,7 +187,7 @@ WAYS: dict[str, tuple[Callable[[Choosing, Tensor], Tensor], dict[str, str]]] = {
     "or not": (_or_not, {"w": "gt"}),
     "numpy": (_numpy, {"w": "Tensor.numpy"}),
     "list": (_list, {"w": "Tensor.tolist"}),
-    # these weigh, pool or edit: nothing is chosen by them
+    # These weight, pool or edit, but select nothing.
     "soft": (_soft, {}),
     "max pool": (_max_pool, {}),
     "clip": (_clip, {}),
@@ -196,7 +196,7 @@ WAYS: dict[str, tuple[Callable[[Choosing, Tensor], Tensor], dict[str, str]]] = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_what_selects_stays_in_float(way: str) -> None:
+def test_selecting_linears_stay_in_float(way: str) -> None:
     model = Choosing(way).eval()
     for made in both_ways(model):
         skipped = {e["name"]: e["reason"] for e in made.smoothquant_info["skipped"]}  # type: ignore[union-attr, index]
@@ -211,7 +211,7 @@ def test_what_selects_stays_in_float(way: str) -> None:
             )
 
 
-def test_a_token_that_is_only_returned_is_no_choice() -> None:
+def test_an_argmax_that_is_only_returned_selects_nothing() -> None:
     class Greedy(Training):
         def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
             logits = super().forward(input_ids)
@@ -225,7 +225,7 @@ def test_a_token_that_is_only_returned_is_no_choice() -> None:
 
 
 class Named(nn.Module):
-    """As code has it that cannot be run here: only names are left."""
+    """A model that cannot be run, so that only its names are known."""
 
     def __init__(self, experts: int, out: int) -> None:
         super().__init__()
@@ -238,7 +238,7 @@ class Named(nn.Module):
         return self.gate(parts["x"])
 
 
-def test_names_tell_where_nothing_can_be_run() -> None:
+def test_without_a_run_names_show_the_routers() -> None:
     linears = ["gate", "my_router.0", "shared_expert_gate", "experts.0"]
     assert stays_in_float(ModelView(Named(4, 4)), linears, None) == {
         "gate": "it has as many outputs as experts has experts: it selects, and stays in float",
@@ -266,7 +266,7 @@ def test_gemma_4_keeps_its_routers() -> None:
 
 
 def test_a_router_that_moves_tokens_does_not_stop_the_probing() -> None:
-    """Switch: probing changes which expert gets how many tokens, so that shapes differ from the recorded ones."""
+    """In Switch, a probe changes how many tokens an expert gets, so shapes differ from the recorded ones."""
     config = t.SwitchTransformersConfig(
         vocab_size=VOCAB, d_model=32, d_kv=8, d_ff=48, num_heads=4, num_experts=4, num_layers=2,
         num_decoder_layers=2, num_sparse_encoder_layers=1, num_sparse_decoder_layers=1,

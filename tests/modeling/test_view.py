@@ -1,4 +1,4 @@
-"""What is known of a model is found once, and when it is asked for."""
+"""`ModelView` finds the parts of a model once, at their first use."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ import pytest
 from torch import nn
 
 from smoothquant_kernels import SmoothQuantConfig, SmoothQuantError, smooth_and_quantize
-from smoothquant_kernels.modeling import view as module
+from smoothquant_kernels.modeling import view as view_module
 from smoothquant_kernels.modeling.view import ModelView
 from tests.support.models import make_model, token_batches
 
 
-def test_one_look_at_the_linears_serves_the_whole_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    looks: Counter[int] = Counter()
-    look = module._partition
+def test_the_linears_are_found_once_per_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: Counter[int] = Counter()
+    original = view_module._partition
 
     def counted(view: ModelView) -> Any:
-        looks[id(view.model)] += 1
-        return look(view)
+        calls[id(view.model)] += 1
+        return original(view)
 
-    monkeypatch.setattr(module, "_partition", counted)
+    monkeypatch.setattr(view_module, "_partition", counted)
     model = make_model("llama")
     smooth_and_quantize(model, token_batches(), SmoothQuantConfig(), progress=False)
-    assert looks == {id(model): 1}
+    assert calls == {id(model): 1}
 
 
-def test_a_view_of_no_linears_refuses_only_when_it_is_asked() -> None:
+def test_a_view_without_linears_raises_only_on_access() -> None:
     view = ModelView(nn.Sequential(nn.ReLU()))
     assert view.shared == {} and view.heads == set()
     for _ in range(2):
