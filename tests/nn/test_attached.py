@@ -1,4 +1,4 @@
-"""What hangs on a linear: it acts on the int8 layer as well, or the layer stays in float and says why."""
+"""Hooks, attributes and other attachments of a linear: they move to the int8 layer, or the layer stays in float."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ X = torch.randn(8, K, generator=torch.Generator().manual_seed(1))
 
 
 class Two(nn.Module):
-    """Two linears, one of which something hangs on."""
+    """Two linears, one of which gets an attachment."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ def skipped(model: Any) -> dict[str, str]:
     return {entry["name"]: entry["reason"] for entry in model.smoothquant_info["skipped"]}
 
 
-# --- moves along ----------------------------------------------------------------------------------------------
+# --- attachments that move ------------------------------------------------------------------------------------
 
 
 def scaled_output(module: nn.Module, args: Any, output: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ HOOKS: dict[str, Callable[[nn.Module], Any]] = {
 
 @pytest.mark.parametrize("smooth", [True, False], ids=["smoothed", "alone"])
 @pytest.mark.parametrize("hook", HOOKS)
-def test_a_forward_hook_moves_along(hook: str, smooth: bool) -> None:
+def test_a_forward_hook_moves_to_the_int8_layer(hook: str, smooth: bool) -> None:
     model, plain = Two().eval(), Two().eval()
     handle = HOOKS[hook](model.b)
     before = model(X)
@@ -81,7 +81,7 @@ def test_a_forward_hook_moves_along(hook: str, smooth: bool) -> None:
     else:
         quantize_model(model)
     assert isinstance(model.b, W8A8Linear) and "b" not in skipped(model)
-    # int8 rounds each of 16 products by at most 1/254 of the largest: far below what the hooks change
+    # int8 rounds each of 16 products by at most 1/254 of the largest. The hooks change the result far more.
     assert (model(X) - before).abs().max() < 0.1 * (before - plain(X)).abs().max()
     hooked = model(X)
     handle.remove()
@@ -90,7 +90,7 @@ def test_a_forward_hook_moves_along(hook: str, smooth: bool) -> None:
     assert not torch.equal(model(X), hooked)
 
 
-def test_static_ranges_are_of_what_the_layer_gets_after_the_hook() -> None:
+def test_calibration_measures_inputs_after_their_hooks() -> None:
     model = Two().eval()
     model.b.register_forward_pre_hook(shifted_input)
     statistics = calibrate_model(model, [{"x": X}], progress=False)
@@ -98,7 +98,7 @@ def test_static_ranges_are_of_what_the_layer_gets_after_the_hook() -> None:
     assert_bitwise_equal(statistics.absmax["b"], seen.detach().abs().amax(0))
 
 
-def test_attributes_move_along() -> None:
+def test_attributes_move_to_the_int8_layer() -> None:
     model = Two().eval()
     tag = object()
     model.b.tag, model.b._is_hf_initialized = tag, True  # type: ignore[assignment]
@@ -108,7 +108,7 @@ def test_attributes_move_along() -> None:
     assert not hasattr(model.a, "tag")
 
 
-def test_a_failed_quantization_leaves_hooks_where_they_were(
+def test_a_failed_quantization_keeps_the_hooks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = Two().eval()
@@ -130,7 +130,7 @@ def test_a_failed_quantization_leaves_hooks_where_they_were(
     assert not torch.equal(model(X), before)
 
 
-# --- stays in float -------------------------------------------------------------------------------------------
+# --- attachments that keep a layer in float -------------------------------------------------------------------
 
 
 class Doubled(nn.Module):
@@ -155,7 +155,7 @@ def frozen_weight(linear: nn.Linear) -> None:
     linear.weight = weight  # type: ignore[assignment]
 
 
-STAYS: dict[str, tuple[Callable[[nn.Linear], object], str]] = {
+KEEPS_FLOAT: dict[str, tuple[Callable[[nn.Linear], object], str]] = {
     "forward": (replaced_forward, "its forward was replaced on the instance"),
     "parametrization": (
         lambda m: parametrize.register_parametrization(m, "weight", Doubled()),
@@ -227,11 +227,11 @@ STAYS: dict[str, tuple[Callable[[nn.Linear], object], str]] = {
 }
 
 
-@pytest.mark.parametrize("what", STAYS)
-def test_what_cannot_move_keeps_the_layer_in_float(what: str) -> None:
-    hang, reason = STAYS[what]
+@pytest.mark.parametrize("what", KEEPS_FLOAT)
+def test_an_attachment_that_cannot_move_keeps_the_layer_in_float(what: str) -> None:
+    attach, reason = KEEPS_FLOAT[what]
     model = Two().eval()
-    hang(model.a)
+    attach(model.a)
     before = model(X)
     config = SmoothQuantConfig(folding="never")
     smooth_and_quantize(model, [{"x": X}], config, progress=False)
@@ -239,10 +239,10 @@ def test_what_cannot_move_keeps_the_layer_in_float(what: str) -> None:
     assert skipped(model)["a"].startswith(f"{reason}") and "stays in float" in skipped(model)["a"]
     x = model.a(model.norm(X))
     assert_bitwise_equal(model.b(torch.tanh(x)), model(X))
-    assert (model(X) - before).abs().max() < 0.05 * before.abs().max()  # of b's int8 alone
+    assert (model(X) - before).abs().max() < 0.05 * before.abs().max()  # only b's int8 rounding
 
 
-def test_a_model_with_something_on_every_linear_is_refused_by_name() -> None:
+def test_a_model_without_a_quantizable_linear_is_refused() -> None:
     model = Two().eval()
     for linear in (model.a, model.b):
         replaced_forward(linear)

@@ -1,4 +1,4 @@
-"""`W8A8Linear` as a module: made from float layers, moved, saved, compiled; and how far it is from them."""
+"""`W8A8Linear`: its results, its distance from the float layer, and its refusals."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SIZES = ((1, 1), (5, 1), (1, 7), (31, 17), (64, 48))
 @pytest.mark.parametrize("k_n", SIZES, ids=str)
 @pytest.mark.parametrize("scheme", ACTIVATION_SCHEMES)
 @pytest.mark.parametrize("granularity", WEIGHT_GRANULARITIES)
-def test_forward_is_the_reference(k_n: tuple[int, int], scheme: str, granularity: str) -> None:
+def test_forward_equals_the_reference(k_n: tuple[int, int], scheme: str, granularity: str) -> None:
     k, n = k_n
     for bias in (True, False):
         for smooth in (None, cases.inverse_smooth(k)):
@@ -63,7 +63,7 @@ def test_forward_is_the_reference(k_n: tuple[int, int], scheme: str, granularity
 def test_the_error_is_within_its_bound(
     k_n: tuple[int, int], scheme: str, granularity: str, smoothed: bool
 ) -> None:
-    """Each operand is off by at most e = scale * (1/2 + 255 U), see test_reference.py. So, over the K terms,
+    """Each operand is off by at most e = scale * (1/2 + 255 U), as test_reference.py derives. Over the K terms,
 
         |y - x.w - b| <= e_x sum|w'| + e_w (sum|x'| + K e_x)      x' = x / s, w' = w s
 
@@ -90,11 +90,11 @@ def test_the_error_is_within_its_bound(
         rounding = 3.1 * U * products + 3.1 * U * (exact.abs() + products + quantizing)
         error = (layer(x).double() - exact).abs()
     assert bool((error <= quantizing + rounding).all())
-    if k >= 300:  # the bound is one: the error is not much below it for nothing
+    if k >= 300:  # the bound must not be needlessly loose
         assert float((error / quantizing).max()) > 0.005
 
 
-def test_smoothing_helps_where_a_channel_is_an_outlier() -> None:
+def test_smoothing_reduces_the_error_of_outlier_channels() -> None:
     linear, x = cases.float_linear(64, 32), torch.randn(50, 64, generator=cases.generator(1))
     x[:, 7] *= 200
     smooth = reference.smoothing_factors(x.abs().amax(0), linear.weight.detach().abs().amax(0), 0.5)
@@ -106,7 +106,7 @@ def test_smoothing_helps_where_a_channel_is_an_outlier() -> None:
 
 
 @pytest.mark.parametrize("scheme", ACTIVATION_SCHEMES)
-def test_conv1d_is_the_transposed_linear(scheme: str) -> None:
+def test_conv1d_equals_the_transposed_linear(scheme: str) -> None:
     conv = Conv1D(5, 12)
     linear = cases.float_linear(12, 5)
     with torch.no_grad():
@@ -119,7 +119,7 @@ def test_conv1d_is_the_transposed_linear(scheme: str) -> None:
 
 
 def test_pending_factors_wait_for_the_quantizer() -> None:
-    """They change neither what the float layer computes nor what it saves, and survive copies and conversions."""
+    """Pending factors change neither the results nor the state of the float layer. They survive copies and casts."""
     linear, smooth = cases.float_linear(12, 5), cases.inverse_smooth(12)
     smoothed = copy.deepcopy(linear)
     set_pending_smooth(smoothed, smooth)
@@ -151,7 +151,7 @@ def test_q_k_and_v_can_share_one_quantization() -> None:
             assert layer(shared).dtype == torch.float16
 
 
-def test_a_broken_token_breaks_only_itself() -> None:
+def test_a_nonfinite_token_spoils_only_its_own_output() -> None:
     x = cases.activations(5, 31)
     broken = x.clone()
     broken[2, 30] = torch.nan
@@ -167,7 +167,7 @@ def test_a_broken_token_breaks_only_itself() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-def test_weights_of_any_float_type(dtype: torch.dtype) -> None:
+def test_weights_of_any_float_dtype(dtype: torch.dtype) -> None:
     linear = cases.float_linear(7, 3).to(dtype)
     layer = cases.quantized(linear)
     w_q, w_scale = reference.quantize_weight(linear.weight.detach().float())
@@ -176,7 +176,7 @@ def test_weights_of_any_float_type(dtype: torch.dtype) -> None:
     assert layer.bias is not None and layer.bias.dtype == torch.float32
 
 
-def test_from_linear_leaves_the_float_layer_and_its_mode() -> None:
+def test_from_linear_copies_the_float_layer_and_keeps_its_mode() -> None:
     linear = cases.float_linear(7, 3).eval()
     before = copy.deepcopy(linear.state_dict())
     layer = cases.quantized(linear, smooth=cases.inverse_smooth(7))

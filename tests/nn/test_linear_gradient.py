@@ -1,4 +1,4 @@
-"""The gradient that passes an int8 layer: that of the float product with the layer's own weight."""
+"""The gradient of an int8 layer is that of the float product with its dequantized weight."""
 
 from __future__ import annotations
 
@@ -37,21 +37,21 @@ def both_gradients(scheme: str, dtype: torch.dtype, smooth: bool) -> tuple[torch
 
 @pytest.mark.parametrize("smooth", [False, True])
 @pytest.mark.parametrize("scheme", ACTIVATION_SCHEMES)
-def test_the_gradient_is_that_of_the_float_product(scheme: str, smooth: bool) -> None:
+def test_the_gradient_equals_that_of_the_float_product(scheme: str, smooth: bool) -> None:
     found, expected = both_gradients(scheme, torch.float32, smooth)
     assert found.dtype == torch.float32
-    # sums of 10 products, in any order
+    # Both are sums of 10 products, possibly in another order.
     assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
 
 
-def test_half_precision() -> None:
+def test_the_gradient_in_half_precision() -> None:
     found, expected = both_gradients("per_token", torch.bfloat16, False)
     assert found.dtype == torch.bfloat16
     assert (found - expected).float().norm() < 0.01 * expected.float().norm()
 
 
-def test_training_what_stands_before_an_int8_model() -> None:
-    """A prompt is learned through all layers, not through the residual connections alone."""
+def test_a_prompt_is_trained_through_an_int8_model() -> None:
+    """The gradient of a prompt passes all layers, not only the residual connections."""
     model = make_model("llama")
     prompt = torch.randn(1, 6, 32, generator=torch.Generator().manual_seed(5))
     grads = []
@@ -62,7 +62,7 @@ def test_training_what_stands_before_an_int8_model() -> None:
     assert (grads[1] - grads[0]).norm() < 0.05 * grads[0].norm()
 
 
-def test_it_compiles_and_can_be_checkpointed() -> None:
+def test_compile_and_activation_checkpointing() -> None:
     layer = cases.quantized(cases.float_linear(K, N), "per_token")
     grads = []
     ways = (
@@ -77,7 +77,7 @@ def test_it_compiles_and_can_be_checkpointed() -> None:
     assert torch.equal(grads[0], grads[1]) and torch.equal(grads[0], grads[2])
 
 
-def test_without_a_gradient_nothing_is_recorded() -> None:
+def test_without_gradients_nothing_is_recorded() -> None:
     layer = cases.quantized(cases.float_linear(K, N), "per_token")
     x = torch.ones(4, K, requires_grad=True)
     assert not layer(x.detach()).requires_grad

@@ -20,7 +20,7 @@ from tests.support.compare import assert_bitwise_equal, assert_same_buffers
 
 
 def every_buffer() -> W8A8Linear:
-    """A layer that has them all, with values that float16 cannot hold."""
+    """A layer with every buffer, and with values that float16 cannot represent."""
     layer = cases.quantized(
         cases.float_linear(6, 5), "static", smooth=cases.inverse_smooth(6), x_scale=1e-6
     )
@@ -117,7 +117,7 @@ def test_copies_compute_the_same(way: str) -> None:
                     weight_granularity=granularity,
                     smooth=smooth,
                 )
-                expected = layer(x)  # packs the weight: the copy must not depend on that
+                expected = layer(x)  # packs the weight, on which the copy must not depend
                 found = COPIES[way](layer)
                 assert_same_layer(found, layer)
                 assert_bitwise_equal(found(x), expected)
@@ -145,14 +145,14 @@ def test_half_precision_scales_in_a_file_load_as_float32() -> None:
     assert {b.dtype for n, b in fresh.named_buffers() if n != "w_q"} == {torch.float32}
 
 
-def test_a_state_of_another_kind_of_layer_is_refused() -> None:
+def test_the_state_of_another_scheme_is_refused() -> None:
     with pytest.raises(RuntimeError, match=r"Missing key.*x_scale"):
         W8A8Linear(6, 5, activation_scheme="static").load_state_dict(
             cases.quantized(cases.float_linear(6, 5)).state_dict()
         )
 
 
-def test_repr_says_what_matters() -> None:
+def test_repr() -> None:
     assert repr(cases.quantized(cases.float_linear(6, 5))) == (
         "W8A8Linear(in_features=6, out_features=5, bias=True, activation_scheme=per_token, "
         "weight_granularity=channel)"
@@ -205,8 +205,8 @@ def test_compile_with_a_shared_quantization() -> None:
 # --- rows that start at multiples of 16 bytes --------------------------------------------------------------
 
 
-def test_a_packed_weight_is_a_weight_like_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU w_q is a view of a wider tensor where K asks for it; here the CPU is told that it is one."""
+def test_a_weight_with_aligned_rows_behaves_like_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, w_q is a view of a wider tensor if K is not a multiple of 16. The test enables this on the CPU."""
     expected, x = every_buffer(), cases.activations(5, 6)
     monkeypatch.setattr(linear, "wants_aligned_rows", lambda t: True)
     stream = io.BytesIO()
@@ -230,7 +230,7 @@ def test_a_packed_weight_is_a_weight_like_any_other(monkeypatch: pytest.MonkeyPa
         assert shared.x_q.shape == (5, 6) and shared.x_q.stride() == (16, 1)
         assert_bitwise_equal(layer(shared), expected(x))
         assert_bitwise_equal(layer.dequantized_weight(), expected.dequantized_weight())
-    # K that is a multiple of 16 needs no second copy, whatever is asked.
+    # If K is a multiple of 16, the weight is never copied.
     w_q = cases.random_int8(3, 32)
     assert linear.packed_rows(w_q) is w_q
 
@@ -243,7 +243,7 @@ def loaded_with_assign() -> W8A8Linear:
 
 
 MADE: dict[str, Callable[[], W8A8Linear]] = {
-    "quantised": every_buffer,
+    "quantized": every_buffer,
     "moved": lambda: every_buffer().to_empty(device="meta").to_empty(device="cpu"),
     "loaded": loaded_with_assign,
     "copied": lambda: copy.deepcopy(every_buffer()),
@@ -253,7 +253,7 @@ MADE: dict[str, Callable[[], W8A8Linear]] = {
 
 @pytest.mark.parametrize("how", MADE)
 def test_inference_mode_packs_the_weight_once(how: str, packs: list[int]) -> None:
-    """Whatever a layer was made in, its weight has a version, so that what was packed of it is kept."""
+    """However a layer was made, its weight has a version counter, so its packed form can be cached."""
     x = cases.activations(3, 6)
     with torch.inference_mode():
         layer = MADE[how]()

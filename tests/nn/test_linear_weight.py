@@ -1,4 +1,4 @@
-"""What code outside a quantized layer sees of it: a float weight that is read-only, and a state for its kind alone."""
+"""A quantized layer seen from outside: a read-only float weight, and a state that loads only into its own kind."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ def expected(made: W8A8Linear, dtype: torch.dtype = torch.float32) -> Tensor:
     return (w if made.inv_smooth is None else w * made.inv_smooth).to(dtype)
 
 
-# --- what it says, and what it computes -----------------------------------------------------------------------
+# --- attributes and values ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_the_weight_looks_like_the_float_layers(dtype: torch.dtype) -> None:
+def test_the_weight_has_the_attributes_of_a_float_weight(dtype: torch.dtype) -> None:
     linear = cases.float_linear(K, N).to(dtype)
     found = cases.quantized(linear).weight
     for fact in (
@@ -56,10 +56,10 @@ def test_the_weight_looks_like_the_float_layers(dtype: torch.dtype) -> None:
     assert not found.requires_grad
     conv = Conv1D(N, K).to(dtype)
     assert cases.quantized(conv).weight.dtype == dtype
-    assert cases.quantized(conv).weight.shape == (N, K)  # as a linear has it
+    assert cases.quantized(conv).weight.shape == (N, K)  # nn.Linear's shape, not Conv1D's
 
 
-def test_its_facts_cost_no_dequantization(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reading_attributes_does_not_dequantize(monkeypatch: pytest.MonkeyPatch) -> None:
     made = layer()
     monkeypatch.setattr(W8A8Linear, "dequantized_weight", lambda _: pytest.fail("computed"))
     w = made.weight
@@ -97,9 +97,7 @@ READS: dict[str, Callable[[Tensor, Tensor], Any]] = {
 @pytest.mark.parametrize("inference", [False, True], ids=["grad", "inference"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("read", READS)
-def test_whoever_reads_it_computes_with_the_right_values(
-    read: str, dtype: torch.dtype, inference: bool
-) -> None:
+def test_reads_give_the_dequantized_values(read: str, dtype: torch.dtype, inference: bool) -> None:
     made = layer(dtype, smooth=cases.inverse_smooth(K))
     x = torch.randn(3, K).to(dtype)
     with torch.inference_mode(inference):
@@ -111,7 +109,7 @@ def test_whoever_reads_it_computes_with_the_right_values(
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_a_product_with_the_layers_own_weight_and_bias(dtype: torch.dtype) -> None:
-    """The bias is float32 in a layer of any type."""
+    """The bias is float32 in a layer of any dtype."""
     made = layer(dtype)
     x = torch.randn(3, K).to(dtype)
     assert made.bias is not None
@@ -120,7 +118,7 @@ def test_a_product_with_the_layers_own_weight_and_bias(dtype: torch.dtype) -> No
     assert_bitwise_equal(found, F.linear(x, expected(made, dtype), made.bias.to(dtype)))
 
 
-def test_a_gradient_passes_a_product_with_it() -> None:
+def test_a_product_with_the_weight_passes_a_gradient() -> None:
     made = layer()
     x = torch.randn(3, K, requires_grad=True)
     F.linear(x, made.weight).sum().backward()
@@ -128,7 +126,7 @@ def test_a_gradient_passes_a_product_with_it() -> None:
     assert_bitwise_equal(x.grad, torch.ones(3, N) @ expected(made))
 
 
-def test_it_prints_its_values() -> None:
+def test_the_weight_prints_its_values() -> None:
     made = layer()
     assert repr(made.weight) == repr(expected(made))
 
@@ -168,7 +166,7 @@ def test_a_write_is_refused(write: str) -> None:
 
 
 @pytest.mark.parametrize("value", [nn.Parameter(torch.ones(N, K)), None], ids=["parameter", "none"])
-def test_a_parameter_cannot_take_its_place(value: nn.Parameter | None) -> None:
+def test_a_parameter_cannot_replace_the_weight(value: nn.Parameter | None) -> None:
     made = layer()
     with pytest.raises((KeyError, SmoothQuantError)):
         made.register_parameter("weight", value)
@@ -178,10 +176,10 @@ def test_a_parameter_cannot_take_its_place(value: nn.Parameter | None) -> None:
     assert isinstance(made.weight, LazyWeight)
 
 
-# --- its type, moved and saved --------------------------------------------------------------------------------
+# --- the dtype, casts and states ------------------------------------------------------------------------------
 
 
-def test_the_type_follows_the_model() -> None:
+def test_the_dtype_follows_the_model() -> None:
     made = layer()
     model = nn.Sequential(made)
     for cast, dtype in (
@@ -190,7 +188,7 @@ def test_the_type_follows_the_model() -> None:
         (lambda: model.to("meta", torch.float16), torch.float16),
         (lambda: model.to_empty(device="cpu"), torch.float16),
         (lambda: model.float(), torch.float32),
-        (lambda: model.double(), torch.float32),  # there is no such int8 layer
+        (lambda: model.double(), torch.float32),  # no int8 layer is float64
         (lambda: model.requires_grad_(False), torch.float32),
     ):
         cast()  # type: ignore[no-untyped-call]
@@ -199,7 +197,7 @@ def test_the_type_follows_the_model() -> None:
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-def test_the_type_is_in_the_state_dict_and_in_copies(dtype: torch.dtype) -> None:
+def test_state_dicts_and_copies_keep_the_dtype(dtype: torch.dtype) -> None:
     made = layer(dtype)
     fresh = W8A8Linear(K, N)
     assert str(fresh.load_state_dict(made.state_dict())) == "<All keys matched successfully>"
@@ -208,7 +206,9 @@ def test_the_type_is_in_the_state_dict_and_in_copies(dtype: torch.dtype) -> None
         assert_bitwise_equal(other.weight + 0, expected(made, dtype))
     without = made.state_dict()
     del without["weight"]
-    assert not W8A8Linear(K, N).load_state_dict(without).missing_keys  # of a release before
+    assert (
+        not W8A8Linear(K, N).load_state_dict(without).missing_keys
+    )  # as an earlier release saved it
 
 
 def test_functional_call_with_the_state_dict() -> None:
@@ -233,11 +233,11 @@ def test_the_state_of_one_kind_never_loads_into_the_other(strict: bool, assign: 
             )
 
 
-# --- models that look at it -----------------------------------------------------------------------------------
+# --- models that read the weight ------------------------------------------------------------------------------
 
 
 class Casting(nn.Module):
-    """Casts to the type of the layer's weight, calls by nn.Linear's keyword, and multiplies by a weight itself."""
+    """Casts to the dtype of a weight, passes nn.Linear's keyword, and multiplies by another weight itself."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -254,7 +254,7 @@ class Casting(nn.Module):
 def test_a_model_that_casts_and_reads(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     model = Casting().to(dtype).eval()
-    # quantize_model would leave `read` in float, for being read
+    # quantize_model would leave `read` in float, because the model reads its weight.
     called = model.called = W8A8Linear.from_linear(model.called)
     read = model.read = W8A8Linear.from_linear(model.read)
     x = torch.randn(4, K)
@@ -286,12 +286,12 @@ def test_a_vision_tower_that_casts_its_pixels() -> None:
         smooth_lm(model, [batch(1)], config=SmoothQuantConfig(smooth=False), progress=False)
         quantize_model(model)
         after = model(**batch(9)).last_hidden_state
-    # The pixels' own int8 values would be off by their whole size; rounding costs a few percent.
+    # If the tower cast its pixels to int8, the error would be 100 %. Rounding costs a few percent.
     assert (after - before).norm() < 0.1 * before.norm()
 
 
-def test_a_feed_forward_that_asks_for_int8() -> None:
-    """T5 casts to the type of `wo.weight` unless that is int8."""
+def test_t5_casts_to_the_dtype_of_its_weight() -> None:
+    """T5 casts to the dtype of `wo.weight`, unless that is int8."""
     torch.manual_seed(0)
     model = transformers.T5EncoderModel(
         transformers.T5Config(vocab_size=32, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=2)
