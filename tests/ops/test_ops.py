@@ -1,4 +1,4 @@
-"""The ops as PyTorch sees them: schemas, fake kernels, tracers, refusals. The numbers are tested in test_cpu.py."""
+"""The ops as PyTorch sees them: schemas, fake kernels, tracers and refusals. tests/backends tests their results."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ M, N, K = 6, 5, 18
 
 
 class Call(NamedTuple):
-    """One call of a public function, with the arguments that have M rows named for tests of dynamic shapes."""
+    """One call of a public function of `ops`."""
 
     name: str
     args: tuple[Any, ...]
@@ -43,7 +43,7 @@ class Call(NamedTuple):
 
 
 def calls(m: int = M) -> list[Call]:
-    """Every op with every argument given, and the other branches of its shapes."""
+    """Calls of every op with all of its arguments, and with each kind of scale and shape."""
     x, other = (cases.activations(m, K, torch.bfloat16, seed) for seed in (0, 1))
     inv_smooth, weight = cases.inverse_smooth(K), cases.inverse_smooth(K, 3)
     static = torch.tensor([0.02])
@@ -108,7 +108,7 @@ def test_opcheck_of_the_op_that_forces_a_tile() -> None:
 
 
 @each_call
-def test_the_short_way_equals_the_dispatcher(call: Call) -> None:
+def test_a_direct_call_equals_the_dispatcher(call: Call) -> None:
     dispatched = call.overload(*call.args, **call.kwargs)
     found = call.eager()
     if "norm" in call.name and "residual" not in call.kwargs:
@@ -149,7 +149,7 @@ def test_compile_gives_the_same_bits(call: Call, backend: str) -> None:
 
 
 def whole_layer(x: Tensor, w_q: Tensor, w_scale: Tensor, inv_smooth: Tensor) -> Tensor:
-    """A producer, a GEMM and ordinary PyTorch around them."""
+    """Producers and GEMMs, with PyTorch operations between them."""
     x_q, x_scale, total = ops.rms_norm_quantize(
         x, inv_smooth, 1e-5, residual=x * 2, inv_smooth=inv_smooth
     )
@@ -167,7 +167,7 @@ def test_one_graph_serves_every_number_of_tokens() -> None:
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(whole_layer, fullgraph=True, backend=counter, dynamic=True)
-    for m in (7, 11, 33, 2):  # 7 is no other size here, which would be taken for the same
+    for m in (7, 11, 33, 2):  # no other dimension is 7: dynamo would treat the two as equal
         arguments = layer_arguments(m)
         assert_all_bitwise_equal(compiled(*arguments), whole_layer(*arguments), f"M = {m}")
     assert counter.frame_count == 1
@@ -240,15 +240,15 @@ def test_tracers_of_plain_tensors_see_the_ops() -> None:
     targets = [node.target for node in graph.graph.nodes]
     assert targets.count(torch.ops.smoothquant_kernels.gemm_s8.default) == 2
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch.jit.trace is deprecated, and still in use
+        warnings.simplefilter("ignore")  # torch.jit.trace is deprecated but still in use
         scripted = torch.jit.trace(lambda x: ops.quantize(x), (torch.ones(3, 4),))
     broken = cases.activations(3, 4)
-    broken[1, 2] = torch.nan  # the trace must not have taken a branch on the data
+    broken[1, 2] = torch.nan  # the trace must not contain a branch on the data
     assert_all_bitwise_equal(scripted(broken), ops.quantize(broken))
 
 
 @each_call
-def test_inputs_that_require_gradients_give_the_same_numbers(call: Call) -> None:
+def test_inputs_that_require_gradients_give_the_same_results(call: Call) -> None:
     def leaf(value: Any) -> Any:
         if isinstance(value, Tensor) and value.is_floating_point():
             return value.clone().requires_grad_()
@@ -264,7 +264,7 @@ def test_inputs_that_require_gradients_give_the_same_numbers(call: Call) -> None
         t for t in (found if isinstance(found, tuple) else (found,)) if t.is_floating_point()
     ]
     for result in float_results:
-        # There are no gradients: an attempt says so, and no part of one comes through.
+        # The ops have no gradient: backward warns, and no input gets a part of one.
         assert result.requires_grad
         with pytest.warns(UserWarning, match="autograd kernel was not registered"):
             result.sum().backward(retain_graph=True)
@@ -272,7 +272,7 @@ def test_inputs_that_require_gradients_give_the_same_numbers(call: Call) -> None
     assert all(t.grad is None or not t.grad.any() for t in leaves)
 
 
-# --- refusals: what was passed, what is allowed -------------------------------------------------------
+# --- refusals: the error names the wrong and the allowed values ---------------------------------------
 
 X = cases.activations(4, 6)
 G = cases.gemm_operands(4, 3, 6)
@@ -298,12 +298,12 @@ def _act(kind: str = "silu", x: Tensor = X, **changes: Any) -> Call:
 
 
 def _gemm(**changes: Any) -> Call:
-    operands = [changes.pop(name, getattr(G, name)) for name in Gemm_names]
+    operands = [changes.pop(name, getattr(G, name)) for name in GEMM_NAMES]
     return Call("gemm_s8", tuple(operands), {"out_dtype": F32, **changes})
 
 
 def _requant(**changes: Any) -> Call:
-    operands = [changes.pop(name, getattr(G, name)) for name in Gemm_names]
+    operands = [changes.pop(name, getattr(G, name)) for name in GEMM_NAMES]
     scale = changes.pop("out_scale", torch.ones(1))
     return Call("gemm_s8_requant", (*operands, scale), changes)
 
@@ -313,7 +313,7 @@ def _linear(**changes: Any) -> Call:
     return Call("linear_s8", (*operands, changes.pop("w_scale", G.w_scale)), changes)
 
 
-Gemm_names = ("x_q", "w_q", "x_scale", "w_scale")
+GEMM_NAMES = ("x_q", "w_q", "x_scale", "w_scale")
 FLOAT_NAMES = "float16 or bfloat16 or float32"
 LONG = torch.zeros(1, reference.MAX_K + 1, dtype=torch.int8)
 
@@ -372,7 +372,7 @@ REFUSED: list[tuple[Call, type[Exception], str]] = [
 ]
 
 
-@pytest.mark.parametrize("way", ["short", "dispatcher", "meta"])
+@pytest.mark.parametrize("way", ["direct", "dispatcher", "meta"])
 @pytest.mark.parametrize(
     ("call", "error", "sentence"),
     REFUSED,

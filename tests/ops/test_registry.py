@@ -1,4 +1,4 @@
-"""How an op is described and finds its kernel."""
+"""The description of an op, and the choice of its kernel."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from smoothquant_kernels.ops import registry
 from tests.ops.test_ops import Call, each_call
 from tests.support.compare import assert_all_bitwise_equal
 
-#: As the C++ kernels read their arguments from the dispatcher's stack.
+#: The C++ kernels read their arguments from the dispatcher's stack in this order.
 QUANTIZER = 'Tensor? inv_smooth=None, Tensor? scale=None, str granularity="token", int k_multiple=1'
 GEMM = "Tensor x_q, Tensor w_q, Tensor x_scale, Tensor w_scale"
 SCHEMAS = {
@@ -36,7 +36,7 @@ SCHEMAS = {
 }
 
 
-def test_schemas_are_those_of_the_binding() -> None:
+def test_schemas_equal_those_of_the_binding() -> None:
     assert set(ops.OPS) == SCHEMAS.keys()
     for name, schema in SCHEMAS.items():
         found = getattr(torch.ops.smoothquant_kernels, name).default._schema
@@ -63,7 +63,7 @@ def test_the_first_backend_with_a_kernel_runs_it() -> None:
 
 
 @each_call
-def test_the_reference_serves_every_op_alone(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_reference_backend_serves_every_op(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = call.eager()
     monkeypatch.setattr(registry, "_CPU_KERNELS", {})
     importlib.reload(reference)
@@ -71,7 +71,7 @@ def test_the_reference_serves_every_op_alone(call: Call, monkeypatch: pytest.Mon
     assert_all_bitwise_equal(call.eager(), expected)
 
 
-#: A library whose kernel refuses what the description refuses, and one thing more, with C++'s only exception.
+#: A library whose kernel raises C++'s only exception, for arguments that the description refuses and for others.
 KERNEL_THAT_REFUSES = """
 from __future__ import annotations  # a schema is made of the annotations as they are written
 import torch
@@ -114,7 +114,7 @@ for wrong, times in ((x.double(), 1), (x, 0), (x, 1)):
 
 
 @pytest.mark.slow
-def test_an_op_of_its_own() -> None:
+def test_a_new_op_is_defined_registered_and_checked() -> None:
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", KERNEL_THAT_REFUSES],
         capture_output=True,
@@ -133,13 +133,13 @@ def test_an_op_of_its_own() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in ops.OPS if not name.startswith("_")])
-def test_a_missing_argument_is_pythons_own_error(name: str) -> None:
+def test_a_missing_argument_raises_pythons_own_error(name: str) -> None:
     with pytest.raises(TypeError, match=f"{name}.* missing .* required positional argument"):
         getattr(ops, name)()
 
 
-def test_norms_and_activations_pass_through_the_dispatcher() -> None:
-    """vmap and the profiler see them, and the schema refuses an eps that is no number."""
+def test_norms_and_activations_use_the_dispatcher() -> None:
+    """vmap and the profiler see these ops, and the schema refuses an eps that is not a number."""
     x, weight = torch.randn(3, 4, 32), torch.rand(32)
     x_q, x_scale = torch.func.vmap(lambda a: ops.rms_norm_quantize(a, weight, 1e-6))(x)
     for i, row in enumerate(x):
