@@ -1,4 +1,4 @@
-"""The search: costs that mean what they say, the layers' own arithmetic, and one result however it is run."""
+"""The search: its costs, its candidates, its decisions, and the same result after an interruption."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def searched(model: nn.Module, config: SmoothQuantConfig = STATIC, **options: An
     return search_config(model, options.pop("data", DATA), config, **options)
 
 
-# --- what a cost is ---------------------------------------------------------------------------------------------------
+# --- costs ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "name", ["model.layers.0.mlp.down_proj", "model.layers.1.self_attn.v_proj"]
 )
 def test_cost_is_the_divergence_that_an_error_causes(name: str) -> None:
-    """Small independent errors in one layer's output: the estimate against the KL divergence measured at the output."""
+    """Compares the cost of small independent errors in one layer with the KL divergence measured at the output."""
     model = make_model("llama")
     batches = [{"input_ids": b} for b in token_batches(24)]
     recording = record(model, [Group((name,))], batches)
@@ -67,15 +67,15 @@ def test_cost_is_the_divergence_that_an_error_causes(name: str) -> None:
         handle.remove()
     kl = torch.cat(measured)
     assert len(kl) == recording.predictions == 24 * 2 * 24
-    # Both are means over 1,152 tokens of terms like a squared normal variable, whose relative scatter is about 1.5
-    # (measured), so one standard error of their ratio is about 6 %; the second-order formula adds some per cent.
+    # Both are means over 1,152 tokens of terms like a squared normal variable, with a measured relative scatter of
+    # about 1.5. So one standard error of their ratio is about 6 %, and the second-order formula adds some percent.
     assert recording.cost(name, error) == pytest.approx(float(kl.mean()), rel=0.25)
-    # and a third of the error costs a ninth
+    # A third of the error costs a ninth.
     assert recording.cost(name, error / 3) == pytest.approx(recording.cost(name, error) / 9)
 
 
 def test_cost_without_labels_is_half_the_relative_squared_error() -> None:
-    """An encoder's output is taken for the mean of a normal distribution, as wide as the output is large."""
+    """An encoder's output is taken as the mean of a normal distribution whose width is the output's magnitude."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8))
     batches = [{"input": torch.randn(64, 6)} for _ in range(40)]
@@ -84,7 +84,7 @@ def test_cost_without_labels_is_half_the_relative_squared_error() -> None:
     y = torch.cat([model(b["input"]) for b in batches]).detach()
     per_batch = y.reshape(40, -1).square().mean(1).repeat_interleave(64)[:, None] * 8
     exact = 0.5 * (error.square() / per_batch).sum() / 2560
-    # The mean of 20,480 squares of normal variables, each of relative scatter sqrt(2): one standard error is 1 %.
+    # The mean of 20,480 squared normal variables with a relative scatter of sqrt(2) has a standard error of 1 %.
     assert recording.cost("0", error) == pytest.approx(float(exact), rel=0.04)
     rows = divergence(y, y + error)
     half = 0.5 * error.square().sum(1) / y.square().sum(1).mean()
@@ -102,7 +102,7 @@ def test_padding_costs_nothing() -> None:
     assert recording.x[name].shape == (29, 88)
 
 
-def test_recording_leaves_the_model_alone() -> None:
+def test_recording_does_not_change_the_model() -> None:
     model = make_model("opt").train()
     model.model.decoder.layers[0].fc1.weight.requires_grad_(False)
     flags = [p.requires_grad for p in model.parameters()]
@@ -115,13 +115,13 @@ def test_recording_leaves_the_model_alone() -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
-# --- what is tried ----------------------------------------------------------------------------------------------------
+# --- candidates -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("granularity", ["channel", "tensor"])
 @pytest.mark.parametrize("family", ["opt", "llama_gqa"])
-def test_candidates_compute_what_the_layers_will(family: str, granularity: str) -> None:
-    """Every candidate's cost is, bit for bit, that of the `W8A8Linear` of these settings; biases included."""
+def test_candidates_cost_what_the_layers_will(family: str, granularity: str) -> None:
+    """The cost of every candidate is that of the `W8A8Linear` with its settings, including the bias."""
     model = make_model(family)
     config = STATIC.replace(weight_granularity=granularity)
     statistics = calibrate_model(model, DATA[:4], progress=False)
@@ -153,7 +153,7 @@ def test_candidates_compute_what_the_layers_will(family: str, granularity: str) 
                 parts = x.split(recording.rows[group.linears[0]])
                 error = torch.cat([layer(p) - linear(p) for p in parts])
                 cost += recording.cost(name, error)
-            # the float product of all rows may be summed in another order than that of a part
+            # The float product of all rows may add in another order than that of a part.
             assert choice.cost == pytest.approx(cost, rel=1e-4), choice
 
 
@@ -164,7 +164,7 @@ def test_without_smoothing_only_clipping_is_searched() -> None:
     assert all(0 < clip < 1 for clip in result.config.clips.values())
 
 
-def test_fixed_scheme_of_a_layer_is_kept() -> None:
+def test_the_fixed_scheme_of_a_layer_is_kept() -> None:
     config = STATIC.replace(schemes={"*.down_proj": "per_tensor"})
     result = searched(make_model("llama"), config, per_token_share=0.0)
     for group in result.groups:
@@ -173,11 +173,11 @@ def test_fixed_scheme_of_a_layer_is_kept() -> None:
         assert schemes == ({"per_tensor"} if down else {"static"})
 
 
-# --- what is decided --------------------------------------------------------------------------------------------------
+# --- decisions --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("scheme", ["per_token", "per_tensor", "static"])
-def test_the_cheapest_candidates_are_taken(scheme: str) -> None:
+def test_the_cheapest_candidates_are_chosen(scheme: str) -> None:
     model = make_model("llama")
     result = searched(model, SmoothQuantConfig(activation_scheme=scheme), per_token_share=0.25)
     assert len(result.groups) == 8
@@ -209,7 +209,7 @@ def test_the_cheapest_candidates_are_taken(scheme: str) -> None:
 
 
 @pytest.mark.parametrize("worse", [True, False])
-def test_fixed_alpha_is_kept_if_the_search_loses(
+def test_the_fixed_alpha_is_kept_if_the_search_loses(
     worse: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[list[SmoothQuantConfig]] = []
@@ -227,7 +227,7 @@ def test_fixed_alpha_is_kept_if_the_search_loses(
 
 
 def test_few_predictions_have_no_standard_error() -> None:
-    """Then the smaller mean decides; a difference that is no number never speaks for the search."""
+    """Without a standard error the smaller mean decides. A NaN difference always counts against the search."""
     assert not Validation(3, 0.02, 0.01, -0.01, None).worse
     assert Validation(3, 0.01, 0.02, 0.01, None).worse
     assert Validation(9, 0.01, 0.02, float("nan"), 0.1).worse
@@ -242,7 +242,7 @@ def test_clips_are_searched_not_inherited(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_validation_measures_both_models(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On batches that nothing else has seen; the same as quantizing and comparing by hand."""
+    """The validation uses batches that nothing else used. It equals quantizing and comparing by hand."""
     model = make_model("llama")
     used: list[Any] = []
     original = search_module._validate
@@ -265,15 +265,15 @@ def test_validation_measures_both_models(monkeypatch: pytest.MonkeyPatch) -> Non
         rows = [(a.exp() * (a - b)).sum(-1).mean() for a, b in zip(p, q, strict=True)]
         means.append(float(torch.stack(rows).mean()))
     assert result.validation is not None
-    # float32 log-probabilities of about 5 are good to 5e-7, and the sum cancels down to some 1e-5
-    assert len(means) == 3  # the defaults and the cheapest alpha: the better of them counts
+    assert len(means) == 3  # the defaults, the cheapest alpha and the searched settings
+    # float32 log-probabilities of about 5 are exact to 5e-7, and the sum cancels down to about 1e-5.
     assert result.validation.fixed_kl == pytest.approx(min(means[:2]), abs=1e-6)
     assert result.validation.searched_kl == pytest.approx(means[2], abs=1e-6)
     assert (result.fixed_alpha is None) == (means[0] < means[1])
 
 
-def test_encoders_and_images() -> None:
-    """Models without logits: any output will do."""
+def test_models_without_logits_are_searched() -> None:
+    """Models without logits are compared by their other outputs."""
     torch.manual_seed(0)
     config = transformers.ViTConfig(
         hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64,
@@ -286,11 +286,11 @@ def test_encoders_and_images() -> None:
     assert len(result.config.alphas) > 0 or result.kept == "fixed"
 
 
-# --- however it is run ------------------------------------------------------------------------------------------------
+# --- interruptions and files ------------------------------------------------------------------------------------------
 
 
 class Interrupted(Exception):
-    """In place of a power cut."""
+    """Stands for a power failure."""
 
 
 def _interrupting(monkeypatch: pytest.MonkeyPatch, after: int) -> list[tuple[str, ...]]:
@@ -307,7 +307,7 @@ def _interrupting(monkeypatch: pytest.MonkeyPatch, after: int) -> list[tuple[str
     return explored
 
 
-def test_interrupted_search_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_search_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, path = make_model("llama"), tmp_path / "new" / "search.json"
     whole = searched(model)
     with monkeypatch.context() as patch:
@@ -324,10 +324,10 @@ def test_interrupted_search_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert resumed == whole == SearchResult.load(path)
     with monkeypatch.context() as patch:
         _interrupting(patch, after=0)
-        assert searched(model, path=path) == whole  # finished: nothing is done again
+        assert searched(model, path=path) == whole  # a finished search is not repeated
 
 
-def test_little_memory_takes_more_passes_and_gives_the_same() -> None:
+def test_less_memory_does_not_change_the_result() -> None:
     model = make_model("llama_gqa")
     assert searched(model, max_bytes=1).groups == searched(model).groups
 
@@ -339,7 +339,7 @@ def finished(tmp_path: Path) -> Iterator[Path]:
     yield path
 
 
-def test_file_of_another_search_is_refused(finished: Path) -> None:
+def test_the_file_of_another_search_is_refused(finished: Path) -> None:
     before = finished.read_bytes()
     other = make_model("gpt2")
     other.transformer.h[1].mlp.c_fc.weight.data[5, 5] += 1.0
@@ -367,7 +367,7 @@ def test_file_of_another_search_is_refused(finished: Path) -> None:
         lambda c: c.update(digest=None),
     ],
 )
-def test_damaged_file_is_refused(finished: Path, change: Any) -> None:
+def test_a_damaged_file_is_refused(finished: Path, change: Any) -> None:
     content = json.loads(finished.read_text())
     change(content)
     finished.write_text(json.dumps(content))
