@@ -1,4 +1,4 @@
-"""Calibration: running per-channel maxima, what counts as data, and what is refused."""
+"""Calibration: running per-channel maxima, kinds of data, and refusals."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.models import VOCAB, make_model, token_batches
 
 
 class WordTokenizer:
-    """Maps each word to a number; all that calibration asks of a tokenizer."""
+    """Maps each word to a number. Calibration needs no more of a tokenizer."""
 
     def __call__(self, text: str, return_tensors: str) -> dict[str, torch.Tensor]:
         assert return_tensors == "pt"
@@ -30,7 +30,7 @@ def statistics(model: nn.Module, data: Any, **options: Any) -> Any:
 
 
 def by_hand(model: nn.Module, name: str, batches: list[dict[str, torch.Tensor]]) -> torch.Tensor:
-    """The largest |input| per channel of one layer, from the inputs themselves, without the padding."""
+    """The largest |input| of each channel of one layer, without the padding, from all inputs at once."""
     rows: list[torch.Tensor] = []
     kept: list[torch.Tensor] = []
     layer = model.get_submodule(name)
@@ -59,7 +59,7 @@ def test_maxima_equal_those_of_all_inputs(family: str) -> None:
         assert result.absmax[name].dtype == torch.float32
 
 
-def test_peak_is_the_largest_token_over_the_median_one() -> None:
+def test_peak_is_the_largest_token_over_the_median() -> None:
     x = torch.ones(9, 4)
     x[:, 1] = torch.tensor([2.0, 3, 4, 5, 6, 7, 8, 9, -300])
     result = ActivationStatistics()
@@ -71,7 +71,7 @@ def test_peak_is_the_largest_token_over_the_median_one() -> None:
 
 
 def test_padding_does_not_count() -> None:
-    """The padded positions hold tokens whose activations are larger than all others'."""
+    """The tokens at the padded positions have larger activations than all others."""
     model = make_model("llama")
     with torch.no_grad():
         model.model.embed_tokens.weight[0] *= 0
@@ -88,7 +88,7 @@ def test_padding_does_not_count() -> None:
     assert everything.absmax[name][3] > 1.5 * masked.absmax[name][3]
 
 
-def test_all_kinds_of_data_give_the_same() -> None:
+def test_all_kinds_of_data_give_the_same_statistics() -> None:
     model = make_model("llama")
     text = "the quick brown fox jumps over the lazy dog"
     ids = WordTokenizer()(text, "pt")["input_ids"]
@@ -121,20 +121,20 @@ def test_generators_windows_and_the_token_limit() -> None:
     assert torch.equal(torch.cat([b["input_ids"] for b in batches[:4]], dim=1), whole)
 
 
-def test_empty_strings_and_batches_are_passed_over() -> None:
+def test_empty_strings_and_batches_are_skipped() -> None:
     data = ["", torch.zeros(0, dtype=torch.long), torch.tensor([1, 2])]
     batches = list(calibration_batches(data, tokenizer=WordTokenizer()))
     assert [b["input_ids"].tolist() for b in batches] == [[[1, 2]]]
 
 
-def test_nan_names_the_first_layer_that_sees_it() -> None:
+def test_the_error_names_the_first_layer_with_nan() -> None:
     model = make_model("llama")
     model.model.layers[1].post_attention_layernorm.weight.data[5] = float("nan")
     with pytest.raises(SmoothQuantError, match=r"layer model\.layers\.1\.mlp\.gate_proj \(1 of 32"):
         statistics(model, token_batches())
 
 
-def test_inf_after_a_good_batch_is_not_forgotten() -> None:
+def test_inf_in_a_later_batch_is_an_error() -> None:
     model = nn.Sequential(nn.Linear(4, 4))
     linears = dict(model.named_modules())
     good, bad = torch.ones(2, 4), torch.full((2, 4), float("inf"))

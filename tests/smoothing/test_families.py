@@ -1,4 +1,4 @@
-"""Every architecture: smoothing keeps the outputs, accounts for every linear, and does what docs/families.md says."""
+"""Every architecture: smoothing keeps the outputs, records every linear, and agrees with docs/families.md."""
 
 from __future__ import annotations
 
@@ -27,30 +27,30 @@ MIXTURES = [
 
 
 def outputs(model: nn.Module, batch: Batch) -> list[Tensor]:
-    """All that the model returns, not the logits alone."""
+    """All tensors that the model returns, not only the logits."""
     with evaluating(model):
         return output_tensors(run(model, batch))
 
 
 def unseen(family: str) -> Batch:
-    """Other data than was smoothed with: what holds for the sample only would show."""
+    """Other data than the calibration's, so that a fold that is right only on the sample shows."""
     return FAMILIES[family].inputs(0)
 
 
-# (1 + weight) norms: (1 + w) / s - 1 is rounded, also where s is a power of two
+# Their norms multiply by 1 + weight. (1 + w) / s - 1 is rounded even if s is a power of two.
 ONE_PLUS = ["qwen3_next", "qwen3_5_moe", "gemma", "gemma2", "gemma3", "nemotron"]
 
 
 def assert_kept(
     before: list[Tensor], after: list[Tensor], *, exact: bool, bound: float = 1e-5
 ) -> None:
-    """Equal to the last bit, or to relative 1e-5: some 1e-7 for every product that is rounded once more."""
+    """Equal bit for bit, or within a relative 1e-5: every product that is rounded once more adds about 1e-7."""
     assert len(before) == len(after) > 0
     for x, y in zip(before, after, strict=True):
         if exact or not x.is_floating_point():
             assert torch.equal(x, y)
         else:
-            # routers that leave experts out say so with -inf
+            # Routers mark the experts that they skip with -inf.
             assert torch.equal(x.isfinite(), y.isfinite())
             x, y = (z.nan_to_num(neginf=0.0) for z in (x, y))
             assert (y - x).abs().max() <= bound * x.abs().max()
@@ -58,7 +58,7 @@ def assert_kept(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_smoothing_changes_no_bit_of_any_output(family: str) -> None:
-    """Factors that are powers of two: products and sums round as before."""
+    """With factors that are powers of two, all products and sums round as before."""
     outcome = smoothed(family)
     before, after = (outputs(m, unseen(family)) for m in (outcome.model, outcome.smoothed))
     assert all(bool(t.isfinite().all()) and bool(t.any()) for t in before)
@@ -73,7 +73,7 @@ def test_exact_factors_keep_the_outputs(family: str) -> None:
     data = [FAMILIES[family].inputs(seed) for seed in (3, 4)]
     model = smooth_lm(copy.deepcopy(outcome.model), data, config=config, progress=False)
     before, after = (outputs(m, unseen(family)) for m in (outcome.model, model))
-    # where rounding alone moves the output by more than 1e-6 or so: the bound of `smooth_lm`, on these data
+    # If rounding alone changes the output by more than about 1e-6, the bound is that of `smooth_lm` on these data.
     folded = [Group((e["name"],)) for e in outcome.info["layers"] if e["smoothing"] == "folded"]
     with evaluating(outcome.model):
         noise = rounding_noise(outcome.model, folded, unseen(family), before[0])
@@ -82,12 +82,12 @@ def test_exact_factors_keep_the_outputs(family: str) -> None:
         {e["name"]: e["smoothing"] for e in info["layers"]}
         for info in (model.smoothquant_info, outcome.info)
     ]
-    # SigLIP's one logit is a difference of large numbers: folds that move it by more than 1e-5 are taken back
+    # SigLIP's only logit is a difference of large numbers. Folds that change it by more than 1e-5 are undone.
     assert plans[0] == plans[1] or family == "siglip"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_linear_is_accounted_for(family: str) -> None:
+def test_every_linear_is_recorded(family: str) -> None:
     outcome = smoothed(family)
     layers = {e["name"]: e for e in outcome.info["layers"]}
     skipped = {e["name"]: e for e in outcome.info["skipped"]}
@@ -110,9 +110,9 @@ def test_every_linear_is_accounted_for(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_int8_model_is_near(family: str) -> None:
+def test_the_int8_model_is_close_to_the_float_model(family: str) -> None:
     if family.startswith("t5") and not hasattr(W8A8Linear, "weight"):
-        pytest.xfail("T5 looks at the type of wo.weight, which W8A8Linear does not have")
+        pytest.xfail("T5 reads the dtype of wo.weight, which W8A8Linear does not have")
     outcome = smoothed(family)
     model = quantize_model(copy.deepcopy(outcome.smoothed))
     quantized = {n for n, m in model.named_modules() if isinstance(m, W8A8Linear)}
@@ -120,30 +120,30 @@ def test_the_int8_model_is_near(family: str) -> None:
     assert model.smoothquant_info["skipped"] == outcome.info["skipped"]
     after = outputs(model, unseen(family))
     assert all(bool(t.isfinite().all()) for t in after)
-    # int8 rounds each operand by at most 1/254 of its range; a wrong scale or layout is off by far more than 25 %
+    # int8 rounds each operand by at most 1/254 of its range. A wrong scale or layout causes far more than 25 %.
     for x, y in zip(outputs(outcome.model, unseen(family)), after, strict=True):
         assert (y - x).norm() < 0.25 * x.norm()
 
 
-def test_the_page_says_what_happens() -> None:
+def test_the_families_page_is_up_to_date() -> None:
     if f"with transformers {transformers.__version__}." not in PATH.read_text(encoding="utf-8"):
         pytest.skip("docs/families.md was written with another version of transformers")
     assert PATH.read_text(encoding="utf-8") == page(), (
-        "docs/families.md is not what happens: python -m tests.support.family_table --write, and read the difference"
+        "docs/families.md is out of date: run python -m tests.support.family_table --write, and read the difference"
     )
 
 
-# --- outcomes that follow from the architecture, above all where tables of names are known to be wrong --------------
+# --- outcomes that follow from the architecture, above all where tables of module names are known to be wrong ---------
 
 _QKV = "q_proj k_proj v_proj"
-# linears that read one tensor, by the ends of their names -> the end of what they are folded into, or None
+# The ends of the names of linears that read one tensor -> the end of the name of the producer they fold into, or None.
 EXPECTED: dict[str, dict[str, str | None]] = {
-    # post-LN: the residual branch starts behind the norms
+    # Post-LN: the residual branch starts after the norms.
     "opt_350m": {"fc1": None, "q_proj k_proj v_proj": None, "out_proj": "v_proj", "fc2": "fc1"},
-    # the residual branch reads the norms' outputs
+    # The residual branch reads the norms' outputs.
     "bloom_post": {"query_key_value": None, "dense_h_to_4h": None},
     "bloom": {"query_key_value": "input_layernorm", "dense_h_to_4h": "post_attention_layernorm"},
-    # one norm in front of both branches
+    # One norm feeds both branches.
     "falcon_7b": {"query_key_value dense_h_to_4h": "input_layernorm"},
     "falcon_40b": {"query_key_value": "ln_attn", "dense_h_to_4h": "ln_mlp"},
     "falcon_rw": {
@@ -155,11 +155,11 @@ EXPECTED: dict[str, dict[str, str | None]] = {
     "stablelm_parallel": {f"{_QKV} gate_proj up_proj": "input_layernorm"},
     "gptj": {f"{_QKV} fc_in": "ln_1"},
     "phi": {f"{_QKV} fc1": "input_layernorm"},
-    # four norms a layer; the post-norms feed the residual sum only
+    # Four norms a layer, of which the post-norms feed only the residual sum.
     "gemma2": {_QKV: "input_layernorm", "gate_proj up_proj": "pre_feedforward_layernorm"},
     "gemma3": {_QKV: "input_layernorm", "gate_proj up_proj": "pre_feedforward_layernorm"},
     "glm4": {_QKV: "input_layernorm", "gate_up_proj": "post_attention_layernorm"},
-    # layer 0 is dense; the router of layer 1 reads the norm
+    # Layer 0 is dense. In layer 1 the router reads the norm.
     "glm4_moe": {
         _QKV: "input_layernorm",
         "mlp.gate_proj mlp.up_proj": "post_attention_layernorm",
@@ -170,9 +170,9 @@ EXPECTED: dict[str, dict[str, str | None]] = {
         _QKV: "input_layernorm",
         "shared_expert.gate_proj shared_expert.up_proj shared_expert_gate": None,
     },
-    # the attention reads the residual stream itself
+    # The attention reads the residual stream itself.
     "olmo2": {_QKV: None, "gate_proj up_proj": None, "down_proj": "up_proj"},
-    # no norm weights; clip_qkv stands between v_proj and o_proj
+    # The norms have no weights, and clip_qkv comes between v_proj and o_proj.
     "olmo": {_QKV: None, "gate_proj up_proj": None, "o_proj": None, "down_proj": "up_proj"},
     "deepseek_v3": {
         "q_a_proj kv_a_proj_with_mqa": "input_layernorm",
@@ -180,7 +180,7 @@ EXPECTED: dict[str, dict[str, str | None]] = {
         "kv_b_proj": "kv_a_layernorm",
     },
     "nemotron": {_QKV: "input_layernorm", "up_proj": "post_attention_layernorm", "down_proj": None},
-    # the model returns what the encoder's last norm puts out; the cross-attention of every layer reads it
+    # The model returns the output of the encoder's last norm, and the cross-attention of every layer reads it.
     "whisper": {
         "encoder_attn.k_proj encoder_attn.v_proj": None,
         "encoder_attn.q_proj": "encoder_attn_layer_norm",
@@ -213,8 +213,8 @@ def test_outcomes_that_follow_from_the_architecture(family: str) -> None:
                     assert mates == {e.split(".")[-1] for e in ends}
 
 
-def test_post_norms_are_folded_into_nothing() -> None:
-    """Gemma 2 and 3: what stands behind the attention and behind the MLP feeds the residual sum."""
+def test_nothing_is_folded_into_post_norms() -> None:
+    """In Gemma 2 and 3, the norms after the attention and after the MLP feed only the residual sum."""
     for family in ("gemma2", "gemma3"):
         outcome = smoothed(family)
         post = [
@@ -233,7 +233,7 @@ def test_post_norms_are_folded_into_nothing() -> None:
 
 @contextmanager
 def recorded(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
-    """All that routers and experts put out, in order: logits, chosen experts and their shares."""
+    """All outputs of routers and experts, in order: logits, chosen experts and their shares."""
     seen: dict[str, list[Tensor]] = {}
 
     def record(name: str) -> Any:
@@ -256,8 +256,8 @@ def recorded(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
 
 
 @pytest.mark.parametrize("family", MIXTURES)
-def test_routers_and_experts_see_what_they_saw(family: str) -> None:
-    """A norm whose output a router or 3-D experts read is folded into nothing: not a logit may move."""
+def test_routers_and_experts_get_the_same_values(family: str) -> None:
+    """Nothing is folded into a norm that a router or 3-D experts read, so not a single logit may change."""
     outcome = smoothed(family)
     runs = []
     for model in (outcome.model, outcome.smoothed):

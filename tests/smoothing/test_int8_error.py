@@ -1,4 +1,4 @@
-"""Smoothing proves that it helps: each group's int8 error with and without factors, and the better one kept."""
+"""A group is smoothed only if that reduces its int8 error, which is measured with and without factors."""
 
 from __future__ import annotations
 
@@ -33,9 +33,10 @@ HOT[7] = 300.0
 
 
 class Two(nn.Module):
-    """Two linears with inputs of their own, each with an outlier channel, which the weights of `second` undo.
+    """Two linears with their own inputs. Each input has an outlier channel, which only the weights of `second` undo.
 
-    At alpha = 1 all difficulty goes into the weights: per token, `first` loses by that and `second` gains.
+    alpha = 1 moves all difficulty into the weights. Per token, that increases the error of `first` and reduces the
+    error of `second`.
     """
 
     def __init__(self) -> None:
@@ -52,7 +53,7 @@ class Two(nn.Module):
 def by_hand(
     linear: nn.Linear, x: torch.Tensor, smooth: torch.Tensor | None, scheme: str, absmax: float
 ) -> float:
-    """The same figure from the real layer, without its bias."""
+    """The same error, from the real layer without its bias."""
     plain = copy.deepcopy(linear)
     plain.bias = None
     scale = static_scale(absmax, 1.0) if scheme == "static" else None
@@ -62,12 +63,11 @@ def by_hand(
 
 
 @pytest.mark.parametrize("scheme", ACTIVATION_SCHEMES)
-def test_errors_are_those_of_the_real_layers(scheme: str) -> None:
+def test_errors_equal_those_of_the_real_layers(scheme: str) -> None:
     model, x = Two().eval(), torch.randn(20, 48, generator=torch.Generator().manual_seed(1))
     inputs = {"first": x * HOT, "second": x.flip(0) * HOT}
-    absmax = {
-        n: 1.25 * t.abs().amax(0) for n, t in inputs.items()
-    }  # calibrated on more than the sample
+    # As if calibrated on more data than the sample.
+    absmax = {n: 1.25 * t.abs().amax(0) for n, t in inputs.items()}
     groups = {n: Group((n,)) for n in inputs}
     config = SmoothQuantConfig(activation_scheme=scheme)
     factors = {groups[n]: absmax[n] for n in inputs}  # alpha = 1
@@ -80,13 +80,13 @@ def test_errors_are_those_of_the_real_layers(scheme: str) -> None:
         with torch.no_grad():
             naive = by_hand(linear, inputs[name], None, scheme, float(absmax[name].max()))
             smoothed = by_hand(linear, inputs[name], absmax[name], scheme, 1.0)
-        # both sides round float32 sums of 48 products, which moves an error of some 1e-3 by far less than 1e-4 of it
+        # Both sides round float32 sums of 48 products. That changes an error of about 1e-3 by far less than 1e-4 of it.
         assert errors[group].naive == pytest.approx(naive, rel=1e-4)
         assert errors[group].smoothed == pytest.approx(smoothed, rel=1e-4)
         assert errors[group].helps == (smoothed <= 1.05 * naive)
 
 
-def test_a_group_that_is_better_off_alone_is_left_alone() -> None:
+def test_a_group_that_smoothing_makes_worse_is_not_smoothed() -> None:
     model = Two().eval()
     data = [
         {"x": torch.randn(1, 24, 48, generator=torch.Generator().manual_seed(i))} for i in (1, 2)
@@ -106,7 +106,7 @@ def test_a_group_that_is_better_off_alone_is_left_alone() -> None:
 
 
 @pytest.mark.parametrize("settings", [{"only_where_better": False}, {"alphas": {"*": 1.0}}])
-def test_a_decision_already_made_is_not_questioned(settings: dict[str, Any]) -> None:
+def test_explicit_settings_are_followed(settings: dict[str, Any]) -> None:
     data = [{"x": torch.randn(1, 24, 48, generator=torch.Generator().manual_seed(1))}]
     config = SmoothQuantConfig(alpha=1.0, **settings)
     model = smooth_lm(Two().eval(), data, config=config, progress=False)
@@ -121,5 +121,5 @@ def test_planted_outliers_are_smoothed_everywhere(scheme: str) -> None:
     config = SmoothQuantConfig(activation_scheme=scheme, massive_activations="keep")
     smooth_lm(model, statistics, config=config)
     layers = {layer["name"]: layer for layer in model.smoothquant_info["layers"]}
-    behind_norms = [n for names in llama_readers(model).values() for n in names]
-    assert behind_norms and all(layers[n]["smoothing"] == "folded" for n in behind_norms)
+    after_norms = [n for names in llama_readers(model).values() for n in names]
+    assert after_norms and all(layers[n]["smoothing"] == "folded" for n in after_norms)

@@ -1,4 +1,4 @@
-"""Settings of single layers: each reaches its layer and no other."""
+"""Settings of single layers: each changes its layer and no other."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def layers(model: Any) -> dict[str, dict[str, Any]]:
     return {layer["name"]: layer for layer in model.smoothquant_info["layers"]}
 
 
-def test_each_setting_reaches_its_layer_alone() -> None:
+def test_each_setting_changes_only_its_layer() -> None:
     plain = quantized(STATIC)
     own = STATIC.replace(
         alphas={f"{LAYER}mlp.down_proj": 0.2},
@@ -42,7 +42,7 @@ def test_each_setting_reaches_its_layer_alone() -> None:
     changed = quantized(own)
     before, after = layers(plain), layers(changed)
     different = {n for n in before if before[n] != after[n]}
-    # gate and up: their schemes, and the default alpha of the first one's, which they share
+    # gate_proj and up_proj get their own schemes and share the default alpha of gate_proj's scheme.
     assert after[f"{LAYER}mlp.up_proj"]["alpha"] == DEFAULT_ALPHA["per_token"]
     assert different == {f"{LAYER}mlp.{n}_proj" for n in ("down", "gate", "up")}
     assert after[f"{LAYER}mlp.down_proj"]["alpha"] == 0.2
@@ -53,7 +53,7 @@ def test_each_setting_reaches_its_layer_alone() -> None:
     torch.testing.assert_close(scales[1], scales[0] / 2)
 
 
-def test_groups_are_told() -> None:
+def test_groups_are_recorded() -> None:
     info = layers(quantized(STATIC))
     qkv = [f"{LAYER}self_attn.{n}_proj" for n in "qkv"]
     assert all(info[name]["group"] == qkv for name in qkv)
@@ -74,7 +74,7 @@ def test_layers_that_share_factors_must_agree() -> None:
 
 @pytest.mark.parametrize("family", ["llama", "opt"])
 def test_factors_do_not_depend_on_folding(family: str) -> None:
-    """A fold into v_proj's or up_proj's rows changes the weights that their own group's factors come from."""
+    """Folding into the rows of v_proj or up_proj changes weights from which their own group's factors are computed."""
     statistics = calibrate_model(make_model(family), token_batches(), progress=False)
     infos, outputs = [], []
     for folding in ("auto", "never"):
@@ -83,6 +83,6 @@ def test_factors_do_not_depend_on_folding(family: str) -> None:
         infos.append([(x["name"], x["x_absmax"]) for x in layers(model).values()])
         outputs.append(logits(model, token_batches(1)[0]))
     assert infos[0] == infos[1]
-    # powers of two: int8 weights and activations are the same, and every scale is the same number or a power of two
-    # times it, so the outputs differ at most by what the norms' arithmetic rounds
+    # With powers of two, the int8 weights and activations are equal, and each scale is equal up to a power of two. So
+    # the outputs differ only by the rounding of the norms.
     torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-5, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Padding: a mask leaves out the rows of the layers that read its positions, and no others."""
+"""Padding: a mask excludes rows only in the layers that read its positions."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def ids(seed: int = 0) -> Tensor:
 
 
 def mask(padding: int, *, left: bool = False, length: int = LENGTH) -> Tensor:
-    """The first row is whole, the others have so much padding."""
+    """A mask with no padding in the first row and this much in the others."""
     result = torch.ones(ROWS, length, dtype=torch.long)
     result[1:, slice(0, padding) if left else slice(length - padding, length)] = 0
     return result
@@ -69,7 +69,7 @@ def absmax(x: Tensor, keep: Tensor | None) -> Tensor:
 @pytest.mark.parametrize("left", [False, True])
 @pytest.mark.parametrize("own", [False, True])
 def test_each_text_of_an_encoder_decoder_has_its_own_mask(left: bool, own: bool) -> None:
-    """Source and target are equally long; keys and values of the cross attention read the source."""
+    """Source and target are equally long. Keys and values of the cross attention read the source."""
     model, source, target = t5(), mask(7, left=left), mask(4, left=left)
     batch = {"input_ids": ids(), "attention_mask": source, "decoder_input_ids": ids(1)}
     batch |= {"decoder_attention_mask": target} if own else {}
@@ -88,18 +88,18 @@ def bert(kind: Any, config: Any, **more: Any) -> nn.Module:
 
 
 def esm() -> nn.Module:
-    """Its embeddings of padding are zero."""
+    """A model whose embeddings of padding are zero."""
     more = {"pad_token_id": 0, "token_dropout": True, "mask_token_id": 5}
     return bert(t.EsmModel, t.EsmConfig, max_position_embeddings=LENGTH + 1, **more)
 
 
 def roberta() -> nn.Module:
-    """Two positions of its table are never used, so it has no room for a longer text."""
+    """A model that never uses two positions of its table, so a longer text does not fit."""
     return bert(t.RobertaModel, t.RobertaConfig, max_position_embeddings=LENGTH + 2, pad_token_id=1)
 
 
 def xlnet() -> nn.Module:
-    """Positions first, rows of the batch second."""
+    """A model whose tensors have positions first and batch rows second."""
     config = t.XLNetConfig(vocab_size=VOCAB, d_model=32, n_layer=1, n_head=4, d_inner=48)
     return t.XLNetLMHeadModel(config)
 
@@ -118,7 +118,7 @@ def xlnet() -> nn.Module:
     ],
     ids=["llama", "opt", "gpt2", "bert", "esm", "roberta", "xlnet"],
 )
-def test_one_text(make: Any, others: set[str], left: bool) -> None:
+def test_models_that_read_one_text(make: Any, others: set[str], left: bool) -> None:
     model = make()
     batch = {"input_ids": ids(), "attention_mask": mask(6, left=left)}
     got = calibrate_model(model, [batch], progress=False).absmax
@@ -129,9 +129,11 @@ def test_one_text(make: Any, others: set[str], left: bool) -> None:
         assert torch.equal(got[name], absmax(x, None if name in others else keep)), name
 
 
-def test_images_with_as_many_patches_as_tokens() -> None:
+def test_images_with_as_many_patches_as_tokens_are_not_masked() -> None:
     text = t.CLIPTextConfig(**{**SMALL, "max_position_embeddings": 10}, eos_token_id=2)
-    vision = t.CLIPVisionConfig(**TOWER, image_size=24, patch_size=8)  # 9 patches and the class
+    vision = t.CLIPVisionConfig(
+        **TOWER, image_size=24, patch_size=8
+    )  # 9 patches and the class token
     config = t.CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict())
     model = t.CLIPModel(config)
     batch = {
@@ -167,7 +169,7 @@ def test_patches_have_their_own_mask() -> None:
 
 
 def test_sound_at_another_rate_is_not_masked() -> None:
-    """The mask counts samples, the layers read frames."""
+    """The mask covers samples, but the layers read frames."""
     config = t.Wav2Vec2Config(
         **TOWER, vocab_size=32, conv_dim=(32, 32), conv_stride=(5, 2), conv_kernel=(10, 3),
         num_feat_extract_layers=2, num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4,
@@ -197,7 +199,7 @@ def test_the_output_follows_the_decoder() -> None:
 
 
 class Routed(nn.Module):
-    """Both experts read every token, sorted by a score of theirs."""
+    """Both experts read every token, sorted by a score of the tokens."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -211,7 +213,7 @@ class Routed(nn.Module):
         return sum((expert(h[order]) for expert in self.experts), torch.zeros(()))
 
 
-def test_rows_that_a_router_has_ordered_are_all_measured() -> None:
+def test_rows_that_a_router_reordered_are_all_measured() -> None:
     model, batch = Routed(), {"input_ids": ids(), "attention_mask": mask(6)}
     got = calibrate_model(model, [batch], progress=False).absmax
     inputs = by_hand(model, batch)
@@ -219,7 +221,7 @@ def test_rows_that_a_router_has_ordered_are_all_measured() -> None:
     assert torch.equal(got["experts.0"], absmax(inputs["experts.0"], None))
 
 
-def test_a_mask_that_is_added_is_no_padding() -> None:
+def test_an_additive_mask_is_not_padding() -> None:
     model = make_model("llama")
     zeros = torch.zeros(ROWS, LENGTH)
     zeros[1:, 5:] = -1e9

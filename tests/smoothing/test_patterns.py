@@ -1,4 +1,4 @@
-"""Names and patterns of a configuration that reach no layer are refused before anything changes."""
+"""Names and patterns that match no layer are refused before anything changes."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ ENTRIES: dict[str, Callable[[nn.Module, SmoothQuantConfig], Any]] = {
 
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("entry", ENTRIES)
-def test_a_misspelt_pattern_is_refused_before_any_change(entry: str, setting: str) -> None:
+def test_a_misspelled_pattern_is_refused_before_any_change(entry: str, setting: str) -> None:
     model = make_model("llama")
     before = copy.deepcopy(model.state_dict())
     config = SmoothQuantConfig(**{setting: SETTINGS[setting]("*.mlp.downproj")})
@@ -76,12 +76,12 @@ def test_a_misspelt_pattern_is_refused_before_any_change(entry: str, setting: st
         ("down_proj", "matches no layer of LlamaForCausalLM"),
         ("§", "matches no layer of LlamaForCausalLM. A layer"),
         ("", "'' matches no layer of LlamaForCausalLM"),
-        # these match something, but no layer would ever ask for it
+        # These match a module that is not a linear layer.
         ("*.mlp", "which holds linear layers but is none itself, so the setting would reach nothing; '*.mlp.*'"),
         ("model.layers.1", "'model.layers.1.*' reaches the layers inside"),
     ],
 )  # fmt: skip
-def test_the_error_names_what_comes_near(pattern: str, message: str) -> None:
+def test_the_error_suggests_similar_names(pattern: str, message: str) -> None:
     with pytest.raises(SmoothQuantError) as error:
         check_patterns(make_model("llama"), SmoothQuantConfig(skip=(pattern,)))
     assert message in str(error.value)
@@ -99,13 +99,13 @@ def test_the_error_names_what_comes_near(pattern: str, message: str) -> None:
         "*.mlp*",
     ],
 )
-def test_patterns_that_match_a_layer_are_fine(pattern: str) -> None:
-    """Also those of layers that stay in float anyway."""
+def test_patterns_that_match_a_layer_are_accepted(pattern: str) -> None:
+    """Layers that stay in float anyway may match as well."""
     config = SmoothQuantConfig(skip=(pattern,), alphas={pattern: 0.5})
     check_patterns(make_model("llama"), config)
 
 
-def test_a_quantized_model_and_names_of_shared_modules() -> None:
+def test_patterns_may_match_int8_layers_and_shared_modules() -> None:
     model = make_model("llama")
     layers: Any = model.get_submodule("model.layers")
     layers[1].mlp.up_proj = layers[0].mlp.up_proj
@@ -115,7 +115,7 @@ def test_a_quantized_model_and_names_of_shared_modules() -> None:
     check_patterns(model, SmoothQuantConfig(alphas={"*.o_proj": 0.5}))
 
 
-def test_the_part_of_a_configuration_that_concerns_a_part_of_a_model() -> None:
+def test_a_configuration_is_reduced_to_a_part_of_a_model() -> None:
     config = SmoothQuantConfig(
         skip=("*.a", "x.0.b"), alphas={"x.0.*": 0.1, "y.*": 0.2}, clips={"y.1.a": 0.9}
     )
@@ -125,7 +125,7 @@ def test_the_part_of_a_configuration_that_concerns_a_part_of_a_model() -> None:
 
 
 def test_streaming_checks_the_names_of_the_whole_model(tmp_path: Path) -> None:
-    """A pattern of one block is no mistake in the others; one of none is refused before any work."""
+    """A pattern may match only one block. A pattern that matches no block is refused before any work."""
     source = tmp_path / "model"
     make_model("llama").save_pretrained(source)
     config = SmoothQuantConfig(alphas={"model.layers.1.mlp.down_proj": 0.3})

@@ -1,4 +1,4 @@
-"""What quantization may cost a real model, on text that calibration never saw."""
+"""Limits on the loss of a real model by quantization, on text that calibration did not use."""
 
 from __future__ import annotations
 
@@ -25,13 +25,12 @@ from smoothquant_kernels.smoothing.statistics import ActivationStatistics
 
 pytestmark = pytest.mark.real_model
 CALIBRATION_TOKENS = 2048
-TOKENS = (
-    1536  # scored; few, for the time it takes: docs/accuracy.md has the measurements on many more
-)
+# Scored tokens. More would take too long here; docs/accuracy.md has measurements on many more.
+TOKENS = 1536
 
 
 class Setting:
-    """The float model, its calibration and its answers, made once."""
+    """The float model, its calibration and its reference outputs, made once."""
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self.model, self.tokenizer = model, tokenizer
@@ -48,8 +47,8 @@ class Setting:
         smoothed = smooth_lm(copy.deepcopy(self.model), self.statistics, config=config)
         return quantize_model(smoothed)
 
-    def rise(self, model: Any) -> float:
-        """Relative rise of perplexity over the float model's, on the same tokens."""
+    def increase(self, model: Any) -> float:
+        """The relative increase of perplexity over the float model on the same tokens."""
         result = evaluate(
             model,
             topics("evaluation"),
@@ -67,7 +66,7 @@ def setting(smollm2: tuple[Any, Any]) -> Setting:
 
 
 def test_smoothing_keeps_the_float_logits(setting: Setting) -> None:
-    """1e-4 relative is what is promised; powers of two keep every bit."""
+    """A relative 1e-4 is guaranteed. Powers of two keep every bit."""
     ids = token_windows(topics("evaluation"), setting.tokenizer, window=256, max_tokens=256)
     with torch.no_grad():
         before = setting.model(input_ids=ids[0].input_ids).logits
@@ -86,29 +85,29 @@ def test_smoothing_keeps_the_float_logits(setting: Setting) -> None:
 def test_smoothed_schemes_stay_close_to_float32(
     setting: Setting, scheme: str, limit: float
 ) -> None:
-    assert setting.rise(setting.quantized(scheme)) <= limit
+    assert setting.increase(setting.quantized(scheme)) <= limit
 
 
-def test_naive_static_is_ruined_by_massive_activations(setting: Setting) -> None:
-    """What smoothing is for: without it one scale for the tensor about doubles the perplexity (docs/accuracy.md)."""
-    assert setting.rise(setting.quantized("static", smooth=False)) > 0.5
+def test_massive_activations_ruin_naive_static_quantization(setting: Setting) -> None:
+    """Without smoothing, one scale for a whole tensor about doubles the perplexity (docs/accuracy.md)."""
+    assert setting.increase(setting.quantized("static", smooth=False)) > 0.5
 
 
 def test_planted_outlier_channels(setting: Setting) -> None:
-    """The paper's own situation: naive W8A8 rises by a third even per token, SmoothQuant stays within 2 %.
+    """The paper's case: naive W8A8 increases perplexity by a third even per token, SmoothQuant by at most 2 %.
 
-    A third is what 3,071 tokens show (docs/accuracy.md); on the fewer ones read here it was 32 %, hence a quarter.
+    3,071 tokens show a third (docs/accuracy.md). The fewer tokens used here showed 32 %, so the limit is a quarter.
     """
     model = copy.deepcopy(setting.model)
     plant_outliers(model, llama_readers(model))
     planted = Setting(model, setting.tokenizer)
-    planted.reference = setting.reference  # the function did not change
-    assert planted.rise(planted.quantized("per_token", smooth=False)) >= 1 / 4
-    assert planted.rise(planted.quantized("per_token")) <= 0.02
+    planted.reference = setting.reference  # planting outliers does not change the function
+    assert planted.increase(planted.quantized("per_token", smooth=False)) >= 1 / 4
+    assert planted.increase(planted.quantized("per_token")) <= 0.02
 
 
 def test_checkpoint_of_the_real_model(setting: Setting, tmp_path: Path) -> None:
-    """Reloaded logits are the same bits; the linears take about a quarter of float32."""
+    """The reloaded logits are equal bit for bit, and the linears take about a quarter of their float32 size."""
     model = setting.quantized("static")
     save_quantized(model, tmp_path / "q")
     again = load_quantized(tmp_path / "q")
@@ -120,5 +119,5 @@ def test_checkpoint_of_the_real_model(setting: Setting, tmp_path: Path) -> None:
     total = sum(p.numel() for p in setting.model.parameters())
     linears = sum(setting.model.get_submodule(n).weight.numel() for n in names)
     quantized = files - 4 * (total - linears)
-    # 1 byte a weight, and float32 scales [N] and factors [K] of each layer: under 2 % for these sizes
+    # 1 byte a weight, plus the float32 scales [N] and factors [K] of each layer: under 2 % for these sizes.
     assert 0.25 <= quantized / (4 * linears) <= 0.26

@@ -1,4 +1,4 @@
-"""Smoothing keeps the function, uses the formula's factors and leaves a faithful account of what it did."""
+"""Smoothing keeps the model's function, uses the factors of the formula and records what it did."""
 
 from __future__ import annotations
 
@@ -23,14 +23,13 @@ from smoothquant_kernels.modeling.view import ModelView
 from smoothquant_kernels.nn.float_linear import pending_smooth
 from smoothquant_kernels.smoothing.calibrate import calibration_batches, collect_statistics
 from smoothquant_kernels.smoothing.fold import norm_offsets, round_to_power_of_two
-from tests.support.models import CONFIGS, make_model, token_batches
-from tests.support.models import logits as run
+from tests.support.models import CONFIGS, logits, make_model, token_batches
 
 IDS = token_batches(1, length=40)[0]
 
 
 def smoothed(model: nn.Module, **options: Any) -> nn.Module:
-    """A smoothed copy; every group, with powers of two unless said otherwise, so that equality can be demanded."""
+    """A copy with every group smoothed. By default the factors are powers of two, so that outputs are bit-identical."""
     config = SmoothQuantConfig(
         **{"smooth_rounding": "power_of_two", "only_where_better": False, **options}
     )
@@ -45,7 +44,7 @@ def layers(model: nn.Module) -> dict[str, dict[str, Any]]:
 def test_powers_of_two_change_no_bit(family: str) -> None:
     model = make_model(family)
     result = smoothed(model)
-    assert torch.equal(run(result, IDS), run(model, IDS))
+    assert torch.equal(logits(result, IDS), logits(model, IDS))
     assert result.smoothquant_info["verification"] == {"relative_change": 0.0, "bit_exact": True}
     changed = [n for n, layer in layers(result).items() if layer["smoothing"] != "none"]
     assert len(changed) == len(ModelView(model).linears)
@@ -53,9 +52,9 @@ def test_powers_of_two_change_no_bit(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "opt", "gpt2", "bloom_post", "gpt_neox"])
 def test_exact_factors_keep_the_function(family: str) -> None:
-    """Without the rounding to powers of two every smoothed product is rounded once more: some 1e-7 each."""
+    """With unrounded factors every smoothed product is rounded once more, which adds about 1e-7 each."""
     model = make_model(family)
-    before, after = run(model, IDS), run(smoothed(model, smooth_rounding="none"), IDS)
+    before, after = logits(model, IDS), logits(smoothed(model, smooth_rounding="none"), IDS)
     assert (after - before).abs().max() <= 1e-5 * before.abs().max()
 
 
@@ -63,11 +62,11 @@ def test_exact_factors_keep_the_function(family: str) -> None:
 def test_half_precision_models_keep_every_bit(dtype: torch.dtype) -> None:
     """Folding the unrounded factors into bfloat16 norm weights would change each channel by up to 0.4 %."""
     model = make_model("opt", dtype=dtype)
-    assert torch.equal(run(smoothed(model), IDS), run(model, IDS))
+    assert torch.equal(logits(smoothed(model), IDS), logits(model, IDS))
 
 
-def test_factors_are_those_of_the_formula() -> None:
-    """s from the definition, read back from the weights (folded) and from inv_smooth (run time)."""
+def test_factors_equal_the_formula() -> None:
+    """s by its definition equals s read back from the weights (folded) and from inv_smooth (run time)."""
     model = make_model("llama_gqa")
     result = smoothed(model, alpha=0.7, smooth_rounding="none")
     names = ModelView(model).linears
@@ -103,8 +102,8 @@ def test_power_of_two_rounding() -> None:
     assert ((result / s).log2().abs() <= 0.5 + 1e-6).all()
 
 
-def test_alpha_zero_leaves_activations_at_the_weights_mercy() -> None:
-    """alpha = 0: s = 1 / max|W_j|, so the maxima of the smoothed weight's columns are all alike."""
+def test_alpha_zero_equalizes_the_weight_columns() -> None:
+    """With alpha = 0, s = 1 / max|W_j|, so all columns of the smoothed weight have the same maximum."""
     model = make_model("llama")
     result = smoothed(model, alpha=0.0, smooth_rounding="none", folding="never")
     layer = result.get_submodule("model.layers.0.mlp.down_proj")
@@ -115,7 +114,7 @@ def test_alpha_zero_leaves_activations_at_the_weights_mercy() -> None:
 def test_folding_never_divides_everywhere() -> None:
     result = smoothed(make_model("opt"), folding="never")
     assert {layer["smoothing"] for layer in layers(result).values()} == {"runtime"}
-    assert torch.equal(run(result, IDS), run(make_model("opt"), IDS))
+    assert torch.equal(logits(result, IDS), logits(make_model("opt"), IDS))
 
 
 class OnePlusNorm(nn.Module):
@@ -130,13 +129,13 @@ class OnePlusNorm(nn.Module):
 
 
 class SquareNorm(OnePlusNorm):
-    """A norm that does not scale with its weight in either way."""
+    """A norm that scales neither with its weight nor with 1 + weight."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x * self.weight**2
 
 
-def test_norm_parametrisations_are_told_apart() -> None:
+def test_norm_parametrizations_are_distinguished() -> None:
     factor = 2.0 ** torch.arange(-8, 8).float().mul(0.5).round()
     assert norm_offsets(nn.LayerNorm(16), factor, 1e-5) == {}
     assert norm_offsets(nn.LayerNorm(16, bias=False), factor, 1e-5) == {}
@@ -147,52 +146,52 @@ def test_norm_parametrisations_are_told_apart() -> None:
     assert torch.equal(module.weight, OnePlusNorm().weight)
 
 
-def test_fold_that_changes_the_model_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    """If a producer that is no producer slipped through the search, verification downgrades its group only."""
+def test_a_fold_that_changes_the_model_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the search chose a wrong producer, verification makes only its group divide at run time."""
     from smoothquant_kernels.modeling.groups import Group, find_groups
-    from smoothquant_kernels.smoothing import smooth as module
+    from smoothquant_kernels.smoothing import smooth
 
     def wrong_groups(*args: Any, **options: Any) -> list[Group]:
         found = find_groups(*args, **options)
-        wrong = "model.layers.0.mlp.gate_proj"  # behind a SiLU: not homogeneous
+        wrong = "model.layers.0.mlp.gate_proj"  # a SiLU follows, which is not homogeneous
         return [
             Group(g.linears, wrong) if g.linears == ("model.layers.0.mlp.down_proj",) else g
             for g in found
         ]
 
-    monkeypatch.setattr(module, "find_groups", wrong_groups)
+    monkeypatch.setattr(smooth, "find_groups", wrong_groups)
     model = make_model("llama")
     result = smoothed(model)
     bad = layers(result).pop("model.layers.0.mlp.down_proj")
     assert bad["smoothing"] == "runtime" and "would change the model" in bad["reason"]
     others = [layer for n, layer in layers(result).items() if n != bad["name"]]
     assert {layer["smoothing"] for layer in others} == {"folded"}
-    assert torch.equal(run(result, IDS), run(model, IDS))
+    assert torch.equal(logits(result, IDS), logits(model, IDS))
 
 
-def test_what_roundings_refuse_is_folded_by_powers_of_two() -> None:
-    """No fold by the formula's own factors keeps every bit, so a tolerance of 0 refuses them all."""
+def test_folds_that_rounding_forbids_use_powers_of_two() -> None:
+    """No fold by unrounded factors keeps every bit, so a tolerance of 0 refuses them all."""
     model = make_model("opt")
     options = {"smooth_rounding": "auto", "verify_tolerance": 0.0}
     result = smoothed(model, **options)
     assert {layer["smoothing"] for layer in layers(result).values()} >= {"folded"}
-    assert torch.equal(run(result, IDS), run(model, IDS))
+    assert torch.equal(logits(result, IDS), logits(model, IDS))
     norm = "model.decoder.layers.0.self_attn_layer_norm.weight"
     ratio = result.get_parameter(norm) / model.get_parameter(norm)
     assert (torch.frexp(ratio).mantissa == 0.5).all() and (ratio != 1).any()
-    # asked for the formula's factors, it keeps them, at run time
+    # If the formula's factors are demanded, they are kept and divide at run time.
     exact = smoothed(model, smooth_rounding="none", verify_tolerance=0.0)
     assert {layer["smoothing"] for layer in layers(exact).values()} == {"runtime"}
-    assert torch.equal(run(exact, IDS), run(model, IDS))
+    assert torch.equal(logits(exact, IDS), logits(model, IDS))
 
 
-def test_tied_linear_is_quantized_but_not_smoothed() -> None:
+def test_a_tied_linear_is_quantized_but_not_smoothed() -> None:
     model = make_model("llama")
     first, second = (model.model.layers[i].mlp.down_proj for i in (0, 1))
     second.weight = first.weight
-    before = run(model, IDS)
+    before = logits(model, IDS)
     result = smoothed(model)
-    assert torch.equal(run(result, IDS), before)
+    assert torch.equal(logits(result, IDS), before)
     for name in ("model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"):
         assert layers(result)[name]["smoothing"] == "none"
         assert "its weight is also" in layers(result)[name]["reason"]
@@ -221,7 +220,7 @@ def test_a_layer_with_two_names_is_replaced_under_both() -> None:
 @pytest.mark.parametrize("scheme", ["per_token", "per_tensor", "static"])
 def test_every_linear_but_the_head_is_int8(family: str, scheme: str) -> None:
     model = make_model(family)
-    expected = run(model, IDS)
+    expected = logits(model, IDS)
     config = SmoothQuantConfig(activation_scheme=scheme, alpha=0.5)
     names = set(ModelView(model).linears)
     result = smooth_and_quantize(model, token_batches(), config, progress=False)
@@ -232,28 +231,28 @@ def test_every_linear_but_the_head_is_int8(family: str, scheme: str) -> None:
     assert [s["reason"] for s in model.smoothquant_info["skipped"]] == [
         "output head: stays in float"
     ]
-    # int8 rounds each operand by at most 1/254 of its range; a wrong scale or layout is off by far more than 20 %
-    error = (run(model, IDS) - expected).norm() / expected.norm()
+    # int8 rounds each operand by at most 1/254 of its range. A wrong scale or layout causes far more than 20 %.
+    error = (logits(model, IDS) - expected).norm() / expected.norm()
     assert 0 < error < 0.2
 
 
 @pytest.mark.parametrize("scheme", ["per_token", "per_tensor", "static"])
 def test_planted_outliers_break_naive_and_not_smoothed(scheme: str) -> None:
-    """The paper's situation: outlier channels that the weights undo (section 3.1)."""
+    """The paper's case: outlier channels that the weights undo (section 3.1)."""
     model = make_model("opt")
     norms = {}
     for i in (0, 1):
         prefix = f"model.decoder.layers.{i}."
         norms[prefix + "self_attn_layer_norm"] = [f"{prefix}self_attn.{n}_proj" for n in "qkv"]
         norms[prefix + "final_layer_norm"] = [prefix + "fc1"]
-    clean = run(model, IDS)
+    clean = logits(model, IDS)
     plant_outliers(model, norms)
-    torch.testing.assert_close(run(model, IDS), clean, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(logits(model, IDS), clean, rtol=1e-3, atol=1e-3)
 
     def error(smooth: bool) -> float:
         config = SmoothQuantConfig(activation_scheme=scheme, alpha=0.5, smooth=smooth)
         m = smooth_and_quantize(copy.deepcopy(model), token_batches(), config, progress=False)
-        return float((run(m, IDS) - clean).norm() / clean.norm())
+        return float((logits(m, IDS) - clean).norm() / clean.norm())
 
     assert error(smooth=True) < 0.5 * error(smooth=False)
 
@@ -268,8 +267,7 @@ def test_quantize_without_smoothing_is_naive_w8a8() -> None:
     assert {layer["smoothing"] for layer in layers(model).values()} == {"none"}
 
 
-def test_calls_of_the_field() -> None:
-    """`smooth_lm(model, data, alpha=0.5)` and `quantize_model(model, w_bit=8, a_bit=8)`, both returning the model."""
+def test_both_calls_return_the_model() -> None:
     model = make_model("llama")
     assert smooth_lm(model, token_batches(), alpha=0.5) is model
     assert model.smoothquant_info["config"]["alpha"] == 0.5
@@ -301,7 +299,7 @@ def test_skip_patterns_and_second_quantization() -> None:
 
 
 @pytest.mark.parametrize("call", ["smooth", "quantize"])
-def test_nan_weight_is_named_and_nothing_is_changed(call: str) -> None:
+def test_a_nan_weight_is_named_and_nothing_is_changed(call: str) -> None:
     model = make_model("llama")
     model.model.layers[1].mlp.up_proj.weight.data[3, 4] = float("nan")
     before = {k: v.clone() for k, v in model.state_dict().items()}
@@ -334,12 +332,12 @@ def test_wrong_requests_are_refused(call: Any, message: str) -> None:
     model = make_model("llama")
     with pytest.raises(SmoothQuantError, match=message):
         call(model)
-    assert torch.equal(run(model, IDS), run(make_model("llama"), IDS))
+    assert torch.equal(logits(model, IDS), logits(make_model("llama"), IDS))
 
 
 @pytest.mark.parametrize("scheme", ["per_tensor", "static"])
-def test_massive_activations_are_found_and_go_per_token(scheme: str) -> None:
-    """One token, 9, drives one channel in front of one down_proj far beyond what any other token reaches."""
+def test_massive_activations_are_found_and_quantized_per_token(scheme: str) -> None:
+    """Token 9 drives the input of one down_proj far beyond what any other token reaches."""
     model = make_model("llama")
     name = "model.layers.1.mlp.down_proj"
     batches = [ids.masked_fill(ids == 9, 8) for ids in token_batches()]

@@ -1,4 +1,4 @@
-"""Statistics of several processes: merged bit for bit as if one had seen all the data; and saved to a file."""
+"""Merged statistics of several processes equal those of one process bit for bit. Statistics survive a file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from smoothquant_kernels import smooth_and_quantize, smooth_lm
-from smoothquant_kernels.smoothing import statistics as module
+from smoothquant_kernels.smoothing import statistics as statistics_module
 from smoothquant_kernels.smoothing.calibrate import calibrate_model
 from smoothquant_kernels.smoothing.statistics import ActivationStatistics
 from tests.support.checkpoints import assert_same_state, refusal
@@ -36,9 +36,9 @@ def assert_equal(got: ActivationStatistics, expected: ActivationStatistics) -> N
 
 
 @pytest.mark.parametrize("bound", [4096, 150])
-def test_merging_equals_seeing_all(monkeypatch: pytest.MonkeyPatch, bound: int) -> None:
-    """A bound below the number of tokens (288) is reached in the second part."""
-    monkeypatch.setattr(module, "_PEAK_TOKENS", bound)
+def test_merged_parts_equal_the_whole(monkeypatch: pytest.MonkeyPatch, bound: int) -> None:
+    """The second part reaches a bound below the number of tokens (288)."""
+    monkeypatch.setattr(statistics_module, "_PEAK_TOKENS", bound)
     whole, parts = measured(BATCHES), [measured(BATCHES[:2]), measured(BATCHES[2:])]
     parts[0].merge(parts[1])
     assert_equal(parts[0], whole)
@@ -58,7 +58,7 @@ def test_merging_refuses_another_model() -> None:
 
 
 def test_a_layer_that_only_one_part_called() -> None:
-    """Experts: all were watched, not all were reached."""
+    """All experts were watched, but not all of them were reached."""
     whole, one, other = measured(BATCHES), measured(BATCHES[:3]), measured(BATCHES[3:])
     name = one.watched[-1]
     for part in (one.absmax, one.token_absmax):
@@ -68,7 +68,7 @@ def test_a_layer_that_only_one_part_called() -> None:
     assert torch.equal(one.absmax[one.watched[0]], whole.absmax[one.watched[0]])
 
 
-def test_file(tmp_path: Path) -> None:
+def test_statistics_survive_a_file(tmp_path: Path) -> None:
     statistics = measured(BATCHES)
     path = statistics.save(tmp_path / "ranges.safetensors")
     assert_equal(ActivationStatistics.load(path), statistics)
@@ -103,11 +103,11 @@ import torch.distributed as dist
 sys.path.insert(0, sys.argv[1])
 from tests.smoothing.test_statistics import BATCHES, measured
 from smoothquant_kernels import SmoothQuantError
-from smoothquant_kernels.smoothing import statistics as _statistics
+from smoothquant_kernels.smoothing import statistics as statistics_module
 rank, folder = int(sys.argv[3]), sys.argv[2]
 dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
 for bound in (4096, 150):
-    _statistics._PEAK_TOKENS = bound
+    statistics_module._PEAK_TOKENS = bound
     statistics = measured(BATCHES[:2] if rank == 0 else BATCHES[2:])
     statistics.all_reduce()
     statistics.save(f"{folder}/{bound}-{rank}")
@@ -118,7 +118,7 @@ try:
     statistics.all_reduce()
 except SmoothQuantError as error:
     print(error)
-dist.barrier()  # both are still there
+dist.barrier()  # both processes are still alive
 """
 
 
@@ -145,7 +145,7 @@ def test_two_gloo_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert said[0] == said[1]
     assert said[0].startswith("ranks 0 and 1 measured different layers (1 differ, first another)")
     for bound in (4096, 150):
-        monkeypatch.setattr(module, "_PEAK_TOKENS", bound)
+        monkeypatch.setattr(statistics_module, "_PEAK_TOKENS", bound)
         whole = measured(BATCHES)
         for rank in range(2):
             assert_equal(ActivationStatistics.load(tmp_path / f"{bound}-{rank}"), whole)
@@ -166,8 +166,8 @@ def test_all_reduce_needs_a_group() -> None:
     ],
     ids=["one", "several"],
 )
-def test_dispatched_models(places: dict[str, str]) -> None:
-    """With accelerate's hooks on the modules, the result is the same."""
+def test_a_dispatched_model_is_quantized_as_usual(places: dict[str, str]) -> None:
+    """accelerate's hooks on the modules do not change the result."""
     plain = smooth_and_quantize(make_model("llama"), BATCHES, progress=False)
     model = accelerate.dispatch_model(
         make_model("llama"), places, main_device="cpu", force_hooks=True
