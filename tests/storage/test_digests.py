@@ -1,4 +1,4 @@
-"""Digests are those of the release before, so that what an older version left goes on and is not refused."""
+"""Digests equal those of the previous release, so that its interrupted work resumes and is not refused."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def model() -> nn.Module:
     return linear
 
 
-def test_calibration_data() -> None:
+def test_the_digest_of_calibration_data() -> None:
     expected = "73d5b958c3ece71da01afaff4cfffa6eeb105995ae63052d8365021364184e94"
     assert digest_of(BATCHES) == expected
     assert digest_of([dict(reversed(batch.items())) for batch in BATCHES]) == expected
@@ -60,13 +60,13 @@ def test_calibration_data() -> None:
         ([], None, "8dce96f8d25f4c9c5aeaf96815fe03dbc5f8eaa97b60e8646d3279eef60acbee"),
     ],
 )
-def test_a_search(
+def test_the_fingerprint_of_a_search(
     batches: list[dict[str, Tensor]], settings: Any, expected: str, model: nn.Module
 ) -> None:
     assert fingerprint(model, batches, settings) == expected
 
 
-def test_weight_files(tmp_path: Path) -> None:
+def test_the_digests_of_weight_files(tmp_path: Path) -> None:
     first, second, both = (tmp_path / name for name in ("first", "second", "both"))
     tensors = {
         "a": torch.arange(5, dtype=torch.int8),
@@ -95,7 +95,7 @@ def test_weight_files(tmp_path: Path) -> None:
         assert file_entry(file) == entry
 
 
-def test_the_label_and_the_start_count() -> None:
+def test_the_label_and_the_start_change_the_digest() -> None:
     one, empty = torch.ones(1), "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
     assert tensors_digest([]) == empty
     found = [tensors_digest(x, s) for x in ([("a", one)], [("b", one)]) for s in ("", "s")]
@@ -110,7 +110,7 @@ def test_bytes_of_a_tensor_are_its_elements_row_by_row() -> None:
     assert tensor_bytes(torch.ones(1, requires_grad=True)).nbytes == 4
 
 
-def test_pieces(tmp_path: Path) -> None:
+def test_pieces_are_written_and_digested_in_order(tmp_path: Path) -> None:
     pieces = [
         b"ab",
         tensor_bytes(torch.empty(0)),

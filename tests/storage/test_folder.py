@@ -1,4 +1,4 @@
-"""Files and folders that are there whole or not at all, and whether a folder may be written."""
+"""Files and folders that appear complete or not at all, and checks of whether a folder may be written."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from smoothquant_kernels.errors import SmoothQuantError
-from smoothquant_kernels.storage import folder as storage
+from smoothquant_kernels.storage import folder as folder_module
 from smoothquant_kernels.storage.folder import (
     check_folder,
     check_writable,
@@ -61,7 +61,9 @@ def test_an_interrupted_file_leaves_the_old_one(
     target = tmp_path / "file"
     target.write_text("old")
     if where != "block":
-        monkeypatch.setattr(*((storage, "_sync") if where == "sync" else (os, "replace")), fail)
+        monkeypatch.setattr(
+            *((folder_module, "_sync") if where == "sync" else (os, "replace")), fail
+        )
     with pytest.raises(type(error)) as caught, replace_file(target, sync=True) as part:
         part.write_text("half")
         if where == "block":
@@ -70,7 +72,7 @@ def test_an_interrupted_file_leaves_the_old_one(
     assert names(tmp_path) == ["file"] and target.read_text() == "old"
 
 
-def test_a_file_whose_temporary_cannot_be_made(tmp_path: Path) -> None:
+def test_a_temporary_file_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), replace_file(tmp_path / "none" / "file") as part:
         part.write_text("x")
     with pytest.raises(OSError) as caught, replace_file(tmp_path / ("n" * 250)) as part:
@@ -92,7 +94,7 @@ def test_a_temporary_file_in_another_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("sync", [False, True])
-def test_the_content_is_on_the_disk_before_the_name(
+def test_the_content_is_synced_before_the_rename(
     sync: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target, done = tmp_path / "file", []
@@ -100,7 +102,7 @@ def test_the_content_is_on_the_disk_before_the_name(
     def watch(path: str) -> None:
         done.append((Path(path).read_text(), target.exists()))
 
-    monkeypatch.setattr(storage, "_sync", watch)
+    monkeypatch.setattr(folder_module, "_sync", watch)
     with replace_file(target, sync=sync) as part:
         part.write_text("all")
     assert done == ([("all", False)] if sync else [])
@@ -109,7 +111,7 @@ def test_the_content_is_on_the_disk_before_the_name(
 # --- folders --------------------------------------------------------------------------------------
 
 
-def test_the_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_a_folder_appears_complete_or_not_at_all(tmp_path: Path) -> None:
     target = tmp_path / "new" / "demo"
     with pytest.raises(KeyboardInterrupt), replace_folder(target, overwrite=True) as folder:
         (folder / "half").touch()
@@ -138,7 +140,7 @@ def test_an_interrupted_folder_leaves_the_old_one(
     monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(OSError) as caught, replace_folder(target, overwrite=True) as folder:
         (folder / "new").touch()
-    assert caught.value is FULL  # not a sentence: the caller knows what was to be written
+    assert caught.value is FULL  # unchanged: only the caller knows what it wanted to write
     assert names(tmp_path) == ["folder"] and names(target) == ["old"]
 
 
@@ -153,11 +155,11 @@ def test_permissions_of_a_new_folder_follow_the_umask(tmp_path: Path, usual_umas
     assert (tmp_path / "other" / "file").stat().st_mode & 0o777 == 0o600
 
 
-# --- may it be written ----------------------------------------------------------------------------
+# --- checks before writing ------------------------------------------------------------------------
 
 
 def make(place: Path, what: str) -> Path:
-    """A file, or a folder with one file of that name."""
+    """Makes a file, or a folder with one file of that name."""
     if what == "file":
         place.touch()
     elif what:
@@ -177,7 +179,7 @@ def make(place: Path, what: str) -> Path:
         ("marker", "own", "exists already: pass overwrite=True to replace it, or give", None),
     ],
 )
-def test_what_is_in_the_way(
+def test_occupied_targets(
     what: str, found: str | None, refused: str | None, always: str | None, tmp_path: Path
 ) -> None:
     target = make(tmp_path / "target", what)
@@ -192,19 +194,19 @@ def test_what_is_in_the_way(
     assert names(tmp_path) == (["target"] if what else [])
 
 
-def test_a_folder_of_the_markers_name_is_no_marker(tmp_path: Path) -> None:
+def test_a_folder_with_the_markers_name_is_not_a_marker(tmp_path: Path) -> None:
     (tmp_path / "marker").mkdir()
     assert occupant(tmp_path, "marker") == "other"
 
 
-def test_a_place_that_can_be_written_is_left_as_it_was(tmp_path: Path) -> None:
+def test_the_check_of_a_writable_place_leaves_no_files(tmp_path: Path) -> None:
     check_writable(tmp_path / "a" / "b" / "c")
     assert names(tmp_path) == []
     assert existing_parent(tmp_path / "a" / "b" / "c") == tmp_path
     assert existing_parent(tmp_path / "a") == tmp_path
 
 
-def test_a_place_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unwritable_place_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "file"
     file.touch()
     with pytest.raises(SmoothQuantError) as caught:

@@ -1,4 +1,4 @@
-"""Where a float weight lies in memory decides the order in which a product of few tokens is added."""
+"""The alignment of a float weight decides the order in which a product of few tokens adds, so it must not change."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def tensors(model: nn.Module) -> Iterator[Tensor]:
 
 
 def as_mapped(model: Any, offset: int) -> Any:
-    """Every parameter `offset` bytes behind an aligned address, as transformers leaves those of a mapped file."""
+    """Moves every parameter `offset` bytes past an aligned address, as transformers leaves those of a mapped file."""
     for parameter in model.parameters():
         data = parameter.data
         place = torch.empty(data.numel() * data.element_size() + 2 * ALIGNMENT, dtype=torch.uint8)
@@ -36,10 +36,10 @@ def as_mapped(model: Any, offset: int) -> Any:
 
 @pytest.mark.parametrize("offset", [8, 16])
 @pytest.mark.parametrize("name", ["llama_gqa", "opt"])
-def test_few_tokens_of_a_mapped_model_keep_their_bits(
+def test_few_tokens_give_the_same_bits_after_loading(
     tmp_path: Path, name: str, offset: int
 ) -> None:
-    """One token is what decoding multiplies by the head, which stays in float."""
+    """Decoding multiplies one token by the head, which stays in float."""
     saved = quantize_model(as_mapped(make_model(name), offset))
     save_quantized(saved, tmp_path / "q")
     loaded = load_quantized(tmp_path / "q")
@@ -49,7 +49,7 @@ def test_few_tokens_of_a_mapped_model_keep_their_bits(
             assert torch.equal(saved(ids).logits, loaded(ids).logits), tokens
 
 
-def test_quantizing_aligns_and_keeps_what_is_tied_tied() -> None:
+def test_quantizing_aligns_weights_and_keeps_ties() -> None:
     model = as_mapped(make_model("opt"), 8)
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     assert head.weight is embedding.weight

@@ -1,4 +1,4 @@
-"""Versions of installed packages."""
+"""Versions of installed packages, and of a source tree without any."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from smoothquant_kernels.storage import versions
 
 @pytest.fixture
 def without(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is installed."""
+    """Makes every package look uninstalled."""
 
     def missing(package: str) -> str:
         raise PackageNotFoundError(package)
@@ -37,5 +37,5 @@ def test_an_installed_package() -> None:
         (lambda: str([doctor.work()[key] for key in ("package", "packages")]), "[None, {"),
     ],
 )
-def test_a_source_tree(without: None, says: Callable[[], str], words: str) -> None:
+def test_a_source_tree_has_no_version(without: None, says: Callable[[], str], words: str) -> None:
     assert words in says()
