@@ -1,4 +1,4 @@
-"""Streamed quantization: the same checkpoint as through memory, resumed after any interruption, in little memory."""
+"""Streamed quantization: the same checkpoint as in memory, resumable after any interruption, and little memory."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ BATCHES = token_batches(3)
 
 
 def padded() -> list[dict[str, torch.Tensor]]:
-    """Padding at either side: masks reach the blocks, and padding is not measured."""
+    """Batches with padding on either side. Masks reach the blocks, and padding is not measured."""
     mask = torch.ones(2, 24, dtype=torch.long)
     mask[0, :5] = 0
     other = torch.ones(2, 24, dtype=torch.long)
@@ -53,7 +53,7 @@ def in_memory(source: Path, folder: Path, data: Any, config: Any, dtype: Any) ->
 
 
 def assert_same_checkpoint(got: Path, expected: Path) -> None:
-    """All but the layout of the shards and the noise of rounding, which depends on where the weights lie in memory."""
+    """Compares all but the shard layout and rounding noise, which depends on the weights' alignment in memory."""
     a, b = manifest_of(got), manifest_of(expected)
     weights = [{n for n in m["files"] if n.endswith(".safetensors")} for m in (a, b)]
     assert a["files"].keys() - weights[0] == b["files"].keys() - weights[1]
@@ -65,7 +65,7 @@ def assert_same_checkpoint(got: Path, expected: Path) -> None:
         del m["files"], m["digest"]
     for m in (a, b):
         change = (m["info"].get("verification") or {}).pop("relative_change", 0.0)
-        assert 0 <= change <= 1e-5  # some 1e-7 for every product that is rounded once more
+        assert 0 <= change <= 1e-5  # every product that is rounded once more adds about 1e-7
     for key in b:
         assert a[key] == b[key], key
         assert json.dumps(a[key]) == json.dumps(b[key]), f"order of {key}"
@@ -97,7 +97,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("name", "scheme", "options"), CASES, ids=[c[0] for c in CASES])
-def test_equals_the_path_through_memory(
+def test_streaming_equals_quantizing_in_memory(
     tmp_path: Path, name: str, scheme: str, options: Any
 ) -> None:
     source = save_float(family(name), tmp_path / "float")
@@ -109,10 +109,10 @@ def test_equals_the_path_through_memory(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, None])
-def test_types_head_and_tokenizer(
+def test_half_precision_and_strings(
     tmp_path: Path, dtype: torch.dtype | None, word_tokenizer: Any
 ) -> None:
-    """Half precision needs a loose tolerance; an untied head and one file of weights; strings as data."""
+    """bfloat16 weights in one file, an untied head, and strings as calibration data."""
     source = save_float(family("llama_gqa").to(torch.bfloat16), tmp_path / "float", shards="1GB")
     assert (source / "model.safetensors").is_file()
     words = word_tokenizer([f"w{i}" for i in range(VOCAB)])
@@ -129,9 +129,11 @@ def test_types_head_and_tokenizer(
 
 @pytest.mark.parametrize("rounding", ["none", "power_of_two"])
 def test_linears_outside_the_blocks(tmp_path: Path, rounding: str) -> None:
-    """OPT-350m has project_in and project_out. Streaming smooths them after the blocks, so the sample that verifies the
-    blocks has passed an unsmoothed project_in: the change of the output is rounding noise of another computation, which
-    powers of two do not have."""
+    """OPT-350m has project_in and project_out, which streaming smooths after the blocks.
+
+    So the sample that verifies the blocks has passed an unsmoothed project_in, and the recorded change of the output is
+    the rounding noise of another computation. With powers of two there is no such noise.
+    """
     settings = {
         **CONFIGS["opt"]().to_dict(),
         "word_embed_proj_dim": 16,
@@ -157,7 +159,7 @@ class Stopped(Exception):
     pass
 
 
-def stop_behind(index: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def stop_after(index: int, monkeypatch: pytest.MonkeyPatch) -> None:
     finish = stream_module.WorkFolder.finish_block
 
     def stop(self: Any, i: int, *args: Any) -> None:
@@ -169,16 +171,16 @@ def stop_behind(index: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama_gqa", "bloom"])
-def test_resumes_behind_the_last_block(
+def test_resumes_after_the_last_finished_block(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """BLOOM's blocks return tuples, which the second call must know without running the first block."""
+    """BLOOM's blocks return tuples. The second call must know that without running the first block."""
     source = save_float(family(name), tmp_path / "float")
     config = SmoothQuantConfig(activation_scheme="static")
     whole = quantize_streamed(source, tmp_path / "whole", padded(), config, progress=False)
     target = tmp_path / "target"
     with monkeypatch.context() as patch:
-        stop_behind(0, patch)
+        stop_after(0, patch)
         with pytest.raises(Stopped):
             quantize_streamed(source, target, padded(), config, progress=False)
     assert not target.exists()
@@ -197,13 +199,13 @@ def test_resumes_behind_the_last_block(
     assert not list(tmp_path.glob(".*"))
 
 
-def test_another_call_does_not_take_the_work_over(
+def test_work_of_another_call_is_not_resumed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = save_float(family("llama"), tmp_path / "float")
     target = tmp_path / "target"
     with monkeypatch.context() as patch:
-        stop_behind(0, patch)
+        stop_after(0, patch)
         with pytest.raises(Stopped):
             quantize_streamed(source, target, BATCHES, progress=False)
     before = contents(tmp_path)
@@ -231,7 +233,7 @@ from tests.support.models import token_batches
 from smoothquant_kernels.streaming import stream
 finish = stream.WorkFolder.finish_block
 def die(self, index, *args):
-    if index == 1:  # in the middle of a block: its shard is written, its record is not
+    if index == 1:  # in the middle of a block: its shard is written, but not its record
         os.kill(os.getpid(), signal.SIGKILL)
     finish(self, index, *args)
 stream.WorkFolder.finish_block = die
@@ -243,7 +245,7 @@ def run_script(
     code: str, *arguments: object, timeout: float = 120
 ) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", code, str(Path(__file__).parents[2]), *map(str, arguments)]
-    # Large blocks are mapped, so that freed ones, touched or not, no longer count against the limit of test_memory.
+    # Makes malloc map large blocks, so that freed ones no longer count against the memory limit.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "1000000"}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
 
@@ -263,7 +265,7 @@ def test_resumes_after_a_kill(tmp_path: Path) -> None:
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 
-def test_refuses_what_it_cannot_stream(tmp_path: Path) -> None:
+def test_models_that_cannot_be_streamed_are_refused(tmp_path: Path) -> None:
     def call(source: Path, **options: Any) -> str:
         target = tmp_path / "target"
         text = refusal(
@@ -312,7 +314,9 @@ def test_refuses_what_it_cannot_stream(tmp_path: Path) -> None:
     assert "no linear layer" in call(source, config=SmoothQuantConfig(skip=("*",)))
 
 
-def test_refuses_blocks_that_are_no_chain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_that_are_not_a_chain_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = save_float(family("llama"), tmp_path / "float")
     layer = transformers.models.llama.modeling_llama.LlamaModel
     forward = layer.forward
@@ -370,8 +374,8 @@ def test_refuses_blocks_that_are_no_chain(tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="needs Linux")
-def test_memory(tmp_path: Path) -> None:
-    """606 MB of weights, 38 MB a block, under 200 MB; the path through memory fails under the same limit."""
+def test_streaming_stays_below_a_memory_limit(tmp_path: Path) -> None:
+    """606 MB of weights in blocks of 38 MB fit a limit of 200 MB. Quantizing in memory fails under that limit."""
     from tests.support.stream_memory import make
 
     assert make(tmp_path / "float", 16, 1024, 2048) > 3 * 200e6

@@ -1,4 +1,4 @@
-"""Weight files of a streamed checkpoint: as few as the limit allows, joined after the blocks, resumable."""
+"""The weight files of a streamed checkpoint: as few as the limit allows, joined after the last block, resumable."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import transformers
 from safetensors import safe_open
 
 from smoothquant_kernels import load_quantized, quantize_streamed, register_transformers
-from smoothquant_kernels.streaming import work as _stream_work
+from smoothquant_kernels.streaming import work
 from tests.streaming.test_stream import BATCHES, Stopped, family, save_float
 from tests.support.checkpoints import assert_same_state, contents, logits, refusal
 
 
 def test_shards_are_joined_and_from_pretrained_reads_them(tmp_path: Path) -> None:
-    """One file where all fits into it, else as many blocks in a file as fit; a block is not split."""
+    """One file if everything fits, otherwise files of as many whole blocks as fit."""
     source = save_float(family("llama_gqa"), tmp_path / "float")
     whole = quantize_streamed(source, tmp_path / "one", BATCHES, progress=False)
     files = sorted(whole.glob("*.safetensors"))
@@ -45,11 +45,11 @@ def test_shards_are_joined_and_from_pretrained_reads_them(tmp_path: Path) -> Non
 
 
 def test_resumes_while_files_are_joined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Killed after the first joined file: its blocks are gone by then, and it is not made again."""
+    """After an interruption, the first joined file is kept, because its blocks are deleted already."""
     source = save_float(family("llama"), tmp_path / "float")
     options: Any = {"progress": False, "max_shard_bytes": 1}
     whole = quantize_streamed(source, tmp_path / "whole", BATCHES, **options)
-    join, calls = _stream_work.join_safetensors, []
+    join, calls = work.join_safetensors, []
 
     def failing(path: Path, parts: Any) -> Any:
         calls.append(path)
@@ -57,10 +57,10 @@ def test_resumes_while_files_are_joined(tmp_path: Path, monkeypatch: pytest.Monk
             raise Stopped
         return join(path, parts)
 
-    monkeypatch.setattr(_stream_work, "join_safetensors", failing)
+    monkeypatch.setattr(work, "join_safetensors", failing)
     with pytest.raises(Stopped):
         quantize_streamed(source, tmp_path / "target", BATCHES, **options)
     quantize_streamed(source, tmp_path / "target", BATCHES, **options)
-    assert len(calls) == 4  # one and a failure, then the two that are left
+    assert len(calls) == 4  # one success and one failure, then the remaining two
     assert contents(tmp_path / "target") == contents(whole)
     assert not list(tmp_path.glob(".*"))
