@@ -1,4 +1,4 @@
-"""The activation producers are within the derived bound of the reference."""
+"""The activation producers stay within the derived bound of the reference."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def check(
     k_multiple: int = 1,
     most: float = 1 / 200,
 ) -> None:
-    """x and gate lie on the backend's device, in any layout; at most this part of int8 may differ at all."""
+    """x and gate are on the backend's device, in any layout. At most `most` of the int8 values may differ at all."""
     k = x.shape[-1] // (2 if kind in FUSED else 1)
     differ, elements = 0, 0
     for inv_smooth in (None, cases.inverse_smooth(k)):
@@ -96,7 +96,7 @@ def test_edge_rows(backend: Backend, kind: str, k: int, dtype: torch.dtype) -> N
     check(backend, backend.put(good), kind, what="finite")
     check(backend, backend.put(torch.cat([good, bad, good])), kind, what="all")
     if k not in (62, 64):
-        return  # every path and vector has a row alone there
+        return  # these two cover every path and vector with a single row
     for name, row in zip(cases.BROKEN_ROWS, bad, strict=True):
         check(backend, backend.put(torch.stack([good[2], row])), kind, what=name)
         if kind not in FUSED:
@@ -107,8 +107,8 @@ def test_edge_rows(backend: Backend, kind: str, k: int, dtype: torch.dtype) -> N
 
 
 @pytest.mark.parametrize("kind", PLAIN)
-def test_every_float16(backend: Backend, kind: str) -> None:
-    """One value per row and scale, so that each is judged by its own bound and none hides behind a larger one."""
+def test_every_float16_value(backend: Backend, kind: str) -> None:
+    """One value per row and scale, so that its own bound applies to each value, not that of a larger one."""
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.float16)
     finite = every[every.isfinite()]
     check(backend, backend.put(finite[::43].reshape(-1, 1)), kind)
@@ -118,7 +118,7 @@ def test_every_float16(backend: Backend, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["gelu", "gelu_tanh", "silu"])
 def test_the_negative_tail(backend: Backend, kind: str) -> None:
-    """Where 1 + erf and exp(-x) leave few bits, or none. In rows that lie wholly there, those are all there is."""
+    """Here 1 + erf and exp(-x) keep few bits or none. The second call has rows with no other values."""
     x = -torch.logspace(-3, 2.5, 1024)
     check(backend, backend.put(x.view(1, -1)), kind)
     check(backend, backend.put(x.view(-1, 8)), kind, most=1 / 50)

@@ -1,4 +1,4 @@
-"""The C entry with raw pointers: every path of the table forced, outputs within wider buffers, statuses."""
+"""The quantizers' C entry with raw pointers: every path is forced, outputs lie in wider buffers, and statuses."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support import c_interface, cases, tolerance
 from tests.support.backends import Backend
 from tests.support.compare import assert_bitwise_equal, count_result
 
-#: Rows that a path can take, small and large: (path, M, K).
+#: Small and large shapes that a path can take: (path, M, K).
 FORCED = (
     ("warp", 9, 8), ("warp", 5, 1024), ("warp", 700, 136),
     ("block", 3, 8), ("block", 2, 264), ("block", 5, 8192), ("block", 300, 512),
@@ -30,14 +30,14 @@ POISON = 99
 
 
 def has_clusters() -> bool:
-    """Whether the GPU, simulated or real, runs the cluster kernels."""
+    """Whether the simulated or real GPU runs the cluster kernels."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_capability() == (9, 0)
     return os.environ.get("PTXSIM_ARCH") == "sm_90"
 
 
 class Buffers:
-    """Outputs inside wider, poisoned buffers; parameters of a producer."""
+    """The parameters of a producer, and outputs inside wider, poisoned buffers."""
 
     def __init__(self, backend: Backend, m: int, k: int, dtype: torch.dtype, pad: int) -> None:
         put = backend.put
@@ -52,18 +52,18 @@ class Buffers:
         self.x_scale = put(torch.full((m + 1,), -5.0))
         self.k = k
 
-    def check_unharmed(self, scales: int) -> None:
+    def check_surroundings(self, scales: int) -> None:
         assert bool((self.wide_q[:, self.x_q.shape[1] :] == POISON).all()), "wrote past a row"
-        assert not self.x_q[:, self.k :].any(), "the pad is zero"
+        assert not self.x_q[:, self.k :].any(), "the padding must be zero"
         assert bool((self.x_scale[scales:] == -5.0).all()), "wrote past the scales"
 
 
 def call(library: ctypes.CDLL, backend: Backend, params: c_interface.Params) -> int:
-    """The status; with a workspace of just the size that is asked for, never cleared."""
+    """Runs the kernel with a workspace of exactly the required size, which is not cleared. Returns the status."""
     workspace = None
     size = library.sqk_quantize_workspace_bytes(byref(params))
     if size > 0:
-        # All NaN: a maximum that reads an entry that was not written would show it.
+        # A maximum that reads an entry before it is written gets a NaN.
         workspace = backend.put(torch.full((size // 4,), torch.nan))
         params.workspace, params.workspace_bytes = workspace.data_ptr(), size
     status: int = library.sqk_quantize(byref(params), None)
@@ -84,9 +84,9 @@ def test_every_path(
 ) -> None:
     path, m, k = forced
     if path == "cluster" and not has_clusters():
-        pytest.skip("clusters are for sm_90")
+        pytest.skip("only sm_90 has clusters")
     if path in ("cluster", "block") and scheme == "tensor":
-        pytest.skip("not compiled for two launches")
+        pytest.skip("this path is not compiled for two launches")
     options: dict[str, Any] = cases.quantize_options(scheme)
     static = None if scheme != "static" else compiled.put(options["scale"])
     for producer in ("quantize", "rms_norm", "silu"):
@@ -103,7 +103,7 @@ def test_every_path(
         assert status == 0 and c_interface.PATHS[plan.path] == path
         assert call(library, compiled, params) == 0
         scales = 1 if scheme == "tensor" else m
-        b.check_unharmed(scales)
+        b.check_surroundings(scales)
         found = b.x_q[:, :k], b.x_scale[:scales]
         inv_smooth = b.inv_smooth.cpu()
         if producer == "quantize":
@@ -125,7 +125,7 @@ def test_every_path(
 @pytest.mark.parametrize("dtype", cases.FLOATS, ids=str)
 @pytest.mark.parametrize("k", [256, 4096, 70000, 101])
 @pytest.mark.parametrize("into", ["x", "residual"])
-def test_the_sum_may_take_an_inputs_place(
+def test_the_sum_may_overwrite_an_input(
     compiled: Backend, library: ctypes.CDLL, into: str, k: int, dtype: torch.dtype
 ) -> None:
     for scheme in ("token", "tensor"):
@@ -144,7 +144,7 @@ def test_the_sum_may_take_an_inputs_place(
 
 @pytest.mark.parametrize("clear", [True, False])
 def test_few_long_rows_are_split(compiled: Backend, library: ctypes.CDLL, clear: bool) -> None:
-    """On GPUs without clusters a long row goes to several blocks; the scheme decides what the second launch does."""
+    """On GPUs without clusters several blocks share a long row. The second launch depends on the scheme."""
     m, k = 2, 36864
     b = Buffers(compiled, m, k, torch.float16, pad=8)
     if not clear:
@@ -196,7 +196,7 @@ def test_statuses(
     b = Buffers(compiled, 4, 64, torch.float16, pad=0)
     params = c_interface.params_of(b.x, b.x_q, b.x_scale)
     assert library.sqk_quantize(byref(refused(params, **changes)), None) == status
-    assert bool((b.wide_q == POISON).all()), "nothing may be written"
+    assert bool((b.wide_q == POISON).all()), "a refused call must not write"
 
 
 def test_a_workspace_that_is_too_small_is_refused(compiled: Backend, library: ctypes.CDLL) -> None:
@@ -217,4 +217,4 @@ def test_no_rows(compiled: Backend, library: ctypes.CDLL) -> None:
     assert library.sqk_quantize(byref(params), None) == 0
     params.scheme, params.x_scale = 1, scale.data_ptr()
     assert call(library, compiled, params) == 0
-    assert scale.item() == 0.0, "a tensor of nothing has the scale 0"
+    assert scale.item() == 0.0, "an empty tensor has the scale 0"

@@ -1,4 +1,4 @@
-"""The int8 GEMMs give the reference's bits: every tile, every choice of the rules, every layout and edge."""
+"""The int8 GEMMs equal the reference bit for bit: every tile, every rule of the dispatch, every layout and edge."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.backends import Backend
 from tests.support.cases import Gemm
 from tests.support.compare import assert_bitwise_equal, count_result
 
-#: M on both sides of every rule of every table.
+#: M on both sides of every dispatch rule of every architecture.
 TOKENS = (0, 1, 2, 5, 8, 9, 16, 17, 32, 33, 64, 65, 128, 129, 256, 257, 513)
 OTHER = {
     torch.float16: torch.float32,
@@ -39,7 +39,10 @@ def check(
     splits: int = 0,
     what: str = "",
 ) -> Tensor:
-    """The operands lie on the backend's device, in any layout; tile None: the public op. Returns y on the CPU."""
+    """The operands are on the backend's device, in any layout. Without a tile, calls the public op.
+
+    Returns y on the CPU.
+    """
     arguments = (x_q, w_q, x_scale, w_scale)
     added: dict[str, Any] = {"bias": bias, "residual": residual, "out_dtype": dtype}
     if tile is None:
@@ -62,7 +65,7 @@ def on_device(backend: Backend, gemm: Gemm) -> Gemm:
 def check_added(
     backend: Backend, gemm: Gemm, case: dict[str, Any], dtype: torch.dtype, what: str, **how: Any
 ) -> None:
-    """Operands of which a case of `cases.covering` names the scales, and the types of bias and residual."""
+    """Checks a case of `cases.covering`, which chooses the scales and the types of bias and residual."""
     types = {"same": dtype, "other": OTHER[dtype]}
     bias, residual = case.get("bias"), types.get(case.get("residual", ""))
     check(
@@ -117,7 +120,7 @@ def test_every_tile(backend: Backend, tile: dict[str, Any], dtype: torch.dtype) 
 def test_every_tile_with_whole_groups_of_channels(
     backend: Backend, tile: dict[str, Any], dtype: torch.dtype
 ) -> None:
-    """Rows of y and of the residual at multiples of 16 bytes: the epilogue's short way, then 8 channels without it."""
+    """With rows of y and residual at multiples of 16 bytes the epilogue takes its fast path, except for 8 channels."""
     m = min(tile["m"], 37)
     for i, (bias, residual) in enumerate(product((None, torch.float32), ("", "same"))):
         gemm = cases.gemm_operands(m, 2 * tile["n"] + 40, 160, seed=i)
@@ -128,7 +131,7 @@ def test_every_tile_with_whole_groups_of_channels(
 
 @pytest.mark.parametrize("turns", [2, 3])
 def test_the_stages_go_round(backend: Backend, tile: dict[str, Any], turns: int) -> None:
-    """A K much longer than what the stages hold, and split so that each part goes round as well."""
+    """K is much longer than the pipeline of stages, and so is each part of a split."""
     k = turns * cases.k_of_all_stages(tile) + 17
     m, n = min(tile["m"], 20) - turns, 30 + turns
     for splits in {1, min(3, tile["most_splits"])}:
@@ -140,7 +143,7 @@ def test_the_stages_go_round(backend: Backend, tile: dict[str, Any], turns: int)
 def test_more_tiles_than_blocks(
     compiled: Backend, library: ctypes.CDLL, tile: dict[str, Any]
 ) -> None:
-    """Persistent blocks take tile after tile; along n, then along m."""
+    """Persistent blocks process several tiles each, along n and along m."""
     tiles = 2 * c_gemm.current_device(library).sms + 1
     case = {"bias": torch.float32, "residual": "same"}
     how = {"tile": tile["tile"], "splits": 1}
@@ -151,7 +154,7 @@ def test_more_tiles_than_blocks(
         check_added(compiled, high, case, torch.bfloat16, tile["name"], **how)
 
 
-def test_splits_give_the_same_bits_every_time(backend: Backend, tile: dict[str, Any]) -> None:
+def test_splits_are_reproducible(backend: Backend, tile: dict[str, Any]) -> None:
     gemm = on_device(backend, cases.gemm_operands(min(tile["m"], 40), 200, 8 * tile["k"] + 5))
     op = torch.ops.smoothquant_kernels._gemm_s8_tile
     for splits in range(1, tile["most_splits"] + 1):
@@ -162,7 +165,7 @@ def test_splits_give_the_same_bits_every_time(backend: Backend, tile: dict[str, 
             count_result()
 
 
-# --- as the rules choose ----------------------------------------------------------------------------
+# --- tiles that the dispatch chooses ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", cases.GEMM_SHAPES, ids=str)
@@ -188,8 +191,8 @@ def test_every_number_of_tokens(backend: Backend, m: int) -> None:
 
 
 @pytest.mark.parametrize("m", [3, 20])
-def test_the_largest_sums(backend: Backend, m: int) -> None:
-    """The largest of int32, and negative ones that float32 must round."""
+def test_the_largest_integer_sums(backend: Backend, m: int) -> None:
+    """The largest int32 sums, and negative sums that float32 must round."""
     n, k = 5, reference.MAX_K
     largest = torch.full((m, k), -128, dtype=torch.int8)
     random = cases.random_int8(m, k, low=100), -cases.random_int8(n, k, low=101, seed=1)
@@ -202,7 +205,7 @@ def test_the_largest_sums(backend: Backend, m: int) -> None:
 
 @pytest.mark.parametrize("m", [3, 40])
 def test_any_layout(backend: Backend, m: int) -> None:
-    """Views whose neighbors hold other numbers; what is not aligned to 16 bytes is copied first."""
+    """Views into buffers with other numbers around them. The op copies views that are not aligned to 16 bytes."""
     k = 80
     base = backend.put(cases.random_int8(2 * m, 3 * k))
     odd = base.reshape(-1)[1 : 1 + m * k]
@@ -248,7 +251,7 @@ def test_any_shape_of_x(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("m", [5, 70])
-def test_any_layout_of_what_is_added(backend: Backend, m: int) -> None:
+def test_any_layout_of_bias_and_residual(backend: Backend, m: int) -> None:
     n = 66
     g = on_device(backend, cases.gemm_operands(m, n, 32))
     wide = backend.put(torch.full((2 * m, 2 * n), torch.nan))
@@ -273,7 +276,7 @@ def test_any_layout_of_what_is_added(backend: Backend, m: int) -> None:
 
 
 @pytest.mark.parametrize("m", [8, 16, 40, 130])
-def test_what_is_not_finite_stays_in_its_row_or_column(backend: Backend, m: int) -> None:
+def test_nonfinite_values_stay_in_their_row_or_column(backend: Backend, m: int) -> None:
     g = cases.gemm_operands(m, 70, 64)
     rows, columns = (1, m - 1), (3, 42, 69)
     g.x_scale[rows[0]], g.x_scale[rows[1]] = torch.nan, torch.inf
@@ -288,10 +291,8 @@ def test_what_is_not_finite_stays_in_its_row_or_column(backend: Backend, m: int)
 
 @pytest.mark.parametrize("m", [8, 40])
 @pytest.mark.parametrize("dtype", cases.FLOATS, ids=str)
-def test_zeros_their_signs_and_the_smallest_numbers(
-    backend: Backend, m: int, dtype: torch.dtype
-) -> None:
-    """Zero and subnormal scales and sums, with nothing added and with zeros of both signs; overflow to infinity."""
+def test_signed_zeros_subnormals_and_overflow(backend: Backend, m: int, dtype: torch.dtype) -> None:
+    """Zero and subnormal scales and sums, overflow to infinity, and an added bias and residual of either zero."""
     g = cases.gemm_operands(m, 40, 48)
     g.x_q[::3] = 0
     for scale in (g.x_scale, g.w_scale):
@@ -332,18 +333,18 @@ def test_requant(backend: Backend, m: int) -> None:
 
 
 @pytest.mark.parametrize("m", [5, 12, 40, 255])
-def test_requant_ties_saturation_and_broken_scales(backend: Backend, m: int) -> None:
+def test_requant_ties_saturation_and_nonfinite_scales(backend: Backend, m: int) -> None:
     x_q = (torch.arange(255) - 127).to(torch.int8)[:, None][:m]
     w_q = torch.tensor([[1], [-1], [3], [0]], dtype=torch.int8)
     ones = torch.ones(m)
     gemm = Gemm(x_q, w_q, ones, torch.full((4,), 0.5), torch.tensor([0.0, 0.5, -1, 130]), ones)
-    broken = gemm._replace(x_scale=ones.clone())
-    broken.x_scale[:4] = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0])
+    nonfinite = gemm._replace(x_scale=ones.clone())
+    nonfinite.x_scale[:4] = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0])
     for relu in (False, True):
         for bias in (False, True):
             y = check_requant(backend, gemm, 1.0, bias, relu, "ties")
             assert m < 255 or int(y.max()) == 127
-            y = check_requant(backend, broken, 1.0, bias, relu, "broken")
-            assert not y[0].any(), "NaN becomes 0"
+            y = check_requant(backend, nonfinite, 1.0, bias, relu, "nonfinite")
+            assert not y[0].any(), "NaN must become 0"
             for out_scale in (0.0, -1.0, 1e-39, 1e-30, 3e38, torch.nan, torch.inf):
                 check_requant(backend, gemm, out_scale, bias, relu)

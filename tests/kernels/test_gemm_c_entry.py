@@ -1,4 +1,4 @@
-"""The C entries of the GEMM: strides, memory that ends at the last byte, the workspace, statuses, whole layers."""
+"""The C entries of the GEMM: strides, operands that end with their memory, workspaces, statuses and whole layers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ POISON = 77
 
 
 def with_garbage(backend: Backend, t: Tensor, extra: int) -> Tensor:
-    """A copy of [rows, k] int8 whose aligned rows have garbage behind them; memory ends with the last row's k."""
+    """A copy of [rows, k] int8 with garbage between its aligned rows. Its memory ends with the last row's last byte."""
     rows, k = t.shape
     stride = (-(-k // c_gemm.ALIGNMENT) + extra) * c_gemm.ALIGNMENT
     view = backend.put(torch.full(((rows - 1) * stride + k,), POISON, dtype=torch.int8))
@@ -39,7 +39,7 @@ def with_garbage(backend: Backend, t: Tensor, extra: int) -> Tensor:
 
 
 class Output:
-    """y inside a wider, poisoned buffer; aligned to 16 bytes or not."""
+    """y inside a wider, poisoned buffer, aligned to 16 bytes or not."""
 
     def __init__(self, backend: Backend, m: int, n: int, dtype: torch.dtype, aligned: bool) -> None:
         across = -(-(n + 3) // 16) * 16 + (0 if aligned else 1)
@@ -49,18 +49,18 @@ class Output:
         self.y = self.buffer[before:].view(m, across)[:, :n]
 
     def check(self, expected: Tensor, what: str) -> None:
-        """The result is right, and nothing was written beside it."""
+        """Checks the result, and that nothing else in the buffer was overwritten."""
         assert_bitwise_equal(self.y, expected, what)
         count_result()
         self.y.fill_(POISON)
-        self.check_unharmed()
+        self.check_untouched()
 
-    def check_unharmed(self) -> None:
-        assert bool((self.buffer == POISON).all()), "wrote beside y"
+    def check_untouched(self) -> None:
+        assert bool((self.buffer == POISON).all()), "wrote outside y"
 
 
 class Problem:
-    """Operands on the backend's device, and what comes of them."""
+    """Operands on the backend's device, and the expected result."""
 
     def __init__(
         self, backend: Backend, case: dict[str, Any], dtype: torch.dtype, seed: int = 0
@@ -102,7 +102,7 @@ class Problem:
 def workspace_of(
     backend: Backend, params: c_gemm.Params, size: int, fill: int | None = 0x7F
 ) -> Iterator[None]:
-    """Just so much memory, full of garbage; fill None: never written, which the simulator then follows."""
+    """A workspace of exactly this size, full of garbage. If `fill` is None, the simulator tracks its initialization."""
     memory: Any = None
     if fill is None and backend.name == "simulator":
         runtime, memory = ctypes.CDLL("libcudart.so.13"), ctypes.c_void_p()
@@ -118,7 +118,7 @@ def workspace_of(
 
 
 def run(library: ctypes.CDLL, backend: Backend, params: c_gemm.Params, **memory: Any) -> int:
-    """The status; with a workspace of just the size that is asked for, never cleared."""
+    """Runs the kernel with a workspace of exactly the required size, which is not cleared. Returns the status."""
     status, plan = c_gemm.plan(library, params)
     if status != SUCCESS:
         return status
@@ -160,9 +160,9 @@ def test_every_tile(
 def test_the_workspace_need_not_be_cleared(
     compiled: Backend, library: ctypes.CDLL, tile: dict[str, Any], fill: int | None
 ) -> None:
-    """Nor is it after a launch: the next one finds what the last one left."""
+    """The next launch finds what the last one left in the workspace."""
     shares = tile["most_splits"] > 1 or tile["schedule"] == "stream-K"
-    # CUTLASS shares tiles where they fill less than half of the GPU, eight tiles of k or more for each block.
+    # CUTLASS splits tiles if they fill less than half of the GPU and each block gets at least eight tiles of k.
     case = {"m": min(tile["m"], 30), "n": tile["n"] - 3, "k": 20 * tile["k"] + 1}
     if tile["kernel"] == "stream":
         case["m"] = 3
@@ -183,7 +183,7 @@ def test_the_workspace_need_not_be_cleared(
         assert library.sqk_gemm_s8(byref(params), None) == WORKSPACE_TOO_SMALL
         params.workspace = None
         assert library.sqk_gemm_s8(byref(params), None) == INVALID_ARGUMENT
-    problem.output.check_unharmed()
+    problem.output.check_untouched()
 
 
 def test_one_row_may_have_any_stride(
@@ -221,15 +221,15 @@ def test_one_row_may_have_any_stride(
 def test_statuses(
     compiled: Backend, library: ctypes.CDLL, change: dict[str, int], status: int
 ) -> None:
-    """That a call is refused before it launches; what plans refuse is in test_gemm_plan.py."""
+    """A refused call must not launch. test_gemm_plan.py tests the refusals of plans."""
     problem = Problem(compiled, {"m": 4, "n": 20, "k": 64}, torch.float16)
     params = problem.params()
     for name, value in change.items():
-        # Addresses are moved off their alignment.
+        # Makes an address misaligned instead of replacing it.
         old = getattr(params, name)
         setattr(params, name, old + value if name in ("x_q", "w_q") else value)
     assert library.sqk_gemm_s8(byref(params), None) == status
-    problem.output.check_unharmed()
+    problem.output.check_untouched()
 
 
 def test_no_tokens(compiled: Backend, library: ctypes.CDLL) -> None:
@@ -241,7 +241,7 @@ def test_no_tokens(compiled: Backend, library: ctypes.CDLL) -> None:
 
 
 class Layer:
-    """A linear layer's operands, with the quantizer's results in poisoned buffers."""
+    """The operands of a linear layer, and poisoned buffers for the quantizer's results."""
 
     def __init__(self, backend: Backend, m: int, n: int, k: int, dtype: torch.dtype) -> None:
         put = backend.put
@@ -270,7 +270,7 @@ class Layer:
         assert status == SUCCESS
         size = plan.workspace_bytes
         first = 0 if plan.fused else plan.quantize.workspace_bytes
-        assert size == max(plan.gemm.workspace_bytes, first), "one follows the other"
+        assert size == max(plan.gemm.workspace_bytes, first), "the two launches share one workspace"
         with workspace_of(self.backend, params.gemm, max(size, 1)):
             if size > 0:
                 params.gemm.workspace_bytes = size - 1
@@ -313,7 +313,7 @@ def test_a_layer_is_fused_or_not(
             what = f"{m} {k} {tile}"
             layer.output.check(expected, what)
             if plan.fused:
-                assert bool((layer.x_q == POISON).all()), "nobody asked for x_q"
+                assert bool((layer.x_q == POISON).all()), "a fused launch must not write x_q"
                 params.quantize.x_q = params.quantize.x_scale = None
                 assert layer.run(library, params).fused
                 layer.output.check(expected, f"{what}, no x_q")
@@ -327,10 +327,10 @@ def test_a_layer_is_fused_or_not(
 
 
 @pytest.mark.parametrize("producer", ["rms_norm", "silu"])
-def test_a_norm_or_activation_comes_first(
+def test_a_layer_after_a_norm_or_activation(
     compiled: Backend, library: ctypes.CDLL, producer: str
 ) -> None:
-    """Then the quantizer is a launch of its own, and the GEMM takes what it wrote."""
+    """The quantizer is then a separate launch, and the GEMM reads its results."""
     for m in (3, 30):
         for scheme in cases.SCHEMES:
             layer = Layer(compiled, m, 37, 200, torch.bfloat16)
@@ -348,7 +348,7 @@ def test_a_norm_or_activation_comes_first(
                 assert_bitwise_equal(total, summed)
 
 
-def test_a_layer_that_is_refused(compiled: Backend, library: ctypes.CDLL) -> None:
+def test_wrong_layers_are_refused(compiled: Backend, library: ctypes.CDLL) -> None:
     layer = Layer(compiled, 20, 37, 100, torch.float16)
     for part, name, value in (
         ("quantize", "scheme", 3),
@@ -357,7 +357,7 @@ def test_a_layer_that_is_refused(compiled: Backend, library: ctypes.CDLL) -> Non
         ("gemm", "k", 0),
         ("gemm", "tile", 99),
         ("gemm", "out_scale", 4096),
-        # The two halves must be of one layer, and what one writes is what the other reads.
+        # The quantizer and the GEMM must agree on the shape, and the GEMM must read the quantizer's output.
         ("quantize", "m", 4),
         ("quantize", "k", 84),
         ("quantize", "x_q_stride", 113),
@@ -367,4 +367,4 @@ def test_a_layer_that_is_refused(compiled: Backend, library: ctypes.CDLL) -> Non
         setattr(getattr(params, part), name, value)
         assert c_gemm.linear_plan(library, params)[0] == INVALID_ARGUMENT, (part, name)
         assert library.sqk_linear_s8(byref(params), None) == INVALID_ARGUMENT, (part, name)
-    layer.output.check_unharmed()
+    layer.output.check_untouched()

@@ -1,4 +1,4 @@
-"""What the int8 GEMMs refuse, in the same sentences on every backend."""
+"""The int8 GEMMs refuse wrong arguments with the same sentences on every backend."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def refused(backend: Backend, op: str, change: dict[str, Any], sentence: str) ->
         for k, v in given.items()
         if v is not None
     }
-    # C++ raises RuntimeError only; the sentence is the same.
+    # C++ can raise only RuntimeError. The sentence is the same.
     with pytest.raises((RuntimeError, TypeError, ValueError), match=f"^{op}: .*{sentence}"):
         getattr(torch.ops.smoothquant_kernels, op)(**moved)
 
@@ -71,11 +71,11 @@ def test_refusals_of_float_outputs(backend: Backend, change: dict[str, Any], sen
 @pytest.mark.parametrize("name", G._fields[1:])
 def test_operands_on_two_devices_are_refused(backend: Backend, name: str) -> None:
     if backend.device == "cuda":
-        pytest.skip("test_cuda.py")
+        pytest.skip("tests/gpu/test_cuda.py tests this on a GPU")
     refused(backend, "gemm_s8", {name: getattr(G, name).to("meta")}, f"{name} is on meta, but")
 
 
-def test_other_refusals(backend: Backend) -> None:
+def test_refusals_of_out_scale_tile_and_splits(backend: Backend) -> None:
     refused(
         backend, "gemm_s8_requant", {"out_scale": torch.ones(2)}, r"out_scale must have shape \[1\]"
     )

@@ -1,4 +1,4 @@
-"""`linear_s8` gives the bits of the reference's quantizer and GEMM one after the other, fused or not."""
+"""`linear_s8`, fused or not, equals the reference's quantizer followed by its GEMM bit for bit."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from tests.support import cases
 from tests.support.backends import Backend
 from tests.support.compare import assert_bitwise_equal, count_result
 
-#: M on both sides of what one launch serves, and of the tiles behind it.
+#: M on both sides of the largest fused launch, and of the tiles for more tokens.
 TOKENS = (0, 1, 2, 5, 8, 9, 16, 17, 65)
-#: K: one channel, odd, whole vectors or not, several parts of a row for each warp; the longest are quantized first.
+#: K: one channel, odd sizes, whole and partial vectors, and several parts of a row for each warp. The longest rows are
+#: quantized in a launch of their own.
 CHANNELS = (1, 31, 64, 257, 1000, 2056, 4099)
 
 
@@ -36,7 +37,7 @@ def check(
     what: str = "",
     scale: float = 0.013,
 ) -> Tensor:
-    """x and the weights lie on the backend's device, in any layout; inv_smooth on the CPU. Returns y on the CPU."""
+    """x and the weights are on the backend's device, in any layout, and inv_smooth on the CPU. Returns y on the CPU."""
     options: dict[str, Any] = cases.quantize_options(scheme, scale)
     x_q, x_scale = reference.quantize(x.cpu(), inv_smooth, **options)
     added = None if bias is None else bias.cpu()
@@ -81,14 +82,14 @@ def test_every_number_of_tokens_and_channels(backend: Backend, m: int, dtype: to
     ("m", "k"), [(1, 16384), (3, 9000), (8, 5120), (8, 5128), (5, 8195), (9, 5120), (1, 50000)]
 )
 def test_long_rows(backend: Backend, m: int, k: int, dtype: torch.dtype) -> None:
-    """On both sides of what a block quantizes for itself; several rounds of a block's warps over a row."""
+    """Rows on both sides of the longest that a block quantizes itself, for which its warps need several rounds."""
     check_all(backend, backend.put(cases.activations(m, k, dtype)), 20, f"{m} {k}")
 
 
 @pytest.mark.parametrize("dtype", cases.FLOATS, ids=str)
 @pytest.mark.parametrize("k", [1, 31, 64, 1000])
 def test_edge_rows(backend: Backend, k: int, dtype: torch.dtype) -> None:
-    """Ties, zeros, subnormal and broken rows, alone, a few at a time, and many."""
+    """Rows of ties, zeros, subnormal and nonfinite values: some at a time, and all together."""
     w_q, w_scale, bias = weights(backend, 21, k)
     good, bad = cases.rows(cases.FINITE_ROWS, k, dtype), cases.rows(cases.BROKEN_ROWS, k, dtype)
     every = torch.cat([good, bad])
@@ -99,10 +100,10 @@ def test_edge_rows(backend: Backend, k: int, dtype: torch.dtype) -> None:
     for name, x in groups.items():
         broken = ~x.isfinite().all(-1)
         for scheme in cases.SCHEMES:
-            # 1: the ties are ties
+            # Under a scale of 1 the ties are exact.
             y = check(backend, backend.put(x), w_q, w_scale, bias, None, scheme, name, scale=1.0)
             if scheme == "token" and dtype != torch.float16:
-                # A token that is not finite is loud, and no other is.
+                # A token that is not finite gives a nonfinite output, and no other token gives a NaN.
                 assert bool((~y.isfinite()).any(-1)[broken].all()), name
                 assert not y[~broken].isnan().any(), name
 

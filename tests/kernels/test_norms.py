@@ -1,4 +1,4 @@
-"""The norm producers are within the derived bound of the reference; the residual's sum is exact."""
+"""The norm producers stay within the derived bound of the reference, and the sum with the residual is exact."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ EPS = 1e-5
 
 
 class Parameters:
-    """A norm's arguments for one K, of types that may differ from x's."""
+    """The parameters of a norm for one K. Their dtype may differ from x's."""
 
     def __init__(
         self, norm: str, k: int, dtype: torch.dtype, *, affine: bool = True, bias: bool = True
@@ -52,7 +52,7 @@ def check(
     what: str = "",
     k_multiple: int = 1,
 ) -> None:
-    """x and residual [M, K] lie on the backend's device, in any layout."""
+    """x and residual [M, K] are on the backend's device, in any layout."""
     k = x.shape[-1]
     differ, total_elements = 0, 0
     for inv_smooth in (None, cases.inverse_smooth(k)):
@@ -67,7 +67,7 @@ def check(
                 assert_bitwise_equal(found[2], total, f"{what} sum")
             else:
                 assert len(found) == 2
-            assert not found[0][..., k:].any(), "the pad is zero"
+            assert not found[0][..., k:].any(), "the padding must be zero"
             rows = total.reshape(-1, k)
             differ += tolerance.assert_quantized(
                 (found[0][..., :k], found[1]),
@@ -77,7 +77,7 @@ def check(
                 f"{what} {scheme}",
             )
             total_elements += rows.numel()
-    # Beside the bound of each element: hardly any of them uses it.
+    # Each element is within its bound, and hardly any differs at all.
     assert differ <= max(2, total_elements / 200), f"{what}: {differ} of {total_elements} differ"
 
 
@@ -111,7 +111,7 @@ def test_long_rows(compiled: Backend, norm: str, k: int, dtype: torch.dtype) -> 
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("parameter_dtype", cases.FLOATS, ids=str)
 @pytest.mark.parametrize("dtype", cases.FLOATS, ids=str)
-def test_parameters_of_any_type(
+def test_parameters_of_any_dtype(
     backend: Backend, norm: str, dtype: torch.dtype, parameter_dtype: torch.dtype
 ) -> None:
     for k in (128, 129):
@@ -123,7 +123,7 @@ def test_parameters_of_any_type(
 
 
 def squares_overflow(x: Tensor) -> Tensor:
-    """[M] rows whose sum of squares leaves float32: NaN on a GPU, finite in the reference and on the CPU."""
+    """[M]: rows whose sum of squares overflows float32. They give NaN on a GPU, but not on a CPU."""
     return (x.double().square().sum(-1) > 3e38) & x.isfinite().all(-1)
 
 
@@ -143,7 +143,7 @@ def test_edge_rows(backend: Backend, norm: str, k: int, dtype: torch.dtype) -> N
         check(backend, parameters, backend.put(torch.stack([good[2], row])), what=name)
     if backend.compiled and bool(huge.any()):
         x_q, x_scale = parameters.run(backend, backend.put(good[huge]))
-        assert bool(x_scale.isnan().all()) and not x_q.any(), "an overflow must be loud"
+        assert bool(x_scale.isnan().all()) and not x_q.any(), "an overflow must give a scale of NaN"
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -163,7 +163,7 @@ def test_any_layout(backend: Backend, norm: str) -> None:
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_a_token_does_not_depend_on_those_beside_it(backend: Backend, norm: str) -> None:
+def test_a_token_does_not_depend_on_its_neighbors(backend: Backend, norm: str) -> None:
     for k in (128, 1024, 4096, 8192):
         x = cases.activations(40, k, torch.bfloat16)
         parameters = Parameters(norm, k, torch.bfloat16)

@@ -1,4 +1,4 @@
-"""`quantize` gives the reference's bits for every type, scheme, layout and row."""
+"""`quantize` equals the reference bit for bit, for every dtype, scheme, layout and row."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from tests.support import cases
 from tests.support.backends import Backend
 from tests.support.compare import assert_all_bitwise_equal, count_result
 
-#: K on both sides of every change of path (csrc/quantize/table.h), whole vectors or not, and beyond the longest row; M
-#: on both sides of "few rows" for the simulated GPU, which has 8 multiprocessors, and for real ones.
+#: (M, K). K is on both sides of every change of path (csrc/quantize/table.h), with whole and partial vectors, and also
+#: beyond the longest row. M is on both sides of "few rows", for real GPUs and for the simulated one of 8 processors.
 LONG_ROWS = (
     (1, 8192), (1, 8200), (2, 16384), (1, 16392), (17, 5120), (17, 8200), (9, 16400), (3, 33024),
     (1, 24577), (3, 49160), (1, 65536), (3, 65536), (2, 65544), (3, 70000), (1, 70001), (270, 2056),
@@ -22,7 +22,7 @@ LONG_ROWS = (
 
 
 def check(backend: Backend, x: Tensor, what: str = "", multiples: tuple[int, ...] = (1,)) -> None:
-    """x lies on the backend's device, in any layout."""
+    """x is on the backend's device, in any layout."""
     for inv_smooth in (None, cases.inverse_smooth(x.shape[-1])):
         for scheme in cases.SCHEMES:
             options: dict[str, Any] = cases.quantize_options(scheme)
@@ -55,7 +55,7 @@ def test_every_number_of_rows_and_channels(
     backend: Backend, m: int, k: int, dtype: torch.dtype
 ) -> None:
     if m > 100 and k > 256:
-        pytest.skip("many rows: the short ones are enough")
+        pytest.skip("many rows are tested with few channels only")
     check(backend, backend.put(cases.activations(m, k, dtype)))
 
 
@@ -80,7 +80,7 @@ def test_edge_rows(backend: Backend, k: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("k", [5120, 9000, 20480])
 @pytest.mark.parametrize("position", [0, 7, 8, 4095, 4097, -1])
-def test_one_nan_anywhere_breaks_its_row_alone(backend: Backend, k: int, position: int) -> None:
+def test_one_nan_anywhere_spoils_only_its_row(backend: Backend, k: int, position: int) -> None:
     x = cases.activations(3, k, torch.float16)
     x[1, position] = torch.nan
     check(backend, backend.put(x))
@@ -147,7 +147,7 @@ def test_static_scales(backend: Backend, scale: float) -> None:
 
 
 def test_the_order_of_the_multiplications(backend: Backend) -> None:
-    """(x * inv_smooth) * inverse, and no other order: on values beside ties, which another order would round away."""
+    """The order is (x * inv_smooth) * inverse. Near ties, another order would round differently."""
     k, scale = 1024, 0.013
     inv_smooth = cases.inverse_smooth(k)
     x = (cases.rows({"ties": cases.FINITE_ROWS["ties"]}, k, torch.float32) * scale) / inv_smooth
@@ -162,7 +162,7 @@ def test_the_order_of_the_multiplications(backend: Backend) -> None:
     assert_all_bitwise_equal(found, expected)
 
 
-def test_the_result_is_the_same_every_time(backend: Backend) -> None:
+def test_results_are_reproducible(backend: Backend) -> None:
     x = backend.put(cases.activations(300, 1096, torch.bfloat16))
     for granularity in ("token", "tensor"):
         first = ops.quantize(x, granularity=granularity)
@@ -187,6 +187,6 @@ def test_refusals(backend: Backend, change: dict[str, Any], sentence: str) -> No
     on_device = {
         k: v.to(backend.device) if isinstance(v, Tensor) else v for k, v in arguments.items()
     }
-    # C++ raises RuntimeError only; the sentence is the same.
+    # C++ can raise only RuntimeError. The sentence is the same.
     with pytest.raises((RuntimeError, TypeError, ValueError), match=sentence):
         torch.ops.smoothquant_kernels.quantize(on_device.pop("x"), **on_device)

@@ -17,10 +17,10 @@ from tests.support.backends import Backend
     REFUSED,
     ids=[f"{c.name}-{i}" for i, (c, *_) in enumerate(REFUSED)],
 )
-def test_a_wrong_argument(
+def test_a_wrong_argument_raises_the_same_exception(
     call: Call, error: type[Exception], sentence: str, backend: Backend
 ) -> None:
-    """C++ throws RuntimeError only. The op's own check then says what is wrong, as on a CPU."""
+    """C++ can throw only RuntimeError. The op's own check then raises the same exception as on a CPU."""
     args, kwargs = tree_map(
         lambda t: backend.put(t) if isinstance(t, Tensor) else t, (call.args, call.kwargs)
     )
