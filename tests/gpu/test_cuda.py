@@ -13,28 +13,21 @@ import shutil
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
-from smoothquant_kernels import ops, reference
+from smoothquant_kernels import ops
 from smoothquant_kernels.backends import cuda
-from tests.ops import test_ops
-from tests.ops.test_ops import Call
-from tests.support import backends, cases, tolerance
+from tests.support import backends, cases
 from tests.support.compare import assert_all_bitwise_equal
-
-#: Ops whose results may differ from the CPU's by the bound of tests/support/tolerance.py.
-ROUNDED = ("rms_norm_quantize", "layer_norm_quantize", "act_quantize")
-GPU = "cuda"
-EPS = 1e-5
-
-T = TypeVar("T")
+from tests.support.gpu import GPU, assert_like_the_cpu, move, problems, tensors
+from tests.support.op_calls import CALLS, Call, each_call
 
 
 @pytest.fixture
@@ -45,70 +38,6 @@ def gpu() -> None:
 def on_gpu(test: Callable[..., None]) -> Callable[..., None]:
     """Marks a test that needs a GPU and the CUDA library."""
     return pytest.mark.cuda(pytest.mark.usefixtures("gpu")(test))  # type: ignore[no-any-return]
-
-
-def tensors(value: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
-
-
-def move(value: T, device: str) -> T:
-    """The same value with copies of its tensors. Dense tensors keep their strides."""
-    moved: T = tree_map(lambda t: t.to(device, copy=True) if isinstance(t, Tensor) else t, value)
-    return moved
-
-
-def problems(m: int, k: int, dtype: torch.dtype = torch.float16, seed: int = 0) -> list[Call]:
-    """Calls of every op on the GPU, with x [M, K] and all optional tensors."""
-    x, other = (cases.activations(m, k, dtype, seed + i) for i in (0, 1))
-    weight, bias = (cases.inverse_smooth(k, seed + i).to(dtype) for i in (2, 3))
-    made = []
-    for scheme in cases.SCHEMES:
-        options = cases.quantize_options(scheme)
-        options |= {"inv_smooth": cases.inverse_smooth(k, seed), "k_multiple": 16}
-        made += [
-            Call("quantize", (x,), options),
-            Call("rms_norm_quantize", (x, weight, EPS), {**options, "residual": other}),
-            Call("layer_norm_quantize", (x, weight, bias, EPS), {**options, "residual": other}),
-            Call("act_quantize", (x, "silu"), {**options, "gate": other}),
-        ]
-    gemm = cases.gemm_operands(m, 24, k, dtype=dtype, seed=seed)
-    added = {"bias": gemm.bias, "residual": gemm.residual}
-    made += [
-        Call("quantize", (x.t().contiguous().t(),), {}),  # the op copies it first
-        Call("gemm_s8", gemm[:4], {**added, "out_dtype": dtype}),
-        Call("gemm_s8_requant", (*gemm[:4], torch.ones(1)), {"bias": gemm.bias, "relu": True}),
-    ]
-    for scheme in cases.SCHEMES:
-        options = cases.quantize_options(scheme)
-        options |= {"inv_smooth": cases.inverse_smooth(k, seed), "bias": gemm.bias}
-        made.append(Call("linear_s8", (x, gemm.w_q, gemm.w_scale), options))
-    return [move(call, GPU) for call in made]
-
-
-def assert_like_the_cpu(call: Call, found: Any) -> None:
-    """Norms and activations stay within `tolerance` of the reference. All other ops equal the CPU bit for bit."""
-    call = move(call, "cpu")
-    expected = call.eager()
-    if call.name not in ROUNDED:
-        assert_all_bitwise_equal(found, expected, call.name)
-        return
-    x, options = call.args[0], call.kwargs
-    inv_smooth, residual = options.get("inv_smooth"), options.get("residual")
-    if call.name == "act_quantize":
-        near = tolerance.activation(x, call.args[1], options.get("gate"), inv_smooth)
-    else:
-        norm = {"rms": tolerance.rms_norm, "layer": tolerance.layer_norm}[call.name.split("_")[0]]
-        near = norm(reference.add_residual(x, residual), *call.args[1:], inv_smooth)
-    k = near.v.shape[-1]
-    granularity = options.get("granularity", "token")
-    for x_q, x_scale, *total in (found, expected):
-        assert not x_q[..., k:].any(), "the pad is zero"
-        tolerance.assert_quantized(
-            (x_q[..., :k], x_scale), near, options.get("scale"), granularity, call.name
-        )
-        assert len(total) == (residual is not None)
-    assert_all_bitwise_equal(found[2:], expected[2:], f"{call.name}: x + residual")
-    assert not found[0].numel() or int((found[0].cpu().int() - expected[0]).abs().max()) <= 1
 
 
 # --- results ----------------------------------------------------------------------------------------
@@ -134,11 +63,6 @@ def test_results_are_reproducible() -> None:
 
 
 # --- tracers and autograd -----------------------------------------------------------------------------
-
-CALLS = test_ops.calls()
-each_call = pytest.mark.parametrize(
-    "call", CALLS, ids=[f"{c.name}-{i}" for i, c in enumerate(CALLS)]
-)
 
 
 @on_gpu
@@ -286,7 +210,7 @@ def test_an_op_without_a_kernel_says_so(op: str) -> None:
         pytest.skip("no GPU")
     if cuda.has_cuda_kernel(op):
         pytest.skip(f"{op} has a CUDA kernel")
-    call = move(next(call for call in test_ops.calls() if call.name == op), GPU)
+    call = move(next(call for call in CALLS if call.name == op), GPU)
     major, minor = torch.cuda.get_device_capability()
     where = f"{torch.cuda.get_device_name()} (compute capability {major}.{minor})"
     with pytest.raises(RuntimeError, match=re.escape(f"no CUDA kernel for {op} on {where}: ")):

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from tests.gpu.test_cuda import CALLS, EPS, GPU, assert_like_the_cpu, move, problems, tensors
-from tests.ops.test_ops import Call
 from tests.support import backends, cases
 from tests.support.compare import assert_all_bitwise_equal
+from tests.support.gpu import EPS, GPU, assert_like_the_cpu, move, problems, tensors
+from tests.support.op_calls import CALLS, Call
 
 pytestmark = pytest.mark.cuda
 

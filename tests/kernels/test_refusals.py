@@ -8,8 +8,9 @@ import pytest
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from tests.ops.test_ops import REFUSED, Call
 from tests.support.backends import Backend
+from tests.support.op_calls import Call
+from tests.support.op_refusals import REFUSED
 
 
 @pytest.mark.parametrize(

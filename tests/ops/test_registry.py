@@ -13,8 +13,8 @@ import torch
 from smoothquant_kernels import ops
 from smoothquant_kernels.backends import onednn, reference
 from smoothquant_kernels.ops import registry
-from tests.ops.test_ops import Call, each_call
 from tests.support.compare import assert_all_bitwise_equal
+from tests.support.op_calls import Call, each_call
 
 #: The C++ kernels read their arguments from the dispatcher's stack in this order.
 QUANTIZER = 'Tensor? inv_smooth=None, Tensor? scale=None, str granularity="token", int k_multiple=1'

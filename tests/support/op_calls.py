@@ -1,0 +1,83 @@
+"""Calls of every op, for the tests of the ops on a CPU and on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from smoothquant_kernels import ops
+from tests.support import cases
+
+#: The sizes of `CALLS`.
+M, N, K = 6, 5, 18
+
+
+class Call(NamedTuple):
+    """One call of a public function of `ops`."""
+
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @property
+    def function(self) -> Callable[..., Any]:
+        return getattr(ops, self.name)  # type: ignore[no-any-return]
+
+    @property
+    def overload(self) -> torch._ops.OpOverload:
+        return getattr(torch.ops.smoothquant_kernels, self.name).default  # type: ignore[no-any-return]
+
+    def eager(self) -> Any:
+        return self.function(*self.args, **self.kwargs)
+
+
+def calls(m: int = M) -> list[Call]:
+    """Calls of every op with all of its arguments, and with each kind of scale and shape."""
+    x, other = (cases.activations(m, K, torch.bfloat16, seed) for seed in (0, 1))
+    inv_smooth, weight = cases.inverse_smooth(K), cases.inverse_smooth(K, 3)
+    static = torch.tensor([0.02])
+    smooth = {"inv_smooth": inv_smooth}
+    half = {"inv_smooth": inv_smooth[: K // 2]}
+    gemm = cases.gemm_operands(m, N, K)
+    scalar = cases.gemm_operands(m, N, K, per_token=False, per_channel=False)
+    every: dict[str, Any] = {"bias": gemm.bias, "residual": gemm.residual}
+    return [
+        Call("quantize", (x,), {}),
+        Call("quantize", (x,), {**smooth, "granularity": "tensor"}),
+        Call(
+            "quantize", (x,), {**smooth, "scale": static, "granularity": "tensor", "k_multiple": 16}
+        ),
+        Call("rms_norm_quantize", (x, weight, 1e-5), {}),
+        Call(
+            "rms_norm_quantize",
+            (x, weight, 1e-5),
+            {"residual": other, **smooth, "scale": static, "k_multiple": 7},
+        ),
+        Call("layer_norm_quantize", (x, None, None, 1e-5), {}),
+        Call(
+            "layer_norm_quantize",
+            (x, weight, inv_smooth, 1e-5),
+            {"residual": other, **smooth, "granularity": "tensor", "k_multiple": 16},
+        ),
+        Call("act_quantize", (x, "relu"), {}),
+        Call("act_quantize", (x, "silu"), {"gate": other, **smooth, "k_multiple": K // 2}),
+        Call("act_quantize", (x, "silu"), {"gate": other, **smooth, "granularity": "tensor"}),
+        Call("act_quantize", (x, "gelu_tanh_mul"), {**half, "scale": static, "k_multiple": 16}),
+        Call("gemm_s8", gemm[:4], {"out_dtype": torch.float16}),
+        Call("gemm_s8", gemm[:4], {**every, "out_dtype": torch.bfloat16}),
+        Call("gemm_s8", scalar[:4], {**every, "out_dtype": torch.float32}),
+        Call("gemm_s8_requant", (*gemm[:4], static), {}),
+        Call("gemm_s8_requant", (*gemm[:4], static), {"bias": gemm.bias, "relu": True}),
+        Call("linear_s8", (x, gemm.w_q, gemm.w_scale), {"granularity": "tensor"}),
+        Call(
+            "linear_s8", (x, gemm.w_q, gemm.w_scale), {"bias": gemm.bias, **smooth, "scale": static}
+        ),
+    ]
+
+
+CALLS = calls()
+IDS = [f"{call.name}-{i}" for i, call in enumerate(CALLS)]
+each_call = pytest.mark.parametrize("call", CALLS, ids=IDS)
