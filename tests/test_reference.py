@@ -149,9 +149,9 @@ def test_a_nonfinite_token_makes_only_its_own_output_nonfinite(
     dtype: torch.dtype, scheme: str
 ) -> None:
     k, n = 37, 5
-    good = cases.activations(2 * len(cases.BROKEN_ROWS) + 1, k, dtype)
+    good = cases.activations(2 * len(cases.NONFINITE_ROWS) + 1, k, dtype)
     mixed = good.clone()
-    mixed[1::2] = cases.rows(cases.BROKEN_ROWS, k, dtype)
+    mixed[1::2] = cases.rows(cases.NONFINITE_ROWS, k, dtype)
     w_q, w_scale = reference.quantize_weight(torch.randn(n, k, generator=cases.generator(3)))
     options = cases.quantize_options(scheme)
 
@@ -161,14 +161,14 @@ def test_a_nonfinite_token_makes_only_its_own_output_nonfinite(
 
     assert_bitwise_equal(layer(mixed)[::2], layer(good)[::2])
     assert bool(layer(good).isfinite().all())
-    for name, y in zip(cases.BROKEN_ROWS, layer(mixed)[1::2], strict=True):
+    for name, y in zip(cases.NONFINITE_ROWS, layer(mixed)[1::2], strict=True):
         assert not bool(y.isfinite().any()), f"{name} gave {y.tolist()}"
 
 
-@pytest.mark.parametrize("name", cases.BROKEN_ROWS)
+@pytest.mark.parametrize("name", cases.NONFINITE_ROWS)
 def test_with_one_dynamic_scale_a_nonfinite_token_spoils_all(name: str) -> None:
     x = cases.activations(4, 19)
-    x[2] = cases.BROKEN_ROWS[name](19, x.dtype)
+    x[2] = cases.NONFINITE_ROWS[name](19, x.dtype)
     x_q, x_scale = reference.quantize(x, granularity="tensor")
     y = reference.gemm_s8(x_q, cases.random_int8(3, 19), x_scale, torch.ones(1))
     assert not bool(y.isfinite().any())

@@ -39,16 +39,6 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return quantized()
-
-
-@pytest.fixture
-def saved(model: nn.Module, tmp_path: Path) -> Path:
-    return save_quantized(model, tmp_path / "model")
-
-
 # ------------------------------------------------------------------------------ save and load again
 
 

@@ -18,26 +18,13 @@ from torch import nn
 import smoothquant_kernels
 from smoothquant_kernels.checkpoint.load import load_quantized
 from smoothquant_kernels.checkpoint.manifest import MANIFEST
-from smoothquant_kernels.checkpoint.save import save_quantized
 from tests.support.checkpoints import (
     WEIGHTS,
     llama,
     manifest_of,
-    quantized,
     refusal,
     rewrite,
 )
-
-
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return quantized()
-
-
-@pytest.fixture
-def saved(model: nn.Module, tmp_path: Path) -> Path:
-    return save_quantized(model, tmp_path / "model")
-
 
 # ------------------------------------------------------------------------------ folders refused
 

@@ -19,18 +19,7 @@ from smoothquant_kernels.checkpoint.load import load_quantized
 from smoothquant_kernels.checkpoint.save import save_quantized
 from smoothquant_kernels.storage import folder as folder_module
 from smoothquant_kernels.storage.safetensors import write_safetensors
-from tests.support.checkpoints import contents, quantized, refusal
-
-
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return quantized()
-
-
-@pytest.fixture
-def saved(model: nn.Module, tmp_path: Path) -> Path:
-    return save_quantized(model, tmp_path / "model")
-
+from tests.support.checkpoints import contents, refusal
 
 # ------------------------------------------------------------------------------ complete or absent
 

@@ -92,12 +92,12 @@ def test_long_rows(
 @pytest.mark.parametrize("k", [2, 62, 64, 2048])
 def test_edge_rows(backend: Backend, kind: str, k: int, dtype: torch.dtype) -> None:
     good = cases.rows(cases.FINITE_ROWS, k, dtype)
-    bad = cases.rows(cases.BROKEN_ROWS, k, dtype)
+    bad = cases.rows(cases.NONFINITE_ROWS, k, dtype)
     check(backend, backend.put(good), kind, what="finite")
     check(backend, backend.put(torch.cat([good, bad, good])), kind, what="all")
     if k not in (62, 64):
         return  # these two cover every path and vector with a single row
-    for name, row in zip(cases.BROKEN_ROWS, bad, strict=True):
+    for name, row in zip(cases.NONFINITE_ROWS, bad, strict=True):
         check(backend, backend.put(torch.stack([good[2], row])), kind, what=name)
         if kind not in FUSED:
             both = backend.put(torch.stack([good[2], row]))
@@ -157,7 +157,7 @@ def test_any_layout(backend: Backend, dtype: torch.dtype) -> None:
 )  # fmt: skip
 def test_refusals(backend: Backend, arguments: dict[str, Any], sentence: str) -> None:
     given: dict[str, Any] = {"x": torch.ones(4, 6), "kind": "silu", **arguments}
-    on_device = {k: v.to(backend.device) if isinstance(v, Tensor) else v for k, v in given.items()}
+    on_device = backend.move(given)
     with pytest.raises((RuntimeError, TypeError, ValueError), match=sentence):
         torch.ops.smoothquant_kernels.act_quantize(
             on_device.pop("x"), on_device.pop("kind"), **on_device

@@ -132,14 +132,14 @@ def squares_overflow(x: Tensor) -> Tensor:
 @pytest.mark.parametrize("k", [1, 31, 64, 1024])
 def test_edge_rows(backend: Backend, norm: str, k: int, dtype: torch.dtype) -> None:
     good = cases.rows(cases.FINITE_ROWS, k, dtype)
-    bad = cases.rows(cases.BROKEN_ROWS, k, dtype)
+    bad = cases.rows(cases.NONFINITE_ROWS, k, dtype)
     parameters = Parameters(norm, k, dtype)
     huge = squares_overflow(good)
     if norm == "layer_norm" and k == 1:
         huge &= False  # x - mean is 0 there
     check(backend, parameters, backend.put(good[~huge]), what="finite")
     check(backend, parameters, backend.put(torch.cat([good[~huge], bad, good[~huge]])), what="all")
-    for name, row in zip(cases.BROKEN_ROWS, bad, strict=True):
+    for name, row in zip(cases.NONFINITE_ROWS, bad, strict=True):
         check(backend, parameters, backend.put(torch.stack([good[2], row])), what=name)
     if backend.compiled and bool(huge.any()):
         x_q, x_scale = parameters.run(backend, backend.put(good[huge]))
@@ -186,7 +186,7 @@ def test_a_token_does_not_depend_on_its_neighbors(backend: Backend, norm: str) -
 )  # fmt: skip
 def test_refusals(backend: Backend, change: dict[str, Any], sentence: str) -> None:
     given: dict[str, Any] = {"weight": torch.ones(8), **change}
-    on_device = {k: v.to(backend.device) if isinstance(v, Tensor) else v for k, v in given.items()}
+    on_device = backend.move(given)
     x = torch.ones(2, 8, device=backend.device)
     with pytest.raises((RuntimeError, TypeError, ValueError), match=sentence):
         torch.ops.smoothquant_kernels.rms_norm_quantize(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from smoothquant_kernels import SmoothQuantConfig, SmoothQuantError, calibrate_model, smooth_lm
 from smoothquant_kernels.smoothing.calibrate import calibration_batches
-from tests.support.models import LLAMA_LIKE, VOCAB, make_model, token_batches
+from tests.support.models import LLAMA_LIKE, VOCAB, make_model, small_t5, token_batches
 
 SMALL: dict[str, Any] = {**LLAMA_LIKE, "num_hidden_layers": 1, "max_position_embeddings": 32}
 IMAGE = 120
@@ -27,14 +27,6 @@ def ids(rows: int, length: int, seed: int = 0) -> Tensor:
 
 def classifier() -> nn.Module:
     return t.BertForSequenceClassification(t.BertConfig(**SMALL, num_labels=3)).eval()  # type: ignore[no-any-return]
-
-
-def t5() -> nn.Module:
-    config = t.T5Config(
-        vocab_size=VOCAB, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4,
-        decoder_start_token_id=0,
-    )  # fmt: skip
-    return t.T5ForConditionalGeneration(config)
 
 
 class Named(nn.Module):
@@ -232,7 +224,7 @@ def test_windows_fit_the_model_and_the_tokenizer() -> None:
 @pytest.mark.parametrize(
     ("make", "batch", "message"),
     [
-        (t5, {"input_ids": ids(1, 8)}, "nothing for its decoder to read: pass `labels` or"),
+        (small_t5, {"input_ids": ids(1, 8)}, "nothing for its decoder to read: pass `labels` or"),
         (Named, {"input_ids": ids(1, 8), "images": torch.zeros(1, 3)}, "takes no images"),
         (lambda: make_model("opt"), {"input_ids": [[1, 2], [3]]}, "pad it to one shape"),
         (lambda: make_model("opt"), {"input_ids": {"a": 1}}, "is a dict: pass tensors"),

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from smoothquant_kernels import (
-    SmoothQuantConfig,
     SmoothQuantError,
     W8A8Linear,
     quantize_model,
@@ -23,32 +22,11 @@ from smoothquant_kernels.modeling.run import evaluating, output_tensor, run
 from smoothquant_kernels.modeling.sample_inputs import runnable_batch
 from smoothquant_kernels.modeling.view import ModelView
 from tests.support.families import FAMILIES
-from tests.support.models import HIDDEN, VOCAB, token_batches
-
-EXACT = SmoothQuantConfig(smooth_rounding="power_of_two", only_where_better=False)
-
-
-class Model(nn.Module):
-    """An embedding, a norm and four linears. Subclasses define `middle`."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.embed = nn.Embedding(VOCAB, HIDDEN)
-        self.norm = nn.LayerNorm(HIDDEN)
-        self.a, self.b, self.c = (nn.Linear(HIDDEN, HIDDEN) for _ in range(3))
-        self.head = nn.Linear(HIDDEN, VOCAB)
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        x = self.norm(self.embed(input_ids))
-        y: Tensor = self.head(self.middle(x))
-        return y
-
-    def middle(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
+from tests.support.four_linears import FourLinears, ReadsInTraining, quantized_both_ways
+from tests.support.models import EXACT, HIDDEN, VOCAB, skip_reasons, token_batches
 
 
-class Functional(Model):
+class Functional(FourLinears):
     def middle(self, x: Tensor) -> Tensor:
         return self.a(x) + F.linear(self.c(x), self.b.weight, self.b.bias)
 
@@ -57,7 +35,7 @@ def _fused(x: Tensor, up: nn.Linear, down: nn.Linear) -> Tensor:
     return F.linear(torch.relu(F.linear(x, up.weight, up.bias)), down.weight, down.bias)
 
 
-class Fused(Model):
+class Fused(FourLinears):
     def middle(self, x: Tensor) -> Tensor:
         return self.c(x) + _fused(x, down=self.a, up=self.b)
 
@@ -68,14 +46,14 @@ class Product(torch.autograd.Function):
         return x @ w.t()
 
 
-class Custom(Model):
+class Custom(FourLinears):
     def middle(self, x: Tensor) -> Tensor:
         for layer in (self.a, self.b):
             x = Product.apply(x, layer.weight)  # type: ignore[no-untyped-call]
         return self.c(x)
 
 
-class Called(Model):
+class Called(FourLinears):
     """Reads only the type of a weight, and calls `forward` directly."""
 
     def middle(self, x: Tensor) -> Tensor:
@@ -84,15 +62,7 @@ class Called(Model):
         return self.c(self.b.forward(self.a(x)))
 
 
-class Training(Model):
-    """Reads a weight on a path that inference does not take."""
-
-    def middle(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.b.weight, self.b.bias) if self.training else self.b(x)
-        return self.c(self.a(y))
-
-
-class Long(Model):
+class Long(FourLinears):
     """Only inputs that are longer than any sample reach the path that reads a weight and a norm's output."""
 
     def middle(self, x: Tensor) -> Tensor:
@@ -100,7 +70,7 @@ class Long(Model):
         return y + (F.linear(y, self.b.weight) + x if x.shape[1] > 40 else self.b(y))
 
 
-class Asking(Model):
+class Asking(FourLinears):
     """Asks two modules for their type in the usual way. One would have no parameter left, the other one would."""
 
     def __init__(self) -> None:
@@ -126,7 +96,7 @@ class Described(nn.Linear):
         return self.in_features
 
 
-class Using(Model):
+class Using(FourLinears):
     def __init__(self) -> None:
         super().__init__()
         self.a, self.b, self.c, self.d = (Described(HIDDEN, HIDDEN) for _ in range(4))
@@ -135,20 +105,14 @@ class Using(Model):
         return self.d(input=self.c(self.b(self.a(x, scale=0.5)), 2.0)) / self.d.size()
 
 
-READERS: dict[str, tuple[type[Model], set[str]]] = {
+READERS: dict[str, tuple[type[FourLinears], set[str]]] = {
     "functional": (Functional, {"b"}),
     "helper": (Fused, {"a", "b"}),
     "autograd function": (Custom, {"a", "b"}),
     "types": (Called, set()),
-    "training": (Training, set()),
+    "training": (ReadsInTraining, set()),
     "long": (Long, {"b"}),
 }
-
-
-def both_ways(model: nn.Module) -> list[nn.Module]:
-    """The model, quantized without data and quantized after smoothing."""
-    smoothed = smooth_lm(copy.deepcopy(model), token_batches(), config=EXACT, progress=False)
-    return [quantize_model(copy.deepcopy(model)), quantize_model(smoothed)]
 
 
 @pytest.mark.parametrize("case", READERS)
@@ -157,8 +121,8 @@ def test_layers_that_others_read_stay_in_float(case: str) -> None:
     model = kind().eval()
     ids = token_batches()[0]
     y = model(ids)
-    for made in both_ways(model):
-        skipped = {e["name"]: e["reason"] for e in made.smoothquant_info["skipped"]}  # type: ignore[union-attr, index]
+    for made in quantized_both_ways(model):
+        skipped = skip_reasons(made)
         assert skipped.keys() == expected
         assert all(
             r.endswith("reads its parameters from outside: stays in float")
@@ -183,8 +147,8 @@ def test_a_module_that_reads_its_dtype_keeps_a_parameter() -> None:
     model = Asking().eval()
     ids = token_batches()[0]
     y = model(ids)
-    for made in both_ways(model):
-        skipped = {e["name"]: e["reason"] for e in made.smoothquant_info["skipped"]}  # type: ignore[union-attr, index]
+    for made in quantized_both_ways(model):
+        skipped = skip_reasons(made)
         assert skipped == {
             "b.0": "Sequential asks its parameters for their type, and this is its first: stays in float"
         }
@@ -195,8 +159,8 @@ def test_a_layer_stays_in_float_if_its_extra_features_are_used() -> None:
     model = Using().eval()
     ids = token_batches()[0]
     y = model(ids)
-    for made in both_ways(model):
-        skipped = {e["name"]: e["reason"] for e in made.smoothquant_info["skipped"]}  # type: ignore[union-attr, index]
+    for made in quantized_both_ways(model):
+        skipped = skip_reasons(made)
         assert skipped == {
             "a": "it is called with scale, which an int8 layer does not have: stays in float",
             "c": "it is called with a second argument, which an int8 layer does not have: stays in float",
@@ -254,7 +218,7 @@ def test_the_fast_path_of_the_transformer_encoder(norm_first: bool, smooth: bool
             assert torch.equal(made(x), y)
     quantize_model(made)
     assert [n for n, m in made.named_modules() if isinstance(m, W8A8Linear)] == ["1"]
-    reasons = {e["name"]: e["reason"] for e in made.smoothquant_info["skipped"]}  # type: ignore[union-attr, index]
+    reasons = skip_reasons(made)
     for name in ("0.layers.0.linear1", "0.layers.1.linear2"):
         assert reasons[name] == (
             "aten._transformer_encoder_layer_fwd reads its parameters from outside: stays in float"
@@ -271,7 +235,7 @@ def test_the_fast_path_of_the_transformer_encoder(norm_first: bool, smooth: bool
 def test_layers_that_mambas_scan_reads_stay_in_float() -> None:
     config = t.MambaConfig(vocab_size=VOCAB, hidden_size=HIDDEN, num_hidden_layers=2, state_size=4)
     model = t.MambaForCausalLM(config).eval()
-    for made in both_ways(model):
+    for made in quantized_both_ways(model):
         int8 = {n.split(".")[-1] for n, m in made.named_modules() if isinstance(m, W8A8Linear)}
         assert int8 == {"in_proj", "x_proj", "out_proj"}
         with evaluating(made):

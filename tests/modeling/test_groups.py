@@ -6,12 +6,22 @@ import pytest
 import torch
 from torch import nn
 
-from smoothquant_kernels import SmoothQuantConfig, calibrate_model, smooth_lm
+from smoothquant_kernels import calibrate_model, smooth_lm
 from smoothquant_kernels.modeling import groups as groups_module
 from smoothquant_kernels.modeling.float_layers import stays_in_float
 from smoothquant_kernels.modeling.groups import find_groups
 from smoothquant_kernels.modeling.view import ModelView
-from tests.support.models import CONFIGS, GQA, HIDDEN, VOCAB, make_model, token_batches
+from tests.support.models import (
+    CONFIGS,
+    EXACT,
+    GQA,
+    HIDDEN,
+    VOCAB,
+    layers_of,
+    make_model,
+    skip_reasons,
+    token_batches,
+)
 
 _LLAMA = {
     "q_proj k_proj v_proj": "input_layernorm",
@@ -280,17 +290,17 @@ def test_experts_that_the_sample_does_not_reach_are_smoothed(dense: bool) -> Non
     model = Mixture(dense)
     data = token_batches()
     before = [model(ids) for ids in data]
-    config = SmoothQuantConfig(smooth_rounding="power_of_two", only_where_better=False)
-    statistics = calibrate_model(model, data, config, progress=False)
+    statistics = calibrate_model(model, data, EXACT, progress=False)
     reached = {n for n in statistics.absmax if n.startswith("up")}
     statistics.sample = {"input_ids": data[0][:1, :2]}  # two tokens reach two experts at most
-    smooth_lm(model, statistics, config=config)
-    layers = {e["name"]: e for e in model.smoothquant_info["layers"]}
+    smooth_lm(model, statistics, config=EXACT)
+    layers = layers_of(model)
     assert {
         n for n in layers if n.startswith("up") and layers[n]["smoothing"] == "runtime"
     } == reached
-    skipped = {e["name"]: e["reason"] for e in model.smoothquant_info["skipped"]}
-    assert skipped == {"router": "aten.argmax reads its output: it selects, and stays in float"}
+    assert skip_reasons(model) == {
+        "router": "aten.argmax reads its output: it selects, and stays in float"
+    }
     silent = [e for e in layers.values() if e["reason"] == "not called on the sample batch"]
     assert len(silent) >= 2 * (len(reached) - 2) > 0
     # Both models add the same numbers over K in the same order, so the results are equal bit for bit.

@@ -15,7 +15,6 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 
 from smoothquant_kernels import (
     ActivationStatistics,
-    SmoothQuantConfig,
     SmoothQuantError,
     calibrate_model,
     quantize_model,
@@ -23,9 +22,7 @@ from smoothquant_kernels import (
     smooth_lm,
 )
 from smoothquant_kernels.nn.linear import W8A8Linear
-from tests.support.models import make_model, token_batches
-
-EXACT = SmoothQuantConfig(smooth_rounding="power_of_two", only_where_better=False)
+from tests.support.models import EXACT, layers_of, make_model, token_batches
 
 
 def x(seed: int = 0) -> Tensor:
@@ -52,8 +49,8 @@ def test_the_input_of_an_unreached_head_is_not_changed() -> None:
     before = [model(**c) for c in calls]
     smooth_lm(model, calls, config=EXACT, progress=False)
     assert all(torch.equal(model(**c), y) for c, y in zip(calls, before, strict=True))
-    reasons = {e["name"]: e["reason"] for e in model.smoothquant_info["layers"]}
-    assert "heads.1, not called on the sample, may read norm too" in reasons["heads.0"]
+    reason = layers_of(model)["heads.0"]["reason"]
+    assert "heads.1, not called on the sample, may read norm too" in reason
 
 
 @dataclass
@@ -177,7 +174,7 @@ def test_a_probe_may_route_other_tokens_to_an_expert() -> None:
         before = model(data[0])
         smooth_lm(model, data, config=EXACT, progress=False)
         assert torch.equal(model(data[0]), before)
-    layers = {entry["name"]: entry for entry in model.smoothquant_info["layers"]}  # type: ignore[union-attr,call-overload]
+    layers = layers_of(model)
     assert {layers[f"experts.{i}"]["smoothing"] for i in range(4)} == {"runtime"}
 
 

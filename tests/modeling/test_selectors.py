@@ -13,11 +13,11 @@ from torch.nn import functional as F
 from smoothquant_kernels import W8A8Linear, smooth_lm
 from smoothquant_kernels.modeling.float_layers import stays_in_float
 from smoothquant_kernels.modeling.view import ModelView
-from tests.modeling.test_float_layers import EXACT, Model, Training, both_ways
-from tests.support.models import HIDDEN, VOCAB, token_batches
+from tests.support.four_linears import FourLinears, ReadsInTraining, quantized_both_ways
+from tests.support.models import EXACT, HIDDEN, VOCAB, skip_reasons, token_batches
 
 
-class Choosing(Model):
+class Choosing(FourLinears):
     """A mixture of three experts, which a linear with a neutral name selects."""
 
     def __init__(self, how: str) -> None:
@@ -198,8 +198,8 @@ WAYS: dict[str, tuple[Callable[[Choosing, Tensor], Tensor], dict[str, str]]] = {
 @pytest.mark.parametrize("way", WAYS)
 def test_selecting_linears_stay_in_float(way: str) -> None:
     model = Choosing(way).eval()
-    for made in both_ways(model):
-        skipped = {e["name"]: e["reason"] for e in made.smoothquant_info["skipped"]}  # type: ignore[union-attr, index]
+    for made in quantized_both_ways(model):
+        skipped = skip_reasons(made)
         assert skipped == {
             name: f"{op if '.' in op else f'aten.{op}'} reads its output: it selects, and stays in float"
             for name, op in WAYS[way][1].items()
@@ -212,7 +212,7 @@ def test_selecting_linears_stay_in_float(way: str) -> None:
 
 
 def test_an_argmax_that_is_only_returned_selects_nothing() -> None:
-    class Greedy(Training):
+    class Greedy(ReadsInTraining):
         def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
             logits = super().forward(input_ids)
             return logits, logits.argmax(-1)
@@ -256,10 +256,10 @@ def test_gemma_4_keeps_its_routers() -> None:
         sliding_window=16, num_kv_shared_layers=0,
     )  # fmt: skip
     torch.manual_seed(0)
-    for made in both_ways(t.Gemma4ForCausalLM(config).eval()):
+    for made in quantized_both_ways(t.Gemma4ForCausalLM(config).eval()):
         routers = {n: m for n, m in made.named_modules() if n.endswith("router.proj")}
         assert len(routers) == 2 and not any(isinstance(m, W8A8Linear) for m in routers.values())
-        reasons = {e["name"]: e["reason"] for e in made.smoothquant_info["skipped"]}  # type: ignore[union-attr, index]
+        reasons = skip_reasons(made)
         assert {reasons[n] for n in routers} == {
             "aten.topk reads its output: it selects, and stays in float"
         }

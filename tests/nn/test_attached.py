@@ -21,6 +21,7 @@ from smoothquant_kernels import (
     smooth_and_quantize,
 )
 from tests.support.compare import assert_bitwise_equal
+from tests.support.models import skip_reasons
 
 K = 16
 X = torch.randn(8, K, generator=torch.Generator().manual_seed(1))
@@ -37,10 +38,6 @@ class Two(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.b(torch.tanh(self.a(self.norm(x))))
         return y
-
-
-def skipped(model: Any) -> dict[str, str]:
-    return {entry["name"]: entry["reason"] for entry in model.smoothquant_info["skipped"]}
 
 
 # --- attachments that move ------------------------------------------------------------------------------------
@@ -80,7 +77,7 @@ def test_a_forward_hook_moves_to_the_int8_layer(hook: str, smooth: bool) -> None
         smooth_and_quantize(model, [{"x": X}], progress=False)
     else:
         quantize_model(model)
-    assert isinstance(model.b, W8A8Linear) and "b" not in skipped(model)
+    assert isinstance(model.b, W8A8Linear) and "b" not in skip_reasons(model)
     # int8 rounds each of 16 products by at most 1/254 of the largest. The hooks change the result far more.
     assert (model(X) - before).abs().max() < 0.1 * (before - plain(X)).abs().max()
     hooked = model(X)
@@ -236,7 +233,10 @@ def test_an_attachment_that_cannot_move_keeps_the_layer_in_float(what: str) -> N
     config = SmoothQuantConfig(folding="never")
     smooth_and_quantize(model, [{"x": X}], config, progress=False)
     assert isinstance(model.a, nn.Linear) and isinstance(model.b, W8A8Linear)
-    assert skipped(model)["a"].startswith(f"{reason}") and "stays in float" in skipped(model)["a"]
+    assert (
+        skip_reasons(model)["a"].startswith(f"{reason}")
+        and "stays in float" in skip_reasons(model)["a"]
+    )
     x = model.a(model.norm(X))
     assert_bitwise_equal(model.b(torch.tanh(x)), model(X))
     assert (model(X) - before).abs().max() < 0.05 * before.abs().max()  # only b's int8 rounding

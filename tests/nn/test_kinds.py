@@ -36,7 +36,7 @@ from smoothquant_kernels.report.measure import Plan, half_stand_in, stand_in
 from tests.support.checkpoints import assert_same_bits, logits, manifest_of, refusal, rewrite
 from tests.support.command_line import Result
 from tests.support.half_linear import HalfKind, HalfLinear
-from tests.support.models import make_model, token_batches
+from tests.support.models import layers_of, make_model, token_batches
 
 PACKAGE = Path(smoothquant_kernels.__file__).parent
 #: The folders whose code must work with every kind.
@@ -90,7 +90,7 @@ def halves(model: nn.Module) -> list[str]:
 def test_each_kind_replaces_its_layers(quantized: Any) -> None:
     assert halves(quantized) == HALF
     assert sum(isinstance(m, W8A8Linear) for m in quantized.modules()) == 12
-    layers = {layer["name"]: layer for layer in quantized.smoothquant_info["layers"]}
+    layers = layers_of(quantized)
     assert len(layers) == 14
     assert {n for n, la in layers.items() if la["activation_scheme"] == "none"} == set(HALF)
     assert {layers[n]["smoothing"] for n in HALF} == {"runtime"}

@@ -29,7 +29,7 @@ from smoothquant_kernels.search.candidates import ALPHAS, Space
 from smoothquant_kernels.search.result import Choice, GroupResult, Validation
 from smoothquant_kernels.search.sensitivity import divergence, record
 from smoothquant_kernels.smoothing.factors import group_factors, weight_absmax
-from tests.support.models import make_model, token_batches
+from tests.support.models import layers_of, make_model, token_batches
 
 DATA = token_batches(8)
 STATIC = SmoothQuantConfig(activation_scheme="static")
@@ -202,7 +202,7 @@ def test_the_cheapest_candidates_are_chosen(scheme: str) -> None:
     )
     assert result.searched_cost <= result.fixed_cost
     smooth_and_quantize(model, DATA, result.config, progress=False)
-    layers = {layer["name"]: layer for layer in model.smoothquant_info["layers"]}
+    layers = layers_of(model)
     for name, alpha in result.config.alphas.items():
         assert layers[name]["alpha"] == alpha
         assert layers[name]["activation_scheme"] == result.config.schemes.get(name, scheme)

@@ -23,7 +23,7 @@ from smoothquant_kernels.modeling.run import evaluating
 from smoothquant_kernels.nn.float_linear import pending_smooth
 from smoothquant_kernels.schemes import ACTIVATION_SCHEMES
 from smoothquant_kernels.smoothing.int8_error import int8_errors, static_scale
-from tests.support.models import make_model, token_batches
+from tests.support.models import layers_of, make_model, token_batches
 
 DATA = token_batches(2, length=24)
 
@@ -93,7 +93,7 @@ def test_a_group_that_smoothing_makes_worse_is_not_smoothed() -> None:
     ]
     before = copy.deepcopy(model.state_dict())
     smooth_lm(model, data, alpha=1.0, progress=False)
-    layers = {layer["name"]: layer for layer in model.smoothquant_info["layers"]}
+    layers = layers_of(model)
     assert layers["second"]["smoothing"] == "runtime" and layers["second"]["alpha"] == 1.0
     first = layers["first"]
     assert first["smoothing"] == "none" and first["alpha"] is None
@@ -120,6 +120,6 @@ def test_planted_outliers_are_smoothed_everywhere(scheme: str) -> None:
     statistics = calibrate_model(model, DATA, progress=False)
     config = SmoothQuantConfig(activation_scheme=scheme, massive_activations="keep")
     smooth_lm(model, statistics, config=config)
-    layers = {layer["name"]: layer for layer in model.smoothquant_info["layers"]}
+    layers = layers_of(model)
     after_norms = [n for names in llama_readers(model).values() for n in names]
     assert after_norms and all(layers[n]["smoothing"] == "folded" for n in after_norms)

@@ -16,7 +16,7 @@ from smoothquant_kernels import (
     smooth_lm,
 )
 from smoothquant_kernels.config import DEFAULT_ALPHA
-from tests.support.models import logits, make_model, token_batches
+from tests.support.models import layers_of, logits, make_model, token_batches
 
 LAYER = "model.layers.1."
 STATIC = SmoothQuantConfig(
@@ -28,10 +28,6 @@ def quantized(config: SmoothQuantConfig, family: str = "llama") -> Any:
     return smooth_and_quantize(make_model(family), token_batches(), config, progress=False)
 
 
-def layers(model: Any) -> dict[str, dict[str, Any]]:
-    return {layer["name"]: layer for layer in model.smoothquant_info["layers"]}
-
-
 def test_each_setting_changes_only_its_layer() -> None:
     plain = quantized(STATIC)
     own = STATIC.replace(
@@ -40,7 +36,7 @@ def test_each_setting_changes_only_its_layer() -> None:
         schemes={f"{LAYER}mlp.gate_proj": "per_token", f"{LAYER}mlp.up_proj": "per_tensor"},
     )
     changed = quantized(own)
-    before, after = layers(plain), layers(changed)
+    before, after = layers_of(plain), layers_of(changed)
     different = {n for n in before if before[n] != after[n]}
     # gate_proj and up_proj get their own schemes and share the default alpha of gate_proj's scheme.
     assert after[f"{LAYER}mlp.up_proj"]["alpha"] == DEFAULT_ALPHA["per_token"]
@@ -54,7 +50,7 @@ def test_each_setting_changes_only_its_layer() -> None:
 
 
 def test_groups_are_recorded() -> None:
-    info = layers(quantized(STATIC))
+    info = layers_of(quantized(STATIC))
     qkv = [f"{LAYER}self_attn.{n}_proj" for n in "qkv"]
     assert all(info[name]["group"] == qkv for name in qkv)
     assert info[f"{LAYER}mlp.down_proj"]["group"] == [f"{LAYER}mlp.down_proj"]
@@ -80,7 +76,7 @@ def test_factors_do_not_depend_on_folding(family: str) -> None:
     for folding in ("auto", "never"):
         config = SmoothQuantConfig(smooth_rounding="power_of_two", folding=folding)
         model = smooth_and_quantize(make_model(family), statistics, config, progress=False)
-        infos.append([(x["name"], x["x_absmax"]) for x in layers(model).values()])
+        infos.append([(x["name"], x["x_absmax"]) for x in layers_of(model).values()])
         outputs.append(logits(model, token_batches(1)[0]))
     assert infos[0] == infos[1]
     # With powers of two, the int8 weights and activations are equal, and each scale is equal up to a power of two. So

@@ -13,7 +13,7 @@ from smoothquant_kernels import calibrate_model
 from smoothquant_kernels.modeling.run import evaluating, run
 from smoothquant_kernels.modeling.view import ModelView
 from smoothquant_kernels.smoothing.padding import OUTPUT, Padding
-from tests.support.models import LLAMA_LIKE, VOCAB, make_model
+from tests.support.models import LLAMA_LIKE, VOCAB, make_model, small_t5
 
 ROWS, LENGTH = 3, 16
 SMALL: dict[str, Any] = {**LLAMA_LIKE, "num_hidden_layers": 1, "max_position_embeddings": LENGTH}
@@ -35,14 +35,6 @@ def mask(padding: int, *, left: bool = False, length: int = LENGTH) -> Tensor:
     result = torch.ones(ROWS, length, dtype=torch.long)
     result[1:, slice(0, padding) if left else slice(length - padding, length)] = 0
     return result
-
-
-def t5() -> nn.Module:
-    config = t.T5Config(
-        vocab_size=VOCAB, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4,
-        decoder_start_token_id=0,
-    )  # fmt: skip
-    return t.T5ForConditionalGeneration(config)
 
 
 def by_hand(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -70,7 +62,7 @@ def absmax(x: Tensor, keep: Tensor | None) -> Tensor:
 @pytest.mark.parametrize("own", [False, True])
 def test_each_text_of_an_encoder_decoder_has_its_own_mask(left: bool, own: bool) -> None:
     """Source and target are equally long. Keys and values of the cross attention read the source."""
-    model, source, target = t5(), mask(7, left=left), mask(4, left=left)
+    model, source, target = small_t5(), mask(7, left=left), mask(4, left=left)
     batch = {"input_ids": ids(), "attention_mask": source, "decoder_input_ids": ids(1)}
     batch |= {"decoder_attention_mask": target} if own else {}
     got = calibrate_model(model, [batch], progress=False).absmax
@@ -131,9 +123,8 @@ def test_models_that_read_one_text(make: Any, others: set[str], left: bool) -> N
 
 def test_images_with_as_many_patches_as_tokens_are_not_masked() -> None:
     text = t.CLIPTextConfig(**{**SMALL, "max_position_embeddings": 10}, eos_token_id=2)
-    vision = t.CLIPVisionConfig(
-        **TOWER, image_size=24, patch_size=8
-    )  # 9 patches and the class token
+    # 9 patches and the class token
+    vision = t.CLIPVisionConfig(**TOWER, image_size=24, patch_size=8)
     config = t.CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict())
     model = t.CLIPModel(config)
     batch = {
@@ -192,7 +183,7 @@ def learned(model: nn.Module, batch: dict[str, Tensor]) -> Padding:
 
 def test_the_output_follows_the_decoder() -> None:
     batch = {"input_ids": ids(), "attention_mask": mask(7), "labels": ids(1)}
-    assert learned(t5(), batch).keep(OUTPUT, torch.zeros(ROWS, LENGTH, VOCAB)) is None
+    assert learned(small_t5(), batch).keep(OUTPUT, torch.zeros(ROWS, LENGTH, VOCAB)) is None
     padding = learned(make_model("llama"), {"input_ids": ids(), "attention_mask": mask(7)})
     keep = padding.keep(OUTPUT, torch.zeros(ROWS, LENGTH, VOCAB))
     assert keep is not None and int(keep.sum()) == int(mask(7).sum())

@@ -23,7 +23,7 @@ from smoothquant_kernels.modeling.view import ModelView
 from smoothquant_kernels.nn.float_linear import pending_smooth
 from smoothquant_kernels.smoothing.calibrate import calibration_batches, collect_statistics
 from smoothquant_kernels.smoothing.fold import norm_offsets, round_to_power_of_two
-from tests.support.models import CONFIGS, logits, make_model, token_batches
+from tests.support.models import CONFIGS, layers_of, logits, make_model, token_batches
 
 IDS = token_batches(1, length=40)[0]
 
@@ -36,17 +36,13 @@ def smoothed(model: nn.Module, **options: Any) -> nn.Module:
     return smooth_lm(copy.deepcopy(model), token_batches(), config=config, progress=False)
 
 
-def layers(model: nn.Module) -> dict[str, dict[str, Any]]:
-    return {layer["name"]: layer for layer in model.smoothquant_info["layers"]}
-
-
 @pytest.mark.parametrize("family", CONFIGS)
 def test_powers_of_two_change_no_bit(family: str) -> None:
     model = make_model(family)
     result = smoothed(model)
     assert torch.equal(logits(result, IDS), logits(model, IDS))
     assert result.smoothquant_info["verification"] == {"relative_change": 0.0, "bit_exact": True}
-    changed = [n for n, layer in layers(result).items() if layer["smoothing"] != "none"]
+    changed = [n for n, layer in layers_of(result).items() if layer["smoothing"] != "none"]
     assert len(changed) == len(ModelView(model).linears)
 
 
@@ -81,14 +77,14 @@ def test_factors_equal_the_formula() -> None:
     for name in group:
         ratio = result.get_submodule(name).weight / model.get_submodule(name).weight
         torch.testing.assert_close(ratio, s.expand_as(ratio), rtol=1e-5, atol=0)
-        assert layers(result)[name]["smoothing"] == "folded"
+        assert layers_of(result)[name]["smoothing"] == "folded"
         expected = (absmax[name] / s).max().item()
-        assert layers(result)[name]["x_absmax"] == pytest.approx(expected, rel=1e-5)
+        assert layers_of(result)[name]["x_absmax"] == pytest.approx(expected, rel=1e-5)
 
     out = f"{prefix}self_attn.o_proj"
     s_out = absmax[out] ** 0.7 / model.get_submodule(out).weight.abs().amax(0) ** 0.3
     layer = result.get_submodule(out)
-    assert layers(result)[out]["smoothing"] == "runtime"
+    assert layers_of(result)[out]["smoothing"] == "runtime"
     assert torch.equal(layer.weight, model.get_submodule(out).weight)
     torch.testing.assert_close(pending_smooth(layer), s_out, rtol=1e-5, atol=0)
 
@@ -113,7 +109,7 @@ def test_alpha_zero_equalizes_the_weight_columns() -> None:
 
 def test_folding_never_divides_everywhere() -> None:
     result = smoothed(make_model("opt"), folding="never")
-    assert {layer["smoothing"] for layer in layers(result).values()} == {"runtime"}
+    assert {layer["smoothing"] for layer in layers_of(result).values()} == {"runtime"}
     assert torch.equal(logits(result, IDS), logits(make_model("opt"), IDS))
 
 
@@ -162,9 +158,9 @@ def test_a_fold_that_changes_the_model_is_undone(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(smooth, "find_groups", wrong_groups)
     model = make_model("llama")
     result = smoothed(model)
-    bad = layers(result).pop("model.layers.0.mlp.down_proj")
+    bad = layers_of(result).pop("model.layers.0.mlp.down_proj")
     assert bad["smoothing"] == "runtime" and "would change the model" in bad["reason"]
-    others = [layer for n, layer in layers(result).items() if n != bad["name"]]
+    others = [layer for n, layer in layers_of(result).items() if n != bad["name"]]
     assert {layer["smoothing"] for layer in others} == {"folded"}
     assert torch.equal(logits(result, IDS), logits(model, IDS))
 
@@ -174,14 +170,14 @@ def test_folds_that_rounding_forbids_use_powers_of_two() -> None:
     model = make_model("opt")
     options = {"smooth_rounding": "auto", "verify_tolerance": 0.0}
     result = smoothed(model, **options)
-    assert {layer["smoothing"] for layer in layers(result).values()} >= {"folded"}
+    assert {layer["smoothing"] for layer in layers_of(result).values()} >= {"folded"}
     assert torch.equal(logits(result, IDS), logits(model, IDS))
     norm = "model.decoder.layers.0.self_attn_layer_norm.weight"
     ratio = result.get_parameter(norm) / model.get_parameter(norm)
     assert (torch.frexp(ratio).mantissa == 0.5).all() and (ratio != 1).any()
     # If the formula's factors are demanded, they are kept and divide at run time.
     exact = smoothed(model, smooth_rounding="none", verify_tolerance=0.0)
-    assert {layer["smoothing"] for layer in layers(exact).values()} == {"runtime"}
+    assert {layer["smoothing"] for layer in layers_of(exact).values()} == {"runtime"}
     assert torch.equal(logits(exact, IDS), logits(model, IDS))
 
 
@@ -193,8 +189,8 @@ def test_a_tied_linear_is_quantized_but_not_smoothed() -> None:
     result = smoothed(model)
     assert torch.equal(logits(result, IDS), before)
     for name in ("model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"):
-        assert layers(result)[name]["smoothing"] == "none"
-        assert "its weight is also" in layers(result)[name]["reason"]
+        assert layers_of(result)[name]["smoothing"] == "none"
+        assert "its weight is also" in layers_of(result)[name]["reason"]
     quantize_model(result)
     assert isinstance(result.model.layers[1].mlp.down_proj, W8A8Linear)
 
@@ -226,8 +222,8 @@ def test_every_linear_but_the_head_is_int8(family: str, scheme: str) -> None:
     result = smooth_and_quantize(model, token_batches(), config, progress=False)
     assert result is model
     quantized = {n for n, m in model.named_modules() if isinstance(m, W8A8Linear)}
-    assert quantized == names == set(layers(model))
-    assert {layer["activation_scheme"] for layer in layers(model).values()} == {scheme}
+    assert quantized == names == set(layers_of(model))
+    assert {layer["activation_scheme"] for layer in layers_of(model).values()} == {scheme}
     assert [s["reason"] for s in model.smoothquant_info["skipped"]] == [
         "output head: stays in float"
     ]
@@ -264,7 +260,7 @@ def test_quantize_without_smoothing_is_naive_w8a8() -> None:
     layer = model.get_submodule("model.layers.0.mlp.up_proj")
     plain = W8A8Linear.from_linear(reference.get_submodule("model.layers.0.mlp.up_proj"))
     assert torch.equal(layer.w_q, plain.w_q) and layer.inv_smooth is None
-    assert {layer["smoothing"] for layer in layers(model).values()} == {"none"}
+    assert {layer["smoothing"] for layer in layers_of(model).values()} == {"none"}
 
 
 def test_both_calls_return_the_model() -> None:
@@ -277,7 +273,7 @@ def test_both_calls_return_the_model() -> None:
 def test_static_scale_is_the_smoothed_maximum_over_127() -> None:
     model = make_model("llama")
     smooth_lm(model, token_batches(), progress=False)
-    expected = {n: layer["x_absmax"] / 127 for n, layer in layers(model).items()}
+    expected = {n: layer["x_absmax"] / 127 for n, layer in layers_of(model).items()}
     quantize_model(model, config=SmoothQuantConfig(activation_scheme="static"))
     for name, scale in expected.items():
         assert model.get_submodule(name).x_scale.item() == pytest.approx(scale, rel=1e-6)
@@ -359,9 +355,11 @@ def test_massive_activations_are_found_and_quantized_per_token(scheme: str) -> N
     handle.remove()
     config = SmoothQuantConfig(activation_scheme=scheme)
     smooth_and_quantize(model, statistics, config, progress=False)
-    found = {n for n, layer in layers(model).items() if layer["activation_scheme"] == "per_token"}
+    found = {
+        n for n, layer in layers_of(model).items() if layer["activation_scheme"] == "per_token"
+    }
     assert found == {name}
-    assert layers(model)[name]["x_peak"] == statistics.peak(name)
+    assert layers_of(model)[name]["x_peak"] == statistics.peak(name)
     assert statistics.peak(name) > 100
     layer = model.get_submodule(name)
     assert layer.activation_scheme == "per_token" and layer.x_scale is None

@@ -24,9 +24,8 @@ from smoothquant_kernels.evaluation.models import load_model
 from smoothquant_kernels.streaming import stream as stream_module
 from smoothquant_kernels.streaming.stream import quantize_streamed
 from tests.support.checkpoints import assert_same_state, contents, logits, manifest_of, refusal
-from tests.support.models import CONFIGS, GQA, LLAMA_LIKE, VOCAB, make_model, token_batches
-
-BATCHES = token_batches(3)
+from tests.support.models import CONFIGS, LLAMA_LIKE, VOCAB
+from tests.support.streams import BATCHES, Stopped, family, save_float
 
 
 def padded() -> list[dict[str, torch.Tensor]]:
@@ -39,11 +38,6 @@ def padded() -> list[dict[str, torch.Tensor]]:
         {"input_ids": b, "attention_mask": m}
         for b, m in zip(BATCHES, (mask, other, mask), strict=True)
     ]
-
-
-def save_float(model: Any, folder: Path, *, shards: str = "30KB") -> Path:
-    model.save_pretrained(folder, max_shard_size=shards)
-    return folder
 
 
 def in_memory(source: Path, folder: Path, data: Any, config: Any, dtype: Any) -> Path:
@@ -72,15 +66,6 @@ def assert_same_checkpoint(got: Path, expected: Path) -> None:
     one, two = load_quantized(got), load_quantized(expected)
     assert_same_state(one, two)
     assert torch.equal(logits(one), logits(two))
-
-
-def family(name: str) -> Any:
-    changed = {
-        "tied": lambda: transformers.LlamaConfig(**GQA, tie_word_embeddings=True),
-        "gemma2": lambda: transformers.Gemma2Config(**GQA, head_dim=8, sliding_window=8),
-    }
-    CONFIGS.update(changed)
-    return make_model(name)
 
 
 CASES = [
@@ -153,10 +138,6 @@ def test_linears_outside_the_blocks(tmp_path: Path, rounding: str) -> None:
 
 
 # --- interruptions ----------------------------------------------------------------------------------------------------
-
-
-class Stopped(Exception):
-    pass
 
 
 def stop_after(index: int, monkeypatch: pytest.MonkeyPatch) -> None:

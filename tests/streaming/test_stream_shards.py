@@ -13,8 +13,8 @@ from safetensors import safe_open
 
 from smoothquant_kernels import load_quantized, quantize_streamed, register_transformers
 from smoothquant_kernels.streaming import work
-from tests.streaming.test_stream import BATCHES, Stopped, family, save_float
 from tests.support.checkpoints import assert_same_state, contents, logits, refusal
+from tests.support.streams import BATCHES, Stopped, family, save_float
 
 
 def test_shards_are_joined_and_from_pretrained_reads_them(tmp_path: Path) -> None:

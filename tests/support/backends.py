@@ -50,6 +50,10 @@ class Backend:
         """A contiguous copy on the backend's device. To test other strides, take views of the result."""
         return t.detach().clone().contiguous().to(self.device)
 
+    def move(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The arguments with their tensors on the backend's device."""
+        return {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in arguments.items()}
+
     def options(self, scheme: str, inv_smooth: Tensor | None) -> dict[str, Any]:
         """`cases.quantize_options` and the smoothing factors, on the backend's device."""
         given = {**cases.quantize_options(scheme), "inv_smooth": inv_smooth}

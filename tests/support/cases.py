@@ -121,7 +121,7 @@ FINITE_ROWS: dict[str, Callable[[int, torch.dtype], Tensor]] = {
     "scale_subnormal": lambda k, dtype: torch.full((k,), 126.0 * _SMALLEST),
     "scale_smallest": lambda k, dtype: torch.full((k,), 128.0 * _SMALLEST),
 }
-BROKEN_ROWS: dict[str, Callable[[int, torch.dtype], Tensor]] = {
+NONFINITE_ROWS: dict[str, Callable[[int, torch.dtype], Tensor]] = {
     "nan_last": _last(torch.nan),
     "inf_last": _last(torch.inf),
     "minus_inf_last": _last(-torch.inf),

@@ -9,6 +9,7 @@ import torch
 import transformers as t
 from torch import nn
 
+from smoothquant_kernels import SmoothQuantConfig
 from smoothquant_kernels.nn.float_linear import pending_smooth
 
 VOCAB = 131
@@ -22,6 +23,8 @@ LLAMA_LIKE: dict[str, Any] = {
     "max_position_embeddings": 128,
 }
 GQA = {**LLAMA_LIKE, "num_key_value_heads": 2}
+#: Smooths every group with factors that are powers of two, so that the model's outputs do not change by a bit.
+EXACT = SmoothQuantConfig(smooth_rounding="power_of_two", only_where_better=False)
 
 
 def _opt() -> t.OPTConfig:
@@ -94,6 +97,25 @@ def logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         result: torch.Tensor = model(input_ids=ids).logits
     return result
+
+
+def small_t5() -> nn.Module:
+    """An encoder-decoder of one layer each, in training mode."""
+    config = t.T5Config(
+        vocab_size=VOCAB, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4,
+        decoder_start_token_id=0,
+    )  # fmt: skip
+    return t.T5ForConditionalGeneration(config)
+
+
+def layers_of(model: Any) -> dict[str, dict[str, Any]]:
+    """name -> what the model's record says of a linear that is smoothed or quantized."""
+    return {layer["name"]: layer for layer in model.smoothquant_info["layers"]}
+
+
+def skip_reasons(model: Any) -> dict[str, str]:
+    """name -> why a linear stays in float, by the model's record."""
+    return {layer["name"]: layer["reason"] for layer in model.smoothquant_info["skipped"]}
 
 
 def divided_by(module: nn.Module) -> torch.Tensor:
