@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <utility>
 
-#include "device.h"
+#include "common/device.h"
 #include "gemm/kernels.h"
 #include "gemm/measured.h"
 #include "gemm/table_sm90.h"

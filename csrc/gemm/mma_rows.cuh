@@ -7,7 +7,7 @@
 #include <utility>
 
 #include "gemm/kernels.h"
-#include "gemm/mma_kernel.cuh"
+#include "gemm/mma/kernel.cuh"
 
 namespace sqk {
 

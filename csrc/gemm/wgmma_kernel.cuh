@@ -13,16 +13,16 @@
 #include <cstring>
 #include <string_view>
 
+#include "common/launch.h"
 #include "cute/tensor.hpp"
 #include "cutlass/cutlass.h"
 #include "cutlass/epilogue/collective/detail.hpp"
 #include "cutlass/gemm/collective/collective_builder.hpp"
 #include "cutlass/gemm/kernel/gemm_universal.hpp"
+#include "gemm/epilogue/channels.cuh"
+#include "gemm/epilogue/tokens.cuh"
 #include "gemm/kernels.h"
-#include "gemm/store_channels.cuh"
-#include "gemm/store_tokens.cuh"
 #include "gemm/table_sm90.h"
-#include "launch_kernel.h"
 
 namespace sqk {
 

@@ -3,8 +3,8 @@
 
 #include <algorithm>
 
-#include "device.h"
-#include "launch_kernel.h"
+#include "common/device.h"
+#include "common/launch.h"
 #include "quantize/kernels.h"
 
 namespace sqk {

@@ -4,7 +4,7 @@
 // depends on what the compiler chooses to contract; docs/numerics.md has the order and the bounds.
 #pragma once
 
-#include "quantize/vector.cuh"
+#include "common/vector.cuh"
 #include "sqk/quantize.h"
 
 namespace sqk {

@@ -2,10 +2,10 @@
 // Kernel ring: no torch.
 #pragma once
 
+#include "common/reduce.cuh"
+#include "common/vector.cuh"
 #include "quantize/producer.cuh"
-#include "quantize/reduce.cuh"
 #include "quantize/table.h"
-#include "quantize/vector.cuh"
 #include "sqk/quantize.h"
 
 namespace sqk {

@@ -53,7 +53,7 @@ def stream(
 MUTANTS = (
     mma(
         "the product is rounded before the bias is added",
-        "epilogue.cuh",
+        "epilogue/params.cuh",
         "return __fmaf_rn(__fmul_rn(__int2float_rn(acc), w_scale), x_scale, bias);",
         "return __fadd_rn(__fmul_rn(__fmul_rn(__int2float_rn(acc), w_scale), x_scale), bias);",
         OPS,
@@ -62,7 +62,7 @@ MUTANTS = (
     ),
     mma(
         "tokens 8 to 15 have the scales of tokens 0 to 7",
-        "store_tokens.cuh",
+        "epilogue/tokens.cuh",
         "min(token0 + g + 8 * h, e.m - 1)",
         "min(token0 + g, e.m - 1)",
         OPS,
@@ -71,7 +71,7 @@ MUTANTS = (
     ),
     mma(
         "whole pairs are stored behind the last channel",
-        "store_tokens.cuh",
+        "epilogue/tokens.cuh",
         "const bool whole = e.wide && channel + 2 <= e.n;",
         "const bool whole = e.wide;",
         ENTRY,
@@ -80,7 +80,7 @@ MUTANTS = (
     ),
     mma(
         "odd channels have the bias of even ones",
-        "store_tokens.cuh",
+        "epilogue/tokens.cuh",
         "pairs.w_scale[j].y, x_scale[h], pairs.bias[j].y",
         "pairs.w_scale[j].y, x_scale[h], pairs.bias[j].x",
         OPS,
@@ -90,7 +90,7 @@ MUTANTS = (
     ),
     mma(
         "the last bytes of k are left out",
-        "mma_kernel.cuh",
+        "mma/kernel.cuh",
         "const int valid = static_cast<int>(min(int64_t{kK}, p.k - k_last));",
         "const int valid = static_cast<int>(min(int64_t{kK}, p.k - k_last)) / 16 * 16;",
         OPS,
@@ -99,7 +99,7 @@ MUTANTS = (
     ),
     mma(
         "what lies behind k counts",
-        "mma_kernel.cuh",
+        "mma/kernel.cuh",
         "const int bytes = max(0, min(16, valid - 16 * piece_));",
         "const int bytes = valid > 16 * piece_ ? 16 : 0;",
         ENTRY,
@@ -109,7 +109,7 @@ MUTANTS = (
     mma(
         # Whichever block comes last: which one that is depends on the simulator's threads.
         "a tile's last block adds its own sums as well",
-        "mma_kernel.cuh",
+        "mma/kernel.cuh",
         "if (other == split) continue;",
         "",
         OPS,
@@ -118,7 +118,7 @@ MUTANTS = (
     ),
     mma(
         "the tickets are not cleared",
-        "mma_kernel.cuh",
+        "mma/kernel.cuh",
         "cudaMemsetAsync(p.tickets, 0, counters, stream)",
         "cudaSuccess",
         ENTRY,
@@ -127,7 +127,7 @@ MUTANTS = (
     ),
     mma(
         "a tile is read before its copies have arrived",
-        "mma_kernel.cuh",
+        "mma/kernel.cuh",
         "one barrier for both.\n        wait_for_copies<kStages - 2>();",
         "one barrier for both.\n        wait_for_copies<kStages - 1>();",
         OPS,
@@ -136,7 +136,7 @@ MUTANTS = (
     ),
     mma(
         "a stage is filled while others still read it",
-        "mma_kernel.cuh",
+        "mma/kernel.cuh",
         "wait_for_copies<kStages - 2>();\n        __syncthreads();",
         "wait_for_copies<kStages - 2>();",
         OPS,
@@ -145,7 +145,7 @@ MUTANTS = (
     ),
     stream(
         "a stage is read before its copies have arrived",
-        "stream_ring.cuh",
+        "stream/ring.cuh",
         "wait_for_copies<kStreamStages - 1>();",
         "wait_for_copies<kStreamStages>();",
         OPS,
@@ -154,7 +154,7 @@ MUTANTS = (
     ),
     stream(
         "a row's maximum is that of its first warp",
-        "stream_rows.cuh",
+        "stream/rows.cuh",
         "const int count = per_tensor ? p_.epilogue.m * parts_ : parts_;",
         "const int count = per_tensor ? p_.epilogue.m * parts_ : 1;",
         LINEAR,

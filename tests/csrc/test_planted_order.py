@@ -39,7 +39,7 @@ TICKET = """  __syncthreads();
 def without(name: str, new: str, orders: tuple[tuple[int, bool], ...]) -> Mutant:
     return Mutant(
         name,
-        "gemm/mma_kernel.cuh",
+        "gemm/mma/kernel.cuh",
         TICKET,
         new,
         MMA,

@@ -1,9 +1,9 @@
 // The streaming GEMM for few tokens: its kernels and how they are launched. Kernel ring: no torch.
 #include <algorithm>
 
+#include "common/launch.h"
 #include "gemm/kernels.h"
-#include "gemm/stream_kernel.cuh"
-#include "launch_kernel.h"
+#include "gemm/stream/kernel.cuh"
 
 namespace sqk {
 namespace {

@@ -6,7 +6,7 @@
 #include <atomic>
 #include <cstdint>
 
-#include "device.h"
+#include "common/device.h"
 #include "sqk/status.h"
 
 namespace sqk {

@@ -5,10 +5,10 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "gemm/stream_ring.cuh"
+#include "common/reduce.cuh"
+#include "common/vector.cuh"
+#include "gemm/stream/ring.cuh"
 #include "quantize/producer.cuh"
-#include "quantize/reduce.cuh"
-#include "quantize/vector.cuh"
 
 namespace sqk {
 

@@ -6,8 +6,8 @@
 #include <algorithm>
 #include <atomic>
 
-#include "device.h"
-#include "launch_kernel.h"
+#include "common/device.h"
+#include "common/launch.h"
 
 namespace sqk {
 namespace {

@@ -10,9 +10,9 @@
 
 #include <type_traits>
 
-#include "gemm/store_channels.cuh"
-#include "gemm/stream_ring.cuh"
-#include "gemm/stream_rows.cuh"
+#include "gemm/epilogue/channels.cuh"
+#include "gemm/stream/ring.cuh"
+#include "gemm/stream/rows.cuh"
 
 namespace sqk {
 

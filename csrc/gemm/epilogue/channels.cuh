@@ -2,7 +2,7 @@
 // no torch.
 #pragma once
 
-#include "gemm/epilogue.cuh"
+#include "gemm/epilogue/params.cuh"
 
 namespace sqk {
 

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "gemm/epilogue.cuh"
+#include "gemm/epilogue/params.cuh"
 #include "sqk/gemm.h"
 #include "sqk/quantize.h"
 

@@ -9,8 +9,8 @@
 
 #include <cstdint>
 
-#include "gemm/mma_ops.cuh"
-#include "gemm/stream_params.cuh"
+#include "common/ptx.cuh"
+#include "gemm/stream/params.cuh"
 
 namespace sqk {
 

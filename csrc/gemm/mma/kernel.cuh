@@ -8,11 +8,11 @@
 
 #include <cuda_runtime.h>
 
-#include "gemm/memory_order.cuh"
-#include "gemm/mma_ops.cuh"
+#include "common/launch.h"
+#include "common/memory_order.cuh"
+#include "common/ptx.cuh"
+#include "gemm/epilogue/tokens.cuh"
 #include "gemm/splits.h"
-#include "gemm/store_tokens.cuh"
-#include "launch_kernel.h"
 
 namespace sqk {
 

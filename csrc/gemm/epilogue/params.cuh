@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-#include "gemm/memory_order.cuh"
+#include "common/memory_order.cuh"
 #include "quantize/producer.cuh"
 #include "sqk/gemm.h"
 

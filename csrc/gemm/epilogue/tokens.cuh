@@ -1,7 +1,7 @@
 // The epilogue of tiles with tokens on the instruction's row side. Kernel ring: no torch.
 #pragma once
 
-#include "gemm/epilogue.cuh"
+#include "gemm/epilogue/params.cuh"
 
 namespace sqk {
 
