@@ -6,8 +6,8 @@
 #include <algorithm>
 #include <atomic>
 
-#include "common/device.h"
 #include "common/launch.h"
+#include "sqk/device.h"
 
 namespace sqk {
 namespace {
@@ -78,7 +78,7 @@ int32_t context_sms(int32_t all) {
 
 }  // namespace
 
-Status current_gpu(Gpu* gpu) {
+Status current_device(Device* device) {
   // One word per device, so that threads need no lock: sms (16 bits), capability (16), bytes (32).
   static std::atomic<uint64_t> known[kMaxDevices];
   int current = 0;
@@ -100,11 +100,18 @@ Status current_gpu(Gpu* gpu) {
            static_cast<uint64_t>(shared) << 32;
     if (remember) known[current].store(word, std::memory_order_relaxed);
   }
-  gpu->all_sms = static_cast<int32_t>(word & 0xffff);
-  gpu->sms = context_sms(gpu->all_sms);
-  gpu->capability = static_cast<int32_t>(word >> 16 & 0xffff);
-  gpu->shared_bytes = static_cast<int32_t>(word >> 32);
+  const auto all_sms = static_cast<int32_t>(word & 0xffff);
+  device->sms = context_sms(all_sms);
+  device->capability = static_cast<int32_t>(word >> 16 & 0xffff);
+  device->shared_bytes = static_cast<int32_t>(word >> 32);
+  // Code for 9.0a runs on 9.0 and on nothing newer.
+  device->wgmma = SQK_WITH_SM90 && device->capability == 90;
+  device->part = device->sms < all_sms;
   return Status::kSuccess;
 }
 
 }  // namespace sqk
+
+extern "C" int32_t sqk_device(sqk::Device* device) {
+  return static_cast<int32_t>(sqk::current_device(device));
+}

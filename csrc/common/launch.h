@@ -6,10 +6,11 @@
 #include <atomic>
 #include <cstdint>
 
-#include "common/device.h"
 #include "sqk/status.h"
 
 namespace sqk {
+
+constexpr int kMaxDevices = 64;  // of which anything is remembered
 
 struct KernelLaunch {
   const void* function;

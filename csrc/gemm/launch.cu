@@ -4,10 +4,10 @@
 #include <algorithm>
 #include <utility>
 
-#include "common/device.h"
 #include "gemm/kernels.h"
 #include "gemm/measured.h"
 #include "gemm/table_sm90.h"
+#include "sqk/linear.h"
 
 namespace sqk {
 namespace {
@@ -44,7 +44,7 @@ WgmmaEntry wgmma_entry([[maybe_unused]] int32_t tile) {
 const GemmTile& tile_of(const GemmPlan& plan) { return gemm_table(plan.table).tiles[plan.tile]; }
 
 // The workspace of CUTLASS's scheduler, which plan_gemm cannot know.
-void add_workspace(const GemmParams& params, const GemmDevice& device, GemmPlan* plan) {
+void add_workspace(const GemmParams& params, const Device& device, GemmPlan* plan) {
   if (plan->launches == 0 || tile_of(*plan).kernel != GemmKernel::kWgmma) return;
   const WgmmaEntry entry = wgmma_entry(plan->tile);
   if (entry.workspace_bytes != nullptr) {
@@ -59,9 +59,9 @@ Status keep_fused(const QuantizeParams& quantizer, const GemmParams& gemm, GemmP
       !stream_quantizes(quantizer, gemm)) {
     return Status::kSuccess;
   }
-  GemmDevice device;
+  Device device;
   GemmPlan by_rules;
-  Status status = gemm_device(&device);
+  Status status = current_device(&device);
   if (status == Status::kSuccess) status = plan_by_rules(gemm, device, &by_rules);
   if (status == Status::kSuccess && tile_of(by_rules).kernel == GemmKernel::kStream) {
     *plan = by_rules;
@@ -82,8 +82,8 @@ Status check_workspace(const void* workspace, int64_t bytes, int64_t wanted) {
 
 Status launch(const GemmParams& params, const GemmPlan& plan, const QuantizeParams* fused,
               cudaStream_t stream) {
-  GemmDevice device;
-  const Status status = gemm_device(&device);
+  Device device;
+  const Status status = current_device(&device);
   if (status != Status::kSuccess || plan.launches == 0) return status;
   const bool has_x = fused != nullptr || (params.x_q != nullptr && params.x_scale != nullptr);
   if (!has_x || params.w_q == nullptr || params.w_scale == nullptr || params.y == nullptr) {
@@ -110,18 +110,9 @@ Status launch(const GemmParams& params, const GemmPlan& plan, const QuantizePara
 
 }  // namespace
 
-Status gemm_device(GemmDevice* device) {
-  Gpu gpu = {};
-  const Status status = current_gpu(&gpu);
-  // The wgmma kernels are compiled for 9.0a, which is code for 9.0 and for nothing newer.
-  *device = {gpu.sms, gpu.capability, gpu.shared_bytes, SQK_WITH_SM90 && gpu.capability == 90,
-             gpu.sms < gpu.all_sms};
-  return status;
-}
-
 Status plan(const GemmParams& params, GemmPlan* plan) {
-  GemmDevice device;
-  Status status = gemm_device(&device);
+  Device device;
+  Status status = current_device(&device);
   if (status == Status::kSuccess) status = plan_gemm(params, device, plan);
   if (status == Status::kSuccess) add_workspace(params, device, plan);
   return status;
@@ -188,10 +179,6 @@ extern "C" int32_t sqk_gemm_s8(const sqk::GemmParams* params, void* stream) {
     status = sqk::gemm_s8(*params, plan, static_cast<cudaStream_t>(stream));
   }
   return static_cast<int32_t>(status);
-}
-
-extern "C" int32_t sqk_gemm_device(sqk::GemmDevice* device) {
-  return static_cast<int32_t>(sqk::gemm_device(device));
 }
 
 extern "C" int32_t sqk_linear_s8(const sqk::LinearParams* params, void* stream) {

@@ -57,7 +57,7 @@ Status check(const GemmParams& p) {
   return Status::kSuccess;
 }
 
-GemmTable table_of(const GemmDevice& device) {
+GemmTable table_of(const Device& device) {
   if (device.wgmma) return GemmTable::kSm90;
   // A100's tiles want two blocks of 80 KiB on an SM, or one of 96: by what the GPU has, not by
   // name.
@@ -68,7 +68,7 @@ GemmTable table_of(const GemmDevice& device) {
 // only for blocks of lower numbers (tests/csrc/test_stream_k.py), so that none waits for ever as
 // long as they start in the order of their numbers; but where fewer of them run at a time than were
 // counted on, they do wait.
-bool serves(const GemmTile& tile, const GemmParams& p, const GemmDevice& device) {
+bool serves(const GemmTile& tile, const GemmParams& p, const Device& device) {
   if (device.part && tile.schedule == Schedule::kStreamK) return false;
   return shared_bytes(tile) <= device.shared_bytes &&
          (tile.kernel != GemmKernel::kStream || p.m <= tile.m);
@@ -95,7 +95,7 @@ double stream_k_tiles(double tiles, double k_tiles, double sms) {
 // loads, whichever takes longer, and a constant for each tile it works off; and not before memory
 // has delivered everything once, so that tiles which can do no better are equal.
 double expected_clocks(const GemmTile& tile, const GemmMachine& machine, const GemmParams& p,
-                       const GemmDevice& device, int64_t splits) {
+                       const Device& device, int64_t splits) {
   const auto tiles = static_cast<double>(tiles_of(tile, p));
   const double sms = device.sms, area = 1.0 * tile.m * tile.n;
   const bool stream_k = tile.schedule == Schedule::kStreamK;
@@ -129,7 +129,7 @@ double expected_clocks(const GemmTile& tile, const GemmMachine& machine, const G
 
 // Of 1 .. most_splits (and no more than k has tiles) what is done first.
 int64_t best_splits(const GemmTile& tile, const GemmMachine& machine, const GemmParams& p,
-                    const GemmDevice& device) {
+                    const Device& device) {
   const int64_t most = std::min<int64_t>(tile.most_splits, divide_up(p.k, tile.k));
   int64_t best = 1;
   for (int64_t splits = 2; splits <= most; ++splits) {
@@ -147,7 +147,7 @@ constexpr double kClearlyLess = 0.97;
 
 // `excluded`: rows that must not be taken, or nullptr. Where they are all that the rule names, any
 // other shipped row will do.
-int32_t choose(GemmTable index, const GemmParams& p, const GemmDevice& device,
+int32_t choose(GemmTable index, const GemmParams& p, const Device& device,
                const Excluded* excluded) {
   const GemmTableView& table = gemm_table(index);
   const GemmRule* rule = table.rules;
@@ -208,7 +208,7 @@ bool is_near(int64_t measured, int64_t m) {
 // --- plans -----------------------------------------------------------------------------------
 
 // With a row of what was measured, or nullptr: by the rules.
-Status make_plan(const GemmParams& params, const GemmDevice& device, const GemmMeasured* found,
+Status make_plan(const GemmParams& params, const Device& device, const GemmMeasured* found,
                  GemmPlan* plan) {
   *plan = {};
   const Status status = check(params);
@@ -276,7 +276,7 @@ const GemmMeasured* find_measured(GemmTable table, int32_t sms, int64_t m, int64
   return last && found != begin && serves(*(found - 1)) ? &*(found - 1) : nullptr;
 }
 
-Status plan_gemm(const GemmParams& params, const GemmDevice& device, GemmPlan* plan) {
+Status plan_gemm(const GemmParams& params, const Device& device, GemmPlan* plan) {
   const GemmMeasured* found = nullptr;
   if (has_measured() && params.tile < 0 && params.splits == 0) {
     found = find_measured(table_of(device), device.sms, params.m, params.n, params.k);
@@ -284,21 +284,20 @@ Status plan_gemm(const GemmParams& params, const GemmDevice& device, GemmPlan* p
   return make_plan(params, device, found, plan);
 }
 
-Status plan_by_rules(const GemmParams& params, const GemmDevice& device, GemmPlan* plan) {
+Status plan_by_rules(const GemmParams& params, const Device& device, GemmPlan* plan) {
   return make_plan(params, device, nullptr, plan);
 }
 
 }  // namespace sqk
 
 // Without a device: the current GPU's, and CUTLASS's workspace with it (launch.cu).
-extern "C" int32_t sqk_gemm_plan(const sqk::GemmParams* params, const sqk::GemmDevice* device,
+extern "C" int32_t sqk_gemm_plan(const sqk::GemmParams* params, const sqk::Device* device,
                                  sqk::GemmPlan* plan) {
   return static_cast<int32_t>(device == nullptr ? sqk::plan(*params, plan)
                                                 : sqk::plan_gemm(*params, *device, plan));
 }
 
-extern "C" const char* sqk_gemm_choice(int64_t m, int64_t n, int64_t k,
-                                       const sqk::GemmDevice* device) {
+extern "C" const char* sqk_gemm_choice(int64_t m, int64_t n, int64_t k, const sqk::Device* device) {
   thread_local char text[256];
   sqk::GemmParams params = {};
   params.m = m;

@@ -196,7 +196,7 @@ class WgmmaGemm {
 
   // CUTLASS's own check would refuse a k that is no multiple of 16; TMA needs that of strides only,
   // and fills what lies behind k with zeros.
-  static typename Kernel::Arguments arguments(const GemmParams& p, const GemmDevice& device) {
+  static typename Kernel::Arguments arguments(const GemmParams& p, const Device& device) {
     typename Kernel::Arguments a = {};
     a.mode = cutlass::gemm::GemmUniversalMode::kGemm;
     const int m = static_cast<int>(p.m), n = static_cast<int>(p.n), k = static_cast<int>(p.k);
@@ -230,11 +230,11 @@ class WgmmaGemm {
   }
 
  public:
-  static int64_t workspace_bytes(const GemmParams& p, const GemmDevice& device) {
+  static int64_t workspace_bytes(const GemmParams& p, const Device& device) {
     return static_cast<int64_t>(Kernel::get_workspace_size(arguments(p, device)));
   }
 
-  static Status launch(const GemmParams& p, const GemmDevice& device, const GemmPlan& plan,
+  static Status launch(const GemmParams& p, const Device& device, const GemmPlan& plan,
                        cudaStream_t stream) {
     const auto given = arguments(p, device);
     if constexpr (kTile.schedule == Schedule::kStreamK) {

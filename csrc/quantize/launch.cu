@@ -3,7 +3,6 @@
 
 #include <algorithm>
 
-#include "common/device.h"
 #include "common/launch.h"
 #include "quantize/kernels.h"
 
@@ -54,23 +53,15 @@ Status launch(RowKernel kernel, RowParams& params, const QuantizePlan& plan, int
 
 }  // namespace
 
-Status quantize_device(QuantizeDevice* device) {
-  Gpu gpu = {};
-  const Status status = current_gpu(&gpu);
-  // The cluster kernels are compiled for 9.0a, which is code for 9.0 and for nothing newer.
-  *device = {gpu.sms, gpu.capability, gpu.shared_bytes, SQK_WITH_SM90 && gpu.capability == 90};
-  return status;
-}
-
 Status plan(const QuantizeParams& params, QuantizePlan* plan) {
-  QuantizeDevice device;
-  const Status status = quantize_device(&device);
+  Device device;
+  const Status status = current_device(&device);
   return status == Status::kSuccess ? plan_quantize(params, device, plan) : status;
 }
 
 Status quantize(const QuantizeParams& params, const QuantizePlan& plan, cudaStream_t stream) {
-  QuantizeDevice device;
-  Status status = quantize_device(&device);
+  Device device;
+  Status status = current_device(&device);
   if (status != Status::kSuccess || plan.launches == 0) return status;
   if (plan.workspace_bytes > 0 && params.workspace == nullptr) return Status::kInvalidArgument;
   if (params.workspace_bytes < plan.workspace_bytes) return Status::kWorkspaceTooSmall;

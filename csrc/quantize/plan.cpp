@@ -85,21 +85,20 @@ KernelClass class_of(QuantizePath path, const QuantizeParams& p, bool two_launch
 }
 
 // Whether a path can take the problem, as far as K does not matter.
-bool can_serve(QuantizePath path, const QuantizeParams& p, const QuantizeDevice& device,
-               bool vectors) {
+bool can_serve(QuantizePath path, const QuantizeParams& p, const Device& device, bool vectors) {
   return (vectors || path == QuantizePath::kElement) &&
-         (path != QuantizePath::kCluster || device.clusters) &&
+         (path != QuantizePath::kCluster || has_clusters(device)) &&
          (p.scheme != Scheme::kPerTensor || serves_two_launches(path));
 }
 
-bool applies(const PathRule& rule, const QuantizeParams& p, const QuantizeDevice& device) {
+bool applies(const PathRule& rule, const QuantizeParams& p, const Device& device) {
   return p.k >= rule.least_k && p.k <= rule.most_k && serves(rule.serves, p) &&
          (rule.least_rows_per_sm == 0 || p.m >= int64_t{rule.least_rows_per_sm} * device.sms) &&
          (rule.most_rows_per_sm_quarters == 0 ||
           4 * p.m <= int64_t{rule.most_rows_per_sm_quarters} * device.sms);
 }
 
-const PathRule& find_rule(const QuantizeParams& p, const QuantizeDevice& device, bool vectors) {
+const PathRule& find_rule(const QuantizeParams& p, const Device& device, bool vectors) {
   for (const PathRule& rule : kPathRules) {
     const bool two = p.scheme == Scheme::kPerTensor;
     const bool fits = rule.splits || p.k <= capacity(class_of(rule.path, p, two));
@@ -110,7 +109,7 @@ const PathRule& find_rule(const QuantizeParams& p, const QuantizeDevice& device,
 
 }  // namespace
 
-Status plan_quantize(const QuantizeParams& p, const QuantizeDevice& device, QuantizePlan* plan) {
+Status plan_quantize(const QuantizeParams& p, const Device& device, QuantizePlan* plan) {
   *plan = QuantizePlan{};
   const Status status = check(p);
   if (status != Status::kSuccess) return status;
@@ -181,11 +180,11 @@ Status plan_quantize(const QuantizeParams& p, const QuantizeDevice& device, Quan
 
 }  // namespace sqk
 
-extern "C" int32_t sqk_quantize_plan(const sqk::QuantizeParams* params,
-                                     const sqk::QuantizeDevice* device, sqk::QuantizePlan* plan) {
-  sqk::QuantizeDevice here;
+extern "C" int32_t sqk_quantize_plan(const sqk::QuantizeParams* params, const sqk::Device* device,
+                                     sqk::QuantizePlan* plan) {
+  sqk::Device here;
   if (device == nullptr) {
-    const sqk::Status status = sqk::quantize_device(&here);
+    const sqk::Status status = sqk::current_device(&here);
     if (status != sqk::Status::kSuccess) return static_cast<int32_t>(status);
     device = &here;
   }

@@ -46,7 +46,7 @@ struct StreamLaunch {
 };
 
 StreamLaunch choose_launch(const GemmParams& params, bool quantizes, int groups, int most_warps,
-                           const GemmDevice& device) {
+                           const Device& device) {
   const int64_t sums = groups == 1 ? sizeof(StreamSums<1>) : sizeof(StreamSums<2>);
   StreamLaunch launch = {};
   const auto fits = [&](int warps, bool resident) {
@@ -83,8 +83,8 @@ bool stream_quantizes(const QuantizeParams& quantize, const GemmParams& params) 
          params.m <= 2 * kGroupTokens && params.m * params.k <= kMostQuantized;
 }
 
-Status launch_stream(const GemmParams& params, const QuantizeParams* quantize,
-                     const GemmDevice& device, const GemmTile& tile, cudaStream_t stream) {
+Status launch_stream(const GemmParams& params, const QuantizeParams* quantize, const Device& device,
+                     const GemmTile& tile, cudaStream_t stream) {
   const int groups = tile.m > kGroupTokens ? 2 : 1;
   if (params.m > kGroupTokens * groups) return Status::kUnsupportedShape;
   const bool quantizes = quantize != nullptr;

@@ -263,7 +263,7 @@ __global__ void __launch_bounds__(32 * kWarpsM * kWarpsN, mma_blocks_per_sm(32 *
 constexpr int32_t kRasterTokens = 2048;
 
 template <int kM, int kN, int kK, int kWarpsM, int kWarpsN, int kStages>
-Status launch_mma(const GemmParams& params, const GemmDevice&, const GemmPlan& plan,
+Status launch_mma(const GemmParams& params, const Device&, const GemmPlan& plan,
                   cudaStream_t stream) {
   const auto tiles_of = [](int64_t size, int64_t tile) { return (size + tile - 1) / tile; };
   const int64_t m_tiles = tiles_of(params.m, kM), n_tiles = tiles_of(params.n, kN);

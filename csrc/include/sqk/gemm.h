@@ -1,5 +1,5 @@
-// INT8 GEMM with fused dequantisation, and the whole linear layer: quantise, then multiply. Public
-// ring: no torch, no CUTLASS, compiles with a plain C++ compiler.
+// INT8 GEMM with fused dequantization. Public ring: no torch, no CUTLASS, compiles with a plain C++
+// compiler.
 //
 //   acc[m, n] = sum over k of x_q[m, k] * w_q[n, k]                    exact, int32
 //   v         = fma(acc * w_scale[n], x_scale[m], bias[n])             float32
@@ -10,8 +10,8 @@
 
 #include <cstdint>
 
+#include "sqk/device.h"
 #include "sqk/dtype.h"
-#include "sqk/quantize.h"
 #include "sqk/status.h"
 
 namespace sqk {
@@ -53,18 +53,14 @@ struct GemmParams {
   int64_t workspace_bytes;
 };
 
-// Which kernels serve a GPU.
+// The architectures that have tiles of their own. Their names stand here alone: the library hands
+// them to Python.
 enum class GemmTable : int32_t { kSm80 = 0, kSm89 = 1, kSm90 = 2 };
-constexpr int kGemmTables = 3;
+constexpr const char* kGemmTableNames[] = {"sm80", "sm89", "sm90"};
+constexpr int kGemmTables = sizeof(kGemmTableNames) / sizeof(kGemmTableNames[0]);
+static_assert(static_cast<int>(GemmTable::kSm90) + 1 == kGemmTables, "each table has a name");
 
-// What the choice depends on besides the problem.
-struct GemmDevice {
-  int32_t sms;           // that the current context may use
-  int32_t capability;    // 10 * major + minor
-  int32_t shared_bytes;  // the most that one block can be given
-  int32_t wgmma;         // 1: the library holds the kernels for 9.0a and this GPU runs them
-  int32_t part;          // 1: the GPU has more sms than the context may use: no stream-K
-};
+constexpr const char* name(GemmTable table) { return kGemmTableNames[static_cast<int>(table)]; }
 
 struct GemmPlan {
   GemmTable table;
@@ -90,10 +86,7 @@ struct GemmMeasured {
 // Pure arithmetic: no GPU is touched. kInvalidArgument for what the comments above rule out,
 // kUnsupportedShape for a tile that cannot serve the problem or does not fit the GPU, kExcludedTile
 // and kUnknownTile as SQK_WITHOUT_TILES has it.
-Status plan_gemm(const GemmParams& params, const GemmDevice& device, GemmPlan* plan);
-
-// The current GPU, asked for once per device.
-Status gemm_device(GemmDevice* device);
+Status plan_gemm(const GemmParams& params, const Device& device, GemmPlan* plan);
 
 // The plan on the current GPU. Also kUnsupportedArch: the library holds no kernels for it.
 Status plan(const GemmParams& params, GemmPlan* plan);
@@ -102,33 +95,12 @@ Status plan(const GemmParams& params, GemmPlan* plan);
 // capture in a CUDA graph.
 Status gemm_s8(const GemmParams& params, const GemmPlan& plan, cudaStream_t stream);
 
-// A linear layer: quantize.x -> quantize.x_q, quantize.x_scale -> gemm.y, of one m and k. gemm's
-// x_q, its stride, x_scale and x_per_token are not read. With few tokens and no norm or activation
-// in front both are one launch (plan.fused), and quantize.x_q and quantize.x_scale may be null.
-struct LinearParams {
-  QuantizeParams quantize;
-  GemmParams gemm;
-};
-
-struct LinearPlan {
-  QuantizePlan quantize;  // empty where fused
-  GemmPlan gemm;
-  int32_t fused;
-  int64_t workspace_bytes;  // for both, one after the other; linear.gemm.workspace
-};
-
-Status plan(const LinearParams& params, LinearPlan* plan);
-Status linear_s8(const LinearParams& params, const LinearPlan& plan, cudaStream_t stream);
-
 }  // namespace sqk
 
 // The same for callers without C++; stream null: the default one, device null: the current GPU.
 extern "C" SQK_EXPORT int32_t sqk_gemm_s8(const sqk::GemmParams* params, void* stream);
 extern "C" SQK_EXPORT int32_t sqk_gemm_plan(const sqk::GemmParams* params,
-                                            const sqk::GemmDevice* device, sqk::GemmPlan* plan);
-extern "C" SQK_EXPORT int32_t sqk_linear_s8(const sqk::LinearParams* params, void* stream);
-extern "C" SQK_EXPORT int32_t sqk_linear_plan(const sqk::LinearParams* params,
-                                              sqk::LinearPlan* plan);
+                                            const sqk::Device* device, sqk::GemmPlan* plan);
 // The tables as JSON: {"sm80": {"tiles": [{"tile": 0, "name": ..., ...}, ...], "rules":
 // [{"most_m": ..., "tiles": [...], "when": ..., "why": ...}, ...]}, ...}. Valid until the same
 // thread asks again.
@@ -136,7 +108,7 @@ extern "C" SQK_EXPORT const char* sqk_gemm_tables();
 // What plan_gemm takes for these sizes on a GPU like this, as JSON: {"table": "sm90", "tile": 8,
 // "splits": 1, ...}; {} where it refuses. Valid until the same thread asks again.
 extern "C" SQK_EXPORT const char* sqk_gemm_choice(int64_t m, int64_t n, int64_t k,
-                                                  const sqk::GemmDevice* device);
+                                                  const sqk::Device* device);
 // From now on plans for GPUs with this table and as many multiprocessors take what was measured for
 // their n and k and about as many tokens, and the rules else; count 0: the rules alone. Results do
 // not change: all tiles give the same bits. kInvalidArgument, and nothing is changed, for a row
@@ -149,5 +121,3 @@ extern "C" SQK_EXPORT int32_t sqk_gemm_use_measured(sqk::GemmTable table, int32_
 // the environment says. kUnknownTile for a name that no table has; a list that was given then
 // changes nothing. Results do not change. Safe while other threads plan.
 extern "C" SQK_EXPORT int32_t sqk_gemm_without_tiles(const char* list);
-// The current GPU.
-extern "C" SQK_EXPORT int32_t sqk_gemm_device(sqk::GemmDevice* device);

@@ -15,6 +15,7 @@
 
 #include <cstdint>
 
+#include "sqk/device.h"
 #include "sqk/dtype.h"
 #include "sqk/status.h"
 
@@ -92,14 +93,6 @@ struct QuantizeParams {
   int64_t workspace_bytes;
 };
 
-// What the choice depends on besides the problem.
-struct QuantizeDevice {
-  int32_t sms;
-  int32_t capability;    // 10 * major + minor
-  int32_t shared_bytes;  // the most that one block can be given
-  int32_t clusters;      // 1: the library holds kernels with clusters for this GPU
-};
-
 struct QuantizePlan {
   QuantizePath path;
   int32_t threads;       // per block
@@ -115,11 +108,7 @@ struct QuantizePlan {
 };
 
 // Pure arithmetic: no GPU is touched. kInvalidArgument for what the comments above rule out.
-Status plan_quantize(const QuantizeParams& params, const QuantizeDevice& device,
-                     QuantizePlan* plan);
-
-// The current GPU, asked for at each call (and remembered per device).
-Status quantize_device(QuantizeDevice* device);
+Status plan_quantize(const QuantizeParams& params, const Device& device, QuantizePlan* plan);
 
 // The plan on the current GPU.
 Status plan(const QuantizeParams& params, QuantizePlan* plan);
@@ -136,7 +125,6 @@ extern "C" SQK_EXPORT int32_t sqk_quantize(const sqk::QuantizeParams* params, vo
 extern "C" SQK_EXPORT int64_t sqk_quantize_workspace_bytes(const sqk::QuantizeParams* params);
 // device null: the current GPU.
 extern "C" SQK_EXPORT int32_t sqk_quantize_plan(const sqk::QuantizeParams* params,
-                                                const sqk::QuantizeDevice* device,
-                                                sqk::QuantizePlan* plan);
+                                                const sqk::Device* device, sqk::QuantizePlan* plan);
 // The table of paths as JSON: [{"path": ..., "when": ..., "why": ...}, ...]; never freed.
 extern "C" SQK_EXPORT const char* sqk_quantize_table();
