@@ -19,7 +19,7 @@ from report import geomean
 from shapes import M_CLASSES, m_class
 from tune_choices import Result, candidate_tiles, literal, shipped_only, short, wrong_tiles
 
-ANY_M = 1 << 40  # kAnyM in csrc/gemm/tile.h
+ANY_M = 1 << 40  # kAnyM in csrc/gemm/tiles/tile.h
 MOST_CANDIDATES = 6  # kMostCandidates
 #: A further candidate, or a rule of its own, must gain as much: less is noise, and choosing has its errors too.
 LEAST_GAIN = 1.01

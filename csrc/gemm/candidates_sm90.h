@@ -4,7 +4,7 @@
 
 #include <iterator>
 
-#include "gemm/tile.h"
+#include "gemm/tiles/tile.h"
 
 namespace sqk {
 

@@ -1,7 +1,7 @@
 // Where the compiled GEMM kernels are found. Kernel ring: no torch.
 #pragma once
 
-#include "gemm/tile.h"
+#include "gemm/tiles/tile.h"
 #include "sqk/quantize.h"
 
 namespace sqk {

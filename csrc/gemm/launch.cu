@@ -6,7 +6,7 @@
 
 #include "gemm/kernels.h"
 #include "gemm/measured.h"
-#include "gemm/table_sm90.h"
+#include "gemm/tiles/sm90.h"
 #include "sqk/linear.h"
 
 namespace sqk {

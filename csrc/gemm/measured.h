@@ -1,7 +1,7 @@
 // Choices that were measured on the GPU that is there. Kernel ring: no torch.
 #pragma once
 
-#include "gemm/tile.h"
+#include "gemm/tiles/tile.h"
 
 namespace sqk {
 

@@ -13,9 +13,9 @@
 #include "gemm/excluded.h"
 #include "gemm/measured.h"
 #include "gemm/splits.h"
-#include "gemm/table_sm80.h"
-#include "gemm/table_sm89.h"
-#include "gemm/table_sm90.h"
+#include "gemm/tiles/sm80.h"
+#include "gemm/tiles/sm89.h"
+#include "gemm/tiles/sm90.h"
 
 namespace sqk {
 namespace {

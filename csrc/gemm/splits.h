@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-#include "gemm/tile.h"
+#include "gemm/tiles/tile.h"
 
 namespace sqk {
 

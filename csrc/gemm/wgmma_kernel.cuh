@@ -22,7 +22,7 @@
 #include "gemm/epilogue/channels.cuh"
 #include "gemm/epilogue/tokens.cuh"
 #include "gemm/kernels.h"
-#include "gemm/table_sm90.h"
+#include "gemm/tiles/sm90.h"
 
 namespace sqk {
 

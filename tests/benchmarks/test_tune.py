@@ -239,13 +239,13 @@ def test_rows_of_the_library_are_printed_as_they_are_written(tmp_path: Path) -> 
     library = c_gemm.declare_plans(ctypes.CDLL(str(tmp_path / "t.so"), mode=1))
     own = {name: t["tiles"] for name, t in c_gemm.tables(library).items()}
     assert all(any(tile["candidate"] for tile in tiles) for tiles in own.values())
-    text = ['#include "gemm/tile.h"', "using namespace sqk;"]
+    text = ['#include "gemm/tiles/tile.h"', "using namespace sqk;"]
     for name, tiles in own.items():
         lines = [line for tile in tiles for line in tune_choices.cpp_row(tile)]
         assert all(len(line) <= 100 for line in lines)
-        header = (ROOT / "csrc" / "gemm" / f"table_{name}.h").read_text()
+        header = (ROOT / "csrc" / "gemm" / "tiles" / f"{name}.h").read_text()
         text += [
-            f'#include "gemm/table_{name}.h"',
+            f'#include "gemm/tiles/{name}.h"',
             f"constexpr GemmTile {name}[] = {{",
             *lines,
             "};",

@@ -1,7 +1,7 @@
 // The mma.sync GEMMs of both tables. Kernel ring: no torch.
 #include "gemm/mma_rows.cuh"
-#include "gemm/table_sm80.h"
-#include "gemm/table_sm89.h"
+#include "gemm/tiles/sm80.h"
+#include "gemm/tiles/sm89.h"
 
 namespace sqk {
 

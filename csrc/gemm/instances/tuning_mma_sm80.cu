@@ -1,7 +1,7 @@
 // Candidates of table_sm80.h and table_sm89.h, for the tuner. Kernel ring: no torch.
 #include "gemm/mma_rows.cuh"
-#include "gemm/table_sm80.h"
-#include "gemm/table_sm89.h"
+#include "gemm/tiles/sm80.h"
+#include "gemm/tiles/sm89.h"
 
 namespace sqk {
 

@@ -10,7 +10,7 @@
 #include <iterator>
 
 #include "gemm/candidates_sm90.h"
-#include "gemm/tile.h"
+#include "gemm/tiles/tile.h"
 
 namespace sqk {
 

@@ -9,7 +9,7 @@
 #include <iterator>
 
 #include "gemm/candidates_sm80.h"
-#include "gemm/tile.h"
+#include "gemm/tiles/tile.h"
 
 namespace sqk {
 
