@@ -1,12 +1,9 @@
 // Moving elements between global memory and float32 registers. Kernel ring: no torch.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <cstdint>
 
-#include "sqk/dtype.h"
+#include "common/element.cuh"
 
 namespace sqk {
 
@@ -83,19 +80,21 @@ __device__ inline void load_halves(const void* address, float (&out)[kCount]) {
 // A norm's weight may have another type than x: chosen at run time, the same for all threads.
 template <int kCount>
 __device__ inline void load_parameters(const void* base, DType dtype, int k, float (&out)[kCount]) {
-  if (dtype == DType::kFloat32) {
-    load_floats(static_cast<const float*>(base) + k, out);
-  } else if (dtype == DType::kFloat16) {
-    load_halves<__half>(static_cast<const __half*>(base) + k, out);
-  } else {
-    load_halves<__nv_bfloat16>(static_cast<const __nv_bfloat16*>(base) + k, out);
-  }
+  visit_float(dtype, [&](auto type) {
+    using T = Element<decltype(type)>;
+    const T* const first = static_cast<const T*>(base) + k;
+    if constexpr (sizeof(T) == 4) {
+      load_floats(first, out);
+    } else {
+      load_halves<T>(first, out);
+    }
+  });
 }
 
 __device__ inline float load_parameter(const void* base, DType dtype, int k) {
-  if (dtype == DType::kFloat32) return __ldg(static_cast<const float*>(base) + k);
-  if (dtype == DType::kFloat16) return to_float(__ldg(static_cast<const __half*>(base) + k));
-  return to_float(__ldg(static_cast<const __nv_bfloat16*>(base) + k));
+  return visit_float(dtype, [&](auto type) {
+    return to_float(__ldg(static_cast<const Element<decltype(type)>*>(base) + k));
+  });
 }
 
 // Four int8 in [-127, 127], half to even, NaN to 0: the element of the lowest address first.

@@ -2,42 +2,29 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
-#include <utility>
 
-#include "gemm/kernels.h"
+#include "gemm/find.h"
 #include "gemm/measured.h"
-#include "gemm/tiles/sm90.h"
 #include "sqk/linear.h"
 
 namespace sqk {
 namespace {
 
+// Empty where 9.0a was not built.
+WgmmaEntry wgmma_of([[maybe_unused]] const GemmPlan& plan) {
 #if SQK_WITH_SM90
-using WgmmaRow = WgmmaEntry (*)();
-
-template <int kRow>
-constexpr WgmmaRow wgmma_row_or_null() {
-  if constexpr (kSm90Tiles[kRow].kernel == GemmKernel::kWgmma) {
-    return &wgmma_row<kRow>;
-  } else {
-    return nullptr;
-  }
-}
-
-template <int... kRows>
-WgmmaEntry find_wgmma(int32_t tile, std::integer_sequence<int, kRows...>) {
-  static constexpr WgmmaRow kEntries[] = {wgmma_row_or_null<kRows>()...};
-  return kEntries[tile] != nullptr ? kEntries[tile]() : WgmmaEntry{};
-}
-#endif
-
-// `tile` is a row of Hopper's table; empty for a row of another kind.
-WgmmaEntry wgmma_entry([[maybe_unused]] int32_t tile) {
-#if SQK_WITH_SM90
-  constexpr int kRows = static_cast<int>(kSm90Tiles.size());
-  return find_wgmma(tile, std::make_integer_sequence<int, kRows>());
+  return find_entry<WgmmaKind>(plan.table, plan.tile);
 #else
   return {};
+#endif
+}
+
+// nullptr where nothing but 9.0a was built.
+GemmLaunch mma_of([[maybe_unused]] const GemmPlan& plan) {
+#if SQK_WITH_SM80
+  return find_entry<MmaKind>(plan.table, plan.tile);
+#else
+  return nullptr;
 #endif
 }
 
@@ -46,7 +33,7 @@ const GemmTile& tile_of(const GemmPlan& plan) { return gemm_table(plan.table).ti
 // The workspace of CUTLASS's scheduler, which plan_gemm cannot know.
 void add_workspace(const GemmParams& params, const Device& device, GemmPlan* plan) {
   if (plan->launches == 0 || tile_of(*plan).kernel != GemmKernel::kWgmma) return;
-  const WgmmaEntry entry = wgmma_entry(plan->tile);
+  const WgmmaEntry entry = wgmma_of(*plan);
   if (entry.workspace_bytes != nullptr) {
     plan->workspace_bytes = entry.workspace_bytes(params, device);
   }
@@ -91,19 +78,11 @@ Status launch(const GemmParams& params, const GemmPlan& plan, const QuantizePara
   }
   const GemmTile& tile = tile_of(plan);
   if (tile.kernel == GemmKernel::kStream) {
-    return launch_stream(params, fused, device, tile, stream);
+    const StreamKernels kernels = find_entry<StreamKind>(plan.table, plan.tile);
+    return launch_stream(params, fused, device, tile, kernels, stream);
   }
-  GemmLaunch launch_tile = nullptr;
-  if (tile.kernel == GemmKernel::kWgmma) {
-    launch_tile = wgmma_entry(plan.tile).launch;
-  } else {
-#if SQK_WITH_SM80
-    launch_tile = mma_launch(plan.table, plan.tile);
-#if SQK_TUNING
-    if (launch_tile == nullptr) launch_tile = mma_candidate(plan.table, plan.tile);
-#endif
-#endif
-  }
+  const bool wgmma = tile.kernel == GemmKernel::kWgmma;
+  const GemmLaunch launch_tile = wgmma ? wgmma_of(plan).launch : mma_of(plan);
   if (launch_tile == nullptr) return Status::kUnsupportedArch;
   return launch_tile(params, device, plan, stream);
 }

@@ -35,17 +35,14 @@ bool aligned(const void* pointer, int64_t stride, int64_t rows) {
 // What a tensor map can hold.
 constexpr int64_t kMaxStride = int64_t{1} << 40;
 
-bool is_output(DType dtype) { return dtype >= DType::kFloat32 && dtype <= DType::kInt8; }
-
 Status check(const GemmParams& p) {
   const bool int8 = p.y_dtype == DType::kInt8;
   if (p.m < 0 || p.n < 1 || p.k < 1 || p.m > kMaxSide || p.n > kMaxSide || p.k > kMaxGemmK ||
-      !is_output(p.y_dtype) || int8 != (p.out_scale != nullptr) || (!int8 && p.relu != 0) ||
+      !is_known(p.y_dtype) || int8 != (p.out_scale != nullptr) || (!int8 && p.relu != 0) ||
       p.splits < 0 || p.tile < -1) {
     return Status::kInvalidArgument;
   }
-  if (p.residual != nullptr &&
-      (int8 || !is_output(p.residual_dtype) || p.residual_dtype == DType::kInt8)) {
+  if (p.residual != nullptr && (int8 || !is_float(p.residual_dtype))) {
     return Status::kInvalidArgument;
   }
   if (p.x_q_stride >= kMaxStride || p.w_q_stride >= kMaxStride) return Status::kInvalidArgument;
@@ -145,8 +142,8 @@ int64_t best_splits(const GemmTile& tile, const GemmMachine& machine, const Gemm
 // An estimate is not worth more: the rules name the simpler kernel first.
 constexpr double kClearlyLess = 0.97;
 
-// `excluded`: rows that must not be taken, or nullptr. Where they are all that the rule names, any
-// other shipped row will do.
+// `excluded`: rows that must not be taken, or nullptr. Where they are all that the rule names, a
+// tile of any other rule will do.
 int32_t choose(GemmTable index, const GemmParams& p, const Device& device,
                const Excluded* excluded) {
   const GemmTableView& table = gemm_table(index);
@@ -167,7 +164,9 @@ int32_t choose(GemmTable index, const GemmParams& p, const Device& device,
   };
   for (int32_t candidate : rule->candidates) consider(candidate);
   if (best >= 0 || excluded == nullptr) return best;
-  for (int32_t row = 0; row < table.shipped; ++row) consider(row);
+  for (int i = 0; i < table.rule_count; ++i) {
+    for (int32_t candidate : table.rules[i].candidates) consider(candidate);
+  }
   return best;
 }
 

@@ -96,7 +96,6 @@ std::string tile_json(const GemmTableView& table, int row, bool excluded) {
       .add("most_splits", int64_t{tile.most_splits})
       .add("rate", int64_t{tile.rate})
       .add("shared_bytes", shared_bytes(tile))
-      .add("why", tile.why)
       .add("candidate", std::string(row >= table.shipped ? "true" : "false"))
       .add("excluded", std::string(excluded ? "true" : "false"))
       .end();

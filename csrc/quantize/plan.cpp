@@ -36,10 +36,6 @@ bool can_vectorise(const QuantizeParams& p) {
          aligned(p.bias, 0, 1, std::min<int64_t>(16, vec * size_in_bytes(p.bias_dtype)));
 }
 
-bool is_float(DType dtype) {
-  return dtype == DType::kFloat32 || dtype == DType::kFloat16 || dtype == DType::kBFloat16;
-}
-
 Status check(const QuantizeParams& p) {
   const auto producer = static_cast<int32_t>(p.producer);
   const auto path = static_cast<int32_t>(p.path);

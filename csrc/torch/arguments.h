@@ -41,9 +41,28 @@ inline bool is_float(ScalarType dtype) {
   return dtype == ScalarType::Half || dtype == ScalarType::BFloat16 || dtype == ScalarType::Float;
 }
 
+// What torch calls a type of the kernels.
+constexpr ScalarType to_scalar_type(DType dtype) {
+  return visit(dtype, [](auto type) {
+    constexpr DType kDType = decltype(type)::value;
+    if constexpr (kDType == DType::kFloat32) {
+      return ScalarType::Float;
+    } else if constexpr (kDType == DType::kFloat16) {
+      return ScalarType::Half;
+    } else if constexpr (kDType == DType::kBFloat16) {
+      return ScalarType::BFloat16;
+    } else {
+      static_assert(kDType == DType::kInt8, "what does torch call this type?");
+      return ScalarType::Char;
+    }
+  });
+}
+
+// What is none of them becomes a number that every plan refuses.
 inline DType to_dtype(ScalarType dtype) {
-  if (dtype == ScalarType::Half) return DType::kFloat16;
-  return dtype == ScalarType::BFloat16 ? DType::kBFloat16 : DType::kFloat32;
+  int32_t found = 0;
+  while (found < kDTypes && to_scalar_type(static_cast<DType>(found)) != dtype) ++found;
+  return static_cast<DType>(found);
 }
 
 // "(4, 8)", "(4,)", "()": as Python writes a tuple.

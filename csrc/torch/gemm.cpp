@@ -57,7 +57,7 @@ class Gemm {
       SQK_CHECK(bias->dim() == 1 && bias->size(0) == params_.n, op, ": bias must have shape [",
                 params_.n, "], got ", tuple_text(*bias), ".");
     }
-    params_.y_dtype = y_dtype == ScalarType::Char ? DType::kInt8 : to_dtype(y_dtype);
+    params_.y_dtype = to_dtype(y_dtype);
     params_.tile = -1;
     y_dtype_ = y_dtype;
     w_q_ = w_q;

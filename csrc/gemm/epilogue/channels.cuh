@@ -14,8 +14,10 @@ __device__ inline void store_one(const Epilogue& e, float v, float factor, int64
     static_cast<__half*>(e.y)[at] = __float2half_rn(v);
   } else if constexpr (kY == DType::kBFloat16) {
     static_cast<__nv_bfloat16*>(e.y)[at] = __float2bfloat16_rn(v);
-  } else {
+  } else if constexpr (kY == DType::kInt8) {
     static_cast<int8_t*>(e.y)[at] = to_int8(requantise(e, v, factor));
+  } else {
+    static_assert(kNotHandled<kY>, "how is a value of this type stored?");
   }
 }
 
@@ -67,16 +69,8 @@ __device__ inline void store_channels(const Epilogue& e, const int32_t* acc, int
     const int at = min(token + 8 * (i / 2) + i % 2, e.m - 1);
     scales.x_scale[i] = own_x_scale != nullptr ? own_x_scale[at] : load_x_scale(e, at);
   }
-  switch (e.y_dtype) {
-    case DType::kFloat32:
-      return store_channels_as<DType::kFloat32>(e, acc, scales, channel, token);
-    case DType::kFloat16:
-      return store_channels_as<DType::kFloat16>(e, acc, scales, channel, token);
-    case DType::kBFloat16:
-      return store_channels_as<DType::kBFloat16>(e, acc, scales, channel, token);
-    case DType::kInt8:
-      return store_channels_as<DType::kInt8>(e, acc, scales, channel, token);
-  }
+  visit(e.y_dtype,
+        [&](auto y) { store_channels_as<decltype(y)::value>(e, acc, scales, channel, token); });
 }
 
 }  // namespace sqk

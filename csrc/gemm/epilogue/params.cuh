@@ -7,6 +7,7 @@
 
 #include <cstdint>
 
+#include "common/element.cuh"
 #include "common/memory_order.cuh"
 #include "quantize/producer.cuh"
 #include "sqk/gemm.h"
@@ -85,11 +86,9 @@ __device__ inline float load_x_scale(const Epilogue& e, int token) {
 
 __device__ inline float load_residual(const Epilogue& e, int token, int channel) {
   const int64_t at = token * e.residual_stride + channel;
-  if (e.residual_dtype == DType::kFloat32) return static_cast<const float*>(e.residual)[at];
-  if (e.residual_dtype == DType::kFloat16) {
-    return to_float(static_cast<const __half*>(e.residual)[at]);
-  }
-  return to_float(static_cast<const __nv_bfloat16*>(e.residual)[at]);
+  return visit_float(e.residual_dtype, [&](auto type) {
+    return to_float(static_cast<const Element<decltype(type)>*>(e.residual)[at]);
+  });
 }
 
 // The factor of an int8 result.

@@ -5,17 +5,25 @@
 
 namespace sqk {
 
+// Float32 is stored by itself (store_float_pair). A type that is new to pack_pair is new to all of
+// this file: what is packed and not int8 has 16 bits, and what is plain is float16 or bfloat16.
+constexpr bool is_packed(DType dtype) { return dtype != DType::kFloat32; }
+
 // Two values as they lie in memory, the first one low; of int8 in the low half.
 __device__ inline uint32_t pack_pair(DType dtype, float a, float b) {
-  if (dtype == DType::kFloat16) {
-    const __half2 pair = __floats2half2_rn(a, b);
-    return *reinterpret_cast<const uint32_t*>(&pair);
-  }
-  if (dtype == DType::kBFloat16) {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(a, b);
-    return *reinterpret_cast<const uint32_t*>(&pair);
-  }
-  return to_int8x4(a, b, 0.0f, 0.0f);
+  return visit_where<is_packed>(dtype, [=](auto type) -> uint32_t {
+    constexpr DType kDType = decltype(type)::value;
+    if constexpr (kDType == DType::kFloat16) {
+      const __half2 pair = __floats2half2_rn(a, b);
+      return *reinterpret_cast<const uint32_t*>(&pair);
+    } else if constexpr (kDType == DType::kBFloat16) {
+      const __nv_bfloat162 pair = __floats2bfloat162_rn(a, b);
+      return *reinterpret_cast<const uint32_t*>(&pair);
+    } else {
+      static_assert(kDType == DType::kInt8, "how are two values of this type packed?");
+      return to_int8x4(a, b, 0.0f, 0.0f);
+    }
+  });
 }
 
 // Four lanes exchange words: word j of lane t becomes word t of lane j.

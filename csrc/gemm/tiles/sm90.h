@@ -7,74 +7,99 @@
 // every byte of the weights read once with some 100 KiB in flight per SM.
 #pragma once
 
-#include <iterator>
-
-#include "gemm/candidates_sm90.h"
-#include "gemm/tiles/tile.h"
+#include "gemm/tiles/builder.h"
 
 namespace sqk {
 
-constexpr GemmTile kSm90Shipped[] = {
-    {"stream 8x16", GemmKernel::kStream, 8, 16, 128, 1, 16, 0, Schedule::kNone, false, 1, 1, 1, 50,
-     "16 warps share k; 96 KiB of weights in flight per SM, in rings that run on from tile to "
-     "tile"},
-    {"stream 16x16", GemmKernel::kStream, 16, 16, 128, 1, 16, 0, Schedule::kNone, false, 1, 1, 1,
-     50, "the same with two groups of 8 tokens: the weights are still read once"},
-    {"16x64x256 swap", GemmKernel::kWgmma, 16, 64, 256, 0, 0, 11, Schedule::kPingpong, true, 1, 1,
-     1, 25, "wgmma's 64 rows take channels, so that 16 tokens waste nothing; 220 KiB in flight"},
-    {"32x64x256 swap", GemmKernel::kWgmma, 32, 64, 256, 0, 0, 9, Schedule::kPingpong, true, 1, 1, 1,
-     40, "the same for 32 tokens"},
-    {"32x128x256 swap stream-K", GemmKernel::kWgmma, 32, 128, 256, 0, 0, 5, Schedule::kStreamK,
-     true, 1, 1, 1, 40, "few tiles (narrow layers): all SMs share them over k"},
-    {"64x64x256 swap", GemmKernel::kWgmma, 64, 64, 256, 0, 0, 7, Schedule::kPingpong, true, 1, 1, 1,
-     60, "the same for 64 tokens"},
-    {"64x128x128 swap stream-K", GemmKernel::kWgmma, 64, 128, 128, 0, 0, 9, Schedule::kStreamK,
-     true, 1, 1, 1, 60, "few tiles (narrow layers): all SMs share them over k"},
-    {"64x128x128", GemmKernel::kWgmma, 64, 128, 128, 0, 0, 9, Schedule::kPingpong, false, 2, 1, 1,
-     70, "65 to 128 tokens: a cluster of two covers them and loads the weights once"},
-    {"128x128x128", GemmKernel::kWgmma, 128, 128, 128, 0, 0, 7, Schedule::kPingpong, false, 2, 1, 1,
-     80, "one warpgroup stores while the other multiplies; a cluster of two shares the weights"},
-    {"128x128x128 stream-K", GemmKernel::kWgmma, 128, 128, 128, 0, 0, 7, Schedule::kStreamK, false,
-     1, 1, 1, 75, "grids that do not fill the last wave: its tiles are shared over k"},
-    {"128x256x128", GemmKernel::kWgmma, 128, 256, 128, 0, 0, 4, Schedule::kCooperative, false, 2, 1,
-     1, 90, "a cluster of two loads half of 256 channels each: 32 bytes from L2 per 4096 MACs"},
-    {"256x128x128", GemmKernel::kWgmma, 256, 128, 128, 0, 0, 4, Schedule::kCooperative, false, 1, 2,
-     1, 90, "the same with tokens and channels exchanged: other waves"},
-    {"128x256x128 stream-K", GemmKernel::kWgmma, 128, 256, 128, 0, 0, 4, Schedule::kStreamK, false,
-     2, 1, 1, 88, "the same where its last wave would be mostly empty: shared over k"},
+constexpr TileBuilder kSm90Shipped[] = {
+    // 96 KiB of weights in flight per SM, in rings that run on from tile to tile.
+    stream(8, 16).warps(16).rate(50),
+    // Two groups of 8 tokens: the weights are still read once.
+    stream(16, 16).warps(16).rate(50),
+    // wgmma's 64 rows take channels, so 16 tokens waste nothing; 220 KiB in flight.
+    wgmma(16, 64, 256).swap_ab().pingpong().stages(11).rate(25),
+    // The same for 32 tokens.
+    wgmma(32, 64, 256).swap_ab().pingpong().stages(9).rate(40),
+    // Few tiles (narrow layers): all SMs share them over k.
+    wgmma(32, 128, 256).swap_ab().stream_k().stages(5).rate(40),
+    // 64 tokens on the column side.
+    wgmma(64, 64, 256).swap_ab().pingpong().stages(7).rate(60),
+    // Few tiles (narrow layers): all SMs share them over k.
+    wgmma(64, 128, 128).swap_ab().stream_k().stages(9).rate(60),
+    // 65 to 128 tokens: a cluster of two covers them and loads the weights once.
+    wgmma(64, 128, 128).pingpong().cluster(2, 1).stages(9).rate(70),
+    // One warpgroup stores while the other multiplies; a cluster of two shares the weights.
+    wgmma(128, 128, 128).pingpong().cluster(2, 1).stages(7).rate(80),
+    // Grids that do not fill the last wave: its tiles are shared over k.
+    wgmma(128, 128, 128).stream_k().stages(7).rate(75),
+    // A cluster of two loads half of 256 channels each: 32 bytes from L2 per 4096 MACs.
+    wgmma(128, 256, 128).cooperative().cluster(2, 1).stages(4).rate(90),
+    // 128x256 with tokens and channels exchanged: other waves.
+    wgmma(256, 128, 128).cooperative().cluster(1, 2).stages(4).rate(90),
+    // 128x256 where its last wave would be mostly empty: shared over k.
+    wgmma(128, 256, 128).stream_k().cluster(2, 1).stages(4).rate(88),
 };
 
-constexpr auto kSm90Tiles = with_candidates(kSm90Shipped, kSm90Candidates);
+// Only a tuning build compiles these, and no rule names one before a GPU has said that it is worth
+// it: the tuner then prints which row to move up.
+constexpr TileBuilder kSm90Candidates[] = {
+    // 65 to 128 tokens of wide layers: half the tiles of 64x128, x_q loaded half as often.
+    wgmma(64, 256, 128).pingpong().cluster(2, 1).stages(5).rate(75),
+    // No cluster: any SM takes any tile, odd numbers of them too; more from L2.
+    wgmma(128, 128, 128).pingpong().cluster(1, 1).stages(7).rate(80).cluster_in_name(),
+    // The pair shares the tokens: one row of tiles (65 to 128 tokens) is no waste.
+    wgmma(128, 128, 128).pingpong().cluster(1, 2).stages(7).rate(80).cluster_in_name(),
+    // Between 128x128 and 128x256: fills other waves, and a stage more is in flight.
+    wgmma(128, 192, 128).cooperative().cluster(2, 1).stages(5).rate(85),
+    // Four share both operands: 24 bytes from L2 per 4096 MACs; GPCs may not divide.
+    wgmma(128, 256, 128).cooperative().cluster(2, 2).stages(4).rate(90).cluster_in_name(),
+    // No cluster: nobody waits for a partner; 48 bytes from L2 per 4096 MACs.
+    wgmma(128, 256, 128).cooperative().cluster(1, 1).stages(4).rate(85).cluster_in_name(),
+    // The pair shares the tokens, which are half of what a tile loads.
+    wgmma(64, 64, 256).swap_ab().pingpong().cluster(1, 2).stages(7).rate(60).cluster_in_name(),
+    // 128 channels a tile: x_q loaded half as often as by 64x64, for wide layers.
+    wgmma(64, 128, 128).swap_ab().pingpong().stages(9).rate(60),
+    // One tile holds 128 tokens: the weights are read once, without a cluster.
+    wgmma(128, 64, 128).swap_ab().pingpong().stages(9).rate(65),
+    // Few tiles and at most 16 tokens: none of the 32 wasted.
+    wgmma(16, 128, 256).swap_ab().stream_k().stages(6).rate(25),
+    // 256x128 where its last wave would be mostly empty: shared over k.
+    wgmma(256, 128, 128).stream_k().cluster(1, 2).stages(4).rate(88),
+    // Shares single tiles over k, not pairs: evener, and more from L2.
+    wgmma(128, 256, 128).stream_k().cluster(1, 1).stages(4).rate(85).cluster_in_name(),
+    // Two blocks per SM: one reads on while the other adds up and stores.
+    stream(8, 16).warps(8).rate(50).warps_in_name(),
+    // The same with two groups of 8 tokens.
+    stream(16, 16).warps(8).rate(50).warps_in_name(),
+};
 
-constexpr GemmRule kSm90Rules[] = {
-    {8,
-     {0, -1, -1, -1, -1, -1},
-     "M <= 8",
-     "weights are read once, in 16-byte loads; nothing else matters"},
+constexpr RuleRow kSm90Rules[] = {
+    {8, {"stream 8x16"}, "weights are read once, in 16-byte loads; nothing else matters"},
     {16,
-     {2, 1, 4, -1, -1, -1},
-     "M <= 16",
+     {"16x64x256 swap", "stream 16x16", "32x128x256 swap stream-K"},
      "one tile holds all tokens; narrow layers are shared over k"},
     {32,
-     {3, 4, -1, -1, -1, -1},
-     "M <= 32",
+     {"32x64x256 swap", "32x128x256 swap stream-K"},
      "one tile holds all tokens; narrow layers are shared over k"},
     {64,
-     {5, 6, -1, -1, -1, -1},
-     "M <= 64",
+     {"64x64x256 swap", "64x128x128 swap stream-K"},
      "one tile holds all tokens; narrow layers are shared over k"},
-    {128, {7, 6, 9, 12, -1, -1}, "M <= 128", "a cluster holds all tokens, or all SMs share over k"},
-    {512, {8, 7, 10, 11, 12, 9}, "M <= 512", "waves decide"},
-    {kAnyM, {10, 11, 8, 12, 7, 9}, "M > 512", "the largest tiles that their waves allow"},
+    {128,
+     {"64x128x128", "64x128x128 swap stream-K", "128x128x128 stream-K", "128x256x128 stream-K"},
+     "a cluster holds all tokens, or all SMs share over k"},
+    {512,
+     {"128x128x128", "64x128x128", "128x256x128", "256x128x128", "128x256x128 stream-K",
+      "128x128x128 stream-K"},
+     "waves decide"},
+    {kAnyM,
+     {"128x256x128", "256x128x128", "128x128x128", "128x256x128 stream-K", "64x128x128",
+      "128x128x128 stream-K"},
+     "the largest tiles that their waves allow"},
 };
 
-constexpr GemmTableView kSm90Table = {"sm90",
-                                      {4096, 26, 64, 1650, 1500, 2500},
-                                      kSm90Tiles.data(),
-                                      static_cast<int32_t>(kSm90Tiles.size()),
-                                      static_cast<int32_t>(std::size(kSm90Shipped)),
-                                      kSm90Rules,
-                                      static_cast<int32_t>(std::size(kSm90Rules))};
+using Sm90Tiles = TileTable<kSm90Shipped, kSm90Candidates, kSm90Rules>;
+constexpr GemmTableView kSm90Table =
+    Sm90Tiles::view(GemmTable::kSm90, {4096, 26, 64, 1650, 1500, 2500});
 static_assert(table_holds(kSm90Table, 227 * 1024), "a row of the table breaks a rule of tile.h");
 
 }  // namespace sqk

@@ -1,24 +1,17 @@
 // What a row of a GEMM table says: a tile, or when to take which. Kernel ring: no torch.
 #pragma once
 
-#include <array>
 #include <cstddef>
 #include <cstdint>
 
 #include "sqk/gemm.h"
 
-// 1: the tables end with candidates, tiles that are there for the tuner alone
-// (SMOOTHQUANT_KERNELS_TUNING=1 for the build, CONTRIBUTING.md).
-#ifndef SQK_TUNING
-#define SQK_TUNING 0
-#endif
-
 namespace sqk {
 
 enum class GemmKernel : int32_t {
-  kStream,  // few tokens: a warp's weights in a ring of its own, mma.sync (stream_kernel.cuh)
-  kMma,     // cp.async, ldmatrix and mma.sync in several stages (mma_kernel.cuh)
-  kWgmma,   // TMA and wgmma, warp-specialised, by CUTLASS (wgmma_kernel.cuh; Hopper)
+  kStream,  // few tokens: a warp's weights in a ring of its own, mma.sync (stream/kernel.cuh)
+  kMma,     // cp.async, ldmatrix and mma.sync in several stages (mma/kernel.cuh)
+  kWgmma,   // TMA and wgmma, warp-specialized, by CUTLASS (wgmma/kernel.cuh; Hopper)
 };
 
 // How a kWgmma kernel shares out its work.
@@ -41,7 +34,6 @@ struct GemmTile {
   int32_t cluster_m, cluster_n;  // blocks along m and n that share what they load
   int32_t most_splits;           // kMma: blocks that may share a tile's k through the workspace
   int32_t rate;                  // percent of the tensor cores' peak in the main loop: an estimate
-  const char* why;
 };
 
 constexpr int64_t stage_bytes(const GemmTile& tile) {
@@ -78,7 +70,7 @@ struct GemmTableView {
   GemmMachine machine;
   const GemmTile* tiles;
   int32_t tile_count;
-  int32_t shipped;  // the first ones; candidates of a tuning build come behind them
+  int32_t shipped;  // the first ones; a tuning build's candidates follow
   const GemmRule* rules;
   int32_t rule_count;
 };
@@ -87,22 +79,18 @@ const GemmTableView& gemm_table(GemmTable table);
 
 constexpr int64_t kAnyM = int64_t{1} << 40;
 
-// A table's rows: what is shipped, and behind it, in a tuning build, its candidates, so that a row
-// of the rules means the same tile in every build.
-template <size_t kShipped, size_t kCandidates>
-constexpr auto with_candidates(const GemmTile (&shipped)[kShipped],
-                               const GemmTile (&candidates)[kCandidates]) {
-  std::array<GemmTile, kShipped + (SQK_TUNING ? kCandidates : 0)> rows{};
-  for (size_t i = 0; i < rows.size(); ++i) {
-    rows[i] = i < kShipped ? shipped[i] : candidates[i - kShipped];
-  }
-  return rows;
+constexpr bool same_text(const char* a, const char* b) {
+  while (*a != '\0' && *a == *b) ++a, ++b;
+  return *a == *b;
 }
 
 // What every row must hold, shipped or not.
 constexpr bool tiles_hold(const GemmTile* tiles, int64_t count, int64_t shared_limit) {
   for (int64_t i = 0; i < count; ++i) {
     const GemmTile& tile = tiles[i];
+    for (int64_t j = 0; j < i; ++j) {
+      if (same_text(tiles[j].name, tile.name)) return false;
+    }
     if (shared_bytes(tile) > shared_limit) return false;
     if (tile.m < 8 || tile.n < 16 || tile.most_splits < 1 || tile.rate < 1 || tile.rate > 100) {
       return false;
@@ -113,6 +101,7 @@ constexpr bool tiles_hold(const GemmTile* tiles, int64_t count, int64_t shared_l
       if (rows * columns > 64 * 64) return false;  // 128 accumulators a thread
     }
     if (tile.kernel == GemmKernel::kWgmma) {
+      if (tile.schedule == Schedule::kNone) return false;
       const int groups = tile.schedule == Schedule::kPingpong ? 1 : 2;
       const int rows = tile.swap_ab ? tile.n : tile.m, columns = tile.swap_ab ? tile.m : tile.n;
       if (rows % (64 * groups) != 0 || columns % 8 != 0 || columns > 256) return false;

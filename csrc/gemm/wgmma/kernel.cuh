@@ -11,7 +11,6 @@
 
 #include <atomic>
 #include <cstring>
-#include <string_view>
 
 #include "common/launch.h"
 #include "cute/tensor.hpp"
@@ -22,7 +21,6 @@
 #include "gemm/epilogue/channels.cuh"
 #include "gemm/epilogue/tokens.cuh"
 #include "gemm/kernels.h"
-#include "gemm/tiles/sm90.h"
 
 namespace sqk {
 
@@ -120,56 +118,54 @@ struct WgmmaSchedule<Schedule::kStreamK> {
   using Scheduler = cutlass::gemm::StreamKScheduler;
 };
 
-// The kernel of one row of the table. "Rows" and "columns" are the instruction's: tokens and
-// channels, or the other way round.
-template <int kRow>
+// The kernel of one tile, by numbers that people can read in a profile. "Rows" and "columns" are
+// the instruction's: tokens and channels, or the other way round.
+template <int kM, int kN, int kK, int kStages, Schedule kSchedule, bool kSwapAB, int kClusterM,
+          int kClusterN>
 struct WgmmaTile {
-  static constexpr GemmTile kTile = kSm90Tiles[kRow];
-  static_assert(kTile.kernel == GemmKernel::kWgmma);
-  static_assert((kTile.schedule == Schedule::kStreamK) == !SQK_OVERLAP);
-  static constexpr bool kSwap = kTile.swap_ab;
-  using TileShape = cute::Shape<cute::Int<kSwap ? kTile.n : kTile.m>,
-                                cute::Int<kSwap ? kTile.m : kTile.n>, cute::Int<kTile.k>>;
-  using Cluster = cute::Shape<cute::Int<kSwap ? kTile.cluster_n : kTile.cluster_m>,
-                              cute::Int<kSwap ? kTile.cluster_m : kTile.cluster_n>, cute::_1>;
+  static_assert((kSchedule == Schedule::kStreamK) == !SQK_OVERLAP);
+  using TileShape =
+      cute::Shape<cute::Int<kSwapAB ? kN : kM>, cute::Int<kSwapAB ? kM : kN>, cute::Int<kK>>;
+  using Cluster = cute::Shape<cute::Int<kSwapAB ? kClusterN : kClusterM>,
+                              cute::Int<kSwapAB ? kClusterM : kClusterN>, cute::_1>;
   using MainLoop = typename cutlass::gemm::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, int8_t, cutlass::layout::RowMajor, 16,
       int8_t, cutlass::layout::ColumnMajor, 16, int32_t, TileShape, Cluster,
-      cutlass::gemm::collective::StageCount<kTile.stages>,
-      typename WgmmaSchedule<kTile.schedule>::Kernel>::CollectiveOp;
+      cutlass::gemm::collective::StageCount<kStages>,
+      typename WgmmaSchedule<kSchedule>::Kernel>::CollectiveOp;
   using Store =
-      cutlass::epilogue::collective::detail::Sm90TmaWarpSpecializedAdapter<WgmmaEpilogue<kSwap>>;
+      cutlass::epilogue::collective::detail::Sm90TmaWarpSpecializedAdapter<WgmmaEpilogue<kSwapAB>>;
   using Kernel =
       cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>, MainLoop, Store,
-                                           typename WgmmaSchedule<kTile.schedule>::Scheduler>;
-  static constexpr int kShared = Kernel::SharedStorageSize;
-  static_assert(kShared <= shared_bytes(kTile), "plan_gemm compares less with what the GPU has");
+                                           typename WgmmaSchedule<kSchedule>::Scheduler>;
 };
 
-// CUTLASS's kernel under a name that people can read in a profile: row and tile of the table.
-template <int kRow, int kM, int kN, int kK>
-__global__ void __launch_bounds__(WgmmaTile<kRow>::Kernel::MaxThreadsPerBlock, 1)
-    wgmma_gemm_kernel(const __grid_constant__ typename WgmmaTile<kRow>::Kernel::Params params) {
+// CUTLASS's kernel under the name of its tile.
+template <class Tile>
+__global__ void __launch_bounds__(Tile::Kernel::MaxThreadsPerBlock, 1)
+    wgmma_gemm_kernel(const __grid_constant__ typename Tile::Kernel::Params params) {
   extern __shared__ char shared[];
-  typename WgmmaTile<kRow>::Kernel()(params, shared);
+  typename Tile::Kernel()(params, shared);
 }
 
-template <int kRow>
+template <TileKey kKey>
 class WgmmaGemm {
-  using Tile = WgmmaTile<kRow>;
+  static constexpr GemmTile kTile = tile_of(kKey);
+  static_assert(kTile.kernel == GemmKernel::kWgmma);
+  static constexpr bool kSwap = kTile.swap_ab;
+  static constexpr int kClusterBlocks = kTile.cluster_m * kTile.cluster_n;
+  using Tile = WgmmaTile<kTile.m, kTile.n, kTile.k, kTile.stages, kTile.schedule, kSwap,
+                         kTile.cluster_m, kTile.cluster_n>;
   using Kernel = typename Tile::Kernel;
   using Cluster = typename Tile::Cluster;
-  static constexpr GemmTile kTile = kSm90Tiles[kRow];
-  static constexpr bool kSwap = Tile::kSwap;
-  static constexpr int kClusterBlocks = kTile.cluster_m * kTile.cluster_n;
+  static constexpr int kShared = Kernel::SharedStorageSize;
+  static_assert(kShared <= shared_bytes(kTile), "plan_gemm compares less with what the GPU has");
 
-  static const void* function() {
-    return reinterpret_cast<const void*>(&wgmma_gemm_kernel<kRow, kTile.m, kTile.n, kTile.k>);
-  }
+  static const void* function() { return reinterpret_cast<const void*>(&wgmma_gemm_kernel<Tile>); }
 
   static Status allow_memory() {
     static DevicesSeen seen;
-    return allow_shared_memory(function(), Tile::kShared, 1, seen);
+    return allow_shared_memory(function(), kShared, 1, seen);
   }
 
   // Clusters that run at a time: GPCs with an odd number of multiprocessors, or with some switched
@@ -184,7 +180,7 @@ class WgmmaGemm {
     launch.function = function();
     launch.grid = cluster();
     launch.block = Kernel::get_block_shape();
-    launch.shared_bytes = Tile::kShared;
+    launch.shared_bytes = kShared;
     launch.cluster = cluster();
     int count = 0;
     if (allow_memory() == Status::kSuccess) count = max_active_clusters(launch);
@@ -256,7 +252,7 @@ class WgmmaGemm {
     launch.function = function();
     launch.grid = Kernel::get_grid_shape(params);
     launch.block = Kernel::get_block_shape();
-    launch.shared_bytes = Tile::kShared;
+    launch.shared_bytes = kShared;
     launch.stream = stream;
     launch.cluster = cluster();
     launch.overlap = SQK_OVERLAP && plan.overlap;
@@ -264,20 +260,5 @@ class WgmmaGemm {
     return status == Status::kSuccess ? launch_kernel(launch, &params) : status;
   }
 };
-
-// The row of the table with this name; none: -1, which wgmma_row refuses.
-constexpr int row_of(std::string_view name) {
-  for (size_t i = 0; i < kSm90Tiles.size(); ++i) {
-    if (kSm90Tiles[i].name == name) return static_cast<int>(i);
-  }
-  return -1;
-}
-
-// Instantiated by the files of instances/, one each.
-template <int kRow>
-WgmmaEntry wgmma_row() {
-  static_assert(kRow >= 0, "table_sm90.h has no tile of this name");
-  return {&WgmmaGemm<kRow>::launch, &WgmmaGemm<kRow>::workspace_bytes};
-}
 
 }  // namespace sqk

@@ -1,14 +1,12 @@
-// The streaming GEMM for few tokens: its kernels and how they are launched. Kernel ring: no torch.
+// Launches the streaming GEMM for few tokens. Kernel ring: no torch.
 #include <algorithm>
 
 #include "common/launch.h"
 #include "gemm/kernels.h"
-#include "gemm/stream/kernel.cuh"
+#include "gemm/stream/params.cuh"
 
 namespace sqk {
 namespace {
-
-using StreamKernel = void (*)(StreamParams);
 
 // Every block quantises all of x for itself, which it reads from L2. It does so while the first
 // weights arrive: on an H100 a full ring keeps the memory busy for some 6500 clocks, and 16 warps
@@ -16,21 +14,6 @@ using StreamKernel = void (*)(StreamParams);
 // alone, 2 or 3 us, would cost less. How large the weights are does not matter: there is a block
 // per SM and not one per tile, so x is read 132 times and not n / 16 times.
 constexpr int64_t kMostQuantized = 40 * 1024;
-
-template <int kGroups>
-StreamKernel kernel_of(const QuantizeParams* quantize) {
-  if (quantize == nullptr) return stream_gemm_kernel<int8_t, kGroups>;
-  switch (quantize->dtype) {
-    case DType::kFloat32:
-      return stream_gemm_kernel<float, kGroups>;
-    case DType::kFloat16:
-      return stream_gemm_kernel<__half, kGroups>;
-    case DType::kBFloat16:
-      return stream_gemm_kernel<__nv_bfloat16, kGroups>;
-    default:
-      return nullptr;
-  }
-}
 
 bool aligned(const void* pointer, int64_t stride_bytes, int64_t rows) {
   return reinterpret_cast<uintptr_t>(pointer) % 16 == 0 && (rows <= 1 || stride_bytes % 16 == 0);
@@ -76,11 +59,9 @@ StreamLaunch choose_launch(const GemmParams& params, bool quantizes, int groups,
 
 bool stream_quantizes(const QuantizeParams& quantize, const GemmParams& params) {
   const bool given = quantize.scheme != Scheme::kStatic || quantize.scale != nullptr;
-  const bool is_float = quantize.dtype == DType::kFloat32 || quantize.dtype == DType::kFloat16 ||
-                        quantize.dtype == DType::kBFloat16;
-  return quantize.producer == Producer::kQuantize && is_float && given && quantize.x != nullptr &&
-         quantize.m == params.m && quantize.k == params.k && params.m >= 1 &&
-         params.m <= 2 * kGroupTokens && params.m * params.k <= kMostQuantized;
+  return quantize.producer == Producer::kQuantize && is_float(quantize.dtype) && given &&
+         quantize.x != nullptr && quantize.m == params.m && quantize.k == params.k &&
+         params.m >= 1 && params.m <= 2 * kGroupTokens && params.m * params.k <= kMostQuantized;
 }
 
 Status launch_stream(const GemmParams& params, const QuantizeParams* quantize, const Device& device,
@@ -116,20 +97,19 @@ Status launch_stream(const GemmParams& params, const QuantizeParams* quantize, c
     p.x_q_stride = params.m > 1 ? params.x_q_stride : 0;
   }
 
-  const StreamKernel kernel = groups == 1 ? kernel_of<1>(quantize) : kernel_of<2>(quantize);
-  if (kernel == nullptr) return Status::kInvalidArgument;
+  const DType type = quantizes ? quantize->dtype : DType::kInt8;
+  const StreamKernel kernel = kernels(type);
   KernelLaunch config = {};
   config.function = reinterpret_cast<const void*>(kernel);
   config.grid = dim3(static_cast<unsigned>(launch.blocks));
   config.block = dim3(static_cast<unsigned>(32 * launch.warps));
   config.shared_bytes = launch.shared_bytes;
   config.stream = stream;
-  // Eight kernels come this way: each keeps its own account of the devices. One block or several
-  // fill the shared memory, as choose_launch has it.
-  static DevicesSeen seen[2][4];
-  const int type = quantizes ? static_cast<int>(quantize->dtype) : 3;
-  const Status status =
-      allow_shared_memory(config.function, device.shared_bytes, 1, seen[groups - 1][type]);
+  // All kernels come this way: each keeps its own account of the devices. One block or several fill
+  // the shared memory, as choose_launch has it.
+  static DevicesSeen seen[2][kDTypes];
+  const Status status = allow_shared_memory(config.function, device.shared_bytes, 1,
+                                            seen[groups - 1][static_cast<int>(type)]);
   return status == Status::kSuccess ? launch_kernel(config, &p) : status;
 }
 
