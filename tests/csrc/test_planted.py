@@ -32,13 +32,14 @@ def quantizer(
     tests: str,
     symptom: str | None,
     arch: str = "sm_80",
-    types: tuple[str, ...] = ("float", "__half"),
+    types: tuple[str, ...] = ("kFloat32", "kFloat16"),
 ) -> Mutant:
     """A mutant that the row kernels show; the copy has no kernels for other types of x, and no such test is run."""
-    kernel = "row_kernel<{}, kProducer, kPath, kLaunches>".format
-    others = sorted({"float", "__half", "__nv_bfloat16"} - set(types))
-    cuts = tuple(("quantize/kernels.h", kernel(other), "nullptr") for other in others)
-    tests = f"({tests}) and not bfloat16" + ("" if "float" in types else " and float16")
+    wanted = "is_float(decltype(type)::value)"
+    others = sorted({"kFloat32", "kFloat16", "kBFloat16"} - set(types))
+    left = "".join(f" && type != DType::{other}" for other in others)
+    cuts = (("quantize/kernels.h", wanted, wanted + left),)
+    tests = f"({tests}) and not bfloat16" + ("" if "kFloat32" in types else " and float16")
     return Mutant(name, file, old, new, source, suite, tests, symptom, arch, cuts=cuts)
 
 
@@ -139,7 +140,7 @@ MUTANTS = (
         "test_norms.py",
         "smoke_norms and rms_norm",
         NOT_WITHIN_THE_BOUND,
-        types=("__half",),
+        types=("kFloat16",),
     ),
     quantizer(
         "epsilon is added to the root",
@@ -150,7 +151,7 @@ MUTANTS = (
         "test_norms.py",
         "test_edge_rows and rms_norm and 64",
         NOT_WITHIN_THE_BOUND,
-        types=("__half",),
+        types=("kFloat16",),
     ),
     quantizer(
         "the reductions use one buffer",
@@ -161,7 +162,7 @@ MUTANTS = (
         "test_norms.py",
         "smoke_norms and rms_norm",
         RACE,
-        types=("__half",),
+        types=("kFloat16",),
     ),
     quantizer(
         "no barrier in the cluster's exchange",
@@ -194,7 +195,7 @@ MUTANTS = (
         "test_norms.py",
         "rms_norm and (smoke or (edge_rows and 64))",
         None,
-        types=("__half",),
+        types=("kFloat16",),
     ),
     quantizer(
         "nothing is wrong: clusters",

@@ -11,17 +11,27 @@ from tests.support.mutants import OUT_OF_BOUNDS, RACE, WRONG_VALUES, WROTE_BESID
 pytestmark = [pytest.mark.simulator, pytest.mark.slow, pytest.mark.xdist_group("planted")]
 
 INSTANCES = "csrc/gemm/instances"
-MMA, STREAM, LAUNCH = f"{INSTANCES}/mma_sm80.cu", f"{INSTANCES}/stream.cu", "csrc/gemm/launch.cu"
+STREAM, LAUNCH = f"{INSTANCES}/stream_8x16.cu", "csrc/gemm/launch.cu"
 OPS, ENTRY, LINEAR = "test_gemm.py", "test_gemm_c_entry.py", "test_linear_op.py"
 
-#: One row of one table is left of the mma.sync kernels; the tests are those of that row, on an A100. The first stores
-#: pairs of channels, the second groups of 32.
-PAIRS, GROUPS = ("32x64x128", 32, 6), ("64x64x128", 64, 4)
-#: Of the streaming kernels those of int8 and of float16.
-ONE_TYPE = tuple(
-    ("gemm/instances/stream.cu", f"stream_gemm_kernel<{other}, kGroups>", "nullptr")
-    for other in ("float", "__nv_bfloat16")
+#: Tiles of an A100, and the arguments in the names of their files. The first stores pairs of channels, the second groups
+#: of 32.
+PAIRS = ("32x64x128", "warps_1x4_stages_6")
+GROUPS = ("64x64x128", "warps_2x2_stages_4")
+#: Of the streaming kernels for 8 tokens those of int8 and of float16.
+KERNEL = "return stream_gemm_kernel<Element<decltype(type)>, kGroups>;"
+OTHERS = "type == DType::kFloat32 || type == DType::kBFloat16"
+ONE_TYPE = (
+    (
+        "gemm/instances/stream.cuh",
+        KERNEL,
+        f"if constexpr ({OTHERS}) {{ return nullptr; }} else {{ {KERNEL} }}",
+    ),
 )
+
+
+def mma_source(tile: tuple[str, str]) -> str:
+    return f"{INSTANCES}/mma_{'_'.join(tile)}_sm80.cu"
 
 
 def mma(
@@ -32,15 +42,11 @@ def mma(
     suite: str,
     tests: str,
     symptom: str | None,
-    tile: tuple[str, int, int] = PAIRS,
+    tile: tuple[str, str] = PAIRS,
 ) -> Mutant:
-    """A mutant that the mma.sync kernel shows."""
-    row, m, stages = tile
-    condition = "kTile.kernel == GemmKernel::kMma"
-    here = f"{condition} && kTile.n == 64 && kTile.m == {m} && kTile.stages == {stages}"
-    cuts = (("gemm/mma_rows.cuh", condition, here),)
-    tests = f"{tests} and {row}"
-    return Mutant(name, f"gemm/{file}", old, new, MMA, suite, tests, symptom, cuts=cuts)
+    """A mutant that the mma.sync kernel of one tile shows."""
+    tests = f"{tests} and {tile[0]}"
+    return Mutant(name, f"gemm/{file}", old, new, mma_source(tile), suite, tests, symptom)
 
 
 def stream(

@@ -16,10 +16,11 @@ StreamKernels stream_entry() {
   static_assert(Sm80Tiles::has(kTile) || Sm89Tiles::has(kTile) || Sm90Tiles::has(kTile),
                 "no table has a row with this tile");
   constexpr GemmTile t = tile_of(kTile);
-  static_assert(t.n == kStreamChannels && t.m % kGroupTokens == 0);
+  constexpr int kGroups = t.m / kGroupTokens;
+  static_assert(t.n == kStreamChannels && t.m == kGroups * kGroupTokens);
   return [](DType x) -> StreamKernel {
     return visit(x, [](auto type) -> StreamKernel {
-      return stream_gemm_kernel<Element<decltype(type)>, t.m / kGroupTokens>;
+      return stream_gemm_kernel<Element<decltype(type)>, kGroups>;
     });
   };
 }

@@ -65,7 +65,7 @@ bool stream_quantizes(const QuantizeParams& quantize, const GemmParams& params) 
 }
 
 Status launch_stream(const GemmParams& params, const QuantizeParams* quantize, const Device& device,
-                     const GemmTile& tile, cudaStream_t stream) {
+                     const GemmTile& tile, StreamKernels kernels, cudaStream_t stream) {
   const int groups = tile.m > kGroupTokens ? 2 : 1;
   if (params.m > kGroupTokens * groups) return Status::kUnsupportedShape;
   const bool quantizes = quantize != nullptr;
