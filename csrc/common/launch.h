@@ -6,6 +6,7 @@
 #include <atomic>
 #include <cstdint>
 
+#include "common/arithmetic.h"
 #include "sqk/status.h"
 
 namespace sqk {
@@ -50,7 +51,7 @@ inline void ask_for_carveout(const void* function, int64_t bytes, int blocks, in
     (void)cudaGetLastError();
     return;
   }
-  const int64_t percent = (100 * blocks * (bytes + kDriverShared) + shared - 1) / shared;
+  const int64_t percent = divide_up(100 * blocks * (bytes + kDriverShared), shared);
   if (cudaFuncSetAttribute(function, cudaFuncAttributePreferredSharedMemoryCarveout,
                            static_cast<int>(percent < 100 ? percent : 100)) != cudaSuccess) {
     (void)cudaGetLastError();

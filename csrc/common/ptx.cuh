@@ -1,21 +1,10 @@
-// The PTX of the mma.sync GEMMs, and where operands lie in shared memory for ldmatrix. Kernel ring:
-// no torch.
+// PTX instructions under the names of what they do: cp.async, ldmatrix, mma.sync. Kernel ring: no
+// torch.
 #pragma once
 
 #include <cstdint>
 
 namespace sqk {
-
-// A tile's rows in shared memory: kK bytes each, 128 bytes to a line of all banks, in pieces of 16
-// bytes. ldmatrix reads the same piece of eight adjacent rows at a time, and cp.async writes whole
-// lines: an exclusive or of the piece with the number of the line spreads both over all banks. Two
-// rows of 64 bytes share a line, in different halves of it, so four lines make eight rows.
-template <int kK>
-__device__ constexpr int swizzled(int row, int piece) {
-  static_assert(kK == 64 || kK == 128);
-  constexpr int kPieces = kK / 16;
-  return row * kK + 16 * (piece ^ (row / (128 / kK) % kPieces));
-}
 
 // 16 bytes to shared memory past L1, and a hint that the rest of the 128 will be wanted: with 64
 // bytes to a row, the next tile wants it.

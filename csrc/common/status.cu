@@ -3,7 +3,7 @@
 
 #include <cstdio>
 
-#include "gemm/excluded.h"
+#include "sqk/gemm.h"
 #include "sqk/status.h"
 
 // The architectures that this library was built for, e.g. 8.0+PTX/9.0a; given by the build.
@@ -40,15 +40,13 @@ const char* describe(Status status) {
     case Status::kExcludedTile:
       return "SQK_WITHOUT_TILES rules out the tile that was asked for, or every tile that serves "
              "this shape; name fewer rows";
-    case Status::kUnknownTile: {
-      const Excluded* const excluded = excluded_tiles();
+    case Status::kUnknownTile:
       std::snprintf(text, sizeof text,
                     "SQK_WITHOUT_TILES names '%.60s', and no table has such a tile; write rows as "
                     "sm90/64x128x128, separated by commas (smoothquant-kernels doctor prints the "
                     "names), or unset it",
-                    excluded == nullptr ? "" : excluded->unknown.c_str());
+                    unknown_tile());
       return text;
-    }
     default:
       break;
   }

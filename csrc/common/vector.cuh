@@ -1,11 +1,9 @@
 // Moving elements between global memory and float32 registers. Kernel ring: no torch.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <cstdint>
 
+#include "common/dtype.cuh"
 #include "sqk/dtype.h"
 
 namespace sqk {
@@ -13,25 +11,6 @@ namespace sqk {
 // Elements in one 16-byte access.
 template <typename T>
 constexpr int kVec = 16 / static_cast<int>(sizeof(T));
-
-__device__ inline float to_float(float x) { return x; }
-__device__ inline float to_float(__half x) { return __half2float(x); }
-__device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-
-template <typename T>
-__device__ T from_float(float x);
-template <>
-__device__ inline float from_float<float>(float x) {
-  return x;
-}
-template <>
-__device__ inline __half from_float<__half>(float x) {
-  return __float2half_rn(x);
-}
-template <>
-__device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
-  return __float2bfloat16_rn(x);
-}
 
 // Sixteen bytes seen as elements.
 template <typename T>
@@ -49,6 +28,24 @@ __device__ inline uint4 load_streaming(const void* address) {
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                : "l"(address));
   return v;
+}
+
+// The elements of one 16-byte vector as int8, to adjacent addresses.
+template <int kCount>
+__device__ inline void store_int8(void* to, const float (&v)[kCount], float inverse_scale) {
+  uint32_t words[kCount / 4];
+#pragma unroll
+  for (int e = 0; e < kCount; e += 4) {
+    words[e / 4] =
+        to_int8x4(__fmul_rn(v[e], inverse_scale), __fmul_rn(v[e + 1], inverse_scale),
+                  __fmul_rn(v[e + 2], inverse_scale), __fmul_rn(v[e + 3], inverse_scale));
+  }
+  if constexpr (kCount == 8) {
+    *static_cast<uint2*>(to) = make_uint2(words[0], words[1]);
+  } else {
+    static_assert(kCount == 4);
+    *static_cast<uint32_t*>(to) = words[0];
+  }
 }
 
 // kCount adjacent float32 or 16-bit parameters, aligned to kCount of them (at most 16 bytes).
@@ -97,26 +94,5 @@ __device__ inline float load_parameter(const void* base, DType dtype, int k) {
   if (dtype == DType::kFloat16) return to_float(__ldg(static_cast<const __half*>(base) + k));
   return to_float(__ldg(static_cast<const __nv_bfloat16*>(base) + k));
 }
-
-// Four int8 in [-127, 127], half to even, NaN to 0: the element of the lowest address first.
-__device__ inline uint32_t to_int8x4(float a, float b, float c, float d) {
-  // max.NaN keeps a NaN, which the conversion then makes 0; -128 is no value of a symmetric
-  // quantiser. The conversion to int32 saturates, and so does the packing to int8.
-  const auto round = [](float x) {
-    float clamped;
-    int32_t integer;
-    asm("max.NaN.f32 %0, %1, 0fC2FE0000;" : "=f"(clamped) : "f"(x));  // -127
-    asm("cvt.rni.s32.f32 %0, %1;" : "=r"(integer) : "f"(clamped));
-    return integer;
-  };
-  uint32_t high, packed;
-  asm("cvt.pack.sat.s8.s32.b32 %0, %1, %2, 0;" : "=r"(high) : "r"(round(d)), "r"(round(c)));
-  asm("cvt.pack.sat.s8.s32.b32 %0, %1, %2, %3;"
-      : "=r"(packed)
-      : "r"(round(b)), "r"(round(a)), "r"(high));
-  return packed;
-}
-
-__device__ inline int8_t to_int8(float x) { return static_cast<int8_t>(to_int8x4(x, 0, 0, 0)); }
 
 }  // namespace sqk

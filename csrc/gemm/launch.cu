@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "common/arithmetic.h"
 #include "gemm/kernels.h"
 #include "gemm/measured.h"
 #include "gemm/table_sm90.h"
@@ -69,12 +70,11 @@ Status keep_fused(const QuantizeParams& quantizer, const GemmParams& gemm, GemmP
   return status;
 }
 
-constexpr uintptr_t kAllocated = 256;  // an address as allocators give them
+constexpr uintptr_t kAllocated = kBufferAlignment;  // an address as allocators give them
 
 Status check_workspace(const void* workspace, int64_t bytes, int64_t wanted) {
-  constexpr uintptr_t kAlignment = 16;
-  if (wanted > 0 &&
-      (workspace == nullptr || reinterpret_cast<uintptr_t>(workspace) % kAlignment != 0)) {
+  constexpr int64_t kAlignment = 16;
+  if (wanted > 0 && (workspace == nullptr || !is_aligned(workspace, kAlignment))) {
     return Status::kInvalidArgument;
   }
   return bytes < wanted ? Status::kWorkspaceTooSmall : Status::kSuccess;

@@ -6,12 +6,15 @@
 
 #include <cstdint>
 
+#include "common/arithmetic.h"
 #include "gemm/tile.h"
 
 namespace sqk {
 
 // Cleared before the launch.
-constexpr int64_t split_counter_bytes(int64_t tiles) { return (4 * tiles + 255) / 256 * 256; }
+constexpr int64_t split_counter_bytes(int64_t tiles) {
+  return round_up(4 * tiles, kBufferAlignment);
+}
 
 // 0 for one block per tile, which needs no workspace.
 constexpr int64_t split_workspace_bytes(const GemmTile& tile, int64_t tiles, int32_t splits) {

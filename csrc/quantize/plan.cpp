@@ -4,6 +4,7 @@
 #include <iterator>
 #include <string>
 
+#include "common/arithmetic.h"
 #include "quantize/table.h"
 #include "sqk/quantize.h"
 
@@ -13,15 +14,9 @@ namespace {
 constexpr int64_t kMaxChannels = int64_t{1} << 30;  // positions in a row are 32-bit
 constexpr int64_t kMaxRows = int64_t{1} << 27;      // a cluster of 8 per row is a legal grid
 
-constexpr int64_t round_up(int64_t x, int64_t multiple) {
-  return (x + multiple - 1) / multiple * multiple;
-}
-constexpr int64_t divide_up(int64_t x, int64_t by) { return (x + by - 1) / by; }
-
-bool aligned(const void* pointer, int64_t stride_bytes, int64_t rows, int64_t to) {
-  if (pointer == nullptr) return true;
-  const bool steps = rows <= 1 || stride_bytes % to == 0;
-  return steps && reinterpret_cast<uintptr_t>(pointer) % static_cast<uintptr_t>(to) == 0;
+// Null: not given.
+bool aligned(const void* rows, int64_t stride_bytes, int64_t count, int64_t bytes) {
+  return rows == nullptr || are_rows_aligned(rows, stride_bytes, count, bytes);
 }
 
 // Whether whole 16-byte vectors of every row, and what belongs to them, can be accessed at once.

@@ -4,7 +4,7 @@
 // depends on what the compiler chooses to contract; docs/numerics.md has the order and the bounds.
 #pragma once
 
-#include "common/vector.cuh"
+#include "common/scale.cuh"
 #include "sqk/quantize.h"
 
 namespace sqk {
@@ -40,10 +40,6 @@ __device__ float activate(float x) {
   }
 }
 
-constexpr float kSmallestNormal = 1.17549435e-38f;
-constexpr uint32_t kInfinityBits = 0x7f800000u;
-constexpr uint32_t kNanBits = 0x7fffffffu;
-
 // What a norm knows of its row.
 struct Moments {
   float mean = 0.0f;
@@ -57,16 +53,5 @@ __device__ inline float inverse_deviation(float sum_of_squares, int k, float eps
   const float rstd = __frcp_rn(__fsqrt_rn(__fadd_rn(variance, eps)));
   return sum_of_squares < __uint_as_float(kInfinityBits) ? rstd : __uint_as_float(kNanBits);
 }
-
-// The scale of a row from its maximum, as bits, and what to multiply by.
-__device__ inline float scale_of(uint32_t absmax_bits) {
-  const float scale = __fdiv_rn(__uint_as_float(absmax_bits), 127.0f);
-  return scale < kSmallestNormal ? 0.0f : scale;
-}
-__device__ inline float inverse_of(float scale) {
-  const bool usable = scale >= kSmallestNormal && scale < __uint_as_float(kInfinityBits);
-  return usable ? __frcp_rn(scale) : 0.0f;
-}
-__device__ inline bool is_finite_bits(uint32_t absmax_bits) { return absmax_bits < kInfinityBits; }
 
 }  // namespace sqk

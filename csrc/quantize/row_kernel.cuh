@@ -164,7 +164,7 @@ __global__ void __launch_bounds__(kMaxThreads<T, kProducer, kPath, kLaunches>, 1
       if (q.scheme == Scheme::kStatic) {
         const float given = *q.scale;
         inverse = inverse_of(given);
-        scale = is_finite_bits(bits) ? given : __uint_as_float(kNanBits);
+        scale = static_scale_of(bits, given);
       }
       if (rank == 0 && from == 0) q.x_scale[row] = scale;
     }

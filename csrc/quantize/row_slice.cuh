@@ -188,17 +188,7 @@ struct RowSlice {
   __device__ void store(int i, const float (&v)[kV], float inverse) const {
     if constexpr (Traits::kVectors) {
       if (!has(i)) return;
-      uint32_t words[kV / 4];
-#pragma unroll
-      for (int e = 0; e < kV; e += 4) {
-        words[e / 4] = to_int8x4(__fmul_rn(v[e], inverse), __fmul_rn(v[e + 1], inverse),
-                                 __fmul_rn(v[e + 2], inverse), __fmul_rn(v[e + 3], inverse));
-      }
-      if constexpr (kV == 8) {
-        *reinterpret_cast<uint2*>(out + at(i, 0)) = make_uint2(words[0], words[1]);
-      } else {
-        *reinterpret_cast<uint32_t*>(out + at(i, 0)) = words[0];
-      }
+      store_int8(out + at(i, 0), v, inverse);
     } else {
 #pragma unroll
       for (int e = 0; e < kV; ++e) {

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "common/arithmetic.h"
 #include "cutlass/numeric_conversion.h"
 #include "sqk/saturate.h"
 
@@ -31,7 +32,7 @@ Status saturate_s8(const SaturateParams& params, cudaStream_t stream) {
   if (params.numel < 0) return Status::kInvalidArgument;
   if (params.numel == 0) return Status::kSuccess;  // a grid of no blocks is a launch error
   if (params.x == nullptr || params.y == nullptr) return Status::kInvalidArgument;
-  const int64_t blocks = std::min(kMaxBlocks, (params.numel + kThreads - 1) / kThreads);
+  const int64_t blocks = std::min(kMaxBlocks, divide_up(params.numel, kThreads));
   saturate_s8_kernel<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(params);
   return status_from_cuda(cudaGetLastError());
 }

@@ -7,6 +7,7 @@
 #include <tuple>
 
 #include "arguments.h"
+#include "common/arithmetic.h"
 
 namespace sqk {
 namespace {
@@ -29,7 +30,7 @@ std::tuple<Tensor, Tensor> run(const char* op, const Tensor& x, int64_t k, const
   constexpr int64_t kLargestMultiple = int64_t{1} << 20;
   SQK_CHECK(target.k_multiple <= kLargestMultiple, op, ": k_multiple must be at most ",
             kLargestMultiple, ", got ", target.k_multiple, ".");
-  params.k_padded = (k + target.k_multiple - 1) / target.k_multiple * target.k_multiple;
+  params.k_padded = round_up(k, target.k_multiple);
 
   const Launch launch(x);
   const MaybeTensor inv_smooth = dense(target.inv_smooth);

@@ -7,8 +7,10 @@
 
 #include <cstdint>
 
+#include "common/arithmetic.h"
+#include "common/dtype.cuh"
 #include "common/memory_order.cuh"
-#include "quantize/producer.cuh"
+#include "common/scale.cuh"
 #include "sqk/gemm.h"
 
 namespace sqk {
@@ -37,11 +39,8 @@ struct Epilogue {
 
 // Host side: what the kernels need of the params.
 inline Epilogue make_epilogue(const GemmParams& p) {
-  const auto multiple_of = [](const void* base, int64_t bytes) {
-    return reinterpret_cast<uintptr_t>(base) % bytes == 0;
-  };
   const auto wide = [&](const void* base, int64_t stride, DType dtype) {
-    return multiple_of(base, 16) && (p.m <= 1 || stride * size_in_bytes(dtype) % 16 == 0);
+    return are_rows_aligned(base, stride * size_in_bytes(dtype), p.m, 16);
   };
   Epilogue e = {};
   e.x_scale = p.x_scale;
@@ -60,8 +59,8 @@ inline Epilogue make_epilogue(const GemmParams& p) {
   e.w_per_channel = p.w_per_channel != 0;
   e.relu = p.relu != 0;
   e.wide = wide(p.y, p.y_stride, p.y_dtype);
-  e.plain = e.wide && size_in_bytes(p.y_dtype) == 2 && multiple_of(p.w_scale, 8) &&
-            multiple_of(p.bias, 8) &&
+  e.plain = e.wide && size_in_bytes(p.y_dtype) == 2 && is_aligned(p.w_scale, 8) &&
+            is_aligned(p.bias, 8) &&
             (p.residual == nullptr || (p.residual_dtype == p.y_dtype &&
                                        wide(p.residual, p.residual_stride, p.residual_dtype)));
   return e;

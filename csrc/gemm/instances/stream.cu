@@ -1,6 +1,7 @@
 // The streaming GEMM for few tokens: its kernels and how they are launched. Kernel ring: no torch.
 #include <algorithm>
 
+#include "common/arithmetic.h"
 #include "common/launch.h"
 #include "gemm/kernels.h"
 #include "gemm/stream/kernel.cuh"
@@ -30,10 +31,6 @@ StreamKernel kernel_of(const QuantizeParams* quantize) {
     default:
       return nullptr;
   }
-}
-
-bool aligned(const void* pointer, int64_t stride_bytes, int64_t rows) {
-  return reinterpret_cast<uintptr_t>(pointer) % 16 == 0 && (rows <= 1 || stride_bytes % 16 == 0);
 }
 
 // A block, and how many of them.
@@ -67,7 +64,7 @@ StreamLaunch choose_launch(const GemmParams& params, bool quantizes, int groups,
   // and x is quantised once a block. The driver keeps 1 KiB of each block's shared memory.
   const int64_t per_sm = std::clamp<int64_t>(
       (device.shared_bytes + 1024) / (launch.shared_bytes + 1024), 1, kStreamWarps / launch.warps);
-  const int64_t tiles = (params.n + kStreamChannels - 1) / kStreamChannels;
+  const int64_t tiles = divide_up(params.n, kStreamChannels);
   launch.blocks = std::min(tiles, per_sm * device.sms);
   return launch;
 }
@@ -99,7 +96,7 @@ Status launch_stream(const GemmParams& params, const QuantizeParams* quantize, c
   p.w_q_stride = params.n > 1 ? params.w_q_stride : 0;
   p.k = static_cast<int32_t>(params.k);
   p.stages = static_cast<int32_t>(stream_stages(params.k));
-  p.tiles = static_cast<int32_t>((params.n + kStreamChannels - 1) / kStreamChannels);
+  p.tiles = static_cast<int32_t>(divide_up(params.n, kStreamChannels));
   p.activation_bytes = static_cast<int32_t>(launch.activation_bytes);
   p.resident = launch.resident;
   if (quantizes) {
@@ -109,8 +106,8 @@ Status launch_stream(const GemmParams& params, const QuantizeParams* quantize, c
     p.scale = quantize->scale;
     p.scheme = quantize->scheme;
     const int64_t size = size_in_bytes(quantize->dtype);
-    p.wide = params.k * size % 16 == 0 && aligned(p.x, p.x_stride * size, params.m) &&
-             aligned(p.inv_smooth, 0, 1);
+    p.wide = params.k * size % 16 == 0 && are_rows_aligned(p.x, p.x_stride * size, params.m, 16) &&
+             is_aligned(p.inv_smooth, 16);
   } else {
     p.x_q = params.x_q;
     p.x_q_stride = params.m > 1 ? params.x_q_stride : 0;

@@ -8,6 +8,7 @@
 
 #include <cuda_runtime.h>
 
+#include "common/arithmetic.h"
 #include "common/launch.h"
 #include "common/memory_order.cuh"
 #include "common/ptx.cuh"
@@ -29,6 +30,17 @@ struct MmaParams {
   int4* partials;     // [splits, tiles, kM * kN / 4]; for splits > 1
   Epilogue epilogue;
 };
+
+// A tile's rows in shared memory: kK bytes each, 128 bytes to a line of all banks, in pieces of 16
+// bytes. ldmatrix reads the same piece of eight adjacent rows at a time, and cp.async writes whole
+// lines: an exclusive or of the piece with the number of the line spreads both over all banks. Two
+// rows of 64 bytes share a line, in different halves of it, so four lines make eight rows.
+template <int kK>
+__device__ constexpr int swizzled(int row, int piece) {
+  static_assert(kK == 64 || kK == 128);
+  constexpr int kPieces = kK / 16;
+  return row * kK + 16 * (piece ^ (row / (128 / kK) % kPieces));
+}
 
 // A thread's share in copying one operand's tiles: piece `piece` of every kStep-th row.
 template <int kRows, int kK, int kThreads>
@@ -265,9 +277,8 @@ constexpr int32_t kRasterTokens = 2048;
 template <int kM, int kN, int kK, int kWarpsM, int kWarpsN, int kStages>
 Status launch_mma(const GemmParams& params, const Device&, const GemmPlan& plan,
                   cudaStream_t stream) {
-  const auto tiles_of = [](int64_t size, int64_t tile) { return (size + tile - 1) / tile; };
-  const int64_t m_tiles = tiles_of(params.m, kM), n_tiles = tiles_of(params.n, kN);
-  const int64_t k_tiles = tiles_of(params.k, kK), tiles = m_tiles * n_tiles;
+  const int64_t m_tiles = divide_up(params.m, kM), n_tiles = divide_up(params.n, kN);
+  const int64_t k_tiles = divide_up(params.k, kK), tiles = m_tiles * n_tiles;
   const int64_t splits = plan.splits < 1 ? 1 : plan.splits < k_tiles ? plan.splits : k_tiles;
   // Positions of a tile's last row and column, and the blocks of a grid.
   if (m_tiles * kM > INT32_MAX || n_tiles * kN > INT32_MAX || tiles * splits > INT32_MAX) {
@@ -284,8 +295,8 @@ Status launch_mma(const GemmParams& params, const Device&, const GemmPlan& plan,
   p.m_tiles = static_cast<int32_t>(m_tiles);
   p.n_tiles = static_cast<int32_t>(n_tiles);
   // Groups of one size, so that none is left with a tile or two for which all weights stream by.
-  const int64_t groups = tiles_of(m_tiles, kRasterTokens / kM);
-  p.group = static_cast<int32_t>(tiles_of(m_tiles, groups));
+  const int64_t groups = divide_up(m_tiles, kRasterTokens / kM);
+  p.group = static_cast<int32_t>(divide_up(m_tiles, groups));
   p.splits = static_cast<int32_t>(splits);
   p.epilogue = make_epilogue(params);
 

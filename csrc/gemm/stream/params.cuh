@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "common/arithmetic.h"
 #include "gemm/epilogue/params.cuh"
 #include "sqk/gemm.h"
 #include "sqk/quantize.h"
@@ -53,7 +54,7 @@ struct StreamSums {
   uint32_t maxima[kStreamWarps];
 };
 
-constexpr int64_t stream_stages(int64_t k) { return (k + kStage - 1) / kStage; }
+constexpr int64_t stream_stages(int64_t k) { return divide_up(k, kStage); }
 
 constexpr int64_t activation_bytes(int64_t m, int64_t k, int groups, int warps, bool resident) {
   return resident ? m * stream_stages(k) * kStage

@@ -5,10 +5,11 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "common/arithmetic.h"
 #include "common/reduce.cuh"
+#include "common/scale.cuh"
 #include "common/vector.cuh"
 #include "gemm/stream/ring.cuh"
-#include "quantize/producer.cuh"
 
 namespace sqk {
 
@@ -48,8 +49,8 @@ class RowQuantizer {
     at_once_ = warps / parts_;
     part_ = warp % parts_;
     row_ = warp / parts_;
-    batches_ = (p.stages * kStage + kBatch * parts_ - 1) / (kBatch * parts_);
-    steps_ = (m + at_once_ - 1) / at_once_ * batches_;
+    batches_ = divide_up(p.stages * kStage, kBatch * parts_);
+    steps_ = divide_up(m, at_once_) * batches_;
   }
 
   // `meanwhile` runs when the first batch was requested.
@@ -153,7 +154,7 @@ class RowQuantizer {
     if (p_.scheme == Scheme::kStatic) {
       const float given = __ldg(p_.scale);
       inverse = inverse_of(given);
-      scale = is_finite_bits(bits) ? given : __uint_as_float(kNanBits);
+      scale = static_scale_of(bits, given);
     }
     if (part_ == 0 && lane == 0) x_scale_[row] = scale;
     return inverse;
@@ -174,19 +175,7 @@ class RowQuantizer {
         continue;
       }
       if (first + at(i, 0) >= end) continue;
-      uint32_t words[kV / 4];
-#pragma unroll
-      for (int e = 0; e < kV; e += 4) {
-        words[e / 4] =
-            to_int8x4(__fmul_rn(v_[i][e], inverse), __fmul_rn(v_[i][e + 1], inverse),
-                      __fmul_rn(v_[i][e + 2], inverse), __fmul_rn(v_[i][e + 3], inverse));
-      }
-      uint8_t* const to = to_ + resident_offset(row, first + at(i, 0), m);
-      if constexpr (kV == 8) {
-        *reinterpret_cast<uint2*>(to) = make_uint2(words[0], words[1]);
-      } else {
-        *reinterpret_cast<uint32_t*>(to) = words[0];
-      }
+      store_int8(to_ + resident_offset(row, first + at(i, 0), m), v_[i], inverse);
     }
   }
 

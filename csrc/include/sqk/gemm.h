@@ -95,6 +95,10 @@ Status plan(const GemmParams& params, GemmPlan* plan);
 // capture in a CUDA graph.
 Status gemm_s8(const GemmParams& params, const GemmPlan& plan, cudaStream_t stream);
 
+// The entry of SQK_WITHOUT_TILES that names no tile, for the words of kUnknownTile; "" where all do.
+// Never freed.
+const char* unknown_tile();
+
 }  // namespace sqk
 
 // The same for callers without C++; stream null: the default one, device null: the current GPU.

@@ -1,0 +1,28 @@
+// The scale of a row, from its maximum. Kernel ring: no torch.
+#pragma once
+
+#include <cstdint>
+
+namespace sqk {
+
+constexpr float kSmallestNormal = 1.17549435e-38f;
+constexpr uint32_t kInfinityBits = 0x7f800000u;
+constexpr uint32_t kNanBits = 0x7fffffffu;
+
+// absmax_bits: the maximum of |v| as AbsMax has it.
+__device__ inline float scale_of(uint32_t absmax_bits) {
+  const float scale = __fdiv_rn(__uint_as_float(absmax_bits), 127.0f);
+  return scale < kSmallestNormal ? 0.0f : scale;
+}
+// What to multiply by.
+__device__ inline float inverse_of(float scale) {
+  const bool usable = scale >= kSmallestNormal && scale < __uint_as_float(kInfinityBits);
+  return usable ? __frcp_rn(scale) : 0.0f;
+}
+// A static scale, as it is stored for a row: NaN for a row with a NaN or Inf, which would otherwise
+// look sound.
+__device__ inline float static_scale_of(uint32_t absmax_bits, float given) {
+  return absmax_bits < kInfinityBits ? given : __uint_as_float(kNanBits);
+}
+
+}  // namespace sqk
