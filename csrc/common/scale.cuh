@@ -19,10 +19,11 @@ __device__ inline float inverse_of(float scale) {
   const bool usable = scale >= kSmallestNormal && scale < __uint_as_float(kInfinityBits);
   return usable ? __frcp_rn(scale) : 0.0f;
 }
+__device__ inline bool is_finite_bits(uint32_t absmax_bits) { return absmax_bits < kInfinityBits; }
 // A static scale, as it is stored for a row: NaN for a row with a NaN or Inf, which would otherwise
 // look sound.
 __device__ inline float static_scale_of(uint32_t absmax_bits, float given) {
-  return absmax_bits < kInfinityBits ? given : __uint_as_float(kNanBits);
+  return is_finite_bits(absmax_bits) ? given : __uint_as_float(kNanBits);
 }
 
 }  // namespace sqk

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "common/dtype.cuh"
 #include "sqk/dtype.h"
@@ -30,9 +31,13 @@ __device__ inline uint4 load_streaming(const void* address) {
   return v;
 }
 
-// The elements of one 16-byte vector as int8, to adjacent addresses.
+// As many int8 as a vector has elements, and their values: v * inverse_scale.
 template <int kCount>
-__device__ inline void store_int8(void* to, const float (&v)[kCount], float inverse_scale) {
+using Int8Vector = std::conditional_t<kCount == 8, uint2, uint32_t>;
+
+template <int kCount>
+__device__ inline Int8Vector<kCount> to_int8_vector(const float (&v)[kCount], float inverse_scale) {
+  static_assert(kCount == 4 || kCount == 8);
   uint32_t words[kCount / 4];
 #pragma unroll
   for (int e = 0; e < kCount; e += 4) {
@@ -41,10 +46,9 @@ __device__ inline void store_int8(void* to, const float (&v)[kCount], float inve
                   __fmul_rn(v[e + 2], inverse_scale), __fmul_rn(v[e + 3], inverse_scale));
   }
   if constexpr (kCount == 8) {
-    *static_cast<uint2*>(to) = make_uint2(words[0], words[1]);
+    return make_uint2(words[0], words[1]);
   } else {
-    static_assert(kCount == 4);
-    *static_cast<uint32_t*>(to) = words[0];
+    return words[0];
   }
 }
 

@@ -188,7 +188,8 @@ struct RowSlice {
   __device__ void store(int i, const float (&v)[kV], float inverse) const {
     if constexpr (Traits::kVectors) {
       if (!has(i)) return;
-      store_int8(out + at(i, 0), v, inverse);
+      const Int8Vector<kV> packed = to_int8_vector(v, inverse);
+      *reinterpret_cast<Int8Vector<kV>*>(out + at(i, 0)) = packed;
     } else {
 #pragma unroll
       for (int e = 0; e < kV; ++e) {

@@ -175,7 +175,8 @@ class RowQuantizer {
         continue;
       }
       if (first + at(i, 0) >= end) continue;
-      store_int8(to_ + resident_offset(row, first + at(i, 0), m), v_[i], inverse);
+      const Int8Vector<kV> packed = to_int8_vector(v_[i], inverse);
+      *reinterpret_cast<Int8Vector<kV>*>(to_ + resident_offset(row, first + at(i, 0), m)) = packed;
     }
   }
 
