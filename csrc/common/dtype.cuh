@@ -29,8 +29,8 @@ __device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
 
 // Four int8 in [-127, 127], rounded half to even, NaN as 0; `a` goes to the lowest address.
 __device__ inline uint32_t to_int8x4(float a, float b, float c, float d) {
-  // max.NaN keeps a NaN, which the conversion then makes 0. A symmetric quantizer never returns
-  // -128. The conversion to int32 saturates, and so does the packing to int8.
+  // max.NaN keeps a NaN, which the conversion then turns into 0. A symmetric quantizer never
+  // returns -128. The conversion to int32 and the packing to int8 both saturate.
   const auto round = [](float x) {
     float clamped;
     int32_t integer;

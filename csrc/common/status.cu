@@ -1,4 +1,4 @@
-// Words for a Status. Kernel ring: no torch.
+// Turns a Status into words. Kernel ring: no torch.
 #include <cuda_runtime_api.h>
 
 #include <cstdio>
@@ -6,7 +6,7 @@
 #include "sqk/gemm.h"
 #include "sqk/status.h"
 
-// The architectures that this library was built for, e.g. 8.0+PTX/9.0a; given by the build.
+// The architectures of this build, such as 8.0+PTX/9.0a. The build sets it.
 #ifndef SQK_ARCHS
 #define SQK_ARCHS unknown
 #endif
@@ -16,7 +16,7 @@
 namespace sqk {
 namespace {
 
-// The remedy, for the two errors that a build for other architectures mends.
+// For the two errors that a build for other architectures fixes.
 constexpr char kUnsupportedArchText[] =
     "the library has no kernel for this GPU; it was built for " SQK_TEXT(SQK_ARCHS)  //
     "; name yours in TORCH_CUDA_ARCH_LIST (8.0+PTX serves any) and build again: "

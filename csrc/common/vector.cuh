@@ -1,4 +1,4 @@
-// Moving elements between global memory and float32 registers. Kernel ring: no torch.
+// Moves elements between global memory and float32 registers. Kernel ring: no torch.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,7 @@ namespace sqk {
 template <typename T>
 constexpr int kVec = 16 / static_cast<int>(sizeof(T));
 
-// Sixteen bytes seen as elements.
+// 16 bytes, accessible as elements.
 template <typename T>
 union Packed {
   uint4 bits;
@@ -21,8 +21,8 @@ union Packed {
   __device__ Packed() : bits{0, 0, 0, 0} {}
 };
 
-// Activations are read once: they must not push the parameters, which every row reads, out of L1.
-// Not the read-only path (ld.global.nc): `sum` may lie where x or the residual was.
+// Activations are read once, so they must not evict the parameters, which every row reads, from L1.
+// The read-only path (ld.global.nc) would be wrong: `sum` may overwrite x or the residual.
 __device__ inline uint4 load_streaming(const void* address) {
   uint4 v;
   asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -31,7 +31,7 @@ __device__ inline uint4 load_streaming(const void* address) {
   return v;
 }
 
-// As many int8 as a vector has elements, and their values: v * inverse_scale.
+// v * inverse_scale as int8: as many bytes as the vector has elements.
 template <int kCount>
 using Int8Vector = std::conditional_t<kCount == 8, uint2, uint32_t>;
 
@@ -81,7 +81,8 @@ __device__ inline void load_halves(const void* address, float (&out)[kCount]) {
   for (int i = 0; i < kCount; ++i) out[i] = to_float(packed[i]);
 }
 
-// A norm's weight may have another type than x: chosen at run time, the same for all threads.
+// A norm's weight may have another type than x. The type is chosen at run time and is the same for
+// all threads.
 template <int kCount>
 __device__ inline void load_parameters(const void* base, DType dtype, int k, float (&out)[kCount]) {
   if (dtype == DType::kFloat32) {

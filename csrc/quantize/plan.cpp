@@ -20,7 +20,7 @@ bool aligned(const void* rows, int64_t stride_bytes, int64_t count, int64_t byte
 }
 
 // Whether whole 16-byte vectors of every row, and what belongs to them, can be accessed at once.
-bool can_vectorise(const QuantizeParams& p) {
+bool can_vectorize(const QuantizeParams& p) {
   const int64_t size = size_in_bytes(p.dtype), vec = 16 / size;
   return p.k % vec == 0 && aligned(p.x, p.x_stride * size, p.m, 16) &&
          aligned(p.gate, p.gate_stride * size, p.m, 16) &&
@@ -108,7 +108,7 @@ Status plan_quantize(const QuantizeParams& p, const Device& device, QuantizePlan
   *plan = QuantizePlan{};
   const Status status = check(p);
   if (status != Status::kSuccess) return status;
-  const bool vectors = can_vectorise(p);
+  const bool vectors = can_vectorize(p);
   const bool per_tensor = p.scheme == Scheme::kPerTensor;
   QuantizePath path = p.path;
   int splits = 1;

@@ -1,4 +1,4 @@
-// What the ops of a GEMM share: their checks, and the call that they make. Binding ring.
+// What the GEMM ops share: their checks, and the call of the kernels. Binding ring.
 #pragma once
 
 #include <optional>
@@ -10,7 +10,7 @@
 
 namespace sqk {
 
-// The stride of rows of k int8 elements that each start aligned.
+// The smallest stride of rows of k int8 elements that keeps every row aligned.
 inline int64_t padded(int64_t k) { return round_up(k, kGemmAlignment); }
 
 inline void check_int8(const char* op, const char* name, const Tensor& tensor) {
@@ -18,7 +18,7 @@ inline void check_int8(const char* op, const char* name, const Tensor& tensor) {
             dtype_name(tensor.scalar_type()), ". Quantize it first (ops.quantize).");
 }
 
-// A scale: one for each, or one for all.
+// A scale with `size` elements, or with one for all.
 inline void check_scale(const char* op, const char* name, const Tensor& scale, const Tensor& like,
                         int64_t size, const char* what) {
   if (scale.dim() == 1 && scale.size(0) == 1) return check_vector(op, name, scale, like, 1, what);
@@ -41,7 +41,8 @@ inline void check_weight(const char* op, const Tensor& x, const Tensor& w_q) {
             "] so that an int32 sum cannot overflow, got ", k, "; split the layer over K.");
 }
 
-// What every op here has besides its activation. Tensors are kept as long as the call.
+// The arguments that all GEMM ops have besides their activation. Keeps the tensors alive during the
+// call.
 class Gemm {
  public:
   Gemm(const char* op, const Tensor& x, const Tensor& w_q, const Tensor& w_scale,
@@ -68,7 +69,7 @@ class Gemm {
 
   GemmParams& params() { return params_; }
 
-  // What may copy: only now all arguments are known to be sound, and the device is the current one.
+  // May copy tensors: call it when all arguments have been checked and the device is current.
   void prepare() {
     params_.w_q = aligned_rows(*w_q_, params_.w_q_stride, w_rows_);
     w_scale_ = dense(*w_scale_);
@@ -124,8 +125,8 @@ class Gemm {
   }
 
  private:
-  // Rows as the kernels load them, 16 bytes at a time: the tensor itself where it lies so (what the
-  // quantizers return with k_multiple = 16 does, and a packed weight), else a padded copy.
+  // Rows that the kernels can load 16 bytes at a time: the tensor itself if its rows are aligned
+  // (as with k_multiple = 16 and in packed weights), else a padded copy.
   const int8_t* aligned_rows(const Tensor& t, int64_t& stride, std::optional<Rows>& keep) {
     if (Rows::uniform(t)) {
       const Rows& rows = keep.emplace(t);

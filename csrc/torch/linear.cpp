@@ -34,7 +34,7 @@ Tensor linear_s8_op(const Tensor& x, const Tensor& w_q, const Tensor& w_scale,
   LinearPlan plan;
   Status status = sqk::plan(params, &plan);
   if (status == Status::kSuccess) {
-    // One allocation for all that lives as long as the call: x_q, x_scale, workspace.
+    // One allocation holds x_q, x_scale and the workspace, which only this call needs.
     int64_t x_q_bytes = 0, x_scale_bytes = 0;
     if (!plan.fused) {
       const int64_t scales = quantizer.scheme == Scheme::kPerTensor ? 1 : quantizer.m;
