@@ -1,5 +1,6 @@
-// Asks the runtime about the GPU, and the driver about the context: through the runtime, because
-// the library does not link libcuda and older drivers lack these functions. Kernel ring: no torch.
+// Asks the runtime about the GPU and the driver about the context. The runtime looks up the
+// driver's functions, because the library does not link libcuda and older drivers lack some of
+// them. Kernel ring: no torch.
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 
@@ -12,8 +13,7 @@
 namespace sqk {
 namespace {
 
-// nullptr where the driver has no such function. `version`: the CUDA release whose signature this
-// is.
+// nullptr if the driver has no such function. `version`: the CUDA release that has this signature.
 template <typename Function>
 Function driver_function(const char* name, [[maybe_unused]] unsigned version) {
   void* function = nullptr;
@@ -29,7 +29,7 @@ Function driver_function(const char* name, [[maybe_unused]] unsigned version) {
   return usable ? reinterpret_cast<Function>(function) : nullptr;
 }
 
-// MPS: the share that CUDA_MPS_ACTIVE_THREAD_PERCENTAGE or an execution affinity leaves.
+// MPS: what CUDA_MPS_ACTIVE_THREAD_PERCENTAGE or an execution affinity leaves.
 int32_t sms_by_affinity(int32_t all) {
   using Ask = CUresult (*)(CUexecAffinityParam*, CUexecAffinityType);
   static const auto ask = driver_function<Ask>("cuCtxGetExecAffinity", 11040);
@@ -38,7 +38,7 @@ int32_t sms_by_affinity(int32_t all) {
   return static_cast<int32_t>(affinity.param.smCount.val);
 }
 
-// Green contexts: the group of multiprocessors that they were made of.
+// Green contexts: the group of multiprocessors that the context was made with.
 int32_t sms_by_resource(int32_t all) {
 #if CUDA_VERSION >= 12040
   using Ask = CUresult (*)(CUcontext, CUdevResource*, CUdevResourceType);
@@ -57,14 +57,15 @@ int32_t sms_by_resource(int32_t all) {
 #endif
 }
 
-// Of the current context; `all`, the GPU's, where the driver does not say or no context exists yet.
+// The multiprocessors of the current context; `all` (the GPU's) if the driver does not say or no
+// context exists yet.
 int32_t context_sms(int32_t all) {
   using Ask = CUresult (*)(CUcontext, unsigned long long*);
-  // Never given twice in a process, unlike a context's address.
+  // An id is never reused in a process, unlike a context's address.
   static const auto ask_id = driver_function<Ask>("cuCtxGetId", 12000);
   struct Known {
     unsigned long long id;
-    int32_t sms;  // 0: nothing is known
+    int32_t sms;  // 0: nothing is known yet
   };
   thread_local Known known = {};
   unsigned long long id = 0;
@@ -79,7 +80,8 @@ int32_t context_sms(int32_t all) {
 }  // namespace
 
 Status current_device(Device* device) {
-  // One word per device, so that threads need no lock: sms (16 bits), capability (16), bytes (32).
+  // One atomic word per device, so threads need no lock: sms (16 bits), capability (16), bytes
+  // (32).
   static std::atomic<uint64_t> known[kMaxDevices];
   int current = 0;
   cudaError_t error = cudaGetDevice(&current);
@@ -104,7 +106,7 @@ Status current_device(Device* device) {
   device->sms = context_sms(all_sms);
   device->capability = static_cast<int32_t>(word >> 16 & 0xffff);
   device->shared_bytes = static_cast<int32_t>(word >> 32);
-  // Code for 9.0a runs on 9.0 and on nothing newer.
+  // Code for 9.0a runs on 9.0 only, not on newer GPUs.
   device->wgmma = SQK_WITH_SM90 && device->capability == 90;
   device->part = device->sms < all_sms;
   return Status::kSuccess;

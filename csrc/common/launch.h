@@ -1,4 +1,4 @@
-// One way to launch a kernel. Kernel ring: no torch.
+// How every kernel is launched. Kernel ring: no torch.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -6,11 +6,12 @@
 #include <atomic>
 #include <cstdint>
 
+#include "common/arithmetic.h"
 #include "sqk/status.h"
 
 namespace sqk {
 
-constexpr int kMaxDevices = 64;  // of which anything is remembered
+constexpr int kMaxDevices = 64;  // facts about devices with a higher number are not remembered
 
 struct KernelLaunch {
   const void* function;
@@ -18,30 +19,31 @@ struct KernelLaunch {
   int64_t shared_bytes;  // dynamic
   cudaStream_t stream;
   dim3 cluster = {1, 1, 1};
-  bool overlap = false;  // may start while the kernel before it in the stream ends (Hopper)
+  bool overlap = false;  // may start before the previous kernel in the stream has ended (Hopper)
 };
 
-// What a call returned, and nothing left behind: the runtime would name the error again when
-// somebody else asks how their own call went.
+// Also clears the runtime's last error: it would otherwise be reported to whoever asks next, about
+// another call.
 inline Status status_from_call(cudaError_t error) {
   if (error == cudaSuccess) return Status::kSuccess;
   (void)cudaGetLastError();
-  // No code for this GPU, as the runtime says it at one place or the other.
+  // Both mean that the library has no code for this GPU.
   if (error == cudaErrorInvalidDeviceFunction || error == cudaErrorNoKernelImageForDevice) {
     return Status::kUnsupportedArch;
   }
   return status_from_cuda(error);
 }
 
-// Devices on which a kernel has been allowed its shared memory, a bit each; static, one per kernel.
+// The devices on which a kernel has been granted its shared memory, one bit each. Static, one per
+// kernel.
 using DevicesSeen = std::atomic<uint64_t>;
 
-// What the driver keeps of every block's shared memory.
+// The driver reserves this much of every block's shared memory.
 constexpr int64_t kDriverShared = 1024;
 
-// How a multiprocessor divides its memory between L1 and shared memory is the driver's choice, by a
-// heuristic that may leave room for one block only: this asks for that of `blocks`. A wish: whether
-// it is granted changes no result, so a refusal is no error.
+// The driver divides a multiprocessor's memory between L1 and shared memory, by a heuristic that
+// may leave room for only one block. This asks for room for `blocks`. It is a hint that changes no
+// result, so a refusal is not an error.
 inline void ask_for_carveout(const void* function, int64_t bytes, int blocks, int device) {
   int shared = 0;
   if (cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device) !=
@@ -50,17 +52,17 @@ inline void ask_for_carveout(const void* function, int64_t bytes, int blocks, in
     (void)cudaGetLastError();
     return;
   }
-  const int64_t percent = (100 * blocks * (bytes + kDriverShared) + shared - 1) / shared;
+  const int64_t percent = divide_up(100 * blocks * (bytes + kDriverShared), shared);
   if (cudaFuncSetAttribute(function, cudaFuncAttributePreferredSharedMemoryCarveout,
                            static_cast<int>(percent < 100 ? percent : 100)) != cudaSuccess) {
     (void)cudaGetLastError();
   }
 }
 
-// What must be asked for once per kernel and device, because the answer stays: more than 48 KiB of
-// shared memory, and room for several blocks. Two threads may both ask, for the same.
+// Asks for more than 48 KiB of shared memory and for room for several blocks. Once per kernel and
+// device is enough, because the settings persist. Two threads may both ask: they ask for the same.
 //
-//   bytes   dynamic shared memory, the most of all launches of this kernel
+//   bytes   dynamic shared memory: the maximum over all launches of this kernel
 //   blocks  that are to share a multiprocessor
 inline Status allow_shared_memory(const void* function, int64_t bytes, int blocks,
                                   DevicesSeen& seen) {
@@ -80,7 +82,7 @@ inline Status allow_shared_memory(const void* function, int64_t bytes, int block
   return status;
 }
 
-// A launch's configuration as the runtime takes it.
+// A launch's configuration in the runtime's form.
 struct LaunchConfig {
   explicit LaunchConfig(const KernelLaunch& launch) {
     if (launch.cluster.x * launch.cluster.y > 1) {
@@ -112,8 +114,8 @@ inline Status launch_kernel(const KernelLaunch& launch, void* params) {
   return status_from_call(cudaLaunchKernelExC(&with.config, launch.function, arguments));
 }
 
-// Clusters of this launch that the GPU can run at a time; 0 where the runtime does not say. The
-// kernel has been allowed its shared memory.
+// How many clusters of this launch the GPU can run at a time; 0 if the runtime does not say. Call
+// allow_shared_memory for the kernel first.
 inline int max_active_clusters(const KernelLaunch& launch) {
   const LaunchConfig with(launch);
   int clusters = 0;

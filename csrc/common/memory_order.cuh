@@ -1,16 +1,16 @@
-// Loads and fences whose place among others matters: what another block or another kernel has
-// written meanwhile. Kernel ring: no torch.
+// Loads and fences whose order matters: they read what another block or another kernel has just
+// written. Kernel ring: no torch.
 //
-// Volatile, and with a clobber of memory, so that the compiler moves none of them over a barrier,
-// an mbarrier's wait or griddepcontrol.wait; of __ldcg, a plain asm, it may. tools/kernel_gates.py
-// checks the compiled code.
+// They are volatile and clobber memory, so the compiler moves none of them across a barrier, an
+// mbarrier's wait or griddepcontrol.wait. It may move __ldcg, which is a plain asm. The static
+// gates check the compiled code.
 #pragma once
 
 #include <cstdint>
 
 namespace sqk {
 
-// From L2, where other multiprocessors' results arrive.
+// Loads from L2, where other multiprocessors' results arrive; L1 may hold older values.
 __device__ inline float load_fresh(const float* from) {
   float value;
   asm volatile("ld.global.cg.f32 %0, [%1];"
@@ -28,8 +28,8 @@ __device__ inline int4 load_fresh(const int4* from) {
   return value;
 }
 
-// Release and acquire for all of the GPU. What a barrier has put before it counts as this thread's
-// own.
+// Release and acquire at GPU scope. It also covers the writes of other threads that a barrier has
+// ordered before it.
 __device__ inline void fence_gpu() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 
 }  // namespace sqk

@@ -1,43 +1,32 @@
-// The PTX of the mma.sync GEMMs, and where operands lie in shared memory for ldmatrix. Kernel ring:
-// no torch.
+// PTX instructions, each behind a function: cp.async, ldmatrix, mma.sync. Kernel ring: no torch.
 #pragma once
 
 #include <cstdint>
 
 namespace sqk {
 
-// A tile's rows in shared memory: kK bytes each, 128 bytes to a line of all banks, in pieces of 16
-// bytes. ldmatrix reads the same piece of eight adjacent rows at a time, and cp.async writes whole
-// lines: an exclusive or of the piece with the number of the line spreads both over all banks. Two
-// rows of 64 bytes share a line, in different halves of it, so four lines make eight rows.
-template <int kK>
-__device__ constexpr int swizzled(int row, int piece) {
-  static_assert(kK == 64 || kK == 128);
-  constexpr int kPieces = kK / 16;
-  return row * kK + 16 * (piece ^ (row / (128 / kK) % kPieces));
-}
-
-// 16 bytes to shared memory past L1, and a hint that the rest of the 128 will be wanted: with 64
-// bytes to a row, the next tile wants it.
+// Copies 16 bytes to shared memory, bypassing L1. The hint fetches the rest of the 128-byte line
+// too: with 64 bytes a row, the next tile reads it.
 __device__ inline void copy_async(uint32_t to, const int8_t* from) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(from)
                : "memory");
 }
-// The same, of which only the first `bytes` are read; the others become 0.
+// The same, but reads only the first `bytes` and fills the rest with 0.
 __device__ inline void copy_async(uint32_t to, const int8_t* from, int bytes) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
                "r"(bytes)
                : "memory");
 }
 __device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Until at most kPending of this thread's groups are under way.
+// Waits until at most kPending of this thread's groups are in flight.
 template <int kPending>
 __device__ inline void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// Four 8x8 matrices of 16 bits, which are 8 rows of 16 int8 each: lane 8 i + r names row r of
-// matrix i, and lane 4 g + t receives the bytes 4 t ... 4 t + 3 of row g of each.
+// Loads four 8x8 matrices of 16-bit elements, that is, 8 rows of 16 int8 each. Lane 8 i + r gives
+// the address of row r of matrix i; lane 4 g + t receives bytes 4 t to 4 t + 3 of row g of each
+// matrix.
 __device__ inline void load_matrices(uint32_t (&word)[4], uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(word[0]), "=r"(word[1]), "=r"(word[2]), "=r"(word[3])

@@ -11,9 +11,9 @@ constexpr unsigned kFullWarp = 0xffffffffu;
 constexpr int kMaxWarps = 32;
 constexpr int kMaxCluster = 8;
 
-// The largest |x|, and NaN if there was one. As bits: float32 numbers without a sign are ordered as
-// their bits are as unsigned integers, Inf above all and NaN above Inf, so that no maximum of the
-// bits can lose a NaN.
+// The largest |x|, or NaN if there was one, as bits. The bits of non-negative float32 numbers, read
+// as unsigned integers, have the order of the numbers, with Inf above all numbers and NaN above
+// Inf; so a maximum of bits never loses a NaN.
 class AbsMax {
  public:
   __device__ void add(float x) { asm("max.NaN.f32 %0, %0, %1;" : "+f"(largest_) : "f"(fabsf(x))); }
@@ -31,8 +31,8 @@ __device__ inline float warp_sum(float x) {
 
 __device__ inline uint32_t warp_max(uint32_t x) { return __reduce_max_sync(kFullWarp, x); }
 
-// The cluster's PTX instead of cooperative_groups, which does not declare it below sm_90, where
-// these are parsed and never used.
+// PTX for clusters. cooperative_groups declares its own only for sm_90 and newer, but this code is
+// also parsed, though never used, for older GPUs.
 struct Cluster {
   __device__ static int blocks() {
     uint32_t n;
@@ -44,13 +44,14 @@ struct Cluster {
     asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(n));
     return static_cast<int>(n);
   }
-  // This block runs. Nothing was written that others would have to see: no release.
+  // Tells the others that this block runs. It has written nothing for them yet, so no release is
+  // needed.
   __device__ static void arrive_relaxed() {
     asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
   }
   __device__ static void arrive() { asm volatile("barrier.cluster.arrive.aligned;" ::: "memory"); }
   __device__ static void wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
-  // *here = x, in the shared memory of another block of the cluster.
+  // *here = x, in another block's shared memory.
   __device__ static void write(uint32_t* here, int block, uint32_t x) {
     const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(here));
     uint32_t there;
@@ -61,16 +62,17 @@ struct Cluster {
 
 enum class Group { kWarp, kBlock, kCluster };
 
-// One row's threads. Results reach every one of them. All threads of a group call alike.
+// The threads that share a row. Every thread gets the result; all threads must make the same calls.
 template <Group kGroup>
 class Team {
  public:
   __device__ Team() {
-    // Nobody writes into a block's shared memory before that block runs: exchange_blocks waits.
+    // No block may write into another's shared memory before that block runs: exchange_blocks waits
+    // for this arrival.
     if constexpr (kGroup == Group::kCluster) Cluster::arrive_relaxed();
   }
 
-  // Threads of the row, and which of them this is.
+  // The number of threads of the row, and the index of this one.
   __device__ int size() const {
     if constexpr (kGroup == Group::kWarp) {
       return 32;
@@ -87,7 +89,7 @@ class Team {
       return Cluster::rank() * blockDim.x + threadIdx.x;
     }
   }
-  // Rows at work at the same time, and which of them this is.
+  // The number of rows in progress at a time, and the index of this one.
   __device__ int64_t teams() const {
     if constexpr (kGroup == Group::kWarp) {
       return int64_t{gridDim.x} * (blockDim.x / 32);
@@ -105,7 +107,7 @@ class Team {
 
   __device__ float sum(float x) {
     x = warp_sum(x);
-    // The bits of a missing warp or block are those of +0.
+    // A missing warp or block counts as +0, whose bits are 0.
     if constexpr (kGroup != Group::kWarp) {
       x = warp_sum(__uint_as_float(exchange_warps(__float_as_uint(x))));
     }
@@ -131,8 +133,9 @@ class Team {
     }
   }
 
-  // Lane i gets warp i's value, 0 where there is none. Two buffers in turn: between a buffer's
-  // reads and its next writes lies the other buffer's barrier, so one barrier each is enough.
+  // Lane i gets warp i's value, or 0 if there is no such warp. Two buffers are used in turn, so one
+  // barrier per exchange is enough: the other buffer's barrier lies between a buffer's reads and
+  // its next writes.
   __device__ uint32_t exchange_warps(uint32_t x) {
     __shared__ uint32_t buffer[2][kMaxWarps];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -142,8 +145,8 @@ class Team {
     return lane < static_cast<int>(blockDim.x / 32) ? buffer[turn_][lane] : 0u;
   }
 
-  // Lane i gets block i's value, 0 where there is none. The barrier is also what keeps a block
-  // alive until the others have written to it. Follows exchange_warps, whose turn it shares.
+  // Lane i gets block i's value, or 0 if there is no such block. The barrier also keeps a block
+  // alive until the others have written to it. Must follow exchange_warps, whose turn it shares.
   __device__ uint32_t exchange_blocks(uint32_t x) {
     __shared__ uint32_t buffer[2][kMaxCluster];
     const int lane = threadIdx.x % 32;
@@ -152,7 +155,7 @@ class Team {
     if (static_cast<int>(threadIdx.x) < blocks()) {
       Cluster::write(&buffer[turn_][Cluster::rank()], threadIdx.x, x);
     }
-    __syncwarp();  // .aligned wants whole warps
+    __syncwarp();  // .aligned needs whole warps
     Cluster::arrive();
     Cluster::wait();
     return lane < blocks() ? buffer[turn_][lane] : 0u;

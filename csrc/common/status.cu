@@ -1,12 +1,12 @@
-// Words for a Status. Kernel ring: no torch.
+// Turns a Status into words. Kernel ring: no torch.
 #include <cuda_runtime_api.h>
 
 #include <cstdio>
 
-#include "gemm/excluded.h"
+#include "sqk/gemm.h"
 #include "sqk/status.h"
 
-// The architectures that this library was built for, e.g. 8.0+PTX/9.0a; given by the build.
+// The architectures of this build, such as 8.0+PTX/9.0a. The build sets it.
 #ifndef SQK_ARCHS
 #define SQK_ARCHS unknown
 #endif
@@ -16,7 +16,7 @@
 namespace sqk {
 namespace {
 
-// The remedy, for the two errors that a build for other architectures mends.
+// For the two errors that a build for other architectures fixes.
 constexpr char kUnsupportedArchText[] =
     "the library has no kernel for this GPU; it was built for " SQK_TEXT(SQK_ARCHS)  //
     "; name yours in TORCH_CUDA_ARCH_LIST (8.0+PTX serves any) and build again: "
@@ -40,15 +40,13 @@ const char* describe(Status status) {
     case Status::kExcludedTile:
       return "SQK_WITHOUT_TILES rules out the tile that was asked for, or every tile that serves "
              "this shape; name fewer rows";
-    case Status::kUnknownTile: {
-      const Excluded* const excluded = excluded_tiles();
+    case Status::kUnknownTile:
       std::snprintf(text, sizeof text,
                     "SQK_WITHOUT_TILES names '%.60s', and no table has such a tile; write rows as "
                     "sm90/64x128x128, separated by commas (smoothquant-kernels doctor prints the "
                     "names), or unset it",
-                    excluded == nullptr ? "" : excluded->unknown.c_str());
+                    unknown_tile());
       return text;
-    }
     default:
       break;
   }

@@ -1,9 +1,11 @@
-// Moving elements between global memory and float32 registers. Kernel ring: no torch.
+// Moves elements between global memory and float32 registers. Kernel ring: no torch.
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
-#include "common/element.cuh"
+#include "common/dtype.cuh"
+#include "sqk/dtype.h"
 
 namespace sqk {
 
@@ -11,26 +13,7 @@ namespace sqk {
 template <typename T>
 constexpr int kVec = 16 / static_cast<int>(sizeof(T));
 
-__device__ inline float to_float(float x) { return x; }
-__device__ inline float to_float(__half x) { return __half2float(x); }
-__device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-
-template <typename T>
-__device__ T from_float(float x);
-template <>
-__device__ inline float from_float<float>(float x) {
-  return x;
-}
-template <>
-__device__ inline __half from_float<__half>(float x) {
-  return __float2half_rn(x);
-}
-template <>
-__device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
-  return __float2bfloat16_rn(x);
-}
-
-// Sixteen bytes seen as elements.
+// 16 bytes, accessible as elements.
 template <typename T>
 union Packed {
   uint4 bits;
@@ -38,14 +21,35 @@ union Packed {
   __device__ Packed() : bits{0, 0, 0, 0} {}
 };
 
-// Activations are read once: they must not push the parameters, which every row reads, out of L1.
-// Not the read-only path (ld.global.nc): `sum` may lie where x or the residual was.
+// Activations are read once, so they must not evict the parameters, which every row reads, from L1.
+// The read-only path (ld.global.nc) would be wrong: `sum` may overwrite x or the residual.
 __device__ inline uint4 load_streaming(const void* address) {
   uint4 v;
   asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                : "l"(address));
   return v;
+}
+
+// v * inverse_scale as int8: as many bytes as the vector has elements.
+template <int kCount>
+using Int8Vector = std::conditional_t<kCount == 8, uint2, uint32_t>;
+
+template <int kCount>
+__device__ inline Int8Vector<kCount> to_int8_vector(const float (&v)[kCount], float inverse_scale) {
+  static_assert(kCount == 4 || kCount == 8);
+  uint32_t words[kCount / 4];
+#pragma unroll
+  for (int e = 0; e < kCount; e += 4) {
+    words[e / 4] =
+        to_int8x4(__fmul_rn(v[e], inverse_scale), __fmul_rn(v[e + 1], inverse_scale),
+                  __fmul_rn(v[e + 2], inverse_scale), __fmul_rn(v[e + 3], inverse_scale));
+  }
+  if constexpr (kCount == 8) {
+    return make_uint2(words[0], words[1]);
+  } else {
+    return words[0];
+  }
 }
 
 // kCount adjacent float32 or 16-bit parameters, aligned to kCount of them (at most 16 bytes).
@@ -77,7 +81,8 @@ __device__ inline void load_halves(const void* address, float (&out)[kCount]) {
   for (int i = 0; i < kCount; ++i) out[i] = to_float(packed[i]);
 }
 
-// A norm's weight may have another type than x: chosen at run time, the same for all threads.
+// A norm's weight may have another type than x. The type is chosen at run time and is the same for
+// all threads.
 template <int kCount>
 __device__ inline void load_parameters(const void* base, DType dtype, int k, float (&out)[kCount]) {
   visit_float(dtype, [&](auto type) {
@@ -96,26 +101,5 @@ __device__ inline float load_parameter(const void* base, DType dtype, int k) {
     return to_float(__ldg(static_cast<const Element<decltype(type)>*>(base) + k));
   });
 }
-
-// Four int8 in [-127, 127], half to even, NaN to 0: the element of the lowest address first.
-__device__ inline uint32_t to_int8x4(float a, float b, float c, float d) {
-  // max.NaN keeps a NaN, which the conversion then makes 0; -128 is no value of a symmetric
-  // quantiser. The conversion to int32 saturates, and so does the packing to int8.
-  const auto round = [](float x) {
-    float clamped;
-    int32_t integer;
-    asm("max.NaN.f32 %0, %1, 0fC2FE0000;" : "=f"(clamped) : "f"(x));  // -127
-    asm("cvt.rni.s32.f32 %0, %1;" : "=r"(integer) : "f"(clamped));
-    return integer;
-  };
-  uint32_t high, packed;
-  asm("cvt.pack.sat.s8.s32.b32 %0, %1, %2, 0;" : "=r"(high) : "r"(round(d)), "r"(round(c)));
-  asm("cvt.pack.sat.s8.s32.b32 %0, %1, %2, %3;"
-      : "=r"(packed)
-      : "r"(round(b)), "r"(round(a)), "r"(high));
-  return packed;
-}
-
-__device__ inline int8_t to_int8(float x) { return static_cast<int8_t>(to_int8x4(x, 0, 0, 0)); }
 
 }  // namespace sqk

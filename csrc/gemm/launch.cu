@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "common/arithmetic.h"
 #include "gemm/find.h"
 #include "gemm/measured.h"
 #include "sqk/linear.h"
@@ -39,7 +40,7 @@ void add_workspace(const GemmParams& params, const Device& device, GemmPlan* pla
   }
 }
 
-// Measured alone, another tile may beat the streaming one by less than the launch of a quantiser
+// Measured alone, another tile may beat the streaming one by less than the launch of a quantizer
 // costs: where the rules fuse the two, they stay.
 Status keep_fused(const QuantizeParams& quantizer, const GemmParams& gemm, GemmPlan* plan) {
   if (plan->launches == 0 || gemm.tile >= 0 || tile_of(*plan).kernel == GemmKernel::kStream ||
@@ -56,12 +57,11 @@ Status keep_fused(const QuantizeParams& quantizer, const GemmParams& gemm, GemmP
   return status;
 }
 
-constexpr uintptr_t kAllocated = 256;  // an address as allocators give them
+constexpr uintptr_t kAllocated = kBufferAlignment;  // an address as allocators give them
 
 Status check_workspace(const void* workspace, int64_t bytes, int64_t wanted) {
-  constexpr uintptr_t kAlignment = 16;
-  if (wanted > 0 &&
-      (workspace == nullptr || reinterpret_cast<uintptr_t>(workspace) % kAlignment != 0)) {
+  constexpr int64_t kAlignment = 16;
+  if (wanted > 0 && (workspace == nullptr || !is_aligned(workspace, kAlignment))) {
     return Status::kInvalidArgument;
   }
   return bytes < wanted ? Status::kWorkspaceTooSmall : Status::kSuccess;

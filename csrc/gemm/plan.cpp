@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "common/arithmetic.h"
 #include "gemm/excluded.h"
 #include "gemm/measured.h"
 #include "gemm/splits.h"
@@ -23,14 +24,7 @@ namespace {
 constexpr int64_t kMaxSide = int64_t{1} << 30;  // positions are 32-bit
 constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;
 
-constexpr int64_t divide_up(int64_t x, int64_t by) { return (x + by - 1) / by; }
-
 const GemmTableView* const kTables[kGemmTables] = {&kSm80Table, &kSm89Table, &kSm90Table};
-
-bool aligned(const void* pointer, int64_t stride, int64_t rows) {
-  return reinterpret_cast<uintptr_t>(pointer) % kGemmAlignment == 0 &&
-         (rows <= 1 || stride % kGemmAlignment == 0);
-}
 
 // What a tensor map can hold.
 constexpr int64_t kMaxStride = int64_t{1} << 40;
@@ -47,8 +41,9 @@ Status check(const GemmParams& p) {
   }
   if (p.x_q_stride >= kMaxStride || p.w_q_stride >= kMaxStride) return Status::kInvalidArgument;
   if ((p.m > 1 && p.x_q_stride < p.k) || (p.n > 1 && p.w_q_stride < p.k) ||
-      (p.m > 1 && p.y_stride < p.n) || !aligned(p.x_q, p.x_q_stride, p.m) ||
-      !aligned(p.w_q, p.w_q_stride, p.n)) {
+      (p.m > 1 && p.y_stride < p.n) ||
+      !are_rows_aligned(p.x_q, p.x_q_stride, p.m, kGemmAlignment) ||
+      !are_rows_aligned(p.w_q, p.w_q_stride, p.n, kGemmAlignment)) {
     return Status::kInvalidArgument;
   }
   return Status::kSuccess;
@@ -302,7 +297,7 @@ extern "C" const char* sqk_gemm_choice(int64_t m, int64_t n, int64_t k, const sq
   params.m = m;
   params.n = n;
   params.k = k;
-  params.x_q_stride = params.w_q_stride = (k + 15) / 16 * 16;
+  params.x_q_stride = params.w_q_stride = sqk::round_up(k, sqk::kGemmAlignment);
   params.y_stride = n;
   params.y_dtype = sqk::DType::kFloat16;
   params.tile = -1;

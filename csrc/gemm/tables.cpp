@@ -199,6 +199,11 @@ std::atomic<const Excluded*>& current_excluded() {
 
 const Excluded* excluded_tiles() { return current_excluded().load(std::memory_order_acquire); }
 
+const char* unknown_tile() {
+  const Excluded* const excluded = excluded_tiles();
+  return excluded == nullptr ? "" : excluded->unknown.c_str();
+}
+
 }  // namespace sqk
 
 extern "C" const char* sqk_gemm_tables() {

@@ -4,6 +4,7 @@
 #include <iterator>
 #include <string>
 
+#include "common/arithmetic.h"
 #include "quantize/table.h"
 #include "sqk/quantize.h"
 
@@ -13,19 +14,13 @@ namespace {
 constexpr int64_t kMaxChannels = int64_t{1} << 30;  // positions in a row are 32-bit
 constexpr int64_t kMaxRows = int64_t{1} << 27;      // a cluster of 8 per row is a legal grid
 
-constexpr int64_t round_up(int64_t x, int64_t multiple) {
-  return (x + multiple - 1) / multiple * multiple;
-}
-constexpr int64_t divide_up(int64_t x, int64_t by) { return (x + by - 1) / by; }
-
-bool aligned(const void* pointer, int64_t stride_bytes, int64_t rows, int64_t to) {
-  if (pointer == nullptr) return true;
-  const bool steps = rows <= 1 || stride_bytes % to == 0;
-  return steps && reinterpret_cast<uintptr_t>(pointer) % static_cast<uintptr_t>(to) == 0;
+// Null: not given.
+bool aligned(const void* rows, int64_t stride_bytes, int64_t count, int64_t bytes) {
+  return rows == nullptr || are_rows_aligned(rows, stride_bytes, count, bytes);
 }
 
 // Whether whole 16-byte vectors of every row, and what belongs to them, can be accessed at once.
-bool can_vectorise(const QuantizeParams& p) {
+bool can_vectorize(const QuantizeParams& p) {
   const int64_t size = size_in_bytes(p.dtype), vec = 16 / size;
   return p.k % vec == 0 && aligned(p.x, p.x_stride * size, p.m, 16) &&
          aligned(p.gate, p.gate_stride * size, p.m, 16) &&
@@ -109,7 +104,7 @@ Status plan_quantize(const QuantizeParams& p, const Device& device, QuantizePlan
   *plan = QuantizePlan{};
   const Status status = check(p);
   if (status != Status::kSuccess) return status;
-  const bool vectors = can_vectorise(p);
+  const bool vectors = can_vectorize(p);
   const bool per_tensor = p.scheme == Scheme::kPerTensor;
   QuantizePath path = p.path;
   int splits = 1;

@@ -66,7 +66,7 @@ MUTANTS = (
     ),
     quantizer(
         "-128 is not clamped",
-        "common/vector.cuh",
+        "common/dtype.cuh",
         "max.NaN.f32 %0, %1, 0fC2FE0000;",
         "mov.f32 %0, %1;",
         QUANTIZE,
@@ -103,9 +103,9 @@ MUTANTS = (
     ),
     quantizer(
         "a static scale hides a broken row",
-        "quantize/row_kernel.cuh",
-        "scale = is_finite_bits(bits) ? given : __uint_as_float(kNanBits);",
-        "scale = given;",
+        "common/scale.cuh",
+        "return is_finite_bits(absmax_bits) ? given : __uint_as_float(kNanBits);",
+        "return given;",
         QUANTIZE,
         "test_quantize.py",
         "test_static_scales",

@@ -1,20 +1,21 @@
-// From int32 accumulators to y: what the kernels are given for it, and its arithmetic;
-// store_tokens.cuh and store_channels.cuh store. Kernel ring: no torch.
+// From int32 accumulators to y: the parameters and the arithmetic. tokens.cuh and channels.cuh
+// store the results. Kernel ring: no torch.
 //
-// All types are chosen at run time, the same for all threads of a launch, so that a tile needs one
-// instantiation and not one for each output type. The accumulators stay in registers.
+// All types are chosen at run time and are the same for all threads of a launch, so a tile needs
+// one instantiation, not one per output type. The accumulators stay in registers.
 #pragma once
 
 #include <cstdint>
 
-#include "common/element.cuh"
+#include "common/arithmetic.h"
+#include "common/dtype.cuh"
 #include "common/memory_order.cuh"
-#include "quantize/producer.cuh"
+#include "common/scale.cuh"
 #include "sqk/gemm.h"
 
 namespace sqk {
 
-// What a GEMM kernel is given for its results.
+// What a GEMM kernel needs to turn its accumulators into y.
 struct Epilogue {
   const float* x_scale;
   const float* w_scale;
@@ -31,18 +32,15 @@ struct Epilogue {
   bool w_per_channel;
   bool relu;
   bool wide;  // rows of y start at multiples of 16 bytes
-  // 16-bit y in rows as above, a residual of the same type and so too, scales and bias in pairs:
-  // what a model has. Whole groups of 32 channels then take the short way through store_tokens.
+  // The usual case in a model: y has 16 bits and wide rows, so does the residual, and w_scale and
+  // bias can be read in pairs. store_tokens then has a faster path for whole groups of 32 channels.
   bool plain;
 };
 
-// Host side: what the kernels need of the params.
+// On the host: takes what the kernels need from the params.
 inline Epilogue make_epilogue(const GemmParams& p) {
-  const auto multiple_of = [](const void* base, int64_t bytes) {
-    return reinterpret_cast<uintptr_t>(base) % bytes == 0;
-  };
   const auto wide = [&](const void* base, int64_t stride, DType dtype) {
-    return multiple_of(base, 16) && (p.m <= 1 || stride * size_in_bytes(dtype) % 16 == 0);
+    return are_rows_aligned(base, stride * size_in_bytes(dtype), p.m, 16);
   };
   Epilogue e = {};
   e.x_scale = p.x_scale;
@@ -61,25 +59,25 @@ inline Epilogue make_epilogue(const GemmParams& p) {
   e.w_per_channel = p.w_per_channel != 0;
   e.relu = p.relu != 0;
   e.wide = wide(p.y, p.y_stride, p.y_dtype);
-  e.plain = e.wide && size_in_bytes(p.y_dtype) == 2 && multiple_of(p.w_scale, 8) &&
-            multiple_of(p.bias, 8) &&
+  e.plain = e.wide && size_in_bytes(p.y_dtype) == 2 && is_aligned(p.w_scale, 8) &&
+            is_aligned(p.bias, 8) &&
             (p.residual == nullptr || (p.residual_dtype == p.y_dtype &&
                                        wide(p.residual, p.residual_stride, p.residual_dtype)));
   return e;
 }
 
-// The contract of docs/numerics.md, one rounding per operation.
-__device__ inline float dequantise(int32_t acc, float w_scale, float x_scale, float bias) {
+// As docs/numerics.md specifies: one rounding per operation.
+__device__ inline float dequantize(int32_t acc, float w_scale, float x_scale, float bias) {
   return __fmaf_rn(__fmul_rn(__int2float_rn(acc), w_scale), x_scale, bias);
 }
 
-// -0 and not 0 where there is no bias: then the sum is the product, sign and all.
+// Without a bias -0, not 0: x + -0 is x, even for x = -0.
 __device__ inline float load_bias(const Epilogue& e, int channel) {
   return e.bias != nullptr ? __ldg(e.bias + channel) : -0.0f;
 }
 
-// The kernel that writes the scales may still have been running when this one started. Called when
-// a tile of x_q has arrived, which the same kernel wrote and this one has waited for.
+// The kernel that writes the scales may still have been running when this one started. Call this
+// after a tile of x_q has arrived: the same kernel wrote it, and this one has waited for it.
 __device__ inline float load_x_scale(const Epilogue& e, int token) {
   return load_fresh(e.x_scale + (e.x_per_token ? token : 0));
 }
@@ -91,13 +89,13 @@ __device__ inline float load_residual(const Epilogue& e, int token, int channel)
   });
 }
 
-// The factor of an int8 result.
+// 1 / out_scale, for int8 results.
 __device__ inline float load_out_factor(const Epilogue& e) {
   return e.y_dtype == DType::kInt8 ? inverse_of(__ldg(e.out_scale)) : 1.0f;
 }
 
-// ReLU keeps a NaN, which the conversion to int8 makes 0.
-__device__ inline float requantise(const Epilogue& e, float v, float factor) {
+// ReLU keeps a NaN, which the conversion to int8 turns into 0.
+__device__ inline float requantize(const Epilogue& e, float v, float factor) {
   return __fmul_rn(e.relu && v < 0.0f ? 0.0f : v, factor);
 }
 

@@ -1,4 +1,4 @@
-// The epilogue of tiles with tokens on the instruction's row side. Kernel ring: no torch.
+// The epilogue of tiles that have tokens as the rows of the instruction. Kernel ring: no torch.
 #pragma once
 
 #include "gemm/epilogue/params.cuh"
@@ -9,7 +9,7 @@ namespace sqk {
 // this file: what is packed and not int8 has 16 bits, and what is plain is float16 or bfloat16.
 constexpr bool is_packed(DType dtype) { return dtype != DType::kFloat32; }
 
-// Two values as they lie in memory, the first one low; of int8 in the low half.
+// Two values as they are stored, the first one in the low bits; int8 uses the low half only.
 __device__ inline uint32_t pack_pair(DType dtype, float a, float b) {
   return visit_where<is_packed>(dtype, [=](auto type) -> uint32_t {
     constexpr DType kDType = decltype(type)::value;
@@ -44,7 +44,7 @@ __device__ inline void transpose_quad(uint32_t (&word)[4]) {
   }
 }
 
-// Eight adjacent channels of a token from one lane: 16 bytes of a 16-bit type, 8 of int8.
+// One lane stores eight adjacent channels of a token: 16 bytes of a 16-bit type, 8 of int8.
 __device__ inline void store_eight(const Epilogue& e, const uint32_t (&word)[4], int token,
                                    int channel) {
   if (token >= e.m || channel >= e.n) return;
@@ -87,7 +87,7 @@ __device__ inline void store_float_pair(const Epilogue& e, float a, float b, int
   if (channel + 1 < e.n) y[1] = b;
 }
 
-// Two adjacent channels of a token from one lane, 16-bit or int8.
+// One lane stores two adjacent channels of a token, 16-bit or int8.
 __device__ inline void store_pair(const Epilogue& e, uint32_t word, int token, int channel) {
   if (token >= e.m || channel >= e.n) return;
   const int64_t at = token * e.y_stride + channel;
@@ -111,7 +111,7 @@ __device__ inline void store_pair(const Epilogue& e, uint32_t word, int token, i
   if (channel + 1 < e.n) y[1] = static_cast<uint16_t>(word >> 16);
 }
 
-// Both conversions and a choice: shorter than a branch.
+// Converts to both types and selects one, which is shorter than a branch.
 __device__ inline uint32_t pack_halves(bool bfloat16, float a, float b) {
   const uint32_t as_half = pack_pair(DType::kFloat16, a, b);
   return bfloat16 ? pack_pair(DType::kBFloat16, a, b) : as_half;
@@ -126,16 +126,16 @@ __device__ inline void add_halves(bool bfloat16, uint32_t pair, float& a, float&
   b = __fadd_rn(b, high);
 }
 
-// One store of 16 bytes to global memory. Of an assignment of a uint4 nvcc 13.0 makes four stores
-// of 4 bytes, each of which touches all sectors again, in every mma.sync kernel's store_plain (not
-// in wgmma's, and not in store_eight).
+// One 16-byte store to global memory. In store_plain of the mma.sync kernels, nvcc 13.0 splits the
+// assignment of a uint4 into four 4-byte stores, each of which touches all sectors again. It does
+// not do so in wgmma kernels or in store_eight.
 __device__ inline void store_16_bytes(void* to, const uint32_t (&word)[4]) {
   asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)),
                "r"(word[0]), "r"(word[1]), "r"(word[2]), "r"(word[3])
                : "memory");
 }
 
-// The scales and biases of a lane's pairs in four blocks of 8 channels.
+// The scales and biases of a lane's pairs of channels, in four blocks of 8 channels.
 struct ChannelPairs {
   float2 w_scale[4], bias[4];
 
@@ -144,7 +144,7 @@ struct ChannelPairs {
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       w_scale[j] = make_float2(scalar, scalar);
-      bias[j] = make_float2(-0.0f, -0.0f);  // as load_bias has it
+      bias[j] = make_float2(-0.0f, -0.0f);  // as in load_bias
     }
     if (e.w_per_channel) {
 #pragma unroll
@@ -161,7 +161,7 @@ struct ChannelPairs {
   }
 };
 
-// 32 channels of a plain y, all of them there: acc as in store_tokens.
+// Stores 32 channels of a plain y, all inside of it. acc is laid out as in store_tokens.
 __device__ inline void store_plain(const Epilogue& e, const ChannelPairs& pairs, const int32_t* acc,
                                    const float (&x_scale)[2], int token0, int first) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
@@ -174,12 +174,12 @@ __device__ inline void store_plain(const Epilogue& e, const ChannelPairs& pairs,
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const int32_t* sum = acc + 4 * j + 2 * h;
-      v[2 * j] = dequantise(sum[0], pairs.w_scale[j].x, x_scale[h], pairs.bias[j].x);
-      v[2 * j + 1] = dequantise(sum[1], pairs.w_scale[j].y, x_scale[h], pairs.bias[j].y);
+      v[2 * j] = dequantize(sum[0], pairs.w_scale[j].x, x_scale[h], pairs.bias[j].x);
+      v[2 * j + 1] = dequantize(sum[1], pairs.w_scale[j].y, x_scale[h], pairs.bias[j].y);
     }
     uint32_t word[4];
     if (e.residual != nullptr) {
-      // As y will be stored; the exchange is its own inverse.
+      // Loaded in the layout of the stores; transpose_quad is its own inverse.
       uint4 added = make_uint4(0, 0, 0, 0);
       if (is_there) {
         const auto* row = static_cast<const uint16_t*>(e.residual) + token * e.residual_stride;
@@ -200,7 +200,7 @@ __device__ inline void store_plain(const Epilogue& e, const ChannelPairs& pairs,
   }
 }
 
-// 8 kGroup channels of any y, at any place: acc as in store_tokens.
+// Stores 8 kGroup channels of any y, which may end anywhere. acc is laid out as in store_tokens.
 template <int kGroup>
 __device__ inline void store_group(const Epilogue& e, const int32_t* acc, const float (&x_scale)[2],
                                    float factor, int token0, int first) {
@@ -218,7 +218,7 @@ __device__ inline void store_group(const Epilogue& e, const int32_t* acc, const 
     float v[2 * kGroup];
 #pragma unroll
     for (int i = 0; i < 2 * kGroup; ++i) {
-      v[i] = dequantise(acc[4 * (i / 2) + 2 * h + i % 2], w_scale[i], x_scale[h], bias[i]);
+      v[i] = dequantize(acc[4 * (i / 2) + 2 * h + i % 2], w_scale[i], x_scale[h], bias[i]);
     }
     if (e.residual != nullptr && token < e.m) {
 #pragma unroll
@@ -236,7 +236,7 @@ __device__ inline void store_group(const Epilogue& e, const int32_t* acc, const 
     }
     if (e.y_dtype == DType::kInt8) {
 #pragma unroll
-      for (int i = 0; i < 2 * kGroup; ++i) v[i] = requantise(e, v[i], factor);
+      for (int i = 0; i < 2 * kGroup; ++i) v[i] = requantize(e, v[i], factor);
     }
     uint32_t word[kGroup];
 #pragma unroll
@@ -251,12 +251,12 @@ __device__ inline void store_group(const Epilogue& e, const int32_t* acc, const 
 }
 
 // Stores the accumulators of 16 tokens x 8 kBlocks channels as mma.sync and wgmma leave them in a
-// warp: acc[4 b + 2 h + i] of lane 4 g + t belongs to token g + 8 h and channel 8 b + 2 t + i.
-// All lanes of the warp must call alike; what lies behind m or n is not stored.
+// warp: acc[4 b + 2 h + i] of lane 4 g + t belongs to token g + 8 h and channel 8 b + 2 t + i. All
+// lanes of the warp must call this; results beyond m or n are not stored.
 template <int kBlocks>
 __device__ inline void store_tokens(const Epilogue& e, const int32_t* acc, int token0,
                                     int channel0) {
-  // Blocks at a time: four fill a quad's 16-byte stores.
+  // Blocks per step: four fill a quad's 16-byte stores.
   constexpr int kGroup = kBlocks % 4 == 0 ? 4 : 1;
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   if (token0 >= e.m) return;

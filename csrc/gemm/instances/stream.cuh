@@ -1,7 +1,7 @@
 // What the files of the streaming tiles instantiate. Kernel ring: no torch.
 #pragma once
 
-#include "common/element.cuh"
+#include "common/dtype.cuh"
 #include "gemm/kernels.h"
 #include "gemm/stream/kernel.cuh"
 #include "gemm/tiles/sm80.h"

@@ -1,11 +1,11 @@
-// The GEMM for few tokens, where all time is the reading of the weights. Kernel ring: no torch.
+// The GEMM for few tokens, whose time is that of reading the weights. Kernel ring: no torch.
 //
-// mma.sync with the weights on its 16-row side and the tokens, 8 a group, on the other. A sum does
-// not depend on the order of k, so the four words that a lane loads in one go serve as its words of
-// two fragments, as long as both sides are permuted alike: neither ldmatrix nor an exchange among
-// lanes is needed. The warps of a block share k, and add up in shared memory: integers, so that
-// every order gives the same sum. The tensor cores are idle nine tenths of the time, so the columns
-// without a token cost nothing.
+// mma.sync has the weights as its 16 rows and the tokens, in groups of 8, as its columns. An
+// integer sum does not depend on the order of k. So the four words that a lane loads at once can
+// serve as its words of two fragments, as long as both operands are permuted alike: neither
+// ldmatrix nor an exchange between lanes is needed. The warps of a block share k and add up their
+// sums in shared memory. The tensor cores are idle nine tenths of the time, so columns without a
+// token cost nothing.
 #pragma once
 
 #include <type_traits>
@@ -16,8 +16,8 @@
 
 namespace sqk {
 
-// The epilogue's parameters of a tile to L2 while its weights arrive: else a short problem would
-// end with a wait for memory.
+// Fetches the epilogue's parameters of a tile into L2 while its weights arrive. A short problem
+// would otherwise end with a wait for memory.
 __device__ inline void prefetch_channels(const Epilogue& e, int channel0) {
   const int lane = threadIdx.x % 32, channel = min(channel0 + lane % 16, e.n - 1);
   const float* const base = lane < 16 ? e.w_scale : e.bias;
@@ -25,7 +25,7 @@ __device__ inline void prefetch_channels(const Epilogue& e, int channel0) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(base + channel));
 }
 
-// T: the type of x, which each block quantises for itself, or int8_t: x_q is given.
+// T: the type of x, which each block quantizes for itself; int8_t if x_q is given.
 template <typename T, int kGroups>
 __global__ void __launch_bounds__(32 * kStreamWarps, 1)
     stream_gemm_kernel(const __grid_constant__ StreamParams p) {
@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(32 * kStreamWarps, 1)
   auto& sums = *reinterpret_cast<Sums*>(activations + p.activation_bytes);
   for (int i = threadIdx.x; i < 2 * 4 * kGroups * 32; i += blockDim.x) sums.sum[0][0][i] = 0;
 
-  // The activations are requested first: behind all those weights they would wait for long.
+  // The activations are requested first: after all the weights they would arrive late.
   Ring ring(p, storage);
   if constexpr (kQuantizes) {
     const auto start = [&] { ring.start(); };
@@ -79,8 +79,8 @@ __global__ void __launch_bounds__(32 * kStreamWarps, 1)
 #pragma unroll
       for (int j = 0; j < 4 * kGroups; ++j) atomicAdd(&sums.sum[turn][j][lane], acc[j]);
     }
-    // One barrier a tile: the warp that empties a buffer passes the next tile's barrier before
-    // anyone adds to that buffer again.
+    // One barrier per tile is enough: the warp that empties a buffer reaches the next tile's
+    // barrier before any warp adds to that buffer again.
     __syncthreads();
     if (warp == i) {
 #pragma unroll
@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(32 * kStreamWarps, 1)
     turn ^= 1;
     i = i + 1 == warps ? 0 : i + 1;
   }
-  wait_for_copies<0>();  // empty groups; nothing may be under way at the end
+  wait_for_copies<0>();  // only empty groups, but no copy may be pending at the end
 }
 
 }  // namespace sqk

@@ -1,6 +1,7 @@
 // Launches the streaming GEMM for few tokens. Kernel ring: no torch.
 #include <algorithm>
 
+#include "common/arithmetic.h"
 #include "common/launch.h"
 #include "gemm/kernels.h"
 #include "gemm/stream/params.cuh"
@@ -8,16 +9,12 @@
 namespace sqk {
 namespace {
 
-// Every block quantises all of x for itself, which it reads from L2. It does so while the first
+// Every block quantizes all of x for itself, which it reads from L2. It does so while the first
 // weights arrive: on an H100 a full ring keeps the memory busy for some 6500 clocks, and 16 warps
-// quantise this many elements in about 6000. More would be seen, and a launch of the quantiser
+// quantize this many elements in about 6000. More would be seen, and a launch of the quantizer
 // alone, 2 or 3 us, would cost less. How large the weights are does not matter: there is a block
 // per SM and not one per tile, so x is read 132 times and not n / 16 times.
 constexpr int64_t kMostQuantized = 40 * 1024;
-
-bool aligned(const void* pointer, int64_t stride_bytes, int64_t rows) {
-  return reinterpret_cast<uintptr_t>(pointer) % 16 == 0 && (rows <= 1 || stride_bytes % 16 == 0);
-}
 
 // A block, and how many of them.
 struct StreamLaunch {
@@ -40,17 +37,17 @@ StreamLaunch choose_launch(const GemmParams& params, bool quantizes, int groups,
     return launch.shared_bytes <= device.shared_bytes;
   };
   // As many warps as fit, and then activations that stay, which are read once a block and not once
-  // a tile. Those that the block quantises must.
+  // a tile. Those that the block quantizes must.
   bool found = false;
   for (int warps = std::clamp(most_warps, 1, kStreamWarps); !found && warps > 0; --warps) {
     found = fits(warps, true) || (!quantizes && fits(warps, false));
   }
   if (!found) return {};
   // As many blocks as run at a time, which then take tile after tile: their rings never run dry,
-  // and x is quantised once a block. The driver keeps 1 KiB of each block's shared memory.
+  // and x is quantized once a block. The driver keeps 1 KiB of each block's shared memory.
   const int64_t per_sm = std::clamp<int64_t>(
       (device.shared_bytes + 1024) / (launch.shared_bytes + 1024), 1, kStreamWarps / launch.warps);
-  const int64_t tiles = (params.n + kStreamChannels - 1) / kStreamChannels;
+  const int64_t tiles = divide_up(params.n, kStreamChannels);
   launch.blocks = std::min(tiles, per_sm * device.sms);
   return launch;
 }
@@ -80,7 +77,7 @@ Status launch_stream(const GemmParams& params, const QuantizeParams* quantize, c
   p.w_q_stride = params.n > 1 ? params.w_q_stride : 0;
   p.k = static_cast<int32_t>(params.k);
   p.stages = static_cast<int32_t>(stream_stages(params.k));
-  p.tiles = static_cast<int32_t>((params.n + kStreamChannels - 1) / kStreamChannels);
+  p.tiles = static_cast<int32_t>(divide_up(params.n, kStreamChannels));
   p.activation_bytes = static_cast<int32_t>(launch.activation_bytes);
   p.resident = launch.resident;
   if (quantizes) {
@@ -90,8 +87,8 @@ Status launch_stream(const GemmParams& params, const QuantizeParams* quantize, c
     p.scale = quantize->scale;
     p.scheme = quantize->scheme;
     const int64_t size = size_in_bytes(quantize->dtype);
-    p.wide = params.k * size % 16 == 0 && aligned(p.x, p.x_stride * size, params.m) &&
-             aligned(p.inv_smooth, 0, 1);
+    p.wide = params.k * size % 16 == 0 && are_rows_aligned(p.x, p.x_stride * size, params.m, 16) &&
+             is_aligned(p.inv_smooth, 16);
   } else {
     p.x_q = params.x_q;
     p.x_q_stride = params.m > 1 ? params.x_q_stride : 0;

@@ -1,10 +1,10 @@
-// How weights reach a warp that streams them: a ring of stages in shared memory that only the lane
-// that filled a place reads. Kernel ring: no torch.
+// How weights reach the warp that multiplies them: through a ring of stages in shared memory. A
+// lane reads only what it has copied itself. Kernel ring: no torch.
 //
-// Copies to shared memory (cp.async) and not loads into registers: what is in flight takes no
-// registers and no scoreboards, of which a warp has six, arrives in order, and goes on arriving
-// while the warp adds up and stores its tile: the ring runs through from one tile to the next. No
-// lane reads what another has copied, so a wait is all that is needed, and no barrier.
+// Why cp.async and not loads into registers: data in flight needs no registers and none of a warp's
+// six scoreboards, arrives in order, and keeps arriving while the warp adds up and stores its tile,
+// because the ring continues from one tile to the next. No lane reads what another has copied, so a
+// wait is enough and no barrier is needed.
 #pragma once
 
 #include <cstdint>
@@ -14,24 +14,24 @@
 
 namespace sqk {
 
-// cp.async by the generic address of its place. `from` is a multiple of 16.
+// cp.async to a generic address. `from` is a multiple of 16.
 __device__ inline void copy_piece(void* to, const int8_t* from) {
   copy_async(static_cast<uint32_t>(__cvta_generic_to_shared(to)), from);
 }
-// The same of which only the first `bytes` exist, none if negative; the others become 0.
+// The same, but only the first `bytes` exist (none if negative); the rest becomes 0.
 __device__ inline void copy_piece(void* to, const int8_t* from, int bytes) {
   copy_async(static_cast<uint32_t>(__cvta_generic_to_shared(to)), from, max(0, min(kPiece, bytes)));
 }
 
-// One warp's weights, and what of x_q belongs to them, in the order in which it multiplies them.
-// Block b takes tiles b, b + blocks, ...; warp w of it stages w, w + warps, ... of their rows:
-// neighbours read neighbouring memory. Lane 4 g + t takes channels g and g + 8 of the tile and
-// tokens g and g + 8, bytes 16 t to 16 t + 15 of each chunk.
-// kQuantized: x_q is not given, but made in shared memory.
+// One warp's weights and the parts of x_q that they meet, in the order in which it multiplies them.
+// Block b takes tiles b, b + blocks, ...; its warp w takes stages w, w + warps, ... of their rows,
+// so adjacent warps read adjacent memory. Lane 4 g + t takes channels g and g + 8 of the tile,
+// tokens g and g + 8, and bytes 16 t to 16 t + 15 of each chunk. kQuantized: the block quantizes x
+// itself, into shared memory.
 template <int kGroups, bool kQuantized>
 class StreamRing {
  public:
-  // Words of the fragments of one chunk: [channel g or g + 8], [token g or g + 8].
+  // The fragments of one chunk: w of channels g and g + 8, x of tokens g and g + 8.
   struct Chunk {
     uint4 w[2];
     uint4 x[kGroups];
@@ -47,11 +47,11 @@ class StreamRing {
     weights_ = shared + warp * kWarpRing + lane_ * kPiece;
     activations_ = shared + warps_ * kWarpRing + lane_ * kPiece;
     if (!resident()) activations_ += warp * (kStreamStages * kXStage);
-    if (stage_ >= p.stages) tile_ = p.tiles;  // short rows: nothing for this warp
+    if (stage_ >= p.stages) tile_ = p.tiles;  // short rows: no work for this warp
     find_row();
   }
 
-  // Requests as many stages as the ring holds.
+  // Requests as many stages as the ring has.
   __device__ void start() {
 #pragma unroll 1
     for (int i = 0; i < kStreamStages; ++i) {
@@ -71,7 +71,7 @@ class StreamRing {
       }
 #pragma unroll
       for (int i = 0; i < kGroups; ++i) {
-        // Tokens behind m are 0 and are not in shared memory.
+        // Tokens beyond m are 0 and are not in shared memory.
         chunk[c].x[i] = make_uint4(0, 0, 0, 0);
         if (token(i) < p_.epilogue.m) {
           chunk[c].x[i] = *reinterpret_cast<const uint4*>(
@@ -84,7 +84,7 @@ class StreamRing {
   }
 
  private:
-  static constexpr int kLoad = 32 * kPiece;  // what a warp loads at a time
+  static constexpr int kLoad = 32 * kPiece;  // bytes that a warp loads at a time
   static constexpr int kXStage = 2 * kGroups * kLoad;
 
   __device__ bool resident() const { return kQuantized || p_.resident; }
@@ -95,7 +95,7 @@ class StreamRing {
   __device__ uint8_t* activation_place(int c, int i) const {
     return activations_ + slot_ * kXStage + (kGroups * c + i) * kLoad;
   }
-  // Behind each other: the tokens of a chunk, the chunks.
+  // Chunk after chunk; within a chunk, token after token.
   __device__ const uint8_t* resident_place(int chunk, int i) const {
     return activations_ + chunk * (p_.epilogue.m * kChunk) + i * kLoad;
   }
@@ -106,13 +106,13 @@ class StreamRing {
   }
   __device__ void step() { slot_ = slot_ == kStreamStages - 1 ? 0 : slot_ + 1; }
 
-  // A group of copies, be it an empty one: next() counts them.
+  // Commits a group of copies even if it is empty: next() counts groups.
   __device__ void request() {
     if (tile_ < p_.tiles) {
       const int begin = stage_ * kStage;
       const int channels = p_.epilogue.n - tile_ * kStreamChannels;
       const int8_t* const upper = row_ + 8 * p_.w_q_stride + begin;
-      // Asked of the whole warp, so that what only the last ones need costs the others nothing.
+      // The same for the whole warp, so that only the last stages and tiles pay for the checks.
       if (begin + kStage <= p_.k && channels >= kStreamChannels) {
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
@@ -156,8 +156,8 @@ class StreamRing {
   const StreamParams& p_;
   const int warps_, lane_;
   uint8_t* weights_;      // this lane's place in slot 0
-  uint8_t* activations_;  // the same, or its place in the resident activations
-  const int8_t* row_;     // of the tile to request, from this lane's first byte on
+  uint8_t* activations_;  // the same for activations, or its place in the resident ones
+  const int8_t* row_;     // this lane's first byte of the tile to request
   int tile_, stage_;      // to request
   int slot_ = 0;          // to read, and then to fill again
 };

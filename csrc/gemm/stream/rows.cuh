@@ -1,24 +1,25 @@
-// The activations of a streaming GEMM in shared memory, copied or quantised by each block for
-// itself, in the order in which mma.sync wants them. Kernel ring: no torch.
+// The activations of a streaming GEMM in shared memory, in the order in which mma.sync reads them.
+// Each block copies or quantizes them for itself. Kernel ring: no torch.
 #pragma once
 
 #include <cstdint>
 #include <type_traits>
 
+#include "common/arithmetic.h"
 #include "common/reduce.cuh"
+#include "common/scale.cuh"
 #include "common/vector.cuh"
 #include "gemm/stream/ring.cuh"
-#include "quantize/producer.cuh"
 
 namespace sqk {
 
-// Where element `at` of a token lies: chunk by chunk, in each one token behind the other, so that a
-// warp reads the chunk of 8 tokens from 512 adjacent bytes.
+// Where element `at` of a token lies: chunk after chunk, and within a chunk token after token, so a
+// warp reads a chunk of 8 tokens from 512 adjacent bytes.
 __device__ inline int resident_offset(int token, int at, int m) {
   return (at / kChunk * m + token) * kChunk + at % kChunk;
 }
 
-// One group of copies of each thread.
+// Each thread commits one group of copies.
 __device__ inline void copy_rows(const StreamParams& p, uint8_t* to) {
   const int m = p.epilogue.m, pieces = p.stages * (kStage / kPiece);
   for (int i = threadIdx.x; i < m * pieces; i += blockDim.x) {
@@ -28,31 +29,31 @@ __device__ inline void copy_rows(const StreamParams& p, uint8_t* to) {
   commit_copies();
 }
 
-// As Packed, for elements that were loaded one by one: each has a register of its own.
+// Like Packed, for elements that are loaded one by one: each has its own register.
 template <typename T>
 struct Single {
   T element[kVec<T>];
 };
 
-// Rows of x to int8, with the operations of the quantiser's kernels (quantize/row_kernel.cuh) in
-// their order. The warps share the rows, several a row or one, and take them in batches, twice:
-// forward for the maxima, backward to write; so the last batch, usually the only one, is read once.
-// kWide: 16 bytes at a time; else one element, any alignment.
+// Quantizes rows of x with the same operations in the same order as the row kernels
+// (quantize/row_kernel.cuh). One or several warps take a row. They go through its batches twice:
+// forward for the maximum, backward to write, so the last batch, usually the only one, is read
+// once. kWide: loads 16 bytes at a time; else one element, at any alignment.
 template <typename T, bool kWide>
 class RowQuantizer {
  public:
   __device__ RowQuantizer(const StreamParams& p, uint8_t* to, float* x_scale, uint32_t* maxima)
       : p_(p), to_(to), x_scale_(x_scale), maxima_(maxima) {
     const int warp = threadIdx.x / 32, warps = blockDim.x / 32, m = p.epilogue.m;
-    parts_ = max(1, warps >> (32 - __clz(m - 1)));  // as many as every row can have
+    parts_ = max(1, warps >> (32 - __clz(m - 1)));  // the same for every row
     at_once_ = warps / parts_;
     part_ = warp % parts_;
     row_ = warp / parts_;
-    batches_ = (p.stages * kStage + kBatch * parts_ - 1) / (kBatch * parts_);
-    steps_ = (m + at_once_ - 1) / at_once_ * batches_;
+    batches_ = divide_up(p.stages * kStage, kBatch * parts_);
+    steps_ = divide_up(m, at_once_) * batches_;
   }
 
-  // `meanwhile` runs when the first batch was requested.
+  // Calls `meanwhile` when the first batch has been requested.
   template <typename Meanwhile>
   __device__ void run(Meanwhile meanwhile) {
     AbsMax absmax;
@@ -84,18 +85,19 @@ class RowQuantizer {
   static constexpr int kVectors = 32 / kV;  // of a thread's batch: 32 elements
   static constexpr int kBatch = 32 * 32;    // elements of a warp's batch
 
-  // Element e of a thread's vector i in a batch. One by one: adjacent elements in adjacent lanes.
+  // The position in a batch of element e of a thread's vector i. If elements are loaded one by one,
+  // adjacent lanes have adjacent elements.
   __device__ static int at(int i, int e) {
     const int lane = threadIdx.x % 32;
     return i * 32 * kV + (kWide ? lane * kV + e : e * 32 + lane);
   }
 
-  // Whether any lane has something in vector i: short rows fill no batch.
+  // Whether vector i has data for any lane: short rows do not fill a batch.
   __device__ bool warp_has(int first, int i) const {
     return first + i * 32 * kV < p_.stages * kStage;
   }
 
-  // Requests a batch. What lies behind the row is +0.
+  // Requests a batch. Elements after the end of the row are +0.
   __device__ void fetch(int row, int first) {
     const T* const x = static_cast<const T*>(p_.x) + row * p_.x_stride;
     const int end = row < p_.epilogue.m ? p_.k : 0;
@@ -127,9 +129,9 @@ class RowQuantizer {
     }
   }
 
-  // Adds to a maximum that the second time nobody asks for.
+  // Computes vector i and its maximum, which the second pass does not use.
   __device__ void finish(int i, AbsMax& absmax) {
-    // Here and no earlier: taken apart in front of `meanwhile`, x would be waited for there.
+    // Keeps the compiler from unpacking x before `meanwhile`, where it would have to wait for x.
     if constexpr (kWide) {
       uint4& bits = x_[i].bits;
       asm volatile("" : "+r"(bits.x), "+r"(bits.y), "+r"(bits.z), "+r"(bits.w));
@@ -141,7 +143,7 @@ class RowQuantizer {
     }
   }
 
-  // What to multiply a row by; its scale is left for the epilogue.
+  // The factor for a row; its scale is stored for the epilogue.
   __device__ float inverse(int row) const {
     const int lane = threadIdx.x % 32;
     const bool per_tensor = p_.scheme == Scheme::kPerTensor;
@@ -153,13 +155,13 @@ class RowQuantizer {
     if (p_.scheme == Scheme::kStatic) {
       const float given = __ldg(p_.scale);
       inverse = inverse_of(given);
-      scale = is_finite_bits(bits) ? given : __uint_as_float(kNanBits);
+      scale = static_scale_of(bits, given);
     }
     if (part_ == 0 && lane == 0) x_scale_[row] = scale;
     return inverse;
   }
 
-  // Also what lies behind the row, up to the end of its last stage: 0.
+  // Also writes 0 after the end of the row, up to the end of its last stage.
   __device__ void store(int row, int first, float inverse) const {
     const int m = p_.epilogue.m, end = p_.stages * kStage;
 #pragma unroll
@@ -174,19 +176,8 @@ class RowQuantizer {
         continue;
       }
       if (first + at(i, 0) >= end) continue;
-      uint32_t words[kV / 4];
-#pragma unroll
-      for (int e = 0; e < kV; e += 4) {
-        words[e / 4] =
-            to_int8x4(__fmul_rn(v_[i][e], inverse), __fmul_rn(v_[i][e + 1], inverse),
-                      __fmul_rn(v_[i][e + 2], inverse), __fmul_rn(v_[i][e + 3], inverse));
-      }
-      uint8_t* const to = to_ + resident_offset(row, first + at(i, 0), m);
-      if constexpr (kV == 8) {
-        *reinterpret_cast<uint2*>(to) = make_uint2(words[0], words[1]);
-      } else {
-        *reinterpret_cast<uint32_t*>(to) = words[0];
-      }
+      const Int8Vector<kV> packed = to_int8_vector(v_[i], inverse);
+      *reinterpret_cast<Int8Vector<kV>*>(to_ + resident_offset(row, first + at(i, 0), m)) = packed;
     }
   }
 
@@ -195,7 +186,7 @@ class RowQuantizer {
   float* x_scale_;
   uint32_t* maxima_;  // [row][part]
   int parts_;         // warps that share a row
-  int at_once_;       // rows at work at a time
+  int at_once_;       // rows in progress at a time
   int part_, row_;    // of this warp; its rows are row_, row_ + at_once_, ...
   int batches_;       // of a row for each of its warps
   int steps_;         // batches of all of a warp's rows

@@ -12,6 +12,7 @@
 #include <atomic>
 #include <cstring>
 
+#include "common/arithmetic.h"
 #include "common/launch.h"
 #include "cute/tensor.hpp"
 #include "cutlass/cutlass.h"
@@ -216,7 +217,7 @@ class WgmmaGemm {
 
   // One row may come with any stride; a tensor map wants one that holds the row.
   static int64_t stride(const GemmParams& p, int64_t rows, int64_t given) {
-    return rows > 1 ? given : (p.k + kGemmAlignment - 1) / kGemmAlignment * kGemmAlignment;
+    return rows > 1 ? given : round_up(p.k, kGemmAlignment);
   }
 
   // CUTLASS only prints when the driver refuses a tensor map, and goes on with an empty one.

@@ -17,13 +17,12 @@ struct Device {
   int32_t part;          // 1: the GPU has more multiprocessors than the context may use
 };
 
-// Kernels with thread block clusters are compiled for 9.0a, as those with wgmma are.
+// Kernels with thread block clusters are compiled for 9.0a, like those with wgmma.
 constexpr bool has_clusters(const Device& device) { return device.wgmma != 0; }
 
-// The current GPU. Every call asks for the device and the context; what is known of them is
-// remembered. A context has fewer multiprocessors than the GPU if it is a green context, or if MPS
-// gives this process a part. The context is the current one, not the stream's: a green context's
-// stream does not count while another context is current.
+// Describes the current GPU. Every call asks which device and context are current; facts about them
+// are cached. A context has fewer multiprocessors than the GPU if it is a green context or if MPS
+// gives this process a part. The current context counts, not that of the stream.
 Status current_device(Device* device);
 
 }  // namespace sqk

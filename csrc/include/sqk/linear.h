@@ -29,13 +29,13 @@ struct LinearPlan {
 // The plan on the current GPU.
 Status plan(const LinearParams& params, LinearPlan* plan);
 
-// Launches on the current GPU, which `plan` is for. Nothing is allocated, nothing waits: safe to
-// capture in a CUDA graph.
+// Launches on the current GPU, for which `plan` was made. Allocates nothing and does not wait: safe
+// to capture in a CUDA graph.
 Status linear_s8(const LinearParams& params, const LinearPlan& plan, cudaStream_t stream);
 
 }  // namespace sqk
 
-// The same for callers without C++; stream null: the default one.
+// The same for callers without C++. A null stream is the default stream.
 extern "C" SQK_EXPORT int32_t sqk_linear_s8(const sqk::LinearParams* params, void* stream);
 extern "C" SQK_EXPORT int32_t sqk_linear_plan(const sqk::LinearParams* params,
                                               sqk::LinearPlan* plan);
