@@ -101,7 +101,12 @@ def pattern(tile: Mapping[str, Any]) -> str:
         return f"stream_gemm_kernelIaLi{1 if tile['m'] <= 8 else 2}E"
     sides = [tile["m"], tile["n"], tile["k"]]
     if tile["kernel"] == "wgmma":
-        return "wgmma_gemm_kernelI" + "".join(f"Li{i}E" for i in (tile["tile"], *sides)) + "E"
+        schedule = ("pingpong", "cooperative", "stream-K").index(tile["schedule"]) + 1
+        sizes, clusters = (
+            "".join(f"Li{i}E" for i in of) for of in ((*sides, tile["stages"]), tile["cluster"])
+        )
+        swap = f"LNS_8ScheduleE{schedule}ELb{int(tile['swap_ab'])}E"
+        return f"wgmma_gemm_kernelINS_9WgmmaTileI{sizes}{swap}{clusters}E"
     if "warps_m" in tile:
         sides += [tile["warps_m"], tile["warps_n"], tile["stages"]]
         return "mma_gemm_kernelI" + "".join(f"Li{i}E" for i in sides) + "E"

@@ -91,7 +91,7 @@ class Planner:
 
     def choose(self, gpu: Gpu, m: int, n: int, k: int) -> dict[str, Any]:
         values = (gpu.sms, gpu.capability, gpu.shared_bytes, int(gpu.wgmma))
-        device = (ctypes.c_int32 * 5)(*values)  # sqk::GemmDevice
+        device = (ctypes.c_int32 * 5)(*values)  # sqk::Device
         size = ctypes.c_int64
         choice: dict[str, Any] = json.loads(
             self._library.sqk_gemm_choice(size(m), size(n), size(k), device)

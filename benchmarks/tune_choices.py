@@ -155,8 +155,8 @@ def promotions(table: Table, machine: dict[str, Any], results: Sequence[Result])
             )
         if said:
             row = table["tiles"][tile]
-            why = f"{row['why']}; {short(machine['device'])}: {', '.join(reasons)}"
-            lines += [f"// promote this row: {row['name']}", *said, *cpp_row(row | {"why": why})]
+            lines += [f"// promote this row: {row['name']}", *said]
+            lines += [f"    // {short(machine['device'])}: {', '.join(reasons)}.", cpp_row(row)]
     return lines
 
 
@@ -164,19 +164,26 @@ def short(device: str) -> str:
     return device.removeprefix("NVIDIA ")
 
 
-def cpp_row(row: dict[str, Any]) -> list[str]:
-    """A GemmTile of csrc/gemm/table_*.h."""
-    schedules = {
-        "": "kNone", "pingpong": "kPingpong", "cooperative": "kCooperative", "stream-K": "kStreamK",
-    }  # fmt: skip
-    kernel = f"GemmKernel::k{row['kernel'].capitalize()}"
-    sizes = ", ".join(str(row[n]) for n in ("m", "n", "k", "warps_m", "warps_n", "stages"))
-    swap = "true" if row["swap_ab"] else "false"
-    last = ", ".join(map(str, (*row["cluster"], row["most_splits"], row["rate"])))
-    schedule = f"Schedule::{schedules[row['schedule']]}"
-    head = f"{{{json.dumps(row['name'])}, {kernel}, {sizes}, {schedule}, {swap}, {last},"
-    lines = textwrap.wrap(head, 100, initial_indent="    ", subsequent_indent="     ")
-    return [*lines, *literal(row["why"], "},")]
+def cpp_row(row: dict[str, Any]) -> str:
+    """A tile as csrc/gemm/tiles/sm*.h have it."""
+    m, n, k = (row[name] for name in "mnk")
+    in_name = next((w for w in ("stages", "warps") if row["name"].endswith(f" {w}")), "")
+    if row["kernel"] == "stream":
+        calls = [f"stream({m}, {n})", f"warps({row['warps_n']})"]
+    elif row["kernel"] == "mma":
+        calls = [f"mma({m}, {n}, {k})", f"warps({row['warps_m']}, {row['warps_n']})"]
+        calls += [f"stages({row['stages']})"]
+        calls += [f"splits({row['most_splits']})"] * (row["most_splits"] > 1)
+    else:
+        cluster = "{}x{}".format(*row["cluster"])
+        if row["name"].endswith(f" {cluster}"):
+            in_name = "cluster"
+        calls = [f"wgmma({m}, {n}, {k})", *["swap_ab()"] * row["swap_ab"]]
+        calls += [row["schedule"].lower().replace("-", "_") + "()"]
+        calls += [f"cluster({cluster.replace('x', ', ')})"] * (in_name != "" or cluster != "1x1")
+        calls += [f"stages({row['stages']})"]
+    calls += [f"rate({row['rate']})", *[f"{in_name}_in_name()"] * bool(in_name)]
+    return "    " + ".".join(calls) + ","
 
 
 def literal(text: str, end: str, width: int = 100) -> list[str]:

@@ -1,4 +1,4 @@
-"""What the tuner concludes from its measurements: rules in the C++ of csrc/gemm/table_*.h, rates, what is lost.
+"""What the tuner concludes from its measurements: rules in the C++ of csrc/gemm/tiles, rates, what is lost.
 
 A result is {"model", "layer", "M", "N", "K", "dispatched": {"tile", "splits", "us"}, "times": [{"tile", "splits",
 "us", "rough", "p20", "p80"}, ...], "not_timed": [{"tile", "splits", "what", "why"}, ...], "sm_mhz", ...}. A rough time
@@ -10,7 +10,8 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Iterable, Sequence
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ from report import geomean
 from shapes import M_CLASSES, m_class
 from tune_choices import Result, candidate_tiles, literal, shipped_only, short, wrong_tiles
 
-ANY_M = 1 << 40  # kAnyM in csrc/gemm/tile.h
+ANY_M = 1 << 40  # kAnyM in csrc/gemm/tiles/tile.h
 MOST_CANDIDATES = 6  # kMostCandidates
 #: A further candidate, or a rule of its own, must gain as much: less is noise, and choosing has its errors too.
 LEAST_GAIN = 1.01
@@ -33,16 +34,18 @@ class Rule:
     results: int
     reason: str = "not measured"
 
-    def row(self, previous: int) -> list[str]:
-        """As a table has it, with `previous` the most_m of the rule before (0: none)."""
-        padded = [*self.tiles, *[-1] * (MOST_CANDIDATES - len(self.tiles))]
+    def row(self, names: Mapping[int, str]) -> list[str]:
+        """As a table has it: a RuleRow of csrc/gemm/tiles/builder.h."""
         most = "kAnyM" if self.most_m == ANY_M else str(self.most_m)
-        when = f"M <= {self.most_m}" if self.most_m < ANY_M else f"M > {previous}"
-        if previous == 0 and self.most_m == ANY_M:
-            when = "any M"
-        head = f"    {{{most}, {{{', '.join(map(str, padded))}}}, {json.dumps(when)},"
-        one_line = f"{head} {json.dumps(self.reason)}}},"
-        return [one_line] if len(one_line) <= 100 else [head, *literal(self.reason, "},")]
+        quoted = [json.dumps(names[tile]) for tile in self.tiles]
+        one_line = f"    {{{most}, {{{', '.join(quoted)}}}, {json.dumps(self.reason)}}},"
+        if len(one_line) <= 100:
+            return [one_line]
+        # A name is never broken: its blanks are others while the text is wrapped.
+        text = "{" + ", ".join(name.replace(" ", "\0") for name in quoted) + "},"
+        wrapped = textwrap.wrap(text, 100, initial_indent=" " * 5, subsequent_indent=" " * 6)
+        lines = [line.replace("\0", " ") for line in wrapped]
+        return [f"    {{{most},", *lines, *literal(self.reason, "},")]
 
 
 def percent(ratio: float) -> str:
@@ -172,11 +175,9 @@ def cpp_rules(table: Table, machine: dict[str, Any], results: Sequence[Result]) 
         "tiles": [tile for tile in table["tiles"] if tile["tile"] not in kept],
     }
     found = rules(shipped, shipped_only(table, results))
-    limits = [0, *(rule.most_m for rule in found)]
-    rows = [
-        line for rule, previous in zip(found, limits, strict=False) for line in rule.row(previous)
-    ]
-    return [f"constexpr GemmRule k{name}Rules[] = {{", *rows, "};"] if rows else []
+    names = {int(tile["tile"]): str(tile["name"]) for tile in table["tiles"]}
+    rows = [line for rule in found for line in rule.row(names)]
+    return [f"constexpr RuleRow k{name}Rules[] = {{", *rows, "};"] if rows else []
 
 
 # --- rates ------------------------------------------------------------------------------------------------------------

@@ -15,6 +15,13 @@ C_SUFFIXES = {".cu", ".cuh", ".h", ".hpp", ".cpp"}
 TEXT_SUFFIXES = C_SUFFIXES | {".py", ".toml", ".md", ".yaml", ".yml", ".sh", ".in", ".cfg", ""}
 LONGEST_FILE = 400
 FOREIGN = ("torch", "ATen", "c10", "pybind11")
+KERNEL_SUFFIXES = {".cu", ".cuh"}
+#: What every folder of csrc may include besides itself.
+SHARED = ("common", "include")
+#: Folders of csrc that call the kernels, and have none.
+BINDINGS = ("torch", "python")
+#: Plain C++ that the binding shares with the kernels.
+PLAIN = ("common/arithmetic.h",)
 
 
 def c_files() -> list[Path]:
@@ -64,8 +71,61 @@ def test_the_binding_does_not_reach_past_the_public_headers() -> None:
     for path in (CSRC / "torch").iterdir():
         for name in includes(path):
             own = (CSRC / "torch" / name).is_file()
-            ok = own or "/" not in name or name.split("/")[0] in ("sqk", "torch")
+            ok = own or "/" not in name or name.split("/")[0] in ("sqk", "torch") or name in PLAIN
             assert ok, f"{path.name} includes {name}"
+
+
+def includes_of_siblings(csrc: Path) -> list[str]:
+    """Includes by which kernels reach into another folder of kernels, or common/ into any.
+
+    C++ beside the folders may bring them together; a kernel there belongs to none of them.
+    """
+    found = []
+    for path in sorted(path for path in csrc.rglob("*") if path.suffix in C_SUFFIXES):
+        folder = path.relative_to(csrc).parts[0]
+        joins = path.parent == csrc and path.suffix not in KERNEL_SUFFIXES
+        if joins or folder in BINDINGS:
+            continue
+        for name in includes(path):
+            places = (path.parent / name, csrc / "include" / name, csrc / name)
+            place = next((place.resolve() for place in places if place.is_file()), None)
+            if place is None:  # of the toolkit or of CUTLASS
+                continue
+            if place.relative_to(csrc.resolve()).parts[0] not in (folder, *SHARED):
+                found.append(f"{path.relative_to(csrc)} includes {name}")
+    return found
+
+
+def test_no_folder_of_kernels_includes_a_sibling() -> None:
+    folders = {path.relative_to(CSRC).parts[0] for path in c_files()}
+    assert {"common", "gemm", "quantize"} <= folders
+    assert not includes_of_siblings(CSRC)
+
+
+@pytest.mark.parametrize(
+    ("file", "include", "is_wrong"),
+    [
+        ("gemm/stream/rows.cuh", "quantize/producer.cuh", True),
+        ("gemm/stream/rows.cuh", "../../quantize/producer.cuh", True),
+        ("common/status.cu", "gemm/excluded.h", True),
+        ("status.cu", "gemm/excluded.h", True),
+        ("status.cpp", "gemm/excluded.h", False),
+        ("torch/gemm.cpp", "gemm/excluded.h", False),  # another test's: past the public headers
+        ("gemm/stream/rows.cuh", "gemm/excluded.h", False),
+        ("gemm/stream/rows.cuh", "common/scale.cuh", False),
+        ("gemm/stream/rows.cuh", "sqk/quantize.h", False),
+    ],
+)
+def test_an_include_of_a_sibling_is_found(
+    file: str, include: str, is_wrong: bool, tmp_path: Path
+) -> None:
+    others = ("quantize/producer.cuh", "gemm/excluded.h", "common/scale.cuh")
+    for name in (*others, "include/sqk/quantize.h"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("#pragma once\n")
+    (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / file).write_text(f'#include "{include}"\n')
+    assert includes_of_siblings(tmp_path) == ([f"{file} includes {include}"] if is_wrong else [])
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not here")

@@ -5,7 +5,7 @@
 #include <cmath>
 #include <vector>
 
-#include "sqk/gemm.h"
+#include "sqk/linear.h"
 #include "sqk/quantize.h"
 #include "sqk/saturate.h"
 

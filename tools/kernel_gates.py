@@ -207,7 +207,7 @@ GATES = (
         "order of dependent loads",
         ordered_loads,
         "allowed: none. All but stream-K are launched to overlap with the quantiser: what it writes is read by "
-        "load_fresh (csrc/gemm/memory_order.cuh), after griddepcontrol.wait or an mbarrier of the thread that waited.",
+        "load_fresh (csrc/common/memory_order.cuh), after griddepcontrol.wait or an mbarrier of the thread that waited.",
         kernels=r"\bwgmma_gemm_kernel<",
         archs=r"sm_90a",
     ),
@@ -221,7 +221,7 @@ GATES = (
     Gate(
         "whole stores",
         undivided_stores,
-        "allowed: as many. nvcc splits the 16-byte stores of a 16-bit y: csrc/gemm/store_tokens.cuh.",
+        "allowed: as many. nvcc splits the 16-byte stores of a 16-bit y: csrc/gemm/epilogue/tokens.cuh.",
         kernels=r"\bmma_gemm_kernel<",
     ),
     Gate(

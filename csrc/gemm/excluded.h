@@ -6,7 +6,7 @@
 
 #include <string>
 
-#include "gemm/tile.h"
+#include "gemm/tiles/tile.h"
 
 namespace sqk {
 

@@ -2,66 +2,54 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
-#include <utility>
 
-#include "device.h"
-#include "gemm/kernels.h"
+#include "common/arithmetic.h"
+#include "gemm/find.h"
 #include "gemm/measured.h"
-#include "gemm/table_sm90.h"
+#include "sqk/linear.h"
 
 namespace sqk {
 namespace {
 
+// Empty where 9.0a was not built.
+WgmmaEntry wgmma_of([[maybe_unused]] const GemmPlan& plan) {
 #if SQK_WITH_SM90
-using WgmmaRow = WgmmaEntry (*)();
-
-template <int kRow>
-constexpr WgmmaRow wgmma_row_or_null() {
-  if constexpr (kSm90Tiles[kRow].kernel == GemmKernel::kWgmma) {
-    return &wgmma_row<kRow>;
-  } else {
-    return nullptr;
-  }
-}
-
-template <int... kRows>
-WgmmaEntry find_wgmma(int32_t tile, std::integer_sequence<int, kRows...>) {
-  static constexpr WgmmaRow kEntries[] = {wgmma_row_or_null<kRows>()...};
-  return kEntries[tile] != nullptr ? kEntries[tile]() : WgmmaEntry{};
-}
-#endif
-
-// `tile` is a row of Hopper's table; empty for a row of another kind.
-WgmmaEntry wgmma_entry([[maybe_unused]] int32_t tile) {
-#if SQK_WITH_SM90
-  constexpr int kRows = static_cast<int>(kSm90Tiles.size());
-  return find_wgmma(tile, std::make_integer_sequence<int, kRows>());
+  return find_entry<WgmmaKind>(plan.table, plan.tile);
 #else
   return {};
+#endif
+}
+
+// nullptr where nothing but 9.0a was built.
+GemmLaunch mma_of([[maybe_unused]] const GemmPlan& plan) {
+#if SQK_WITH_SM80
+  return find_entry<MmaKind>(plan.table, plan.tile);
+#else
+  return nullptr;
 #endif
 }
 
 const GemmTile& tile_of(const GemmPlan& plan) { return gemm_table(plan.table).tiles[plan.tile]; }
 
 // The workspace of CUTLASS's scheduler, which plan_gemm cannot know.
-void add_workspace(const GemmParams& params, const GemmDevice& device, GemmPlan* plan) {
+void add_workspace(const GemmParams& params, const Device& device, GemmPlan* plan) {
   if (plan->launches == 0 || tile_of(*plan).kernel != GemmKernel::kWgmma) return;
-  const WgmmaEntry entry = wgmma_entry(plan->tile);
+  const WgmmaEntry entry = wgmma_of(*plan);
   if (entry.workspace_bytes != nullptr) {
     plan->workspace_bytes = entry.workspace_bytes(params, device);
   }
 }
 
-// Measured alone, another tile may beat the streaming one by less than the launch of a quantiser
+// Measured alone, another tile may beat the streaming one by less than the launch of a quantizer
 // costs: where the rules fuse the two, they stay.
 Status keep_fused(const QuantizeParams& quantizer, const GemmParams& gemm, GemmPlan* plan) {
   if (plan->launches == 0 || gemm.tile >= 0 || tile_of(*plan).kernel == GemmKernel::kStream ||
       !stream_quantizes(quantizer, gemm)) {
     return Status::kSuccess;
   }
-  GemmDevice device;
+  Device device;
   GemmPlan by_rules;
-  Status status = gemm_device(&device);
+  Status status = current_device(&device);
   if (status == Status::kSuccess) status = plan_by_rules(gemm, device, &by_rules);
   if (status == Status::kSuccess && tile_of(by_rules).kernel == GemmKernel::kStream) {
     *plan = by_rules;
@@ -69,12 +57,11 @@ Status keep_fused(const QuantizeParams& quantizer, const GemmParams& gemm, GemmP
   return status;
 }
 
-constexpr uintptr_t kAllocated = 256;  // an address as allocators give them
+constexpr uintptr_t kAllocated = kBufferAlignment;  // an address as allocators give them
 
 Status check_workspace(const void* workspace, int64_t bytes, int64_t wanted) {
-  constexpr uintptr_t kAlignment = 16;
-  if (wanted > 0 &&
-      (workspace == nullptr || reinterpret_cast<uintptr_t>(workspace) % kAlignment != 0)) {
+  constexpr int64_t kAlignment = 16;
+  if (wanted > 0 && (workspace == nullptr || !is_aligned(workspace, kAlignment))) {
     return Status::kInvalidArgument;
   }
   return bytes < wanted ? Status::kWorkspaceTooSmall : Status::kSuccess;
@@ -82,8 +69,8 @@ Status check_workspace(const void* workspace, int64_t bytes, int64_t wanted) {
 
 Status launch(const GemmParams& params, const GemmPlan& plan, const QuantizeParams* fused,
               cudaStream_t stream) {
-  GemmDevice device;
-  const Status status = gemm_device(&device);
+  Device device;
+  const Status status = current_device(&device);
   if (status != Status::kSuccess || plan.launches == 0) return status;
   const bool has_x = fused != nullptr || (params.x_q != nullptr && params.x_scale != nullptr);
   if (!has_x || params.w_q == nullptr || params.w_scale == nullptr || params.y == nullptr) {
@@ -91,37 +78,20 @@ Status launch(const GemmParams& params, const GemmPlan& plan, const QuantizePara
   }
   const GemmTile& tile = tile_of(plan);
   if (tile.kernel == GemmKernel::kStream) {
-    return launch_stream(params, fused, device, tile, stream);
+    const StreamKernels kernels = find_entry<StreamKind>(plan.table, plan.tile);
+    return launch_stream(params, fused, device, tile, kernels, stream);
   }
-  GemmLaunch launch_tile = nullptr;
-  if (tile.kernel == GemmKernel::kWgmma) {
-    launch_tile = wgmma_entry(plan.tile).launch;
-  } else {
-#if SQK_WITH_SM80
-    launch_tile = mma_launch(plan.table, plan.tile);
-#if SQK_TUNING
-    if (launch_tile == nullptr) launch_tile = mma_candidate(plan.table, plan.tile);
-#endif
-#endif
-  }
+  const bool wgmma = tile.kernel == GemmKernel::kWgmma;
+  const GemmLaunch launch_tile = wgmma ? wgmma_of(plan).launch : mma_of(plan);
   if (launch_tile == nullptr) return Status::kUnsupportedArch;
   return launch_tile(params, device, plan, stream);
 }
 
 }  // namespace
 
-Status gemm_device(GemmDevice* device) {
-  Gpu gpu = {};
-  const Status status = current_gpu(&gpu);
-  // The wgmma kernels are compiled for 9.0a, which is code for 9.0 and for nothing newer.
-  *device = {gpu.sms, gpu.capability, gpu.shared_bytes, SQK_WITH_SM90 && gpu.capability == 90,
-             gpu.sms < gpu.all_sms};
-  return status;
-}
-
 Status plan(const GemmParams& params, GemmPlan* plan) {
-  GemmDevice device;
-  Status status = gemm_device(&device);
+  Device device;
+  Status status = current_device(&device);
   if (status == Status::kSuccess) status = plan_gemm(params, device, plan);
   if (status == Status::kSuccess) add_workspace(params, device, plan);
   return status;
@@ -188,10 +158,6 @@ extern "C" int32_t sqk_gemm_s8(const sqk::GemmParams* params, void* stream) {
     status = sqk::gemm_s8(*params, plan, static_cast<cudaStream_t>(stream));
   }
   return static_cast<int32_t>(status);
-}
-
-extern "C" int32_t sqk_gemm_device(sqk::GemmDevice* device) {
-  return static_cast<int32_t>(sqk::gemm_device(device));
 }
 
 extern "C" int32_t sqk_linear_s8(const sqk::LinearParams* params, void* stream) {

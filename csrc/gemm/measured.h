@@ -1,7 +1,7 @@
 // Choices that were measured on the GPU that is there. Kernel ring: no torch.
 #pragma once
 
-#include "gemm/tile.h"
+#include "gemm/tiles/tile.h"
 
 namespace sqk {
 
@@ -14,6 +14,6 @@ bool has_measured();
 const GemmMeasured* find_measured(GemmTable table, int32_t sms, int64_t m, int64_t n, int64_t k);
 
 // As plan_gemm, by the table's rules alone.
-Status plan_by_rules(const GemmParams& params, const GemmDevice& device, GemmPlan* plan);
+Status plan_by_rules(const GemmParams& params, const Device& device, GemmPlan* plan);
 
 }  // namespace sqk

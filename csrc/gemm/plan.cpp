@@ -10,12 +10,13 @@
 #include <utility>
 #include <vector>
 
+#include "common/arithmetic.h"
 #include "gemm/excluded.h"
 #include "gemm/measured.h"
 #include "gemm/splits.h"
-#include "gemm/table_sm80.h"
-#include "gemm/table_sm89.h"
-#include "gemm/table_sm90.h"
+#include "gemm/tiles/sm80.h"
+#include "gemm/tiles/sm89.h"
+#include "gemm/tiles/sm90.h"
 
 namespace sqk {
 namespace {
@@ -23,41 +24,32 @@ namespace {
 constexpr int64_t kMaxSide = int64_t{1} << 30;  // positions are 32-bit
 constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;
 
-constexpr int64_t divide_up(int64_t x, int64_t by) { return (x + by - 1) / by; }
-
 const GemmTableView* const kTables[kGemmTables] = {&kSm80Table, &kSm89Table, &kSm90Table};
-
-bool aligned(const void* pointer, int64_t stride, int64_t rows) {
-  return reinterpret_cast<uintptr_t>(pointer) % kGemmAlignment == 0 &&
-         (rows <= 1 || stride % kGemmAlignment == 0);
-}
 
 // What a tensor map can hold.
 constexpr int64_t kMaxStride = int64_t{1} << 40;
 
-bool is_output(DType dtype) { return dtype >= DType::kFloat32 && dtype <= DType::kInt8; }
-
 Status check(const GemmParams& p) {
   const bool int8 = p.y_dtype == DType::kInt8;
   if (p.m < 0 || p.n < 1 || p.k < 1 || p.m > kMaxSide || p.n > kMaxSide || p.k > kMaxGemmK ||
-      !is_output(p.y_dtype) || int8 != (p.out_scale != nullptr) || (!int8 && p.relu != 0) ||
+      !is_known(p.y_dtype) || int8 != (p.out_scale != nullptr) || (!int8 && p.relu != 0) ||
       p.splits < 0 || p.tile < -1) {
     return Status::kInvalidArgument;
   }
-  if (p.residual != nullptr &&
-      (int8 || !is_output(p.residual_dtype) || p.residual_dtype == DType::kInt8)) {
+  if (p.residual != nullptr && (int8 || !is_float(p.residual_dtype))) {
     return Status::kInvalidArgument;
   }
   if (p.x_q_stride >= kMaxStride || p.w_q_stride >= kMaxStride) return Status::kInvalidArgument;
   if ((p.m > 1 && p.x_q_stride < p.k) || (p.n > 1 && p.w_q_stride < p.k) ||
-      (p.m > 1 && p.y_stride < p.n) || !aligned(p.x_q, p.x_q_stride, p.m) ||
-      !aligned(p.w_q, p.w_q_stride, p.n)) {
+      (p.m > 1 && p.y_stride < p.n) ||
+      !are_rows_aligned(p.x_q, p.x_q_stride, p.m, kGemmAlignment) ||
+      !are_rows_aligned(p.w_q, p.w_q_stride, p.n, kGemmAlignment)) {
     return Status::kInvalidArgument;
   }
   return Status::kSuccess;
 }
 
-GemmTable table_of(const GemmDevice& device) {
+GemmTable table_of(const Device& device) {
   if (device.wgmma) return GemmTable::kSm90;
   // A100's tiles want two blocks of 80 KiB on an SM, or one of 96: by what the GPU has, not by
   // name.
@@ -68,7 +60,7 @@ GemmTable table_of(const GemmDevice& device) {
 // only for blocks of lower numbers (tests/csrc/test_stream_k.py), so that none waits for ever as
 // long as they start in the order of their numbers; but where fewer of them run at a time than were
 // counted on, they do wait.
-bool serves(const GemmTile& tile, const GemmParams& p, const GemmDevice& device) {
+bool serves(const GemmTile& tile, const GemmParams& p, const Device& device) {
   if (device.part && tile.schedule == Schedule::kStreamK) return false;
   return shared_bytes(tile) <= device.shared_bytes &&
          (tile.kernel != GemmKernel::kStream || p.m <= tile.m);
@@ -95,7 +87,7 @@ double stream_k_tiles(double tiles, double k_tiles, double sms) {
 // loads, whichever takes longer, and a constant for each tile it works off; and not before memory
 // has delivered everything once, so that tiles which can do no better are equal.
 double expected_clocks(const GemmTile& tile, const GemmMachine& machine, const GemmParams& p,
-                       const GemmDevice& device, int64_t splits) {
+                       const Device& device, int64_t splits) {
   const auto tiles = static_cast<double>(tiles_of(tile, p));
   const double sms = device.sms, area = 1.0 * tile.m * tile.n;
   const bool stream_k = tile.schedule == Schedule::kStreamK;
@@ -129,7 +121,7 @@ double expected_clocks(const GemmTile& tile, const GemmMachine& machine, const G
 
 // Of 1 .. most_splits (and no more than k has tiles) what is done first.
 int64_t best_splits(const GemmTile& tile, const GemmMachine& machine, const GemmParams& p,
-                    const GemmDevice& device) {
+                    const Device& device) {
   const int64_t most = std::min<int64_t>(tile.most_splits, divide_up(p.k, tile.k));
   int64_t best = 1;
   for (int64_t splits = 2; splits <= most; ++splits) {
@@ -145,9 +137,9 @@ int64_t best_splits(const GemmTile& tile, const GemmMachine& machine, const Gemm
 // An estimate is not worth more: the rules name the simpler kernel first.
 constexpr double kClearlyLess = 0.97;
 
-// `excluded`: rows that must not be taken, or nullptr. Where they are all that the rule names, any
-// other shipped row will do.
-int32_t choose(GemmTable index, const GemmParams& p, const GemmDevice& device,
+// `excluded`: rows that must not be taken, or nullptr. Where they are all that the rule names, a
+// tile of any other rule will do.
+int32_t choose(GemmTable index, const GemmParams& p, const Device& device,
                const Excluded* excluded) {
   const GemmTableView& table = gemm_table(index);
   const GemmRule* rule = table.rules;
@@ -167,7 +159,9 @@ int32_t choose(GemmTable index, const GemmParams& p, const GemmDevice& device,
   };
   for (int32_t candidate : rule->candidates) consider(candidate);
   if (best >= 0 || excluded == nullptr) return best;
-  for (int32_t row = 0; row < table.shipped; ++row) consider(row);
+  for (int i = 0; i < table.rule_count; ++i) {
+    for (int32_t candidate : table.rules[i].candidates) consider(candidate);
+  }
   return best;
 }
 
@@ -208,7 +202,7 @@ bool is_near(int64_t measured, int64_t m) {
 // --- plans -----------------------------------------------------------------------------------
 
 // With a row of what was measured, or nullptr: by the rules.
-Status make_plan(const GemmParams& params, const GemmDevice& device, const GemmMeasured* found,
+Status make_plan(const GemmParams& params, const Device& device, const GemmMeasured* found,
                  GemmPlan* plan) {
   *plan = {};
   const Status status = check(params);
@@ -276,7 +270,7 @@ const GemmMeasured* find_measured(GemmTable table, int32_t sms, int64_t m, int64
   return last && found != begin && serves(*(found - 1)) ? &*(found - 1) : nullptr;
 }
 
-Status plan_gemm(const GemmParams& params, const GemmDevice& device, GemmPlan* plan) {
+Status plan_gemm(const GemmParams& params, const Device& device, GemmPlan* plan) {
   const GemmMeasured* found = nullptr;
   if (has_measured() && params.tile < 0 && params.splits == 0) {
     found = find_measured(table_of(device), device.sms, params.m, params.n, params.k);
@@ -284,27 +278,26 @@ Status plan_gemm(const GemmParams& params, const GemmDevice& device, GemmPlan* p
   return make_plan(params, device, found, plan);
 }
 
-Status plan_by_rules(const GemmParams& params, const GemmDevice& device, GemmPlan* plan) {
+Status plan_by_rules(const GemmParams& params, const Device& device, GemmPlan* plan) {
   return make_plan(params, device, nullptr, plan);
 }
 
 }  // namespace sqk
 
 // Without a device: the current GPU's, and CUTLASS's workspace with it (launch.cu).
-extern "C" int32_t sqk_gemm_plan(const sqk::GemmParams* params, const sqk::GemmDevice* device,
+extern "C" int32_t sqk_gemm_plan(const sqk::GemmParams* params, const sqk::Device* device,
                                  sqk::GemmPlan* plan) {
   return static_cast<int32_t>(device == nullptr ? sqk::plan(*params, plan)
                                                 : sqk::plan_gemm(*params, *device, plan));
 }
 
-extern "C" const char* sqk_gemm_choice(int64_t m, int64_t n, int64_t k,
-                                       const sqk::GemmDevice* device) {
+extern "C" const char* sqk_gemm_choice(int64_t m, int64_t n, int64_t k, const sqk::Device* device) {
   thread_local char text[256];
   sqk::GemmParams params = {};
   params.m = m;
   params.n = n;
   params.k = k;
-  params.x_q_stride = params.w_q_stride = (k + 15) / 16 * 16;
+  params.x_q_stride = params.w_q_stride = sqk::round_up(k, sqk::kGemmAlignment);
   params.y_stride = n;
   params.y_dtype = sqk::DType::kFloat16;
   params.tile = -1;

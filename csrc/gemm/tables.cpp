@@ -96,7 +96,6 @@ std::string tile_json(const GemmTableView& table, int row, bool excluded) {
       .add("most_splits", int64_t{tile.most_splits})
       .add("rate", int64_t{tile.rate})
       .add("shared_bytes", shared_bytes(tile))
-      .add("why", tile.why)
       .add("candidate", std::string(row >= table.shipped ? "true" : "false"))
       .add("excluded", std::string(excluded ? "true" : "false"))
       .end();
@@ -199,6 +198,11 @@ std::atomic<const Excluded*>& current_excluded() {
 }  // namespace
 
 const Excluded* excluded_tiles() { return current_excluded().load(std::memory_order_acquire); }
+
+const char* unknown_tile() {
+  const Excluded* const excluded = excluded_tiles();
+  return excluded == nullptr ? "" : excluded->unknown.c_str();
+}
 
 }  // namespace sqk
 

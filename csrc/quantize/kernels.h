@@ -16,16 +16,13 @@ RowKernel cluster_kernel_for(Producer producer, DType dtype);
 
 template <Producer kProducer, QuantizePath kPath, Launches kLaunches>
 RowKernel row_kernel_of_type(DType dtype) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return row_kernel<float, kProducer, kPath, kLaunches>;
-    case DType::kFloat16:
-      return row_kernel<__half, kProducer, kPath, kLaunches>;
-    case DType::kBFloat16:
-      return row_kernel<__nv_bfloat16, kProducer, kPath, kLaunches>;
-    default:
+  return visit(dtype, [](auto type) -> RowKernel {
+    if constexpr (is_float(decltype(type)::value)) {
+      return row_kernel<Element<decltype(type)>, kProducer, kPath, kLaunches>;
+    } else {
       return nullptr;
-  }
+    }
+  });
 }
 
 }  // namespace sqk

@@ -2,9 +2,9 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <utility>
 
-#include "device.h"
-#include "launch_kernel.h"
+#include "common/launch.h"
 #include "quantize/kernels.h"
 
 namespace sqk {
@@ -12,6 +12,15 @@ namespace {
 
 // What a block gets without asking, kernel by kernel: 48 KiB, less the kernel's own few buffers.
 constexpr int64_t kDefaultShared = 47 * 1024;
+
+// A producer without a file in instances/ does not link.
+template <int... kProducer>
+RowKernel find_kernel(Producer producer, DType dtype, QuantizePath path, Launches launches,
+                      std::integer_sequence<int, kProducer...>) {
+  using Find = RowKernel (*)(DType, QuantizePath, Launches);
+  static constexpr Find kFind[] = {&row_kernel_for<static_cast<Producer>(kProducer)>...};
+  return kFind[static_cast<int>(producer)](dtype, path, launches);
+}
 
 RowKernel find_kernel(Producer producer, DType dtype, QuantizePath path, Launches launches) {
   if (path == QuantizePath::kCluster) {
@@ -21,23 +30,8 @@ RowKernel find_kernel(Producer producer, DType dtype, QuantizePath path, Launche
     return nullptr;
 #endif
   }
-  switch (producer) {
-    case Producer::kQuantize:
-      return row_kernel_for<Producer::kQuantize>(dtype, path, launches);
-    case Producer::kRmsNorm:
-      return row_kernel_for<Producer::kRmsNorm>(dtype, path, launches);
-    case Producer::kLayerNorm:
-      return row_kernel_for<Producer::kLayerNorm>(dtype, path, launches);
-    case Producer::kRelu:
-      return row_kernel_for<Producer::kRelu>(dtype, path, launches);
-    case Producer::kGelu:
-      return row_kernel_for<Producer::kGelu>(dtype, path, launches);
-    case Producer::kGeluTanh:
-      return row_kernel_for<Producer::kGeluTanh>(dtype, path, launches);
-    case Producer::kSilu:
-      return row_kernel_for<Producer::kSilu>(dtype, path, launches);
-  }
-  return nullptr;
+  return find_kernel(producer, dtype, path, launches,
+                     std::make_integer_sequence<int, kProducers>());
 }
 
 Status launch(RowKernel kernel, RowParams& params, const QuantizePlan& plan, int64_t blocks,
@@ -54,23 +48,15 @@ Status launch(RowKernel kernel, RowParams& params, const QuantizePlan& plan, int
 
 }  // namespace
 
-Status quantize_device(QuantizeDevice* device) {
-  Gpu gpu = {};
-  const Status status = current_gpu(&gpu);
-  // The cluster kernels are compiled for 9.0a, which is code for 9.0 and for nothing newer.
-  *device = {gpu.sms, gpu.capability, gpu.shared_bytes, SQK_WITH_SM90 && gpu.capability == 90};
-  return status;
-}
-
 Status plan(const QuantizeParams& params, QuantizePlan* plan) {
-  QuantizeDevice device;
-  const Status status = quantize_device(&device);
+  Device device;
+  const Status status = current_device(&device);
   return status == Status::kSuccess ? plan_quantize(params, device, plan) : status;
 }
 
 Status quantize(const QuantizeParams& params, const QuantizePlan& plan, cudaStream_t stream) {
-  QuantizeDevice device;
-  Status status = quantize_device(&device);
+  Device device;
+  Status status = current_device(&device);
   if (status != Status::kSuccess || plan.launches == 0) return status;
   if (plan.workspace_bytes > 0 && params.workspace == nullptr) return Status::kInvalidArgument;
   if (params.workspace_bytes < plan.workspace_bytes) return Status::kWorkspaceTooSmall;
@@ -83,7 +69,7 @@ Status quantize(const QuantizeParams& params, const QuantizePlan& plan, cudaStre
     // Only kLong and kElement get here. The most that any row takes, whatever this one takes:
     // another thread may be between this line and its launch. Rows this long find nothing of
     // theirs in L1 again, so that all of the memory may be shared.
-    static DevicesSeen seen[kProducers][3][2][2];
+    static DevicesSeen seen[kProducers][kDTypes][2][2];
     DevicesSeen& of_kernel = seen[static_cast<int>(params.producer)][static_cast<int>(params.dtype)]
                                  [plan.path == QuantizePath::kLong][two];
     status = allow_shared_memory(reinterpret_cast<const void*>(kernel),

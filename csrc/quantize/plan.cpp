@@ -4,6 +4,7 @@
 #include <iterator>
 #include <string>
 
+#include "common/arithmetic.h"
 #include "quantize/table.h"
 #include "sqk/quantize.h"
 
@@ -13,19 +14,13 @@ namespace {
 constexpr int64_t kMaxChannels = int64_t{1} << 30;  // positions in a row are 32-bit
 constexpr int64_t kMaxRows = int64_t{1} << 27;      // a cluster of 8 per row is a legal grid
 
-constexpr int64_t round_up(int64_t x, int64_t multiple) {
-  return (x + multiple - 1) / multiple * multiple;
-}
-constexpr int64_t divide_up(int64_t x, int64_t by) { return (x + by - 1) / by; }
-
-bool aligned(const void* pointer, int64_t stride_bytes, int64_t rows, int64_t to) {
-  if (pointer == nullptr) return true;
-  const bool steps = rows <= 1 || stride_bytes % to == 0;
-  return steps && reinterpret_cast<uintptr_t>(pointer) % static_cast<uintptr_t>(to) == 0;
+// Null: not given.
+bool aligned(const void* rows, int64_t stride_bytes, int64_t count, int64_t bytes) {
+  return rows == nullptr || are_rows_aligned(rows, stride_bytes, count, bytes);
 }
 
 // Whether whole 16-byte vectors of every row, and what belongs to them, can be accessed at once.
-bool can_vectorise(const QuantizeParams& p) {
+bool can_vectorize(const QuantizeParams& p) {
   const int64_t size = size_in_bytes(p.dtype), vec = 16 / size;
   return p.k % vec == 0 && aligned(p.x, p.x_stride * size, p.m, 16) &&
          aligned(p.gate, p.gate_stride * size, p.m, 16) &&
@@ -34,10 +29,6 @@ bool can_vectorise(const QuantizeParams& p) {
          aligned(p.x_q, p.x_q_stride, p.m, vec) && aligned(p.inv_smooth, 0, 1, 16) &&
          aligned(p.weight, 0, 1, std::min<int64_t>(16, vec * size_in_bytes(p.weight_dtype))) &&
          aligned(p.bias, 0, 1, std::min<int64_t>(16, vec * size_in_bytes(p.bias_dtype)));
-}
-
-bool is_float(DType dtype) {
-  return dtype == DType::kFloat32 || dtype == DType::kFloat16 || dtype == DType::kBFloat16;
 }
 
 Status check(const QuantizeParams& p) {
@@ -85,21 +76,20 @@ KernelClass class_of(QuantizePath path, const QuantizeParams& p, bool two_launch
 }
 
 // Whether a path can take the problem, as far as K does not matter.
-bool can_serve(QuantizePath path, const QuantizeParams& p, const QuantizeDevice& device,
-               bool vectors) {
+bool can_serve(QuantizePath path, const QuantizeParams& p, const Device& device, bool vectors) {
   return (vectors || path == QuantizePath::kElement) &&
-         (path != QuantizePath::kCluster || device.clusters) &&
+         (path != QuantizePath::kCluster || has_clusters(device)) &&
          (p.scheme != Scheme::kPerTensor || serves_two_launches(path));
 }
 
-bool applies(const PathRule& rule, const QuantizeParams& p, const QuantizeDevice& device) {
+bool applies(const PathRule& rule, const QuantizeParams& p, const Device& device) {
   return p.k >= rule.least_k && p.k <= rule.most_k && serves(rule.serves, p) &&
          (rule.least_rows_per_sm == 0 || p.m >= int64_t{rule.least_rows_per_sm} * device.sms) &&
          (rule.most_rows_per_sm_quarters == 0 ||
           4 * p.m <= int64_t{rule.most_rows_per_sm_quarters} * device.sms);
 }
 
-const PathRule& find_rule(const QuantizeParams& p, const QuantizeDevice& device, bool vectors) {
+const PathRule& find_rule(const QuantizeParams& p, const Device& device, bool vectors) {
   for (const PathRule& rule : kPathRules) {
     const bool two = p.scheme == Scheme::kPerTensor;
     const bool fits = rule.splits || p.k <= capacity(class_of(rule.path, p, two));
@@ -110,11 +100,11 @@ const PathRule& find_rule(const QuantizeParams& p, const QuantizeDevice& device,
 
 }  // namespace
 
-Status plan_quantize(const QuantizeParams& p, const QuantizeDevice& device, QuantizePlan* plan) {
+Status plan_quantize(const QuantizeParams& p, const Device& device, QuantizePlan* plan) {
   *plan = QuantizePlan{};
   const Status status = check(p);
   if (status != Status::kSuccess) return status;
-  const bool vectors = can_vectorise(p);
+  const bool vectors = can_vectorize(p);
   const bool per_tensor = p.scheme == Scheme::kPerTensor;
   QuantizePath path = p.path;
   int splits = 1;
@@ -181,11 +171,11 @@ Status plan_quantize(const QuantizeParams& p, const QuantizeDevice& device, Quan
 
 }  // namespace sqk
 
-extern "C" int32_t sqk_quantize_plan(const sqk::QuantizeParams* params,
-                                     const sqk::QuantizeDevice* device, sqk::QuantizePlan* plan) {
-  sqk::QuantizeDevice here;
+extern "C" int32_t sqk_quantize_plan(const sqk::QuantizeParams* params, const sqk::Device* device,
+                                     sqk::QuantizePlan* plan) {
+  sqk::Device here;
   if (device == nullptr) {
-    const sqk::Status status = sqk::quantize_device(&here);
+    const sqk::Status status = sqk::current_device(&here);
     if (status != sqk::Status::kSuccess) return static_cast<int32_t>(status);
     device = &here;
   }

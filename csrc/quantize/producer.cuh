@@ -1,10 +1,11 @@
-// What is computed in front of the quantiser. Kernel ring: no torch.
+// What is computed before quantization. Kernel ring: no torch.
 //
-// Every product and sum is written out as one rounded operation (__fmul_rn, ...), so that nothing
-// depends on what the compiler chooses to contract; docs/numerics.md has the order and the bounds.
+// Every product and sum is written out as one rounded operation (__fmul_rn, ...), so that no result
+// depends on which operations the compiler contracts. docs/numerics.md has the order and the
+// bounds.
 #pragma once
 
-#include "quantize/vector.cuh"
+#include "common/scale.cuh"
 #include "sqk/quantize.h"
 
 namespace sqk {
@@ -16,8 +17,8 @@ __device__ inline float reciprocal(float x) {
   return r;
 }
 
-// x / (1 + exp(-t)). Where exp overflows the quotient is -0, and -Inf gives NaN, as the formula
-// does in float64.
+// x / (1 + exp(-t)). If exp overflows, the quotient is -0; -Inf gives NaN, as the formula does in
+// float64.
 __device__ inline float times_sigmoid(float x, float t) {
   return __fmul_rn(x, reciprocal(__fadd_rn(1.0f, expf(-t))));
 }
@@ -25,7 +26,7 @@ __device__ inline float times_sigmoid(float x, float t) {
 template <Producer kProducer>
 __device__ float activate(float x) {
   if constexpr (kProducer == Producer::kRelu) {
-    return x < 0.0f ? 0.0f : x;  // a NaN stays one
+    return x < 0.0f ? 0.0f : x;  // keeps NaN
   } else if constexpr (kProducer == Producer::kGelu) {
     const float half = __fmul_rn(0.5f, x);
     return __fmul_rn(half, __fadd_rn(1.0f, erff(__fmul_rn(x, 0.70710678118654752f))));
@@ -40,33 +41,18 @@ __device__ float activate(float x) {
   }
 }
 
-constexpr float kSmallestNormal = 1.17549435e-38f;
-constexpr uint32_t kInfinityBits = 0x7f800000u;
-constexpr uint32_t kNanBits = 0x7fffffffu;
-
-// What a norm knows of its row.
+// The statistics that a norm needs of its row.
 struct Moments {
   float mean = 0.0f;
   float rstd = 0.0f;
 };
 
-// 1 / sqrt(variance + eps). Squares that overflow float32 make the row NaN instead of zero: a row
-// that cannot be computed must not look sound.
+// 1 / sqrt(variance + eps). Squares that overflow float32 make the row NaN, not 0: a row that
+// cannot be computed must not look valid.
 __device__ inline float inverse_deviation(float sum_of_squares, int k, float eps) {
   const float variance = __fdiv_rn(sum_of_squares, static_cast<float>(k));
   const float rstd = __frcp_rn(__fsqrt_rn(__fadd_rn(variance, eps)));
   return sum_of_squares < __uint_as_float(kInfinityBits) ? rstd : __uint_as_float(kNanBits);
 }
-
-// The scale of a row from its maximum, as bits, and what to multiply by.
-__device__ inline float scale_of(uint32_t absmax_bits) {
-  const float scale = __fdiv_rn(__uint_as_float(absmax_bits), 127.0f);
-  return scale < kSmallestNormal ? 0.0f : scale;
-}
-__device__ inline float inverse_of(float scale) {
-  const bool usable = scale >= kSmallestNormal && scale < __uint_as_float(kInfinityBits);
-  return usable ? __frcp_rn(scale) : 0.0f;
-}
-__device__ inline bool is_finite_bits(uint32_t absmax_bits) { return absmax_bits < kInfinityBits; }
 
 }  // namespace sqk

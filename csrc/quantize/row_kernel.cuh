@@ -1,9 +1,9 @@
-// The kernel of all producers: a team of threads takes a row (or a slice of one), keeps it, and
-// writes it as int8. Kernel ring: no torch.
+// The kernel of all producers. A team of threads takes a row, or a slice of one, and writes it as
+// int8. Kernel ring: no torch.
 //
-// In each launch an element is read from global memory once: a thread keeps its vectors in
-// registers, what does not fit there in shared memory (kLong, kElement), and only what fits in
-// neither is read again.
+// Each launch reads an element from global memory once: a thread keeps its vectors in registers
+// and, in kLong and kElement, more of them in shared memory. Only what fits in neither is read
+// again.
 #pragma once
 
 #include "quantize/row_slice.cuh"
@@ -17,7 +17,7 @@ enum class Pass : int32_t {
   kApply,    // the second: from the maxima to int8
 };
 
-// One launch is compiled apart from two: what only two need costs registers and instructions.
+// Compiled separately: the code that only two launches need would cost registers and instructions.
 enum class Launches { kOne, kTwo };
 
 struct RowParams {
@@ -39,8 +39,8 @@ __device__ inline uint32_t largest_of(const uint32_t* maxima, int64_t count,
   return block.max(largest);
 }
 
-// All threads of a block as a team. Where a block is one already it must be the same object: two
-// would not know of each other's turns in the shared buffers.
+// All threads of a block as a team. If `team` is the block already, this must be the same object:
+// two would not know of each other's turns in the shared buffers.
 template <Group kGroup>
 __device__ Team<Group::kBlock>& whole_block(Team<kGroup>& team, Team<Group::kBlock>& of_warps) {
   if constexpr (kGroup == Group::kBlock) {
@@ -54,8 +54,8 @@ template <typename T, Producer kProducer, QuantizePath kPath, Launches kLaunches
 constexpr int kMaxThreads =
     max_threads({kPath, sizeof(T), is_norm(kProducer), kLaunches == Launches::kTwo});
 
-// Once all blocks run, a kernel that was launched to overlap with this one may take the places of
-// those that end; it waits for this kernel's results (griddepcontrol.wait). Others are not
+// Once all blocks have called this, a kernel that was launched to overlap may start as blocks of
+// this one end. It waits for this kernel's results by griddepcontrol.wait. Other kernels are not
 // affected.
 __device__ inline void allow_next_kernel() {
 #if __CUDA_ARCH__ >= 900
@@ -63,7 +63,7 @@ __device__ inline void allow_next_kernel() {
 #endif
 }
 
-// One block per SM is enough to ask for: without the 1, ptxas aims at more and spills.
+// Without the 1 (blocks per SM), ptxas aims for more blocks and spills.
 template <typename T, Producer kProducer, QuantizePath kPath, Launches kLaunches>
 __global__ void __launch_bounds__(kMaxThreads<T, kProducer, kPath, kLaunches>, 1)
     row_kernel(const __grid_constant__ RowParams p) {
@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kMaxThreads<T, kProducer, kPath, kLaunches>, 1
   Team<Group::kBlock> of_warps;
   Team<Group::kBlock>& block = whole_block(team, of_warps);  // for kTwo
   allow_next_kernel();
-  uint32_t tensor_absmax = 0;  // of what this team has seen, then of all
+  uint32_t tensor_absmax = 0;  // the maximum of this team, then of all
   if constexpr (kTwo) {
     if (applies && per_tensor) {
       tensor_absmax = largest_of(p.maxima, p.maxima_count, block);
@@ -164,7 +164,7 @@ __global__ void __launch_bounds__(kMaxThreads<T, kProducer, kPath, kLaunches>, 1
       if (q.scheme == Scheme::kStatic) {
         const float given = *q.scale;
         inverse = inverse_of(given);
-        scale = is_finite_bits(bits) ? given : __uint_as_float(kNanBits);
+        scale = static_scale_of(bits, given);
       }
       if (rank == 0 && from == 0) q.x_scale[row] = scale;
     }
@@ -172,7 +172,7 @@ __global__ void __launch_bounds__(kMaxThreads<T, kProducer, kPath, kLaunches>, 1
         s, p.slots, [&](int i, float (&v)[kV]) { s.store(i, v, inverse); },
         [&](int i, float (&v)[kV]) { s.finish(i, v); });
     if (s.end == k) {
-#pragma unroll 1  // seldom any, and an unrolled loop would begin with a division
+#pragma unroll 1  // rarely any; an unrolled loop would start with a division
       for (int64_t c = q.k + rank; c < q.k_padded; c += size) s.out[c] = 0;
     }
   };

@@ -1,11 +1,11 @@
-// A row as one thread sees it: where its elements lie, what becomes of them, where they are kept.
-// Kernel ring: no torch.
+// One thread's view of a row: where its elements lie, how they are computed and where they are
+// kept. Kernel ring: no torch.
 #pragma once
 
+#include "common/reduce.cuh"
+#include "common/vector.cuh"
 #include "quantize/producer.cuh"
-#include "quantize/reduce.cuh"
 #include "quantize/table.h"
-#include "quantize/vector.cuh"
 #include "sqk/quantize.h"
 
 namespace sqk {
@@ -20,7 +20,7 @@ struct PathTraits {
                                                                     : Group::kBlock;
 };
 
-// One row or slice for one thread: where its elements lie and what they become.
+// One thread's part of a row or slice: where its elements lie and how they are computed.
 template <typename T, Producer kProducer, QuantizePath kPath>
 struct RowSlice {
   using Traits = PathTraits<kPath>;
@@ -33,18 +33,18 @@ struct RowSlice {
   const T* other;  // gate or residual, or null
   T* sum;
   int8_t* out;
-  int end;     // of the elements to take
+  int end;     // after the last element
   int stride;  // elements between a thread's vectors
   int first;   // element 0 of its vector 0
   Moments moments;
 
-  // Element e of a thread's vector i. Vectors: adjacent elements in a thread. Single elements:
-  // adjacent elements in adjacent lanes, so that narrow accesses fill their sectors all the same.
+  // The position of element e of a thread's vector i. A thread of a vector path has adjacent
+  // elements. In kElement adjacent lanes have them, so that narrow accesses fill whole sectors too.
   __device__ int at(int i, int e) const {
     return first + i * stride + (Traits::kVectors ? e : e * 32);
   }
   __device__ bool has(int i, int e) const { return at(i, e) < end; }
-  // Vector paths get only whole vectors (plan_quantize), so its first element speaks for all.
+  // Vector paths get only whole vectors (plan_quantize), so checking the first element is enough.
   __device__ bool has(int i) const { return at(i, 0) < end; }
 
   __device__ void fetch(const T* row, int i, Packed<T>& to) const {
@@ -58,10 +58,10 @@ struct RowSlice {
     }
   }
 
-  // The input in float32, behind the residual or the activation; +0 outside of the row.
+  // The input in float32, after the residual or the activation; +0 outside of the row.
   __device__ void begin(int i, const Packed<T>& a, const Packed<T>& b, float (&v)[kV]) const {
     if constexpr (kAct) {
-      // Asked once for all elements, so that their chains of instructions can overlap.
+      // One branch for all elements, so that their chains of instructions can overlap.
       if (other != nullptr) {
 #pragma unroll
         for (int e = 0; e < kV; ++e) {
@@ -98,8 +98,8 @@ struct RowSlice {
     }
   }
 
-  // A vector that is kept nowhere: read again. The sum holds what x + residual was, and x itself
-  // may have been overwritten by it.
+  // Reads a vector again that was not kept. With a residual it reads `sum`, which has x + residual
+  // and may have overwritten x.
   __device__ void again(int i, float (&v)[kV]) const {
     Packed<T> a, b;
     if (kNorm && other != nullptr) {
@@ -131,7 +131,7 @@ struct RowSlice {
     }
   }
 
-  // The norm, then the division by the smoothing factor.
+  // The norm, then the smoothing (inv_smooth).
   __device__ void finish(int i, float (&v)[kV]) const {
     float p[kV] = {};
     if constexpr (kNorm) {
@@ -160,7 +160,7 @@ struct RowSlice {
     }
   }
 
-  // Outside of the row v may be anything by now.
+  // v is arbitrary outside of the row.
   __device__ void measure(int i, const float (&v)[kV], AbsMax& largest) const {
     if constexpr (Traits::kVectors) {
       if (!has(i)) return;
@@ -188,17 +188,8 @@ struct RowSlice {
   __device__ void store(int i, const float (&v)[kV], float inverse) const {
     if constexpr (Traits::kVectors) {
       if (!has(i)) return;
-      uint32_t words[kV / 4];
-#pragma unroll
-      for (int e = 0; e < kV; e += 4) {
-        words[e / 4] = to_int8x4(__fmul_rn(v[e], inverse), __fmul_rn(v[e + 1], inverse),
-                                 __fmul_rn(v[e + 2], inverse), __fmul_rn(v[e + 3], inverse));
-      }
-      if constexpr (kV == 8) {
-        *reinterpret_cast<uint2*>(out + at(i, 0)) = make_uint2(words[0], words[1]);
-      } else {
-        *reinterpret_cast<uint32_t*>(out + at(i, 0)) = words[0];
-      }
+      const Int8Vector<kV> packed = to_int8_vector(v, inverse);
+      *reinterpret_cast<Int8Vector<kV>*>(out + at(i, 0)) = packed;
     } else {
 #pragma unroll
       for (int e = 0; e < kV; ++e) {
@@ -208,14 +199,14 @@ struct RowSlice {
   }
 };
 
-// Where a thread keeps its vectors, and the three ways through them.
+// Keeps the vectors of a thread, and passes through them.
 template <typename T, Producer kProducer, QuantizePath kPath>
 struct Keep {
   using Traits = PathTraits<kPath>;
   using Slice = RowSlice<T, kProducer, kPath>;
   static constexpr int kV = kVec<T>;
   static constexpr int kRegisters = floats_per_thread(kPath, sizeof(T)) / kV;
-  // With a second input this many vectors of each are in flight: more would not leave registers.
+  // With a second input, this many vectors of each are in flight: more would not fit in registers.
   static constexpr int kBatch = kProducer == Producer::kQuantize || kRegisters < 4 ? kRegisters
                                 : kRegisters % 4 == 0                              ? 4
                                                                                    : 3;
@@ -223,7 +214,7 @@ struct Keep {
 
   float v[kRegisters][kV];
 
-  // Shared memory of this thread: 16 bytes of each thread side by side, no bank conflicts.
+  // This thread's shared memory: 16 bytes of each thread side by side, without bank conflicts.
   __device__ static float4* shared(int slot, int part) {
     extern __shared__ float4 storage[];
     return storage + (slot * (kV / 4) + part) * blockDim.x + threadIdx.x;
@@ -242,7 +233,7 @@ struct Keep {
     }
   }
 
-  // Reads the row and shows every vector to `see`; norms keep the input, all others the result.
+  // Reads the row and passes every vector to `see`. Norms keep the input, the others the result.
   template <typename See>
   __device__ void read(const Slice& s, int slots, See see) {
 #pragma unroll
@@ -276,9 +267,9 @@ struct Keep {
     }
   }
 
-  // Shows every vector that `read` saw again. A vector that is kept nowhere is brought by `redo`
-  // from what `read` saw to where the others are. kWrite: `look` alters it, and later calls see
-  // that.
+  // Passes every vector to `look` once more. For a vector that was not kept, `redo` first repeats
+  // what happened to the others since `read`. kWrite: `look` changes the vectors, and the changes
+  // are kept.
   template <bool kWrite, typename Look, typename Redo>
   __device__ void visit(const Slice& s, int slots, Look look, Redo redo) {
 #pragma unroll

@@ -1,8 +1,9 @@
-// float32 -> int8, one element per thread and step. Kernel ring: no torch.
+// float32 -> int8: each thread takes one element per step. Kernel ring: no torch.
 #include <cuda_runtime.h>
 
 #include <algorithm>
 
+#include "common/arithmetic.h"
 #include "cutlass/numeric_conversion.h"
 #include "sqk/saturate.h"
 
@@ -10,12 +11,12 @@ namespace sqk {
 namespace {
 
 constexpr int kThreads = 256;
-// Enough to fill any GPU of today several times; the loop takes the rest, and the grid stays legal
-// for any numel.
+// Enough to fill any current GPU several times. The loop handles the rest, so the grid is valid for
+// any numel.
 constexpr int64_t kMaxBlocks = 4096;
 
 __global__ void __launch_bounds__(kThreads) saturate_s8_kernel(SaturateParams params) {
-  // cvt.rni.sat.s8.f32: half to even, saturating, and by the PTX ISA a NaN becomes 0.
+  // cvt.rni.sat.s8.f32 rounds half to even and saturates; by the PTX ISA, NaN becomes 0.
   const cutlass::NumericConverter<int8_t, float, cutlass::FloatRoundStyle::round_to_nearest>
       convert;
   const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
@@ -29,9 +30,9 @@ __global__ void __launch_bounds__(kThreads) saturate_s8_kernel(SaturateParams pa
 
 Status saturate_s8(const SaturateParams& params, cudaStream_t stream) {
   if (params.numel < 0) return Status::kInvalidArgument;
-  if (params.numel == 0) return Status::kSuccess;  // a grid of no blocks is a launch error
+  if (params.numel == 0) return Status::kSuccess;  // an empty grid is a launch error
   if (params.x == nullptr || params.y == nullptr) return Status::kInvalidArgument;
-  const int64_t blocks = std::min(kMaxBlocks, (params.numel + kThreads - 1) / kThreads);
+  const int64_t blocks = std::min(kMaxBlocks, divide_up(params.numel, kThreads));
   saturate_s8_kernel<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(params);
   return status_from_cuda(cudaGetLastError());
 }

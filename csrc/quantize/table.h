@@ -1,4 +1,4 @@
-// The paths of the int8 producers: what each can hold, and when each is taken. Kernel ring: no
+// The paths of the int8 producers: the longest row of each, and when each is taken. Kernel ring: no
 // torch. The one place to change when a measurement says otherwise; nothing here was tuned on a
 // GPU.
 #pragma once
@@ -29,7 +29,7 @@ constexpr const char* name(QuantizePath path) {
   return "unknown";
 }
 
-// What a kernel is compiled for, as far as its registers depend on it.
+// The properties of a kernel that its registers depend on.
 struct KernelClass {
   QuantizePath path;
   int64_t element_bytes;
@@ -37,14 +37,14 @@ struct KernelClass {
   bool two_launches;
 };
 
-// Elements of a row in each thread's registers.
+// Elements of a row in a thread's registers.
 constexpr int floats_per_thread(QuantizePath path, int64_t element_bytes) {
   switch (path) {
     case QuantizePath::kBlock:
     case QuantizePath::kCluster:
       return 8;
     case QuantizePath::kLong:
-      return element_bytes == 2 ? 48 : 32;  // float32 inputs in flight take registers of their own
+      return element_bytes == 2 ? 48 : 32;  // float32 inputs in flight need separate registers
     case QuantizePath::kElement:
       return 16;
     default:
@@ -52,15 +52,15 @@ constexpr int floats_per_thread(QuantizePath path, int64_t element_bytes) {
   }
 }
 
-// The largest block. A thread of a block of 1024 has 64 registers: enough for 32 elements and what
-// is in flight only where elements are small and there is little to compute.
+// Threads of the largest block. With 1024 threads each has 64 registers, which fit 32 elements and
+// the loads in flight only if elements are small and there is little to compute.
 constexpr int max_threads(const KernelClass& kernel) {
   switch (kernel.path) {
     case QuantizePath::kBlock:
     case QuantizePath::kCluster:
       return 1024;
     case QuantizePath::kWarp:
-      return 128;  // four rows a block: short blocks leave short tails
+      return 128;  // four rows per block: small blocks leave short tails
     case QuantizePath::kWide:
       return kernel.element_bytes == 2 && !kernel.norm && !kernel.two_launches ? 1024 : 512;
     default:
@@ -68,11 +68,11 @@ constexpr int max_threads(const KernelClass& kernel) {
   }
 }
 
-// Left of a block's shared memory to the reductions, and what the driver keeps for itself.
+// The part of a block's shared memory that reductions and the driver need.
 constexpr int64_t kReservedShared = 2048;
 constexpr int64_t kNoLimit = int64_t{1} << 40;
-constexpr int kClusterThreads = 256;   // per block, as long as eight blocks suffice
-constexpr int64_t kLeastSlice = 2048;  // elements: one warp's full registers, twice
+constexpr int kClusterThreads = 256;   // per block, if eight blocks are enough
+constexpr int64_t kLeastSlice = 2048;  // elements: twice what a warp's registers hold
 
 // The longest row that a kernel can take.
 constexpr int64_t capacity(const KernelClass& kernel) {
@@ -90,7 +90,7 @@ constexpr int64_t capacity(const KernelClass& kernel) {
   }
 }
 
-// Compiled for the two launches of a per-tensor or split problem as well.
+// Whether the path is also compiled for the two launches of a per-tensor or split problem.
 constexpr bool serves_two_launches(QuantizePath path) {
   return path != QuantizePath::kBlock && path != QuantizePath::kCluster;
 }
@@ -103,14 +103,15 @@ struct PathRule {
   Serves serves;
   int32_t least_rows_per_sm;          // 0: any number of rows
   int32_t most_rows_per_sm_quarters;  // in quarters; 0: any number of rows
-  bool splits;                        // slices of a row in blocks of their own, in two launches
+  bool splits;                        // each slice of a row gets its own block, in two launches
   const char* when;
   const char* why;
 };
 
-// From top to bottom, the first that applies and whose path can serve: clusters need Hopper, and
-// rows that cannot be read 16 bytes at a time go to the last. Norms are chosen by K alone: their
-// sums depend on how a row is spread, and a token's bits must not depend on how many are beside it.
+// The first rule that applies and whose path can take the problem wins: clusters need Hopper, and
+// rows that cannot be read 16 bytes at a time take the last rule. For norms only K counts: their
+// sums depend on how the threads share a row, and a token's bits must not depend on the number of
+// tokens.
 constexpr PathRule kPathRules[] = {
     {QuantizePath::kWarp, 1, 1024, Serves::kPerTensor, 0, 0, false,  //
      "per tensor, K <= 1024", "four rows give one maximum: few maxima for the second launch"},

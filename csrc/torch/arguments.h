@@ -1,4 +1,4 @@
-// Checks of arguments that several ops share, in the words of smoothquant_kernels/ops/checks.py.
+// Argument checks that several ops share, with the messages of smoothquant_kernels/ops/checks.py.
 #pragma once
 
 #include <algorithm>
@@ -16,8 +16,8 @@ namespace sqk {
 
 using MaybeTensor = std::optional<Tensor>;
 
-// An op's `str` argument. TORCH_BOX's own conversion, to std::string, leaks one at every call
-// (torch 2.13), so the ops take the handle, which is then theirs, and put it in here first of all.
+// An op's `str` argument. TORCH_BOX's conversion to std::string leaks a string at every call (torch
+// 2.13). So the ops take the handle, which they then own, and put it into a Text first.
 class Text {
  public:
   explicit Text(StringHandle handle) : handle_(handle) {}
@@ -41,12 +41,31 @@ inline bool is_float(ScalarType dtype) {
   return dtype == ScalarType::Half || dtype == ScalarType::BFloat16 || dtype == ScalarType::Float;
 }
 
-inline DType to_dtype(ScalarType dtype) {
-  if (dtype == ScalarType::Half) return DType::kFloat16;
-  return dtype == ScalarType::BFloat16 ? DType::kBFloat16 : DType::kFloat32;
+// What torch calls a type of the kernels.
+constexpr ScalarType to_scalar_type(DType dtype) {
+  return visit(dtype, [](auto type) {
+    constexpr DType kDType = decltype(type)::value;
+    if constexpr (kDType == DType::kFloat32) {
+      return ScalarType::Float;
+    } else if constexpr (kDType == DType::kFloat16) {
+      return ScalarType::Half;
+    } else if constexpr (kDType == DType::kBFloat16) {
+      return ScalarType::BFloat16;
+    } else {
+      static_assert(kDType == DType::kInt8, "what does torch call this type?");
+      return ScalarType::Char;
+    }
+  });
 }
 
-// "(4, 8)", "(4,)", "()": as Python writes a tuple.
+// What is none of them becomes a number that every plan refuses.
+inline DType to_dtype(ScalarType dtype) {
+  int32_t found = 0;
+  while (found < kDTypes && to_scalar_type(static_cast<DType>(found)) != dtype) ++found;
+  return static_cast<DType>(found);
+}
+
+// "(4, 8)", "(4,)", "()": like a tuple in Python.
 inline std::string tuple_text(const Tensor& tensor) {
   std::string text = "(";
   for (int64_t i = 0; i < tensor.dim(); ++i) {
@@ -55,7 +74,7 @@ inline std::string tuple_text(const Tensor& tensor) {
   return text + (tensor.dim() == 1 ? ",)" : ")");
 }
 
-// The same for [..., n] with the leading dimensions of x.
+// The same for the shape [..., n] with the leading dimensions of x.
 inline std::string output_shape_text(const Tensor& x, int64_t n) {
   std::string text = "(";
   for (int64_t i = 0; i + 1 < x.dim(); ++i) text += std::to_string(x.size(i)) + ", ";
@@ -93,22 +112,21 @@ inline Tensor new_vector(const Tensor& like, int64_t size, ScalarType dtype) {
   return empty_on(like, &size, 1, dtype);
 }
 
-// Of like's sizes but for the last one.
+// A new tensor with the sizes of `like`, except for the last one.
 inline Tensor new_rows(const Tensor& like, int64_t last, ScalarType dtype) {
   std::vector<int64_t> sizes(like.sizes().begin(), like.sizes().end());
   if (!sizes.empty()) sizes.back() = last;
   return empty_on(like, sizes.data(), sizes.size(), dtype);
 }
 
-// Scratch memory, whose blocks start at multiples of 256 bytes at least; null for none. `keep` owns
-// it.
+// Scratch memory, aligned to 256 bytes at least; null for 0 bytes. `keep` owns it.
 inline void* make_workspace(const Tensor& like, int64_t bytes, MaybeTensor& keep) {
   if (bytes == 0) return nullptr;
   keep = new_vector(like, bytes, ScalarType::Char);
   return keep->mutable_data_ptr();
 }
 
-// The tensor itself where it is contiguous: asking is cheap, torch's op of that name is not.
+// The tensor itself if it is contiguous: the question is cheap, torch's `contiguous` op is not.
 inline Tensor dense(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
@@ -118,7 +136,7 @@ inline MaybeTensor dense(const MaybeTensor& tensor) {
   return dense(*tensor);
 }
 
-// Of a tensor that has been checked to be float32: const_data_ptr<float>() would ask once more.
+// For a tensor that is known to be float32: const_data_ptr<float>() would check again.
 inline const float* floats(const Tensor& tensor) {
   return static_cast<const float*>(tensor.const_data_ptr());
 }
@@ -129,7 +147,7 @@ inline void check_activation_input(const char* op, const Tensor& x) {
             ": x must have shape [..., K] with K >= 1, got ", tuple_text(x), ".");
 }
 
-// x [..., K] as rows of adjacent elements: the tensor itself where its strides allow, else a copy.
+// x [..., K] as rows of adjacent elements: the tensor itself if its strides allow, else a copy.
 struct Rows {
   Tensor tensor;
   const void* data;
@@ -139,7 +157,7 @@ struct Rows {
     data = tensor.const_data_ptr();
     stride = 0;
     const auto sizes = tensor.sizes(), strides = tensor.strides();
-    // The stride of the innermost leading dimension that counts more than one row.
+    // The stride of the innermost leading dimension that has more than one row.
     for (size_t i = sizes.size() - 1; i-- > 0 && stride == 0;) {
       if (sizes[i] > 1) stride = strides[i];
     }
@@ -157,7 +175,7 @@ struct Rows {
     const auto sizes = x.sizes(), strides = x.strides();
     const size_t last = sizes.size() - 1;
     if (sizes[last] > 1 && strides[last] != 1) return false;
-    int64_t next = -1;  // what an outer dimension's stride must be
+    int64_t next = -1;  // the stride that an outer dimension must have
     for (size_t i = last; i-- > 0;) {
       if (sizes[i] == 1) continue;
       if (next >= 0 && strides[i] != next) return false;
@@ -167,7 +185,7 @@ struct Rows {
   }
 };
 
-// The checks that all quantizers share, and what they say of the scheme, the sizes and x's type.
+// The checks that all quantizers share. Sets the scheme, the sizes and x's type in `params`.
 inline void check_quantizer(const char* op, const Tensor& x, int64_t k,
                             const MaybeTensor& inv_smooth, const MaybeTensor& scale,
                             std::string_view granularity, QuantizeParams& params) {

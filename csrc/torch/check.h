@@ -1,5 +1,5 @@
-// Argument checks of the binding: one macro per rule; each error is a sentence with what was
-// passed.
+// Argument checks of the binding, one macro per rule. Each error message is a sentence that says
+// what was passed.
 #pragma once
 
 #include <sstream>
@@ -8,8 +8,8 @@
 
 #include "stable.h"
 
-// Everything after the condition is streamed into the message. Not STD_TORCH_CHECK: that puts the
-// path of the source file in front of the sentence.
+// Everything after the condition is streamed into the message. STD_TORCH_CHECK would put the path
+// of the source file before the sentence.
 #define SQK_CHECK(condition, ...)                                         \
   do {                                                                    \
     if (!(condition)) throw std::runtime_error(sqk::concat(__VA_ARGS__)); \
@@ -38,7 +38,7 @@ std::string concat(const Parts&... parts) {
   return out.str();
 }
 
-// torch's spelling; a type that no kernel takes gets its number in c10/core/ScalarType.h.
+// torch's spelling. A type that is not listed here appears as its number in c10/core/ScalarType.h.
 inline std::string dtype_name(ScalarType dtype) {
   switch (dtype) {
     case ScalarType::Float:

@@ -7,11 +7,12 @@
 #include <tuple>
 
 #include "arguments.h"
+#include "common/arithmetic.h"
 
 namespace sqk {
 namespace {
 
-// What all four ops take behind their own arguments.
+// The arguments that all four ops take after their own.
 struct Target {
   const MaybeTensor& inv_smooth;
   const MaybeTensor& scale;
@@ -19,8 +20,8 @@ struct Target {
   int64_t k_multiple;
 };
 
-// x_q, x_scale and workspace are made here, and everything is launched. `params` holds the producer
-// and its inputs; the tensors that they point into must outlive the call.
+// Allocates x_q, x_scale and the workspace, and launches. `params` has the producer and its inputs;
+// the tensors that they point into must outlive the call.
 std::tuple<Tensor, Tensor> run(const char* op, const Tensor& x, int64_t k, const Target& target,
                                QuantizeParams params) {
   check_quantizer(op, x, k, target.inv_smooth, target.scale, target.granularity.view(), params);
@@ -29,7 +30,7 @@ std::tuple<Tensor, Tensor> run(const char* op, const Tensor& x, int64_t k, const
   constexpr int64_t kLargestMultiple = int64_t{1} << 20;
   SQK_CHECK(target.k_multiple <= kLargestMultiple, op, ": k_multiple must be at most ",
             kLargestMultiple, ", got ", target.k_multiple, ".");
-  params.k_padded = (k + target.k_multiple - 1) / target.k_multiple * target.k_multiple;
+  params.k_padded = round_up(k, target.k_multiple);
 
   const Launch launch(x);
   const MaybeTensor inv_smooth = dense(target.inv_smooth);
@@ -69,7 +70,7 @@ std::tuple<Tensor, Tensor> quantize_op(const Tensor& x, const MaybeTensor& inv_s
   return run("quantize", x, x.size(x.dim() - 1), target, params);
 }
 
-// A tensor that is combined with x element by element.
+// Checks a tensor that is combined with x element by element.
 void check_like(const char* op, const char* name, const Tensor& tensor, const Tensor& x) {
   SQK_CHECK(tensor.scalar_type() == x.scalar_type(), op, ": ", name, " must be ",
             dtype_name(x.scalar_type()), ", got ", dtype_name(tensor.scalar_type()), ".");
@@ -96,7 +97,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_op(const char* op, Producer producer, co
   check_norm_parameter(op, "weight", weight, x);
   check_norm_parameter(op, "bias", bias, x);
   if (residual) check_like(op, "residual", *residual, x);
-  const Launch launch(x);  // for the copies of what is not contiguous
+  const Launch launch(x);  // copies of tensors that are not contiguous need the device too
   const MaybeTensor w = dense(weight), b = dense(bias);
   QuantizeParams params = {};
   params.producer = producer;

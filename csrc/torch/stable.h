@@ -1,8 +1,7 @@
 // The part of torch's stable ABI that the binding uses. Binding ring: the only folder that includes
 // torch.
 //
-// TORCH_TARGET_VERSION comes from the build (tools/build_support.py), so that every file agrees on
-// it.
+// The build sets TORCH_TARGET_VERSION, so that all files agree on it.
 #pragma once
 
 #ifndef TORCH_TARGET_VERSION
@@ -26,16 +25,16 @@
 
 #include "sqk/status.h"
 
-// In a build for the simulator (tests/simulator.py) the kernels take host memory, so they are bound
-// to the CPU key; everything else in the binding stays as it is.
+// In a build for the simulator (tests/support/simulator.py) the kernels take host memory, so they
+// are bound to the CPU key. Nothing else in the binding differs.
 #ifdef SQK_SIMULATOR
 #define SQK_DISPATCH_KEY CPU
 #else
 #define SQK_DISPATCH_KEY CUDA
 #endif
 
-// Calls a function of libtorch that returns an error code; throws what libtorch says of an error.
-// torch's own macro for that came with the headers of torch 2.13, too late for TORCH_TARGET.
+// Calls a function of libtorch that returns an error code, and throws libtorch's message if it
+// fails. torch's own macro for this came with torch 2.13, too late for TORCH_TARGET.
 #define SQK_TORCH_CALL(function, ...)                                              \
   do {                                                                             \
     if (function(__VA_ARGS__) != TORCH_SUCCESS) sqk::throw_torch_error(#function); \
@@ -44,8 +43,8 @@
 namespace sqk {
 
 [[noreturn]] inline void throw_torch_error(const char* function) {
-  // Exported by libtorch 2.13 and newer; asked for by name, so that the library needs no symbol
-  // that the oldest torch lacks. Older ones only log their reason.
+  // libtorch 2.13 and newer export this. It is looked up by name, so that the library also loads
+  // with an older torch, which only logs the reason.
   using What = const char* (*)();
   void* what = dlsym(RTLD_DEFAULT, "torch_exception_get_what_without_backtrace");
   const char* reason = what != nullptr ? reinterpret_cast<What>(what)() : nullptr;
@@ -56,7 +55,7 @@ namespace sqk {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Makes the tensor's GPU the current one for a scope, and names the stream that torch uses on it.
+// Makes the tensor's GPU current for a scope, and gives the stream that torch uses on it.
 class Launch {
  public:
 #ifdef SQK_SIMULATOR
@@ -78,8 +77,8 @@ class Launch {
   cudaStream_t stream_ = nullptr;
 };
 
-// A tensor's device by libtorch's own numbers, which are enough to compare and to allocate.
-// Tensor::device() asks libtorch for every device type by name until one is it.
+// A tensor's device as libtorch's numbers, which are enough to compare and to allocate.
+// Tensor::device() would ask libtorch for one device type after another until one matches.
 struct Place {
   int32_t type, index;
 
@@ -91,7 +90,7 @@ struct Place {
 };
 
 // Memory from torch's allocator, contiguous, on the device of `like`: safe to capture in a CUDA
-// graph. Not torch::stable::empty, which calls an op by its name: that costs a microsecond.
+// graph. torch::stable::empty calls an op by its name, which costs a microsecond more.
 inline Tensor empty_on(const Tensor& like, const int64_t* sizes, size_t dims, ScalarType dtype) {
   std::vector<int64_t> strides(dims);
   int64_t stride = 1;

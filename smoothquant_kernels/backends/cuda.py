@@ -105,8 +105,8 @@ def gemm_tables() -> dict[str, Any]:
 
 def gemm_plan(m: int, n: int, k: int) -> dict[str, Any]:
     """The plan of `gemm_s8` on the current GPU: {"table", "tile", "splits", "blocks", ...}. Empty without a library."""
-    ask, choose = _entry("sqk_gemm_device"), _entry("sqk_gemm_choice", ctypes.c_char_p)
-    device = (ctypes.c_int32 * 5)()  # sqk::GemmDevice
+    ask, choose = _entry("sqk_device"), _entry("sqk_gemm_choice", ctypes.c_char_p)
+    device = (ctypes.c_int32 * 5)()  # sqk::Device
     if ask is None or choose is None or ask(device) != 0:
         return {}
     size = ctypes.c_int64

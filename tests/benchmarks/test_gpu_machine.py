@@ -139,7 +139,7 @@ def test_a_later_call_on_a_bare_machine_builds_first(machine: Path) -> None:
     done, calls = on_machine(machine, "gemm")
     assert "build is added" in done.stdout and len([c for c in calls if "--editable" in c]) == 1
     # So does a source that has changed since; its results are another's.
-    (machine / "csrc" / "status.cu").write_text("// changed\n")
+    (machine / "csrc" / "common" / "status.cu").write_text("// changed\n")
     done, calls = on_machine(machine, "gemm")
     assert "build is added" in done.stdout and "the sources have changed" in done.stdout
     done, calls = on_machine(machine, "gemm")

@@ -34,27 +34,38 @@ def library(built: ctypes.CDLL) -> Iterator[ctypes.CDLL]:
 
 
 def use(
-    library: ctypes.CDLL, rows: list[tuple[int, int, int, int, int]], table: int = 2, sms: int = 132
+    library: ctypes.CDLL,
+    rows: list[tuple[int, int, int, str | int, int]],
+    table: int = 2,
+    sms: int = 132,
 ) -> int:
-    """Rows of n, k, m, tile, splits; for an H100 unless said otherwise."""
-    array = (_tune._Measured * len(rows))(*(_tune._Measured(*row) for row in rows))
+    """Choices of n, k, m, tile, splits, the tile by name or as a number; for an H100 unless said otherwise."""
+    array = (_tune._Measured * len(rows))()
+    for i, (n, k, m, tile, splits) in enumerate(rows):
+        row = tile if isinstance(tile, int) else names(library, c_gemm.TABLES[table]).index(tile)
+        array[i] = _tune._Measured(n, k, m, row, splits)
     status: int = library.sqk_gemm_use_measured(table, sms, array, ctypes.c_int64(len(rows)))
     return status
 
 
-def taken(library: ctypes.CDLL, m: int, n: int, k: int, device: Device = H100) -> tuple[int, int]:
+def names(library: ctypes.CDLL, table: str) -> list[str]:
+    return [tile["name"] for tile in c_gemm.tables(library)[table]["tiles"]]
+
+
+def taken(library: ctypes.CDLL, m: int, n: int, k: int, device: Device = H100) -> tuple[str, int]:
     found = plan(library, params(m, n, k), device)
-    return found.tile, found.splits
+    return names(library, c_gemm.TABLES[found.table])[found.tile], found.splits
 
 
 # --- the library ------------------------------------------------------------------------------------------------------
 
-#: (m, tile) of one n and k, in no order; tile 0 streams 8 tokens, tile 1 16. The rules never take any of these there.
-MEASURED = ((300, 9), (8, 1), (64, 9), (4096, 7), (1, 2))
+#: (m, tile) of one n and k, in no order. The rules never take any of these there.
+ONE, TWO = "128x128x128 stream-K", "64x128x128"
+MEASURED = ((300, ONE), (8, "stream 16x16"), (64, ONE), (4096, TWO), (1, "16x64x256 swap"))
 TILE_OF = dict(MEASURED)
 
 
-def expected(m: int) -> int | None:
+def expected(m: int) -> str | None:
     """The tile by the rule that docs/gpu.md states, or None for the table's own rules; written another way."""
     above = [size for size in TILE_OF if size >= m]
     if above:
@@ -78,7 +89,8 @@ def test_every_number_of_tokens_takes_what_was_measured_near_it(library: ctypes.
             params(m, 4096, 4096), plan(library, params(m, 4096, 4096), H100), H100, tiles
         )
     assert changed > 150, "the rules take the same tiles: this shows nothing"
-    assert json.loads(library.sqk_gemm_choice(300, 4096, 4096, ctypes.byref(H100)))["tile"] == 9
+    row = json.loads(library.sqk_gemm_choice(300, 4096, 4096, ctypes.byref(H100)))["tile"]
+    assert tiles[row]["name"] == ONE
 
 
 def test_other_problems_and_other_gpus_go_by_the_rules(library: ctypes.CDLL) -> None:
@@ -87,66 +99,71 @@ def test_other_problems_and_other_gpus_go_by_the_rules(library: ctypes.CDLL) -> 
     before = [taken(library, *p) for p in others] + [
         taken(library, 64, 4096, 4096, d) for d in devices
     ]
-    assert use(library, [(4096, 4096, 64, 9, 1), (2, 2, 4096, 12, 1)]) == SUCCESS
-    assert taken(library, 64, 4096, 4096) == (9, 1)
+    assert (
+        use(library, [(4096, 4096, 64, ONE, 1), (2, 2, 4096, "128x256x128 stream-K", 1)]) == SUCCESS
+    )
+    assert taken(library, 64, 4096, 4096) == (ONE, 1)
     assert before == [taken(library, *p) for p in others] + [
         taken(library, 64, 4096, 4096, d) for d in devices
     ]
     # a GPU of that name with less shared memory per block than the tile takes
     small = Device(132, 90, 64 << 10, 1)
     alone = taken(library, 5, 4096, 4096, small)
-    assert use(library, [(4096, 4096, 5, 9, 1)]) == SUCCESS
+    assert use(library, [(4096, 4096, 5, ONE, 1)]) == SUCCESS
     assert taken(library, 5, 4096, 4096, small) == alone
-    assert taken(library, 5, 4096, 4096) == (9, 1)
+    assert taken(library, 5, 4096, 4096) == (ONE, 1)
 
 
 def test_a_streaming_tile_is_not_for_more_tokens_than_it_has(library: ctypes.CDLL) -> None:
-    assert use(library, [(64, 64, 16, 1, 1)]) == SUCCESS
-    assert [taken(library, m, 64, 64)[0] for m in (9, 16)] == [1, 1]
-    assert taken(library, 17, 64, 64)[0] != 1
-    assert use(library, [(64, 64, 17, 1, 1)]) == INVALID_ARGUMENT
+    assert use(library, [(64, 64, 16, "stream 16x16", 1)]) == SUCCESS
+    assert [taken(library, m, 64, 64)[0] for m in (9, 16)] == ["stream 16x16"] * 2
+    assert taken(library, 17, 64, 64)[0] != "stream 16x16"
+    assert use(library, [(64, 64, 17, "stream 16x16", 1)]) == INVALID_ARGUMENT
 
 
 def test_who_names_a_tile_or_splits_gets_them(library: ctypes.CDLL) -> None:
     device, tiles = A100, c_gemm.tables(library)["sm80"]["tiles"]
     problem = (200, 4096, 4096)
     by_rules = [plan(library, params(*problem, splits=s), device) for s in (1, 2)]
-    assert use(library, [(4096, 4096, 200, 5, 7)], table=0, sms=108) == SUCCESS
+    measured, other = "64x128x128", names(library, "sm80").index("128x128x64")
+    assert use(library, [(4096, 4096, 200, measured, 7)], table=0, sms=108) == SUCCESS
+    assert taken(library, *problem, device) == (measured, 7)
     found = plan(library, params(*problem), device)
-    assert (found.tile, found.splits) == (5, 7)
     # the workspace is that of the tile and the splits which were measured
     assert_can_be_launched(params(*problem), found, device, tiles)
     assert found.workspace_bytes > found.counter_bytes > 0
-    forced = plan(library, params(*problem, tile=6, splits=2), device)
-    assert (forced.tile, forced.splits) == (6, 2)
+    forced = plan(library, params(*problem, tile=other, splits=2), device)
+    assert (forced.tile, forced.splits) == (other, 2)
     for splits, before in zip((1, 2), by_rules, strict=True):
         assert bytes(plan(library, params(*problem, splits=splits), device)) == bytes(before)
     # k has two tiles: no more than two blocks can share it
-    assert use(library, [(4096, 256, 200, 5, 7)], table=0, sms=108) == SUCCESS
-    assert taken(library, 200, 4096, 256, device) == (5, 2)
+    assert use(library, [(4096, 256, 200, measured, 7)], table=0, sms=108) == SUCCESS
+    assert taken(library, 200, 4096, 256, device) == (measured, 2)
 
 
 @pytest.mark.parametrize(
     "row",
     [
-        (64, 64, 64, 13, 1), (64, 64, 64, -1, 1), (64, 64, 64, 8, 2), (64, 64, 64, 8, 0), (64, 64, 0, 8, 1),
-        (0, 64, 64, 8, 1), (64, 0, 64, 8, 1), (64, 131072, 64, 8, 1), (64, 64, 9, 0, 1), (4096, 4096, 64, 8, 1),
+        (64, 64, 64, 64, 1), (64, 64, 64, -1, 1), (64, 64, 64, TWO, 2), (64, 64, 64, TWO, 0), (64, 64, 0, TWO, 1),
+        (0, 64, 64, TWO, 1), (64, 0, 64, TWO, 1), (64, 131072, 64, TWO, 1), (64, 64, 9, "stream 8x16", 1),
+        (4096, 4096, 64, TWO, 1),
     ],
     ids=str,
 )  # fmt: skip
 def test_a_row_that_cannot_be_changes_nothing(
-    library: ctypes.CDLL, row: tuple[int, int, int, int, int]
+    library: ctypes.CDLL, row: tuple[int, int, int, str | int, int]
 ) -> None:
-    sound = (4096, 4096, 64, 9, 1)
+    sound = (4096, 4096, 64, ONE, 1)
     assert use(library, [sound]) == SUCCESS
     assert use(library, [sound, row]) == INVALID_ARGUMENT
-    assert taken(library, 64, 4096, 4096) == (9, 1)
+    assert taken(library, 64, 4096, 4096) == (ONE, 1)
+    numbered = (4096, 4096, 64, names(library, "sm90").index(ONE), 1)
     for table in (-1, 3):
-        assert use(library, [sound], table=table) == INVALID_ARGUMENT
+        assert use(library, [numbered], table=table) == INVALID_ARGUMENT
 
 
 def test_plans_on_other_threads_see_one_list_or_the_other(library: ctypes.CDLL) -> None:
-    rule = taken(library, 64, 4096, 4096)[0]
+    known, rule = names(library, "sm90"), taken(library, 64, 4096, 4096)[0]
     stop, seen = threading.Event(), [set[int]() for _ in range(3)]
 
     def ask(mine: set[int]) -> None:
@@ -159,13 +176,13 @@ def test_plans_on_other_threads_see_one_list_or_the_other(library: ctypes.CDLL) 
     for thread in threads:
         thread.start()
     for turn in range(200):
-        rows = [(4096, 4096, m, (9, 7)[turn % 2], 1) for m in (128, 64, 32)]
+        rows = [(4096, 4096, m, (ONE, TWO)[turn % 2], 1) for m in (128, 64, 32)]
         assert use(library, rows) == SUCCESS
     stop.set()
     for thread in threads:
         thread.join()
-    assert set().union(*seen) <= {rule, 9, 7}
-    assert taken(library, 64, 4096, 4096) == (7, 1)
+    assert {known[row] for row in set().union(*seen)} <= {rule, ONE, TWO}
+    assert taken(library, 64, 4096, 4096) == (TWO, 1)
 
 
 # --- the kernels ------------------------------------------------------------------------------------------------------

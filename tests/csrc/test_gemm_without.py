@@ -53,6 +53,11 @@ def tiles_of(library: ctypes.CDLL, table: str) -> list[dict[str, Any]]:
     return rows
 
 
+def name_of(library: ctypes.CDLL, found: Plan) -> str:
+    name: str = tiles_of(library, c_gemm.TABLES[found.table])[found.tile]["name"]
+    return name
+
+
 def test_every_row_has_a_name_in_one_word(library: ctypes.CDLL) -> None:
     names = []
     for name, table in c_gemm.tables(library).items():
@@ -153,9 +158,9 @@ def test_the_environment_is_read_once(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv(VARIABLE, "sm90/stream-8x16, stream-16x16")
     (tmp_path / "right").mkdir()
     fresh = compiled(tmp_path / "right")
-    assert plan(fresh, params(1, 4096, 4096), H100).tile > 1
+    assert name_of(fresh, plan(fresh, params(1, 4096, 4096), H100)) == "16x64x256 swap"
     monkeypatch.setenv(VARIABLE, "sm90/2x2")
-    assert plan(fresh, params(1, 4096, 4096), H100).tile > 1
+    assert name_of(fresh, plan(fresh, params(1, 4096, 4096), H100)) == "16x64x256 swap"
     assert excluded(fresh) == {"sm90/stream-8x16"} | {f"{t}/stream-16x16" for t in c_gemm.TABLES}
     # asked to read it again
     assert without(fresh, None) == UNKNOWN_TILE
@@ -166,16 +171,18 @@ def test_the_environment_is_read_once(tmp_path: Path, monkeypatch: pytest.Monkey
     assert c_gemm.choice(fresh, 1, 4096, 4096, H100) == {}
     monkeypatch.delenv(VARIABLE)
     assert without(fresh, None) == SUCCESS
-    assert plan(fresh, params(1, 4096, 4096), H100).tile == 0
+    assert name_of(fresh, plan(fresh, params(1, 4096, 4096), H100)) == "stream 8x16"
     assert VARIABLE not in os.environ
 
 
 def test_a_measured_choice_is_no_reason_to_take_it(library: ctypes.CDLL) -> None:
-    rows = (_tune._Measured * 1)(_tune._Measured(4096, 4096, 64, 9, 1))
+    measured = "128x128x128 stream-K"
+    (row,) = (t["tile"] for t in tiles_of(library, "sm90") if t["name"] == measured)
+    rows = (_tune._Measured * 1)(_tune._Measured(4096, 4096, 64, row, 1))
     rules = plan(library, params(64, 4096, 4096), H100).tile
     assert library.sqk_gemm_use_measured(2, 132, rows, ctypes.c_int64(1)) == SUCCESS
     try:
-        assert plan(library, params(64, 4096, 4096), H100).tile == 9 != rules
+        assert plan(library, params(64, 4096, 4096), H100).tile == row != rules
         assert without(library, "sm90/128x128x128-stream-K") == SUCCESS
         assert plan(library, params(64, 4096, 4096), H100).tile == rules
     finally:

@@ -18,9 +18,9 @@ from tests.support.c_interface import Device, Params, Plan
 
 pytestmark = pytest.mark.compiler
 
-A100 = Device(sms=108, capability=80, shared_bytes=166912, clusters=0)
-ADA = Device(sms=142, capability=89, shared_bytes=101376, clusters=0)
-H100 = Device(sms=132, capability=90, shared_bytes=232448, clusters=1)
+A100 = Device(sms=108, capability=80, shared_bytes=166912, wgmma=0)
+ADA = Device(sms=142, capability=89, shared_bytes=101376, wgmma=0)
+H100 = Device(sms=132, capability=90, shared_bytes=232448, wgmma=1)
 SIZES = (4, 2, 2)
 REGISTERS = {"warp": 32, "block": 8, "wide": 32, "long": 48, "element": 16, "cluster": 8}
 
@@ -31,7 +31,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     if compiler is None:
         pytest.skip("no g++")
     target = tmp_path_factory.mktemp("plan") / "plan.so"
-    # quantize_device asks the CUDA runtime; it stays undefined, and is never called here.
+    # current_device asks the CUDA runtime; it stays undefined, and is never called here.
     command = [compiler, "-std=c++17", "-Wall", "-Werror", "-shared", "-fPIC", "-o", str(target)]
     command += ["-Icsrc/include", "-Icsrc", "csrc/quantize/plan.cpp"]
     subprocess.run(command, cwd=ROOT, check=True)
@@ -167,7 +167,7 @@ def test_every_plan_can_be_launched(
     assert found.threads % 32 == 0 and 32 <= found.threads <= 1024
     assert found.shared_bytes + 2048 <= device.shared_bytes
     assert found.cluster in (1, 2, 4, 8) and (found.cluster == 1) == (name != "cluster")
-    assert name != "cluster" or device.clusters
+    assert name != "cluster" or device.wgmma
     assert found.splits * found.slice >= k > (found.splits - 1) * found.slice
     # A team's registers and shared memory hold its slice, or the path reads again what they do not.
     team = 32 if name == "warp" else found.threads * found.cluster

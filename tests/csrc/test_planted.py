@@ -32,22 +32,21 @@ def quantizer(
     tests: str,
     symptom: str | None,
     arch: str = "sm_80",
-    types: tuple[str, ...] = ("float", "__half"),
+    types: tuple[str, ...] = ("kFloat32", "kFloat16"),
 ) -> Mutant:
-    """A mutant of a file of csrc/quantize; the copy has no kernels for other types of x, and no such test is run."""
-    kernel = "row_kernel<{}, kProducer, kPath, kLaunches>".format
-    others = sorted({"float", "__half", "__nv_bfloat16"} - set(types))
-    cuts = tuple(("quantize/kernels.h", kernel(other), "nullptr") for other in others)
-    tests = f"({tests}) and not bfloat16" + ("" if "float" in types else " and float16")
-    return Mutant(
-        name, f"quantize/{file}", old, new, source, suite, tests, symptom, arch, cuts=cuts
-    )
+    """A mutant that the row kernels show; the copy has no kernels for other types of x, and no such test is run."""
+    wanted = "is_float(decltype(type)::value)"
+    others = sorted({"kFloat32", "kFloat16", "kBFloat16"} - set(types))
+    left = "".join(f" && type != DType::{other}" for other in others)
+    cuts = (("quantize/kernels.h", wanted, wanted + left),)
+    tests = f"({tests}) and not bfloat16" + ("" if "kFloat32" in types else " and float16")
+    return Mutant(name, file, old, new, source, suite, tests, symptom, arch, cuts=cuts)
 
 
 MUTANTS = (
     quantizer(
         "a vector behind the row's end",
-        "row_slice.cuh",
+        "quantize/row_slice.cuh",
         "has(int i) const { return at(i, 0) < end; }",
         "has(int i) const { return at(i, 0) <= end; }",
         QUANTIZE,
@@ -57,7 +56,7 @@ MUTANTS = (
     ),
     quantizer(
         "the maximum forgets each vector's last element",
-        "row_slice.cuh",
+        "quantize/row_slice.cuh",
         "if (Traits::kVectors || has(i, e)) largest.add(v[e]);",
         "if (e < kV - 1 && (Traits::kVectors || has(i, e))) largest.add(v[e]);",
         QUANTIZE,
@@ -67,7 +66,7 @@ MUTANTS = (
     ),
     quantizer(
         "-128 is not clamped",
-        "vector.cuh",
+        "common/dtype.cuh",
         "max.NaN.f32 %0, %1, 0fC2FE0000;",
         "mov.f32 %0, %1;",
         QUANTIZE,
@@ -77,7 +76,7 @@ MUTANTS = (
     ),
     quantizer(
         "the maximum drops a NaN",
-        "reduce.cuh",
+        "common/reduce.cuh",
         "max.NaN.f32",
         "max.f32",
         QUANTIZE,
@@ -87,7 +86,7 @@ MUTANTS = (
     ),
     quantizer(
         "x * (1 / scale) * inv_smooth, not x * inv_smooth * (1 / scale)",
-        "row_slice.cuh",
+        "quantize/row_slice.cuh",
         "void store(int i, const float (&v)[kV], float inverse) const {",
         """void store(int i, const float (&kept)[kV], float by) const {
     float v[kV];
@@ -104,9 +103,9 @@ MUTANTS = (
     ),
     quantizer(
         "a static scale hides a broken row",
-        "row_kernel.cuh",
-        "scale = is_finite_bits(bits) ? given : __uint_as_float(kNanBits);",
-        "scale = given;",
+        "common/scale.cuh",
+        "return is_finite_bits(absmax_bits) ? given : __uint_as_float(kNanBits);",
+        "return given;",
         QUANTIZE,
         "test_quantize.py",
         "test_static_scales",
@@ -114,7 +113,7 @@ MUTANTS = (
     ),
     quantizer(
         "what does not fit in registers is not kept",
-        "row_slice.cuh",
+        "quantize/row_slice.cuh",
         "if (i - kRegisters < slots) put(i - kRegisters, w);",
         "",
         QUANTIZE,
@@ -124,7 +123,7 @@ MUTANTS = (
     ),
     quantizer(
         "the last maximum of the workspace is not read",
-        "launch.cu",
+        "quantize/launch.cu",
         "row.maxima_count = per_tensor ? plan.workspace_bytes / 4 : plan.splits;",
         "row.maxima_count = (per_tensor ? plan.workspace_bytes / 4 : plan.splits) - 1;",
         LAUNCH,
@@ -134,40 +133,40 @@ MUTANTS = (
     ),
     quantizer(
         "the residual's sum is not rounded",
-        "row_slice.cuh",
+        "quantize/row_slice.cuh",
         "v[e] = to_float(total.element[e]);",
         "v[e] = __fadd_rn(v[e], to_float(b.element[e]));",
         RMS_NORM,
         "test_norms.py",
         "smoke_norms and rms_norm",
         NOT_WITHIN_THE_BOUND,
-        types=("__half",),
+        types=("kFloat16",),
     ),
     quantizer(
         "epsilon is added to the root",
-        "producer.cuh",
+        "quantize/producer.cuh",
         "__fsqrt_rn(__fadd_rn(variance, eps))",
         "__fadd_rn(__fsqrt_rn(variance), eps)",
         RMS_NORM,
         "test_norms.py",
         "test_edge_rows and rms_norm and 64",
         NOT_WITHIN_THE_BOUND,
-        types=("__half",),
+        types=("kFloat16",),
     ),
     quantizer(
         "the reductions use one buffer",
-        "reduce.cuh",
+        "common/reduce.cuh",
         "turn_ ^= 1;",
         "",
         RMS_NORM,
         "test_norms.py",
         "smoke_norms and rms_norm",
         RACE,
-        types=("__half",),
+        types=("kFloat16",),
     ),
     quantizer(
         "no barrier in the cluster's exchange",
-        "reduce.cuh",
+        "common/reduce.cuh",
         "    Cluster::wait();\n    return lane",
         "    return lane",
         CLUSTER,
@@ -179,7 +178,7 @@ MUTANTS = (
     # The same tests with the sources as they are: what fails above fails because of the defect.
     quantizer(
         "nothing is wrong: quantize",
-        "reduce.cuh",
+        "common/reduce.cuh",
         "turn_ ^= 1;",
         "turn_ ^= 1;",
         QUANTIZE,
@@ -189,18 +188,18 @@ MUTANTS = (
     ),
     quantizer(
         "nothing is wrong: rms_norm",
-        "reduce.cuh",
+        "common/reduce.cuh",
         "turn_ ^= 1;",
         "turn_ ^= 1;",
         RMS_NORM,
         "test_norms.py",
         "rms_norm and (smoke or (edge_rows and 64))",
         None,
-        types=("__half",),
+        types=("kFloat16",),
     ),
     quantizer(
         "nothing is wrong: clusters",
-        "reduce.cuh",
+        "common/reduce.cuh",
         "turn_ ^= 1;",
         "turn_ ^= 1;",
         CLUSTER,

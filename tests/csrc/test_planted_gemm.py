@@ -11,17 +11,27 @@ from tests.support.mutants import OUT_OF_BOUNDS, RACE, WRONG_VALUES, WROTE_BESID
 pytestmark = [pytest.mark.simulator, pytest.mark.slow, pytest.mark.xdist_group("planted")]
 
 INSTANCES = "csrc/gemm/instances"
-MMA, STREAM, LAUNCH = f"{INSTANCES}/mma_sm80.cu", f"{INSTANCES}/stream.cu", "csrc/gemm/launch.cu"
+STREAM, LAUNCH = f"{INSTANCES}/stream_8x16.cu", "csrc/gemm/launch.cu"
 OPS, ENTRY, LINEAR = "test_gemm.py", "test_gemm_c_entry.py", "test_linear_op.py"
 
-#: One row of one table is left of the mma.sync kernels; the tests are those of that row, on an A100. The first stores
-#: pairs of channels, the second groups of 32.
-PAIRS, GROUPS = ("32x64x128", 32, 6), ("64x64x128", 64, 4)
-#: Of the streaming kernels those of int8 and of float16.
-ONE_TYPE = tuple(
-    ("gemm/instances/stream.cu", f"stream_gemm_kernel<{other}, kGroups>", "nullptr")
-    for other in ("float", "__nv_bfloat16")
+#: Tiles of an A100, and the arguments in the names of their files. The first stores pairs of channels, the second groups
+#: of 32.
+PAIRS = ("32x64x128", "warps_1x4_stages_6")
+GROUPS = ("64x64x128", "warps_2x2_stages_4")
+#: Of the streaming kernels for 8 tokens those of int8 and of float16.
+KERNEL = "return stream_gemm_kernel<Element<decltype(type)>, kGroups>;"
+OTHERS = "type == DType::kFloat32 || type == DType::kBFloat16"
+ONE_TYPE = (
+    (
+        "gemm/instances/stream.cuh",
+        KERNEL,
+        f"if constexpr ({OTHERS}) {{ return nullptr; }} else {{ {KERNEL} }}",
+    ),
 )
+
+
+def mma_source(tile: tuple[str, str]) -> str:
+    return f"{INSTANCES}/mma_{'_'.join(tile)}_sm80.cu"
 
 
 def mma(
@@ -32,15 +42,11 @@ def mma(
     suite: str,
     tests: str,
     symptom: str | None,
-    tile: tuple[str, int, int] = PAIRS,
+    tile: tuple[str, str] = PAIRS,
 ) -> Mutant:
-    """A mutant that the mma.sync kernel shows."""
-    row, m, stages = tile
-    condition = "kTile.kernel == GemmKernel::kMma"
-    here = f"{condition} && kTile.n == 64 && kTile.m == {m} && kTile.stages == {stages}"
-    cuts = (("gemm/mma_rows.cuh", condition, here),)
-    tests = f"{tests} and {row}"
-    return Mutant(name, f"gemm/{file}", old, new, MMA, suite, tests, symptom, cuts=cuts)
+    """A mutant that the mma.sync kernel of one tile shows."""
+    tests = f"{tests} and {tile[0]}"
+    return Mutant(name, f"gemm/{file}", old, new, mma_source(tile), suite, tests, symptom)
 
 
 def stream(
@@ -53,7 +59,7 @@ def stream(
 MUTANTS = (
     mma(
         "the product is rounded before the bias is added",
-        "epilogue.cuh",
+        "epilogue/params.cuh",
         "return __fmaf_rn(__fmul_rn(__int2float_rn(acc), w_scale), x_scale, bias);",
         "return __fadd_rn(__fmul_rn(__fmul_rn(__int2float_rn(acc), w_scale), x_scale), bias);",
         OPS,
@@ -62,7 +68,7 @@ MUTANTS = (
     ),
     mma(
         "tokens 8 to 15 have the scales of tokens 0 to 7",
-        "store_tokens.cuh",
+        "epilogue/tokens.cuh",
         "min(token0 + g + 8 * h, e.m - 1)",
         "min(token0 + g, e.m - 1)",
         OPS,
@@ -71,7 +77,7 @@ MUTANTS = (
     ),
     mma(
         "whole pairs are stored behind the last channel",
-        "store_tokens.cuh",
+        "epilogue/tokens.cuh",
         "const bool whole = e.wide && channel + 2 <= e.n;",
         "const bool whole = e.wide;",
         ENTRY,
@@ -80,7 +86,7 @@ MUTANTS = (
     ),
     mma(
         "odd channels have the bias of even ones",
-        "store_tokens.cuh",
+        "epilogue/tokens.cuh",
         "pairs.w_scale[j].y, x_scale[h], pairs.bias[j].y",
         "pairs.w_scale[j].y, x_scale[h], pairs.bias[j].x",
         OPS,
@@ -90,7 +96,7 @@ MUTANTS = (
     ),
     mma(
         "the last bytes of k are left out",
-        "mma_kernel.cuh",
+        "mma/kernel.cuh",
         "const int valid = static_cast<int>(min(int64_t{kK}, p.k - k_last));",
         "const int valid = static_cast<int>(min(int64_t{kK}, p.k - k_last)) / 16 * 16;",
         OPS,
@@ -99,7 +105,7 @@ MUTANTS = (
     ),
     mma(
         "what lies behind k counts",
-        "mma_kernel.cuh",
+        "mma/kernel.cuh",
         "const int bytes = max(0, min(16, valid - 16 * piece_));",
         "const int bytes = valid > 16 * piece_ ? 16 : 0;",
         ENTRY,
@@ -109,7 +115,7 @@ MUTANTS = (
     mma(
         # Whichever block comes last: which one that is depends on the simulator's threads.
         "a tile's last block adds its own sums as well",
-        "mma_kernel.cuh",
+        "mma/kernel.cuh",
         "if (other == split) continue;",
         "",
         OPS,
@@ -118,7 +124,7 @@ MUTANTS = (
     ),
     mma(
         "the tickets are not cleared",
-        "mma_kernel.cuh",
+        "mma/kernel.cuh",
         "cudaMemsetAsync(p.tickets, 0, counters, stream)",
         "cudaSuccess",
         ENTRY,
@@ -127,7 +133,7 @@ MUTANTS = (
     ),
     mma(
         "a tile is read before its copies have arrived",
-        "mma_kernel.cuh",
+        "mma/kernel.cuh",
         "one barrier for both.\n        wait_for_copies<kStages - 2>();",
         "one barrier for both.\n        wait_for_copies<kStages - 1>();",
         OPS,
@@ -136,7 +142,7 @@ MUTANTS = (
     ),
     mma(
         "a stage is filled while others still read it",
-        "mma_kernel.cuh",
+        "mma/kernel.cuh",
         "wait_for_copies<kStages - 2>();\n        __syncthreads();",
         "wait_for_copies<kStages - 2>();",
         OPS,
@@ -145,7 +151,7 @@ MUTANTS = (
     ),
     stream(
         "a stage is read before its copies have arrived",
-        "stream_ring.cuh",
+        "stream/ring.cuh",
         "wait_for_copies<kStreamStages - 1>();",
         "wait_for_copies<kStreamStages>();",
         OPS,
@@ -154,7 +160,7 @@ MUTANTS = (
     ),
     stream(
         "a row's maximum is that of its first warp",
-        "stream_rows.cuh",
+        "stream/rows.cuh",
         "const int count = per_tensor ? p_.epilogue.m * parts_ : parts_;",
         "const int count = per_tensor ? p_.epilogue.m * parts_ : 1;",
         LINEAR,

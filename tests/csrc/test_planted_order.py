@@ -7,22 +7,12 @@ from __future__ import annotations
 
 import pytest
 
-from tests.csrc.test_planted_gemm import ENTRY, MMA
+from tests.csrc.test_planted_gemm import ENTRY, PAIRS, mma_source
 from tests.support import mutants
 from tests.support.mutants import WRONG_VALUES, Mutant
 
 pytestmark = [pytest.mark.simulator, pytest.mark.slow, pytest.mark.xdist_group("planted")]
 
-#: One row of the mma.sync kernels is left.
-ROW = "32x64x128"
-CONDITION = "kTile.kernel == GemmKernel::kMma"
-ONLY_ROW = (
-    (
-        "gemm/mma_rows.cuh",
-        CONDITION,
-        f"{CONDITION} && kTile.n == 64 && kTile.m == 32 && kTile.stages == 6",
-    ),
-)
 WEAK = tuple((seed, True) for seed in (1, 2, 3))
 RANDOM = tuple((seed, False) for seed in (1, 2, 3))
 
@@ -39,15 +29,14 @@ TICKET = """  __syncthreads();
 def without(name: str, new: str, orders: tuple[tuple[int, bool], ...]) -> Mutant:
     return Mutant(
         name,
-        "gemm/mma_kernel.cuh",
+        "gemm/mma/kernel.cuh",
         TICKET,
         new,
-        MMA,
+        mma_source(PAIRS),
         ENTRY,
-        f"need_not_be_cleared and {ROW}",
+        f"need_not_be_cleared and {PAIRS[0]}",
         None if new == TICKET else WRONG_VALUES,
         orders=orders,
-        cuts=ONLY_ROW,
     )
 
 

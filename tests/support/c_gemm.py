@@ -1,4 +1,4 @@
-"""csrc/include/sqk/gemm.h for Python: the structs, calls with raw pointers, and the tables of tiles."""
+"""csrc/include/sqk/gemm.h and linear.h for Python: the structs, calls with raw pointers, and the tables of tiles."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from tests.support import c_interface
 from tests.support.c_interface import row_stride
 
+Device = c_interface.Device
 DTYPES = {**c_interface.DTYPES, torch.int8: 3}
 TABLES = ("sm80", "sm89", "sm90")
 #: What the first element and the stride of a row of x_q and w_q must be a multiple of, in bytes.
@@ -47,18 +48,6 @@ class Params(Structure):
         ("splits", c_int32),
         ("workspace", c_void_p),
         ("workspace_bytes", c_int64),
-    )
-
-
-class Device(Structure):
-    """sqk::GemmDevice."""
-
-    _fields_ = (
-        ("sms", c_int32),
-        ("capability", c_int32),
-        ("shared_bytes", c_int32),
-        ("wgmma", c_int32),
-        ("part", c_int32),
     )
 
 
@@ -111,7 +100,7 @@ def declare(library: ctypes.CDLL) -> ctypes.CDLL:
     """The argument types of all C entries."""
     declare_plans(c_interface.declare(library))
     library.sqk_gemm_s8.argtypes = [POINTER(Params), c_void_p]
-    library.sqk_gemm_device.argtypes = [POINTER(Device)]
+    library.sqk_device.argtypes = [POINTER(Device)]
     library.sqk_linear_s8.argtypes = [POINTER(LinearParams), c_void_p]
     library.sqk_linear_plan.argtypes = [POINTER(LinearParams), POINTER(LinearPlan)]
     return library
@@ -132,7 +121,7 @@ def choice(library: ctypes.CDLL, m: int, n: int, k: int, device: Device) -> dict
 def current_device(library: ctypes.CDLL) -> Device:
     """The GPU that there is, simulated or real."""
     device = Device()
-    assert library.sqk_gemm_device(byref(device)) == c_interface.SUCCESS
+    assert library.sqk_device(byref(device)) == c_interface.SUCCESS
     return device
 
 

@@ -53,13 +53,14 @@ class Params(Structure):
 
 
 class Device(Structure):
-    """sqk::QuantizeDevice."""
+    """sqk::Device."""
 
     _fields_ = (
         ("sms", c_int32),
         ("capability", c_int32),
         ("shared_bytes", c_int32),
-        ("clusters", c_int32),
+        ("wgmma", c_int32),
+        ("part", c_int32),
     )
 
 

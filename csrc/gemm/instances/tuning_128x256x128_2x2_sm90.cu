@@ -1,5 +1,7 @@
-// "128x256x128 2x2" of candidates_sm90.h, for the tuner. Kernel ring: no torch.
+// Kernel ring: no torch.
 #define SQK_OVERLAP 1
-#include "gemm/wgmma_kernel.cuh"
+#include "gemm/instances/wgmma.cuh"
 
-template sqk::WgmmaEntry sqk::wgmma_row<sqk::row_of("128x256x128 2x2")>();
+namespace sqk {
+template WgmmaEntry wgmma_entry<wgmma(128, 256, 128).cooperative().cluster(2, 2).stages(4)>();
+}

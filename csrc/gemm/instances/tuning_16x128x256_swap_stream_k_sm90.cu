@@ -1,5 +1,7 @@
-// "16x128x256 swap stream-K" of candidates_sm90.h, for the tuner. Kernel ring: no torch.
+// Kernel ring: no torch.
 #define SQK_OVERLAP 0
-#include "gemm/wgmma_kernel.cuh"
+#include "gemm/instances/wgmma.cuh"
 
-template sqk::WgmmaEntry sqk::wgmma_row<sqk::row_of("16x128x256 swap stream-K")>();
+namespace sqk {
+template WgmmaEntry wgmma_entry<wgmma(16, 128, 256).swap_ab().stream_k().stages(6)>();
+}

@@ -1,5 +1,7 @@
-// "256x128x128 stream-K" of candidates_sm90.h, for the tuner. Kernel ring: no torch.
+// Kernel ring: no torch.
 #define SQK_OVERLAP 0
-#include "gemm/wgmma_kernel.cuh"
+#include "gemm/instances/wgmma.cuh"
 
-template sqk::WgmmaEntry sqk::wgmma_row<sqk::row_of("256x128x128 stream-K")>();
+namespace sqk {
+template WgmmaEntry wgmma_entry<wgmma(256, 128, 128).stream_k().cluster(1, 2).stages(4)>();
+}

@@ -1,5 +1,7 @@
-// "128x128x128 stream-K" of table_sm90.h. Kernel ring: no torch.
+// Kernel ring: no torch.
 #define SQK_OVERLAP 0
-#include "gemm/wgmma_kernel.cuh"
+#include "gemm/instances/wgmma.cuh"
 
-template sqk::WgmmaEntry sqk::wgmma_row<sqk::row_of("128x128x128 stream-K")>();
+namespace sqk {
+template WgmmaEntry wgmma_entry<wgmma(128, 128, 128).stream_k().stages(7)>();
+}

@@ -1,5 +1,7 @@
-// "16x64x256 swap" of table_sm90.h. Kernel ring: no torch.
+// Kernel ring: no torch.
 #define SQK_OVERLAP 1
-#include "gemm/wgmma_kernel.cuh"
+#include "gemm/instances/wgmma.cuh"
 
-template sqk::WgmmaEntry sqk::wgmma_row<sqk::row_of("16x64x256 swap")>();
+namespace sqk {
+template WgmmaEntry wgmma_entry<wgmma(16, 64, 256).swap_ab().pingpong().stages(11)>();
+}

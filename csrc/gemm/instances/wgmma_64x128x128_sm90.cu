@@ -1,5 +1,7 @@
-// "64x128x128" of table_sm90.h. Kernel ring: no torch.
+// Kernel ring: no torch.
 #define SQK_OVERLAP 1
-#include "gemm/wgmma_kernel.cuh"
+#include "gemm/instances/wgmma.cuh"
 
-template sqk::WgmmaEntry sqk::wgmma_row<sqk::row_of("64x128x128")>();
+namespace sqk {
+template WgmmaEntry wgmma_entry<wgmma(64, 128, 128).pingpong().cluster(2, 1).stages(9)>();
+}

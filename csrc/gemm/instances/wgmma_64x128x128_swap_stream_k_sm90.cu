@@ -1,5 +1,7 @@
-// "64x128x128 swap stream-K" of table_sm90.h. Kernel ring: no torch.
+// Kernel ring: no torch.
 #define SQK_OVERLAP 0
-#include "gemm/wgmma_kernel.cuh"
+#include "gemm/instances/wgmma.cuh"
 
-template sqk::WgmmaEntry sqk::wgmma_row<sqk::row_of("64x128x128 swap stream-K")>();
+namespace sqk {
+template WgmmaEntry wgmma_entry<wgmma(64, 128, 128).swap_ab().stream_k().stages(9)>();
+}

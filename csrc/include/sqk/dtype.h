@@ -3,36 +3,82 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 namespace sqk {
 
-enum class DType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kInt8 = 3 };
+// Every type, with its bytes, whether it is a float, and its name. All that follows is made of this
+// list, so that a new row reaches every `visit`, and each of them fails to compile until it knows
+// the type.
+#define SQK_DTYPES(X)               \
+  X(kFloat32, 4, true, "float32")   \
+  X(kFloat16, 2, true, "float16")   \
+  X(kBFloat16, 2, true, "bfloat16") \
+  X(kInt8, 1, false, "int8")
 
-constexpr int64_t size_in_bytes(DType dtype) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return 4;
-    case DType::kFloat16:
-    case DType::kBFloat16:
-      return 2;
-    case DType::kInt8:
-      return 1;
-  }
-  return 0;
+#define SQK_ENUMERATOR(type, bytes, is_float, text) type,
+enum class DType : int32_t { SQK_DTYPES(SQK_ENUMERATOR) };
+#undef SQK_ENUMERATOR
+
+struct DTypeFacts {
+  int64_t bytes;
+  bool is_float;
+  const char* name;
+};
+#define SQK_FACTS(type, bytes, is_float, text) {bytes, is_float, text},
+constexpr DTypeFacts kDTypeFacts[] = {SQK_DTYPES(SQK_FACTS)};
+#undef SQK_FACTS
+constexpr int kDTypes = sizeof(kDTypeFacts) / sizeof(kDTypeFacts[0]);
+
+// Any number may come through the C entries.
+constexpr bool is_known(DType dtype) {
+  return static_cast<int32_t>(dtype) >= 0 && static_cast<int32_t>(dtype) < kDTypes;
+}
+constexpr DTypeFacts facts_of(DType dtype) {
+  return is_known(dtype) ? kDTypeFacts[static_cast<int32_t>(dtype)]
+                         : DTypeFacts{0, false, "unknown"};
+}
+constexpr int64_t size_in_bytes(DType dtype) { return facts_of(dtype).bytes; }
+constexpr bool is_float(DType dtype) { return facts_of(dtype).is_float; }
+constexpr const char* name(DType dtype) { return facts_of(dtype).name; }
+
+// A type as a template argument's value; converts to DType.
+template <DType kDType>
+using DTypeConstant = std::integral_constant<DType, kDType>;
+
+// The first type from an index on that is wanted; kDTypes: none.
+constexpr int next_dtype(bool (*wanted)(DType), int index) {
+  while (index < kDTypes && !wanted(static_cast<DType>(index))) ++index;
+  return index;
 }
 
-constexpr const char* name(DType dtype) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return "float32";
-    case DType::kFloat16:
-      return "float16";
-    case DType::kBFloat16:
-      return "bfloat16";
-    case DType::kInt8:
-      return "int8";
+// f(DTypeConstant<dtype>{}), which has one result type for all types; f is compiled for those that
+// are wanted, of which `dtype` is one: the last of them is not asked for.
+template <bool (*kWanted)(DType), int kIndex, typename F>
+constexpr auto visit_from(DType dtype, F& f) {
+  constexpr auto kType = static_cast<DType>(kIndex);
+  constexpr int kNext = next_dtype(kWanted, kIndex + 1);
+  if constexpr (kNext < kDTypes) {
+    if (dtype != kType) return visit_from<kWanted, kNext>(dtype, f);
   }
-  return "unknown";
+  return f(DTypeConstant<kType>{});
 }
+template <bool (*kWanted)(DType), typename F>
+constexpr auto visit_where(DType dtype, F&& f) {
+  return visit_from<kWanted, next_dtype(kWanted, 0)>(dtype, f);
+}
+
+template <typename F>
+constexpr auto visit(DType dtype, F&& f) {
+  return visit_where<is_known>(dtype, f);
+}
+template <typename F>
+constexpr auto visit_float(DType dtype, F&& f) {
+  return visit_where<is_float>(dtype, f);
+}
+
+// For a static_assert that fails in the last branch of an `if constexpr`.
+template <DType>
+constexpr bool kNotHandled = false;
 
 }  // namespace sqk

@@ -1,5 +1,5 @@
-// INT8 GEMM with fused dequantisation, and the whole linear layer: quantise, then multiply. Public
-// ring: no torch, no CUTLASS, compiles with a plain C++ compiler.
+// INT8 GEMM with fused dequantization. Public ring: no torch, no CUTLASS, compiles with a plain C++
+// compiler.
 //
 //   acc[m, n] = sum over k of x_q[m, k] * w_q[n, k]                    exact, int32
 //   v         = fma(acc * w_scale[n], x_scale[m], bias[n])             float32
@@ -10,22 +10,23 @@
 
 #include <cstdint>
 
+#include "sqk/device.h"
 #include "sqk/dtype.h"
-#include "sqk/quantize.h"
 #include "sqk/status.h"
 
 namespace sqk {
 
 // |x_q * w_q| <= 2^14, so this many products always fit the 32-bit accumulator.
 constexpr int64_t kMaxGemmK = 131071;
-// What x_q and w_q must be aligned to, in bytes: their first element and the stride of their rows.
+// The first element of x_q and w_q and the stride of their rows must be multiples of this, in
+// bytes.
 constexpr int64_t kGemmAlignment = 16;
 
 // Strides are in elements, from one row to the next; within a row elements are adjacent.
 struct GemmParams {
   int64_t m;  // tokens; 0 is allowed
   int64_t n;  // output channels, >= 1
-  int64_t k;  // 1 .. kMaxGemmK; nothing behind a row's k-th element counts
+  int64_t k;  // 1 .. kMaxGemmK; later elements of a row are ignored
 
   const int8_t* x_q;  // [m, k]
   int64_t x_q_stride;
@@ -47,88 +48,64 @@ struct GemmParams {
   int32_t relu;  // 1: negative values become 0; for int8 only
 
   int32_t tile;    // a row of the current GPU's table, or -1: chosen by its rules
-  int32_t splits;  // blocks that share a tile's k, where the tile can; 0: chosen
+  int32_t splits;  // blocks that share a tile's k, if the tile can; 0: chosen
 
   void* workspace;  // GemmPlan::workspace_bytes, aligned to 16; need not be cleared
   int64_t workspace_bytes;
 };
 
-// Which kernels serve a GPU.
+// The architectures that have a table of tiles. This is the only list of their names; Python reads
+// it from the library.
 enum class GemmTable : int32_t { kSm80 = 0, kSm89 = 1, kSm90 = 2 };
-constexpr int kGemmTables = 3;
+constexpr const char* kGemmTableNames[] = {"sm80", "sm89", "sm90"};
+constexpr int kGemmTables = sizeof(kGemmTableNames) / sizeof(kGemmTableNames[0]);
+static_assert(static_cast<int>(GemmTable::kSm90) + 1 == kGemmTables, "each table has a name");
 
-// What the choice depends on besides the problem.
-struct GemmDevice {
-  int32_t sms;           // that the current context may use
-  int32_t capability;    // 10 * major + minor
-  int32_t shared_bytes;  // the most that one block can be given
-  int32_t wgmma;         // 1: the library holds the kernels for 9.0a and this GPU runs them
-  int32_t part;          // 1: the GPU has more sms than the context may use: no stream-K
-};
+constexpr const char* name(GemmTable table) { return kGemmTableNames[static_cast<int>(table)]; }
 
 struct GemmPlan {
   GemmTable table;
-  int32_t tile;           // row of the table
-  int32_t splits;         // blocks that share a tile's k
-  int32_t launches;       // kernels; 0 for m = 0
-  int32_t overlap;        // 1: may start while the kernel before it in the stream ends
-  int64_t tiles;          // of the output
-  int64_t blocks;         // tiles * splits, as launched or, for persistent kernels, as worked off
-  int64_t shared_bytes;   // dynamic, per block; of streaming kernels, which fill what is there: 0
-  int64_t counter_bytes;  // of splits, at the start of the workspace, cleared before the launch
+  int32_t tile;          // row of the table
+  int32_t splits;        // blocks that share a tile's k
+  int32_t launches;      // kernels; 0 for m = 0
+  int32_t overlap;       // 1: may start before the previous kernel in the stream has ended
+  int64_t tiles;         // of the output
+  int64_t blocks;        // tiles * splits: launched blocks, or units of work of a persistent kernel
+  int64_t shared_bytes;  // dynamic, per block; 0 for streaming kernels, which use all there is
+  int64_t counter_bytes;  // for splits: at the start of the workspace, cleared before the launch
   int64_t workspace_bytes;
-  double expected_clocks;  // what the choice went by: an estimate, for comparisons only
+  double expected_clocks;  // an estimate, only for comparing tiles
 };
 
-// What was measured to be best for a problem, on the GPU that is there.
+// The tile that was fastest for a problem when measured on this GPU.
 struct GemmMeasured {
   int64_t n, k, m;
   int32_t tile;    // row of the table
   int32_t splits;  // >= 1
 };
 
-// Pure arithmetic: no GPU is touched. kInvalidArgument for what the comments above rule out,
-// kUnsupportedShape for a tile that cannot serve the problem or does not fit the GPU, kExcludedTile
-// and kUnknownTile as SQK_WITHOUT_TILES has it.
-Status plan_gemm(const GemmParams& params, const GemmDevice& device, GemmPlan* plan);
+// Pure arithmetic: no GPU is touched. kInvalidArgument: the comments above rule it out.
+// kUnsupportedShape: the tile cannot compute the problem or does not fit the GPU. kExcludedTile,
+// kUnknownTile: see SQK_WITHOUT_TILES (gemm/excluded.h).
+Status plan_gemm(const GemmParams& params, const Device& device, GemmPlan* plan);
 
-// The current GPU, asked for once per device.
-Status gemm_device(GemmDevice* device);
-
-// The plan on the current GPU. Also kUnsupportedArch: the library holds no kernels for it.
+// The plan on the current GPU. kUnsupportedArch: the library has no kernels for it.
 Status plan(const GemmParams& params, GemmPlan* plan);
 
-// Launches on the current GPU, which `plan` is for. Nothing is allocated, nothing waits: safe to
-// capture in a CUDA graph.
+// Launches on the current GPU, for which `plan` was made. Allocates nothing and does not wait: safe
+// to capture in a CUDA graph.
 Status gemm_s8(const GemmParams& params, const GemmPlan& plan, cudaStream_t stream);
 
-// A linear layer: quantize.x -> quantize.x_q, quantize.x_scale -> gemm.y, of one m and k. gemm's
-// x_q, its stride, x_scale and x_per_token are not read. With few tokens and no norm or activation
-// in front both are one launch (plan.fused), and quantize.x_q and quantize.x_scale may be null.
-struct LinearParams {
-  QuantizeParams quantize;
-  GemmParams gemm;
-};
-
-struct LinearPlan {
-  QuantizePlan quantize;  // empty where fused
-  GemmPlan gemm;
-  int32_t fused;
-  int64_t workspace_bytes;  // for both, one after the other; linear.gemm.workspace
-};
-
-Status plan(const LinearParams& params, LinearPlan* plan);
-Status linear_s8(const LinearParams& params, const LinearPlan& plan, cudaStream_t stream);
+// The first entry of SQK_WITHOUT_TILES that names no tile, or "" if all do. Never freed.
+const char* unknown_tile();
 
 }  // namespace sqk
 
-// The same for callers without C++; stream null: the default one, device null: the current GPU.
+// The same for callers without C++. A null stream is the default stream, a null device the current
+// GPU.
 extern "C" SQK_EXPORT int32_t sqk_gemm_s8(const sqk::GemmParams* params, void* stream);
 extern "C" SQK_EXPORT int32_t sqk_gemm_plan(const sqk::GemmParams* params,
-                                            const sqk::GemmDevice* device, sqk::GemmPlan* plan);
-extern "C" SQK_EXPORT int32_t sqk_linear_s8(const sqk::LinearParams* params, void* stream);
-extern "C" SQK_EXPORT int32_t sqk_linear_plan(const sqk::LinearParams* params,
-                                              sqk::LinearPlan* plan);
+                                            const sqk::Device* device, sqk::GemmPlan* plan);
 // The tables as JSON: {"sm80": {"tiles": [{"tile": 0, "name": ..., ...}, ...], "rules":
 // [{"most_m": ..., "tiles": [...], "when": ..., "why": ...}, ...]}, ...}. Valid until the same
 // thread asks again.
@@ -136,11 +113,11 @@ extern "C" SQK_EXPORT const char* sqk_gemm_tables();
 // What plan_gemm takes for these sizes on a GPU like this, as JSON: {"table": "sm90", "tile": 8,
 // "splits": 1, ...}; {} where it refuses. Valid until the same thread asks again.
 extern "C" SQK_EXPORT const char* sqk_gemm_choice(int64_t m, int64_t n, int64_t k,
-                                                  const sqk::GemmDevice* device);
-// From now on plans for GPUs with this table and as many multiprocessors take what was measured for
-// their n and k and about as many tokens, and the rules else; count 0: the rules alone. Results do
-// not change: all tiles give the same bits. kInvalidArgument, and nothing is changed, for a row
-// that the table does not hold or that cannot serve its problem, and where two are of the same
+                                                  const sqk::Device* device);
+// Sets measured choices for GPUs with this table and this many multiprocessors. Later plans use the
+// row with their n and k and a similar m, and the rules if there is none; count 0 removes all rows.
+// Results do not change: all tiles give the same bits. kInvalidArgument, with nothing changed: a
+// tile that the table does not have or that cannot compute its problem, or two rows for one
 // problem. Copies the rows; safe while other threads plan.
 extern "C" SQK_EXPORT int32_t sqk_gemm_use_measured(sqk::GemmTable table, int32_t sms,
                                                     const sqk::GemmMeasured* rows, int64_t count);
@@ -149,5 +126,3 @@ extern "C" SQK_EXPORT int32_t sqk_gemm_use_measured(sqk::GemmTable table, int32_
 // the environment says. kUnknownTile for a name that no table has; a list that was given then
 // changes nothing. Results do not change. Safe while other threads plan.
 extern "C" SQK_EXPORT int32_t sqk_gemm_without_tiles(const char* list);
-// The current GPU.
-extern "C" SQK_EXPORT int32_t sqk_gemm_device(sqk::GemmDevice* device);

@@ -1,12 +1,13 @@
-// The producers of int8 activations: quantise alone, or behind a norm or an activation function, in
-// one pass over each row. Public ring: no torch, no CUTLASS, compiles with a plain C++ compiler.
+// The producers of int8 activations: quantization alone, or after a norm or an activation function,
+// in one pass over each row. Public ring: no torch, no CUTLASS, compiles with a plain C++ compiler.
 //
 //   quantize              v = x
 //   rms_norm_quantize     v = rms_norm(x + residual) * weight
 //   layer_norm_quantize   v = layer_norm(x + residual) * weight + bias
 //   act_quantize          v = act(x), or act(gate) * x
 //
-// and then, for all of them (docs/numerics.md has the order of the operations, to the last bit):
+// and then, for all of them (docs/numerics.md specifies the order of the operations, to the last
+// bit):
 //
 //   v       = v * inv_smooth
 //   x_scale = max |v| / 127                  per row, per tensor, or given
@@ -15,6 +16,7 @@
 
 #include <cstdint>
 
+#include "sqk/device.h"
 #include "sqk/dtype.h"
 #include "sqk/status.h"
 
@@ -42,26 +44,26 @@ enum class Scheme : int32_t {
   kStatic = 2,     // x_scale [m] = *scale, NaN for a row with a NaN or Inf
 };
 
-// How a row is spread over the GPU. plan_quantize chooses; QuantizeParams::path overrides.
+// How the threads share a row. plan_quantize chooses, unless QuantizeParams::path says otherwise.
 enum class QuantizePath : int32_t {
   kAuto = -1,
   kWarp = 0,     // a warp per row, the row in registers
   kBlock = 1,    // a block per row, 8 elements a thread: the shortest time for one row
   kWide = 2,     // a block per row, 32 elements a thread: the most rows in flight
-  kLong = 3,     // as kWide, what does not fit in registers in shared memory, the rest read again
+  kLong = 3,     // as kWide, with shared memory for what exceeds registers; the rest is read twice
   kElement = 4,  // as kLong, one element at a time: any alignment
   kCluster = 5,  // a cluster of blocks per row, 8 elements a thread (Hopper)
 };
 constexpr int kQuantizePaths = 6;
 
-// Strides are in elements and count from one row to the next; within a row elements are adjacent.
-// Rows may start at any address that is a multiple of the element's size, may overlap when read
-// (stride 0 repeats a row) and must not when written.
+// Strides are in elements, from one row to the next; within a row elements are adjacent. Rows may
+// start at any multiple of the element's size. Rows that are read may overlap (stride 0 repeats a
+// row); rows that are written must not.
 struct QuantizeParams {
   Producer producer;
   Scheme scheme;
   DType dtype;        // of x, gate, residual and sum: float32, float16 or bfloat16
-  QuantizePath path;  // kAuto, or a path to force: an error where it cannot serve
+  QuantizePath path;  // kAuto, or a path to force: an error if it cannot take the problem
   int64_t m;          // rows (tokens); 0 is allowed
   int64_t k;          // channels, >= 1
 
@@ -71,7 +73,7 @@ struct QuantizeParams {
   int64_t gate_stride;
   const void* residual;  // [m, k] or null; norms only
   int64_t residual_stride;
-  void* sum;  // [m, k], written where a residual is given
+  void* sum;  // [m, k], written if there is a residual
   int64_t sum_stride;
 
   const void* weight;  // [k] or null; norms only
@@ -92,14 +94,6 @@ struct QuantizeParams {
   int64_t workspace_bytes;
 };
 
-// What the choice depends on besides the problem.
-struct QuantizeDevice {
-  int32_t sms;
-  int32_t capability;    // 10 * major + minor
-  int32_t shared_bytes;  // the most that one block can be given
-  int32_t clusters;      // 1: the library holds kernels with clusters for this GPU
-};
-
 struct QuantizePlan {
   QuantizePath path;
   int32_t threads;       // per block
@@ -107,36 +101,32 @@ struct QuantizePlan {
   int32_t cluster;       // blocks per row that exchange their maximum in shared memory
   int32_t splits;        // slices of a row that exchange it through the workspace: two launches
   int32_t slice;         // elements per slice
-  int32_t slots;         // vectors per thread kept in shared memory behind those in registers
+  int32_t slots;         // vectors per thread kept in shared memory, beyond those in registers
   int32_t launches;      // kernels; 0 for m = 0 (except per tensor: its scale must be written)
   int64_t blocks;        // of each launch
   int64_t shared_bytes;  // dynamic, per block
   int64_t workspace_bytes;
 };
 
-// Pure arithmetic: no GPU is touched. kInvalidArgument for what the comments above rule out.
-Status plan_quantize(const QuantizeParams& params, const QuantizeDevice& device,
-                     QuantizePlan* plan);
-
-// The current GPU, asked for at each call (and remembered per device).
-Status quantize_device(QuantizeDevice* device);
+// Pure arithmetic: no GPU is touched. kInvalidArgument: the comments above rule it out.
+Status plan_quantize(const QuantizeParams& params, const Device& device, QuantizePlan* plan);
 
 // The plan on the current GPU.
 Status plan(const QuantizeParams& params, QuantizePlan* plan);
 
-// Launches on the current GPU, which `plan` is for. Nothing is allocated, nothing waits: safe to
-// capture in a CUDA graph.
+// Launches on the current GPU, for which `plan` was made. Allocates nothing and does not wait: safe
+// to capture in a CUDA graph.
 Status quantize(const QuantizeParams& params, const QuantizePlan& plan, cudaStream_t stream);
 
 }  // namespace sqk
 
-// The same for callers without C++. params->producer names the op; stream null: the default one.
+// The same for callers without C++. params->producer selects the op; a null stream is the default
+// stream.
 extern "C" SQK_EXPORT int32_t sqk_quantize(const sqk::QuantizeParams* params, void* stream);
 // Bytes of workspace on the current GPU; negative for params that plan_quantize refuses.
 extern "C" SQK_EXPORT int64_t sqk_quantize_workspace_bytes(const sqk::QuantizeParams* params);
-// device null: the current GPU.
+// A null device is the current GPU.
 extern "C" SQK_EXPORT int32_t sqk_quantize_plan(const sqk::QuantizeParams* params,
-                                                const sqk::QuantizeDevice* device,
-                                                sqk::QuantizePlan* plan);
+                                                const sqk::Device* device, sqk::QuantizePlan* plan);
 // The table of paths as JSON: [{"path": ..., "when": ..., "why": ...}, ...]; never freed.
 extern "C" SQK_EXPORT const char* sqk_quantize_table();

@@ -1,8 +1,8 @@
 // float32 -> int8 by rounding half to even and saturating. Public ring: no torch, no CUTLASS,
 // compiles with a plain C++ compiler.
 //
-// The smallest kernel there is: it carries the build, the binding and the simulator's tests, and it
-// is the model for a new one.
+// The smallest kernel: a model for new ones, and the subject of the tests of the build, the binding
+// and the simulator.
 #pragma once
 
 #include <cstdint>
@@ -22,7 +22,6 @@ Status saturate_s8(const SaturateParams& params, cudaStream_t stream);
 
 }  // namespace sqk
 
-// The same for callers without C++: a Status as a number, the stream as an address (null: the
-// default stream).
+// The same for callers without C++. Returns a Status; a null stream is the default stream.
 extern "C" SQK_EXPORT int32_t sqk_saturate_s8(const float* x, int8_t* y, int64_t numel,
                                               void* stream);

@@ -5,28 +5,36 @@
 
 namespace sqk {
 
+template <Producer kProducer, QuantizePath kPath>
+RowKernel row_kernel_of_path(DType dtype, Launches launches) {
+  if (launches == Launches::kOne) {
+    return row_kernel_of_type<kProducer, kPath, Launches::kOne>(dtype);
+  }
+  if constexpr (serves_two_launches(kPath)) {
+    return row_kernel_of_type<kProducer, kPath, Launches::kTwo>(dtype);
+  } else {
+    return nullptr;
+  }
+}
+
 template <Producer kProducer>
 RowKernel row_kernel_for(DType dtype, QuantizePath path, Launches launches) {
-  constexpr Launches kOne = Launches::kOne, kTwo = Launches::kTwo;
-  const bool two = launches == kTwo;
   switch (path) {
     case QuantizePath::kWarp:
-      return two ? row_kernel_of_type<kProducer, QuantizePath::kWarp, kTwo>(dtype)
-                 : row_kernel_of_type<kProducer, QuantizePath::kWarp, kOne>(dtype);
+      return row_kernel_of_path<kProducer, QuantizePath::kWarp>(dtype, launches);
     case QuantizePath::kBlock:
-      return two ? nullptr : row_kernel_of_type<kProducer, QuantizePath::kBlock, kOne>(dtype);
+      return row_kernel_of_path<kProducer, QuantizePath::kBlock>(dtype, launches);
     case QuantizePath::kWide:
-      return two ? row_kernel_of_type<kProducer, QuantizePath::kWide, kTwo>(dtype)
-                 : row_kernel_of_type<kProducer, QuantizePath::kWide, kOne>(dtype);
+      return row_kernel_of_path<kProducer, QuantizePath::kWide>(dtype, launches);
     case QuantizePath::kLong:
-      return two ? row_kernel_of_type<kProducer, QuantizePath::kLong, kTwo>(dtype)
-                 : row_kernel_of_type<kProducer, QuantizePath::kLong, kOne>(dtype);
+      return row_kernel_of_path<kProducer, QuantizePath::kLong>(dtype, launches);
     case QuantizePath::kElement:
-      return two ? row_kernel_of_type<kProducer, QuantizePath::kElement, kTwo>(dtype)
-                 : row_kernel_of_type<kProducer, QuantizePath::kElement, kOne>(dtype);
-    default:
-      return nullptr;
+      return row_kernel_of_path<kProducer, QuantizePath::kElement>(dtype, launches);
+    case QuantizePath::kAuto:
+    case QuantizePath::kCluster:
+      break;
   }
+  return nullptr;
 }
 
 }  // namespace sqk

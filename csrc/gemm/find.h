@@ -1,0 +1,75 @@
+// From a row of a table to its compiled kernels. Kernel ring: no torch.
+#pragma once
+
+#include <utility>
+
+#include "gemm/kernels.h"
+#include "gemm/tiles/sm80.h"
+#include "gemm/tiles/sm89.h"
+#include "gemm/tiles/sm90.h"
+
+namespace sqk {
+
+// The kinds of kernels, for find_entry.
+struct StreamKind {
+  using Entry = StreamKernels;
+  static constexpr GemmKernel kKernel = GemmKernel::kStream;
+  template <TileKey kTile>
+  static Entry entry() {
+    return stream_entry<kTile>();
+  }
+};
+struct MmaKind {
+  using Entry = GemmLaunch;
+  static constexpr GemmKernel kKernel = GemmKernel::kMma;
+  template <TileKey kTile>
+  static Entry entry() {
+    return mma_entry<kTile>();
+  }
+};
+struct WgmmaKind {
+  using Entry = WgmmaEntry;
+  static constexpr GemmKernel kKernel = GemmKernel::kWgmma;
+  template <TileKey kTile>
+  static Entry entry() {
+    return wgmma_entry<kTile>();
+  }
+};
+
+template <typename Kind, typename Table, size_t kRow>
+typename Kind::Entry entry_of_row() {
+  constexpr GemmTile kTile = Table::kTiles[kRow];
+  if constexpr (kTile.kernel == Kind::kKernel) {
+    return Kind::template entry<key_of(kTile)>();
+  } else {
+    return {};
+  }
+}
+
+template <typename Kind, typename Table, size_t... kRows>
+typename Kind::Entry find_entry(int32_t row, std::index_sequence<kRows...>) {
+  using Find = typename Kind::Entry (*)();
+  static constexpr Find kFind[] = {&entry_of_row<Kind, Table, kRows>...};
+  return kFind[row]();
+}
+
+template <typename Kind, typename Table>
+typename Kind::Entry find_entry(int32_t row) {
+  return find_entry<Kind, Table>(row, std::make_index_sequence<Table::kTiles.size()>());
+}
+
+// What the instance of a row gives; empty for a row of another kind.
+template <typename Kind>
+typename Kind::Entry find_entry(GemmTable table, int32_t row) {
+  switch (table) {
+    case GemmTable::kSm80:
+      return find_entry<Kind, Sm80Tiles>(row);
+    case GemmTable::kSm89:
+      return find_entry<Kind, Sm89Tiles>(row);
+    case GemmTable::kSm90:
+      return find_entry<Kind, Sm90Tiles>(row);
+  }
+  return {};
+}
+
+}  // namespace sqk

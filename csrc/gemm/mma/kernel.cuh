@@ -1,0 +1,328 @@
+// INT8 GEMM by mma.sync, for GPUs without wgmma. Kernel ring: no torch.
+//
+// A block computes a tile of y: cp.async keeps kStages - 1 tiles of x_q and w_q in flight while
+// ldmatrix and mma.sync work on one. When there are too few tiles for all SMs, several blocks share
+// a tile's k: each writes its sums to the workspace, and the last one to finish adds up all of
+// them.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "common/arithmetic.h"
+#include "common/launch.h"
+#include "common/memory_order.cuh"
+#include "common/ptx.cuh"
+#include "gemm/epilogue/tokens.cuh"
+#include "gemm/splits.h"
+
+namespace sqk {
+
+struct MmaParams {
+  const int8_t* x_q;
+  const int8_t* w_q;
+  int64_t x_q_stride, w_q_stride;
+  int32_t k;
+  int32_t k_tiles;
+  int32_t m_tiles, n_tiles;
+  int32_t group;      // tiles along m that are computed before the next ones along n
+  int32_t splits;     // blocks per tile
+  uint32_t* tickets;  // [tiles], 0 before the launch; for splits > 1
+  int4* partials;     // [splits, tiles, kM * kN / 4]; for splits > 1
+  Epilogue epilogue;
+};
+
+// Where a piece of 16 bytes of a tile's row lies in shared memory. A row has kK bytes, and a line
+// across all banks 128. ldmatrix reads the same piece of eight adjacent rows at a time, and
+// cp.async writes whole lines: XORing the piece with the line's number spreads both over all banks.
+// Two rows of 64 bytes share a line, in different halves of it, so eight rows are four lines.
+template <int kK>
+__device__ constexpr int swizzled(int row, int piece) {
+  static_assert(kK == 64 || kK == 128);
+  constexpr int kPieces = kK / 16;
+  return row * kK + 16 * (piece ^ (row / (128 / kK) % kPieces));
+}
+
+// A thread's share of copying one operand's tiles: one piece of every kStep-th row.
+template <int kRows, int kK, int kThreads>
+class TileCopy {
+ public:
+  static constexpr int kPieces = kK / 16;
+  static constexpr int kStep = kThreads / kPieces;
+  static constexpr int kCopies = kRows / kStep;
+  // kStep % 8 == 0: all rows of a thread have the same swizzle, so their distances are fixed.
+  static_assert(kThreads % kPieces == 0 && kRows % kStep == 0 && kStep % 8 == 0);
+
+  // Out-of-range rows are clamped to the last row, so the loop needs no predicate and a warp reads
+  // that row once; their results are never stored.
+  __device__ TileCopy(const int8_t* base, int64_t stride, uint32_t row0, uint32_t rows)
+      : piece_(threadIdx.x % kPieces) {
+    const uint32_t row = threadIdx.x / kPieces;
+    to_ = swizzled<kK>(row, piece_);
+#pragma unroll
+    for (int i = 0; i < kCopies; ++i) {
+      from_[i] = base + min(row0 + row + i * kStep, rows - 1) * stride + 16 * piece_;
+    }
+  }
+
+  // Copies the tile that starts at element k, of which only the first `valid` elements count.
+  __device__ void copy_part(uint32_t stage, int64_t k, int valid) const {
+    const int bytes = max(0, min(16, valid - 16 * piece_));
+    const int64_t offset = bytes > 0 ? k : -16 * piece_;  // keeps the address inside the row
+#pragma unroll
+    for (int i = 0; i < kCopies; ++i) {
+      copy_async(stage + to_ + i * kStep * kK, from_[i] + offset, bytes);
+    }
+  }
+
+  __device__ void advance(int64_t bytes) {
+#pragma unroll
+    for (int i = 0; i < kCopies; ++i) from_[i] += bytes;
+  }
+
+  // Copies the tile that `advance` has reached.
+  __device__ void copy_whole(uint32_t stage) const {
+#pragma unroll
+    for (int i = 0; i < kCopies; ++i) copy_async(stage + to_ + i * kStep * kK, from_[i]);
+  }
+
+ private:
+  const int8_t* from_[kCopies];
+  int to_;
+  int piece_;
+};
+
+// Which tile a block works on: along m within a group, then along n, then the next group. So blocks
+// that run at the same time need few distinct rows of both operands, the weights are read once per
+// group, and the group's tokens stay in L2.
+struct TilePosition {
+  uint32_t m, n;
+};
+__device__ inline TilePosition tile_position(const MmaParams& p, uint32_t tile) {
+  if (p.m_tiles == 1) return {0, tile};  // with few tokens, divisions would take too long
+  const uint32_t in_group = static_cast<uint32_t>(p.group) * p.n_tiles;
+  const uint32_t first = tile / in_group * p.group;
+  const uint32_t rows =
+      min(static_cast<uint32_t>(p.group), p.m_tiles - first);  // the last group may be smaller
+  const uint32_t rest = tile % in_group;
+  return {first + rest % rows, rest / rows};
+}
+
+// Adds up the sums of the blocks that share a tile; true for the one block that then has the total.
+// Each thread has kWords words of 16 bytes, stored in the order of the threads, so that reads and
+// writes cover whole lines.
+template <int kWords, int kThreads>
+__device__ bool combine_splits(const MmaParams& p, uint32_t tile, uint32_t split, int32_t* acc) {
+  const int64_t words = int64_t{kWords} * kThreads;
+  const int64_t tiles = int64_t{p.m_tiles} * p.n_tiles;
+  int4* slot = p.partials + (split * tiles + tile) * words + threadIdx.x;
+#pragma unroll
+  for (int i = 0; i < kWords; ++i) {
+    const int32_t* sum = acc + 4 * i;
+    __stcg(slot + i * kThreads, make_int4(sum[0], sum[1], sum[2], sum[3]));
+  }
+  // The barrier orders the whole block's sums before one thread's ticket, and that thread's fence
+  // makes them visible with it. The fence after the ticket does the same for the sums of earlier
+  // blocks, and the second barrier passes this on to the other threads.
+  __syncthreads();
+  bool last = false;
+  if (threadIdx.x == 0) {
+    fence_gpu();
+    last = atomicAdd(p.tickets + tile, 1u) + 1 == p.splits;
+    fence_gpu();
+  }
+  if (!__syncthreads_or(last)) return false;
+#pragma unroll 1
+  for (int other = 0; other < p.splits; ++other) {
+    if (other == split) continue;
+    const int4* theirs = p.partials + (other * tiles + tile) * words + threadIdx.x;
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) {
+      const int4 sum = load_fresh(theirs + i * kThreads);
+      acc[4 * i] += sum.x;
+      acc[4 * i + 1] += sum.y;
+      acc[4 * i + 2] += sum.z;
+      acc[4 * i + 3] += sum.w;
+    }
+  }
+  return true;
+}
+
+// Two blocks of 128 threads can use 255 registers a thread. Without the second bound, ptxas aims
+// for more blocks and spills.
+constexpr int mma_blocks_per_sm(int threads) { return threads <= 128 ? 2 : 1; }
+
+template <int kM, int kN, int kK, int kWarpsM, int kWarpsN, int kStages>
+__global__ void __launch_bounds__(32 * kWarpsM * kWarpsN, mma_blocks_per_sm(32 * kWarpsM * kWarpsN))
+    mma_gemm_kernel(const __grid_constant__ MmaParams p) {
+  constexpr int kThreads = 32 * kWarpsM * kWarpsN;
+  constexpr int kWarpM = kM / kWarpsM, kWarpN = kN / kWarpsN;
+  constexpr int kRows = kWarpM / 16, kColumns = kWarpN / 16;  // of 16 tokens, 16 channels
+  constexpr int kSteps = kK / 32;
+  constexpr int kStageBytes = (kM + kN) * kK;
+  static_assert(kWarpM % 16 == 0 && kWarpN % 16 == 0 && kSteps % 2 == 0 && kStages >= 2);
+  extern __shared__ __align__(128) int8_t stages[];
+
+  const uint32_t tiles = static_cast<uint32_t>(p.m_tiles) * p.n_tiles;
+  const uint32_t split = p.splits > 1 ? blockIdx.x / tiles : 0;
+  const uint32_t tile = blockIdx.x - split * tiles;
+  const TilePosition position = tile_position(p, tile);
+  const SplitRange range = split_range(p.k_tiles, p.splits, split);
+
+  const auto shared = static_cast<uint32_t>(__cvta_generic_to_shared(stages));
+  TileCopy<kM, kK, kThreads> x(p.x_q, p.x_q_stride, position.m * kM, p.epilogue.m);
+  TileCopy<kN, kK, kThreads> w(p.w_q, p.w_q_stride, position.n * kN, p.epilogue.n);
+
+  // The last tile of the range comes first. Only it may be partial, which needs byte counts; the
+  // loop then sees whole tiles only. Integer sums do not depend on the order.
+  const int64_t k_first = int64_t{range.first} * kK, k_last = k_first + (range.count - 1) * kK;
+  const int valid = static_cast<int>(min(int64_t{kK}, p.k - k_last));
+  x.copy_part(shared, k_last, valid);
+  w.copy_part(shared + kM * kK, k_last, valid);
+  commit_copies();
+  x.advance(k_first);
+  w.advance(k_first);
+#pragma unroll
+  for (int i = 1; i < kStages - 1; ++i) {
+    if (i < range.count) {
+      x.copy_whole(shared + i * kStageBytes);
+      w.copy_whole(shared + i * kStageBytes + kM * kK);
+    }
+    x.advance(kK);
+    w.advance(kK);
+    commit_copies();
+  }
+
+  // Lane 8 i + r reads row r of matrix i. For x_q, tokens 0-7 and 8-15 of the first 16 bytes, then
+  // of the second: the order of the four words in mma.sync. For w_q, both pieces of channels 0-7,
+  // then of channels 8-15.
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int warp_m = warp / kWarpsN * kWarpM, warp_n = warp % kWarpsN * kWarpN;
+  const uint32_t x_lane = swizzled<kK>(warp_m + lane % 16, lane / 16);
+  const uint32_t w_lane = kM * kK + swizzled<kK>(warp_n + lane / 16 * 8 + lane % 8, lane / 8 % 2);
+
+  int32_t acc[kRows][kColumns][8] = {};
+  uint32_t a[2][kRows][4], b[2][kColumns][4];
+  const auto load_step = [&](uint32_t stage, int step) {
+    // Two pieces further: XOR works because the swizzle is an XOR and nothing else sets these bits.
+    const uint32_t from_x = (stage + x_lane) ^ 32 * step, from_w = (stage + w_lane) ^ 32 * step;
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) load_matrices(a[step % 2][i], from_x + i * 16 * kK);
+#pragma unroll
+    for (int j = 0; j < kColumns; ++j) load_matrices(b[step % 2][j], from_w + j * 16 * kK);
+  };
+
+  wait_for_copies<kStages - 2>();
+  __syncthreads();
+  constexpr uint32_t kEnd = kStages * kStageBytes;
+  uint32_t read = 0, write = kEnd - kStageBytes;  // stages, in bytes
+  load_step(shared, 0);
+#pragma unroll 1
+  for (int done = 0; done < range.count; ++done) {
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      if (step == kSteps - 1) {
+        // The next tile must have arrived. All warps must also have read this one, because the next
+        // turn's copies overwrite its stage: one barrier for both.
+        wait_for_copies<kStages - 2>();
+        __syncthreads();
+        read = read + kStageBytes == kEnd ? 0 : read + kStageBytes;
+      }
+      load_step(shared + read, (step + 1) % kSteps);  // after the last tile: never used
+      if (step == 0) {
+        if (done + kStages - 1 < range.count) {
+          x.copy_whole(shared + write);
+          w.copy_whole(shared + write + kM * kK);
+        }
+        x.advance(kK);  // also past the end: a condition would cost more
+        w.advance(kK);
+        commit_copies();  // also when empty: wait_for_copies counts groups
+        write = write + kStageBytes == kEnd ? 0 : write + kStageBytes;
+      }
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+        for (int j = 0; j < kColumns; ++j) {
+          const uint32_t (&w)[4] = b[step % 2][j];
+          multiply_add(acc[i][j], a[step % 2][i], {w[0], w[1]});
+          multiply_add(acc[i][j] + 4, a[step % 2][i], {w[2], w[3]});
+        }
+      }
+    }
+  }
+
+  if (p.splits > 1 && !combine_splits<kRows * kColumns * 2, kThreads>(p, tile, split, acc[0][0])) {
+    return;
+  }
+  // Registers cannot be indexed at run time, and unrolling would repeat the long epilogue for every
+  // i. So the rows move up instead.
+  int channel0 = position.n * kN + warp_n;
+#pragma unroll 1
+  for (int i = 0; i < kRows; ++i) {
+    // Pretends that channel0 changes. Otherwise the compiler moves the loads per channel out of the
+    // loop and spills them.
+    asm volatile("" : "+r"(channel0));
+    store_tokens<2 * kColumns>(p.epilogue, acc[0][0], position.m * kM + warp_m + 16 * i, channel0);
+#pragma unroll
+    for (int row = 1; row < kRows; ++row) {
+#pragma unroll
+      for (int j = 0; j < kColumns; ++j) {
+#pragma unroll
+        for (int word = 0; word < 8; ++word) acc[row - 1][j][word] = acc[row][j][word];
+      }
+    }
+  }
+}
+
+// How many tokens the tiles of a group cover. An A100 or an RTX 4090 runs 200 to 300 blocks of some
+// 128 x 128 at a time: as a square they are 2048 tokens high, which at K = 8192 take 16 MiB of L2.
+constexpr int32_t kRasterTokens = 2048;
+
+template <int kM, int kN, int kK, int kWarpsM, int kWarpsN, int kStages>
+Status launch_mma(const GemmParams& params, const Device&, const GemmPlan& plan,
+                  cudaStream_t stream) {
+  const int64_t m_tiles = divide_up(params.m, kM), n_tiles = divide_up(params.n, kN);
+  const int64_t k_tiles = divide_up(params.k, kK), tiles = m_tiles * n_tiles;
+  const int64_t splits = plan.splits < 1 ? 1 : plan.splits < k_tiles ? plan.splits : k_tiles;
+  // Positions of rows and columns, and the number of blocks, are 32-bit.
+  if (m_tiles * kM > INT32_MAX || n_tiles * kN > INT32_MAX || tiles * splits > INT32_MAX) {
+    return Status::kUnsupportedShape;
+  }
+
+  MmaParams p = {};
+  p.x_q = params.x_q;
+  p.w_q = params.w_q;
+  p.x_q_stride = params.x_q_stride;
+  p.w_q_stride = params.w_q_stride;
+  p.k = static_cast<int32_t>(params.k);
+  p.k_tiles = static_cast<int32_t>(k_tiles);
+  p.m_tiles = static_cast<int32_t>(m_tiles);
+  p.n_tiles = static_cast<int32_t>(n_tiles);
+  // Groups of equal size: a last group with one or two tiles would read all weights just for them.
+  const int64_t groups = divide_up(m_tiles, kRasterTokens / kM);
+  p.group = static_cast<int32_t>(divide_up(m_tiles, groups));
+  p.splits = static_cast<int32_t>(splits);
+  p.epilogue = make_epilogue(params);
+
+  if (splits > 1) {
+    const int64_t counters = split_counter_bytes(tiles);
+    p.tickets = static_cast<uint32_t*>(params.workspace);
+    p.partials = reinterpret_cast<int4*>(static_cast<int8_t*>(params.workspace) + counters);
+    const Status status = status_from_call(cudaMemsetAsync(p.tickets, 0, counters, stream));
+    if (status != Status::kSuccess) return status;
+  }
+
+  constexpr int kThreads = 32 * kWarpsM * kWarpsN, kSharedBytes = kStages * (kM + kN) * kK;
+  KernelLaunch launch = {};
+  launch.function =
+      reinterpret_cast<const void*>(&mma_gemm_kernel<kM, kN, kK, kWarpsM, kWarpsN, kStages>);
+  launch.grid = dim3(static_cast<unsigned>(tiles * splits));
+  launch.block = dim3(kThreads);
+  launch.shared_bytes = kSharedBytes;
+  launch.stream = stream;
+  static DevicesSeen seen;
+  const Status status =
+      allow_shared_memory(launch.function, kSharedBytes, mma_blocks_per_sm(kThreads), seen);
+  return status == Status::kSuccess ? launch_kernel(launch, &p) : status;
+}
+
+}  // namespace sqk

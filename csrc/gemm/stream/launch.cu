@@ -1,0 +1,113 @@
+// Launches the streaming GEMM for few tokens. Kernel ring: no torch.
+#include <algorithm>
+
+#include "common/arithmetic.h"
+#include "common/launch.h"
+#include "gemm/kernels.h"
+#include "gemm/stream/params.cuh"
+
+namespace sqk {
+namespace {
+
+// Every block quantizes all of x for itself, which it reads from L2. It does so while the first
+// weights arrive: on an H100 a full ring keeps the memory busy for some 6500 clocks, and 16 warps
+// quantize this many elements in about 6000. More would be seen, and a launch of the quantizer
+// alone, 2 or 3 us, would cost less. How large the weights are does not matter: there is a block
+// per SM and not one per tile, so x is read 132 times and not n / 16 times.
+constexpr int64_t kMostQuantized = 40 * 1024;
+
+// A block, and how many of them.
+struct StreamLaunch {
+  int32_t warps;
+  bool resident;
+  int64_t activation_bytes;
+  int64_t shared_bytes;
+  int64_t blocks;
+};
+
+StreamLaunch choose_launch(const GemmParams& params, bool quantizes, int groups, int most_warps,
+                           const Device& device) {
+  const int64_t sums = groups == 1 ? sizeof(StreamSums<1>) : sizeof(StreamSums<2>);
+  StreamLaunch launch = {};
+  const auto fits = [&](int warps, bool resident) {
+    launch.warps = warps;
+    launch.resident = resident;
+    launch.activation_bytes = activation_bytes(params.m, params.k, groups, warps, resident);
+    launch.shared_bytes = int64_t{warps} * kWarpRing + launch.activation_bytes + sums;
+    return launch.shared_bytes <= device.shared_bytes;
+  };
+  // As many warps as fit, and then activations that stay, which are read once a block and not once
+  // a tile. Those that the block quantizes must.
+  bool found = false;
+  for (int warps = std::clamp(most_warps, 1, kStreamWarps); !found && warps > 0; --warps) {
+    found = fits(warps, true) || (!quantizes && fits(warps, false));
+  }
+  if (!found) return {};
+  // As many blocks as run at a time, which then take tile after tile: their rings never run dry,
+  // and x is quantized once a block. The driver keeps 1 KiB of each block's shared memory.
+  const int64_t per_sm = std::clamp<int64_t>(
+      (device.shared_bytes + 1024) / (launch.shared_bytes + 1024), 1, kStreamWarps / launch.warps);
+  const int64_t tiles = divide_up(params.n, kStreamChannels);
+  launch.blocks = std::min(tiles, per_sm * device.sms);
+  return launch;
+}
+
+}  // namespace
+
+bool stream_quantizes(const QuantizeParams& quantize, const GemmParams& params) {
+  const bool given = quantize.scheme != Scheme::kStatic || quantize.scale != nullptr;
+  return quantize.producer == Producer::kQuantize && is_float(quantize.dtype) && given &&
+         quantize.x != nullptr && quantize.m == params.m && quantize.k == params.k &&
+         params.m >= 1 && params.m <= 2 * kGroupTokens && params.m * params.k <= kMostQuantized;
+}
+
+Status launch_stream(const GemmParams& params, const QuantizeParams* quantize, const Device& device,
+                     const GemmTile& tile, StreamKernels kernels, cudaStream_t stream) {
+  const int groups = tile.m > kGroupTokens ? 2 : 1;
+  if (params.m > kGroupTokens * groups) return Status::kUnsupportedShape;
+  const bool quantizes = quantize != nullptr;
+  if (quantizes && !stream_quantizes(*quantize, params)) return Status::kUnsupportedShape;
+  const StreamLaunch launch = choose_launch(params, quantizes, groups, tile.warps_n, device);
+  if (launch.blocks == 0) return Status::kUnsupportedShape;
+
+  StreamParams p = {};
+  p.epilogue = make_epilogue(params);
+  p.w_q = params.w_q;
+  // One row may come with any stride: lanes behind it must still name an aligned address.
+  p.w_q_stride = params.n > 1 ? params.w_q_stride : 0;
+  p.k = static_cast<int32_t>(params.k);
+  p.stages = static_cast<int32_t>(stream_stages(params.k));
+  p.tiles = static_cast<int32_t>(divide_up(params.n, kStreamChannels));
+  p.activation_bytes = static_cast<int32_t>(launch.activation_bytes);
+  p.resident = launch.resident;
+  if (quantizes) {
+    p.x = quantize->x;
+    p.x_stride = quantize->x_stride;
+    p.inv_smooth = quantize->inv_smooth;
+    p.scale = quantize->scale;
+    p.scheme = quantize->scheme;
+    const int64_t size = size_in_bytes(quantize->dtype);
+    p.wide = params.k * size % 16 == 0 && are_rows_aligned(p.x, p.x_stride * size, params.m, 16) &&
+             is_aligned(p.inv_smooth, 16);
+  } else {
+    p.x_q = params.x_q;
+    p.x_q_stride = params.m > 1 ? params.x_q_stride : 0;
+  }
+
+  const DType type = quantizes ? quantize->dtype : DType::kInt8;
+  const StreamKernel kernel = kernels(type);
+  KernelLaunch config = {};
+  config.function = reinterpret_cast<const void*>(kernel);
+  config.grid = dim3(static_cast<unsigned>(launch.blocks));
+  config.block = dim3(static_cast<unsigned>(32 * launch.warps));
+  config.shared_bytes = launch.shared_bytes;
+  config.stream = stream;
+  // All kernels come this way: each keeps its own account of the devices. One block or several fill
+  // the shared memory, as choose_launch has it.
+  static DevicesSeen seen[2][kDTypes];
+  const Status status = allow_shared_memory(config.function, device.shared_bytes, 1,
+                                            seen[groups - 1][static_cast<int>(type)]);
+  return status == Status::kSuccess ? launch_kernel(config, &p) : status;
+}
+
+}  // namespace sqk

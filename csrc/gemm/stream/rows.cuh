@@ -1,0 +1,197 @@
+// The activations of a streaming GEMM in shared memory, in the order in which mma.sync reads them.
+// Each block copies or quantizes them for itself. Kernel ring: no torch.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "common/arithmetic.h"
+#include "common/reduce.cuh"
+#include "common/scale.cuh"
+#include "common/vector.cuh"
+#include "gemm/stream/ring.cuh"
+
+namespace sqk {
+
+// Where element `at` of a token lies: chunk after chunk, and within a chunk token after token, so a
+// warp reads a chunk of 8 tokens from 512 adjacent bytes.
+__device__ inline int resident_offset(int token, int at, int m) {
+  return (at / kChunk * m + token) * kChunk + at % kChunk;
+}
+
+// Each thread commits one group of copies.
+__device__ inline void copy_rows(const StreamParams& p, uint8_t* to) {
+  const int m = p.epilogue.m, pieces = p.stages * (kStage / kPiece);
+  for (int i = threadIdx.x; i < m * pieces; i += blockDim.x) {
+    const int token = i / pieces, at = (i - token * pieces) * kPiece;
+    copy_piece(to + resident_offset(token, at, m), p.x_q + token * p.x_q_stride + at, p.k - at);
+  }
+  commit_copies();
+}
+
+// Like Packed, for elements that are loaded one by one: each has its own register.
+template <typename T>
+struct Single {
+  T element[kVec<T>];
+};
+
+// Quantizes rows of x with the same operations in the same order as the row kernels
+// (quantize/row_kernel.cuh). One or several warps take a row. They go through its batches twice:
+// forward for the maximum, backward to write, so the last batch, usually the only one, is read
+// once. kWide: loads 16 bytes at a time; else one element, at any alignment.
+template <typename T, bool kWide>
+class RowQuantizer {
+ public:
+  __device__ RowQuantizer(const StreamParams& p, uint8_t* to, float* x_scale, uint32_t* maxima)
+      : p_(p), to_(to), x_scale_(x_scale), maxima_(maxima) {
+    const int warp = threadIdx.x / 32, warps = blockDim.x / 32, m = p.epilogue.m;
+    parts_ = max(1, warps >> (32 - __clz(m - 1)));  // the same for every row
+    at_once_ = warps / parts_;
+    part_ = warp % parts_;
+    row_ = warp / parts_;
+    batches_ = divide_up(p.stages * kStage, kBatch * parts_);
+    steps_ = divide_up(m, at_once_) * batches_;
+  }
+
+  // Calls `meanwhile` when the first batch has been requested.
+  template <typename Meanwhile>
+  __device__ void run(Meanwhile meanwhile) {
+    AbsMax absmax;
+#pragma unroll 1
+    for (int i = 0; i < 2 * steps_ - 1; ++i) {
+      const int step = min(i, 2 * (steps_ - 1) - i);
+      const int row = row_ + step / batches_ * at_once_;
+      const int first = (step % batches_ * parts_ + part_) * kBatch;
+      fetch(row, first);
+      if (i == 0) meanwhile();
+#pragma unroll
+      for (int j = 0; j < kVectors; ++j) {
+        if (warp_has(first, j)) finish(j, absmax);
+      }
+      if (i < steps_) {
+        if ((step + 1) % batches_ == 0) {
+          const uint32_t bits = warp_max(absmax.bits());
+          if (threadIdx.x % 32 == 0 && row < p_.epilogue.m) maxima_[row * parts_ + part_] = bits;
+          absmax = AbsMax();
+        }
+      }
+      if (i == steps_ - 1) __syncthreads();
+      if (i >= steps_ - 1 && row < p_.epilogue.m) store(row, first, inverse(row));
+    }
+  }
+
+ private:
+  static constexpr int kV = kVec<T>;
+  static constexpr int kVectors = 32 / kV;  // of a thread's batch: 32 elements
+  static constexpr int kBatch = 32 * 32;    // elements of a warp's batch
+
+  // The position in a batch of element e of a thread's vector i. If elements are loaded one by one,
+  // adjacent lanes have adjacent elements.
+  __device__ static int at(int i, int e) {
+    const int lane = threadIdx.x % 32;
+    return i * 32 * kV + (kWide ? lane * kV + e : e * 32 + lane);
+  }
+
+  // Whether vector i has data for any lane: short rows do not fill a batch.
+  __device__ bool warp_has(int first, int i) const {
+    return first + i * 32 * kV < p_.stages * kStage;
+  }
+
+  // Requests a batch. Elements after the end of the row are +0.
+  __device__ void fetch(int row, int first) {
+    const T* const x = static_cast<const T*>(p_.x) + row * p_.x_stride;
+    const int end = row < p_.epilogue.m ? p_.k : 0;
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      x_[i] = {};
+#pragma unroll
+      for (int e = 0; e < kV; ++e) {
+        v_[i][e] = 1.0f;
+        if (!kWide && first + at(i, e) < end) x_[i].element[e] = x[first + at(i, e)];
+      }
+      if constexpr (kWide) {
+        if (first + at(i, 0) < end) {
+          x_[i].bits = __ldg(reinterpret_cast<const uint4*>(x + first + at(i, 0)));
+        }
+      }
+    }
+    if (p_.inv_smooth == nullptr) return;
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      if constexpr (kWide) {
+        if (first + at(i, 0) < end) load_floats(p_.inv_smooth + first + at(i, 0), v_[i]);
+      } else {
+#pragma unroll
+        for (int e = 0; e < kV; ++e) {
+          if (first + at(i, e) < end) v_[i][e] = __ldg(p_.inv_smooth + first + at(i, e));
+        }
+      }
+    }
+  }
+
+  // Computes vector i and its maximum, which the second pass does not use.
+  __device__ void finish(int i, AbsMax& absmax) {
+    // Keeps the compiler from unpacking x before `meanwhile`, where it would have to wait for x.
+    if constexpr (kWide) {
+      uint4& bits = x_[i].bits;
+      asm volatile("" : "+r"(bits.x), "+r"(bits.y), "+r"(bits.z), "+r"(bits.w));
+    }
+#pragma unroll
+    for (int e = 0; e < kV; ++e) {
+      v_[i][e] = __fmul_rn(to_float(x_[i].element[e]), v_[i][e]);  // * 1 changes nothing
+      absmax.add(v_[i][e]);
+    }
+  }
+
+  // The factor for a row; its scale is stored for the epilogue.
+  __device__ float inverse(int row) const {
+    const int lane = threadIdx.x % 32;
+    const bool per_tensor = p_.scheme == Scheme::kPerTensor;
+    const int first = per_tensor ? 0 : row * parts_;
+    const int count = per_tensor ? p_.epilogue.m * parts_ : parts_;
+    const uint32_t bits = warp_max(lane < count ? maxima_[first + lane] : 0u);
+    float scale = scale_of(bits);
+    float inverse = inverse_of(scale);
+    if (p_.scheme == Scheme::kStatic) {
+      const float given = __ldg(p_.scale);
+      inverse = inverse_of(given);
+      scale = static_scale_of(bits, given);
+    }
+    if (part_ == 0 && lane == 0) x_scale_[row] = scale;
+    return inverse;
+  }
+
+  // Also writes 0 after the end of the row, up to the end of its last stage.
+  __device__ void store(int row, int first, float inverse) const {
+    const int m = p_.epilogue.m, end = p_.stages * kStage;
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      if (!warp_has(first, i)) continue;
+      if constexpr (!kWide) {
+#pragma unroll
+        for (int e = 0; e < kV; ++e) {
+          if (first + at(i, e) >= end) continue;
+          to_[resident_offset(row, first + at(i, e), m)] = to_int8(__fmul_rn(v_[i][e], inverse));
+        }
+        continue;
+      }
+      if (first + at(i, 0) >= end) continue;
+      const Int8Vector<kV> packed = to_int8_vector(v_[i], inverse);
+      *reinterpret_cast<Int8Vector<kV>*>(to_ + resident_offset(row, first + at(i, 0), m)) = packed;
+    }
+  }
+
+  const StreamParams& p_;
+  uint8_t* to_;
+  float* x_scale_;
+  uint32_t* maxima_;  // [row][part]
+  int parts_;         // warps that share a row
+  int at_once_;       // rows in progress at a time
+  int part_, row_;    // of this warp; its rows are row_, row_ + at_once_, ...
+  int batches_;       // of a row for each of its warps
+  int steps_;         // batches of all of a warp's rows
+  std::conditional_t<kWide, Packed<T>, Single<T>> x_[kVectors];
+  float v_[kVectors][kV];  // inv_smooth, then x * inv_smooth
+};
+
+}  // namespace sqk

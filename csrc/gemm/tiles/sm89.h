@@ -1,0 +1,59 @@
+// Ada (RTX 40, L40S), RTX 30, and newer GPUs with 100 KiB of shared memory (RTX 50). Kernel ring:
+// no torch. The one place to change when a measurement says otherwise; nothing here was tuned on a
+// GPU.
+//
+// 76 to 142 SMs, 1024 multiply-adds and some 16 bytes from L2 per SM and clock: half the tensor
+// throughput of an A100 per SM, so 48 KiB a block, two blocks per SM, keep it fed.
+#pragma once
+
+#include "gemm/tiles/builder.h"
+
+namespace sqk {
+
+constexpr TileBuilder kSm89Shipped[] = {
+    // 48 KiB of weights in flight per SM, in rings that run on from tile to tile.
+    stream(8, 16).warps(8).rate(50),
+    // Two groups of 8 tokens: the weights are still read once.
+    stream(16, 16).warps(8).rate(50),
+    // 48 KiB, two blocks per SM; each weight meets 32 tokens.
+    mma(32, 64, 128).warps(1, 4).stages(4).splits(8).rate(60),
+    // 48 KiB, two blocks per SM: for narrow layers.
+    mma(64, 64, 128).warps(2, 2).stages(3).splits(8).rate(70),
+    // 48 KiB, two blocks per SM; warps of 32x64.
+    mma(64, 128, 64).warps(2, 2).stages(4).splits(8).rate(80),
+    // 48 KiB, two blocks per SM; warps of 64x64.
+    mma(128, 128, 64).warps(2, 2).stages(3).splits(4).rate(90),
+    // 72 KiB, one block of 8 warps; a third less from L2 than 128x128.
+    mma(256, 128, 64).warps(4, 2).stages(3).rate(92),
+};
+
+// Only a tuning build compiles these, and no rule names one before a GPU has said that it is worth
+// it: the tuner then prints which row to move up.
+constexpr TileBuilder kSm89Candidates[] = {
+    // 40 KiB, two blocks per SM; half the tiles of 32x64 for wide layers.
+    mma(32, 128, 64).warps(1, 4).stages(4).splits(8).rate(60),
+    // 48 KiB, two blocks per SM: narrow layers and many tokens.
+    mma(128, 64, 64).warps(2, 2).stages(4).splits(8).rate(80),
+    // 96 KiB, one block of 8 warps: half the barriers of k = 64.
+    mma(128, 128, 128).warps(2, 4).stages(3).splits(4).rate(90),
+};
+
+constexpr RuleRow kSm89Rules[] = {
+    {8, {"stream 8x16"}, "weights are read once, in 16-byte loads; nothing else matters"},
+    {16,
+     {"stream 16x16", "32x64x128"},
+     "as above; shared memory where the tokens' re-reading costs more"},
+    {32, {"32x64x128"}, "one tile holds all tokens: the weights are read once"},
+    {64, {"64x128x64", "64x64x128"}, "one tile holds all tokens: the weights are read once"},
+    {256, {"64x128x64", "64x64x128", "128x128x64"}, "waves decide"},
+    {kAnyM,
+     {"128x128x64", "256x128x64", "64x128x64", "64x64x128"},
+     "the largest tiles that their waves allow"},
+};
+
+using Sm89Tiles = TileTable<kSm89Shipped, kSm89Candidates, kSm89Rules>;
+constexpr GemmTableView kSm89Table =
+    Sm89Tiles::view(GemmTable::kSm89, {1024, 16, 40, 350, 1500, 3000});
+static_assert(table_holds(kSm89Table, 99 * 1024), "a row of the table breaks a rule of tile.h");
+
+}  // namespace sqk

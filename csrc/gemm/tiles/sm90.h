@@ -1,0 +1,105 @@
+// Hopper (H100, H200, GH200). Kernel ring: no torch. The one place to change when a measurement
+// says otherwise; nothing here was tuned on a GPU.
+//
+// 132 SMs, 4096 multiply-adds per SM and clock, but only some 26 bytes from L2: a block of 128x128
+// needs 64 bytes per 4096 multiply-adds and is starved unless a cluster shares its loads, 128x256
+// in clusters of two needs 32. So large M wants the largest tiles and multicast, small M wants
+// every byte of the weights read once with some 100 KiB in flight per SM.
+#pragma once
+
+#include "gemm/tiles/builder.h"
+
+namespace sqk {
+
+constexpr TileBuilder kSm90Shipped[] = {
+    // 96 KiB of weights in flight per SM, in rings that run on from tile to tile.
+    stream(8, 16).warps(16).rate(50),
+    // Two groups of 8 tokens: the weights are still read once.
+    stream(16, 16).warps(16).rate(50),
+    // wgmma's 64 rows take channels, so 16 tokens waste nothing; 220 KiB in flight.
+    wgmma(16, 64, 256).swap_ab().pingpong().stages(11).rate(25),
+    // The same for 32 tokens.
+    wgmma(32, 64, 256).swap_ab().pingpong().stages(9).rate(40),
+    // Few tiles (narrow layers): all SMs share them over k.
+    wgmma(32, 128, 256).swap_ab().stream_k().stages(5).rate(40),
+    // 64 tokens on the column side.
+    wgmma(64, 64, 256).swap_ab().pingpong().stages(7).rate(60),
+    // Few tiles (narrow layers): all SMs share them over k.
+    wgmma(64, 128, 128).swap_ab().stream_k().stages(9).rate(60),
+    // 65 to 128 tokens: a cluster of two covers them and loads the weights once.
+    wgmma(64, 128, 128).pingpong().cluster(2, 1).stages(9).rate(70),
+    // One warpgroup stores while the other multiplies; a cluster of two shares the weights.
+    wgmma(128, 128, 128).pingpong().cluster(2, 1).stages(7).rate(80),
+    // Grids that do not fill the last wave: its tiles are shared over k.
+    wgmma(128, 128, 128).stream_k().stages(7).rate(75),
+    // A cluster of two loads half of 256 channels each: 32 bytes from L2 per 4096 MACs.
+    wgmma(128, 256, 128).cooperative().cluster(2, 1).stages(4).rate(90),
+    // 128x256 with tokens and channels exchanged: other waves.
+    wgmma(256, 128, 128).cooperative().cluster(1, 2).stages(4).rate(90),
+    // 128x256 where its last wave would be mostly empty: shared over k.
+    wgmma(128, 256, 128).stream_k().cluster(2, 1).stages(4).rate(88),
+};
+
+// Only a tuning build compiles these, and no rule names one before a GPU has said that it is worth
+// it: the tuner then prints which row to move up.
+constexpr TileBuilder kSm90Candidates[] = {
+    // 65 to 128 tokens of wide layers: half the tiles of 64x128, x_q loaded half as often.
+    wgmma(64, 256, 128).pingpong().cluster(2, 1).stages(5).rate(75),
+    // No cluster: any SM takes any tile, odd numbers of them too; more from L2.
+    wgmma(128, 128, 128).pingpong().cluster(1, 1).stages(7).rate(80).cluster_in_name(),
+    // The pair shares the tokens: one row of tiles (65 to 128 tokens) is no waste.
+    wgmma(128, 128, 128).pingpong().cluster(1, 2).stages(7).rate(80).cluster_in_name(),
+    // Between 128x128 and 128x256: fills other waves, and a stage more is in flight.
+    wgmma(128, 192, 128).cooperative().cluster(2, 1).stages(5).rate(85),
+    // Four share both operands: 24 bytes from L2 per 4096 MACs; GPCs may not divide.
+    wgmma(128, 256, 128).cooperative().cluster(2, 2).stages(4).rate(90).cluster_in_name(),
+    // No cluster: nobody waits for a partner; 48 bytes from L2 per 4096 MACs.
+    wgmma(128, 256, 128).cooperative().cluster(1, 1).stages(4).rate(85).cluster_in_name(),
+    // The pair shares the tokens, which are half of what a tile loads.
+    wgmma(64, 64, 256).swap_ab().pingpong().cluster(1, 2).stages(7).rate(60).cluster_in_name(),
+    // 128 channels a tile: x_q loaded half as often as by 64x64, for wide layers.
+    wgmma(64, 128, 128).swap_ab().pingpong().stages(9).rate(60),
+    // One tile holds 128 tokens: the weights are read once, without a cluster.
+    wgmma(128, 64, 128).swap_ab().pingpong().stages(9).rate(65),
+    // Few tiles and at most 16 tokens: none of the 32 wasted.
+    wgmma(16, 128, 256).swap_ab().stream_k().stages(6).rate(25),
+    // 256x128 where its last wave would be mostly empty: shared over k.
+    wgmma(256, 128, 128).stream_k().cluster(1, 2).stages(4).rate(88),
+    // Shares single tiles over k, not pairs: evener, and more from L2.
+    wgmma(128, 256, 128).stream_k().cluster(1, 1).stages(4).rate(85).cluster_in_name(),
+    // Two blocks per SM: one reads on while the other adds up and stores.
+    stream(8, 16).warps(8).rate(50).warps_in_name(),
+    // The same with two groups of 8 tokens.
+    stream(16, 16).warps(8).rate(50).warps_in_name(),
+};
+
+constexpr RuleRow kSm90Rules[] = {
+    {8, {"stream 8x16"}, "weights are read once, in 16-byte loads; nothing else matters"},
+    {16,
+     {"16x64x256 swap", "stream 16x16", "32x128x256 swap stream-K"},
+     "one tile holds all tokens; narrow layers are shared over k"},
+    {32,
+     {"32x64x256 swap", "32x128x256 swap stream-K"},
+     "one tile holds all tokens; narrow layers are shared over k"},
+    {64,
+     {"64x64x256 swap", "64x128x128 swap stream-K"},
+     "one tile holds all tokens; narrow layers are shared over k"},
+    {128,
+     {"64x128x128", "64x128x128 swap stream-K", "128x128x128 stream-K", "128x256x128 stream-K"},
+     "a cluster holds all tokens, or all SMs share over k"},
+    {512,
+     {"128x128x128", "64x128x128", "128x256x128", "256x128x128", "128x256x128 stream-K",
+      "128x128x128 stream-K"},
+     "waves decide"},
+    {kAnyM,
+     {"128x256x128", "256x128x128", "128x128x128", "128x256x128 stream-K", "64x128x128",
+      "128x128x128 stream-K"},
+     "the largest tiles that their waves allow"},
+};
+
+using Sm90Tiles = TileTable<kSm90Shipped, kSm90Candidates, kSm90Rules>;
+constexpr GemmTableView kSm90Table =
+    Sm90Tiles::view(GemmTable::kSm90, {4096, 26, 64, 1650, 1500, 2500});
+static_assert(table_holds(kSm90Table, 227 * 1024), "a row of the table breaks a rule of tile.h");
+
+}  // namespace sqk

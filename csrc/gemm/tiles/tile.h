@@ -1,0 +1,133 @@
+// What a row of a GEMM table says: a tile, or when to take which. Kernel ring: no torch.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "sqk/gemm.h"
+
+namespace sqk {
+
+enum class GemmKernel : int32_t {
+  kStream,  // few tokens: a warp's weights in a ring of its own, mma.sync (stream/kernel.cuh)
+  kMma,     // cp.async, ldmatrix and mma.sync in several stages (mma/kernel.cuh)
+  kWgmma,   // TMA and wgmma, warp-specialized, by CUTLASS (wgmma/kernel.cuh; Hopper)
+};
+
+// How a kWgmma kernel shares out its work.
+enum class Schedule : int32_t {
+  kNone,
+  kPingpong,     // two warpgroups on two tiles: one multiplies while the other stores
+  kCooperative,  // two warpgroups on one tile
+  kStreamK,      // cooperative; blocks share the tiles that do not fill the GPU, over k
+};
+
+// m counts tokens and n output channels, however the instruction is fed.
+struct GemmTile {
+  const char* name;
+  GemmKernel kernel;
+  int32_t m, n, k;
+  int32_t warps_m, warps_n;  // kMma: of a block, along m and n; kStream: 1 and at most so many
+  int32_t stages;            // tiles of x_q and w_q in shared memory at a time; kStream: 0
+  Schedule schedule;         // kWgmma
+  bool swap_ab;              // kWgmma: w_q on the instruction's 64-row side, tokens on the other
+  int32_t cluster_m, cluster_n;  // blocks along m and n that share what they load
+  int32_t most_splits;           // kMma: blocks that may share a tile's k through the workspace
+  int32_t rate;                  // percent of the tensor cores' peak in the main loop: an estimate
+};
+
+constexpr int64_t stage_bytes(const GemmTile& tile) {
+  return int64_t{tile.stages} * (tile.m + tile.n) * tile.k;
+}
+
+// At most, dynamic and per block; CUTLASS keeps barriers and a scheduler's work beside the stages.
+constexpr int64_t shared_bytes(const GemmTile& tile) {
+  return stage_bytes(tile) + (tile.kernel == GemmKernel::kWgmma ? 1024 : 0);
+}
+
+// The first rule whose most_m is not exceeded names the candidates; plan_gemm takes the one that it
+// expects to be done first (plan.cpp), and the first of those that are nearly equal.
+constexpr int kMostCandidates = 6;
+struct GemmRule {
+  int64_t most_m;
+  int32_t candidates[kMostCandidates];  // rows of the tiles; -1: none
+  const char* when;
+  const char* why;
+};
+
+// What the arithmetic of the choice knows of a GPU, in clocks of the multiprocessors (SMs).
+struct GemmMachine {
+  int32_t macs;          // int8 multiply-adds of an SM per clock
+  int32_t l2_bytes;      // per SM and clock when all draw from L2
+  int32_t sm_bytes;      // per clock that one SM can take in
+  int32_t memory_bytes;  // per clock from memory, for all SMs: nine tenths of the data sheet
+  int32_t overhead;      // clocks for a tile's first loads and last stores
+  int32_t launch;        // clocks for a further launch (clearing counters) in a graph
+};
+
+struct GemmTableView {
+  const char* name;
+  GemmMachine machine;
+  const GemmTile* tiles;
+  int32_t tile_count;
+  int32_t shipped;  // the first ones; a tuning build's candidates follow
+  const GemmRule* rules;
+  int32_t rule_count;
+};
+
+const GemmTableView& gemm_table(GemmTable table);
+
+constexpr int64_t kAnyM = int64_t{1} << 40;
+
+constexpr bool same_text(const char* a, const char* b) {
+  while (*a != '\0' && *a == *b) ++a, ++b;
+  return *a == *b;
+}
+
+// What every row must hold, shipped or not.
+constexpr bool tiles_hold(const GemmTile* tiles, int64_t count, int64_t shared_limit) {
+  for (int64_t i = 0; i < count; ++i) {
+    const GemmTile& tile = tiles[i];
+    for (int64_t j = 0; j < i; ++j) {
+      if (same_text(tiles[j].name, tile.name)) return false;
+    }
+    if (shared_bytes(tile) > shared_limit) return false;
+    if (tile.m < 8 || tile.n < 16 || tile.most_splits < 1 || tile.rate < 1 || tile.rate > 100) {
+      return false;
+    }
+    if (tile.kernel == GemmKernel::kMma) {
+      const int rows = tile.m / tile.warps_m, columns = tile.n / tile.warps_n;
+      if (rows % 16 != 0 || columns % 16 != 0 || tile.k % 32 != 0 || tile.stages < 2) return false;
+      if (rows * columns > 64 * 64) return false;  // 128 accumulators a thread
+    }
+    if (tile.kernel == GemmKernel::kWgmma) {
+      if (tile.schedule == Schedule::kNone) return false;
+      const int groups = tile.schedule == Schedule::kPingpong ? 1 : 2;
+      const int rows = tile.swap_ab ? tile.n : tile.m, columns = tile.swap_ab ? tile.m : tile.n;
+      if (rows % (64 * groups) != 0 || columns % 8 != 0 || columns > 256) return false;
+      if (rows / groups * columns > 64 * 256) return false;  // 128 accumulators a thread
+    }
+  }
+  return true;
+}
+
+// What every table must hold; each is static_assert'ed with it.
+constexpr bool table_holds(const GemmTableView& t, int64_t shared_limit) {
+  if (t.tile_count > 64) return false;  // a bit each in excluded.h
+  if (t.shipped > t.tile_count || !tiles_hold(t.tiles, t.tile_count, shared_limit)) return false;
+  for (int i = 0; i < t.rule_count; ++i) {
+    if (i > 0 && t.rules[i].most_m <= t.rules[i - 1].most_m) return false;
+    if (t.rules[i].candidates[0] < 0) return false;
+    for (int candidate : t.rules[i].candidates) {
+      if (candidate >= t.shipped) return false;
+      // A streaming kernel takes no more tokens than its tile has.
+      if (candidate >= 0 && t.tiles[candidate].kernel == GemmKernel::kStream &&
+          t.rules[i].most_m > t.tiles[candidate].m) {
+        return false;
+      }
+    }
+  }
+  return t.rules[t.rule_count - 1].most_m == kAnyM;
+}
+
+}  // namespace sqk

@@ -1,0 +1,265 @@
+// Hopper's GEMM: CUTLASS's TMA and wgmma main loop, our epilogue. Kernel ring: no torch.
+#pragma once
+
+// SQK_OVERLAP: a kernel may start while the one before it in the stream ends, and waits in front of
+// its first load. Set by the instances; CUTLASS 4.2's stream-K scheduler does not compile with it.
+#if SQK_OVERLAP
+#define CUTLASS_ENABLE_GDC_FOR_SM90 1
+#endif
+
+#include <cuda_runtime.h>
+
+#include <atomic>
+#include <cstring>
+
+#include "common/arithmetic.h"
+#include "common/launch.h"
+#include "cute/tensor.hpp"
+#include "cutlass/cutlass.h"
+#include "cutlass/epilogue/collective/detail.hpp"
+#include "cutlass/gemm/collective/collective_builder.hpp"
+#include "cutlass/gemm/kernel/gemm_universal.hpp"
+#include "gemm/epilogue/channels.cuh"
+#include "gemm/epilogue/tokens.cuh"
+#include "gemm/kernels.h"
+
+namespace sqk {
+
+// What CUTLASS's kernels ask of an epilogue. The results go from registers to global memory, in
+// whole sectors (epilogue.cuh), without shared memory: all of it is the main loop's.
+template <bool kSwapAB>
+class WgmmaEpilogue {
+ public:
+  using EpilogueSchedule = cutlass::epilogue::NoSmemWarpSpecialized;
+  using DispatchPolicy = EpilogueSchedule;
+  using ElementOutput = int32_t;
+  using ElementAccumulator = int32_t;
+  using ElementCompute = float;
+  using ElementC = void;
+  using ElementD = int32_t;
+  using StrideC = cute::Stride<int64_t, cute::_1, int64_t>;
+  using StrideD = StrideC;
+  using GmemTiledCopyC = void;
+  using GmemTiledCopyD = void;
+  struct SharedStorage {};
+  using TensorStorage = SharedStorage;
+  using Arguments = Epilogue;
+  using Params = Epilogue;
+
+  template <class Problem>
+  static constexpr Params to_underlying_arguments(const Problem&, const Arguments& arguments,
+                                                  void*) {
+    return arguments;
+  }
+  template <class Problem>
+  static size_t get_workspace_size(const Problem&, const Arguments&) {
+    return 0;
+  }
+  template <class Problem>
+  static cutlass::Status initialize_workspace(const Problem&, const Arguments&, void*, cudaStream_t,
+                                              cutlass::CudaHostAdapter* = nullptr) {
+    return cutlass::Status::kSuccess;
+  }
+  template <class Problem>
+  static bool can_implement(const Problem&, const Arguments&) {
+    return true;
+  }
+
+  CUTLASS_HOST_DEVICE WgmmaEpilogue(const Params& params, const SharedStorage& = SharedStorage())
+      : params_(params) {}
+
+  // One warpgroup's part of a tile, 64 rows of accumulators at a time: warp w holds rows 16 w ...
+  template <class Problem, class Tile, class Coordinates, class Engine, class Layout,
+            class TiledMma, class Residue>
+  CUTLASS_DEVICE void operator()(Problem, Tile tile, Coordinates coordinates,
+                                 const cute::Tensor<Engine, Layout>& accumulators, TiledMma,
+                                 Residue, int thread, char*) {
+    constexpr int kRows = cute::size<0>(Tile{}), kColumns = cute::size<1>(Tile{});
+    constexpr int kWarpgroups = cute::size(TiledMma{}) / 128;
+    constexpr int kPerThread = kColumns / 2;  // accumulators of 64 rows
+    constexpr int kParts = kRows / (64 * kWarpgroups);
+    static_assert(decltype(cute::size(accumulators))::value == kParts * kPerThread);
+    const int warpgroup = thread / 128, warp = thread % 128 / 32;
+    const int row0 = cute::get<0>(coordinates) * kRows,
+              column0 = cute::get<1>(coordinates) * kColumns;
+    CUTLASS_PRAGMA_UNROLL
+    for (int part = 0; part < kParts; ++part) {
+      // The warpgroups lie side by side along the rows, and together are repeated.
+      const int row = row0 + 64 * (part * kWarpgroups + warpgroup) + 16 * warp;
+      int32_t acc[kPerThread];
+      CUTLASS_PRAGMA_UNROLL
+      for (int i = 0; i < kPerThread; ++i) acc[i] = accumulators(part * kPerThread + i);
+      if constexpr (kSwapAB) {
+        store_channels<kColumns / 8>(params_, acc, row, column0);
+      } else {
+        store_tokens<kColumns / 8>(params_, acc, row, column0);
+      }
+    }
+  }
+
+ private:
+  Params params_;
+};
+
+template <Schedule kSchedule>
+struct WgmmaSchedule;
+template <>
+struct WgmmaSchedule<Schedule::kPingpong> {
+  using Kernel = cutlass::gemm::KernelTmaWarpSpecializedPingpong;
+  using Scheduler = cutlass::gemm::PersistentScheduler;
+};
+template <>
+struct WgmmaSchedule<Schedule::kCooperative> {
+  using Kernel = cutlass::gemm::KernelTmaWarpSpecializedCooperative;
+  using Scheduler = cutlass::gemm::PersistentScheduler;
+};
+template <>
+struct WgmmaSchedule<Schedule::kStreamK> {
+  using Kernel = cutlass::gemm::KernelTmaWarpSpecializedCooperative;
+  using Scheduler = cutlass::gemm::StreamKScheduler;
+};
+
+// The kernel of one tile, by numbers that people can read in a profile. "Rows" and "columns" are
+// the instruction's: tokens and channels, or the other way round.
+template <int kM, int kN, int kK, int kStages, Schedule kSchedule, bool kSwapAB, int kClusterM,
+          int kClusterN>
+struct WgmmaTile {
+  static_assert((kSchedule == Schedule::kStreamK) == !SQK_OVERLAP);
+  using TileShape =
+      cute::Shape<cute::Int<kSwapAB ? kN : kM>, cute::Int<kSwapAB ? kM : kN>, cute::Int<kK>>;
+  using Cluster = cute::Shape<cute::Int<kSwapAB ? kClusterN : kClusterM>,
+                              cute::Int<kSwapAB ? kClusterM : kClusterN>, cute::_1>;
+  using MainLoop = typename cutlass::gemm::collective::CollectiveBuilder<
+      cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, int8_t, cutlass::layout::RowMajor, 16,
+      int8_t, cutlass::layout::ColumnMajor, 16, int32_t, TileShape, Cluster,
+      cutlass::gemm::collective::StageCount<kStages>,
+      typename WgmmaSchedule<kSchedule>::Kernel>::CollectiveOp;
+  using Store =
+      cutlass::epilogue::collective::detail::Sm90TmaWarpSpecializedAdapter<WgmmaEpilogue<kSwapAB>>;
+  using Kernel =
+      cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>, MainLoop, Store,
+                                           typename WgmmaSchedule<kSchedule>::Scheduler>;
+};
+
+// CUTLASS's kernel under the name of its tile.
+template <class Tile>
+__global__ void __launch_bounds__(Tile::Kernel::MaxThreadsPerBlock, 1)
+    wgmma_gemm_kernel(const __grid_constant__ typename Tile::Kernel::Params params) {
+  extern __shared__ char shared[];
+  typename Tile::Kernel()(params, shared);
+}
+
+template <TileKey kKey>
+class WgmmaGemm {
+  static constexpr GemmTile kTile = tile_of(kKey);
+  static_assert(kTile.kernel == GemmKernel::kWgmma);
+  static constexpr bool kSwap = kTile.swap_ab;
+  static constexpr int kClusterBlocks = kTile.cluster_m * kTile.cluster_n;
+  using Tile = WgmmaTile<kTile.m, kTile.n, kTile.k, kTile.stages, kTile.schedule, kSwap,
+                         kTile.cluster_m, kTile.cluster_n>;
+  using Kernel = typename Tile::Kernel;
+  using Cluster = typename Tile::Cluster;
+  static constexpr int kShared = Kernel::SharedStorageSize;
+  static_assert(kShared <= shared_bytes(kTile), "plan_gemm compares less with what the GPU has");
+
+  static const void* function() { return reinterpret_cast<const void*>(&wgmma_gemm_kernel<Tile>); }
+
+  static Status allow_memory() {
+    static DevicesSeen seen;
+    return allow_shared_memory(function(), kShared, 1, seen);
+  }
+
+  // Clusters that run at a time: GPCs with an odd number of multiprocessors, or with some switched
+  // off, hold fewer than a division of all of them says. 0: not known, CUTLASS then assumes. Asked
+  // for once per device, as a plan and its launch must agree.
+  static int active_clusters() {
+    static std::atomic<int32_t> known[kMaxDevices];  // 1 more, 0: not asked yet
+    int device = 0;
+    if (cudaGetDevice(&device) != cudaSuccess || device >= kMaxDevices) return 0;
+    if (const int32_t found = known[device].load(std::memory_order_relaxed)) return found - 1;
+    KernelLaunch launch = {};
+    launch.function = function();
+    launch.grid = cluster();
+    launch.block = Kernel::get_block_shape();
+    launch.shared_bytes = kShared;
+    launch.cluster = cluster();
+    int count = 0;
+    if (allow_memory() == Status::kSuccess) count = max_active_clusters(launch);
+    known[device].store(count + 1, std::memory_order_relaxed);
+    return count;
+  }
+
+  static dim3 cluster() { return dim3(cute::size<0>(Cluster{}), cute::size<1>(Cluster{})); }
+
+  // CUTLASS's own check would refuse a k that is no multiple of 16; TMA needs that of strides only,
+  // and fills what lies behind k with zeros.
+  static typename Kernel::Arguments arguments(const GemmParams& p, const Device& device) {
+    typename Kernel::Arguments a = {};
+    a.mode = cutlass::gemm::GemmUniversalMode::kGemm;
+    const int m = static_cast<int>(p.m), n = static_cast<int>(p.n), k = static_cast<int>(p.k);
+    a.problem_shape = cute::make_shape(kSwap ? n : m, kSwap ? m : n, k, 1);
+    const int64_t x_stride = stride(p, p.m, p.x_q_stride);
+    const int64_t w_stride = stride(p, p.n, p.w_q_stride);
+    a.mainloop.ptr_A = kSwap ? p.w_q : p.x_q;
+    a.mainloop.dA = cute::make_stride(kSwap ? w_stride : x_stride, cute::_1{}, int64_t{0});
+    a.mainloop.ptr_B = kSwap ? p.x_q : p.w_q;
+    a.mainloop.dB = cute::make_stride(kSwap ? x_stride : w_stride, cute::_1{}, int64_t{0});
+    a.epilogue = make_epilogue(p);
+    a.hw_info.sm_count = device.sms;
+    if constexpr (kClusterBlocks > 1) a.hw_info.max_active_clusters = active_clusters();
+    if constexpr (kTile.schedule == Schedule::kStreamK) {
+      // By default CUTLASS shares no tiles where the last wave is half full: that is for plan_gemm
+      // to say, and it has.
+      a.scheduler.decomposition_mode = decltype(a.scheduler.decomposition_mode)::StreamK;
+    }
+    return a;
+  }
+
+  // One row may come with any stride; a tensor map wants one that holds the row.
+  static int64_t stride(const GemmParams& p, int64_t rows, int64_t given) {
+    return rows > 1 ? given : round_up(p.k, kGemmAlignment);
+  }
+
+  // CUTLASS only prints when the driver refuses a tensor map, and goes on with an empty one.
+  static bool is_encoded(const cute::TmaDescriptor& map) {
+    const cute::TmaDescriptor empty = {};
+    return std::memcmp(&map, &empty, sizeof map) != 0;
+  }
+
+ public:
+  static int64_t workspace_bytes(const GemmParams& p, const Device& device) {
+    return static_cast<int64_t>(Kernel::get_workspace_size(arguments(p, device)));
+  }
+
+  static Status launch(const GemmParams& p, const Device& device, const GemmPlan& plan,
+                       cudaStream_t stream) {
+    const auto given = arguments(p, device);
+    if constexpr (kTile.schedule == Schedule::kStreamK) {
+      // Planned in another context, with other multiprocessors.
+      if (static_cast<int64_t>(Kernel::get_workspace_size(given)) > p.workspace_bytes) {
+        return Status::kWorkspaceTooSmall;
+      }
+    }
+    // Stream-K: clears the counters of its tiles.
+    if (Kernel::initialize_workspace(given, p.workspace, stream) != cutlass::Status::kSuccess) {
+      return Status::kUnsupportedShape;
+    }
+    auto params = Kernel::to_underlying_arguments(given, p.workspace);
+    if (!is_encoded(*params.mainloop.tma_load_a.get_tma_descriptor()) ||
+        !is_encoded(*params.mainloop.tma_load_b.get_tma_descriptor())) {
+      return Status::kInvalidArgument;
+    }
+    KernelLaunch launch = {};
+    launch.function = function();
+    launch.grid = Kernel::get_grid_shape(params);
+    launch.block = Kernel::get_block_shape();
+    launch.shared_bytes = kShared;
+    launch.stream = stream;
+    launch.cluster = cluster();
+    launch.overlap = SQK_OVERLAP && plan.overlap;
+    const Status status = allow_memory();
+    return status == Status::kSuccess ? launch_kernel(launch, &params) : status;
+  }
+};
+
+}  // namespace sqk

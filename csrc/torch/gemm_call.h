@@ -1,0 +1,162 @@
+// What the GEMM ops share: their checks, and the call of the kernels. Binding ring.
+#pragma once
+
+#include <optional>
+#include <string>
+
+#include "arguments.h"
+#include "common/arithmetic.h"
+#include "sqk/gemm.h"
+
+namespace sqk {
+
+// The smallest stride of rows of k int8 elements that keeps every row aligned.
+inline int64_t padded(int64_t k) { return round_up(k, kGemmAlignment); }
+
+inline void check_int8(const char* op, const char* name, const Tensor& tensor) {
+  SQK_CHECK(tensor.scalar_type() == ScalarType::Char, op, ": ", name, " must be int8, got ",
+            dtype_name(tensor.scalar_type()), ". Quantize it first (ops.quantize).");
+}
+
+// A scale with `size` elements, or with one for all.
+inline void check_scale(const char* op, const char* name, const Tensor& scale, const Tensor& like,
+                        int64_t size, const char* what) {
+  if (scale.dim() == 1 && scale.size(0) == 1) return check_vector(op, name, scale, like, 1, what);
+  SQK_CHECK(scale.scalar_type() == ScalarType::Float, op, ": ", name, " must be float32, got ",
+            dtype_name(scale.scalar_type()), ". Scales and smoothing factors stay in float32.");
+  check_device(op, name, scale, like);
+  SQK_CHECK(scale.dim() == 1 && scale.size(0) == size, op, ": ", name, " must have shape [", size,
+            size == 1 ? "" : "] or [1", "] (", what, "), got ", tuple_text(scale), ".");
+}
+
+inline void check_weight(const char* op, const Tensor& x, const Tensor& w_q) {
+  check_int8(op, "w_q", w_q);
+  check_device(op, "w_q", w_q, x);
+  SQK_CHECK(
+      x.dim() >= 1 && w_q.dim() == 2 && w_q.size(0) >= 1 && x.size(x.dim() - 1) == w_q.size(1), op,
+      ": x_q must be [..., K] and w_q [N, K] with the same K and N >= 1, got ", tuple_text(x),
+      " and ", tuple_text(w_q), ".");
+  const int64_t k = w_q.size(1);
+  SQK_CHECK(k >= 1 && k <= kMaxGemmK, op, ": K must be in [1, ", kMaxGemmK,
+            "] so that an int32 sum cannot overflow, got ", k, "; split the layer over K.");
+}
+
+// The arguments that all GEMM ops have besides their activation. Keeps the tensors alive during the
+// call.
+class Gemm {
+ public:
+  Gemm(const char* op, const Tensor& x, const Tensor& w_q, const Tensor& w_scale,
+       const MaybeTensor& bias, ScalarType y_dtype)
+      : op_(op), x_(x) {
+    check_weight(op, x, w_q);
+    params_.m = Rows::count(x);
+    params_.n = w_q.size(0);
+    params_.k = w_q.size(1);
+    check_scale(op, "w_scale", w_scale, x, params_.n, "per output channel or per tensor");
+    if (bias) {
+      check_float(op, "bias", *bias);
+      check_device(op, "bias", *bias, x);
+      SQK_CHECK(bias->dim() == 1 && bias->size(0) == params_.n, op, ": bias must have shape [",
+                params_.n, "], got ", tuple_text(*bias), ".");
+    }
+    params_.y_dtype = to_dtype(y_dtype);
+    params_.tile = -1;
+    y_dtype_ = y_dtype;
+    w_q_ = w_q;
+    w_scale_ = w_scale;
+    bias_ = bias;
+  }
+
+  GemmParams& params() { return params_; }
+
+  // May copy tensors: call it when all arguments have been checked and the device is current.
+  void prepare() {
+    params_.w_q = aligned_rows(*w_q_, params_.w_q_stride, w_rows_);
+    w_scale_ = dense(*w_scale_);
+    params_.w_scale = floats(*w_scale_);
+    params_.w_per_channel = w_scale_->size(0) > 1;
+    if (bias_) {
+      bias_ = as_float32(*bias_);
+      params_.bias = floats(*bias_);
+    }
+  }
+
+  void set_activation(const Tensor& x_q, const Tensor& x_scale) {
+    params_.x_q = aligned_rows(x_q, params_.x_q_stride, x_rows_);
+    x_scale_ = dense(x_scale);
+    params_.x_scale = floats(*x_scale_);
+    params_.x_per_token = x_scale_->size(0) > 1;
+  }
+
+  void set_residual(const MaybeTensor& residual) {
+    if (!residual) return;
+    const Rows& rows = residual_.emplace(*residual);
+    params_.residual = rows.data;
+    params_.residual_stride = rows.stride;
+    params_.residual_dtype = to_dtype(residual->scalar_type());
+  }
+
+  Tensor make_y() {
+    Tensor y = new_rows(x_, params_.n, y_dtype_);
+    params_.y = y.mutable_data_ptr();
+    params_.y_stride = params_.n;
+    return y;
+  }
+
+  Tensor run(const Launch& launch) {
+    Tensor y = make_y();
+    GemmPlan plan;
+    Status status = sqk::plan(params_, &plan);
+    if (status == Status::kSuccess) {
+      MaybeTensor workspace;
+      params_.workspace_bytes = plan.workspace_bytes;
+      params_.workspace = make_workspace(x_, plan.workspace_bytes, workspace);
+      status = gemm_s8(params_, plan, launch.stream());
+    }
+    check(status);
+    return y;
+  }
+
+  void check(Status status) const {
+    SQK_CHECK(
+        status == Status::kSuccess, op_, ": ", describe(status), "; M ", params_.m, ", N ",
+        params_.n, ", K ", params_.k,
+        params_.tile >= 0 ? concat(", tile ", params_.tile, ", splits ", params_.splits) : "");
+  }
+
+ private:
+  // Rows that the kernels can load 16 bytes at a time: the tensor itself if its rows are aligned
+  // (as with k_multiple = 16 and in packed weights), else a padded copy.
+  const int8_t* aligned_rows(const Tensor& t, int64_t& stride, std::optional<Rows>& keep) {
+    if (Rows::uniform(t)) {
+      const Rows& rows = keep.emplace(t);
+      const int64_t count = Rows::count(t);
+      if (are_rows_aligned(rows.data, rows.stride, count, kGemmAlignment) &&
+          (count <= 1 || rows.stride >= params_.k)) {
+        stride = rows.stride;
+        return static_cast<const int8_t*>(rows.data);
+      }
+    }
+    const int64_t last = t.dim() - 1;
+    stride = padded(params_.k);
+    Tensor copy = new_rows(t, stride, ScalarType::Char);
+    Tensor columns = torch::stable::narrow(copy, last, 0, params_.k);
+    torch::stable::copy_(columns, t);
+    return static_cast<const int8_t*>(keep.emplace(copy).data);
+  }
+
+  static Tensor as_float32(const Tensor& t) {
+    if (t.scalar_type() == ScalarType::Float) return dense(t);
+    Tensor copy = new_vector(t, t.size(0), ScalarType::Float);
+    return torch::stable::copy_(copy, t);
+  }
+
+  const char* op_;
+  const Tensor& x_;
+  GemmParams params_ = {};
+  ScalarType y_dtype_;
+  MaybeTensor w_q_, w_scale_, x_scale_, bias_;
+  std::optional<Rows> x_rows_, w_rows_, residual_;
+};
+
+}  // namespace sqk
