@@ -2,7 +2,7 @@
 // written meanwhile. Kernel ring: no torch.
 //
 // Volatile, and with a clobber of memory, so that the compiler moves none of them over a barrier,
-// an mbarrier's wait or griddepcontrol.wait; of __ldcg, a plain asm, it may. tools/kernel_gates.py
+// an mbarrier's wait or griddepcontrol.wait; of __ldcg, a plain asm, it may. tools/gates
 // checks the compiled code.
 #pragma once
 

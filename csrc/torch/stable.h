@@ -1,7 +1,7 @@
 // The part of torch's stable ABI that the binding uses. Binding ring: the only folder that includes
 // torch.
 //
-// TORCH_TARGET_VERSION comes from the build (tools/build_support.py), so that every file agrees on
+// TORCH_TARGET_VERSION comes from the build (tools/build/plan.py), so that every file agrees on
 // it.
 #pragma once
 

@@ -129,14 +129,6 @@ extern "C" SQK_EXPORT int32_t sqk_gemm_plan(const sqk::GemmParams* params,
 extern "C" SQK_EXPORT int32_t sqk_linear_s8(const sqk::LinearParams* params, void* stream);
 extern "C" SQK_EXPORT int32_t sqk_linear_plan(const sqk::LinearParams* params,
                                               sqk::LinearPlan* plan);
-// The tables as JSON: {"sm80": {"tiles": [{"tile": 0, "name": ..., ...}, ...], "rules":
-// [{"most_m": ..., "tiles": [...], "when": ..., "why": ...}, ...]}, ...}. Valid until the same
-// thread asks again.
-extern "C" SQK_EXPORT const char* sqk_gemm_tables();
-// What plan_gemm takes for these sizes on a GPU like this, as JSON: {"table": "sm90", "tile": 8,
-// "splits": 1, ...}; {} where it refuses. Valid until the same thread asks again.
-extern "C" SQK_EXPORT const char* sqk_gemm_choice(int64_t m, int64_t n, int64_t k,
-                                                  const sqk::GemmDevice* device);
 // From now on plans for GPUs with this table and as many multiprocessors take what was measured for
 // their n and k and about as many tokens, and the rules else; count 0: the rules alone. Results do
 // not change: all tiles give the same bits. kInvalidArgument, and nothing is changed, for a row
@@ -144,8 +136,8 @@ extern "C" SQK_EXPORT const char* sqk_gemm_choice(int64_t m, int64_t n, int64_t 
 // problem. Copies the rows; safe while other threads plan.
 extern "C" SQK_EXPORT int32_t sqk_gemm_use_measured(sqk::GemmTable table, int32_t sms,
                                                     const sqk::GemmMeasured* rows, int64_t count);
-// From now on no plan takes these rows, in place of those that SQK_WITHOUT_TILES names: their "id"
-// in sqk_gemm_tables or the name alone, separated by commas; "": all rows may be taken; null: what
+// From now on no plan takes these rows, in place of those that SQK_WITHOUT_TILES names: their id
+// (gemm/excluded.h) or the name alone, separated by commas; "": all rows may be taken; null: what
 // the environment says. kUnknownTile for a name that no table has; a list that was given then
 // changes nothing. Results do not change. Safe while other threads plan.
 extern "C" SQK_EXPORT int32_t sqk_gemm_without_tiles(const char* list);

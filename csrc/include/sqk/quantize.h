@@ -138,5 +138,3 @@ extern "C" SQK_EXPORT int64_t sqk_quantize_workspace_bytes(const sqk::QuantizePa
 extern "C" SQK_EXPORT int32_t sqk_quantize_plan(const sqk::QuantizeParams* params,
                                                 const sqk::QuantizeDevice* device,
                                                 sqk::QuantizePlan* plan);
-// The table of paths as JSON: [{"path": ..., "when": ..., "why": ...}, ...]; never freed.
-extern "C" SQK_EXPORT const char* sqk_quantize_table();
