@@ -4,16 +4,14 @@ simulator."""
 from __future__ import annotations
 
 import ctypes
-import json
 import threading
 from collections.abc import Iterator
 
 import pytest
 
-from smoothquant_kernels.backends import tuned_tiles as _tune
 from tests.csrc.test_gemm_plan import GPUS, assert_can_be_launched, compiled, params, plan
 from tests.support import c_gemm, simulator
-from tests.support.c_gemm import Device, Plan
+from tests.support.c_gemm import Device, Measured, Plan
 from tests.support.c_interface import INVALID_ARGUMENT, SUCCESS
 
 pytestmark = pytest.mark.compiler
@@ -37,7 +35,7 @@ def use(
     library: ctypes.CDLL, rows: list[tuple[int, int, int, int, int]], table: int = 2, sms: int = 132
 ) -> int:
     """Rows of n, k, m, tile, splits; for an H100 unless said otherwise."""
-    array = (_tune._Measured * len(rows))(*(_tune._Measured(*row) for row in rows))
+    array = (Measured * len(rows))(*(Measured(*row) for row in rows))
     status: int = library.sqk_gemm_use_measured(table, sms, array, ctypes.c_int64(len(rows)))
     return status
 
@@ -78,7 +76,7 @@ def test_every_number_of_tokens_takes_what_was_measured_near_it(library: ctypes.
             params(m, 4096, 4096), plan(library, params(m, 4096, 4096), H100), H100, tiles
         )
     assert changed > 150, "the rules take the same tiles: this shows nothing"
-    assert json.loads(library.sqk_gemm_choice(300, 4096, 4096, ctypes.byref(H100)))["tile"] == 9
+    assert c_gemm.choice(library, 300, 4096, 4096, H100)["tile"] == 9
 
 
 def test_other_problems_and_other_gpus_go_by_the_rules(library: ctypes.CDLL) -> None:
@@ -174,7 +172,6 @@ SAME_BITS = """
 import ctypes, sys
 import torch
 from smoothquant_kernels import ops, reference
-from smoothquant_kernels.backends import tuned_tiles as _tune
 from smoothquant_kernels.ops import registry
 from tests.support import c_gemm, c_interface, cases
 
@@ -203,7 +200,7 @@ for m in (5, 16, 40):
     for tile in c_gemm.tables(library)[table]["tiles"]:
         if tile["kernel"] == "stream" and m > tile["m"]:
             continue
-        row = _tune._Measured(n, k, m, tile["tile"], tile["most_splits"])
+        row = c_gemm.Measured(n, k, m, tile["tile"], tile["most_splits"])
         assert use(c_gemm.TABLES.index(table), device.sms, ctypes.byref(row), ctypes.c_int64(1)) == 0
         assert c_gemm.choice(library, m, n, k, device)["tile"] == tile["tile"]
         assert fused() == (one_launch or tile["kernel"] == "stream"), tile["name"]
