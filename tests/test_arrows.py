@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "config": "errors schemes",
     "storage": "errors",
     "ops": "reference",
-    "backends": "errors reference ops",
+    "backends": "errors reference ops _kernels",  # the compiled module, where there is one
     "nn": "errors schemes reference config ops",
     "modeling": "errors reference nn",
     "checkpoint": "errors config storage nn modeling",

@@ -233,6 +233,7 @@ def test_rows_of_the_library_are_printed_as_they_are_written(tmp_path: Path) -> 
             f"static_assert(same_{name}());",
         ]
     (tmp_path / "rows.cpp").write_text("\n".join(text))
+    flags = ["-std=c++17", "-DSQK_TUNING=1", "-Icsrc/include", "-Icsrc"]
     check = [compiler, *flags, "-fsyntax-only", str(tmp_path / "rows.cpp")]
     done = subprocess.run(check, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

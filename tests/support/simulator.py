@@ -63,7 +63,7 @@ def require() -> None:
 
 
 def library() -> Path:
-    """All kernels and their binding, bound to the CPU key, and the module beside; built once, then as sources change."""
+    """All kernels and their binding, bound to the CPU key, and the module beside; built as sources change."""
     steps = [_step(unit, _BUILD) for unit in units(sources(), _BUILD)]
     link = _link(_BUILD, [step.output for step in steps])
     module = module_steps(_BUILD, find_python(), [])

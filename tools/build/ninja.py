@@ -54,10 +54,10 @@ def ninja_file(steps: Sequence[Step], folder: Path, launcher: str = "") -> str:
     writer.rule("link", keeping_log, description="link $out")
     for step in steps:
         writer.build(
-            step.output,
+            escape(step.output),  # the writer escapes blanks, not dollars
             "compile" if step.compiles else "link",
-            list(step.inputs),
-            implicit_outputs=[step.log],
+            [escape(name) for name in step.inputs],
+            implicit_outputs=[escape(step.log)],
             variables={
                 "run": escape(shlex.join(step.command)),
                 "log": escape(shlex.quote(step.log)),
