@@ -20,6 +20,8 @@ VENV_CUDA ?= .venv-cuda
 TORCH ?= torch==2.13.0
 TORCH_CUDA ?= torch==2.14.1
 CUTLASS ?= nvidia-cutlass==4.2.0.0
+# What builds the kernels: pyproject.toml's build-system.requires.
+BUILD ?= 'setuptools>=77' 'ninja>=1.11.1' 'pybind11>=3.0'
 # What the static gates read compiled kernels with, and the audit of the stable ABI.
 GATES ?= nvidia-cuda-cuobjdump==13.5.37 nvidia-cuda-nvdisasm==13.5.37 torch-abi-audit
 # Small real models as Python packages. Their own dependencies are inference engines that are not used here. Packages
@@ -88,7 +90,7 @@ test-cuda: install-cuda gates
 
 # What can be said of compiled kernels without a GPU: no spills, no stack, wide loads, the stable ABI.
 gates: install-cuda
-	$(BIN_CUDA)/python tools/kernel_gates.py
+	$(BIN_CUDA)/python -m tools.gates
 	$(BIN_CUDA)/torch-abi-audit --check both smoothquant_kernels/libsmoothquant_kernels.so
 
 lint: $(VENV)/.installed-dev
@@ -99,7 +101,7 @@ lint: $(VENV)/.installed-dev
 
 # Headers of torch are kept in the user's cache folder; the first call downloads some 0.5 GB of wheels.
 binding-matrix: $(STAMP)
-	$(BIN)/python tools/binding_matrix.py --load $(BIN)/python $(MATRIX_ARGS)
+	$(BIN)/python -m tools.binding --load $(BIN)/python $(MATRIX_ARGS)
 
 # Also for others: make test-transformers TRANSFORMERS=transformers==4.57.3
 test-transformers: $(STAMP_OLD)
@@ -117,7 +119,7 @@ install-cuda: $(STAMP_CUDA)
 
 clean:
 	rm -rf $(VENV) $(VENV_CUDA) $(VENV_OLD) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	rm -f smoothquant_kernels/libsmoothquant_kernels.so smoothquant_kernels/_build_info.json
+	rm -f smoothquant_kernels/libsmoothquant_kernels.so smoothquant_kernels/_kernels.*.so smoothquant_kernels/_build_info.json
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP): pyproject.toml setup.py
@@ -142,7 +144,7 @@ $(STAMP_CUDA): pyproject.toml
 	$(PYTHON) -m venv $(VENV_CUDA)
 	rm -f $(VENV_CUDA)/.installed-*
 	$(BIN_CUDA)/python $(PIP) '$(TORCH_CUDA)'
-	$(BIN_CUDA)/python $(PIP) 'setuptools>=77' $(GATES)
+	$(BIN_CUDA)/python $(PIP) $(BUILD) $(GATES)
 	SMOOTHQUANT_KERNELS_BUILD=none $(BIN_CUDA)/python $(PIP) --no-build-isolation -e '.[test,bench]'
 	$(BIN_CUDA)/python $(PIP) --no-deps $(MODEL) '$(CUTLASS)'
 	touch $@

@@ -1,7 +1,8 @@
 """Builds the CUDA library when the machine can, else a pure-Python package (see CONTRIBUTING.md).
 
 The library is loaded with torch.ops.load_library and holds no Python symbols, so one wheel serves
-every Python version: it is tagged py3-none-<platform>.
+every Python version: it is tagged py3-none-<platform>. The module beside it, which describes it, fits
+only the Python that builds, and nothing that computes needs it (csrc/python/module.cpp).
 """
 
 from __future__ import annotations
@@ -25,14 +26,24 @@ if tuple(int(part) for part in setuptools.__version__.split(".")[:1]) < (77,):
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
-sys.path.insert(0, str(Path(__file__).resolve().parent / "tools"))  # absent under PEP 517
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # absent under PEP 517
 
-from build_commands import build_library, sources
-from build_support import BUILD_INFO_NAME, LIBRARY_NAME, PACKAGE, ROOT, BuildError, Plan, make_plan
+from tools.build.library import build_library
+from tools.build.plan import (
+    BUILD_INFO_NAME,
+    LIBRARY_NAME,
+    MODULE_NAME,
+    PACKAGE,
+    ROOT,
+    BuildError,
+    Plan,
+    make_plan,
+)
+from tools.build.sources import module_sources, sources
 
 
 class BuildKernels(build_ext):
-    """Compiles csrc/ and puts the library and its facts into the package."""
+    """Compiles csrc/ and puts the library, its module and its facts into the package."""
 
     plan: Plan
 
@@ -40,29 +51,31 @@ class BuildKernels(build_ext):
         # Kept between builds, unlike the folder that setuptools gives to an editable install.
         build_dir = Path("build") / "kernels"
         try:
-            library, facts = build_library(self.plan, build_dir, os.environ)
+            built = build_library(self.plan, build_dir, os.environ)
         except BuildError as error:
             sys.exit(f"smoothquant-kernels: {error}")
         target = self._target()
         target.mkdir(parents=True, exist_ok=True)
-        # Replaced, not overwritten: a running process may have the old library mapped.
-        temporary = target / (LIBRARY_NAME + ".new")
-        shutil.copyfile(ROOT / library, temporary)
-        temporary.replace(target / LIBRARY_NAME)
-        (target / BUILD_INFO_NAME).write_text(json.dumps(facts, indent=1) + "\n")
+        for file in (built.library, built.module):
+            # Replaced, not overwritten: a running process may have the old one mapped.
+            temporary = target / (file.name + ".new")
+            shutil.copyfile(file, temporary)
+            temporary.replace(target / file.name)
+        (target / BUILD_INFO_NAME).write_text(json.dumps(built.facts, indent=1) + "\n")
 
     def _target(self) -> Path:
         in_place = self.inplace or getattr(self, "editable_mode", False)
         return (ROOT if in_place else Path(self.build_lib)) / PACKAGE
 
     def get_outputs(self) -> list[str]:
-        return [str(self._target() / name) for name in (LIBRARY_NAME, BUILD_INFO_NAME)]
+        module = MODULE_NAME + self.plan.python.suffix
+        return [str(self._target() / name) for name in (LIBRARY_NAME, module, BUILD_INFO_NAME)]
 
     def get_output_mapping(self) -> dict[str, str]:
         return {}
 
     def get_source_files(self) -> list[str]:
-        return sources()
+        return sorted({*sources(), *module_sources()})
 
     def copy_extensions_to_source(self) -> None:
         """Nothing to do: run() writes to the source tree itself when the install is editable."""

@@ -55,8 +55,8 @@ print("9.0a" if (major, minor) == (9, 0) else f"{major}.{minor}" if major < 9 el
     fi
   fi
   # The words of the build itself, or its refusal.
-  PYTHONPATH=tools:$PYTHONPATH "$python" -c 'import os, sys
-from build_support import BuildError, make_plan
+  "$python" -c 'import os, sys
+from tools.build.plan import BuildError, make_plan
 try:
     print(make_plan(os.environ)[1])
 except BuildError as error:
@@ -86,11 +86,11 @@ sys.exit(not status.available)'
 rehearse_build() {
   local status=0
   local torch=${SQK_REHEARSE_TORCH-2.11.0}
-  if [[ -z $torch || ! -f tools/binding_matrix.py ]]; then
+  if [[ -z $torch || ! -d tools/binding ]]; then
     echo "rehearsal: nothing is compiled"
     return
   fi
-  short 12 "$python" tools/binding_matrix.py --torch "$torch" || status=$?
+  short 12 "$python" -m tools.binding --torch "$torch" || status=$?
   if ((status == 2)); then return 77; fi # no compiler
   return "$status"
 }

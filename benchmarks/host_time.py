@@ -63,21 +63,20 @@ class Missing(Exception):
 
 def simulator_library() -> Path:
     """The binding for CPU tensors, built where it is not there or not current."""
-    sys.path[:0] = [str(ROOT / "tools"), str(ROOT)]
+    sys.path.insert(0, str(ROOT))
     try:
-        import build_support
-
         from tests.support import simulator
+        from tools.build import plan as build_plan
     except ImportError as error:
         raise Missing(
             f"the library for CPU tensors is built by tests/support/simulator.py, which needs {error.name}."
         ) from None
     try:
-        build_support.find_cutlass(os.environ)
-        if build_support.find_torch().has_cuda_library:
+        build_plan.find_cutlass(os.environ)
+        if build_plan.find_torch().has_cuda_library:
             raise Missing("this torch brings its own CUDA runtime; a torch without CUDA is needed.")
         return simulator.library()
-    except build_support.BuildError as error:
+    except build_plan.BuildError as error:
         raise Missing(f"the library for CPU tensors cannot be built: {error}") from None
 
 

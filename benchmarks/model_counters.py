@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "tools"), str(ROOT)]
+sys.path.insert(0, str(ROOT))
 
-import sass  # noqa: E402  (tools/ is no package)
-from build_support import BUILD_INFO_NAME, LIBRARY_NAME, PACKAGE  # noqa: E402
-from kernel_gates import GatesError, find_tools  # noqa: E402
+from tools.build.plan import BUILD_INFO_NAME, LIBRARY_NAME, PACKAGE  # noqa: E402
+from tools.gates import sass  # noqa: E402
+from tools.gates.kernel_gates import GatesError, find_tools  # noqa: E402
 
 LIBRARY = ROOT / PACKAGE / LIBRARY_NAME
 COSTS = ROOT / "benchmarks" / "kernel_costs.json"

@@ -11,13 +11,9 @@ take, and why: model.py.
 from __future__ import annotations
 
 import argparse
-import ctypes
-import json
 import os
 import shutil
-import subprocess
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +22,6 @@ from shapes import LLM_LAYERS
 
 ROOT = Path(__file__).resolve().parent.parent
 COMPILER = os.environ.get("CXX", "g++")
-SOURCES = ("csrc/gemm/plan.cpp", "csrc/gemm/tables.cpp")
 TOKENS = (1, 8, 16, 64, 128, 512, 2048, 8192)
 LAYERS = ("LLaMA-7B o", "LLaMA-7B up", "LLaMA-7B down", "LLaMA-70B up", "Llama 3 8B kv")
 
@@ -78,24 +73,21 @@ class Planner:
     """plan_gemm for any GPU."""
 
     def __init__(self) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            target = Path(folder) / "plan.so"
-            command = [COMPILER, "-std=c++17", "-O1", "-shared", "-fPIC"]
-            command += ["-Icsrc/include", "-Icsrc", *SOURCES, "-o", str(target)]
-            subprocess.run(command, cwd=ROOT, check=True)
-            # Lazy: what asks the CUDA runtime stays undefined, and is not called.
-            self._library = ctypes.CDLL(str(target), mode=os.RTLD_LAZY)
-        self._library.sqk_gemm_choice.restype = ctypes.c_char_p
-        self._library.sqk_gemm_tables.restype = ctypes.c_char_p
-        self.tables: dict[str, Any] = json.loads(self._library.sqk_gemm_tables())
+        sys.path.insert(0, str(ROOT))
+        from tools.build.module import build_module, load_module
+
+        self._kernels = load_module(build_module(Path("build") / "module", os.environ))
+        self._library = self._kernels.Library()
+        self.tables: dict[str, Any] = self._library.gemm_tables()
 
     def choose(self, gpu: Gpu, m: int, n: int, k: int) -> dict[str, Any]:
-        values = (gpu.sms, gpu.capability, gpu.shared_bytes, int(gpu.wgmma))
-        device = (ctypes.c_int32 * 5)(*values)  # sqk::Device
-        size = ctypes.c_int64
-        choice: dict[str, Any] = json.loads(
-            self._library.sqk_gemm_choice(size(m), size(n), size(k), device)
+        device = self._kernels.Device(
+            sms=gpu.sms,
+            capability=gpu.capability,
+            shared_bytes=gpu.shared_bytes,
+            wgmma=gpu.wgmma,
         )
+        choice: dict[str, Any] = self._library.plan_gemm(m, n, k, device)
         return choice
 
     def predict(self, gpu: Gpu, m: int, n: int, k: int) -> Prediction:

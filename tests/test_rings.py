@@ -8,7 +8,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from build_support import ROOT
+
+from tools.build.plan import ROOT
+from tools.build.sources import module_sources
 
 CSRC = ROOT / "csrc"
 C_SUFFIXES = {".cu", ".cuh", ".h", ".hpp", ".cpp"}
@@ -56,9 +58,16 @@ def includes_of_torch(path: Path) -> list[str]:
 def test_only_the_binding_includes_torch() -> None:
     files = c_files()
     assert any(includes_of_torch(path) for path in files), "the pattern finds nothing at all"
-    outside = [path for path in files if CSRC / "torch" not in path.parents]
+    bindings = {CSRC / "torch", CSRC / "python"}
+    outside = [path for path in files if not bindings & set(path.parents)]
     wrong = {str(path.relative_to(ROOT)): includes_of_torch(path) for path in outside}
     assert not {name: found for name, found in wrong.items() if found}
+
+
+def test_the_module_needs_neither_torch_nor_cuda() -> None:
+    for name in module_sources():
+        read = {root.split("/")[0] for root in includes(ROOT / name)}
+        assert not read & {"torch", "ATen", "c10", "cuda_runtime.h", "cuda.h", "cuda_runtime_api.h"}
 
 
 def test_public_headers_know_neither_cutlass_nor_cuda() -> None:

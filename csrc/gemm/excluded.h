@@ -21,6 +21,10 @@ struct Excluded {
   }
 };
 
+// What a row is called in such a list: the table's name, a slash, and the tile's name with hyphens
+// for its blanks.
+std::string tile_id(const GemmTableView& table, int32_t row);
+
 // What is ruled out, or nullptr; never freed. The environment is read at the first call.
 const Excluded* excluded_tiles();
 

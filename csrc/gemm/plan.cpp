@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <cstdio>
 #include <memory>
 #include <mutex>
 #include <tuple>
@@ -289,28 +288,6 @@ extern "C" int32_t sqk_gemm_plan(const sqk::GemmParams* params, const sqk::Devic
                                  sqk::GemmPlan* plan) {
   return static_cast<int32_t>(device == nullptr ? sqk::plan(*params, plan)
                                                 : sqk::plan_gemm(*params, *device, plan));
-}
-
-extern "C" const char* sqk_gemm_choice(int64_t m, int64_t n, int64_t k, const sqk::Device* device) {
-  thread_local char text[256];
-  sqk::GemmParams params = {};
-  params.m = m;
-  params.n = n;
-  params.k = k;
-  params.x_q_stride = params.w_q_stride = sqk::round_up(k, sqk::kGemmAlignment);
-  params.y_stride = n;
-  params.y_dtype = sqk::DType::kFloat16;
-  params.tile = -1;
-  sqk::GemmPlan plan;
-  if (sqk::plan_gemm(params, *device, &plan) != sqk::Status::kSuccess || plan.launches == 0) {
-    return "{}";
-  }
-  std::snprintf(text, sizeof text,
-                "{\"table\": \"%s\", \"tile\": %d, \"splits\": %d, \"blocks\": %lld, "
-                "\"expected_clocks\": %.0f}",
-                sqk::gemm_table(plan.table).name, plan.tile, plan.splits,
-                static_cast<long long>(plan.blocks), plan.expected_clocks);
-  return text;
 }
 
 extern "C" int32_t sqk_gemm_use_measured(sqk::GemmTable table, int32_t sms,

@@ -2,7 +2,6 @@
 // file needs no CUDA compiler and no GPU.
 #include <algorithm>
 #include <iterator>
-#include <string>
 
 #include "common/arithmetic.h"
 #include "quantize/table.h"
@@ -180,17 +179,4 @@ extern "C" int32_t sqk_quantize_plan(const sqk::QuantizeParams* params, const sq
     device = &here;
   }
   return static_cast<int32_t>(sqk::plan_quantize(*params, *device, plan));
-}
-
-extern "C" const char* sqk_quantize_table() {
-  static const std::string text = [] {
-    std::string json = "[";
-    for (const sqk::PathRule& rule : sqk::kPathRules) {
-      json += json.size() > 1 ? ", " : "";
-      json += std::string("{\"path\": \"") + sqk::name(rule.path) + "\", \"when\": \"" + rule.when +
-              "\", \"why\": \"" + rule.why + "\"}";
-    }
-    return json + "]";
-  }();
-  return text.c_str();
 }

@@ -4,23 +4,26 @@ Importing this module never fails. It loads the library, which registers the CUD
 fits the installed torch. Otherwise `extension_status().reason` says why not and how to build it.
 
 A JSON file beside the library holds the facts about the build, so that they can be read where the library cannot be
-loaded. A compiled Python module would also tie the wheel to one Python version.
+loaded. The module `_kernels` describes the loaded library. It fits only the Python that built it, and no op needs it.
 """
 
 from __future__ import annotations
 
-import ctypes
 import json
+import platform
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
 from smoothquant_kernels.backends import tuned_tiles
 from smoothquant_kernels.ops.registry import LIBRARY, NAMESPACE, OPS
+
+if TYPE_CHECKING:
+    from smoothquant_kernels._kernels import GemmPlan, Library, PathRow, Table
 
 #: The build puts the library beside the package's `__init__.py`.
 FOLDER = Path(__file__).resolve().parents[1]
@@ -77,71 +80,72 @@ def build_info(folder: Path = FOLDER) -> dict[str, Any]:
     return facts if isinstance(facts, dict) else {}
 
 
-def _entry(name: str, restype: Any = ctypes.c_int32) -> Any:
-    """A C entry of the loaded library, or None."""
-    if not extension_status().available:
-        return None
+def open_library(path: Path) -> Library:
+    """What the module `_kernels` says of a loaded library.
+
+    Raises:
+        ImportError: the wheel was built with another Python, or the library by another build; a sentence.
+    """
     try:
-        entry = getattr(ctypes.CDLL(str(FOLDER / LIBRARY_NAME)), name)
-    except (OSError, AttributeError):
-        return None
-    entry.restype = restype
-    return entry
-
-
-def _entry_json(name: str) -> Any:
-    entry = _entry(name, ctypes.c_char_p)
+        from smoothquant_kernels import _kernels
+    except ImportError:
+        raise ImportError(
+            f"the module smoothquant_kernels._kernels was not built for Python {platform.python_version()}"
+        ) from None
+    facts = build_info(path.parent)
+    if any(facts.get(name) != value for name, value in _kernels.built_with.items()):
+        raise ImportError("the module smoothquant_kernels._kernels is of another build")
     try:
-        return None if entry is None else json.loads(entry())
-    except (TypeError, ValueError):
-        return None
+        return _kernels.Library(str(path))
+    except RuntimeError as error:
+        raise ImportError(str(error)) from None
 
 
-def gemm_tables() -> dict[str, Any]:
-    """The GEMM tables by GPU: {"sm90": {"tiles": [...], "rules": [...]}, ...}. Empty without a library."""
-    tables = _entry_json("sqk_gemm_tables")
-    return tables if isinstance(tables, dict) else {}
+def described_library() -> tuple[Library | None, str]:
+    """What describes the CUDA library, or None and why not."""
+    status = extension_status()
+    if not status.available:
+        return None, status.reason
+    try:
+        return open_library(FOLDER / LIBRARY_NAME), ""
+    except ImportError as error:
+        return None, f"{error}; to build it: {BUILD_COMMAND}"
 
 
-def gemm_plan(m: int, n: int, k: int) -> dict[str, Any]:
-    """The plan of `gemm_s8` on the current GPU: {"table", "tile", "splits", "blocks", ...}. Empty without a library."""
-    ask, choose = _entry("sqk_device"), _entry("sqk_gemm_choice", ctypes.c_char_p)
-    device = (ctypes.c_int32 * 5)()  # sqk::Device
-    if ask is None or choose is None or ask(device) != 0:
-        return {}
-    size = ctypes.c_int64
-    choice: dict[str, Any] = json.loads(choose(size(m), size(n), size(k), device))
-    return choice
+def gemm_tables() -> dict[str, Table]:
+    """The GEMM tables by GPU: {"sm90": {"tiles": [...], "rules": [...]}, ...}. Empty if nothing describes a library."""
+    library, _ = described_library()
+    return {} if library is None else library.gemm_tables()
 
 
-def dispatch_tables() -> dict[str, list[dict[str, str]]]:
+def gemm_plan(m: int, n: int, k: int) -> GemmPlan | None:
+    """The plan of `gemm_s8` on the current GPU, or None where nothing describes a library, or it refuses."""
+    library, _ = described_library()
+    return None if library is None else library.plan_gemm(m, n, k)
+
+
+def dispatch_tables() -> dict[str, list[PathRow]]:
     """Which kernel serves which problem, as the library itself reports it.
 
     Returns:
-        op -> rows of {"path", "when", "why"}, in the library's order. Empty without a library or without such tables.
-        Never raises.
+        op -> rows of {"path", "when", "why"}, in the library's order. Empty where nothing describes a library.
     """
-    found: dict[str, list[dict[str, str]]] = {}
-    try:
-        rows = _entry_json("sqk_quantize_table") or []
-        columns = ("path", "when", "why")
-        if rows:
-            found["quantize"] = [{name: str(row[name]) for name in columns} for row in rows]
-        for gpu, table in gemm_tables().items():
-            names = [
-                tile["name"] + (" (ruled out)" if tile.get("excluded") else "")
-                for tile in table["tiles"]
-            ]
-            found[f"gemm_s8 {gpu}"] = [
-                {
-                    "path": ", ".join(names[tile] for tile in rule["tiles"]),
-                    "when": str(rule["when"]),
-                    "why": str(rule["why"]),
-                }
-                for rule in table["rules"]
-            ]
-    except (KeyError, TypeError, IndexError):
+    library, _ = described_library()
+    if library is None:
         return {}
+    found = {"quantize": library.quantize_paths()}
+    for gpu, table in library.gemm_tables().items():
+        names = [
+            tile["name"] + (" (ruled out)" if tile["excluded"] else "") for tile in table["tiles"]
+        ]
+        found[f"gemm_s8 {gpu}"] = [
+            {
+                "path": ", ".join(names[tile] for tile in rule["tiles"]),
+                "when": rule["when"],
+                "why": rule["why"],
+            }
+            for rule in table["rules"]
+        ]
     return found
 
 
@@ -167,7 +171,7 @@ def _load(folder: Path) -> ExtensionStatus:
         except OSError as error:
             problem = f"{library.name} does not load with torch {torch.__version__}: {error}"
     if problem is None:
-        tuned_tiles.load(library)
+        tuned_tiles.load(lambda: open_library(library))
         return built
     reason = f"{problem}; to build it again: {BUILD_COMMAND}"
     return replace(built, available=False, reason=reason)

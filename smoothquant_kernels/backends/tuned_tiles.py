@@ -7,35 +7,27 @@ keep the process from forking workers. A wrong file causes one warning, and the 
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from smoothquant_kernels._kernels import Library, Table
 
 VARIABLE = "SQK_TUNE_CACHE"
 #: The layout of the file.
 FORMAT = 1
-#: GemmTable of csrc/include/sqk/gemm.h.
-_TABLES = ("sm80", "sm89", "sm90")
 _MAKE = "write a new one on this machine: python benchmarks/tune.py --cache FILE"
 
 
-class _Measured(ctypes.Structure):
-    """sqk::GemmMeasured."""
-
-    _fields_ = (
-        ("n", ctypes.c_int64),
-        ("k", ctypes.c_int64),
-        ("m", ctypes.c_int64),
-        ("tile", ctypes.c_int32),
-        ("splits", ctypes.c_int32),
-    )
+#: n, k, m, the tile's name, splits.
+_Row = tuple[int, int, int, str, int]
 
 
 class _Unusable(Exception):
@@ -67,21 +59,24 @@ def tune_cache() -> TuneCache:
     return _current
 
 
-def load(library: Path) -> None:
-    """Reads the file that SQK_TUNE_CACHE names, for a CUDA library that was just loaded. Never raises."""
+def load(open_library: Callable[[], Library]) -> None:
+    """Reads the file that SQK_TUNE_CACHE names, for a CUDA library that was just loaded. Never raises.
+
+    Args:
+        open_library: returns what describes the library, or raises ImportError. Not called without the variable.
+    """
     global _current
     path = os.environ.get(VARIABLE, "")
     if not path:
         return
     try:
-        entries = ctypes.CDLL(str(library))
-        use = entries.sqk_gemm_use_measured
         data = _read(Path(path))
-        rows = _rows(data, _tables(entries))
+        library = open_library()
+        rows = _rows(data, library.gemm_tables())
     except _Unusable as error:
         _refuse(path, str(error))
         return
-    except (OSError, AttributeError) as error:
+    except ImportError as error:
         _refuse(path, f"the CUDA library cannot take it ({error}); build it again")
         return
     _current = TuneCache(
@@ -90,7 +85,7 @@ def load(library: Path) -> None:
         gpu=data["gpu"],
         choices=len(rows),
     )
-    _when_cuda_starts(lambda: _install(use, data, rows))
+    _when_cuda_starts(lambda: _install(library, data, rows))
 
 
 def _when_cuda_starts(function: Callable[[], None]) -> None:
@@ -136,22 +131,15 @@ def _read(path: Path) -> dict[str, Any]:
     return facts
 
 
-def _tables(entries: ctypes.CDLL) -> dict[str, Any]:
-    entry = entries.sqk_gemm_tables
-    entry.restype = ctypes.c_char_p
-    tables: dict[str, Any] = json.loads(entry())
-    return tables
-
-
-def _rows(data: Mapping[str, Any], tables: Mapping[str, Any]) -> list[_Measured]:
-    """The choices as the library takes them. The file names tiles, the library numbers them."""
+def _rows(data: Mapping[str, Any], tables: Mapping[str, Table]) -> list[_Row]:
+    """The choices as the library takes them."""
     table = data["table"]
-    if table not in _TABLES or table not in tables:
+    if table not in tables:
         raise _Unusable(
             f"it is for the table {table!r}, the library has {', '.join(tables)}; {_MAKE}"
         )
-    tiles = {tile["name"]: int(tile["tile"]) for tile in tables[table]["tiles"]}
-    rows = []
+    tiles = {tile["name"] for tile in tables[table]["tiles"]}
+    rows: list[_Row] = []
     for choice in data["choices"]:
         try:
             numbers = [choice[name] for name in ("n", "k", "m", "splits")]
@@ -167,11 +155,11 @@ def _rows(data: Mapping[str, Any], tables: Mapping[str, Any]) -> list[_Measured]
                 f"of a build with SMOOTHQUANT_KERNELS_TUNING=1; {_MAKE}"
             )
         n, k, m, splits = numbers
-        rows.append(_Measured(n, k, m, tiles[name], splits))
+        rows.append((n, k, m, name, splits))
     return rows
 
 
-def _install(use: Any, data: Mapping[str, Any], rows: list[_Measured]) -> None:
+def _install(library: Library, data: Mapping[str, Any], rows: list[_Row]) -> None:
     """Gives the rows to the library if the file is of one of the GPUs. Runs when CUDA starts."""
     global _current
     wanted, path = (data["gpu"], data["sms"]), _current.path
@@ -184,14 +172,10 @@ def _install(use: Any, data: Mapping[str, Any], rows: list[_Measured]) -> None:
         named = ", ".join(f"{gpu.name} ({gpu.multi_processor_count} SMs)" for gpu in here) or "none"
         _refuse(path, f"it is of {wanted[0]} ({wanted[1]} SMs), the GPUs here: {named}; {_MAKE}")
         return
-    table = _TABLES.index(data["table"])
-    array = (_Measured * len(rows))(*rows)
-    if use(ctypes.c_int32(table), ctypes.c_int32(data["sms"]), array, ctypes.c_int64(len(rows))):
-        _refuse(
-            path,
-            "the library refuses a choice: splits or tokens that its tile does not take, or two choices for "
-            f"one problem; {_MAKE}",
-        )
+    try:
+        library.use_measured(data["table"], data["sms"], rows)
+    except ValueError as error:
+        _refuse(path, f"the library refuses a choice: {error}; {_MAKE}")
         return
     _current = replace(
         _current,

@@ -13,6 +13,7 @@ from rich.table import Table
 from smoothquant_kernels.backends import onednn as cpu
 from smoothquant_kernels.backends.cuda import (
     build_info,
+    described_library,
     dispatch_tables,
     extension_status,
     has_cuda_kernel,
@@ -82,6 +83,7 @@ def _extension() -> dict[str, Any]:
         "torch_target": status.torch_target,
         "cuda_kernels": [op for op in OPS if has_cuda_kernel(op)],
         "tables": dispatch_tables(),
+        "not_described": described_library()[1] if status.available else "",
         "tuning": bool(build_info().get("tuning")),
         "tune_cache": tune_cache().state,  # read after the GPU queries, which start CUDA
         "tuned": tune_cache().in_use,
@@ -171,6 +173,8 @@ def render(document: Document) -> Table:
         if cuda["devices"] and not extension["tuned"]:
             # No table of csrc/gemm has been tuned on a GPU yet (docs/gpu.md, "Retuning").
             table.add_row("", "no tuned table exists for this GPU: tiles are chosen by estimates")
+        if extension["not_described"]:
+            table.add_row("", escape(f"its tables cannot be shown: {extension['not_described']}"))
     if extension["tuning"]:
         table.add_row("", "a tuning build: with candidates, for benchmarks/tune.py")
     for op, rows in extension["tables"].items():

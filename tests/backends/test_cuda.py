@@ -12,8 +12,6 @@ import threading
 from pathlib import Path
 from typing import Any
 
-import build_commands
-import build_support
 import pytest
 import torch
 
@@ -21,6 +19,8 @@ from smoothquant_kernels import ops
 from smoothquant_kernels.backends import cuda as _extension
 from tests.support import simulator
 from tests.support.backends import require_library
+from tools.build import commands
+from tools.build import plan as build_plan
 
 saturate_s8 = torch.ops.smoothquant_kernels._saturate_s8.default
 INF, NAN = float("inf"), float("nan")
@@ -235,8 +235,8 @@ def compile_library(program: str, target: Path, *flags: str) -> None:
     """A shared library of one C++ source that uses the torch that is installed."""
     source = target.with_suffix(".cpp")
     source.write_text(program)
-    found = build_support.find_torch()
-    command = ["g++", *build_commands.CXX_FLAGS, build_commands.torch_target_macro(), *flags]
+    found = build_plan.find_torch()
+    command = ["g++", *commands.CXX_FLAGS, commands.torch_target_macro(), *flags]
     command += ["-shared", f"-I{found.include}", str(source), "-o", str(target)]
     subprocess.run([*command, f"-L{found.root / 'lib'}", "-ltorch_cpu", "-ldl"], check=True)
 
@@ -278,7 +278,7 @@ extern "C" __attribute__((visibility("default"))) const char* reason() {
 @pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not here")
 @pytest.mark.compiler
 def test_an_error_of_libtorch_carries_its_reason(tmp_path: Path) -> None:
-    csrc = build_support.ROOT / "csrc"
+    csrc = build_plan.ROOT / "csrc"
     flags = (f"-I{csrc / 'include'}", f"-I{csrc}", "-DSQK_SIMULATOR")
     compile_library(REASON, tmp_path / "reason.so", *flags)
     # Private to the process, as Python loads modules: the library finds libtorch's names by its own dependencies.
@@ -288,14 +288,14 @@ def test_an_error_of_libtorch_carries_its_reason(tmp_path: Path) -> None:
         [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert said.stdout.startswith("aoti_torch_empty_strided failed: "), said
-    version = build_support.find_torch().version
+    version = build_plan.find_torch().version
     knows = tuple(map(int, version.split("+")[0].split(".")[:2])) >= (2, 13)
     assert ("negative" in said.stdout.lower()) == knows, said.stdout
 
 
 def test_names_agree_with_the_build() -> None:
-    assert _extension.LIBRARY_NAME == build_support.LIBRARY_NAME
-    assert _extension.BUILD_INFO_NAME == build_support.BUILD_INFO_NAME
+    assert _extension.LIBRARY_NAME == build_plan.LIBRARY_NAME
+    assert _extension.BUILD_INFO_NAME == build_plan.BUILD_INFO_NAME
 
 
 # -------------------------------------------------------------------------------- the built library
@@ -306,7 +306,7 @@ def test_the_built_library_registers_its_kernels() -> None:
     require_library()
     status = _extension.extension_status()
     assert status.archs and status.cutlass_version and status.cuda_version
-    assert status.torch_target == build_support.version_text(build_support.TORCH_TARGET)
+    assert status.torch_target == build_plan.version_text(build_plan.TORCH_TARGET)
     assert _extension.has_cuda_kernel("_saturate_s8")
     x, expected = edge_tensors()
     assert_same(saturate_s8(x), expected)  # the CPU kernel is still Python's

@@ -5,10 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import json
-import shutil
-import subprocess
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,46 +13,18 @@ from typing import Any
 import pytest
 import torch
 import tune_choices
-from build_support import ROOT
 
 from smoothquant_kernels.backends import tuned_tiles as _tune
-from tests.csrc.test_gemm_measured import taken, use
-from tests.support import c_gemm
-from tests.support.c_interface import SUCCESS
+from tests.csrc.test_gemm_measured import taken
+from tests.support import c_gemm, described
 
 NAME = "NVIDIA H100 80GB HBM3"
-#: What is defined where CUDA is, and never called here; a library that Python loads may have nothing undefined.
-STUB = """#include "sqk/gemm.h"
-namespace sqk { Status plan(const GemmParams&, GemmPlan*) { return Status::kUnsupportedArch; } }
-"""
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("no g++")
-    folder = tmp_path_factory.mktemp("tune_cache")
-    (folder / "stub.cpp").write_text(STUB)
-    command = [compiler, "-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
-    command += [
-        "-pthread",
-        "-Icsrc/include",
-        "-Icsrc",
-        "csrc/gemm/plan.cpp",
-        "csrc/gemm/tables.cpp",
-    ]
-    target = folder / "plan.so"
-    subprocess.run([*command, folder / "stub.cpp", "-o", target], cwd=ROOT, check=True)
-    return target
 
 
 @pytest.fixture
-def library(path: Path) -> Iterator[ctypes.CDLL]:
-    """By the rules alone again afterwards."""
-    loaded = c_gemm.declare_plans(ctypes.CDLL(str(path)))
-    yield loaded
-    assert use(loaded, []) == SUCCESS
+def library(tmp_path: Path) -> ctypes.CDLL:
+    """By the rules alone: a copy of its own."""
+    return c_gemm.declare_plans(described.copied(tmp_path))
 
 
 # --- the file ---------------------------------------------------------------------------------------------------------
@@ -82,20 +51,19 @@ def contents(**changes: Any) -> dict[str, Any]:
     return whole | changes
 
 
-def load(monkeypatch: pytest.MonkeyPatch, path: Path, file: Path, data: Any) -> list[str]:
+def load(monkeypatch: pytest.MonkeyPatch, library: ctypes.CDLL, file: Path, data: Any) -> list[str]:
     """The warnings of a library that is loaded while SQK_TUNE_CACHE names the file."""
     file.write_text(data if isinstance(data, str) else json.dumps(data))
     monkeypatch.setenv(_tune.VARIABLE, str(file))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        _tune.load(path)
+        _tune.load(lambda: described.library(library))
     return [str(warning.message) for warning in caught]
 
 
 @pytest.mark.compiler
 def test_a_file_is_used(
     library: ctypes.CDLL,
-    path: Path,
     gpus: list[tuple[str, int]],
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
@@ -103,7 +71,7 @@ def test_a_file_is_used(
     gpus.insert(0, ("NVIDIA RTX A2000", 26))  # the first GPU is another one
     assert taken(library, 64, 4096, 4096) != (9, 1)
     file = tmp_path / "tiles.json"
-    assert load(monkeypatch, path, file, contents()) == []
+    assert load(monkeypatch, library, file, contents()) == []
     assert taken(library, 64, 4096, 4096) == (9, 1)
     state = _tune.tune_cache()
     assert (state.in_use, state.path, state.gpu, state.choices) == (True, str(file), NAME, 1)
@@ -113,7 +81,6 @@ def test_a_file_is_used(
 @pytest.mark.compiler
 def test_the_gpus_are_not_asked_before_cuda_starts(
     library: ctypes.CDLL,
-    path: Path,
     gpus: list[tuple[str, int]],
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
@@ -121,7 +88,7 @@ def test_the_gpus_are_not_asked_before_cuda_starts(
     later: list[Any] = []
     monkeypatch.setattr(torch.cuda, "_lazy_call", later.append)
     rule = taken(library, 64, 4096, 4096)
-    assert load(monkeypatch, path, tmp_path / "tiles.json", contents()) == []
+    assert load(monkeypatch, library, tmp_path / "tiles.json", contents()) == []
     assert not _tune.tune_cache().in_use and "waits until CUDA" in _tune.tune_cache().state
     assert taken(library, 64, 4096, 4096) == rule
     (start,) = later
@@ -134,14 +101,10 @@ def test_torch_has_what_waits_for_cuda() -> None:
     assert callable(torch.cuda._lazy_call)
 
 
-@pytest.mark.compiler
-def test_without_the_variable_nothing_is_read(
-    path: Path, gpus: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_the_variable_nothing_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(_tune.VARIABLE, raising=False)
-    monkeypatch.setattr(ctypes, "CDLL", None)  # not even the library is opened
     before = _tune.tune_cache()
-    _tune.load(path)
+    _tune.load(lambda: pytest.fail("the library was opened"))
     assert _tune.tune_cache() is before
 
 
@@ -176,7 +139,6 @@ def test_without_the_variable_nothing_is_read(
 @pytest.mark.compiler
 def test_what_is_wrong_is_one_warning_and_the_rules_stay(
     library: ctypes.CDLL,
-    path: Path,
     gpus: list[tuple[str, int]],
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
@@ -185,7 +147,7 @@ def test_what_is_wrong_is_one_warning_and_the_rules_stay(
 ) -> None:
     rule = taken(library, 64, 4096, 4096)
     file = tmp_path / "tiles.json"
-    (message,) = load(monkeypatch, path, file, data)
+    (message,) = load(monkeypatch, library, file, data)
     assert message.startswith(
         f"SQK_TUNE_CACHE={file} is not used, and GEMMs go by the shipped rules: "
     )
@@ -195,18 +157,21 @@ def test_what_is_wrong_is_one_warning_and_the_rules_stay(
     assert taken(library, 64, 4096, 4096) == rule
 
 
-@pytest.mark.compiler
-def test_a_file_or_an_entry_that_is_missing_is_a_warning(
-    path: Path, gpus: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_a_missing_file_or_description_is_a_warning(
+    gpus: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    def none() -> Any:
+        raise ImportError("the module was not built for Python 3.99")
+
     monkeypatch.setenv(_tune.VARIABLE, str(tmp_path / "nowhere.json"))
     with pytest.warns(RuntimeWarning, match="it cannot be read .No such file"):
-        _tune.load(path)
-    (tmp_path / "old.cpp").write_text('extern "C" const char* sqk_gemm_tables() { return "{}"; }')
-    command = ["g++", "-shared", "-fPIC", tmp_path / "old.cpp", "-o", tmp_path / "old.so"]
-    subprocess.run(command, check=True)
-    (message,) = load(monkeypatch, tmp_path / "old.so", tmp_path / "tiles.json", contents())
-    assert "the CUDA library cannot take it" in message and "build it again" in message
+        _tune.load(none)
+    (tmp_path / "tiles.json").write_text(json.dumps(contents()))
+    monkeypatch.setenv(_tune.VARIABLE, str(tmp_path / "tiles.json"))
+    with pytest.warns(
+        RuntimeWarning, match="cannot take it .the module was not built for Python 3.99.; build"
+    ):
+        _tune.load(none)
 
 
 # --- from measurements to choices -------------------------------------------------------------------------------------
@@ -225,7 +190,6 @@ def measured(
 @pytest.mark.compiler
 def test_what_the_tuner_measured_is_what_the_library_takes(
     library: ctypes.CDLL,
-    path: Path,
     gpus: list[tuple[str, int]],
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
@@ -254,7 +218,7 @@ def test_what_the_tuner_measured_is_what_the_library_takes(
         (128, table["tiles"][7]["name"]),
         (512, table["tiles"][8]["name"]),
     ]
-    assert load(monkeypatch, path, file, found) == []
+    assert load(monkeypatch, library, file, found) == []
     assert [taken(library, m, 4096, 4096)[0] for m in (64, 128, 512)] == [9, 7, 8]
 
 

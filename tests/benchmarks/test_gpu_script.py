@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from build_support import CUTLASS_PYPI
 from producers import PRODUCERS
 
 from tests.support import simulator
+from tools.build.plan import CUTLASS_PYPI
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "benchmarks" / "run_on_gpu.sh"

@@ -11,7 +11,6 @@ from typing import Any
 import model_compare
 import model_counters
 import pytest
-from kernel_gates import GatesError, find_tools
 from model import COSTS, Model, prediction_table
 from model_costs import (
     MACHINES,
@@ -28,6 +27,8 @@ from model_costs import (
     wgmma_wavefronts,
 )
 from predict import GPUS, HEADER, Planner, floor
+
+from tools.gates.kernel_gates import GatesError, find_tools
 
 SHAPES = (
     (1, 4096, 4096),

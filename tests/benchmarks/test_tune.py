@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import re
 import shutil
@@ -10,19 +9,17 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import build_commands
-import build_support
 import gemm_cases
 import pytest
 import torch
 import tune
 import tune_choices
 import tune_rules
-from build_support import ROOT
 from gemm_cases import TOY_TABLE
 from tune_rules import ANY_M, Rule, rules
 
-from tests.support import c_gemm
+from tests.support import c_gemm, described
+from tools.build.plan import ROOT
 
 #: A row of C++: {most_m, {up to six names}, "why"},
 ROW = re.compile(r'^\s*\{(\w+),\s+\{("[^"]+"(?:,\s+"[^"]+"){,5})\},\s+"([^"]+)"\},$')
@@ -206,37 +203,13 @@ def test_a_candidate_never_drives_the_best_shipped_tile_out_of_the_finals() -> N
     assert tune_choices.finalists(many, near) == [(1, 1), (1, 2), (1, 4)]  # 1.4 x 11 < 15.5
 
 
-def test_only_a_tuning_build_compiles_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
-    nvcc = build_support.Nvcc("nvcc", "13.0")
-    torch_here = build_support.Torch(Path("/torch"), "2.14.0", "13.0", True)
-    cutlass = build_support.Cutlass(Path("/cutlass"), "4.2.0")
-    archs = build_support.parse_archs("8.0;9.0a")
-    names = {path.name for path in (ROOT / "csrc" / "gemm" / "instances").glob("tuning_*")}
-    assert names
-    for tuning in (False, True):
-        plan = build_support.Plan(nvcc, torch_here, cutlass, archs, tuning)
-        tasks = build_commands.compile_tasks(plan, Path("build"))
-        compiled = {Path(word).name for command, _ in tasks for word in command}
-        assert names & compiled == (names if tuning else set())
-        assert all(("-DSQK_TUNING=1" in command) == tuning for command, _ in tasks)
-        assert build_commands.build_info(plan, "")["tuning"] is tuning
-    variable = build_support.TUNING_VARIABLE
-    found = [build_support.wants_tuning({variable: text}) for text in ("1", "0", "", " 1 ")]
-    assert found == [True, False, False, True] and not build_support.wants_tuning({})
-    with pytest.raises(build_support.BuildError, match=f"{variable}=yes is not one of 0, 1"):
-        build_support.wants_tuning({variable: "yes"})
-
-
 @pytest.mark.compiler
 def test_rows_of_the_library_are_printed_as_they_are_written(tmp_path: Path) -> None:
     """Every tile of every table, candidates too."""
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("no g++")
-    flags = ["-std=c++17", "-DSQK_TUNING=1", "-shared", "-fPIC", "-Icsrc/include", "-Icsrc"]
-    sources = ["csrc/gemm/plan.cpp", "csrc/gemm/tables.cpp"]
-    subprocess.run([compiler, *flags, *sources, "-o", tmp_path / "t.so"], cwd=ROOT, check=True)
-    library = c_gemm.declare_plans(ctypes.CDLL(str(tmp_path / "t.so"), mode=1))
+    library = described.copied(tmp_path, "-DSQK_TUNING=1")
     for name, table in c_gemm.tables(library).items():
         written = (ROOT / "csrc" / "gemm" / "tiles" / f"{name}.h").read_text().splitlines()
         rows = [tune_choices.cpp_row(tile) for tile in table["tiles"]]

@@ -4,54 +4,33 @@ from __future__ import annotations
 
 import io
 import json
-import shutil
-import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 
+import smoothquant_kernels
 from smoothquant_kernels.backends import cuda as _extension
 from smoothquant_kernels.cli import doctor as _doctor
+from tests.support import described
 
-ROWS = [
-    {"path": "warp", "when": "K <= 1024", "why": "one warp holds the row"},
-    {"path": "block", "when": "x_scale [m]", "why": "\u2026"},
-]
+A100 = {"sms": 108, "capability": 80, "shared_bytes": 166912}
 
 
-GEMM = {
-    "sm80": {
-        "tiles": [{"name": "16x32x64"}, {"name": "64x64x64"}],
-        "rules": [
-            {"most_m": 16, "tiles": [0], "when": "M <= 16", "why": "few tokens"},
-            {"most_m": 99, "tiles": [1, 0], "when": "M > 16", "why": "many"},
-        ],
-    },
-}
-GEMM_ROWS = [
-    {"path": "16x32x64", "when": "M <= 16", "why": "few tokens"},
-    {"path": "64x64x64, 16x32x64", "when": "M > 16", "why": "many"},
-]
-
-
-def install(folder: Path, monkeypatch: pytest.MonkeyPatch, source: str) -> None:
-    """Puts a library of this C source in the place of the package's own."""
-    if shutil.which("g++") is None:
-        pytest.skip("g++ is not here")
-    (folder / "library.cpp").write_text(source)
-    command = ["g++", "-shared", "-fPIC", "library.cpp", "-o", _extension.LIBRARY_NAME]
-    subprocess.run(command, cwd=folder, check=True)
-    monkeypatch.setattr(_extension, "FOLDER", folder)
+@pytest.fixture
+def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The module stands for the package's own and for its library: csrc's tables and plans, without a GPU."""
+    loaded = described.copied(tmp_path)
+    module = described.module_of(loaded)
+    (tmp_path / _extension.BUILD_INFO_NAME).write_text(json.dumps(module.built_with))
+    monkeypatch.setitem(sys.modules, "smoothquant_kernels._kernels", module)
+    monkeypatch.setattr(smoothquant_kernels, "_kernels", module, raising=False)
+    monkeypatch.setattr(_extension, "FOLDER", tmp_path)
+    monkeypatch.setattr(_extension, "LIBRARY_NAME", Path(loaded._name).name)
     monkeypatch.setattr(_extension, "_status", _extension.ExtensionStatus(True, ""))
-
-
-def returning(value: str, entry: str = "sqk_quantize_table") -> str:
-    return f'extern "C" const char* {entry}() {{ return {value}; }}\n'
-
-
-def as_c_string(text: str) -> str:
-    return f'R"json({text})json"'
+    return described.library(loaded)
 
 
 def rendered(document: _doctor.Document) -> str:
@@ -62,68 +41,62 @@ def rendered(document: _doctor.Document) -> str:
 
 
 @pytest.mark.compiler
-def test_doctor_shows_the_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    install(tmp_path, monkeypatch, returning(as_c_string(json.dumps(ROWS))))
-    assert _extension.dispatch_tables() == {"quantize": ROWS}
-    document = _doctor.work()
-    assert document["extension"]["tables"] == {"quantize": ROWS}
-    lines = [line.split() for line in rendered(document).splitlines()]
-    assert ["quantize", "by", "warp:", "K", "<=", "1024"] in lines
-    assert ["block:", "x_scale", "[m]"] in lines
+def test_doctor_shows_the_tables_of_the_library(library: Any) -> None:
+    tables = _doctor.work()["extension"]["tables"]
+    assert list(tables) == ["quantize", *(f"gemm_s8 {name}" for name in library.gemm_tables())]
+    assert tables["quantize"] == library.quantize_paths() and len(tables["quantize"]) > 5
+    assert all(
+        row["path"] and row["when"] and row["why"] for rows in tables.values() for row in rows
+    )
+    lines = [" ".join(line.split()) for line in rendered(_doctor.work()).splitlines()]
+    (first, *_) = library.quantize_paths()
+    assert f"quantize by {first['path']}: {first['when']}" in lines
+    table = library.gemm_tables()["sm80"]
+    rule = table["rules"][-1]
+    names = ", ".join(table["tiles"][tile]["name"] for tile in rule["tiles"])
+    assert f"{names}: {rule['when']}" in lines
+    assert not any("cannot be shown" in line for line in lines)
 
 
 @pytest.mark.compiler
-def test_doctor_shows_the_tables_of_the_gemm(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    both = returning(as_c_string(json.dumps(ROWS)))
-    both += returning(as_c_string(json.dumps(GEMM)), "sqk_gemm_tables")
-    install(tmp_path, monkeypatch, both)
-    assert _extension.gemm_tables() == GEMM
-    expected = {"quantize": ROWS, "gemm_s8 sm80": GEMM_ROWS}
-    assert _extension.dispatch_tables() == expected
-    lines = [line.split() for line in rendered(_doctor.work()).splitlines()]
-    assert ["gemm_s8", "sm80", "by", "16x32x64:", "M", "<=", "16"] in lines
-    assert ["64x64x64,", "16x32x64:", "M", ">", "16"] in lines
+def test_doctor_shows_what_the_library_does_now(library: Any) -> None:
+    """The library is asked each time: its state is in no other place."""
+    device = sys.modules["smoothquant_kernels._kernels"].Device(**A100)
+    before = library.plan_gemm(4096, 4096, 4096, device)["name"]
+    library.without_tiles(f"sm80/{before.replace(' ', '-')}")
+    assert library.plan_gemm(4096, 4096, 4096, device)["name"] != before
+    shown = str(_doctor.work()["extension"]["tables"]["gemm_s8 sm80"])
+    assert f"{before} (ruled out)" in shown
+    library.without_tiles("")
+    assert "ruled out" not in str(_doctor.work()["extension"]["tables"])
 
 
 @pytest.mark.parametrize(
-    "damaged", ["[]", '{"sm80": 1}', '{"sm80": {"tiles": [], "rules": [{"tiles": [0]}]}}']
-)
-@pytest.mark.compiler
-def test_a_damaged_table_of_the_gemm_is_none(
-    damaged: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    install(tmp_path, monkeypatch, returning(as_c_string(damaged), "sqk_gemm_tables"))
-    assert _extension.dispatch_tables() == {}
-
-
-@pytest.mark.parametrize(
-    "value",
+    ("damage", "reason"),
     [
-        "nullptr",
-        '""',
-        '"\\xff"',
-        '"null"',
-        '"{\\"a\\": 1}"',
-        '"[1]"',
-        as_c_string('[{"path": "warp"}]'),
+        ("module", "was not built for Python 3."),
+        ("facts", "is of another build"),
+        ("library", "cannot open shared object file"),
     ],
 )
 @pytest.mark.compiler
-def test_a_damaged_table_is_none(
-    value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_doctor_says_why_it_shows_no_tables(
+    library: Any, damage: str, reason: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    install(tmp_path, monkeypatch, returning(value))
-    assert _extension.dispatch_tables() == {}
-
-
-@pytest.mark.compiler
-def test_a_library_without_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    install(tmp_path, monkeypatch, "")
-    assert _extension.dispatch_tables() == {}
-    monkeypatch.setattr(_extension, "FOLDER", tmp_path / "nothing")
-    assert _extension.dispatch_tables() == {}
+    if damage == "module":
+        monkeypatch.setitem(sys.modules, "smoothquant_kernels._kernels", None)
+        monkeypatch.delattr(smoothquant_kernels, "_kernels")
+    elif damage == "facts":
+        (tmp_path / _extension.BUILD_INFO_NAME).write_text(json.dumps({"archs": ["9.0a"]}))
+    else:
+        monkeypatch.setattr(_extension, "LIBRARY_NAME", "none.so")
+    assert _extension.dispatch_tables() == {} == _extension.gemm_tables()
+    assert _extension.gemm_plan(8, 8, 8) is None
+    document = _doctor.work()
+    assert document["extension"]["tables"] == {}
+    said = rendered(document)
+    assert "its tables cannot be shown: " in said and reason in said
+    assert _extension.BUILD_COMMAND in document["extension"]["not_described"]
 
 
 def test_no_library_has_no_tables(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,16 +4,14 @@ simulator."""
 from __future__ import annotations
 
 import ctypes
-import json
 import threading
 from collections.abc import Iterator
 
 import pytest
 
-from smoothquant_kernels.backends import tuned_tiles as _tune
 from tests.csrc.test_gemm_plan import GPUS, assert_can_be_launched, compiled, params, plan
 from tests.support import c_gemm, simulator
-from tests.support.c_gemm import Device, Plan
+from tests.support.c_gemm import Device, Measured, Plan
 from tests.support.c_interface import INVALID_ARGUMENT, SUCCESS
 
 pytestmark = pytest.mark.compiler
@@ -40,10 +38,10 @@ def use(
     sms: int = 132,
 ) -> int:
     """Choices of n, k, m, tile, splits, the tile by name or as a number; for an H100 unless said otherwise."""
-    array = (_tune._Measured * len(rows))()
+    array = (Measured * len(rows))()
     for i, (n, k, m, tile, splits) in enumerate(rows):
         row = tile if isinstance(tile, int) else names(library, c_gemm.TABLES[table]).index(tile)
-        array[i] = _tune._Measured(n, k, m, row, splits)
+        array[i] = Measured(n, k, m, row, splits)
     status: int = library.sqk_gemm_use_measured(table, sms, array, ctypes.c_int64(len(rows)))
     return status
 
@@ -89,8 +87,7 @@ def test_every_number_of_tokens_takes_what_was_measured_near_it(library: ctypes.
             params(m, 4096, 4096), plan(library, params(m, 4096, 4096), H100), H100, tiles
         )
     assert changed > 150, "the rules take the same tiles: this shows nothing"
-    row = json.loads(library.sqk_gemm_choice(300, 4096, 4096, ctypes.byref(H100)))["tile"]
-    assert tiles[row]["name"] == ONE
+    assert tiles[c_gemm.choice(library, 300, 4096, 4096, H100)["tile"]]["name"] == ONE
 
 
 def test_other_problems_and_other_gpus_go_by_the_rules(library: ctypes.CDLL) -> None:
@@ -191,7 +188,6 @@ SAME_BITS = """
 import ctypes, sys
 import torch
 from smoothquant_kernels import ops, reference
-from smoothquant_kernels.backends import tuned_tiles as _tune
 from smoothquant_kernels.ops import registry
 from tests.support import c_gemm, c_interface, cases
 
@@ -220,7 +216,7 @@ for m in (5, 16, 40):
     for tile in c_gemm.tables(library)[table]["tiles"]:
         if tile["kernel"] == "stream" and m > tile["m"]:
             continue
-        row = _tune._Measured(n, k, m, tile["tile"], tile["most_splits"])
+        row = c_gemm.Measured(n, k, m, tile["tile"], tile["most_splits"])
         assert use(c_gemm.TABLES.index(table), device.sms, ctypes.byref(row), ctypes.c_int64(1)) == 0
         assert c_gemm.choice(library, m, n, k, device)["tile"] == tile["tile"]
         assert fused() == (one_launch or tile["kernel"] == "stream"), tile["name"]

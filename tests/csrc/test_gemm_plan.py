@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import ctypes
 import re
-import shutil
-import subprocess
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
-from build_support import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.support import c_gemm
+from tests.support import c_gemm, described
 from tests.support.c_gemm import Device, Params, Plan
 from tests.support.c_interface import INVALID_ARGUMENT, SUCCESS, UNSUPPORTED_SHAPE
+from tools.build.plan import ROOT
 
 pytestmark = pytest.mark.compiler
 
@@ -50,17 +48,7 @@ FOR_THE_TUNER = {("sm80", "16x64x128"), ("sm90", "256x128x128")}
 
 
 def compiled(folder: Path, *flags: str) -> ctypes.CDLL:
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("no g++")
-    target = folder / "plan.so"
-    # What asks the CUDA runtime stays undefined, and is never called here.
-    command = [compiler, "-std=c++17", "-Wall", "-Werror", "-shared", "-fPIC", "-o", str(target)]
-    command += flags
-    command += ["-Icsrc/include", "-Icsrc", "csrc/gemm/plan.cpp", "csrc/gemm/tables.cpp"]
-    subprocess.run(command, cwd=ROOT, check=True)
-    # Not RTLD_GLOBAL: there are two such libraries, each with its own tables. 1: RTLD_LAZY.
-    return c_gemm.declare_plans(ctypes.CDLL(str(target), mode=ctypes.RTLD_LOCAL | 1))
+    return c_gemm.declare_plans(described.copied(folder, *flags))
 
 
 @pytest.fixture(scope="module")
@@ -218,8 +206,16 @@ def test_the_choice_is_the_plans(library: ctypes.CDLL, gpu: str) -> None:
             found = plan(library, params(m, n, k), device)
             choice = c_gemm.choice(library, m, n, k, device)
             clocks = choice.pop("expected_clocks")
-            assert abs(clocks - found.expected_clocks) <= 0.5
-            names = ("tile", "splits", "blocks")
+            assert clocks == found.expected_clocks
+            names = (
+                "tile",
+                "splits",
+                "launches",
+                "tiles",
+                "blocks",
+                "shared_bytes",
+                "workspace_bytes",
+            )
             expected = {"table": table, **{name: getattr(found, name) for name in names}}
             assert {name: choice[name] for name in expected} == expected
     for m, n, k in ((0, 8, 8), (-1, 8, 8), (8, 0, 8), (8, 8, 0), (8, 8, 131072)):

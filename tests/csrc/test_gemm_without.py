@@ -1,4 +1,4 @@
-"""`SQK_WITHOUT_TILES`: rows of the GEMM tables that no plan takes (csrc/gemm/tables.cpp, compiled without CUDA)."""
+"""`SQK_WITHOUT_TILES`: rows of the GEMM tables that no plan takes (csrc/gemm/excluded.cpp, compiled without CUDA)."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from typing import Any
 
 import pytest
 
-from smoothquant_kernels.backends import tuned_tiles as _tune
 from tests.csrc.test_gemm_plan import GPUS, LAYERS, assert_can_be_launched, compiled, params, plan
 from tests.support import c_gemm
-from tests.support.c_gemm import Plan
+from tests.support.c_gemm import Measured, Plan
 from tests.support.c_interface import EXCLUDED_TILE, SUCCESS, UNKNOWN_TILE, UNSUPPORTED_SHAPE
 
 VARIABLE = "SQK_WITHOUT_TILES"
@@ -178,7 +177,7 @@ def test_the_environment_is_read_once(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_measured_choice_is_no_reason_to_take_it(library: ctypes.CDLL) -> None:
     measured = "128x128x128 stream-K"
     (row,) = (t["tile"] for t in tiles_of(library, "sm90") if t["name"] == measured)
-    rows = (_tune._Measured * 1)(_tune._Measured(4096, 4096, 64, row, 1))
+    rows = (Measured * 1)(Measured(4096, 4096, 64, row, 1))
     rules = plan(library, params(64, 4096, 4096), H100).tile
     assert library.sqk_gemm_use_measured(2, 132, rows, ctypes.c_int64(1)) == SUCCESS
     try:

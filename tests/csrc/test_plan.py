@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import ctypes
-import json
-import shutil
-import subprocess
 from typing import Any
 
 import pytest
-from build_support import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.support import c_interface
+from tests.support import c_interface, described
 from tests.support.c_interface import Device, Params, Plan
+from tools.build.plan import ROOT
 
 pytestmark = pytest.mark.compiler
 
@@ -27,17 +24,8 @@ REGISTERS = {"warp": 32, "block": 8, "wide": 32, "long": 48, "element": 16, "clu
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("no g++")
-    target = tmp_path_factory.mktemp("plan") / "plan.so"
-    # current_device asks the CUDA runtime; it stays undefined, and is never called here.
-    command = [compiler, "-std=c++17", "-Wall", "-Werror", "-shared", "-fPIC", "-o", str(target)]
-    command += ["-Icsrc/include", "-Icsrc", "csrc/quantize/plan.cpp"]
-    subprocess.run(command, cwd=ROOT, check=True)
-    loaded = ctypes.CDLL(str(target), mode=ctypes.RTLD_GLOBAL | 1)  # 1: RTLD_LAZY
+    loaded = described.copied(tmp_path_factory.mktemp("plan"))
     loaded.sqk_quantize_plan.argtypes = [ctypes.c_void_p] * 3
-    loaded.sqk_quantize_table.restype = ctypes.c_char_p
     return loaded
 
 
@@ -69,7 +57,7 @@ def path(library: ctypes.CDLL, p: Params, device: Device = H100) -> str:
 
 
 def test_the_table_is_shown(library: ctypes.CDLL) -> None:
-    rows = json.loads(library.sqk_quantize_table())
+    rows = described.library(library).quantize_paths()
     assert {row["path"] for row in rows} == set(c_interface.PATHS)
     documented = [
         [cell.strip() for cell in line.strip("|\n").split("|")]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 
 import pytest
-from build_support import ROOT
 
 from tests.support import simulator
+from tools.build.plan import ROOT
 
 #: What of tests/kernels depends on the GPU's limits: its table of GEMM tiles, the longest rows that fit, small samples.
 LIMITS = (

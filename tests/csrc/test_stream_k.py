@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from build_support import ROOT, BuildError, find_cutlass, find_nvcc
 
 from tests.csrc.test_gemm_plan import compiled
 from tests.support import c_gemm
+from tools.build.plan import ROOT, BuildError, find_cutlass, find_nvcc
 
 pytestmark = [pytest.mark.slow, pytest.mark.compiler]  # 6 s of compiler
 

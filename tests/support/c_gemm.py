@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-import json
 from ctypes import POINTER, Structure, byref, c_char_p, c_double, c_int32, c_int64, c_void_p
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tests.support import c_interface
+from tests.support import c_interface, described
 from tests.support.c_interface import row_stride
 
 Device = c_interface.Device
@@ -69,6 +68,18 @@ class Plan(Structure):
     )
 
 
+class Measured(Structure):
+    """sqk::GemmMeasured."""
+
+    _fields_ = (
+        ("n", c_int64),
+        ("k", c_int64),
+        ("m", c_int64),
+        ("tile", c_int32),
+        ("splits", c_int32),
+    )
+
+
 class LinearParams(Structure):
     """sqk::LinearParams."""
 
@@ -89,9 +100,6 @@ class LinearPlan(Structure):
 def declare_plans(library: ctypes.CDLL) -> ctypes.CDLL:
     """The argument types of the C entries that need no GPU."""
     library.sqk_gemm_plan.argtypes = [POINTER(Params), POINTER(Device), POINTER(Plan)]
-    library.sqk_gemm_tables.restype = c_char_p
-    library.sqk_gemm_choice.argtypes = [c_int64, c_int64, c_int64, POINTER(Device)]
-    library.sqk_gemm_choice.restype = c_char_p
     library.sqk_gemm_without_tiles.argtypes = [c_char_p]
     return library
 
@@ -107,15 +115,16 @@ def declare(library: ctypes.CDLL) -> ctypes.CDLL:
 
 
 def tables(library: ctypes.CDLL) -> dict[str, Any]:
-    """All tables; the library is declared."""
-    found: dict[str, Any] = json.loads(library.sqk_gemm_tables())
+    """All tables."""
+    found: dict[str, Any] = described.library(library).gemm_tables()
     return found
 
 
 def choice(library: ctypes.CDLL, m: int, n: int, k: int, device: Device) -> dict[str, Any]:
-    """What the rules take; empty where nothing is launched."""
-    found: dict[str, Any] = json.loads(library.sqk_gemm_choice(m, n, k, byref(device)))
-    return found
+    """What the library takes; empty where nothing is launched."""
+    facts = {name: getattr(device, name) for name, *_ in Device._fields_}
+    here = described.module_of(library).Device(**facts)
+    return described.library(library).plan_gemm(m, n, k, here) or {}
 
 
 def current_device(library: ctypes.CDLL) -> Device:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import POINTER, Structure, byref, c_char_p, c_float, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Structure, byref, c_float, c_int32, c_int64, c_void_p
 
 import torch
 from torch import Tensor
@@ -88,7 +88,6 @@ def declare(library: ctypes.CDLL) -> ctypes.CDLL:
     library.sqk_quantize_workspace_bytes.argtypes = [POINTER(Params)]
     library.sqk_quantize_workspace_bytes.restype = c_int64
     library.sqk_quantize_plan.argtypes = [POINTER(Params), POINTER(Device), POINTER(Plan)]
-    library.sqk_quantize_table.restype = c_char_p
     return library
 
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from build_support import ROOT, jobs
 
 from tests.support import simulator
+from tools.build.plan import ROOT, jobs
 
 # What a failure looks like.
 WRONG_VALUES = r"\d elements differ, first at \("

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 
-from build_support import ROOT
+from tools.build.plan import ROOT
 
 
 def python(*arguments: str) -> str:

@@ -7,22 +7,32 @@ its folder; without it ../shared/ptxsim beside the checkout is tried.
 
 from __future__ import annotations
 
-import fcntl
 import os
-import re
+import shutil
 import subprocess
 import sys
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import build_commands
 import pytest
-from build_support import ROOT, BuildError, find_cutlass, find_nvcc, find_torch, jobs
 
 from tests.support.backends import LIBRARY_VARIABLE
+from tools.build import ninja
+from tools.build.commands import cuda_command, cxx_command
+from tools.build.module import module_steps
+from tools.build.plan import (
+    MODULE_NAME,
+    ROOT,
+    BuildError,
+    check_ninja,
+    find_cutlass,
+    find_nvcc,
+    find_python,
+    find_torch,
+)
+from tools.build.sources import sources, units
 
-_BUILD = ROOT / "build" / "simulator"
+_BUILD = Path("build") / "simulator"
 # PTX only: the simulator ignores SASS, and leaving it out halves the compile time.
 _GENCODES = [f"-gencode=arch=compute_{a},code=compute_{a}" for a in ("80", "90a")]
 
@@ -42,6 +52,8 @@ def require() -> None:
     try:
         find_nvcc(os.environ)
         find_cutlass(os.environ)
+        find_python()
+        check_ninja()
         torch = find_torch()
     except BuildError as error:
         pytest.skip(f"the kernels cannot be built for the simulator: {error}")
@@ -51,101 +63,69 @@ def require() -> None:
 
 
 def library() -> Path:
-    """All kernels and their binding, bound to the CPU key; built once, then as sources change."""
-    _BUILD.mkdir(parents=True, exist_ok=True)
-    with open(_BUILD / "lock", "w") as lock:  # pytest-xdist: one worker builds, the others wait
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        build = _BUILD.relative_to(ROOT)
-        tasks = [_task(unit, build) for unit in _units()]
-        build_commands.compile_all(tasks, os.environ)
-        return _link(_BUILD, [output for _, output in tasks])
+    """All kernels and their binding, bound to the CPU key, and the module beside; built as sources change."""
+    steps = [_step(unit, _BUILD) for unit in units(sources(), _BUILD)]
+    link = _link(_BUILD, [step.output for step in steps])
+    module = module_steps(_BUILD, find_python(), [])
+    ninja.run([*steps, link, *module], _BUILD, os.environ)
+    return ROOT / link.output
 
 
-def library_with(root: Path, sources: Sequence[str]) -> Path:
+def library_with(root: Path, changed: Sequence[str]) -> Path:
     """The library with some sources from a changed copy; the other objects are those of `library()`, called before.
 
     Args:
         root: the folder in which the copy of csrc lies; what is built is put there.
-        sources: to compile there, e.g. "csrc/quantize/launch.cu".
+        changed: to compile there, e.g. "csrc/quantize/launch.cu".
     """
-    units = _units()
-    assert set(sources) <= set(units), sources
-    objects = [(root if unit in sources else _BUILD) / _object_name(unit) for unit in units]
-    for source in sources:
-        command, output = _task(source, root, root)
-        build_commands.run(command, output, build_commands.launcher(os.environ))
-    return _link(root, objects)
+    whole = units(sources(), _BUILD)
+    assert set(changed) <= set(whole), changed
+    steps = [_step(source, root, root) for source in changed]
+    objects = [_object(unit, root if unit in changed else _BUILD) for unit in whole]
+    link = _link(root, objects)
+    ninja.run([*steps, link], root, os.environ)
+    (module,) = (ROOT / _BUILD).glob(f"{MODULE_NAME}.*so")
+    shutil.copyfile(module, root / module.name)
+    return ROOT / link.output
 
 
-def _units() -> list[str]:
-    """What is compiled: the sources, but those of wgmma kernels together, by their macros and by the number of jobs.
-
-    Each takes 40 s of a processor by itself, of which 30 are CUTLASS's headers.
-    """
-    units, wgmma = [], defaultdict(list)
-    for source in build_commands.sources():
-        if Path(source).name.startswith("wgmma_"):
-            macros = re.findall(r"^#define .*", (ROOT / source).read_text(), re.M)
-            wgmma[tuple(macros)].append(source)
-        else:
-            units.append(source)
-    for i, together in enumerate(wgmma.values()):
-        count = min(-(-jobs(os.environ) // len(wgmma)), len(together))
-        for j in range(count):
-            unit = _BUILD / f"wgmma_{i}_{j}_of_{count}_sm90.cu"
-            names = (source.removeprefix("csrc/") for source in together[j::count])
-            text = "".join(f'#include "{name}"\n' for name in names)
-            if not unit.is_file() or unit.read_text() != text:
-                unit.write_text(text)
-            units.append(unit.relative_to(ROOT).as_posix())
-    return units
+def _object(source: str, folder: Path) -> str:
+    return str(folder / (source.replace("/", ".") + ".o"))
 
 
-def _object_name(source: str) -> str:
-    return source.replace("/", ".") + ".o"
-
-
-def _task(source: str, build: Path, root: Path | None = None) -> tuple[list[str], Path]:
-    """The command that compiles a source of the checkout, or of a copy elsewhere, and its object."""
+def _step(source: str, folder: Path, root: Path | None = None) -> ninja.Step:
+    """Compiles a source of the checkout, or of a copy elsewhere."""
     flags = [
         "-DSQK_SIMULATOR",
         "-DSQK_WITH_SM80=1",
         "-DSQK_WITH_SM90=1",
         "-DSQK_ARCHS=8.0+PTX/9.0a+PTX",
     ]
-    output = build / _object_name(source)
+    output = _object(source, folder)
     if source.endswith(".cpp"):
-        include = find_torch().include
-        command = build_commands.cxx_command(source, str(output), include, flags)
+        command = cxx_command(source, output, find_torch().include, flags)
     else:
         codes = _GENCODES[1:] if Path(source).stem.endswith("_sm90") else _GENCODES
         # Newer GPUs run PTX for 8.0 too: enough for a copy, in half the time.
         one = Path(source).stem.endswith("_sm80") or root is not None
         nvcc, cutlass = find_nvcc(os.environ).path, find_cutlass(os.environ)
-        command = build_commands.cuda_command(
-            nvcc,
-            source,
-            str(output),
-            cutlass,
-            codes[:1] if one else codes,
-            [*flags, "--no-compress", "-lineinfo"],
-        )
+        flags += ["--no-compress", "-lineinfo"]
+        command = cuda_command(nvcc, source, output, cutlass, codes[:1] if one else codes, flags)
     if root is not None:
         moved = {source: str(root / source)}
-        for folder in ("csrc/include", "csrc"):
-            moved[f"-I{folder}"] = f"-I{root / folder}"
+        for place in ("csrc/include", "csrc"):
+            moved[f"-I{place}"] = f"-I{root / place}"
         command = [moved.get(part, part) for part in command]
-    return command, output
+        source = moved[source]
+    return ninja.Step(output, tuple(command), (source,))
 
 
-def _link(build: Path, objects: list[Path]) -> Path:
-    target = build / "libsqk_simulator.so"
+def _link(folder: Path, objects: list[str]) -> ninja.Step:
+    target = str(folder / "libsqk_simulator.so")
     torch = find_torch().root / "lib"
-    link = [find_nvcc(os.environ).path, "-shared", "-cudart", "shared", "-o", str(target)]
-    link += [str(output) for output in objects]
+    link = [find_nvcc(os.environ).path, "-shared", "-cudart", "shared", "-o", target, *objects]
     link += [f"-L{torch}", "-Xlinker=--no-undefined", "-ltorch_cpu", "-lc10"]
-    build_commands.run(link, target, [], objects=objects)
-    return target
+    return ninja.Step(target, tuple(link), tuple(objects), compiles=False)
 
 
 def python(

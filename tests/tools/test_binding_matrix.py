@@ -12,11 +12,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import binding_load
-import binding_matrix
 import pytest
-from binding_matrix import OLDEST, VERSIONS, Headers, Row, parse
-from build_support import TORCH_TARGET, BuildError, version_text
+
+from tools.binding import load as binding_load
+from tools.binding import matrix as binding_matrix
+from tools.binding.matrix import OLDEST, VERSIONS, Headers, Row, parse
+from tools.build.plan import TORCH_TARGET, BuildError, version_text
 
 needs_compiler = pytest.mark.skipif(
     shutil.which("g++") is None or shutil.which("nm") is None, reason="g++ or nm is not here"

@@ -10,10 +10,15 @@ import tarfile
 import zipfile
 from pathlib import Path
 
-import build_commands
-import build_support
 import pytest
-from build_support import ROOT, BuildError, Nvcc, Torch, parse_archs
+
+from tools.build import plan as build_plan
+from tools.build.commands import torch_target_macro
+from tools.build.facts import build_info, parse_ptxas, warnings
+from tools.build.library import compile_steps
+from tools.build.module import module_steps
+from tools.build.plan import ROOT, BuildError, Nvcc, Python, Torch, parse_archs
+from tools.build.sources import module_sources, sources, units
 
 SETUPTOOLS = pytest.importorskip("setuptools")
 needs_setuptools = pytest.mark.skipif(
@@ -59,7 +64,7 @@ def test_sources_are_compiled_for_the_architectures_in_their_name() -> None:
     archs = parse_archs("8.0+PTX;8.9;9.0a")
 
     def codes(name: str) -> list[str]:
-        return [arch.code for arch in build_support.archs_of_source(name, archs)]
+        return [arch.code for arch in build_plan.archs_of_source(name, archs)]
 
     assert codes("csrc/gemm/instances/tile_sm90.cu") == ["90a"]
     assert codes("csrc/gemm/instances/tile_sm80.cu") == ["80", "89"]
@@ -83,15 +88,15 @@ def test_cutlass_path_wins_over_third_party_and_that_over_pypi(
 ) -> None:
     given = fake_cutlass(tmp_path / "given", (4, 1, 0))
     pypi = fake_cutlass(tmp_path / "pypi", (4, 2, 0))
-    monkeypatch.setattr(build_support, "_pypi_cutlass", lambda: pypi)
+    monkeypatch.setattr(build_plan, "_pypi_cutlass", lambda: pypi)
     project = tmp_path / "project"
 
-    assert build_support.find_cutlass({}, project).version == "4.2.0"
+    assert build_plan.find_cutlass({}, project).version == "4.2.0"
     submodule = fake_cutlass(project / "third_party" / "cutlass", (4, 0, 7))
-    found = build_support.find_cutlass({}, project)
+    found = build_plan.find_cutlass({}, project)
     assert (found.root, found.version) == (submodule, "4.0.7")
     assert found.includes == (submodule / "include", submodule / "tools" / "util" / "include")
-    found = build_support.find_cutlass({"CUTLASS_PATH": str(given)}, project)
+    found = build_plan.find_cutlass({"CUTLASS_PATH": str(given)}, project)
     assert (found.root, found.version) == (given, "4.1.0")
 
 
@@ -99,15 +104,15 @@ def test_a_wrong_cutlass_path_is_not_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pypi = fake_cutlass(tmp_path / "pypi", (4, 2, 0))
-    monkeypatch.setattr(build_support, "_pypi_cutlass", lambda: pypi)
+    monkeypatch.setattr(build_plan, "_pypi_cutlass", lambda: pypi)
     with pytest.raises(BuildError, match=r"does not contain include/cutlass/version\.h"):
-        build_support.find_cutlass({"CUTLASS_PATH": str(tmp_path)}, tmp_path)
+        build_plan.find_cutlass({"CUTLASS_PATH": str(tmp_path)}, tmp_path)
 
 
 def test_no_cutlass_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build_support, "_pypi_cutlass", lambda: None)
+    monkeypatch.setattr(build_plan, "_pypi_cutlass", lambda: None)
     with pytest.raises(BuildError, match=r"pip install --no-deps nvidia-cutlass==4\.2\.0\.0"):
-        build_support.find_cutlass({}, tmp_path)
+        build_plan.find_cutlass({}, tmp_path)
 
 
 # -------------------------------------------------------------------------------- torch and modes
@@ -123,13 +128,13 @@ def test_no_cutlass_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.Monke
 )
 def test_a_torch_that_cannot_be_linked_is_refused(torch: Torch, expected: str) -> None:
     with pytest.raises(BuildError, match=expected):
-        build_support.check_torch(torch, Nvcc("/cuda/bin/nvcc", "13.0"))
+        build_plan.check_torch(torch, Nvcc("/cuda/bin/nvcc", "13.0"))
 
 
 def test_torch_is_found_without_importing_it() -> None:
     import torch
 
-    found = build_support.find_torch()
+    found = build_plan.find_torch()
     assert found.version == torch.__version__
     assert found.cuda == torch.version.cuda
     assert (found.include / "torch" / "csrc" / "stable" / "library.h").is_file()
@@ -139,15 +144,15 @@ def test_the_oldest_torch_is_the_same_in_the_build_and_in_the_requirements() -> 
     text = (ROOT / "pyproject.toml").read_text()
     wanted = re.search(r'"torch>=([\d.]+)"', text)
     assert wanted is not None
-    assert wanted.group(1) == build_support.version_text(build_support.TORCH_TARGET)
-    assert build_commands.torch_target_macro() == "-DTORCH_TARGET_VERSION=0x020a000000000000"
+    assert wanted.group(1) == build_plan.version_text(build_plan.TORCH_TARGET)
+    assert torch_target_macro() == "-DTORCH_TARGET_VERSION=0x020a000000000000"
 
 
 def test_max_jobs() -> None:
-    assert build_support.jobs({"MAX_JOBS": "3"}) == 3
-    assert build_support.jobs({}) == os.cpu_count()
+    assert build_plan.jobs({"MAX_JOBS": "3"}) == 3
+    assert build_plan.jobs({}) == os.cpu_count()
     with pytest.raises(BuildError, match="MAX_JOBS=no is not a positive number"):
-        build_support.jobs({"MAX_JOBS": "no"})
+        build_plan.jobs({"MAX_JOBS": "no"})
 
 
 def run_setup(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -196,13 +201,13 @@ def test_mode_auto_with_nvcc_but_no_torch_is_pure_python(monkeypatch: pytest.Mon
     def no_torch() -> Torch:
         raise BuildError("torch is not installed")
 
-    monkeypatch.setattr(build_support, "find_nvcc", lambda env: Nvcc("nvcc", "13.0"))
-    monkeypatch.setattr(build_support, "find_torch", no_torch)
-    plan, message = build_support.make_plan({}, "linux")
+    monkeypatch.setattr(build_plan, "find_nvcc", lambda env: Nvcc("nvcc", "13.0"))
+    monkeypatch.setattr(build_plan, "find_torch", no_torch)
+    plan, message = build_plan.make_plan({}, "linux")
     assert plan is None
     assert "torch is not installed" in message
     with pytest.raises(BuildError, match="BUILD=cuda: torch is not installed"):
-        build_support.make_plan({"SMOOTHQUANT_KERNELS_BUILD": "cuda"}, "linux")
+        build_plan.make_plan({"SMOOTHQUANT_KERNELS_BUILD": "cuda"}, "linux")
 
 
 def test_ptxas_output_is_read() -> None:
@@ -217,8 +222,8 @@ ptxas info    : Function properties for _Ztwo
 ptxas warning : (C7510) Potential Performance Loss: wgmma.mma_async is serialized
 ptxas info    : Used 168 registers, used 2 barriers, 944 bytes cumulative stack size
 """
-    one, two = build_commands.parse_ptxas(text)
-    (warning,) = build_commands.warnings(text)
+    one, two = parse_ptxas(text)
+    (warning,) = warnings(text)
     assert "C7510" in warning
     assert (one.kernel, one.arch, one.registers, one.stack, one.spills) == (
         "_Zone",
@@ -230,28 +235,68 @@ ptxas info    : Used 168 registers, used 2 barriers, 944 bytes cumulative stack 
     assert (two.arch, two.registers, two.stack, two.spills) == ("sm_90a", 168, 944, 20)
 
 
-@pytest.mark.compiler
-def test_a_changed_file_or_command_is_compiled_again(tmp_path: Path) -> None:
-    source = tmp_path / "a.cpp"
-    source.write_text("int a() { return 1; }\n")
-    output = tmp_path / "a.o"
-    command = ["g++", "-c", str(source), "-o", str(output), "-MD", "-MF", f"{output}.d"]
+# ----------------------------------------------------------------------------------------- sources
 
-    def compiled(command: list[str]) -> bool:
-        """Whether the compiler ran: it puts a new file in place of the object."""
-        if output.exists():
-            os.utime(output, (2e9, 2e9))  # newer than every file, and told from a new object
-        build_commands.run(command, output, [])
-        return output.stat().st_mtime != 2e9
 
-    assert compiled(command)
-    assert not compiled(command)
-    assert compiled([*command, "-DX"])
-    os.utime(source, (2.1e9, 2.1e9))
-    assert compiled([*command, "-DX"])
-    source.write_text("syntax error\n")
-    with pytest.raises(BuildError, match=r"g\+\+ failed on a.o"):
-        build_commands.run(command, output, [])
+def plan_with(archs: str, *, tuning: bool = False) -> build_plan.Plan:
+    python = Python((Path("/python"),), ".so")
+    cutlass = build_plan.Cutlass(Path("/cutlass"), "4.2.0")
+    torch = Torch(Path("/torch"), "2.14.0", "13.0", True)
+    return build_plan.Plan(Nvcc("nvcc", "13.0"), torch, cutlass, python, parse_archs(archs), tuning)
+
+
+def test_only_a_tuning_build_compiles_candidates(tmp_path: Path) -> None:
+    names = {path.name for path in (ROOT / "csrc" / "gemm" / "instances").glob("tuning_*")}
+    assert names
+    for tuning in (False, True):
+        plan = plan_with("8.0;9.0a", tuning=tuning)
+        steps = compile_steps(plan, tmp_path)
+        compiled = {Path(source).name for step in steps for source in step.inputs}
+        for unit in tmp_path.glob("unit_*.cu"):
+            if unit.name in compiled:
+                compiled |= {Path(name).name for name in re.findall('"(.+)"', unit.read_text())}
+        assert names & compiled == (names if tuning else set())
+        assert all(("-DSQK_TUNING=1" in step.command) == tuning for step in steps)
+        assert build_info(plan, "")["tuning"] is tuning
+    variable = build_plan.TUNING_VARIABLE
+    found = [build_plan.wants_tuning({variable: text}) for text in ("1", "0", "", " 1 ")]
+    assert found == [True, False, False, True] and not build_plan.wants_tuning({})
+    with pytest.raises(BuildError, match=f"{variable}=yes is not one of 0, 1"):
+        build_plan.wants_tuning({variable: "yes"})
+
+
+@pytest.mark.parametrize("tuning", [False, True])
+def test_every_source_is_compiled_once(tmp_path: Path, tuning: bool) -> None:
+    """By itself or in a unit; those of a unit begin with the same macros, and the unit is the same on every machine."""
+    names = sources(tuning=tuning)
+    given = units(names, tmp_path)
+    included = []
+    for unit in set(given) - set(names):
+        own = [f"csrc/{name}" for name in re.findall(r'#include "(.+)"', Path(unit).read_text())]
+        macros = {re.search(r"(#define .*\n)*", (ROOT / name).read_text())[0] for name in own}
+        assert 1 < len(own) <= 4 and len(macros) == 1 and unit.endswith("_sm90.cu")
+        included += own
+    assert sorted([*included, *(set(given) & set(names))]) == names
+    assert len([name for name in included if "wgmma_" in name]) > 5
+    before = {unit: Path(unit).stat().st_mtime_ns for unit in set(given) - set(names)}
+    assert units(names, tmp_path) == given
+    assert before == {unit: Path(unit).stat().st_mtime_ns for unit in before}
+
+
+def test_without_hopper_none_of_its_kernels_is_compiled(tmp_path: Path) -> None:
+    found = {step.inputs[0] for step in compile_steps(plan_with("8.0"), tmp_path)}
+    assert found and not [name for name in found if name.endswith("_sm90.cu")]
+    assert not [name for name in found if name.startswith("csrc/python/")]
+    found = {step.inputs[0] for step in compile_steps(plan_with("9.0a"), tmp_path)}
+    assert not [name for name in found if name.endswith("_sm80.cu")]
+
+
+def test_the_module_holds_all_that_needs_neither_torch_nor_nvcc(tmp_path: Path) -> None:
+    *compiled, link = module_steps(tmp_path, Python((Path("/python"),), ".abi.so"), ["-DX"])
+    assert [step.inputs for step in compiled] == [(name,) for name in module_sources()]
+    assert {"csrc/gemm/plan.cpp", "csrc/quantize/plan.cpp"} < set(module_sources())
+    assert link.output == str(tmp_path / "_kernels.abi.so") and len(link.inputs) == len(compiled)
+    assert not any("torch" in word or "cuda" in word for step in compiled for word in step.command)
 
 
 # ------------------------------------------------------------------------------- sdist and wheel
@@ -269,7 +314,8 @@ def build(kind: str, where: Path) -> Path:
         tree.mkdir(parents=True)
         subprocess.run(["cp", "-r", *present, str(tree)], cwd=ROOT, check=True)
         # A library built earlier must not slip into a package that says it is pure Python.
-        (tree / "smoothquant_kernels" / build_support.LIBRARY_NAME).write_text("stale")
+        for name in (build_plan.LIBRARY_NAME, "_kernels.cpython-311-x86_64-linux-gnu.so"):
+            (tree / "smoothquant_kernels" / name).write_text("stale")
     subprocess.run(
         [sys.executable, "-c", program], cwd=tree, env=env, check=True, capture_output=True
     )
@@ -282,7 +328,7 @@ def test_the_pure_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> No
     wheel = build("wheel", tmp_path)
     assert wheel.name == "smoothquant_kernels-0.1.0-py3-none-any.whl"
     names = zipfile.ZipFile(wheel).namelist()
-    assert "smoothquant_kernels/py.typed" in names
+    assert {"smoothquant_kernels/py.typed", "smoothquant_kernels/_kernels.pyi"} <= set(names)
     assert "smoothquant_kernels/backends/cuda.py" in names
     assert {f"smoothquant_kernels/report/page.{kind}" for kind in ("html", "css")} <= set(names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
@@ -296,8 +342,9 @@ def test_the_sdist_holds_what_builds_the_kernels(tmp_path: Path) -> None:
     sdist = build("sdist", tmp_path)
     with tarfile.open(sdist) as archive:
         names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
-    wanted = {*build_commands.sources(), "tools/build_support.py", "tools/build_commands.py"}
-    wanted |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*.h")}
+    wanted = {*sources(), *module_sources()}
+    wanted |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "tools/build").glob("*.py")}
+    wanted |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*.*h")}
     wanted |= {f"smoothquant_kernels/report/page.{kind}" for kind in ("html", "css")}
     assert wanted <= names
     assert not [name for name in names if name.endswith(".so")]

@@ -9,12 +9,12 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
-import build_support
-import kernel_gates
-import kernel_tables
 import pytest
-from kernel_gates import GATES, Gate, GatesError, failures_of
-from sass import Code, Kernel
+
+from tools.build import plan as build_plan
+from tools.gates import kernel_gates, kernel_tables
+from tools.gates.kernel_gates import GATES, Gate, GatesError, failures_of
+from tools.gates.sass import Code, Kernel
 
 ROW_NAME = "void sqk::row_kernel<{}, (sqk::Producer){}, (sqk::QuantizePath){}>(sqk::RowParams)"
 
@@ -113,10 +113,10 @@ def test_a_gate_that_guards_nothing_fails() -> None:
 
 
 def test_ptxas_warnings_of_the_build_are_failures(tmp_path: Path) -> None:
-    library = tmp_path / build_support.LIBRARY_NAME
+    library = tmp_path / build_plan.LIBRARY_NAME
     assert kernel_gates.build_warnings(library) == []
     facts = {"warnings": ["ptxas info    : (C7510) Potential Performance Loss: wgmma ..."]}
-    (tmp_path / build_support.BUILD_INFO_NAME).write_text(json.dumps(facts))
+    (tmp_path / build_plan.BUILD_INFO_NAME).write_text(json.dumps(facts))
     (failure,) = kernel_gates.build_warnings(library)
     assert "C7510" in failure and library.name in failure
 
@@ -225,9 +225,9 @@ add.s64 %d1, %d1, 2; add.s64 %d2, %d2, 2;
 def compiled(tmp_path: Path) -> Callable[..., Path]:
     """Compiles a text with nvcc; skips where nvcc or cuobjdump is not here."""
     try:
-        nvcc = build_support.find_nvcc(os.environ)
+        nvcc = build_plan.find_nvcc(os.environ)
         kernel_gates.find_tools(os.environ)
-    except (build_support.BuildError, GatesError) as error:
+    except (build_plan.BuildError, GatesError) as error:
         pytest.skip(str(error))
 
     def compile(text: str, *flags: str, suffix: str = ".cu") -> Path:

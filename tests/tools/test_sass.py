@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import occupancy
 import pytest
-import sass
-from sass import Code, Kernel
+
+from tools.gates import occupancy, sass
+from tools.gates.sass import Code, Kernel
 
 # --------------------------------------------------------------- reading what cuobjdump has printed
 

@@ -7,12 +7,6 @@
 
 #include "gemm/tiles/tile.h"
 
-// 1: the tables end with their candidates, tiles for the tuner alone (SMOOTHQUANT_KERNELS_TUNING=1
-// for the build, CONTRIBUTING.md).
-#ifndef SQK_TUNING
-#define SQK_TUNING 0
-#endif
-
 namespace sqk {
 
 // TileText that is made at compile time; one that is too long does not compile.

@@ -6,6 +6,12 @@
 
 #include "sqk/gemm.h"
 
+// 1: the tables end with their candidates, tiles for the tuner alone (SMOOTHQUANT_KERNELS_TUNING=1
+// for the build, CONTRIBUTING.md).
+#ifndef SQK_TUNING
+#define SQK_TUNING 0
+#endif
+
 namespace sqk {
 
 enum class GemmKernel : int32_t {

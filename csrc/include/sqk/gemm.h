@@ -106,14 +106,6 @@ const char* unknown_tile();
 extern "C" SQK_EXPORT int32_t sqk_gemm_s8(const sqk::GemmParams* params, void* stream);
 extern "C" SQK_EXPORT int32_t sqk_gemm_plan(const sqk::GemmParams* params,
                                             const sqk::Device* device, sqk::GemmPlan* plan);
-// The tables as JSON: {"sm80": {"tiles": [{"tile": 0, "name": ..., ...}, ...], "rules":
-// [{"most_m": ..., "tiles": [...], "when": ..., "why": ...}, ...]}, ...}. Valid until the same
-// thread asks again.
-extern "C" SQK_EXPORT const char* sqk_gemm_tables();
-// What plan_gemm takes for these sizes on a GPU like this, as JSON: {"table": "sm90", "tile": 8,
-// "splits": 1, ...}; {} where it refuses. Valid until the same thread asks again.
-extern "C" SQK_EXPORT const char* sqk_gemm_choice(int64_t m, int64_t n, int64_t k,
-                                                  const sqk::Device* device);
 // Sets measured choices for GPUs with this table and this many multiprocessors. Later plans use the
 // row with their n and k and a similar m, and the rules if there is none; count 0 removes all rows.
 // Results do not change: all tiles give the same bits. kInvalidArgument, with nothing changed: a
@@ -121,8 +113,8 @@ extern "C" SQK_EXPORT const char* sqk_gemm_choice(int64_t m, int64_t n, int64_t 
 // problem. Copies the rows; safe while other threads plan.
 extern "C" SQK_EXPORT int32_t sqk_gemm_use_measured(sqk::GemmTable table, int32_t sms,
                                                     const sqk::GemmMeasured* rows, int64_t count);
-// From now on no plan takes these rows, in place of those that SQK_WITHOUT_TILES names: their "id"
-// in sqk_gemm_tables or the name alone, separated by commas; "": all rows may be taken; null: what
+// From now on no plan takes these rows, in place of those that SQK_WITHOUT_TILES names: their id
+// (gemm/excluded.h) or the name alone, separated by commas; "": all rows may be taken; null: what
 // the environment says. kUnknownTile for a name that no table has; a list that was given then
 // changes nothing. Results do not change. Safe while other threads plan.
 extern "C" SQK_EXPORT int32_t sqk_gemm_without_tiles(const char* list);

@@ -128,5 +128,3 @@ extern "C" SQK_EXPORT int64_t sqk_quantize_workspace_bytes(const sqk::QuantizePa
 // A null device is the current GPU.
 extern "C" SQK_EXPORT int32_t sqk_quantize_plan(const sqk::QuantizeParams* params,
                                                 const sqk::Device* device, sqk::QuantizePlan* plan);
-// The table of paths as JSON: [{"path": ..., "when": ..., "why": ...}, ...]; never freed.
-extern "C" SQK_EXPORT const char* sqk_quantize_table();

@@ -1,7 +1,7 @@
 """Checks compiled kernels without a GPU: stack frames, spills, wide loads, tensor cores, launches.
 
-    python tools/kernel_gates.py                    # the library of this checkout
-    python tools/kernel_gates.py build/kernels/*.o --only row_kernel
+    python -m tools.gates                            # the library of this checkout
+    python -m tools.gates build/kernels/*.o --only row_kernel
 
 The gates are the rows of GATES. Exit code: 0 green, 1 a gate failed, 2 nothing could be checked.
 """
@@ -20,10 +20,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from build_support import BUILD_INFO_NAME, LIBRARY_NAME, PACKAGE, ROOT
-from kernel_tables import markdown, print_table
-from occupancy import LIMITS, blocks_per_sm, code_for
-from sass import Kernel, kernels_in, widths
+from tools.build.plan import BUILD_INFO_NAME, LIBRARY_NAME, PACKAGE, ROOT
+from tools.gates.kernel_tables import markdown, print_table
+from tools.gates.occupancy import LIMITS, blocks_per_sm, code_for
+from tools.gates.sass import Kernel, kernels_in, widths
 
 TOOLS_PYPI = "nvidia-cuda-cuobjdump==13.5.37 nvidia-cuda-nvdisasm==13.5.37"
 
@@ -257,7 +257,7 @@ def failures_of(
             failures.append(
                 f"gate '{gate.name}' guards nothing: no kernel's name matches '{gate.kernels}'"
                 + (f" on '{gate.archs}'" if gate.archs else "")
-                + "; correct its row in tools/kernel_gates.py."
+                + "; correct its row in tools/gates/kernel_gates.py."
             )
         for kernel in guarded:
             found = gate.check(kernel) if re.search(only, kernel.name) else None
@@ -379,7 +379,9 @@ def run(arguments: argparse.Namespace, env: Mapping[str, str]) -> int:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Checks compiled kernels without a GPU.")
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.gates", description="Checks compiled kernels without a GPU."
+    )
     parser.add_argument("files", nargs="*", type=Path, metavar="LIBRARY.so|OBJECT.o")
     parser.add_argument("--json", type=Path, metavar="FILE", help="all that was found")
     parser.add_argument("--only", default="", metavar="REGEX", help="on the demangled name")
@@ -389,7 +391,3 @@ def main(words: Sequence[str] | None = None) -> int:
     except GatesError as error:
         print(f"kernel_gates: {error}", file=sys.stderr)
         return 2
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -6,8 +6,8 @@ import sys
 from collections import defaultdict
 from collections.abc import Sequence
 
-from occupancy import LIMITS, blocks_per_sm, code_for, limits_of, warps_per_sm
-from sass import Kernel, base_name, widths
+from tools.gates.occupancy import LIMITS, blocks_per_sm, code_for, limits_of, warps_per_sm
+from tools.gates.sass import Kernel, base_name, widths
 
 COLUMNS = (
     "kernel", "arch", "registers", "threads", "shared", "stack", "local", "loads", "to shared",
@@ -80,7 +80,7 @@ def markdown(kernels: Sequence[Kernel]) -> str:
         row = groups[base_name(kernel.name)].setdefault((kernel.short, kernel.mangled), {})
         row[kernel.arch] = kernel
     lines = [
-        "<!-- written by: python tools/kernel_gates.py --write-table -->",
+        "<!-- written by: python -m tools.gates --write-table -->",
         "",
         "Registers per thread / warps per multiprocessor, for the largest block and without dynamic "
         "shared memory.",

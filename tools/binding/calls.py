@@ -1,4 +1,4 @@
-"""Calls every op of the binding and compares it with the package's CPU kernel; run by tools/binding_load.py.
+"""Calls every op of the binding and compares it with the package's CPU kernel; run by tools/binding/load.py.
 
 It runs in a folder that holds a copy of the package with a library of stand-in kernels, under any torch. The ops are
 called by the CUDA key with tensors in host memory. The numbers are such that every result is exact.
@@ -79,7 +79,7 @@ def main() -> None:
     status = _extension.extension_status()
     assert status.available, status.reason
     uncalled = set(ops.OPS) - {name for name, _, _ in CALLS}
-    assert not uncalled, f"no call of {sorted(uncalled)} in binding_calls.py"
+    assert not uncalled, f"no call of {sorted(uncalled)} in tools/binding/calls.py"
     for name in sorted({name for name, _, _ in CALLS}):
         assert _extension.has_cuda_kernel(name), f"the library has no kernel for {name}"
     for name, args, options in CALLS:

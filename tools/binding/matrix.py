@@ -1,8 +1,8 @@
 """Compiles the binding (csrc/torch) against the headers of several torch versions; needs no GPU and no CUDA.
 
-    python tools/binding_matrix.py                        # every version that CI checks
-    python tools/binding_matrix.py --torch 2.11.0         # one version
-    python tools/binding_matrix.py --load .venv/bin/python  # also loads each build there and calls its ops
+    python -m tools.binding                           # every version that CI checks
+    python -m tools.binding --torch 2.11.0            # one version
+    python -m tools.binding --load .venv/bin/python   # also loads each build there and calls its ops
 
 The headers come from torch's own wheels: `pip download`, of which only the headers of the stable ABI
 are kept, in a cache folder (1 MB a version), so that an include of any other is an error. An
@@ -25,9 +25,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from binding_load import LoadError, call_ops, link
-from build_commands import compile_all, cxx_command, sources
-from build_support import ROOT, TORCH_TARGET, BuildError, find_torch, version_text
+from tools.binding.load import LoadError, call_ops, link
+from tools.build import ninja
+from tools.build.commands import cxx_command
+from tools.build.plan import ROOT, TORCH_TARGET, BuildError, find_torch, version_text
+from tools.build.sources import sources
 
 OLDEST = version_text(TORCH_TARGET) + ".0"
 # The oldest promised, what GPU machines come with, what `make test-cuda` builds against, the newest.
@@ -214,11 +216,11 @@ def compile_binding(headers: Headers, env: Mapping[str, str]) -> list[Path]:
     folder = BUILD / headers.version
     files = [name for name in sources() if name.startswith("csrc/torch/")]
     outputs = [folder / f"{Path(name).name}.o" for name in files]
-    tasks = [
-        (cxx_command(name, str(output), headers.include, ["-DUSE_CUDA"]), output)
-        for name, output in zip(files, outputs, strict=True)
-    ]
-    compile_all(tasks, env)
+    steps = []
+    for name, output in zip(files, map(str, outputs), strict=True):
+        command = cxx_command(name, output, headers.include, ["-DUSE_CUDA"])
+        steps.append(ninja.Step(output, tuple(command), (name,)))
+    ninja.run(steps, folder, env)
     return [ROOT / output for output in outputs]
 
 
@@ -265,7 +267,7 @@ def table(rows: Sequence[Row]) -> str:
 def run(arguments: argparse.Namespace, env: Mapping[str, str]) -> int:
     for program in (env.get("CXX", "g++"), "nm"):
         if shutil.which(program) is None:
-            print(f"binding_matrix: {program} was not found; install a C++ compiler and binutils.")
+            print(f"binding: {program} was not found; install a C++ compiler and binutils.")
             return 2
     cache = arguments.cache or cache_folder(env)
     rows, have = [], {}
@@ -296,7 +298,9 @@ def absolute(python: str) -> str:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m tools.binding",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--torch", nargs="+", metavar="VERSION", default=list(VERSIONS),
@@ -322,7 +326,3 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         if tuple(map(int, version.split(".")[:2])) < TORCH_TARGET:
             parser.error(f"torch {version} is older than {OLDEST}, the oldest that is promised.")
     return parsed
-
-
-if __name__ == "__main__":
-    sys.exit(run(parse(), os.environ))

@@ -1,5 +1,5 @@
 // Stand-ins for the kernels, so that the binding can be linked, loaded and called where there is no
-// GPU: plain loops over float32 in host memory, exact where the numbers are. tools/binding_load.py
+// GPU: plain loops over float32 in host memory, exact where the numbers are. tools/binding/load.py
 // compares what the ops return.
 #include <algorithm>
 #include <cmath>

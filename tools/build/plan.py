@@ -1,8 +1,7 @@
 """What setup.py decides, in functions small enough to test without torch, nvcc or a GPU.
 
-Written out instead of using torch.utils.cpp_extension because that module rewrites the architecture
-list, looks at the GPU of the machine that builds, and refuses CUDA sources when the installed torch
-has no CUDA. The compiler commands are in build_commands.py.
+This does not use torch.utils.cpp_extension, because that module rewrites the architecture list, looks
+at the GPU of the machine that builds, and refuses CUDA sources when the installed torch has no CUDA.
 """
 
 from __future__ import annotations
@@ -13,19 +12,22 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "smoothquant_kernels"
 LIBRARY_NAME = f"lib{PACKAGE}.so"
 BUILD_INFO_NAME = "_build_info.json"
+MODULE_NAME = "_kernels"  # describes the library to Python
 
 # The oldest torch whose stable ABI the library uses; the one place where it is written.
 # pyproject.toml asks for at least this version (tests/tools/test_build.py compares the two).
 TORCH_TARGET = (2, 10)
 CUTLASS_PYPI = "nvidia-cutlass==4.2.0.0"
+TOOLS_PYPI = "'ninja>=1.11.1' 'pybind11>=3.0'"  # as in pyproject.toml's build-system.requires
 MODE_VARIABLE = "SMOOTHQUANT_KERNELS_BUILD"
 MODES = ("auto", "cuda", "none")
 TUNING_VARIABLE = "SMOOTHQUANT_KERNELS_TUNING"
@@ -139,9 +141,7 @@ def find_cutlass(env: Mapping[str, str], root: Path = ROOT) -> Cutlass:
     for place in candidates:
         if place and (place / "include" / "cutlass" / "version.h").is_file():
             return Cutlass(place, _cutlass_version(place))
-    if (
-        given
-    ):  # an explicit path that is wrong must not be replaced by another version behind one's back
+    if given:  # a wrong path is an error: another version must not take its place unnoticed
         raise BuildError(f"CUTLASS_PATH={given} does not contain include/cutlass/version.h.")
     raise BuildError(
         "the CUTLASS headers were not found; set CUTLASS_PATH to a CUTLASS source tree, put one at "
@@ -233,6 +233,33 @@ def check_torch(torch: Torch, nvcc: Nvcc) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Python:
+    """What compiles an extension module for the Python that runs the build."""
+
+    includes: tuple[Path, ...]  # Python's own headers and pybind11's
+    suffix: str  # of a module's file, ".cpython-311-x86_64-linux-gnu.so"
+
+
+def find_python() -> Python:
+    own = Path(sysconfig.get_paths()["include"])
+    if not (own / "Python.h").is_file():
+        raise BuildError(
+            f"{own} has no Python.h; install the development files of this Python (Debian and Ubuntu: python3-dev)."
+        )
+    spec = importlib.util.find_spec("pybind11")
+    if spec is None or not spec.submodule_search_locations:
+        raise BuildError(f"pybind11 was not found; run: pip install {TOOLS_PYPI}")
+    headers = Path(spec.submodule_search_locations[0]) / "include"
+    return Python((own, headers), str(sysconfig.get_config_var("EXT_SUFFIX")))
+
+
+def check_ninja() -> None:
+    """Raises when the package that holds ninja and its syntax is missing."""
+    if importlib.util.find_spec("ninja") is None:
+        raise BuildError(f"the package ninja was not found; run: pip install {TOOLS_PYPI}")
+
+
 # -------------------------------------------------------------------------------------------- plan
 
 
@@ -243,6 +270,7 @@ class Plan:
     nvcc: Nvcc
     torch: Torch
     cutlass: Cutlass
+    python: Python
     archs: tuple[Arch, ...]
     tuning: bool = False  # with the tiles that are there for benchmarks/tune.py alone
 
@@ -274,7 +302,9 @@ def make_plan(env: Mapping[str, str], platform: str = sys.platform) -> tuple[Pla
         nvcc = find_nvcc(env)
         torch = find_torch()
         check_torch(torch, nvcc)
-        plan = Plan(nvcc, torch, find_cutlass(env), archs, tuning)
+        cutlass = find_cutlass(env)
+        check_ninja()
+        plan = Plan(nvcc, torch, cutlass, find_python(), archs, tuning)
     except BuildError as error:
         if mode == "cuda":
             raise BuildError(f"{MODE_VARIABLE}=cuda: {error}") from None

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from occupancy import MAX_THREADS, SHARED_RESERVED
+from tools.gates.occupancy import MAX_THREADS, SHARED_RESERVED
 
 WIDTHS = (256, 128, 64, 32, 16, 8)  # bits of one thread's access
 COUNTED = ("IMMA", "IGMMA", "IDP", "BAR")  # tensor cores of Ampere and of Hopper, dp4a, barriers

@@ -10,8 +10,9 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from build_commands import CXX_FLAGS, run
-from build_support import (
+from tools.build import ninja
+from tools.build.commands import CXX_FLAGS, cxx
+from tools.build.plan import (
     BUILD_INFO_NAME,
     LIBRARY_NAME,
     PACKAGE,
@@ -21,8 +22,8 @@ from build_support import (
     version_text,
 )  # fmt: skip
 
-KERNELS = "tools/binding_kernels.cpp"
-CALLS = "tools/binding_calls.py"
+KERNELS = "tools/binding/kernels.cpp"
+CALLS = "tools/binding/calls.py"
 FIND_TORCH = (
     "import importlib.util; print(importlib.util.find_spec('torch').submodule_search_locations[0])"
 )
@@ -54,14 +55,15 @@ def torch_folder(python: str) -> Path:
 
 def link(objects: Sequence[Path], folder: Path, python: str) -> Path:
     """A library of the objects and the stand-in kernels, linked with the torch of that Python."""
-    compiler = os.environ.get("CXX", "g++")
-    kernels = folder.relative_to(ROOT).parent / "kernels.o"
-    command = [compiler, "-c", KERNELS, "-o", str(kernels), *CXX_FLAGS, "-Icsrc/include"]
-    run([*command, "-MD", "-MF", f"{kernels}.d"], kernels, [])
+    below = folder.relative_to(ROOT).parent / "kernels"
+    kernels = str(below / "kernels.o")
+    command = [cxx(), "-c", KERNELS, "-o", kernels, *CXX_FLAGS, "-Icsrc/include"]
+    step = ninja.Step(kernels, (*command, "-MD", "-MF", f"{kernels}.d"), (KERNELS,))
+    ninja.run([step], below, os.environ)
     library = folder / LIBRARY_NAME
     libraries = torch_folder(python) / "lib"
     done = subprocess.run(
-        [compiler, "-shared", "-o", str(library), *map(str, objects), str(ROOT / kernels),
+        [cxx(), "-shared", "-o", str(library), *map(str, objects), str(ROOT / kernels),
          f"-L{libraries}", "-Wl,--no-undefined", "-ltorch_cpu", "-ldl"],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
@@ -71,7 +73,7 @@ def link(objects: Sequence[Path], folder: Path, python: str) -> Path:
 
 
 def call_ops(library: Path, python: str) -> str:
-    """Runs binding_calls.py with that library in a copy of the package; returns what it printed last."""
+    """Runs calls.py with that library in a copy of the package; returns what it printed last."""
     with tempfile.TemporaryDirectory() as name:
         package = Path(name) / PACKAGE
         unwanted = shutil.ignore_patterns("__pycache__", "*.so", BUILD_INFO_NAME)

@@ -1,0 +1,39 @@
+// Plans and choices by the sizes of a problem. Python ring: no torch, no CUDA.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "python/entries.h"
+
+namespace sqk::python {
+
+// n, k, m, the tile's name and splits.
+using MeasuredRow = std::tuple<int64_t, int64_t, int64_t, std::string, int32_t>;
+
+// The plan of a GEMM of aligned operands and 16-bit y as a dict; None where it is refused or
+// nothing is launched. Without a device: the current GPU's.
+pybind11::object plan_gemm(const Entries& entries, int64_t m, int64_t n, int64_t k,
+                           const std::optional<Device>& device);
+
+// The same of a quantizer of aligned rows.
+pybind11::object plan_quantize(const Entries& entries, int64_t m, int64_t k, const Device& device,
+                               const std::string& producer, const std::string& scheme,
+                               const std::string& dtype);
+
+// The current GPU, or None.
+std::optional<Device> current_device(const Entries& entries);
+
+// Throws pybind11::value_error: no such table or tile, or the library refuses a row.
+void use_measured(const Entries& entries, const std::string& table, int32_t sms,
+                  const std::vector<MeasuredRow>& rows);
+
+// Without names: what SQK_WITHOUT_TILES says. Throws pybind11::value_error: no table has such a
+// tile.
+void without_tiles(const Entries& entries, const std::optional<std::string>& names);
+
+}  // namespace sqk::python

@@ -1,0 +1,52 @@
+"""The module `_kernels` for tests: built without torch and CUDA, or beside a library that it describes."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tools.build.module import build_module, load_module
+from tools.build.plan import MODULE_NAME, BuildError
+
+
+def built(*flags: str) -> Path:
+    """The module's file, compiled with these flags, -DSQK_TUNING=1 or none; skips the test where it cannot be built."""
+    if shutil.which("g++") is None:
+        pytest.skip("no g++")
+    folder = Path("build") / ("module_tuning" if flags else "module")
+    try:
+        return build_module(folder, os.environ, ["-Wextra", "-Werror", *flags])
+    except BuildError as error:
+        if "failed on" in str(error):
+            raise
+        pytest.skip(str(error))
+
+
+def copied(folder: Path, *flags: str) -> ctypes.CDLL:
+    """A copy of the module as a library of C entries: no other has its measured choices and its ruled-out rows."""
+    target = folder / built(*flags).name
+    shutil.copyfile(built(*flags), target)
+    return ctypes.CDLL(str(target))
+
+
+_load = functools.cache(load_module)
+
+
+def module_of(library: ctypes.CDLL) -> Any:
+    """The module beside a library; a module's own file is both."""
+    path = Path(library._name)
+    if path.name.startswith(MODULE_NAME):
+        return _load(path)
+    (beside,) = path.parent.glob(f"{MODULE_NAME}.*so")
+    return _load(beside)
+
+
+def library(library: ctypes.CDLL) -> Any:
+    """What the module says of a loaded library; the same entries, and so the same state."""
+    return module_of(library).Library(library._name)

@@ -1,0 +1,5 @@
+"""The build of the CUDA library and of `smoothquant_kernels._kernels`.
+
+plan.py decides (modes, architectures, where things are), sources.py finds what is compiled, commands.py holds the
+compilers' flags, ninja.py writes `build.ninja` and runs it, library.py and module.py put these together.
+"""

@@ -1,0 +1,55 @@
+"""The module `_kernels`, which describes the kernels to Python: csrc/python and what csrc computes without a GPU.
+
+It links neither torch nor CUDA, so tests and benchmarks build it on any machine with a C++ compiler.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tools.build import ninja
+from tools.build.commands import link_module_command, module_command
+from tools.build.plan import MODULE_NAME, PACKAGE, ROOT, Python, find_python
+from tools.build.sources import module_sources
+
+
+def module_steps(folder: Path, python: Python, flags: Sequence[str]) -> list[ninja.Step]:
+    """The commands that make the module in a folder relative to the root; the last one links it."""
+    steps = []
+    for source in module_sources():
+        output = str(folder / "module" / (source.replace("/", ".") + ".o"))
+        command = module_command(source, output, python, flags)
+        steps.append(ninja.Step(output, tuple(command), (source,)))
+    objects = tuple(step.output for step in steps)
+    target = str(folder / (MODULE_NAME + python.suffix))
+    link = link_module_command(objects, target)
+    return [*steps, ninja.Step(target, tuple(link), objects, compiles=False)]
+
+
+def build_module(folder: Path, env: Mapping[str, str], flags: Sequence[str] = ()) -> Path:
+    """Builds the module alone, for tests and benchmarks, and returns its path.
+
+    Args:
+        folder: relative to the root, such as build/module.
+        env: as for `ninja.run`.
+        flags: such as -DSQK_TUNING=1, with which the tables hold the tuner's candidates.
+
+    Raises:
+        BuildError: something is missing, or the compiler failed.
+    """
+    steps = module_steps(folder, find_python(), flags)
+    ninja.run(steps, folder, env)
+    return ROOT / steps[-1].output
+
+
+def load_module(path: Path) -> Any:
+    """The module in that file, whatever the package's own is."""
+    spec = importlib.util.spec_from_file_location(f"{PACKAGE}.{MODULE_NAME}", path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is not a module of this Python.")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,74 @@
+"""What is compiled: every source of csrc, found by its suffix, and the units that put some of them together."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+from tools.build.plan import ROOT
+
+#: The module's own sources, and the folders whose sources need torch.
+MODULE_FOLDER = "csrc/python/"
+TORCH_FOLDERS = ("csrc/torch/",)
+#: CUTLASS's headers take 30 of the 40 seconds that one wgmma kernel compiles, so some files share them. The number is
+#: fixed: if it followed the number of processors, two machines would make different libraries of the same sources.
+FILES_OF_A_UNIT = 4
+_SHARES_HEADERS = re.compile(r"csrc/gemm/instances/\w+_sm90\.cu")
+
+
+def _found(root: Path, *suffixes: str) -> list[str]:
+    """Relative to the root and sorted, so that builds are reproducible."""
+    found = (path for path in (root / "csrc").rglob("*") if path.suffix in suffixes)
+    return sorted(path.relative_to(root).as_posix() for path in found)
+
+
+def sources(root: Path = ROOT, *, tuning: bool = False) -> list[str]:
+    """The library's: kernels and binding.
+
+    Args:
+        root: the checkout.
+        tuning: with `tuning_*.cu`, the tiles that only a tuning build holds.
+    """
+    return [
+        name
+        for name in _found(root, ".cu", ".cpp")
+        if not name.startswith(MODULE_FOLDER)
+        and (tuning or not Path(name).name.startswith("tuning_"))
+    ]
+
+
+def module_sources(root: Path = ROOT) -> list[str]:
+    """The module's: its own, and all of csrc that needs neither torch nor nvcc."""
+    return [name for name in _found(root, ".cpp") if not name.startswith(TORCH_FOLDERS)]
+
+
+def units(names: Sequence[str], folder: Path, root: Path = ROOT) -> list[str]:
+    """The files that the compilers are given for these sources: themselves, or units in `folder` that include them.
+
+    A unit holds at most FILES_OF_A_UNIT wgmma instances that begin with the same macros.
+    """
+    kept = []
+    alike: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    for name in names:
+        if _SHARES_HEADERS.fullmatch(name):
+            macros = re.findall(r"^#define .*", (root / name).read_text(), re.M)
+            alike[tuple(macros)].append(name)
+        else:
+            kept.append(name)
+    for number, together in enumerate(alike.values()):
+        count = -(-len(together) // FILES_OF_A_UNIT)
+        for part in range(count):
+            unit = folder / f"unit_{number}_{part}_sm90.cu"
+            included = (name.removeprefix("csrc/") for name in together[part::count])
+            _write(root / unit, "".join(f'#include "{name}"\n' for name in included))
+            kept.append(unit.as_posix())
+    return kept
+
+
+def _write(path: Path, text: str) -> None:
+    """Leaves a file with that text alone: it was compiled already."""
+    if not path.is_file() or path.read_text() != text:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)

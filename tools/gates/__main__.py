@@ -1,0 +1,7 @@
+"""`python -m tools.gates`"""
+
+import sys
+
+from tools.gates.kernel_gates import main
+
+sys.exit(main())
