@@ -14,8 +14,8 @@ INSTANCES = "csrc/gemm/instances"
 STREAM, LAUNCH = f"{INSTANCES}/stream_8x16.cu", "csrc/gemm/launch.cu"
 OPS, ENTRY, LINEAR = "test_gemm.py", "test_gemm_c_entry.py", "test_linear_op.py"
 
-#: Tiles of an A100, and the arguments in the names of their files. The first stores pairs of channels, the second groups
-#: of 32.
+#: Tiles of an A100, and the arguments in the names of their files. The first stores pairs of channels, the second
+#: groups of 32.
 PAIRS = ("32x64x128", "warps_1x4_stages_6")
 GROUPS = ("64x64x128", "warps_2x2_stages_4")
 #: Of the streaming kernels for 8 tokens those of int8 and of float16.

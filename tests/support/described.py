@@ -12,26 +12,27 @@ from typing import Any
 import pytest
 
 from tools.build.module import build_module, load_module
-from tools.build.plan import MODULE_NAME, BuildError
+from tools.build.plan import MODULE_NAME, ROOT, BuildError
 
 
-def built(*flags: str) -> Path:
+def built(*flags: str, root: Path = ROOT) -> Path:
     """The module's file, compiled with these flags, -DSQK_TUNING=1 or none; skips the test where it cannot be built."""
     if shutil.which("g++") is None:
         pytest.skip("no g++")
     folder = Path("build") / ("module_tuning" if flags else "module")
     try:
-        return build_module(folder, os.environ, ["-Wextra", "-Werror", *flags])
+        return build_module(folder, os.environ, ["-Wextra", "-Werror", *flags], root)
     except BuildError as error:
         if "failed on" in str(error):
             raise
         pytest.skip(str(error))
 
 
-def copied(folder: Path, *flags: str) -> ctypes.CDLL:
+def copied(folder: Path, *flags: str, root: Path = ROOT) -> ctypes.CDLL:
     """A copy of the module as a library of C entries: no other has its measured choices and its ruled-out rows."""
-    target = folder / built(*flags).name
-    shutil.copyfile(built(*flags), target)
+    source = built(*flags, root=root)
+    target = folder / source.name
+    shutil.copyfile(source, target)
     return ctypes.CDLL(str(target))
 
 

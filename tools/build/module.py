@@ -16,10 +16,12 @@ from tools.build.plan import MODULE_NAME, PACKAGE, ROOT, Python, find_python
 from tools.build.sources import module_sources
 
 
-def module_steps(folder: Path, python: Python, flags: Sequence[str]) -> list[ninja.Step]:
+def module_steps(
+    folder: Path, python: Python, flags: Sequence[str], root: Path = ROOT
+) -> list[ninja.Step]:
     """The commands that make the module in a folder relative to the root; the last one links it."""
     steps = []
-    for source in module_sources():
+    for source in module_sources(root):
         output = str(folder / "module" / (source.replace("/", ".") + ".o"))
         command = module_command(source, output, python, flags)
         steps.append(ninja.Step(output, tuple(command), (source,)))
@@ -29,20 +31,23 @@ def module_steps(folder: Path, python: Python, flags: Sequence[str]) -> list[nin
     return [*steps, ninja.Step(target, tuple(link), objects, compiles=False)]
 
 
-def build_module(folder: Path, env: Mapping[str, str], flags: Sequence[str] = ()) -> Path:
+def build_module(
+    folder: Path, env: Mapping[str, str], flags: Sequence[str] = (), root: Path = ROOT
+) -> Path:
     """Builds the module alone, for tests and benchmarks, and returns its path.
 
     Args:
         folder: relative to the root, such as build/module.
         env: as for `ninja.run`.
         flags: such as -DSQK_TUNING=1, with which the tables hold the tuner's candidates.
+        root: the checkout or a copy of it.
 
     Raises:
         BuildError: something is missing, or the compiler failed.
     """
-    steps = module_steps(folder, find_python(), flags)
-    ninja.run(steps, folder, env)
-    return ROOT / steps[-1].output
+    steps = module_steps(folder, find_python(), flags, root)
+    ninja.run(steps, folder, env, root)
+    return root / steps[-1].output
 
 
 def load_module(path: Path) -> Any:

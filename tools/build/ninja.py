@@ -66,13 +66,16 @@ def ninja_file(steps: Sequence[Step], folder: Path, launcher: str = "") -> str:
     return text.getvalue()
 
 
-def run(steps: Sequence[Step], folder: Path, env: Mapping[str, str]) -> str:
+def run(
+    steps: Sequence[Step], folder: Path, env: Mapping[str, str], root: Path = ROOT
+) -> str:
     """Makes what is not current, MAX_JOBS commands at a time, and returns what all commands said when they last ran.
 
     Args:
         steps: of any order.
         folder: where build.ninja and ninja's records are kept; relative to the root.
         env: for MAX_JOBS and PATH; ccache is used when it is on the PATH.
+        root: where the commands run, the checkout or a copy of it.
 
     Raises:
         BuildError: the package ninja is missing, or a command failed: its name and what it said.
@@ -82,14 +85,14 @@ def run(steps: Sequence[Step], folder: Path, env: Mapping[str, str]) -> str:
 
     launcher = shutil.which("ccache", path=env.get("PATH")) or ""
     # Another checkout of the same sources finds these objects in ccache: its paths are taken from its root.
-    cache = {"CCACHE_BASEDIR": str(ROOT), "CCACHE_NOHASHDIR": "1"} if launcher else {}
-    file = ROOT / folder / "build.ninja"
+    cache = {"CCACHE_BASEDIR": str(root), "CCACHE_NOHASHDIR": "1"} if launcher else {}
+    file = root / folder / "build.ninja"
     file.parent.mkdir(parents=True, exist_ok=True)
     command = [os.path.join(BIN_DIR, "ninja"), "-f", str(file), "-j", str(jobs(env))]
     with _alone(file.with_name("lock")):
         file.write_text(ninja_file(steps, folder, launcher))
         with subprocess.Popen(
-            command, cwd=ROOT, env={**os.environ, **cache}, text=True,
+            command, cwd=root, env={**os.environ, **cache}, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         ) as process:  # fmt: skip
             assert process.stdout is not None
@@ -99,7 +102,7 @@ def run(steps: Sequence[Step], folder: Path, env: Mapping[str, str]) -> str:
                 print(line, end="", file=sys.stderr, flush=True)
         if process.returncode:
             raise BuildError(_why(steps, "".join(said)))
-        return "".join((ROOT / step.log).read_text() for step in steps)
+        return "".join((root / step.log).read_text() for step in steps)
 
 
 def _why(steps: Sequence[Step], said: str) -> str:
