@@ -148,6 +148,20 @@ def test_the_oldest_torch_is_the_same_in_the_build_and_in_the_requirements() -> 
     assert torch_target_macro() == "-DTORCH_TARGET_VERSION=0x020a000000000000"
 
 
+def test_what_the_build_needs_is_named_alike_everywhere() -> None:
+    """In the requirements, in the errors, for who builds without isolation, and for machines with a GPU."""
+    wanted = re.findall("'(.+?)'", build_plan.TOOLS_PYPI)
+    assert len(wanted) == 2
+    text = (ROOT / "pyproject.toml").read_text()
+    assert re.search(r"^requires = (.+)", text, re.M)[1] == str(
+        ["setuptools>=77", *wanted]
+    ).replace("'", '"')
+    for name in ("Makefile", "CONTRIBUTING.md"):
+        assert f"'setuptools>=77' {build_plan.TOOLS_PYPI}" in (ROOT / name).read_text(), name
+    kit = (ROOT / "benchmarks" / "gpu_requirements.txt").read_text().splitlines()
+    assert set(wanted) <= set(kit)
+
+
 def test_max_jobs() -> None:
     assert build_plan.jobs({"MAX_JOBS": "3"}) == 3
     assert build_plan.jobs({}) == os.cpu_count()
