@@ -57,7 +57,8 @@ def compiled(folder: Path, *flags: str) -> ctypes.CDLL:
     # What asks the CUDA runtime stays undefined, and is never called here.
     command = [compiler, "-std=c++17", "-Wall", "-Werror", "-shared", "-fPIC", "-o", str(target)]
     command += flags
-    command += ["-Icsrc/include", "-Icsrc", "csrc/gemm/plan.cpp", "csrc/gemm/tables.cpp"]
+    sources = [f"csrc/gemm/{name}.cpp" for name in ("cost", "plan", "tables")]
+    command += ["-Icsrc/include", "-Icsrc", *sources]
     subprocess.run(command, cwd=ROOT, check=True)
     # Not RTLD_GLOBAL: there are two such libraries, each with its own tables. 1: RTLD_LAZY.
     return c_gemm.declare_plans(ctypes.CDLL(str(target), mode=ctypes.RTLD_LOCAL | 1))
