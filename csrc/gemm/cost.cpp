@@ -6,6 +6,18 @@
 namespace sqk {
 namespace {
 
+// Share of a tile's first loads and last stores that adds to the time although another tile
+// multiplies meanwhile. An assumption.
+constexpr double kShown = 0.2;
+
+// Whether one tile loads or stores while another one multiplies on the same SM: two blocks of
+// mma.sync (mma_kernel.cuh asks for two where 128 threads are enough, and the tables give such
+// tiles at most half of the shared memory), or pingpong's two warpgroups.
+bool hides_overhead(const GemmTile& tile) {
+  if (tile.kernel == GemmKernel::kMma) return tile.warps_m * tile.warps_n <= 4;
+  return tile.schedule == Schedule::kPingpong;
+}
+
 // Tiles that the busiest SM computes under CUTLASS's stream-K schedule: the last one or two waves
 // are shared over k by as many blocks as get kLeastSteps tiles of k each. Full waves and a short k
 // are not shared.
@@ -60,7 +72,7 @@ GemmCost expected_cost(const GemmTile& tile, const GemmMachine& machine, const G
   } else {
     const double blocks = std::ceil(tiles * each / sms);
     work.clocks *= blocks / each;
-    rest += (blocks - 1) * machine.overhead;
+    rest += (blocks - 1) * machine.overhead * (hides_overhead(tile) ? kShown : 1.0);
     if (splits > 1) rest += each * 4.0 * area / machine.l2_bytes + machine.launch;
   }
   const double bytes = 1.0 * p.n * p.k + 1.0 * p.m * p.k + 2.0 * p.m * p.n;
