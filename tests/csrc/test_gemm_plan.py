@@ -47,7 +47,7 @@ LAYERS = (
 #: Every small M, and then both sides of the tiles' edges.
 TOKENS = (*range(1, 600), *(m + i for m in range(640, 4097, 64) for i in (0, 1)), 8192, 16384)
 #: Rows that the estimate never prefers: of equals it takes the first. They are there for what measurements say. The
-#: large tiles of mma.sync equal two of 128x128, whose two blocks on an SM hide each other's first loads and last stores.
+#: large tiles of mma.sync equal two of 128x128, whose two blocks on an SM hide each other's first and last clocks.
 FOR_THE_TUNER = {
     ("sm80", "16x64x128"),
     ("sm80", "128x256x64"),
