@@ -113,7 +113,8 @@ def load(library: Path, folder: Path) -> tuple[ctypes.CDLL, ctypes.CDLL]:
 def c_structs(*names: str) -> list[type[ctypes.Structure]]:
     """sqk's structs by name, as the headers have them, so that there is no second copy to keep in step."""
     text = "".join(
-        (ROOT / "csrc" / "include" / "sqk" / f"{h}.h").read_text() for h in ("quantize", "gemm", "linear")
+        (ROOT / "csrc" / "include" / "sqk" / f"{h}.h").read_text()
+        for h in ("quantize", "gemm", "linear")
     )
     text = re.sub(r"//[^\n]*", "", text)
     scalars: dict[str, Any] = {

@@ -65,6 +65,7 @@ class GemmPlan(TypedDict):
     shared_bytes: int
     workspace_bytes: int
     expected_clocks: float
+    bound_by: str
 
 class QuantizePlan(TypedDict):
     path: str

@@ -7,6 +7,7 @@
 #include <string_view>
 
 #include "common/arithmetic.h"
+#include "gemm/cost.h"
 #include "quantize/table.h"
 
 namespace py = pybind11;
@@ -83,6 +84,9 @@ py::object plan_gemm(const Entries& entries, int64_t m, int64_t n, int64_t k,
   found["shared_bytes"] = plan.shared_bytes;
   found["workspace_bytes"] = plan.workspace_bytes;
   found["expected_clocks"] = plan.expected_clocks;
+  const Device here = device ? *device : current_device(entries).value_or(Device{});
+  found["bound_by"] =
+      expected_cost(table.tiles[plan.tile], table.machine, params, here, plan.splits).bound_by;
   return found;
 }
 

@@ -66,9 +66,7 @@ def ninja_file(steps: Sequence[Step], folder: Path, launcher: str = "") -> str:
     return text.getvalue()
 
 
-def run(
-    steps: Sequence[Step], folder: Path, env: Mapping[str, str], root: Path = ROOT
-) -> str:
+def run(steps: Sequence[Step], folder: Path, env: Mapping[str, str], root: Path = ROOT) -> str:
     """Makes what is not current, MAX_JOBS commands at a time, and returns what all commands said when they last ran.
 
     Args:

@@ -52,7 +52,7 @@ constexpr int64_t shared_bytes(const GemmTile& tile) {
 }
 
 // The first rule whose most_m is not exceeded names the candidates; plan_gemm takes the one that it
-// expects to be done first (plan.cpp), and the first of those that are nearly equal.
+// expects to be done first (cost.cpp), and the first of those that are nearly equal.
 constexpr int kMostCandidates = 6;
 struct GemmRule {
   int64_t most_m;
