@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--yardstick", action="store_true")
     args = parser.parse_args(arguments)
     if not planner.available():
-        parser.error(f"{planner.COMPILER} was not found; install a C++ compiler or set CXX.")
+        parser.error(f"{planner.cxx()} was not found; install a C++ compiler or set CXX.")
     if args.yardstick:
         pairs = yardstick.rows()
         show(yardstick.table(pairs))
