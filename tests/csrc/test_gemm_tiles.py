@@ -277,6 +277,8 @@ def test_a_file_without_a_row_does_not_compile(
         ('{8, {"stream 8x16"}', '{9, {"stream 8x16"}', "a row of the table breaks a rule of tile.h"),
         (".rate(88),", ".rate(88).cluster_in_name(),", "a rule names a tile that its table does not ship"),
         ("pingpong().stages(11)", "stages(11)", "a row of the table breaks a rule of tile.h"),
+        (".stages(11)", ".stages(11).splits(2)", "a row of the table breaks a rule of tile.h"),
+        ("warps(16)", "warps(16).cluster(2, 1)", "a row of the table breaks a rule of tile.h"),
         ("wgmma(16, 64, 256)", "wgmma(32, 64, 256)", "a rule names a tile that its table does not ship"),
         ("wgmma(64, 256, 128)", "wgmma(1024, 256, 128)", "a row of the table breaks a rule of tile.h"),
     ],

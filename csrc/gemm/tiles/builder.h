@@ -9,7 +9,7 @@
 
 namespace sqk {
 
-// TileText that is made at compile time; one that is too long does not compile.
+// Text made at compile time. A text that is too long does not compile.
 class TileText {
  public:
   constexpr TileText& add(std::string_view words) {
@@ -28,8 +28,8 @@ class TileText {
   int size_ = 0;
 };
 
-// What a kernel is compiled for, as a template's argument; C++17 takes no struct there. The rate,
-// the splits, the name, and the warps of a streaming tile are not part of it.
+// What a kernel is compiled for, as a template argument, which C++17 does not allow a struct to be.
+// It holds neither the rate, the splits and the name, nor the warps of a streaming tile.
 enum class TileKey : uint64_t {};
 
 constexpr int kKeyParts = 11;
@@ -68,7 +68,7 @@ constexpr GemmTile tile_of(TileKey tile_key) {
   return tile;
 }
 
-// A tile in the making: each call gives a changed copy.
+// A tile under construction: each call returns a changed copy.
 class TileBuilder {
  public:
   constexpr TileBuilder(GemmKernel kernel, int m, int n, int k) {
@@ -147,9 +147,7 @@ class TileBuilder {
   }
 
   // The argument of the templates that an instance names.
-  constexpr operator TileKey() const {
-    return key_of(tile_);
-  }  // NOLINT: implicit, so that it reads
+  constexpr operator TileKey() const { return key_of(tile_); }
 
  private:
   enum InName { kNothing, kCluster, kStages, kWarps };
@@ -246,8 +244,8 @@ constexpr auto rules_of(const RuleRow (&rows)[kRules], const std::array<TileText
   return rules;
 }
 
-// A whole table of what is written in one. A tile is found by its name: the order of the rows says
-// nothing, and numbers of rows are of one build.
+// The table that the rows make. A tile is found by its name: the order of the rows means nothing,
+// and a row's number holds for one build only.
 template <const auto& kShipped, const auto& kCandidates, const auto& kWritten>
 struct TileTable {
   static constexpr auto kRows = all_rows(kShipped, kCandidates);

@@ -90,28 +90,38 @@ constexpr bool same_text(const char* a, const char* b) {
   return *a == *b;
 }
 
+constexpr bool mma_holds(const GemmTile& tile) {
+  const int rows = tile.m / tile.warps_m, columns = tile.n / tile.warps_n;
+  return rows % 16 == 0 && columns % 16 == 0 && tile.k % 32 == 0 && tile.stages >= 2 &&
+         rows * columns <= 64 * 64;  // 128 accumulators a thread
+}
+
+constexpr bool wgmma_holds(const GemmTile& tile) {
+  const int groups = tile.schedule == Schedule::kPingpong ? 1 : 2;
+  const int rows = tile.swap_ab ? tile.n : tile.m, columns = tile.swap_ab ? tile.m : tile.n;
+  return tile.schedule != Schedule::kNone && rows % (64 * groups) == 0 && columns % 8 == 0 &&
+         columns <= 256 && rows / groups * columns <= 64 * 256;  // 128 accumulators a thread
+}
+
 // What every row must hold, shipped or not.
+constexpr bool tile_holds(const GemmTile& tile, int64_t shared_limit) {
+  const bool mma = tile.kernel == GemmKernel::kMma, wgmma = tile.kernel == GemmKernel::kWgmma;
+  const bool for_wgmma =
+      tile.schedule != Schedule::kNone || tile.swap_ab || tile.cluster_m * tile.cluster_n != 1;
+  if (tile.m < 8 || tile.n < 16 || tile.rate < 1 || tile.rate > 100 || tile.most_splits < 1 ||
+      shared_bytes(tile) > shared_limit || (for_wgmma && !wgmma) ||
+      (tile.most_splits > 1 && !mma)) {
+    return false;
+  }
+  return mma ? mma_holds(tile) : wgmma ? wgmma_holds(tile) : true;
+}
+
+// And each has a name of its own.
 constexpr bool tiles_hold(const GemmTile* tiles, int64_t count, int64_t shared_limit) {
   for (int64_t i = 0; i < count; ++i) {
-    const GemmTile& tile = tiles[i];
+    if (!tile_holds(tiles[i], shared_limit)) return false;
     for (int64_t j = 0; j < i; ++j) {
-      if (same_text(tiles[j].name, tile.name)) return false;
-    }
-    if (shared_bytes(tile) > shared_limit) return false;
-    if (tile.m < 8 || tile.n < 16 || tile.most_splits < 1 || tile.rate < 1 || tile.rate > 100) {
-      return false;
-    }
-    if (tile.kernel == GemmKernel::kMma) {
-      const int rows = tile.m / tile.warps_m, columns = tile.n / tile.warps_n;
-      if (rows % 16 != 0 || columns % 16 != 0 || tile.k % 32 != 0 || tile.stages < 2) return false;
-      if (rows * columns > 64 * 64) return false;  // 128 accumulators a thread
-    }
-    if (tile.kernel == GemmKernel::kWgmma) {
-      if (tile.schedule == Schedule::kNone) return false;
-      const int groups = tile.schedule == Schedule::kPingpong ? 1 : 2;
-      const int rows = tile.swap_ab ? tile.n : tile.m, columns = tile.swap_ab ? tile.m : tile.n;
-      if (rows % (64 * groups) != 0 || columns % 8 != 0 || columns > 256) return false;
-      if (rows / groups * columns > 64 * 256) return false;  // 128 accumulators a thread
+      if (same_text(tiles[j].name, tiles[i].name)) return false;
     }
   }
   return true;
