@@ -24,7 +24,13 @@ from result_tables import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ("README.md", "docs/accuracy.md", "docs/cpu.md", "docs/gpu.md", "docs/performance.md")
+PAGES = (
+    "README.md",
+    "docs/reference/accuracy.md",
+    "docs/guides/cpu.md",
+    "docs/guides/gpu.md",
+    "docs/internals/performance.md",
+)
 MARKED = re.compile(r"(<!-- table: (\w+)[^>]*-->\n).*?(<!-- end table -->)", re.DOTALL)
 
 

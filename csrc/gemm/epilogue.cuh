@@ -67,7 +67,7 @@ inline Epilogue make_epilogue(const GemmParams& p) {
   return e;
 }
 
-// The contract of docs/numerics.md, one rounding per operation.
+// The contract of docs/internals/numerics.md, one rounding per operation.
 __device__ inline float dequantise(int32_t acc, float w_scale, float x_scale, float bias) {
   return __fmaf_rn(__fmul_rn(__int2float_rn(acc), w_scale), x_scale, bias);
 }

@@ -1,7 +1,7 @@
 // What is computed in front of the quantiser. Kernel ring: no torch.
 //
 // Every product and sum is written out as one rounded operation (__fmul_rn, ...), so that nothing
-// depends on what the compiler chooses to contract; docs/numerics.md has the order and the bounds.
+// depends on what the compiler contracts; docs/internals/numerics.md has the order and the bounds.
 #pragma once
 
 #include "quantize/vector.cuh"

@@ -1,4 +1,4 @@
-"""Every architecture: smoothing keeps the outputs, accounts for every linear, and does what docs/families.md says."""
+"""Every architecture: smoothing keeps the outputs, accounts for every linear, and matches the documentation."""
 
 from __future__ import annotations
 
@@ -127,9 +127,9 @@ def test_the_int8_model_is_near(family: str) -> None:
 
 def test_the_page_says_what_happens() -> None:
     if f"with transformers {transformers.__version__}." not in PATH.read_text(encoding="utf-8"):
-        pytest.skip("docs/families.md was written with another version of transformers")
+        pytest.skip("docs/reference/families.md was written with another version of transformers")
     assert PATH.read_text(encoding="utf-8") == page(), (
-        "docs/families.md is not what happens: python -m tests.support.family_table --write, and read the difference"
+        f"{PATH} is not what happens: python -m tests.support.family_table --write, and read the difference"
     )
 
 

@@ -26,7 +26,7 @@ from smoothquant_kernels.smoothing.statistics import ActivationStatistics
 pytestmark = pytest.mark.real_model
 CALIBRATION_TOKENS = 2048
 TOKENS = (
-    1536  # scored; few, for the time it takes: docs/accuracy.md has the measurements on many more
+    1536  # scored; few, for the time it takes: docs/reference/accuracy.md has the measurements on many more
 )
 
 
@@ -90,14 +90,14 @@ def test_smoothed_schemes_stay_close_to_float32(
 
 
 def test_naive_static_is_ruined_by_massive_activations(setting: Setting) -> None:
-    """What smoothing is for: without it one scale for the tensor about doubles the perplexity (docs/accuracy.md)."""
+    """What smoothing is for: without it, one scale per tensor doubles the perplexity (docs/reference/accuracy.md)."""
     assert setting.rise(setting.quantized("static", smooth=False)) > 0.5
 
 
 def test_planted_outlier_channels(setting: Setting) -> None:
     """The paper's own situation: naive W8A8 rises by a third even per token, SmoothQuant stays within 2 %.
 
-    A third is what 3,071 tokens show (docs/accuracy.md); on the fewer ones read here it was 32 %, hence a quarter.
+    3,071 tokens show a third (docs/reference/accuracy.md); the fewer tokens read here showed 32 %, hence a quarter.
     """
     model = copy.deepcopy(setting.model)
     plant_outliers(model, llama_readers(model))

@@ -1,7 +1,7 @@
 """What smoothing does to each family of `families.py`, and the page that tells it.
 
-`python -m tests.support.family_table --write` rewrites docs/families.md; tests/smoothing/test_families.py compares it
-with what happens.
+`python -m tests.support.family_table --write` rewrites docs/reference/families.md; tests/smoothing/test_families.py
+compares it with what happens.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import nn
 from smoothquant_kernels import SmoothQuantConfig, smooth_lm
 from tests.support.families import FAMILIES
 
-PATH = Path(__file__).resolve().parents[2] / "docs" / "families.md"
+PATH = Path(__file__).resolve().parents[2] / "docs" / "reference" / "families.md"
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ _INTRO = """# Architectures
 What `smooth_lm` does to each architecture, as found on a tiny random model of it (two layers, hidden size 32) by
 `tests/smoothing/test_families.py`, which compares this page with what happens. No family is looked up anywhere: which
 linears read one tensor and what may absorb their factors is traced and proved on the model at hand
-([smoothing.md](smoothing.md)), so a model that is not listed here goes through the same steps.
+([smoothing.md](../guides/smoothing.md)), so a model that is not listed here goes through the same steps.
 
 For every row the test demands that the smoothed model's outputs equal the float model's bit for bit (with factors that
 are powers of two; relative 1e-5 without that rounding), that every linear is in one of the columns, that the routers of
@@ -152,7 +152,7 @@ Written by `python -m tests.support.family_table --write`, with transformers {ve
 
 
 def page() -> str:
-    """The text of docs/families.md."""
+    """The text of docs/reference/families.md."""
     lines = [_INTRO.format(version=t.__version__)]
     lines.append("| family | " + " | ".join(_TITLES.values()) + " |")
     lines.append("|---" * (len(_TITLES) + 1) + "|")
