@@ -4,6 +4,9 @@
 #   make test-all   those, and all that take longer, start a compiler or load a real model
 #   make test-instructions  make test once more with the processor's plainer instructions
 #   make test-cuda  builds the CUDA kernels (needs nvcc) and tests them; GPU tests skip without a GPU
+#   make examples   runs the scripts in examples/ on small real models and checks their results
+#   make docs       builds the documentation site into build/site
+#   make wheel      builds the pure-Python wheel into dist/ and imports it; make wheel-cuda: the wheel with the kernels
 #   make gates      builds the CUDA kernels and checks what the compiler made of them; no GPU needed
 #   make lint       ruff, mypy and clang-format
 #   make binding-matrix     compiles the binding with every torch that it promises; no GPU and no CUDA needed
@@ -50,6 +53,7 @@ STAMP_OLD := $(call stamp,$(VENV_OLD),$(TORCH)-$(TRANSFORMERS))
 TRANSFORMERS_TESTS ?= $(addprefix tests/,checkpoint test_config.py nn)
 
 .PHONY: binding-matrix test-transformers
+.PHONY: docs examples wheel wheel-cuda
 .PHONY: demo test test-slow test-all test-instructions test-cuda gates lint bench clean install install-cuda
 .DELETE_ON_ERROR:
 
@@ -106,6 +110,23 @@ test-transformers: $(STAMP_OLD)
 	OMP_NUM_THREADS=1 $(VENV_OLD)/bin/python -m pytest -q -n $(PYTEST_WORKERS) --dist loadgroup \
 	  -m "not slow and not real_model and not simulator and not cuda and not cuda_build" $(TRANSFORMERS_TESTS)
 
+examples: $(STAMP)
+	$(PYTEST) tests/test_examples.py
+
+# Strict: a broken link or a name that the API reference does not find is an error.
+docs: $(VENV)/.installed-docs
+	$(BIN)/mkdocs build --strict
+
+# The wheel is imported from a folder of its own, outside the source tree.
+wheel: $(STAMP)
+	SMOOTHQUANT_KERNELS_BUILD=none $(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+	rm -rf build/wheel
+	$(BIN)/python $(PIP) --no-deps --target build/wheel dist/smoothquant_kernels-*-py3-none-any.whl
+	cd build/wheel && PYTHONPATH=. $(abspath $(BIN))/python -P -m smoothquant_kernels doctor
+
+wheel-cuda: install-cuda
+	SMOOTHQUANT_KERNELS_BUILD=cuda $(BIN_CUDA)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+
 bench: $(STAMP)
 	$(BIN)/python benchmarks/bench_linear.py --device cpu --threads 1
 
@@ -150,6 +171,10 @@ $(STAMP_CUDA): pyproject.toml
 # The simulator's kernels are compiled with these headers.
 $(VENV)/.installed-cutlass: $(STAMP)
 	$(BIN)/python $(PIP) --no-deps '$(CUTLASS)'
+	touch $@
+
+$(VENV)/.installed-docs: $(STAMP)
+	SMOOTHQUANT_KERNELS_BUILD=none $(BIN)/python $(PIP) -e '.[docs]'
 	touch $@
 
 $(VENV)/.installed-dev: $(STAMP)

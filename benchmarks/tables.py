@@ -129,6 +129,13 @@ def accuracy(data: Data, part: str, key: str | None = None) -> str:
     return _caption(data["facts"], other) + _accuracy_rows(data[part], key, other)
 
 
+def accuracy_short(data: Data) -> str:
+    """Four rows for the README: with one scale per token and with static scales, naive and smoothed."""
+    rows = [row for row in data["schemes"] if row.get("scheme") in ("per_token", "static")]
+    rows = [row for row in rows if row["model"] in ("naive W8A8", "SmoothQuant W8A8")]
+    return accuracy(data | {"schemes": rows}, "schemes")
+
+
 def cpu_linear(data: Data) -> str:
     machine = data["machine"]
     caption = (
@@ -302,6 +309,7 @@ def captioned(table: Callable[[Data], result_tables.Table]) -> Callable[[Data], 
 
 TABLES: dict[str, Callable[[], str | None]] = {
     "accuracy": measured("accuracy.json", lambda data: accuracy(data, "schemes")),
+    "accuracy_short": measured("accuracy.json", accuracy_short),
     "alpha": measured("accuracy.json", lambda data: accuracy(data, "alpha", "alpha")),
     "rounding": measured(
         "accuracy.json", lambda data: accuracy(data, "rounding", "smooth_rounding")

@@ -18,7 +18,8 @@ from smoothquant_kernels.modeling.run import evaluating, output_tensors, run
 from smoothquant_kernels.nn.float_linear import is_float_linear, pending_smooth
 from smoothquant_kernels.smoothing.smooth import ROUNDINGS, rounding_noise
 from tests.support.families import FAMILIES, Batch
-from tests.support.family_table import PATH, page, role, smoothed
+from tests.support.family_matrix import PATH, group, page
+from tests.support.family_table import TABLE, role, smoothed, table
 
 MIXTURES = [
     *("mixtral", "qwen2_moe", "qwen3_moe", "qwen3_next", "qwen3_5_moe", "glm4_moe"),
@@ -125,12 +126,27 @@ def test_the_int8_model_is_near(family: str) -> None:
         assert (y - x).norm() < 0.25 * x.norm()
 
 
-def test_the_page_says_what_happens() -> None:
+def test_the_page_and_the_table_say_what_happens() -> None:
     if f"with transformers {transformers.__version__}." not in PATH.read_text(encoding="utf-8"):
-        pytest.skip("docs/reference/families.md was written with another version of transformers")
-    assert PATH.read_text(encoding="utf-8") == page(), (
-        f"{PATH} is not what happens: python -m tests.support.family_table --write, and read the difference"
-    )
+        pytest.skip(f"{PATH} was written with another version of transformers")
+    for path, text in ((PATH, page()), (TABLE, table())):
+        assert path.read_text(encoding="utf-8") == text, (
+            f"{path} is not what happens: python -m tests.support.family_table --write, and read the difference"
+        )
+
+
+def test_every_linear_of_the_matrix_has_the_column_of_its_group() -> None:
+    """A name that no expression knows would hide among the other linears."""
+    other = {
+        role(layer["name"]).split(".")[-1]
+        for family in FAMILIES
+        for layer in smoothed(family).info["layers"]
+        if group(role(layer["name"])) == "other linears"
+    }
+    assert other == {
+        *("project_in", "project_out", "shared_expert_gate", "classifier", "dense", "head"),
+        *("text_projection", "visual_projection", "vocab_transform"),
+    }
 
 
 # --- outcomes that follow from the architecture, above all where tables of names are known to be wrong --------------

@@ -25,9 +25,8 @@ from smoothquant_kernels.smoothing.statistics import ActivationStatistics
 
 pytestmark = pytest.mark.real_model
 CALIBRATION_TOKENS = 2048
-TOKENS = (
-    1536  # scored; few, for the time it takes: docs/reference/accuracy.md has the measurements on many more
-)
+# Scored; few, for the time it takes: docs/reference/accuracy.md has the measurements on many more.
+TOKENS = 1536
 
 
 class Setting:
