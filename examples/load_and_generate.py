@@ -1,6 +1,6 @@
 """Loads a quantized model and answers a question.
 
-    python examples/load_and_generate.py CHECKPOINT "What is the capital of France?"
+    python examples/load_and_generate.py CHECKPOINT "What is gravity?"
 
 CHECKPOINT is a folder that `save_quantized` wrote with `tokenizer=`.
 """

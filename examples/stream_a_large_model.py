@@ -3,7 +3,7 @@
     python examples/stream_a_large_model.py FOLDER TEXT.txt OUTPUT
 
 FOLDER is a local folder with config.json and safetensors files (`huggingface-cli download` makes one). The result
-equals that of `quantize_and_save.py`, bit for bit. An interrupted call, repeated, resumes after the last finished block.
+equals that of `quantize_and_save.py`, bit for bit. Repeat an interrupted call to resume after the last finished block.
 """
 
 from __future__ import annotations

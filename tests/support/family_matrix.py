@@ -28,18 +28,18 @@ COLUMNS = [*reversed(GROUPS), "other linears", "left in float"]
 
 _INTRO = """# Architectures
 
-What `smooth_lm` does to each architecture, as found on a tiny random model of it (two layers, hidden size 32). No family is
-looked up anywhere: the driver traces which linears read one tensor, and proves on the model at hand what may absorb their
-factors ([smoothing](../guides/smoothing.md)). A model that is not listed here goes through the same steps.
+What `smooth_lm` does to each architecture, as found on a tiny random model of it (two layers, hidden size 32). No
+family is looked up: the driver traces which linears read one tensor, and proves on the model at hand what may absorb
+their factors ([smoothing](../guides/smoothing.md)). A model that is not listed here goes through the same steps.
 
 * *norm*: 1 / s is folded into the weight of the norm in front.
 * *linear*: 1 / s is folded into the rows of an earlier linear (`v_proj`, `up_proj`, `fc1`).
 * *run time*: the quantizer multiplies by 1 / s while it reads the input. That is always exact. The footnote says why.
 
-"aten.add reads it": a residual branch reads the same tensor, so folding would change what it reads. "aten.mm reads it": so
-does a router or an expert. For every row a test demands that the smoothed model's outputs equal the float model's bit for
-bit (with factors that are powers of two; relative 1e-5 without that rounding), that every linear is in one of the columns,
-that the routers of mixtures of experts give the same logits, and that the int8 model stays near the float one.
+"aten.add reads it": a residual branch reads the same tensor, so folding would change what it reads. "aten.mm reads it":
+so does a router or an expert. For every row a test demands that the smoothed model's outputs equal the float model's
+bit for bit (with factors that are powers of two; relative 1e-5 without that rounding), that every linear is in one of the
+columns, that the routers of mixtures of experts give the same logits, and that the int8 model stays near the float one.
 
 Written by `python -m tests.support.family_table --write`, with transformers {version}.
 """
@@ -82,7 +82,9 @@ def _cells(family: str, notes: Footnotes) -> list[str]:
         column = group(name)
         outcomes = found[column]
         text = _outcome(layer, outcome.model, notes)
-        outcomes[f"`{'.'.join(name.split('.')[-2:])}`: {text}" if column == "other linears" else text] = None
+        outcomes[
+            f"`{'.'.join(name.split('.')[-2:])}`: {text}" if column == "other linears" else text
+        ] = None
     for entry in outcome.info["skipped"]:
         last = role(entry["name"]).split(".")[-1]
         found["left in float"][f"`{last}`{notes.mark(entry['reason'])}"] = None
