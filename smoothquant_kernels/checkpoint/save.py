@@ -45,7 +45,7 @@ def save_quantized(
     overwrite: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> Path:
-    """Writes a quantized model to a folder (docs/checkpoint.md has the format).
+    """Writes a quantized model to a folder (docs/reference/checkpoint.md has the format).
 
     The folder appears when everything is on the disk. A crash, Ctrl-C or a full disk never leaves half of it.
 

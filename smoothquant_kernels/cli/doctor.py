@@ -171,7 +171,7 @@ def render(document: Document) -> Table:
     if extension["available"]:
         table.add_row("SQK_TUNE_CACHE", escape(extension["tune_cache"]))
         if cuda["devices"] and not extension["tuned"]:
-            # No table of csrc/gemm has been tuned on a GPU yet (docs/gpu.md, "Retuning").
+            # No table of csrc/gemm has been tuned on a GPU yet (docs/guides/gpu.md, "Retuning").
             table.add_row("", "no tuned table exists for this GPU: tiles are chosen by estimates")
         if extension["not_described"]:
             table.add_row("", escape(f"its tables cannot be shown: {extension['not_described']}"))

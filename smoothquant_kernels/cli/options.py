@@ -121,7 +121,7 @@ Config = Annotated[
     typer.Option(
         "--config",
         metavar="FILE.json",
-        help="Settings, any of docs/cli.md, also those without an option; the options override them.",
+        help="Settings, any of docs/reference/cli.md, also those without an option; the options override them.",
     ),
 ]
 Calibration = Annotated[

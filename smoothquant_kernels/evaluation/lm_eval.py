@@ -2,7 +2,7 @@
 
     python -m smoothquant_kernels.evaluation.lm_eval run --model hf --model_args pretrained=DIR --tasks ...
 
-Runs the unchanged command line of the Language Model Evaluation Harness (docs/evaluation.md) in a process where
+Runs the unchanged command line of the Language Model Evaluation Harness (docs/guides/evaluation.md) in a process where
 `from_pretrained` loads the folders of `save_quantized`.
 """
 

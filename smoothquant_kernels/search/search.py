@@ -61,7 +61,8 @@ def search_config(
     """Finds the best alpha, clipping ratio and scheme of every group for a configuration.
 
     Each candidate runs with the int8 arithmetic of the quantized layer, on activations that did not set the ranges. Its
-    cost is the KL divergence that its error causes at the model's output, estimated from gradients (docs/search.md).
+    cost is the KL divergence that its error causes at the model's output, estimated from gradients
+    (docs/guides/search.md).
     Then the whole quantized model is compared on further tokens with the fixed alpha of least cost and with the
     defaults. If it is worse than the better of these by more than the standard error, that one is returned.
 

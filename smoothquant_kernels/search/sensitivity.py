@@ -5,7 +5,7 @@ by half of d' F d. F is the Fisher information of that output: the mean of g g' 
 predicts, where g is the gradient of a label's log-likelihood. Rounding errors of different elements are nearly
 independent, so the diagonal of F nearly suffices, and the cost is half the sum of g^2 d^2. On SmolLM2-135M, the costs
 of all layers, each measured alone, add up to within about ten percent of the KL divergence of the whole quantized model
-(docs/search.md).
+(docs/guides/search.md).
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ def quantize_model(
             ranges for the static scheme. After any exception the model is unchanged.
 
     Memory: the int8 layers and the float ones, which are freed once all int8 layers exist. Streaming needs less
-    (docs/streaming.md).
+    (docs/guides/streaming.md).
 
     Equivalent to:
         for name, linear in model.named_modules():

@@ -67,7 +67,7 @@ def smooth_lm(
         calibration_data: an iterable of token-id tensors [T] or [B, T], of dicts of tensors, or of strings; or the
             result of `calibrate_model` on this model or a copy of it.
         alpha: migration strength in [0, 1]; None takes the configuration's.
-        config: all other settings; the default is the best measured configuration (docs/accuracy.md).
+        config: all other settings; the default is the best measured configuration (docs/reference/accuracy.md).
         tokenizer: turns strings into token ids.
         progress: whether to show a progress bar.
 

@@ -97,7 +97,7 @@ def quantize_streamed(
 
     Args:
         source: a local folder with config.json and safetensors, of a transformers model whose blocks form a chain
-            (decoders and encoders; docs/streaming.md).
+            (decoders and encoders; docs/guides/streaming.md).
         directory: the folder to write.
         data: token-id tensors [T] or [B, T], dicts of tensors, or strings (with `tokenizer`).
         config: `SmoothQuantConfig()` by default.

@@ -148,9 +148,9 @@ def words_of(array: str) -> dict[str, str]:
 
 
 def documented_calls() -> list[dict[str, int]]:
-    """Of docs/gpu.md: name -> seconds, with the usual ones filled in and `setup`, which always runs."""
+    """Of docs/guides/gpu.md: name -> seconds, with defaults filled in and `setup`, which always runs."""
     usual = words_of("STAGES")
-    text = (ROOT / "docs" / "gpu.md").read_text()
+    text = (ROOT / "docs" / "guides" / "gpu.md").read_text()
     found = []
     for line in re.findall(
         r"^ +benchmarks/run_on_gpu\.sh (setup .*|tune:.*|block:.*)$", text, re.MULTILINE

@@ -64,7 +64,7 @@ TILE_OF = dict(MEASURED)
 
 
 def expected(m: int) -> str | None:
-    """The tile by the rule that docs/gpu.md states, or None for the table's own rules; written another way."""
+    """The tile by the rule that docs/guides/gpu.md states, or None for the table's own rules; written another way."""
     above = [size for size in TILE_OF if size >= m]
     if above:
         return TILE_OF[min(above)] if min(above) / m < 2 else None

@@ -1,4 +1,4 @@
-"""Every architecture: smoothing keeps the outputs, records every linear, and agrees with docs/families.md."""
+"""Every architecture: smoothing keeps the outputs, records every linear, and agrees with docs/reference/families.md."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from smoothquant_kernels.modeling.run import evaluating, output_tensors, run
 from smoothquant_kernels.nn.float_linear import is_float_linear, pending_smooth
 from smoothquant_kernels.smoothing.smooth import ROUNDINGS, rounding_noise
 from tests.support.families import FAMILIES, Batch
-from tests.support.family_table import PATH, page, role, smoothed
+from tests.support.family_matrix import PATH, group, page
+from tests.support.family_table import TABLE, role, smoothed, table
 
 MIXTURES = [
     *("mixtral", "qwen2_moe", "qwen3_moe", "qwen3_next", "qwen3_5_moe", "glm4_moe"),
@@ -127,9 +128,9 @@ def test_the_int8_model_is_close_to_the_float_model(family: str) -> None:
 
 def test_the_families_page_is_up_to_date() -> None:
     if f"with transformers {transformers.__version__}." not in PATH.read_text(encoding="utf-8"):
-        pytest.skip("docs/families.md was written with another version of transformers")
+        pytest.skip("docs/reference/families.md was written with another version of transformers")
     assert PATH.read_text(encoding="utf-8") == page(), (
-        "docs/families.md is out of date: run python -m tests.support.family_table --write, and read the difference"
+        "docs/reference/families.md is out of date: run python -m tests.support.family_table --write, and read the difference"
     )
 
 

@@ -25,7 +25,7 @@ from smoothquant_kernels.smoothing.statistics import ActivationStatistics
 
 pytestmark = pytest.mark.real_model
 CALIBRATION_TOKENS = 2048
-# Scored tokens. More would take too long here; docs/accuracy.md has measurements on many more.
+# Scored tokens. More would take too long here; docs/reference/accuracy.md has measurements on many more.
 TOKENS = 1536
 
 
@@ -89,14 +89,14 @@ def test_smoothed_schemes_stay_close_to_float32(
 
 
 def test_massive_activations_ruin_naive_static_quantization(setting: Setting) -> None:
-    """Without smoothing, one scale for a whole tensor about doubles the perplexity (docs/accuracy.md)."""
+    """Without smoothing, one scale for a whole tensor about doubles the perplexity (docs/reference/accuracy.md)."""
     assert setting.increase(setting.quantized("static", smooth=False)) > 0.5
 
 
 def test_planted_outlier_channels(setting: Setting) -> None:
     """The paper's case: naive W8A8 increases perplexity by a third even per token, SmoothQuant by at most 2 %.
 
-    3,071 tokens show a third (docs/accuracy.md). The fewer tokens used here showed 32 %, so the limit is a quarter.
+    3,071 tokens show a third (docs/reference/accuracy.md). The fewer tokens used here showed 32 %, so the limit is a quarter.
     """
     model = copy.deepcopy(setting.model)
     plant_outliers(model, llama_readers(model))

@@ -1,7 +1,7 @@
-"""What smoothing does to each family of `families.py`, and the page that tells it.
+"""What smoothing does to each family of `families.py`, linear by linear.
 
-`python -m tests.support.family_table --write` rewrites docs/families.md; tests/smoothing/test_families.py compares it
-with what happens.
+`python -m tests.support.family_table --write` rewrites docs/reference/families.md (`family_matrix.py`) and the table of
+all linears; tests/smoothing/test_families.py compares both with what happens.
 """
 
 from __future__ import annotations
@@ -14,13 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import transformers as t
 from torch import nn
 
 from smoothquant_kernels import SmoothQuantConfig, smooth_lm
 from tests.support.families import FAMILIES
 
-PATH = Path(__file__).resolve().parents[2] / "docs" / "families.md"
+TABLE = Path(__file__).resolve().parents[1] / "smoothing" / "data" / "families.md"
 
 
 @dataclass(frozen=True)
@@ -130,31 +129,9 @@ def _cell(found: list[Row], how: str) -> str:
     return "<br>".join(lines)
 
 
-_INTRO = """# Architectures
-
-What `smooth_lm` does to each architecture, as found on a tiny random model of it (two layers, hidden size 32) by
-`tests/smoothing/test_families.py`, which compares this page with what happens. No family is looked up anywhere: which
-linears read one tensor and what may absorb their factors is traced and proved on the model at hand
-([smoothing.md](smoothing.md)), so a model that is not listed here goes through the same steps.
-
-For every row the test demands that the smoothed model's outputs equal the float model's bit for bit (with factors that
-are powers of two; relative 1e-5 without that rounding), that every linear is in one of the columns, that the routers of
-mixtures of experts give the same logits, and that the int8 model runs and stays near the float one.
-
-* *folded into*: 1 / s is multiplied into that norm's weight, or into the rows of that linear; the layer runs as before.
-* *divided at run time*: the quantizer multiplies by 1 / s while it reads the input. That is always exact.
-* "is read by something else as well (aten.add reads it)": a residual branch, a router or an expert reads the same
-  tensor, and folding would change what it reads.
-* Experts that `transformers` 5 keeps in 3-D parameters stay in float; so do routers that are no `nn.Linear`.
-
-Written by `python -m tests.support.family_table --write`, with transformers {version}.
-"""
-
-
-def page() -> str:
-    """The text of docs/families.md."""
-    lines = [_INTRO.format(version=t.__version__)]
-    lines.append("| family | " + " | ".join(_TITLES.values()) + " |")
+def table() -> str:
+    """Each linear of each family by name, with its producer or reason: more than the page says."""
+    lines = ["| family | " + " | ".join(_TITLES.values()) + " |"]
     lines.append("|---" * (len(_TITLES) + 1) + "|")
     for family in FAMILIES:
         found = rows(family)
@@ -165,7 +142,9 @@ def page() -> str:
 
 
 if __name__ == "__main__":
+    from tests.support import family_matrix
+
     if sys.argv[1:] == ["--write"]:
-        PATH.write_text(page(), encoding="utf-8")
+        family_matrix.write()
     else:
-        print(page())
+        print(family_matrix.page())

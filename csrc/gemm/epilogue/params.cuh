@@ -66,7 +66,7 @@ inline Epilogue make_epilogue(const GemmParams& p) {
   return e;
 }
 
-// As docs/numerics.md specifies: one rounding per operation.
+// As docs/internals/numerics.md specifies: one rounding per operation.
 __device__ inline float dequantize(int32_t acc, float w_scale, float x_scale, float bias) {
   return __fmaf_rn(__fmul_rn(__int2float_rn(acc), w_scale), x_scale, bias);
 }

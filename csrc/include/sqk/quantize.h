@@ -6,8 +6,8 @@
 //   layer_norm_quantize   v = layer_norm(x + residual) * weight + bias
 //   act_quantize          v = act(x), or act(gate) * x
 //
-// and then, for all of them (docs/numerics.md specifies the order of the operations, to the last
-// bit):
+// and then, for all of them (docs/internals/numerics.md specifies the order of the operations, to
+// the last bit):
 //
 //   v       = v * inv_smooth
 //   x_scale = max |v| / 127                  per row, per tensor, or given
