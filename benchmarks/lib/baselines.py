@@ -15,12 +15,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import gemm_cases
 import torch
 import torch.nn.functional as F
-from gemm_cases import OUT_DTYPE, Case, Expected, Operands
-from report import first_line
 from torch import Tensor
+
+from benchmarks.lib import cases
+from benchmarks.lib.cases import OUT_DTYPE, Case, Expected, Operands
+from benchmarks.lib.runner import first_line
 
 Call = Callable[[], Tensor]
 FP8 = torch.float8_e4m3fn
@@ -54,7 +55,7 @@ def not_equal(expected: Expected, _: Operands, y: Tensor) -> str:
 
 def beyond_one_step(expected: Expected, _: Operands, y: Tensor) -> str:
     """The same sums with the scales multiplied in another order: float32 values one or two of its steps apart, which
-    round to the same float16 or to neighbours."""
+    round to the same float16 or to neighbors."""
     if y.dtype != OUT_DTYPE or tuple(y.shape) != (expected.case.m, expected.case.n):
         return expected.wrong(y)
     for rows, columns, right in expected.parts:
@@ -132,13 +133,13 @@ def _aligned(case: Case, multiple: int) -> str:
 
 
 def int_mm_refusal(case: Case, device: torch.device) -> str:
-    return gemm_cases.int_mm_refusal(case)
+    return cases.int_mm_refusal(case)
 
 
 def compiled_refusal(case: Case, device: torch.device) -> str:
     if device.type != "cuda":
         return "torch.compile is not rehearsed on a CPU"
-    return gemm_cases.int_mm_refusal(case)
+    return cases.int_mm_refusal(case)
 
 
 def fp8_refusal(case: Case, device: torch.device) -> str:
@@ -164,7 +165,7 @@ _importable_once = functools.cache(_importable)
 def triton_refusal(case: Case, device: torch.device) -> str:
     if reason := _importable_once("triton", "jit"):
         return reason
-    from triton_int8 import INTERPRETED
+    from benchmarks.lib.triton_int8 import INTERPRETED
 
     if device.type != "cuda" and not INTERPRETED:
         return "Triton needs a GPU, or TRITON_INTERPRET=1"
@@ -203,13 +204,13 @@ def float_calls(sets: Sequence[Operands], dtype: torch.dtype) -> list[Call]:
 
 
 def int_mm_calls(sets: Sequence[Operands]) -> list[Call]:
-    return [lambda a=a: gemm_cases.int_mm(a) for a in sets]
+    return [lambda a=a: cases.int_mm(a) for a in sets]
 
 
 @functools.cache
 def _compiled_int_mm() -> Callable[[Operands], Tensor]:
     compiled: Callable[..., Tensor] = torch.compile(
-        lambda x_q, w_q, x_scale, w_scale: gemm_cases.int_mm(Operands(x_q, w_q, x_scale, w_scale)),
+        lambda x_q, w_q, x_scale, w_scale: cases.int_mm(Operands(x_q, w_q, x_scale, w_scale)),
         dynamic=True,  # not again for every shape
     )
     return lambda a: compiled(a.x_q, a.w_q, a.x_scale, a.w_scale)
@@ -251,7 +252,7 @@ def fp8_calls(sets: Sequence[Operands]) -> list[Call]:
 
 
 def triton_calls(sets: Sequence[Operands]) -> list[Call]:
-    import triton_int8
+    from benchmarks.lib import triton_int8
 
     plain = [(a.x_q, a.w_q, a.x_scale, a.w_scale) for a in sets]
     config = triton_int8.choose(plain, OUT_DTYPE)
@@ -288,7 +289,7 @@ ALL = (
     _float("fp16", torch.float16),
     _float("bf16", torch.bfloat16),
     Baseline(
-        "int_mm", "torch._int_mm, dequantised eagerly", int_mm_refusal, int_mm_calls, not_equal
+        "int_mm", "torch._int_mm, dequantized eagerly", int_mm_refusal, int_mm_calls, not_equal
     ),
     Baseline(
         "int_mm_compiled", "the same through torch.compile", compiled_refusal, compiled_calls,

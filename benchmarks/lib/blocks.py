@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from shapes import DECODERS, Decoder
 from torch import Tensor, nn
 
+from benchmarks.lib.shapes import DECODERS, Decoder
 from smoothquant_kernels import W8A8Linear, ops
 
 EPS = 1e-5
@@ -138,7 +138,7 @@ def attend(shape: Shape, qkv: Tensor, at: Situation) -> Tensor:
 
 
 class Block(nn.Module):
-    """A pre-norm decoder block whose matrices are `nn.Linear`, or `W8A8Linear` each with its own quantisation."""
+    """A pre-norm decoder block whose matrices are `nn.Linear`, or `W8A8Linear` each with its own quantization."""
 
     def __init__(self, shape: Shape, device: torch.device | str = "meta") -> None:
         super().__init__()
@@ -151,7 +151,7 @@ class Block(nn.Module):
             self.add_module(name, nn.Linear(k, n, bias=bias, device=device))
 
     @torch.no_grad()
-    def randomise(self, generator: torch.Generator) -> Block:
+    def randomize(self, generator: torch.Generator) -> Block:
         """Outputs as large as inputs, so that every branch counts in what comes out."""
         for name, (_, k) in self.shape.sizes.items():
             linear = self.get_submodule(name)
@@ -199,7 +199,7 @@ class Block(nn.Module):
 
 
 @torch.no_grad()
-def quantised(
+def quantized(
     block: Block, x: Tensor, at: Situation, alpha: float = 0.5, dtype: torch.dtype = torch.float32
 ) -> Block:
     """The block in W8A8, per token and per channel, every matrix smoothed by what it reads for x; a copy.
@@ -227,14 +227,14 @@ def quantised(
 
 
 class FusedBlock(nn.Module):
-    """The same W8A8 block by fused ops: norm or activation function with the quantisation, GEMM with the residual."""
+    """The same W8A8 block by fused ops: norm or activation function with the quantization, GEMM with the residual."""
 
     def __init__(self, block: Block) -> None:
         super().__init__()
         self.block = block
         self.kind = "silu_mul" if block.shape.gated else "relu"
 
-    def quantise(self, name: str, x: Tensor) -> tuple[Tensor, ...]:
+    def quantize(self, name: str, x: Tensor) -> tuple[Tensor, ...]:
         """The int8 input of a matrix, from x: the residual stream (norms), attention's output, or that of `up`."""
         if name == "o":
             return ops.quantize(x, inv_smooth=self.block.o.inv_smooth)
@@ -266,23 +266,23 @@ class FusedBlock(nn.Module):
     def _run(self, x: Tensor, at: Situation) -> tuple[Tensor, ...]:
         """The result, last; before it qkv, attention's output, x + attention, and what `up` gives."""
         dtype = x.dtype
-        qkv = self.multiply("qkv", *self.quantise("qkv", x), dtype, None)
+        qkv = self.multiply("qkv", *self.quantize("qkv", x), dtype, None)
         attended = attend(self.block.shape, qkv, at)
-        x2 = self.multiply("o", *self.quantise("o", attended), dtype, x)
-        up = self.multiply("up", *self.quantise("up", x2), dtype, None)
-        return qkv, attended, x2, up, self.multiply("down", *self.quantise("down", up), dtype, x2)
+        x2 = self.multiply("o", *self.quantize("o", attended), dtype, x)
+        up = self.multiply("up", *self.quantize("up", x2), dtype, None)
+        return qkv, attended, x2, up, self.multiply("down", *self.quantize("down", up), dtype, x2)
 
     def parts(self, x: Tensor, at: Situation) -> dict[str, Any]:
         """Its work in three calls, each on what it reads in the whole: "gemm", "quantise", "attention"."""
         qkv, attended, x2, up, _ = self._run(x, at)
         read = dict(zip(LINEARS, (x, attended, x2, up), strict=True))
-        int8 = {name: self.quantise(name, t) for name, t in read.items()}
+        int8 = {name: self.quantize(name, t) for name, t in read.items()}
         added = {"o": x, "down": x2}
         return {
             "gemm": lambda: [
                 self.multiply(name, *int8[name], x.dtype, added.get(name)) for name in LINEARS
             ],
-            "quantise": lambda: [self.quantise(name, t) for name, t in read.items()],
+            "quantise": lambda: [self.quantize(name, t) for name, t in read.items()],
             "attention": lambda: attend(self.block.shape, qkv, at),
         }
 

@@ -1,4 +1,4 @@
-"""INT8 GEMMs as cases of a benchmark: layers x tokens, operands, what is right, the tiles that can be forced."""
+"""INT8 GEMMs as cases of a benchmark: layers x tokens, operands, the expected result, the tiles that can be forced."""
 
 from __future__ import annotations
 
@@ -10,13 +10,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import gpu_state
-import gpu_timer
-import real_data
 import torch
-from shapes import Layer, by_place, distinct
 from torch import Tensor
 
+from benchmarks.lib import gpu, real_data, timer
+from benchmarks.lib.shapes import Layer, by_place, distinct
 from smoothquant_kernels import ops, reference
 from smoothquant_kernels.backends import cuda as _extension
 
@@ -85,7 +83,7 @@ class Case:
         return shape if self.data == "random" else f"{shape} {self.data}"
 
 
-def cases(layers: Iterable[Layer], tokens: Sequence[int]) -> list[Case]:
+def cases_of(layers: Iterable[Layer], tokens: Sequence[int]) -> list[Case]:
     """All combinations, the most telling first; a shape that several models have comes once."""
     kept = list(distinct(list(layers)))
     return [Case(kept[i], tokens[j]) for i, j in by_place(kept, tokens)]
@@ -102,7 +100,7 @@ class Operands:
     w_scale: Tensor
 
 
-def generator(case: Case, device: torch.device) -> torch.Generator:
+def generator_of(case: Case, device: torch.device) -> torch.Generator:
     return torch.Generator(device).manual_seed(case.m * 1_000_003 + case.n * 1_009 + case.k)
 
 
@@ -110,7 +108,7 @@ def make_operands(case: Case, generator: torch.Generator) -> Operands:
     """Random int8 in all of [-127, 127], or what was recorded of a model: that, and more so zeros, needs less power."""
     device = generator.device
     if case.data == "real":
-        site = "mlp" if case.layer.name in real_data.BEHIND_MLP else "norm"
+        site = "mlp" if case.layer.name in real_data.AFTER_ACTIVATION else "norm"
         return Operands(*real_data.draw(case.m, case.n, case.k, site, generator))
 
     def integers(*shape: int) -> Tensor:
@@ -155,7 +153,7 @@ def forced(a: Operands, tile: int, splits: int) -> Tensor:
 
 
 def int_mm(a: Operands) -> Tensor:
-    """The INT8 product that PyTorch has, and dequantisation in PyTorch."""
+    """The INT8 product that PyTorch has, and dequantization in PyTorch."""
     acc = torch._int_mm(a.x_q, a.w_q.t())
     return (acc.float() * a.w_scale * a.x_scale[:, None]).to(OUT_DTYPE)
 
@@ -174,7 +172,7 @@ def has_cuda_ops(device: torch.device) -> bool:
     """Whether the ops are the CUDA library's: on a GPU, and on a CPU in the simulator of simulated.py."""
     path = os.environ.get("SQK_SIMULATOR_LIBRARY")
     if device.type != "cuda" and path:
-        import simulated  # not a part of any measurement
+        from benchmarks.on_gpu import simulated  # not a part of any measurement
 
         simulated.bind(path)
     return device.type == "cuda" or bool(path)
@@ -292,7 +290,7 @@ def poison(case: Case, device: torch.device) -> None:
 
 
 def sample_under_load(
-    variant: gpu_timer.Recorded, us: float, sample: gpu_state.Sampler, device: torch.device
+    variant: timer.Recorded, us: float, sample: gpu.Sampler, device: torch.device
 ) -> dict[str, float]:
     """Clocks, power and temperature while the GPU works on a variant whose call takes `us`."""
     if device.type == "cuda":
@@ -309,6 +307,6 @@ def sample_under_load(
 
 def record_each(
     function: Callable[[Operands], Tensor], sets: Sequence[Operands], device: torch.device
-) -> gpu_timer.Recorded:
+) -> timer.Recorded:
     """A variant that calls the function once on each of the sets."""
-    return gpu_timer.record([lambda a=a: function(a) for a in sets], device)
+    return timer.record([lambda a=a: function(a) for a in sets], device)

@@ -50,8 +50,8 @@ class Producer:
     Attributes:
         names: inputs in the order in which `run`, `reference` and `chain` take them. `x`, `residual` and `gate` are
             [M, K], `fused` is [M, 2K], `weight` and `bias` are [K].
-        run: the op: inputs and the quantiser's keyword arguments -> (x_q, x_scale) or (x_q, x_scale, x + residual).
-        value: the specification's float32 value before it is quantised.
+        run: the op: inputs and the quantizer's keyword arguments -> (x_q, x_scale) or (x_q, x_scale, x + residual).
+        value: the specification's float32 value before it is quantized.
         chain: the same value as an unfused model computes it, in the model's own dtype.
         exact: the op must match the specification bit for bit.
     """
@@ -178,7 +178,7 @@ def bytes_moved(case: Case) -> int:
 # --- what is compared ---------------------------------------------------------------------------------------------
 
 
-def quantiser_options(case: Case, inputs: Inputs, scale: Tensor | None) -> dict[str, Any]:
+def quantizer_options(case: Case, inputs: Inputs, scale: Tensor | None) -> dict[str, Any]:
     """The keyword arguments that all producers share."""
     options: dict[str, Any] = {"inv_smooth": inputs.get("inv_smooth")}
     if case.scheme == "static":
@@ -195,15 +195,15 @@ def _split(case: Case, inputs: Inputs) -> tuple[list[Tensor], Tensor | None]:
 def run_op(case: Case, inputs: Inputs, scale: Tensor | None) -> tuple[Tensor, ...]:
     producer = PRODUCERS[case.producer]
     arguments = [inputs[name] for name in producer.names]
-    return producer.run(*arguments, **quantiser_options(case, inputs, scale))
+    return producer.run(*arguments, **quantizer_options(case, inputs, scale))
 
 
 def run_reference(case: Case, inputs: Inputs, scale: Tensor | None) -> tuple[Tensor, ...]:
     arguments, residual = _split(case, inputs)
     arguments[0] = reference.add_residual(arguments[0], residual)
     value = PRODUCERS[case.producer].value(*arguments)
-    quantised = reference.quantize(value, **quantiser_options(case, inputs, scale))
-    return quantised if residual is None else (*quantised, arguments[0])
+    quantized = reference.quantize(value, **quantizer_options(case, inputs, scale))
+    return quantized if residual is None else (*quantized, arguments[0])
 
 
 def run_eager(case: Case, inputs: Inputs, scale: Tensor | None) -> tuple[Tensor, ...]:

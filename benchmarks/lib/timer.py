@@ -1,11 +1,9 @@
-"""Device time of small kernels: CUDA graphs over rotating inputs with a cold L2 cache, variants interleaved.
+"""Interleaved timing: plain calls on a CPU, CUDA graphs with a cold L2 cache on a GPU.
 
-Events around one launch of a kernel below 100 us measure the gap in which the CPU enqueues it. So each variant is
-recorded into a CUDA graph that calls it once on each of several input sets, and a replay's time is divided by the
-number of calls. Before every replay the L2 cache is filled with something else, and no two calls of a graph share an
-input or an output, so every call finds its data in device memory, as a layer of a large model does.
-
-On the CPU the same functions time plain calls: a rehearsal, with no cache control and no meaning for a GPU.
+Events around one kernel below 100 us measure the gap in which the CPU enqueues it. So each variant becomes a CUDA graph
+that calls it once on each of several input sets, and a replay's time is divided by the number of calls. The L2 cache is
+filled with something else before every replay, and no two calls of a graph share an input or an output: every call
+finds its data in device memory, as a layer of a large model does.
 """
 
 from __future__ import annotations
@@ -20,6 +18,7 @@ from typing import Any
 import torch
 
 Call = Callable[[], object]
+Round = Callable[[Mapping[str, "Recorded"]], dict[str, float]]
 
 #: Calls in a graph: enough for a few hundred microseconds of small kernels.
 MOST_SETS = 32
@@ -45,13 +44,13 @@ class Timing:
 class Recorded:
     """A variant that is ready to be timed: `replay` makes `calls` calls."""
 
-    replay: Callable[[], None]
+    replay: Call
     calls: int
     keep: Any = None  # what must live as long as the graph
 
 
 def l2_bytes(device: torch.device) -> int:
-    """The size of the L2 cache; on the CPU 0, where no cache is kept cold."""
+    """The size of the L2 cache; 0 on a CPU, where no cache is kept cold."""
     if device.type != "cuda":
         return 0
     return int(torch.cuda.get_device_properties(device).L2_cache_size)
@@ -65,20 +64,14 @@ def input_sets(bytes_per_call: int, device: torch.device) -> int:
 
 def record(calls: Sequence[Call], device: torch.device) -> Recorded:
     """Warms up every call and, on a GPU, captures them all, one after the other, in one graph."""
-    for (
-        call
-    ) in calls:  # all of them: a compiled function must not find new guards while it is captured
+    for call in calls:  # all: a compiled function must not meet new guards during the capture
         call()
     if device.type != "cuda":
-
-        def run() -> None:
-            for call in calls:
-                call()
-
-        return Recorded(run, len(calls))
+        return Recorded(lambda: [call() for call in calls], len(calls))
     torch.cuda.synchronize(device)
-    side = torch.cuda.Stream(device)
-    with torch.cuda.stream(side):  # lazy initialisation on a stream that is not the default one
+    with torch.cuda.stream(
+        torch.cuda.Stream(device)
+    ):  # lazy initialization, off the default stream
         calls[0]()
     torch.cuda.synchronize(device)
     graph = torch.cuda.CUDAGraph()
@@ -100,27 +93,45 @@ def measure(
     """Times all variants in turn (A B C A B C ...), so that clocks and temperature hit all alike.
 
     Args:
-        variants: name -> what `record` returned.
         seconds: about how long to measure in all; every variant gets the same number of rounds.
         least, most: bounds of that number.
     """
     one_round = _gpu_round(device) if device.type == "cuda" else _cpu_round
-    one_round(variants)
-    start = time.perf_counter()
-    one_round(variants)
-    once = time.perf_counter() - start
-    rounds = max(least, min(most, int(seconds / max(once, 1e-9))))
-    samples: dict[str, list[float]] = {name: [] for name in variants}
-    for _ in range(rounds):
-        for name, us in one_round(variants).items():
-            samples[name].append(us / variants[name].calls)
+    samples = _samples(variants, one_round, seconds, least, most)
     return {name: summary(values, variants[name].calls) for name, values in samples.items()}
+
+
+def interleaved(
+    variants: Mapping[str, Call], *, seconds: float, least: int = 5, most: int = 200
+) -> dict[str, list[float]]:
+    """Microseconds of every call on the CPU, the variants in turn."""
+    plain = {name: Recorded(call, 1) for name, call in variants.items()}
+    return _samples(plain, _cpu_round, seconds, least, most)
+
+
+def median_ratio(slow: list[float], fast: list[float]) -> float:
+    """The median over the rounds of slow / fast: both were measured side by side in each."""
+    return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
 
 
 def summary(samples: Sequence[float], calls: int) -> Timing:
     """The median and the 20th and 80th percentile of microseconds per call."""
     fifths = statistics.quantiles(samples, n=5, method="inclusive")
     return Timing(statistics.median(samples), fifths[0], fifths[3], len(samples), calls)
+
+
+def _samples(
+    variants: Mapping[str, Recorded], one_round: Round, seconds: float, least: int, most: int
+) -> dict[str, list[float]]:
+    one_round(variants)  # allocations, packing, the choice of kernels
+    start = time.perf_counter()
+    one_round(variants)
+    once = time.perf_counter() - start
+    samples: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(max(least, min(most, int(seconds / max(once, 1e-9))))):
+        for name, us in one_round(variants).items():
+            samples[name].append(us / variants[name].calls)
+    return samples
 
 
 def _cpu_round(variants: Mapping[str, Recorded]) -> dict[str, float]:
@@ -132,7 +143,7 @@ def _cpu_round(variants: Mapping[str, Recorded]) -> dict[str, float]:
     return times
 
 
-def _gpu_round(device: torch.device) -> Callable[[Mapping[str, Recorded]], dict[str, float]]:
+def _gpu_round(device: torch.device) -> Round:
     # Read, not written: a cache full of dirty lines would charge its write-back to the next kernel.
     flush = torch.ones(L2_TIMES * l2_bytes(device) // 4, dtype=torch.float32, device=device)
 

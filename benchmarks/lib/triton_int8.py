@@ -1,8 +1,8 @@
-"""An INT8 GEMM with fused dequantisation in Triton: what a good afternoon's kernel reaches, to compare with.
+"""An INT8 GEMM with fused dequantization in Triton: what a good afternoon's kernel reaches, to compare with.
 
 Pointers and masks (cp.async, not TMA), programs in groups that share rows of w in the L2 cache, int32 accumulation,
 `acc * w_scale * x_scale` in float32 and one rounding: the specification, to the last bit. For few tokens several
-programs share one tile's K; they leave int32 partial sums, which a second kernel adds and dequantises. The
+programs share one tile's K; they leave int32 partial sums, which a second kernel adds and dequantizes. The
 configuration is chosen for every shape and number of tokens by timing all of CONFIGS that fit, as the benchmark times.
 Triton is imported when this module is: import it where that may fail.
 """
@@ -16,11 +16,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-import gpu_timer
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from benchmarks.lib import timer
 
 #: Triton's interpreter runs the kernels on CPU tensors: for tests.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -199,8 +200,8 @@ def choose(sets: Sequence[Arguments], dtype: torch.dtype) -> Config:
     for config in found:
         try:
             calls = [lambda a=a, c=config: scaled_mm(a, c, dtype) for a in sets]
-            alone = {"": gpu_timer.record(calls, device)}
-            times[config] = gpu_timer.measure(alone, device=device, seconds=0, least=3, most=3)[""]
+            alone = {"": timer.record(calls, device)}
+            times[config] = timer.measure(alone, device=device, seconds=0, least=3, most=3)[""]
         except Exception as error:  # more shared memory than the GPU has
             refused = str(error)
     if not times:

@@ -1,45 +1,34 @@
 """The checks of one kernel, in a process that it may break: first_light.py starts one for each.
 
-    python benchmarks/first_light_row.py --device cuda --list
-    python benchmarks/first_light_row.py --device cuda --row "128x128x128"
-
 graph      the layer (the producer, then the GEMM) captured in a CUDA graph before its kernels ever ran here
 shapes     three shapes against the specification
 dependent  three layers whose GEMM may start while the kernel before it ends (programmatic dependent launch)
 repeats    the layer a thousand times, in graphs, each result compared on the device
-"-" stands for a check that does not exist there: graphs on a CPU, dependent launch for a tile that has none. On a CPU
-in the simulator (simulated.py) the same code runs the kernels' PTX, on toy shapes.
+"-" stands for a check that does not exist there: graphs on a CPU, dependent launch for a tile without it. On a CPU in
+the simulator (simulated.py) the same code runs the kernels' PTX, on toy shapes.
 """
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from ctypes import byref
-from pathlib import Path
 from typing import Any
 
-import gemm_cases
-import gpu_state
-import producers
 import torch
-from first_light import MARK, PHASES
-from gemm_cases import Case, Expected, Operands
-from report import first_line
-from shapes import Layer
 from torch import Tensor
 
+from benchmarks.lib import cases, gpu, producers
+from benchmarks.lib.cases import Case, Expected, Operands
+from benchmarks.lib.runner import first_line
+from benchmarks.lib.shapes import Layer
+from benchmarks.on_gpu.first_light import MARK, PHASES
 from smoothquant_kernels import reference
-from smoothquant_kernels.backends import cuda as _extension
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT)]
-
-from tests.support import c_gemm, c_interface  # noqa: E402
+from smoothquant_kernels.backends import cuda
+from tests.support import c_gemm, c_interface
 
 REPEATS, IN_A_GRAPH = 1000, 20
 #: Of a layer after a producer: no streaming kernel serves so many tokens, so that the GEMM is a launch of its own.
@@ -60,7 +49,7 @@ class NotHere(Exception):
 def c_library() -> ctypes.CDLL:
     """The built library, or in the simulator the one that it has compiled."""
     path = os.environ.get("SQK_SIMULATOR_LIBRARY")
-    built = _extension.FOLDER / _extension.LIBRARY_NAME
+    built = cuda.FOLDER / cuda.LIBRARY_NAME
     return c_gemm.declare(ctypes.CDLL(path or str(built)))
 
 
@@ -81,7 +70,7 @@ class Chain:
         g = torch.Generator(device).manual_seed(m + n + self.k)
         self.case, self.inputs = case, producers.make_inputs(case, g)
         self.scale = producers.static_scale(case, self.inputs)
-        gemm = gemm_cases.make_operands(Case(Layer("", "", n, self.k), m), g)
+        gemm = cases.make_operands(Case(Layer("", "", n, self.k), m), g)
         # Products of x as it is would not fit into float16.
         self.w_scale = gemm.w_scale * 1e-3
         padded = -(-self.k // c_gemm.ALIGNMENT) * c_gemm.ALIGNMENT
@@ -130,7 +119,7 @@ class Chain:
             raise RuntimeError(f"the launch was refused with status {status}")
 
     def expected(self) -> Tensor:
-        """By the specification; a producer that may round otherwise is taken at its word, alone, as a launch before."""
+        """By the specification, after what a producer that may round otherwise gives in a launch of its own."""
         if producers.PRODUCERS[self.case.producer].exact:
             x_q, x_scale = producers.run_reference(self.case, self.inputs, self.scale)[:2]
         else:
@@ -163,18 +152,14 @@ class Row:
         self.device = device
         self.large = device.type == "cuda"
 
-    def layer_shapes(self) -> list[tuple[int, int, int]]:
-        raise NotImplementedError
-
-    def shapes(self) -> str:
-        raise NotImplementedError
+    layer_shapes: Callable[[], list[tuple[int, int, int]]]
 
     def chain(self, place: int) -> Chain:
         shape = self.layer_shapes()[place]
         return Chain(self.device, shape, self.producer, self.schemes[place], self.tile)
 
     def dependent(self) -> str:
-        if not gemm_cases.has_cuda_ops(self.device):
+        if not cases.has_cuda_ops(self.device):
             raise NotHere
         overlaps = False
         for place in range(3):
@@ -193,16 +178,12 @@ class Row:
             raise NotHere
         chain = self.chain(0)
         chain.y.fill_(torch.nan)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            chain.launch()
-        graph.replay()
+        self._captured(chain.launch).replay()
         torch.cuda.synchronize()
         return chain.wrong(chain.expected())
 
     def repeats(self) -> str:
-        if not gemm_cases.has_cuda_ops(self.device):
+        if not cases.has_cuda_ops(self.device):
             raise NotHere
         chain = self.chain(1)
         chain.launch()
@@ -215,19 +196,22 @@ class Row:
             different.add_((chain.y != expected).any())
 
         once()
-        count, replay = 2, once
         if self.device.type == "cuda":
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                for _ in range(IN_A_GRAPH):
-                    once()
+            graph = self._captured(lambda: [once() for _ in range(IN_A_GRAPH)])
             different.zero_()
-            count, replay = REPEATS // IN_A_GRAPH, graph.replay
-        for _ in range(count):
-            replay()
+            for _ in range(REPEATS // IN_A_GRAPH):
+                graph.replay()
+        else:
+            once()
         bad = int(different)
         return f"{bad} results differ from the specification's" if bad else ""
+
+    def _captured(self, work: Callable[[], object]) -> torch.cuda.CUDAGraph:
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            work()
+        return graph
 
 
 class TileRow(Row):
@@ -258,18 +242,18 @@ class TileRow(Row):
             shapes[1] = (self._m(1024), 4096, 4096)
         for m, n, k in shapes:
             case = Case(Layer("first", "light", n, k), m)
-            g = gemm_cases.generator(case, self.device)
-            operands = gemm_cases.make_operands(case, g)
-            gemm_cases.poison(case, self.device)
+            g = cases.generator_of(case, self.device)
+            operands = cases.make_operands(case, g)
+            cases.poison(case, self.device)
             if wrong := Expected(case, operands, g).wrong(self._multiply(operands)):
                 return f"{(m, n, k)}: {wrong}"
         return ""
 
     def _multiply(self, operands: Operands) -> Tensor:
-        if not gemm_cases.has_cuda_ops(self.device):
+        if not cases.has_cuda_ops(self.device):
             # A rehearsal: the toy table's tiles do not exist.
-            return gemm_cases.dispatched(operands)
-        return gemm_cases.forced(operands, self.tile, 0)
+            return cases.dispatched(operands)
+        return cases.forced(operands, self.tile, 0)
 
 
 class ProducerRow(Row):
@@ -304,32 +288,32 @@ class ProducerRow(Row):
 
 
 def rows_here(device: torch.device) -> list[dict[str, Any]]:
-    """Tiles that are shipped, producers, then candidates: the first are the last to be missed."""
-    table = gemm_cases.current_table(device) or {"name": "", "tiles": []}
+    """Shipped tiles, producers, then candidates: if the time runs out, those are missed first."""
+
+    def row(name: str, id: str, kind: str, candidate: bool = False) -> dict[str, Any]:
+        return {"name": name, "id": id, "kind": kind, "candidate": candidate}
+
+    table = cases.current_table(device) or {"name": "", "tiles": []}
     tiles = [
-        {
-            "name": tile["name"],
-            "id": f"{table['name']}/{tile['name'].replace(' ', '-')}",
-            "kind": "tile",
-            "candidate": bool(tile.get("candidate")),
-        }
-        for tile in table["tiles"]
+        row(
+            t["name"],
+            f"{table['name']}/{t['name'].replace(' ', '-')}",
+            "tile",
+            bool(t.get("candidate")),
+        )
+        for t in table["tiles"]
     ]
-    made = [
-        {"name": name, "id": name, "kind": "producer", "candidate": False}
-        for name in producers.PRODUCERS
-    ]
+    made = [row(name, name, "producer") for name in producers.PRODUCERS]
     return [t for t in tiles if not t["candidate"]] + made + [t for t in tiles if t["candidate"]]
 
 
 def row_of(name: str, device: torch.device) -> Row:
+    table = cases.current_table(device)  # in the simulator it binds the ops
     if name in producers.PRODUCERS:
-        gemm_cases.current_table(device)  # in the simulator it binds the ops
         return ProducerRow(device, name)
-    table = gemm_cases.current_table(device)
     if table is None:
-        status = _extension.extension_status()
-        sys.exit(f"error: the GEMM table cannot be read: {status.reason or 'no plan for this GPU'}")
+        reason = cuda.extension_status().reason
+        sys.exit(f"error: the GEMM table cannot be read: {reason or 'no plan for this GPU'}")
     for tile in table["tiles"]:
         if tile["name"] == name:
             return TileRow(device, tile)
@@ -345,37 +329,21 @@ def check(name: str, phase: Callable[[], str]) -> str:
     except RuntimeError as error:
         if name != "graph":
             raise
-        torch.cuda.synchronize()  # raises where the context is broken
+        torch.cuda.synchronize()  # raises if the context is broken
         return f"refused: {first_line(error)}"
     return f"wrong: {wrong}" if wrong else "ok"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--list", action="store_true", help="the machine and its rows, as JSON")
-    parser.add_argument("--row", metavar="NAME")
-    args = parser.parse_args(arguments)
-    device = torch.device(args.device)
-    with torch.inference_mode():
-        return listing(device) if args.list or not args.row else check_row(args.row, device)
+@torch.inference_mode()
+def listing(device_name: str) -> None:
+    device = torch.device(device_name)
+    say(machine=gpu.machine(device), rows=rows_here(device))
 
 
-def listing(device: torch.device) -> int:
-    say(machine=gpu_state.machine(device), rows=rows_here(device))
-    return 0
-
-
-def check_row(name: str, device: torch.device) -> int:
-    row = row_of(name, device)
+@torch.inference_mode()
+def check_row(name: str, device_name: str) -> None:
+    row = row_of(name, torch.device(device_name))
     for phase in PHASES:
         say(begin=phase)
         say(phases={phase: check(phase, getattr(row, phase))})
     say(done=True)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

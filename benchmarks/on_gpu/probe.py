@@ -1,7 +1,7 @@
 """What the predictions (model_costs.py) assume of a GPU, measured by probe.cu; model.py reads the file (--assume).
 
-python benchmarks/probe.py [--json probe.json] [--seconds 20]
-python benchmarks/probe.py --rehearse        # compiles only, where there is nvcc
+python -m benchmarks.on_gpu.probe [--json probe.json] [--seconds 20]
+python -m benchmarks.on_gpu.probe --rehearse        # compiles only, where there is nvcc
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from model_costs import MACHINES, MEMORY_SHARE, Machine
-from predict import GPUS, Gpu
+from benchmarks.prediction.model_costs import MACHINES, MEMORY_SHARE, Machine
+from benchmarks.prediction.predict import GPUS, Gpu
 
-ROOT = Path(__file__).resolve().parent.parent
-SOURCE = ROOT / "benchmarks" / "probe.cu"
+ROOT = Path(__file__).resolve().parents[2]
+SOURCE = ROOT / "benchmarks" / "on_gpu" / "probe.cu"
 BUILD = ROOT / "build" / "probe"
 #: Best and worst beside a value that was measured.
 SPREAD = (0.97, 1.05)
@@ -127,7 +127,7 @@ def read_assumptions(path: Path) -> Measured:
             return found
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    raise ValueError(f"{path} is no file of benchmarks/probe.py --json")
+    raise ValueError(f"{path} is no file of benchmarks/on_gpu/probe.py --json")
 
 
 # --- the program ------------------------------------------------------------------------------------------------------
@@ -189,8 +189,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(why or "the probe compiles")
         # That there is no compiler is not the probe's fault.
         return 77 if why.startswith("there is no") else int(bool(why))
-    import gpu_state
     import torch
+
+    from benchmarks.lib import gpu as gpu_state
 
     machine = gpu_state.machine(torch.device("cuda"))
     if why := compile_probe(torch.cuda.get_device_capability()):

@@ -1,9 +1,9 @@
-"""A pytest plugin for a machine with a GPU: `pytest -p pytest_gpu`, with this folder on PYTHONPATH.
+"""A pytest plugin for a machine with a GPU: `pytest -p benchmarks.on_gpu.pytest_plugin`.
 
 * It keeps what needs the CUDA library: tests/kernels, and tests marked `cuda` or `cuda_build`. Kernels come first,
   `torch.compile` comes last.
-* After a CUDA error every later call in the same process fails. So a failure is followed by a cheap question to the
-  GPU, and a process whose context is dead ends itself: pytest-xdist, or gpu_tests.py, starts another.
+* After a CUDA error every later call in the same process fails. So a failure is followed by a cheap call to the GPU,
+  and a process whose context is dead ends itself: pytest-xdist starts another.
 * A test that hangs ends its process after SQK_TEST_SECONDS.
 * Failures are printed when they happen.
 """
@@ -15,7 +15,6 @@ import inspect
 import os
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,24 +24,8 @@ DEAD = 75
 #: Of a failure's text.
 MOST_LINES = 25
 MARKS = ("cuda", "cuda_build")
-#: The last line of a journal whose process has come to its end.
-FINISHED = "(finished)"
 
 _failed: set[str] = set()
-
-
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--gpu-journal", metavar="FILE", help="tests that it names are left out; further ones are added"
-    )  # fmt: skip
-
-
-def is_worker(config: pytest.Config) -> bool:
-    """Of pytest-xdist: the controller prints what it hears of its workers."""
-    return hasattr(config, "workerinput")
-
-
-# --- which, and in what order -----------------------------------------------------------------------------------------
 
 
 def place_of(item: pytest.Item) -> int | None:
@@ -56,30 +39,18 @@ def place_of(item: pytest.Item) -> int | None:
         source = inspect.getsource(function)
     except (OSError, TypeError):
         source = ""
-    return 2 if "compile" in item.name or "torch.compile" in source or "CompileCounter" in source else 1  # fmt: skip
+    compiles = any(word in source for word in ("torch.compile", "CompileCounter"))
+    return 2 if compiles or "compile" in item.name else 1
 
 
 @pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    known = done_before(config)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     placed = [(place, item) for item in items if (place := place_of(item)) is not None]
-    kept = [item for _, item in sorted(placed, key=lambda one: one[0])]
-    items[:] = [item for item in kept if item.nodeid not in known]
-
-
-def done_before(config: pytest.Config) -> set[str]:
-    """Tests that an earlier process has begun: what ended it must not end this one too."""
-    name = config.getoption("--gpu-journal")
-    if not name or not Path(name).exists():
-        return set()
-    return set(Path(name).read_text().splitlines())
-
-
-# --- a context that is dead -------------------------------------------------------------------------------------------
+    items[:] = [item for _, item in sorted(placed, key=lambda one: one[0])]
 
 
 def context_is_dead() -> bool:
-    """Asks the GPU, where this process has used it at all."""
+    """Asks the GPU, if this process has used it at all."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():
         return False
@@ -94,7 +65,6 @@ def context_is_dead() -> bool:
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     seconds = float(os.environ.get("SQK_TEST_SECONDS", "60"))
     faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
-    note(item.config, item.nodeid)
     try:
         result = yield
     finally:
@@ -104,23 +74,13 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     return result
 
 
-def note(config: pytest.Config, line: str) -> None:
-    if journal := config.getoption("--gpu-journal"):
-        with open(journal, "a") as file:
-            print(line, file=file)
-
-
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    note(session.config, FINISHED)
-
-
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if report.failed:
         _failed.add(report.nodeid)
 
 
 class Printer:
-    """Where there are no workers, or in their controller."""
+    """In the controller, which hears of all workers."""
 
     def __init__(self, config: pytest.Config) -> None:
         self.config = config
@@ -136,5 +96,5 @@ class Printer:
 
 @pytest.hookimpl(trylast=True)
 def pytest_configure(config: pytest.Config) -> None:
-    if not is_worker(config):
+    if not hasattr(config, "workerinput"):
         config.pluginmanager.register(Printer(config), "gpu-printer")

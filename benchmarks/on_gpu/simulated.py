@@ -1,11 +1,11 @@
-"""Runs a program with the CUDA kernels' PTX on CPU tensors, where the simulator of tests/support/simulator.py is.
+"""Runs a program with the CUDA kernels' PTX on CPU tensors, in the simulator of PTX.
 
-    python benchmarks/simulated.py [--arch sm_90] -- -m pytest tests/kernels --backend simulator -k smoke
-    python benchmarks/simulated.py -- benchmarks/bench_gemm.py --device cpu --tiles --data random --seconds 0
+    python -m benchmarks.on_gpu.simulated [--arch sm_90] -- -m pytest tests/kernels --backend simulator -k smoke
+    python -m benchmarks.on_gpu.simulated -- -m benchmarks.gemm --device cpu --tiles --data random --seconds 0
 
-The second one checks every tile of the real table by the benchmark's own code (`gemm_cases` calls `bind`).
-What comes after `--` is Python's. Exits with 77 where the simulator, nvcc or CUTLASS is not here, and says which.
-Results are exact; times are those of the simulator and mean nothing.
+The second one checks every tile of the real table by the benchmark's own code (lib/cases.py calls `bind`). After `--`
+come Python's arguments. Exits with 77, and the reason, if the simulator, nvcc or CUTLASS is missing. Results are exact;
+times are the simulator's and mean nothing.
 """
 
 from __future__ import annotations
@@ -17,18 +17,21 @@ import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+import torch
 
-import pytest  # noqa: E402  (tools/ is no package)
-import torch  # noqa: E402
+from smoothquant_kernels.backends import cuda
+from smoothquant_kernels.ops import registry
 
-from smoothquant_kernels.backends import cuda as _extension  # noqa: E402
-from smoothquant_kernels.ops import registry  # noqa: E402
-from tests.support import simulator  # noqa: E402
-from tests.support.backends import LIBRARY_VARIABLE  # noqa: E402
-
+TOOLS = Path(__file__).resolve().parents[2] / "tools"
 SKIPPED = 77
+
+
+def simulator() -> Any:
+    """tests/support/simulator.py, which builds the kernels for CPU tensors."""
+    sys.path.insert(0, str(TOOLS))  # tools/ is no package
+    from tests.support import simulator
+
+    return simulator
 
 
 def bind(path: str) -> None:
@@ -41,7 +44,7 @@ def bind(path: str) -> None:
 
     torch.ops.load_library(path)
     registry.eager_cpu = lambda *call: False
-    _extension._entry = entry
+    cuda._entry = entry
 
 
 def main() -> int:
@@ -51,16 +54,21 @@ def main() -> int:
     parser.add_argument("--arch", choices=["sm_80", "sm_89", "sm_90"], default="sm_90")
     parser.add_argument("program", nargs="+")
     args = parser.parse_args()
+    import pytest
+
+    found = simulator()
     try:
-        simulator.require()
+        found.require()
     except pytest.skip.Exception as reason:
         print(f"nothing is simulated: {reason}")
         return SKIPPED
-    # Few multiprocessors: persistent kernels then go round on toy shapes.
-    variables = {LIBRARY_VARIABLE: str(simulator.library()), "PTXSIM_SMS": "8"}
-    done = simulator.python(args.program, arch=args.arch, environment=variables)
+    # Few multiprocessors: on toy shapes, persistent kernels then take several tiles.
+    variables = {found.LIBRARY_VARIABLE: str(found.library()), "PTXSIM_SMS": "8"}
+    done = found.python(args.program, arch=args.arch, environment=variables)
     print(done.stderr, end="", file=sys.stderr, flush=True)
-    print(done.stdout, end="", flush=True)  # last: who cuts the output wants its end
+    print(
+        done.stdout, end="", flush=True
+    )  # last: a caller that keeps the end of the output wants this
     return done.returncode
 
 

@@ -1,4 +1,4 @@
-# The stages of run_on_gpu.sh, which sources this file: one function stage_<name> each, and what they share.
+# The stages of run_on_gpu.sh, which sources this file: one function stage_<name> each, and their helpers.
 # shellcheck shell=bash disable=SC2154
 
 stage_setup() {
@@ -20,7 +20,7 @@ missing and sys.exit("not installed for {}: {}".format(sys.argv[1], " ".join(mis
   "$python" -m pip --version >/dev/null 2>&1 || short 1 "$python" -m ensurepip
 
   local wanted requirement missing=0
-  mapfile -t wanted < <(grep -v '^#' benchmarks/gpu_requirements.txt)
+  mapfile -t wanted < <(grep -v '^#' benchmarks/on_gpu/requirements.txt)
   if [[ -n ${CUTLASS_PATH:-} || -d third_party/cutlass ]]; then
     mapfile -t wanted < <(printf '%s\n' "${wanted[@]}" | grep -v '^nvidia-cutlass')
   fi
@@ -39,7 +39,19 @@ missing and sys.exit("not installed for {}: {}".format(sys.argv[1], " ".join(mis
 }
 
 stage_info() {
-  "$python" benchmarks/gpu_state.py --json "$results/info.json"
+  "$python" -m benchmarks.lib.gpu --json "$results/info.json"
+}
+
+# The simulator of PTX against the GPU: its own instruction tests, bit for bit. It comes before everything that was only
+# simulated so far, and needs no library of this project. Without a GPU its tests skip.
+stage_truth() {
+  local test=tests/gpu/test_simulator_truth.py
+  if [[ ! -f $test ]]; then
+    echo "skipped: $test is not here"
+    return 77
+  fi
+  if passed_before truth; then return; fi
+  short 12 "$python" -m pytest -q -p no:cacheprovider "$test"
 }
 
 stage_build() {
@@ -69,7 +81,7 @@ except BuildError as error:
   rm -f "$built_from"
   # Beside the library, so that the stage `probe` need not wait for a compiler.
   capability=$("$python" -c 'import torch; print("{}{}".format(*torch.cuda.get_device_capability()))')
-  "$python" benchmarks/probe.py --compile "$capability" >&3 2>&1 &
+  "$python" -m benchmarks.on_gpu.probe --compile "$capability" >&3 2>&1 &
   # Without MAX_JOBS: one compiler per core.
   short 3 "$python" -m pip install --verbose --disable-pip-version-check --no-build-isolation --no-deps --editable .
   echo "built in $((SECONDS - start)) s for $TORCH_CUDA_ARCH_LIST"
@@ -109,13 +121,13 @@ passed_before() {
 
 # simulated COMMAND ...: Python under the simulator, the CUDA kernels' PTX on CPU tensors; 77 where it is not here.
 simulated() {
-  "$python" benchmarks/simulated.py --arch sm_90 -- "$@"
+  "$python" -m benchmarks.on_gpu.simulated --arch sm_90 -- "$@"
 }
 
 # simulated_within SECONDS COMMAND ...: the same, stopped there; 77 where it was.
 simulated_within() {
   local status=0
-  timeout --kill-after=5 "$1" "$python" benchmarks/simulated.py --arch sm_90 -- "${@:2}" || status=$?
+  timeout --kill-after=5 "$1" "$python" -m benchmarks.on_gpu.simulated --arch sm_90 -- "${@:2}" || status=$?
   case $status in
   124 | 137)
     echo "the simulator had no time left (it compiles its library first): run again"
@@ -127,11 +139,11 @@ simulated_within() {
 
 # Every kernel in a process of its own; what is broken is left out from here on (leave_out).
 stage_first_light() {
-  local options=(--device cuda --fork --seconds "$((SQK_STAGE_SECONDS - 3))") status=0 simulation=0
-  if rehearsing; then options=(--device cpu --fork --jobs 2 --limit 60 --seconds "$((SQK_STAGE_SECONDS - 3))"); fi
-  "$python" benchmarks/first_light.py "${options[@]}" --resume --json "$results/first_light.json" || status=1
+  local options=(--device cuda --seconds "$((SQK_STAGE_SECONDS - 3))") status=0 simulation=0
+  if rehearsing; then options=(--device cpu --jobs 2 --limit 60 --seconds "$((SQK_STAGE_SECONDS - 3))"); fi
+  "$python" -m benchmarks.on_gpu.first_light "${options[@]}" --resume --json "$results/first_light.json" || status=1
   if rehearsing; then
-    short 12 simulated_within "$(budget 5)" benchmarks/first_light.py --device cpu --limit 120 --jobs 1 \
+    short 12 simulated_within "$(budget 5)" -m benchmarks.on_gpu.first_light --device cpu --limit 120 --jobs 1 \
       --json "$results/first_light_simulated.json" --rows "stream 8x16" "64x64x256 swap" quantize || simulation=$?
     if ((simulation != 0 && simulation != 77)); then status=1; fi
   fi
@@ -142,7 +154,7 @@ stage_first_light() {
 leave_out() {
   local found=
   if [[ -f $results/first_light.json ]]; then
-    found=$("$python" benchmarks/first_light.py --without "$results/first_light.json" || true)
+    found=$("$python" -m benchmarks.on_gpu.first_light --without "$results/first_light.json" || true)
   fi
   if [[ -n $found ]]; then
     export SQK_WITHOUT_TILES=${SQK_WITHOUT_TILES:+$SQK_WITHOUT_TILES,}$found
@@ -153,7 +165,7 @@ leave_out() {
 stage_tests() {
   local status=0 simulation=0
   if rehearsing; then
-    failures "$python" benchmarks/gpu_tests.py --backend cpu --workers 2 --seconds "$(budget 10)" --only smoke \
+    failures "$python" -m benchmarks.on_gpu.tests --backend cpu --workers 2 --seconds "$(budget 10)" --only smoke \
       tests/kernels || status=1
     short 12 simulated -m pytest -q -p no:cacheprovider --maxfail=30 tests/kernels --backend simulator -k smoke ||
       simulation=$?
@@ -161,7 +173,7 @@ stage_tests() {
     return "$status"
   fi
   if passed_before tests; then return; fi
-  failures "$python" benchmarks/gpu_tests.py --seconds "$(budget 5)"
+  failures "$python" -m benchmarks.on_gpu.tests --seconds "$(budget 5)"
 }
 
 # budget SECONDS: what a benchmark may spend before it starts its last case, when start and last case take SECONDS.
@@ -170,15 +182,15 @@ budget() {
   echo $((left > 10 ? left : 10))
 }
 
-# benchmark NAME LINES ON_CPU SECONDS [OPTION ...]: bench_NAME.py in either form, its file continued. Where a kernel has
-# broken the CUDA context, a new process goes on with the cases that are left.
+# benchmark MODULE[:FILE] LINES ON_CPU SECONDS [OPTION ...]: benchmarks/MODULE in either form, its FILE.json continued. A
+# new process goes on with the cases that are left after a kernel has broken the CUDA context.
 benchmark() {
-  local name=$1 lines=$2 on_cpu=$3 options begin=$SECONDS status
+  local module=${1%%:*} file=${1##*:} lines=$2 on_cpu=$3 options begin=$SECONDS status
   while true; do
     status=0
-    options=(--device cuda --budget-seconds "$(budget $(($4 + SECONDS - begin)))" "${@:5}")
-    if rehearsing; then read -ra options <<<"$on_cpu"; fi
-    short "$lines" "$python" "benchmarks/bench_$name.py" "${options[@]}" --resume --json "$results/$name.json" ||
+    options=(--device cuda --budget-seconds "$(budget $(($4 + SECONDS - begin)))")
+    if rehearsing; then read -ra options <<<"$on_cpu"; else options+=("${@:5}"); fi
+    short "$lines" "$python" -m "benchmarks.$module" "${options[@]}" --resume --json "$results/$file.json" ||
       status=$?
     if ((status != 75 || SQK_STAGE_SECONDS - $4 - (SECONDS - begin) < 10)); then return "$status"; fi
     echo "a new process goes on"
@@ -192,7 +204,7 @@ stage_gemm() {
   benchmark gemm 40 "--device cpu" 15 "${options[@]}" || status=1
   if rehearsing; then
     # Every tile of the real table, checked by the benchmark itself.
-    short 12 simulated_within "$(budget 20)" benchmarks/bench_gemm.py \
+    short 12 simulated_within "$(budget 20)" -m benchmarks.gemm \
       --device cpu --tiles --data random --seconds 0 --json "$results/gemm_simulated.json" || simulation=$?
     if ((simulation != 0 && simulation != 77)); then status=1; fi
   fi
@@ -202,10 +214,10 @@ stage_gemm() {
 # What the predictions assume, measured (probe.cu).
 stage_probe() {
   if rehearsing; then
-    "$python" benchmarks/probe.py --compile 90
+    "$python" -m benchmarks.on_gpu.probe --compile 90
     return
   fi
-  "$python" benchmarks/probe.py --seconds "$(budget 2)" --json "$results/probe.json"
+  "$python" -m benchmarks.on_gpu.probe --seconds "$(budget 2)" --json "$results/probe.json"
 }
 
 stage_quantize() {
@@ -213,7 +225,7 @@ stage_quantize() {
   most=$(budget 20) # the last case may have to compile
   local working=()
   if [[ -f $results/first_light.json ]]; then
-    mapfile -t working < <("$python" benchmarks/first_light.py --producers "$results/first_light.json")
+    mapfile -t working < <("$python" -m benchmarks.on_gpu.first_light --producers "$results/first_light.json")
   fi
   benchmark quantize 40 "--device cpu --quick" 20 --compile-seconds $((most / 3)) \
     ${working[@]:+--producers "${working[@]}"}
@@ -222,15 +234,12 @@ stage_quantize() {
 stage_linear() { benchmark linear 20 --rehearse 10; }
 
 stage_tune() {
-  local begin=$SECONDS status options=(--device cpu)
-  while true; do
-    status=0
-    if ! rehearsing; then options=(--device cuda --budget-seconds "$(budget $((15 + SECONDS - begin)))"); fi
-    short 50 "$python" benchmarks/tune.py "${options[@]}" --resume --json "$results/tune.json" \
-      --cache "$results/tune_cache.json" || status=$?
-    if ((status != 75 || SQK_STAGE_SECONDS - 15 - (SECONDS - begin) < 10)); then return "$status"; fi
-    echo "a new process goes on"
-  done
+  local status=0
+  benchmark tuner:tune 50 "--device cpu" 15 || status=$?
+  if [[ -f $results/tune.json ]]; then
+    "$python" -m benchmarks.tuner --report "$results/tune.json" --cache "$results/tune_cache.json" | tail -n 1
+  fi
+  return "$status"
 }
 
 # Compiling a baseline takes seconds for each shape: the first one only.
@@ -242,10 +251,10 @@ stage_model() { benchmark model 20 "--device cpu --quick" 10; }
 # which says nothing about whether the run is right.
 stage_report() {
   local status=0 assumptions=()
-  short 40 "$python" benchmarks/make_report.py "$results" --out "$results/report" || status=$?
+  short 40 "$python" -m benchmarks.pages.report "$results" --out "$results/report" || status=$?
   if ! rehearsing && [[ -f $results/gemm.json ]] && command -v "${CXX:-g++}" >/dev/null; then
     if [[ -f $results/probe.json ]]; then assumptions=(--assume "$results/probe.json"); fi
-    short 30 "$python" benchmarks/model.py --compare "$results/gemm.json" "${assumptions[@]}" || true
+    short 30 "$python" -m benchmarks.prediction.model --compare "$results/gemm.json" "${assumptions[@]}" || true
   fi
   return "$status"
 }

@@ -1,4 +1,4 @@
-"""The pictures of a benchmark report (make_report.py). Colours that the colour-blind can tell apart, and markers."""
+"""The pictures of a benchmark report (report.py), in colors that the color-blind can tell apart."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import predict
-from model_compare import gpu_of
-from predict import Gpu
-from report import Row, baselines_of, group_means
-from result_tables import good, layer_name, time_of, tops
-from shapes import M_CLASSES, m_class
+from benchmarks.lib.runner import Row, baselines_of, group_means, grouped
+from benchmarks.lib.shapes import m_class
+from benchmarks.pages.result_tables import good, layer_name, time_of, tops
+from benchmarks.prediction import predict
+from benchmarks.prediction.model_compare import gpu_of
+from benchmarks.prediction.predict import Gpu
 
 DPI = 100
 WIDTH = 12.8  # inches: 1280 pixels
-SHAPES = 8  # with a panel of their own, or a colour
+SHAPES = 8  # with a panel of their own, or a color
 HEAT_ROWS = 20
 LARGE = 290_000  # bytes
 #: After Okabe and Ito.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8A7A00")
 MARKERS = "os^DvP*X"
-QUANTISER_TARGET = 0.9
+QUANTIZER_TARGET = 0.9
 #: A step of up to this much may be the clock's.
 NOISE = 1.03
 
@@ -51,10 +51,8 @@ class Step:
     next_us: float
 
     def __str__(self) -> str:
-        return (
-            f"{self.shape}: {self.us:,.1f} us at M {self.m}, {self.next_us:,.1f} us at M {self.next_m} "
-            f"({100 * (self.us / self.next_us - 1):.1f} % more)"
-        )
+        times = f"{self.us:,.1f} us at M {self.m}, {self.next_us:,.1f} us at M {self.next_m}"
+        return f"{self.shape}: {times} ({100 * (self.us / self.next_us - 1):.1f} % more)"
 
 
 def by_shape(rows: Sequence[Row]) -> dict[str, list[Row]]:
@@ -67,7 +65,7 @@ def by_shape(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def steps(rows: Sequence[Row]) -> list[Step]:
-    """Every non-monotone step between neighbouring M, however small."""
+    """Every non-monotone step between neighboring M, however small."""
     return [
         Step(shape, a["M"], time_of(a) or 0.0, b["M"], time_of(b) or 0.0)
         for shape, group in by_shape(rows).items()
@@ -109,7 +107,7 @@ def _figure(height: float) -> Any:
 
 
 def _save(figure: Any, path: Path) -> None:
-    """At once or not at all. A large picture gets a palette: a third of the bytes, its colours a little off."""
+    """At once or not at all. A large picture gets a palette, which takes a third of the bytes."""
     from PIL import Image
 
     raw = io.BytesIO()
@@ -192,7 +190,7 @@ def speed(rows: Sequence[Row], machine: Mapping[str, Any], head: str, path: Path
 
 
 def heat(rows: Sequence[Row], head: str, path: Path) -> Picture:
-    """Speed-ups, shapes x M, one panel for each baseline that ran; the colours part at 1."""
+    """Speed-ups, shapes x M, one panel for each baseline that ran; the colors part at 1."""
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
@@ -206,16 +204,16 @@ def heat(rows: Sequence[Row], head: str, path: Path) -> Picture:
     lines = math.ceil(len(names) / columns)
     figure = _figure(1.2 + lines * (0.65 + 0.21 * max(3, len(shown))))
     panels = figure.subplots(lines, columns, squeeze=False, sharey=True).flatten()
-    # Of log2: half as fast .. twice as fast. Few colours, so that a palette holds them all.
+    # Of log2: half as fast .. twice as fast. Few colors, so that a palette holds them all.
     scale = colormaps["RdBu"].resampled(41).with_extremes(bad="#bbbbbb")
-    colours = ScalarMappable(Normalize(-1, 1), scale)
+    colors = ScalarMappable(Normalize(-1, 1), scale)
     size = 8 if len(tokens) <= 10 else 6.5
     for axes, name in zip(panels, names, strict=False):
         found = {(layer_name(r), r["M"]): r.get(f"vs_{name}") for r in kept}
         values = [[found.get((shape, m)) for m in tokens] for shape in shown]
         axes.imshow(
             [[math.log2(v) if v else math.nan for v in line] for line in values],
-            cmap=scale, norm=colours.norm, aspect="auto", interpolation="nearest",
+            cmap=scale, norm=colors.norm, aspect="auto", interpolation="nearest",
         )  # fmt: skip
         for y, line in enumerate(values):
             for x, value in enumerate(line):
@@ -230,7 +228,7 @@ def heat(rows: Sequence[Row], head: str, path: Path) -> Picture:
         axes.set_xlabel("M (tokens)", fontsize=9)
     for axes in panels[len(names) :]:
         axes.set_visible(False)
-    bar = figure.colorbar(colours, ax=list(panels), shrink=0.8, aspect=40, pad=0.01, extend="both")
+    bar = figure.colorbar(colors, ax=list(panels), shrink=0.8, aspect=40, pad=0.01, extend="both")
     bar.set_ticks([-1, -0.5, 0, 0.5, 1], labels=["0.50", "0.71", "1", "1.41", "2.00"])
     left = f" (the first {len(shown)} of {len(shapes)} shapes)" if len(shapes) > len(shown) else ""
     title = f"Times as fast as each baseline{left}; white: equally fast, blue: int8 is faster"
@@ -245,12 +243,12 @@ def latency(rows: Sequence[Row], head: str, path: Path) -> Picture:
     figure = _figure(5.6)
     axes = figure.subplots()
     for place, (shape, group) in enumerate(shapes.items()):
-        coloured = place < SHAPES
+        colored = place < SHAPES
         axes.plot(
             [row["M"] for row in group], [time_of(row) for row in group],
-            color=COLOURS[place] if coloured else "#bbbbbb", marker=MARKERS[place] if coloured else None,
-            ms=5, lw=1.4 if coloured else 0.8, zorder=2 if coloured else 1,
-            label=shape if coloured else None if place > SHAPES else f"{len(shapes) - SHAPES} further shapes",
+            color=COLOURS[place] if colored else "#bbbbbb", marker=MARKERS[place] if colored else None,
+            ms=5, lw=1.4 if colored else 0.8, zorder=2 if colored else 1,
+            label=shape if colored else None if place > SHAPES else f"{len(shapes) - SHAPES} further shapes",
         )  # fmt: skip
     for size, least, most, label in (
         (7, 1.0, NOISE, f"up to {100 * (NOISE - 1):.0f} %"),
@@ -278,12 +276,9 @@ def latency(rows: Sequence[Row], head: str, path: Path) -> Picture:
 Bars = tuple[str, dict[str, dict[str, float]]]  # a title; group -> baseline -> times as fast
 
 
-def grouped(rows: Sequence[Row], name: Callable[[Row], str]) -> dict[str, dict[str, float]]:
+def means_of(rows: Sequence[Row], name: Callable[[Row], str]) -> dict[str, dict[str, float]]:
     """Geometric means of every ratio, by name."""
-    groups: dict[str, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(name(row), []).append(row)
-    found = group_means(groups, {b: f"vs_{b}" for b in baselines_of(rows)})
+    found = group_means(grouped(rows, name), {b: f"vs_{b}" for b in baselines_of(rows)})
     for means in found.values():
         del means["cases"]
     return {group: means for group, means in found.items() if means}
@@ -293,29 +288,23 @@ def bars_of(files: Mapping[str, Mapping[str, Any]]) -> list[Bars]:
     """What is shown as bars, of the files that are there."""
     found: list[Bars] = []
     if "quantize" in files:
-        rows = [
-            {"producer": r["producer"], "M": r["M"], "vs_copy": r.get("vs_copy")}
-            for r in good(files["quantize"]["rows"])
-        ]
+        kept = ("producer", "M", "vs_copy")
+        rows = [{name: r.get(name) for name in kept} for r in good(files["quantize"]["rows"])]
         for what, group in (
             ("M >= 2048", [r for r in rows if r["M"] >= 2048]),
             ("M < 2048", [r for r in rows if r["M"] < 2048]),
         ):
-            means = grouped(group, lambda r: str(r["producer"]))
-            found.append((f"quantisers, {what}: of a copy's speed", means))
+            means = means_of(group, lambda r: str(r["producer"]))
+            found.append((f"quantizers, {what}: of a copy's speed", means))
     if "linear" in files:
         rows = [r for group in by_shape(files["linear"]["rows"]).values() for r in group]
-        means = grouped(rows, lambda r: m_class(r["M"]))
-        order = [name for _, name in M_CLASSES if name in means]
-        found.append(("layers with their quantisation", {name: means[name] for name in order}))
+        rows.sort(key=lambda r: r["M"])
+        means = means_of(rows, lambda r: m_class(r["M"]))
+        found.append(("layers with their quantization", means))
     for name in ("block", "model"):
         if name in files:
-            found.append(
-                (
-                    f"{name}s",
-                    grouped([r for r in files[name]["rows"] if baselines_of([r])], whole_name),
-                )
-            )
+            rows = [r for r in files[name]["rows"] if baselines_of([r])]
+            found.append((f"{name}s", means_of(rows, whole_name)))
     return [(title, means) for title, means in found if means]
 
 
@@ -352,8 +341,8 @@ def bars(files: Mapping[str, Mapping[str, Any]], head: str, path: Path) -> Pictu
         for values in means.values():
             ticks.append(y + (len(values) - 1) / 2)
             for name, value in values.items():
-                colour = COLOURS[names.index(name) % len(COLOURS)]
-                axes.barh(y, value, height=0.9, color=colour)
+                color = COLOURS[names.index(name) % len(COLOURS)]
+                axes.barh(y, value, height=0.9, color=color)
                 said = f"{value:.2f}" if len(names) == 1 else f"{value:.2f}x {name}"
                 box = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}
                 axes.annotate(
@@ -364,8 +353,8 @@ def bars(files: Mapping[str, Mapping[str, Any]], head: str, path: Path) -> Pictu
         axes.set_yticks(ticks, list(means), fontsize=8)
         axes.invert_yaxis()
         copy = names == ["copy"]
-        axes.axvline(QUANTISER_TARGET if copy else 1.0, color="black", lw=1.2, ls=(0, (4, 2)))
-        dashed = f" (dashed: {QUANTISER_TARGET})" if copy else ""
+        axes.axvline(QUANTIZER_TARGET if copy else 1.0, color="black", lw=1.2, ls=(0, (4, 2)))
+        dashed = f" (dashed: {QUANTIZER_TARGET})" if copy else ""
         axes.set_title(title + dashed, fontsize=10, loc="left")
         most = max(value for values in means.values() for value in values.values())
         axes.set_xlim(0, max(1.1, (1.1 if copy else 1.4) * most))
@@ -387,7 +376,7 @@ def draw(files: Mapping[str, Mapping[str, Any]], head: str, folder: Path) -> lis
     )
     if main:
         rows = files[main]["rows"]
-        named = ("GEMM; " if main == "gemm" else "layers with their quantisation; ") + head
+        named = ("GEMM; " if main == "gemm" else "layers with their quantization; ") + head
         pictures.append(speed(rows, files[main]["machine"], named, folder / "speed.png"))
         if any(row.get(f"vs_{name}") for name in baselines_of(rows) for row in rows):
             pictures.append(heat(rows, named, folder / "speedup.png"))

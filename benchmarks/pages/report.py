@@ -1,10 +1,10 @@
 """A report of a run: what was measured, as text, as one page of tables and pictures, and as CSV.
 
-    python benchmarks/make_report.py RESULTS_FOLDER [--out DIR]
+    python -m benchmarks.pages.report RESULTS_FOLDER [--out DIR]
 
 Reads whatever the folder has of info, first_light, probe, gemm, quantize, linear, block, model and tune .json (a CPU's
 results are named linear_cpu.json and so on). Writes report.txt, report.md, a CSV for each file with rows, and at most
-four pictures (matplotlib). A file that cannot be read is named, and the exit status is 1; where there is none it is 2.
+four pictures (matplotlib). A file that cannot be read is named, and the exit status is 1; without any it is 2.
 """
 
 from __future__ import annotations
@@ -17,20 +17,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import first_light
-import plots
-import predict
-import probe
-import result_tables
-from model_costs import MACHINES
-from report import write_csv, write_text
-from result_tables import Table, failures, time_of
+from benchmarks.lib.runner import write_csv, write_text
+from benchmarks.on_gpu import first_light, probe
+from benchmarks.pages import plots, result_tables
+from benchmarks.pages.result_tables import Table, failures, time_of
+from benchmarks.prediction import predict
+from benchmarks.prediction.model_costs import MACHINES
+from benchmarks.tuner.choices import timed
 
-NAMES = ("gemm", "quantize", "linear", "block", "model")
 TITLES = {
-    "gemm": "GEMM", "quantize": "Quantisers", "linear": "Layers with their quantisation", "block": "Blocks",
+    "gemm": "GEMM",
+    "quantize": "Quantizers",
+    "linear": "Layers with their quantization",
+    "block": "Blocks",
     "model": "Models",
-}  # fmt: skip
+}
+NAMES = (*TITLES, "tune")
 Data = dict[str, Any]
 
 
@@ -44,17 +46,16 @@ class Section:
 
 
 def read(folder: Path) -> tuple[dict[str, Data], dict[str, str]]:
-    """The files that are there, by name, and why others could not be read."""
+    """The files of the folder, by name, and why others could not be read."""
     files, broken = {}, {}
-    for name in (*NAMES, "tune"):
+    for name in NAMES:
         for path in (folder / f"{name}.json", folder / f"{name}_cpu.json"):
             if not path.exists() or name in files:
                 continue
             try:
                 data = json.loads(path.read_text())
-                if not isinstance(data["machine"], dict) or not isinstance(
-                    data["results" if name == "tune" else "rows"], list
-                ):
+                rows = data["results" if name == "tune" else "rows"]
+                if not isinstance(data["machine"], dict) or not isinstance(rows, list):
                     raise TypeError
                 files[name] = data
             except (ValueError, KeyError, TypeError):
@@ -62,20 +63,12 @@ def read(folder: Path) -> tuple[dict[str, Data], dict[str, str]]:
     return files, broken
 
 
-def facts(folder: Path, files: Mapping[str, Data]) -> Data:
-    """The machine: of info.json, else of the first file."""
-    info = folder / "info.json"
-    if info.exists():
-        try:
-            found: Data = json.loads(info.read_text())
-            return found
-        except ValueError:
-            pass
-    return dict(next((data["machine"] for data in files.values()), {}))
-
-
-def head_of(machine: Mapping[str, Any]) -> str:
-    """Under every picture's title, so that a picture alone says where it comes from."""
+def head_of(folder: Path, files: Mapping[str, Data]) -> str:
+    """The machine, of info.json or of the first file: under every picture's title too."""
+    try:
+        machine: Data = json.loads((folder / "info.json").read_text())
+    except (OSError, ValueError):
+        machine = dict(next((data["machine"] for data in files.values()), {}))
     if machine.get("cuda"):
         where = f"{machine['device']}, driver {machine.get('driver') or 'unknown'}, CUDA {machine['cuda']}"
     else:
@@ -84,27 +77,18 @@ def head_of(machine: Mapping[str, Any]) -> str:
     return f"{where}, torch {machine.get('torch', 'unknown')}"
 
 
-def clocks_line(rows: list[Data]) -> list[str]:
-    clocks = [row["sm_mhz"] for row in rows if row.get("sm_mhz")]
-    return [f"SM clock under load: {min(clocks):,.0f} to {max(clocks):,.0f} MHz."] if clocks else []
-
-
 def sections(files: Mapping[str, Data]) -> list[Section]:
     """What the files say, the most telling first."""
     found = []
-    on_gpu = "gemm" in files and bool(files["gemm"]["machine"].get("cuda"))
-    if on_gpu:
+    if "gemm" in files and files["gemm"]["machine"].get("cuda"):
         lines = ["Met is what every case meets; measured is the geometric mean."]
         found.append(Section("Against the targets", lines, [result_tables.targets(files)]))
-    for name in NAMES:
-        if name in files:
-            found.append(section(name, files[name]))
+    found += [section(name, files[name]) for name in TITLES if name in files]
     if "tune" in files:
-        usable = [r for r in files["tune"]["results"] if r.get("times")]
-        lines = [f"{len(usable)} problems; `tune.py --report` prints the rules."]
-        found.append(
-            Section("Tuning", lines, [result_tables.tuned(files["tune"])] if usable else [])
-        )
+        usable = [r for r in files["tune"]["results"] if timed(r)]
+        lines = [f"{len(usable)} problems; `python -m benchmarks.tuner --report` prints the rules."]
+        tables = [result_tables.tuned(files["tune"])] if usable else []
+        found.append(Section("Tuning", lines, tables))
     return found
 
 
@@ -116,12 +100,10 @@ def kernels(folder: Path) -> list[Section]:
         bad = [row for row in rows if row["status"] != "ok"]
         lines = [f"{len(rows) - len(bad)} of {len(rows)} kernels passed every check."]
         if left := first_light.broken_tiles(rows):
-            lines.append(f"Left out by what was measured after that: {', '.join(left)}.")
+            lines.append(f"The stages after that left out: {', '.join(left)}.")
         header = ["kernel", "status", *first_light.PHASES, "why"]
-        cells = [
-            [row["name"], row["status"], *(row["phases"].get(n, "") for n in first_light.PHASES), row["why"]]
-            for row in bad
-        ]  # fmt: skip
+        phases = [[row["phases"].get(name, "") for name in first_light.PHASES] for row in bad]
+        cells = [[r["name"], r["status"], *p, r["why"]] for r, p in zip(bad, phases, strict=True)]
         found.append(Section("Every kernel alone", lines, [Table(header, cells, len(header))]))
     try:
         data = json.loads((folder / "probe.json").read_text())
@@ -136,16 +118,19 @@ def kernels(folder: Path) -> list[Section]:
 
 def section(name: str, data: Data) -> Section:
     rows = data["rows"]
-    bad = failures(rows)
     made = Section(TITLES[name])
     made.lines.append(f"{len(rows)} rows; `{data['machine'].get('command', 'command unknown')}`.")
-    made.lines += clocks_line(rows)
-    if bad:
-        made.lines.append(f"{len(bad)} wrong or failed:")
-        made.lines += [f"* {line}" for line in bad]
+    if clocks := [row["sm_mhz"] for row in rows if row.get("sm_mhz")]:
+        made.lines.append(f"SM clock under load: {min(clocks):,.0f} to {max(clocks):,.0f} MHz.")
+    if bad := failures(rows):
+        made.lines += [f"{len(bad)} wrong or failed:", *(f"* {line}" for line in bad)]
     if name in ("gemm", "linear"):
         if plots.by_shape(rows):
-            made.lines += steps_lines(rows)
+            steps = plots.steps(rows)
+            said = "No larger M is faster than the one before it."
+            if steps:
+                said = f"{len(steps)} steps where a larger M is faster:"
+            made.lines += [said, *(f"* {step}" for step in steps)]
             made.tables.append(result_tables.means(data))
         table = result_tables.gemm if name == "gemm" else result_tables.linear
         if any(map(time_of, rows)):
@@ -155,13 +140,6 @@ def section(name: str, data: Data) -> Section:
     else:
         made.tables.append(result_tables.anything(data))
     return made
-
-
-def steps_lines(rows: list[Data]) -> list[str]:
-    steps = plots.steps(rows)
-    if not steps:
-        return ["No larger M is faster than the one before it."]
-    return [f"{len(steps)} steps where a larger M is faster:", *(f"* {step}" for step in steps)]
 
 
 def text(head: str, notes: list[str], parts: list[Section]) -> str:
@@ -187,28 +165,26 @@ def page(head: str, notes: list[str], parts: list[Section], pictures: list[plots
 def make(folder: Path, out: Path) -> int:
     files, broken = read(folder)
     notes = [f"{name} {why}." for name, why in broken.items()]
-    if not files and not kernels(folder):
-        wanted = ", ".join(f"{name}.json" for name in (*NAMES, "tune"))
-        print(
-            "\n".join(
-                [*notes, f"{folder} has no results: one of {wanted} (or _cpu.json) is needed."]
-            )
-        )
+    found = kernels(folder)
+    if not files and not found:
+        wanted = ", ".join(f"{name}.json" for name in NAMES)
+        notes.append(f"{folder} has no results: one of {wanted} (or _cpu.json) is needed.")
+        print("\n".join(notes))
         return 2
     out.mkdir(parents=True, exist_ok=True)
-    head = head_of(facts(folder, files))
+    head = head_of(folder, files)
     pictures: list[plots.Picture] = []
     try:
         pictures = plots.draw(files, head, out)
     except ImportError:
         notes.append("No pictures: matplotlib is not installed.")
-    parts = kernels(folder) + sections(files)
-    for name in NAMES:
+    parts = found + sections(files)
+    for name in TITLES:
         if name in files:
             write_csv(out / f"{name}.csv", files[name]["rows"])
     write_text(out / "report.md", page(head, notes, parts, pictures))
     write_text(out / "report.txt", text(head, notes, parts))
-    print((out / "report.txt").read_text().split("\n\n")[0])
+    print(head)
     print(f"written: {', '.join(sorted(file.name for file in out.iterdir()))} in {out}")
     return int(bool(broken))
 

@@ -6,16 +6,15 @@ Every number is the file's; means are geometric. A case that failed has no numbe
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import model_compare
-import predict
-import tune_rules
-from report import Row, baselines_of, geomean, geomeans
-from shapes import m_class
+from benchmarks.lib.runner import Row, baselines_of, by_class, geomean, geomeans
+from benchmarks.prediction import model_compare, predict
+from benchmarks.tuner import rules
+from benchmarks.tuner.choices import timed
 
 #: The times that a row may have, the op's own first: `us` of an op, `int8_us` of a layer.
 TIMES = ("us", "int8_us", "w8a8_us")
@@ -122,35 +121,52 @@ def documented(rows: Sequence[Row]) -> list[Row]:
 
 # --- tables -----------------------------------------------------------------------------------------------------------
 
+Column = Callable[[Row], str]
+
+
+def table_of(
+    rows: Sequence[Row], words: Mapping[str, Column], numbers: Mapping[str, Column]
+) -> Table:
+    """Columns of words, of numbers, and how many times as fast as each baseline."""
+    versus = {
+        f"vs {name}": lambda row, name=name: times(row.get(f"vs_{name}"))
+        for name in baselines_of(rows)
+    }
+    after = {"host us": numbers["host us"]} if "host us" in numbers else {}
+    columns = {**words, **{n: c for n, c in numbers.items() if n not in after}, **versus, **after}
+    body = [[column(row) for column in columns.values()] for row in rows]
+    return Table(list(columns), body, left=len(words))
+
+
+def shape(row: Row) -> str:
+    return f"{row['N']} x {row['K']}"
+
 
 def gemm(data: Mapping[str, Any], every: bool = False) -> Table:
     rows = [row for row in data["rows"] if time_of(row)] if every else good(data["rows"])
-    names = baselines_of(rows)
-    header = ["layer", "N x K", "tile", "M", "us", "TOPS", "GB/s", *(f"vs {n}" for n in names)]
-    body = [
-        [
-            layer_name(row) + (" (real data)" if row.get("data") == "real" else ""),
-            f"{row['N']} x {row['K']}",
-            str(row.get("tile", "-")),
-            str(row["M"]),
-            number(time_of(row)),
-            number(tops(row)),
-            number(row.get("gb_per_s")),
-            *(times(row.get(f"vs_{name}")) for name in names),
-        ]
-        for row in (rows if every else documented(rows))
-    ]
-    return Table(header, body, left=3)
+
+    def layer(row: Row) -> str:
+        return layer_name(row) + (" (real data)" if row.get("data") == "real" else "")
+
+    return table_of(
+        rows if every else documented(rows),
+        {"layer": layer, "N x K": shape, "tile": lambda row: str(row.get("tile", "-"))},
+        {
+            "M": lambda row: str(row["M"]),
+            "us": lambda row: number(time_of(row)),
+            "TOPS": lambda row: number(tops(row)),
+            "GB/s": lambda row: number(row.get("gb_per_s")),
+        },
+    )
 
 
 def means(data: Mapping[str, Any]) -> Table:
     """Of GEMMs or layers, by class of M: how many cases, and how many times as fast as each baseline."""
     rows = good(data["rows"])
     names = baselines_of(rows)
-    columns = [f"vs_{name}" for name in names]
     body = [
-        [name, str(found["cases"]), *(times(found.get(column)) for column in columns)]
-        for name, found in geomeans(rows, columns).items()
+        [name, str(found["cases"]), *(times(found.get(f"vs_{n}")) for n in names)]
+        for name, found in geomeans(rows, [f"vs_{name}" for name in names]).items()
     ]
     return Table(["M", "cases", *(f"vs {n}" for n in names)], body)
 
@@ -164,21 +180,18 @@ def quantize(data: Mapping[str, Any], every: bool = False) -> Table:
         first = {r["producer"]: r["K"] for r in reversed(rows)}
         rows = [r for r in rows if r["K"] == first[r["producer"]]]
         rows.sort(key=lambda r: (list(first).index(r["producer"]), r["M"]))
-    names = baselines_of(rows)
-    header = ["producer", "scheme", "M", "K", "us", "GB/s", *(f"vs {n}" for n in names)]
-    body = [
-        [
-            f"{row['producer']} {row['dtype']}",
-            row["scheme"] + ("+smooth" if row["smooth"] else ""),
-            str(row["M"]),
-            str(row["K"]),
-            number(row["us"]),
-            number(row["gb_per_s"]),
-            *(times(row.get(f"vs_{name}")) for name in names),
-        ]
-        for row in rows
-    ]
-    return Table(header, body, left=2)
+    words = {"producer": lambda row: f"{row['producer']} {row['dtype']}", "scheme": scheme}
+    numbers = {
+        "M": lambda row: str(row["M"]),
+        "K": lambda row: str(row["K"]),
+        "us": lambda row: number(row["us"]),
+        "GB/s": lambda row: number(row["gb_per_s"]),
+    }
+    return table_of(rows, words, numbers)
+
+
+def scheme(row: Row) -> str:
+    return str(row.get("scheme", "per_token")) + ("+smooth" if row.get("smooth") else "")
 
 
 def linear(data: Mapping[str, Any], every: bool = False) -> Table:
@@ -186,28 +199,19 @@ def linear(data: Mapping[str, Any], every: bool = False) -> Table:
     rows = good(data["rows"])
     if not every:
         rows = documented([r for r in rows if r.get("scheme") in (None, "per_token")])
-    names = baselines_of(rows)
-    header = ["layer", "N x K", "scheme", "M", "us", "TOPS", *(f"vs {n}" for n in names), "host us"]
-    body = [
-        [
-            layer_name(row),
-            f"{row['N']} x {row['K']}",
-            row.get("scheme", "per_token") + ("+smooth" if row.get("smooth") else ""),
-            str(row["M"]),
-            number(time_of(row)),
-            number(tops(row), 3 if tops(row) < 1 else 1),
-            *(times(row.get(f"vs_{name}")) for name in names),
-            number(row.get("host_us")),
-        ]
-        for row in rows
-    ]
-    return Table(header, body, left=3)
+    numbers = {
+        "M": lambda row: str(row["M"]),
+        "us": lambda row: number(time_of(row)),
+        "TOPS": lambda row: number(tops(row), 3 if tops(row) < 1 else 1),
+        "host us": lambda row: number(row.get("host_us")),
+    }
+    return table_of(rows, {"layer": layer_name, "N x K": shape, "scheme": scheme}, numbers)
 
 
 def anything(data: Mapping[str, Any]) -> Table:
     """Blocks and models: the columns as the file has them, words first.
 
-    Percentiles, clocks and the baselines' own times stay in the file, and so does what no row has (a CPU's peak).
+    Percentiles, clocks and the baselines' own times stay in the file, as do columns without a value (a CPU's peak).
     """
     rows = [row for row in data["rows"] if not failed(row)]
     aside = {*ASIDE, *(f"{name}_us" for name in baselines_of(rows))}
@@ -236,10 +240,9 @@ def _cell(name: str, value: Any) -> str:
 
 def tuned(data: Mapping[str, Any]) -> Table:
     """What the dispatch loses against the best tile."""
-    usable = [r for r in data["results"] if r.get("times")]
-    means = tune_rules.loss_means(usable)
-    counts = {m: sum(m in ("all", m_class(r["M"])) for r in usable) for m in means}
-    body = [[m, str(counts[m]), f"{100 * (loss - 1):.1f} %"] for m, loss in means.items()]
+    classes = by_class([r for r in data["results"] if timed(r)])
+    losses = {name: rules.loss_means(group)["all"] for name, group in classes.items()}
+    body = [[m, str(len(classes[m])), rules.percent(loss)] for m, loss in losses.items()]
     return Table(["M", "problems", "the dispatch loses"], body)
 
 
@@ -268,23 +271,19 @@ def targets(files: Mapping[str, Mapping[str, Any]]) -> Table:
 
     Met is what every case meets; a target that only the geometric mean meets is "on average".
     """
-    rows = {
-        name: list(files[name]["rows"]) if name in files else []
-        for name in ("gemm", "linear", "quantize")
-    }
+    rows = {n: list(files[n]["rows"]) if n in files else [] for n in ("gemm", "linear", "quantize")}
     ops = [r for r in _of_models(rows["gemm"]) if r.get("data", "random") == "random"]
     large, small = [r for r in ops if r["M"] >= 2048], [r for r in ops if r["M"] <= 64]
     layers = [r for r in _of_models(rows["linear"]) if r.get("scheme") == "per_token"]
-    quantisers = rows["quantize"]
+    many = [r for r in rows["quantize"] if r["M"] >= 2048]
     body = [
         _target("GEMM, M >= 2048, vs FP16", 1.7, large, "vs_fp16", times),
         _target("GEMM, M >= 2048, TOPS", 1300, large, "tops", lambda v: number(v, 0)),
         _target("GEMM, M <= 64, vs FP16", 1.9, small, "vs_fp16", times),
-        _target("layer with its quantisation, vs FP16", 1.6, layers, "vs_float16", times),
-        _target("quantisers, speed of a copy", 0.9, quantisers, "vs_copy", times),
+        _target("layer with its quantization, vs FP16", 1.6, layers, "vs_float16", times),
+        _target("quantizers, speed of a copy", 0.9, rows["quantize"], "vs_copy", times),
+        _target("the same, M >= 2048 only", 0.9, many, "vs_copy", times),
     ]
-    many = [r for r in quantisers if r["M"] >= 2048]
-    body.append(_target("the same, M >= 2048 only", 0.9, many, "vs_copy", times))
     return Table(["what", "met", "target", "measured", "least", "cases that meet it"], body, left=2)
 
 

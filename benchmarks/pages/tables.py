@@ -1,6 +1,6 @@
 """Writes the measured tables into README.md and docs/ from the files in benchmarks/results/.
 
-    python benchmarks/tables.py [--check]
+    python -m benchmarks.pages.tables [--check]
 
 A table stands between `<!-- table: NAME ... -->` and `<!-- end table -->`. `--check` changes nothing and fails if a
 table is out of date.
@@ -17,19 +17,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import model
-import predict
-import result_tables
-from result_tables import markdown
+from benchmarks.pages import result_tables
+from benchmarks.pages.result_tables import Table, markdown
+from benchmarks.prediction import model, predict
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ("README.md", "docs/accuracy.md", "docs/cpu.md", "docs/gpu.md", "docs/performance.md")
 MARKED = re.compile(r"(<!-- table: (\w+)[^>]*-->\n).*?(<!-- end table -->)", re.DOTALL)
-
 
 Data = dict[str, Any]
 NOT_MEASURED = "Not measured yet.\n"
+ACCURACY = ["perplexity", "change", "mean KL", "same top-1"]
+
+
+def pages() -> list[Path]:
+    """The pages with a table."""
+    found = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    return [page for page in found if MARKED.search(page.read_text())]
 
 
 def newest(pattern: str, gpu: bool = False) -> Path | None:
@@ -51,7 +55,7 @@ def of_gpu(data: Data) -> bool:
 def measured(
     pattern: str, write: Callable[[Data], str | None], gpu: bool = False
 ) -> Callable[[], str | None]:
-    """A table of the newest such file, which `write` gets, its "path" added; one line where there is none."""
+    """A table of the newest such file, which `write` gets, its "path" added; one line if there is none."""
 
     def table() -> str | None:
         path = newest(pattern, gpu)
@@ -60,108 +64,66 @@ def measured(
     return table
 
 
-def _change(row: dict[str, Any]) -> list[str]:
-    if "scheme" in row:
-        return [
-            f"{row['change_percent']:+.2f} ± {row['change_stderr']:.2f} %",
-            f"{row['mean_kl']:.4f}",
-            f"{100 * row['top1_agreement']:.1f} %",
-        ]
-    return ["", "", ""]
+# --- accuracy ---------------------------------------------------------------------------------------------------------
 
 
-def _accuracy_rows(
-    rows: list[dict[str, Any]], key: str | None = None, other: str | None = None
-) -> str:
-    """`other`: a kind of text that the rows were evaluated on as well."""
-    header = [
-        "model",
-        "scheme",
-        *([key] if key else []),
-        "perplexity",
-        "change",
-        "mean KL",
-        "same top-1",
-        *([f"perplexity on {other}", "change", "mean KL", "same top-1"] if other else []),
+def quality(row: Data, change: bool = True, kl_error: bool = False) -> list[str]:
+    """The columns of ACCURACY; a float model has no change."""
+    cells = [f"{row['perplexity']:.3f}"]
+    if not change:
+        return [*cells, "", "", ""]
+    error = f" ± {row['kl_stderr']:.4f}" if kl_error else ""
+    return [
+        *cells,
+        f"{row['change_percent']:+.2f} ± {row['change_stderr']:.2f} %",
+        f"{row['mean_kl']:.4f}{error}",
+        f"{100 * row['top1_agreement']:.1f} %",
     ]
-    body = [
-        [
-            row["model"],
-            row.get("scheme", ""),
-            *([str(row[key])] if key else []),
-            f"{row['perplexity']:.3f}",
-            *_change(row),
-            *(
-                [
-                    f"{row[other]['perplexity']:.3f}",
-                    *_change({k: row[k] for k in ("scheme",) if k in row} | row[other]),
-                ]
-                if other
-                else []
-            ),
-        ]
-        for row in rows
-    ]
-    return markdown(header, body, left=3 if key else 2)
 
 
-def _caption(facts: dict[str, Any], other: str | None = None) -> str:
+def accuracy_caption(facts: Data, software: str, command: str, other: str | None = None) -> str:
     also = f", and {other}, as many tokens, which no choice of settings saw" if other else ""
     return (
         f"{facts['model']}, {facts['evaluation_tokens']} tokens of Python's documentation topics that calibration "
-        f"({facts['calibration_tokens']} tokens of other topics) never saw{also}; torch {facts['torch']}, CPU; "
-        "± is one standard error of the paired difference; `python benchmarks/bench_accuracy.py`.\n\n"
+        f"({facts['calibration_tokens']} tokens of other topics) never saw{also}; {software}; "
+        f"± is one standard error of the paired difference; `python -m benchmarks.{command}`.\n\n"
     )
 
 
 def accuracy(data: Data, part: str, key: str | None = None) -> str:
+    """`key`: a setting with a column of its own. Rows may have been evaluated on a second kind of text."""
     if part not in data:
         return NOT_MEASURED
-    other = data["facts"].get("other")
-    if other is not None and not all(other in row for row in data[part]):
+    facts, rows = data["facts"], data[part]
+    other = facts.get("other")
+    if other is not None and not all(other in row for row in rows):
         other = None
-    return _caption(data["facts"], other) + _accuracy_rows(data[part], key, other)
-
-
-def cpu_linear(data: Data) -> str:
-    machine = data["machine"]
-    caption = (
-        f"{machine['cpu']}, {machine['capability']}, int8 mode `{machine['int8_mode']}`, {machine['threads']} thread, "
-        f"torch {machine['torch']}; medians of interleaved calls; `{machine['command']}`.\n\n"
-    )
-    rows = [
-        [
-            row["layer"],
-            f"{row['N']} x {row['K']}",
-            str(row["M"]),
-            f"{row['int8_us']:.0f}",
-            f"{row['gops']:.0f}",
-            f"{row['vs_float32']:.2f}x",
-            f"{row['vs_bfloat16']:.2f}x",
-        ]
-        for row in data["rows"]
-    ]
-    header = ["layer", "N x K", "M", "W8A8Linear us", "GOPS", "vs float32", "vs bfloat16"]
-    return caption + markdown(header, rows, left=2)
+    header = ["model", "scheme", *([key] if key else []), *ACCURACY]
+    header += [f"perplexity on {other}", *ACCURACY[1:]] if other else []
+    body = []
+    for row in rows:
+        int8 = "scheme" in row
+        cells = [row["model"], row.get("scheme", ""), *([str(row[key])] if key else [])]
+        cells += quality(row, int8)
+        body.append(cells + (quality(row[other], int8) if other else []))
+    caption = accuracy_caption(facts, f"torch {facts['torch']}, CPU", "accuracy", other)
+    return caption + markdown(header, body, left=3 if key else 2)
 
 
 def search(data: Data) -> str:
-    caption = _caption(data["facts"]).replace("bench_accuracy", "bench_search")
-    header = ["settings", "scheme", "perplexity", "change", "mean KL", "same top-1", "cost"]
+    header = ["settings", "scheme", *ACCURACY, "cost"]
     rows = [
         [
             row["model"],
             row.get("scheme", ""),
-            f"{row['perplexity']:.3f}",
-            f"{row['change_percent']:+.2f} ± {row['change_stderr']:.2f} %",
-            f"{row['mean_kl']:.4f} ± {row['kl_stderr']:.4f}",
-            f"{100 * row['top1_agreement']:.1f} %",
+            *quality(row, kl_error=True),
             f"{row['cost']:.4f}" if "cost" in row else "",
         ]
         for row in data["rows"]
     ]
     searches = ", ".join(f"{s['name']} {s['cpu_seconds']:.0f} s" for s in data["searches"])
     note = f"\n*cost*: what the search expected, in nats. CPU time of the searches, one thread: {searches}.\n"
+    caption = accuracy_caption(data["facts"], f"torch {data['facts']['torch']}, CPU", "search")
     return caption + markdown(header, rows, left=2) + note
 
 
@@ -170,7 +132,7 @@ def sentence(data: Data) -> str:
     caption = (
         f"{facts['model']}, {facts['sentences']} sentences of Python's documentation topics that calibration "
         f"({facts['calibration_tokens']} tokens of other topics) never saw; torch {facts['torch']}, CPU; cosine of the "
-        "embeddings by the quantised and by the float32 model; `python benchmarks/bench_sentence.py`.\n\n"
+        "embeddings by the quantized and by the float32 model; `python -m benchmarks.sentence`.\n\n"
     )
     header = ["model", "scheme", "per token", "mean", "median", "5 %", "1 %", "worst"]
     rows = [
@@ -182,42 +144,43 @@ def sentence(data: Data) -> str:
 
 
 def peers(data: Data) -> str:
-    facts, gib = data["facts"], 2**30
+    gib = 2**30
     versions = {k: v for row in data["rows"] for k, v in row["versions"].items()}
-    used = ", ".join(
-        f"{k} {versions[k]}" for k in ("llmcompressor", "torchao", "torch") if k in versions
-    )
-    caption = (
-        f"{facts['model']}, {facts['evaluation_tokens']} tokens of Python's documentation topics that calibration "
-        f"({facts['calibration_tokens']} tokens of other topics) never saw; {used}; CPU, one thread; "
-        "± is one standard error of the paired difference; `python benchmarks/peers.py`.\n\n"
-    )
-    header = [
-        "tool",
-        "settings",
-        "perplexity",
-        "change",
-        "mean KL",
-        "same top-1",
-        "CPU s",
-        "wall s",
-    ]
+    names = [name for name in ("llmcompressor", "torchao", "torch") if name in versions]
+    used = ", ".join(f"{name} {versions[name]}" for name in names)
+    header = ["tool", "settings", *ACCURACY, "CPU s", "wall s", "peak GiB", "of it added"]
     rows = [
         [
-            row["tool"],
-            row["label"],
-            f"{row['perplexity']:.3f}",
-            f"{row['change_percent']:+.2f} ± {row['change_stderr']:.2f} %",
-            f"{row['mean_kl']:.4f}",
-            f"{100 * row['top1_agreement']:.1f} %",
-            f"{row['cpu_s']:.0f}",
-            f"{row['wall_s']:.0f}",
+            *(row["tool"], row["label"], *quality(row)),
+            *(f"{row[name]:.0f}" for name in ("cpu_s", "wall_s")),
             f"{row['rss_peak'] / gib:.2f}",
             f"{(row['rss_peak'] - row['rss_before']) / gib:.2f}",
         ]
         for row in data["rows"]
     ]
-    return caption + markdown([*header, "peak GiB", "of it added"], rows, left=2)
+    caption = accuracy_caption(data["facts"], f"{used}; CPU, one thread", "peers")
+    return caption + markdown(header, rows, left=2)
+
+
+# --- speed ------------------------------------------------------------------------------------------------------------
+
+
+def cpu_linear(data: Data) -> str:
+    machine = data["machine"]
+    caption = (
+        f"{machine['cpu']}, {machine['capability']}, int8 mode `{machine['int8_mode']}`, {machine['threads']} thread, "
+        f"torch {machine['torch']}; medians of interleaved calls; `{machine['command']}`.\n\n"
+    )
+    header = ["layer", "N x K", "M", "W8A8Linear us", "GOPS", "vs float32", "vs bfloat16"]
+    rows = [
+        [
+            *(row["layer"], f"{row['N']} x {row['K']}", str(row["M"])),
+            *(f"{row[name]:.0f}" for name in ("int8_us", "gops")),
+            *(f"{row[f'vs_{name}']:.2f}x" for name in ("float32", "bfloat16")),
+        ]
+        for row in data["rows"]
+    ]
+    return caption + markdown(header, rows, left=2)
 
 
 def gemm_prediction(gpu: str) -> str | None:
@@ -228,44 +191,35 @@ def gemm_prediction(gpu: str) -> str | None:
     caption = (
         f"{described.name}: {described.sms} SMs at {described.ghz} GHz, {described.tops:.0f} TOPS, "
         f"{described.gb_per_s:.0f} GB/s by its data sheet; likely (low .. high) by "
-        f"`python benchmarks/model.py --gpu {gpu}`.\n\n"
+        f"`python -m benchmarks.prediction.model --gpu {gpu}`.\n\n"
     )
     header, rows = model.prediction_table(gpu)
     return caption + markdown(header, rows, left=header.index("M"))
 
 
-def gpu_caption(data: Data) -> str:
-    """The machine, its clocks, the software, the date and the command: what every number needs beside it."""
+def caption(data: Data) -> str:
+    """The machine, a GPU's clocks, the software, the date and the command."""
     machine = data["machine"]
-    clocks = [row["sm_mhz"] for row in data.get("rows", ()) if row.get("sm_mhz")]
-    under = (
-        f"{min(clocks):,.0f} to {max(clocks):,.0f} MHz under load" if clocks else "clocks unknown"
-    )
-    most = f" (at most {machine['max_sm_mhz']:,.0f})" if machine.get("max_sm_mhz") else ""
     date = machine.get("date") or data["path"].parent.name.rpartition("_")[2]
-    return (
-        f"{machine['device']}, {under}{most}, driver {machine.get('driver') or 'unknown'}, CUDA {machine['cuda']}, "
-        f"torch {machine['torch']}, {date}; `{machine.get('command', 'command unknown')}`.\n\n"
-    )
-
-
-def cpu_caption(data: Data) -> str:
-    machine = data["machine"]
-    facts = [f"{machine.get('threads')} thread"] if machine.get("threads") else []
-    date = machine.get("date") or data["path"].parent.name.rpartition("_")[2]
+    if of_gpu(data):
+        clocks = [row["sm_mhz"] for row in data.get("rows", ()) if row.get("sm_mhz")]
+        span = (
+            f"{min(clocks):,.0f} to {max(clocks):,.0f} MHz under load"
+            if clocks
+            else "clocks unknown"
+        )
+        most = f" (at most {machine['max_sm_mhz']:,.0f})" if machine.get("max_sm_mhz") else ""
+        driver = f"driver {machine.get('driver') or 'unknown'}"
+        facts = [machine["device"], span + most, driver, f"CUDA {machine['cuda']}"]
+    else:
+        threads = machine.get("threads")
+        facts = [machine["cpu"], *([f"{threads} thread"] if threads else [])]
     facts += [f"torch {machine['torch']}", date]
-    return (
-        f"{machine['cpu']}, {', '.join(facts)}; `{machine.get('command', 'command unknown')}`.\n\n"
-    )
+    return f"{', '.join(facts)}; `{machine.get('command', 'command unknown')}`.\n\n"
 
 
-def gpu_gemm(data: Data) -> str:
-    return (
-        gpu_caption(data)
-        + result_tables.means(data).markdown()
-        + "\n"
-        + result_tables.gemm(data).markdown()
-    )
+def captioned(*tables: Callable[[Data], Table]) -> Callable[[Data], str]:
+    return lambda data: caption(data) + "\n".join(table(data).markdown() for table in tables)
 
 
 def gpu_targets(data: Data) -> str:
@@ -275,7 +229,7 @@ def gpu_targets(data: Data) -> str:
         path = data["path"].with_name(f"{name}.json")
         if path.exists():
             files[name] = json.loads(path.read_text())
-    return gpu_caption(data) + result_tables.targets(files).markdown()
+    return caption(data) + result_tables.targets(files).markdown()
 
 
 def gpu_predicted(data: Data) -> str | None:
@@ -285,15 +239,10 @@ def gpu_predicted(data: Data) -> str | None:
     table = result_tables.predicted(data["path"])
     if table is None:
         return f"There is no prediction for {data['machine']['device']}.\n"
-    return gpu_caption(data) + table.markdown()
+    return caption(data) + table.markdown()
 
 
-def captioned(table: Callable[[Data], result_tables.Table]) -> Callable[[Data], str]:
-    return lambda data: (
-        (gpu_caption if of_gpu(data) else cpu_caption)(data) + table(data).markdown()
-    )
-
-
+ANYTHING = captioned(result_tables.anything)
 TABLES: dict[str, Callable[[], str | None]] = {
     "accuracy": measured("accuracy.json", lambda data: accuracy(data, "schemes")),
     "alpha": measured("accuracy.json", lambda data: accuracy(data, "alpha", "alpha")),
@@ -305,18 +254,18 @@ TABLES: dict[str, Callable[[], str | None]] = {
     "sentence": measured("sentence.json", sentence),
     "peers": measured("peers.json", peers),
     "cpu_linear": measured("linear_cpu.json", cpu_linear),
-    "cpu_block": measured("block_cpu.json", captioned(result_tables.anything)),
-    "cpu_model": measured("model_cpu.json", captioned(result_tables.anything)),
+    "cpu_block": measured("block_cpu.json", ANYTHING),
+    "cpu_model": measured("model_cpu.json", ANYTHING),
     "gemm_h100": lambda: gemm_prediction("H100"),
     "gemm_a100": lambda: gemm_prediction("A100"),
     "gemm_l40s": lambda: gemm_prediction("L40S"),
     "gpu_targets": measured("gemm.json", gpu_targets, gpu=True),
-    "gpu_gemm": measured("gemm.json", gpu_gemm, gpu=True),
+    "gpu_gemm": measured("gemm.json", captioned(result_tables.means, result_tables.gemm), gpu=True),
     "gpu_predicted": measured("gemm.json", gpu_predicted, gpu=True),
     "gpu_quantize": measured("quantize.json", captioned(result_tables.quantize), gpu=True),
     "gpu_linear": measured("linear.json", captioned(result_tables.linear), gpu=True),
-    "gpu_block": measured("block.json", captioned(result_tables.anything), gpu=True),
-    "gpu_model": measured("model.json", captioned(result_tables.anything), gpu=True),
+    "gpu_block": measured("block.json", ANYTHING, gpu=True),
+    "gpu_model": measured("model.json", ANYTHING, gpu=True),
 }
 
 
@@ -332,14 +281,13 @@ def main() -> int:
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
     stale = []
-    for page in PAGES:
-        path = ROOT / page
-        old = path.read_text()
+    for page in pages():
+        old = page.read_text()
         new = MARKED.sub(renewed, old)
         if new != old:
-            stale.append(page)
+            stale.append(str(page.relative_to(ROOT)))
             if not check:
-                path.write_text(new)
+                page.write_text(new)
     print(("out of date: " if check else "written: ") + (", ".join(stale) or "none"))
     return int(check and bool(stale))
 

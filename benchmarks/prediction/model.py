@@ -1,8 +1,8 @@
 """A finer prediction of `gemm_s8` than the dispatch's own arithmetic: nothing here was measured on a GPU.
 
-    python benchmarks/model.py --gpu H100 [--layers WORD ...] [--tokens 1 64 2048] [--tiles] [--json FILE]
-    python benchmarks/model.py --compare benchmarks/results/<gpu>_<date>/gemm.json --gpu H100
-    python benchmarks/model.py --counters          # reads the built library anew (kernel_costs.json)
+    python -m benchmarks.prediction.model --gpu H100 [--layers WORD ...] [--tokens 1 64 2048] [--tiles] [--json FILE]
+    python -m benchmarks.prediction.model --compare benchmarks/results/<gpu>_<date>/gemm.json --gpu H100
+    python -m benchmarks.prediction.model --counters          # reads the built library anew (kernel_costs.json)
 
 For a tile, a shape and a GPU: what one turn of the main loop takes of each resource (tensor cores, issue slots, shared
 memory, L2; counts of the compiled code), what a tile adds (first loads, last stores), waves, and what a launch costs.
@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import probe
-from model_costs import (
+from benchmarks.lib.shapes import LLM_LAYERS
+from benchmarks.on_gpu import probe
+from benchmarks.prediction.model_costs import (
     CUBLAS,
     CUBLAS_TILES,
     MACHINES,
@@ -31,8 +32,7 @@ from model_costs import (
     time_of,
     up,
 )  # fmt: skip
-from predict import GPUS, HEADER, LAYERS, Planner, floor
-from shapes import LLM_LAYERS
+from benchmarks.prediction.predict import GPUS, HEADER, LAYERS, Planner, floor
 
 COSTS = Path(__file__).resolve().parent / "kernel_costs.json"
 TOKENS = (1, 16, 64, 256, 2048, 8192)
@@ -199,12 +199,12 @@ def main() -> int:
         except ValueError as error:
             parser.error(str(error))
     if args.counters:
-        import model_counters
+        from benchmarks.prediction import model_counters
 
         model_counters.write(Planner().tables, COSTS)
         return 0
     if args.compare:
-        import model_compare
+        from benchmarks.prediction import model_compare
 
         model_compare.show(args.compare, args.gpu, measured)
         return 0

@@ -1,4 +1,4 @@
-"""A prediction of model.py held against what a run on a GPU measured (bench_gemm.py's results)."""
+"""A prediction of model.py held against what a run on a GPU measured (gemm.py's results)."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from model import Model, print_table
-from model_costs import MACHINES
-from shapes import M_CLASSES, m_class
+from benchmarks.lib.shapes import M_CLASSES, m_class
+from benchmarks.prediction.model import Model, print_table
+from benchmarks.prediction.model_costs import MACHINES
 
 #: What compare_table says of each class of M.
 HEADER = ["M", "cases", "measured / predicted", "least", "most", "within low .. high", "worst case"]

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from predict import Gpu, floor
+from benchmarks.prediction.predict import Gpu, floor
 
 #: Share of the data sheet's memory bandwidth that a long read gets; assumption.
 MEMORY_SHARE = (0.94, 0.90, 0.82)
@@ -105,7 +105,7 @@ def costs_of(costs: Mapping[str, Any], table: str, tiles: Sequence[Any], tile: A
         if not same:
             raise ValueError(
                 f"no tile of the kind {tile['kernel']} of {table} was counted; run "
-                "`python benchmarks/model.py --counters` where the library is built."
+                "`python -m benchmarks.prediction.model --counters` where the library is built."
             )
 
         def unlike(t: Any) -> tuple[bool, bool, float]:

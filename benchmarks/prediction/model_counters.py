@@ -1,7 +1,7 @@
-"""What one turn of each GEMM kernel's main loop costs, read off the compiled library: benchmarks/kernel_costs.json.
+"""What one turn of each GEMM kernel's main loop costs, read off the compiled library: kernel_costs.json.
 
-`python benchmarks/model.py --counters` writes it. Counts of instructions are of the SASS; shared-memory wavefronts and
-the instructions of a whole tile come from a simulator of PTX where there is one (SQK_PTXSIM,
+`python -m benchmarks.prediction.model --counters` writes it. Counts of instructions are of the SASS; shared-memory
+wavefronts and the instructions of a whole tile come from a simulator of PTX where there is one (SQK_PTXSIM,
 tests/support/simulator.py) and are called `simulated`: without it the model goes on with what the SASS and the tile
 say.
 """
@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "tools"), str(ROOT)]
 
 import sass  # noqa: E402  (tools/ is no package)
@@ -28,7 +28,7 @@ from build_support import BUILD_INFO_NAME, LIBRARY_NAME, PACKAGE  # noqa: E402
 from kernel_gates import GatesError, find_tools  # noqa: E402
 
 LIBRARY = ROOT / PACKAGE / LIBRARY_NAME
-COSTS = ROOT / "benchmarks" / "kernel_costs.json"
+COSTS = ROOT / "benchmarks" / "prediction" / "kernel_costs.json"
 #: The code that a table's GPU runs.
 ARCHS = {"sm80": "sm_80", "sm89": "sm_89", "sm90": "sm_90a"}
 #: What the simulator is asked for, and the table whose tiles it can then run.

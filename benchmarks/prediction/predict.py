@@ -1,6 +1,6 @@
 """Floors of `gemm_s8` and what the dispatch takes, by arithmetic alone: nothing here was measured.
 
-    python benchmarks/predict.py [--gpu H100] [--tokens 1 64 2048]
+    python -m benchmarks.prediction.predict [--gpu H100] [--tokens 1 64 2048]
 
 For each layer: the floor, which no kernel can beat (operations over the tensor cores' peak, or the bytes that must
 move over the memory's bandwidth, whichever is longer), the tile that the tables choose, and the time that their
@@ -22,9 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shapes import LLM_LAYERS
+from benchmarks.lib.shapes import LLM_LAYERS
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 COMPILER = os.environ.get("CXX", "g++")
 SOURCES = ("csrc/gemm/plan.cpp", "csrc/gemm/tables.cpp")
 TOKENS = (1, 8, 16, 64, 128, 512, 2048, 8192)

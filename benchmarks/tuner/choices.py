@@ -1,6 +1,9 @@
 """What the tuner leaves beside rules: a cache for SQK_TUNE_CACHE, and the candidates that are worth shipping.
 
-A candidate is a tile that only a tuning build holds (SMOOTHQUANT_KERNELS_TUNING=1). Results are those of tune_rules.
+A candidate is a tile that only a tuning build holds (SMOOTHQUANT_KERNELS_TUNING=1). A result is {"model", "layer", "M",
+"N", "K", "dispatched": {"tile", "splits", "us"}, "times": [{"tile", "splits", "us", "rough", "p20", "p80"}, ...],
+"not_timed": [{"tile", "splits", "what", "why"}, ...], "sm_mhz", ...}. A rough time was taken alone, has no percentiles,
+and says only that others are better.
 """
 
 from __future__ import annotations
@@ -13,10 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gemm_cases import Choice, Table
-from report import geomean, write_json
-from shapes import M_CLASSES, m_class
-
+from benchmarks.lib.cases import Choice, Table
+from benchmarks.lib.runner import by_class, geomean, write_json
 from smoothquant_kernels.backends.tuned_tiles import FORMAT
 
 Result = dict[str, Any]
@@ -25,9 +26,14 @@ Result = dict[str, Any]
 CLEAR_GAIN = 1.02
 #: What it must gain over a class of M, as a geometric mean, to be worth its time in every build.
 LEAST_GAIN = 1.01
-#: Of the tiles that are shipped and of the candidates, so many are timed side by side in a problem. Tiles that a first,
-#: rough timing finds TOO_SLOW times slower than the best are not: their graphs hold outputs, and memory is limited.
+#: How many shipped tiles and candidates are timed side by side in a problem. A tile that a first, rough timing finds
+#: TOO_SLOW times slower than the best is not: graphs hold their outputs, and memory is limited.
 FINALISTS, CANDIDATE_FINALISTS, TOO_SLOW = 6, 3, 1.4
+
+
+def timed(result: Result) -> list[dict[str, Any]]:
+    """The times of a problem; empty if it failed."""
+    return list(result.get("times", ()))
 
 
 def candidate_tiles(table: Table) -> set[int]:
@@ -39,14 +45,14 @@ def shipped_only(table: Table, results: Sequence[Result]) -> list[Result]:
     out = candidate_tiles(table)
     found = []
     for result in results:
-        times = [time for time in result["times"] if time["tile"] not in out]
+        times = [time for time in timed(result) if time["tile"] not in out]
         if any(not time["rough"] for time in times):
             found.append(result | {"times": times})
     return found
 
 
 def finalists(table: Table, rough: dict[Choice, float]) -> list[Choice]:
-    """Whom to time side by side, by rough microseconds; the fastest shipped tile always, for comparison."""
+    """Which tiles to time side by side, by rough microseconds; always the fastest shipped tile, for comparison."""
     order = sorted(rough, key=lambda choice: rough[choice])
     near = [choice for choice in order if rough[choice] <= TOO_SLOW * rough[order[0]]]
     out = candidate_tiles(table)
@@ -56,8 +62,8 @@ def finalists(table: Table, rough: dict[Choice, float]) -> list[Choice]:
 
 
 def wrong_tiles(results: Sequence[Result]) -> set[int]:
-    """Tiles whose result was wrong in any problem: they are in nothing that is concluded."""
-    return {t["tile"] for r in results for t in r["not_timed"] if t["what"] == "wrong"}
+    """Tiles whose result was wrong in any problem: no conclusion uses them."""
+    return {t["tile"] for r in results for t in r.get("not_timed", ()) if t["what"] == "wrong"}
 
 
 # --- the cache --------------------------------------------------------------------------------------------------------
@@ -66,14 +72,14 @@ def wrong_tiles(results: Sequence[Result]) -> set[int]:
 def cache(data: dict[str, Any], with_candidates: bool = False) -> dict[str, Any]:
     """What SQK_TUNE_CACHE reads (`tuned_tiles.py` of the package): of one GPU, the best choice for each problem.
 
-    Where the dispatch is as good, give or take the noise, its own choice is kept.
+    If the dispatch is as good within the noise, its own choice is kept.
     """
     table, machine = data["table"], data["machine"]
     out = set() if with_candidates else candidate_tiles(table)
     out |= wrong_tiles(data["results"])
     choices = []
     for result in sorted(data["results"], key=lambda r: (r["N"], r["K"], r["M"])):
-        times = [t for t in result["times"] if not t["rough"] and t["tile"] not in out]
+        times = [t for t in timed(result) if not t["rough"] and t["tile"] not in out]
         if not times:
             continue
         best = min(times, key=lambda t: t["us"])
@@ -139,12 +145,13 @@ def promotions(table: Table, machine: dict[str, Any], results: Sequence[Result])
     """`promote this row: ...` for each candidate that gains enough in some class of M; empty without candidates."""
     lines = []
     for tile in sorted(candidate_tiles(table) - wrong_tiles(results)):
-        wins = [w for w in (win(table, r, tile) for r in results if r["times"]) if w is not None]
+        wins = [w for w in (win(table, r, tile) for r in results if timed(r)) if w is not None]
+        by_problem = {id(w.result): w for w in wins}
         reasons, said = [], []
-        for _, name in M_CLASSES:
-            here = [w for w in wins if m_class(w.result["M"]) == name]
-            gain = geomean(w.gain for w in here) if here else 1.0
-            if gain < LEAST_GAIN:
+        for name, group in by_class([w.result for w in wins]).items():
+            here = [by_problem[id(result)] for result in group]
+            gain = geomean(w.gain for w in here)
+            if name == "all" or gain < LEAST_GAIN:
                 continue
             clear = [w for w in here if w.gain > 1]
             best = max(clear, key=lambda w: w.gain)
@@ -155,8 +162,8 @@ def promotions(table: Table, machine: dict[str, Any], results: Sequence[Result])
             )
         if said:
             row = table["tiles"][tile]
-            why = f"{row['why']}; {short(machine['device'])}: {', '.join(reasons)}"
-            lines += [f"// promote this row: {row['name']}", *said, *cpp_row(row | {"why": why})]
+            lines += [f"// promote this row: {row['name']}", *said]
+            lines += [f"    // {short(machine['device'])}: {', '.join(reasons)}.", cpp_row(row)]
     return lines
 
 
@@ -164,19 +171,26 @@ def short(device: str) -> str:
     return device.removeprefix("NVIDIA ")
 
 
-def cpp_row(row: dict[str, Any]) -> list[str]:
-    """A GemmTile of csrc/gemm/table_*.h."""
-    schedules = {
-        "": "kNone", "pingpong": "kPingpong", "cooperative": "kCooperative", "stream-K": "kStreamK",
-    }  # fmt: skip
-    kernel = f"GemmKernel::k{row['kernel'].capitalize()}"
-    sizes = ", ".join(str(row[n]) for n in ("m", "n", "k", "warps_m", "warps_n", "stages"))
-    swap = "true" if row["swap_ab"] else "false"
-    last = ", ".join(map(str, (*row["cluster"], row["most_splits"], row["rate"])))
-    schedule = f"Schedule::{schedules[row['schedule']]}"
-    head = f"{{{json.dumps(row['name'])}, {kernel}, {sizes}, {schedule}, {swap}, {last},"
-    lines = textwrap.wrap(head, 100, initial_indent="    ", subsequent_indent="     ")
-    return [*lines, *literal(row["why"], "},")]
+def cpp_row(row: dict[str, Any]) -> str:
+    """A tile as csrc/gemm/tiles/sm*.h have it."""
+    m, n, k = (row[name] for name in "mnk")
+    in_name = next((w for w in ("stages", "warps") if row["name"].endswith(f" {w}")), "")
+    if row["kernel"] == "stream":
+        calls = [f"stream({m}, {n})", f"warps({row['warps_n']})"]
+    elif row["kernel"] == "mma":
+        calls = [f"mma({m}, {n}, {k})", f"warps({row['warps_m']}, {row['warps_n']})"]
+        calls += [f"stages({row['stages']})"]
+        calls += [f"splits({row['most_splits']})"] * (row["most_splits"] > 1)
+    else:
+        cluster = "{}x{}".format(*row["cluster"])
+        if row["name"].endswith(f" {cluster}"):
+            in_name = "cluster"
+        calls = [f"wgmma({m}, {n}, {k})", *["swap_ab()"] * row["swap_ab"]]
+        calls += [row["schedule"].lower().replace("-", "_") + "()"]
+        calls += [f"cluster({cluster.replace('x', ', ')})"] * (in_name != "" or cluster != "1x1")
+        calls += [f"stages({row['stages']})"]
+    calls += [f"rate({row['rate']})", *[f"{in_name}_in_name()"] * bool(in_name)]
+    return "    " + ".".join(calls) + ","
 
 
 def literal(text: str, end: str, width: int = 100) -> list[str]:

@@ -1,25 +1,27 @@
-"""What the tuner concludes from its measurements: rules in the C++ of csrc/gemm/table_*.h, rates, what is lost.
-
-A result is {"model", "layer", "M", "N", "K", "dispatched": {"tile", "splits", "us"}, "times": [{"tile", "splits",
-"us", "rough", "p20", "p80"}, ...], "not_timed": [{"tile", "splits", "what", "why"}, ...], "sm_mhz", ...}. A rough time
-was taken alone, has no percentiles, and says only that others are better.
-"""
+"""What the tuner concludes from its results (choices.py): rules in the C++ of csrc/gemm/tiles, rates, what is lost."""
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
-from collections.abc import Iterable, Sequence
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gemm_cases import Table, serves, tile_name
-from report import geomean
-from shapes import M_CLASSES, m_class
-from tune_choices import Result, candidate_tiles, literal, shipped_only, short, wrong_tiles
+from benchmarks.lib.cases import Table, serves, tile_name
+from benchmarks.lib.runner import by_class, geomean, grouped
+from benchmarks.tuner.choices import (
+    Result,
+    candidate_tiles,
+    literal,
+    shipped_only,
+    short,
+    timed,
+    wrong_tiles,
+)
 
-ANY_M = 1 << 40  # kAnyM in csrc/gemm/tile.h
+ANY_M = 1 << 40  # kAnyM in csrc/gemm/tiles/tile.h
 MOST_CANDIDATES = 6  # kMostCandidates
 #: A further candidate, or a rule of its own, must gain as much: less is noise, and choosing has its errors too.
 LEAST_GAIN = 1.01
@@ -33,16 +35,18 @@ class Rule:
     results: int
     reason: str = "not measured"
 
-    def row(self, previous: int) -> list[str]:
-        """As a table has it, with `previous` the most_m of the rule before (0: none)."""
-        padded = [*self.tiles, *[-1] * (MOST_CANDIDATES - len(self.tiles))]
+    def row(self, names: Mapping[int, str]) -> list[str]:
+        """As a table has it: a RuleRow of csrc/gemm/tiles/builder.h."""
         most = "kAnyM" if self.most_m == ANY_M else str(self.most_m)
-        when = f"M <= {self.most_m}" if self.most_m < ANY_M else f"M > {previous}"
-        if previous == 0 and self.most_m == ANY_M:
-            when = "any M"
-        head = f"    {{{most}, {{{', '.join(map(str, padded))}}}, {json.dumps(when)},"
-        one_line = f"{head} {json.dumps(self.reason)}}},"
-        return [one_line] if len(one_line) <= 100 else [head, *literal(self.reason, "},")]
+        quoted = [json.dumps(names[tile]) for tile in self.tiles]
+        one_line = f"    {{{most}, {{{', '.join(quoted)}}}, {json.dumps(self.reason)}}},"
+        if len(one_line) <= 100:
+            return [one_line]
+        # A name is never broken: its blanks are others while the text is wrapped.
+        text = "{" + ", ".join(name.replace(" ", "\0") for name in quoted) + "},"
+        wrapped = textwrap.wrap(text, 100, initial_indent=" " * 5, subsequent_indent=" " * 6)
+        lines = [line.replace("\0", " ") for line in wrapped]
+        return [f"    {{{most},", *lines, *literal(self.reason, "},")]
 
 
 def percent(ratio: float) -> str:
@@ -55,7 +59,7 @@ def percent(ratio: float) -> str:
 def best_times(result: Result) -> dict[int, float]:
     """Microseconds by tile, with the splits that suit it best."""
     found: dict[int, float] = {}
-    for time in result["times"]:
+    for time in timed(result):
         found[time["tile"]] = min(time["us"], found.get(time["tile"], math.inf))
     return found
 
@@ -102,15 +106,10 @@ def rules(table: Table, results: Sequence[Result]) -> list[Rule]:
     An M between two measured ones falls to the larger one's rule. Where the last one wants a streaming kernel, which
     cannot serve any M, the table's own last rule stays behind it.
     """
-    usable = [r for r in results if r["times"]]
     wrong = wrong_tiles(results)
     table = table | {"tiles": [t for t in table["tiles"] if t["tile"] not in wrong]}
-    groups: list[tuple[int, list[Result]]] = [
-        (m, list(group))
-        for m, group in itertools.groupby(
-            sorted(usable, key=lambda r: r["M"]), key=lambda r: r["M"]
-        )
-    ]
+    in_order = sorted((r for r in results if timed(r)), key=lambda r: r["M"])
+    groups: list[tuple[int, list[Result]]] = list(grouped(in_order, lambda r: r["M"]).items())
     if not groups:
         return []
     last, group = groups[-1]
@@ -172,11 +171,9 @@ def cpp_rules(table: Table, machine: dict[str, Any], results: Sequence[Result]) 
         "tiles": [tile for tile in table["tiles"] if tile["tile"] not in kept],
     }
     found = rules(shipped, shipped_only(table, results))
-    limits = [0, *(rule.most_m for rule in found)]
-    rows = [
-        line for rule, previous in zip(found, limits, strict=False) for line in rule.row(previous)
-    ]
-    return [f"constexpr GemmRule k{name}Rules[] = {{", *rows, "};"] if rows else []
+    names = {int(tile["tile"]): str(tile["name"]) for tile in table["tiles"]}
+    rows = [line for rule in found for line in rule.row(names)]
+    return [f"constexpr RuleRow k{name}Rules[] = {{", *rows, "};"] if rows else []
 
 
 # --- rates ------------------------------------------------------------------------------------------------------------
@@ -244,7 +241,5 @@ def loss_line(table: Table, result: Result) -> str:
 
 def loss_means(results: Sequence[Result]) -> dict[str, float]:
     """Geometric means of `loss` by class of M and over all."""
-    usable = [r for r in results if r["times"]]
-    groups = {name: [r for r in usable if m_class(r["M"]) == name] for _, name in M_CLASSES}
-    groups["all"] = usable
-    return {name: geomean(map(loss, group)) for name, group in groups.items() if group}
+    classes = by_class([r for r in results if timed(r)])
+    return {name: geomean(map(loss, group)) for name, group in classes.items()}

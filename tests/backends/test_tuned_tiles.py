@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-import tune_choices
+from benchmarks.tuner import choices as tune_choices
 from build_support import ROOT
 
 from smoothquant_kernels.backends import tuned_tiles as _tune

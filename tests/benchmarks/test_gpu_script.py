@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 from build_support import CUTLASS_PYPI
-from producers import PRODUCERS
 
+from benchmarks.lib.producers import PRODUCERS
 from tests.support import simulator
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -7,8 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import gpu_tests
 import pytest
+
+from benchmarks.on_gpu import tests as gpu_tests
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = ROOT / "benchmarks" / "gpu_tests.py"

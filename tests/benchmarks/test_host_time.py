@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import host_time
 import pytest
 
+from benchmarks import host_time
 from tests.support import null_runtime
 
 pytestmark = [pytest.mark.simulator, pytest.mark.xdist_group("host_time")]
@@ -59,7 +59,7 @@ def test_lines_and_launches(null_library: Path, tmp_path: Path) -> None:
     launches = {(r["op"], r["M"], r["gpu"]): r["calls"]["launches"] for r in rows}
     for gpu in host_time.GPUS:
         assert launches["_saturate_s8", 1, gpu] == 1
-        for m, layer in ((1, 1), (64, 2)):  # a token: quantised by the GEMM's own launch
+        for m, layer in ((1, 1), (64, 2)):  # a token: quantized by the GEMM's own launch
             assert launches["quantize", m, gpu] == launches["gemm_s8", m, gpu] == 1
             assert launches["quantize, gemm_s8", m, gpu] == 2
             assert launches["linear_s8", m, gpu] == launches["W8A8Linear", m, gpu] == layer

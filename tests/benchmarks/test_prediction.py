@@ -8,12 +8,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-import model_compare
-import model_counters
 import pytest
 from kernel_gates import GatesError, find_tools
-from model import COSTS, Model, prediction_table
-from model_costs import (
+
+from benchmarks.prediction import model_compare, model_counters
+from benchmarks.prediction.model import COSTS, Model, prediction_table
+from benchmarks.prediction.model_costs import (
     MACHINES,
     RATE,
     Costs,
@@ -27,7 +27,7 @@ from model_costs import (
     waves,
     wgmma_wavefronts,
 )
-from predict import GPUS, HEADER, Planner, floor
+from benchmarks.prediction.predict import GPUS, HEADER, Planner, floor
 
 SHAPES = (
     (1, 4096, 4096),

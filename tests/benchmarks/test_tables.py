@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import result_tables
-import tables
+
+from benchmarks.pages import result_tables, tables
 
 MACHINE = {
     "device": "NVIDIA H100 80GB HBM3", "cpu": "a CPU", "cuda": "13.0", "driver": "580.1", "torch": "2.11.0",
@@ -136,7 +136,7 @@ def test_the_targets_are_met_only_where_every_case_meets_them(results: Path) -> 
     assert found["GEMM, M >= 2048, vs FP16"] == ["no", "1.70x", "1.41x", "1.00x", "1 of 2"]
     # the wrong case counts, real data does not
     assert found["GEMM, M <= 64, vs FP16"] == ["no", "1.90x", "1.50x", "1.50x", "0 of 2"]
-    assert found["quantisers, speed of a copy"] == ["not measured", "0.90x", "-", "-", "-"]
+    assert found["quantizers, speed of a copy"] == ["not measured", "0.90x", "-", "-", "-"]
     tops = [row["tops"] for row in GEMM[:2]]
     mean = math.sqrt(tops[0] * tops[1])
     assert min(tops) < 1350 < 1800 < max(tops)  # so that both sides below mean something
@@ -150,8 +150,8 @@ def test_the_targets_are_met_only_where_every_case_meets_them(results: Path) -> 
     write(folder, "linear.json", LINEAR)
     write(folder, "quantize.json", QUANTIZE)
     found = {line[0]: line[1:] for line in cells(table("gpu_targets"))}
-    assert found["layer with its quantisation, vs FP16"][0] == "yes"
-    assert found["quantisers, speed of a copy"] == ["no", "0.90x", "0.62x", "0.40x", "1 of 2"]
+    assert found["layer with its quantization, vs FP16"][0] == "yes"
+    assert found["quantizers, speed of a copy"] == ["no", "0.90x", "0.62x", "0.40x", "1 of 2"]
     assert found["the same, M >= 2048 only"][0] == "yes"
 
 
@@ -161,7 +161,7 @@ def test_a_wrong_case_keeps_a_target_from_being_met() -> None:
     assert found["GEMM, M <= 64, vs FP16"] == "on average"
 
 
-def test_quantisers_layers_and_blocks(results: Path) -> None:
+def test_quantizers_layers_and_blocks(results: Path) -> None:
     folder = results / "h100_2026-11-30"
     for name, rows in (("quantize", QUANTIZE), ("linear", LINEAR), ("block", BLOCK), ("model", BLOCK)):  # fmt: skip
         write(folder, f"{name}.json", rows)

@@ -13,7 +13,8 @@ pytestmark = [pytest.mark.simulator, pytest.mark.slow, pytest.mark.xdist_group("
 #: The null runtime, the library's C entries, and one GEMM by tile and one quantizer that can be called.
 START = """
 import ctypes, pathlib, sys, tempfile
-import host_time, torch
+import torch
+from benchmarks import host_time
 from tests.support import c_gemm
 from tests.support.c_gemm import Device, Params, Plan
 from tests.support.c_interface import SUCCESS, UNSUPPORTED_SHAPE

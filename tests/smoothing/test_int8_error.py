@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from planted import llama_readers, plant_outliers
+from benchmarks.lib.planted import llama_readers, plant_outliers
 from torch import nn
 from torch.nn import functional as F
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from planted import llama_readers, plant_outliers
+from benchmarks.lib.planted import llama_readers, plant_outliers
 
 from smoothquant_kernels import (
     SmoothQuantConfig,

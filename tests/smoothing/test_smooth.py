@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from planted import plant_outliers
+from benchmarks.lib.planted import plant_outliers
 from torch import nn
 
 from smoothquant_kernels import (

@@ -11,7 +11,7 @@ from build_support import ROOT
 
 def python(*arguments: str) -> str:
     """Output of Python in a process of its own: the library takes the place of the ops' CPU kernels."""
-    path = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, *arguments],
         capture_output=True,

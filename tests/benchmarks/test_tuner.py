@@ -12,16 +12,16 @@ from typing import Any
 
 import build_commands
 import build_support
-import gemm_cases
 import pytest
 import torch
-import tune
-import tune_choices
-import tune_rules
 from build_support import ROOT
-from gemm_cases import TOY_TABLE
-from tune_rules import ANY_M, Rule, rules
 
+from benchmarks.lib import cases as gemm_cases
+from benchmarks.lib.cases import TOY_TABLE
+from benchmarks.tuner import __main__ as tune
+from benchmarks.tuner import choices as tune_choices
+from benchmarks.tuner import rules as tune_rules
+from benchmarks.tuner.rules import ANY_M, Rule, rules
 from tests.support import c_gemm
 
 #: A row of C++: {most_m, {six tiles}, "when", "why"},

@@ -8,15 +8,16 @@ import re
 from pathlib import Path
 from typing import Any
 
-import bench_block
-import blocks
 import pytest
 import torch
-from bench_block import Case
-from blocks import Block, FusedBlock, Shape, Situation
-from gpu_timer import Timing
-from report import WrongResult
 from torch import Tensor, nn
+
+from benchmarks import block as bench_block
+from benchmarks.block import Case
+from benchmarks.lib import blocks
+from benchmarks.lib.blocks import Block, FusedBlock, Shape, Situation
+from benchmarks.lib.runner import WrongResult
+from benchmarks.lib.timer import Timing
 
 LLAMA, OPT = blocks.TOY_SHAPES
 QWEN = Shape("toy qwen", 64, 96, 4, 1, head_dim=16, qkv_bias=True)
@@ -37,7 +38,7 @@ def situation(shape: Shape, batch: int, tokens: int, start: int) -> tuple[Tensor
 
 
 def random_block(shape: Shape) -> Block:
-    return Block(shape, "cpu").randomise(torch.Generator().manual_seed(1))
+    return Block(shape, "cpu").randomize(torch.Generator().manual_seed(1))
 
 
 def copy_split(block: Block, targets: dict[str, list[nn.Module]]) -> None:
@@ -133,7 +134,7 @@ def test_fused_and_unfused_agree_and_smoothing_helps(
     x, at = situation(shape, *place)
     sample, calibration = situation(shape, 1, 64, 0)
     before = copy.deepcopy(exact.state_dict())
-    int8 = blocks.quantised(exact, sample, calibration)
+    int8 = blocks.quantized(exact, sample, calibration)
     assert all(torch.equal(before[name], t) for name, t in exact.state_dict().items())
     y = exact(x, at.to(torch.float32))
     unfused, fused = (f(x, at.to(torch.float32)) for f in (int8, FusedBlock(int8)))
@@ -149,21 +150,21 @@ def test_fused_and_unfused_agree_and_smoothing_helps(
 def test_the_parts_are_the_whole() -> None:
     exact = random_block(LLAMA)
     x, at = situation(LLAMA, 1, 12, 0)
-    fused = FusedBlock(blocks.quantised(exact, x, at))
+    fused = FusedBlock(blocks.quantized(exact, x, at))
     parts = fused.parts(x, at)
     assert set(parts) == set(bench_block.PARTS)
     gemms, whole = parts["gemm"](), fused(x, at)
     assert torch.equal(gemms[-1], whole)
     assert torch.equal(parts["attention"](), blocks.attend(LLAMA, gemms[0], at))
-    quantised = parts["quantise"]()
-    assert [tuple(q.shape) for q, *_ in quantised] == [
+    quantized = parts["quantise"]()
+    assert [tuple(q.shape) for q, *_ in quantized] == [
         (1, 12, 64),
         (1, 12, 64),
         (1, 12, 64),
         (1, 12, 160),
     ]
     for place, name in ((0, "qkv"), (2, "up")):
-        x_q, x_scale = quantised[place]
+        x_q, x_scale = quantized[place]
         assert torch.equal(fused.multiply(name, x_q, x_scale, x.dtype, None), gemms[place])
 
 
@@ -247,7 +248,7 @@ def test_columns_add_up() -> None:
     assert row["tops"] == pytest.approx(2 * 8 * weights / 100.0 / 1e6)
     printed = bench_block.line(row)
     found = re.search(
-        r"\| +([\d.]+) us = ([\d.]+) gemm \+ ([\d.]+) quantise \+ ([\d.]+) attention \+ ([-\d.]+) rest",
+        r"\| +([\d.]+) us = ([\d.]+) gemm \+ ([\d.]+) quantize \+ ([\d.]+) attention \+ ([-\d.]+) rest",
         printed,
     )
     assert found

@@ -8,11 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import probe
 import pytest
-from model import Model
-from model_costs import MACHINES, MEMORY_SHARE, waves
-from predict import GPUS, Planner
+
+from benchmarks.on_gpu import probe
+from benchmarks.prediction.model import Model
+from benchmarks.prediction.model_costs import MACHINES, MEMORY_SHARE, waves
+from benchmarks.prediction.predict import GPUS, Planner
 
 ROOT = Path(__file__).resolve().parents[2]
 GPU, MACHINE = GPUS["H100"], MACHINES["H100"]

@@ -7,16 +7,16 @@ import re
 from pathlib import Path
 from typing import Any
 
-import bench_block
-import bench_model
-import blocks
 import pytest
-import stacks
 import torch
-from bench_model import Case
-from gpu_timer import Timing
-from report import WrongResult
 from torch import nn
+
+from benchmarks import block as bench_block
+from benchmarks import model as bench_model
+from benchmarks.lib import blocks, stacks
+from benchmarks.lib.runner import WrongResult
+from benchmarks.lib.timer import Timing
+from benchmarks.model import Case
 
 LLAMA = blocks.TOY_SHAPES[0]
 CPU = torch.device("cpu")

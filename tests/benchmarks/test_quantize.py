@@ -1,26 +1,21 @@
-"""The GPU kit: producers, columns and the timer, without a GPU. No test looks at a time."""
+"""The producers of int8 activations, on toys: bytes, what is refused, columns and order. No test looks at a time."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import bench_quantize as bench
-import gpu_timer
-import producers
 import pytest
 import torch
-from gpu_timer import Timing
-from producers import PRODUCERS, SCHEMES, Case
 from torch import Tensor
 
+from benchmarks import quantize as bench
+from benchmarks.lib import producers
+from benchmarks.lib.producers import PRODUCERS, SCHEMES, Case
+from benchmarks.lib.timer import Timing
 from smoothquant_kernels import ops
 
-ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "benchmarks" / "run_on_gpu.sh"
 CPU = torch.device("cpu")
 
 
@@ -105,12 +100,10 @@ def test_a_wrong_op_is_not_timed(
 ) -> None:
     monkeypatch.setattr(ops, "quantize", _one_element_off(ops.quantize, 0))
     file = tmp_path / "q.json"
-    status, text = run(
-        capsys, "--quick", "--producers", "quantize", "act_quantize:relu", "--json", str(file)
-    )
-    assert status == 1
+    some = ["--quick", "--producers", "quantize", "act_quantize:relu", "--json", str(file)]
+    status, text = run(capsys, *some)
     rows = json.loads(file.read_text())["rows"]
-    assert len(rows) == 4
+    assert status == 1 and len(rows) == 4
     for row in rows:
         assert ("wrong" in row) == (row["producer"] == "quantize")
         assert ("us" in row) == (row["producer"] != "quantize")
@@ -201,7 +194,7 @@ def test_geometric_means_leave_out_what_is_missing() -> None:
 
 def test_the_most_telling_cases_come_first() -> None:
     names = list(PRODUCERS)
-    found = bench.cases(names, (2048, 1, 64), (4096, 5120), (14336, 11008))
+    found = bench.cases_of(names, (2048, 1, 64), (4096, 5120), (14336, 11008))
     assert len(found) == len(set(found)) == len(names) * 3 * 2 * 3 * 2 * 2
     first = found[: len(names)]
     assert [c.producer for c in first] == names
@@ -211,76 +204,3 @@ def test_the_most_telling_cases_come_first() -> None:
     assert {c.k for c in first} == {4096, 14336}
     second = found[len(names) : 2 * len(names)]
     assert [c.producer for c in second] == names and {c.m for c in second} == {1}
-
-
-def test_a_spent_budget_starts_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    status, text = run(capsys, "--budget-seconds", "-1")
-    assert status == 1 and "66 of 66 cases were not started: the time is spent" in text
-
-
-# --- the timer --------------------------------------------------------------------------------------------------------
-
-
-def test_the_summary_is_median_and_fifths() -> None:
-    timing = gpu_timer.summary([5.0, 1.0, 2.0, 3.0, 4.0, 100.0], calls=7)
-    assert timing == Timing(3.5, 2.0, 5.0, 6, 7)
-
-
-def test_input_sets_exceed_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert gpu_timer.input_sets(1, CPU) == 2
-    monkeypatch.setattr(gpu_timer, "l2_bytes", lambda device: 50 << 20)
-    assert gpu_timer.input_sets(12 << 10, CPU) == gpu_timer.MOST_SETS
-    assert gpu_timer.input_sets(25 << 20, CPU) == 8
-    assert gpu_timer.input_sets(700 << 20, CPU) == 2
-
-
-def test_a_gpu_replay_is_one_graph_between_two_events_behind_a_cold_cache(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """The order of the calls, on a pretended GPU: every input set once per graph, and variants in turn."""
-    log: list[str] = []
-
-    class Event:
-        def __init__(self, enable_timing: bool) -> None:
-            assert enable_timing
-
-        def record(self) -> None:
-            log.append("event")
-
-        def elapsed_time(self, other: Event) -> float:
-            return 0.006  # milliseconds
-
-    class Graph:
-        def replay(self) -> None:
-            log.append("replay")
-
-    @contextlib.contextmanager
-    def scope(name: str) -> Any:
-        log.append(name)
-        yield
-        log.append("end")
-
-    cuda = SimpleNamespace(
-        Event=Event,
-        CUDAGraph=Graph,
-        Stream=lambda device: None,
-        stream=lambda stream: scope("side"),
-        graph=lambda graph: scope("capture"),
-        synchronize=lambda device: None,
-        _sleep=lambda cycles: log.append("sleep"),
-    )
-    flush = SimpleNamespace(sum=lambda: log.append("flush"))
-    fake = SimpleNamespace(cuda=cuda, ones=lambda *a, **k: flush, float32=None)
-    monkeypatch.setattr(gpu_timer, "torch", fake)
-    monkeypatch.setattr(gpu_timer, "l2_bytes", lambda device: 1024)
-    device: Any = SimpleNamespace(type="cuda")
-    calls = [lambda name=name: log.append(name) for name in "abc"]
-    recorded = gpu_timer.record(calls, device)
-    assert log == [*"abc", "side", "a", "end", "capture", *"abc", "end"]
-    log.clear()
-    times = gpu_timer.measure(
-        {"one": recorded, "two": recorded}, device=device, seconds=0, least=4, most=4
-    )
-    each = ["sleep", "flush", "event", "replay", "event"]
-    assert log == each * 2 * (2 + 4)
-    assert times["one"].us == pytest.approx(2.0) and times["one"].rounds == 4

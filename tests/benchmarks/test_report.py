@@ -7,11 +7,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-import make_report
-import plots
-import predict
 import pytest
 
+from benchmarks.pages import plots
+from benchmarks.pages import report as make_report
+from benchmarks.prediction import predict
 from tests.benchmarks.test_tables import BLOCK, GEMM, LINEAR, MACHINE, QUANTIZE, gemm_row, write
 
 ROOT = Path(__file__).resolve().parents[2]

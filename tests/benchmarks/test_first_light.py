@@ -10,11 +10,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import children
-import first_light
 import pytest
-from first_light import MARK, PHASES
 
+from benchmarks.on_gpu import first_light
+from benchmarks.on_gpu import processes as children
+from benchmarks.on_gpu.first_light import MARK, PHASES
 from tests.support import simulator
 
 ROOT = Path(__file__).resolve().parents[2]
