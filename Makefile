@@ -107,7 +107,7 @@ test-transformers: $(STAMP_OLD)
 	  -m "not slow and not real_model and not simulator and not cuda and not cuda_build" $(TRANSFORMERS_TESTS)
 
 bench: $(STAMP)
-	$(BIN)/python benchmarks/bench_linear.py --device cpu --threads 1
+	$(BIN)/python -m benchmarks.linear --device cpu --threads 1
 
 install: $(STAMP)
 

@@ -3,7 +3,7 @@
     python -m benchmarks.host_time [--gpus h100 a100] [--seconds 30] [--library FILE] [--json FILE]
 
 The binding is built for CPU tensors, as the tests' simulator has it (tests/support/simulator.py), and runs on a CUDA
-runtime in which every call succeeds at once and no kernel runs (null_cudart.c, built here). So everything of the
+runtime in which every call succeeds at once and no kernel runs (tests/support/null_runtime.py). So everything of the
 library is timed: Python, dispatcher, boxing, argument checks, allocation, plan, CUTLASS's parameters.
 **What is missing**: the driver's part (a launch takes it some 2 to 3 us), torch's device guard and stream look-up, and
 its CUDA allocator, in whose place stands malloc. The columns of each line:
@@ -18,12 +18,10 @@ its CUDA allocator, in whose place stands malloc. The columns of each line:
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import gc
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -36,12 +34,9 @@ from torch import Tensor
 
 from benchmarks.lib import runner
 from benchmarks.lib.timer import Call, interleaved
-from benchmarks.on_gpu import simulated
 from smoothquant_kernels import W8A8Linear, ops
-from smoothquant_kernels.ops import registry
-from tests.support import c_gemm, c_interface
+from tests.support import c_gemm, c_interface, null_runtime
 
-ROOT = Path(__file__).resolve().parents[1]
 GPUS = ("h100", "a100")  # as null_use_device counts them
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 COUNTERS = (
@@ -49,60 +44,6 @@ COUNTERS = (
 )  # fmt: skip
 CALLS = 100  # in one sample: the clock is read twice for all of them
 ROUNDS = 200  # at most
-
-
-class Missing(Exception):
-    """One sentence: what this machine lacks."""
-
-
-# --- what is loaded ---------------------------------------------------------------------------------------------------
-
-
-def simulator_library() -> Path:
-    """The binding for CPU tensors, built if it is missing or out of date."""
-    try:
-        builder = simulated.simulator()
-    except ImportError as error:
-        raise Missing(
-            f"tests/support/simulator.py builds the library; it lacks {error.name}."
-        ) from None
-    try:
-        builder.find_cutlass(os.environ)
-        if builder.find_torch().has_cuda_library:
-            raise Missing("this torch brings its own CUDA runtime; a torch without CUDA is needed.")
-        return builder.library()
-    except builder.BuildError as error:
-        raise Missing(f"the library for CPU tensors cannot be built: {error}") from None
-
-
-def null_runtime(folder: Path) -> ctypes.CDLL:
-    """Compiles and loads null_cudart.c: libraries that are loaded later take it for the CUDA runtime."""
-    versions, library = folder / "versions", folder / "libcudart.so.13"
-    versions.write_text("libcudart.so.13 { *; };\n")
-    command = [os.environ.get("CC", "gcc"), "-O2", "-shared", "-fPIC", "-o", str(library)]
-    command += ["-Wl,-soname,libcudart.so.13", f"-Wl,--version-script={versions}"]
-    command.append(str(ROOT / "benchmarks" / "lib" / "null_cudart.c"))
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        raise Missing(f"a C compiler is needed; {command[0]} is not here (CC names one).") from None
-    if done.returncode:
-        raise Missing(f"{command[0]} cannot compile null_cudart.c: {done.stderr.strip()}")
-    return ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
-
-
-def load(library: Path, folder: Path) -> tuple[ctypes.CDLL, ctypes.CDLL]:
-    """(the null runtime, the library), with the ops bound to the CPU key."""
-    runtime = null_runtime(folder)
-    torch.ops.load_library(str(library))  # warns that it replaces the CPU kernels
-    # No short cut around the dispatcher, as for a tensor on a GPU.
-    registry.eager_cpu = lambda *call: False
-    # Large results from the heap: mapping pages anew for each is nothing that a GPU's allocator does.
-    with contextlib.suppress(AttributeError):
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)  # M_MMAP_MAX
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-    return runtime, ctypes.CDLL(str(library))
 
 
 # --- what is timed ----------------------------------------------------------------------------------------------------
@@ -296,10 +237,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []
     try:
-        path = given.library or simulator_library()
+        path = given.library or null_runtime.simulator_library()
         with tempfile.TemporaryDirectory() as folder:
-            runtime, library = load(path, Path(folder))
-    except Missing as error:
+            runtime, library = null_runtime.load(path, Path(folder))
+    except null_runtime.Missing as error:
         print(f"host_time: {error}", file=sys.stderr)
         return 1
     load_before = os.getloadavg()[0]

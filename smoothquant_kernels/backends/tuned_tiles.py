@@ -1,4 +1,4 @@
-"""`SQK_TUNE_CACHE`: tiles that `benchmarks/tune.py --cache` measured on a user's GPU replace the shipped rules.
+"""`SQK_TUNE_CACHE`: tiles that `benchmarks.tuner --cache` measured on a user's GPU replace the shipped rules.
 
 All tiles give the same bits, so a choice affects speed only. Without the variable no file is read. With it the file is
 read once, when the CUDA library is loaded. The library gets it when torch starts CUDA. Asking the GPUs earlier would
@@ -23,7 +23,7 @@ VARIABLE = "SQK_TUNE_CACHE"
 FORMAT = 1
 #: GemmTable of csrc/include/sqk/gemm.h.
 _TABLES = ("sm80", "sm89", "sm90")
-_MAKE = "write a new one on this machine: python benchmarks/tune.py --cache FILE"
+_MAKE = "write a new one on this machine: python -m benchmarks.tuner --cache FILE"
 
 
 class _Measured(ctypes.Structure):
@@ -123,7 +123,7 @@ def _read(path: Path) -> dict[str, Any]:
     if isinstance(data, dict) and "results" in data:
         raise _Unusable(
             "it holds all that tune.py measured; make the cache of it: "
-            f"python benchmarks/tune.py --report {path} --cache FILE"
+            f"python -m benchmarks.tuner --report {path} --cache FILE"
         )
     facts: dict[str, Any] = data if isinstance(data, dict) else {}
     if facts.get("format") != FORMAT:

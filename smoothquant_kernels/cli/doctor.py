@@ -172,7 +172,7 @@ def render(document: Document) -> Table:
             # No table of csrc/gemm has been tuned on a GPU yet (docs/gpu.md, "Retuning").
             table.add_row("", "no tuned table exists for this GPU: tiles are chosen by estimates")
     if extension["tuning"]:
-        table.add_row("", "a tuning build: with candidates, for benchmarks/tune.py")
+        table.add_row("", "a tuning build: with candidates, for benchmarks.tuner")
     for op, rows in extension["tables"].items():
         for index, row in enumerate(rows):
             text = escape(f"{row['path']}: {row['when']}")  # "[m]" is not markup

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks import block as bench_block
+from benchmarks import block as block_benchmark
 from benchmarks.block import Case
 from benchmarks.lib import blocks
 from benchmarks.lib.blocks import Block, FusedBlock, Shape, Situation
@@ -152,7 +152,7 @@ def test_the_parts_are_the_whole() -> None:
     x, at = situation(LLAMA, 1, 12, 0)
     fused = FusedBlock(blocks.quantized(exact, x, at))
     parts = fused.parts(x, at)
-    assert set(parts) == set(bench_block.PARTS)
+    assert set(parts) == set(block_benchmark.PARTS)
     gemms, whole = parts["gemm"](), fused(x, at)
     assert torch.equal(gemms[-1], whole)
     assert torch.equal(parts["attention"](), blocks.attend(LLAMA, gemms[0], at))
@@ -173,26 +173,26 @@ CASE = Case(LLAMA, "prefill", 1, 8, 0)
 
 @pytest.mark.parametrize("name", blocks.LINEARS)
 def test_a_wrong_matrix_is_not_timed(name: str) -> None:
-    sets, y = bench_block.make_sets(CASE, ("float32",), torch.device("cpu"))
-    assert bench_block.errors(CASE, sets[0], y, ("float32",))["fused"] < bench_block.MOST_ERROR
+    sets, y = block_benchmark.make_sets(CASE, ("float32",), torch.device("cpu"))
+    assert block_benchmark.errors(sets[0], y, ("float32",))["fused"] < block_benchmark.MOST_ERROR
     layer: Any = sets[0].variants["unfused"][0].get_submodule(name)
     layer.w_scale *= 1.5
     with pytest.raises(WrongResult, match=r"unfused: relative error .* at most 0\.09 is explained"):
-        bench_block.errors(CASE, sets[0], y, ("float32",))
+        block_benchmark.errors(sets[0], y, ("float32",))
     layer.w_scale.fill_(float("nan"))
     with pytest.raises(WrongResult, match="relative error nan"):
-        bench_block.errors(CASE, sets[0], y, ("float32",))
+        block_benchmark.errors(sets[0], y, ("float32",))
 
 
 @pytest.mark.parametrize("shift", [0.0, 0.1])
 def test_a_wrong_compiled_baseline_is_not_timed(shift: float) -> None:
     class Compiler(
-        bench_block.Compiler
+        block_benchmark.Compiler
     ):  # what torch.compile would be asked for, without its minute
         def __call__(self, function: Any) -> Any:
             return lambda *a: function(*a) * (1 + shift)
 
-    row = bench_block.measure(CASE, torch.device("cpu"), 0.0, Compiler("default", 1.0))
+    row = block_benchmark.measure(CASE, torch.device("cpu"), 0.0, Compiler("default", 1.0))
     if shift:
         assert row["vs_float32_compiled"] is None
         assert row["float32_compiled_missing"].startswith("wrong: relative error")
@@ -216,7 +216,7 @@ def test_shared_keys_are_each_heads_own(tokens: int) -> None:
 
 
 def test_copies_share_nothing() -> None:
-    sets, _ = bench_block.make_sets(CASE, ("float32", "bfloat16"), torch.device("cpu"))
+    sets, _ = block_benchmark.make_sets(CASE, ("float32", "bfloat16"), torch.device("cpu"))
     assert len(sets) == 2
     for name in ("float32", "bfloat16", "unfused"):
         places = []
@@ -235,7 +235,7 @@ TIMES = {
 
 def made_row() -> dict[str, Any]:
     timings = {name: Timing(us, us - 1, us + 1, 20, 2) for name, us in TIMES.items()}
-    return bench_block.row_of(CASE, timings, ("float16", "bfloat16", "float16_compiled"), 0.02)
+    return block_benchmark.row_of(CASE, timings, ("float16", "bfloat16", "float16_compiled"), 0.02)
 
 
 def test_columns_add_up() -> None:
@@ -246,7 +246,7 @@ def test_columns_add_up() -> None:
     # 2 x 8 tokens x (128 + 64 + 320) x 64 + 64 x 160 weights
     weights = (4 + 2 * 2) * 16 * 64 + 64 * 64 + 320 * 64 + 64 * 160
     assert row["tops"] == pytest.approx(2 * 8 * weights / 100.0 / 1e6)
-    printed = bench_block.line(row)
+    printed = block_benchmark.line(row)
     found = re.search(
         r"\| +([\d.]+) us = ([\d.]+) gemm \+ ([\d.]+) quantize \+ ([\d.]+) attention \+ ([-\d.]+) rest",
         printed,
@@ -257,21 +257,10 @@ def test_columns_add_up() -> None:
     assert "1.80x float16 | 1.90x bfloat16 | - float16_compiled | 1.30x unfused" in printed
 
 
-def test_means_are_by_phase() -> None:
-    rows = [made_row() | {"vs_float16": value} for value in (1.0, 4.0)]
-    rows.append(made_row() | {"phase": "decode", "vs_float16": 3.0})
-    found = bench_block.means(rows)
-    assert found["prefill"]["float16"] == pytest.approx(2.0) and found["prefill"]["cases"] == 2
-    assert found["decode"]["float16"] == pytest.approx(3.0)
-
-
-def test_the_cpu_form(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, packs: list[int]
-) -> None:
+def test_the_cpu_form(tmp_path: Path, capsys: Any, packs: list[int]) -> None:
     file = tmp_path / "block.json"
-    command = ["bench_block.py", "--device", "cpu", "--quick", "--json", str(file), "--resume"]
-    monkeypatch.setattr("sys.argv", command)
-    assert bench_block.main() == 0
+    command = ["--device", "cpu", "--quick", "--json", str(file), "--resume"]
+    assert block_benchmark.run(block_benchmark.parse(command)) == 0
     rows = json.loads(file.read_text())["rows"]
     assert len(packs) <= 4 * 2 * 4, (
         "four weights of two sets in four cases: not packed anew at every call"
@@ -281,32 +270,13 @@ def test_the_cpu_form(
     ]
     for row in rows:
         assert row["us"] == pytest.approx(
-            row["rest_us"] + sum(row[f"{p}_us"] for p in bench_block.PARTS)
+            row["rest_us"] + sum(row[f"{p}_us"] for p in block_benchmark.PARTS)
         )
         assert row["vs_float32"] == pytest.approx(row["float32_us"] / row["us"])
-        assert 0 < row["error"] <= bench_block.MOST_ERROR
+        assert 0 < row["error"] <= block_benchmark.MOST_ERROR
     capsys.readouterr()
-    assert bench_block.main() == 0
+    assert block_benchmark.run(block_benchmark.parse(command)) == 0
     assert "4 cases were measured before, 0 are left" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("arguments", "sentence"),
-    [
-        (
-            ["--device", "cpu", "--models", "GPT-9"],
-            "there is no model 'GPT-9' here; the models are: SmolLM2-135M",
-        ),
-        (["--device", "cuda", "--quick"], "--quick is for --device cpu"),
-        (["--device", "cpu", "--resume"], "name it with --json"),
-    ],
-)
-def test_what_does_not_go_together_is_refused(
-    arguments: list[str], sentence: str, capsys: Any
-) -> None:
-    with pytest.raises(SystemExit) as stop:
-        bench_block.parse(arguments)
-    assert stop.value.code == 2 and sentence in " ".join(capsys.readouterr().err.split())
 
 
 def test_published_widths() -> None:

@@ -12,18 +12,16 @@ from typing import Any
 
 import pytest
 
-from benchmarks.on_gpu import first_light
-from benchmarks.on_gpu import processes as children
+from benchmarks.on_gpu import first_light, processes
 from benchmarks.on_gpu.first_light import MARK, PHASES
 from tests.support import simulator
 
 ROOT = Path(__file__).resolve().parents[2]
-PROGRAM = ROOT / "benchmarks" / "first_light.py"
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the kit runs on Linux")
 
 ALL_OK = dict.fromkeys(PHASES, "ok")
-#: What a row's process does, after it has said that it begins.
+#: What a row's process does.
 SAY = f"import json, os, sys, time; say = lambda **m: print({MARK!r} + json.dumps(m), flush=True)\n"
 ACTS = {
     "fine": f"say(phases={ALL_OK}); say(done=True)",
@@ -41,8 +39,8 @@ def row(name: str, kind: str = "tile", **more: Any) -> first_light.Row:
     return {"name": name, "id": name.replace(" ", "-"), "kind": kind, "candidate": False, **more}
 
 
-def acted(name: str) -> children.Start:
-    return children.spawned([sys.executable, "-c", SAY + ACTS[name]])
+def acted(name: str) -> processes.Work:
+    return lambda: exec(SAY + ACTS[name], {})
 
 
 def test_every_way_to_end_has_its_word() -> None:
@@ -82,23 +80,17 @@ def alive(pid: int) -> bool:
     return state != "Z"
 
 
-@pytest.mark.parametrize("fork", [False, True])
-def test_what_hangs_is_killed_with_all_that_it_has_started(tmp_path: Path, fork: bool) -> None:
+def test_what_hangs_is_killed_with_all_that_it_has_started(tmp_path: Path) -> None:
     """Its children hold the pipe of the output open; nobody waits for them."""
     note = tmp_path / "pids"
-    script = (
-        "import os, subprocess, sys, time\n"
-        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
-        f"open({str(note)!r}, 'w').write(f'{{os.getpid()}} {{child.pid}}')\n"
-        "time.sleep(600)\n"
-    )
-    start = (
-        children.forked(lambda: exec(script))
-        if fork
-        else children.spawned([sys.executable, "-c", script])
-    )
-    ends: list[children.Ended] = []
-    children.run_all([start], 3, at_a_time=1, seconds=60, on_end=lambda _, end: ends.append(end))
+
+    def hang() -> None:
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+        note.write_text(f"{os.getpid()} {child.pid}")
+        time.sleep(600)
+
+    ends: list[processes.Ended] = []
+    processes.run_all([hang], 3, at_a_time=1, seconds=60, on_end=lambda _, end: ends.append(end))
     assert [end.code for end in ends] == [None]
     pids = [int(word) for word in note.read_text().split()]
     assert len(pids) == 2
@@ -116,26 +108,27 @@ def test_a_copy_of_this_process_says_how_it_ended() -> None:
     def broken() -> None:
         raise ValueError("broken")
 
-    def left() -> None:
-        sys.exit("no GPU")
-
-    starts = [children.forked(f, {"SQK_TOLD": "so"}) for f in (fine, broken, left, lambda: 7)]
-    ends: dict[int, children.Ended] = {}
-    children.run_all(starts, 30, at_a_time=4, seconds=60, on_end=ends.__setitem__)
+    works = [fine, broken, lambda: sys.exit("no GPU"), lambda: 7]
+    ends: dict[int, processes.Ended] = {}
+    processes.run_all(
+        works, 30, at_a_time=4, seconds=60, on_end=ends.__setitem__, environment={"SQK_TOLD": "so"}
+    )
     assert [ends[i].code for i in range(4)] == [0, 1, 1, 7]
     assert ends[0].out == "words so\n" and "SQK_TOLD" not in os.environ
-    assert children.last_words(1, ends[1].err) == "ValueError: broken" and ends[2].err == "no GPU"
+    assert processes.last_words(1, ends[1].err) == "ValueError: broken" and ends[2].err == "no GPU"
 
 
 def test_no_more_run_at_a_time_than_asked(tmp_path: Path) -> None:
-    code = (
-        "import os, sys, time; name = sys.argv[1] + str(os.getpid()); open(name, 'w').close()\n"
-        "print(len(os.listdir(sys.argv[1]))); time.sleep(0.2); os.remove(name)"
-    )
-    starts = [children.spawned([sys.executable, "-c", code, f"{tmp_path}/"]) for _ in range(5)]
+    def count() -> None:
+        name = tmp_path / str(os.getpid())
+        name.touch()
+        print(len(list(tmp_path.iterdir())))
+        time.sleep(0.2)
+        name.unlink()
+
     most: list[int] = []
-    children.run_all(
-        starts, 30, at_a_time=2, seconds=60, on_end=lambda _, end: most.append(int(end.out))
+    processes.run_all(
+        [count] * 5, 30, at_a_time=2, seconds=60, on_end=lambda _, end: most.append(int(end.out))
     )
     assert len(most) == 5 and max(most) <= 2
 
@@ -180,7 +173,7 @@ def test_a_wrong_gemm_after_a_producer_is_not_the_producers() -> None:
 
 def started(*options: str, **env: str) -> subprocess.CompletedProcess[str]:
     facts = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **env}
-    command = [sys.executable, str(PROGRAM), *options]
+    command = [sys.executable, "-m", "benchmarks.on_gpu.first_light", *options]
     return subprocess.run(command, env=facts, capture_output=True, text=True, check=False, cwd=ROOT)
 
 
@@ -208,7 +201,7 @@ def test_it_runs_the_real_rows_and_goes_on_where_it_ended(tmp_path: Path) -> Non
     file = tmp_path / "first_light.json"
     options = ["--device", "cpu", "--json", str(file), "--limit", "200", "--seconds", "400"]
     some = ["--rows", "16x32x64", "quantize", "act_quantize:silu_mul"]
-    done = started(*options, "--fork", *some)
+    done = started(*options, *some)
     assert done.returncode == 0, done.stdout + done.stderr
     data = json.loads(file.read_text())
     assert {r["name"] for r in data["rows"]} == set(some[1:])
@@ -230,7 +223,8 @@ def test_the_rows_of_the_real_kernels_in_the_simulator(tmp_path: Path) -> None:
     simulator.require()
     file = tmp_path / "first_light.json"
     rows = ["stream 8x16", "16x64x128", "quantize", "rms_norm_quantize+residual", "act_quantize:silu_mul"]  # fmt: skip
-    command = ["benchmarks/simulated.py", "--arch", "sm_80", "--", "benchmarks/first_light.py"]
+    command = ["-m", "benchmarks.on_gpu.simulated", "--arch", "sm_80", "--"]
+    command += ["-m", "benchmarks.on_gpu.first_light"]
     command += ["--device", "cpu", "--json", str(file), "--limit", "300", "--seconds", "900"]
     done = subprocess.run(
         [sys.executable, *command, "--jobs", "2", "--rows", *rows], cwd=ROOT, check=False,

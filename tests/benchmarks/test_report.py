@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks.pages import plots
-from benchmarks.pages import report as make_report
+from benchmarks.pages import plots, report
 from benchmarks.prediction import predict
+from tests.benchmarks.test_first_light import ALL_OK, row
+from tests.benchmarks.test_probe import MEASURED
 from tests.benchmarks.test_tables import BLOCK, GEMM, LINEAR, MACHINE, QUANTIZE, gemm_row, write
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,7 +31,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("block", BLOCK),
     ):
         write(folder, f"{name}.json", rows)
-    assert make_report.main([str(folder)]) == 0
+    assert report.main([str(folder)]) == 0
     return folder / "report"
 
 
@@ -83,7 +84,7 @@ def test_the_text_has_every_case_and_names_failures(made: Path) -> None:
 
 def test_a_cpu_is_called_one(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    assert make_report.main([str(CPU), "--out", str(tmp_path / "new" / "out")]) == 0
+    assert report.main([str(CPU), "--out", str(tmp_path / "new" / "out")]) == 0
     text = (tmp_path / "new" / "out" / "report.txt").read_text()
     assert text.startswith("CPU, no GPU: AMD EPYC, 1 thread") and "targets" not in text
     row = json.loads((CPU / "linear_cpu.json").read_text())["rows"][0]
@@ -93,13 +94,13 @@ def test_a_cpu_is_called_one(tmp_path: Path) -> None:
 def test_what_is_missing_or_broken_is_said(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert make_report.main([str(tmp_path)]) == 2
+    assert report.main([str(tmp_path)]) == 2
     assert "gemm.json" in capsys.readouterr().out and not (tmp_path / "report").exists()
     with pytest.raises(SystemExit):
-        make_report.main([str(tmp_path / "absent")])
+        report.main([str(tmp_path / "absent")])
     (tmp_path / "gemm.json").write_text('{"machine": {}, "rows"')
     write(tmp_path, "block.json", [{"model": "LLaMA-7B", "M": 16, "failed": "no memory"}])
-    assert make_report.main([str(tmp_path)]) == 1
+    assert report.main([str(tmp_path)]) == 1
     text = (tmp_path / "report" / "report.txt").read_text()
     assert "gemm.json is no results file" in text
     assert "* LLaMA-7B M 16: failed: no memory" in text
@@ -109,10 +110,10 @@ def test_only_failures_and_no_baseline_still_make_a_report(tmp_path: Path) -> No
     pytest.importorskip("matplotlib")
     write(tmp_path, "gemm.json", GEMM[-1:])
     write(tmp_path, "quantize.json", [{"producer": "quantize", "M": 1, "failed": "why"}])
-    assert make_report.main([str(tmp_path)]) == 0
+    assert report.main([str(tmp_path)]) == 0
     alone = gemm_row(64, 3.0, None, vs_new=None)
     write(tmp_path, "gemm.json", [alone])
-    assert make_report.main([str(tmp_path)]) == 0
+    assert report.main([str(tmp_path)]) == 0
     assert not (tmp_path / "report" / "speedup.png").exists()
 
 
@@ -145,3 +146,38 @@ def test_only_the_very_gpu_of_a_data_sheet_has_a_roofline(changes: dict[str, Any
 def test_the_documented_pictures_are_small() -> None:
     sizes = [file.stat().st_size for file in (ROOT / "docs" / "images").glob("cpu_*.png")]
     assert len(sizes) == 4 and sum(sizes) < 250_000
+
+
+# --- kernels and the probe --------------------------------------------------------------------------------------------
+
+
+def written(folder: Path) -> str:
+    """The report of a folder, as text; as a page it has the same tables."""
+    assert report.make(folder, folder / "report") == 0
+    return (folder / "report" / "report.txt").read_text()
+
+
+def test_broken_kernels_and_the_probe_are_in_the_report(tmp_path: Path) -> None:
+    rows = [
+        row("stream 8x16", status="ok", phases=ALL_OK, why=""),
+        row("64x64x256 swap", status="hung", phases={"graph": "ok", "dependent": "hung"}, why="in dependent"),
+        row("quantize", "producer", status="ok", phases=ALL_OK, why=""),
+    ]  # fmt: skip
+    (tmp_path / "first_light.json").write_text(json.dumps({"machine": MACHINE, "rows": rows}))
+    (tmp_path / "probe.json").write_text(json.dumps({"machine": MACHINE, "measured": MEASURED}))
+    text = written(tmp_path)
+    assert "2 of 3 kernels passed every check." in text
+    assert "Left out by what was measured after that: 64x64x256-swap." in text
+    (line,) = (line for line in text.splitlines() if line.startswith("64x64x256 swap"))
+    assert line.split() == ["64x64x256", "swap", "hung", "ok", "hung", "in", "dependent"]
+    assert "3015 GB/s   assumed 3015" in text
+    page = (tmp_path / "report" / "report.md").read_text()
+    assert "## Every kernel alone" in page and "## What the predictions assume" in page
+
+
+def test_a_run_without_them_has_no_such_words(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "probe.json").write_text("{")
+    assert report.make(tmp_path, tmp_path / "report") == 2
+    assert "has no results" in capsys.readouterr().out

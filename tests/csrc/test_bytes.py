@@ -16,11 +16,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from benchmarks.lib import producers
 import pytest
 import torch
-from benchmarks.lib.producers import Case
 
+from benchmarks.lib import producers
+from benchmarks.lib.producers import Case
 from smoothquant_kernels.ops import registry
 from tests.support import c_interface, simulator
 

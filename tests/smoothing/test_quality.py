@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks.lib.planted import llama_readers, plant_outliers
 
+from benchmarks.lib.planted import llama_readers, plant_outliers
 from smoothquant_kernels import (
     SmoothQuantConfig,
     calibrate_model,
