@@ -123,13 +123,8 @@ def anywhere(case: Case, device: torch.device) -> str:
     return ""
 
 
-def capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
-
-
-def _aligned(case: Case, multiple: int) -> str:
-    off = case.n % multiple or case.k % multiple
-    return f"it needs multiples of {multiple} for N and K" if off else ""
+def _aligned(case: Case) -> str:
+    return "it needs multiples of 16 for N and K" if case.n % 16 or case.k % 16 else ""
 
 
 def int_mm_refusal(case: Case, device: torch.device) -> str:
@@ -137,19 +132,19 @@ def int_mm_refusal(case: Case, device: torch.device) -> str:
 
 
 def compiled_refusal(case: Case, device: torch.device) -> str:
-    if device.type != "cuda":
-        return "torch.compile is not rehearsed on a CPU"
-    return cases.int_mm_refusal(case)
+    on_cpu = device.type != "cuda"
+    return "torch.compile is not rehearsed on a CPU" if on_cpu else cases.int_mm_refusal(case)
 
 
 def fp8_refusal(case: Case, device: torch.device) -> str:
-    if capability(device) < (8, 9):
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
         return "FP8 needs a GPU of compute capability 8.9 or more"
-    return _aligned(case, 16)
+    return _aligned(case)
 
 
-def _importable(name: str, attribute: str) -> str:
-    """Why a name cannot be had from a module; a build for another torch or CUDA fails in any way it likes."""
+@functools.cache
+def missing(name: str, attribute: str) -> str:
+    """Why a name cannot be had from a module; a build for another torch or CUDA may raise anything."""
     try:
         getattr(importlib.import_module(name), attribute)
     except ModuleNotFoundError as error:
@@ -159,42 +154,28 @@ def _importable(name: str, attribute: str) -> str:
     return ""
 
 
-_importable_once = functools.cache(_importable)
-
-
 def triton_refusal(case: Case, device: torch.device) -> str:
-    if reason := _importable_once("triton", "jit"):
+    if reason := missing("triton", "jit"):
         return reason
     from benchmarks.lib.triton_int8 import INTERPRETED
 
-    if device.type != "cuda" and not INTERPRETED:
-        return "Triton needs a GPU, or TRITON_INTERPRET=1"
-    return ""
-
-
-def _other_library(module: str, function: str) -> Callable[[Case, torch.device], str]:
-    def refusal(case: Case, device: torch.device) -> str:
-        if reason := _importable_once(module, function):
-            return reason
-        return "it needs a GPU" if device.type != "cuda" else _aligned(case, 16)
-
-    return refusal
+    usable = device.type == "cuda" or INTERPRETED
+    return "" if usable else "Triton needs a GPU, or TRITON_INTERPRET=1"
 
 
 # --- the calls --------------------------------------------------------------------------------------------------------
 
 
+def scaled(q: Tensor, by: Tensor, dtype: torch.dtype, most: float = math.inf) -> Tensor:
+    """q times a factor per row, rounded once from float32; in pieces: float32 takes four times as much."""
+    out = torch.empty(q.shape, dtype=dtype, device=q.device)
+    for target, some, factor in zip(out.split(4096), q.split(4096), by.split(4096), strict=True):
+        target.copy_((some.float() * factor[:, None]).clamp(-most, most))
+    return out
+
+
 def float_operands(a: Operands, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """x and w, rounded once from the float32 product with their scales; in pieces: float32 takes four times as much."""
-
-    def product(q: Tensor, scale: Tensor) -> Tensor:
-        out = torch.empty(q.shape, dtype=dtype, device=q.device)
-        pieces = (out.split(4096), q.split(4096), scale.split(4096))
-        for target, some, by in zip(*pieces, strict=True):
-            target.copy_(some.float() * by[:, None])
-        return out
-
-    return product(a.x_q, a.x_scale), product(a.w_q, a.w_scale)
+    return scaled(a.x_q, a.x_scale, dtype), scaled(a.w_q, a.w_scale, dtype)
 
 
 def float_calls(sets: Sequence[Operands], dtype: torch.dtype) -> list[Call]:
@@ -227,12 +208,8 @@ def to_fp8(a: Operands) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
     def rows(q: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         absmax = torch.maximum(q.amax(1), -q.amin(1)).float().clamp(min=1)  # of int8; -127 at least
-        out = torch.empty(q.shape, dtype=FP8, device=q.device)
         factor = most / absmax
-        pieces = (out.split(4096), q.split(4096), factor.split(4096))
-        for target, some, by in zip(*pieces, strict=True):
-            target.copy_((some.float() * by[:, None]).clamp(-most, most))
-        return out, scale / factor
+        return scaled(q, factor, FP8, most), scale / factor
 
     (x, x_scale), (w, w_scale) = rows(a.x_q, a.x_scale), rows(a.w_q, a.w_scale)
     return x, w, x_scale[:, None].contiguous(), w_scale[None, :].contiguous()
@@ -259,16 +236,20 @@ def triton_calls(sets: Sequence[Operands]) -> list[Call]:
     return [lambda p=p: triton_int8.scaled_mm(p, config, OUT_DTYPE) for p in plain]
 
 
-def vllm_calls(sets: Sequence[Operands]) -> list[Call]:
-    function: Any = importlib.import_module("vllm._custom_ops").cutlass_scaled_mm
-    ready = [(a.x_q, a.w_q.t(), a.x_scale[:, None], a.w_scale[:, None]) for a in sets]
-    return [lambda r=r: function(*r, out_dtype=OUT_DTYPE) for r in ready]
+def other_library(name: str, what: str, module: str, function: str) -> Baseline:
+    """A function that takes a column-major weight and columns of scales."""
 
+    def refusal(case: Case, device: torch.device) -> str:
+        if reason := missing(module, function):
+            return reason
+        return "it needs a GPU" if device.type != "cuda" else _aligned(case)
 
-def sgl_calls(sets: Sequence[Operands]) -> list[Call]:
-    function: Any = importlib.import_module("sgl_kernel").int8_scaled_mm
-    ready = [(a.x_q, a.w_q.t(), a.x_scale[:, None], a.w_scale[:, None]) for a in sets]
-    return [lambda r=r: function(*r, out_dtype=OUT_DTYPE) for r in ready]
+    def calls(sets: Sequence[Operands]) -> list[Call]:
+        call: Any = getattr(importlib.import_module(module), function)
+        ready = [(a.x_q, a.w_q.t(), a.x_scale[:, None], a.w_scale[:, None]) for a in sets]
+        return [lambda r=r: call(*r, out_dtype=OUT_DTYPE) for r in ready]
+
+    return Baseline(name, what, refusal, calls, beyond_one_step)
 
 
 # --- all of them ------------------------------------------------------------------------------------------------------
@@ -303,14 +284,10 @@ ALL = (
         "triton", "triton_int8.py, the best of its configurations", triton_refusal, triton_calls,
         not_equal,
     ),
-    Baseline(
-        "vllm", "vLLM's cutlass_scaled_mm", _other_library("vllm._custom_ops", "cutlass_scaled_mm"),
-        vllm_calls, beyond_one_step,
+    other_library(
+        "vllm", "vLLM's cutlass_scaled_mm", "vllm._custom_ops", "cutlass_scaled_mm"
     ),
-    Baseline(
-        "sgl", "sgl-kernel's int8_scaled_mm", _other_library("sgl_kernel", "int8_scaled_mm"),
-        sgl_calls, beyond_one_step,
-    ),
+    other_library("sgl", "sgl-kernel's int8_scaled_mm", "sgl_kernel", "int8_scaled_mm"),
 )  # fmt: skip
 NAMES = tuple(baseline.name for baseline in ALL)
 USUAL = tuple(baseline.name for baseline in ALL if baseline.usual)

@@ -83,16 +83,28 @@ def _plain(kind: str) -> Producer:
     )
 
 
+def _norm(kind: str, names: tuple[str, ...], residual: bool = False) -> Producer:
+    """`rms` or `layer`: x, then its vectors `names`, then the residual."""
+    op = getattr(ops, f"{kind}_norm_quantize")
+    value, chain = getattr(reference, f"{kind}_norm"), getattr(F, f"{kind}_norm")
+
+    def run(x: Tensor, *rest: Tensor, **q: Any) -> tuple[Tensor, ...]:
+        more = {"residual": rest[-1]} if residual else {}
+        return op(x, *rest[: len(names)], EPS, **more, **q)
+
+    return Producer(
+        ("x", *names, *(["residual"] if residual else [])),
+        run,
+        lambda x, *vectors: value(x, *vectors, EPS),
+        lambda x, *vectors: chain(x, x.shape[-1:], *vectors, EPS),
+    )
+
+
 PRODUCERS: dict[str, Producer] = {
     "quantize": Producer(
         ("x",), lambda x, **q: ops.quantize(x, **q), lambda x: x, lambda x: x, exact=True
     ),
-    "rms_norm_quantize": Producer(
-        ("x", "weight"),
-        lambda x, w, **q: ops.rms_norm_quantize(x, w, EPS, **q),
-        lambda x, w: reference.rms_norm(x, w, EPS),
-        lambda x, w: F.rms_norm(x, x.shape[-1:], w, EPS),
-    ),
+    "rms_norm_quantize": _norm("rms", ("weight",)),
     "act_quantize:silu+gate": Producer(
         ("x", "gate"),
         lambda x, gate, **q: ops.act_quantize(x, "silu", gate=gate, **q),
@@ -100,24 +112,9 @@ PRODUCERS: dict[str, Producer] = {
         lambda x, gate: F.silu(gate) * x,
         mlp=True,
     ),
-    "rms_norm_quantize+residual": Producer(
-        ("x", "weight", "residual"),
-        lambda x, w, r, **q: ops.rms_norm_quantize(x, w, EPS, residual=r, **q),
-        lambda x, w: reference.rms_norm(x, w, EPS),
-        lambda x, w: F.rms_norm(x, x.shape[-1:], w, EPS),
-    ),
-    "layer_norm_quantize": Producer(
-        ("x", "weight", "bias"),
-        lambda x, w, b, **q: ops.layer_norm_quantize(x, w, b, EPS, **q),
-        lambda x, w, b: reference.layer_norm(x, w, b, EPS),
-        lambda x, w, b: F.layer_norm(x, x.shape[-1:], w, b, EPS),
-    ),
-    "layer_norm_quantize+residual": Producer(
-        ("x", "weight", "bias", "residual"),
-        lambda x, w, b, r, **q: ops.layer_norm_quantize(x, w, b, EPS, residual=r, **q),
-        lambda x, w, b: reference.layer_norm(x, w, b, EPS),
-        lambda x, w, b: F.layer_norm(x, x.shape[-1:], w, b, EPS),
-    ),
+    "rms_norm_quantize+residual": _norm("rms", ("weight",), residual=True),
+    "layer_norm_quantize": _norm("layer", ("weight", "bias")),
+    "layer_norm_quantize+residual": _norm("layer", ("weight", "bias"), residual=True),
     "act_quantize:silu_mul": Producer(
         ("fused",),
         lambda x, **q: ops.act_quantize(x, "silu_mul", **q),
@@ -125,10 +122,7 @@ PRODUCERS: dict[str, Producer] = {
         lambda x: F.silu(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1],
         mlp=True,
     ),
-    "act_quantize:relu": _plain("relu"),
-    "act_quantize:gelu": _plain("gelu"),
-    "act_quantize:gelu_tanh": _plain("gelu_tanh"),
-    "act_quantize:silu": _plain("silu"),
+    **{f"act_quantize:{kind}": _plain(kind) for kind in ("relu", "gelu", "gelu_tanh", "silu")},
 }
 
 

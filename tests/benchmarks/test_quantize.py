@@ -24,32 +24,6 @@ def case(producer: str = "quantize", **changes: Any) -> Case:
     return Case(producer, **{**facts, **changes})
 
 
-# --- bytes ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("changes", "expected"),
-    [
-        # M 4, K 8: x 64, x_q 32, x_scale 16 bytes
-        ({}, 64 + 32 + 16),
-        ({"dtype": torch.float32}, 128 + 32 + 16),
-        ({"smooth": True}, 64 + 32 + 32 + 16),
-        ({"scheme": "per_tensor"}, 64 + 32 + 4),
-        ({"scheme": "static"}, 64 + 4 + 32 + 16),
-        ({"producer": "rms_norm_quantize"}, 64 + 16 + 32 + 16),
-        ({"producer": "rms_norm_quantize+residual"}, 64 + 64 + 16 + 32 + 16 + 64),
-        ({"producer": "layer_norm_quantize"}, 64 + 2 * 16 + 32 + 16),
-        ({"producer": "act_quantize:gelu"}, 64 + 32 + 16),
-        ({"producer": "act_quantize:silu+gate"}, 2 * 64 + 32 + 16),
-        ({"producer": "act_quantize:silu_mul"}, 128 + 32 + 16),
-    ],
-)
-def test_bytes_are_each_input_once_and_each_output_once(
-    changes: dict[str, Any], expected: int
-) -> None:
-    assert producers.bytes_moved(case(**{"producer": "quantize", **changes})) == expected
-
-
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("name", PRODUCERS)
 def test_the_bytes_are_those_of_the_tensors(name: str, scheme: str) -> None:
@@ -172,24 +146,6 @@ def test_the_printed_columns_add_up() -> None:
     assert float(rate.split()[0]) == pytest.approx(moved / 12.5e-6 / 1e9, abs=0.05)
     assert row["gb_per_s"] * 1e9 * row["us"] * 1e-6 == pytest.approx(moved)
     assert row["vs_copy"] * row["us"] == pytest.approx(row["copy_us"])
-
-
-def test_the_copy_moves_as_many_bytes() -> None:
-    (copy,) = bench.copies(1000, 1, CPU)
-    target = copy()
-    assert isinstance(target, Tensor) and 2 * target.numel() * target.element_size() == 1000
-
-
-def test_geometric_means_leave_out_what_is_missing() -> None:
-    rows = [
-        bench.row_of(case(), 1, {"op": _timing(1), "copy": _timing(2), "eager": _timing(3)}),
-        bench.row_of(case(), 1, {"op": _timing(1), "copy": _timing(8)}),
-        bench.row_of(case("act_quantize:relu"), 1, {"op": _timing(2), "copy": _timing(1)}),
-    ]
-    means = bench.geomeans(rows)
-    assert set(means) == {"quantize", "act_quantize:relu", "all"}
-    assert means["quantize"] == pytest.approx({"cases": 2, "copy": 4.0, "eager": 3.0})
-    assert means["all"]["copy"] == pytest.approx(2.0)
 
 
 def test_the_most_telling_cases_come_first() -> None:
