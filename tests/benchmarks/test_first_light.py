@@ -28,7 +28,7 @@ ACTS = {
     "off": f"say(phases={ALL_OK | {'shapes': 'wrong: 3 of 9 elements differ'}}); say(done=True)",
     "no graph": f"say(phases={ALL_OK | {'graph': 'refused: not while capturing'}}); say(done=True)",
     "error": "say(phases={'graph': 'ok'}, begin='shapes'); raise RuntimeError('CUDA error: an illegal address')",
-    "signal": "say(begin='repeats'); os.kill(os.getpid(), 11)",
+    "signal": "say(begin='repeats'); os.kill(os.getpid(), 31)",
     "early": "sys.exit(0)",
     "silent": "sys.stderr.write('no such tile'); sys.exit(3)",
     "hang": "say(begin='dependent'); time.sleep(600)",
@@ -58,7 +58,7 @@ def test_every_way_to_end_has_its_word() -> None:
     why = {r["name"]: r["why"] for r in found}
     assert why["off"] == "shapes: wrong: 3 of 9 elements differ"
     assert why["error"] == "in shapes: RuntimeError: CUDA error: an illegal address"
-    assert why["signal"] == "in repeats: SIGSEGV"
+    assert why["signal"] == "in repeats: SIGSYS"
     assert why["early"] == "before the first check: exit status 0"
     assert why["silent"] == "before the first check: no such tile"
     assert why["hang"] == "in dependent"

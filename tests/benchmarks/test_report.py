@@ -167,7 +167,7 @@ def test_broken_kernels_and_the_probe_are_in_the_report(tmp_path: Path) -> None:
     (tmp_path / "probe.json").write_text(json.dumps({"machine": MACHINE, "measured": MEASURED}))
     text = written(tmp_path)
     assert "2 of 3 kernels passed every check." in text
-    assert "Left out by what was measured after that: 64x64x256-swap." in text
+    assert "The stages after that left out: 64x64x256-swap." in text
     (line,) = (line for line in text.splitlines() if line.startswith("64x64x256 swap"))
     assert line.split() == ["64x64x256", "swap", "hung", "ok", "hung", "in", "dependent"]
     assert "3015 GB/s   assumed 3015" in text
