@@ -1,9 +1,9 @@
-"""The machine and its GPU as they were found: facts for the results, and clocks, power and temperature. Read only.
+"""The machine and its GPU, read only: facts for the results; clocks, power and temperature.
 
-    python benchmarks/gpu_state.py [--json FILE]
-    python benchmarks/gpu_state.py --same FILE     # exit status 1 where FILE is of another machine or software
+    python -m benchmarks.lib.gpu [--json FILE]
+    python -m benchmarks.lib.gpu --same FILE     # exit status 1 where FILE is of another machine or software
 
-Nothing here sets anything. The GPU is asked through pynvml where that can be imported, else through nvidia-smi.
+The GPU is asked through pynvml if that can be imported, else through nvidia-smi.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 #: name in the results -> what nvidia-smi calls it
 SAMPLED = {
     "sm_mhz": "clocks.sm",
@@ -84,12 +84,11 @@ def sampler(device: torch.device) -> Sampler:
         handle = pynvml.nvmlDeviceGetHandleByUUID(_uuid(device))
 
         def sample() -> dict[str, float]:
-            celsius = pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU)
             return {
                 "sm_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM),
                 "memory_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_MEM),
                 "watts": pynvml.nvmlDeviceGetPowerUsage(handle) / 1e3,
-                "celsius": celsius,
+                "celsius": pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU),
             }
 
         sample()
@@ -144,11 +143,8 @@ def tools() -> dict[str, str]:
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     """What of SAME is not the same."""
-    return [
-        f"{name} was {there.get(name)!r}, is {here.get(name)!r}"
-        for name in SAME
-        if there.get(name) != here.get(name)
-    ]
+    other = [name for name in SAME if there.get(name) != here.get(name)]
+    return [f"{name} was {there.get(name)!r}, is {here.get(name)!r}" for name in other]
 
 
 def main() -> int:

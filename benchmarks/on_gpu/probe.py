@@ -191,9 +191,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 77 if why.startswith("there is no") else int(bool(why))
     import torch
 
-    from benchmarks.lib import gpu as gpu_state
+    from benchmarks.lib import gpu as facts
 
-    machine = gpu_state.machine(torch.device("cuda"))
+    machine = facts.machine(torch.device("cuda"))
     if why := compile_probe(torch.cuda.get_device_capability()):
         print(why)
         return 1
