@@ -63,7 +63,8 @@ def measure_on_cpu(
         "float32": lambda: linear(x),
         "bfloat16": lambda: half(x_half),
     }
-    times = timer.interleaved(calls, seconds=seconds)
+    with torch.inference_mode():  # not around `from_linear`: its packed weight could not be kept
+        times = timer.interleaved(calls, seconds=seconds)
     row: Row = {"N": n, "K": k, "M": tokens, "rounds": len(times["int8"])}
     row |= {f"{name}_us": statistics.median(values) for name, values in times.items()}
     row["gops"] = 2 * tokens * n * k / row["int8_us"] / 1e3
@@ -240,10 +241,8 @@ def means_by_kind(rows: Sequence[Row]) -> dict[str, dict[str, dict[str, float]]]
     return {name: geomeans(group, COLUMNS) for name, group in groups.items()}
 
 
-def run(args: argparse.Namespace) -> int:
-    """Measures what the budget allows; 1 if a layer was wrong or failed, or nothing was measured."""
-    if not args.gpu_form:
-        return run_on_cpu(args)
+@torch.inference_mode()
+def run_on_gpu(args: argparse.Namespace) -> int:
     device = torch.device(args.device)
     facts = runner.machine_facts(device)
     sample = gpu.sampler(device)
@@ -263,6 +262,11 @@ def run(args: argparse.Namespace) -> int:
         means = [f"{m} {c['vs_float16']:.2f}x {c['vs_bfloat16']:.2f}x" for m, c in classes.items()]
         print(" | ".join([f"{name:17s}", *means]))
     return runner.status(rows)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measures what the budget allows; 1 if a layer was wrong or failed, or nothing was measured."""
+    return run_on_gpu(args) if args.gpu_form else run_on_cpu(args)
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -289,5 +293,4 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    with torch.inference_mode():
-        sys.exit(run(parse()))
+    sys.exit(run(parse()))
