@@ -56,7 +56,7 @@ class Case:
     Attributes:
         op: a name for what `call` does.
         call: as users call it.
-        overload: the op's overload with the same arguments; None where there is none, or several.
+        overload: the op's overload with the same arguments; None if there is none, or several.
         entries: (op, its C params): what `sqk_<op>` and `sqk_<op>_plan` are called with.
         keep: what the params point into.
     """

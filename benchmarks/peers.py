@@ -166,7 +166,7 @@ def torchao(model: nn.Module, windows: list[Tensor], options: dict[str, Any]) ->
 def exact_int8_products() -> None:
     """Evaluation only: torchao's int8 product by this package's exact one, whose float32 sums are the same.
 
-    Where the CPU has no VNNI, `torch._int_mm` is a plain loop, twenty times slower.
+    On a CPU without VNNI, `torch._int_mm` is a plain loop, twenty times slower.
     """
     from torchao.kernel import intmm
 

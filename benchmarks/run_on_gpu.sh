@@ -2,7 +2,7 @@
 # Builds, tests and measures on a machine with a GPU, in one command and without a network (docs/gpu.md):
 #   benchmarks/run_on_gpu.sh [--dry-run] [STAGE[:SECONDS] ...]
 # Results grow in ${SQK_RESULTS:-build/gpu_run}, where a further run continues them, and are packed into ${OUT:-gpu_out}.
-# --dry-run (or SQK_REHEARSE=1) does it all on a CPU, on toy shapes, the CUDA kernels in a simulator where there is one.
+# --dry-run (or SQK_REHEARSE=1) does it all on a CPU, on toy shapes, the CUDA kernels in the simulator of PTX.
 set -euo pipefail
 
 # name:seconds, in the order in which they run, the most telling first. A new stage is one word here and one function

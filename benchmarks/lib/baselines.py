@@ -255,7 +255,7 @@ def other_library(name: str, what: str, module: str, function: str) -> Baseline:
 # --- all of them ------------------------------------------------------------------------------------------------------
 
 #: Half a step, relative: of 11, 8 and 4 significant bits. float32 accumulates with less than the rounding of y; FP8's
-#: fast accumulation keeps 13 bits behind the point of the largest summand (an instruction multiplies 32 of K).
+#: fast accumulation keeps 13 bits after the point of the largest summand (an instruction multiplies 32 of K).
 UNITS = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, FP8: 2.0**-4}
 FAST_ACCUMULATION = 2.0**-13
 

@@ -69,7 +69,7 @@ def outcome(end: processes.Ended) -> Row:
 
 
 def messages(out: str) -> list[dict[str, Any]]:
-    """What a process has said behind MARK; a line that was cut off is left out."""
+    """The messages of a process, without MARK; a line that was cut off is left out."""
     found = []
     for line in out.splitlines():
         if line.startswith(MARK):

@@ -1,7 +1,7 @@
 """What the predictions (model_costs.py) assume of a GPU, measured by probe.cu; model.py reads the file (--assume).
 
 python -m benchmarks.on_gpu.probe [--json probe.json] [--seconds 20]
-python -m benchmarks.on_gpu.probe --rehearse        # compiles only, where there is nvcc
+python -m benchmarks.on_gpu.probe --compile 90      # compiles only; no GPU needed
 """
 
 from __future__ import annotations

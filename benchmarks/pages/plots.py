@@ -106,6 +106,20 @@ def _figure(height: float) -> Any:
     return figure
 
 
+def _panels(figure: Any, count: int, columns: int, **options: Any) -> Sequence[Any]:
+    """`count` axes in rows of `columns`; what is left of the last row is hidden."""
+    grid = figure.subplots(math.ceil(count / columns), columns, squeeze=False, **options).flatten()
+    for axes in grid[count:]:
+        axes.set_visible(False)
+    return list(grid[:count])
+
+
+def _picture(figure: Any, title: str, head: str, path: Path, alt: str) -> Picture:
+    figure.suptitle(f"{title}\n{head}", fontsize=10.5, ha="left", x=0.01)
+    _save(figure, path)
+    return Picture(path.name, title, alt)
+
+
 def _save(figure: Any, path: Path) -> None:
     """At once or not at all. A large picture gets a palette, which takes a third of the bytes."""
     from PIL import Image
@@ -148,7 +162,7 @@ def speed(rows: Sequence[Row], machine: Mapping[str, Any], head: str, path: Path
     columns = min(4, len(shown))
     lines = math.ceil(len(shown) / columns)
     figure = _figure(0.9 + 2.9 * lines)
-    panels = figure.subplots(lines, columns, squeeze=False, sharex=True).flatten()
+    panels = _panels(figure, len(shown), columns, sharex=True)
     for axes, (shape, group) in zip(panels, shown.items(), strict=False):
         m = [row["M"] for row in group]
         if gpu:
@@ -167,8 +181,6 @@ def speed(rows: Sequence[Row], machine: Mapping[str, Any], head: str, path: Path
         _tokens_axis(axes, [row["M"] for rows in shown.values() for row in rows])
         axes.set_ylim(bottom=0)
         axes.set_title(f"{shape}, {group[0]['N']} x {group[0]['K']}", fontsize=9.5, loc="left")
-    for axes in panels[len(shown) :]:
-        axes.set_visible(False)
     for place in range(len(shown)):
         if place % columns == 0:
             panels[place].set_ylabel(unit)
@@ -182,11 +194,8 @@ def speed(rows: Sequence[Row], machine: Mapping[str, Any], head: str, path: Path
         f"roofline of {gpu.name}" if gpu else "no roofline: no data sheet of this machine is known"
     )
     title = f"{unit} against M{left}; {sheet}"
-    figure.suptitle(f"{title}\n{head}", fontsize=10.5, ha="left", x=0.01)
-    _save(figure, path)
-    return Picture(
-        path.name, title, f"{unit} of int8 and {other} against the number of tokens, by layer."
-    )
+    alt = f"{unit} of int8 and {other} against the number of tokens, by layer."
+    return _picture(figure, title, head, path, alt)
 
 
 def heat(rows: Sequence[Row], head: str, path: Path) -> Picture:
@@ -203,7 +212,7 @@ def heat(rows: Sequence[Row], head: str, path: Path) -> Picture:
     columns = min(2, len(names))
     lines = math.ceil(len(names) / columns)
     figure = _figure(1.2 + lines * (0.65 + 0.21 * max(3, len(shown))))
-    panels = figure.subplots(lines, columns, squeeze=False, sharey=True).flatten()
+    panels = _panels(figure, len(names), columns, sharey=True)
     # Of log2: half as fast .. twice as fast. Few colors, so that a palette holds them all.
     scale = colormaps["RdBu"].resampled(41).with_extremes(bad="#bbbbbb")
     colors = ScalarMappable(Normalize(-1, 1), scale)
@@ -226,15 +235,12 @@ def heat(rows: Sequence[Row], head: str, path: Path) -> Picture:
         axes.set_yticks(range(len(shown)), list(shown), fontsize=8)
         axes.set_title(f"times as fast as {name}", fontsize=10, loc="left")
         axes.set_xlabel("M (tokens)", fontsize=9)
-    for axes in panels[len(names) :]:
-        axes.set_visible(False)
     bar = figure.colorbar(colors, ax=list(panels), shrink=0.8, aspect=40, pad=0.01, extend="both")
     bar.set_ticks([-1, -0.5, 0, 0.5, 1], labels=["0.50", "0.71", "1", "1.41", "2.00"])
     left = f" (the first {len(shown)} of {len(shapes)} shapes)" if len(shapes) > len(shown) else ""
     title = f"Times as fast as each baseline{left}; white: equally fast, blue: int8 is faster"
-    figure.suptitle(f"{title}\n{head}", fontsize=10.5, ha="left", x=0.01)
-    _save(figure, path)
-    return Picture(path.name, title, f"Speed-ups by layer and tokens against {', '.join(names)}.")
+    alt = f"Speed-ups by layer and tokens against {', '.join(names)}."
+    return _picture(figure, title, head, path, alt)
 
 
 def latency(rows: Sequence[Row], head: str, path: Path) -> Picture:
@@ -266,11 +272,8 @@ def latency(rows: Sequence[Row], head: str, path: Path) -> Picture:
     axes.legend(fontsize=9, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     said = f"{len(found)} steps are not monotone (ringed)" if found else "monotone everywhere"
     title = f"Latency against M: {said}"
-    figure.suptitle(f"{title}\n{head}", fontsize=10.5, ha="left", x=0.01)
-    _save(figure, path)
-    return Picture(
-        path.name, title, f"Microseconds against tokens of {len(shapes)} layers; {said}."
-    )
+    alt = f"Microseconds against tokens of {len(shapes)} layers; {said}."
+    return _picture(figure, title, head, path, alt)
 
 
 Bars = tuple[str, dict[str, dict[str, float]]]  # a title; group -> baseline -> times as fast
@@ -322,7 +325,7 @@ def whole_name(row: Row) -> str:
 
 
 def bars(files: Mapping[str, Mapping[str, Any]], head: str, path: Path) -> Picture | None:
-    """Horizontal bars, a panel for each kind; None where there is nothing to show."""
+    """Horizontal bars, a panel for each kind; None if there is nothing to show."""
     kinds = bars_of(files)
     if not kinds:
         return None
@@ -332,9 +335,7 @@ def bars(files: Mapping[str, Mapping[str, Any]], head: str, path: Path) -> Pictu
         max(sum(len(v) + 0.7 for v in means.values()) for _, means in line) for line in lines
     ]
     figure = _figure(min(30.0, 1.0 + sum(0.7 + 0.2 * h for h in heights)))
-    panels = figure.subplots(
-        len(lines), columns, squeeze=False, height_ratios=[h + 3 for h in heights]
-    ).flatten()
+    panels = _panels(figure, len(kinds), columns, height_ratios=[h + 3 for h in heights])
     for axes, (title, means) in zip(panels, kinds, strict=False):
         names = list(dict.fromkeys(name for values in means.values() for name in values))
         y, ticks = 0.0, []
@@ -359,12 +360,9 @@ def bars(files: Mapping[str, Mapping[str, Any]], head: str, path: Path) -> Pictu
         most = max(value for values in means.values() for value in values.values())
         axes.set_xlim(0, max(1.1, (1.1 if copy else 1.4) * most))
         axes.spines[["top", "right"]].set_visible(False)
-    for axes in panels[len(kinds) :]:
-        axes.set_visible(False)
     title = "Times as fast: " + ", ".join(dict.fromkeys(title.split(",")[0] for title, _ in kinds))
-    figure.suptitle(f"{title} (geometric means)\n{head}", fontsize=10.5, ha="left", x=0.01)
-    _save(figure, path)
-    return Picture(path.name, title, f"{title}; the numbers are in the tables.")
+    alt = f"{title}; the numbers are in the tables."
+    return _picture(figure, title, f"(geometric means) {head}", path, alt)
 
 
 def draw(files: Mapping[str, Mapping[str, Any]], head: str, folder: Path) -> list[Picture]:

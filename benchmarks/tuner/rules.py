@@ -103,8 +103,8 @@ def rules(table: Table, results: Sequence[Result]) -> list[Rule]:
     """A rule for every measured M, neighbours merged where that costs nothing; the last one is for any M. A tile that
     was wrong anywhere is in none.
 
-    An M between two measured ones falls to the larger one's rule. Where the last one wants a streaming kernel, which
-    cannot serve any M, the table's own last rule stays behind it.
+    An M between two measured ones gets the larger one's rule. If the last rule needs a streaming kernel, which cannot
+    serve every M, the table's own last rule follows it.
     """
     wrong = wrong_tiles(results)
     table = table | {"tiles": [t for t in table["tiles"] if t["tile"] not in wrong]}

@@ -1,4 +1,4 @@
-"""benchmarks/host_time.py: sound lines, as many launches as promised, and no memory that is lost from call to call."""
+"""benchmarks/host_time.py: sound lines, as many launches as promised, and no memory leak."""
 
 from __future__ import annotations
 
