@@ -178,7 +178,8 @@ def row_of(case: Case, timings: dict[str, timer.Timing], names: Sequence[str], e
 
 def line(row: Row) -> str:
     head = f"{row['model']:12s} {row['phase']:7s} batch {row['batch']:2d} M {row['M']:4d} context {row['context']:4d}"
-    parts = " + ".join(f"{row[f'{part}_us']:.1f} {part}" for part in PARTS)
+    names = zip(PARTS, ("gemm", "quantize", "attention"), strict=True)
+    parts = " + ".join(f"{row[f'{part}_us']:.1f} {name}" for part, name in names)
     return (
         f"{head} | {row['us']:9.1f} us = {parts} + {row['rest_us']:.1f} rest | {row['tops']:6.1f} TOPS | "
         f"{ratios(row, baselines_of([row]))} | error {row['error']:.3f}"
