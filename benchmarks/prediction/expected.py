@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from shapes import LLM_LAYERS
+from benchmarks.lib.shapes import LLM_LAYERS
 
 from .gpus import GPUS
 from .planner import predict

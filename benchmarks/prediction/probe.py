@@ -161,10 +161,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(why or "the probe compiles")
         # A missing compiler is no failure of the probe.
         return 77 if why.startswith("there is no") else int(bool(why))
-    import gpu_state
     import torch
 
-    machine = gpu_state.machine(torch.device("cuda"))
+    from benchmarks.lib import gpu
+
+    machine = gpu.machine(torch.device("cuda"))
     if why := compile_probe(torch.cuda.get_device_capability()):
         print(why)
         return 1

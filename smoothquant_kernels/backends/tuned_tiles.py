@@ -1,4 +1,4 @@
-"""`SQK_TUNE_CACHE`: tiles that `benchmarks/tune.py --cache` measured on a user's GPU replace the shipped rules.
+"""`SQK_TUNE_CACHE`: tiles that `benchmarks.tuner --cache` measured on a user's GPU replace the shipped rules.
 
 All tiles give the same bits, so a choice affects speed only. Without the variable no file is read. With it the file is
 read once, when the CUDA library is loaded. The library gets it when torch starts CUDA. Asking the GPUs earlier would
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 VARIABLE = "SQK_TUNE_CACHE"
 #: The layout of the file.
 FORMAT = 1
-_MAKE = "write a new one on this machine: python benchmarks/tune.py --cache FILE"
+_MAKE = "write a new one on this machine: python -m benchmarks.tuner --cache FILE"
 
 
 #: n, k, m, the tile's name, splits.
@@ -118,7 +118,7 @@ def _read(path: Path) -> dict[str, Any]:
     if isinstance(data, dict) and "results" in data:
         raise _Unusable(
             "it holds all that tune.py measured; make the cache of it: "
-            f"python benchmarks/tune.py --report {path} --cache FILE"
+            f"python -m benchmarks.tuner --report {path} --cache FILE"
         )
     facts: dict[str, Any] = data if isinstance(data, dict) else {}
     if facts.get("format") != FORMAT:

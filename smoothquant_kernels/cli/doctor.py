@@ -176,7 +176,7 @@ def render(document: Document) -> Table:
         if extension["not_described"]:
             table.add_row("", escape(f"its tables cannot be shown: {extension['not_described']}"))
     if extension["tuning"]:
-        table.add_row("", "a tuning build: with candidates, for benchmarks/tune.py")
+        table.add_row("", "a tuning build: with candidates, for benchmarks.tuner")
     for op, rows in extension["tables"].items():
         for index, row in enumerate(rows):
             text = escape(f"{row['path']}: {row['when']}")  # "[m]" is not markup

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-import tune_choices
 
+from benchmarks.tuner import choices as tune_choices
 from smoothquant_kernels.backends import tuned_tiles as _tune
 from tests.csrc.test_gemm_measured import taken
 from tests.support import c_gemm, described
@@ -118,7 +118,7 @@ def test_without_the_variable_nothing_is_read(monkeypatch: pytest.MonkeyPatch) -
         ("\x00", "it is not JSON"),
         ("[]", "its format is not given, this package reads 1"),
         (contents(format=2), "its format is 2, this package reads 1"),
-        ({"machine": {}, "results": []}, "make the cache of it: python benchmarks/tune.py --report"),
+        ({"machine": {}, "results": []}, "make the cache of it: python -m benchmarks.tuner --report"),
         (contents(gpu=None), "its 'gpu' is None, not str"),
         (contents(choices={}), "its 'choices' is {}, not list"),
         (contents(gpu="NVIDIA H200"), f"it is of NVIDIA H200 (132 SMs), the GPUs here: {NAME} (132 SMs)"),
@@ -154,7 +154,7 @@ def test_what_is_wrong_is_one_warning_and_the_rules_stay(
     assert message.startswith(
         f"SQK_TUNE_CACHE={file} is not used, and GEMMs go by the shipped rules: "
     )
-    assert said in message and "python benchmarks/tune.py" in message
+    assert said in message and "python -m benchmarks.tuner" in message
     assert message.endswith(". Or unset SQK_TUNE_CACHE.")
     assert not _tune.tune_cache().in_use and said in _tune.tune_cache().state
     assert taken(library, 64, 4096, 4096) == rule

@@ -10,16 +10,14 @@ import types
 from pathlib import Path
 from typing import Any
 
-import baselines
-import gemm_cases
 import pytest
-import real_data
 import torch
-from baselines import BY_NAME, FP8, UNITS
-from gemm_cases import Case, Data, Expected, Operands
-from shapes import TOY_LAYERS, Layer
 from torch import Tensor
 
+from benchmarks.lib import baselines, cases, real_data
+from benchmarks.lib.baselines import BY_NAME, FP8, UNITS
+from benchmarks.lib.cases import Case, Data, Expected, Operands
+from benchmarks.lib.shapes import TOY_LAYERS, Layer
 from smoothquant_kernels import reference
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,8 +27,8 @@ DEEP = Layer("toy", "down", 64, 4096)
 
 
 def problem(case: Case) -> tuple[Operands, Expected]:
-    generator = gemm_cases.generator(case, CPU)
-    operands = gemm_cases.make_operands(case, generator)
+    generator = cases.generator_of(case, CPU)
+    operands = cases.make_operands(case, generator)
     return operands, Expected(case, operands, generator)
 
 
@@ -67,7 +65,7 @@ def test_a_float_product_is_accepted_and_no_other(
     assert "y is torch" in wrong(expected, operands, y[:, 1:])
 
 
-def test_the_float_operands_are_the_int8_ones_dequantised() -> None:
+def test_the_float_operands_are_the_int8_ones_dequantized() -> None:
     operands, _ = problem(Case(WIDE, 5, "real"))
     for dtype in (torch.float16, torch.bfloat16):
         x, w = baselines.float_operands(operands, dtype)
@@ -86,7 +84,7 @@ def test_one_step_is_allowed_where_the_scales_come_in_another_order() -> None:
     acc = (a.x_q.double() @ a.w_q.double().t()).float()
     other = (acc * a.x_scale[:, None] * a.w_scale).half()
     assert baselines.beyond_one_step(expected, a, other) == ""
-    y = gemm_cases.dispatched(a)
+    y = cases.dispatched(a)
     for steps, accepted in ((1, True), (2, False), (-2, False)):
         moved = y.clone()
         moved.view(torch.int16)[3, 4] += steps
@@ -142,16 +140,18 @@ def test_other_libraries_get_a_column_major_weight_and_columns_of_scales(
     setattr(pretended, function, product)
     monkeypatch.setitem(sys.modules, module.split(".")[0], types.ModuleType(module.split(".")[0]))
     monkeypatch.setitem(sys.modules, module, pretended)
-    assert baselines._importable(module, function) == ""
+    monkeypatch.setattr(baselines, "missing", baselines.missing.__wrapped__)
+    assert baselines.missing(module, function) == ""
     case = Case(TOY_LAYERS[0], 17)
     operands, expected = problem(case)
     (call,) = BY_NAME[name].calls([operands])
     assert BY_NAME[name].wrong(expected, operands, call()) == ""
-    assert "has no attribute" in baselines._importable(module, "gone")
+    assert "has no attribute" in baselines.missing(module, "gone")
 
 
 TRITON = """
-import torch, triton_int8
+import torch
+from benchmarks.lib import triton_int8
 from smoothquant_kernels import reference
 torch.manual_seed(0)
 for m, n, k, config in (
@@ -170,10 +170,9 @@ assert not any(c.splits > 1 and c.k * c.splits > 512 for c in triton_int8.config
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 def test_the_triton_kernel_is_the_specification() -> None:
-    path = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks")])
     done = subprocess.run(
         [sys.executable, "-c", TRITON],
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path},
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         check=False,
@@ -184,7 +183,7 @@ def test_the_triton_kernel_is_the_specification() -> None:
 # --- real data --------------------------------------------------------------------------------------------------------
 
 
-def test_the_recording_is_small_and_of_a_quantised_model() -> None:
+def test_the_recording_is_small_and_of_a_quantized_model() -> None:
     assert real_data.FILE.stat().st_size <= 200_000
     found = real_data.recorded(CPU)
     assert set(found) == {
@@ -230,6 +229,6 @@ def test_sums_of_the_longest_k_stay_within_float16() -> None:
     for name in ("up", "down"):
         case = Case(Layer("toy", name, 32, 57344), 32, "real")
         operands, _ = problem(case)
-        assert bool(gemm_cases.dispatched(operands).isfinite().all())
-    one, two = (gemm_cases.make_operands(case, gemm_cases.generator(case, CPU)) for _ in range(2))
+        assert bool(cases.dispatched(operands).isfinite().all())
+    one, two = (cases.make_operands(case, cases.generator_of(case, CPU)) for _ in range(2))
     assert torch.equal(one.x_q, two.x_q) and torch.equal(one.w_q, two.w_q)

@@ -22,24 +22,24 @@ if arguments[:1] == ["-c"] and "get_device_capability" in arguments[1]:
     print("9.0a" if "9.0a" in arguments[1] else "90")
 elif arguments[:1] == ["-m"] and "install" in arguments and "--editable" in arguments:
     open("smoothquant_kernels/libsmoothquant_kernels.so", "w").close()
-elif any(a.endswith("first_light.py") for a in arguments):
+elif "benchmarks.on_gpu.first_light" in arguments:
     if "--without" in arguments:
         print("sm90/128x128x128,sm90/64x64x256-swap")
     elif "--producers" in arguments:
         print("quantize\\nact_quantize:silu")
     else:
         open(arguments[arguments.index("--json") + 1], "w").write("{{}}")
-elif any(a.endswith("gpu_tests.py") for a in arguments):
+elif "benchmarks.on_gpu.tests" in arguments:
     print("FAILED tests/kernels/test_x.py::test_y (call)" if os.environ.get("FAKE_FAILURE") else "quiet")
     sys.exit(bool(os.environ.get("FAKE_FAILURE")))
-elif any(a.endswith("bench_gemm.py") for a in arguments):
+elif "benchmarks.gemm" in arguments:
     file = arguments[arguments.index("--json") + 1]
     first = not os.path.exists(file)
     open(file, "w").close()
     sys.exit(75 if first else 0)
 elif "--same" in arguments:
     sys.exit(int(os.environ.get("FAKE_OTHER_MACHINE", "0")))
-elif any(a.endswith("gpu_state.py") for a in arguments):
+elif "benchmarks.lib.gpu" in arguments:
     open(arguments[arguments.index("--json") + 1], "w").write("{{}}")
 """
 
@@ -54,9 +54,10 @@ def machine(tmp_path: Path) -> Path:
             root / name,
             ignore=shutil.ignore_patterns("results", "__pycache__", "*.safetensors"),
         )
-    for name in ("smoothquant_kernels", "tests/kernels", "venv/bin"):
+    for name in ("smoothquant_kernels", "tests/kernels", "tests/gpu", "venv/bin"):
         (root / name).mkdir(parents=True)
     (root / "setup.py").touch()
+    (root / "tests" / "gpu" / "test_simulator_truth.py").touch()
     python = root / "venv" / "bin" / "python"
     python.write_text(FAKE_PYTHON.format(python=sys.executable))
     python.chmod(0o755)
@@ -82,7 +83,7 @@ def on_machine(
 
 
 def calls_of(calls: list[str], program: str) -> list[str]:
-    return [call for call in calls if f"benchmarks/{program}" in call]
+    return [call for call in calls if f" benchmarks.{program} " in f"{call} "]
 
 
 @needs_bash
@@ -94,21 +95,21 @@ def test_the_first_call_on_a_machine(machine: Path) -> None:
     assert rows == [[name, "ok"] for name in words_of("FIRST")]
     builds = [call for call in calls if "--editable" in call]
     assert len(builds) == 1 and builds[0].startswith("build - ")
-    (light,) = (c for c in calls_of(calls, "first_light.py") if "--fork" in c)
+    (light,) = (c for c in calls_of(calls, "on_gpu.first_light") if "--json" in c)
     assert light.startswith("first_light - ") and "--device cuda" in light
     without = "sm90/128x128x128,sm90/64x64x256-swap"
-    (tests,) = calls_of(calls, "gpu_tests.py")
+    (tests,) = calls_of(calls, "on_gpu.tests")
     assert tests.startswith(f"tests {without} ")
-    gemm = calls_of(calls, "bench_gemm.py")
+    gemm = calls_of(calls, "gemm")
     # The first process loses its CUDA context; the second one goes on.
     assert len(gemm) == 2 and all(call.startswith(f"gemm {without} ") for call in gemm)
     assert all(
         "triton" not in call and "--baselines fp16 bf16 int_mm fp8 vllm sgl" in call
         for call in gemm
     )
-    compiled, measured = (call for call in calls if "-m benchmarks.prediction.probe" in call)
-    assert (
-        compiled.endswith("--compile 90") and measured.startswith("probe ") and "--json" in measured
+    (probe,) = (c for c in calls_of(calls, "prediction.probe") if "--json" in c)
+    assert probe.startswith("probe ") and calls_of(calls, "prediction.probe")[0].endswith(
+        "--compile 90"
     )
     assert len(list((machine / "out").iterdir())) <= 8
 
@@ -127,9 +128,9 @@ def test_a_later_call_goes_on_with_the_same_build(machine: Path) -> None:
     done, calls = on_machine(machine, "tune:330", "gemm:120", "quantize:60", "report")
     assert done.returncode == 0, done.stdout + done.stderr
     assert not [call for call in calls if "--editable" in call]
-    (gemm,) = calls_of(calls, "bench_gemm.py")
+    (gemm,) = calls_of(calls, "gemm")
     assert "--baselines" not in gemm  # Triton too
-    (quantize,) = calls_of(calls, "bench_quantize.py")
+    (quantize,) = calls_of(calls, "quantize")
     assert quantize.split("--producers ")[1].startswith("quantize act_quantize:silu ")
     assert "moved" not in done.stdout and "earlier results are" not in done.stdout
 
@@ -165,7 +166,7 @@ def test_the_archive_of_an_earlier_call_is_continued(machine: Path) -> None:
     shutil.rmtree(machine / "results")
     done, calls = on_machine(machine, "gemm", SQK_CONTINUE=str(packed))
     assert "earlier results are" not in done.stdout
-    assert "--baselines" not in calls_of(calls, "bench_gemm.py")[0]
+    assert "--baselines" not in calls_of(calls, "gemm")[0]
 
 
 @needs_bash

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from producers import PRODUCERS
 
+from benchmarks.lib.producers import PRODUCERS
 from tests.support import simulator
 from tools.build.plan import CUTLASS_PYPI
 
@@ -135,7 +135,7 @@ def test_an_unknown_stage_is_refused_before_anything_runs(tmp_path: Path, word: 
     assert done.returncode == 2
     assert done.stderr == (
         f"There is no stage '{word}'; the stages are: "
-        "setup info build first_light tests gemm probe quantize tune linear block model report sanitizer; "
+        "setup info truth build first_light tests gemm probe quantize tune linear block model report sanitizer; "
         "with :SECONDS, if wanted.\n"
     )
     assert not list(tmp_path.iterdir())
@@ -209,12 +209,12 @@ def test_without_a_gpu_it_names_the_rehearsal(tmp_path: Path) -> None:
 
 
 def test_the_kit_asks_for_the_cutlass_of_the_build() -> None:
-    lines = (ROOT / "benchmarks" / "gpu_requirements.txt").read_text().splitlines()
+    lines = (ROOT / "benchmarks" / "on_gpu" / "requirements.txt").read_text().splitlines()
     assert CUTLASS_PYPI in lines
 
 
 def test_without_the_simulator_nothing_is_simulated(tmp_path: Path) -> None:
-    command = [sys.executable, "benchmarks/simulated.py", "--", "-c", "print('run')"]
+    command = [sys.executable, "-m", "benchmarks.on_gpu.simulated", "--", "-c", "print('run')"]
     facts = {**os.environ, "SQK_PTXSIM": str(tmp_path)}
     done = subprocess.run(command, cwd=ROOT, env=facts, capture_output=True, text=True, check=False)
     assert done.returncode == 77
@@ -229,14 +229,8 @@ def test_without_the_simulator_nothing_is_simulated(tmp_path: Path) -> None:
 def test_the_gemm_benchmark_runs_the_real_tiles_in_the_simulator(tmp_path: Path) -> None:
     simulator.require()
     file = tmp_path / "gemm.json"
-    command = [
-        sys.executable,
-        "benchmarks/simulated.py",
-        "--arch",
-        "sm_80",
-        "--",
-        "benchmarks/bench_gemm.py",
-    ]
+    command = [sys.executable, "-m", "benchmarks.on_gpu.simulated", "--arch", "sm_80", "--"]
+    command += ["-m", "benchmarks.gemm"]
     command += ["--device", "cpu", "--tiles", "--data", "random", "--seconds", "0", "--tokens", "5"]
     command += ["--baselines", "fp16", "--json", str(file)]
     facts = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -1,4 +1,4 @@
-"""How the GPU's tests are run: order, dead contexts, crashes and hangs, with and without pytest-xdist. No GPU."""
+"""How the GPU's tests are run: order, dead contexts, crashes and hangs, with pytest-xdist. No GPU."""
 
 from __future__ import annotations
 
@@ -7,17 +7,19 @@ import subprocess
 import sys
 from pathlib import Path
 
-import gpu_tests
 import pytest
 
+from benchmarks.on_gpu import tests as gpu_tests
+
+pytest.importorskip("xdist")
 ROOT = Path(__file__).resolve().parents[2]
-PROGRAM = ROOT / "benchmarks" / "gpu_tests.py"
 
 #: The context of a process is dead from the test on that breaks it, as after a sticky CUDA error.
 CONFTEST = """
-import os, pytest, pytest_gpu
+import os, pytest
+from benchmarks.on_gpu import pytest_plugin
 DEAD = []
-pytest_gpu.context_is_dead = lambda: bool(DEAD)
+pytest_plugin.context_is_dead = lambda: bool(DEAD)
 
 @pytest.fixture(autouse=True)
 def context():
@@ -61,15 +63,15 @@ def suite(tmp_path: Path) -> Path:
 
 
 def run(suite: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    script = f"import sys, gpu_tests; sys.exit(gpu_tests.main({list(options)!r}))"
+    options = ["-m", "benchmarks.on_gpu.tests", "--backend", "none", "--workers", "1", *options]
     facts = {
         **os.environ,
-        "PYTHONPATH": str(PROGRAM.parent),
+        "PYTHONPATH": str(ROOT),
         "SQK_TEST_SECONDS": "4",
         "PYTEST_ADDOPTS": "",
     }
     return subprocess.run(
-        [sys.executable, "-c", script], cwd=suite, env=facts, capture_output=True, text=True, check=False
+        [sys.executable, *options], cwd=suite, env=facts, capture_output=True, text=True, check=False
     )  # fmt: skip
 
 
@@ -79,13 +81,10 @@ def failed(text: str) -> set[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [[], ["--by-file"]], ids=["xdist", "by file"])
-def test_what_breaks_a_process_costs_one_test(suite: Path, how: list[str]) -> None:
+def test_what_breaks_a_process_costs_one_test(suite: Path) -> None:
     """Each of them fails; every other test passes, in a process that stands in for the one that ended."""
-    if not how:
-        pytest.importorskip("xdist")
     files = ["kernels/test_kernel.py", "test_some.py", "test_other.py"]
-    done = run(suite, *how, "--backend", "none", "--workers", "1", "--seconds", "120", *files)
+    done = run(suite, "--seconds", "120", *files)
     assert done.returncode == 1, done.stdout + done.stderr
     assert failed(done.stdout) == set(BAD), done.stdout
     assert "CUDA error: an illegal memory access" in done.stdout
@@ -93,18 +92,14 @@ def test_what_breaks_a_process_costs_one_test(suite: Path, how: list[str]) -> No
     assert "needs_no_gpu" not in done.stdout
 
 
-@pytest.mark.parametrize("how", [[], ["--by-file"]], ids=["xdist", "by file"])
-def test_kernels_come_first_and_compiling_last(suite: Path, how: list[str]) -> None:
-    if not how:
-        pytest.importorskip("xdist")
+def test_kernels_come_first_and_compiling_last(suite: Path) -> None:
     order = "def test_{}():\n    open('order.txt', 'a').write('{}\\n')\n"
     mark = "import pytest\npytestmark = pytest.mark.cuda\n"
     (suite / "test_some.py").write_text(
         mark + order.format("it_compiles", "compile") + order.format("layer", "layer")
     )
     (suite / "kernels" / "test_kernel.py").write_text(order.format("kernel", "kernel"))
-    options = [*how, "--backend", "none", "--workers", "1", "--seconds", "60"]
-    done = run(suite, *options, "kernels/test_kernel.py", "test_some.py")
+    done = run(suite, "--seconds", "60", "kernels/test_kernel.py", "test_some.py")
     assert done.returncode == 0, done.stdout + done.stderr
     assert (suite / "order.txt").read_text().split() == ["kernel", "layer", "compile"]
 
@@ -118,12 +113,10 @@ def test_the_projects_tests_for_a_gpu_are_found() -> None:
     assert "tests/smoothing/test_smooth.py" not in files
 
 
-@pytest.mark.parametrize("how", [[], ["--by-file"]], ids=["xdist", "by file"])
-def test_the_end_of_the_time_stops_everything(suite: Path, how: list[str]) -> None:
+def test_the_end_of_the_time_stops_everything(suite: Path) -> None:
     (suite / "kernels" / "test_kernel.py").write_text(
         "import time\ndef test_a(): time.sleep(600)\n"
     )
-    options = [*how, "--backend", "none", "--workers", "1", "--seconds", "3"]
-    done = run(suite, *options, "kernels/test_kernel.py")
+    done = run(suite, "--seconds", "3", "kernels/test_kernel.py")
     assert done.returncode == 1
     assert "stopped" in done.stdout

@@ -1,13 +1,13 @@
-"""benchmarks/host_time.py: sound lines, as many launches as promised, and no memory that is lost from call to call."""
+"""benchmarks/host_time.py: sound lines, as many launches as promised, and no memory leak."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-import host_time
 import pytest
 
+from benchmarks import host_time
 from tests.support import null_runtime
 
 pytestmark = [pytest.mark.simulator, pytest.mark.xdist_group("host_time")]
@@ -15,8 +15,10 @@ pytestmark = [pytest.mark.simulator, pytest.mark.xdist_group("host_time")]
 #: Bytes that the heap grows by for each call: what malloc hands out and does not get back.
 LEAKS = """
 import ctypes, gc, pathlib, sys, tempfile
-import host_time, torch
+import torch
+from benchmarks import host_time
 from smoothquant_kernels import ops
+from tests.support import null_runtime
 
 class Heap(ctypes.Structure):
     _fields_ = [(name, ctypes.c_size_t) for name in "abcdefghij"]
@@ -24,7 +26,7 @@ class Heap(ctypes.Structure):
 libc = ctypes.CDLL(None)
 libc.mallinfo2.restype = Heap
 with tempfile.TemporaryDirectory() as folder:
-    host_time.load(pathlib.Path(sys.argv[1]), pathlib.Path(folder))
+    null_runtime.load(pathlib.Path(sys.argv[1]), pathlib.Path(folder))
 cases = list(host_time.make_cases(1, 64, 64, "fp16"))
 x = torch.randn(4, 64)
 calls = {case.op: case.call for case in cases}
@@ -46,20 +48,15 @@ with torch.no_grad():
 
 def test_lines_and_launches(null_library: Path, tmp_path: Path) -> None:
     said = null_runtime.python(
-        *(
-            "benchmarks/host_time.py",
-            "--library",
-            str(null_library),
-            "--json",
-            str(tmp_path / "h.json"),
-        ),
+        *("-m", "benchmarks.host_time", "--library", str(null_library)),
+        *("--json", str(tmp_path / "h.json")),
         *("--tokens", "1", "64", "--n", "64", "--k", "64", "--seconds", "0.1"),
     )
     rows = json.loads((tmp_path / "h.json").read_text())["rows"]
     launches = {(r["op"], r["M"], r["gpu"]): r["calls"]["launches"] for r in rows}
     for gpu in host_time.GPUS:
         assert launches["_saturate_s8", 1, gpu] == 1
-        for m, layer in ((1, 1), (64, 2)):  # a token: quantised by the GEMM's own launch
+        for m, layer in ((1, 1), (64, 2)):  # a token: quantized by the GEMM's own launch
             assert launches["quantize", m, gpu] == launches["gemm_s8", m, gpu] == 1
             assert launches["quantize, gemm_s8", m, gpu] == 2
             assert launches["linear_s8", m, gpu] == launches["W8A8Linear", m, gpu] == layer
@@ -85,5 +82,5 @@ def test_what_is_missing_is_said_in_a_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CC", str(tmp_path / "no-compiler"))
-    with pytest.raises(host_time.Missing, match="a C compiler is needed"):
-        host_time.null_runtime(tmp_path)
+    with pytest.raises(null_runtime.Missing, match="a C compiler is needed"):
+        null_runtime.compiled(tmp_path)

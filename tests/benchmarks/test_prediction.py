@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from prediction import compare, expected, yardstick
-from prediction.gpus import GPUS, floor, gpu_of
-from prediction.planner import choose, machine_of, predict, tables
+
+from benchmarks.prediction import compare, expected, yardstick
+from benchmarks.prediction.gpus import GPUS, floor, gpu_of
+from benchmarks.prediction.planner import choose, machine_of, predict, tables
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.compiler

@@ -1,4 +1,4 @@
-"""A real post-layer-norm encoder: its sentence embeddings survive quantisation."""
+"""A real post-layer-norm encoder: its sentence embeddings survive quantization."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from bench_sentence import MLP_PER_TOKEN, Bench, minilm_folder, sentences
 
+from benchmarks.sentence import MLP_PER_TOKEN, Bench, minilm_folder, sentences
 from smoothquant_kernels import SmoothQuantError
 from smoothquant_kernels.nn.linear import W8A8Linear
 
@@ -25,7 +25,7 @@ def bench() -> Bench:
 
 def test_the_float_model_is_the_published_one(bench: Bench) -> None:
     """Its embeddings mean something: a paraphrase is nearer than another topic. Untrained weights would not know."""
-    from bench_sentence import embed
+    from benchmarks.sentence import embed
 
     texts = [
         "A tuple cannot be changed after it was made.",
@@ -38,7 +38,7 @@ def test_the_float_model_is_the_published_one(bench: Bench) -> None:
 
 def test_every_linear_is_smoothed_and_the_residual_norms_are_left_alone(bench: Bench) -> None:
     """Post-LN: the residual branch reads each norm as well, so a fold into it would be wrong."""
-    model = bench.quantised()
+    model = bench.quantized()
     linears = {n for n, m in bench.model.named_modules() if isinstance(m, torch.nn.Linear)}
     assert {n for n, m in model.named_modules() if isinstance(m, W8A8Linear)} == linears
     layers = {layer["name"]: layer for layer in model.smoothquant_info["layers"]}
@@ -58,14 +58,14 @@ def test_every_linear_is_smoothed_and_the_residual_norms_are_left_alone(bench: B
 )
 def test_embeddings_keep_a_cosine_of_0_999(bench: Bench, settings: dict[str, Any]) -> None:
     """Measured: 0.9991 (default), 0.9991 (static). Naive int8 has 0.9974 per token and 0.982 static."""
-    cosines = bench.cosines(bench.quantised(**settings))
+    cosines = bench.cosines(bench.quantized(**settings))
     assert float(cosines.mean()) >= 0.999
     assert float(cosines.min()) >= 0.99
 
 
 def test_smoothing_is_what_does_it(bench: Bench) -> None:
-    smoothed = bench.cosines(bench.quantised(activation_scheme="static"))
-    naive = bench.cosines(bench.quantised(activation_scheme="static", smooth=False))
+    smoothed = bench.cosines(bench.quantized(activation_scheme="static"))
+    naive = bench.cosines(bench.quantized(activation_scheme="static", smooth=False))
     # 1 - cosine is half the squared distance: the error power falls to less than half
     assert 2 * float(1 - smoothed.mean()) < float(1 - naive.mean())
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import chain
 
-import gemm_cases
 import pytest
-from shapes import (
+
+from benchmarks.lib import cases
+from benchmarks.lib.shapes import (
     DECODERS,
     GEMM_TOKENS,
     LLM_LAYERS,
@@ -26,7 +27,7 @@ class Published:
     blocks: int
     vocabulary: int
     tables: int = 2  # of vocabulary x hidden: embeddings and lm_head, 1 where they are one
-    positions: int = 0  # learnt ones; OPT's are two more than its 2048
+    positions: int = 0  # learned ones; OPT's are two more than its 2048
 
 
 PUBLISHED = {
@@ -133,7 +134,7 @@ def test_shapes_that_models_share_are_measured_once_and_the_most_telling_first()
     assert len({(layer.n, layer.k) for layer in kept}) == len(kept) < len(layers)
     assert sorted([*map(str, kept), *chain(*kept.values())]) == sorted(LLM_LAYERS)
     assert kept[LLM_LAYERS["LLaMA-7B o"]][:2] == ["Llama 3 8B o", "Mistral 7B o"]
-    found = gemm_cases.cases(layers, GEMM_TOKENS)
+    found = cases.cases_of(layers, GEMM_TOKENS)
     assert len({case.key for case in found}) == len(found) == len(kept) * len(GEMM_TOKENS)
     assert str(found[0]) == "LLaMA-7B up        M 2048 N 11008 K  4096"
     early = found[: len(found) // 4]
@@ -142,10 +143,6 @@ def test_shapes_that_models_share_are_measured_once_and_the_most_telling_first()
     assert order[:4] == ["LLaMA-7B", "LLaMA-70B", "OPT-13B", "OPT-30B"]
     small = {d.model for d in DECODERS if d.hidden <= 2560}
     assert small <= set(order[-2 * len(small) :]) and not small & set(order[:20])
-
-
-def test_tokens_are_powers_of_two_up_to_a_long_prompt() -> None:
-    assert sorted(GEMM_TOKENS) == [2**i for i in range(15)]
 
 
 def test_classes_of_m() -> None:

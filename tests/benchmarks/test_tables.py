@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import result_tables
-import tables
 
+from benchmarks import accuracy
+from benchmarks.pages import result_tables, tables
+
+ROOT = Path(__file__).resolve().parents[2]
 MACHINE = {
     "device": "NVIDIA H100 80GB HBM3", "cpu": "a CPU", "cuda": "13.0", "driver": "580.1", "torch": "2.11.0",
     "max_sm_mhz": 1980.0, "sms": 132, "memory_gib": 79.6, "command": "python benchmarks/bench_gemm.py",
@@ -69,6 +76,33 @@ def table(name: str) -> str:
     text = tables.TABLES[name]()
     assert text is not None
     return text
+
+
+# --- the documentation ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "compiler",
+    [
+        pytest.param("none", id="measured"),  # tables that need no compiler
+        pytest.param("g++", id="predicted", marks=pytest.mark.compiler),
+    ],
+)
+def test_documented_tables_are_up_to_date(compiler: str) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "benchmarks.pages.tables", "--check"],
+        cwd=ROOT,
+        env={**os.environ, "CXX": compiler},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout
+
+
+def test_every_marked_table_is_known() -> None:
+    marked = {m[2] for page in tables.pages() for m in tables.MARKED.finditer(page.read_text())}
+    assert marked == set(tables.TABLES)
 
 
 # --- without results --------------------------------------------------------------------------------------------------
@@ -136,7 +170,7 @@ def test_the_targets_are_met_only_where_every_case_meets_them(results: Path) -> 
     assert found["GEMM, M >= 2048, vs FP16"] == ["no", "1.70x", "1.41x", "1.00x", "1 of 2"]
     # the wrong case counts, real data does not
     assert found["GEMM, M <= 64, vs FP16"] == ["no", "1.90x", "1.50x", "1.50x", "0 of 2"]
-    assert found["quantisers, speed of a copy"] == ["not measured", "0.90x", "-", "-", "-"]
+    assert found["quantizers, speed of a copy"] == ["not measured", "0.90x", "-", "-", "-"]
     tops = [row["tops"] for row in GEMM[:2]]
     mean = math.sqrt(tops[0] * tops[1])
     assert min(tops) < 1350 < 1800 < max(tops)  # so that both sides below mean something
@@ -150,8 +184,8 @@ def test_the_targets_are_met_only_where_every_case_meets_them(results: Path) -> 
     write(folder, "linear.json", LINEAR)
     write(folder, "quantize.json", QUANTIZE)
     found = {line[0]: line[1:] for line in cells(table("gpu_targets"))}
-    assert found["layer with its quantisation, vs FP16"][0] == "yes"
-    assert found["quantisers, speed of a copy"] == ["no", "0.90x", "0.62x", "0.40x", "1 of 2"]
+    assert found["layer with its quantization, vs FP16"][0] == "yes"
+    assert found["quantizers, speed of a copy"] == ["no", "0.90x", "0.62x", "0.40x", "1 of 2"]
     assert found["the same, M >= 2048 only"][0] == "yes"
 
 
@@ -161,7 +195,7 @@ def test_a_wrong_case_keeps_a_target_from_being_met() -> None:
     assert found["GEMM, M <= 64, vs FP16"] == "on average"
 
 
-def test_quantisers_layers_and_blocks(results: Path) -> None:
+def test_quantizers_layers_and_blocks(results: Path) -> None:
     folder = results / "h100_2026-11-30"
     for name, rows in (("quantize", QUANTIZE), ("linear", LINEAR), ("block", BLOCK), ("model", BLOCK)):  # fmt: skip
         write(folder, f"{name}.json", rows)
@@ -207,3 +241,67 @@ def test_failures_are_named() -> None:
         "LLaMA-7B o M 64 N 4096 K 4096: wrong: y[0] is 1",
         "LLaMA-7B up M 1 N 11008 K 4096: tile 64x64 wrong: y[1]",
     ]
+
+
+# --- accuracy ---------------------------------------------------------------------------------------------------------
+
+FACTS = {"model": "M", "torch": "2.13.0", "evaluation_tokens": 3072, "calibration_tokens": 4096}
+
+
+def numbers(change: float) -> dict[str, Any]:
+    return {
+        "perplexity": 10 + change, "change_percent": change, "change_stderr": 0.5,
+        "mean_kl": change / 100, "top1_agreement": 0.9,
+    }  # fmt: skip
+
+
+def row(name: str, change: float, **more: Any) -> dict[str, Any]:
+    return {"model": name, **numbers(change), **more}
+
+
+def test_both_kinds_of_text_stand_side_by_side() -> None:
+    rows = [
+        row("float32", 0.0, news=numbers(0.0)),
+        row("SmoothQuant W8A8", 1.0, scheme="static", news=numbers(4.0)),
+    ]
+    text = tables.accuracy({"facts": {**FACTS, "other": "news"}, "schemes": rows}, "schemes")
+    caption, header, _, first, second = [line for line in text.splitlines() if line]
+    assert "and news, as many tokens, which no choice of settings saw" in caption
+    cells = [cell.strip() for cell in header.strip("|").split("|")]
+    assert cells[2:] == [
+        "perplexity", "change", "mean KL", "same top-1",
+        "perplexity on news", "change", "mean KL", "same top-1",
+    ]  # fmt: skip
+    assert [cell.strip() for cell in first.strip("|").split("|")][2:] == [
+        "10.000", "", "", "", "10.000", "", "", "",
+    ]  # fmt: skip
+    assert [cell.strip() for cell in second.strip("|").split("|")][2:] == [
+        "11.000", "+1.00 ± 0.50 %", "0.0100", "90.0 %",
+        "14.000", "+4.00 ± 0.50 %", "0.0400", "90.0 %",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("facts", [FACTS, {**FACTS, "other": None}, {**FACTS, "other": "news"}])
+def test_results_on_one_kind_of_text_have_its_columns_alone(facts: dict[str, Any]) -> None:
+    rows = [row("SmoothQuant W8A8", 1.0, scheme="static")]
+    assert "news" not in tables.accuracy({"facts": facts, "schemes": rows}, "schemes")
+
+
+def test_the_articles_of_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / accuracy._ARTICLES
+    file.parent.mkdir(parents=True)
+    file.write_text("One article.\n\nAnother one.\n")
+    spec = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    monkeypatch.setattr(accuracy, "find_spec", lambda name: spec if name == "gensim" else None)
+    assert accuracy.news() == ["One article.", "Another one."]
+    file.unlink()
+    assert accuracy.news() is None
+    monkeypatch.setattr(accuracy, "find_spec", lambda _: None)
+    assert accuracy.news() is None
+
+
+@pytest.mark.skipif(importlib.util.find_spec("gensim") is None, reason="needs gensim's data")
+def test_the_real_articles() -> None:
+    articles = accuracy.news()
+    assert articles is not None and len(articles) == 300
+    assert articles[0].startswith("Hundreds of people have been forced to vacate their homes")

@@ -1,6 +1,6 @@
 """Bytes that the int8 producers move, counted by the simulator, against the least that they must.
 
-`PYTHONPATH=tests:tools:benchmarks python -m test_bytes [sm_80|sm_90]` prints the whole table.
+`PYTHONPATH=tools python -m tests.csrc.test_bytes [sm_80|sm_90]` prints the whole table.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import producers
 import pytest
 import torch
-from producers import Case
 
+from benchmarks.lib import producers
+from benchmarks.lib.producers import Case
 from smoothquant_kernels.ops import registry
 from tests.support import c_interface, simulator
 
@@ -133,7 +133,7 @@ def count_all(library: str, result: str) -> None:
 
 SCRIPT = """
 import sys
-sys.path[:0] = ["tools", "benchmarks"]
+sys.path[:0] = ["tools"]
 from tests.csrc import test_bytes
 test_bytes.count_all(*sys.argv[1:])
 """

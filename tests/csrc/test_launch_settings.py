@@ -13,14 +13,14 @@ pytestmark = [pytest.mark.simulator, pytest.mark.slow, pytest.mark.xdist_group("
 #: The null runtime, the library's C entries, and one GEMM by tile and one quantizer that can be called.
 START = """
 import ctypes, pathlib, sys, tempfile
-import host_time, torch
-from tests.support import c_gemm
+import torch
+from tests.support import c_gemm, null_runtime
 from tests.support.c_gemm import Device, Params, Plan
 from tests.support.c_interface import SUCCESS, UNSUPPORTED_SHAPE
 from smoothquant_kernels import ops
 
 with tempfile.TemporaryDirectory() as folder:
-    runtime, library = host_time.load(pathlib.Path(sys.argv[1]), pathlib.Path(folder))
+    runtime, library = null_runtime.load(pathlib.Path(sys.argv[1]), pathlib.Path(folder))
 c_gemm.declare(library)
 count = {name: ctypes.c_long.in_dll(runtime, f"null_{name}") for name in ("function_attributes", "occupancies")}
 carveout = ctypes.c_int.in_dll(runtime, "null_carveout")

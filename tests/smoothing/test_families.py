@@ -126,12 +126,27 @@ def test_the_int8_model_is_close_to_the_float_model(family: str) -> None:
         assert (y - x).norm() < 0.25 * x.norm()
 
 
-def test_the_families_page_is_up_to_date() -> None:
+def test_the_families_page_and_its_table_are_up_to_date() -> None:
     if f"with transformers {transformers.__version__}." not in PATH.read_text(encoding="utf-8"):
-        pytest.skip("docs/reference/families.md was written with another version of transformers")
-    assert PATH.read_text(encoding="utf-8") == page(), (
-        "docs/reference/families.md is out of date: run python -m tests.support.family_table --write, and read the difference"
-    )
+        pytest.skip(f"{PATH} was written with another version of transformers")
+    for path, text in ((PATH, page()), (TABLE, table())):
+        assert path.read_text(encoding="utf-8") == text, (
+            f"{path} is out of date: run python -m tests.support.family_table --write, and read the difference"
+        )
+
+
+def test_every_linear_of_the_matrix_has_the_column_of_its_group() -> None:
+    """A name that no expression knows would hide among the other linears."""
+    other = {
+        role(layer["name"]).split(".")[-1]
+        for family in FAMILIES
+        for layer in smoothed(family).info["layers"]
+        if group(role(layer["name"])) == "other linears"
+    }
+    assert other == {
+        *("project_in", "project_out", "shared_expert_gate", "classifier", "dense", "head"),
+        *("text_projection", "visual_projection", "vocab_transform"),
+    }
 
 
 # --- outcomes that follow from the architecture, above all where tables of module names are known to be wrong ---------

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from planted import llama_readers, plant_outliers
 from torch import nn
 from torch.nn import functional as F
 
+from benchmarks.lib.planted import llama_readers, plant_outliers
 from smoothquant_kernels import (
     SmoothQuantConfig,
     W8A8Linear,

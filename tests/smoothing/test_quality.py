@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from planted import llama_readers, plant_outliers
 
+from benchmarks.lib.planted import llama_readers, plant_outliers
 from smoothquant_kernels import (
     SmoothQuantConfig,
     calibrate_model,
@@ -96,7 +96,8 @@ def test_massive_activations_ruin_naive_static_quantization(setting: Setting) ->
 def test_planted_outlier_channels(setting: Setting) -> None:
     """The paper's case: naive W8A8 increases perplexity by a third even per token, SmoothQuant by at most 2 %.
 
-    3,071 tokens show a third (docs/reference/accuracy.md). The fewer tokens used here showed 32 %, so the limit is a quarter.
+    3,071 tokens show a third (docs/reference/accuracy.md). The fewer tokens used here showed 32 %, so the limit is a
+    quarter.
     """
     model = copy.deepcopy(setting.model)
     plant_outliers(model, llama_readers(model))

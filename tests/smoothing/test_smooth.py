@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from planted import plant_outliers
 from torch import nn
 
+from benchmarks.lib.planted import plant_outliers
 from smoothquant_kernels import (
     SmoothQuantConfig,
     SmoothQuantError,

@@ -206,8 +206,8 @@ GATES = (
     Gate(
         "order of dependent loads",
         ordered_loads,
-        "allowed: none. All but stream-K are launched to overlap with the quantiser: what it writes is read by "
-        "load_fresh (csrc/common/memory_order.cuh), after griddepcontrol.wait or an mbarrier of the thread that waited.",
+        "allowed: none. All but stream-K are launched to overlap with the quantizer: what it writes is read by load_fresh "
+        "(csrc/common/memory_order.cuh), after griddepcontrol.wait or an mbarrier of the thread that waited.",
         kernels=r"\bwgmma_gemm_kernel<",
         archs=r"sm_90a",
     ),

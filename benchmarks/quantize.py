@@ -1,0 +1,222 @@
+"""The producers of int8 activations: as fast as a copy of the same bytes? And against PyTorch, eager and compiled.
+
+    python -m benchmarks.quantize --device cuda [--budget-seconds 200] [--json FILE] [--csv FILE]
+
+A line: microseconds of one call, GB/s (each input read once, each output written once), then how many times as fast as
+a device-to-device copy of as many bytes, the eager chain, and the chain under torch.compile. No wrong result is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.lib import gpu, producers, runner, timer
+from benchmarks.lib.cases import sample_under_load
+from benchmarks.lib.producers import PRODUCERS, SCHEMES, Case
+from benchmarks.lib.runner import Row, WrongResult, first_line, group_means, ratios
+from benchmarks.lib.shapes import (
+    GPU_TOKENS,
+    HIDDEN_WIDTHS,
+    MLP_WIDTHS,
+    REHEARSAL_TOKENS,
+    REHEARSAL_WIDTHS,
+)
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+BASELINES = ("copy", "eager", "compiled")
+
+
+@dataclass
+class Compiler:
+    """torch.compile within a limit: it takes seconds for each shape, while the GPU waits."""
+
+    mode: str  # "none", or one of torch.compile's
+    seconds_left: float
+
+    def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        if self.mode == "none":
+            raise RuntimeError("not asked for (--compile none)")
+        if self.seconds_left <= 0:
+            raise RuntimeError("the time for compiling (--compile-seconds) is spent")
+        # One function serves all cases: without a reset dynamo would meet its limit of recompilations.
+        torch.compiler.reset()
+        return torch.compile(function, mode=self.mode, fullgraph=True, dynamic=False)
+
+
+def cases_of(
+    names: Sequence[str],
+    tokens: Sequence[int],
+    hidden: Sequence[int],
+    mlp: Sequence[int],
+    dtypes: Sequence[torch.dtype] = tuple(DTYPES.values()),
+) -> list[Case]:
+    """All combinations, the most telling first; each axis is given most important first.
+
+    A case's rank is the sum of its places: first the main cases of all producers, then those one step off, and so on.
+    """
+    ranked = []
+    for order, name in enumerate(names):
+        widths = mlp if PRODUCERS[name].mlp else hidden
+        axes: tuple[Sequence[Any], ...] = (tokens, widths, SCHEMES, dtypes, (False, True))
+        places = itertools.product(*(range(len(axis)) for axis in axes))
+        # of one rank, those that differ in M come first
+        best_first = sorted(places, key=lambda p: (sum(p), [-place for place in p]))
+        for turn, place in enumerate(best_first):  # the producers take turns
+            m, k, scheme, dtype, smooth = (axis[i] for axis, i in zip(axes, place, strict=True))
+            ranked.append((sum(place), turn, order, Case(name, smooth, scheme, dtype, m, k)))
+    return [item[-1] for item in sorted(ranked, key=lambda item: item[:3])]
+
+
+def measure(
+    case: Case,
+    device: torch.device,
+    seconds: float,
+    compiler: Compiler,
+    sample: gpu.Sampler = dict,
+) -> Row:
+    """Checks, then times one case; `WrongResult` if the op is wrong."""
+    moved = producers.bytes_moved(case)
+    generator = torch.Generator(device).manual_seed(case.m * 1_000_003 + case.k)
+    count = timer.input_sets(moved, device)
+    sets = [producers.make_inputs(case, generator) for _ in range(count)]
+    scale = producers.static_scale(case, sets[0])
+    # Most likely the block that the op gets: no kernel writes -128, so what is left unwritten shows.
+    torch.full((case.m, case.k), -128, dtype=torch.int8, device=device)
+    actual = producers.run_op(case, sets[0], scale)
+    expected = producers.run_reference(case, sets[0], scale)
+    if wrong := producers.wrong_op(case, actual, expected):
+        raise WrongResult(wrong)
+
+    def chain(inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        return producers.run_eager(case, inputs, scale)
+
+    def record(function: Callable[[dict[str, Tensor]], object]) -> timer.Recorded:
+        return timer.record([lambda inputs=inputs: function(inputs) for inputs in sets], device)
+
+    ready = {"op": record(lambda inputs: producers.run_op(case, inputs, scale))}
+    ready["copy"] = timer.record(copies(moved, len(sets), device), device)
+    reasons = {}
+    for name in ("eager", "compiled"):
+        start = time.perf_counter()
+        try:
+            function = chain if name == "eager" else compiler(chain)
+            if wrong := producers.wrong_baseline(function(sets[0]), expected):
+                raise WrongResult(wrong)
+            ready[name] = record(function)
+        except Exception as error:  # a baseline that cannot run must not hide the others
+            reasons[name] = first_line(error)
+        if name == "compiled":
+            compiler.seconds_left -= time.perf_counter() - start
+    del actual, expected
+    timings = timer.measure(ready, device=device, seconds=seconds)
+    row = row_of(case, moved, timings, reasons)
+    return row | sample_under_load(ready["op"], row["us"], sample, device)
+
+
+def copies(moved: int, count: int, device: torch.device) -> list[timer.Call]:
+    """`count` copies of different buffers, each reading and writing `moved` bytes in all."""
+    made: list[timer.Call] = []
+    for _ in range(count):
+        source = torch.randint(-128, 128, (moved // 2,), dtype=torch.int8, device=device)
+        target = torch.empty_like(source)
+        made.append(lambda source=source, target=target: target.copy_(source))
+    return made
+
+
+def key_of(case: Case) -> Row:
+    names = ("producer", "smooth", "scheme", "dtype", "M", "K")
+    dtype = str(case.dtype).removeprefix("torch.")
+    values = (case.producer, case.smooth, case.scheme, dtype, case.m, case.k)
+    return dict(zip(names, values, strict=True))
+
+
+def row_of(
+    case: Case, moved: int, timings: dict[str, timer.Timing], reasons: dict[str, str] | None = None
+) -> Row:
+    """A line of the results: ratios are those of the medians, GB/s = bytes / us / 1000."""
+    op = timings["op"]
+    row = key_of(case) | {"bytes": moved, **runner.timing_columns(op)}
+    row |= {"gb_per_s": moved / op.us / 1e3}
+    row |= runner.ratio_columns(op.us, {name: timings.get(name) for name in BASELINES})
+    return row | {f"{name}_missing": reason for name, reason in (reasons or {}).items()}
+
+
+def line(row: Row) -> str:
+    names = ("producer", "smooth", "scheme", "dtype", "M", "K")
+    name, smooth, scheme, dtype, m, k = (row[n] for n in names)
+    case = Case(name, smooth, scheme, getattr(torch, dtype), m, k)
+    return f"{case!s:66s} | {row['us']:8.2f} us | {row['gb_per_s']:7.1f} GB/s | {ratios(row, BASELINES)}"
+
+
+def geomeans(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
+    """Per producer and over all; a baseline counts where it was measured."""
+    groups = {name: [r for r in rows if r["producer"] == name] for name in PRODUCERS}
+    columns = {baseline: f"vs_{baseline}" for baseline in BASELINES}
+    return group_means(groups | {"all": list(rows)}, columns)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measures what the budget allows; 1 if an op was wrong or failed, or nothing was measured."""
+    device = torch.device(args.device)
+    facts = runner.machine_facts(device)
+    sample, compiler = gpu.sampler(device), Compiler(args.compile, args.compile_seconds)
+    chosen = cases_of(args.producers, args.tokens, args.hidden, args.mlp, args.dtypes)
+    rows = runner.run_cases(
+        chosen[: 2 * len(args.producers)] if args.quick else chosen,
+        lambda case: measure(case, device, args.seconds, compiler, sample),
+        key=key_of,
+        line=line,
+        args=args,
+        facts=facts,
+        summary=lambda rows: {"geomeans": geomeans(rows)},
+    )
+    for name, means in geomeans([r for r in rows if "us" in r]).items():
+        found = " | ".join(f"{means[b]:.2f}x {b}" for b in BASELINES if b in means)
+        print(f"geomean {name:30s} {means['cases']:4.0f} cases | {found}")
+    for reason, count in Counter(row.get("compiled_missing") for row in rows).items():
+        if reason:
+            print(f"not compiled in {count} cases: {reason}")
+    return runner.status(rows)
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = runner.parser_of(__doc__)
+    parser.add_argument("--quick", action="store_true", help="two cases of each producer")
+    parser.add_argument(
+        "--producers", nargs="+", choices=list(PRODUCERS), default=list(PRODUCERS), metavar="NAME",
+        help=", ".join(PRODUCERS),
+    )  # fmt: skip
+    parser.add_argument("--tokens", type=int, nargs="+", help="M, the most important first")
+    parser.add_argument("--widths", type=int, nargs="+", help="K, the most important first")
+    parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=list(DTYPES))
+    parser.add_argument("--seconds", type=float, help="to measure per case (GPU: 0.3, CPU: 0.05)")
+    parser.add_argument(
+        "--compile", choices=["none", "default", "max-autotune-no-cudagraphs"],
+        help="how to compile the chain (GPU: max-autotune-no-cudagraphs, CPU: none)",
+    )  # fmt: skip
+    parser.add_argument("--compile-seconds", type=float, default=math.inf, help="for all compiling")
+    args = parser.parse_args(arguments)
+    on_gpu = args.device == "cuda"
+    args.dtypes = [DTYPES[name] for name in args.dtypes]
+    args.tokens = args.tokens or (GPU_TOKENS if on_gpu else REHEARSAL_TOKENS)
+    args.hidden = args.widths or (HIDDEN_WIDTHS if on_gpu else REHEARSAL_WIDTHS)
+    args.mlp = args.widths or (MLP_WIDTHS if on_gpu else REHEARSAL_WIDTHS)
+    args.seconds = args.seconds if args.seconds is not None else (0.3 if on_gpu else 0.05)
+    args.compile = args.compile or ("max-autotune-no-cudagraphs" if on_gpu else "none")
+    runner.check_options(parser, args)
+    return args
+
+
+if __name__ == "__main__":
+    sys.exit(run(parse()))
