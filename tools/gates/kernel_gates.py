@@ -206,7 +206,7 @@ GATES = (
     Gate(
         "order of dependent loads",
         ordered_loads,
-        "allowed: none. All but stream-K are launched to overlap with the quantizer: what it writes is read by load_fresh "
+        "allowed: none. All but stream-K are launched to overlap with the quantizer: load_fresh reads what it writes "
         "(csrc/common/memory_order.cuh), after griddepcontrol.wait or an mbarrier of the thread that waited.",
         kernels=r"\bwgmma_gemm_kernel<",
         archs=r"sm_90a",
