@@ -1,4 +1,4 @@
-// PTX instructions, each behind a function: cp.async, ldmatrix, mma.sync. Kernel ring: no torch.
+// PTX instructions as functions: cp.async, ldmatrix, mma.sync. Kernel ring: no torch.
 #pragma once
 
 #include <cstdint>

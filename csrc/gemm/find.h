@@ -58,7 +58,7 @@ typename Kind::Entry find_entry(int32_t row) {
   return find_entry<Kind, Table>(row, std::make_index_sequence<Table::kTiles.size()>());
 }
 
-// What the instance of a row gives; empty for a row of another kind.
+// The kernels of a row, or nothing for a row of another kind.
 template <typename Kind>
 typename Kind::Entry find_entry(GemmTable table, int32_t row) {
   switch (table) {

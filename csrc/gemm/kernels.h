@@ -9,15 +9,15 @@
 
 namespace sqk {
 
-// Launches the plan's kernels on the current GPU; the plan fits the params.
+// Launches the plan's kernels on the current GPU. The plan was made for these params.
 using GemmLaunch = Status (*)(const GemmParams&, const Device&, const GemmPlan&, cudaStream_t);
 
-// The kernel of a streaming tile for activations of this type; int8: x_q is given.
+// The kernel of a streaming tile for activations of this type. int8: x_q is given.
 struct StreamParams;
 using StreamKernel = void (*)(StreamParams);
 using StreamKernels = StreamKernel (*)(DType x);
 
-// A wgmma kernel's launcher, and the workspace that CUTLASS wants for it.
+// A wgmma kernel's launcher, and the size of the workspace that CUTLASS needs for it.
 struct WgmmaEntry {
   GemmLaunch launch = nullptr;
   int64_t (*workspace_bytes)(const GemmParams&, const Device&) = nullptr;
@@ -27,20 +27,19 @@ struct WgmmaEntry {
 template <TileKey kTile>
 StreamKernels stream_entry();
 
-// instances/mma_*_sm80.cu, where an architecture without wgmma was built (SQK_WITH_SM80).
+// instances/mma_*_sm80.cu, if the build has an architecture without wgmma (SQK_WITH_SM80).
 template <TileKey kTile>
 GemmLaunch mma_entry();
 
-// instances/wgmma_*_sm90.cu, where 9.0a was built (SQK_WITH_SM90).
+// instances/wgmma_*_sm90.cu, if the build has 9.0a (SQK_WITH_SM90).
 template <TileKey kTile>
 WgmmaEntry wgmma_entry();
 
-// stream/launch.cu: `tile` is of kind kStream and `kernels` are its own. With `quantize` the
-// activations are its x, which the kernel quantizes itself; params.x_q and x_scale are then not
-// read.
+// stream/launch.cu. `tile` is of kind kStream, and `kernels` are its kernels. With `quantize`, the
+// kernel quantizes quantize->x itself and does not read params.x_q and x_scale.
 Status launch_stream(const GemmParams& params, const QuantizeParams* quantize, const Device& device,
                      const GemmTile& tile, StreamKernels kernels, cudaStream_t stream);
-// Whether launch_stream takes this quantizer.
+// Whether the streaming kernels can quantize x themselves.
 bool stream_quantizes(const QuantizeParams& quantize, const GemmParams& params);
 
 }  // namespace sqk

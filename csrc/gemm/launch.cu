@@ -11,7 +11,7 @@
 namespace sqk {
 namespace {
 
-// Empty where 9.0a was not built.
+// Empty if the build has no 9.0a.
 WgmmaEntry wgmma_of([[maybe_unused]] const GemmPlan& plan) {
 #if SQK_WITH_SM90
   return find_entry<WgmmaKind>(plan.table, plan.tile);
@@ -20,7 +20,7 @@ WgmmaEntry wgmma_of([[maybe_unused]] const GemmPlan& plan) {
 #endif
 }
 
-// nullptr where nothing but 9.0a was built.
+// nullptr if the build has only 9.0a.
 GemmLaunch mma_of([[maybe_unused]] const GemmPlan& plan) {
 #if SQK_WITH_SM80
   return find_entry<MmaKind>(plan.table, plan.tile);
@@ -31,7 +31,7 @@ GemmLaunch mma_of([[maybe_unused]] const GemmPlan& plan) {
 
 const GemmTile& tile_of(const GemmPlan& plan) { return gemm_table(plan.table).tiles[plan.tile]; }
 
-// The workspace of CUTLASS's scheduler, which plan_gemm cannot know.
+// Adds the workspace of CUTLASS's scheduler, which plan_gemm does not know.
 void add_workspace(const GemmParams& params, const Device& device, GemmPlan* plan) {
   if (plan->launches == 0 || tile_of(*plan).kernel != GemmKernel::kWgmma) return;
   const WgmmaEntry entry = wgmma_of(*plan);
@@ -40,8 +40,8 @@ void add_workspace(const GemmParams& params, const Device& device, GemmPlan* pla
   }
 }
 
-// Measured alone, another tile may beat the streaming one by less than the launch of a quantizer
-// costs: where the rules fuse the two, they stay.
+// If the rules choose the streaming tile, which fuses the quantizer, it is kept. A measured tile
+// may beat it as a GEMM alone, but by less than the separate launch of a quantizer costs.
 Status keep_fused(const QuantizeParams& quantizer, const GemmParams& gemm, GemmPlan* plan) {
   if (plan->launches == 0 || gemm.tile >= 0 || tile_of(*plan).kernel == GemmKernel::kStream ||
       !stream_quantizes(quantizer, gemm)) {
@@ -57,7 +57,8 @@ Status keep_fused(const QuantizeParams& quantizer, const GemmParams& gemm, GemmP
   return status;
 }
 
-constexpr uintptr_t kAllocated = kBufferAlignment;  // an address as allocators give them
+// An aligned address, as an allocator would return.
+constexpr uintptr_t kAllocated = kBufferAlignment;
 
 Status check_workspace(const void* workspace, int64_t bytes, int64_t wanted) {
   constexpr int64_t kAlignment = 16;
@@ -106,7 +107,8 @@ Status gemm_s8(const GemmParams& params, const GemmPlan& plan, cudaStream_t stre
 Status plan(const LinearParams& params, LinearPlan* out) {
   *out = {};
   QuantizeParams quantizer = params.quantize;
-  // Whoever plans first and allocates then has none yet, but will: from an allocator, so aligned.
+  // Callers may plan before they allocate. Their buffers will be aligned, because allocators align
+  // them.
   if (quantizer.x_q == nullptr) quantizer.x_q = reinterpret_cast<int8_t*>(kAllocated);
   if (quantizer.x_scale == nullptr) quantizer.x_scale = reinterpret_cast<float*>(kAllocated);
   if (quantizer.m != params.gemm.m || quantizer.k != params.gemm.k) return Status::kInvalidArgument;
@@ -120,10 +122,11 @@ Status plan(const LinearParams& params, LinearPlan* out) {
   if (status != Status::kSuccess) return status;
   out->fused = out->gemm.launches > 0 && tile_of(out->gemm).kernel == GemmKernel::kStream &&
                stream_quantizes(quantizer, gemm);
-  if (out->fused) out->quantize = {};  // it was sound, and will not be launched
-  // One follows the other in the stream: they can share.
+  if (out->fused) out->quantize = {};  // checked, but not launched
+  // The two launches run one after the other, so they can share a workspace.
   out->workspace_bytes = std::max(out->gemm.workspace_bytes, out->quantize.workspace_bytes);
-  // The kernel that writes x_q comes right before; a clearing of counters would come between.
+  // The GEMM may overlap only with the kernel right before it. That is the quantizer, unless
+  // counters are cleared in between.
   out->gemm.overlap = !out->fused && out->gemm.workspace_bytes == 0;
   return status;
 }

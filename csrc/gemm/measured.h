@@ -1,19 +1,20 @@
-// Choices that were measured on the GPU that is there. Kernel ring: no torch.
+// Tiles that were fastest when measured on this GPU. Kernel ring: no torch.
 #pragma once
 
 #include "gemm/tiles/tile.h"
 
 namespace sqk {
 
-// Whether there are any: else find_measured need not be asked.
+// Whether there are any.
 bool has_measured();
 
-// The choice for these sizes on a GPU with this table and as many multiprocessors, or nullptr: of
-// the same n and k that of the smallest measured m that is not exceeded, if it is less than twice
-// m; behind all of them, that of the largest if it was for many tokens.
+// The choice for these sizes on a GPU with this table and this many multiprocessors, or nullptr. Of
+// the rows with this n and k it takes the one with the smallest m that is at least `m`, if that is
+// less than 2 m. If all are smaller, it takes the largest, provided that it was measured with many
+// tokens.
 const GemmMeasured* find_measured(GemmTable table, int32_t sms, int64_t m, int64_t n, int64_t k);
 
-// As plan_gemm, by the table's rules alone.
+// Like plan_gemm, but only by the table's rules.
 Status plan_by_rules(const GemmParams& params, const Device& device, GemmPlan* plan);
 
 }  // namespace sqk

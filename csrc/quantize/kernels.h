@@ -7,11 +7,12 @@ namespace sqk {
 
 using RowKernel = void (*)(RowParams);
 
-// Defined by instances/<producer>.cu: all paths but kCluster; nullptr where there is none.
+// Defined by instances/<producer>.cu, for all paths except kCluster; nullptr if there is no such
+// kernel.
 template <Producer kProducer>
 RowKernel row_kernel_for(DType dtype, QuantizePath path, Launches launches);
 
-// Defined by instances/cluster_sm90.cu, if that was built.
+// Defined by instances/cluster_sm90.cu, if the build has 9.0a.
 RowKernel cluster_kernel_for(Producer producer, DType dtype);
 
 template <Producer kProducer, QuantizePath kPath, Launches kLaunches>

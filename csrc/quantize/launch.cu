@@ -10,7 +10,7 @@
 namespace sqk {
 namespace {
 
-// What a block gets without asking, kernel by kernel: 48 KiB, less the kernel's own few buffers.
+// A block may have 48 KiB without a request; the kernels' own buffers need some of it.
 constexpr int64_t kDefaultShared = 47 * 1024;
 
 // A producer without a file in instances/ does not link.
@@ -66,9 +66,9 @@ Status quantize(const QuantizeParams& params, const QuantizePlan& plan, cudaStre
       find_kernel(params.producer, params.dtype, plan.path, two ? Launches::kTwo : Launches::kOne);
   if (kernel == nullptr) return Status::kUnsupportedArch;
   if (plan.shared_bytes > kDefaultShared) {
-    // Only kLong and kElement get here. The most that any row takes, whatever this one takes:
-    // another thread may be between this line and its launch. Rows this long find nothing of
-    // theirs in L1 again, so that all of the memory may be shared.
+    // Only kLong and kElement get here. Asks for the maximum that any row needs, because another
+    // thread may be between this request and its launch. L1 does not help rows this long, so all of
+    // the memory may be shared memory.
     static DevicesSeen seen[kProducers][kDTypes][2][2];
     DevicesSeen& of_kernel = seen[static_cast<int>(params.producer)][static_cast<int>(params.dtype)]
                                  [plan.path == QuantizePath::kLong][two];

@@ -1,5 +1,5 @@
-// Which path a problem takes: the table, and the arithmetic around it. Kernel ring: no torch; this
-// file needs no CUDA compiler and no GPU.
+// Chooses the path of a problem: applies the rules of table.h. Kernel ring: no torch; this file
+// needs no CUDA compiler and no GPU.
 #include <algorithm>
 #include <iterator>
 #include <string>
@@ -12,14 +12,14 @@ namespace sqk {
 namespace {
 
 constexpr int64_t kMaxChannels = int64_t{1} << 30;  // positions in a row are 32-bit
-constexpr int64_t kMaxRows = int64_t{1} << 27;      // a cluster of 8 per row is a legal grid
+constexpr int64_t kMaxRows = int64_t{1} << 27;      // 8 blocks per row are a valid grid
 
-// Null: not given.
+// Null counts as aligned: the operand is not given.
 bool aligned(const void* rows, int64_t stride_bytes, int64_t count, int64_t bytes) {
   return rows == nullptr || are_rows_aligned(rows, stride_bytes, count, bytes);
 }
 
-// Whether whole 16-byte vectors of every row, and what belongs to them, can be accessed at once.
+// Whether every row and its parameters can be accessed in whole 16-byte vectors.
 bool can_vectorize(const QuantizeParams& p) {
   const int64_t size = size_in_bytes(p.dtype), vec = 16 / size;
   return p.k % vec == 0 && aligned(p.x, p.x_stride * size, p.m, 16) &&
@@ -75,7 +75,7 @@ KernelClass class_of(QuantizePath path, const QuantizeParams& p, bool two_launch
   return {path, size_in_bytes(p.dtype), is_norm(p.producer), two_launches};
 }
 
-// Whether a path can take the problem, as far as K does not matter.
+// Whether a path can take the problem, apart from the length of its rows.
 bool can_serve(QuantizePath path, const QuantizeParams& p, const Device& device, bool vectors) {
   return (vectors || path == QuantizePath::kElement) &&
          (path != QuantizePath::kCluster || has_clusters(device)) &&
@@ -121,11 +121,12 @@ Status plan_quantize(const QuantizeParams& p, const Device& device, QuantizePlan
   }
 
   const int vec = static_cast<int>(16 / size_in_bytes(p.dtype));
-  // Slices begin at vectors; 256 elements also keep the sectors of int8 whole.
+  // Slices start at whole vectors. Multiples of 256 elements also keep the sectors of the int8 rows
+  // whole.
   const int64_t slice = round_up(divide_up(p.k, splits), splits == 1 ? vec : 256);
   splits = static_cast<int>(divide_up(p.k, slice));
   const bool two = per_tensor || splits > 1;
-  // A rule that splits, and could not enough.
+  // The rule splits rows, but not into enough slices.
   if (slice > capacity(class_of(path, p, two))) path = QuantizePath::kLong;
   const int most_threads = max_threads(class_of(path, p, two));
   const int floats = floats_per_thread(path, size_in_bytes(p.dtype));
@@ -139,7 +140,7 @@ Status plan_quantize(const QuantizeParams& p, const Device& device, QuantizePlan
     plan->rows = plan->threads / 32;
   } else {
     int64_t threads = divide_up(slice, floats);
-    // Unaligned rows: short ones get the short rows' eight elements a thread.
+    // Unaligned rows get eight elements per thread, like short rows.
     if (path == QuantizePath::kElement) threads = divide_up(slice, 8);
     if (path == QuantizePath::kCluster) {
       plan->cluster = 2;
@@ -158,8 +159,8 @@ Status plan_quantize(const QuantizeParams& p, const Device& device, QuantizePlan
   }
 
   const int64_t teams = divide_up(p.m * splits, plan->rows);
-  // Per tensor, every block reads the maxima of all: blocks that are resident at the same time are
-  // enough, and they take the rows in turn.
+  // Per tensor, every block reads the maxima of all blocks. So only as many blocks are launched as
+  // are resident at a time, and each takes several rows.
   const int64_t resident = device.sms * std::clamp<int64_t>(1024 / plan->threads, 1, 8);
   plan->blocks = (per_tensor ? std::min(teams, resident) : teams) * plan->cluster;
   plan->launches = p.m == 0 ? (per_tensor ? 1 : 0) : (two ? 2 : 1);

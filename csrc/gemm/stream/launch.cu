@@ -9,14 +9,14 @@
 namespace sqk {
 namespace {
 
-// Every block quantizes all of x for itself, which it reads from L2. It does so while the first
-// weights arrive: on an H100 a full ring keeps the memory busy for some 6500 clocks, and 16 warps
-// quantize this many elements in about 6000. More would be seen, and a launch of the quantizer
-// alone, 2 or 3 us, would cost less. How large the weights are does not matter: there is a block
-// per SM and not one per tile, so x is read 132 times and not n / 16 times.
+// Every block reads all of x from L2 and quantizes it, while its first weights arrive. On an H100 a
+// full ring keeps the memory busy for some 6500 clocks, and 16 warps quantize this many elements in
+// about 6000. With more elements, a separate launch of the quantizer (2 or 3 us) costs less. The
+// size of the weights does not matter: there is one block per SM, not per tile, so x is read 132
+// times, not n / 16 times.
 constexpr int64_t kMostQuantized = 40 * 1024;
 
-// A block, and how many of them.
+// The shape of a block, and the number of blocks.
 struct StreamLaunch {
   int32_t warps;
   bool resident;
@@ -36,17 +36,18 @@ StreamLaunch choose_launch(const GemmParams& params, bool quantizes, int groups,
     launch.shared_bytes = int64_t{warps} * kWarpRing + launch.activation_bytes + sums;
     return launch.shared_bytes <= device.shared_bytes;
   };
-  // As many warps as fit, and then activations that stay, which are read once a block and not once
-  // a tile. Those that the block quantizes must.
+  // First as many warps as fit. Then, if there is room, resident activations, which are read once
+  // per block instead of once per tile; activations that the block quantizes must be resident.
   bool found = false;
   for (int warps = std::clamp(most_warps, 1, kStreamWarps); !found && warps > 0; --warps) {
     found = fits(warps, true) || (!quantizes && fits(warps, false));
   }
   if (!found) return {};
-  // As many blocks as run at a time, which then take tile after tile: their rings never run dry,
-  // and x is quantized once a block. The driver keeps 1 KiB of each block's shared memory.
+  // As many blocks as run at a time. Each takes tile after tile, so its ring never runs empty and
+  // it quantizes x once.
   const int64_t per_sm = std::clamp<int64_t>(
-      (device.shared_bytes + 1024) / (launch.shared_bytes + 1024), 1, kStreamWarps / launch.warps);
+      (device.shared_bytes + kDriverShared) / (launch.shared_bytes + kDriverShared), 1,
+      kStreamWarps / launch.warps);
   const int64_t tiles = divide_up(params.n, kStreamChannels);
   launch.blocks = std::min(tiles, per_sm * device.sms);
   return launch;
@@ -73,7 +74,7 @@ Status launch_stream(const GemmParams& params, const QuantizeParams* quantize, c
   StreamParams p = {};
   p.epilogue = make_epilogue(params);
   p.w_q = params.w_q;
-  // One row may come with any stride: lanes behind it must still name an aligned address.
+  // A single row may have any stride, but lanes beyond it still need an aligned address.
   p.w_q_stride = params.n > 1 ? params.w_q_stride : 0;
   p.k = static_cast<int32_t>(params.k);
   p.stages = static_cast<int32_t>(stream_stages(params.k));
@@ -102,8 +103,8 @@ Status launch_stream(const GemmParams& params, const QuantizeParams* quantize, c
   config.block = dim3(static_cast<unsigned>(32 * launch.warps));
   config.shared_bytes = launch.shared_bytes;
   config.stream = stream;
-  // All kernels come this way: each keeps its own account of the devices. One block or several fill
-  // the shared memory, as choose_launch has it.
+  // One entry per kernel, because all kernels are launched here. choose_launch fills the shared
+  // memory with one block or several.
   static DevicesSeen seen[2][kDTypes];
   const Status status = allow_shared_memory(config.function, device.shared_bytes, 1,
                                             seen[groups - 1][static_cast<int>(type)]);

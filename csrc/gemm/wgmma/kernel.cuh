@@ -1,8 +1,8 @@
 // Hopper's GEMM: CUTLASS's TMA and wgmma main loop, our epilogue. Kernel ring: no torch.
 #pragma once
 
-// SQK_OVERLAP: a kernel may start while the one before it in the stream ends, and waits in front of
-// its first load. Set by the instances; CUTLASS 4.2's stream-K scheduler does not compile with it.
+// SQK_OVERLAP: a kernel may start before the previous one in the stream has ended, and waits before
+// its first load. The instances set it; CUTLASS 4.2's stream-K scheduler does not compile with it.
 #if SQK_OVERLAP
 #define CUTLASS_ENABLE_GDC_FOR_SM90 1
 #endif
@@ -25,8 +25,8 @@
 
 namespace sqk {
 
-// What CUTLASS's kernels ask of an epilogue. The results go from registers to global memory, in
-// whole sectors (epilogue.cuh), without shared memory: all of it is the main loop's.
+// The interface that CUTLASS's kernels need of an epilogue. The results go from registers to global
+// memory, in whole sectors (epilogue/), without shared memory, which is all for the main loop.
 template <bool kSwapAB>
 class WgmmaEpilogue {
  public:
@@ -84,7 +84,7 @@ class WgmmaEpilogue {
               column0 = cute::get<1>(coordinates) * kColumns;
     CUTLASS_PRAGMA_UNROLL
     for (int part = 0; part < kParts; ++part) {
-      // The warpgroups lie side by side along the rows, and together are repeated.
+      // The warpgroups are side by side along the rows, and this pattern repeats.
       const int row = row0 + 64 * (part * kWarpgroups + warpgroup) + 16 * warp;
       int32_t acc[kPerThread];
       CUTLASS_PRAGMA_UNROLL
@@ -120,7 +120,7 @@ struct WgmmaSchedule<Schedule::kStreamK> {
 };
 
 // The kernel of one tile, by numbers that people can read in a profile. "Rows" and "columns" are
-// the instruction's: tokens and channels, or the other way round.
+// those of the instruction: tokens and channels, or vice versa.
 template <int kM, int kN, int kK, int kStages, Schedule kSchedule, bool kSwapAB, int kClusterM,
           int kClusterN>
 struct WgmmaTile {
@@ -169,11 +169,11 @@ class WgmmaGemm {
     return allow_shared_memory(function(), kShared, 1, seen);
   }
 
-  // Clusters that run at a time: GPCs with an odd number of multiprocessors, or with some switched
-  // off, hold fewer than a division of all of them says. 0: not known, CUTLASS then assumes. Asked
-  // for once per device, as a plan and its launch must agree.
+  // How many clusters run at a time. This can be less than multiprocessors / cluster size, because
+  // a GPC may have an odd number of multiprocessors or some disabled. 0: not known; CUTLASS then
+  // assumes a number. Cached per device, because a plan and its launch must agree.
   static int active_clusters() {
-    static std::atomic<int32_t> known[kMaxDevices];  // 1 more, 0: not asked yet
+    static std::atomic<int32_t> known[kMaxDevices];  // plus 1; 0: not asked yet
     int device = 0;
     if (cudaGetDevice(&device) != cudaSuccess || device >= kMaxDevices) return 0;
     if (const int32_t found = known[device].load(std::memory_order_relaxed)) return found - 1;
@@ -191,8 +191,8 @@ class WgmmaGemm {
 
   static dim3 cluster() { return dim3(cute::size<0>(Cluster{}), cute::size<1>(Cluster{})); }
 
-  // CUTLASS's own check would refuse a k that is no multiple of 16; TMA needs that of strides only,
-  // and fills what lies behind k with zeros.
+  // CUTLASS's own check would refuse a k that is not a multiple of 16. TMA needs this only of
+  // strides, and reads zeros beyond k.
   static typename Kernel::Arguments arguments(const GemmParams& p, const Device& device) {
     typename Kernel::Arguments a = {};
     a.mode = cutlass::gemm::GemmUniversalMode::kGemm;
@@ -208,19 +208,21 @@ class WgmmaGemm {
     a.hw_info.sm_count = device.sms;
     if constexpr (kClusterBlocks > 1) a.hw_info.max_active_clusters = active_clusters();
     if constexpr (kTile.schedule == Schedule::kStreamK) {
-      // By default CUTLASS shares no tiles where the last wave is half full: that is for plan_gemm
-      // to say, and it has.
+      // By default CUTLASS does not split tiles if the last wave is half full. Here plan_gemm has
+      // already decided.
       a.scheduler.decomposition_mode = decltype(a.scheduler.decomposition_mode)::StreamK;
     }
     return a;
   }
 
-  // One row may come with any stride; a tensor map wants one that holds the row.
+  // A single row may have any stride, but a tensor map needs one that is at least as long as the
+  // row.
   static int64_t stride(const GemmParams& p, int64_t rows, int64_t given) {
     return rows > 1 ? given : round_up(p.k, kGemmAlignment);
   }
 
-  // CUTLASS only prints when the driver refuses a tensor map, and goes on with an empty one.
+  // If the driver refuses a tensor map, CUTLASS only prints a message and continues with an empty
+  // one.
   static bool is_encoded(const cute::TmaDescriptor& map) {
     const cute::TmaDescriptor empty = {};
     return std::memcmp(&map, &empty, sizeof map) != 0;
@@ -235,12 +237,12 @@ class WgmmaGemm {
                        cudaStream_t stream) {
     const auto given = arguments(p, device);
     if constexpr (kTile.schedule == Schedule::kStreamK) {
-      // Planned in another context, with other multiprocessors.
+      // The plan may have been made in a context with other multiprocessors.
       if (static_cast<int64_t>(Kernel::get_workspace_size(given)) > p.workspace_bytes) {
         return Status::kWorkspaceTooSmall;
       }
     }
-    // Stream-K: clears the counters of its tiles.
+    // Stream-K clears the counters of its tiles here.
     if (Kernel::initialize_workspace(given, p.workspace, stream) != cutlass::Status::kSuccess) {
       return Status::kUnsupportedShape;
     }

@@ -7,9 +7,8 @@
 
 namespace sqk {
 
-// Every type, with its bytes, whether it is a float, and its name. All that follows is made of this
-// list, so that a new row reaches every `visit`, and each of them fails to compile until it knows
-// the type.
+// Every type: its bytes, whether it is a float, and its name. Everything below is made from this
+// list, so a new row reaches every `visit`, which does not compile until it handles the type.
 #define SQK_DTYPES(X)               \
   X(kFloat32, 4, true, "float32")   \
   X(kFloat16, 2, true, "float16")   \
@@ -30,7 +29,7 @@ constexpr DTypeFacts kDTypeFacts[] = {SQK_DTYPES(SQK_FACTS)};
 #undef SQK_FACTS
 constexpr int kDTypes = sizeof(kDTypeFacts) / sizeof(kDTypeFacts[0]);
 
-// Any number may come through the C entries.
+// Callers of the C entries may pass any number.
 constexpr bool is_known(DType dtype) {
   return static_cast<int32_t>(dtype) >= 0 && static_cast<int32_t>(dtype) < kDTypes;
 }
@@ -42,18 +41,19 @@ constexpr int64_t size_in_bytes(DType dtype) { return facts_of(dtype).bytes; }
 constexpr bool is_float(DType dtype) { return facts_of(dtype).is_float; }
 constexpr const char* name(DType dtype) { return facts_of(dtype).name; }
 
-// A type as a template argument's value; converts to DType.
+// A type as a constant that converts to DType.
 template <DType kDType>
 using DTypeConstant = std::integral_constant<DType, kDType>;
 
-// The first type from an index on that is wanted; kDTypes: none.
+// The first wanted type at or after an index, or kDTypes if there is none.
 constexpr int next_dtype(bool (*wanted)(DType), int index) {
   while (index < kDTypes && !wanted(static_cast<DType>(index))) ++index;
   return index;
 }
 
-// f(DTypeConstant<dtype>{}), which has one result type for all types; f is compiled for those that
-// are wanted, of which `dtype` is one: the last of them is not asked for.
+// Returns f(DTypeConstant<dtype>{}), whose result type must be the same for all types. f is
+// compiled for the wanted types only. `dtype` must be one of them: there is no comparison with the
+// last one.
 template <bool (*kWanted)(DType), int kIndex, typename F>
 constexpr auto visit_from(DType dtype, F& f) {
   constexpr auto kType = static_cast<DType>(kIndex);
