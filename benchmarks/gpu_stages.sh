@@ -69,7 +69,7 @@ except BuildError as error:
   rm -f "$built_from"
   # Beside the library, so that the stage `probe` need not wait for a compiler.
   capability=$("$python" -c 'import torch; print("{}{}".format(*torch.cuda.get_device_capability()))')
-  "$python" benchmarks/probe.py --compile "$capability" >&3 2>&1 &
+  "$python" -m benchmarks.prediction.probe --compile "$capability" >&3 2>&1 &
   # Without MAX_JOBS: one compiler per core.
   short 3 "$python" -m pip install --verbose --disable-pip-version-check --no-build-isolation --no-deps --editable .
   echo "built in $((SECONDS - start)) s for $TORCH_CUDA_ARCH_LIST"
@@ -202,10 +202,10 @@ stage_gemm() {
 # What the predictions assume, measured (probe.cu).
 stage_probe() {
   if rehearsing; then
-    "$python" benchmarks/probe.py --compile 90
+    "$python" -m benchmarks.prediction.probe --compile 90
     return
   fi
-  "$python" benchmarks/probe.py --seconds "$(budget 2)" --json "$results/probe.json"
+  "$python" -m benchmarks.prediction.probe --seconds "$(budget 2)" --json "$results/probe.json"
 }
 
 stage_quantize() {
@@ -241,11 +241,10 @@ stage_model() { benchmark model 20 "--device cpu --quick" 10; }
 # Tables and pictures of what the stages before it have left, also when some failed; then against what was predicted,
 # which says nothing about whether the run is right.
 stage_report() {
-  local status=0 assumptions=()
+  local status=0
   short 40 "$python" benchmarks/make_report.py "$results" --out "$results/report" || status=$?
   if ! rehearsing && [[ -f $results/gemm.json ]] && command -v "${CXX:-g++}" >/dev/null; then
-    if [[ -f $results/probe.json ]]; then assumptions=(--assume "$results/probe.json"); fi
-    short 30 "$python" benchmarks/model.py --compare "$results/gemm.json" "${assumptions[@]}" || true
+    short 30 "$python" -m benchmarks.prediction --compare "$results/gemm.json" || true
   fi
   return "$status"
 }

@@ -19,10 +19,8 @@ from typing import Any
 
 import first_light
 import plots
-import predict
-import probe
 import result_tables
-from model_costs import MACHINES
+from prediction import probe
 from report import write_csv, write_text
 from result_tables import Table, failures, time_of
 
@@ -125,9 +123,7 @@ def kernels(folder: Path) -> list[Section]:
         found.append(Section("Every kernel alone", lines, [Table(header, cells, len(header))]))
     try:
         data = json.loads((folder / "probe.json").read_text())
-        known = [name for name in predict.GPUS if name in str(data["machine"]["device"])]
-        gpu = (predict.GPUS[known[0]], MACHINES[known[0]]) if known else (None, None)
-        lines = [f"* {line}" for line in probe.findings(data["measured"], *gpu)]
+        lines = [f"* {line}" for line in probe.findings_of(data)]
         found.append(Section("What the predictions assume", lines))
     except (OSError, ValueError, KeyError, TypeError):
         pass

@@ -11,9 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import predict
-from model_compare import gpu_of
-from predict import Gpu
+from prediction.gpus import GPUS, Gpu, floor, gpu_of
 from report import Row, baselines_of, group_means
 from result_tables import good, layer_name, time_of, tops
 from shapes import M_CLASSES, m_class
@@ -77,9 +75,9 @@ def steps(rows: Sequence[Row]) -> list[Step]:
 
 
 def data_sheet(machine: Mapping[str, Any]) -> Gpu | None:
-    """None where the GPU is not exactly one of predict.GPUS: PCIe cards, smaller memories, parts of a GPU."""
+    """None where the GPU is not exactly one of gpus.GPUS: PCIe cards, smaller memories, parts of a GPU."""
     try:
-        gpu = predict.GPUS[gpu_of(machine)]
+        gpu = GPUS[gpu_of(machine)]
     except ValueError:
         return None
     size = re.search(r"(\d+)GB", gpu.name)
@@ -91,7 +89,7 @@ def data_sheet(machine: Mapping[str, Any]) -> Gpu | None:
 def roofline(gpu: Gpu, m: int, n: int, k: int, moved: int | None = None) -> float:
     """TOPS that no kernel can exceed: the peak, or what the fewest bytes allow (default: those with 16-bit y)."""
     if moved is None:
-        return 2e-6 * m * n * k / predict.floor(gpu, m, n, k)[0]
+        return 2e-6 * m * n * k / floor(gpu, m, n, k)[0]
     return min(gpu.tops, 2e-3 * m * n * k / moved * gpu.gb_per_s)
 
 

@@ -5,15 +5,12 @@ Every number is the file's; means are geometric. A case that failed has no numbe
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import model_compare
-import predict
 import tune_rules
+from prediction import compare, expected, gpus
 from report import Row, baselines_of, geomean, geomeans
 from shapes import m_class
 
@@ -117,7 +114,7 @@ def tops(row: Mapping[str, Any]) -> float:
 
 def documented(rows: Sequence[Row]) -> list[Row]:
     """The layers of the predictions, so that both can be compared; all where a file has none of them."""
-    return [row for row in rows if layer_name(row) in predict.LAYERS] or list(rows)
+    return [row for row in rows if layer_name(row) in expected.LAYERS] or list(rows)
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
@@ -243,17 +240,13 @@ def tuned(data: Mapping[str, Any]) -> Table:
     return Table(["M", "problems", "the dispatch loses"], body)
 
 
-def predicted(path: Path) -> Table | None:
-    """Measured over predicted; None on a GPU that is not predicted. Needs the C++ compiler."""
-    machine = json.loads(path.read_text())["machine"]
+def predicted(data: Mapping[str, Any]) -> Table | None:
+    """Measured over expected; None on a GPU that is not predicted. Needs the C++ compiler."""
     try:
-        gpu = model_compare.gpu_of(machine)
+        gpu = gpus.gpu_of(data["machine"])
     except ValueError:
         return None
-    header, rows = model_compare.comparison_table(path, gpu)
-    # Words first: the worst case is the last column there.
-    body = [[row[0], row[-1], *row[1:-1]] for row in rows]
-    return Table([header[0], header[-1], *header[1:-1]], body, left=2)
+    return Table(*compare.by_class(compare.compare(data, gpu)))
 
 
 # --- targets ----------------------------------------------------------------------------------------------------------

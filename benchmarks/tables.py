@@ -11,15 +11,13 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import model
-import predict
 import result_tables
+from prediction import compare, expected, gpus, planner, yardstick
 from result_tables import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -222,16 +220,25 @@ def peers(data: Data) -> str:
 
 def gemm_prediction(gpu: str) -> str | None:
     """Arithmetic, not results: it needs the C++ compiler and no GPU. None without the compiler: the table stays."""
-    if shutil.which(predict.COMPILER) is None:
+    if not planner.available():
         return None
-    described = predict.GPUS[gpu]
+    described = gpus.GPUS[gpu]
     caption = (
         f"{described.name}: {described.sms} SMs at {described.ghz} GHz, {described.tops:.0f} TOPS, "
-        f"{described.gb_per_s:.0f} GB/s by its data sheet; likely (low .. high) by "
-        f"`python benchmarks/model.py --gpu {gpu}`.\n\n"
+        f"{described.gb_per_s:.0f} GB/s by its data sheet; `python -m benchmarks.prediction --gpu {gpu}`.\n\n"
     )
-    header, rows = model.prediction_table(gpu)
+    header, rows = expected.table(gpu)
     return caption + markdown(header, rows, left=header.index("M"))
+
+
+def gemm_yardstick() -> str | None:
+    """Other people's times beside the expected ones: a summary by class of M, then each. None without the compiler."""
+    if not planner.available():
+        return None
+    pairs = yardstick.rows()
+    summary = markdown(*compare.by_class([ours for _, ours in pairs]))
+    header, rows = yardstick.table(pairs)
+    return f"{summary}\n{markdown(header, rows, left=header.index('M'))}"
 
 
 def gpu_caption(data: Data) -> str:
@@ -280,9 +287,9 @@ def gpu_targets(data: Data) -> str:
 
 def gpu_predicted(data: Data) -> str | None:
     """None without the C++ compiler: the table stays."""
-    if shutil.which(predict.COMPILER) is None:
+    if not planner.available():
         return None
-    table = result_tables.predicted(data["path"])
+    table = result_tables.predicted(data)
     if table is None:
         return f"There is no prediction for {data['machine']['device']}.\n"
     return gpu_caption(data) + table.markdown()
@@ -310,6 +317,7 @@ TABLES: dict[str, Callable[[], str | None]] = {
     "gemm_h100": lambda: gemm_prediction("H100"),
     "gemm_a100": lambda: gemm_prediction("A100"),
     "gemm_l40s": lambda: gemm_prediction("L40S"),
+    "gemm_yardstick": gemm_yardstick,
     "gpu_targets": measured("gemm.json", gpu_targets, gpu=True),
     "gpu_gemm": measured("gemm.json", gpu_gemm, gpu=True),
     "gpu_predicted": measured("gemm.json", gpu_predicted, gpu=True),

@@ -2,7 +2,6 @@
 // this file needs no CUDA compiler and no GPU.
 #include <algorithm>
 #include <atomic>
-#include <cmath>
 #include <cstdio>
 #include <memory>
 #include <mutex>
@@ -11,6 +10,7 @@
 #include <vector>
 
 #include "common/arithmetic.h"
+#include "gemm/cost.h"
 #include "gemm/excluded.h"
 #include "gemm/measured.h"
 #include "gemm/splits.h"
@@ -66,74 +66,6 @@ bool serves(const GemmTile& tile, const GemmParams& p, const Device& device) {
          (tile.kernel != GemmKernel::kStream || p.m <= tile.m);
 }
 
-int64_t tiles_of(const GemmTile& tile, const GemmParams& p) {
-  // Clusters come whole: what is missing in the last one is launched all the same.
-  return divide_up(p.m, tile.m * tile.cluster_m) * tile.cluster_m *
-         divide_up(p.n, tile.n * tile.cluster_n) * tile.cluster_n;
-}
-
-// Tiles that the busiest multiprocessor works off under CUTLASS's stream-K schedule: the last one
-// or two waves are shared over k, by as many blocks as get kLeastSteps tiles of k each; nothing is
-// shared where the waves are full or k is short.
-double stream_k_tiles(double tiles, double k_tiles, double sms) {
-  constexpr double kLeastSteps = 8;
-  const double full = std::floor(tiles / sms);
-  if (full * sms == tiles || k_tiles <= kLeastSteps) return std::ceil(tiles / sms);
-  const double whole = full > 1 ? full - 1 : 0, shared = tiles - whole * sms;
-  return whole + shared / std::max(1.0, std::min(sms, shared * k_tiles / kLeastSteps));
-}
-
-// Clocks until a problem is done, by the busiest multiprocessor: what it multiplies or what it
-// loads, whichever takes longer, and a constant for each tile it works off; and not before memory
-// has delivered everything once, so that tiles which can do no better are equal.
-double expected_clocks(const GemmTile& tile, const GemmMachine& machine, const GemmParams& p,
-                       const Device& device, int64_t splits) {
-  const auto tiles = static_cast<double>(tiles_of(tile, p));
-  const double sms = device.sms, area = 1.0 * tile.m * tile.n;
-  const bool stream_k = tile.schedule == Schedule::kStreamK;
-  const auto k = static_cast<double>(divide_up(p.k, tile.k) * tile.k);
-  const double busy = stream_k ? sms : std::min(sms, tiles * static_cast<double>(splits));
-  // A cluster shares what it draws from L2; each of its SMs still takes in all of it.
-  const double drawn = 1.0 * tile.m / tile.cluster_n + 1.0 * tile.n / tile.cluster_m;
-  const double loads = k * std::max(drawn * busy / (machine.l2_bytes * sms),
-                                    1.0 * (tile.m + tile.n) / machine.sm_bytes);
-  const double work = std::max(area * k / (machine.macs * tile.rate / 100.0), loads);
-  const double memory =
-      (1.0 * p.n * p.k + 1.0 * p.m * p.k + 2.0 * p.m * p.n) / machine.memory_bytes;
-  double clocks = 0;
-  if (tile.kernel == GemmKernel::kStream) {
-    // A tile's reads go on while the one before is stored; the tokens stay in shared memory.
-    clocks = tiles / sms * k * tile.n / machine.l2_bytes + machine.overhead;
-  } else if (stream_k) {
-    // Parts of tiles go through the workspace, and its counters are cleared first.
-    clocks = stream_k_tiles(tiles, k / tile.k, sms) * work + 2.0 * machine.overhead +
-             machine.launch + 8.0 * area / machine.l2_bytes;
-  } else {
-    const auto blocks =
-        static_cast<double>(divide_up(static_cast<int64_t>(tiles) * splits, device.sms));
-    clocks = blocks * (work / static_cast<double>(splits) + machine.overhead);
-    if (splits > 1) {
-      clocks += static_cast<double>(splits) * 4.0 * area / machine.l2_bytes + machine.launch;
-    }
-  }
-  return std::max(clocks, memory + machine.overhead);
-}
-
-// Of 1 .. most_splits (and no more than k has tiles) what is done first.
-int64_t best_splits(const GemmTile& tile, const GemmMachine& machine, const GemmParams& p,
-                    const Device& device) {
-  const int64_t most = std::min<int64_t>(tile.most_splits, divide_up(p.k, tile.k));
-  int64_t best = 1;
-  for (int64_t splits = 2; splits <= most; ++splits) {
-    if (tiles_of(tile, p) * splits > 4 * device.sms) break;
-    if (expected_clocks(tile, machine, p, device, splits) <
-        expected_clocks(tile, machine, p, device, best)) {
-      best = splits;
-    }
-  }
-  return best;
-}
-
 // An estimate is not worth more: the rules name the simpler kernel first.
 constexpr double kClearlyLess = 0.97;
 
@@ -151,7 +83,7 @@ int32_t choose(GemmTable index, const GemmParams& p, const Device& device,
     if (excluded != nullptr && excluded->has(index, candidate)) return;
     const GemmTile& tile = table.tiles[candidate];
     const int64_t splits = best_splits(tile, table.machine, p, device);
-    const double clocks = expected_clocks(tile, table.machine, p, device, splits);
+    const double clocks = expected_cost(tile, table.machine, p, device, splits).clocks;
     if (best < 0 || clocks < kClearlyLess * least) {
       best = candidate;
       least = clocks;
@@ -242,7 +174,7 @@ Status make_plan(const GemmParams& params, const Device& device, const GemmMeasu
   plan->blocks = plan->tiles * splits;
   if (plan->blocks > kMaxBlocks) return Status::kUnsupportedShape;
   plan->shared_bytes = shared_bytes(tile);
-  plan->expected_clocks = expected_clocks(tile, table.machine, params, device, splits);
+  plan->expected_clocks = expected_cost(tile, table.machine, params, device, splits).clocks;
   if (splits > 1) {
     plan->counter_bytes = split_counter_bytes(plan->tiles);
     plan->workspace_bytes = split_workspace_bytes(tile, plan->tiles, plan->splits);
@@ -305,11 +237,14 @@ extern "C" const char* sqk_gemm_choice(int64_t m, int64_t n, int64_t k, const sq
   if (sqk::plan_gemm(params, *device, &plan) != sqk::Status::kSuccess || plan.launches == 0) {
     return "{}";
   }
+  const sqk::GemmTableView& table = sqk::gemm_table(plan.table);
+  const sqk::GemmCost cost =
+      sqk::expected_cost(table.tiles[plan.tile], table.machine, params, *device, plan.splits);
   std::snprintf(text, sizeof text,
                 "{\"table\": \"%s\", \"tile\": %d, \"splits\": %d, \"blocks\": %lld, "
-                "\"expected_clocks\": %.0f}",
-                sqk::gemm_table(plan.table).name, plan.tile, plan.splits,
-                static_cast<long long>(plan.blocks), plan.expected_clocks);
+                "\"expected_clocks\": %.0f, \"bound_by\": \"%s\"}",
+                table.name, plan.tile, plan.splits, static_cast<long long>(plan.blocks),
+                cost.clocks, cost.bound_by);
   return text;
 }
 

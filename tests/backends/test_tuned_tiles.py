@@ -42,6 +42,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "-pthread",
         "-Icsrc/include",
         "-Icsrc",
+        "csrc/gemm/cost.cpp",
         "csrc/gemm/plan.cpp",
         "csrc/gemm/tables.cpp",
     ]

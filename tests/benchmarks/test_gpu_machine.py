@@ -106,8 +106,10 @@ def test_the_first_call_on_a_machine(machine: Path) -> None:
         "triton" not in call and "--baselines fp16 bf16 int_mm fp8 vllm sgl" in call
         for call in gemm
     )
-    (probe,) = (c for c in calls_of(calls, "probe.py") if "--json" in c)
-    assert probe.startswith("probe ") and calls_of(calls, "probe.py")[0].endswith("--compile 90")
+    compiled, measured = (call for call in calls if "-m benchmarks.prediction.probe" in call)
+    assert (
+        compiled.endswith("--compile 90") and measured.startswith("probe ") and "--json" in measured
+    )
     assert len(list((machine / "out").iterdir())) <= 8
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import make_report
 import plots
-import predict
 import pytest
+from prediction.gpus import GPUS, floor
 
 from tests.benchmarks.test_tables import BLOCK, GEMM, LINEAR, MACHINE, QUANTIZE, gemm_row, write
 
@@ -124,11 +124,11 @@ def test_every_step_that_is_not_monotone_is_found() -> None:
 
 
 def test_the_roofline_is_the_lower_of_both_bounds() -> None:
-    gpu = predict.GPUS["H100"]
+    gpu = GPUS["H100"]
     assert plots.roofline(gpu, 8192, 8192, 8192, 1) == gpu.tops
     # 2 * 4096 * 4096 operations per 2^24 bytes: 2 per byte
     assert plots.roofline(gpu, 1, 4096, 4096, 2**24) == pytest.approx(2 * gpu.gb_per_s / 1e3)
-    floor_us, bound = predict.floor(gpu, 64, 4096, 4096)
+    floor_us, bound = floor(gpu, 64, 4096, 4096)
     assert bound == "memory"
     assert plots.roofline(gpu, 64, 4096, 4096) == pytest.approx(2e-6 * 64 * 4096**2 / floor_us)
 
@@ -138,7 +138,7 @@ def test_the_roofline_is_the_lower_of_both_bounds() -> None:
     [{"device": "cpu (a rehearsal)"}, {"sms": 114}, {"memory_gib": 39.4}, {"device": "NVIDIA X1"}],
 )
 def test_only_the_very_gpu_of_a_data_sheet_has_a_roofline(changes: dict[str, Any]) -> None:
-    assert plots.data_sheet(MACHINE) is predict.GPUS["H100"]
+    assert plots.data_sheet(MACHINE) is GPUS["H100"]
     assert plots.data_sheet(MACHINE | changes) is None
 
 

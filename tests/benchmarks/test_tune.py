@@ -234,7 +234,7 @@ def test_rows_of_the_library_are_printed_as_they_are_written(tmp_path: Path) -> 
     if compiler is None:
         pytest.skip("no g++")
     flags = ["-std=c++17", "-DSQK_TUNING=1", "-shared", "-fPIC", "-Icsrc/include", "-Icsrc"]
-    sources = ["csrc/gemm/plan.cpp", "csrc/gemm/tables.cpp"]
+    sources = ["csrc/gemm/cost.cpp", "csrc/gemm/plan.cpp", "csrc/gemm/tables.cpp"]
     subprocess.run([compiler, *flags, *sources, "-o", tmp_path / "t.so"], cwd=ROOT, check=True)
     library = c_gemm.declare_plans(ctypes.CDLL(str(tmp_path / "t.so"), mode=1))
     for name, table in c_gemm.tables(library).items():

@@ -216,8 +216,7 @@ class Sources:
         assert done.returncode == 0, done.stderr
         done = self.instances(("-fPIC", "-c", "-o", "all.o"))
         assert done.returncode == 0, done.stderr
-        rest = ["csrc/gemm/plan.cpp", "csrc/gemm/tables.cpp", "rest.cpp"]
-        rest += [str(path) for path in (self.folder / "csrc" / "gemm").glob("cost.cpp")]
+        rest = [f"csrc/gemm/{name}.cpp" for name in ("cost", "plan", "tables")] + ["rest.cpp"]
         flags = ["-fPIC", "-shared", "-Wl,--no-undefined", "-o", "library.so"]
         done = self.compile([*rest, "-x", "none", *objects], *flags)
         assert (done.returncode == 0) == (done.stderr == "")

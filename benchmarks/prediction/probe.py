@@ -1,7 +1,7 @@
-"""What the predictions (model_costs.py) assume of a GPU, measured by probe.cu; model.py reads the file (--assume).
+"""Measures what the predictions assume of a GPU (probe.cu), and says which numbers its table should have.
 
-python benchmarks/probe.py [--json probe.json] [--seconds 20]
-python benchmarks/probe.py --rehearse        # compiles only, where there is nvcc
+python -m benchmarks.prediction.probe [--json probe.json] [--seconds 20]
+python -m benchmarks.prediction.probe --compile 90      # only compiles, where there is nvcc
 """
 
 from __future__ import annotations
@@ -13,26 +13,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from model_costs import MACHINES, MEMORY_SHARE, Machine
-from predict import GPUS, Gpu
+from . import planner
+from .gpus import GPUS, Gpu, gpu_of
 
-ROOT = Path(__file__).resolve().parent.parent
-SOURCE = ROOT / "benchmarks" / "probe.cu"
-BUILD = ROOT / "build" / "probe"
-#: Best and worst beside a value that was measured.
-SPREAD = (0.97, 1.05)
-#: A share of the data sheet above or below which a measurement is not believed.
-BELIEVED = (0.2, 1.2)
+SOURCE = Path(__file__).with_name("probe.cu")
+BUILD = Path(__file__).resolve().parents[2] / "build" / "probe"
 
 Measured = dict[str, Any]
 
 
 def read_lines(text: str) -> Measured:
-    """The members that probe.cu has printed; a line that was cut off is left out."""
+    """The members that probe.cu printed; a line that was cut off is left out."""
     found: Measured = {}
     for line in text.splitlines():
         try:
@@ -47,8 +41,23 @@ def read_lines(text: str) -> Measured:
 # --- what it says -----------------------------------------------------------------------------------------------------
 
 
-def findings(measured: Mapping[str, Any], gpu: Gpu | None, machine: Machine | None) -> list[str]:
-    """A line for each assumption: what was assumed, what was found."""
+def machine_row(measured: Mapping[str, Any], gpu: Gpu) -> dict[str, int]:
+    """Of GemmMachine (csrc/gemm), what was measured, in clocks."""
+    ghz = measured.get("idle_sm_ghz") or gpu.ghz
+    found = {}
+    if l2 := measured.get("l2_read_tb_per_s"):
+        found["l2_bytes"] = round(l2 * 1e3 / ghz / gpu.sms)
+    if memory := measured.get("dram_read_gb_per_s"):
+        found["memory_bytes"] = round(memory / gpu.ghz)
+    if node := measured.get("graph_node_us"):
+        found["launch"] = round(node * 1e3 * gpu.ghz)
+    return found
+
+
+def findings(
+    measured: Mapping[str, Any], gpu: Gpu | None = None, machine: Mapping[str, int] | None = None
+) -> list[str]:
+    """A line for each assumption: what was found, what was assumed; then the numbers that the table should have."""
     lines = []
 
     def add(name: str, what: str, found: str, assumed: object = None) -> None:
@@ -56,14 +65,17 @@ def findings(measured: Mapping[str, Any], gpu: Gpu | None, machine: Machine | No
         if (value := measured.get(name)) is not None:
             lines.append(f"{what:34s} {found.format(value):>18s}   assumed {assumed or '-'}")
 
-    memory = f"{gpu.gb_per_s * MEMORY_SHARE[1]:.0f}" if gpu else None
+    memory = l2 = node = None
+    if gpu and machine:
+        memory = f"{machine['memory_bytes'] * gpu.ghz:.0f}"
+        l2 = f"{machine['l2_bytes'] * gpu.sms * gpu.ghz / 1e3:.2f}"
+        node = f"{machine['launch'] / gpu.ghz / 1e3:.2f}"
     add("dram_read_gb_per_s", "memory, read", "{:.0f} GB/s", memory)
     add("copy_gb_per_s", "memory, copied (read and written)", "{:.0f} GB/s")
-    add("l2_read_tb_per_s", "L2, read", "{:.2f} TB/s", triple(machine and machine.l2_tb_per_s))
-    latency, launch = (machine.latency, machine.launch_us) if machine else (None, None)
-    add("dram_latency_clocks", "latency of memory", "{:.0f} clocks", triple(latency))
+    add("l2_read_tb_per_s", "L2, read", "{:.2f} TB/s", l2)
+    add("dram_latency_clocks", "latency of memory", "{:.0f} clocks")
     add("l2_latency_clocks", "latency of L2", "{:.0f} clocks")
-    add("graph_node_us", "a node of a graph", "{:.2f} us", triple(launch))
+    add("graph_node_us", "a node of a graph", "{:.2f} us", node)
     add("chain_us", "a kernel of 5,000 clocks in a graph", "{:.2f} us")
     add("chain_overlapped_us", "the same by dependent launch", "{:.2f} us")
     for size in (1, 2, 4, 8):
@@ -74,60 +86,20 @@ def findings(measured: Mapping[str, Any], gpu: Gpu | None, machine: Machine | No
         add(f"blocks_per_sm_{how}", f"blocks per SM, carveout {how}", "{:.0f}", 2)
     add("blocks_in_order", "share of blocks begun in order", "{:.2f}", 1)
     add("idle_sm_ghz", "SM clock without tensor cores", "{:.2f} GHz", gpu and gpu.ghz)
+    if gpu and machine and (row := machine_row(measured, gpu)):
+        wanted = ", ".join(f"{name} {value} (is {machine[name]})" for name, value in row.items())
+        lines.append(f"the GPU's table by this: {wanted}")
     return lines + [f"{name}: {why}" for name, why in measured.items() if name.endswith("_failed")]
 
 
-def triple(values: Sequence[float] | None) -> str:
-    return "-" if not values else f"{values[1]:g} ({values[0]:g} .. {values[2]:g})"
-
-
-# --- what the model makes of it ---------------------------------------------------------------------------------------
-
-
-def spread(value: float, more_is_better: bool) -> tuple[float, float, float]:
-    """Best, likely, worst."""
-    low, high = (value * by for by in SPREAD)
-    return (high, value, low) if more_is_better else (low, value, high)
-
-
-def assume(gpu: Gpu, machine: Machine, measured: Mapping[str, Any]) -> Machine:
-    """The machine with what was measured in place of what was assumed; the rest stays."""
-    changes: dict[str, Any] = {}
-    if dram := measured.get("dram_read_gb_per_s"):
-        share = dram / gpu.gb_per_s
-        if not BELIEVED[0] < share < BELIEVED[1]:
-            raise ValueError(
-                f"the probe read {dram:.0f} GB/s from memory, but the data sheet of the {gpu.name} has "
-                f"{gpu.gb_per_s:.0f}: it was made on another GPU, or another program used this one."
-            )
-        changes["memory_share"] = spread(share, True)
-    if l2 := measured.get("l2_read_tb_per_s"):
-        changes["l2_tb_per_s"] = spread(l2, True)
-    if clocks := measured.get("dram_latency_clocks"):
-        # Idle is the best; queues add what was assumed of them.
-        worse = (clocks * other / machine.latency[0] for other in machine.latency)
-        changes["latency"] = tuple(round(value) for value in worse)
-    if node := measured.get("graph_node_us"):
-        changes["launch_us"] = spread(node, False)
-    clusters = {
-        size: int(most)
-        for size in (1, 2, 4, 8)
-        if (most := measured.get(f"max_active_clusters_{size}"))
-    }
-    if clusters:
-        changes["clusters"] = clusters
-    return replace(machine, **changes)
-
-
-def read_assumptions(path: Path) -> Measured:
-    """Of --assume; ValueError where it is no file of this program."""
+def findings_of(data: Mapping[str, Any]) -> list[str]:
+    """Of a file that --json has written; KeyError where it is none."""
     try:
-        found = json.loads(path.read_text())["measured"]
-        if isinstance(found, dict):
-            return found
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    raise ValueError(f"{path} is no file of benchmarks/probe.py --json")
+        gpu = GPUS[gpu_of(data["machine"])]
+    except ValueError:
+        return findings(data["measured"])
+    machine = planner.machine_of(gpu) if planner.available() else None
+    return findings(data["measured"], gpu, machine)
 
 
 # --- the program ------------------------------------------------------------------------------------------------------
@@ -138,7 +110,7 @@ def nvcc() -> str:
 
 
 def compile_probe(capability: tuple[int, int]) -> str:
-    """Empty, or why it could not be compiled. What was compiled for this GPU from this source is kept."""
+    """Empty, or why it could not be compiled. A program of the same source for the same GPU is kept."""
     major, minor = capability
     arch = "90a" if capability == (9, 0) else f"{major}{minor}"
     BUILD.mkdir(parents=True, exist_ok=True)
@@ -187,7 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.compile:
         why = compile_probe(divmod(args.compile, 10))
         print(why or "the probe compiles")
-        # That there is no compiler is not the probe's fault.
+        # A missing compiler is no failure of the probe.
         return 77 if why.startswith("there is no") else int(bool(why))
     import gpu_state
     import torch
@@ -197,9 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(why)
         return 1
     measured, why = run_probe(max(3.0, args.seconds - (time.monotonic() - begin)))
-    known = [name for name in GPUS if name in str(machine["device"])]
-    gpu, assumed = (GPUS[known[0]], MACHINES[known[0]]) if known else (None, None)
-    print("\n".join(findings(measured, gpu, assumed)))
+    print("\n".join(findings_of({"machine": machine, "measured": measured})))
     if why:
         print(why)
     if args.json:

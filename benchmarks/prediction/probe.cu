@@ -1,5 +1,5 @@
-// What the predictions assume of a GPU, measured: probe.py compiles and runs this, without torch.
-// Each line that it prints is a member of a JSON object; what fails leaves a line with the reason.
+// Measures what the predictions assume of a GPU. probe.py compiles and runs it; it needs no torch.
+// Each printed line is a JSON object with one member; a section that fails prints the reason.
 //   nvcc -std=c++17 -O3 -gencode=arch=compute_90a,code=sm_90a probe.cu -o probe && ./probe
 #include <cuda_runtime.h>
 
@@ -14,7 +14,7 @@ namespace {
 
 cudaDeviceProp gpu;
 
-const char* note = nullptr;  // of the section that runs: what failed first
+const char* note = nullptr;  // the first failure of the current section
 
 bool ok(cudaError_t error, const char* call) {
   if (error == cudaSuccess) return true;
@@ -38,7 +38,7 @@ double median(std::vector<double> values) {
   return values[values.size() / 2];
 }
 
-// Milliseconds of the median of some launches, between events.
+// Median milliseconds of some launches, between events.
 template <typename Launch>
 double milliseconds(int rounds, const Launch& launch) {
   cudaEvent_t begin, end;
@@ -107,7 +107,7 @@ __device__ inline uint64_t now_ns() {
   return ns;
 }
 
-// One thread follows pointers: the clocks of one load that misses L1, or L2 too.
+// One thread follows pointers: clocks of a load that misses L1, or L1 and L2.
 __global__ void follow(const int32_t* next, int steps, int64_t* clocks, int* out) {
   int at = 0;
   for (int i = 0; i < 32; ++i) at = __ldcg(next + at);
@@ -118,7 +118,7 @@ __global__ void follow(const int32_t* next, int steps, int64_t* clocks, int* out
 }
 
 void latencies(bool small) {
-  // Steps of 1 MiB and a line: each in another place of the memory; a small ring stays in L2.
+  // Steps of 1 MiB and a line touch a new place in memory each time; a small ring stays in L2.
   const auto measure = [&](const char* name, int64_t bytes, int64_t stride) {
     const int64_t count = bytes / 4, jump = stride / 4;
     std::vector<int32_t> next(count, 0);
@@ -228,7 +228,8 @@ int most_together(const std::vector<Stay>& stays) {
   return most;
 }
 
-// Blocks that are on an SM together whose shared memory fits twice, as it is and asked for.
+// How many blocks with half of the shared memory each run on an SM together, with the default
+// carveout and with the largest one requested.
 void carveouts(bool small) {
   const int64_t each = gpu.sharedMemPerMultiprocessor / 2 - 1024 - 512;
   const int blocks = small ? 2 : 2 * gpu.multiProcessorCount;
@@ -249,7 +250,7 @@ void carveouts(bool small) {
   }
 }
 
-// With the whole shared memory of an SM for each block, as the wgmma kernels have it.
+// Each block takes an SM's whole shared memory, as the wgmma kernels do.
 void clusters(bool small) {
   if (gpu.major < 9) return;
   const int shared = static_cast<int>(gpu.sharedMemPerBlockOptin) - 512;
@@ -269,7 +270,7 @@ void clusters(bool small) {
     const std::string name = "max_active_clusters_" + std::to_string(size);
     if (OK(cudaOccupancyMaxActiveClusters(&most, stay, &config))) say(name.c_str(), most);
   }
-  // The same, seen: SMs on which a grid of pairs ran in its first wave.
+  // The same as observed: SMs on which a grid of pairs ran in its first wave.
   if (small) return;
   const auto stays = stays_of(4 * gpu.multiProcessorCount, 384, shared, 2, small);
   if (stays.empty()) return;
@@ -306,7 +307,7 @@ __global__ void link_of_chain(int clocks) {
   }
 }
 
-// Microseconds of a kernel in a graph of many, one after the other. 0 where graphs do not work.
+// Microseconds for each kernel in a graph of many in a row. 0 where graphs do not work.
 double microseconds_in_graph(bool overlap, int clocks, int count) {
   cudaStream_t stream;
   cudaGraph_t graph;

@@ -1,0 +1,69 @@
+"""Expected times of `gemm_s8` by the dispatch's own arithmetic (csrc/gemm/cost.cpp): nothing here was measured.
+
+    python -m benchmarks.prediction [--gpu H100] [--layers WORD ...] [--tokens 1 64 2048]
+    python -m benchmarks.prediction --yardstick                       # beside other people's measured times
+    python -m benchmarks.prediction --compare results/.../gemm.json   # a run of ours, each row at its measured clock
+
+For each layer: the floor, which no kernel can beat (operations over the tensor cores' peak or the least bytes over the
+memory's bandwidth, whichever is longer), the tile that the dispatch takes, the time that it expects at the boost clock
+without the launch, and the resource that takes the longest. It needs a C++ compiler (CXX) and no CUDA.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from shapes import LLM_LAYERS
+
+from . import compare, expected, planner, yardstick
+from .gpus import GPUS
+
+
+def show(table: tuple[list[str], list[list[str]]]) -> None:
+    lines = [table[0], *table[1]]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        print("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.prediction",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
+    parser.add_argument("--gpu", choices=sorted(GPUS), help="H100, or the one that was measured")
+    parser.add_argument("--layers", nargs="*", default=list(expected.LAYERS), help="words of names")
+    parser.add_argument("--tokens", type=int, nargs="*", default=list(expected.TOKENS))
+    parser.add_argument("--compare", type=Path, metavar="gemm.json")
+    parser.add_argument("--yardstick", action="store_true")
+    args = parser.parse_args(arguments)
+    if not planner.available():
+        parser.error(f"{planner.COMPILER} was not found; install a C++ compiler or set CXX.")
+    if args.yardstick:
+        pairs = yardstick.rows()
+        show(yardstick.table(pairs))
+        print()
+        show(compare.by_class([compared for _, compared in pairs]))
+    elif args.compare:
+        results = json.loads(args.compare.read_text())
+        try:
+            show(compare.run_table(results, args.gpu))
+            print()
+            show(compare.by_class(compare.compare(results, args.gpu)))
+        except ValueError as error:
+            parser.error(str(error))
+    else:
+        gpu = args.gpu or "H100"
+        names = [name for name in LLM_LAYERS if any(word in name for word in args.layers)]
+        print(f"{GPUS[gpu].name}: arithmetic, not measured")
+        show(expected.table(gpu, names, args.tokens))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
