@@ -85,12 +85,13 @@ def _plain(kind: str) -> Producer:
 
 def _norm(kind: str, names: tuple[str, ...], residual: bool = False) -> Producer:
     """`rms` or `layer`: x, then its vectors `names`, then the residual."""
-    op = getattr(ops, f"{kind}_norm_quantize")
     value, chain = getattr(reference, f"{kind}_norm"), getattr(F, f"{kind}_norm")
 
     def run(x: Tensor, *rest: Tensor, **q: Any) -> tuple[Tensor, ...]:
         more = {"residual": rest[-1]} if residual else {}
-        return op(x, *rest[: len(names)], EPS, **more, **q)
+        op: Any = getattr(ops, f"{kind}_norm_quantize")
+        found: tuple[Tensor, ...] = op(x, *rest[: len(names)], EPS, **more, **q)
+        return found
 
     return Producer(
         ("x", *names, *(["residual"] if residual else [])),
