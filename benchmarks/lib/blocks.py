@@ -3,7 +3,7 @@
 Projections that read the same input are one matrix (qkv; gate and up), as serving engines merge them, for every
 variant. Weights are random; one input channel in a hundred is 20 times larger, as in large models, and is smoothed.
 
-Equivalent to (tests/benchmarks/test_bench_block.py compares them): `LlamaDecoderLayer` (RMSNorm, rotary positions,
+Equivalent to (tests/benchmarks/test_block.py compares them): `LlamaDecoderLayer` (RMSNorm, rotary positions,
 SwiGLU) or `OPTDecoderLayer` (LayerNorm before, ReLU, biases) of transformers.
 """
 

@@ -272,7 +272,7 @@ class Plan:
     cutlass: Cutlass
     python: Python
     archs: tuple[Arch, ...]
-    tuning: bool = False  # with the tiles that are there for benchmarks/tune.py alone
+    tuning: bool = False  # with the tiles that are there for benchmarks/tuner alone
 
 
 def wants_tuning(env: Mapping[str, str]) -> bool:
