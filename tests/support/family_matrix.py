@@ -38,8 +38,9 @@ their factors ([smoothing](../guides/smoothing.md)). A model that is not listed 
 
 "aten.add reads it": a residual branch reads the same tensor, so folding would change what it reads. "aten.mm reads it":
 so does a router or an expert. For every row a test demands that the smoothed model's outputs equal the float model's
-bit for bit (with factors that are powers of two; relative 1e-5 without that rounding), that every linear is in one of the
-columns, that the routers of mixtures of experts give the same logits, and that the int8 model stays near the float one.
+bit for bit (with factors that are powers of two; relative 1e-5 without that rounding), that every linear is in one of
+the columns, that the routers of mixtures of experts give the same logits, and that the int8 model stays near the float
+one.
 
 Written by `python -m tests.support.family_table --write`, with transformers {version}.
 """
