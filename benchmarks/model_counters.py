@@ -1,7 +1,7 @@
 """What one turn of each GEMM kernel's main loop costs, read off the compiled library: benchmarks/kernel_costs.json.
 
 `python benchmarks/model.py --counters` writes it. Counts of instructions are of the SASS; shared-memory wavefronts and
-the instructions of a whole tile come from a simulator of PTX where there is one (SQK_PTXSIM,
+the instructions of a whole tile come from the simulator of PTX where it can be built (nvcc and CUTLASS,
 tests/support/simulator.py) and are called `simulated`: without it the model goes on with what the SASS and the tile
 say.
 """
