@@ -213,13 +213,13 @@ def test_the_kit_asks_for_the_cutlass_of_the_build() -> None:
     assert CUTLASS_PYPI in lines
 
 
-def test_without_the_simulator_nothing_is_simulated(tmp_path: Path) -> None:
+def test_without_nvcc_nothing_is_simulated(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.on_gpu.simulated", "--", "-c", "print('run')"]
-    facts = {**os.environ, "SQK_PTXSIM": str(tmp_path)}
+    facts = {**os.environ, "CUDA_HOME": str(tmp_path)}
     done = subprocess.run(command, cwd=ROOT, env=facts, capture_output=True, text=True, check=False)
     assert done.returncode == 77
     assert (
-        "nothing is simulated: the simulator is not here" in done.stdout
+        "nothing is simulated: the kernels cannot be built for the simulator: nvcc" in done.stdout
         and "\nrun" not in done.stdout
     )
 

@@ -1,8 +1,7 @@
-"""Runs the CUDA kernels on the CPU: builds them for ptxsim, a simulator of PTX, and runs programs.
+"""Runs the CUDA kernels on the CPU: builds them for tools/ptxsim, the simulator of PTX, and runs programs.
 
-The simulator is not part of this project. Tests that use it call `require()` first, which skips
-with the reason when it, nvcc or the CUTLASS headers are not here. SQK_PTXSIM names its launcher or
-its folder; without it ../shared/ptxsim beside the checkout is tried.
+Tests that use it call `require()` first, which skips with the reason when nvcc or the CUTLASS headers
+are not here. The simulator itself is built when it is first asked for.
 """
 
 from __future__ import annotations
@@ -32,23 +31,14 @@ from tools.build.plan import (
 )
 from tools.build.sources import sources, units
 
+LAUNCHER = ROOT / "tools" / "ptxsim" / "bin" / "ptxsim"
 _BUILD = Path("build") / "simulator"
 # PTX only: the simulator ignores SASS, and leaving it out halves the compile time.
 _GENCODES = [f"-gencode=arch=compute_{a},code=compute_{a}" for a in ("80", "90a")]
 
 
-def launcher() -> Path | None:
-    """The simulator's launcher, or None when it is not here."""
-    given = os.environ.get("SQK_PTXSIM")
-    place = Path(given) if given else ROOT.parent / "shared" / "ptxsim"
-    program = place / "bin" / "ptxsim" if place.is_dir() else place
-    return program if program.is_file() and os.access(program, os.X_OK) else None
-
-
 def require() -> None:
     """Skips the test when the kernels cannot be built or run here."""
-    if launcher() is None:
-        pytest.skip("the simulator is not here (SQK_PTXSIM names it)")
     try:
         find_nvcc(os.environ)
         find_cutlass(os.environ)
@@ -145,9 +135,7 @@ def python(
         stats: a file for one line of JSON per launch.
         environment: variables to set beside those that are there.
     """
-    program = launcher()
-    assert program is not None, "call require() first"
-    command = [str(program), "--arch", arch, "--check", checks, "--torch"]
+    command = [str(LAUNCHER), "--arch", arch, "--check", checks, "--torch"]
     command += [] if stats is None else ["--stats", str(stats)]
     command += ["--", sys.executable, *arguments]
     # One thread: the kernels are what takes time, and the simulator has threads of its own.
