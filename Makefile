@@ -3,6 +3,7 @@
 #   make test       all tests that need no compiler and no GPU: 8 minutes of CPU time at most
 #   make test-all   those, and all that take longer, start a compiler or load a real model
 #   make test-instructions  make test once more with the processor's plainer instructions
+#   make test-kernels  runs the CUDA kernels in the simulator of PTX (needs nvcc, no GPU; minutes of compiling)
 #   make test-cuda  builds the CUDA kernels (needs nvcc) and tests them; GPU tests skip without a GPU
 #   make gates      builds the CUDA kernels and checks what the compiler made of them; no GPU needed
 #   make lint       ruff, mypy and clang-format
@@ -50,7 +51,7 @@ STAMP_OLD := $(call stamp,$(VENV_OLD),$(TORCH)-$(TRANSFORMERS))
 TRANSFORMERS_TESTS ?= $(addprefix tests/,checkpoint test_config.py nn)
 
 .PHONY: binding-matrix test-transformers
-.PHONY: demo test test-slow test-all test-instructions test-cuda gates lint bench clean install install-cuda
+.PHONY: demo test test-kernels test-slow test-all test-instructions test-cuda gates lint bench clean install install-cuda
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -78,6 +79,11 @@ test-instructions: $(STAMP)
 	  fi; \
 	done
 
+# The simulator's own tests and the kernel tests in it. It has not been compared with a GPU yet, and says so.
+test-kernels: $(VENV)/.installed-cutlass
+	$(PYTEST) tools/ptxsim/tests
+	$(PYTEST) -m simulator tests
+
 # Only what uses the built library: the rest is in `make test`. The variable turns "not loaded" from a skip into
 # a failure.
 test-cuda: install-cuda gates
@@ -95,7 +101,7 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror $$(find csrc -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.cpp')
+	$(BIN)/clang-format --dry-run -Werror $$(find csrc tools/ptxsim -name '*.cu' -o -name '*.cuh' -o -name '*.[ch]' -o -name '*.cpp')
 
 # Headers of torch are kept in the user's cache folder; the first call downloads some 0.5 GB of wheels.
 binding-matrix: $(STAMP)

@@ -1,0 +1,286 @@
+// Comparisons: setp and set.
+#include <type_traits>
+
+#include "instructions/half.h"
+#include "instructions/handlers.h"
+
+namespace ptxsim {
+enum Comparison {
+  kCompareEq,
+  kCompareNe,
+  kCompareLt,
+  kCompareLe,
+  kCompareGt,
+  kCompareGe,
+  kCompareEqu,
+  kCompareNeu,
+  kCompareLtu,
+  kCompareLeu,
+  kCompareGtu,
+  kCompareGeu,
+  kCompareNum,
+  kCompareNan,
+  kCompareBad
+};
+static Comparison comparison_from_name(const std::string& s) {
+  static const std::unordered_map<std::string, Comparison> t = {
+      {"eq", kCompareEq},   {"ne", kCompareNe},   {"lt", kCompareLt},   {"le", kCompareLe},
+      {"gt", kCompareGt},   {"ge", kCompareGe},   {"equ", kCompareEqu}, {"neu", kCompareNeu},
+      {"ltu", kCompareLtu}, {"leu", kCompareLeu}, {"gtu", kCompareGtu}, {"geu", kCompareGeu},
+      {"num", kCompareNum}, {"nan", kCompareNan}, {"lo", kCompareLt},   {"ls", kCompareLe},
+      {"hi", kCompareGt},   {"hs", kCompareGe}};
+  auto it = t.find(s);
+  return it == t.end() ? kCompareBad : it->second;
+}
+template <class T, int C>
+static inline bool compare(T a, T b) {
+  if constexpr (C == kCompareEq)
+    return a == b;
+  else if constexpr (C == kCompareNe) {
+    if constexpr (std::is_floating_point_v<T>)
+      return a == a && b == b && a != b;
+    else
+      return a != b;
+  } else if constexpr (C == kCompareLt)
+    return a < b;
+  else if constexpr (C == kCompareLe)
+    return a <= b;
+  else if constexpr (C == kCompareGt)
+    return a > b;
+  else if constexpr (C == kCompareGe)
+    return a >= b;
+  else if constexpr (C == kCompareEqu)
+    return !(a == a && b == b) || a == b;
+  else if constexpr (C == kCompareNeu)
+    return a != b;
+  else if constexpr (C == kCompareLtu)
+    return !(a >= b);
+  else if constexpr (C == kCompareLeu)
+    return !(a > b);
+  else if constexpr (C == kCompareGtu)
+    return !(a <= b);
+  else if constexpr (C == kCompareGeu)
+    return !(a < b);
+  else if constexpr (C == kCompareNum)
+    return a == a && b == b;
+  else
+    return a != a || b != b;
+}
+// fetches a float from f16/bf16/f32 lanes with optional ftz
+template <int K>
+static inline float float_operand(const Instruction& instruction, const u32* p, int i,
+                                  int half = 0) {
+  if (K == 2) {
+    float f = bits_to<float>(p[i]);
+    return (instruction.modifiers & kModifierFtz) ? flush_subnormal(f) : f;
+  }
+  u16 h = (u16)(half ? p[i] >> 16 : p[i]);
+  if (instruction.modifiers & kModifierFtz) h = half_ftz<K == 2 ? 0 : K>(h);
+  return half_to_float<K == 2 ? 0 : K>(h);
+}
+static void finish_setp(
+    Warp& warp, const Instruction& instruction, u32 lanes,
+    u32 r) {  // o: p, q|-, a, b, [c]; imm: bool op (0 none,1 and,2 or,3 xor); imm2 bit0: q present
+  u32 rp = r, rq = ~r;
+  if (instruction.imm) {
+    u32 c = read_predicate(warp, instruction.operands[4]);
+    if (instruction.imm == 1)
+      rp &= c, rq &= c;
+    else if (instruction.imm == 2)
+      rp |= c, rq |= c;
+    else
+      rp ^= c, rq ^= c;
+  }
+  write_predicate(warp, instruction.operands[0], rp, lanes);
+  if (instruction.imm2) write_predicate(warp, instruction.operands[1], rq, lanes);
+}
+template <class T, int C>
+static void execute_setp(Warp& warp, const Instruction& instruction, u32 lanes) {
+  const void *a = warp.source(instruction.operands[2]), *b = warp.source(instruction.operands[3]);
+  u32 r = 0;
+  for_each_lane(lanes, [&](int lane) {
+    r |= (u32)compare<T, C>(read_lane<T>(a, lane), read_lane<T>(b, lane)) << lane;
+  });
+  finish_setp(warp, instruction, lanes, r);
+}
+template <int K, int C>
+static void execute_setp_f(Warp& warp, const Instruction& instruction, u32 lanes) {
+  const u32 *a = warp.source<u32>(instruction.operands[2]),
+            *b = warp.source<u32>(instruction.operands[3]);
+  u32 r = 0;
+  for_each_lane(lanes, [&](int lane) {
+    r |= (u32)compare<float, C>(float_operand<K>(instruction, a, lane),
+                                float_operand<K>(instruction, b, lane))
+         << lane;
+  });
+  finish_setp(warp, instruction, lanes, r);
+}
+// f16x2 comparison: p <- low halves, q <- high halves
+template <int K, int C>
+static void execute_setp_x2(Warp& warp, const Instruction& instruction, u32 lanes) {
+  const u32 *a = warp.source<u32>(instruction.operands[2]),
+            *b = warp.source<u32>(instruction.operands[3]);
+  u32 r = 0, q = 0;
+  for_each_lane(lanes, [&](int lane) {
+    r |= (u32)compare<float, C>(float_operand<K>(instruction, a, lane),
+                                float_operand<K>(instruction, b, lane))
+         << lane;
+    q |= (u32)compare<float, C>(float_operand<K>(instruction, a, lane, 1),
+                                float_operand<K>(instruction, b, lane, 1))
+         << lane;
+  });
+  if (instruction.imm) {
+    u32 c = read_predicate(warp, instruction.operands[4]);
+    if (instruction.imm == 1)
+      r &= c, q &= c;
+    else if (instruction.imm == 2)
+      r |= c, q |= c;
+    else
+      r ^= c, q ^= c;
+  }
+  write_predicate(warp, instruction.operands[0], r, lanes);
+  write_predicate(warp, instruction.operands[1], q, lanes);
+}
+// The handler that f makes for a comparison out of a list; null for any other.
+template <int... kComparisons, class F>
+static Handler by_comparison(Comparison comparison, F f) {
+  Handler handler = nullptr;
+  ((comparison == kComparisons ? (void)(handler = f(std::integral_constant<int, kComparisons>()))
+                               : (void)0),
+   ...);
+  return handler;
+}
+template <class F>
+static Handler by_integer_comparison(Comparison comparison, F f) {
+  return by_comparison<kCompareEq, kCompareNe, kCompareLt, kCompareLe, kCompareGt, kCompareGe>(
+      comparison, f);
+}
+template <class F>
+static Handler by_float_comparison(Comparison comparison, F f) {
+  return by_comparison<kCompareEq, kCompareNe, kCompareLt, kCompareLe, kCompareGt, kCompareGe,
+                       kCompareEqu, kCompareNeu, kCompareLtu, kCompareLeu, kCompareGtu, kCompareGeu,
+                       kCompareNum, kCompareNan>(comparison, f);
+}
+template <class T>
+static Handler pick_setp_integer(Comparison comparison) {
+  return by_integer_comparison(comparison, [](auto c) -> Handler { return execute_setp<T, c()>; });
+}
+static Handler pick_setp(Type type, Comparison comparison) {
+  switch (type) {
+    case kU16:
+    case kB16:
+      return pick_setp_integer<u16>(comparison);
+    case kS16:
+      return pick_setp_integer<i16>(comparison);
+    case kU32:
+    case kB32:
+      return pick_setp_integer<u32>(comparison);
+    case kS32:
+      return pick_setp_integer<i32>(comparison);
+    case kU64:
+    case kB64:
+      return pick_setp_integer<u64>(comparison);
+    case kS64:
+      return pick_setp_integer<i64>(comparison);
+    case kF32:
+      return by_float_comparison(comparison,
+                                 [](auto c) -> Handler { return execute_setp_f<2, c()>; });
+    case kF64:
+      return by_float_comparison(comparison,
+                                 [](auto c) -> Handler { return execute_setp<double, c()>; });
+    case kF16:
+      return by_float_comparison(comparison,
+                                 [](auto c) -> Handler { return execute_setp_f<0, c()>; });
+    case kBf16:
+      return by_float_comparison(comparison,
+                                 [](auto c) -> Handler { return execute_setp_f<1, c()>; });
+    case kF16x2:
+      return by_float_comparison(comparison,
+                                 [](auto c) -> Handler { return execute_setp_x2<0, c()>; });
+    case kBf16x2:
+      return by_float_comparison(comparison,
+                                 [](auto c) -> Handler { return execute_setp_x2<1, c()>; });
+    default:
+      return nullptr;
+  }
+}
+
+// set: result from a predicate. imm: 0 integer all-ones, 1 f32 1.0, 2 f16, 3 bf16
+static void execute_set_res(Warp& warp, const Instruction& instruction, u32 lanes) {
+  u32* destination = warp.destination<u32>(instruction.operands[0]);
+  u32 p = read_predicate(warp, instruction.operands[1]);
+  static const u32 one[] = {0xffffffffu, 0x3f800000u, 0x3c00u, 0x3f80u};
+  u32 v = one[instruction.imm];
+  for_each_lane(lanes, [&](int lane) { destination[lane] = (p >> lane) & 1 ? v : 0; });
+}
+static void execute_set_x2_res(Warp& warp, const Instruction& instruction, u32 lanes) {
+  u32* destination = warp.destination<u32>(instruction.operands[0]);
+  u32 p = read_predicate(warp, instruction.operands[1]),
+      q = read_predicate(warp, instruction.operands[2]);
+  u32 v = instruction.imm == 0 ? 0xffff : instruction.imm == 2 ? 0x3c00 : 0x3f80;
+  for_each_lane(lanes, [&](int lane) {
+    destination[lane] = ((p >> lane) & 1 ? v : 0) | ((q >> lane) & 1 ? v << 16 : 0);
+  });
+}
+
+static void lower_setp(Lowering& lowering, const Statement& statement) {
+  // setp.Cmp{.ftz}.type p[|q], a, b   or   setp.Cmp.Bool{.ftz}.type p[|q], a, b, [!]c
+  Comparison comparison = comparison_from_name(statement.opcode[1]);
+  if (comparison == kCompareBad) lowering.fail("unknown comparison ." + statement.opcode[1]);
+  int bop = statement.has("and") ? 1 : statement.has("or") ? 2 : statement.has("xor") ? 3 : 0;
+  Type type = lowering.last_type();
+  Handler handler = pick_setp(type, comparison);
+  if (!handler) lowering.unsupported();
+  i32 a = lowering.source(statement.operands[1], type),
+      b = lowering.source(statement.operands[2], type),
+      pc = bop ? lowering.predicate_source(statement.operands[3])
+               : lowering.constant_predicate(false);
+  i32 p, q;
+  bool has_q = false;
+  if (statement.operands[0].kind == Operand::kPair) {
+    p = lowering.predicate_destination(statement.operands[0].elements[0]);
+    q = lowering.predicate_destination(statement.operands[0].elements[1]);
+    has_q = true;
+  } else {
+    p = lowering.predicate_destination(statement.operands[0]);
+    q = lowering.temporary_predicate();
+  }
+  Instruction& instruction = lowering.emit(handler, kClassPredicate, {p, q, a, b, pc}, 2);
+  instruction.imm = (u32)bop;
+  instruction.imm2 = has_q;
+  instruction.modifiers = float_modifiers(lowering);
+}
+
+static void lower_set(Lowering& lowering, const Statement& statement) {
+  Comparison comparison = comparison_from_name(statement.opcode[1]);
+  if (comparison == kCompareBad) lowering.unsupported();
+  int bop = statement.has("and") ? 1 : statement.has("or") ? 2 : statement.has("xor") ? 3 : 0;
+  auto ts = lowering.types();
+  Type dt = ts[0], st = ts.size() > 1 ? ts[1] : ts[0];
+  Handler handler = pick_setp(st, comparison);
+  if (!handler) lowering.unsupported();
+  bool x2 = st == kF16x2 || st == kBf16x2;
+  i32 a = lowering.source(statement.operands[1], st),
+      b = lowering.source(statement.operands[2], st),
+      pc = bop ? lowering.predicate_source(statement.operands[3])
+               : lowering.constant_predicate(false);
+  i32 p = lowering.temporary_predicate(), q = lowering.temporary_predicate();
+  Instruction& instruction = lowering.emit(handler, kClassPredicate, {p, q, a, b, pc}, 2);
+  instruction.imm = (u32)bop;
+  instruction.imm2 = 0;
+  instruction.modifiers = float_modifiers(lowering);
+  u32 kind = dt == kF32 ? 1 : dt == kF16 || dt == kF16x2 ? 2 : dt == kBf16 || dt == kBf16x2 ? 3 : 0;
+  if (x2)
+    lowering
+        .emit(execute_set_x2_res, kClassPredicate,
+              {lowering.destination(statement.operands[0], kB32), p, q}, 1)
+        .imm = kind;
+  else
+    lowering
+        .emit(execute_set_res, kClassPredicate,
+              {lowering.destination(statement.operands[0], dt), p}, 1)
+        .imm = kind;
+}
+
+static const Opcodes kOpcodes{{"setp", lower_setp}, {"set", lower_set}};
+}  // namespace ptxsim

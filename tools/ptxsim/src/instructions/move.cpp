@@ -1,0 +1,246 @@
+// Moves, packing of vectors, and selections.
+#include "checks.h"
+#include "instructions/handlers.h"
+#include "instructions/moves.h"
+
+namespace ptxsim {
+void execute_nop(Warp&, const Instruction&, u32) {}
+void execute_mov32(Warp& warp, const Instruction& instruction, u32 lanes) {
+  u32* destination = warp.destination<u32>(instruction.operands[0]);
+  const u32* a = warp.source<u32>(instruction.operands[1]);
+  for_each_lane(lanes, [&](int lane) { destination[lane] = a[lane]; });
+}
+void execute_mov64(Warp& warp, const Instruction& instruction, u32 lanes) {
+  u64* destination = warp.destination<u64>(instruction.operands[0]);
+  const u64* a = warp.source<u64>(instruction.operands[1]);
+  for_each_lane(lanes, [&](int lane) { destination[lane] = a[lane]; });
+}
+static void execute_mov128(Warp& warp, const Instruction& instruction, u32 lanes) {
+  u64* destination = warp.destination<u64>(instruction.operands[0]);
+  const u64* a = warp.source<u64>(instruction.operands[1]);
+  for_each_lane(lanes, [&](int lane) {
+    destination[2 * lane] = a[2 * lane];
+    destination[2 * lane + 1] = a[2 * lane + 1];
+  });
+}
+// 4-byte slot -> 8-byte slot; imm: bytes to sign-extend from (0: zero-extend)
+void execute_widen(Warp& warp, const Instruction& instruction, u32 lanes) {
+  u64* destination = warp.destination<u64>(instruction.operands[0]);
+  const u32* a = warp.source<u32>(instruction.operands[1]);
+  switch (instruction.imm) {
+    case 1:
+      for_each_lane(lanes, [&](int lane) { destination[lane] = (u64)(i64)(i8)a[lane]; });
+      break;
+    case 2:
+      for_each_lane(lanes, [&](int lane) { destination[lane] = (u64)(i64)(i16)a[lane]; });
+      break;
+    case 4:
+      for_each_lane(lanes, [&](int lane) { destination[lane] = (u64)(i64)(i32)a[lane]; });
+      break;
+    default:
+      for_each_lane(lanes, [&](int lane) { destination[lane] = a[lane]; });
+      break;
+  }
+}
+// imm: source slot, imm2: destination slot
+void execute_narrow(Warp& warp, const Instruction& instruction, u32 lanes) {
+  if (instruction.imm == 8) {
+    u32* destination = warp.destination<u32>(instruction.operands[0]);
+    const u64* a = warp.source<u64>(instruction.operands[1]);
+    for_each_lane(lanes, [&](int lane) { destination[lane] = (u32)a[lane]; });
+  } else if (instruction.imm2 == 4) {
+    u32* destination = warp.destination<u32>(instruction.operands[0]);
+    const u64* a = warp.source<u64>(instruction.operands[1]);
+    for_each_lane(lanes, [&](int lane) { destination[lane] = (u32)a[2 * lane]; });
+  } else {
+    u64* destination = warp.destination<u64>(instruction.operands[0]);
+    const u64* a = warp.source<u64>(instruction.operands[1]);
+    for_each_lane(lanes, [&](int lane) { destination[lane] = a[2 * lane]; });
+  }
+}
+void execute_pred_not(Warp& warp, const Instruction& instruction, u32 lanes) {
+  write_predicate(warp, instruction.operands[0], ~read_predicate(warp, instruction.operands[1]),
+                  lanes);
+}
+static void execute_pred_mov(Warp& warp, const Instruction& instruction, u32 lanes) {
+  write_predicate(warp, instruction.operands[0], read_predicate(warp, instruction.operands[1]),
+                  lanes);
+}
+
+// pack / unpack: imm = element bytes
+static void execute_pack(Warp& warp, const Instruction& instruction, u32 lanes) {
+  int n = instruction.operand_count - 1, element_bytes = (int)instruction.imm;
+  int tot = n * element_bytes;
+  for_each_lane(lanes, [&](int lane) {
+    u64 lo = 0;
+    u64 hi = 0;
+    for (int k = 0; k < n; k++) {
+      const void* a = warp.source(instruction.operands[1 + k]);
+      u64 v = element_bytes == 8 ? ((const u64*)a)[lane] : ((const u32*)a)[lane];
+      if (element_bytes < 8) v &= (1ull << (8 * element_bytes)) - 1;
+      int sh = 8 * element_bytes * k;
+      if (sh < 64)
+        lo |= v << sh;
+      else
+        hi |= v << (sh - 64);
+    }
+    void* destination = warp.destination(instruction.operands[0]);
+    if (tot <= 4)
+      ((u32*)destination)[lane] = (u32)lo;
+    else if (tot == 8)
+      ((u64*)destination)[lane] = lo;
+    else {
+      ((u64*)destination)[2 * lane] = lo;
+      ((u64*)destination)[2 * lane + 1] = hi;
+    }
+  });
+}
+static void execute_unpack(Warp& warp, const Instruction& instruction,
+                           u32 lanes) {  // dests first, source last
+  int n = instruction.operand_count - 1, element_bytes = (int)instruction.imm,
+      tot = n * element_bytes;
+  const void* a = warp.source(instruction.operands[n]);
+  for_each_lane(lanes, [&](int lane) {
+    u64 lo;
+    u64 hi = 0;
+    if (tot <= 4)
+      lo = ((const u32*)a)[lane];
+    else if (tot == 8)
+      lo = ((const u64*)a)[lane];
+    else {
+      lo = ((const u64*)a)[2 * lane];
+      hi = ((const u64*)a)[2 * lane + 1];
+    }
+    for (int k = 0; k < n; k++) {
+      int sh = 8 * element_bytes * k;
+      u64 v = sh < 64 ? lo >> sh : hi >> (sh - 64);
+      void* destination = warp.destination(instruction.operands[k]);
+      if (element_bytes == 8)
+        ((u64*)destination)[lane] = v;
+      else if (element_bytes == 4)
+        ((u32*)destination)[lane] = (u32)v;
+      else
+        ((u32*)destination)[lane] = (u32)(v & ((1u << (8 * element_bytes)) - 1));
+    }
+  });
+}
+
+template <class T>
+static void execute_selp(Warp& warp, const Instruction& instruction, u32 lanes) {
+  T* destination = warp.destination<T>(instruction.operands[0]);
+  const T *a = warp.source<T>(instruction.operands[1]),
+          *b = warp.source<T>(instruction.operands[2]);
+  u32 p = read_predicate(warp, instruction.operands[3]);
+  if (__builtin_expect(taint_on(warp), 0)) {
+    u32 t = (taint_lanes(warp, instruction.operands[1]) & p) |
+            (taint_lanes(warp, instruction.operands[2]) & ~p) |
+            taint_lanes(warp, instruction.operands[3]);
+    set_taint(warp, instruction.operands[0], lanes, t,
+              (taint_lanes(warp, instruction.operands[3]) & lanes)
+                  ? taint_origin_of(warp, instruction.operands[3])
+              : (taint_lanes(warp, instruction.operands[1]) & p & lanes)
+                  ? taint_origin_of(warp, instruction.operands[1])
+                  : taint_origin_of(warp, instruction.operands[2]));
+  }
+  for_each_lane(lanes, [&](int lane) { destination[lane] = (p >> lane) & 1 ? a[lane] : b[lane]; });
+}
+template <class T, class C>
+static void execute_slct(Warp& warp, const Instruction& instruction, u32 lanes) {
+  T* destination = warp.destination<T>(instruction.operands[0]);
+  const T *a = warp.source<T>(instruction.operands[1]),
+          *b = warp.source<T>(instruction.operands[2]);
+  const C* c = warp.source<C>(instruction.operands[3]);
+  for_each_lane(lanes, [&](int lane) { destination[lane] = c[lane] >= 0 ? a[lane] : b[lane]; });
+}
+
+static void lower_move(Lowering& lowering, const Statement& statement) {
+  Type type = lowering.last_type();
+  const Operand &d = statement.operands[0], &a = statement.operands[1];
+  if (type == kPredicate) {
+    i32 p = lowering.predicate_source(a);
+    lowering.emit(execute_pred_mov, kClassPredicate, {lowering.predicate_destination(d), p}, 1);
+    return;
+  }
+  if (d.kind == Operand::kVector) {  // unpack
+    int n = (int)d.elements.size(), tot = type_bytes(type), element_bytes = tot / n;
+    Type et = element_bytes == 8   ? kB64
+              : element_bytes == 4 ? kB32
+              : element_bytes == 2 ? kB16
+                                   : kB8;
+    i32 sv = lowering.source(a, type);
+    std::vector<i32> ids;
+    for (auto& e : d.elements) ids.push_back(lowering.destination(e, et));
+    ids.push_back(sv);
+    lowering.emit(execute_unpack, kClassMove, ids, n).imm = (u32)element_bytes;
+    return;
+  }
+  if (a.kind == Operand::kVector && a.elements.size() > 1) {
+    int n = (int)a.elements.size(), tot = type_bytes(type), element_bytes = tot / n;
+    Type et = element_bytes == 8   ? kB64
+              : element_bytes == 4 ? kB32
+              : element_bytes == 2 ? kB16
+                                   : kB8;
+    std::vector<i32> ids;
+    for (auto& e : a.elements) ids.push_back(lowering.source(e, et));
+    ids.insert(ids.begin(), lowering.destination(d, type));
+    lowering.emit(execute_pack, kClassMove, ids, 1).imm = (u32)element_bytes;
+    return;
+  }
+  if (a.kind == Operand::kSpecialRegister) {
+    if (a.symbol == "%is_explicit_cluster") {
+      u8 sl;
+      int c = special_register_code(a.symbol, sl);
+      lowering.emit(execute_sreg, kClassPredicate, {lowering.predicate_destination(d)}, 1).imm =
+          (u32)c;
+      return;
+    }
+  }
+  if (a.kind == Operand::kSymbol) {  // address of a variable in its own space; inlined-call
+                                     // parameters live in local memory
+    Space space;
+    u64 ad;
+    if (lowering.symbol_address(a.symbol, space, ad) && space == kLocal &&
+        lowering.frame->inlined) {
+      bool formal = false;
+      for (auto& p : lowering.frame->function->params) formal |= p.name == a.symbol;
+      if (formal) {
+        i32 c = lowering.constant((ad + (u64)a.offset) | 0x80000000u, (u8)type_bytes(type));
+        lowering.emit(execute_mov64, kClassMove, {lowering.destination(d, type), c}, 1);
+        return;
+      }
+    }
+  }
+  i32 sv = lowering.source(a, type);
+  int sz = type_bytes(type);
+  i32 dv = lowering.destination(d, type);
+  lowering.emit(sz == 16  ? execute_mov128
+                : sz == 8 ? execute_mov64
+                          : execute_mov32,
+                kClassMove, {dv, sv}, 1);
+}
+
+static void lower_selp(Lowering& lowering, const Statement& statement) {
+  Type type = lowering.last_type();
+  i32 a = lowering.source(statement.operands[1], type),
+      c = lowering.source(statement.operands[2], type),
+      p = lowering.predicate_source(statement.operands[3]);
+  lowering
+      .emit(type_bytes(type) == 8 ? execute_selp<u64> : execute_selp<u32>, kClassMove,
+            {lowering.destination(statement.operands[0], type), a, c, p}, 1)
+      .propagates_taint = true;
+}
+
+static void lower_slct(Lowering& lowering, const Statement& statement) {
+  auto ts = lowering.types();
+  Type type = ts[0], ct = ts[1];
+  bool w8 = type_bytes(type) == 8;
+  i32 a = lowering.source(statement.operands[1], type),
+      c = lowering.source(statement.operands[2], type),
+      p = lowering.source(statement.operands[3], ct);
+  lowering.emit(ct == kF32 ? (w8 ? execute_slct<u64, float> : execute_slct<u32, float>)
+                           : (w8 ? execute_slct<u64, i32> : execute_slct<u32, i32>),
+                kClassMove, {lowering.destination(statement.operands[0], type), a, c, p}, 1);
+}
+
+static const Opcodes kOpcodes{{"mov", lower_move}, {"selp", lower_selp}, {"slct", lower_slct}};
+}  // namespace ptxsim
