@@ -159,8 +159,7 @@ void Lowering::lower_statement(const Statement& statement) {
       frame->return_fixups.push_back((u32)kernel.code.size() - 1);
     } else
       instruction.control = kExit;
-  } else if (!lower_warp(*this, statement) && !lower_mma(*this, statement) &&
-             !lower_tma(*this, statement)) {
+  } else {
     LowerFunction lower = find_lowering(statement);
     if (!lower) unsupported();
     lower(*this, statement);

@@ -1,0 +1,73 @@
+// Barriers of warps, CTAs and clusters, and what only passes time.
+#include "instructions/moves.h"
+#include "lower/lowering.h"
+#include "lower/opcodes.h"
+
+namespace ptxsim {
+static void execute_trap(Warp& warp, const Instruction&, u32 lanes) {
+  warp.fail(kErrorTrap, __builtin_ctz(lanes), "trap instruction executed");
+}
+
+static void lower_warp_barrier(Lowering& lowering, const Statement& statement) {
+  i32 mk = lowering.source(statement.operands[0], kB32);
+  Instruction& instruction = lowering.emit(execute_nop, kClassWarp, {mk}, 0);
+  instruction.control = kWarpSync;
+  instruction.imm2 = 0;
+}
+
+static void lower_cluster_barrier(Lowering& lowering, const Statement& statement) {
+  Instruction& instruction = lowering.emit(execute_nop, kClassBarrier, {}, 0);
+  instruction.control = statement.has("arrive") ? kClusterArrive : kClusterWait;
+  instruction.aligned = statement.has("aligned");
+  lowering.kernel.uses_cluster = true;
+}
+
+// Operands: id, count, [p, c | d, c]; imm: 0 sync 1 arrive 2 red; imm2: 0 popc 1 and 2 or.
+static void lower_barrier(Lowering& lowering, const Statement& statement) {
+  bool red = statement.has("red");
+  size_t k = red ? 1 : 0;
+  if (statement.operands.size() <= k) lowering.fail("barrier operand missing");
+  i32 id = lowering.source(statement.operands[k++], kU32), cnt = lowering.constant(0, 4), c = -1,
+      d = -1;
+  size_t rest = statement.operands.size() - k;
+  if (rest > (red ? 1u : 0u)) cnt = lowering.source(statement.operands[k++], kU32);
+  u32 rk = 0;
+  if (red) {
+    c = lowering.predicate_source(statement.operands[k]);
+    rk = statement.has("popc") ? 0 : statement.has("and") ? 1 : 2;
+    d = rk == 0 ? lowering.destination(statement.operands[0], kU32)
+                : lowering.predicate_destination(statement.operands[0]);
+  }
+  Instruction& instruction = red ? lowering.emit(execute_nop, kClassBarrier, {d, id, cnt, c}, 1)
+                                 : lowering.emit(execute_nop, kClassBarrier, {id, cnt}, 0);
+  instruction.control = kBarrier;
+  instruction.aligned = statement.name() == "bar" || statement.has("aligned");
+  instruction.imm = red ? 2 : statement.has("arrive") ? 1 : 0;
+  instruction.imm2 = rk;
+}
+
+static void lower_nanosleep(Lowering& lowering, const Statement& statement) {
+  lowering.source(statement.operands[0], kU32);
+  lowering.emit(execute_nop, kClassOther, {}, 0).control = kYield;
+}
+
+static void lower_trap(Lowering& lowering, const Statement&) {
+  lowering.emit(execute_trap, kClassControl, {}, 0);
+}
+
+static void lower_nothing(Lowering& lowering, const Statement&) {
+  lowering.emit(execute_nop, kClassControl, {}, 0);
+}
+
+static const Opcodes kOpcodes{{"bar.warp", lower_warp_barrier},
+                              {"barrier.warp", lower_warp_barrier},
+                              {"barrier.cluster", lower_cluster_barrier},
+                              {"bar", lower_barrier},
+                              {"barrier", lower_barrier},
+                              {"nanosleep", lower_nanosleep},
+                              {"trap", lower_trap},
+                              {"brkpt", lower_nothing},
+                              {"pmevent", lower_nothing},
+                              {"griddepcontrol", lower_nothing},
+                              {"setmaxnreg", lower_nothing}};
+}  // namespace ptxsim

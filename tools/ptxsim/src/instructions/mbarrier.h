@@ -1,0 +1,35 @@
+// The state of an mbarrier, and addresses of operands of asynchronous instructions.
+#pragma once
+#include "exec.h"
+
+namespace ptxsim {
+// Bits 0-19: pending arrivals, 20-39: expected arrivals, 40-60: pending bytes (signed), 61: phase,
+// 62-63: 2 when initialized.
+struct Mbarrier {
+  u64 bits;
+  u32 pending() const { return bits & 0xfffff; }
+  u32 expected() const { return (bits >> 20) & 0xfffff; }
+  i32 pending_bytes() const { return (i32)((u32)(bits >> 40) << 11) >> 11; }
+  u32 phase() const { return (bits >> 61) & 1; }
+  bool valid() const { return (bits >> 62) == 2; }
+  void set(u32 p, u32 e, i32 t, u32 ph) {
+    bits = (u64)(p & 0xfffff) | ((u64)(e & 0xfffff) << 20) | ((u64)((u32)t & 0x1fffff) << 40) |
+           ((u64)ph << 61) | (2ull << 62);
+  }
+};
+
+// The mbarrier at shared address a; one that is not initialized is an error.
+Mbarrier mbarrier_get(Warp& warp, int lane, u32 a, Cta** ct = nullptr);
+// Adds to the bytes that the phase waits for.
+void mbarrier_complete_bytes(Warp& warp, int lane, u32 a, i32 delta);
+
+inline u64 address_of(Warp& warp, const Instruction& instruction, i32 o, bool wide, i64 off,
+                      int i) {
+  return wide ? warp.source<u64>(o)[i] + (u64)off : (u64)(u32)(warp.source<u32>(o)[i] + (u32)off);
+}
+inline u32 shared_operand(Warp& warp, const Instruction& instruction, i32 o, bool wide, i64 off,
+                          int i) {
+  u64 a = address_of(warp, instruction, o, wide, off, i);
+  return (Space)instruction.space == kShared ? (u32)a : shared_address(warp, i, kGeneric, a);
+}
+}  // namespace ptxsim
