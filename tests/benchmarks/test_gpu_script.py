@@ -83,7 +83,7 @@ def test_a_failing_stage_stops_no_other(tmp_path: Path) -> None:
     assert len(found["linear"]["rows"]) == 6 * 6
     assert "rehearsal" in found["info"]["device"]
     log = (out / "run.log").read_text()
-    assert "geomean all" in log and "constexpr GemmRule kToyRules[]" in log
+    assert "geomean all" in log and "constexpr RuleRow kToyRules[]" in log
 
 
 @needs_bash
