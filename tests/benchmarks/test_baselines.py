@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import subprocess
 import sys
 import types
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,8 +16,8 @@ from benchmarks.lib.baselines import BY_NAME, FP8, UNITS
 from benchmarks.lib.cases import Case, Data, Expected, Operands
 from benchmarks.lib.shapes import TOY_LAYERS, Layer
 from smoothquant_kernels import reference
+from tests.benchmarks.programs import python
 
-ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 WIDE = Layer("toy", "up", 96, 2048)
 DEEP = Layer("toy", "down", 64, 4096)
@@ -170,17 +167,8 @@ assert not any(c.splits > 1 and c.k * c.splits > 512 for c in triton_int8.config
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 def test_the_triton_kernel_is_the_specification() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", TRITON],
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = python("-c", TRITON, TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stderr
-
-
-# --- real data --------------------------------------------------------------------------------------------------------
 
 
 def test_the_recording_is_small_and_of_a_quantized_model() -> None:

@@ -59,15 +59,8 @@ def test_a_file_is_held_against_the_table_of_its_gpu() -> None:
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
 def test_the_probe_compiles_without_a_warning(tmp_path: Path) -> None:
     for arch in ("80", "90a"):
-        command = [
-            "nvcc",
-            "-std=c++17",
-            "-O0",
-            "-Werror",
-            "all-warnings",
-            "-o",
-            str(tmp_path / "probe"),
-        ]
+        command = ["nvcc", "-std=c++17", "-O0", "-Werror", "all-warnings"]
+        command += ["-o", str(tmp_path / "probe")]
         command += [f"-gencode=arch=compute_{arch},code=sm_{arch}", str(probe.SOURCE)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr

@@ -131,9 +131,6 @@ def test_a_long_row_is_broken_between_names() -> None:
     assert found == (ANY_M, tuple(names[i] for i in range(10, 14)), words)
 
 
-# --- candidates of a tuning build -------------------------------------------------------------------------------------
-
-
 def spread(found: dict[str, Any], part: float) -> dict[str, Any]:
     """The result with percentiles that far below and above each time."""
     for time in found["times"]:
@@ -222,9 +219,6 @@ def test_what_the_dispatch_loses() -> None:
     assert line.endswith("loses 20.0 %")
     rough = {"tile": 2, "splits": 1, "us": 1.0, "rough": True}  # a rough time is never the best
     assert tuner_rules.loss(results[0] | {"times": [*results[0]["times"], rough]}) == 1.2
-
-
-# --- measuring --------------------------------------------------------------------------------------------------------
 
 
 def run(*options: str) -> int:
