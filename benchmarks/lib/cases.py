@@ -174,6 +174,11 @@ def current_table(device: torch.device) -> Table | None:
     return {"name": plan["table"], **_extension.gemm_tables()[plan["table"]]}
 
 
+def why_no_table() -> str:
+    """On a GPU for which `current_table` has none: what describes the library may be missing, and not the library."""
+    return _extension.described_library()[1] or "the library has no plan for this GPU"
+
+
 def chosen(case: Case, device: torch.device) -> Choice | None:
     """The tile and the splits that the dispatch takes, or None where no library says so."""
     if not has_cuda_ops(device):

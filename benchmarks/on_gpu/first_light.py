@@ -183,6 +183,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"no kernel could be listed: {why}")
         return 1
     machine, rows = found[0]["machine"], found[0]["rows"]
+    if missing := found[0].get("without_tiles", ""):
+        print(f"no tile is checked: {missing}")
     rows = [row for row in rows if not args.rows or row["name"] in args.rows]
     earlier = read(args.json) if args.resume else {}
     same = earlier.get("machine", {}).get("device") == machine.get("device")
@@ -208,7 +210,7 @@ def run(args: argparse.Namespace) -> int:
     counts = {s: sum(row["status"] == s for row in chosen) for s in statuses}
     print(", ".join(f"{count} {status}" for status, count in counts.items() if count))
     print(f"left out from here on: {SEPARATOR.join(broken_tiles(chosen)) or 'no tile'}")
-    return int(counts["ok"] != len(chosen))
+    return int(bool(missing) or counts["ok"] != len(chosen))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

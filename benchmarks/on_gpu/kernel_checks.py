@@ -302,8 +302,7 @@ def row_of(name: str, device: torch.device) -> Row:
     if name in producers.PRODUCERS:
         return ProducerRow(device, name)
     if table is None:
-        reason = cuda.extension_status().reason
-        sys.exit(f"error: the GEMM table cannot be read: {reason or 'no plan for this GPU'}")
+        sys.exit(f"error: the GEMM table cannot be read: {cases.why_no_table()}")
     for tile in table["tiles"]:
         if tile["name"] == name:
             return TileRow(device, tile)
@@ -327,7 +326,8 @@ def check(name: str, phase: Callable[[], str]) -> str:
 @torch.inference_mode()
 def listing(device_name: str) -> None:
     device = torch.device(device_name)
-    say(machine=gpu.machine(device), rows=rows_here(device))
+    missing = "" if cases.current_table(device) else cases.why_no_table()
+    say(machine=gpu.machine(device), rows=rows_here(device), without_tiles=missing)
 
 
 @torch.inference_mode()

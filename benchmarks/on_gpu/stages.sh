@@ -86,10 +86,9 @@ except BuildError as error:
   short 3 "$python" -m pip install --verbose --disable-pip-version-check --no-build-isolation --no-deps --editable .
   echo "built in $((SECONDS - start)) s for $TORCH_CUDA_ARCH_LIST"
   "$python" -c 'import sys
-from smoothquant_kernels.backends.cuda import extension_status
-status = extension_status()
-print(status)
-sys.exit(not status.available)'
+from smoothquant_kernels.backends.cuda import described_library, extension_status
+print(extension_status())
+sys.exit(described_library()[1] or 0)'
   mkdir -p "$(dirname "$built_from")"
   hash_of csrc tools setup.py >"$built_from"
 }

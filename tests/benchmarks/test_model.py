@@ -115,9 +115,8 @@ def test_the_cpu_form(tmp_path: Path, capsys: Any) -> None:
     for row in rows:
         assert row["tokens_per_s"] == pytest.approx(row["M"] / row["us"] * 1e6)
         assert row["vs_bfloat16"] == pytest.approx(row["bfloat16_us"] / row["us"])
-        assert row["calls"] == (
-            8 if (row["runtime"], row["phase"]) == ("transformers", "decode") else 1
-        )
+        several = (row["runtime"], row["phase"]) == ("transformers", "decode")
+        assert row["calls"] == (8 if several else 1)
         assert 0 < row["error"] <= bench_model.MOST_ERROR and row["peak_mib"] is None
     capsys.readouterr()
     assert bench_model.run(bench_model.parse(command)) == 0

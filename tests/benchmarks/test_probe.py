@@ -70,13 +70,10 @@ def test_a_probe_that_takes_too_long_leaves_what_it_had(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     program = tmp_path / "probe"
-    program.write_text(
-        f"#!{sys.executable}\nimport time\nprint('{{\"sms\": 132}}', flush=True)\ntime.sleep(60)\n"
-    )
+    said = f"#!{sys.executable}\nprint('{{\"sms\": 132}}', flush=True)\n"
+    program.write_text(said + "import time\ntime.sleep(60)\n")
     program.chmod(0o755)
     monkeypatch.setattr(probe, "BUILD", tmp_path)
     assert probe.run_probe(3) == ({"sms": 132}, "stopped after 3 s")
-    program.write_text(
-        f"#!{sys.executable}\nprint('{{\"sms\": 132}}')\nraise SystemExit('error: gone')\n"
-    )
+    program.write_text(said + "raise SystemExit('error: gone')\n")
     assert probe.run_probe(30) == ({"sms": 132}, "error: gone")

@@ -96,9 +96,8 @@ def test_models_whose_weights_are_not_counted_here_follow_their_family() -> None
         assert decoder.mlp == 4 * decoder.hidden and decoder.kv == decoder.q == decoder.hidden
     assert 64 * rest["OPT-66B"].parameters == pytest.approx(66e9, rel=0.02)
     assert 96 * rest["OPT-175B"].parameters == pytest.approx(175e9, rel=0.01)
-    assert 24 * rest["OPT-350M"].parameters == pytest.approx(
-        302e6, rel=0.01
-    )  # 350M with embeddings
+    # 350M with embeddings
+    assert 24 * rest["OPT-350M"].parameters == pytest.approx(302e6, rel=0.01)
 
 
 def test_the_registry_of_layers() -> None:
