@@ -49,14 +49,8 @@ from smoothquant_kernels.evaluation.text import Window, token_windows, topics
 ROOT = Path(__file__).resolve().parents[1]
 OURS = "smoothquant_kernels"
 # No network; the package is not installed beside the peers: it comes from this tree.
-ENVIRONMENT = {
-    "PYTHONPATH": str(ROOT),
-    "OMP_NUM_THREADS": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    "HF_HUB_OFFLINE": "1",
-    "TRANSFORMERS_OFFLINE": "1",
-    "HF_DATASETS_OFFLINE": "1",
-}
+ENVIRONMENT = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+ENVIRONMENT |= dict.fromkeys(["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"], "1")
 Case = tuple[str, str, dict[str, Any]]  # tool, label, options
 Work = Callable[[], nn.Module]
 Tool = Callable[[nn.Module, list[Tensor], dict[str, Any]], Work]
@@ -96,13 +90,10 @@ def llm_compressor(model: nn.Module, windows: list[Tensor], options: dict[str, A
 
     modifier = {"rtn": QuantizationModifier, "gptq": GPTQModifier}[options["weights"]]
     if options["scheme"] == "static":
-        scheme = QuantizationScheme(
-            targets=["Linear"],
-            weights=QuantizationArgs(num_bits=8, type="int", strategy="channel", symmetric=True),
-            input_activations=QuantizationArgs(
-                num_bits=8, type="int", strategy="tensor", symmetric=True, dynamic=False
-            ),
-        )
+        int8 = {"num_bits": 8, "type": "int", "symmetric": True}
+        weights = QuantizationArgs(strategy="channel", **int8)
+        inputs = QuantizationArgs(strategy="tensor", dynamic=False, **int8)
+        scheme = QuantizationScheme(targets=["Linear"], weights=weights, input_activations=inputs)
         chosen: dict[str, Any] = {"config_groups": {"group_0": scheme}}
     else:
         chosen = {"targets": "Linear", "scheme": "W8A8"}
@@ -117,13 +108,8 @@ def llm_compressor(model: nn.Module, windows: list[Tensor], options: dict[str, A
     data = Dataset.from_dict(rows)
 
     def work() -> nn.Module:
-        oneshot(
-            model=model,
-            dataset=data,
-            recipe=recipe,
-            num_calibration_samples=len(windows),
-            max_seq_length=WINDOW,
-        )
+        sizes = {"num_calibration_samples": len(windows), "max_seq_length": WINDOW}
+        oneshot(model=model, dataset=data, recipe=recipe, **sizes)
         return model
 
     return work

@@ -34,12 +34,9 @@ class SearchBench(Bench):
         path = self.work / f"{name}.json"
         begin, cpu = time.perf_counter(), time.process_time()
         result = search_config(self.model, self.data, config, path=path, progress=False, **options)
-        facts = {
-            "name": name,
-            **{
-                n: getattr(result, n)
-                for n in ("kept", "fixed_alpha", "fixed_cost", "searched_cost")
-            },
+        found = ("kept", "fixed_alpha", "fixed_cost", "searched_cost")
+        facts = {"name": name, **{n: getattr(result, n) for n in found}}
+        facts |= {
             "wall_seconds": time.perf_counter() - begin,
             "cpu_seconds": time.process_time() - cpu,
             "threads": torch.get_num_threads(),

@@ -250,15 +250,8 @@ class FusedBlock(nn.Module):
         self, name: str, x_q: Tensor, x_scale: Tensor, dtype: torch.dtype, residual: Tensor | None
     ) -> Tensor:
         layer: Any = self.block.get_submodule(name)
-        return ops.gemm_s8(
-            x_q,
-            layer.w_q,
-            x_scale,
-            layer.w_scale,
-            bias=layer.bias,
-            residual=residual,
-            out_dtype=dtype,
-        )
+        more = {"bias": layer.bias, "residual": residual, "out_dtype": dtype}
+        return ops.gemm_s8(x_q, layer.w_q, x_scale, layer.w_scale, **more)
 
     def forward(self, x: Tensor, at: Situation) -> Tensor:
         return self._run(x, at)[-1]

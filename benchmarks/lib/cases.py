@@ -153,15 +153,6 @@ def int_mm(a: Operands) -> Tensor:
     return (acc.float() * a.w_scale * a.x_scale[:, None]).to(OUT_DTYPE)
 
 
-def int_mm_refusal(case: Case) -> str:
-    """Why `torch._int_mm` cannot run on a GPU, or empty."""
-    if case.m <= 16:
-        return "torch._int_mm needs M > 16"
-    if case.k % 8 or case.n % 8:
-        return "torch._int_mm needs multiples of 8 for K and N"
-    return ""
-
-
 @functools.cache
 def has_cuda_ops(device: torch.device) -> bool:
     """Whether the ops are the CUDA library's: on a GPU, and on a CPU in the simulator of simulated.py."""
@@ -181,6 +172,11 @@ def current_table(device: torch.device) -> Table | None:
     if not plan:
         return None
     return {"name": plan["table"], **_extension.gemm_tables()[plan["table"]]}
+
+
+def why_no_table() -> str:
+    """On a GPU for which `current_table` has none: what describes the library may be missing, and not the library."""
+    return _extension.described_library()[1] or "the library has no plan for this GPU"
 
 
 def chosen(case: Case, device: torch.device) -> Choice | None:
@@ -240,13 +236,11 @@ class Expected:
     def _value(self, a: Operands, rows: Tensor, columns: Tensor) -> Tensor:
         x_q, x_scale = a.x_q[rows], a.x_scale[rows]
         at_a_time = max(1, CHECK_BYTES // (8 * self.case.k + 8 * len(rows)))
-        return torch.cat(
-            [
-                reference.gemm_s8(x_q, a.w_q[some], x_scale, a.w_scale[some], out_dtype=OUT_DTYPE)
-                for some in columns.split(at_a_time)
-            ],
-            dim=1,
-        )
+        parts = [
+            reference.gemm_s8(x_q, a.w_q[some], x_scale, a.w_scale[some], out_dtype=OUT_DTYPE)
+            for some in columns.split(at_a_time)
+        ]
+        return torch.cat(parts, dim=1)
 
     def wrong(self, y: Tensor) -> str:
         """Empty, or one sentence on why y is not the specification's result."""
@@ -256,13 +250,18 @@ class Expected:
         for rows, columns, right in self.parts:
             actual = y[rows] if len(columns) == self.case.n else y[:, columns]
             if not torch.equal(actual, right):
-                off = (actual != right).nonzero()  # NaN is unequal to all
-                i, j = off[0].tolist()
-                return (
-                    f"{len(off)} of {right.numel()} elements differ, first y[{int(rows[i])}, {int(columns[j])}] = "
-                    f"{actual[i, j].item()}, not {right[i, j].item()}"
-                )
+                return differences(actual, right, rows, columns)
         return ""
+
+
+def differences(actual: Tensor, right: Tensor, rows: Tensor, columns: Tensor) -> str:
+    """How many elements differ, and the first: `rows` and `columns` are its places in the whole result."""
+    off = (actual != right).nonzero()  # NaN is unequal to all
+    i, j = off[0].tolist()
+    return (
+        f"{len(off)} of {right.numel()} elements differ, first y[{int(rows[i])}, {int(columns[j])}] = "
+        f"{actual[i, j].item()}, not {right[i, j].item()}"
+    )
 
 
 def _one_of_each(indices: Tensor, generator: torch.Generator) -> Tensor:

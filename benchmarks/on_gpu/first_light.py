@@ -179,11 +179,12 @@ def run(args: argparse.Namespace) -> int:
     if not found:
         code, limit = ends[0].code, min(args.limit, args.seconds)
         late = f"no answer within {limit:.0f} s"
-        print(
-            f"no kernel could be listed: {late if code is None else processes.last_words(code, ends[0].err)}"
-        )
+        why = late if code is None else processes.last_words(code, ends[0].err)
+        print(f"no kernel could be listed: {why}")
         return 1
     machine, rows = found[0]["machine"], found[0]["rows"]
+    if missing := found[0].get("without_tiles", ""):
+        print(f"no tile is checked: {missing}")
     rows = [row for row in rows if not args.rows or row["name"] in args.rows]
     earlier = read(args.json) if args.resume else {}
     same = earlier.get("machine", {}).get("device") == machine.get("device")
@@ -205,18 +206,16 @@ def run(args: argparse.Namespace) -> int:
         jobs=args.jobs, limit=args.limit, seconds=left, report=report,
     )  # fmt: skip
     chosen = [results[row["name"]] for row in rows]
-    counts = {s: sum(row["status"] == s for row in chosen) for s in ("ok", "refused", *BROKEN, "not run")}  # fmt: skip
+    statuses = ("ok", "refused", *BROKEN, "not run")
+    counts = {s: sum(row["status"] == s for row in chosen) for s in statuses}
     print(", ".join(f"{count} {status}" for status, count in counts.items() if count))
     print(f"left out from here on: {SEPARATOR.join(broken_tiles(chosen)) or 'no tile'}")
-    return int(counts["ok"] != len(chosen))
+    return int(bool(missing) or counts["ok"] != len(chosen))
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = runner.parser_of(__doc__, device=None)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--json", type=Path, help="written after every row")
     parser.add_argument("--resume", action="store_true", help="keep the rows of --json that are ok")
     parser.add_argument("--seconds", type=float, default=40.0, help="for all")
     parser.add_argument("--limit", type=float, default=20.0, help="of a row, in seconds")
@@ -226,7 +225,7 @@ def main() -> int:
     parser.add_argument(
         "--producers", type=Path, metavar="FILE", help="print those that work, one a line"
     )
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if args.without:
         rows = [row for row in read(args.without).get("rows", []) if is_built(row)]
         print(SEPARATOR.join(broken_tiles(rows)))

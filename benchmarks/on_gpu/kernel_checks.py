@@ -129,14 +129,9 @@ class Chain:
 
     def wrong(self, expected: Tensor) -> str:
         """Empty, or how y differs."""
-        off = (self.y != expected).nonzero()  # NaN is unequal to all
-        if not len(off):
+        if torch.equal(self.y, expected):  # NaN is unequal to all
             return ""
-        i, j = off[0].tolist()
-        return (
-            f"{len(off)} of {expected.numel()} elements differ, first y[{i}, {j}] = "
-            f"{self.y[i, j].item()}, not {expected[i, j].item()}"
-        )
+        return cases.differences(self.y, expected, *map(torch.arange, expected.shape))
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------
@@ -294,15 +289,10 @@ def rows_here(device: torch.device) -> list[dict[str, Any]]:
         return {"name": name, "id": id, "kind": kind, "candidate": candidate}
 
     table = cases.current_table(device) or {"name": "", "tiles": []}
-    tiles = [
-        row(
-            t["name"],
-            f"{table['name']}/{t['name'].replace(' ', '-')}",
-            "tile",
-            bool(t.get("candidate")),
-        )
-        for t in table["tiles"]
-    ]
+    tiles = []
+    for tile in table["tiles"]:
+        id = f"{table['name']}/{tile['name'].replace(' ', '-')}"
+        tiles.append(row(tile["name"], id, "tile", bool(tile.get("candidate"))))
     made = [row(name, name, "producer") for name in producers.PRODUCERS]
     return [t for t in tiles if not t["candidate"]] + made + [t for t in tiles if t["candidate"]]
 
@@ -312,8 +302,7 @@ def row_of(name: str, device: torch.device) -> Row:
     if name in producers.PRODUCERS:
         return ProducerRow(device, name)
     if table is None:
-        reason = cuda.extension_status().reason
-        sys.exit(f"error: the GEMM table cannot be read: {reason or 'no plan for this GPU'}")
+        sys.exit(f"error: the GEMM table cannot be read: {cases.why_no_table()}")
     for tile in table["tiles"]:
         if tile["name"] == name:
             return TileRow(device, tile)
@@ -337,7 +326,8 @@ def check(name: str, phase: Callable[[], str]) -> str:
 @torch.inference_mode()
 def listing(device_name: str) -> None:
     device = torch.device(device_name)
-    say(machine=gpu.machine(device), rows=rows_here(device))
+    missing = "" if cases.current_table(device) else cases.why_no_table()
+    say(machine=gpu.machine(device), rows=rows_here(device), without_tiles=missing)
 
 
 @torch.inference_mode()

@@ -86,10 +86,9 @@ except BuildError as error:
   short 3 "$python" -m pip install --verbose --disable-pip-version-check --no-build-isolation --no-deps --editable .
   echo "built in $((SECONDS - start)) s for $TORCH_CUDA_ARCH_LIST"
   "$python" -c 'import sys
-from smoothquant_kernels.backends.cuda import extension_status
-status = extension_status()
-print(status)
-sys.exit(not status.available)'
+from smoothquant_kernels.backends.cuda import described_library, extension_status
+print(extension_status())
+sys.exit(described_library()[1] or 0)'
   mkdir -p "$(dirname "$built_from")"
   hash_of csrc tools setup.py >"$built_from"
 }
@@ -119,12 +118,8 @@ passed_before() {
   echo "passed before, with the same sources"
 }
 
-# simulated COMMAND ...: Python under the simulator, the CUDA kernels' PTX on CPU tensors; 77 where it is not here.
-simulated() {
-  "$python" -m benchmarks.on_gpu.simulated --arch sm_90 -- "$@"
-}
-
-# simulated_within SECONDS COMMAND ...: the same, stopped there; 77 where it was.
+# simulated_within SECONDS COMMAND ...: Python under the simulator, the CUDA kernels' PTX on CPU tensors; 77 where that is
+# not here, or was stopped.
 simulated_within() {
   local status=0
   timeout --kill-after=5 "$1" "$python" -m benchmarks.on_gpu.simulated --arch sm_90 -- "${@:2}" || status=$?
@@ -167,7 +162,7 @@ stage_tests() {
   if rehearsing; then
     failures "$python" -m benchmarks.on_gpu.tests --backend cpu --workers 2 --seconds "$(budget 10)" --only smoke \
       tests/kernels || status=1
-    short 12 simulated -m pytest -q -p no:cacheprovider --maxfail=30 tests/kernels --backend simulator -k smoke ||
+    short 12 simulated_within "$(budget 5)" -m pytest -q -p no:cacheprovider --maxfail=30 tests/kernels --backend simulator -k smoke ||
       simulation=$?
     if ((simulation != 0 && simulation != 77)); then status=1; fi
     return "$status"

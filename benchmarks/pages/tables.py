@@ -118,15 +118,11 @@ def accuracy_short(data: Data) -> str:
 
 def search(data: Data) -> str:
     header = ["settings", "scheme", *ACCURACY, "cost"]
-    rows = [
-        [
-            row["model"],
-            row.get("scheme", ""),
-            *quality(row, kl_error=True),
-            f"{row['cost']:.4f}" if "cost" in row else "",
-        ]
-        for row in data["rows"]
-    ]
+    rows = []
+    for row in data["rows"]:
+        cost = f"{row['cost']:.4f}" if "cost" in row else ""
+        words = [row["model"], row.get("scheme", "")]
+        rows.append([*words, *quality(row, kl_error=True), cost])
     searches = ", ".join(f"{s['name']} {s['cpu_seconds']:.0f} s" for s in data["searches"])
     note = f"\n*cost*: what the search expected, in nats. CPU time of the searches, one thread: {searches}.\n"
     caption = accuracy_caption(data["facts"], f"torch {data['facts']['torch']}, CPU", "search")
@@ -155,15 +151,11 @@ def peers(data: Data) -> str:
     names = [name for name in ("llmcompressor", "torchao", "torch") if name in versions]
     used = ", ".join(f"{name} {versions[name]}" for name in names)
     header = ["tool", "settings", *ACCURACY, "CPU s", "wall s", "peak GiB", "of it added"]
-    rows = [
-        [
-            *(row["tool"], row["label"], *quality(row)),
-            *(f"{row[name]:.0f}" for name in ("cpu_s", "wall_s")),
-            f"{row['rss_peak'] / gib:.2f}",
-            f"{(row['rss_peak'] - row['rss_before']) / gib:.2f}",
-        ]
-        for row in data["rows"]
-    ]
+    rows = []
+    for row in data["rows"]:
+        cells = [row["tool"], row["label"], *quality(row), f"{row['cpu_s']:.0f}"]
+        peak, added = row["rss_peak"] / gib, (row["rss_peak"] - row["rss_before"]) / gib
+        rows.append([*cells, f"{row['wall_s']:.0f}", f"{peak:.2f}", f"{added:.2f}"])
     caption = accuracy_caption(data["facts"], f"{used}; CPU, one thread", "peers")
     return caption + markdown(header, rows, left=2)
 
@@ -178,14 +170,11 @@ def cpu_linear(data: Data) -> str:
         f"torch {machine['torch']}; medians of interleaved calls; `{machine['command']}`.\n\n"
     )
     header = ["layer", "N x K", "M", "W8A8Linear us", "GOPS", "vs float32", "vs bfloat16"]
-    rows = [
-        [
-            *(row["layer"], f"{row['N']} x {row['K']}", str(row["M"])),
-            *(f"{row[name]:.0f}" for name in ("int8_us", "gops")),
-            *(f"{row[f'vs_{name}']:.2f}x" for name in ("float32", "bfloat16")),
-        ]
-        for row in data["rows"]
-    ]
+    rows = []
+    for row in data["rows"]:
+        cells = [row["layer"], f"{row['N']} x {row['K']}", str(row["M"])]
+        cells += [f"{row[name]:.0f}" for name in ("int8_us", "gops")]
+        rows.append(cells + [f"{row[f'vs_{name}']:.2f}x" for name in ("float32", "bfloat16")])
     return caption + markdown(header, rows, left=2)
 
 
@@ -218,11 +207,9 @@ def caption(data: Data) -> str:
     date = machine.get("date") or data["path"].parent.name.rpartition("_")[2]
     if of_gpu(data):
         clocks = [row["sm_mhz"] for row in data.get("rows", ()) if row.get("sm_mhz")]
-        span = (
-            f"{min(clocks):,.0f} to {max(clocks):,.0f} MHz under load"
-            if clocks
-            else "clocks unknown"
-        )
+        span = "clocks unknown"
+        if clocks:
+            span = f"{min(clocks):,.0f} to {max(clocks):,.0f} MHz under load"
         most = f" (at most {machine['max_sm_mhz']:,.0f})" if machine.get("max_sm_mhz") else ""
         driver = f"driver {machine.get('driver') or 'unknown'}"
         facts = [machine["device"], span + most, driver, f"CUDA {machine['cuda']}"]

@@ -59,34 +59,22 @@ def _clock(row: Mapping[str, Any]) -> float | None:
 def compare(results: Mapping[str, Any], gpu: str | None = None) -> list[Compared]:
     """Each row that counts at its own clock, with what the dispatch takes today."""
     of = GPUS[gpu or gpu_of(results["machine"])]
-    return [
-        Compared(
-            f"{row.get('model', '')} {row.get('layer', '')}".strip(),
-            row["M"],
-            row["us"],
-            predict(of, row["M"], row["N"], row["K"], _clock(row)),
-        )
-        for row in results["rows"]
-        if _counts(row)
-    ]
+    found = []
+    for row in filter(_counts, results["rows"]):
+        case = f"{row.get('model', '')} {row.get('layer', '')}".strip()
+        expected = predict(of, row["M"], row["N"], row["K"], _clock(row))
+        found.append(Compared(case, row["M"], row["us"], expected))
+    return found
 
 
 def run_table(
     results: Mapping[str, Any], gpu: str | None = None
 ) -> tuple[list[str], list[list[str]]]:
     """A line for each row that counts."""
-    rows = [row for row in results["rows"] if _counts(row)]
-    body = [
-        [
-            f"{one.case} M {one.m}",
-            str(row.get("tile") or "-"),
-            one.expected.name,
-            one.expected.bound_by,
-            f"{row['sm_mhz']:.0f}" if row.get("sm_mhz") else "?",
-            f"{one.us:.1f}",
-            f"{one.expected.us:.1f}",
-            f"{one.ratio:.2f}",
-        ]
-        for row, one in zip(rows, compare(results, gpu), strict=True)
-    ]
+    body = []
+    rows = filter(_counts, results["rows"])
+    for row, one in zip(rows, compare(results, gpu), strict=True):
+        words = [f"{one.case} M {one.m}", str(row.get("tile") or "-"), one.expected.name]
+        words += [one.expected.bound_by, f"{row['sm_mhz']:.0f}" if row.get("sm_mhz") else "?"]
+        body.append([*words, f"{one.us:.1f}", f"{one.expected.us:.1f}", f"{one.ratio:.2f}"])
     return RUN_HEADER, body

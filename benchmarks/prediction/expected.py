@@ -23,17 +23,7 @@ def table(
         layer = LLM_LAYERS[name]
         for m in tokens:
             one = predict(GPUS[gpu], m, layer.n, layer.k)
-            rows.append(
-                [
-                    name,
-                    f"{layer.n} x {layer.k}",
-                    one.name,
-                    one.bound_by,
-                    str(m),
-                    f"{one.floor_us:.1f}",
-                    f"{one.us:.1f}",
-                    f"{100 * one.floor_us / one.us:.0f} %",
-                    f"{one.tops:.0f}",
-                ]
-            )
+            words = [name, f"{layer.n} x {layer.k}", one.name, one.bound_by, str(m)]
+            times = [f"{one.floor_us:.1f}", f"{one.us:.1f}", f"{100 * one.floor_us / one.us:.0f} %"]
+            rows.append([*words, *times, f"{one.tops:.0f}"])
     return HEADER, rows

@@ -40,14 +40,14 @@ double median(std::vector<double> values) {
 
 // Median milliseconds of some launches, between events.
 template <typename Launch>
-double milliseconds(int rounds, const Launch& launch) {
+double milliseconds(int rounds, const Launch& launch, cudaStream_t stream = nullptr) {
   cudaEvent_t begin, end;
   if (!OK(cudaEventCreate(&begin)) || !OK(cudaEventCreate(&end))) return 0;
   std::vector<double> found;
   for (int i = 0; i < rounds + 2; ++i) {
-    OK(cudaEventRecord(begin));
+    OK(cudaEventRecord(begin, stream));
     launch();
-    OK(cudaEventRecord(end));
+    OK(cudaEventRecord(end, stream));
     float ms = 0;
     if (!OK(cudaEventSynchronize(end)) || !OK(cudaEventElapsedTime(&ms, begin, end))) return 0;
     if (i >= 2) found.push_back(ms);  // the first ones load the kernel
@@ -190,25 +190,37 @@ __global__ void stay(uint64_t ns, Stay* stays) {
   stays[blockIdx.x] = {begin, now_ns(), sm};
 }
 
+// A launch of `blocks` blocks, with the one attribute that it may have.
+struct Config {
+  cudaLaunchAttribute attribute = {};
+  cudaLaunchConfig_t config = {};
+
+  Config(int blocks, int threads, int64_t shared) {
+    config.gridDim = dim3(blocks);
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = shared;
+    config.attrs = &attribute;
+  }
+
+  void in_clusters(unsigned size) {
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = size;
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    config.numAttrs = 1;
+  }
+};
+
 // All stays of some blocks, in the order of their numbers.
 std::vector<Stay> stays_of(int blocks, int threads, int64_t shared, unsigned cluster, bool small) {
   std::vector<Stay> found(blocks);
   Stay* stays = nullptr;
   if (!OK(cudaMalloc(&stays, blocks * sizeof(Stay)))) return {};
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = cluster;
-  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(blocks);
-  config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = shared;
-  config.attrs = &attribute;
-  config.numAttrs = cluster > 1;
+  Config launch(blocks, threads, shared);
+  if (cluster > 1) launch.in_clusters(cluster);
   const uint64_t ns = small ? 100 : 200000;
   bool right = OK(cudaFuncSetAttribute(stay, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                        static_cast<int>(shared)));
-  right = right && OK(cudaLaunchKernelEx(&config, stay, ns, stays));
+  right = right && OK(cudaLaunchKernelEx(&launch.config, stay, ns, stays));
   right =
       right && OK(cudaMemcpy(found.data(), stays, blocks * sizeof(Stay), cudaMemcpyDeviceToHost));
   OK(cudaFree(stays));
@@ -256,19 +268,11 @@ void clusters(bool small) {
   const int shared = static_cast<int>(gpu.sharedMemPerBlockOptin) - 512;
   OK(cudaFuncSetAttribute(stay, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
   for (const unsigned size : {1u, 2u, 4u, 8u}) {
-    cudaLaunchAttribute attribute = {};
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = size;
-    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(size * gpu.multiProcessorCount);
-    config.blockDim = dim3(384);
-    config.dynamicSmemBytes = shared;
-    config.attrs = &attribute;
-    config.numAttrs = 1;
+    Config launch(size * gpu.multiProcessorCount, 384, shared);
+    launch.in_clusters(size);
     int most = 0;
     const std::string name = "max_active_clusters_" + std::to_string(size);
-    if (OK(cudaOccupancyMaxActiveClusters(&most, stay, &config))) say(name.c_str(), most);
+    if (OK(cudaOccupancyMaxActiveClusters(&most, stay, &launch.config))) say(name.c_str(), most);
   }
   // The same as observed: SMs on which a grid of pairs ran in its first wave.
   if (small) return;
@@ -314,33 +318,19 @@ double microseconds_in_graph(bool overlap, int clocks, int count) {
   cudaGraphExec_t ready;
   if (!OK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking))) return 0;
   if (!OK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal))) return 0;
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(gpu.multiProcessorCount);
-  config.blockDim = dim3(128);
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = overlap;
-  for (int i = 0; i < count; ++i) OK(cudaLaunchKernelEx(&config, link_of_chain, clocks));
+  Config launch(gpu.multiProcessorCount, 128, 0);
+  launch.attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  launch.attribute.val.programmaticStreamSerializationAllowed = 1;
+  launch.config.stream = stream;
+  launch.config.numAttrs = overlap;
+  for (int i = 0; i < count; ++i) OK(cudaLaunchKernelEx(&launch.config, link_of_chain, clocks));
   if (!OK(cudaStreamEndCapture(stream, &graph))) return 0;
   if (!OK(cudaGraphInstantiate(&ready, graph, 0))) return 0;
-  std::vector<double> found;
-  cudaEvent_t begin, end;
-  if (!OK(cudaEventCreate(&begin)) || !OK(cudaEventCreate(&end))) return 0;
-  for (int i = 0; i < 12; ++i) {
-    float ms = 0;
-    OK(cudaEventRecord(begin, stream));
-    OK(cudaGraphLaunch(ready, stream));
-    OK(cudaEventRecord(end, stream));
-    if (!OK(cudaEventSynchronize(end)) || !OK(cudaEventElapsedTime(&ms, begin, end))) return 0;
-    if (i >= 2) found.push_back(1e3 * ms / count);
-  }
+  const double ms = milliseconds(10, [&] { OK(cudaGraphLaunch(ready, stream)); }, stream);
   OK(cudaGraphExecDestroy(ready));
   OK(cudaGraphDestroy(graph));
   OK(cudaStreamDestroy(stream));
-  return median(found);
+  return 1e3 * ms / count;
 }
 
 void launches(bool small) {

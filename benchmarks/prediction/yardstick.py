@@ -63,19 +63,11 @@ def _compared(one: Measured) -> Compared:
 
 
 def table(pairs: Sequence[tuple[Measured, Compared]]) -> tuple[list[str], list[list[str]]]:
-    return HEADER, [
-        [
-            one.gpu,
-            one.what,
-            f"{one.n} x {one.k}",
-            ours.expected.name,
-            ours.expected.bound_by,
-            str(one.m),
-            f"{one.us:g}",
-            f"{2e-6 * one.m * one.n * one.k / one.us:.0f}",
-            f"{ours.expected.us:.1f}",
-            f"{ours.ratio:.2f}",
-            f"{one.bf16_us:g}" if one.bf16_us else "",
-        ]
-        for one, ours in pairs
-    ]
+    body = []
+    for one, ours in pairs:
+        tops = 2e-6 * one.m * one.n * one.k / one.us
+        words = [one.gpu, one.what, f"{one.n} x {one.k}", ours.expected.name]
+        words += [ours.expected.bound_by, str(one.m), f"{one.us:g}", f"{tops:.0f}"]
+        bf16 = f"{one.bf16_us:g}" if one.bf16_us else ""
+        body.append([*words, f"{ours.expected.us:.1f}", f"{ours.ratio:.2f}", bf16])
+    return HEADER, body

@@ -110,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
     machine = runner.machine_facts(device) | {"date": datetime.date.today().isoformat()}
     table = cases.current_table(device)
     if table is None:
-        sys.exit("the CUDA library is not loaded (python -m smoothquant_kernels doctor says why)")
+        sys.exit(f"the table of the CUDA library cannot be read: {cases.why_no_table()}")
     if tune_cache().in_use:
         sys.exit(f"{VARIABLE} is set, and the dispatch would follow it. Unset it.")
     if args.resume:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import subprocess
 import sys
 import types
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,8 +16,8 @@ from benchmarks.lib.baselines import BY_NAME, FP8, UNITS
 from benchmarks.lib.cases import Case, Data, Expected, Operands
 from benchmarks.lib.shapes import TOY_LAYERS, Layer
 from smoothquant_kernels import reference
+from tests.benchmarks.programs import python
 
-ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 WIDE = Layer("toy", "up", 96, 2048)
 DEEP = Layer("toy", "down", 64, 4096)
@@ -59,9 +56,8 @@ def test_a_float_product_is_accepted_and_no_other(
     for other in (y * 0, y * 1.5, y.flip(1), y * torch.nan):
         assert "of its norm off" in wrong(expected, operands, other)
     if m > 1:  # the last half of the tokens was never written
-        assert "of its norm off" in wrong(
-            expected, operands, y * (torch.arange(m) < m // 2)[:, None]
-        )
+        half = y * (torch.arange(m) < m // 2)[:, None]
+        assert "of its norm off" in wrong(expected, operands, half)
     assert "y is torch" in wrong(expected, operands, y[:, 1:])
 
 
@@ -116,21 +112,13 @@ def test_gpus_and_shapes_without_fp8_are_refused(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize(
     ("name", "module", "function"),
-    [
-        ("vllm", "vllm._custom_ops", "cutlass_scaled_mm"),
-        ("sgl", "sgl_kernel", "int8_scaled_mm"),
-    ],
+    [("vllm", "vllm._custom_ops", "cutlass_scaled_mm"), ("sgl", "sgl_kernel", "int8_scaled_mm")],
 )
 def test_other_libraries_get_a_column_major_weight_and_columns_of_scales(
     monkeypatch: pytest.MonkeyPatch, name: str, module: str, function: str
 ) -> None:
     def product(
-        a: Tensor,
-        b: Tensor,
-        scale_a: Tensor,
-        scale_b: Tensor,
-        out_dtype: torch.dtype,
-        bias: None = None,
+        a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, out_dtype: torch.dtype
     ) -> Tensor:
         assert b.shape == (64, 96) and b.stride(0) == 1 and a.is_contiguous()
         assert scale_a.shape == (17, 1) and scale_b.shape == (96, 1)
@@ -170,27 +158,15 @@ assert not any(c.splits > 1 and c.k * c.splits > 512 for c in triton_int8.config
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 def test_the_triton_kernel_is_the_specification() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", TRITON],
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = python("-c", TRITON, TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stderr
-
-
-# --- real data --------------------------------------------------------------------------------------------------------
 
 
 def test_the_recording_is_small_and_of_a_quantized_model() -> None:
     assert real_data.FILE.stat().st_size <= 200_000
     found = real_data.recorded(CPU)
-    assert set(found) == {
-        f"{site}.{part}"
-        for site in real_data.SITES
-        for part in ("x_q", "x_scale", "w_q", "w_scale")
-    }
+    parts = ("x_q", "x_scale", "w_q", "w_scale")
+    assert set(found) == {f"{site}.{part}" for site in real_data.SITES for part in parts}
     for site, (_, rows) in real_data.SITES.items():
         for part in ("x", "w"):
             q, scale = found[f"{site}.{part}_q"], found[f"{site}.{part}_scale"]
@@ -208,9 +184,8 @@ def test_drawn_operands_keep_channels_and_tokens(site: str) -> None:
     channels = found[f"{site}.x_q"].shape[1]
     k = 2 * channels + 23
     x_q, w_q, x_scale, w_scale = real_data.draw(m, n, k, site, torch.Generator().manual_seed(0))
-    assert (
-        x_q.shape == (m, k) and w_q.shape == (n, k) and x_q.is_contiguous() and w_q.is_contiguous()
-    )
+    assert x_q.shape == (m, k) and w_q.shape == (n, k)
+    assert x_q.is_contiguous() and w_q.is_contiguous()
     assert x_scale.shape == (m,) and w_scale.shape == (n,)
     used = []
     for start in range(0, 2 * channels, block):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -157,12 +156,7 @@ def test_the_parts_are_the_whole() -> None:
     assert torch.equal(gemms[-1], whole)
     assert torch.equal(parts["attention"](), blocks.attend(LLAMA, gemms[0], at))
     quantized = parts["quantise"]()
-    assert [tuple(q.shape) for q, *_ in quantized] == [
-        (1, 12, 64),
-        (1, 12, 64),
-        (1, 12, 64),
-        (1, 12, 160),
-    ]
+    assert [tuple(q.shape) for q, *_ in quantized] == [(1, 12, 64)] * 3 + [(1, 12, 160)]
     for place, name in ((0, "qkv"), (2, "up")):
         x_q, x_scale = quantized[place]
         assert torch.equal(fused.multiply(name, x_q, x_scale, x.dtype, None), gemms[place])
@@ -186,9 +180,8 @@ def test_a_wrong_matrix_is_not_timed(name: str) -> None:
 
 @pytest.mark.parametrize("shift", [0.0, 0.1])
 def test_a_wrong_compiled_baseline_is_not_timed(shift: float) -> None:
-    class Compiler(
-        block_benchmark.Compiler
-    ):  # what torch.compile would be asked for, without its minute
+    # What torch.compile would be asked for, without its minute.
+    class Compiler(block_benchmark.Compiler):
         def __call__(self, function: Any) -> Any:
             return lambda *a: function(*a) * (1 + shift)
 
@@ -246,15 +239,6 @@ def test_columns_add_up() -> None:
     # 2 x 8 tokens x (128 + 64 + 320) x 64 + 64 x 160 weights
     weights = (4 + 2 * 2) * 16 * 64 + 64 * 64 + 320 * 64 + 64 * 160
     assert row["tops"] == pytest.approx(2 * 8 * weights / 100.0 / 1e6)
-    printed = block_benchmark.line(row)
-    found = re.search(
-        r"\| +([\d.]+) us = ([\d.]+) gemm \+ ([\d.]+) quantize \+ ([\d.]+) attention \+ ([-\d.]+) rest",
-        printed,
-    )
-    assert found
-    whole, *parts = map(float, found.groups())
-    assert whole == pytest.approx(sum(parts), abs=0.05 * 5)  # five numbers rounded to a tenth
-    assert "1.80x float16 | 1.90x bfloat16 | - float16_compiled | 1.30x unfused" in printed
 
 
 def test_the_cpu_form(tmp_path: Path, capsys: Any, packs: list[int]) -> None:
@@ -262,9 +246,8 @@ def test_the_cpu_form(tmp_path: Path, capsys: Any, packs: list[int]) -> None:
     command = ["--device", "cpu", "--quick", "--json", str(file), "--resume"]
     assert block_benchmark.run(block_benchmark.parse(command)) == 0
     rows = json.loads(file.read_text())["rows"]
-    assert len(packs) <= 4 * 2 * 4, (
-        "four weights of two sets in four cases: not packed anew at every call"
-    )
+    # Four weights of two sets in four cases: not packed anew at every call.
+    assert len(packs) <= 4 * 2 * 4
     assert [(r["model"], r["phase"]) for r in rows] == [
         (s.model, p) for s in blocks.TOY_SHAPES for p in ("prefill", "decode")
     ]

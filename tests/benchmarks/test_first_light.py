@@ -14,9 +14,8 @@ import pytest
 
 from benchmarks.on_gpu import first_light, processes
 from benchmarks.on_gpu.first_light import MARK, PHASES
+from tests.benchmarks.programs import Done, python, simulated
 from tests.support import simulator
-
-ROOT = Path(__file__).resolve().parents[2]
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the kit runs on Linux")
 
@@ -142,7 +141,8 @@ def test_rows_that_find_no_time_are_not_run_and_a_candidate_among_them_is_left_o
 
 
 def test_a_row_that_the_end_of_the_time_stops_is_not_called_hung() -> None:
-    (found,) = first_light.run_rows([row("slow")], lambda r: acted("hang"), jobs=1, limit=60, seconds=4)  # fmt: skip
+    limits = {"limit": 60, "seconds": 4}
+    (found,) = first_light.run_rows([row("slow")], lambda r: acted("hang"), jobs=1, **limits)
     assert found["status"] == "not run" and found["why"] == "the time was spent in dependent"
 
 
@@ -171,13 +171,17 @@ def test_a_wrong_gemm_after_a_producer_is_not_the_producers() -> None:
     assert first_light.working_producers(rows) == ["fine", "gemm"]
 
 
-def started(*options: str, **env: str) -> subprocess.CompletedProcess[str]:
-    facts = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **env}
-    command = [sys.executable, "-m", "benchmarks.on_gpu.first_light", *options]
-    return subprocess.run(command, env=facts, capture_output=True, text=True, check=False, cwd=ROOT)
+def started(*options: str) -> Done:
+    return python("-m", "benchmarks.on_gpu.first_light", *options)
 
 
-def test_the_file_names_what_to_leave_out(tmp_path: Path) -> None:
+def test_the_file_names_what_to_leave_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def printed(option: str, file: Path) -> str:
+        assert first_light.main([option, str(file)]) == 0
+        return capsys.readouterr().out
+
     file = tmp_path / "first_light.json"
     rows = [
         row("128x128x128", status="hung", phases={}),
@@ -186,13 +190,13 @@ def test_the_file_names_what_to_leave_out(tmp_path: Path) -> None:
         row("quantize", "producer", status="ok", phases={}),
     ]
     file.write_text(json.dumps({"machine": {}, "rows": rows}))
-    without = started("--without", str(file))
-    assert without.stdout == first_light.SEPARATOR.join(["128x128x128", "64x64x256-swap"]) + "\n"
-    assert started("--producers", str(file)).stdout == "quantize\n"
+    without = first_light.SEPARATOR.join(["128x128x128", "64x64x256-swap"])
+    assert printed("--without", file) == without + "\n"
+    assert printed("--producers", file) == "quantize\n"
     for text in ("", "{}", "[]", '{"rows": 3}'):
         file.write_text(text)
-        assert started("--without", str(file)).stdout == "\n"
-    assert started("--without", str(tmp_path / "none.json")).stdout == "\n"
+        assert printed("--without", file) == "\n"
+    assert printed("--without", tmp_path / "none.json") == "\n"
 
 
 @pytest.mark.slow
@@ -208,9 +212,8 @@ def test_it_runs_the_real_rows_and_goes_on_where_it_ended(tmp_path: Path) -> Non
     for found in data["rows"]:
         assert found["status"] == "ok" and found["phases"]["shapes"] == "ok"
         assert found["phases"]["graph"] == "-"
-    assert (
-        "rehearsal" in data["machine"]["device"] and "left out from here on: no tile" in done.stdout
-    )
+    assert "rehearsal" in data["machine"]["device"]
+    assert "left out from here on: no tile" in done.stdout
     again = started(*options, "--resume", "--rows", "quantize", "act_quantize:relu")
     assert again.returncode == 0 and "1 rows were ok before, 1 are left" in again.stdout
     assert len(json.loads(file.read_text())["rows"]) == 4
@@ -222,14 +225,11 @@ def test_the_rows_of_the_real_kernels_in_the_simulator(tmp_path: Path) -> None:
     """Real tiles and producers, dependent launches too, with the kernels' PTX."""
     simulator.require()
     file = tmp_path / "first_light.json"
-    rows = ["stream 8x16", "16x64x128", "quantize", "rms_norm_quantize+residual", "act_quantize:silu_mul"]  # fmt: skip
-    command = ["-m", "benchmarks.on_gpu.simulated", "--arch", "sm_80", "--"]
-    command += ["-m", "benchmarks.on_gpu.first_light"]
-    command += ["--device", "cpu", "--json", str(file), "--limit", "300", "--seconds", "900"]
-    done = subprocess.run(
-        [sys.executable, *command, "--jobs", "2", "--rows", *rows], cwd=ROOT, check=False,
-        env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
-    )  # fmt: skip
+    rows = ["stream 8x16", "16x64x128", "quantize", "act_quantize:silu_mul"]
+    rows += ["rms_norm_quantize+residual"]
+    options = ["-m", "benchmarks.on_gpu.first_light", "--device", "cpu", "--json", str(file)]
+    options += ["--limit", "300", "--seconds", "900", "--jobs", "2", "--rows", *rows]
+    done = simulated("sm_80", *options)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     found = {r["name"]: r for r in json.loads(file.read_text())["rows"]}
     assert set(found) == set(rows)

@@ -29,13 +29,6 @@ def row_of(case: Case, times: dict[str, float], *more: Any) -> dict[str, Any]:
     return gemm.row_of(case, {n: Timing(us, us, us, 10, 2) for n, us in times.items()}, *more)
 
 
-def columns_of(line: str) -> dict[str, float]:
-    """The numbers of a printed line by their units; "-" is none."""
-    parts = [part.split() for part in line.split("|")]
-    pairs = [part for part in parts if len(part) == 2 and part[0] not in ("-", "tile")]
-    return {unit: float(number.removesuffix("x")) for number, unit in pairs}
-
-
 def test_the_columns_add_up() -> None:
     case = Case(LLM_LAYERS["LLaMA-7B up"], 2048)
     row = row_of(case, TIMES, {"int_mm": "why"}, "128x256x128")
@@ -46,38 +39,17 @@ def test_the_columns_add_up() -> None:
     assert row["fp8_us"] == 190.0 and row["vllm_us"] is None
 
 
-@pytest.mark.parametrize("us", [3.14, 57.337, 901.5])
-def test_the_printed_columns_add_up(us: float) -> None:
-    """What is printed, times the printed us, within half a unit of the last digits of both."""
-    case = Case(LLM_LAYERS["LLaMA-7B down"], 64, "real")
-    times = TIMES | {"op": us}
-    line = gemm.line(row_of(case, times, {}, "a /4"))
-    assert line.startswith("LLaMA-7B down      M   64 N  4096 K 11008 real | ")
-    assert " | - int_mm | " in line and line.endswith(" | tile a /4")
-    found = columns_of(line)
-    shown = found.pop("us")
-    wanted = {"TOPS": case.operations / 1e6, "GB/s": case.bytes / 1e3, **times}
-    assert set(found) == set(wanted) - {"op"}
-    for name, value in found.items():
-        last = 0.05 if name in ("TOPS", "GB/s") else 0.005
-        # (value +- last) * (shown +- 0.005), and a millionth for the binary fractions
-        allowed = (last * shown + 0.005 * value + last * 0.005) * (1 + 1e-6)
-        assert abs(value * shown - wanted[name]) <= allowed, name
-
-
-def test_the_printed_means_are_those_of_the_lines(capsys: pytest.CaptureFixture[str]) -> None:
+def test_means_are_by_class_of_m_and_kind_of_data() -> None:
     rows = []
     for m, data, us in ((64, "random", 20.0), (16, "random", 10.0), (64, "real", 16.0)):
         case = Case(LLM_LAYERS["LLaMA-7B o"], m, data)
         rows.append(row_of(case, {"op": us, "fp16": 2 * us, "triton": 40.0}))
-    gemm.report(rows)
-    lines = {line.split("|")[0].strip(): line for line in capsys.readouterr().out.splitlines()}
-    means = columns_of(lines["geomean M 9-64       2 cases"])
-    assert means["fp16"] == 2.0 and means["triton"] == pytest.approx(math.sqrt(8), abs=0.005)
-    tops = math.sqrt(rows[0]["tops"] * rows[1]["tops"])
-    assert means["TOPS"] == pytest.approx(tops, abs=0.05)
-    assert columns_of(lines["geomean M 9-64    real    1 cases"])["triton"] == 2.5
-    assert "real data is 1.250x as fast as random in the 1 cases that have both" in lines
+    random, real = (gemm.means(rows)[name]["M 9-64"] for name in ("geomeans", "geomeans_real"))
+    assert (random["cases"], real["cases"]) == (2, 1)
+    assert random["vs_fp16"] == pytest.approx(2) and real["vs_triton"] == pytest.approx(2.5)
+    assert random["vs_triton"] == pytest.approx(math.sqrt(8))
+    assert random["tops"] == pytest.approx(math.sqrt(rows[0]["tops"] * rows[1]["tops"]))
+    assert gemm.real_against_random(rows) == [1.25]
 
 
 def test_the_bytes_are_those_of_the_tensors() -> None:
@@ -93,9 +65,6 @@ def test_more_tokens_in_less_time_are_noted() -> None:
     rows = [row | {"M": m, "us": us} for m, us in ((16, 5.0), (64, 9.0), (128, 7.0), (256, 6.9))]
     (sentence,) = gemm.cliffs(rows)
     assert sentence == "LLaMA-7B up takes 9.00 us at M 64 (a), but 6.90 us at M 256 (a)"
-
-
-# --- runs -------------------------------------------------------------------------------------------------------------
 
 
 def off_by_one_step(function: Callable[..., Tensor], tile: int | None = None) -> Any:
@@ -182,9 +151,6 @@ def test_the_most_telling_cases_come_with_real_data_early() -> None:
     assert len({(case.key, case.data) for case in found}) == len(found)
 
 
-# --- what is checked --------------------------------------------------------------------------------------------------
-
-
 def test_a_sample_of_a_large_result_sees_every_block(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(Layer("toy", "wide", 200, 16), 130)
     generator = cases.generator_of(case, CPU)
@@ -232,9 +198,6 @@ def test_planted_outliers_keep_the_function() -> None:
         planted.plant_outliers(model, readers)
         assert int((norm.weight.abs() > 10 * weight.abs()).sum()) == 6
         torch.testing.assert_close(model(input_ids=ids).logits, before, rtol=1e-4, atol=1e-4)
-
-
-# --- whole layers -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("scheme", ["per_token", "static"])

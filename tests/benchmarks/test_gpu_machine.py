@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.benchmarks.test_gpu_script import ROOT, needs_bash, words_of
+from tests.benchmarks.programs import Done, run
+from tests.benchmarks.test_gpu_script import needs_bash, words_of
+from tools.build.plan import ROOT
 
 FAKE_PYTHON = """#!{python}
 import os, sys
@@ -48,12 +49,9 @@ elif "benchmarks.lib.gpu" in arguments:
 def machine(tmp_path: Path) -> Path:
     """A copy of what the script reads, and a Python that only writes down how it was called: a GPU is seen."""
     root = tmp_path / "tree"
+    ignored = shutil.ignore_patterns("results", "__pycache__", "*.safetensors")
     for name in ("benchmarks", "tools", "csrc"):
-        shutil.copytree(
-            ROOT / name,
-            root / name,
-            ignore=shutil.ignore_patterns("results", "__pycache__", "*.safetensors"),
-        )
+        shutil.copytree(ROOT / name, root / name, ignore=ignored)
     for name in ("smoothquant_kernels", "tests/kernels", "tests/gpu", "venv/bin"):
         (root / name).mkdir(parents=True)
     (root / "setup.py").touch()
@@ -64,9 +62,7 @@ def machine(tmp_path: Path) -> Path:
     return root
 
 
-def on_machine(
-    root: Path, *arguments: str, **env: str
-) -> tuple[subprocess.CompletedProcess[str], list[str]]:
+def on_machine(root: Path, *arguments: str, **env: str) -> tuple[Done, list[str]]:
     """The script's run, and the calls of Python: stage, SQK_WITHOUT_TILES, arguments."""
     log = root / "calls.txt"
     log.unlink(missing_ok=True)
@@ -76,9 +72,7 @@ def on_machine(
     }  # fmt: skip
     command = ["bash", str(root / "benchmarks" / "run_on_gpu.sh"), *arguments]
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("SQK_")}
-    done = subprocess.run(
-        command, env={**inherited, **facts, **env}, capture_output=True, text=True, check=False
-    )
+    done = run(command, {**inherited, **facts, **env})
     return done, log.read_text().splitlines() if log.exists() else []
 
 
@@ -91,8 +85,10 @@ def test_the_first_call_on_a_machine(machine: Path) -> None:
     """In the documented order; one build; broken tiles are left out by all that come after; no Triton yet."""
     done, calls = on_machine(machine)
     assert done.returncode == 0, done.stdout + done.stderr
-    rows = [line.split()[:2] for line in (machine / "out" / "summary.txt").read_text().splitlines()]
-    assert rows == [[name, "ok"] for name in words_of("FIRST")]
+    summary = (machine / "out" / "summary.txt").read_text()
+    assert [line.split()[:2] for line in summary.splitlines()] == [
+        [name, "ok"] for name in words_of("FIRST")
+    ]
     builds = [call for call in calls if "--editable" in call]
     assert len(builds) == 1 and builds[0].startswith("build - ")
     (light,) = (c for c in calls_of(calls, "on_gpu.first_light") if "--json" in c)
@@ -103,14 +99,10 @@ def test_the_first_call_on_a_machine(machine: Path) -> None:
     gemm = calls_of(calls, "gemm")
     # The first process loses its CUDA context; the second one goes on.
     assert len(gemm) == 2 and all(call.startswith(f"gemm {without} ") for call in gemm)
-    assert all(
-        "triton" not in call and "--baselines fp16 bf16 int_mm fp8 vllm sgl" in call
-        for call in gemm
-    )
-    (probe,) = (c for c in calls_of(calls, "prediction.probe") if "--json" in c)
-    assert probe.startswith("probe ") and calls_of(calls, "prediction.probe")[0].endswith(
-        "--compile 90"
-    )
+    assert all("--baselines fp16 bf16 int_mm fp8 vllm sgl" in call for call in gemm)
+    assert not any("triton" in call for call in gemm)
+    compiled, *_, probe = calls_of(calls, "prediction.probe")
+    assert compiled.endswith("--compile 90") and probe.startswith("probe ") and "--json" in probe
     assert len(list((machine / "out").iterdir())) <= 8
 
 

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tarfile
 from pathlib import Path
@@ -15,10 +14,10 @@ import pytest
 import torch
 
 from benchmarks.lib.producers import PRODUCERS
+from tests.benchmarks.programs import Done, python, run, simulated
 from tests.support import simulator
-from tools.build.plan import CUTLASS_PYPI
+from tools.build.plan import CUTLASS_PYPI, ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "benchmarks" / "run_on_gpu.sh"
 
 needs_bash = pytest.mark.skipif(
@@ -27,10 +26,7 @@ needs_bash = pytest.mark.skipif(
 )
 
 
-# --- the script -------------------------------------------------------------------------------------------------------
-
-
-def kit(folder: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+def kit(folder: Path, *arguments: str, **env: str) -> Done:
     facts = {
         "OUT": str(folder / "out"),
         "SQK_RESULTS": str(folder / "results"),
@@ -40,24 +36,13 @@ def kit(folder: Path, *arguments: str, **env: str) -> subprocess.CompletedProces
         "CUTLASS_PATH": str(folder),  # what is not compiled needs none
         "SQK_REHEARSE_TORCH": "",  # the headers of another torch would come from the network
     }
-    command = ["bash", str(SCRIPT), *arguments]
-    return subprocess.run(
-        command, env={**os.environ, **facts, **env}, capture_output=True, text=True, check=False
-    )
+    return run(["bash", str(SCRIPT), *arguments], {**os.environ, **facts, **env})
 
 
 @needs_bash
 @pytest.mark.slow
 def test_a_failing_stage_stops_no_other(tmp_path: Path) -> None:
-    chosen = [
-        "setup:200",
-        "tune:300",
-        "linear:230",
-        "gemm:300",
-        "quantize:300",
-        "build:100",
-        "info:100",
-    ]
+    chosen = "setup:200 tune:300 linear:230 gemm:300 quantize:300 build:100 info:100".split()
     done = kit(
         tmp_path, "--dry-run", *chosen, SMOOTHQUANT_KERNELS_BUILD="nonsense", SQK_SECONDS="3000"
     )
@@ -83,17 +68,15 @@ def test_a_failing_stage_stops_no_other(tmp_path: Path) -> None:
     assert len(found["linear"]["rows"]) == 6 * 6
     assert "rehearsal" in found["info"]["device"]
     log = (out / "run.log").read_text()
-    assert "geomean all" in log and "constexpr GemmRule kToyRules[]" in log
+    assert "geomean all" in log and "constexpr RuleRow kToyRules[]" in log
 
 
 @needs_bash
 @pytest.mark.slow
 def test_a_whole_rehearsal_writes_every_file_and_a_second_one_continues_it(tmp_path: Path) -> None:
     names = ("gemm", "quantize", "tune", "linear", "block", "model", "report", "sanitizer")
-    limits = [
-        f"{name}:300"
-        for name in ("setup", "info", "build", "first_light", "tests", "probe", *names)
-    ]
+    first = ("setup", "info", "build", "first_light", "tests", "probe")
+    limits = [f"{name}:300" for name in (*first, *names)]
     done = kit(tmp_path, "--dry-run", *limits, SQK_SECONDS="6000")  # the machine may be slow
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     tools = [line.split()[4] for line in done.stdout.splitlines() if line.startswith("would run")]
@@ -152,9 +135,8 @@ def documented_calls() -> list[dict[str, int]]:
     usual = words_of("STAGES")
     text = (ROOT / "docs" / "guides" / "gpu.md").read_text()
     found = []
-    for line in re.findall(
-        r"^ +benchmarks/run_on_gpu\.sh (setup .*|tune:.*|block:.*)$", text, re.MULTILINE
-    ):
+    calls = r"^ +benchmarks/run_on_gpu\.sh (setup .*|tune:.*|block:.*)$"
+    for line in re.findall(calls, text, re.MULTILINE):
         words = dict(word.partition(":")[::2] for word in line.split("#")[0].split())
         found.append({n: int(s or usual[n]) for n, s in {"setup": "", **words}.items()})
     return found
@@ -181,15 +163,8 @@ def test_the_documented_calls_leave_no_stage_without_time() -> None:
 @needs_bash
 def test_a_stage_leaves_time_to_those_after_it(tmp_path: Path) -> None:
     """Of 100 seconds `gemm` keeps 40 and `info` 20: `setup` may take 40 at most, whatever was asked for."""
-    done = kit(
-        tmp_path,
-        "--dry-run",
-        "setup:90",
-        "info:40",
-        "gemm:80",
-        SQK_SECONDS="100",
-        SQK_VENV="/dev/null/no",
-    )
+    env = {"SQK_SECONDS": "100", "SQK_VENV": "/dev/null/no"}
+    done = kit(tmp_path, "--dry-run", "setup:90", "info:40", "gemm:80", **env)
     assert re.search(r"== setup \(at most (3\d|40) s\)", done.stdout), done.stdout
 
 
@@ -214,9 +189,8 @@ def test_the_kit_asks_for_the_cutlass_of_the_build() -> None:
 
 
 def test_without_nvcc_nothing_is_simulated(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "benchmarks.on_gpu.simulated", "--", "-c", "print('run')"]
-    facts = {**os.environ, "CUDA_HOME": str(tmp_path)}
-    done = subprocess.run(command, cwd=ROOT, env=facts, capture_output=True, text=True, check=False)
+    command = ("-m", "benchmarks.on_gpu.simulated", "--", "-c", "print('run')")
+    done = python(*command, CUDA_HOME=str(tmp_path))
     assert done.returncode == 77
     assert (
         "nothing is simulated: the kernels cannot be built for the simulator: nvcc" in done.stdout
@@ -229,12 +203,9 @@ def test_without_nvcc_nothing_is_simulated(tmp_path: Path) -> None:
 def test_the_gemm_benchmark_runs_the_real_tiles_in_the_simulator(tmp_path: Path) -> None:
     simulator.require()
     file = tmp_path / "gemm.json"
-    command = [sys.executable, "-m", "benchmarks.on_gpu.simulated", "--arch", "sm_80", "--"]
-    command += ["-m", "benchmarks.gemm"]
-    command += ["--device", "cpu", "--tiles", "--data", "random", "--seconds", "0", "--tokens", "5"]
-    command += ["--baselines", "fp16", "--json", str(file)]
-    facts = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=facts, capture_output=True, text=True, check=False)
+    options = ["-m", "benchmarks.gemm", "--device", "cpu", "--tiles", "--data", "random"]
+    options += ["--seconds", "0", "--tokens", "5", "--baselines", "fp16", "--json", str(file)]
+    done = simulated("sm_80", *options)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     rows = json.loads(file.read_text())["rows"]
     assert len(rows) == 3

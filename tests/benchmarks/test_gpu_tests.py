@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from benchmarks.on_gpu import tests as gpu_tests
+from tests.benchmarks.programs import Done, python
 
 pytest.importorskip("xdist")
-ROOT = Path(__file__).resolve().parents[2]
 
 #: The context of a process is dead from the test on that breaks it, as after a sticky CUDA error.
 CONFTEST = """
@@ -62,17 +59,9 @@ def suite(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run(suite: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    options = ["-m", "benchmarks.on_gpu.tests", "--backend", "none", "--workers", "1", *options]
-    facts = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "SQK_TEST_SECONDS": "4",
-        "PYTEST_ADDOPTS": "",
-    }
-    return subprocess.run(
-        [sys.executable, *options], cwd=suite, env=facts, capture_output=True, text=True, check=False
-    )  # fmt: skip
+def run(suite: Path, *options: str) -> Done:
+    command = ("-m", "benchmarks.on_gpu.tests", "--backend", "none", "--workers", "1")
+    return python(*command, *options, cwd=suite, SQK_TEST_SECONDS="4", PYTEST_ADDOPTS="")
 
 
 def failed(text: str) -> set[str]:
@@ -114,9 +103,7 @@ def test_the_projects_tests_for_a_gpu_are_found() -> None:
 
 
 def test_the_end_of_the_time_stops_everything(suite: Path) -> None:
-    (suite / "kernels" / "test_kernel.py").write_text(
-        "import time\ndef test_a(): time.sleep(600)\n"
-    )
+    hangs = "import time\ndef test_a(): time.sleep(600)\n"
+    (suite / "kernels" / "test_kernel.py").write_text(hangs)
     done = run(suite, "--seconds", "3", "kernels/test_kernel.py")
-    assert done.returncode == 1
-    assert "stopped" in done.stdout
+    assert done.returncode == 1 and "stopped" in done.stdout

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import block as bench_block
 from benchmarks import model as bench_model
 from benchmarks.lib import blocks, smollm2, stacks
 from benchmarks.lib.runner import WrongResult
@@ -98,25 +96,12 @@ def test_bytes_of_weights() -> None:
 
 
 def test_columns_say_what_they_say() -> None:
-    timings = {
-        n: Timing(us, us, us, 9, 8)
-        for n, us in (("w8a8", 500.0), ("float16", 800.0), ("bfloat16", 900.0))
-    }
+    times = {"w8a8": 500.0, "float16": 800.0, "bfloat16": 900.0}
+    timings = {name: Timing(us, us, us, 9, 8) for name, us in times.items()}
     row = bench_model.row_of(DECODE, timings, ("float16", "bfloat16"), 0.0312)
-    row |= {"weights_mib": 10.4, "float16_weights_mib": 20.6, "peak_mib": 12.0}
     assert row["tokens_per_s"] == 2 / 500e-6
     assert (row["vs_float16"], row["vs_bfloat16"]) == (1.6, 1.8)
-    printed = bench_model.line(row)
-    ms, speed = map(float, re.findall(r"([\d.]+) (?:ms|tokens/s)", printed))
-    # M / ms, within the printed roundings: ms to a hundredth, tokens/s to a tenth
-    assert row["M"] * 1e3 / (ms + 0.005) - 0.05 <= speed <= row["M"] * 1e3 / (ms - 0.005) + 0.05
-    assert printed.endswith(
-        "1.60x float16 | 1.80x bfloat16 | weights 10 MiB of 21, peak 12 | error 0.031"
-    )
-    assert (
-        list(bench_model.means([row])) == ["decode"]
-        and bench_block.means([row])["decode"]["float16"] == 1.6
-    )
+    assert bench_model.means([row])["decode"]["float16"] == 1.6
 
 
 def test_the_cpu_form(tmp_path: Path, capsys: Any) -> None:
@@ -130,9 +115,8 @@ def test_the_cpu_form(tmp_path: Path, capsys: Any) -> None:
     for row in rows:
         assert row["tokens_per_s"] == pytest.approx(row["M"] / row["us"] * 1e6)
         assert row["vs_bfloat16"] == pytest.approx(row["bfloat16_us"] / row["us"])
-        assert row["calls"] == (
-            8 if (row["runtime"], row["phase"]) == ("transformers", "decode") else 1
-        )
+        several = (row["runtime"], row["phase"]) == ("transformers", "decode")
+        assert row["calls"] == (8 if several else 1)
         assert 0 < row["error"] <= bench_model.MOST_ERROR and row["peak_mib"] is None
     capsys.readouterr()
     assert bench_model.run(bench_model.parse(command)) == 0

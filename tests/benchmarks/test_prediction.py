@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +12,8 @@ import pytest
 from benchmarks.prediction import compare, expected, yardstick
 from benchmarks.prediction.gpus import GPUS, floor, gpu_of
 from benchmarks.prediction.planner import choose, machine_of, predict, tables
+from tests.benchmarks.programs import Done, python
 
-ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.compiler
 #: The best rates in the tables of the yardstick, in TOPS.
 BEST_TOPS = {"A100": 586, "L40S": 662, "H100": 1601}
@@ -25,9 +22,6 @@ BEST_TOPS = {"A100": 586, "L40S": 662, "H100": 1601}
 def tile_of(gpu: str, m: int, n: int, k: int) -> dict[str, Any]:
     found: dict[str, Any] = tables()[choose(GPUS[gpu], m, n, k)["table"]]["tiles"]
     return found[choose(GPUS[gpu], m, n, k)["tile"]]
-
-
-# --- by hand ----------------------------------------------------------------------------------------------------------
 
 
 def test_one_token_costs_the_bytes_of_the_weights() -> None:
@@ -77,9 +71,6 @@ def test_no_expectation_beats_the_floor(gpu: str) -> None:
             assert one.floor_us == floor(GPUS[gpu], m, n, k)[0] < one.us
 
 
-# --- what others measured ---------------------------------------------------------------------------------------------
-
-
 def test_no_measured_time_refutes_an_expected_one() -> None:
     rows = yardstick.rows()
     assert len(rows) == 61 and {one.gpu for one, _ in rows} == {"A100", "L40S", "H100", "H200"}
@@ -99,9 +90,6 @@ def test_a_row_of_the_yardstick_has_the_bfloat16_time_of_its_own_table() -> None
     assert found["H100", "fp8 vLLM ", 4096, 4096, 2048].bf16_us is None
     header, rows = yardstick.table(yardstick.rows())
     assert all(len(row) == len(header) for row in rows)
-
-
-# --- against a run ----------------------------------------------------------------------------------------------------
 
 
 def results(factors: dict[int, float]) -> dict[str, Any]:
@@ -134,14 +122,8 @@ def test_the_gpu_of_a_run() -> None:
         gpu_of({"device": "CPU"})
 
 
-# --- the command ------------------------------------------------------------------------------------------------------
-
-
-def printed(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "benchmarks.prediction", *arguments]
-    return subprocess.run(
-        command, cwd=ROOT, env=os.environ | env, capture_output=True, text=True, check=False
-    )
+def printed(*arguments: str, **env: str) -> Done:
+    return python("-m", "benchmarks.prediction", *arguments, **env)
 
 
 def test_the_command(tmp_path: Path) -> None:

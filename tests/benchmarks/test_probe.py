@@ -59,15 +59,8 @@ def test_a_file_is_held_against_the_table_of_its_gpu() -> None:
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
 def test_the_probe_compiles_without_a_warning(tmp_path: Path) -> None:
     for arch in ("80", "90a"):
-        command = [
-            "nvcc",
-            "-std=c++17",
-            "-O0",
-            "-Werror",
-            "all-warnings",
-            "-o",
-            str(tmp_path / "probe"),
-        ]
+        command = ["nvcc", "-std=c++17", "-O0", "-Werror", "all-warnings"]
+        command += ["-o", str(tmp_path / "probe")]
         command += [f"-gencode=arch=compute_{arch},code=sm_{arch}", str(probe.SOURCE)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
@@ -77,13 +70,10 @@ def test_a_probe_that_takes_too_long_leaves_what_it_had(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     program = tmp_path / "probe"
-    program.write_text(
-        f"#!{sys.executable}\nimport time\nprint('{{\"sms\": 132}}', flush=True)\ntime.sleep(60)\n"
-    )
+    said = f"#!{sys.executable}\nprint('{{\"sms\": 132}}', flush=True)\n"
+    program.write_text(said + "import time\ntime.sleep(60)\n")
     program.chmod(0o755)
     monkeypatch.setattr(probe, "BUILD", tmp_path)
     assert probe.run_probe(3) == ({"sms": 132}, "stopped after 3 s")
-    program.write_text(
-        f"#!{sys.executable}\nprint('{{\"sms\": 132}}')\nraise SystemExit('error: gone')\n"
-    )
+    program.write_text(said + "raise SystemExit('error: gone')\n")
     assert probe.run_probe(30) == ({"sms": 132}, "error: gone")

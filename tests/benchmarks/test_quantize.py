@@ -36,9 +36,6 @@ def test_the_bytes_are_those_of_the_tensors(name: str, scheme: str) -> None:
     assert sum(t.numel() * t.element_size() for t in tensors) == producers.bytes_moved(this)
 
 
-# --- what is refused --------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("name", PRODUCERS)
@@ -128,24 +125,13 @@ def test_a_compiler_that_fails_leaves_a_reason(
     assert "- compiled" in text and "not compiled in 6 cases: no compiler here" in text
 
 
-# --- columns and order ------------------------------------------------------------------------------------------------
-
-
-def _timing(us: float) -> Timing:
-    return Timing(us, us, us, 10, 2)
-
-
-def test_the_printed_columns_add_up() -> None:
+def test_the_columns_add_up() -> None:
     this = case(m=2048, k=4096)
-    moved = producers.bytes_moved(this)
-    times = {"op": 12.5, "copy": 13.0, "eager": 40.0}
-    row = bench.row_of(this, moved, {name: _timing(us) for name, us in times.items()})
-    name, us, rate, *ratios = (part.strip() for part in bench.line(row).split("|"))
-    assert name == "quantize fp16 M 2048 K 4096 per_token"
-    assert us == "12.50 us" and ratios == ["1.04x copy", "3.20x eager", "- compiled"]
-    assert float(rate.split()[0]) == pytest.approx(moved / 12.5e-6 / 1e9, abs=0.05)
-    assert row["gb_per_s"] * 1e9 * row["us"] * 1e-6 == pytest.approx(moved)
-    assert row["vs_copy"] * row["us"] == pytest.approx(row["copy_us"])
+    moved, times = producers.bytes_moved(this), {"op": 12.5, "copy": 13.0, "eager": 40.0}
+    timings = {name: Timing(us, us, us, 10, 2) for name, us in times.items()}
+    row = bench.row_of(this, moved, timings)
+    assert (row["vs_copy"], row["vs_eager"], row["vs_compiled"]) == (1.04, 3.2, None)
+    assert row["gb_per_s"] == pytest.approx(moved / 12.5e-6 / 1e9)
 
 
 def test_the_most_telling_cases_come_first() -> None:

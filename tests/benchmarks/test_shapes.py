@@ -8,15 +8,7 @@ from itertools import chain
 import pytest
 
 from benchmarks.lib import cases
-from benchmarks.lib.shapes import (
-    DECODERS,
-    GEMM_TOKENS,
-    LLM_LAYERS,
-    M_CLASSES,
-    Decoder,
-    distinct,
-    m_class,
-)
+from benchmarks.lib.shapes import DECODERS, GEMM_TOKENS, LLM_LAYERS, Decoder, distinct
 
 
 @dataclass(frozen=True)
@@ -65,10 +57,8 @@ PUBLISHED = {
 def small_parameters(decoder: Decoder, blocks: int) -> int:
     """Norms, biases and routers, exactly: LayerNorms have two vectors, RMSNorms one."""
     h, family = decoder.hidden, decoder.model.split("-")[0].split()[0]
-    if family in (
-        "OPT",
-        "BLOOM",
-    ):  # biases: q, k, v, o, fc2 of h, fc1 of 4 h; two norms; BLOOM's embedding has one too
+    # biases: q, k, v, o, fc2 of h, fc1 of 4 h; two norms; BLOOM's embedding has one too
+    if family in ("OPT", "BLOOM"):
         return blocks * (5 * h + decoder.mlp + 4 * h) + (4 if family == "BLOOM" else 2) * h
     each = 2 * h
     if family == "Qwen2.5":  # biases of q, k and v
@@ -106,9 +96,8 @@ def test_models_whose_weights_are_not_counted_here_follow_their_family() -> None
         assert decoder.mlp == 4 * decoder.hidden and decoder.kv == decoder.q == decoder.hidden
     assert 64 * rest["OPT-66B"].parameters == pytest.approx(66e9, rel=0.02)
     assert 96 * rest["OPT-175B"].parameters == pytest.approx(175e9, rel=0.01)
-    assert 24 * rest["OPT-350M"].parameters == pytest.approx(
-        302e6, rel=0.01
-    )  # 350M with embeddings
+    # 350M with embeddings
+    assert 24 * rest["OPT-350M"].parameters == pytest.approx(302e6, rel=0.01)
 
 
 def test_the_registry_of_layers() -> None:
@@ -143,9 +132,3 @@ def test_shapes_that_models_share_are_measured_once_and_the_most_telling_first()
     assert order[:4] == ["LLaMA-7B", "LLaMA-70B", "OPT-13B", "OPT-30B"]
     small = {d.model for d in DECODERS if d.hidden <= 2560}
     assert small <= set(order[-2 * len(small) :]) and not small & set(order[:20])
-
-
-def test_classes_of_m() -> None:
-    assert [m_class(m) for m in (1, 8, 16, 64, 128, 512, 1024, 8192)] == [
-        name for _, name in M_CLASSES for _ in range(2)
-    ]

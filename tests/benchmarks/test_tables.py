@@ -5,9 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,8 +13,8 @@ import pytest
 
 from benchmarks import accuracy
 from benchmarks.pages import result_tables, tables
+from tests.benchmarks.programs import python
 
-ROOT = Path(__file__).resolve().parents[2]
 MACHINE = {
     "device": "NVIDIA H100 80GB HBM3", "cpu": "a CPU", "cuda": "13.0", "driver": "580.1", "torch": "2.11.0",
     "max_sm_mhz": 1980.0, "sms": 132, "memory_gib": 79.6, "command": "python benchmarks/bench_gemm.py",
@@ -78,34 +75,19 @@ def table(name: str) -> str:
     return text
 
 
-# --- the documentation ------------------------------------------------------------------------------------------------
+#: The tables that were measured need no compiler, predictions do.
+COMPILERS = ["none", pytest.param("g++", marks=pytest.mark.compiler)]
 
 
-@pytest.mark.parametrize(
-    "compiler",
-    [
-        pytest.param("none", id="measured"),  # tables that need no compiler
-        pytest.param("g++", id="predicted", marks=pytest.mark.compiler),
-    ],
-)
+@pytest.mark.parametrize("compiler", COMPILERS)
 def test_documented_tables_are_up_to_date(compiler: str) -> None:
-    result = subprocess.run(
-        [sys.executable, "-m", "benchmarks.pages.tables", "--check"],
-        cwd=ROOT,
-        env={**os.environ, "CXX": compiler},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout
+    done = python("-m", "benchmarks.pages.tables", "--check", CXX=compiler)
+    assert done.returncode == 0, done.stdout
 
 
 def test_every_marked_table_is_known() -> None:
     marked = {m[2] for page in tables.pages() for m in tables.MARKED.finditer(page.read_text())}
     assert marked == set(tables.TABLES)
-
-
-# --- without results --------------------------------------------------------------------------------------------------
 
 
 def test_without_results_every_table_is_one_line(results: Path) -> None:
@@ -117,9 +99,7 @@ def test_without_results_every_table_is_one_line(results: Path) -> None:
 def test_a_rehearsal_is_no_gpu(results: Path) -> None:
     folder = results / "cpu_2099-01-01"
     for name in ("gemm", "quantize", "linear", "block", "model"):
-        write(
-            folder, f"{name}.json", GEMM, cuda=None, device="cpu (a rehearsal: no GPU was measured)"
-        )
+        write(folder, f"{name}.json", GEMM, cuda=None, device="cpu (a rehearsal)")
     assert [table(name) for name in GPU_TABLES] == ["Not measured yet.\n"] * len(GPU_TABLES)
 
 
@@ -131,9 +111,6 @@ def test_the_newest_folder_counts(results: Path) -> None:
     write(results / "c_2026-12-01", "gemm.json", GEMM, cuda=None)
     assert tables.newest("gemm.json", gpu=True) == path
     assert tables.newest("gemm.json") != path
-
-
-# --- with results -----------------------------------------------------------------------------------------------------
 
 
 def test_a_caption_has_what_a_number_needs(results: Path) -> None:
@@ -174,13 +151,8 @@ def test_the_targets_are_met_only_where_every_case_meets_them(results: Path) -> 
     tops = [row["tops"] for row in GEMM[:2]]
     mean = math.sqrt(tops[0] * tops[1])
     assert min(tops) < 1350 < 1800 < max(tops)  # so that both sides below mean something
-    assert found["GEMM, M >= 2048, TOPS"] == [
-        "yes",
-        "1,300",
-        f"{mean:,.0f}",
-        f"{min(tops):,.0f}",
-        "2 of 2",
-    ]
+    measured = [f"{mean:,.0f}", f"{min(tops):,.0f}", "2 of 2"]
+    assert found["GEMM, M >= 2048, TOPS"] == ["yes", "1,300", *measured]
     write(folder, "linear.json", LINEAR)
     write(folder, "quantize.json", QUANTIZE)
     found = {line[0]: line[1:] for line in cells(table("gpu_targets"))}
@@ -243,8 +215,6 @@ def test_failures_are_named() -> None:
     ]
 
 
-# --- accuracy ---------------------------------------------------------------------------------------------------------
-
 FACTS = {"model": "M", "torch": "2.13.0", "evaluation_tokens": 3072, "calibration_tokens": 4096}
 
 
@@ -265,20 +235,13 @@ def test_both_kinds_of_text_stand_side_by_side() -> None:
         row("SmoothQuant W8A8", 1.0, scheme="static", news=numbers(4.0)),
     ]
     text = tables.accuracy({"facts": {**FACTS, "other": "news"}, "schemes": rows}, "schemes")
-    caption, header, _, first, second = [line for line in text.splitlines() if line]
-    assert "and news, as many tokens, which no choice of settings saw" in caption
-    cells = [cell.strip() for cell in header.strip("|").split("|")]
-    assert cells[2:] == [
-        "perplexity", "change", "mean KL", "same top-1",
-        "perplexity on news", "change", "mean KL", "same top-1",
-    ]  # fmt: skip
-    assert [cell.strip() for cell in first.strip("|").split("|")][2:] == [
-        "10.000", "", "", "", "10.000", "", "", "",
-    ]  # fmt: skip
-    assert [cell.strip() for cell in second.strip("|").split("|")][2:] == [
-        "11.000", "+1.00 ± 0.50 %", "0.0100", "90.0 %",
-        "14.000", "+4.00 ± 0.50 %", "0.0400", "90.0 %",
-    ]  # fmt: skip
+    assert "and news, as many tokens, which no choice of settings saw" in text.splitlines()[0]
+    header, first, second = (line[2:] for line in cells(text))
+    same = ["change", "mean KL", "same top-1"]
+    assert header == ["perplexity", *same, "perplexity on news", *same]
+    assert first == ["10.000", "", "", "", "10.000", "", "", ""]
+    assert second[:4] == ["11.000", "+1.00 ± 0.50 %", "0.0100", "90.0 %"]
+    assert second[4:] == ["14.000", "+4.00 ± 0.50 %", "0.0400", "90.0 %"]
 
 
 @pytest.mark.parametrize("facts", [FACTS, {**FACTS, "other": None}, {**FACTS, "other": "news"}])

@@ -76,12 +76,8 @@ def test_rules_are_rows_that_cover_all_m() -> None:
     ]
     gpu = "H100 80GB HBM3"
     found = parsed(tuner_rules.cpp_rules(TOY_TABLE, MACHINE, results))
-    assert [row[:2] for row in found] == [
-        (8, ("stream 8x16",)),
-        (64, ("16x32x64",)),
-        (256, ("64x64x64",)),
-        (ANY_M, ("16x32x64", "64x64x64")),
-    ]
+    one_each = [(8, ("stream 8x16",)), (64, ("16x32x64",)), (256, ("64x64x64",))]
+    assert [row[:2] for row in found] == [*one_each, (ANY_M, ("16x32x64", "64x64x64"))]
     off = "0.0 % off the best tiles"
     assert [why for *_, why in found] == [
         f"{gpu}, M 1 .. 8: 10.00 us, 12.00 us with 16x32x64 instead; {off}, 8 problems",
@@ -93,9 +89,8 @@ def test_rules_are_rows_that_cover_all_m() -> None:
 
 
 def test_a_streaming_kernel_is_never_for_more_tokens_than_its_tile_has() -> None:
-    (first, last) = rules(
-        TOY_TABLE, [result(8, {0: 1.0, 1: 9.0}), result(9, {1: 9.0, 2: 9.0}, now=1)]
-    )
+    results = [result(8, {0: 1.0, 1: 9.0}), result(9, {1: 9.0, 2: 9.0}, now=1)]
+    (first, last) = rules(TOY_TABLE, results)
     assert (first.most_m, first.tiles) == (8, (0,)) and last.most_m == ANY_M and 0 not in last.tiles
     # only M 8 was measured: what is beyond stays as the table has it
     lines = tuner_rules.cpp_rules(TOY_TABLE, MACHINE, [result(8, {0: 1.0, 1: 9.0})])
@@ -131,9 +126,6 @@ def test_a_long_row_is_broken_between_names() -> None:
     assert found == (ANY_M, tuple(names[i] for i in range(10, 14)), words)
 
 
-# --- candidates of a tuning build -------------------------------------------------------------------------------------
-
-
 def spread(found: dict[str, Any], part: float) -> dict[str, Any]:
     """The result with percentiles that far below and above each time."""
     for time in found["times"]:
@@ -144,9 +136,8 @@ def spread(found: dict[str, Any], part: float) -> dict[str, Any]:
 def test_rules_name_no_candidate_and_are_compared_with_shipped_tiles() -> None:
     results = [result(64, {1: 20.0, 2: 30.0, 3: 10.0}, now=1)]
     ((_, tiles, why),) = parsed(tuner_rules.cpp_rules(TUNING_TABLE, MACHINE, results))
-    assert (
-        tiles == ("16x32x64",) and "20.00 us, 30.00 us with 64x64x64" in why and "0.0 % off" in why
-    )
+    assert tiles == ("16x32x64",)
+    assert "20.00 us, 30.00 us with 64x64x64" in why and "0.0 % off" in why
     only_rough = [result(64, {2: 30.0, 3: 10.0}, now=2)]
     only_rough[0]["times"][0]["rough"] = True
     assert tuner_rules.cpp_rules(TUNING_TABLE, MACHINE, only_rough) == []
@@ -177,12 +168,8 @@ def test_a_candidate_that_clearly_wins_is_to_be_promoted() -> None:
 
 
 def test_a_candidate_never_drives_the_best_shipped_tile_out_of_the_finals() -> None:
-    many = TUNING_TABLE | {
-        "tiles": [
-            *TOY_TABLE["tiles"],
-            *({**TUNING_TABLE["tiles"][3], "tile": 3 + i} for i in range(6)),
-        ]
-    }
+    copies = [TUNING_TABLE["tiles"][3] | {"tile": 3 + i} for i in range(6)]
+    many = TUNING_TABLE | {"tiles": [*TOY_TABLE["tiles"], *copies]}
     rough = {(3 + i, 1): 1.0 + i / 100 for i in range(6)} | {(1, 1): 5.0, (2, 1): 6.0}
     assert choices.finalists(many, rough) == [(1, 1), (3, 1), (4, 1), (5, 1)]
     near = {(1, s): 10.0 + s for s in (1, 2, 4)} | {(2, 1): 15.5}
@@ -207,9 +194,8 @@ def test_rates_count_what_a_tile_multiplies() -> None:
     found = tuner_rules.rates(table, [at, result(60, {1: 20.0}, now=1, n=100, sm_mhz=1000.0)], 132)
     assert found[1][0] == pytest.approx(100 * 2 * 64 * 128 * 64 / 10e-6 / peak)
     assert found[2][0] == pytest.approx(100 * 2 * 64 * 128 * 64 / 5e-6 / peak)
-    assert (
-        "no clock was read" in tuner_rules.rate_lines(table, [result(60, {1: 1.0}, now=1)], 132)[0]
-    )
+    (line,) = tuner_rules.rate_lines(table, [result(60, {1: 1.0}, now=1)], 132)
+    assert "no clock was read" in line
 
 
 def test_what_the_dispatch_loses() -> None:
@@ -224,9 +210,6 @@ def test_what_the_dispatch_loses() -> None:
     assert tuner_rules.loss(results[0] | {"times": [*results[0]["times"], rough]}) == 1.2
 
 
-# --- measuring --------------------------------------------------------------------------------------------------------
-
-
 def run(*options: str) -> int:
     return tuner.run(tuner.parse(["--device", "cpu", "--seconds", "0", *options]))
 
@@ -237,20 +220,15 @@ def test_the_tuner_continues_its_own_file(
     file = tmp_path / "tune.json"
     assert run("--tokens", "8", "--json", str(file)) == 0
     first = json.loads(file.read_text())
-    assert [len(r["times"]) for r in first["results"]] == [
-        5,
-        5,
-        5,
-    ]  # 3 tiles, one of them split in 1, 2, 4
+    # 3 tiles, one of them split in 1, 2, 4
+    assert [len(r["times"]) for r in first["results"]] == [5, 5, 5]
     assert "3 cases were measured before" not in capsys.readouterr().out
     assert run("--tokens", "8", "32", "--json", str(file), "--resume") == 0
     both = json.loads(file.read_text())
     assert both["results"][:3] == first["results"]
     assert [r["M"] for r in both["results"]] == [8] * 3 + [32] * 3
-    assert {t["tile"] for t in both["results"][3]["times"]} == {
-        1,
-        2,
-    }  # 32 tokens are too many for tile 0
+    # 32 tokens are too many for tile 0
+    assert {t["tile"] for t in both["results"][3]["times"]} == {1, 2}
     text = capsys.readouterr().out
     assert "3 cases were measured before, 3 are left" in text
     tuner.report(both, tuner.parse(["--device", "cpu"]))
@@ -295,10 +273,8 @@ def test_a_wrong_tile_is_not_timed_and_a_refused_one_is_named(
     assert run("--tokens", "32", "--json", str(file)) == 1
     for found in json.loads(file.read_text())["results"]:
         assert {(t["tile"], t["splits"]) for t in found["times"]} == {(1, 1), (1, 2)}
-        assert {(t["tile"], t["splits"], t["what"]) for t in found["not_timed"]} == {
-            (1, 4, "refused"),
-            (2, 1, "wrong"),
-        }
+        refused = {(t["tile"], t["splits"], t["what"]) for t in found["not_timed"]}
+        assert refused == {(1, 4, "refused"), (2, 1, "wrong")}
     text = capsys.readouterr().out
     assert "refused: tile 16x32x64 /4 in 3 problems: no 4 splits here\n" in text
     assert '     {"16x32x64"},\n' in text
