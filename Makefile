@@ -71,6 +71,7 @@ test: $(STAMP)
 
 test-slow: $(VENV)/.installed-cutlass
 	$(PYTEST) -m '$(HEAVY)' tests
+	$(PYTEST) tools/ptxsim/tests
 
 test-all: test
 	@$(MAKE) --no-print-directory test-slow

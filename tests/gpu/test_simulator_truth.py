@@ -20,9 +20,9 @@ from typing import Any
 
 import pytest
 import torch
-from build_support import ROOT, BuildError, find_nvcc
 
 from tests.support.simulator import LAUNCHER
+from tools.build.plan import ROOT, BuildError, find_nvcc
 
 Case = dict[str, Any]
 
