@@ -20,7 +20,11 @@ import torch
 if TYPE_CHECKING:
     from tests.support import mutants
 
-pytest_plugins = ["tests.support.what_ran", "tools.ptxsim.notice", "pytester"]  # pytester: for tests/test_what_ran.py
+pytest_plugins = [
+    "tests.support.what_ran",
+    "tools.ptxsim.notice",
+    "pytester",
+]  # pytester: for tests/test_what_ran.py
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
