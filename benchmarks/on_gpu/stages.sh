@@ -51,7 +51,7 @@ stage_truth() {
     return 77
   fi
   if passed_before truth; then return; fi
-  short 12 "$python" -m pytest -q -p no:cacheprovider "$test"
+  OUT=$results short 12 "$python" -m pytest -q -p no:cacheprovider "$test"
 }
 
 stage_build() {
