@@ -2,7 +2,7 @@
 #pragma once
 #include <cuda_runtime_api.h>
 
-#include "device.h"
+#include "device/device.h"
 
 #define API extern "C" __attribute__((visibility("default")))
 // The name of an entry point under which code compiled with per-thread default streams calls it.
