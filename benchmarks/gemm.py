@@ -164,11 +164,9 @@ def cliffs(rows: Sequence[Row]) -> list[str]:
 
 def means(rows: Sequence[Row]) -> dict[str, Any]:
     """What stands before the rows in the file, by kind of data."""
-    by_data = {data: [r for r in rows if r["data"] == data] for data in ("random", "real")}
-    return {
-        "geomeans": geomeans(by_data["random"], COLUMNS),
-        "geomeans_real": geomeans(by_data["real"], COLUMNS),
-    }
+    kinds = {"geomeans": "random", "geomeans_real": "real"}
+    groups = {name: [r for r in rows if r["data"] == data] for name, data in kinds.items()}
+    return {name: geomeans(group, COLUMNS) for name, group in groups.items()}
 
 
 def real_against_random(rows: Sequence[Row]) -> list[float]:

@@ -64,23 +64,16 @@ class Producer:
     exact: bool = False
 
 
-def _activation(kind: str) -> Callable[[Tensor], Tensor]:
-    return {
-        "relu": F.relu,
-        "gelu": F.gelu,
-        "gelu_tanh": partial(F.gelu, approximate="tanh"),
-        "silu": F.silu,
-    }[kind]
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu}
+ACTIVATIONS |= {"gelu_tanh": partial(F.gelu, approximate="tanh"), "silu": F.silu}
 
 
 def _plain(kind: str) -> Producer:
-    return Producer(
-        ("x",),
-        lambda x, **q: ops.act_quantize(x, kind, **q),
-        lambda x: reference.activation(x, kind),
-        _activation(kind),
-        mlp=True,
-    )
+    def run(x: Tensor, **q: Any) -> tuple[Tensor, ...]:
+        return ops.act_quantize(x, kind, **q)
+
+    value = partial(reference.activation, kind=kind)
+    return Producer(("x",), run, value, ACTIVATIONS[kind], mlp=True)
 
 
 def _norm(kind: str, names: tuple[str, ...], residual: bool = False) -> Producer:
@@ -123,7 +116,7 @@ PRODUCERS: dict[str, Producer] = {
         lambda x: F.silu(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1],
         mlp=True,
     ),
-    **{f"act_quantize:{kind}": _plain(kind) for kind in ("relu", "gelu", "gelu_tanh", "silu")},
+    **{f"act_quantize:{kind}": _plain(kind) for kind in ACTIVATIONS},
 }
 
 

@@ -69,9 +69,8 @@ def record(calls: Sequence[Call], device: torch.device) -> Recorded:
     if device.type != "cuda":
         return Recorded(lambda: [call() for call in calls], len(calls))
     torch.cuda.synchronize(device)
-    with torch.cuda.stream(
-        torch.cuda.Stream(device)
-    ):  # lazy initialization, off the default stream
+    # Lazy initialization, off the default stream.
+    with torch.cuda.stream(torch.cuda.Stream(device)):
         calls[0]()
     torch.cuda.synchronize(device)
     graph = torch.cuda.CUDAGraph()

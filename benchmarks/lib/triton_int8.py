@@ -192,9 +192,8 @@ def choose(sets: Sequence[Arguments], dtype: torch.dtype) -> Config:
     device = sets[0][0].device
     if device.type != "cuda":  # the interpreter's times mean nothing
         return found[0]
-    with contextlib.suppress(
-        Exception
-    ):  # it only saves time: what fails here fails, with its reason, below
+    # It only saves time: what fails here fails, with its reason, below.
+    with contextlib.suppress(Exception):
         _compile(sets[0], found, dtype)
     times, refused = {}, ""
     for config in found:
@@ -215,9 +214,8 @@ def _compile(operands: Arguments, found: Sequence[Config], dtype: torch.dtype) -
     mode = getattr(triton, "AsyncCompileMode", None)
     if mode is None:
         return
-    y = torch.empty(
-        operands[0].shape[0], operands[1].shape[0], dtype=dtype, device=operands[0].device
-    )
+    x_q, w_q, *_ = operands
+    y = torch.empty(x_q.shape[0], w_q.shape[0], dtype=dtype, device=x_q.device)
     with ThreadPoolExecutor(len(found)) as threads, mode(threads, ignore_errors=True):
         for config in found:
             for kernel, grid, arguments, fixed in _launches(operands, config, y):

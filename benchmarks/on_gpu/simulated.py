@@ -61,9 +61,8 @@ def main() -> int:
     variables = {found.LIBRARY_VARIABLE: str(found.library()), "PTXSIM_SMS": "8"}
     done = found.python(args.program, arch=args.arch, environment=variables)
     print(done.stderr, end="", file=sys.stderr, flush=True)
-    print(
-        done.stdout, end="", flush=True
-    )  # last: a caller that keeps the end of the output wants this
+    # Last: a caller that keeps the end of the output wants this.
+    print(done.stdout, end="", flush=True)
     return done.returncode
 
 

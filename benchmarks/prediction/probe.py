@@ -163,20 +163,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 77 if why.startswith("there is no") else int(bool(why))
     import torch
 
-    from benchmarks.lib import gpu
+    from benchmarks.lib import gpu, runner
 
     machine = gpu.machine(torch.device("cuda"))
     if why := compile_probe(torch.cuda.get_device_capability()):
         print(why)
         return 1
     measured, why = run_probe(max(3.0, args.seconds - (time.monotonic() - begin)))
-    print("\n".join(findings_of({"machine": machine, "measured": measured})))
-    if why:
-        print(why)
-    if args.json:
-        args.json.write_text(
-            json.dumps({"machine": machine, "measured": measured}, indent=1) + "\n"
-        )
+    data = {"machine": machine, "measured": measured}
+    print("\n".join([*findings_of(data), *filter(None, [why])]))
+    runner.write_json(args.json, data)
     return int(bool(why) or not measured)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.on_gpu import first_light, processes
+from benchmarks.on_gpu import first_light, kernel_checks, processes
 from benchmarks.on_gpu.first_light import MARK, PHASES
 from tests.benchmarks.programs import Done, python, simulated
 from tests.support import simulator
@@ -150,6 +151,19 @@ def test_where_no_tile_works_none_is_to_blame() -> None:
     rows = [row("a", status="crashed", phases={}), row("b", status="hung", phases={})]
     assert first_light.broken_tiles(rows) == []
     assert first_light.broken_tiles([*rows, row("c", status="ok", phases={})]) == ["a", "b"]
+
+
+def test_tiles_that_nothing_describes_are_no_success(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def listing(device: str) -> None:
+        kernel_checks.say(machine={}, rows=[], without_tiles="no module _kernels")
+
+    monkeypatch.setattr(kernel_checks, "listing", listing)
+    limits = {"limit": 60, "seconds": 60, "jobs": 1}
+    args = argparse.Namespace(device="cpu", rows=None, json=None, resume=False, **limits)
+    assert first_light.run(args) == 1
+    assert "no tile is checked: no module _kernels" in capsys.readouterr().out
 
 
 def test_a_candidate_is_named_to_a_library_that_holds_it_only(tmp_path: Path) -> None:

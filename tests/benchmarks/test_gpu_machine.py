@@ -86,9 +86,8 @@ def test_the_first_call_on_a_machine(machine: Path) -> None:
     done, calls = on_machine(machine)
     assert done.returncode == 0, done.stdout + done.stderr
     summary = (machine / "out" / "summary.txt").read_text()
-    assert [line.split()[:2] for line in summary.splitlines()] == [
-        [name, "ok"] for name in words_of("FIRST")
-    ]
+    found = [line.split()[:2] for line in summary.splitlines()]
+    assert found == [[name, "ok"] for name in words_of("FIRST")]
     builds = [call for call in calls if "--editable" in call]
     assert len(builds) == 1 and builds[0].startswith("build - ")
     (light,) = (c for c in calls_of(calls, "on_gpu.first_light") if "--json" in c)
