@@ -4,9 +4,7 @@
 #include <utility>
 
 #include "gemm/kernels.h"
-#include "gemm/tiles/sm80.h"
-#include "gemm/tiles/sm89.h"
-#include "gemm/tiles/sm90.h"
+#include "gemm/tiles/tables.h"
 
 namespace sqk {
 
@@ -61,14 +59,11 @@ typename Kind::Entry find_entry(int32_t row) {
 // The kernels of a row, or nothing for a row of another kind.
 template <typename Kind>
 typename Kind::Entry find_entry(GemmTable table, int32_t row) {
-  switch (table) {
-    case GemmTable::kSm80:
-      return find_entry<Kind, Sm80Tiles>(row);
-    case GemmTable::kSm89:
-      return find_entry<Kind, Sm89Tiles>(row);
-    case GemmTable::kSm90:
-      return find_entry<Kind, Sm90Tiles>(row);
-  }
+#define SQK_CASE(table, text) \
+  case GemmTable::k##table:   \
+    return find_entry<Kind, table##Tiles>(row);
+  switch (table) { SQK_GEMM_TABLES(SQK_CASE) }
+#undef SQK_CASE
   return {};
 }
 

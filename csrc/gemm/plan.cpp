@@ -13,17 +13,13 @@
 #include "gemm/excluded.h"
 #include "gemm/measured.h"
 #include "gemm/splits.h"
-#include "gemm/tiles/sm80.h"
-#include "gemm/tiles/sm89.h"
-#include "gemm/tiles/sm90.h"
+#include "gemm/tiles/tables.h"
 
 namespace sqk {
 namespace {
 
 constexpr int64_t kMaxSide = int64_t{1} << 30;  // positions are 32-bit
 constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;
-
-const GemmTableView* const kTables[kGemmTables] = {&kSm80Table, &kSm89Table, &kSm90Table};
 
 // What a tensor map can hold.
 constexpr int64_t kMaxStride = int64_t{1} << 40;
@@ -46,13 +42,6 @@ Status check(const GemmParams& p) {
     return Status::kInvalidArgument;
   }
   return Status::kSuccess;
-}
-
-GemmTable table_of(const Device& device) {
-  if (device.wgmma) return GemmTable::kSm90;
-  // A100's tiles want two blocks of 80 KiB on an SM, or one of 96: by what the GPU has, not by
-  // name.
-  return device.shared_bytes >= 160 * 1024 ? GemmTable::kSm80 : GemmTable::kSm89;
 }
 
 // A part of a GPU runs no stream-K: its blocks wait for each other's parts of a tile. A block waits
@@ -183,7 +172,9 @@ Status make_plan(const GemmParams& params, const Device& device, const GemmMeasu
 
 }  // namespace
 
-const GemmTableView& gemm_table(GemmTable table) { return *kTables[static_cast<int>(table)]; }
+const GemmTableView& gemm_table(GemmTable table) {
+  return *kGemmTableViews[static_cast<int>(table)];
+}
 
 bool has_measured() { return current.load(std::memory_order_acquire) != nullptr; }
 

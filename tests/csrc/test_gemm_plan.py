@@ -135,7 +135,8 @@ def test_the_table_of_a_gpu(library: ctypes.CDLL, gpu: str) -> None:
 
 def test_the_tables_are_whole(library: ctypes.CDLL) -> None:
     tables = c_gemm.tables(library)
-    assert tuple(tables) == c_gemm.TABLES
+    assert tuple(tables) == c_gemm.TABLES, "each file in gemm/tiles is in SQK_GEMM_TABLES"
+    assert {table for _, table in GPUS.values()} == set(tables), "each table serves a GPU"
     for table in tables.values():
         tiles, rules = table["tiles"], table["rules"]
         assert [tile["tile"] for tile in tiles] == list(range(len(tiles)))

@@ -147,7 +147,7 @@ def test_any_layout(backend: Backend, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ({"kind": "swish"}, "act_quantize: kind must be one of relu, gelu, gelu_tanh, silu, silu_mul, gelu_mul"),
+        ({"kind": "swish"}, f"act_quantize: kind must be one of {', '.join([*PLAIN, *FUSED])}"),
         ({"gate": torch.ones(1, 6)}, r"gate must have x's shape \(4, 6\), got \(1, 6\)."),
         ({"gate": torch.ones(4, 6).half()}, "gate must be float32, got float16."),
         ({"kind": "silu_mul", "gate": torch.ones(4, 6)}, "reads gate and up from one x"),

@@ -11,10 +11,17 @@ from torch import Tensor
 
 from tests.support import c_interface, described
 from tests.support.c_interface import row_stride
+from tools.build.plan import ROOT
 
 Device = c_interface.Device
 DTYPES = {**c_interface.DTYPES, torch.int8: 3}
-TABLES = ("sm80", "sm89", "sm90")
+#: The tables that have a file, in the order of their numbers.
+TABLES = tuple(
+    sorted(
+        (file.stem for file in (ROOT / "csrc/gemm/tiles").glob("sm*.h")),
+        key=lambda name: int(name[2:]),
+    )
+)
 #: What the first element and the stride of a row of x_q and w_q must be a multiple of, in bytes.
 ALIGNMENT = 16
 

@@ -134,7 +134,8 @@ ROW_KERNEL = r"\brow_kernel<(?:{}), \(sqk::Producer\)[{}], \(sqk::QuantizePath\)
 HALVES = "__half|__nv_bfloat16"
 ROW_TYPES = (("float", 32), (HALVES, 16))  # bits of an element
 # Producers that read so many inputs, and so many parameters besides the smoothing factors.
-ROW_PRODUCERS = (("0", 1, 0), ("1", 2, 1), ("2", 2, 2), ("3-6", 2, 0))
+# From 3 on they are activation functions.
+ROW_PRODUCERS = (("0", 1, 0), ("1", 2, 1), ("2", 2, 2), ("3-9", 2, 0))
 # Paths with so many elements, by their bits, in a thread's registers (csrc/quantize/table.h), on an
 # architecture.
 # QuantizePath 4 reads one element at a time.

@@ -54,12 +54,20 @@ struct GemmParams {
   int64_t workspace_bytes;
 };
 
-// The architectures that have a table of tiles. This is the only list of their names; Python reads
-// it from the library.
-enum class GemmTable : int32_t { kSm80 = 0, kSm89 = 1, kSm90 = 2 };
-constexpr const char* kGemmTableNames[] = {"sm80", "sm89", "sm90"};
+// The architectures that have a table of tiles, and the names of the tables. This is the only list
+// of them; Python reads it from the library. `gemm/tiles/tables.h` must include the file of each.
+#define SQK_GEMM_TABLES(X) \
+  X(Sm80, "sm80")          \
+  X(Sm89, "sm89")          \
+  X(Sm90, "sm90")
+
+#define SQK_ENUMERATOR(table, text) k##table,
+enum class GemmTable : int32_t { SQK_GEMM_TABLES(SQK_ENUMERATOR) };
+#undef SQK_ENUMERATOR
+#define SQK_NAME(table, text) text,
+constexpr const char* kGemmTableNames[] = {SQK_GEMM_TABLES(SQK_NAME)};
+#undef SQK_NAME
 constexpr int kGemmTables = sizeof(kGemmTableNames) / sizeof(kGemmTableNames[0]);
-static_assert(static_cast<int>(GemmTable::kSm90) + 1 == kGemmTables, "each table has a name");
 
 constexpr const char* name(GemmTable table) { return kGemmTableNames[static_cast<int>(table)]; }
 

@@ -22,16 +22,23 @@
 
 namespace sqk {
 
-enum class Producer : int32_t {
-  kQuantize = 0,
-  kRmsNorm = 1,
-  kLayerNorm = 2,
-  kRelu = 3,
-  kGelu = 4,
-  kGeluTanh = 5,
-  kSilu = 6,
-};
-constexpr int kProducers = 7;
+// Every producer. New ones go to the end: their numbers are part of the C entries, and the
+// activation functions come last.
+#define SQK_PRODUCERS(X) \
+  X(kQuantize)           \
+  X(kRmsNorm)            \
+  X(kLayerNorm)          \
+  X(kRelu)               \
+  X(kGelu)               \
+  X(kGeluTanh)           \
+  X(kSilu)
+
+#define SQK_ENUMERATOR(producer) producer,
+enum class Producer : int32_t { SQK_PRODUCERS(SQK_ENUMERATOR) };
+#undef SQK_ENUMERATOR
+#define SQK_ONE(producer) +1
+constexpr int kProducers = SQK_PRODUCERS(SQK_ONE);
+#undef SQK_ONE
 
 constexpr bool is_norm(Producer producer) {
   return producer == Producer::kRmsNorm || producer == Producer::kLayerNorm;
