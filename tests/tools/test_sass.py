@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from tools.build.plan import parse_archs
 from tools.gates import occupancy, sass
 from tools.gates.sass import Code, Kernel
 
@@ -265,6 +266,11 @@ def test_blocks_per_multiprocessor(
 
 def test_a_gpu_runs_the_newest_code_that_fits() -> None:
     both = {"sm_80", "sm_89", "sm_90a"}
-    runs = {device: occupancy.code_for(device, both) for device in occupancy.LIMITS}
-    assert runs == {"sm_80": "sm_80", "sm_86": "sm_80", "sm_89": "sm_89", "sm_90": "sm_90a"}
+    runs = {"sm_80": "sm_80", "sm_86": "sm_80", "sm_89": "sm_89", "sm_90": "sm_90a"}
+    assert {device: occupancy.code_for(device, both) for device in runs} == runs
     assert occupancy.code_for("sm_80", {"sm_86", "sm_90a"}) is None
+
+
+def test_the_gates_know_the_limits_of_all_that_a_wheel_is_compiled_for() -> None:
+    archs = parse_archs(None)
+    assert archs and all(occupancy.limits_of(f"sm_{arch.code}") for arch in archs)
