@@ -91,6 +91,7 @@ __device__ inline void load_parameters(const void* base, DType dtype, int k, flo
     if constexpr (sizeof(T) == 4) {
       load_floats(first, out);
     } else {
+      static_assert(sizeof(T) == 2, "how are parameters of this type loaded?");
       load_halves<T>(first, out);
     }
   });

@@ -32,12 +32,16 @@ int32_t position(const std::string& word, const char* const (&words)[kCount], co
   throw py::value_error("'" + word + "' is no " + what);
 }
 
-// In the order of the enums of sqk/quantize.h and sqk/dtype.h.
-constexpr const char* kProducerNames[] = {"quantize", "rms_norm",  "layer_norm", "relu",
-                                          "gelu",     "gelu_tanh", "silu"};
+// In the order of the enum of sqk/quantize.h.
 constexpr const char* kSchemeNames[] = {"token", "tensor", "static"};
-constexpr const char* kTypeNames[] = {"float32", "float16", "bfloat16"};
-static_assert(std::size(kProducerNames) == kProducers);
+
+DType float_type(const std::string& word) {
+  for (int32_t index = 0; index < kDTypes; ++index) {
+    const auto type = static_cast<DType>(index);
+    if (is_float(type) && word == name(type)) return type;
+  }
+  throw py::value_error("'" + word + "' is no float type");
+}
 
 int32_t table_number(const Entries& entries, const std::string& name) {
   std::string known;
@@ -96,7 +100,7 @@ py::object plan_quantize(const Entries& entries, int64_t m, int64_t k, const Dev
   QuantizeParams params = {};
   params.producer = static_cast<Producer>(position(producer, kProducerNames, "producer"));
   params.scheme = static_cast<Scheme>(position(scheme, kSchemeNames, "scheme"));
-  params.dtype = static_cast<DType>(position(dtype, kTypeNames, "float type"));
+  params.dtype = float_type(dtype);
   params.path = QuantizePath::kAuto;
   params.m = m;
   params.k = k;

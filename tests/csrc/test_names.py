@@ -18,10 +18,10 @@ def rows(file: str, begin: str, end: str, row: str) -> list[str]:
 
 
 def test_producers() -> None:
-    names = rows("include/sqk/quantize.h", "#define SQK_PRODUCERS(X)", "\n\n", r"X\(k(\w+)\)")
-    assert [name.lower() for name in names] == [
-        name.replace("_", "") for name in c_interface.PRODUCERS
-    ]
+    names = rows(
+        "include/sqk/quantize.h", "#define SQK_PRODUCERS(X)", "\n\n", r'X\(k\w+, "(\w+)"\)'
+    )
+    assert names == list(c_interface.PRODUCERS)
 
 
 def test_kinds_of_activation_functions() -> None:

@@ -111,6 +111,17 @@ __device__ inline void store_pair(const Epilogue& e, uint32_t word, int token, i
   if (channel + 1 < e.n) y[1] = static_cast<uint16_t>(word >> 16);
 }
 
+constexpr bool are_all_halves_known() {
+  for (int index = 0; index < kDTypes; ++index) {
+    const auto type = static_cast<DType>(index);
+    if (size_in_bytes(type) == 2 && type != DType::kFloat16 && type != DType::kBFloat16) {
+      return false;
+    }
+  }
+  return true;
+}
+static_assert(are_all_halves_known(), "a plain y is float16 or bfloat16");
+
 // Converts to both types and selects one, which is shorter than a branch.
 __device__ inline uint32_t pack_halves(bool bfloat16, float a, float b) {
   const uint32_t as_half = pack_pair(DType::kFloat16, a, b);

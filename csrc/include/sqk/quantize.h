@@ -22,23 +22,24 @@
 
 namespace sqk {
 
-// Every producer. New ones go to the end: their numbers are part of the C entries, and the
-// activation functions come last.
-#define SQK_PRODUCERS(X) \
-  X(kQuantize)           \
-  X(kRmsNorm)            \
-  X(kLayerNorm)          \
-  X(kRelu)               \
-  X(kGelu)               \
-  X(kGeluTanh)           \
-  X(kSilu)
+// Every producer and its name. New ones go to the end: their numbers are part of the C entries, and
+// the activation functions come last.
+#define SQK_PRODUCERS(X)      \
+  X(kQuantize, "quantize")    \
+  X(kRmsNorm, "rms_norm")     \
+  X(kLayerNorm, "layer_norm") \
+  X(kRelu, "relu")            \
+  X(kGelu, "gelu")            \
+  X(kGeluTanh, "gelu_tanh")   \
+  X(kSilu, "silu")
 
-#define SQK_ENUMERATOR(producer) producer,
+#define SQK_ENUMERATOR(producer, text) producer,
 enum class Producer : int32_t { SQK_PRODUCERS(SQK_ENUMERATOR) };
 #undef SQK_ENUMERATOR
-#define SQK_ONE(producer) +1
-constexpr int kProducers = SQK_PRODUCERS(SQK_ONE);
-#undef SQK_ONE
+#define SQK_NAME(producer, text) text,
+constexpr const char* kProducerNames[] = {SQK_PRODUCERS(SQK_NAME)};
+#undef SQK_NAME
+constexpr int kProducers = sizeof(kProducerNames) / sizeof(kProducerNames[0]);
 
 constexpr bool is_norm(Producer producer) {
   return producer == Producer::kRmsNorm || producer == Producer::kLayerNorm;
