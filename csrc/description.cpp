@@ -1,4 +1,4 @@
-// Hands out the tables. Kernel ring: no torch, no GPU.
+// Exports the tables. Kernel ring: no torch, no GPU.
 #include "description.h"
 
 #include <iterator>

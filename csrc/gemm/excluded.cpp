@@ -1,4 +1,4 @@
-// Which rows of the GEMM tables a user has ruled out, by their names. Kernel ring: no torch, no
+// Finds the rows of the GEMM tables that a user has ruled out by name. Kernel ring: no torch, no
 // GPU.
 #include "gemm/excluded.h"
 
@@ -14,14 +14,14 @@
 namespace sqk {
 namespace {
 
-// A row's name in one word: the blanks are hyphens.
+// The name as one word: blanks become hyphens.
 std::string word(std::string_view name) {
   std::string text(name);
   std::replace(text.begin(), text.end(), ' ', '-');
   return text;
 }
 
-// Every row that `entry` names: with its table, or in every table that has it.
+// Adds every row that `entry` names: in one table if it names the table, else in all tables.
 bool add_rows(const std::string& entry, Excluded& to) {
   bool found = false;
   for (int i = 0; i < kGemmTables; ++i) {
@@ -35,7 +35,7 @@ bool add_rows(const std::string& entry, Excluded& to) {
   return found;
 }
 
-// nullptr where the list is empty.
+// Returns nullptr if the list is empty.
 std::unique_ptr<const Excluded> parse(const char* list) {
   auto found = std::make_unique<Excluded>();
   bool any = false;
@@ -55,7 +55,7 @@ std::unique_ptr<const Excluded> parse(const char* list) {
   return found;
 }
 
-// Lists that were replaced stay: a plan on another thread may be reading one.
+// Replaced lists are kept, because a plan on another thread may be reading one.
 const Excluded* keep(std::unique_ptr<const Excluded> excluded) {
   static std::mutex mutex;
   static std::vector<std::unique_ptr<const Excluded>> all;

@@ -1,4 +1,4 @@
-// From a row of a table to its compiled kernels. Kernel ring: no torch.
+// Finds the compiled kernels of a table's row. Kernel ring: no torch.
 #pragma once
 
 #include <utility>
@@ -56,7 +56,7 @@ typename Kind::Entry find_entry(int32_t row) {
   return find_entry<Kind, Table>(row, std::make_index_sequence<Table::kTiles.size()>());
 }
 
-// The kernels of a row, or nothing for a row of another kind.
+// The kernels of a row, or an empty entry if the row is of another kind.
 template <typename Kind>
 typename Kind::Entry find_entry(GemmTable table, int32_t row) {
 #define SQK_CASE(table, text) \

@@ -1,4 +1,4 @@
-// Where the compiled GEMM kernels are found. Kernel ring: no torch.
+// Declares the entries of the compiled GEMM kernels. Kernel ring: no torch.
 //
 // Each tile of a table has a file in instances/, which names the tile as the table does. A row
 // without a file does not link; a file without a row does not compile.

@@ -5,7 +5,7 @@
 
 namespace sqk {
 
-// Whether there are any.
+// Whether any measured choices are set.
 bool has_measured();
 
 // The choice for these sizes on a GPU with this table and this many multiprocessors, or nullptr. Of
@@ -14,7 +14,7 @@ bool has_measured();
 // tokens.
 const GemmMeasured* find_measured(GemmTable table, int32_t sms, int64_t m, int64_t n, int64_t k);
 
-// Like plan_gemm, but only by the table's rules.
+// Like plan_gemm, but uses only the table's rules.
 Status plan_by_rules(const GemmParams& params, const Device& device, GemmPlan* plan);
 
 }  // namespace sqk

@@ -1,5 +1,5 @@
-// Which tile a problem takes: the tables, and the arithmetic around them. Kernel ring: no torch;
-// this file needs no CUDA compiler and no GPU.
+// Chooses the tile of a GEMM, by the rules of the tables or by what was measured. Kernel ring: no
+// torch; this file needs no CUDA compiler and no GPU.
 #include <algorithm>
 #include <atomic>
 #include <memory>
@@ -21,7 +21,7 @@ namespace {
 constexpr int64_t kMaxSide = int64_t{1} << 30;  // positions are 32-bit
 constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;
 
-// What a tensor map can hold.
+// The limit of a tensor map.
 constexpr int64_t kMaxStride = int64_t{1} << 40;
 
 Status check(const GemmParams& p) {
@@ -44,21 +44,22 @@ Status check(const GemmParams& p) {
   return Status::kSuccess;
 }
 
-// A part of a GPU runs no stream-K: its blocks wait for each other's parts of a tile. A block waits
-// only for blocks of lower numbers (tests/csrc/test_stream_k.py), so that none waits for ever as
-// long as they start in the order of their numbers; but where fewer of them run at a time than were
-// counted on, they do wait.
+// A part of a GPU does not run stream-K, whose blocks wait for each other's parts of a tile. A
+// block waits only for blocks with lower numbers (tests/csrc/test_stream_k.py), so none waits
+// forever if they start in that order. But they lose time if fewer of them run at once than the
+// plan assumed.
 bool serves(const GemmTile& tile, const GemmParams& p, const Device& device) {
   if (device.part && tile.schedule == Schedule::kStreamK) return false;
   return shared_bytes(tile) <= device.shared_bytes &&
          (tile.kernel != GemmKernel::kStream || p.m <= tile.m);
 }
 
-// An estimate is not worth more: the rules name the simpler kernel first.
+// A later candidate must be 3 % cheaper: the estimate is no more precise than that, and the rules
+// name the simpler kernel first.
 constexpr double kClearlyLess = 0.97;
 
-// `excluded`: rows that must not be taken, or nullptr. Where they are all that the rule names, a
-// tile of any other rule will do.
+// `excluded` holds the rows that must not be taken, or is nullptr. If it rules out all candidates
+// of the rule, those of every rule are considered.
 int32_t choose(GemmTable index, const GemmParams& p, const Device& device,
                const Excluded* excluded) {
   const GemmTableView& table = gemm_table(index);
@@ -85,7 +86,7 @@ int32_t choose(GemmTable index, const GemmParams& p, const Device& device,
   return best;
 }
 
-// --- what was measured -----------------------------------------------------------------------
+// --- measured choices ------------------------------------------------------------------------
 
 struct Choices {
   GemmTable table;
@@ -93,7 +94,8 @@ struct Choices {
   std::vector<GemmMeasured> rows;  // by n, k, m
 };
 
-// What plans read: complete before it is put here, and never changed or freed after.
+// The list that plans read. It is complete before it is stored here, and never changed or freed
+// afterwards.
 std::atomic<const Choices*> current{nullptr};
 
 bool before(const GemmMeasured& a, const GemmMeasured& b) {
@@ -110,18 +112,18 @@ bool sound(const GemmTableView& table, const GemmMeasured& row) {
          (tile.kernel != GemmKernel::kStream || row.m <= tile.m);
 }
 
-// From here on more tokens are more waves of the same tiles.
+// Beyond this M, more tokens only add waves of the same tile, so a measurement still applies.
 constexpr int64_t kManyTokens = 1024;
 
-// Whether what is best for `measured` tokens says anything of `m`: tiles suit a number of tokens,
-// and the rules know more of a problem than a measurement at four times its size does.
+// Whether the best tile for `measured` tokens is a good choice for `m`. A tile suits a range of
+// tokens, and the rules know more about a problem than a measurement at four times its size.
 bool is_near(int64_t measured, int64_t m) {
   return measured >= m ? measured < 2 * m : measured >= kManyTokens;
 }
 
 // --- plans -----------------------------------------------------------------------------------
 
-// With a row of what was measured, or nullptr: by the rules.
+// Plans with the measured row `found`, or by the rules if it is nullptr.
 Status make_plan(const GemmParams& params, const Device& device, const GemmMeasured* found,
                  GemmPlan* plan) {
   *plan = {};
@@ -187,7 +189,7 @@ const GemmMeasured* find_measured(GemmTable table, int32_t sms, int64_t m, int64
   };
   const auto found = std::lower_bound(begin, end, GemmMeasured{n, k, m, 0, 0}, before);
   if (found != end && serves(*found)) return &*found;
-  // Behind the last one of this n and k, or far below the next.
+  // If every row of this n and k has fewer tokens, the last of them may serve.
   const bool last = found == end || found->n != n || found->k != k;
   return last && found != begin && serves(*(found - 1)) ? &*(found - 1) : nullptr;
 }
@@ -206,7 +208,7 @@ Status plan_by_rules(const GemmParams& params, const Device& device, GemmPlan* p
 
 }  // namespace sqk
 
-// Without a device: the current GPU's, and CUTLASS's workspace with it (launch.cu).
+// Without a device, plans for the current GPU and adds CUTLASS's workspace (launch.cu).
 extern "C" int32_t sqk_gemm_plan(const sqk::GemmParams* params, const sqk::Device* device,
                                  sqk::GemmPlan* plan) {
   return static_cast<int32_t>(device == nullptr ? sqk::plan(*params, plan)
@@ -233,7 +235,8 @@ extern "C" int32_t sqk_gemm_use_measured(sqk::GemmTable table, int32_t sms,
       std::adjacent_find(choices->rows.begin(), choices->rows.end(), same) != choices->rows.end()) {
     return static_cast<int32_t>(Status::kInvalidArgument);
   }
-  // Earlier lists stay: a plan on another thread may be reading one. There is one per call.
+  // Earlier lists are kept, because a plan on another thread may be reading one. Each call adds
+  // one.
   static std::mutex mutex;
   static std::vector<std::unique_ptr<const sqk::Choices>> all;
   const std::lock_guard<std::mutex> lock(mutex);

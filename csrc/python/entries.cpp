@@ -12,7 +12,8 @@ Entries own_entries() {
 }
 
 Entries entries_of(const std::string& library) {
-  // Local, as torch and ctypes load it: the same library again is the same copy of its state.
+  // Loaded locally, as by torch and ctypes, so loading the same library again finds the same copy
+  // of its state.
   void* const handle = dlopen(library.c_str(), RTLD_LAZY | RTLD_LOCAL);
   if (handle == nullptr) throw std::runtime_error(dlerror());
   Entries found = {};

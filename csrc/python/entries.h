@@ -1,5 +1,5 @@
-// The C interface that plans are made through, of a loaded library or of this module. Python ring:
-// no torch, no CUDA.
+// The C functions that describe the kernels and make plans, of a loaded library or of this module.
+// Python ring: no torch, no CUDA.
 #pragma once
 
 #include <string>
@@ -11,7 +11,7 @@
 
 namespace sqk {
 
-// The types are those of the declarations: what does not fit them does not compile.
+// The types come from the declarations, so a call that does not fit them does not compile.
 struct Entries {
   decltype(&sqk_gemm_table) gemm_table;
   decltype(&sqk_gemm_is_excluded) gemm_is_excluded;
@@ -23,11 +23,12 @@ struct Entries {
   decltype(&sqk_quantize_plan) quantize_plan;
 };
 
-// Of csrc's plain C++, which the module holds a copy of. It knows no GPU and has a state of its
-// own: no measured choices, and what SQK_WITHOUT_TILES said at its first plan.
+// The functions of the module's own copy of csrc's plain C++. The copy knows no GPU and has its own
+// state: it has no measured choices, and it reads SQK_WITHOUT_TILES at its first plan.
 Entries own_entries();
 
-// Of a library, which stays loaded. Throws std::runtime_error: it does not load or lacks an entry.
+// The functions of a library, which stays loaded. Throws std::runtime_error if it does not load or
+// lacks a function.
 Entries entries_of(const std::string& library);
 
 }  // namespace sqk

@@ -1,10 +1,10 @@
 // smoothquant_kernels._kernels: what the library was built with, its tables, and the plans that it
-// makes. Python ring: no torch, no CUDA, so that it is built and read on any machine.
+// makes. Python ring: no torch, no CUDA, so it can be built and loaded on any machine.
 //
 // pybind11 has no option for Python's stable ABI (3.1 does not compile with Py_LIMITED_API), so
-// this module fits only the Python that built it. It is optional for that reason: the ops are in
-// the library, which holds no Python symbols, so that one wheel still serves every Python and many
-// versions of torch. Another Python does not find the module by its suffix, and lacks only what
+// this module fits only the Python that built it. So it is optional. The ops are in the library,
+// which holds no Python symbols, so one wheel still serves every Python and many versions of torch.
+// Another Python does not find the module, because its suffix differs. It then lacks only what
 // describes the kernels: doctor's tables, the tuner and SQK_TUNE_CACHE.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -12,7 +12,7 @@
 #include "python/plans.h"
 #include "python/tables.h"
 
-// The build says what it builds with; a module that a test builds alone was built with nothing.
+// The build defines these. A module that a test builds by itself has none of them.
 #define SQK_TEXT_OF(...) #__VA_ARGS__
 #define SQK_TEXT(...) SQK_TEXT_OF(__VA_ARGS__)
 #ifndef SQK_ARCHS
@@ -66,7 +66,7 @@ PYBIND11_MODULE(_kernels, module) {
   module.doc() = "What the CUDA library was built with, its tables, and the plans that it makes.";
   module.attr("built_with") = built_with();
 
-  // Local to the module: a test loads one with the tuner's candidates beside the usual one.
+  // Local to the module, because a test loads a second module, which has the tuner's candidates.
   py::class_<Device>(module, "Device", py::module_local())
       .def(py::init(&make_device), py::kw_only(), "sms"_a, "capability"_a, "shared_bytes"_a,
            "wgmma"_a = false, "part"_a = false)

@@ -1,5 +1,5 @@
-// What the library asks the CUDA runtime, for the module, which has none: no GPU is here. Python
-// ring: no torch, no CUDA.
+// Replaces the functions that need the CUDA runtime, because the module is built without it: they
+// report that there is no GPU. Python ring: no torch, no CUDA.
 #include "sqk/device.h"
 #include "sqk/gemm.h"
 

@@ -15,7 +15,7 @@ namespace py = pybind11;
 namespace sqk::python {
 namespace {
 
-// Any address that is aligned to 16: plans read nothing there.
+// Any address that is aligned to 16 bytes; plans never read from it.
 constexpr uintptr_t kAligned = 4096;
 
 template <typename T>

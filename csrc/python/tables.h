@@ -1,4 +1,4 @@
-// The library's tables as Python's own dicts and lists. Python ring: no torch, no CUDA.
+// The library's tables as Python dicts and lists. Python ring: no torch, no CUDA.
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -147,7 +147,7 @@ def test_what_the_oldest_torch_lacks_is_named(tmp_path: Path) -> None:
     assert binding_matrix.lacking(have, oldest) == []
     cxx = "_ZN3c105ErrorC1Ev"
     assert binding_matrix.lacking(have | {"torch_new", "torch_declared_only", cxx}, oldest) == [
-        f"needs {cxx}, which is no part of torch's stable ABI",
+        f"needs {cxx}, which is not part of torch's stable ABI",
         "needs torch_declared_only, which libtorch_cpu 2.10.0 does not export",
         "needs torch_new, which the headers of torch 2.10.0 lack",
     ]

@@ -68,7 +68,7 @@ def row(bits: int = 16, path: int = 2, **loads: int) -> Kernel:
             "1 of 4 loads of x_scale can come before any wait; allowed: none.",
         ),
         (kernel(WGMMA, "sm_90a", code=Code(counts=HOPPER, overlaps=True)), "no load of x_scale from L2"),
-        (kernel(WGMMA, "sm_90a", code=Code(counts=HOPPER)), "no wait for the kernel in front of it"),
+        (kernel(WGMMA, "sm_90a", code=Code(counts=HOPPER)), "no wait for the preceding kernel"),
     ],
 )  # fmt: skip
 def test_a_gate_fails_on_a_defect(bad: Kernel, sentence: str) -> None:
@@ -137,7 +137,7 @@ def test_an_architecture_without_limits_has_no_occupancy() -> None:
 
 def test_no_library_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert kernel_gates.main([str(tmp_path / "none.so")]) == 2
-    assert "none.so is not here; build the kernels" in capsys.readouterr().err
+    assert "none.so does not exist; build the kernels" in capsys.readouterr().err
 
 
 def test_missing_tools_say_how_to_get_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -294,4 +294,4 @@ def test_a_file_without_gpu_code_is_a_failure(
 ) -> None:
     file = compiled("int host() { return 1; }", "-c", suffix=".cpp")
     assert kernel_gates.main([str(file)]) == 1
-    assert "k.o: no compiled kernel in there." in capsys.readouterr().out
+    assert "k.o: it holds no compiled kernel." in capsys.readouterr().out

@@ -1,7 +1,8 @@
 """Calls every op of the binding and compares it with the package's CPU kernel; run by tools/binding/load.py.
 
-It runs in a folder that holds a copy of the package with a library of stand-in kernels, under any torch. The ops are
-called by the CUDA key with tensors in host memory. The numbers are such that every result is exact.
+It runs with any torch, in a folder with a copy of the package and a library of stand-in kernels.
+The ops are called through the CUDA dispatch key with tensors in host memory. The numbers are chosen
+so that every result is exact.
 """
 
 from __future__ import annotations
@@ -11,13 +12,13 @@ from typing import Any
 
 import torch
 
-torch.version.cuda = "13.0"  # so that the library is taken for one that fits this torch
+torch.version.cuda = "13.0"  # so that the package accepts the library for this torch
 from smoothquant_kernels import ops  # noqa: E402
-from smoothquant_kernels.backends import cuda as _extension  # noqa: E402
+from smoothquant_kernels.backends import cuda  # noqa: E402
 
 KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 X = torch.tensor([[1, -2, 3, 127], [-127, 4, 0, 5], [6, 127, -7, 8]]).float()
-SIGNS = torch.tensor([[1, -1, 1, -1], [-1, -1, 1, 1]]).float()  # normalised already
+SIGNS = torch.tensor([[1, -1, 1, -1], [-1, -1, 1, 1]]).float()  # already normalized
 W = torch.tensor([[1, 2, 3, 4], [-5, 6, -7, 8]], dtype=torch.int8)
 ONE, TWO = torch.ones(1), torch.tensor([2.0])
 PER_TOKEN, PER_CHANNEL = torch.tensor([1.0, 2.0, 0.5]), torch.tensor([0.5, 4.0])
@@ -45,8 +46,8 @@ CALLS: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
     ("_gemm_s8_tile", (X_Q, W, ONE, ONE), {"out_dtype": torch.float32, "tile": -1, "splits": 0}),
 ]  # fmt: skip
 
-# What the binding refuses, and a part of its sentence. The last one is libtorch's refusal, with its reason or where
-# that reason is.
+# What the binding refuses, and a part of its message. The last call is refused by libtorch, whose
+# message gives the reason or says where the reason is.
 ENDLESS = torch.ones(1, 1).expand(2**30, 1)  # padded to 2**20 columns: a petabyte
 REFUSED: list[tuple[str, tuple[Any, ...], dict[str, Any], str]] = [
     ("_saturate_s8", (X.half(),), {}, "x must be float32, got dtype|x must be float32, got float16"),
@@ -76,12 +77,12 @@ def same(got: Any, expected: Any) -> bool:
 def main() -> None:
     import re
 
-    status = _extension.extension_status()
+    status = cuda.extension_status()
     assert status.available, status.reason
     uncalled = set(ops.OPS) - {name for name, _, _ in CALLS}
     assert not uncalled, f"no call of {sorted(uncalled)} in tools/binding/calls.py"
     for name in sorted({name for name, _, _ in CALLS}):
-        assert _extension.has_cuda_kernel(name), f"the library has no kernel for {name}"
+        assert cuda.has_cuda_kernel(name), f"the library has no kernel for {name}"
     for name, args, options in CALLS:
         got, expected = bound(name, args, options), overload(name)(*args, **options)
         assert same(got, expected), f"{name} {options}: got {got}, expected {expected}"

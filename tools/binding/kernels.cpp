@@ -1,6 +1,6 @@
-// Stand-ins for the kernels, so that the binding can be linked, loaded and called where there is no
-// GPU: plain loops over float32 in host memory, exact where the numbers are. tools/binding/load.py
-// compares what the ops return.
+// Stand-ins for the kernels, with which the binding can be linked, loaded and called without a GPU.
+// They are plain loops over float32 in host memory, and exact if the inputs allow it.
+// tools/binding/load.py compares the results of the ops.
 #include <algorithm>
 #include <cmath>
 #include <vector>
@@ -9,7 +9,8 @@
 #include "sqk/quantize.h"
 #include "sqk/saturate.h"
 
-// What the binding asks libtorch_cuda for; defined here, so that a torch for the CPU serves too.
+// The functions of libtorch_cuda that the binding calls. They are defined here, so that a torch
+// without CUDA is enough.
 extern "C" {
 int32_t aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
   *stream = nullptr;

@@ -27,7 +27,7 @@ CALLS = "tools/binding/calls.py"
 FIND_TORCH = (
     "import importlib.util; print(importlib.util.find_spec('torch').submodule_search_locations[0])"
 )
-# What the package reads beside a library, before it loads it.
+# The facts that the package reads before it loads a library.
 FACTS = {
     "archs": ["8.0"],
     "cutlass_version": "0",
@@ -37,11 +37,11 @@ FACTS = {
 
 
 class LoadError(Exception):
-    """A build does not load, or an op of it answers wrongly; the message says which."""
+    """A build does not load, or one of its ops returns a wrong result; the message says which."""
 
 
 def torch_folder(python: str) -> Path:
-    """Where the torch of another Python lies."""
+    """The folder of another Python's torch."""
     try:
         done = subprocess.run(
             [python, "-c", FIND_TORCH], capture_output=True, text=True, check=False
@@ -54,7 +54,7 @@ def torch_folder(python: str) -> Path:
 
 
 def link(objects: Sequence[Path], folder: Path, python: str) -> Path:
-    """A library of the objects and the stand-in kernels, linked with the torch of that Python."""
+    """Links the objects and the stand-in kernels into a library, with the torch of that Python."""
     below = folder.relative_to(ROOT).parent / "kernels"
     kernels = str(below / "kernels.o")
     command = [cxx(), "-c", KERNELS, "-o", kernels, *CXX_FLAGS, "-Icsrc/include"]
@@ -73,7 +73,7 @@ def link(objects: Sequence[Path], folder: Path, python: str) -> Path:
 
 
 def call_ops(library: Path, python: str) -> str:
-    """Runs calls.py with that library in a copy of the package; returns what it printed last."""
+    """Runs calls.py with that library in a copy of the package, and returns the last line that it printed."""
     with tempfile.TemporaryDirectory() as name:
         package = Path(name) / PACKAGE
         unwanted = shutil.ignore_patterns("__pycache__", "*.so", BUILD_INFO_NAME)

@@ -4,11 +4,11 @@
     python -m tools.binding --torch 2.11.0            # one version
     python -m tools.binding --load .venv/bin/python   # also loads each build there and calls its ops
 
-The headers come from torch's own wheels: `pip download`, of which only the headers of the stable ABI
-are kept, in a cache folder (1 MB a version), so that an include of any other is an error. An
-installed torch of the wanted version is used as it is. A build must not need a function of libtorch
-that the oldest promised torch lacks, whatever headers it was compiled with. Exit code 0: all right;
-1: a version failed or could not be had; 2: no compiler.
+The headers come from torch's own wheels, fetched with `pip download`. A cache folder keeps only the
+headers of the stable ABI (1 MB per version), so including any other header is an error. An installed
+torch of the wanted version is used as it is. A build must not need a function of libtorch that the
+oldest promised torch lacks, whatever headers it was compiled with. Exit code 0: no problem; 1: a
+version failed or could not be downloaded; 2: no compiler.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from tools.build.plan import ROOT, TORCH_TARGET, BuildError, find_torch, version
 from tools.build.sources import sources
 
 OLDEST = version_text(TORCH_TARGET) + ".0"
-# The oldest promised, what GPU machines come with, what `make test-cuda` builds against, the newest.
+# The oldest promised, one that GPU machines come with, that of `make test-cuda`, and the newest.
 VERSIONS = (OLDEST, "2.11.0", "2.14.1", "2.15.0")
 
 # The wheels for macOS are a third as large as those for Linux, and the headers that the binding
-# reads are the same, byte for byte. The oldest version also tells what its libtorch exports: that
-# is read from a library for Linux.
+# reads are the same, byte for byte. The oldest version's wheel is for Linux, because the exports of
+# its libtorch are read too.
 SMALLEST = ("macosx_14_0_arm64", "macosx_11_0_arm64")
 WITH_LIBRARY = ("manylinux_2_28_aarch64",)
 PYTHON_TAG = "3.12"  # of the wheel; it need not be the running Python's
@@ -46,7 +46,7 @@ LIBTORCH = "torch/lib/libtorch_cpu.so"
 EXPORTS = "exports.txt"
 
 BUILD = Path("build") / "binding"
-# C functions of libtorch, and names in its C++ namespaces, which are no part of the stable ABI.
+# C functions of libtorch, and names in its C++ namespaces, which are not part of the stable ABI.
 C_NAME = re.compile(r"(?:aoti_)?torch_\w+")
 CXX_NAME = re.compile(r"_ZT?\w?N?K?(?:3c10|2at|5torch|6caffe2)")
 DECLARED_IN = ("torch/csrc/stable", "torch/csrc/inductor/aoti_torch")
@@ -54,7 +54,7 @@ DECLARED_IN = ("torch/csrc/stable", "torch/csrc/inductor/aoti_torch")
 
 @dataclass(frozen=True)
 class Headers:
-    """One torch version's include folder and, where known, what its libtorch_cpu exports."""
+    """One torch version's include folder and, if known, the exports of its libtorch_cpu."""
 
     version: str
     include: Path
@@ -64,7 +64,7 @@ class Headers:
 
 @dataclass
 class Row:
-    """What was found out about one version."""
+    """The results for one version."""
 
     version: str
     headers: str = "-"
@@ -93,8 +93,8 @@ def download_command(version: str, platforms: Sequence[str], folder: Path) -> li
 
 
 def download(version: str, platforms: Sequence[str], folder: Path) -> Path:
-    """Fetches a wheel with pip, by pip's own settings but for constraints: a version is named here."""
-    # An empty value would leave the constraint of a configuration file; this empty file replaces it.
+    """Fetches a wheel with pip and its settings, except for constraints, because the version is given here."""
+    # An empty value would keep a constraint from a configuration file; an empty file replaces it.
     env = {**os.environ, "PIP_CONSTRAINT": os.devnull}
     command = download_command(version, platforms, folder)
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
@@ -127,13 +127,13 @@ def unpack(wheel: Path, target: Path) -> None:
                 listed = "".join(f"{name}\n" for name in sorted(exported(Path(library))))
                 (work / "torch" / EXPORTS).write_text(listed)
                 shutil.rmtree(work / "torch" / "lib")
-        # Complete or not there at all.
+        # Moved last, so that the folder is either complete or absent.
         shutil.rmtree(target, ignore_errors=True)
         (work / "torch").rename(target)
 
 
 def installed_headers(version: str) -> Headers | None:
-    """The headers of the torch that is installed, where it is that version."""
+    """The headers of the installed torch, if it has that version."""
     try:
         torch = find_torch()
     except BuildError:
@@ -187,22 +187,22 @@ def declared(include: Path) -> frozenset[str]:
 
 
 def needed(objects: Sequence[Path]) -> frozenset[str]:
-    """What objects need of libtorch. Weak references are left out: without them a library still loads."""
+    """The names that objects need from libtorch, without weak references: a library loads without those."""
     symbols = nm(["-u", *map(str, objects)])
     names = {name for kind, name in symbols if kind == "U"}
     return frozenset(n for n in names if C_NAME.fullmatch(n) or CXX_NAME.match(n))
 
 
 def lacking(names: frozenset[str], oldest: Headers) -> list[str]:
-    """Sentences about names that the oldest promised torch has not."""
+    """One sentence for each name that the oldest promised torch lacks."""
     known = declared(oldest.include)
     problems = []
     for name in sorted(names):
         if not C_NAME.fullmatch(name):
-            problems.append(f"needs {name}, which is no part of torch's stable ABI")
+            problems.append(f"needs {name}, which is not part of torch's stable ABI")
         elif name not in known:
             problems.append(f"needs {name}, which the headers of torch {oldest.version} lack")
-        # Functions for CUDA are in libtorch_cuda, of which no small wheel exists.
+        # Functions for CUDA are in libtorch_cuda, which is in no small wheel.
         elif oldest.exports and name not in oldest.exports and "cuda" not in name:
             problems.append(f"needs {name}, which libtorch_cpu {oldest.version} does not export")
     return problems
@@ -212,7 +212,7 @@ def lacking(names: frozenset[str], oldest: Headers) -> list[str]:
 
 
 def compile_binding(headers: Headers, env: Mapping[str, str]) -> list[Path]:
-    """The objects of csrc/torch, made as the build makes them; up-to-date ones are kept."""
+    """Compiles csrc/torch as the build does; up-to-date objects are kept."""
     folder = BUILD / headers.version
     files = [name for name in sources() if name.startswith("csrc/torch/")]
     outputs = [folder / f"{Path(name).name}.o" for name in files]
@@ -292,7 +292,7 @@ def run(arguments: argparse.Namespace, env: Mapping[str, str]) -> int:
 
 
 def absolute(python: str) -> str:
-    """As it is found from here: it is started in another folder. Not resolved: a venv's Python is a link."""
+    """Makes a path absolute, because the Python is started in another folder. Links stay: a venv's Python is one."""
     return os.path.abspath(python) if os.sep in python else python
 
 
@@ -312,7 +312,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument(
         "--may-miss", nargs="+", metavar="VERSION", default=[],
-        help="versions whose wheel may be out of reach; of any other that is a failure",
+        help="versions whose wheel may be unavailable; for any other version that is a failure",
     )  # fmt: skip
     parser.add_argument(
         "--platform", nargs="+", metavar="TAG", default=[],

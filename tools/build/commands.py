@@ -18,7 +18,7 @@ CUDA_FLAGS = (
     "-std=c++17",
     "-O3",
     "-DNDEBUG",  # without it ptxas serializes wgmma (warning C7510)
-    "-DCUTLASS_NAMESPACE=sqk",  # our CUTLASS and another extension's may live in one process
+    "-DCUTLASS_NAMESPACE=sqk",  # another extension's CUTLASS may be in the same process
     "--expt-relaxed-constexpr",
     "-Xcompiler=-fPIC,-fvisibility=hidden",
     "-Xptxas=-v",  # registers, stack and spills: read by facts.py
@@ -61,10 +61,10 @@ def cxx_command(source: str, output: str, torch_include: Path, extra: Sequence[s
 def link_command(nvcc: str, objects: Sequence[str], output: str, torch_lib: Path) -> list[str]:
     """Links against torch's libraries and the shared CUDA runtime, which torch has loaded by then.
 
-    No run path: the package never loads the library before torch. nvcc's own device link is left
-    out (there is nothing to link), and so are local symbols, among them the names of its temporary
-    files: the same sources in the same folder give the same bytes. -ldl: torch's headers call dlsym
-    since 2.13, which is in a library of its own before glibc 2.34.
+    No run path is needed, because the package loads torch before the library. nvcc's device link is
+    left out, because there is nothing to link. Local symbols are left out, because they hold the
+    names of nvcc's temporary files: without them, the same sources in the same folder give the same
+    bytes. -ldl: since 2.13 torch's headers call dlsym, which has its own library before glibc 2.34.
     """
     return [
         nvcc, "-shared", "-cudart", "shared", "-o", output, *objects, f"-L{torch_lib}",
@@ -74,7 +74,7 @@ def link_command(nvcc: str, objects: Sequence[str], output: str, torch_lib: Path
 
 
 def module_command(source: str, output: str, python: Python, extra: Sequence[str]) -> list[str]:
-    """Compiles one source of the module; no path of the builder's gets into it."""
+    """Compiles one source of the module, and keeps the builder's paths out of it."""
     includes = ["-Icsrc/include", "-Icsrc"]
     for folder in python.includes:
         includes += ["-isystem", str(folder), f"-ffile-prefix-map={folder}/="]
@@ -85,7 +85,10 @@ def module_command(source: str, output: str, python: Python, extra: Sequence[str
 
 
 def link_module_command(objects: Sequence[str], output: str) -> list[str]:
-    """Without -lpython: Python's functions are in the process. -Bsymbolic: the library exports some of the same
-    names, and the module must call its own."""
+    """Links the module.
+
+    Without -lpython, because Python's functions are already in the process. -Bsymbolic, because the library
+    exports some of the same names and the module must call its own.
+    """
     flags = ["-Wl,-Bsymbolic,--discard-all", "-s", "-ldl"]
     return [cxx(), "-shared", "-o", output, *objects, *flags]

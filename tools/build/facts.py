@@ -1,4 +1,4 @@
-"""What a build says about itself: the facts in `_build_info.json`."""
+"""The facts about a build, for `_build_info.json`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tools.build.plan import TORCH_TARGET, Plan, version_text
 
 @dataclass(frozen=True)
 class KernelUse:
-    """What ptxas says about one kernel on one architecture."""
+    """What ptxas reports about one kernel on one architecture."""
 
     kernel: str
     arch: str
@@ -41,9 +41,9 @@ def parse_ptxas(text: str) -> list[KernelUse]:
 
 
 def warnings(text: str) -> list[str]:
-    """What nvcc warns of in our sources, and what ptxas warns of, such as C7510: it made a wgmma kernel serial.
+    """The warnings of nvcc about our sources and those of ptxas, such as C7510: it made a wgmma kernel serial.
 
-    Some versions of ptxas call that one "info", with the words below.
+    Some versions of ptxas print C7510 as "info", with the words that the pattern holds.
     """
     wanted = re.compile(
         r"ptxas warning|ptxas info *: .*Potential Performance Loss|csrc/\S+: warning"
@@ -52,7 +52,7 @@ def warnings(text: str) -> list[str]:
 
 
 def build_info(plan: Plan, said: str) -> dict[str, object]:
-    """Facts about the build; no date and no paths, so that the same sources give the same file."""
+    """Facts about the build, without dates and paths, so that the same sources give the same file."""
     kernels = parse_ptxas(said)
     return {
         "archs": [str(arch) for arch in plan.archs],

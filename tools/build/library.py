@@ -23,11 +23,11 @@ from tools.build.sources import sources, units
 
 @dataclass(frozen=True)
 class Built:
-    """What a build made.
+    """The result of a build.
 
     Attributes:
         library, module: their paths.
-        facts: what is shipped beside them as `_build_info.json`.
+        facts: shipped next to them as `_build_info.json`.
     """
 
     library: Path
@@ -46,7 +46,7 @@ def _macros(plan: Plan) -> list[str]:
 
 
 def compile_steps(plan: Plan, folder: Path) -> list[ninja.Step]:
-    """One for every source, or unit of sources, that some architecture of the plan wants."""
+    """One step for each source or unit that is compiled for some architecture of the plan."""
     macros, steps = _macros(plan), []
     for source in units(sources(tuning=plan.tuning), folder):
         output = str(folder / (_flat(source, folder) + ".o"))
@@ -63,7 +63,7 @@ def compile_steps(plan: Plan, folder: Path) -> list[ninja.Step]:
 
 
 def _flat(source: str, folder: Path) -> str:
-    """A name without folders: csrc.gemm.launch.cu, or a unit's own."""
+    """A file name without folders, such as csrc.gemm.launch.cu; a unit keeps its name."""
     return source.removeprefix(f"{folder.as_posix()}/").replace("/", ".")
 
 
@@ -74,7 +74,7 @@ def _link_step(plan: Plan, objects: Sequence[str], folder: Path) -> ninja.Step:
 
 
 def _built_with(plan: Plan) -> list[str]:
-    """Macros of the module alone: a newer CUTLASS must not compile the library's C++ again."""
+    """Macros for the module only, so that a newer CUTLASS does not recompile the library's C++."""
     return [
         f"-DSQK_CUTLASS_VERSION={plan.cutlass.version}",
         f"-DSQK_CUDA_VERSION={plan.nvcc.version}",

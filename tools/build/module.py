@@ -1,4 +1,4 @@
-"""The module `_kernels`, which describes the kernels to Python: csrc/python and what csrc computes without a GPU.
+"""Builds the module `_kernels`, which describes the kernels to Python, from csrc/python and the GPU-free part of csrc.
 
 It links neither torch nor CUDA, so tests and benchmarks build it on any machine with a C++ compiler.
 """
@@ -19,7 +19,7 @@ from tools.build.sources import module_sources
 def module_steps(
     folder: Path, python: Python, flags: Sequence[str], root: Path = ROOT
 ) -> list[ninja.Step]:
-    """The commands that make the module in a folder relative to the root; the last one links it."""
+    """The commands that build the module in a folder relative to the root. The last one links it."""
     steps = []
     for source in module_sources(root):
         output = str(folder / "module" / (source.replace("/", ".") + ".o"))
@@ -51,7 +51,7 @@ def build_module(
 
 
 def load_module(path: Path) -> Any:
-    """The module in that file, whatever the package's own is."""
+    """Loads the module from that file, even if the package has one of its own."""
     spec = importlib.util.spec_from_file_location(f"{PACKAGE}.{MODULE_NAME}", path)
     if spec is None or spec.loader is None:
         raise ImportError(f"{path} is not a module of this Python.")

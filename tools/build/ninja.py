@@ -1,4 +1,4 @@
-"""Runs compilers through ninja: writes `build.ninja`, and keeps what each command says beside its output."""
+"""Runs compilers through ninja: writes `build.ninja`, and keeps each command's messages next to its output."""
 
 from __future__ import annotations
 
@@ -19,13 +19,12 @@ from tools.build.plan import ROOT, BuildError, check_ninja, jobs
 
 @dataclass(frozen=True)
 class Step:
-    """One command. It is run again when it changes, or when a file that it reads does.
+    """One command. It runs again if the command or a file that it reads has changed.
 
     Attributes:
-        output: the file that it makes, relative to the root; `output`.log holds what it says.
-        command: compiler and arguments, run from the root.
-        inputs: a source, or the objects of a link.
-        compiles: it writes the headers that it reads to `output`.d, and ccache may serve it.
+        output: the file that it makes, relative to the root; `output`.log holds its messages.
+        command: compiler and arguments, run from the root. inputs: a source, or the objects of a
+        link. compiles: True for a compilation: it lists the headers that it reads in `output`.d, and may use ccache.
     """
 
     output: str
@@ -46,8 +45,9 @@ def ninja_file(steps: Sequence[Step], folder: Path, launcher: str = "") -> str:
     writer = ninja_syntax.Writer(text, width=10**9)
     escape = ninja_syntax.escape
     writer.variable("builddir", escape(str(folder)))
-    # ninja prints what a command says and forgets it; _build_info.json needs it in later builds too. The variable is
-    # not called "command": that of an edge would replace the rule's.
+    # ninja prints a command's messages but does not keep them, and _build_info.json needs them in
+    # later builds too. The variable is not called "command", because an edge's "command" would
+    # replace the rule's.
     keeping_log = "$run > $log 2>&1 || { cat $log; exit 1; }"
     launched = f"{escape(shlex.quote(launcher))} {keeping_log}" if launcher else keeping_log
     writer.rule("compile", launched, description="compile $out", depfile="$out.d", deps="gcc")
@@ -67,22 +67,22 @@ def ninja_file(steps: Sequence[Step], folder: Path, launcher: str = "") -> str:
 
 
 def run(steps: Sequence[Step], folder: Path, env: Mapping[str, str], root: Path = ROOT) -> str:
-    """Makes what is not current, MAX_JOBS commands at a time, and returns what all commands said when they last ran.
+    """Runs the steps that are out of date, MAX_JOBS at a time, and returns the messages of every step's last run.
 
     Args:
-        steps: of any order.
-        folder: where build.ninja and ninja's records are kept; relative to the root.
-        env: for MAX_JOBS and PATH; ccache is used when it is on the PATH.
-        root: where the commands run, the checkout or a copy of it.
+        steps: in any order. folder: where build.ninja and ninja's records are kept; relative to the
+        root. env: for MAX_JOBS and PATH; ccache is used when it is on the PATH. root: where the
+        commands run, the checkout or a copy of it.
 
     Raises:
-        BuildError: the package ninja is missing, or a command failed: its name and what it said.
+        BuildError: the package ninja is missing, or a command failed; the message then holds its name and output.
     """
     check_ninja()
     from ninja import BIN_DIR
 
     launcher = shutil.which("ccache", path=env.get("PATH")) or ""
-    # Another checkout of the same sources finds these objects in ccache: its paths are taken from its root.
+    # ccache takes paths relative to the root, so another checkout of the same sources finds these
+    # objects.
     cache = {"CCACHE_BASEDIR": str(root), "CCACHE_NOHASHDIR": "1"} if launcher else {}
     file = root / folder / "build.ninja"
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -104,7 +104,7 @@ def run(steps: Sequence[Step], folder: Path, env: Mapping[str, str], root: Path 
 
 
 def _why(steps: Sequence[Step], said: str) -> str:
-    """From what ninja printed: it removes the log of a command that failed."""
+    """The messages of failed commands, taken from ninja's output, because ninja removes the log of a failed command."""
     reasons = []
     for step in steps:
         # ninja prints the outputs, the command in one line, and then what it said.
@@ -118,7 +118,7 @@ def _why(steps: Sequence[Step], said: str) -> str:
 
 @contextlib.contextmanager
 def _alone(lock: Path) -> Iterator[None]:
-    """Two processes that build in one folder do so one after the other."""
+    """Holds a lock, so that two processes that build in the same folder take turns."""
     import fcntl  # not on Windows, where nothing is compiled
 
     with open(lock, "w") as file:

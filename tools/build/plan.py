@@ -1,4 +1,4 @@
-"""What setup.py decides, in functions small enough to test without torch, nvcc or a GPU.
+"""The decisions of setup.py, in functions that can be tested without torch, nvcc or a GPU.
 
 This does not use torch.utils.cpp_extension, because that module rewrites the architecture list, looks
 at the GPU of the machine that builds, and refuses CUDA sources when the installed torch has no CUDA.
@@ -96,7 +96,7 @@ def archs_of_source(name: str, archs: tuple[Arch, ...]) -> tuple[Arch, ...]:
     """The architectures one source is compiled for, by its name.
 
     ``*_sm90.cu`` holds TMA and wgmma, which only 9.0a can compile; ``*_sm80.cu`` holds mma.sync
-    tiles, which Hopper need not carry twice; every other file is compiled for all.
+    tiles, which Hopper does not need; every other file is compiled for all.
     """
     stem = Path(name).stem
     hopper = tuple(arch for arch in archs if arch.code == "90a")
@@ -135,13 +135,13 @@ def _pypi_cutlass() -> Path | None:
 
 
 def find_cutlass(env: Mapping[str, str], root: Path = ROOT) -> Cutlass:
-    """CUTLASS_PATH, then third_party/cutlass, then the PyPI package: the first with headers."""
+    """The first with headers of: CUTLASS_PATH, third_party/cutlass, the PyPI package."""
     given = env.get("CUTLASS_PATH")
     candidates = [Path(given)] if given else [root / "third_party" / "cutlass", _pypi_cutlass()]
     for place in candidates:
         if place and (place / "include" / "cutlass" / "version.h").is_file():
             return Cutlass(place, _cutlass_version(place))
-    if given:  # a wrong path is an error: another version must not take its place unnoticed
+    if given:  # a wrong path is an error, so that no other version silently takes its place
         raise BuildError(f"CUTLASS_PATH={given} does not contain include/cutlass/version.h.")
     raise BuildError(
         "the CUTLASS headers were not found; set CUTLASS_PATH to a CUTLASS source tree, put one at "
@@ -158,7 +158,7 @@ class Nvcc:
 
 
 def find_nvcc(env: Mapping[str, str]) -> Nvcc:
-    """CUDA_HOME, then CUDA_PATH, then PATH, then /usr/local/cuda."""
+    """Searches CUDA_HOME, CUDA_PATH, PATH and /usr/local/cuda, in this order."""
     for variable in ("CUDA_HOME", "CUDA_PATH"):
         home = env.get(variable)
         if home:
@@ -178,13 +178,13 @@ def find_nvcc(env: Mapping[str, str]) -> Nvcc:
     done = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
     release = re.search(r"release (\d+\.\d+)", done.stdout)
     if release is None:
-        raise BuildError(f"{path} --version did not answer with a release number.")
+        raise BuildError(f"{path} --version printed no release number.")
     return Nvcc(path, release.group(1))
 
 
 @dataclass(frozen=True)
 class Torch:
-    """The torch that is built against; found without importing it."""
+    """The torch to build against, found without importing it."""
 
     root: Path
     version: str
@@ -235,7 +235,7 @@ def check_torch(torch: Torch, nvcc: Nvcc) -> None:
 
 @dataclass(frozen=True)
 class Python:
-    """What compiles an extension module for the Python that runs the build."""
+    """What is needed to compile a module for the Python that runs the build."""
 
     includes: tuple[Path, ...]  # Python's own headers and pybind11's
     suffix: str  # of a module's file, ".cpython-311-x86_64-linux-gnu.so"
@@ -272,11 +272,11 @@ class Plan:
     cutlass: Cutlass
     python: Python
     archs: tuple[Arch, ...]
-    tuning: bool = False  # with the tiles that are there for benchmarks/tuner alone
+    tuning: bool = False  # with the tiles that only benchmarks/tuner runs
 
 
 def wants_tuning(env: Mapping[str, str]) -> bool:
-    """SMOOTHQUANT_KERNELS_TUNING: 1 for a tuning build; not given, empty or 0 for any other."""
+    """SMOOTHQUANT_KERNELS_TUNING: 1 makes a tuning build; 0, an empty value or none does not."""
     given = env.get(TUNING_VARIABLE, "").strip()
     if given not in ("", "0", "1"):
         raise BuildError(f"{TUNING_VARIABLE}={given} is not one of 0, 1.")
@@ -310,7 +310,7 @@ def make_plan(env: Mapping[str, str], platform: str = sys.platform) -> tuple[Pla
             raise BuildError(f"{MODE_VARIABLE}=cuda: {error}") from None
         return None, (
             f"building the pure-Python package, without CUDA kernels: {error} "
-            f"With that, build them by: {BUILD_COMMAND}"
+            f"Once that is fixed, build them with: {BUILD_COMMAND}"
         )
     named = " ".join(map(str, archs))
     return plan, (

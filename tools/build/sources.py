@@ -1,4 +1,4 @@
-"""What is compiled: every source of csrc, found by its suffix, and the units that put some of them together."""
+"""Finds the sources of csrc by their suffixes, and groups some of them into units."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from tools.build.plan import ROOT
 #: The module's own sources, and the folders whose sources need torch.
 MODULE_FOLDER = "csrc/python/"
 TORCH_FOLDERS = ("csrc/torch/",)
-#: CUTLASS's headers take 30 of the 40 seconds that one wgmma kernel compiles, so some files share them. The number is
-#: fixed: if it followed the number of processors, two machines would make different libraries of the same sources.
+#: CUTLASS's headers take 30 of the 40 seconds that a wgmma kernel takes to compile, so some files share them. The
+#: number is fixed: if it depended on the number of processors, two machines would build different libraries.
 FILES_OF_A_UNIT = 4
 _SHARES_HEADERS = re.compile(r"csrc/gemm/instances/\w+_sm90\.cu")
 
 
 def _found(root: Path, *suffixes: str) -> list[str]:
-    """Relative to the root and sorted, so that builds are reproducible."""
+    """Paths relative to the root, sorted so that builds are reproducible."""
     found = (path for path in (root / "csrc").rglob("*") if path.suffix in suffixes)
     return sorted(path.relative_to(root).as_posix() for path in found)
 
 
 def sources(root: Path = ROOT, *, tuning: bool = False) -> list[str]:
-    """The library's: kernels and binding.
+    """The library's sources: kernels and binding.
 
     Args:
         root: the checkout.
-        tuning: with `tuning_*.cu`, the tiles that only a tuning build holds.
+        tuning: includes `tuning_*.cu`, the tiles that only a tuning build has.
     """
     return [
         name
@@ -40,12 +40,12 @@ def sources(root: Path = ROOT, *, tuning: bool = False) -> list[str]:
 
 
 def module_sources(root: Path = ROOT) -> list[str]:
-    """The module's: its own, and all of csrc that needs neither torch nor nvcc."""
+    """The module's sources: its own, and all of csrc that needs neither torch nor nvcc."""
     return [name for name in _found(root, ".cpp") if not name.startswith(TORCH_FOLDERS)]
 
 
 def units(names: Sequence[str], folder: Path, root: Path = ROOT) -> list[str]:
-    """The files that the compilers are given for these sources: themselves, or units in `folder` that include them.
+    """The files to compile for these sources: the sources themselves, or units in `folder` that include them.
 
     A unit holds at most FILES_OF_A_UNIT wgmma instances that begin with the same macros.
     """
@@ -68,7 +68,7 @@ def units(names: Sequence[str], folder: Path, root: Path = ROOT) -> list[str]:
 
 
 def _write(path: Path, text: str) -> None:
-    """Leaves a file with that text alone: it was compiled already."""
+    """Writes a file, unless it holds that text already: rewriting would compile it again."""
     if not path.is_file() or path.read_text() != text:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)

@@ -34,7 +34,7 @@ class GatesError(Exception):
 
 # ------------------------------------------------------------------------------------------- gates
 
-# A check says what is wrong with a kernel, or None.
+# A check returns what is wrong with a kernel, or None.
 Check = Callable[[Kernel], str | None]
 
 
@@ -48,7 +48,7 @@ def no_local(kernel: Kernel) -> str | None:
 
 
 def loads(bits: int, least: int = 1) -> Check:
-    """At least so many loads from global memory that are so wide, into registers or shared memory."""
+    """At least `least` loads of `bits` bits from global memory, into registers or shared memory."""
 
     def check(kernel: Kernel) -> str | None:
         code = kernel.code
@@ -60,7 +60,7 @@ def loads(bits: int, least: int = 1) -> Check:
 
 
 def no_loads(bits: int) -> Check:
-    """None from global memory that are so narrow."""
+    """No loads of `bits` bits from global memory."""
 
     def check(kernel: Kernel) -> str | None:
         found = kernel.code.loads.get(bits, 0)
@@ -70,13 +70,16 @@ def no_loads(bits: int) -> Check:
 
 
 def undivided_stores(kernel: Kernel) -> str | None:
-    """A GEMM stores single float32 and single 16-bit results at as many places; more of 4 bytes are parts of 16."""
+    """Further 4-byte stores are pieces of a 16-byte store that nvcc has split.
+
+    A GEMM has as many stores of a single float32 result as of a single 16-bit result.
+    """
     wide, narrow = kernel.code.stores.get(32, 0), kernel.code.stores.get(16, 0)
     return f"{wide} stores of 4 bytes, {narrow} of 2" if wide > narrow else None
 
 
 def uses(instruction: str) -> Check:
-    """One of sass.COUNTED."""
+    """At least one `instruction`, which is one of sass.COUNTED."""
 
     def check(kernel: Kernel) -> str | None:
         return None if kernel.code.counts.get(instruction) else f"no {instruction}"
@@ -90,10 +93,10 @@ def wgmma_in_flight(kernel: Kernel) -> str | None:
 
 
 def ordered_loads(kernel: Kernel) -> str | None:
-    """A kernel that may start before the one in front of it ends reads nothing of that one's before it has waited."""
+    """A kernel that may start before the preceding kernel ends must wait before it reads that kernel's results."""
     code = kernel.code
     if not code.overlaps:
-        return None if code.adds_up else "no wait for the kernel in front of it (ACQBULK)"
+        return None if code.adds_up else "no wait for the preceding kernel (ACQBULK)"
     if code.early_loads:
         return f"{code.early_loads} of {code.fresh_loads} loads of x_scale can come before any wait"
     return None if code.fresh_loads else "no load of x_scale from L2 (LDG.STRONG.GPU)"
@@ -115,9 +118,9 @@ def launchable(kernel: Kernel) -> str | None:
 class Gate:
     name: str
     check: Check
-    allowed: str  # what is, and what to do about it
+    allowed: str  # what is allowed, and what to do about a failure
     kernels: str = ""  # a regex searched for in the demangled name, "void sqk::f<(sqk::E)1>(A)"
-    but: str = r"(?!)"  # another: those that the gate leaves out
+    but: str = r"(?!)"  # another regex: the kernels that the gate leaves out
     archs: str = ""  # a regex searched for in the architecture
     optional: bool = False  # True: there may be no such kernel
 
@@ -129,16 +132,15 @@ class Gate:
         )
 
 
-# The quantisers' kernels: row_kernel<type, (sqk::Producer)number, (sqk::QuantizePath)number, ...>.
+# The quantizers' kernels: row_kernel<type, (sqk::Producer)number, (sqk::QuantizePath)number, ...>.
 ROW_KERNEL = r"\brow_kernel<(?:{}), \(sqk::Producer\)[{}], \(sqk::QuantizePath\)[{}][,>]"
 HALVES = "__half|__nv_bfloat16"
 ROW_TYPES = (("float", 32), (HALVES, 16))  # bits of an element
-# Producers that read so many inputs, and so many parameters besides the smoothing factors.
-# From 3 on they are activation functions.
+# Producers, with their number of inputs and of parameters other than the smoothing factors. From 3 on
+# they are activation functions.
 ROW_PRODUCERS = (("0", 1, 0), ("1", 2, 1), ("2", 2, 2), ("3-9", 2, 0))
-# Paths with so many elements, by their bits, in a thread's registers (csrc/quantize/table.h), on an
-# architecture.
-# QuantizePath 4 reads one element at a time.
+# Paths, with the elements in a thread's registers by their bits (csrc/quantize/table.h), and an
+# architecture. QuantizePath 4 is left out, because it reads one element at a time.
 ROW_PATHS = (
     ("1", {16: 8, 32: 8}, ""),
     ("02", {16: 32, 32: 32}, ""),
@@ -148,7 +150,7 @@ ROW_PATHS = (
 
 
 def row_gates() -> tuple[Gate, ...]:
-    """All that a thread keeps in registers comes in 16-byte loads; parameters are float32."""
+    """All that a thread keeps in registers is read in 16-byte loads. Parameters are float32."""
     return tuple(
         Gate(
             "16-byte loads",
@@ -268,7 +270,7 @@ def failures_of(
 
 
 def build_warnings(library: Path) -> list[str]:
-    """What ptxas warned of when the library was built, as far as the facts beside it say."""
+    """The warnings of ptxas when the library was built, from the facts next to it."""
     facts = library.parent / BUILD_INFO_NAME
     if not facts.is_file():
         return []
@@ -280,7 +282,7 @@ def build_warnings(library: Path) -> list[str]:
 
 
 def _of_package(package: str, program: str) -> str | None:
-    """An executable that a PyPI package put into this environment."""
+    """An executable that a PyPI package installed in this environment."""
     try:
         files = importlib.metadata.files(package) or []
     except importlib.metadata.PackageNotFoundError:
@@ -292,7 +294,7 @@ def _of_package(package: str, program: str) -> str | None:
 
 
 def find_program(program: str, env: Mapping[str, str]) -> str | None:
-    """From PyPI, then CUDA_HOME, then PATH."""
+    """Searches the PyPI package, CUDA_HOME and PATH, in this order."""
     home = env.get("CUDA_HOME")
     return (
         _of_package(f"nvidia-cuda-{program}", program)
@@ -314,7 +316,7 @@ def find_tools(env: Mapping[str, str]) -> tuple[str, str]:
 
 
 def demangle(names: Sequence[str], env: Mapping[str, str]) -> dict[str, str]:
-    """By cu++filt or c++filt; without either, names stay mangled."""
+    """Demangles with cu++filt or c++filt. Without either, names stay mangled."""
     filt = find_program("cu++filt", env) or find_program("c++filt", env)
     if filt is None or not names:
         return {}
@@ -324,7 +326,7 @@ def demangle(names: Sequence[str], env: Mapping[str, str]) -> dict[str, str]:
 
 
 def read_kernels(path: Path, env: Mapping[str, str]) -> list[Kernel]:
-    """Every kernel x architecture of a library, object or cubin; none when it holds no GPU code."""
+    """Every kernel of a library, object or cubin, for each architecture; empty if the file has no GPU code."""
     cuobjdump, nvdisasm = find_tools(env)
     places = os.pathsep.join([str(Path(nvdisasm).parent), env.get("PATH", os.defpath)])
     texts = []
@@ -354,7 +356,7 @@ def run(arguments: argparse.Namespace, env: Mapping[str, str]) -> int:
     missing = [str(path) for path in files if not path.is_file()]
     if missing:
         raise GatesError(
-            f"{', '.join(missing)} is not here; build the kernels (see CONTRIBUTING.md) or name "
+            f"{', '.join(missing)} does not exist; build the kernels (see CONTRIBUTING.md) or name "
             "a library."
         )
     kernels = [kernel for path in files for kernel in read_kernels(path, env)]
@@ -365,7 +367,7 @@ def run(arguments: argparse.Namespace, env: Mapping[str, str]) -> int:
     if not shown:
         called = f" whose name matches '{arguments.only}'" if kernels else ""
         names = ", ".join(path.name for path in files)
-        failures.append(f"{names}: no compiled kernel{called} in there.")
+        failures.append(f"{names}: it holds no compiled kernel{called}.")
     failures += [line for path in libraries for line in build_warnings(path)]
     print_table(shown)
     if arguments.json:

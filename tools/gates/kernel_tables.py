@@ -34,7 +34,7 @@ def table_row(kernel: Kernel) -> tuple[str, ...]:
 
 
 def without_empty(rows: Sequence[Sequence[str]]) -> list[list[str]]:
-    """Leaves out the columns of OPTIONAL in which no kernel has anything; rows[0] is the heading."""
+    """Leaves out the columns of OPTIONAL that are empty for all kernels; rows[0] is the heading."""
     kept = [
         place
         for place, name in enumerate(rows[0])

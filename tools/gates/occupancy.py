@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 WARP = 32
 MAX_THREADS = 1024  # per block, on every architecture below
-REGISTER_UNIT = 256  # registers are given to a warp in units of this many
-PARTITIONS = 4  # a multiprocessor's register file is four, one for every fourth warp
+REGISTER_UNIT = 256  # registers are allocated to a warp in units of this many
+PARTITIONS = 4  # a multiprocessor's register file has four parts, each for a fourth of the warps
 SHARED_UNIT = 128  # bytes
-SHARED_RESERVED = 1024  # bytes that the system takes of each block's shared memory
+SHARED_RESERVED = 1024  # bytes that the system reserves in each block's shared memory
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def _numbers(arch: str) -> tuple[int, int, str]:
 
 
 def limits_of(arch: str) -> Limits | None:
-    """Of compiled code: sm_90a has the limits of sm_90; None: not in the table."""
+    """The limits of compiled code, or None if the table lacks them; sm_90a has those of sm_90."""
     return LIMITS.get(arch.rstrip("af"))
 
 

@@ -1,6 +1,6 @@
-"""What compiled kernels look like from outside: the output of cuobjdump, read.
+"""Reads the output of cuobjdump, which shows what compiled kernels consist of.
 
-Nothing here runs a tool; every function takes the text that one printed.
+No function here runs a tool; each takes text that a tool printed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from tools.gates.occupancy import MAX_THREADS, SHARED_RESERVED
 
 WIDTHS = (256, 128, 64, 32, 16, 8)  # bits of one thread's access
 COUNTED = ("IMMA", "IGMMA", "IDP", "BAR")  # tensor cores of Ampere and of Hopper, dp4a, barriers
-#: What lets a thread see another kernel's results: griddepcontrol.wait, or an mbarrier that such a thread arrived at.
+#: What lets a thread see another kernel's results: griddepcontrol.wait, or an mbarrier at which such a thread arrived.
 WAITS = re.compile(r"ACQBULK\b|SYNCS\.PHASECHK\b")
 FRESH_LOAD = re.compile(r"LDG\b.*\.STRONG\.GPU\b")  # ld.global.cg, and an acquire
 
@@ -31,11 +31,9 @@ class Code:
     counts: dict[str, int] = field(default_factory=dict)  # of COUNTED
     waiting_igmma: int = 0  # IGMMA that end their group; all of them when ptxas made wgmma serial
     overlaps: bool = False  # it waits for the kernel before it in the stream (griddepcontrol.wait)
-    adds_up: bool = (
-        False  # its blocks wait for or add to each other's results (atomics on global memory)
-    )
-    fresh_loads: int = 0  # of what other blocks and kernels write meanwhile
-    early_loads: int = 0  # if it overlaps: those that a thread can get to without any of WAITS
+    adds_up: bool = False  # its blocks wait for or add to each other's results (global atomics)
+    fresh_loads: int = 0  # of data that other blocks or kernels write at the same time
+    early_loads: int = 0  # if it overlaps: those that a thread can reach without any of WAITS
 
 
 @dataclass(frozen=True)
@@ -88,7 +86,7 @@ def _cut_return_type(text: str) -> str:
 
 
 def plain_name(demangled: str) -> str:
-    """One spelling for the unnamed namespace; nvcc puts a hash of the file into its name."""
+    """One spelling for the unnamed namespace, because nvcc puts a hash of the file into its name."""
     return re.sub(r"\b_GLOBAL__N__\w+|<unnamed>", "(anonymous namespace)", demangled)
 
 
@@ -185,14 +183,14 @@ def parse_sass(chunk: str) -> dict[str, list[Instruction]]:
     }
 
 
-#: Where the threads that a branch parted go on together: a barrier's register, and an address.
+#: Where threads that diverged at a branch reconverge: a barrier's register, and an address.
 _Meetings = frozenset[tuple[str, int]]
 
 
 def _following(
     code: list[Instruction], place: Mapping[int, int], i: int, meetings: _Meetings
 ) -> list[tuple[int, _Meetings]]:
-    """What can be executed after an instruction, by its place; more than that is safe."""
+    """The places of the instructions that can follow an instruction. Listing too many is safe."""
     one = code[i]
     name = one.opcode.split(".")[0]
     targets = [int(found, 16) for found in re.findall(r"\b0x[0-9a-f]+", one.operands)]
@@ -220,10 +218,10 @@ def _following(
 
 
 def early_loads(code: list[Instruction]) -> int:
-    """Loads of what another kernel may still be writing that some way through the kernel has before any wait.
+    """Counts the loads of another kernel's results that some path through the kernel reaches before any wait.
 
-    Thread 0 of a block may wait for all: for the others an mbarrier at which it arrives is a wait. A wait with a guard
-    is none, because the thread may skip it.
+    Thread 0 may wait for its whole block: for the other threads, an mbarrier at which it arrives is
+    the wait. A wait with a guard does not count, because the thread may skip it.
     """
     place = {one.address: i for i, one in enumerate(code)}
     todo: list[tuple[int, _Meetings]] = [(0, frozenset())] if code else []
@@ -290,7 +288,7 @@ def kernels_in(resources: str, elf: str, sass: str, names: dict[str, str]) -> li
 
 
 def count(instructions: list[Instruction]) -> Code:
-    """From what parse_sass found in one kernel."""
+    """Counts the instructions that parse_sass found in one kernel."""
     opcodes = [one.opcode for one in instructions]
     plain = Counter(opcode.split(".")[0] for opcode in opcodes)
 
@@ -310,6 +308,6 @@ def count(instructions: list[Instruction]) -> Code:
         overlaps=plain["ACQBULK"] > 0,
         adds_up=plain["RED"] + plain["REDG"] + plain["ATOMG"] > 0,
         fresh_loads=sum(bool(FRESH_LOAD.match(op)) for op in opcodes),
-        # Of others nobody asks, and a stream-K kernel has too many ways through it.
+        # Only kernels that overlap need it, and a stream-K kernel has too many paths to search.
         early_loads=early_loads(instructions) if plain["ACQBULK"] else 0,
     )

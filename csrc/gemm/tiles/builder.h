@@ -1,5 +1,6 @@
-// How the tables write a tile, `wgmma(128, 256, 128).cooperative().cluster(2, 1).stages(4)`, and
-// how a table is made of such rows at compile time. Kernel ring: no torch.
+// The builder that the tables describe tiles with, as in `wgmma(128, 256,
+// 128).cooperative().cluster(2, 1).stages(4)`, and the templates that make a table of such rows at
+// compile time. Kernel ring: no torch.
 #pragma once
 
 #include <array>
@@ -28,8 +29,9 @@ class TileText {
   int size_ = 0;
 };
 
-// What a kernel is compiled for, as a template argument, which C++17 does not allow a struct to be.
-// It holds neither the rate, the splits and the name, nor the warps of a streaming tile.
+// What a kernel is compiled for, packed into an integer: C++17 does not allow a struct as a
+// template argument. It leaves out the rate, the splits, the name, and the warps of a streaming
+// tile.
 enum class TileKey : uint64_t {};
 
 constexpr int kKeyParts = 11;
@@ -49,7 +51,7 @@ constexpr TileKey key_of(const GemmTile& t) {
   return TileKey{key};
 }
 
-// The tile without what the key does not hold.
+// The tile of a key. Fields that the key leaves out are zero.
 constexpr GemmTile tile_of(TileKey tile_key) {
   auto key = static_cast<uint64_t>(tile_key);
   int32_t parts[kKeyParts] = {};
@@ -79,7 +81,7 @@ class TileBuilder {
     tile_.cluster_m = tile_.cluster_n = tile_.most_splits = 1;
   }
 
-  // kMma: warps of a block along m and n. kStream: at most so many.
+  // kMma: the warps of a block along m and n. kStream: the most warps of a block.
   constexpr TileBuilder warps(int m, int n) const {
     TileBuilder changed = *this;
     changed.tile_.warps_m = m;
@@ -103,17 +105,17 @@ class TileBuilder {
     return changed;
   }
 
-  // kWgmma: one of the three schedules, ...
+  // kWgmma: one of the three schedules.
   constexpr TileBuilder pingpong() const { return schedule(Schedule::kPingpong); }
   constexpr TileBuilder cooperative() const { return schedule(Schedule::kCooperative); }
   constexpr TileBuilder stream_k() const { return schedule(Schedule::kStreamK); }
-  // ... tokens on the instruction's column side, ...
+  // kWgmma: tokens on the instruction's column side.
   constexpr TileBuilder swap_ab() const {
     TileBuilder changed = *this;
     changed.tile_.swap_ab = true;
     return changed;
   }
-  // ... and blocks along m and n that share what they load.
+  // kWgmma: blocks along m and n that share their loads.
   constexpr TileBuilder cluster(int m, int n) const {
     TileBuilder changed = *this;
     changed.tile_.cluster_m = m;
@@ -121,12 +123,12 @@ class TileBuilder {
     return changed;
   }
 
-  // For a tile whose name would otherwise be that of another row of its table.
+  // For a tile that would otherwise have the name of another row of its table.
   constexpr TileBuilder cluster_in_name() const { return naming(kCluster); }
   constexpr TileBuilder stages_in_name() const { return naming(kStages); }
   constexpr TileBuilder warps_in_name() const { return naming(kWarps); }
 
-  // Result files, SQK_WITHOUT_TILES and tune caches hold these names: they stay as they are.
+  // Result files, SQK_WITHOUT_TILES and tune caches hold these names, so they must not change.
   constexpr TileText name() const {
     TileText name;
     const bool stream = tile_.kernel == GemmKernel::kStream;
@@ -146,7 +148,7 @@ class TileBuilder {
     return tile;
   }
 
-  // The argument of the templates that an instance names.
+  // Lets an instance write a tile as the argument of a template.
   constexpr operator TileKey() const { return key_of(tile_); }
 
  private:
@@ -171,7 +173,8 @@ constexpr TileBuilder stream(int m, int n) { return {GemmKernel::kStream, m, n, 
 constexpr TileBuilder mma(int m, int n, int k) { return {GemmKernel::kMma, m, n, k}; }
 constexpr TileBuilder wgmma(int m, int n, int k) { return {GemmKernel::kWgmma, m, n, k}; }
 
-// A rule as the tables write it: up to most_m tokens one of these tiles, the likeliest first.
+// A rule as the tables write it: up to most_m tokens take one of these tiles. The likeliest comes
+// first.
 struct RuleRow {
   int64_t most_m;
   const char* tiles[kMostCandidates];
@@ -244,8 +247,8 @@ constexpr auto rules_of(const RuleRow (&rows)[kRules], const std::array<TileText
   return rules;
 }
 
-// The table that the rows make. A tile is found by its name: the order of the rows means nothing,
-// and a row's number holds for one build only.
+// The table that the rows make. Tiles are found by name: the order of the rows has no meaning, and
+// a row's number is valid only within one build.
 template <const auto& kShipped, const auto& kCandidates, const auto& kWritten>
 struct TileTable {
   static constexpr auto kRows = all_rows(kShipped, kCandidates);

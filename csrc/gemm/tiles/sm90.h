@@ -1,10 +1,10 @@
-// Hopper (H100, H200, GH200). Kernel ring: no torch. The one place to change when a measurement
-// says otherwise; nothing here was tuned on a GPU.
+// Hopper (H100, H200, GH200). Kernel ring: no torch. This is the one place to change when a
+// measurement says otherwise. Nothing here was tuned on a GPU.
 //
-// 132 SMs, 4096 multiply-adds per SM and clock, but only some 30 bytes from L2: a block of 128x128
-// needs 64 bytes per 4096 multiply-adds and is starved unless a cluster shares its loads, 128x256
-// in clusters of two needs 32. So large M wants the largest tiles and multicast, small M wants
-// every byte of the weights read once with some 100 KiB in flight per SM.
+// An H100 has 132 SMs. Each has, per clock, 4096 multiply-adds but only about 30 bytes from L2. A
+// block of 128x128 needs 64 bytes per 4096 multiply-adds, so it starves unless a cluster shares its
+// loads; 128x256 in clusters of two needs 32. So large M needs the largest tiles and multicast.
+// Small M needs every byte of the weights read once, with about 100 KiB in flight per SM.
 #pragma once
 
 #include "gemm/tiles/builder.h"
@@ -12,7 +12,7 @@
 namespace sqk {
 
 constexpr TileBuilder kSm90Shipped[] = {
-    // 96 KiB of weights in flight per SM, in rings that run on from tile to tile.
+    // 96 KiB of weights in flight per SM, in rings that continue from tile to tile.
     stream(8, 16).warps(16).rate(50),
     // Two groups of 8 tokens: the weights are still read once.
     stream(16, 16).warps(16).rate(50),
@@ -34,40 +34,42 @@ constexpr TileBuilder kSm90Shipped[] = {
     wgmma(128, 128, 128).stream_k().stages(7).rate(75),
     // A cluster of two loads half of 256 channels each: 32 bytes from L2 per 4096 MACs.
     wgmma(128, 256, 128).cooperative().cluster(2, 1).stages(4).rate(90),
-    // 128x256 with tokens and channels exchanged: other waves.
+    // 128x256 with tokens and channels exchanged: fills the waves of other problems.
     wgmma(256, 128, 128).cooperative().cluster(1, 2).stages(4).rate(90),
     // 128x256 where its last wave would be mostly empty: shared over k.
     wgmma(128, 256, 128).stream_k().cluster(2, 1).stages(4).rate(88),
 };
 
-// Only a tuning build compiles these, and no rule names one before a GPU has said that it is worth
-// it: the tuner then prints which row to move up.
+// Only a tuning build compiles these. No rule names one until a measurement on a GPU shows that it
+// is worth it; the tuner then prints which row to move up.
 constexpr TileBuilder kSm90Candidates[] = {
-    // 65 to 128 tokens of wide layers: half the tiles of 64x128, x_q loaded half as often.
+    // 65 to 128 tokens of wide layers: half as many tiles as 64x128, so x_q is loaded half as
+    // often.
     wgmma(64, 256, 128).pingpong().cluster(2, 1).stages(5).rate(75),
-    // No cluster: any SM takes any tile, odd numbers of them too; more from L2.
+    // No cluster: any SM takes any tile, and their number may be odd; reads more from L2.
     wgmma(128, 128, 128).pingpong().cluster(1, 1).stages(7).rate(80).cluster_in_name(),
-    // The pair shares the tokens: one row of tiles (65 to 128 tokens) is no waste.
+    // The pair shares the tokens, so a single row of tiles (65 to 128 tokens) wastes nothing.
     wgmma(128, 128, 128).pingpong().cluster(1, 2).stages(7).rate(80).cluster_in_name(),
-    // Between 128x128 and 128x256: fills other waves, and a stage more is in flight.
+    // Between 128x128 and 128x256: fills other waves and has one more stage in flight than 128x256.
     wgmma(128, 192, 128).cooperative().cluster(2, 1).stages(5).rate(85),
-    // Four share both operands: 24 bytes from L2 per 4096 MACs; GPCs may not divide.
+    // Four blocks share both operands: 24 bytes from L2 per 4096 MACs. A GPC may not hold a
+    // multiple of four.
     wgmma(128, 256, 128).cooperative().cluster(2, 2).stages(4).rate(90).cluster_in_name(),
-    // No cluster: nobody waits for a partner; 48 bytes from L2 per 4096 MACs.
+    // No cluster: no block waits for a partner; 48 bytes from L2 per 4096 MACs.
     wgmma(128, 256, 128).cooperative().cluster(1, 1).stages(4).rate(85).cluster_in_name(),
     // The pair shares the tokens, which are half of what a tile loads.
     wgmma(64, 64, 256).swap_ab().pingpong().cluster(1, 2).stages(7).rate(60).cluster_in_name(),
-    // 128 channels a tile: x_q loaded half as often as by 64x64, for wide layers.
+    // 128 channels per tile: x_q is loaded half as often as with 64x64, for wide layers.
     wgmma(64, 128, 128).swap_ab().pingpong().stages(9).rate(60),
     // One tile holds 128 tokens: the weights are read once, without a cluster.
     wgmma(128, 64, 128).swap_ab().pingpong().stages(9).rate(65),
-    // Few tiles and at most 16 tokens: none of the 32 wasted.
+    // Few tiles and at most 16 tokens, of which a tile of 32 would waste half.
     wgmma(16, 128, 256).swap_ab().stream_k().stages(6).rate(25),
     // 256x128 where its last wave would be mostly empty: shared over k.
     wgmma(256, 128, 128).stream_k().cluster(1, 2).stages(4).rate(88),
-    // Shares single tiles over k, not pairs: evener, and more from L2.
+    // Splits single tiles over k instead of pairs: a more even split, but it reads more from L2.
     wgmma(128, 256, 128).stream_k().cluster(1, 1).stages(4).rate(85).cluster_in_name(),
-    // Two blocks per SM: one reads on while the other adds up and stores.
+    // Two blocks per SM: one keeps reading while the other reduces and stores.
     stream(8, 16).warps(8).rate(50).warps_in_name(),
     // The same with two groups of 8 tokens.
     stream(16, 16).warps(8).rate(50).warps_in_name(),
@@ -98,7 +100,7 @@ constexpr RuleRow kSm90Rules[] = {
 };
 
 using Sm90Tiles = TileTable<kSm90Shipped, kSm90Candidates, kSm90Rules>;
-// L2: 26 bytes would cap every tile at 1608 TOPS; FP8 reached 1601 with its quantizer.
+// L2: 26 bytes would limit every tile to 1608 TOPS; an FP8 GEMM reached 1601 with its quantizer.
 constexpr GemmTableView kSm90Table =
     Sm90Tiles::view(GemmTable::kSm90, {4096, 30, 64, 1650, 1500, 2500});
 static_assert(table_holds(kSm90Table, 227 * 1024), "a row of the table breaks a rule of tile.h");

@@ -19,8 +19,8 @@ constexpr bool any_table_has(TileKey key) { return false SQK_GEMM_TABLES(SQK_HAS
 
 constexpr GemmTable table_of(const Device& device) {
   if (device.wgmma) return GemmTable::kSm90;
-  // A100's tiles want two blocks of 80 KiB on an SM, or one of 96: by what the GPU has, not by
-  // name.
+  // A100's tiles need two blocks of 80 KiB on an SM, or one of 96 KiB, so the shared memory decides
+  // and not the GPU's name.
   return device.shared_bytes >= 160 * 1024 ? GemmTable::kSm80 : GemmTable::kSm89;
 }
 

@@ -1,4 +1,5 @@
-// What a row of a GEMM table says: a tile, or when to take which. Kernel ring: no torch.
+// The rows of the GEMM tables: the tiles, and the rules that choose among them. Kernel ring: no
+// torch.
 #pragma once
 
 #include <cstddef>
@@ -6,8 +7,8 @@
 
 #include "sqk/gemm.h"
 
-// 1: the tables end with their candidates, tiles for the tuner alone (SMOOTHQUANT_KERNELS_TUNING=1
-// for the build, CONTRIBUTING.md).
+// If 1, each table ends with its candidates, which only the tuner runs.
+// SMOOTHQUANT_KERNELS_TUNING=1 sets it for a build (CONTRIBUTING.md).
 #ifndef SQK_TUNING
 #define SQK_TUNING 0
 #endif
@@ -15,29 +16,29 @@
 namespace sqk {
 
 enum class GemmKernel : int32_t {
-  kStream,  // few tokens: a warp's weights in a ring of its own, mma.sync (stream/kernel.cuh)
+  kStream,  // few tokens: each warp has a ring for its weights; mma.sync (stream/kernel.cuh)
   kMma,     // cp.async, ldmatrix and mma.sync in several stages (mma/kernel.cuh)
   kWgmma,   // TMA and wgmma, warp-specialized, by CUTLASS (wgmma/kernel.cuh; Hopper)
 };
 
-// How a kWgmma kernel shares out its work.
+// How a kWgmma kernel distributes its work.
 enum class Schedule : int32_t {
   kNone,
   kPingpong,     // two warpgroups on two tiles: one multiplies while the other stores
   kCooperative,  // two warpgroups on one tile
-  kStreamK,      // cooperative; blocks share the tiles that do not fill the GPU, over k
+  kStreamK,      // cooperative; blocks share the tiles of an incomplete last wave over k
 };
 
-// m counts tokens and n output channels, however the instruction is fed.
+// m counts tokens and n counts output channels, also if the instruction takes them the other way.
 struct GemmTile {
   const char* name;
   GemmKernel kernel;
   int32_t m, n, k;
-  int32_t warps_m, warps_n;  // kMma: of a block, along m and n; kStream: 1 and at most so many
+  int32_t warps_m, warps_n;  // kMma: of a block, along m and n; kStream: 1 and at most this many
   int32_t stages;            // tiles of x_q and w_q in shared memory at a time; kStream: 0
   Schedule schedule;         // kWgmma
   bool swap_ab;              // kWgmma: w_q on the instruction's 64-row side, tokens on the other
-  int32_t cluster_m, cluster_n;  // blocks along m and n that share what they load
+  int32_t cluster_m, cluster_n;  // blocks along m and n that share their loads
   int32_t most_splits;           // kMma: blocks that may share a tile's k through the workspace
   int32_t rate;                  // percent of the tensor cores' peak in the main loop: an estimate
 };
@@ -46,13 +47,14 @@ constexpr int64_t stage_bytes(const GemmTile& tile) {
   return int64_t{tile.stages} * (tile.m + tile.n) * tile.k;
 }
 
-// At most, dynamic and per block; CUTLASS keeps barriers and a scheduler's work beside the stages.
+// An upper bound of a block's dynamic shared memory. CUTLASS keeps barriers and the scheduler's
+// data next to the stages.
 constexpr int64_t shared_bytes(const GemmTile& tile) {
   return stage_bytes(tile) + (tile.kernel == GemmKernel::kWgmma ? 1024 : 0);
 }
 
-// The first rule whose most_m is not exceeded names the candidates; plan_gemm takes the one that it
-// expects to be done first (cost.cpp), and the first of those that are nearly equal.
+// The first rule with m <= most_m names the candidates. plan_gemm takes the one with the least
+// expected time (cost.cpp), and the first one if several are nearly equal.
 constexpr int kMostCandidates = 6;
 struct GemmRule {
   int64_t most_m;
@@ -61,14 +63,14 @@ struct GemmRule {
   const char* why;
 };
 
-// What the arithmetic of the choice knows of a GPU, in clocks of the multiprocessors (SMs).
+// What the cost model knows of a GPU, in clocks of the multiprocessors (SMs).
 struct GemmMachine {
   int32_t macs;          // int8 multiply-adds of an SM per clock
-  int32_t l2_bytes;      // per SM and clock when all draw from L2
-  int32_t sm_bytes;      // per clock that one SM can take in
+  int32_t l2_bytes;      // per SM and clock if all SMs read from L2
+  int32_t sm_bytes;      // per clock that one SM can receive
   int32_t memory_bytes;  // per clock from memory, for all SMs: nine tenths of the data sheet
   int32_t overhead;      // clocks for a tile's first loads and last stores
-  int32_t launch;        // clocks for a further launch (clearing counters) in a graph
+  int32_t launch;        // clocks for one more launch (clearing counters) in a graph
 };
 
 struct GemmTableView {
@@ -103,7 +105,7 @@ constexpr bool wgmma_holds(const GemmTile& tile) {
          columns <= 256 && rows / groups * columns <= 64 * 256;  // 128 accumulators a thread
 }
 
-// What every row must hold, shipped or not.
+// Whether a tile is valid. Candidates must be valid too.
 constexpr bool tile_holds(const GemmTile& tile, int64_t shared_limit) {
   const bool mma = tile.kernel == GemmKernel::kMma, wgmma = tile.kernel == GemmKernel::kWgmma;
   const bool for_wgmma =
@@ -116,7 +118,7 @@ constexpr bool tile_holds(const GemmTile& tile, int64_t shared_limit) {
   return mma ? mma_holds(tile) : wgmma ? wgmma_holds(tile) : true;
 }
 
-// And each has a name of its own.
+// Whether all tiles are valid and no two have the same name.
 constexpr bool tiles_hold(const GemmTile* tiles, int64_t count, int64_t shared_limit) {
   for (int64_t i = 0; i < count; ++i) {
     if (!tile_holds(tiles[i], shared_limit)) return false;
@@ -127,9 +129,9 @@ constexpr bool tiles_hold(const GemmTile* tiles, int64_t count, int64_t shared_l
   return true;
 }
 
-// What every table must hold; each is static_assert'ed with it.
+// Whether a table is valid; every table is static_assert'ed with it.
 constexpr bool table_holds(const GemmTableView& t, int64_t shared_limit) {
-  if (t.tile_count > 64) return false;  // a bit each in excluded.h
+  if (t.tile_count > 64) return false;  // excluded.h has one bit per row
   if (t.shipped > t.tile_count || !tiles_hold(t.tiles, t.tile_count, shared_limit)) return false;
   for (int i = 0; i < t.rule_count; ++i) {
     if (i > 0 && t.rules[i].most_m <= t.rules[i - 1].most_m) return false;
