@@ -100,7 +100,7 @@ class Bench:
 
 
 def part(bench: Bench, name: str, schemes: list[str], calibration: int) -> list[dict[str, Any]]:
-    """The rows of a table of docs/accuracy.md."""
+    """The rows of a table of docs/reference/accuracy.md."""
     smoothed = "SmoothQuant W8A8"
     if name == "schemes":
         rows = [

@@ -117,7 +117,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise _Unusable(f"it is not JSON ({error}); {_MAKE}") from None
     if isinstance(data, dict) and "results" in data:
         raise _Unusable(
-            "it holds all that tune.py measured; make the cache of it: "
+            "it holds all the results of the tuner; make a cache from it: "
             f"python -m benchmarks.tuner --report {path} --cache FILE"
         )
     facts: dict[str, Any] = data if isinstance(data, dict) else {}

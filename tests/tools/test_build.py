@@ -158,7 +158,7 @@ def test_the_build_requirements_are_the_same_everywhere() -> None:
     ).replace("'", '"')
     for name in ("Makefile", "CONTRIBUTING.md"):
         assert f"'setuptools>=77' {build_plan.TOOLS_PYPI}" in (ROOT / name).read_text(), name
-    kit = (ROOT / "benchmarks" / "gpu_requirements.txt").read_text().splitlines()
+    kit = (ROOT / "benchmarks" / "on_gpu" / "requirements.txt").read_text().splitlines()
     assert set(wanted) <= set(kit)
 
 

@@ -104,35 +104,44 @@ API cudaError_t cudaGetDeviceProperties_v2(cudaDeviceProp* properties, int devic
   return cudaGetDeviceProperties(properties, device);
 }
 
+// Attributes that every architecture has alike.
+static const struct {
+  int attribute, value;
+} kFixedAttributes[] = {
+    {cudaDevAttrMaxThreadsPerBlock, 1024},
+    {cudaDevAttrMaxBlockDimX, 1024},
+    {cudaDevAttrMaxBlockDimY, 1024},
+    {cudaDevAttrMaxBlockDimZ, 64},
+    {cudaDevAttrMaxGridDimX, 0x7fffffff},
+    {cudaDevAttrMaxGridDimY, 65535},
+    {cudaDevAttrMaxGridDimZ, 65535},
+    {cudaDevAttrMaxSharedMemoryPerBlock, 48 * 1024},
+    {cudaDevAttrReservedSharedMemoryPerBlock, 1024},
+    {cudaDevAttrTotalConstantMemory, 65536},
+    {cudaDevAttrWarpSize, 32},
+    {cudaDevAttrClockRate, 1500000},
+    {cudaDevAttrMemoryClockRate, 2000000},
+    {cudaDevAttrL2CacheSize, 50 << 20},
+    {cudaDevAttrGlobalMemoryBusWidth, 5120},
+    {cudaDevAttrConcurrentKernels, 1},
+    {cudaDevAttrUnifiedAddressing, 1},
+    {cudaDevAttrCooperativeLaunch, 1},
+    {cudaDevAttrManagedMemory, 1},
+    {cudaDevAttrCanMapHostMemory, 1},
+    {cudaDevAttrStreamPrioritiesSupported, 1},
+    {cudaDevAttrHostRegisterSupported, 1},
+    {cudaDevAttrGpuOverlap, 1},
+    {cudaDevAttrAsyncEngineCount, 1},
+};
+constexpr int kTensorMapAccess = 128;  // CU_DEVICE_ATTRIBUTE_TENSOR_MAP_ACCESS_SUPPORTED
+
 // cudaDeviceAttr and CUdevice_attribute share their numbers.
 int ptxsim::device_attribute(int attribute) {
   const Architecture& model = architecture();
   switch (attribute) {
-    case cudaDevAttrMaxThreadsPerBlock:
-      return 1024;
-    case cudaDevAttrMaxBlockDimX:
-    case cudaDevAttrMaxBlockDimY:
-      return 1024;
-    case cudaDevAttrMaxBlockDimZ:
-      return 64;
-    case cudaDevAttrMaxGridDimX:
-      return 0x7fffffff;
-    case cudaDevAttrMaxGridDimY:
-    case cudaDevAttrMaxGridDimZ:
-      return 65535;
-    case cudaDevAttrMaxSharedMemoryPerBlock:
-      return 48 * 1024;
-    case cudaDevAttrTotalConstantMemory:
-      return 65536;
-    case cudaDevAttrWarpSize:
-      return 32;
     case cudaDevAttrMaxRegistersPerBlock:
     case cudaDevAttrMaxRegistersPerMultiprocessor:
       return model.registers_per_sm;
-    case cudaDevAttrClockRate:
-      return 1500000;
-    case cudaDevAttrMemoryClockRate:
-      return 2000000;
     case cudaDevAttrMultiProcessorCount:
       return model.sms;
     case cudaDevAttrMaxThreadsPerMultiProcessor:
@@ -143,32 +152,17 @@ int ptxsim::device_attribute(int attribute) {
       return model.shared_bytes_per_sm;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
       return model.shared_bytes_optin;
-    case cudaDevAttrReservedSharedMemoryPerBlock:
-      return 1024;
     case cudaDevAttrComputeCapabilityMajor:
       return model.compute_capability / 10;
     case cudaDevAttrComputeCapabilityMinor:
       return model.compute_capability % 10;
-    case cudaDevAttrL2CacheSize:
-      return 50 << 20;
-    case cudaDevAttrGlobalMemoryBusWidth:
-      return 5120;
-    case cudaDevAttrConcurrentKernels:
-    case cudaDevAttrUnifiedAddressing:
-    case cudaDevAttrCooperativeLaunch:
-    case cudaDevAttrManagedMemory:
-    case cudaDevAttrCanMapHostMemory:
-    case cudaDevAttrStreamPrioritiesSupported:
-    case cudaDevAttrHostRegisterSupported:
-    case cudaDevAttrGpuOverlap:
-    case cudaDevAttrAsyncEngineCount:
-      return 1;
     case cudaDevAttrClusterLaunch:
-    case 128 /* tensor map access */:
+    case kTensorMapAccess:
       return model.compute_capability >= 90;
-    default:
-      return 0;
   }
+  for (auto& fixed : kFixedAttributes)
+    if (fixed.attribute == attribute) return fixed.value;
+  return 0;
 }
 API cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
   if (device) return runtime_error(cudaErrorInvalidDevice);
