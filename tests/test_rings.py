@@ -1,4 +1,4 @@
-"""The rings of the source tree and its habits: includes, file sizes, no paths of some machine."""
+"""The rules of the source tree: includes of the rings, file lengths, no paths of a machine."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ TEXT_SUFFIXES = C_SUFFIXES | {".py", ".toml", ".md", ".yaml", ".yml", ".sh", ".i
 LONGEST_FILE = 400
 FOREIGN = ("torch", "ATen", "c10", "pybind11")
 KERNEL_SUFFIXES = {".cu", ".cuh"}
-#: What every folder of csrc may include besides itself.
+#: Folders that every folder of csrc may include besides itself.
 SHARED = ("common", "include")
-#: Folders of csrc that call the kernels, and have none.
+#: Folders of csrc that call kernels but hold none.
 BINDINGS = ("torch", "python")
 #: Plain C++ that the binding shares with the kernels.
 PLAIN = ("common/arithmetic.h",)
@@ -31,7 +31,7 @@ def c_files() -> list[Path]:
 
 
 def project_files() -> list[Path]:
-    """What git has or would add; without git, everything outside hidden folders and build/."""
+    """The files that git has or would add; without git, all files outside hidden folders and build/."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
@@ -85,9 +85,9 @@ def test_the_binding_does_not_reach_past_the_public_headers() -> None:
 
 
 def includes_of_siblings(csrc: Path) -> list[str]:
-    """Includes by which kernels reach into another folder of kernels, or common/ into any.
+    """Includes of another folder of kernels by kernels, and of any folder of kernels by common/.
 
-    C++ beside the folders may bring them together; a kernel there belongs to none of them.
+    C++ outside the folders may combine them, but a kernel outside them may not.
     """
     found = []
     for path in sorted(path for path in csrc.rglob("*") if path.suffix in C_SUFFIXES):
@@ -98,7 +98,7 @@ def includes_of_siblings(csrc: Path) -> list[str]:
         for name in includes(path):
             places = (path.parent / name, csrc / "include" / name, csrc / name)
             place = next((place.resolve() for place in places if place.is_file()), None)
-            if place is None:  # of the toolkit or of CUTLASS
+            if place is None:  # a header of the toolkit or of CUTLASS
                 continue
             if place.relative_to(csrc.resolve()).parts[0] not in (folder, *SHARED):
                 found.append(f"{path.relative_to(csrc)} includes {name}")
@@ -119,7 +119,11 @@ def test_no_folder_of_kernels_includes_a_sibling() -> None:
         ("common/status.cu", "gemm/excluded.h", True),
         ("status.cu", "gemm/excluded.h", True),
         ("status.cpp", "gemm/excluded.h", False),
-        ("torch/gemm.cpp", "gemm/excluded.h", False),  # another test's: past the public headers
+        (
+            "torch/gemm.cpp",
+            "gemm/excluded.h",
+            False,
+        ),  # allowed here; another test keeps the binding to the public headers
         ("gemm/stream/rows.cuh", "gemm/excluded.h", False),
         ("gemm/stream/rows.cuh", "common/scale.cuh", False),
         ("gemm/stream/rows.cuh", "sqk/quantize.h", False),
@@ -137,7 +141,7 @@ def test_an_include_of_a_sibling_is_found(
     assert includes_of_siblings(tmp_path) == ([f"{file} includes {include}"] if is_wrong else [])
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not here")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 @pytest.mark.parametrize("header", sorted((CSRC / "include").rglob("*.h")), ids=lambda p: p.name)
 @pytest.mark.compiler
 def test_a_public_header_compiles_alone(header: Path, tmp_path: Path) -> None:
@@ -149,7 +153,7 @@ def test_a_public_header_compiles_alone(header: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_no_file_is_longer_than_a_reader_takes_in_at_once() -> None:
+def test_no_file_is_too_long_to_read_at_once() -> None:
     code = C_SUFFIXES | {".py", ".sh"}
     lengths = {
         str(path.relative_to(ROOT)): len(path.read_text().splitlines())
@@ -160,7 +164,7 @@ def test_no_file_is_longer_than_a_reader_takes_in_at_once() -> None:
     assert not {name: count for name, count in lengths.items() if count > LONGEST_FILE}
 
 
-# Written in pieces, so that this file does not find itself.
+# Built from parts, so that the test does not match this file.
 MACHINE_PATH = re.compile(
     r"(?<![\w.])/(?:" + "|".join(("wo" + "rk", "ho" + "me", "Us" + "ers")) + ")/"
 )

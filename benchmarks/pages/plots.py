@@ -22,7 +22,7 @@ SHAPES = 8  # with a panel of their own, or a color
 HEAT_ROWS = 20
 LARGE = 290_000  # bytes
 #: After Okabe and Ito.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8A7A00")
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8A7A00")
 MARKERS = "os^DvP*X"
 QUANTIZER_TARGET = 0.9
 #: A step of up to this much may be the clock's.
@@ -171,10 +171,10 @@ def speed(rows: Sequence[Row], machine: Mapping[str, Any], head: str, path: Path
         line = [(row["M"], row[f"{other}_us"], row) for row in group if row.get(f"{other}_us")]
         axes.plot(
             [m for m, *_ in line], [2e-6 * m * r["N"] * r["K"] / us * factor for m, us, r in line],
-            color=COLOURS[1], marker="s", ms=4, lw=1.3, label=other,
+            color=COLORS[1], marker="s", ms=4, lw=1.3, label=other,
         )  # fmt: skip
         axes.plot(
-            m, [tops(row) * factor for row in group], color=COLOURS[0], marker="o", ms=4, lw=1.8, label="int8",
+            m, [tops(row) * factor for row in group], color=COLORS[0], marker="o", ms=4, lw=1.8, label="int8",
         )  # fmt: skip
         _tokens_axis(axes, [row["M"] for rows in shown.values() for row in rows])
         axes.set_ylim(bottom=0)
@@ -250,7 +250,7 @@ def latency(rows: Sequence[Row], head: str, path: Path) -> Picture:
         colored = place < SHAPES
         axes.plot(
             [row["M"] for row in group], [time_of(row) for row in group],
-            color=COLOURS[place] if colored else "#bbbbbb", marker=MARKERS[place] if colored else None,
+            color=COLORS[place] if colored else "#bbbbbb", marker=MARKERS[place] if colored else None,
             ms=5, lw=1.4 if colored else 0.8, zorder=2 if colored else 1,
             label=shape if colored else None if place > SHAPES else f"{len(shapes) - SHAPES} further shapes",
         )  # fmt: skip
@@ -340,7 +340,7 @@ def bars(files: Mapping[str, Mapping[str, Any]], head: str, path: Path) -> Pictu
         for values in means.values():
             ticks.append(y + (len(values) - 1) / 2)
             for name, value in values.items():
-                color = COLOURS[names.index(name) % len(COLOURS)]
+                color = COLORS[names.index(name) % len(COLORS)]
                 axes.barh(y, value, height=0.9, color=color)
                 said = f"{value:.2f}" if len(names) == 1 else f"{value:.2f}x {name}"
                 box = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}

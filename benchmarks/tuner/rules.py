@@ -100,7 +100,7 @@ def candidates(table: Table, results: Sequence[Result], most_m: int) -> tuple[in
 
 
 def rules(table: Table, results: Sequence[Result]) -> list[Rule]:
-    """A rule for every measured M, neighbours merged where that costs nothing; the last one is for any M. A tile that
+    """A rule for every measured M, neighbors merged where that costs nothing; the last one is for any M. A tile that
     was wrong anywhere is in none.
 
     An M between two measured ones gets the larger one's rule. If the last rule needs a streaming kernel, which cannot

@@ -1,4 +1,4 @@
-"""The CUDA library's state and errors; its smallest op on the CPU, in the simulator, on a GPU."""
+"""The state and errors of the CUDA library, and its smallest op on the CPU, in the simulator and on a GPU."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from smoothquant_kernels import ops
-from smoothquant_kernels.backends import cuda as _extension
+from smoothquant_kernels.backends import cuda
 from tests.support import simulator
 from tests.support.backends import require_library
 from tools.build import commands
@@ -24,7 +24,7 @@ from tools.build import plan as build_plan
 
 saturate_s8 = torch.ops.smoothquant_kernels._saturate_s8.default
 INF, NAN = float("inf"), float("nan")
-# Value -> int8: ties to even, both ends, past the ends, subnormal, signed zero, not finite.
+# Value -> int8: ties to even, both ends, beyond the ends, subnormal, signed zero, not finite.
 EDGES = {
     0.0: 0, 0.5: 0, -0.5: 0, 1.5: 2, -1.5: -2, 2.5: 2, -2.5: -2,
     0.49999997: 0, 0.50000006: 1,
@@ -40,7 +40,7 @@ def edge_tensors(device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def saturate_reference(x: torch.Tensor) -> torch.Tensor:
-    """Written another way than the CPU kernel: in float64, by Python's round (half to even)."""
+    """Implemented differently from the CPU kernel: in float64, with Python's round (half to even)."""
     values = [0 if v != v else max(-128.0, min(127.0, v)) for v in x.double().flatten().tolist()]
     return torch.tensor([round(v) for v in values], dtype=torch.int8).reshape(x.shape)
 
@@ -59,7 +59,7 @@ def test_saturate_on_edges() -> None:
     x, expected = edge_tensors()
     assert_same(saturate_s8(x), expected)
     assert_same(saturate_reference(x), expected)
-    assert saturate_s8(torch.tensor([-0.0])).item() == 0  # not a key beside 0.0
+    assert saturate_s8(torch.tensor([-0.0])).item() == 0  # as a dict key, -0.0 is 0.0
 
 
 @pytest.mark.parametrize("shape", [(0,), (0, 7), (1,), (3, 5), (2, 3, 4), (1000,), ()])
@@ -82,7 +82,7 @@ def test_saturate_opcheck(shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_saturate_of_another_type_says_what_it_got(device: str) -> None:
+def test_saturate_of_another_type_names_the_type(device: str) -> None:
     x = torch.zeros(2, 3, dtype=torch.float16, device=device)
     with pytest.raises(RuntimeError, match=r"x must be float32, got float16 of shape \[2, 3\]"):
         saturate_s8(x)
@@ -92,12 +92,12 @@ def test_saturate_of_another_type_says_what_it_got(device: str) -> None:
 
 
 def test_status_is_frozen_and_consistent() -> None:
-    status = _extension.extension_status()
+    status = cuda.extension_status()
     with pytest.raises(dataclasses.FrozenInstanceError):
         status.available = True  # type: ignore[misc]
     assert status.available == (status.reason == "")
     assert status.available or "SMOOTHQUANT_KERNELS_BUILD=cuda" in status.reason
-    assert _extension.extension_status() is status
+    assert cuda.extension_status() is status
 
 
 def facts(**changed: object) -> dict[str, object]:
@@ -106,20 +106,20 @@ def facts(**changed: object) -> dict[str, object]:
 
 
 def fake_install(folder: Path, **changed: object) -> Path:
-    (folder / _extension.LIBRARY_NAME).write_bytes(b"not a library")
-    (folder / _extension.BUILD_INFO_NAME).write_text(json.dumps(facts(**changed)))
+    (folder / cuda.LIBRARY_NAME).write_bytes(b"not a library")
+    (folder / cuda.BUILD_INFO_NAME).write_text(json.dumps(facts(**changed)))
     return folder
 
 
 def test_no_library(tmp_path: Path) -> None:
-    status = _extension._load(tmp_path)
+    status = cuda._load(tmp_path)
     assert not status.available
     assert status.reason.startswith("the CUDA library was not built; to build it: SMOOTHQUANT")
     assert status.archs == ()
 
 
 @pytest.mark.parametrize(
-    ("changed", "cuda", "expected"),
+    ("changed", "torch_cuda", "expected"),
     [
         ({}, None, "is a build without CUDA (libtorch_cuda is missing)"),
         ({}, "12.6", "was built with CUDA 13.0, but torch"),
@@ -130,13 +130,13 @@ def test_no_library(tmp_path: Path) -> None:
 )
 def test_a_library_that_does_not_fit_is_not_loaded(
     changed: dict[str, object],
-    cuda: str | None,
+    torch_cuda: str | None,
     expected: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(torch.version, "cuda", cuda)
-    status = _extension._load(fake_install(tmp_path, **changed))
+    monkeypatch.setattr(torch.version, "cuda", torch_cuda)
+    status = cuda._load(fake_install(tmp_path, **changed))
     assert not status.available
     assert expected in status.reason
     assert "to build it again: SMOOTHQUANT_KERNELS_BUILD=cuda" in status.reason
@@ -147,17 +147,17 @@ def test_many_threads_load_once(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     gate = threading.Barrier(8)
 
-    def load(folder: Path) -> _extension.ExtensionStatus:
+    def load(folder: Path) -> cuda.ExtensionStatus:
         calls.append(folder)
-        return _extension.ExtensionStatus(False, "test")
+        return cuda.ExtensionStatus(False, "test")
 
-    monkeypatch.setattr(_extension, "_status", None)
-    monkeypatch.setattr(_extension, "_load", load)
-    seen: list[_extension.ExtensionStatus] = []
+    monkeypatch.setattr(cuda, "_status", None)
+    monkeypatch.setattr(cuda, "_load", load)
+    seen: list[cuda.ExtensionStatus] = []
 
     def ask() -> None:
         gate.wait()
-        seen.append(_extension.extension_status())
+        seen.append(cuda.extension_status())
 
     threads = [threading.Thread(target=ask) for _ in range(8)]
     for thread in threads:
@@ -169,16 +169,16 @@ def test_many_threads_load_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_missing_kernel_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
-    status = _extension.ExtensionStatus(False, "it was not built; to build it: X", ("8.0",))
-    monkeypatch.setattr(_extension, "_status", status)
-    assert not _extension.has_cuda_kernel("gemm_s8")
+    status = cuda.ExtensionStatus(False, "it was not built; to build it: X", ("8.0",))
+    monkeypatch.setattr(cuda, "_status", status)
+    assert not cuda.has_cuda_kernel("gemm_s8")
     expected = "no CUDA kernel for gemm_s8: it was not built; to build it: X; built for 8.0"
     with pytest.raises(RuntimeError, match=expected):
-        _extension.raise_missing_kernel("gemm_s8")
+        cuda.raise_missing_kernel("gemm_s8")
 
 
 X = torch.ones(2, 4)
-# A call of every op that the dispatcher accepts; what the tensors hold is never looked at.
+# A call of every op that the dispatcher accepts. The tensors' values are never read.
 CALLS: dict[str, tuple[Any, ...]] = {
     "_saturate_s8": (X,),
     "quantize": (X,),
@@ -199,7 +199,7 @@ def test_every_op_is_called_here() -> None:
 @pytest.mark.parametrize("op", CALLS)
 def test_an_op_without_a_cuda_kernel_has_one_that_explains(op: str) -> None:
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"smoothquant_kernels::{op}", "CUDA")
-    if not _extension.has_cuda_kernel(op):
+    if not cuda.has_cuda_kernel(op):
         keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
         schema = getattr(torch.ops.smoothquant_kernels, op).default._schema
         wants = {argument.name for argument in schema.arguments}
@@ -218,10 +218,10 @@ STABLE_TORCH_LIBRARY_IMPL(smoothquant_kernels, CUDA, m) { m.impl("quantize", &ke
 """
 WITH_LIBRARY = """
 import torch
-torch.version.cuda = "13.0"  # so that the library is taken for one that fits
-from smoothquant_kernels.backends import cuda as _extension
-assert _extension.extension_status().available, _extension.extension_status()
-assert _extension.has_cuda_kernel("quantize") and not _extension.has_cuda_kernel("gemm_s8")
+torch.version.cuda = "13.0"  # so that the package accepts the library
+from smoothquant_kernels.backends import cuda
+assert cuda.extension_status().available, cuda.extension_status()
+assert cuda.has_cuda_kernel("quantize") and not cuda.has_cuda_kernel("gemm_s8")
 keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 for op, args in (("quantize", ()), ("act_quantize", ("relu",))):
     try:
@@ -232,7 +232,7 @@ for op, args in (("quantize", ()), ("act_quantize", ("relu",))):
 
 
 def compile_library(program: str, target: Path, *flags: str) -> None:
-    """A shared library of one C++ source that uses the torch that is installed."""
+    """Compiles one C++ source into a shared library, with the installed torch."""
     source = target.with_suffix(".cpp")
     source.write_text(program)
     found = build_plan.find_torch()
@@ -242,13 +242,13 @@ def compile_library(program: str, target: Path, *flags: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not here")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 @pytest.mark.compiler
-def test_the_kernels_of_a_library_stay(tmp_path: Path) -> None:
+def test_the_kernels_of_a_library_are_kept(tmp_path: Path) -> None:
     package = tmp_path / "smoothquant_kernels"
-    shutil.copytree(_extension.FOLDER, package, ignore=shutil.ignore_patterns("*.so", "*.json"))
-    (package / _extension.BUILD_INFO_NAME).write_text(json.dumps(facts()))
-    compile_library(LIBRARY, package / _extension.LIBRARY_NAME)
+    shutil.copytree(cuda.FOLDER, package, ignore=shutil.ignore_patterns("*.so", "*.json"))
+    (package / cuda.BUILD_INFO_NAME).write_text(json.dumps(facts()))
+    compile_library(LIBRARY, package / cuda.LIBRARY_NAME)
     said = subprocess.run(
         [sys.executable, "-c", WITH_LIBRARY], cwd=tmp_path, capture_output=True, text=True,
         env={**os.environ, "PYTHONPATH": str(tmp_path)}, check=False,
@@ -275,13 +275,14 @@ extern "C" __attribute__((visibility("default"))) const char* reason() {
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not here")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 @pytest.mark.compiler
 def test_an_error_of_libtorch_carries_its_reason(tmp_path: Path) -> None:
     csrc = build_plan.ROOT / "csrc"
     flags = (f"-I{csrc / 'include'}", f"-I{csrc}", "-DSQK_SIMULATOR")
     compile_library(REASON, tmp_path / "reason.so", *flags)
-    # Private to the process, as Python loads modules: the library finds libtorch's names by its own dependencies.
+    # Loaded locally, as Python loads modules, so the library must find libtorch's names by its own
+    # dependencies.
     program = "import ctypes, torch; said = ctypes.CDLL('./reason.so').reason; "
     program += "said.restype = ctypes.c_char_p; print(said().decode())"
     said = subprocess.run(
@@ -294,8 +295,8 @@ def test_an_error_of_libtorch_carries_its_reason(tmp_path: Path) -> None:
 
 
 def test_names_agree_with_the_build() -> None:
-    assert _extension.LIBRARY_NAME == build_plan.LIBRARY_NAME
-    assert _extension.BUILD_INFO_NAME == build_plan.BUILD_INFO_NAME
+    assert cuda.LIBRARY_NAME == build_plan.LIBRARY_NAME
+    assert cuda.BUILD_INFO_NAME == build_plan.BUILD_INFO_NAME
 
 
 # -------------------------------------------------------------------------------- the built library
@@ -304,10 +305,10 @@ def test_names_agree_with_the_build() -> None:
 @pytest.mark.cuda_build
 def test_the_built_library_registers_its_kernels() -> None:
     require_library()
-    status = _extension.extension_status()
+    status = cuda.extension_status()
     assert status.archs and status.cutlass_version and status.cuda_version
     assert status.torch_target == build_plan.version_text(build_plan.TORCH_TARGET)
-    assert _extension.has_cuda_kernel("_saturate_s8")
+    assert cuda.has_cuda_kernel("_saturate_s8")
     x, expected = edge_tensors()
     assert_same(saturate_s8(x), expected)  # the CPU kernel is still Python's
 
@@ -315,10 +316,10 @@ def test_the_built_library_registers_its_kernels() -> None:
 @pytest.mark.cuda_build
 def test_no_kernel_has_a_stack_frame_or_spills() -> None:
     require_library()
-    kernels = _extension.build_info()["kernels"]
+    kernels = cuda.build_info()["kernels"]
     assert kernels, "the build recorded no kernels"
     assert not [use for use in kernels if use["stack"] or use["spills"]]
-    assert not _extension.build_info()["warnings"]  # C7510: wgmma made serial
+    assert not cuda.build_info()["warnings"]  # C7510: wgmma made serial
 
 
 @pytest.mark.cuda
@@ -342,7 +343,7 @@ import sys, torch
 from smoothquant_kernels.ops import registry
 saturate_s8 = torch.ops.smoothquant_kernels._saturate_s8.default
 x, expected = torch.load(sys.argv[1])
-torch.ops.load_library(sys.argv[2])  # takes the place of the CPU kernel
+torch.ops.load_library(sys.argv[2])  # replaces the CPU kernel
 assert torch.equal(saturate_s8(x), expected), saturate_s8(x)
 view = (torch.randn(30, 70) * 99).t()[1:, ::2]
 y = saturate_s8(view)
@@ -359,7 +360,7 @@ import ctypes, sys, torch
 library = ctypes.CDLL(sys.argv[1])
 entry = library.sqk_saturate_s8
 entry.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
-# More elements than one pass of the largest grid takes (4096 x 256), to see the loop's second step.
+# More elements than one pass of the largest grid takes (4096 x 256), so that the loop runs twice.
 x = (torch.arange(4096 * 256 + 77) % 1021 - 510) * 0.5
 y = torch.full((x.numel() + 1,), 99, dtype=torch.int8)
 assert entry(x.data_ptr(), y.data_ptr(), x.numel(), None) == 0

@@ -1,5 +1,7 @@
-"""SQK_TUNE_CACHE: a file of measured choices is used, or is one warning; the tuner writes it. GPUs are described, not
-there. What the library makes of the choices: test_gemm_measured.py."""
+"""SQK_TUNE_CACHE: a file of measured choices, written by the tuner, is used or causes one warning.
+
+The tests describe GPUs and need none. test_gemm_measured.py tests how the library uses the choices.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.tuner import choices as tune_choices
-from smoothquant_kernels.backends import tuned_tiles as _tune
+from benchmarks.tuner import choices
+from smoothquant_kernels.backends import tuned_tiles
 from tests.csrc.test_gemm_measured import taken
 from tests.support import c_gemm, described
 
@@ -23,7 +25,7 @@ NAME = "NVIDIA H100 80GB HBM3"
 
 @pytest.fixture
 def library(tmp_path: Path) -> ctypes.CDLL:
-    """By the rules alone: a copy of its own."""
+    """Its own copy of the library, without measured choices."""
     return c_gemm.declare_plans(described.copied(tmp_path))
 
 
@@ -32,9 +34,9 @@ def library(tmp_path: Path) -> ctypes.CDLL:
 
 @pytest.fixture
 def gpus(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
-    """(name, SMs) of the GPUs that torch sees; CUDA starts at once, and all is as before afterwards."""
+    """(name, SMs) of the GPUs that torch sees. CUDA starts at once; everything is restored afterwards."""
     here = [(NAME, 132)]
-    monkeypatch.setattr(_tune, "_current", _tune.tune_cache())
+    monkeypatch.setattr(tuned_tiles, "_current", tuned_tiles.tune_cache())
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(here))
     monkeypatch.setattr(
         torch.cuda,
@@ -52,12 +54,12 @@ def contents(**changes: Any) -> dict[str, Any]:
 
 
 def load(monkeypatch: pytest.MonkeyPatch, library: ctypes.CDLL, file: Path, data: Any) -> list[str]:
-    """The warnings of a library that is loaded while SQK_TUNE_CACHE names the file."""
+    """The warnings when a library is loaded while SQK_TUNE_CACHE names the file."""
     file.write_text(data if isinstance(data, str) else json.dumps(data))
-    monkeypatch.setenv(_tune.VARIABLE, str(file))
+    monkeypatch.setenv(tuned_tiles.VARIABLE, str(file))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        _tune.load(lambda: described.library(library))
+        tuned_tiles.load(lambda: described.library(library))
     return [str(warning.message) for warning in caught]
 
 
@@ -73,13 +75,13 @@ def test_a_file_is_used(
     file = tmp_path / "tiles.json"
     assert load(monkeypatch, library, file, contents()) == []
     assert taken(library, 64, 4096, 4096) == ("128x128x128 stream-K", 1)
-    state = _tune.tune_cache()
+    state = tuned_tiles.tune_cache()
     assert (state.in_use, state.path, state.gpu, state.choices) == (True, str(file), NAME, 1)
     assert state.state == f"{file}: 1 measured choices of {NAME} come before the rules"
 
 
 @pytest.mark.compiler
-def test_the_gpus_are_not_asked_before_cuda_starts(
+def test_the_gpus_are_not_queried_before_cuda_starts(
     library: ctypes.CDLL,
     gpus: list[tuple[str, int]],
     monkeypatch: pytest.MonkeyPatch,
@@ -89,26 +91,28 @@ def test_the_gpus_are_not_asked_before_cuda_starts(
     monkeypatch.setattr(torch.cuda, "_lazy_call", later.append)
     rule = taken(library, 64, 4096, 4096)
     assert load(monkeypatch, library, tmp_path / "tiles.json", contents()) == []
-    assert not _tune.tune_cache().in_use and "waits until CUDA" in _tune.tune_cache().state
+    assert (
+        not tuned_tiles.tune_cache().in_use and "waits until CUDA" in tuned_tiles.tune_cache().state
+    )
     assert taken(library, 64, 4096, 4096) == rule
     (start,) = later
     start()
-    assert _tune.tune_cache().in_use and taken(library, 64, 4096, 4096) == (
+    assert tuned_tiles.tune_cache().in_use and taken(library, 64, 4096, 4096) == (
         "128x128x128 stream-K",
         1,
     )
 
 
-def test_torch_has_what_waits_for_cuda() -> None:
-    """A private function of torch; without it a process would ask the GPUs at once."""
+def test_torch_has_the_function_that_waits_for_cuda() -> None:
+    """A private function of torch; without it, a process would query the GPUs at once."""
     assert callable(torch.cuda._lazy_call)
 
 
 def test_without_the_variable_nothing_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(_tune.VARIABLE, raising=False)
-    before = _tune.tune_cache()
-    _tune.load(lambda: pytest.fail("the library was opened"))
-    assert _tune.tune_cache() is before
+    monkeypatch.delenv(tuned_tiles.VARIABLE, raising=False)
+    before = tuned_tiles.tune_cache()
+    tuned_tiles.load(lambda: pytest.fail("the library was opened"))
+    assert tuned_tiles.tune_cache() is before
 
 
 @pytest.mark.parametrize(
@@ -140,7 +144,7 @@ def test_without_the_variable_nothing_is_read(monkeypatch: pytest.MonkeyPatch) -
     ids=lambda value: value[:40] if isinstance(value, str) else "",
 )  # fmt: skip
 @pytest.mark.compiler
-def test_what_is_wrong_is_one_warning_and_the_rules_stay(
+def test_a_wrong_file_is_one_warning_and_the_rules_stay(
     library: ctypes.CDLL,
     gpus: list[tuple[str, int]],
     monkeypatch: pytest.MonkeyPatch,
@@ -156,7 +160,7 @@ def test_what_is_wrong_is_one_warning_and_the_rules_stay(
     )
     assert said in message and "python -m benchmarks.tuner" in message
     assert message.endswith(". Or unset SQK_TUNE_CACHE.")
-    assert not _tune.tune_cache().in_use and said in _tune.tune_cache().state
+    assert not tuned_tiles.tune_cache().in_use and said in tuned_tiles.tune_cache().state
     assert taken(library, 64, 4096, 4096) == rule
 
 
@@ -166,15 +170,15 @@ def test_a_missing_file_or_description_is_a_warning(
     def none() -> Any:
         raise ImportError("the module was not built for Python 3.99")
 
-    monkeypatch.setenv(_tune.VARIABLE, str(tmp_path / "nowhere.json"))
+    monkeypatch.setenv(tuned_tiles.VARIABLE, str(tmp_path / "nowhere.json"))
     with pytest.warns(RuntimeWarning, match="it cannot be read .No such file"):
-        _tune.load(none)
+        tuned_tiles.load(none)
     (tmp_path / "tiles.json").write_text(json.dumps(contents()))
-    monkeypatch.setenv(_tune.VARIABLE, str(tmp_path / "tiles.json"))
+    monkeypatch.setenv(tuned_tiles.VARIABLE, str(tmp_path / "tiles.json"))
     with pytest.warns(
         RuntimeWarning, match="cannot take it .the module was not built for Python 3.99.; build"
     ):
-        _tune.load(none)
+        tuned_tiles.load(none)
 
 
 # --- from measurements to choices -------------------------------------------------------------------------------------
@@ -191,7 +195,7 @@ def measured(
 
 
 @pytest.mark.compiler
-def test_what_the_tuner_measured_is_what_the_library_takes(
+def test_the_library_takes_what_the_tuner_measured(
     library: ctypes.CDLL,
     gpus: list[tuple[str, int]],
     monkeypatch: pytest.MonkeyPatch,
@@ -214,7 +218,7 @@ def test_what_the_tuner_measured_is_what_the_library_takes(
         "results": results,
     }
     file = tmp_path / "tiles.json"
-    tune_choices.write_cache(file, data)
+    choices.write_cache(file, data)
     found = json.loads(file.read_text())
     assert [(c["m"], c["tile"]) for c in found["choices"]] == [
         (64, table["tiles"][9]["name"]),
@@ -234,5 +238,5 @@ def test_the_cache_names_candidates_only_when_asked() -> None:
         "table": {"name": "sm90", "tiles": tiles},
         "results": [result],
     }
-    assert [c["tile"] for c in tune_choices.cache(data)["choices"]] == ["a"]
-    assert [c["tile"] for c in tune_choices.cache(data, True)["choices"]] == ["b"]
+    assert [c["tile"] for c in choices.cache(data)["choices"]] == ["a"]
+    assert [c["tile"] for c in choices.cache(data, True)["choices"]] == ["b"]

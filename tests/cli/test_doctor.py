@@ -1,4 +1,4 @@
-"""The library's dispatch tables: read from a library, shown by `smoothquant-kernels doctor`."""
+"""The library's dispatch tables, as `smoothquant-kernels doctor` reads and shows them."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import pytest
 from rich.console import Console
 
 import smoothquant_kernels
-from smoothquant_kernels.backends import cuda as _extension
-from smoothquant_kernels.cli import doctor as _doctor
+from smoothquant_kernels.backends import cuda
+from smoothquant_kernels.cli import doctor
 from tests.support import described
 
 A100 = {"sms": 108, "capability": 80, "shared_bytes": 166912}
@@ -21,34 +21,34 @@ A100 = {"sms": 108, "capability": 80, "shared_bytes": 166912}
 
 @pytest.fixture
 def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The module stands for the package's own and for its library: csrc's tables and plans, without a GPU."""
+    """The module replaces the package's own module and its library: csrc's tables and plans, without a GPU."""
     loaded = described.copied(tmp_path)
     module = described.module_of(loaded)
-    (tmp_path / _extension.BUILD_INFO_NAME).write_text(json.dumps(module.built_with))
+    (tmp_path / cuda.BUILD_INFO_NAME).write_text(json.dumps(module.built_with))
     monkeypatch.setitem(sys.modules, "smoothquant_kernels._kernels", module)
     monkeypatch.setattr(smoothquant_kernels, "_kernels", module, raising=False)
-    monkeypatch.setattr(_extension, "FOLDER", tmp_path)
-    monkeypatch.setattr(_extension, "LIBRARY_NAME", Path(loaded._name).name)
-    monkeypatch.setattr(_extension, "_status", _extension.ExtensionStatus(True, ""))
+    monkeypatch.setattr(cuda, "FOLDER", tmp_path)
+    monkeypatch.setattr(cuda, "LIBRARY_NAME", Path(loaded._name).name)
+    monkeypatch.setattr(cuda, "_status", cuda.ExtensionStatus(True, ""))
     return described.library(loaded)
 
 
-def rendered(document: _doctor.Document) -> str:
+def rendered(document: doctor.Document) -> str:
     console = Console(width=300, file=io.StringIO())
     with console.capture() as capture:
-        console.print(_doctor.render(document))
+        console.print(doctor.render(document))
     return capture.get()
 
 
 @pytest.mark.compiler
 def test_doctor_shows_the_tables_of_the_library(library: Any) -> None:
-    tables = _doctor.work()["extension"]["tables"]
+    tables = doctor.work()["extension"]["tables"]
     assert list(tables) == ["quantize", *(f"gemm_s8 {name}" for name in library.gemm_tables())]
     assert tables["quantize"] == library.quantize_paths() and len(tables["quantize"]) > 5
     assert all(
         row["path"] and row["when"] and row["why"] for rows in tables.values() for row in rows
     )
-    lines = [" ".join(line.split()) for line in rendered(_doctor.work()).splitlines()]
+    lines = [" ".join(line.split()) for line in rendered(doctor.work()).splitlines()]
     (first, *_) = library.quantize_paths()
     assert f"quantize by {first['path']}: {first['when']}" in lines
     table = library.gemm_tables()["sm80"]
@@ -60,15 +60,15 @@ def test_doctor_shows_the_tables_of_the_library(library: Any) -> None:
 
 @pytest.mark.compiler
 def test_doctor_shows_what_the_library_does_now(library: Any) -> None:
-    """The library is asked each time: its state is in no other place."""
+    """The library is queried each time, because its state is stored nowhere else."""
     device = sys.modules["smoothquant_kernels._kernels"].Device(**A100)
     before = library.plan_gemm(4096, 4096, 4096, device)["name"]
     library.without_tiles(f"sm80/{before.replace(' ', '-')}")
     assert library.plan_gemm(4096, 4096, 4096, device)["name"] != before
-    shown = str(_doctor.work()["extension"]["tables"]["gemm_s8 sm80"])
+    shown = str(doctor.work()["extension"]["tables"]["gemm_s8 sm80"])
     assert f"{before} (ruled out)" in shown
     library.without_tiles("")
-    assert "ruled out" not in str(_doctor.work()["extension"]["tables"])
+    assert "ruled out" not in str(doctor.work()["extension"]["tables"])
 
 
 @pytest.mark.parametrize(
@@ -87,29 +87,29 @@ def test_doctor_says_why_it_shows_no_tables(
         monkeypatch.setitem(sys.modules, "smoothquant_kernels._kernels", None)
         monkeypatch.delattr(smoothquant_kernels, "_kernels")
     elif damage == "facts":
-        (tmp_path / _extension.BUILD_INFO_NAME).write_text(json.dumps({"archs": ["9.0a"]}))
+        (tmp_path / cuda.BUILD_INFO_NAME).write_text(json.dumps({"archs": ["9.0a"]}))
     else:
-        monkeypatch.setattr(_extension, "LIBRARY_NAME", "none.so")
-    assert _extension.dispatch_tables() == {} == _extension.gemm_tables()
-    assert _extension.gemm_plan(8, 8, 8) is None
-    document = _doctor.work()
+        monkeypatch.setattr(cuda, "LIBRARY_NAME", "none.so")
+    assert cuda.dispatch_tables() == {} == cuda.gemm_tables()
+    assert cuda.gemm_plan(8, 8, 8) is None
+    document = doctor.work()
     assert document["extension"]["tables"] == {}
     said = rendered(document)
     assert "its tables cannot be shown: " in said and reason in said
-    assert _extension.BUILD_COMMAND in document["extension"]["not_described"]
+    assert cuda.BUILD_COMMAND in document["extension"]["not_described"]
 
 
 def test_no_library_has_no_tables(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_extension, "_status", _extension.ExtensionStatus(False, "not built"))
-    assert _extension.dispatch_tables() == {}
-    document = _doctor.work()
+    monkeypatch.setattr(cuda, "_status", cuda.ExtensionStatus(False, "not built"))
+    assert cuda.dispatch_tables() == {}
+    document = doctor.work()
     assert document["extension"]["tables"] == {}
     assert "quantize by" not in rendered(document)
 
 
 @pytest.mark.parametrize("tuned", [False, True])
 def test_doctor_says_when_no_table_was_tuned(tuned: bool) -> None:
-    document = _doctor.work()
+    document = doctor.work()
     document["extension"] |= {"available": True, "tuned": tuned}
     document["cuda"]["devices"] = []
     assert "no tuned table" not in rendered(document), "there is no GPU"

@@ -1,8 +1,9 @@
-// Which block works on which part of which tile under CUTLASS's stream-K schedule, on the host, for
-// tests/csrc/test_stream_k.py. Reads lines of "row m n k sms clusters" (m, n: the instruction's) and
-// prints "grid x y", then a line for each part: block, its turn, tile, first tile of k, how many.
+// Prints which block works on which part of which tile under CUTLASS's stream-K schedule. It runs
+// on the host, for tests/csrc/test_stream_k.py. Reads lines of "row m n k sms clusters" (m, n: the
+// instruction's) and prints "grid x y", then a line for each part: block, turn of the block, tile,
+// first tile of k, number of tiles of k.
 //
-// What CUDA declares comes first; nothing of it runs here.
+// CUDA's declarations come first. None of them does anything on the host.
 #include <cuda_runtime.h>
 
 static dim3 threadIdx, blockIdx, blockDim, gridDim;
@@ -48,7 +49,7 @@ void print_parts(int m, int n, int k, int sms, int clusters) {
       Scheduler::get_grid_shape(params, problem, Tile{}, Cluster{}, hardware, arguments);
   const bool along_n = params.raster_order_ == Scheduler::RasterOrder::AlongN;
   std::printf("grid %u %u\n", grid.x, grid.y);
-  // In the order in which the hardware starts them: x first, and cluster by cluster.
+  // The order in which the hardware starts blocks: x first, and cluster by cluster.
   const unsigned blocks = grid.x * grid.y;
   for (unsigned block = 0; block < blocks; ++block) {
     const unsigned x = along_n ? block % grid.x : block / grid.y;

@@ -1,4 +1,4 @@
-"""Bytes that the int8 producers move, counted by the simulator, against the least that they must.
+"""Compares the bytes that the int8 producers move, as the simulator counts them, with the minimum.
 
 `PYTHONPATH=tools python -m tests.csrc.test_bytes [sm_80|sm_90]` prints the whole table.
 """
@@ -27,7 +27,7 @@ from tests.support import c_interface, simulator
 pytestmark = [pytest.mark.simulator, pytest.mark.slow, pytest.mark.xdist_group("bytes")]
 
 ARCHS = ("sm_80", "sm_90")
-#: (M, K, layout): short rows, of which there are many, the paths of csrc/quantize/table.h, and what is not aligned.
+#: (M, K, layout): many short rows, the paths of csrc/quantize/table.h, and unaligned rows.
 SHAPES = (
     (531, 128, "whole"),
     (64, 4096, "whole"),
@@ -47,15 +47,15 @@ class Row:
     """One case of the table; all numbers are bytes of one call.
 
     Attributes:
-        case: of the benchmark.
-        layout: "whole" or "unaligned": every row begins one element behind a multiple of 16 bytes.
-        path, launches: what was launched.
+        case: the benchmark's case.
+        layout: "whole", or "unaligned": every row begins one element after a multiple of 16 bytes.
+        path, launches: the path taken and the number of its launches.
         minimum: activations, int8, scales and sum once per launch that needs them; [K] parameters once per row.
-        moved: what the threads read and wrote of those.
-        shared: what all threads of a launch read alike, a static scale or the maxima of the first launch: from L1
-            and L2, and by requests of one sector.
+        moved: the bytes of those that the threads read and wrote.
+        shared: read by all threads of a launch: a static scale, or the maxima of the first launch. They come from L1
+            and L2, in requests of one sector.
         load_excess, store_excess: 32-byte sectors touched / sectors that the requests' bytes would fill.
-        expected_excess: of the loads, where all is aligned.
+        expected_excess: load_excess if everything is aligned.
     """
 
     case: Case
@@ -94,16 +94,16 @@ def all_cases() -> Iterator[tuple[Case, str]]:
             for dtype in DTYPES.values():
                 for scheme in producers.SCHEMES:
                     for smooth in (False, True):
-                        # The plain activations differ in arithmetic alone: one speaks for all.
+                        # The plain activations differ only in arithmetic, so one of them is enough.
                         if len(producer.names) > 1 or name in ("quantize", "act_quantize:gelu"):
                             yield Case(name, smooth, scheme, dtype, m, k), layout
 
 
-# --- inside of the simulator ----------------------------------------------------------------------
+# --- inside the simulator -------------------------------------------------------------------------
 
 
 def unaligned(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same rows, each one element behind a multiple of 16 bytes."""
+    """The same rows, each starting one element after a multiple of 16 bytes."""
     moved = dict(inputs)
     for name, value in inputs.items():
         if value.dim() == 2:
@@ -141,11 +141,11 @@ test_bytes.count_all(*sys.argv[1:])
 
 @cache
 def table(arch: str) -> tuple[Row, ...]:
-    """Starts the simulator once and has it run all cases."""
+    """Runs all cases in one start of the simulator."""
     library = simulator.library()
     with tempfile.TemporaryDirectory() as folder:
         result, stats = Path(folder) / "launches.json", Path(folder) / "stats.json"
-        # No checks: tests/kernels has them, and counting is twice as fast without.
+        # No checks: tests/kernels runs them, and counting is twice as fast without them.
         simulator.run(SCRIPT, str(library), str(result), arch=arch, checks="", stats=stats)
         counted = json.loads(result.read_text())
     return tuple(
@@ -176,9 +176,9 @@ def make_row(case: Case, layout: str, launches: list[dict[str, Any]]) -> Row:
     path = c_interface.PATHS[int(number[1])]
     blocks, threads = launches[-1]["grid"][0], launches[-1]["block"][0]
     scale = maxima = 0
-    if case.scheme == "static":  # by every thread that has a row or a part of one
+    if case.scheme == "static":  # read by every thread that has a row or a part of one
         scale = 4 * (case.m * 32 if path == "warp" else blocks * threads)
-    if len(launches) == 2:  # one of each block, or of each slice of a row; read by every block
+    if len(launches) == 2:  # one per block, or per slice of a row; read by every block
         maxima = 4 * blocks * (blocks if case.scheme == "per_tensor" else blocks // case.m)
     total = {
         (way, what): sum(launch[f"global_{way}"][what] for launch in launches)
@@ -211,9 +211,7 @@ def print_table(rows: list[Row]) -> None:
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_hardly_more_bytes_than_needed_are_moved(
-    arch: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bytes_moved_are_near_the_minimum(arch: str, capsys: pytest.CaptureFixture[str]) -> None:
     simulator.require()
     rows = table(arch)
     with capsys.disabled():
@@ -223,9 +221,9 @@ def test_hardly_more_bytes_than_needed_are_moved(
             shapes.setdefault((row.case.m, row.case.k, row.layout), []).append(row)
         print_table([max(some, key=lambda row: row.ratio) for some in shapes.values()])
     for row in rows:
-        # Less would be an error of the count here.
+        # A smaller ratio would be an error in the count.
         assert 0.999 <= row.ratio <= ALLOWED, row
-        # Per tensor, the maxima of many short rows count: all blocks read them, from L2.
+        # Per tensor, the maxima of many short rows matter, because all blocks read them, from L2.
         assert row.shared <= row.minimum * (0.25 if row.case.k >= 4096 else 1), row
 
 
@@ -237,7 +235,8 @@ def test_requests_fill_their_sectors(arch: str) -> None:
             assert row.load_excess <= row.expected_excess + 0.01, row
             assert row.store_excess <= 1.01, row
         else:
-            # A warp's 32 elements in a row that begins anywhere: 64 bytes lie in three sectors, 32 in two.
+            # A warp reads 32 elements of a row that begins anywhere: 64 bytes span three sectors,
+            # 32 bytes two.
             assert row.load_excess <= 1.51, row
             assert row.store_excess <= 2.01, row
 

@@ -1,5 +1,4 @@
-"""Choices that were measured come before the rules: csrc/gemm/plan.cpp, compiled without CUDA; and the kernels in the
-simulator."""
+"""Measured choices precede the rules: in csrc/gemm/plan.cpp, compiled without CUDA, and in the simulator."""
 
 from __future__ import annotations
 
@@ -26,7 +25,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
 @pytest.fixture
 def library(built: ctypes.CDLL) -> Iterator[ctypes.CDLL]:
-    """By the rules alone again afterwards."""
+    """Removes the measured choices afterwards."""
     yield built
     assert use(built, []) == SUCCESS
 
@@ -37,7 +36,7 @@ def use(
     table: int = 2,
     sms: int = 132,
 ) -> int:
-    """Choices of n, k, m, tile, splits, the tile by name or as a number; for an H100 unless said otherwise."""
+    """Sets choices of (n, k, m, tile, splits), with the tile's name or number; for an H100 by default."""
     array = (Measured * len(rows))()
     for i, (n, k, m, tile, splits) in enumerate(rows):
         row = tile if isinstance(tile, int) else names(library, c_gemm.TABLES[table]).index(tile)
@@ -57,21 +56,21 @@ def taken(library: ctypes.CDLL, m: int, n: int, k: int, device: Device = H100) -
 
 # --- the library ------------------------------------------------------------------------------------------------------
 
-#: (m, tile) of one n and k, in no order. The rules never take any of these there.
+#: (m, tile) of one n and k, unordered. The rules never choose these tiles there.
 ONE, TWO = "128x128x128 stream-K", "64x128x128"
 MEASURED = ((300, ONE), (8, "stream 16x16"), (64, ONE), (4096, TWO), (1, "16x64x256 swap"))
 TILE_OF = dict(MEASURED)
 
 
 def expected(m: int) -> str | None:
-    """The tile by the rule that docs/guides/gpu.md states, or None for the table's own rules; written another way."""
+    """The tile by the rule in docs/guides/gpu.md, implemented another way; None: the table's own rules apply."""
     above = [size for size in TILE_OF if size >= m]
     if above:
         return TILE_OF[min(above)] if min(above) / m < 2 else None
     return TILE_OF[max(TILE_OF)] if max(TILE_OF) >= 1024 else None
 
 
-def test_every_number_of_tokens_takes_what_was_measured_near_it(library: ctypes.CDLL) -> None:
+def test_every_number_of_tokens_takes_the_choice_measured_near_it(library: ctypes.CDLL) -> None:
     tokens = [*range(1, 700), 2047, 2048, 2049, 4095, 4096, 4097, 1 << 17]
     by_rules = {m: taken(library, m, 4096, 4096) for m in tokens}
     assert use(library, [(4096, 4096, m, tile, 1) for m, tile in MEASURED]) == SUCCESS
@@ -86,11 +85,11 @@ def test_every_number_of_tokens_takes_what_was_measured_near_it(library: ctypes.
         assert_can_be_launched(
             params(m, 4096, 4096), plan(library, params(m, 4096, 4096), H100), H100, tiles
         )
-    assert changed > 150, "the rules take the same tiles: this shows nothing"
+    assert changed > 150, "the rules choose the same tiles: this shows nothing"
     assert tiles[c_gemm.choice(library, 300, 4096, 4096, H100)["tile"]]["name"] == ONE
 
 
-def test_other_problems_and_other_gpus_go_by_the_rules(library: ctypes.CDLL) -> None:
+def test_other_problems_and_other_gpus_follow_the_rules(library: ctypes.CDLL) -> None:
     others = [(64, 4096, 4095), (64, 4095, 4096), (64, 4097, 1), (64, 1, 9999)]
     devices = [A100, Device(114, 90, H100.shared_bytes, 1), Device(132, 90, H100.shared_bytes, 0)]
     before = [taken(library, *p) for p in others] + [
@@ -103,7 +102,7 @@ def test_other_problems_and_other_gpus_go_by_the_rules(library: ctypes.CDLL) -> 
     assert before == [taken(library, *p) for p in others] + [
         taken(library, 64, 4096, 4096, d) for d in devices
     ]
-    # a GPU of that name with less shared memory per block than the tile takes
+    # a GPU with the same table and SMs, but less shared memory per block than the tile needs
     small = Device(132, 90, 64 << 10, 1)
     alone = taken(library, 5, 4096, 4096, small)
     assert use(library, [(4096, 4096, 5, ONE, 1)]) == SUCCESS
@@ -111,14 +110,14 @@ def test_other_problems_and_other_gpus_go_by_the_rules(library: ctypes.CDLL) -> 
     assert taken(library, 5, 4096, 4096) == (ONE, 1)
 
 
-def test_a_streaming_tile_is_not_for_more_tokens_than_it_has(library: ctypes.CDLL) -> None:
+def test_a_streaming_tile_takes_no_more_tokens_than_it_has(library: ctypes.CDLL) -> None:
     assert use(library, [(64, 64, 16, "stream 16x16", 1)]) == SUCCESS
     assert [taken(library, m, 64, 64)[0] for m in (9, 16)] == ["stream 16x16"] * 2
     assert taken(library, 17, 64, 64)[0] != "stream 16x16"
     assert use(library, [(64, 64, 17, "stream 16x16", 1)]) == INVALID_ARGUMENT
 
 
-def test_who_names_a_tile_or_splits_gets_them(library: ctypes.CDLL) -> None:
+def test_an_explicit_tile_or_splits_wins(library: ctypes.CDLL) -> None:
     device, tiles = A100, c_gemm.tables(library)["sm80"]["tiles"]
     problem = (200, 4096, 4096)
     by_rules = [plan(library, params(*problem, splits=s), device) for s in (1, 2)]
@@ -126,14 +125,14 @@ def test_who_names_a_tile_or_splits_gets_them(library: ctypes.CDLL) -> None:
     assert use(library, [(4096, 4096, 200, measured, 7)], table=0, sms=108) == SUCCESS
     assert taken(library, *problem, device) == (measured, 7)
     found = plan(library, params(*problem), device)
-    # the workspace is that of the tile and the splits which were measured
+    # the workspace is that of the measured tile and splits
     assert_can_be_launched(params(*problem), found, device, tiles)
     assert found.workspace_bytes > found.counter_bytes > 0
     forced = plan(library, params(*problem, tile=other, splits=2), device)
     assert (forced.tile, forced.splits) == (other, 2)
     for splits, before in zip((1, 2), by_rules, strict=True):
         assert bytes(plan(library, params(*problem, splits=splits), device)) == bytes(before)
-    # k has two tiles: no more than two blocks can share it
+    # k has two tiles, so at most two blocks can share it
     assert use(library, [(4096, 256, 200, measured, 7)], table=0, sms=108) == SUCCESS
     assert taken(library, 200, 4096, 256, device) == (measured, 2)
 
@@ -147,7 +146,7 @@ def test_who_names_a_tile_or_splits_gets_them(library: ctypes.CDLL) -> None:
     ],
     ids=str,
 )  # fmt: skip
-def test_a_row_that_cannot_be_changes_nothing(
+def test_an_invalid_row_changes_nothing(
     library: ctypes.CDLL, row: tuple[int, int, int, str | int, int]
 ) -> None:
     sound = (4096, 4096, 64, ONE, 1)
@@ -230,7 +229,9 @@ print("same bits")
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 def test_measured_choices_give_the_same_bits(arch: str) -> None:
-    """Every tile as the measured one, with its splits and the workspace that they take; linear layers that are one
-    launch by the rules stay one."""
+    """Each tile is the measured one in turn, with its splits and their workspace.
+
+    A linear layer that is one launch by the rules stays one launch.
+    """
     simulator.require()
     assert "same bits" in simulator.run(SAME_BITS, str(simulator.library()), arch=arch)

@@ -1,4 +1,4 @@
-"""Which tile a GEMM takes: pure arithmetic of csrc/gemm/plan.cpp and its tables, compiled without CUDA."""
+"""The choice of a GEMM's tile: the arithmetic of csrc/gemm/plan.cpp and its tables, compiled without CUDA."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ LAYERS = (
     (2048, 2048), (3072, 768), (768, 3072), (1536, 576), (576, 1536), (49152, 576), (128256, 4096),
     (1024, 16384),
 )  # fmt: skip
-#: Every small M, and then both sides of the tiles' edges.
+#: Every small M, then both sides of the tiles' edges.
 TOKENS = (*range(1, 600), *(m + i for m in range(640, 4097, 64) for i in (0, 1)), 8192, 16384)
-#: Rows that the estimate never prefers: of equals it takes the first. They are there for what measurements say. The
+#: Rows that the estimate never prefers, because it takes the first of equal tiles. Measurements may prefer them. The
 #: large tiles of mma.sync equal two of 128x128, whose two blocks on an SM hide each other's first and last clocks.
 FOR_THE_TUNER = {
     ("sm80", "16x64x128"),
@@ -54,7 +54,7 @@ FOR_THE_TUNER = {
 
 
 def compiled(folder: Path, *flags: str, root: Path = ROOT) -> ctypes.CDLL:
-    """The plans and tables of a checkout, or of a copy elsewhere."""
+    """The plans and tables of this checkout, or of a copy of it."""
     return c_gemm.declare_plans(described.copied(folder, *flags, root=root))
 
 
@@ -65,12 +65,12 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
 @pytest.fixture(scope="module")
 def tuning_library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    """As a tuning build has it."""
+    """With the candidates of a tuning build."""
     return compiled(tmp_path_factory.mktemp("gemm_plan_tuning"), "-DSQK_TUNING=1")
 
 
 def params(m: int, n: int, k: int, **more: Any) -> Params:
-    """A problem at aligned addresses; nothing is read there."""
+    """A problem with aligned addresses, which are never read."""
     stride = -(-k // c_gemm.ALIGNMENT) * c_gemm.ALIGNMENT
     p = Params(m=m, n=n, k=k, x_q=4096, w_q=4096, x_scale=4096, w_scale=4096, y=4096, tile=-1)
     p.x_q_stride = p.w_q_stride = stride
@@ -94,7 +94,7 @@ def rows(library: ctypes.CDLL, gpu: str) -> list[dict[str, Any]]:
 def assert_can_be_launched(
     p: Params, found: Plan, device: Device, tiles: list[dict[str, Any]]
 ) -> None:
-    """The plan is whole, within the GPU's and the tile's limits, and its workspace that of splits.h."""
+    """The plan is complete, keeps the limits of the GPU and the tile, and has the workspace of splits.h."""
     tile = tiles[found.tile]
     assert tile["tile"] == found.tile and found.launches == 1 and found.overlap == 0
     assert tile["kernel"] != "stream" or p.m <= tile["m"]
@@ -133,7 +133,7 @@ def test_the_table_of_a_gpu(library: ctypes.CDLL, gpu: str) -> None:
         assert tile["shared_bytes"] <= device.shared_bytes, "every row can be forced"
 
 
-def test_the_tables_are_whole(library: ctypes.CDLL) -> None:
+def test_the_tables_are_complete(library: ctypes.CDLL) -> None:
     tables = c_gemm.tables(library)
     assert tuple(tables) == c_gemm.TABLES, "each file in gemm/tiles is in SQK_GEMM_TABLES"
     assert {table for _, table in GPUS.values()} == set(tables), "each table serves a GPU"
@@ -151,10 +151,10 @@ def test_the_tables_are_whole(library: ctypes.CDLL) -> None:
 
 
 @pytest.mark.parametrize("table", c_gemm.TABLES)
-def test_candidates_come_behind_what_is_shipped(
+def test_candidates_come_after_the_shipped_rows(
     library: ctypes.CDLL, tuning_library: ctypes.CDLL, table: str
 ) -> None:
-    """And nothing takes one by itself: a tuning build runs as any other."""
+    """No plan takes a candidate by itself, so a tuning build runs like any other."""
     shipped, tuning = (c_gemm.tables(built)[table] for built in (library, tuning_library))
     whole, count = tuning["tiles"], len(shipped["tiles"])
     assert whole[:count] == shipped["tiles"] and tuning["rules"] == shipped["rules"]
@@ -173,8 +173,8 @@ def test_candidates_come_behind_what_is_shipped(
 
 
 @pytest.mark.parametrize("table", c_gemm.TABLES)
-def test_every_tile_is_of_use(library: ctypes.CDLL, table: str) -> None:
-    """It is taken for some layer on some GPU; all others are named above."""
+def test_every_tile_is_used(library: ctypes.CDLL, table: str) -> None:
+    """Each tile is taken for some layer on some GPU, except those named above."""
     names = [tile["name"] for tile in c_gemm.tables(library)[table]["tiles"]]
     taken = set()
     for gpu in (gpu for gpu, (_, own) in GPUS.items() if own == table):
@@ -185,7 +185,7 @@ def test_every_tile_is_of_use(library: ctypes.CDLL, table: str) -> None:
 
 
 @each_gpu
-def test_the_choice_is_the_plans(library: ctypes.CDLL, gpu: str) -> None:
+def test_the_choice_is_that_of_the_plan(library: ctypes.CDLL, gpu: str) -> None:
     device, table = GPUS[gpu]
     for n, k in LAYERS:
         for m in (1, 9, 17, 100, 300, 5000):
@@ -221,8 +221,10 @@ def test_every_layer_has_a_plan(library: ctypes.CDLL, gpu: str) -> None:
 
 @each_gpu
 def test_no_cliff(library: ctypes.CDLL, gpu: str) -> None:
-    """One more token costs a wave at most: twice the work, and a little where more SMs then share L2's bandwidth. Nor
-    do more tokens take much less."""
+    """One more token costs at most one wave: twice the work, and a little more if more SMs then share L2's bandwidth.
+
+    More tokens also never take much less time.
+    """
     jumps, drops = [], []
     for n, k, plans in sweep(library, gpu):
         most = 0.0
@@ -291,13 +293,13 @@ def test_refused(library: ctypes.CDLL, change: dict[str, int]) -> None:
         assert c_gemm.plan(library, p, device)[0] == INVALID_ARGUMENT
 
 
-def test_what_is_just_allowed(library: ctypes.CDLL) -> None:
+def test_the_limits_are_allowed(library: ctypes.CDLL) -> None:
     device = GPUS["H100"][0]
     requant = {"y_dtype": 3, "out_scale": 4, "relu": 1}
     for p in (
         params(4, 64, 131071),
         params(4, 64, 64, **requant),
-        params(1, 1, 17, x_q_stride=1, w_q_stride=3, y_stride=0),  # of one row: not looked at
+        params(1, 1, 17, x_q_stride=1, w_q_stride=3, y_stride=0),  # strides of one row: unused
         params(4, 64, 64, y=4097, y_stride=65, residual=4097, residual_stride=64),
         params(1 << 30, 64, 64),
     ):
@@ -305,7 +307,7 @@ def test_what_is_just_allowed(library: ctypes.CDLL) -> None:
 
 
 def test_alignment_and_types_do_not_change_the_choice(library: ctypes.CDLL) -> None:
-    """A view of y or another output type gives the same sums by the same tile."""
+    """A view of y or another output type takes the same tile, so the sums have the same bits."""
     for gpu, (device, _) in GPUS.items():
         for m in (1, 30, 700):
             found = plan(library, params(m, 4096, 4096), device)

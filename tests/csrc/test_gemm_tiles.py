@@ -1,6 +1,6 @@
-"""Tiles are named: each has a file in csrc/gemm/instances, and what is forgotten does not compile or link.
+"""Each tile has a name and a file in csrc/gemm/instances; a forgotten file, row or type does not compile or link.
 
-The instances are compiled by g++: where they include the kernels, a stand-in with the same names is put.
+g++ compiles the instances, with stand-ins of the same names for the kernels that they include.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
 
 def file_of(tile: dict[str, Any]) -> str:
-    """The name of a tile's file; those of mma.sync are shared by tables, and so named by all their arguments."""
+    """The name of a tile's file. Tables share the mma.sync tiles, so their names hold all arguments."""
     name = re.sub(r"[- ]", "_", tile["name"]).lower()
     if tile["kernel"] == "stream":
         return f"stream_{tile['m']}x{tile['n']}.cu"
@@ -49,7 +49,7 @@ def file_of(tile: dict[str, Any]) -> str:
 
 
 def test_every_tile_has_a_file_of_its_own(library: ctypes.CDLL) -> None:
-    """One tile a file, so that a build keeps every core busy; named after its arguments, with the right SQK_OVERLAP."""
+    """One tile per file, so that a build uses every core; its name holds its arguments, and SQK_OVERLAP is right."""
     expected = {}
     for table in c_gemm.tables(library).values():
         for tile in table["tiles"]:
@@ -74,7 +74,7 @@ def copy_of_csrc(folder: Path) -> Path:
 
 
 def shuffled(text: str, order: random.Random) -> str:
-    """A table's text with its rows, with the comments above them, in another order."""
+    """A table's text with its rows and the comments above them in another order."""
 
     def shuffle(match: re.Match[str]) -> str:
         rows = re.findall(r"(?:    //.*\n)*    \w+\(.*\),\n", match[2])
@@ -88,7 +88,7 @@ def shuffled(text: str, order: random.Random) -> str:
 
 
 def plans(library: ctypes.CDLL) -> dict[tuple[object, ...], tuple[object, ...]]:
-    """Plans by the names of their tiles: as the rules have them, with each tile forced, and without each tile."""
+    """Plans with the names of their tiles: by the rules, with each tile forced, and with each tile excluded."""
     found: dict[tuple[object, ...], tuple[object, ...]] = {}
     tables = c_gemm.tables(library)
 
@@ -115,7 +115,7 @@ def plans(library: ctypes.CDLL) -> dict[tuple[object, ...], tuple[object, ...]]:
     return found
 
 
-def test_the_order_of_rows_says_nothing(library: ctypes.CDLL, tmp_path: Path) -> None:
+def test_the_order_of_rows_does_not_matter(library: ctypes.CDLL, tmp_path: Path) -> None:
     right = plans(library)
     assert len(right) > 3000
     root = copy_of_csrc(tmp_path)
@@ -128,7 +128,7 @@ def test_the_order_of_rows_says_nothing(library: ctypes.CDLL, tmp_path: Path) ->
     assert plans(other) == right
 
 
-# --- what is forgotten ------------------------------------------------------------------------------------------------
+# --- forgotten rows and files -----------------------------------------------------------------------------------------
 
 STAND_INS = {
     "csrc/gemm/mma/kernel.cuh": """#pragma once
@@ -165,7 +165,7 @@ using Element = Constant;
 }
 """,
     "csrc/cuda_runtime.h": "",
-    # What launch.cu calls besides kernels and plans.
+    # The functions that launch.cu calls besides kernels and plans.
     "rest.cpp": """#include "gemm/kernels.h"
 #include "sqk/linear.h"
 namespace sqk {
@@ -181,7 +181,7 @@ bool stream_quantizes(const QuantizeParams&, const GemmParams&) { return false; 
 
 
 class Sources:
-    """A copy of the library's host side, which g++ compiles."""
+    """A copy of the library's host code, which g++ compiles."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = copy_of_csrc(folder)
@@ -191,7 +191,7 @@ class Sources:
     def change(self, name: str, old: str, new: str) -> None:
         file = self.folder / "csrc" / name
         text = file.read_text()
-        assert text.count(old) == 1, f"{name} does not have this once: {old}"
+        assert text.count(old) == 1, f"{name} does not contain this exactly once: {old}"
         file.write_text(text.replace(old, new))
 
     def compile(self, sources: Iterable[str], *flags: str) -> subprocess.CompletedProcess[str]:
@@ -201,7 +201,7 @@ class Sources:
         return subprocess.run(command, cwd=self.folder, capture_output=True, text=True, check=False)
 
     def instances(self, flags: Iterable[str] = ()) -> subprocess.CompletedProcess[str]:
-        """All files of shipped tiles, as one source; or what is said against them."""
+        """Compiles all files of shipped tiles as one source."""
         folder = self.folder / "csrc" / "gemm" / "instances"
         names = sorted(path.name for path in folder.glob("*.cu") if path.name[:7] != "tuning_")
         lines = [f'#undef SQK_OVERLAP\n#include "gemm/instances/{name}"\n' for name in names]
@@ -209,7 +209,7 @@ class Sources:
         return self.compile(["all.cpp"], *(flags or ("-fsyntax-only",)))
 
     def link(self) -> str:
-        """What the linker says; empty where the library is whole."""
+        """The linker's messages; empty if the library is complete."""
         objects = ["launch.o", "all.o"]
         done = self.compile(["csrc/gemm/launch.cu"], "-fPIC", "-c", "-o", "launch.o")
         assert done.returncode == 0, done.stderr
@@ -229,11 +229,11 @@ def sources(tmp_path: Path) -> Sources:
     return Sources(tmp_path)
 
 
-def test_what_is_whole_links(sources: Sources) -> None:
+def test_the_complete_library_links(sources: Sources) -> None:
     assert sources.link() == ""
 
 
-#: Rows without a file. The second one's is a candidate's, which a usual build leaves out.
+#: Rows without a file. The second row's file belongs to a candidate, which a usual build leaves out.
 FORGOTTEN = (
     ("sm80", "mma(64, 64, 64).warps(2, 2).stages(4).rate(50)"),
     ("sm89", "mma(128, 64, 64).warps(2, 2).stages(4).rate(50)"),
@@ -255,7 +255,7 @@ def test_a_row_without_a_file_does_not_link(sources: Sources) -> None:
     [
         ("mma_64x128x64_warps_2x2_stages_4_sm80.cu", ".stages(4)", ".stages(5)", "no table has a row with this tile"),
         ("wgmma_128x256x128_sm90.cu", ".cluster(2, 1)", "", "tiles/sm90.h has no row with this tile"),
-        # a candidate, under the name of a tile that is shipped
+        # a candidate, in the file of a shipped tile
         ("wgmma_256x128x128_sm90.cu", "cooperative", "stream_k", "tiles/sm90.h has no row with this tile"),
         ("stream_8x16.cu", "stream(8, 16)", "stream(8, 32)", "no table has a row with this tile"),
         ("stream_8x16.cu", "stream(8, 16)", "mma(8, 16, 128)", "no table has a row with this tile"),
@@ -283,9 +283,7 @@ def test_a_file_without_a_row_does_not_compile(
         ("wgmma(64, 256, 128)", "wgmma(1024, 256, 128)", "a row of the table breaks a rule of tile.h"),
     ],
 )  # fmt: skip
-def test_a_table_that_is_wrong_does_not_compile(
-    sources: Sources, old: str, new: str, said: str
-) -> None:
+def test_a_wrong_table_does_not_compile(sources: Sources, old: str, new: str, said: str) -> None:
     file = sources.folder / "csrc" / "gemm" / "tiles" / "sm90.h"
     text = file.read_text()
     assert old in text
@@ -294,7 +292,7 @@ def test_a_table_that_is_wrong_does_not_compile(
     assert done.returncode != 0 and said in done.stderr
 
 
-def test_two_rows_of_one_name_do_not_compile(sources: Sources) -> None:
+def test_two_rows_with_one_name_do_not_compile(sources: Sources) -> None:
     row = "wgmma(128, 256, 128).cooperative().cluster(2, 2).stages(4).rate(90)"
     sources.change("gemm/tiles/sm90.h", f"{row}.cluster_in_name(),", f"{row},")
     done = sources.compile(["csrc/gemm/plan.cpp"], "-fsyntax-only", "-DSQK_TUNING=1")
@@ -307,7 +305,7 @@ LAST_TYPE = 'X(kInt8, 1, false, "int8")'
 
 
 def with_nvcc(root: Path, source: str) -> list[str]:
-    """Its front end alone: what must not compile is refused there."""
+    """Runs only the front end, which already refuses what must not compile."""
     nvcc = find_nvcc({}).path
     flags = ["-std=c++17", "--expt-relaxed-constexpr", "-arch=sm_80", "-ptx", "-o", "/dev/null"]
     return [nvcc, "-x", "cu", *flags, f"-I{root}/csrc", f"-I{root}/csrc/include", source]
@@ -328,7 +326,7 @@ def with_torch(root: Path, source: str) -> list[str]:
         ("torch/quantize.cpp", with_torch, 1, "what does torch call this type"),
     ],
 )  # fmt: skip
-def test_a_type_that_is_not_handled_does_not_compile(
+def test_an_unhandled_type_does_not_compile(
     tmp_path: Path, source: str, command: Callable[[Path, str], list[str]], size: int, said: str
 ) -> None:
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")

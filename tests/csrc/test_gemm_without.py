@@ -31,7 +31,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
 @pytest.fixture
 def library(built: ctypes.CDLL) -> Iterator[ctypes.CDLL]:
-    """With all rows again afterwards."""
+    """Allows all rows again afterwards."""
     assert without(built, "") == SUCCESS
     yield built
     assert without(built, "") == SUCCESS
@@ -57,7 +57,7 @@ def name_of(library: ctypes.CDLL, found: Plan) -> str:
     return name
 
 
-def test_every_row_has_a_name_in_one_word(library: ctypes.CDLL) -> None:
+def test_every_row_has_a_name_of_one_word(library: ctypes.CDLL) -> None:
     names = []
     for name, table in c_gemm.tables(library).items():
         for tile in table["tiles"]:
@@ -69,8 +69,8 @@ def test_every_row_has_a_name_in_one_word(library: ctypes.CDLL) -> None:
 
 
 @pytest.mark.parametrize("gpu", ["H100", "A100", "L40S"])
-def test_the_rest_serves_when_one_row_is_missing(library: ctypes.CDLL, gpu: str) -> None:
-    """The plans that took it take another one; all others stay as they are."""
+def test_other_rows_replace_an_excluded_one(library: ctypes.CDLL, gpu: str) -> None:
+    """Plans that took the excluded row take another one; all other plans stay the same."""
     device, table = GPUS[gpu]
     sizes = [(m, n, k) for n, k in LAYERS[:8] for m in TOKENS]
     tiles = tiles_of(library, table)
@@ -98,7 +98,7 @@ def test_the_rest_serves_when_one_row_is_missing(library: ctypes.CDLL, gpu: str)
 
 @pytest.mark.parametrize("gpu", ["H100", "A100", "L40S"])
 def test_any_one_tile_is_enough(library: ctypes.CDLL, gpu: str) -> None:
-    """Streaming tiles up to as many tokens as they hold; beyond, and without any tile, the plan says why."""
+    """A streaming tile is enough for the tokens that it holds. Beyond, and without any tile, the plan says why."""
     device, table = GPUS[gpu]
     tiles = tiles_of(library, table)
     for left in tiles:
@@ -119,7 +119,7 @@ def test_any_one_tile_is_enough(library: ctypes.CDLL, gpu: str) -> None:
             assert c_gemm.plan(library, params(64, 4096, 4096), other)[0] == SUCCESS
 
 
-def test_what_never_fits_is_not_blamed_on_the_list(library: ctypes.CDLL) -> None:
+def test_a_problem_that_never_fits_is_not_blamed_on_the_list(library: ctypes.CDLL) -> None:
     small = c_gemm.Device(sms=132, capability=90, shared_bytes=64 << 10, wgmma=1)
     assert without(library, "sm90/64x128x128") == SUCCESS
     assert c_gemm.plan(library, params(5000, 64, 64), small)[0] == UNSUPPORTED_SHAPE
@@ -146,14 +146,14 @@ def test_how_rows_are_named(library: ctypes.CDLL, names: str, expected: set[str]
 @pytest.mark.parametrize(
     "wrong", ["sm90/1x2x3", "sm75/stream-8x16", "128X256x128", "all", "*", "64x128", "7", "sm90/"]
 )
-def test_a_name_that_no_table_has_changes_nothing(library: ctypes.CDLL, wrong: str) -> None:
+def test_an_unknown_name_changes_nothing(library: ctypes.CDLL, wrong: str) -> None:
     assert without(library, "sm90/64x128x128") == SUCCESS
     assert without(library, f"stream-8x16,{wrong}") == UNKNOWN_TILE
     assert excluded(library) == {"sm90/64x128x128"}
 
 
 def test_the_environment_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At the first plan; a name that no table has then stops every plan, lest the broken tile is taken in silence."""
+    """At the first plan. An unknown name then stops every plan, so that a broken tile is never taken silently."""
     monkeypatch.setenv(VARIABLE, "sm90/stream-8x16, stream-16x16")
     (tmp_path / "right").mkdir()
     fresh = compiled(tmp_path / "right")
@@ -161,7 +161,7 @@ def test_the_environment_is_read_once(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv(VARIABLE, "sm90/2x2")
     assert name_of(fresh, plan(fresh, params(1, 4096, 4096), H100)) == "16x64x256 swap"
     assert excluded(fresh) == {"sm90/stream-8x16"} | {f"{t}/stream-16x16" for t in c_gemm.TABLES}
-    # asked to read it again
+    # read again on request
     assert without(fresh, None) == UNKNOWN_TILE
     for m in (0, 1, 5000):
         for tile in (-1, 8):
@@ -174,7 +174,7 @@ def test_the_environment_is_read_once(tmp_path: Path, monkeypatch: pytest.Monkey
     assert VARIABLE not in os.environ
 
 
-def test_a_measured_choice_is_no_reason_to_take_it(library: ctypes.CDLL) -> None:
+def test_an_excluded_tile_is_not_taken_even_if_measured(library: ctypes.CDLL) -> None:
     measured = "128x128x128 stream-K"
     (row,) = (t["tile"] for t in tiles_of(library, "sm90") if t["name"] == measured)
     rows = (Measured * 1)(Measured(4096, 4096, 64, row, 1))

@@ -1,4 +1,4 @@
-"""What the launchers ask the CUDA runtime for, how often, and what they make of the answer: no kernel runs."""
+"""What the launchers ask the CUDA runtime for, how often, and how they use the answer. No kernel runs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.support import null_runtime
 
 pytestmark = [pytest.mark.simulator, pytest.mark.slow, pytest.mark.xdist_group("host_time")]
 
-#: The null runtime, the library's C entries, and one GEMM by tile and one quantizer that can be called.
+#: Loads the null runtime and the library's C entries, and defines calls of a GEMM by tile.
 START = """
 import ctypes, pathlib, sys, tempfile
 import torch
@@ -44,7 +44,7 @@ for index, table in ((0, "sm90"), (1, "sm80"), (0, "sm90")):
     again = table in seen if "seen" in globals() else False
     seen = globals().get("seen", set()) | {table}
     runtime.null_use_device(index)
-    # every GPU of a table is another device: what one was told the other was not
+    # every GPU of a table is another device, so settings of one are not those of another
     for tile in c_gemm.tables(library)[table]["tiles"]:
         call = lambda: gemm(tile["tile"], min(tile["m"], 8))
         first, second = asked(call), asked(call)
@@ -53,11 +53,12 @@ for index, table in ((0, "sm90"), (1, "sm80"), (0, "sm90")):
         assert first["occupancies"] == (tile["cluster"] != [1, 1] and not again), (tile["name"], first)
         if again or tile["kernel"] == "stream":
             continue
-        # room for as many blocks as the row counts on, in percent, rounded up
+        # room for the blocks that the row assumes, in percent, rounded up
         sms_bytes, blocks = {"sm90": (233472, 1), "sm80": (167936, 2)}[table]
         if tile["warps_m"] * tile["warps_n"] > 4:
             blocks = 1
-        # The driver keeps 1 KiB of each; of a wgmma tile the table holds a bound, some hundred bytes too much.
+        # The driver reserves 1 KiB of each. For a wgmma tile the table holds a bound, some hundred
+        # bytes too large.
         wanted = [min(100, -(-100 * blocks * (tile["shared_bytes"] + more) // sms_bytes)) for more in (0, 1024)]
         least = wanted[0 if tile["kernel"] == "wgmma" else 1]
         assert least <= carveout.value <= wanted[1], (tile["name"], carveout.value)
@@ -85,7 +86,7 @@ def facts():
     here = device()
     return here.sms, here.part
 
-problem = (64, 1024, 8192)  # few tiles: shared over k where that is allowed
+problem = (64, 1024, 8192)  # few tiles: shared over k if that is allowed
 runtime.null_use_device(0)
 assert facts() == (132, 0)
 assert choice(*problem)["schedule"] == "stream-K"
@@ -101,7 +102,7 @@ for context, (green, mps) in enumerate(((20, 0), (0, 66), (40, 66), (66, 40), (1
         p.tile = tile["tile"]
         status, _ = c_gemm.plan(library, p)
         assert status == (UNSUPPORTED_SHAPE if tile["schedule"] == "stream-K" else SUCCESS)
-# all of it again; and an answer that makes no sense counts for nothing
+# the whole GPU again, and answers that make no sense, which are ignored
 for context, green in ((50, 132), (51, 133), (52, -1), (1, 0)):
     runtime.null_use_context(ctypes.c_ulonglong(context), green, 0)
     assert facts() == (132, 0)
@@ -115,6 +116,6 @@ def test_a_kernel_is_set_up_once_for_each_gpu(null_library: Path) -> None:
     assert "once" in null_runtime.python("-c", ONCE, str(null_library))
 
 
-def test_a_part_of_a_gpu_is_known_and_runs_no_stream_k(null_library: Path) -> None:
-    """A green context, or MPS."""
+def test_a_part_of_a_gpu_is_recognized_and_runs_no_stream_k(null_library: Path) -> None:
+    """The part comes from a green context or from MPS."""
     assert "parts" in null_runtime.python("-c", PARTS, str(null_library))

@@ -1,4 +1,4 @@
-"""How a problem is spread over a GPU: pure arithmetic of csrc/quantize/plan.cpp, compiled without CUDA."""
+"""How a quantizer is distributed over a GPU: the arithmetic of csrc/quantize/plan.cpp, compiled without CUDA."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 def params(
     m: int, k: int, producer: str = "quantize", scheme: str = "token", **more: Any
 ) -> Params:
-    """A problem at aligned addresses; nothing is read there."""
+    """A problem with aligned addresses, which are never read."""
     p = Params(m=m, k=k, k_padded=k, x=4096, x_q=4096, x_scale=4096, x_stride=k, x_q_stride=k)
     p.producer, p.scheme = (
         c_interface.PRODUCERS.index(producer),
@@ -56,7 +56,7 @@ def path(library: ctypes.CDLL, p: Params, device: Device = H100) -> str:
     return c_interface.PATHS[plan(library, p, device).path]
 
 
-def test_the_table_is_shown(library: ctypes.CDLL) -> None:
+def test_the_table_is_documented(library: ctypes.CDLL) -> None:
     rows = described.library(library).quantize_paths()
     assert {row["path"] for row in rows} == set(c_interface.PATHS)
     documented = [
@@ -120,7 +120,7 @@ def test_few_rows_fill_the_gpu(library: ctypes.CDLL) -> None:
         {"residual": 4096, "sum": 4098, "sum_stride": 4096, "producer": "rms_norm"},
     ],
 )  # fmt: skip
-def test_what_is_not_aligned_goes_one_element_at_a_time(
+def test_unaligned_rows_are_read_one_element_at_a_time(
     library: ctypes.CDLL, change: dict[str, Any]
 ) -> None:
     assert path(library, params(64, 4096)) != "element"
@@ -157,7 +157,7 @@ def test_every_plan_can_be_launched(
     assert found.cluster in (1, 2, 4, 8) and (found.cluster == 1) == (name != "cluster")
     assert name != "cluster" or device.wgmma
     assert found.splits * found.slice >= k > (found.splits - 1) * found.slice
-    # A team's registers and shared memory hold its slice, or the path reads again what they do not.
+    # A team's registers and shared memory hold its slice, unless the path reads the rest again.
     team = 32 if name == "warp" else found.threads * found.cluster
     registers = 32 if name == "long" and SIZES[dtype] == 4 else REGISTERS[name]
     held = team * (registers + found.slots * 16 // SIZES[dtype])

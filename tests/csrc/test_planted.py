@@ -1,4 +1,4 @@
-"""Defects planted in a copy of the quantizers are caught by tests/kernels in the simulator, or by its checks."""
+"""Defects planted in a copy of the quantizers: tests/kernels in the simulator, or its checks, catch each one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.support.mutants import (
     Mutant,
 )
 
-# One worker of pytest-xdist for all: they share what `runs` builds side by side.
+# All run in one worker of pytest-xdist, because they share the builds of `runs`.
 pytestmark = [pytest.mark.simulator, pytest.mark.slow, pytest.mark.xdist_group("planted")]
 
 INSTANCES = "csrc/quantize/instances"
@@ -34,7 +34,7 @@ def quantizer(
     arch: str = "sm_80",
     types: tuple[str, ...] = ("kFloat32", "kFloat16"),
 ) -> Mutant:
-    """A mutant that the row kernels show; the copy has no kernels for other types of x, and no such test is run."""
+    """A mutant of the row kernels. The copy has no kernels for other types of x, and their tests are left out."""
     wanted = "is_float(decltype(type)::value)"
     others = sorted({"kFloat32", "kFloat16", "kBFloat16"} - set(types))
     left = "".join(f" && type != DType::{other}" for other in others)
@@ -45,7 +45,7 @@ def quantizer(
 
 MUTANTS = (
     quantizer(
-        "a vector behind the row's end",
+        "a vector past the row's end",
         "quantize/row_slice.cuh",
         "has(int i) const { return at(i, 0) < end; }",
         "has(int i) const { return at(i, 0) <= end; }",
@@ -102,7 +102,7 @@ MUTANTS = (
         WRONG_VALUES,
     ),
     quantizer(
-        "a static scale hides a broken row",
+        "a static scale hides a row that is not finite",
         "common/scale.cuh",
         "return is_finite_bits(absmax_bits) ? given : __uint_as_float(kNanBits);",
         "return given;",
@@ -112,7 +112,7 @@ MUTANTS = (
         WRONG_VALUES + r".*!= nan \(",
     ),
     quantizer(
-        "what does not fit in registers is not kept",
+        "values that do not fit in registers are not kept",
         "quantize/row_slice.cuh",
         "if (i - kRegisters < slots) put(i - kRegisters, w);",
         "",
@@ -175,7 +175,7 @@ MUTANTS = (
         UNINITIALIZED,  # a block reads the others' maxima before they have written any
         arch="sm_90",
     ),
-    # The same tests with the sources as they are: what fails above fails because of the defect.
+    # The same tests with unchanged sources must pass, so the failures above are due to the defects.
     quantizer(
         "nothing is wrong: quantize",
         "common/reduce.cuh",

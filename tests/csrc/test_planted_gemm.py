@@ -1,4 +1,4 @@
-"""Defects planted in a copy of the GEMMs are caught by tests/kernels in the simulator, or by its checks."""
+"""Defects planted in a copy of the GEMMs: tests/kernels in the simulator, or its checks, catch each one."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ import pytest
 from tests.support import mutants
 from tests.support.mutants import OUT_OF_BOUNDS, RACE, WRONG_VALUES, WROTE_BESIDE, Mutant
 
-# With test_planted.py: one worker of pytest-xdist builds the library that both need.
+# In one worker of pytest-xdist with test_planted.py, because both need the same library.
 pytestmark = [pytest.mark.simulator, pytest.mark.slow, pytest.mark.xdist_group("planted")]
 
 INSTANCES = "csrc/gemm/instances"
 STREAM, LAUNCH = f"{INSTANCES}/stream_8x16.cu", "csrc/gemm/launch.cu"
 OPS, ENTRY, LINEAR = "test_gemm.py", "test_gemm_c_entry.py", "test_linear_op.py"
 
-#: Tiles of an A100, and the arguments in the names of their files. The first stores pairs of channels, the second
-#: groups of 32.
+#: Tiles of an A100, with the arguments in the names of their files. The first one stores pairs of channels, the second
+#: one groups of 32.
 PAIRS = ("32x64x128", "warps_1x4_stages_6")
 GROUPS = ("64x64x128", "warps_2x2_stages_4")
-#: Of the streaming kernels for 8 tokens those of int8 and of float16.
+#: Keeps only the int8 and float16 kernels among the streaming kernels for 8 tokens.
 KERNEL = "return stream_gemm_kernel<Element<decltype(type)>, kGroups>;"
 OTHERS = "type == DType::kFloat32 || type == DType::kBFloat16"
 ONE_TYPE = (
@@ -44,7 +44,7 @@ def mma(
     symptom: str | None,
     tile: tuple[str, str] = PAIRS,
 ) -> Mutant:
-    """A mutant that the mma.sync kernel of one tile shows."""
+    """A mutant of the mma.sync kernel of one tile."""
     tests = f"{tests} and {tile[0]}"
     return Mutant(name, f"gemm/{file}", old, new, mma_source(tile), suite, tests, symptom)
 
@@ -52,7 +52,7 @@ def mma(
 def stream(
     name: str, file: str, old: str, new: str, suite: str, tests: str, symptom: str | None
 ) -> Mutant:
-    """A mutant that the streaming kernels show."""
+    """A mutant of the streaming kernels."""
     return Mutant(name, f"gemm/{file}", old, new, STREAM, suite, tests, symptom, cuts=ONE_TYPE)
 
 
@@ -76,7 +76,7 @@ MUTANTS = (
         WRONG_VALUES,
     ),
     mma(
-        "whole pairs are stored behind the last channel",
+        "whole pairs are stored past the last channel",
         "epilogue/tokens.cuh",
         "const bool whole = e.wide && channel + 2 <= e.n;",
         "const bool whole = e.wide;",
@@ -104,7 +104,7 @@ MUTANTS = (
         WRONG_VALUES,
     ),
     mma(
-        "what lies behind k counts",
+        "bytes past k are counted",
         "mma/kernel.cuh",
         "const int bytes = max(0, min(16, valid - 16 * piece_));",
         "const int bytes = valid > 16 * piece_ ? 16 : 0;",
@@ -113,7 +113,7 @@ MUTANTS = (
         f"{WRONG_VALUES}|{OUT_OF_BOUNDS}",
     ),
     mma(
-        # Whichever block comes last: which one that is depends on the simulator's threads.
+        # Any block may come last, depending on the simulator's threads.
         "a tile's last block adds its own sums as well",
         "mma/kernel.cuh",
         "if (other == split) continue;",
@@ -177,7 +177,7 @@ MUTANTS = (
         "smoke_linear",
         f"{OUT_OF_BOUNDS}|{WRONG_VALUES}",
     ),
-    # The same tests with the sources as they are: what fails above fails because of the defect.
+    # The same tests with unchanged sources must pass, so the failures above are due to the defects.
     mma(
         "nothing is wrong: mma",
         "splits.h",

@@ -1,6 +1,6 @@
-"""Defects in the order of memory, which only random orders and weak memory show: how blocks add up a tile's splits.
+"""Defects of memory order in how blocks add up a tile's splits, which only random orders and weak memory show.
 
-Each is planted in a copy of the GEMMs. In the simulator's fixed order of blocks and warps the tests pass all the same.
+Each is planted in a copy of the GEMMs. The tests still pass in the simulator's fixed order of blocks and warps.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The CUDA kernels' PTX, run on the CPU: tests/kernels inside of the simulator, for three architectures."""
+"""Runs the PTX of the CUDA kernels on the CPU: tests/kernels in the simulator, for three architectures."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import pytest
 from tests.support import simulator
 from tools.build.plan import ROOT
 
-#: What of tests/kernels depends on the GPU's limits: its table of GEMM tiles, the longest rows that fit, small samples.
+#: The tests that depend on the GPU's limits: its table of GEMM tiles, the longest rows that fit, small samples.
 LIMITS = (
     "smoke or every_path or every_tile or go_round or more_tiles or not_be_cleared or every_number_of_tokens"
     " or (long_rows and not bfloat16 and not float32)"
 )
-#: GPU -> (what is run, tests that must pass, results that must equal the reference): a suite that silently stopped to
-#: run would pass as well. sm_89 runs the PTX of sm_80; only its limits are of interest.
+#: GPU -> (tests to run, least number that pass, least number of results that equal the reference). Without the numbers
+#: a suite that runs nothing would pass. sm_89 runs the PTX of sm_80, so only its limits are tested.
 ARCHS = {"sm_80": ("", 1500, 21_000), "sm_89": (LIMITS, 400, 3_000), "sm_90": ("", 1600, 21_000)}
-#: The checks that stop a launch: every access is checked for its bounds in any case.
+#: The checks that stop a launch. The bounds of every access are always checked.
 CHECKS = "init,race"
 
 
@@ -40,9 +40,9 @@ def test_kernels(arch: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert int(passed[1]) > least_passed and int(results[1]) > least_results
 
 
-#: What blocks do for each other: splits that add up by tickets, stream-K, clusters; every tile, in small shapes.
+#: Cooperation of blocks: splits with tickets, stream-K and clusters, for every tile, in small shapes.
 TOGETHER = "need_not_be_cleared and 127"
-#: seed -> whether memory is weak as well, which the planted defects need to show (tests/csrc/test_planted_order.py).
+#: seed -> whether memory is weak too, without which the defects planted by test_planted_order.py do not show.
 ORDERS = {1: True, 2: False, 3: True}
 
 

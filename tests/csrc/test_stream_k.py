@@ -1,9 +1,9 @@
-"""Stream-K cannot wait for ever: what CUTLASS's schedule lets its blocks wait for, on the host, without a GPU.
+"""Stream-K cannot wait forever: runs CUTLASS's schedule on the host, without a GPU, and checks who waits for whom.
 
-A block that works on the end of a tile waits until the blocks that have its beginning are done. Such waits end if they
-are all for blocks of lower numbers: of the blocks that are not done the lowest then waits for nobody, and it runs,
-because the hardware starts blocks in the order of their numbers. So no number of multiprocessors is needed: with MPS, a
-green context or another kernel beside it fewer blocks run at a time than were counted on, and they finish.
+A block that works on the end of a tile waits until the blocks that have its beginning are done. All waits end if blocks
+wait only for blocks with lower numbers: the unfinished block with the lowest number then waits for none, and it runs,
+because the hardware starts blocks in the order of their numbers. This holds for any number of multiprocessors. With
+MPS, a green context or another kernel, fewer blocks run at once than the schedule assumes, and they still finish.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.compiler]  # 6 s of compiler
 
 
 class Part(NamedTuple):
-    """A block's work on a tile: `count` tiles of k from `first` on."""
+    """A block's work on a tile: `count` tiles of k, starting at `first`."""
 
     block: int
     turn: int
@@ -47,7 +47,7 @@ class Case(NamedTuple):
 
 
 def toolkit_of(nvcc: str) -> Path:
-    """Where nvcc's headers are: its program may be a script elsewhere."""
+    """The folder of nvcc's headers. The program `nvcc` may be a script in another folder."""
     command = [nvcc, "--dryrun", "-x", "cu", "-c", os.devnull]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     found = re.search(r"^#\$ TOP=(.*)$", said, re.M)
@@ -56,7 +56,7 @@ def toolkit_of(nvcc: str) -> Path:
 
 
 class Schedules:
-    """The compiled program, and the rows that share tiles over k."""
+    """The compiled program, and the rows whose blocks share tiles over k."""
 
     def __init__(self, folder: Path) -> None:
         tiles = c_gemm.tables(compiled(folder, "-DSQK_TUNING=1"))["sm90"]["tiles"]
@@ -78,7 +78,7 @@ class Schedules:
         subprocess.run(command, cwd=ROOT, check=True)
 
     def run(self, cases: list[Case]) -> list[tuple[int, list[Part]]]:
-        """(blocks, parts) of each."""
+        """(blocks, parts) of each case."""
         given = "\n".join(" ".join(map(str, case)) for case in cases)
         done = subprocess.run(
             [str(self._program)], input=given, capture_output=True, text=True, check=True
@@ -103,7 +103,7 @@ def schedules(tmp_path_factory: pytest.TempPathFactory) -> Schedules:
 
 
 def waits(parts: list[Part]) -> list[tuple[Part, Part]]:
-    """(who waits, for whom): the parts of a tile are added up in the order of k."""
+    """Pairs of a part that waits and the part that it waits for: a tile's parts are added in the order of k."""
     tiles = defaultdict(list)
     for part in parts:
         tiles[part.m, part.n].append(part)
@@ -114,7 +114,7 @@ def waits(parts: list[Part]) -> list[tuple[Part, Part]]:
     return found
 
 
-def can_wait_for_ever(parts: list[Part]) -> bool:
+def can_wait_forever(parts: list[Part]) -> bool:
     return any((one.block, one.turn) >= (later.block, later.turn) for later, one in waits(parts))
 
 
@@ -129,22 +129,22 @@ def cases_of(schedules: Schedules) -> list[Case]:
             m = choose.randint(1, choose.choice((1, 4, 20)) * rows)
             n = choose.randint(1, choose.choice((1, 8, 40)) * columns)
             k = choose.randint(1, choose.choice((4, 16, 100)) * tile["k"])
-            # Not known, all that fit, or a few less: GPCs that do not divide.
+            # Unknown, all that fit, or a few less, as when GPCs are not a multiple of the cluster.
             clusters = choose.choice((0, sms // size, max(1, sms // size - 3)))
             cases.append(Case(row, m, n, k, sms, clusters if size > 1 else 0))
     return cases
 
 
 @pytest.mark.compiler
-def test_blocks_wait_for_blocks_of_lower_numbers_only(schedules: Schedules) -> None:
+def test_blocks_wait_only_for_blocks_with_lower_numbers(schedules: Schedules) -> None:
     cases, waiting, backwards = cases_of(schedules), defaultdict(int), 0
     for case, (blocks, parts) in zip(cases, schedules.run(cases), strict=True):
-        assert not can_wait_for_ever(parts), case
+        assert not can_wait_forever(parts), case
         assert {part.block for part in parts} <= set(range(blocks))
         found = waits(parts)
         waiting[case.row] += len(found)
-        # Nothing is proved by a check that would pass in any order.
-        backwards += can_wait_for_ever([p._replace(block=blocks - 1 - p.block) for p in parts])
+        # The check must fail in the reverse order, or it would prove nothing.
+        backwards += can_wait_forever([p._replace(block=blocks - 1 - p.block) for p in parts])
     assert set(waiting) == set(schedules.rows) and min(waiting.values()) > 100
     assert backwards > len(cases) / 4
 

@@ -1,7 +1,7 @@
-"""The simulator of PTX against a GPU: its own tests of instructions run on the device and must give the same bits.
+"""Compares the PTX simulator with a GPU: its instruction tests must give the same bits on the GPU.
 
-tools/ptxsim/tests/exactness.py says where the PTX ISA promises less than the same bits. Without a GPU the same replay
-runs on the simulator itself, so that it is known to compare, to report and to survive a kernel that hangs.
+tools/ptxsim/tests/exactness.py lists where the PTX ISA does not promise the same bits. Without a GPU, the replay runs
+on the simulator, which tests that it compares, reports, and survives a kernel that hangs.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from tools.build.plan import ROOT, BuildError, find_nvcc
 Case = dict[str, Any]
 
 TESTS = ROOT / "tools" / "ptxsim" / "tests"
-#: Tests of test_isa*.py that run no kernel, and why there is nothing of theirs to compare.
+#: Tests of test_isa*.py that run no kernel, so that there is nothing to compare, and the reason.
 NOT_COMPARED = {
     "test_unknown_instruction": "expects the simulator's message for PTX that no assembler accepts",
     "test_tensor_map_validation": "checks arguments on the host",
 }
-#: What tools/ptxsim/notice.py reads once it is committed there.
+#: The file that tools/ptxsim/notice.py reads once it is committed in that folder.
 REPORT = "compared_with_gpu.json"
 
 
@@ -48,7 +48,7 @@ def environment() -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def record(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the simulator's tests of instructions ran, one case a line, from a process of its own."""
+    """The cases that the simulator's instruction tests ran in their own process, one per line."""
     path = tmp_path_factory.mktemp("simulator") / "record.jsonl"
     variables = {**environment(), "PTXSIM_RECORD": str(path)}
     tests = sorted(map(str, TESTS.glob("test_isa*.py")))
@@ -67,10 +67,11 @@ def cases_of(path: Path) -> list[Case]:
 
 
 def replay(path: Path, *options: str, simulated: bool) -> subprocess.CompletedProcess[str]:
-    """Runs the cases on the GPU, or on the simulator in its place."""
+    """Runs the cases on the GPU, or on the simulator instead."""
     launcher = [str(LAUNCHER), "--arch", "sm_90", "--"] if simulated else []
     command = [*launcher, sys.executable, str(TESTS / "replay.py"), str(path), *options]
-    # The simulator would report an endless loop of its own accord, and then not hang as a GPU does.
+    # Without the limit, the simulator would report an endless loop instead of hanging as a GPU
+    # does.
     variables = {**environment(), "PTXSIM_SPIN_LIMIT": str(10**15)}
     return subprocess.run(command, capture_output=True, text=True, env=variables)
 
@@ -89,7 +90,7 @@ def test_the_gpu_gives_the_same_bits(record: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.simulator
-def test_the_replay_agrees_with_itself_on_the_simulator(record: Path, tmp_path: Path) -> None:
+def test_the_replay_on_the_simulator_agrees_with_the_record(record: Path, tmp_path: Path) -> None:
     report = tmp_path / REPORT
     done = replay(record, "--report", str(report), simulated=True)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
@@ -103,7 +104,7 @@ def test_the_replay_agrees_with_itself_on_the_simulator(record: Path, tmp_path: 
 
 @pytest.mark.simulator
 def test_every_recorded_kernel_assembles(record: Path, tmp_path: Path) -> None:
-    """The driver of a GPU assembles PTX as ptxas does; the simulator's parser alone accepts more."""
+    """A GPU's driver assembles PTX as ptxas does, but the simulator's parser accepts more."""
     environment()
     ptxas = Path(find_nvcc(os.environ).path).resolve().with_name("ptxas")
 
@@ -123,7 +124,7 @@ def test_every_recorded_kernel_assembles(record: Path, tmp_path: Path) -> None:
 
 
 def only(record: Path, *instructions: str) -> list[Case]:
-    """The recorded cases of some instructions, by their first words; the first of each."""
+    """The first recorded case of each instruction that starts with one of these texts."""
     cases = cases_of(record)
     return [next(c for c in cases if c["instruction"].startswith(text)) for text in instructions]
 
@@ -134,7 +135,7 @@ def write(path: Path, cases: Sequence[Case]) -> Path:
 
 
 def plant(case: Case, element: int, change: Callable[[int], int]) -> int:
-    """Changes one 32-bit element of what the simulator is said to have given; returns the new one."""
+    """Changes one 32-bit element of the recorded result and returns the new value."""
     data = bytearray(base64.b64decode(case["outputs"][0]["data"]))
     place = slice(4 * element, 4 * element + 4)
     value = change(int.from_bytes(data[place], "little"))
@@ -159,7 +160,7 @@ def test_one_wrong_bit_is_reported(record: Path, tmp_path: Path) -> None:
 
 @pytest.mark.simulator
 def test_bounds_hold_for_approximate_functions_only(record: Path, tmp_path: Path) -> None:
-    """1 ulp is within what PTX promises of rcp.approx, 4 ulp are not; rcp.rn is exact."""
+    """PTX allows an error of 1 ulp for rcp.approx but not 4 ulp; rcp.rn is exact."""
     for instruction, ulps, status in (
         ("rcp.approx.f32 ", 1, 0),
         ("rcp.approx.f32 ", 4, 1),
@@ -172,7 +173,7 @@ def test_bounds_hold_for_approximate_functions_only(record: Path, tmp_path: Path
 
 
 @pytest.mark.simulator
-def test_what_division_by_zero_gives_is_not_compared(record: Path, tmp_path: Path) -> None:
+def test_results_of_division_by_zero_are_not_compared(record: Path, tmp_path: Path) -> None:
     (case,) = only(record, "div.u32 ")
     divisors = torch.frombuffer(
         bytearray(base64.b64decode(case["inputs"][1]["data"])), dtype=torch.int32
@@ -190,7 +191,7 @@ def test_what_division_by_zero_gives_is_not_compared(record: Path, tmp_path: Pat
     [("L: bra L;", "no result after 2 s"), ("trap;", "cuLaunchKernel returned CUDA error 719")],
     ids=["hang", "trap"],
 )
-def test_a_kernel_that_fails_costs_its_own_case(
+def test_a_failing_kernel_fails_only_its_own_case(
     record: Path, tmp_path: Path, body: str, sentence: str
 ) -> None:
     before, broken, after = only(record, "add.s32 ", "xor.b32 ", "and.b32 ")

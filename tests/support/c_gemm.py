@@ -1,4 +1,4 @@
-"""csrc/include/sqk/gemm.h and linear.h for Python: the structs, calls with raw pointers, and the tables of tiles."""
+"""csrc/include/sqk/gemm.h and linear.h in Python: structs, calls with raw pointers, and the tables of tiles."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TABLES = tuple(
         key=lambda name: int(name[2:]),
     )
 )
-#: What the first element and the stride of a row of x_q and w_q must be a multiple of, in bytes.
+#: Rows of x_q and w_q, and their strides, must be aligned to this many bytes.
 ALIGNMENT = 16
 
 
@@ -105,14 +105,14 @@ class LinearPlan(Structure):
 
 
 def declare_plans(library: ctypes.CDLL) -> ctypes.CDLL:
-    """The argument types of the C entries that need no GPU."""
+    """Declares the argument types of the C entries that need no GPU."""
     library.sqk_gemm_plan.argtypes = [POINTER(Params), POINTER(Device), POINTER(Plan)]
     library.sqk_gemm_without_tiles.argtypes = [c_char_p]
     return library
 
 
 def declare(library: ctypes.CDLL) -> ctypes.CDLL:
-    """The argument types of all C entries."""
+    """Declares the argument types of all C entries."""
     declare_plans(c_interface.declare(library))
     library.sqk_gemm_s8.argtypes = [POINTER(Params), c_void_p]
     library.sqk_device.argtypes = [POINTER(Device)]
@@ -122,20 +122,20 @@ def declare(library: ctypes.CDLL) -> ctypes.CDLL:
 
 
 def tables(library: ctypes.CDLL) -> dict[str, Any]:
-    """All tables."""
+    """All tables by name."""
     found: dict[str, Any] = described.library(library).gemm_tables()
     return found
 
 
 def choice(library: ctypes.CDLL, m: int, n: int, k: int, device: Device) -> dict[str, Any]:
-    """What the library takes; empty where nothing is launched."""
+    """The library's plan; empty if it launches nothing."""
     facts = {name: getattr(device, name) for name, *_ in Device._fields_}
     here = described.module_of(library).Device(**facts)
     return described.library(library).plan_gemm(m, n, k, here) or {}
 
 
 def current_device(library: ctypes.CDLL) -> Device:
-    """The GPU that there is, simulated or real."""
+    """The current GPU, real or simulated."""
     device = Device()
     assert library.sqk_device(byref(device)) == c_interface.SUCCESS
     return device
@@ -175,9 +175,9 @@ def params_of(
     tile: int = -1,
     splits: int = 0,
 ) -> Params:
-    """For two-dimensional tensors with adjacent columns, bias in float32; x_q and x_scale None: of a linear layer.
+    """For two-dimensional tensors with adjacent columns, and bias in float32.
 
-    The struct holds addresses only: the tensors must live as long as it is used.
+    x_q and x_scale are None in a linear layer. The struct holds only addresses, so the tensors must outlive it.
     """
     p = Params(m=y.shape[0], n=w_q.shape[0], k=w_q.shape[1], tile=tile, splits=splits)
     p.w_q, p.w_q_stride = w_q.data_ptr(), row_stride(w_q)

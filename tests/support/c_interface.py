@@ -1,4 +1,4 @@
-"""csrc/include/sqk/quantize.h for Python: the structs, and calls with raw pointers."""
+"""csrc/include/sqk/quantize.h in Python: structs, and calls with raw pointers."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class Plan(Structure):
 
 
 def declare(library: ctypes.CDLL) -> ctypes.CDLL:
-    """The argument types of the C entries."""
+    """Declares the argument types of the C entries."""
     library.sqk_quantize.argtypes = [POINTER(Params), c_void_p]
     library.sqk_quantize_workspace_bytes.argtypes = [POINTER(Params)]
     library.sqk_quantize_workspace_bytes.restype = c_int64
@@ -120,9 +120,9 @@ def params_of(
     scale: Tensor | None = None,
     workspace: Tensor | None = None,
 ) -> Params:
-    """For two-dimensional tensors with adjacent columns; `other` is the gate, or the residual of a norm.
+    """For two-dimensional tensors with adjacent columns. `other` is the gate, or the residual of a norm.
 
-    The struct holds addresses only: the tensors must live as long as it is used. k: where x_q is wider.
+    The struct holds only addresses, so the tensors must outlive it. `k` is the width of x by default.
     """
     p = Params()
     p.producer, p.scheme = PRODUCERS.index(producer), SCHEMES.index(scheme)

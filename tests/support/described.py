@@ -1,4 +1,4 @@
-"""The module `_kernels` for tests: built without torch and CUDA, or beside a library that it describes."""
+"""The module `_kernels` for tests: built without torch and CUDA, or found next to the library that it describes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tools.build.plan import MODULE_NAME, ROOT, BuildError
 
 
 def built(*flags: str, root: Path = ROOT) -> Path:
-    """The module's file, compiled with these flags, -DSQK_TUNING=1 or none; skips the test where it cannot be built."""
+    """The module's file, built with -DSQK_TUNING=1 or no flags; skips the test if it cannot be built."""
     if shutil.which("g++") is None:
         pytest.skip("no g++")
     folder = Path("build") / ("module_tuning" if flags else "module")
@@ -29,7 +29,7 @@ def built(*flags: str, root: Path = ROOT) -> Path:
 
 
 def copied(folder: Path, *flags: str, root: Path = ROOT) -> ctypes.CDLL:
-    """A copy of the module as a library of C entries: no other has its measured choices and its ruled-out rows."""
+    """A copy of the module as a library of C entries, with its own measured choices and excluded rows."""
     source = built(*flags, root=root)
     target = folder / source.name
     shutil.copyfile(source, target)
@@ -40,7 +40,7 @@ _load = functools.cache(load_module)
 
 
 def module_of(library: ctypes.CDLL) -> Any:
-    """The module beside a library; a module's own file is both."""
+    """The module next to a library. A module's file is its own library."""
     path = Path(library._name)
     if path.name.startswith(MODULE_NAME):
         return _load(path)
@@ -49,5 +49,5 @@ def module_of(library: ctypes.CDLL) -> Any:
 
 
 def library(library: ctypes.CDLL) -> Any:
-    """What the module says of a loaded library; the same entries, and so the same state."""
+    """The module's description of a loaded library; it calls the same entries, so it has the same state."""
     return module_of(library).Library(library._name)

@@ -28,19 +28,18 @@ COLUMNS = [*reversed(GROUPS), "other linears", "left in float"]
 
 _INTRO = """# Architectures
 
-What `smooth_lm` does to each architecture, as found on a tiny random model of it (two layers, hidden size 32). No
-family is looked up: the driver traces which linears read one tensor, and proves on the model at hand what may absorb
-their factors ([smoothing](../guides/smoothing.md)). A model that is not listed here goes through the same steps.
+The table shows what `smooth_lm` does to each architecture, tested on a tiny random model of it (two layers, hidden size
+32). The driver has no list of families. It traces which linears read one tensor, and proves on the given model which
+modules can absorb their factors ([smoothing](../guides/smoothing.md)). A model that is not listed takes the same steps.
 
-* *norm*: 1 / s is folded into the weight of the norm in front.
+* *norm*: 1 / s is folded into the weight of the preceding norm.
 * *linear*: 1 / s is folded into the rows of an earlier linear (`v_proj`, `up_proj`, `fc1`).
 * *run time*: the quantizer multiplies by 1 / s while it reads the input. That is always exact. The footnote says why.
 
 "aten.add reads it": a residual branch reads the same tensor, so folding would change what it reads. "aten.mm reads it":
-so does a router or an expert. For every row a test demands that the smoothed model's outputs equal the float model's
-bit for bit (with factors that are powers of two; relative 1e-5 without that rounding), that every linear is in one of
-the columns, that the routers of mixtures of experts give the same logits, and that the int8 model stays near the float
-one.
+a router or an expert reads it too. A test checks every row. The smoothed model's outputs must equal the float model's
+bit for bit (with factors that are powers of two; relative 1e-5 without that rounding). Every linear must be in one of
+the columns. The routers of mixtures of experts must give the same logits. The int8 model must stay near the float one.
 
 Written by `python -m tests.support.family_table --write`, with transformers {version}.
 """

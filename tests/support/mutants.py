@@ -1,4 +1,4 @@
-"""Defects planted in a copy of the CUDA kernels: how one is built, tested in the simulator, and has to show."""
+"""Plants defects in a copy of the CUDA kernels, builds it, runs its tests in the simulator and checks how they fail."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 from tests.support import simulator
 from tools.build.plan import ROOT, jobs
 
-# What a failure looks like.
+# Patterns of the output that show a failure.
 WRONG_VALUES = r"\d elements differ, first at \("
 NOT_WITHIN_THE_BOUND = r"int8 values are not within the bound|: scales .* not in "
 OUT_OF_BOUNDS = r"out-of-bounds global"
@@ -30,19 +30,19 @@ class Mutant:
     """One defect.
 
     Attributes:
-        name: what is wrong.
-        file: below csrc.
+        name: describes the defect.
+        file: the changed file, relative to csrc.
         old: text that occurs in it exactly once.
-        new: what stands there instead.
-        source: what is compiled with it.
-        suite: of tests/kernels.
-        tests: of the suite, for pytest's -k; they take some seconds at most.
+        new: the text that replaces it.
+        source: the source that is compiled with the change.
+        suite: a file of tests/kernels.
+        tests: tests of the suite, for pytest's -k; they take a few seconds at most.
         symptom: a pattern of the output; None: the tests pass.
         arch: the GPU to simulate.
-        orders: (seed, weak) of `simulator.adversarial`, of which one shows the symptom, while the tests pass in the
-            fixed order of blocks and warps; none: the fixed order shows it. With no symptom the tests pass in all.
-        cuts: (file, old, new) that leave out what the tests do not need, so that a copy compiles in a fraction of the
-            time; old occurs exactly once.
+        orders: (seed, weak) of `simulator.adversarial`. At least one shows the symptom, but the tests pass in the fixed
+            order of blocks and warps. If empty, the fixed order shows it. Without a symptom the tests pass in all.
+        cuts: (file, old, new) that leave out code that the tests do not need, so that a copy compiles in a fraction of
+            the time; old occurs exactly once.
     """
 
     name: str
@@ -64,13 +64,13 @@ def build_and_test(mutant: Mutant, root: Path) -> subprocess.CompletedProcess[st
     for name, old, new in ((mutant.file, mutant.old, mutant.new), *mutant.cuts):
         file = root / "csrc" / name
         text = file.read_text()
-        assert text.count(old) == 1, f"{name} does not have this once: {old}"
+        assert text.count(old) == 1, f"{name} does not contain this exactly once: {old}"
         file.write_text(text.replace(old, new))
     library = simulator.library_with(root, [mutant.source])
     arguments = (f"tests/kernels/{mutant.suite}", "-x", "-k", mutant.tests)
     if not mutant.orders:
         return simulator.kernel_tests(library, *arguments, arch=mutant.arch)
-    # One thread here too: with several, which block comes last is a matter of chance.
+    # One thread here too: with several threads, chance decides which block comes last.
     done = simulator.kernel_tests(
         library, *arguments, arch=mutant.arch, environment={"PTXSIM_THREADS": "1"}
     )
@@ -91,7 +91,7 @@ def run_all(
     request: pytest.FixtureRequest,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Runs]:
-    """What the selected mutants' tests said, name by name; they are built and run side by side."""
+    """The results of the selected mutants' tests by name; the mutants are built and tested in parallel."""
     simulator.require()
     simulator.library()
     wanted = {
@@ -108,7 +108,7 @@ def run_all(
 
 
 def assert_caught(mutant: Mutant, runs: Runs) -> None:
-    """The tests failed as they should, or passed where nothing is wrong."""
+    """Checks that the tests failed as expected, or passed if nothing is wrong."""
     done = runs[mutant.name].result()
     said = done.stdout + done.stderr
     if mutant.symptom is None:

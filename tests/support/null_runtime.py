@@ -17,7 +17,7 @@ from tools.build.plan import ROOT
 
 
 class Missing(Exception):
-    """One sentence: what this machine lacks."""
+    """This machine lacks something; the message is one sentence."""
 
 
 def python(*arguments: str) -> str:
@@ -62,7 +62,7 @@ def compiled(folder: Path) -> ctypes.CDLL:
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except FileNotFoundError:
-        raise Missing(f"a C compiler is needed; {command[0]} is not here (CC names one).") from None
+        raise Missing(f"a C compiler is needed, but {command[0]} was not found (set CC).") from None
     if done.returncode:
         raise Missing(f"{command[0]} cannot compile null_cudart.c: {done.stderr.strip()}")
     return ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
@@ -72,9 +72,10 @@ def load(library: Path, folder: Path) -> tuple[ctypes.CDLL, ctypes.CDLL]:
     """(the null runtime, the library), with the ops bound to the CPU key."""
     runtime = compiled(folder)
     torch.ops.load_library(str(library))  # warns that it replaces the CPU kernels
-    # No short cut around the dispatcher, as for a tensor on a GPU.
+    # Calls go through the dispatcher, as for a tensor on a GPU.
     registry.eager_cpu = lambda *call: False
-    # Large results from the heap: mapping pages anew for each is nothing that a GPU's allocator does.
+    # Large results come from the heap, because a GPU's allocator does not map new pages for each
+    # result.
     with contextlib.suppress(AttributeError):
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)  # M_MMAP_MAX

@@ -1,7 +1,7 @@
-"""Runs the CUDA kernels on the CPU: builds them for tools/ptxsim, the simulator of PTX, and runs programs.
+"""Runs the CUDA kernels on the CPU: builds them for the PTX simulator (tools/ptxsim) and runs programs in it.
 
-Tests that use it call `require()` first, which skips with the reason when nvcc or the CUTLASS headers
-are not here. The simulator itself is built when it is first asked for.
+Tests that use it call `require()` first, which skips with the reason if nvcc or the CUTLASS headers are
+missing. The simulator itself is built at its first use.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _GENCODES = [f"-gencode=arch=compute_{a},code=compute_{a}" for a in ("80", "90a"
 
 
 def require() -> None:
-    """Skips the test when the kernels cannot be built or run here."""
+    """Skips the test if the kernels cannot be built or run on this machine."""
     try:
         find_nvcc(os.environ)
         find_cutlass(os.environ)
@@ -48,12 +48,12 @@ def require() -> None:
     except BuildError as error:
         pytest.skip(f"the kernels cannot be built for the simulator: {error}")
     if torch.has_cuda_library:
-        # Its libtorch_cuda would start on the simulated runtime, which has no such functions.
+        # Its libtorch_cuda would call functions that the simulated runtime lacks.
         pytest.skip("the simulator needs a torch without CUDA")
 
 
 def library() -> Path:
-    """All kernels and their binding, bound to the CPU key, and the module beside; built as sources change."""
+    """Builds all kernels, their binding for the CPU key, and the module next to them, if sources changed."""
     steps = [_step(unit, _BUILD) for unit in units(sources(), _BUILD)]
     link = _link(_BUILD, [step.output for step in steps])
     module = module_steps(_BUILD, find_python(), [])
@@ -62,11 +62,11 @@ def library() -> Path:
 
 
 def library_with(root: Path, changed: Sequence[str]) -> Path:
-    """The library with some sources from a changed copy; the other objects are those of `library()`, called before.
+    """The library with some sources from a changed copy. The other objects come from `library()`, which must run first.
 
     Args:
-        root: the folder in which the copy of csrc lies; what is built is put there.
-        changed: to compile there, e.g. "csrc/quantize/launch.cu".
+        root: the folder that holds the copy of csrc and receives the build.
+        changed: the sources to compile from the copy, e.g. "csrc/quantize/launch.cu".
     """
     whole = units(sources(), _BUILD)
     assert set(changed) <= set(whole), changed
@@ -84,7 +84,7 @@ def _object(source: str, folder: Path) -> str:
 
 
 def _step(source: str, folder: Path, root: Path | None = None) -> ninja.Step:
-    """Compiles a source of the checkout, or of a copy elsewhere."""
+    """Compiles a source of this checkout, or of a copy of it."""
     flags = [
         "-DSQK_SIMULATOR",
         "-DSQK_WITH_SM80=1",
@@ -96,7 +96,7 @@ def _step(source: str, folder: Path, root: Path | None = None) -> ninja.Step:
         command = cxx_command(source, output, find_torch().include, flags)
     else:
         codes = _GENCODES[1:] if Path(source).stem.endswith("_sm90") else _GENCODES
-        # Newer GPUs run PTX for 8.0 too: enough for a copy, in half the time.
+        # Newer GPUs run PTX for 8.0 too, so a copy needs no other, which halves the time.
         one = Path(source).stem.endswith("_sm80") or root is not None
         nvcc, cutlass = find_nvcc(os.environ).path, find_cutlass(os.environ)
         flags += ["--no-compress", "-lineinfo"]
@@ -126,19 +126,19 @@ def python(
     stats: Path | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """Runs Python under the simulator, CPU tensors standing for CUDA ones.
+    """Runs Python in the simulator, where CPU tensors stand for CUDA tensors.
 
     Args:
-        arguments: Python's own.
+        arguments: the arguments of Python.
         arch: the GPU to simulate.
-        checks: the simulator's own checks; what they find fails the launch.
+        checks: the simulator's checks; a finding fails the launch.
         stats: a file for one line of JSON per launch.
-        environment: variables to set beside those that are there.
+        environment: variables to set in addition to the existing ones.
     """
     command = [str(LAUNCHER), "--arch", arch, "--check", checks, "--torch"]
     command += [] if stats is None else ["--stats", str(stats)]
     command += ["--", sys.executable, *arguments]
-    # One thread: the kernels are what takes time, and the simulator has threads of its own.
+    # One thread, because the kernels take the time, and the simulator has its own threads.
     variables = {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}
     return subprocess.run(
         command, capture_output=True, text=True, cwd=ROOT, env=variables, check=False
@@ -150,7 +150,7 @@ def adversarial(seed: int, *, weak: bool = False) -> dict[str, str]:
 
     Args:
         seed: 1 or more.
-        weak: a block's stores are seen by other blocks only after a fence, or at some time, word by word.
+        weak: other blocks see a block's stores only after a fence, or at some later time, word by word.
     """
     variables = {"PTXSIM_SEED": str(seed), "PTXSIM_THREADS": "1"}
     return {**variables, "PTXSIM_WEAK": "1"} if weak else variables
@@ -163,10 +163,11 @@ def kernel_tests(
     checks: str = "init,race",
     environment: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """Runs pytest in the simulator; the arguments say which of tests/kernels, and more if need be."""
+    """Runs pytest in the simulator; the arguments select tests of tests/kernels and may add options."""
     pytest_command = ["-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider"]
     pytest_command += ["--backend", "simulator", *arguments]
-    # Few multiprocessors: "many rows" are then few enough to simulate, and blocks take several rows.
+    # With few multiprocessors, "many rows" are few enough to simulate, and blocks take several
+    # rows.
     variables = {LIBRARY_VARIABLE: str(library), "PTXSIM_SMS": "8", **(environment or {})}
     return python(pytest_command, arch=arch, checks=checks, environment=variables)
 
@@ -178,10 +179,10 @@ def run(
     checks: str = "init,race",
     stats: Path | None = None,
 ) -> str:
-    """Runs a Python program under the simulator and returns what it printed.
+    """Runs a Python program in the simulator and returns its output.
 
     Args:
-        script: the program's text; it exits with an error when something is wrong.
+        script: the program's text; it must exit with an error if something is wrong.
         arguments: its sys.argv[1:].
         arch, checks, stats: as for `python`.
     """

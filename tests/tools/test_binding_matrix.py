@@ -1,4 +1,4 @@
-"""The matrix of torch versions that the binding is compiled with: its own logic, with stand-ins for wheels."""
+"""The logic of the matrix of torch versions that the binding is compiled with, tested with fake wheels."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tools.binding.matrix import OLDEST, VERSIONS, Headers, Row, parse
 from tools.build.plan import TORCH_TARGET, BuildError, version_text
 
 needs_compiler = pytest.mark.skipif(
-    shutil.which("g++") is None or shutil.which("nm") is None, reason="g++ or nm is not here"
+    shutil.which("g++") is None or shutil.which("nm") is None, reason="no g++ or nm"
 )
 SHIM = "torch/csrc/inductor/aoti_torch/c/shim.h"
 
@@ -54,7 +54,7 @@ def test_the_oldest_version_is_the_one_that_the_build_targets() -> None:
     assert VERSIONS[0] == OLDEST and len(set(VERSIONS)) == 4
 
 
-def test_the_cache_lies_where_caches_lie(tmp_path: Path) -> None:
+def test_the_cache_folder_follows_the_xdg_convention(tmp_path: Path) -> None:
     own = Path("smoothquant-kernels") / "torch-headers"
     assert binding_matrix.cache_folder({"XDG_CACHE_HOME": str(tmp_path)}) == tmp_path / own
     assert binding_matrix.cache_folder({}) == Path.home() / ".cache" / own
@@ -84,7 +84,8 @@ def test_a_wheel_without_headers_leaves_nothing(tmp_path: Path) -> None:
 def test_pip_takes_a_version_that_a_constraint_forbids(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The real pip, by a configuration file with a cap; every other setting of that file stays in force.
+    # Runs the real pip with a configuration file that caps torch. The file's other settings stay in
+    # force.
     wheels, target = tmp_path / "wheels", tmp_path / "target"
     wheels.mkdir()
     wheel_with(wheels, {}, "2.15.0")
@@ -96,7 +97,7 @@ def test_pip_takes_a_version_that_a_constraint_forbids(
     monkeypatch.setenv("PIP_CONFIG_FILE", str(settings))
     command = binding_matrix.download_command("2.15.0", ["any"], target)
     capped = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert "ResolutionImpossible" in capped.stderr  # the cap does hold
+    assert "ResolutionImpossible" in capped.stderr  # the cap works
     wheel = binding_matrix.download("2.15.0", ["any"], target)
     assert wheel.name == "torch-2.15.0-py3-none-any.whl"
     with pytest.raises(
@@ -105,7 +106,7 @@ def test_pip_takes_a_version_that_a_constraint_forbids(
         binding_matrix.download("2.16.0", ["any"], tmp_path / "other")
 
 
-def test_headers_are_taken_from_the_nearest_place(
+def test_headers_come_from_the_nearest_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[tuple[str, tuple[str, ...]]] = []
@@ -138,7 +139,7 @@ def test_headers_are_taken_from_the_nearest_place(
 # ----------------------------------------------------------------------------------------- symbols
 
 
-def test_what_the_oldest_torch_lacks_is_named(tmp_path: Path) -> None:
+def test_names_that_the_oldest_torch_lacks_are_reported(tmp_path: Path) -> None:
     include = include_folder(
         tmp_path, ["aoti_torch_get_dim", "torch_declared_only", "torch_get_cuda"]
     )
@@ -188,7 +189,7 @@ def test_needed_symbols_are_read_from_objects(tmp_path: Path) -> None:
 
 @pytest.fixture
 def fakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """Headers of every version but those in `missing`; objects that need `names`; `broken` ones do not compile."""
+    """Every version has headers except those in `missing`; `broken` ones do not compile; objects need `names`."""
     state = SimpleNamespace(missing=set(), broken=set(), names={"aoti_torch_get_dim"}, loaded=[])
     include = include_folder(tmp_path, ["aoti_torch_get_dim"])
 
@@ -237,7 +238,7 @@ def test_a_green_matrix(fakes: Any, capsys: pytest.CaptureFixture[str]) -> None:
         ({}, ["--load", "wrong"], "wrong: AssertionError: quantize: got 1, expected 2"),
     ],
 )
-def test_what_turns_the_matrix_red(
+def test_problems_fail_the_matrix(
     fakes: Any,
     change: dict[str, Any],
     arguments: list[str],
@@ -249,7 +250,9 @@ def test_what_turns_the_matrix_red(
     assert words in capsys.readouterr().out
 
 
-def test_a_version_may_be_allowed_to_miss(fakes: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_version_may_be_allowed_to_be_missing(
+    fakes: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     fakes.missing = {"2.15.0"}
     assert binding_matrix.run(parse(["--may-miss", "2.15.0"]), {}) == 0
     assert "| 2.15.0 | MISSING (allowed)" in capsys.readouterr().out
@@ -265,7 +268,7 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Non
     ("version", "words"),
     [("2.9.1", "older than 2.10.0, the oldest"), ("newest", "'newest' is not a version of torch")],
 )
-def test_versions_that_make_no_sense(version: str, words: str, capsys: Any) -> None:
+def test_invalid_versions_are_refused(version: str, words: str, capsys: Any) -> None:
     with pytest.raises(SystemExit):
         parse(["--torch", version])
     assert words in capsys.readouterr().err

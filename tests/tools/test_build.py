@@ -1,4 +1,4 @@
-"""The build: architectures, where CUTLASS is looked for, build modes, and what the wheel holds."""
+"""The build: architectures, the search for CUTLASS, build modes, and the contents of the wheel."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_architectures_are_read(text: str | None, expected: list[str]) -> None:
 
 
 @pytest.mark.parametrize("token", ["Ampere", "native", "8", "8.0a+ptx", "sm_80", "8.05", "all"])
-def test_a_name_is_no_architecture(token: str) -> None:
+def test_a_name_is_not_an_architecture(token: str) -> None:
     with pytest.raises(BuildError, match=f"'{re.escape(token)}' is not an architecture; write"):
         parse_archs(f"8.0;{token}")
 
@@ -148,8 +148,8 @@ def test_the_oldest_torch_is_the_same_in_the_build_and_in_the_requirements() -> 
     assert torch_target_macro() == "-DTORCH_TARGET_VERSION=0x020a000000000000"
 
 
-def test_what_the_build_needs_is_named_alike_everywhere() -> None:
-    """In the requirements, in the errors, for who builds without isolation, and for machines with a GPU."""
+def test_the_build_requirements_are_the_same_everywhere() -> None:
+    """In the requirements, in errors, in the instructions without isolation, and for machines with a GPU."""
     wanted = re.findall("'(.+?)'", build_plan.TOOLS_PYPI)
     assert len(wanted) == 2
     text = (ROOT / "pyproject.toml").read_text()
@@ -170,7 +170,7 @@ def test_max_jobs() -> None:
 
 
 def run_setup(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
-    """setup.py in a process that sees only the given variables; no nvcc unless one is named."""
+    """Runs setup.py in a process with only the given variables, and without nvcc unless they name one."""
     env = {"PATH": "/nowhere", "CUDA_HOME": "/nowhere/cuda", **env}
     command = [sys.executable, "setup.py", *arguments]
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
@@ -187,7 +187,7 @@ def test_mode_cuda_without_nvcc_is_one_sentence() -> None:
 
 
 @needs_setuptools
-def test_an_unknown_mode_lists_the_allowed() -> None:
+def test_an_unknown_mode_lists_the_allowed_ones() -> None:
     done = run_setup("--name", SMOOTHQUANT_KERNELS_BUILD="gpu")
     assert done.returncode == 1
     assert "SMOOTHQUANT_KERNELS_BUILD=gpu is not one of auto, cuda, none." in done.stderr
@@ -281,7 +281,7 @@ def test_only_a_tuning_build_compiles_candidates(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("tuning", [False, True])
 def test_every_source_is_compiled_once(tmp_path: Path, tuning: bool) -> None:
-    """By itself or in a unit; those of a unit begin with the same macros, and the unit is the same on every machine."""
+    """By itself or in a unit. A unit's sources begin with the same macros, and units are the same on every machine."""
     names = sources(tuning=tuning)
     given = units(names, tmp_path)
     included = []
@@ -297,7 +297,7 @@ def test_every_source_is_compiled_once(tmp_path: Path, tuning: bool) -> None:
     assert before == {unit: Path(unit).stat().st_mtime_ns for unit in before}
 
 
-def test_without_hopper_none_of_its_kernels_is_compiled(tmp_path: Path) -> None:
+def test_without_hopper_its_kernels_are_not_compiled(tmp_path: Path) -> None:
     found = {step.inputs[0] for step in compile_steps(plan_with("8.0"), tmp_path)}
     assert found and not [name for name in found if name.endswith("_sm90.cu")]
     assert not [name for name in found if name.startswith("csrc/python/")]
@@ -305,7 +305,7 @@ def test_without_hopper_none_of_its_kernels_is_compiled(tmp_path: Path) -> None:
     assert not [name for name in found if name.endswith("_sm80.cu")]
 
 
-def test_the_module_holds_all_that_needs_neither_torch_nor_nvcc(tmp_path: Path) -> None:
+def test_the_module_holds_all_sources_without_torch_or_nvcc(tmp_path: Path) -> None:
     *compiled, link = module_steps(tmp_path, Python((Path("/python"),), ".abi.so"), ["-DX"])
     assert [step.inputs for step in compiled] == [(name,) for name in module_sources()]
     assert {"csrc/gemm/plan.cpp", "csrc/quantize/plan.cpp"} < set(module_sources())
@@ -319,7 +319,7 @@ def test_the_module_holds_all_that_needs_neither_torch_nor_nvcc(tmp_path: Path) 
 def build(kind: str, where: Path) -> Path:
     env = {**os.environ, "SMOOTHQUANT_KERNELS_BUILD": "none"}
     program = f"import setuptools.build_meta as b; b.build_{kind}({str(where)!r})"
-    # A wheel is made by way of build/; a copy of the tree keeps two test workers apart.
+    # Making a wheel writes to build/, so each test worker uses its own copy of the tree.
     tree = where / "tree"
     if not tree.exists():
         files = ["pyproject.toml", "setup.py", "MANIFEST.in", "LICENSE", "README.md"]
@@ -327,7 +327,7 @@ def build(kind: str, where: Path) -> Path:
         present = [name for name in (*files, *folders) if (ROOT / name).exists()]
         tree.mkdir(parents=True)
         subprocess.run(["cp", "-r", *present, str(tree)], cwd=ROOT, check=True)
-        # A library built earlier must not slip into a package that says it is pure Python.
+        # A library that was built earlier must not get into a pure-Python wheel.
         for name in (build_plan.LIBRARY_NAME, "_kernels.cpython-311-x86_64-linux-gnu.so"):
             (tree / "smoothquant_kernels" / name).write_text("stale")
     subprocess.run(

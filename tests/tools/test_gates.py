@@ -1,4 +1,4 @@
-"""The static gates on compiled kernels: every one fails on a planted defect and passes good kernels."""
+"""The static gates on compiled kernels: each one fails on a planted defect and passes good kernels."""
 
 from __future__ import annotations
 
@@ -223,7 +223,7 @@ add.s64 %d1, %d1, 2; add.s64 %d2, %d2, 2;
 
 @pytest.fixture
 def compiled(tmp_path: Path) -> Callable[..., Path]:
-    """Compiles a text with nvcc; skips where nvcc or cuobjdump is not here."""
+    """Compiles a text with nvcc; skips the test if nvcc or cuobjdump is missing."""
     try:
         nvcc = build_plan.find_nvcc(os.environ)
         kernel_gates.find_tools(os.environ)

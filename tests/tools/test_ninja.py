@@ -1,4 +1,4 @@
-"""build.ninja: what is compiled again, what is kept of the compilers' words, and what a failure says."""
+"""build.ninja: what is compiled again, which compiler messages are kept, and what a failure reports."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from tools.build.plan import BuildError
 
 pytestmark = [
     pytest.mark.compiler,
-    pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not here"),
+    pytest.mark.skipif(shutil.which("g++") is None, reason="no g++"),
 ]
 
 
 class Build:
-    """Two sources, of which one includes a header, and a library of them."""
+    """Two sources, one of which includes a header, and a library of both."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -43,7 +43,7 @@ class Build:
         return [*steps, link]
 
     def run(self) -> tuple[set[str], str]:
-        """(the outputs that were made, what all commands said)."""
+        """(the outputs that were made, the messages of all commands)."""
         outputs = [Path(step.output) for step in self.steps()]
         before = {file: file.stat().st_mtime_ns for file in outputs if file.exists()}
         said = ninja.run(self.steps(), self.folder, os.environ)
@@ -53,11 +53,11 @@ class Build:
 
 @pytest.fixture
 def build(tmp_path: Path) -> Build:
-    pytest.importorskip("ninja", reason="the package ninja is not here")
+    pytest.importorskip("ninja", reason="the package ninja is missing")
     return Build(tmp_path)
 
 
-def test_only_what_has_changed_is_compiled_again(build: Build) -> None:
+def test_only_changed_files_are_compiled_again(build: Build) -> None:
     assert build.run()[0] == {"a.o", "b.o", "l.so"}
     assert build.run()[0] == set()
     (build.folder / "a.h").write_text("inline int a() { return 11; }\n")
@@ -71,16 +71,16 @@ def test_only_what_has_changed_is_compiled_again(build: Build) -> None:
     assert build.run()[0] == set()
 
 
-def test_what_a_compiler_said_is_known_later_too(build: Build) -> None:
+def test_compiler_messages_are_kept_for_later_builds(build: Build) -> None:
     _, said = build.run()
     assert "unused variable" in said
     made, again = build.run()
     assert made == set() and again == said
-    (build.folder / "a.o.log").unlink()  # then it is said once more
+    (build.folder / "a.o.log").unlink()  # the compiler then runs again
     assert build.run()[1] == said
 
 
-def test_a_failure_names_the_file_and_says_what_the_compiler_said(build: Build) -> None:
+def test_a_failure_names_the_file_and_quotes_the_compiler(build: Build) -> None:
     build.run()
     (build.folder / "a.cpp").write_text("syntax error\n")
     with pytest.raises(BuildError, match=r"g\+\+ failed on .*a\.o:\n.*a\.cpp:1:1: error") as failed:
@@ -99,7 +99,7 @@ def test_a_missing_source_is_named(build: Build) -> None:
 
 
 def test_two_builds_of_one_folder_wait_for_each_other(build: Build) -> None:
-    """Each in a process of its own; ninja by itself would compile everything twice and mix up its records."""
+    """Each runs in its own process. ninja by itself would compile everything twice and corrupt its records."""
     program = f"""
 import os
 from pathlib import Path
@@ -119,7 +119,7 @@ ninja.run(build.steps(), build.folder, os.environ)
 
 
 def test_names_with_blanks_and_dollars(tmp_path: Path) -> None:
-    pytest.importorskip("ninja", reason="the package ninja is not here")
+    pytest.importorskip("ninja", reason="the package ninja is missing")
     folder = tmp_path / "a $b c"
     folder.mkdir()
     build = Build(folder)

@@ -1,4 +1,4 @@
-"""What the static gates read: cuobjdump's output, kernels' names, and occupancy by hand."""
+"""The inputs of the static gates: cuobjdump's output, kernel names, and occupancies computed by hand."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from tools.build.plan import parse_archs
 from tools.gates import occupancy, sass
 from tools.gates.sass import Code, Kernel
 
-# --------------------------------------------------------------- reading what cuobjdump has printed
+# ------------------------------------------------------------------------- the output of cuobjdump
 
 RESOURCES = """
 Fatbin elf code:
@@ -124,7 +124,7 @@ arch = sm_90a
 """
 
 
-def test_what_cuobjdump_prints_is_read() -> None:
+def test_the_output_of_cuobjdump_is_read() -> None:
     ampere, hopper = sass.kernels_in(RESOURCES, ELF, SASS, {"_Z6callerPf": "caller(float*)"})
     code = Code(
         loads={128: 1, 32: 1},
@@ -142,7 +142,7 @@ def test_what_cuobjdump_prints_is_read() -> None:
 
 
 def sass_of(text: str) -> list[sass.Instruction]:
-    """Lines of "address instruction" as cuobjdump prints them."""
+    """Parses lines of "address instruction" in cuobjdump's format."""
     lines = [line.split(" ", 1) for line in text.splitlines() if line]
     body = "".join(f"        /*{address.strip()}*/ {rest} ;\n" for address, rest in lines)
     return sass.parse_sass(f"\t\tFunction : f\n{body}")["f"]
@@ -170,20 +170,20 @@ CONSUMER = """
     ("code", "early"),
     [
         (PRODUCER + CONSUMER, 0),
-        # a load in front of the wait, of all threads or of some
+        # a load before the wait, by all threads or by some
         (PRODUCER.replace("0010", "0008 LDG.E.STRONG.GPU R3, [R2.64]\n0010") + CONSUMER, 1),
         (PRODUCER + "0018 @P1 LDG.E.128.STRONG.GPU R4, [R2.64]" + CONSUMER, 1),
-        # a way round the wait: by a branch, or by a guard
+        # a path around the wait, by a branch or by a guard
         (PRODUCER + "0018 @P1 BRA 0x40" + CONSUMER, 1),
         (PRODUCER + "0018 BRA !UP0, 0x40" + CONSUMER, 1),
         (PRODUCER + CONSUMER.replace("0020 SYNCS", "0020 @P1 SYNCS"), 1),
         (PRODUCER + CONSUMER.replace("0100 ACQBULK", "0100 BRA 0x40"), 1),
-        # threads that parted go on together behind the wait, or before it
+        # diverged threads reconverge after the wait, or before it
         (PRODUCER + "0018 BSSY B0, 0x40\n001c @P1 BSYNC B0" + CONSUMER, 1),
         (PRODUCER + "0018 BSSY B0, 0x90\n001c BSYNC B0" + CONSUMER, 0),
         # it can jump anywhere
         (PRODUCER + "0018 BRX R4 -0x20" + CONSUMER, 1),
-        # other loads, what nobody gets to, and what is never executed
+        # other loads, unreachable loads, and loads that are never executed
         (PRODUCER + "0018 LDG.E.CONSTANT R3, [R2.64]" + CONSUMER, 0),
         (PRODUCER + "0018 BRA 0x20\n001c LDG.E.STRONG.GPU R3, [R2.64]" + CONSUMER, 0),
         (PRODUCER + "0018 @!PT LDG.E.STRONG.GPU R3, [R2.64]" + CONSUMER, 0),

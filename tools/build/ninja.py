@@ -23,8 +23,9 @@ class Step:
 
     Attributes:
         output: the file that it makes, relative to the root; `output`.log holds its messages.
-        command: compiler and arguments, run from the root. inputs: a source, or the objects of a
-        link. compiles: True for a compilation: it lists the headers that it reads in `output`.d, and may use ccache.
+        command: compiler and arguments, run from the root.
+        inputs: a source, or the objects of a link.
+        compiles: True for a compilation: it lists the headers that it reads in `output`.d, and may use ccache.
     """
 
     output: str
@@ -70,9 +71,10 @@ def run(steps: Sequence[Step], folder: Path, env: Mapping[str, str], root: Path 
     """Runs the steps that are out of date, MAX_JOBS at a time, and returns the messages of every step's last run.
 
     Args:
-        steps: in any order. folder: where build.ninja and ninja's records are kept; relative to the
-        root. env: for MAX_JOBS and PATH; ccache is used when it is on the PATH. root: where the
-        commands run, the checkout or a copy of it.
+        steps: in any order.
+        folder: where build.ninja and ninja's records are kept; relative to the root.
+        env: for MAX_JOBS and PATH; ccache is used if it is on the PATH.
+        root: where the commands run, the checkout or a copy of it.
 
     Raises:
         BuildError: the package ninja is missing, or a command failed; the message then holds its name and output.

@@ -70,9 +70,9 @@ def no_loads(bits: int) -> Check:
 
 
 def undivided_stores(kernel: Kernel) -> str | None:
-    """Further 4-byte stores are pieces of a 16-byte store that nvcc has split.
+    """A GEMM stores single float32 and single 16-bit results at as many places each.
 
-    A GEMM has as many stores of a single float32 result as of a single 16-bit result.
+    So additional 4-byte stores are pieces of 16-byte stores that nvcc has split.
     """
     wide, narrow = kernel.code.stores.get(32, 0), kernel.code.stores.get(16, 0)
     return f"{wide} stores of 4 bytes, {narrow} of 2" if wide > narrow else None

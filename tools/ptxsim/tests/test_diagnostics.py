@@ -77,7 +77,7 @@ def test_deadlock(sim, basic):
         "deadlock" in m
         and "waits at barrier 1 (32 of 64" in m
         and "waits at barrier 2 (32 of 64" in m
-        and "basic.cu:" in m
+        and "planted.cuh:" in m
     )
 
 
@@ -140,7 +140,7 @@ def test_uninitialized_through_mma(basic_so):
 def test_race(basic_so):
     assert check_run(basic_so, "run_race", 128, ["--check", "race"], ", 1").startswith("0")
     out = check_run(basic_so, "run_race", 128, ["--check", "race"], ", 0")
-    assert out.startswith("719") and "shared-memory race" in out and "basic.cu:" in out
+    assert out.startswith("719") and "shared-memory race" in out and "planted.cuh:" in out
 
 
 def test_clean_under_checks(basic_so):

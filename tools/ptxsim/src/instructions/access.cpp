@@ -48,7 +48,7 @@ static void global_init(Warp& warp, int lane, u64 addr, u32 n, Access access) {
       if (!s[k])
         warp.fail(
             kErrorCheck, lane,
-            format("read of uninitialised global memory at 0x%llx (%u-byte access, byte %u; %llu "
+            format("read of uninitialized global memory at 0x%llx (%u-byte access, byte %u; %llu "
                    "bytes into %s allocation #%llu)",
                    (unsigned long long)(addr + k), n, k,
                    (unsigned long long)(addr + k - allocation->base), allocation->kind,

@@ -63,11 +63,10 @@ bool choose_next_group(Slice& slice) {
   return true;
 }
 
-inline void step_normal(Slice& slice, const Instruction& instruction, u32 lanes) {
-  if (__builtin_expect(slice.taint && !instruction.propagates_taint, 0))
-    taint_generic(slice.warp, instruction, lanes);
-  instruction.handler(slice.warp, instruction, lanes);
-  slice.group().pc++;
+inline void execute(Warp& warp, const Instruction& instruction, u32 lanes, bool taint) {
+  if (__builtin_expect(taint && !instruction.propagates_taint, 0))
+    taint_generic(warp, instruction, lanes);
+  instruction.handler(warp, instruction, lanes);
 }
 
 inline void step_branch(Slice& slice, const Instruction& instruction, u32 lanes) {
@@ -92,8 +91,8 @@ void step_try_wait(Slice& slice, const Instruction& instruction, u32 lanes) {
 
 void step(Slice& slice, const Instruction& instruction, u32 lanes) {
   switch (instruction.control) {
-    case kNormal:
-      return step_normal(slice, instruction, lanes);
+    case kNormal:  // run_slice has a shorter way
+      return;
     case kBranch:
       return step_branch(slice, instruction, lanes);
     case kBranchIndexed:
@@ -162,12 +161,14 @@ void step_exit(Slice& slice, const Instruction&, u32 lanes) {
 
 SliceEnd run_slice(Warp& warp, int budget) {
   if (!warp.group_count) return kSliceDone;
-  Slice slice{warp, warp.launch->kernel->code.data(), taint_on(warp)};
+  const Instruction* const code = warp.launch->kernel->code.data();
+  const bool taint = taint_on(warp);
+  Slice slice{warp, code, taint};
   Stats& stats = warp.worker->stats;
   if (!choose_first_group(slice)) return kSliceBlocked;
   while (budget-- > 0) {
-    const Group& group = slice.group();
-    const Instruction& instruction = slice.code[group.pc];
+    Group& group = slice.group();
+    const Instruction& instruction = code[group.pc];
     u32 lanes = group.mask;
     warp.current = &instruction;
     if (instruction.predicate >= 0) {
@@ -177,12 +178,18 @@ SliceEnd run_slice(Warp& warp, int budget) {
     stats.warp_instructions[instruction.instruction_class]++;
     stats.thread_instructions += (u32)__builtin_popcount(lanes);
     slice.reschedule = warp.group_count > 1;
-    if (__builtin_expect(slice.taint, 0) && instruction.control == kBranch)
-      taint_guard(warp, instruction, group.mask);
-    if (lanes || instruction.control == kYield)
-      step(slice, instruction, lanes);
-    else
-      slice.group().pc++;
+    if (instruction.control == kNormal) {
+      if (lanes) execute(warp, instruction, lanes, taint);
+      group.pc++;
+      if (!slice.reschedule) continue;
+    } else {
+      if (__builtin_expect(taint, 0) && instruction.control == kBranch)
+        taint_guard(warp, instruction, group.mask);
+      if (lanes || instruction.control == kYield)
+        step(slice, instruction, lanes);
+      else
+        group.pc++;
+    }
     if (slice.out_of_lanes || (slice.reschedule && !choose_next_group(slice))) {
       if (!warp.group_count) return kSliceDone;
       return slice.spun ? kSliceSpin : kSliceBlocked;
