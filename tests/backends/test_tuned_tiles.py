@@ -122,7 +122,7 @@ def test_without_the_variable_nothing_is_read(monkeypatch: pytest.MonkeyPatch) -
         ("\x00", "it is not JSON"),
         ("[]", "its format is not given, this package reads 1"),
         (contents(format=2), "its format is 2, this package reads 1"),
-        ({"machine": {}, "results": []}, "make the cache of it: python -m benchmarks.tuner --report"),
+        ({"machine": {}, "results": []}, "make a cache from it: python -m benchmarks.tuner --report"),
         (contents(gpu=None), "its 'gpu' is None, not str"),
         (contents(choices={}), "its 'choices' is {}, not list"),
         (contents(gpu="NVIDIA H200"), f"it is of NVIDIA H200 (132 SMs), the GPUs here: {NAME} (132 SMs)"),
