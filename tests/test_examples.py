@@ -159,7 +159,7 @@ class TestOnALanguageModel:
 @pytest.mark.slow
 @pytest.mark.xdist_group("minilm")
 def test_quantize_sentence_encoder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from bench_sentence import minilm_folder, sentences
+    from benchmarks.sentence import minilm_folder, sentences
 
     try:
         model = minilm_folder()
