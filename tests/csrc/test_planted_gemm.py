@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.support import mutants
-from tests.support.mutants import OUT_OF_BOUNDS, RACE, WRONG_VALUES, WROTE_BESIDE, Mutant
+from tests.support.mutants import OUT_OF_BOUNDS, RACE, WRONG_VALUES, WROTE_OUTSIDE, Mutant
 
 # In one worker of pytest-xdist with test_planted.py, because both need the same library.
 pytestmark = [pytest.mark.simulator, pytest.mark.slow, pytest.mark.xdist_group("planted")]
@@ -82,7 +82,7 @@ MUTANTS = (
         "const bool whole = e.wide;",
         ENTRY,
         "test_every_tile and float16",
-        f"{WROTE_BESIDE}|{OUT_OF_BOUNDS}",
+        f"{WROTE_OUTSIDE}|{OUT_OF_BOUNDS}",
     ),
     mma(
         "odd channels have the bias of even ones",

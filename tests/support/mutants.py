@@ -22,7 +22,7 @@ NOT_WITHIN_THE_BOUND = r"int8 values are not within the bound|: scales .* not in
 OUT_OF_BOUNDS = r"out-of-bounds global"
 UNINITIALIZED = r"uninitiali[sz]ed"
 RACE = r"shared-memory race"
-WROTE_BESIDE = r"wrote beside y"
+WROTE_OUTSIDE = r"wrote outside y"
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import described
 from tools.build import plan as build_plan
 from tools.build.commands import torch_target_macro
 from tools.build.facts import build_info, parse_ptxas, warnings
 from tools.build.library import compile_steps
-from tools.build.module import module_steps
+from tools.build.module import load_module, module_steps
 from tools.build.plan import ROOT, BuildError, Nvcc, Python, Torch, parse_archs
 from tools.build.sources import module_sources, sources, units
 
@@ -362,3 +363,23 @@ def test_the_sdist_holds_what_builds_the_kernels(tmp_path: Path) -> None:
     wanted |= {f"smoothquant_kernels/report/page.{kind}" for kind in ("html", "css")}
     assert wanted <= names
     assert not [name for name in names if name.endswith(".so")]
+
+
+@pytest.mark.compiler
+def test_two_files_of_the_module_are_two_modules(tmp_path: Path) -> None:
+    """Each has the tables that it was built with, and its own ruled-out tiles."""
+    plain, tuning = described.built(), described.built("-DSQK_TUNING=1")
+    copy = tmp_path / plain.name
+    copy.write_bytes(plain.read_bytes())
+    one, two, candidates = (load_module(path).Library() for path in (plain, copy, tuning))
+    first = one.gemm_tables()["sm90"]["tiles"][0]
+    one.without_tiles(first["id"])
+    try:
+        ruled_out = [
+            library.gemm_tables()["sm90"]["tiles"][0]["excluded"]
+            for library in (one, two, candidates)
+        ]
+    finally:
+        one.without_tiles("")
+    assert ruled_out == [True, False, False]
+    assert len(candidates.gemm_tables()["sm90"]["tiles"]) > len(two.gemm_tables()["sm90"]["tiles"])

@@ -51,8 +51,11 @@ def build_module(
 
 
 def load_module(path: Path) -> Any:
-    """Loads the module from that file, even if the package has one of its own."""
-    spec = importlib.util.spec_from_file_location(f"{PACKAGE}.{MODULE_NAME}", path)
+    """Loads the module from that file, even if the package has one of its own or another file is loaded already."""
+    # pybind11 returns the first module of the same full name, whatever file is asked for. Python looks for
+    # PyInit_ and the last part of the name, so only the part before it can differ.
+    name = f"{PACKAGE}@{path.resolve()}.{MODULE_NAME}"
+    spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise ImportError(f"{path} is not a module of this Python.")
     module = importlib.util.module_from_spec(spec)
