@@ -45,8 +45,8 @@ from benchmarks.lib.smollm2 import WINDOW
 from smoothquant_kernels import SmoothQuantConfig, ops, smooth_and_quantize
 from smoothquant_kernels.evaluation.perplexity import Reference, evaluate
 from smoothquant_kernels.evaluation.text import Window, token_windows, topics
+from tools.build.plan import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 OURS = "smoothquant_kernels"
 # No network; the package is not installed beside the peers: it comes from this tree.
 ENVIRONMENT = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}

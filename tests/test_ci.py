@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 import subprocess
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tools.build.plan import ROOT
+
 yaml = pytest.importorskip("yaml")
 
-ROOT = Path(__file__).resolve().parents[1]
 WORKFLOW: dict[str, Any] = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
 MAKEFILE = (ROOT / "Makefile").read_text()
 RUN = (ROOT / ".ci" / "run").read_text()

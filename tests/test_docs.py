@@ -19,8 +19,8 @@ import pytest
 import smoothquant_kernels
 from smoothquant_kernels import ops
 from tests.support.browser import find_browser
+from tools.build.plan import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 SHOWN = ["index", "reference/python", "reference/ops", "reference/families"]
 WIDTHS = [1280, 400]

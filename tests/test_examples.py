@@ -23,8 +23,8 @@ from smoothquant_kernels import (
     smooth_and_quantize,
 )
 from smoothquant_kernels.evaluation.text import topics
+from tools.build.plan import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 LAYERS = 4
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 real_model = [pytest.mark.real_model, pytest.mark.slow]

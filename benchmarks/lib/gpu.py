@@ -21,7 +21,8 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
+from tools.build.plan import ROOT
+
 #: name in the results -> what nvidia-smi calls it
 SAMPLED = {
     "sm_mhz": "clocks.sm",

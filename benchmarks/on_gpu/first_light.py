@@ -28,8 +28,9 @@ from typing import Any
 
 from benchmarks.lib import runner
 from benchmarks.on_gpu import processes
+from tools.build.plan import ROOT
 
-BUILD_INFO = Path(__file__).resolve().parents[2] / "smoothquant_kernels" / "_build_info.json"
+BUILD_INFO = ROOT / "smoothquant_kernels" / "_build_info.json"
 PHASES = ("graph", "shapes", "dependent", "repeats")
 #: The prefix of what a row's process says to this one.
 MARK = "@first-light "

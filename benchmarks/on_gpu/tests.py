@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.on_gpu import processes, pytest_plugin
+from tools.build.plan import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 #: A process that ends itself is replaced so often.
 MOST_RESTARTS = 200
 

@@ -19,8 +19,8 @@ from typing import Any
 from benchmarks.pages import result_tables
 from benchmarks.pages.result_tables import Table, markdown
 from benchmarks.prediction import compare, expected, gpus, planner, yardstick
+from tools.build.plan import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 MARKED = re.compile(r"(<!-- table: (\w+)[^>]*-->\n).*?(<!-- end table -->)", re.DOTALL)
 
@@ -167,7 +167,7 @@ def cpu_linear(data: Data) -> str:
     machine = data["machine"]
     caption = (
         f"{machine['cpu']}, {machine['capability']}, int8 mode `{machine['int8_mode']}`, {machine['threads']} thread, "
-        f"torch {machine['torch']}; medians of interleaved calls; `{machine['command']}`.\n\n"
+        f"torch {machine['torch']}; medians of interleaved calls; `{command(machine)}`.\n\n"
     )
     header = ["layer", "N x K", "M", "W8A8Linear us", "GOPS", "vs float32", "vs bfloat16"]
     rows = []
@@ -201,6 +201,12 @@ def gemm_yardstick() -> str | None:
     return f"{summary}\n{markdown(header, rows, left=header.index('M'))}"
 
 
+def command(machine: Data) -> str:
+    """What repeats a run. Older results name the scripts that are modules of `benchmarks` now."""
+    recorded = machine.get("command", "command unknown")
+    return re.sub(r"\bbenchmarks/bench_(\w+)\.py\b", r"-m benchmarks.\1", recorded)
+
+
 def caption(data: Data) -> str:
     """The machine, a GPU's clocks, the software, the date and the command."""
     machine = data["machine"]
@@ -217,7 +223,7 @@ def caption(data: Data) -> str:
         threads = machine.get("threads")
         facts = [machine["cpu"], *([f"{threads} thread"] if threads else [])]
     facts += [f"torch {machine['torch']}", date]
-    return f"{', '.join(facts)}; `{machine.get('command', 'command unknown')}`.\n\n"
+    return f"{', '.join(facts)}; `{command(machine)}`.\n\n"
 
 
 def captioned(*tables: Callable[[Data], Table]) -> Callable[[Data], str]:

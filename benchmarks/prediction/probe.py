@@ -16,11 +16,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tools.build.plan import ROOT
+
 from . import planner
 from .gpus import GPUS, Gpu, gpu_of
 
 SOURCE = Path(__file__).with_name("probe.cu")
-BUILD = Path(__file__).resolve().parents[2] / "build" / "probe"
+BUILD = ROOT / "build" / "probe"
 
 Measured = dict[str, Any]
 

@@ -14,8 +14,8 @@ from benchmarks.prediction.gpus import GPUS, floor
 from tests.benchmarks.test_first_light import ALL_OK, row
 from tests.benchmarks.test_probe import MEASURED
 from tests.benchmarks.test_tables import BLOCK, GEMM, LINEAR, MACHINE, QUANTIZE, gemm_row, write
+from tools.build.plan import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 CPU = ROOT / "benchmarks" / "results" / "epyc-avx2_2026-11-23"
 
 

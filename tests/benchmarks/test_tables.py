@@ -268,3 +268,10 @@ def test_the_real_articles() -> None:
     articles = accuracy.news()
     assert articles is not None and len(articles) == 300
     assert articles[0].startswith("Hundreds of people have been forced to vacate their homes")
+
+
+def test_an_old_command_has_its_present_name() -> None:
+    recorded = {"command": "python benchmarks/bench_linear.py --device cpu"}
+    assert tables.command(recorded) == "python -m benchmarks.linear --device cpu"
+    recorded = {"command": "python -m benchmarks.gemm --json bench_gemm.py"}
+    assert tables.command(recorded) == recorded["command"]

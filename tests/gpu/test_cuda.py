@@ -28,6 +28,7 @@ from tests.support import backends, cases
 from tests.support.compare import assert_all_bitwise_equal
 from tests.support.gpu import GPU, assert_like_the_cpu, move, problems, tensors
 from tests.support.op_calls import CALLS, Call, each_call
+from tools.build.plan import ROOT
 
 
 @pytest.fixture
@@ -279,7 +280,7 @@ def test_the_library_has_kernels_of(op: str) -> None:
 def test_the_librarys_table_is_that_of_the_sources() -> None:
     backends.require_library()
     rows = cuda.dispatch_tables()["quantize"]
-    source = Path(__file__).resolve().parents[2] / "csrc" / "quantize" / "table.h"
+    source = ROOT / "csrc" / "quantize" / "table.h"
     rules = source.read_text().partition("kPathRules[] = {")[2].partition("\n};")[0]
     named = [name.lower() for name in re.findall(r"\{QuantizePath::k(\w+),", rules)]
     assert [row["path"] for row in rows] == named

@@ -19,6 +19,7 @@ from smoothquant_kernels.smoothing.calibrate import calibrate_model
 from smoothquant_kernels.smoothing.statistics import ActivationStatistics
 from tests.support.checkpoints import assert_same_state, refusal
 from tests.support.models import make_model, token_batches
+from tools.build.plan import ROOT
 
 BATCHES = token_batches(6)
 
@@ -123,7 +124,7 @@ dist.barrier()  # both processes are still alive
 
 
 def test_two_gloo_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    command = [sys.executable, "-c", SCRIPT, str(Path(__file__).parents[2]), str(tmp_path)]
+    command = [sys.executable, "-c", SCRIPT, str(ROOT), str(tmp_path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     running = [
         subprocess.Popen(

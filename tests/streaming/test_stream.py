@@ -26,6 +26,7 @@ from smoothquant_kernels.streaming.stream import quantize_streamed
 from tests.support.checkpoints import assert_same_state, contents, logits, manifest_of, refusal
 from tests.support.models import CONFIGS, LLAMA_LIKE, VOCAB
 from tests.support.streams import BATCHES, Stopped, family, save_float
+from tools.build.plan import ROOT
 
 
 def padded() -> list[dict[str, torch.Tensor]]:
@@ -225,7 +226,7 @@ stream.quantize_streamed(sys.argv[2], sys.argv[3], token_batches(3), progress=Fa
 def run_script(
     code: str, *arguments: object, timeout: float = 120
 ) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", code, str(Path(__file__).parents[2]), *map(str, arguments)]
+    command = [sys.executable, "-c", code, str(ROOT), *map(str, arguments)]
     # Makes malloc map large blocks, so that freed ones no longer count against the memory limit.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "1000000"}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)

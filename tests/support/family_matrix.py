@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
 import transformers as t
@@ -11,8 +10,9 @@ import transformers as t
 from smoothquant_kernels.nn.float_linear import is_float_linear
 from tests.support.families import FAMILIES
 from tests.support.family_table import TABLE, role, smoothed, table
+from tools.build.plan import ROOT
 
-PATH = Path(__file__).resolve().parents[2] / "docs" / "reference" / "families.md"
+PATH = ROOT / "docs" / "reference" / "families.md"
 
 # The column of a linear, by the end of its name without numbers; the first expression that matches counts.
 _QKV = r"(q|k|v|query|key|value|qkv|q_a|q_b|kv_b|pos_key|pos_query)"
