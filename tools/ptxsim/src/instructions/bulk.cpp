@@ -1,6 +1,7 @@
 #include "instructions/bulk.h"
 
 #include "checks.h"
+#include "instructions/handlers.h"
 #include "instructions/mbarrier.h"
 #include "instructions/moves.h"
 #include "lower/opcodes.h"
@@ -336,9 +337,7 @@ static void lower_st_async(Lowering& lowering, const Statement& statement) {
   info->wide_destination = lowering.slot_of(a) == 8;
   info->wide_barrier = lowering.slot_of(mb) == 8;
   std::vector<i32> ids{a, mb};
-  auto V = statement.operands[1].kind == Operand::kVector
-               ? statement.operands[1].elements
-               : std::vector<Operand>{statement.operands[1]};
+  auto V = elements_of(statement.operands[1]);
   for (auto& x : V) ids.push_back(lowering.source(x, type));
   Instruction& instruction = lowering.emit(execute_st_async, kClassTma, ids, 0);
   instruction.aux = info;

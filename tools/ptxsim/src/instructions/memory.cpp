@@ -3,6 +3,7 @@
 #include "checks.h"
 #include "exec.h"
 #include "instructions/access.h"
+#include "instructions/handlers.h"
 #include "instructions/moves.h"
 #include "lower/opcodes.h"
 
@@ -132,9 +133,7 @@ static void lower_ld(Lowering& lowering, const Statement& statement) {
   i32 base = lowering.address_base(statement.operands[1], space, off);
   u32 element_bytes = (u32)type_bytes(type), slot = 0;
   std::vector<i32> ids;
-  std::vector<Operand> ds = statement.operands[0].kind == Operand::kVector
-                                ? statement.operands[0].elements
-                                : std::vector<Operand>{statement.operands[0]};
+  std::vector<Operand> ds = elements_of(statement.operands[0]);
   if ((int)ds.size() != v) lowering.fail("vector size mismatch");
   for (auto& d : ds) {
     if (d.kind == Operand::kSink) {
@@ -176,9 +175,7 @@ static void lower_st(Lowering& lowering, const Statement& statement) {
   i32 base = lowering.address_base(statement.operands[0], space, off);
   u32 element_bytes = (u32)type_bytes(type);
   std::vector<i32> ids{base};
-  std::vector<Operand> vs = statement.operands[1].kind == Operand::kVector
-                                ? statement.operands[1].elements
-                                : std::vector<Operand>{statement.operands[1]};
+  std::vector<Operand> vs = elements_of(statement.operands[1]);
   if ((int)vs.size() != v) lowering.fail("vector size mismatch");
   u32 slot = 0;
   for (auto& x : vs) {

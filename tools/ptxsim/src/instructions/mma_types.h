@@ -1,8 +1,6 @@
 // What mma and wgmma share: their shape and types, and the elements of their registers.
 #pragma once
-#include "fp.h"
-#include "lower/lowering.h"
-#include "lower/opcodes.h"
+#include "instructions/handlers.h"
 
 namespace ptxsim {
 struct MmaInfo {
@@ -78,11 +76,6 @@ inline bool parse_shape(const Statement& statement, int& M, int& N, int& K) {
   for (auto& o : statement.opcode)
     if (sscanf(o.c_str(), "m%dn%dk%d", &M, &N, &K) == 3) return true;
   return false;
-}
-
-// The elements of a vector operand; a scalar is a vector of one.
-inline std::vector<Operand> elements_of(const Operand& operand) {
-  return operand.kind == Operand::kVector ? operand.elements : std::vector<Operand>{operand};
 }
 
 // The instruction waits for all lanes of its warp, those of a diverged warp too.
