@@ -153,70 +153,73 @@ static void execute_slct(Warp& warp, const Instruction& instruction, u32 lanes) 
   for_each_lane(lanes, [&](int lane) { destination[lane] = c[lane] >= 0 ? a[lane] : b[lane]; });
 }
 
+static Type element_type(int bytes) {
+  return bytes == 8 ? kB64 : bytes == 4 ? kB32 : bytes == 2 ? kB16 : kB8;
+}
+
+static void lower_unpack(Lowering& lowering, const Operand& destination, const Operand& source,
+                         Type type) {
+  int count = (int)destination.elements.size(), element_bytes = type_bytes(type) / count;
+  i32 whole = lowering.source(source, type);
+  std::vector<i32> ids;
+  for (auto& element : destination.elements)
+    ids.push_back(lowering.destination(element, element_type(element_bytes)));
+  ids.push_back(whole);
+  lowering.emit(execute_unpack, kClassMove, ids, count).imm = (u32)element_bytes;
+}
+
+static void lower_pack(Lowering& lowering, const Operand& destination, const Operand& source,
+                       Type type) {
+  int element_bytes = type_bytes(type) / (int)source.elements.size();
+  std::vector<i32> ids;
+  for (auto& element : source.elements)
+    ids.push_back(lowering.source(element, element_type(element_bytes)));
+  ids.insert(ids.begin(), lowering.destination(destination, type));
+  lowering.emit(execute_pack, kClassMove, ids, 1).imm = (u32)element_bytes;
+}
+
+// The address of a parameter of an inlined function, which lives in local memory; the high bit
+// marks it. False for any other source.
+static bool lower_parameter_address(Lowering& lowering, const Operand& destination,
+                                    const Operand& source, Type type) {
+  if (source.kind != Operand::kSymbol || !lowering.frame->inlined) return false;
+  Space space;
+  u64 address;
+  if (!lowering.symbol_address(source.symbol, space, address) || space != kLocal) return false;
+  bool is_parameter = false;
+  for (auto& parameter : lowering.frame->function->params)
+    is_parameter |= parameter.name == source.symbol;
+  if (!is_parameter) return false;
+  u64 marked = (address + (u64)source.offset) | 0x80000000u;
+  i32 value = lowering.constant(marked, (u8)type_bytes(type));
+  lowering.emit(execute_mov64, kClassMove, {lowering.destination(destination, type), value}, 1);
+  return true;
+}
+
 static void lower_move(Lowering& lowering, const Statement& statement) {
   Type type = lowering.last_type();
-  const Operand &d = statement.operands[0], &a = statement.operands[1];
+  const Operand &destination = statement.operands[0], &a = statement.operands[1];
   if (type == kPredicate) {
-    i32 p = lowering.predicate_source(a);
-    lowering.emit(execute_pred_mov, kClassPredicate, {lowering.predicate_destination(d), p}, 1);
+    i32 predicate = lowering.predicate_source(a);
+    lowering.emit(execute_pred_mov, kClassPredicate,
+                  {lowering.predicate_destination(destination), predicate}, 1);
     return;
   }
-  if (d.kind == Operand::kVector) {  // unpack
-    int n = (int)d.elements.size(), tot = type_bytes(type), element_bytes = tot / n;
-    Type et = element_bytes == 8   ? kB64
-              : element_bytes == 4 ? kB32
-              : element_bytes == 2 ? kB16
-                                   : kB8;
-    i32 sv = lowering.source(a, type);
-    std::vector<i32> ids;
-    for (auto& e : d.elements) ids.push_back(lowering.destination(e, et));
-    ids.push_back(sv);
-    lowering.emit(execute_unpack, kClassMove, ids, n).imm = (u32)element_bytes;
+  if (destination.kind == Operand::kVector) return lower_unpack(lowering, destination, a, type);
+  if (a.kind == Operand::kVector && a.elements.size() > 1)
+    return lower_pack(lowering, destination, a, type);
+  if (a.kind == Operand::kSpecialRegister && a.symbol == "%is_explicit_cluster") {
+    u8 slot;
+    u32 code = (u32)special_register_code(a.symbol, slot);
+    lowering.emit(execute_sreg, kClassPredicate, {lowering.predicate_destination(destination)}, 1)
+        .imm = code;
     return;
   }
-  if (a.kind == Operand::kVector && a.elements.size() > 1) {
-    int n = (int)a.elements.size(), tot = type_bytes(type), element_bytes = tot / n;
-    Type et = element_bytes == 8   ? kB64
-              : element_bytes == 4 ? kB32
-              : element_bytes == 2 ? kB16
-                                   : kB8;
-    std::vector<i32> ids;
-    for (auto& e : a.elements) ids.push_back(lowering.source(e, et));
-    ids.insert(ids.begin(), lowering.destination(d, type));
-    lowering.emit(execute_pack, kClassMove, ids, 1).imm = (u32)element_bytes;
-    return;
-  }
-  if (a.kind == Operand::kSpecialRegister) {
-    if (a.symbol == "%is_explicit_cluster") {
-      u8 sl;
-      int c = special_register_code(a.symbol, sl);
-      lowering.emit(execute_sreg, kClassPredicate, {lowering.predicate_destination(d)}, 1).imm =
-          (u32)c;
-      return;
-    }
-  }
-  if (a.kind == Operand::kSymbol) {  // address of a variable in its own space; inlined-call
-                                     // parameters live in local memory
-    Space space;
-    u64 ad;
-    if (lowering.symbol_address(a.symbol, space, ad) && space == kLocal &&
-        lowering.frame->inlined) {
-      bool formal = false;
-      for (auto& p : lowering.frame->function->params) formal |= p.name == a.symbol;
-      if (formal) {
-        i32 c = lowering.constant((ad + (u64)a.offset) | 0x80000000u, (u8)type_bytes(type));
-        lowering.emit(execute_mov64, kClassMove, {lowering.destination(d, type), c}, 1);
-        return;
-      }
-    }
-  }
-  i32 sv = lowering.source(a, type);
-  int sz = type_bytes(type);
-  i32 dv = lowering.destination(d, type);
-  lowering.emit(sz == 16  ? execute_mov128
-                : sz == 8 ? execute_mov64
-                          : execute_mov32,
-                kClassMove, {dv, sv}, 1);
+  if (lower_parameter_address(lowering, destination, a, type)) return;
+  i32 value = lowering.source(a, type);
+  int bytes = type_bytes(type);
+  Handler handler = bytes == 16 ? execute_mov128 : bytes == 8 ? execute_mov64 : execute_mov32;
+  lowering.emit(handler, kClassMove, {lowering.destination(destination, type), value}, 1);
 }
 
 static void lower_selp(Lowering& lowering, const Statement& statement) {
