@@ -31,7 +31,7 @@ bool is_half(Type type) {
 }
 
 void emit_simple(Lowering& lowering, Handler handler, InstructionClass instruction_class,
-                 Type destination_type, std::initializer_list<Type> source_types) {
+                 Type destination_type, const std::vector<Type>& source_types) {
   const Statement& statement = *lowering.current;
   if (!handler) lowering.unsupported();
   if (statement.operands.size() != source_types.size() + 1)

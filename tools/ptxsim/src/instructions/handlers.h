@@ -86,5 +86,5 @@ inline std::vector<Operand> elements_of(const Operand& operand) {
 
 // Emits an instruction with one result and a source operand of each type.
 void emit_simple(Lowering& lowering, Handler handler, InstructionClass instruction_class,
-                 Type destination_type, std::initializer_list<Type> source_types);
+                 Type destination_type, const std::vector<Type>& source_types);
 }  // namespace ptxsim
