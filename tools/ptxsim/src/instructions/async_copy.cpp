@@ -69,23 +69,25 @@ static void execute_cp_async(
 void finish_async_copies(
     Warp& warp, u32 lanes, u32 keep,
     bool all) {  // completes all but the newest `keep` committed groups of each lane
-  size_t k = 0;
-  for (size_t q = 0; q < warp.async_copies.size(); q++) {
-    AsyncCopy& o = warp.async_copies[q];
-    bool due = ((lanes >> o.lane) & 1) && (all || o.group + keep < warp.async_copy_group[o.lane]);
+  size_t kept = 0;
+  for (size_t i = 0; i < warp.async_copies.size(); i++) {
+    AsyncCopy& copy = warp.async_copies[i];
+    bool due =
+        ((lanes >> copy.lane) & 1) && (all || copy.group + keep < warp.async_copy_group[copy.lane]);
     if (due) {
-      u32 off = o.destination & 0xffffff;
-      Cta* cta = (o.destination >> 24) ? cta_of(warp, o.lane, o.destination) : warp.cta;
-      if (o.source_bytes) memcpy(cta->shared + off, (const void*)o.source, o.source_bytes);
-      if (o.source_bytes < o.size)
-        memset(cta->shared + off + o.source_bytes, 0, o.size - o.source_bytes);
+      u32 offset = copy.destination & 0xffffff;
+      Cta* cta = (copy.destination >> 24) ? cta_of(warp, copy.lane, copy.destination) : warp.cta;
+      if (copy.source_bytes)
+        memcpy(cta->shared + offset, (const void*)copy.source, copy.source_bytes);
+      if (copy.source_bytes < copy.size)
+        memset(cta->shared + offset + copy.source_bytes, 0, copy.size - copy.source_bytes);
       if (warp.launch->check_init)
-        for (u32 q2 = 0; q2 < o.source_bytes; q2++)
-          init_set(*cta, off + q2, 1, shadow_state(warp, o.lane, kGlobal, o.source + q2));
+        for (u32 k = 0; k < copy.source_bytes; k++)
+          init_set(*cta, offset + k, 1, shadow_state(warp, copy.lane, kGlobal, copy.source + k));
     } else
-      warp.async_copies[k++] = o;
+      warp.async_copies[kept++] = copy;
   }
-  warp.async_copies.resize(k);
+  warp.async_copies.resize(kept);
 }
 static void execute_cp_commit(Warp& warp, const Instruction& instruction, u32 lanes) {
   for_each_lane(lanes, [&](int lane) { warp.async_copy_group[lane]++; });

@@ -69,25 +69,25 @@ static void execute_pred_mov(Warp& warp, const Instruction& instruction, u32 lan
 
 // pack / unpack: imm = element bytes
 static void execute_pack(Warp& warp, const Instruction& instruction, u32 lanes) {
-  int n = instruction.operand_count - 1, element_bytes = (int)instruction.imm;
-  int tot = n * element_bytes;
+  int count = instruction.operand_count - 1, element_bytes = (int)instruction.imm;
+  int bytes = count * element_bytes;
   for_each_lane(lanes, [&](int lane) {
     u64 lo = 0;
     u64 hi = 0;
-    for (int k = 0; k < n; k++) {
+    for (int k = 0; k < count; k++) {
       const void* a = warp.source(instruction.operands[1 + k]);
-      u64 v = element_bytes == 8 ? ((const u64*)a)[lane] : ((const u32*)a)[lane];
-      if (element_bytes < 8) v &= (1ull << (8 * element_bytes)) - 1;
-      int sh = 8 * element_bytes * k;
-      if (sh < 64)
-        lo |= v << sh;
+      u64 value = element_bytes == 8 ? ((const u64*)a)[lane] : ((const u32*)a)[lane];
+      if (element_bytes < 8) value &= (1ull << (8 * element_bytes)) - 1;
+      int shift = 8 * element_bytes * k;
+      if (shift < 64)
+        lo |= value << shift;
       else
-        hi |= v << (sh - 64);
+        hi |= value << (shift - 64);
     }
     void* destination = warp.destination(instruction.operands[0]);
-    if (tot <= 4)
+    if (bytes <= 4)
       ((u32*)destination)[lane] = (u32)lo;
-    else if (tot == 8)
+    else if (bytes == 8)
       ((u64*)destination)[lane] = lo;
     else {
       ((u64*)destination)[2 * lane] = lo;
@@ -97,30 +97,30 @@ static void execute_pack(Warp& warp, const Instruction& instruction, u32 lanes) 
 }
 static void execute_unpack(Warp& warp, const Instruction& instruction,
                            u32 lanes) {  // dests first, source last
-  int n = instruction.operand_count - 1, element_bytes = (int)instruction.imm,
-      tot = n * element_bytes;
-  const void* a = warp.source(instruction.operands[n]);
+  int count = instruction.operand_count - 1, element_bytes = (int)instruction.imm,
+      bytes = count * element_bytes;
+  const void* a = warp.source(instruction.operands[count]);
   for_each_lane(lanes, [&](int lane) {
     u64 lo;
     u64 hi = 0;
-    if (tot <= 4)
+    if (bytes <= 4)
       lo = ((const u32*)a)[lane];
-    else if (tot == 8)
+    else if (bytes == 8)
       lo = ((const u64*)a)[lane];
     else {
       lo = ((const u64*)a)[2 * lane];
       hi = ((const u64*)a)[2 * lane + 1];
     }
-    for (int k = 0; k < n; k++) {
-      int sh = 8 * element_bytes * k;
-      u64 v = sh < 64 ? lo >> sh : hi >> (sh - 64);
+    for (int k = 0; k < count; k++) {
+      int shift = 8 * element_bytes * k;
+      u64 value = shift < 64 ? lo >> shift : hi >> (shift - 64);
       void* destination = warp.destination(instruction.operands[k]);
       if (element_bytes == 8)
-        ((u64*)destination)[lane] = v;
+        ((u64*)destination)[lane] = value;
       else if (element_bytes == 4)
-        ((u32*)destination)[lane] = (u32)v;
+        ((u32*)destination)[lane] = (u32)value;
       else
-        ((u32*)destination)[lane] = (u32)(v & ((1u << (8 * element_bytes)) - 1));
+        ((u32*)destination)[lane] = (u32)(value & ((1u << (8 * element_bytes)) - 1));
     }
   });
 }
@@ -132,10 +132,10 @@ static void execute_selp(Warp& warp, const Instruction& instruction, u32 lanes) 
           *b = warp.source<T>(instruction.operands[2]);
   u32 p = read_predicate(warp, instruction.operands[3]);
   if (__builtin_expect(taint_on(warp), 0)) {
-    u32 t = (taint_lanes(warp, instruction.operands[1]) & p) |
-            (taint_lanes(warp, instruction.operands[2]) & ~p) |
-            taint_lanes(warp, instruction.operands[3]);
-    set_taint(warp, instruction.operands[0], lanes, t,
+    u32 tainted = (taint_lanes(warp, instruction.operands[1]) & p) |
+                  (taint_lanes(warp, instruction.operands[2]) & ~p) |
+                  taint_lanes(warp, instruction.operands[3]);
+    set_taint(warp, instruction.operands[0], lanes, tainted,
               (taint_lanes(warp, instruction.operands[3]) & lanes)
                   ? taint_origin_of(warp, instruction.operands[3])
               : (taint_lanes(warp, instruction.operands[1]) & p & lanes)
@@ -225,24 +225,25 @@ static void lower_move(Lowering& lowering, const Statement& statement) {
 static void lower_selp(Lowering& lowering, const Statement& statement) {
   Type type = lowering.last_type();
   i32 a = lowering.source(statement.operands[1], type),
-      c = lowering.source(statement.operands[2], type),
+      b = lowering.source(statement.operands[2], type),
       p = lowering.predicate_source(statement.operands[3]);
   lowering
       .emit(type_bytes(type) == 8 ? execute_selp<u64> : execute_selp<u32>, kClassMove,
-            {lowering.destination(statement.operands[0], type), a, c, p}, 1)
+            {lowering.destination(statement.operands[0], type), a, b, p}, 1)
       .propagates_taint = true;
 }
 
 static void lower_slct(Lowering& lowering, const Statement& statement) {
-  auto ts = lowering.types();
-  Type type = ts[0], ct = ts[1];
-  bool w8 = type_bytes(type) == 8;
+  auto types = lowering.types();
+  Type type = types[0], condition_type = types[1];
+  bool is_wide = type_bytes(type) == 8;
   i32 a = lowering.source(statement.operands[1], type),
-      c = lowering.source(statement.operands[2], type),
-      p = lowering.source(statement.operands[3], ct);
-  lowering.emit(ct == kF32 ? (w8 ? execute_slct<u64, float> : execute_slct<u32, float>)
-                           : (w8 ? execute_slct<u64, i32> : execute_slct<u32, i32>),
-                kClassMove, {lowering.destination(statement.operands[0], type), a, c, p}, 1);
+      b = lowering.source(statement.operands[2], type),
+      c = lowering.source(statement.operands[3], condition_type);
+  lowering.emit(condition_type == kF32
+                    ? (is_wide ? execute_slct<u64, float> : execute_slct<u32, float>)
+                    : (is_wide ? execute_slct<u64, i32> : execute_slct<u32, i32>),
+                kClassMove, {lowering.destination(statement.operands[0], type), a, b, c}, 1);
 }
 
 static const Opcodes kOpcodes{{"mov", lower_move}, {"selp", lower_selp}, {"slct", lower_slct}};
