@@ -19,17 +19,19 @@ struct Mbarrier {
 };
 
 // The mbarrier at shared address a; one that is not initialized is an error.
-Mbarrier mbarrier_get(Warp& warp, int lane, u32 a, Cta** ct = nullptr);
+Mbarrier mbarrier_get(Warp& warp, int lane, u32 address, Cta** owner = nullptr);
 // Adds to the bytes that the phase waits for.
-void mbarrier_complete_bytes(Warp& warp, int lane, u32 a, i32 delta);
+void mbarrier_complete_bytes(Warp& warp, int lane, u32 address, i32 delta);
 
-inline u64 address_of(Warp& warp, const Instruction& instruction, i32 o, bool wide, i64 off,
-                      int i) {
-  return wide ? warp.source<u64>(o)[i] + (u64)off : (u64)(u32)(warp.source<u32>(o)[i] + (u32)off);
+inline u64 address_of(Warp& warp, const Instruction& instruction, i32 operand, bool wide,
+                      i64 offset, int lane) {
+  return wide ? warp.source<u64>(operand)[lane] + (u64)offset
+              : (u64)(u32)(warp.source<u32>(operand)[lane] + (u32)offset);
 }
-inline u32 shared_operand(Warp& warp, const Instruction& instruction, i32 o, bool wide, i64 off,
-                          int i) {
-  u64 a = address_of(warp, instruction, o, wide, off, i);
-  return (Space)instruction.space == kShared ? (u32)a : shared_address(warp, i, kGeneric, a);
+inline u32 shared_operand(Warp& warp, const Instruction& instruction, i32 operand, bool wide,
+                          i64 offset, int lane) {
+  u64 address = address_of(warp, instruction, operand, wide, offset, lane);
+  return (Space)instruction.space == kShared ? (u32)address
+                                             : shared_address(warp, lane, kGeneric, address);
 }
 }  // namespace ptxsim
