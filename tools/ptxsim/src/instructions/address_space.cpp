@@ -109,9 +109,8 @@ static void lower_cvta(Lowering& lowering, const Statement& statement) {
   instruction.type = (u8)type_bytes(type);
 }
 
-static void execute_mapa(
-    Warp& warp, const Instruction& instruction,
-    u32 lanes) {  // imm: 0 shared::cluster address, 1 generic; ty slot of a; ty2 slot of d
+// imm: 0 shared::cluster address, 1 generic; type: bytes of a's register, type2: of the result's.
+static void execute_mapa(Warp& warp, const Instruction& instruction, u32 lanes) {
   const void* a = warp.source(instruction.operands[1]);
   const u32* ranks = warp.source<u32>(instruction.operands[2]);
   void* destination = warp.destination(instruction.operands[0]);

@@ -52,8 +52,9 @@ static u32 prmt_mode(const Instruction& instruction, u32 a, u32 b, u32 c) {
       {0x0000, 0x1110, 0x2210, 0x3210}, {0x1010, 0x3232, 0x1010, 0x3232}};
   return prmt(a, b, selectors[instruction.imm][c]);
 }
+// imm: clamp, not wrap.
 template <bool kLeft>
-static void execute_shf(Warp& warp, const Instruction& instruction, u32 lanes) {  // imm: clamp
+static void execute_shf(Warp& warp, const Instruction& instruction, u32 lanes) {
   u32* destination = warp.destination<u32>(instruction.operands[0]);
   const u32 *a = warp.source<u32>(instruction.operands[1]),
             *b = warp.source<u32>(instruction.operands[2]),
@@ -150,30 +151,22 @@ static void lower_bfe(Lowering& lowering, const Statement& statement) {
   emit_simple(lowering, handler, kClassInteger, type, {type, kU32, kU32});
 }
 
+template <class T>
+static void execute_bfi(Warp& warp, const Instruction& instruction, u32 lanes) {
+  T* destination = warp.destination<T>(instruction.operands[0]);
+  const T *a = warp.source<T>(instruction.operands[1]),
+          *b = warp.source<T>(instruction.operands[2]);
+  const u32 *position = warp.source<u32>(instruction.operands[3]),
+            *length = warp.source<u32>(instruction.operands[4]);
+  for_each_lane(lanes, [&](int lane) {
+    destination[lane] = bfi<T>(a[lane], b[lane], position[lane], length[lane]);
+  });
+}
+
 static void lower_bfi(Lowering& lowering, const Statement& statement) {
   Type type = lowering.last_type();
-  i32 a = lowering.source(statement.operands[1], type),
-      b2 = lowering.source(statement.operands[2], type),
-      c = lowering.source(statement.operands[3], kU32),
-      e = lowering.source(statement.operands[4], kU32);
-  auto h32 = [](Warp& warp, const Instruction& instruction, u32 m) {
-    u32* d = warp.destination<u32>(instruction.operands[0]);
-    const u32 *a = warp.source<u32>(instruction.operands[1]),
-              *b = warp.source<u32>(instruction.operands[2]),
-              *c = warp.source<u32>(instruction.operands[3]),
-              *e = warp.source<u32>(instruction.operands[4]);
-    for_each_lane(m, [&](int lane) { d[lane] = bfi<u32>(a[lane], b[lane], c[lane], e[lane]); });
-  };
-  auto h64 = [](Warp& warp, const Instruction& instruction, u32 m) {
-    u64* d = warp.destination<u64>(instruction.operands[0]);
-    const u64 *a = warp.source<u64>(instruction.operands[1]),
-              *b = warp.source<u64>(instruction.operands[2]);
-    const u32 *c = warp.source<u32>(instruction.operands[3]),
-              *e = warp.source<u32>(instruction.operands[4]);
-    for_each_lane(m, [&](int lane) { d[lane] = bfi<u64>(a[lane], b[lane], c[lane], e[lane]); });
-  };
-  lowering.emit(type_bytes(type) == 8 ? (Handler)h64 : (Handler)h32, kClassInteger,
-                {lowering.destination(statement.operands[0], type), a, b2, c, e}, 1);
+  emit_simple(lowering, type_bytes(type) == 8 ? execute_bfi<u64> : execute_bfi<u32>, kClassInteger,
+              type, {type, type, kU32, kU32});
 }
 
 static void lower_bmsk(Lowering& lowering, const Statement& statement) {

@@ -78,19 +78,23 @@ static inline float float_operand(const Instruction& instruction, const u32* slo
   if (instruction.modifiers & kModifierFtz) bits = half_ftz<K == 2 ? 0 : K>(bits);
   return half_to_float<K == 2 ? 0 : K>(bits);
 }
-static void finish_setp(Warp& warp, const Instruction& instruction, u32 lanes,
-                        u32 result) {  // o: p, q|-, a, b, [c]; imm: bool op (0 none,1 and,2 or,3
-                                       // xor); imm2 bit0: q present
-  u32 p = result, q = ~result;
-  if (instruction.imm) {
-    u32 c = read_predicate(warp, instruction.operands[4]);
-    if (instruction.imm == 1)
-      p &= c, q &= c;
-    else if (instruction.imm == 2)
-      p |= c, q |= c;
-    else
-      p ^= c, q ^= c;
+// setp's operands: p, q, a, b, c; imm: how a comparison is combined with c (0 not, 1 and, 2 or, 3
+// xor); imm2: whether q is written.
+static u32 combined(Warp& warp, const Instruction& instruction, u32 comparison) {
+  u32 c = read_predicate(warp, instruction.operands[4]);
+  switch (instruction.imm) {
+    case 0:
+      return comparison;
+    case 1:
+      return comparison & c;
+    case 2:
+      return comparison | c;
+    default:
+      return comparison ^ c;
   }
+}
+static void finish_setp(Warp& warp, const Instruction& instruction, u32 lanes, u32 result) {
+  u32 p = combined(warp, instruction, result), q = combined(warp, instruction, ~result);
   write_predicate(warp, instruction.operands[0], p, lanes);
   if (instruction.imm2) write_predicate(warp, instruction.operands[1], q, lanes);
 }
@@ -129,15 +133,8 @@ static void execute_setp_x2(Warp& warp, const Instruction& instruction, u32 lane
                                    float_operand<K>(instruction, b, lane, 1))
             << lane;
   });
-  if (instruction.imm) {
-    u32 c = read_predicate(warp, instruction.operands[4]);
-    if (instruction.imm == 1)
-      low &= c, high &= c;
-    else if (instruction.imm == 2)
-      low |= c, high |= c;
-    else
-      low ^= c, high ^= c;
-  }
+  low = combined(warp, instruction, low);
+  high = combined(warp, instruction, high);
   write_predicate(warp, instruction.operands[0], low, lanes);
   write_predicate(warp, instruction.operands[1], high, lanes);
 }

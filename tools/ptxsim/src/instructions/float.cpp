@@ -62,9 +62,9 @@ static Handler pick_float(Type type, bool slow) {
   if (type == kF32) return slow ? float_modified<OP, float> : float_plain<OP, float>;
   return slow ? float_modified<OP, double> : float_plain<OP, double>;
 }
+// Pairs of floats in 64-bit registers.
 template <FloatOperation OP>
-static void float_pair(Warp& warp, const Instruction& instruction,
-                       u32 lanes) {  // packed pair of floats in 64-bit registers
+static void float_pair(Warp& warp, const Instruction& instruction, u32 lanes) {
   float* destination = warp.destination<float>(instruction.operands[0]);
   const float *a = warp.source<float>(instruction.operands[1]),
               *b = warp.source<float>(instruction.operands[2]);

@@ -78,7 +78,8 @@ void lower_float_div_approx(Lowering& lowering, Type type) {
   lowering.kernel.code.back().modifiers = float_modifiers(lowering);
 }
 
-static void execute_testp(Warp& warp, const Instruction& instruction, u32 lanes) {  // imm: kind, ty
+// imm: index of the property's name in lower_testp.
+static void execute_testp(Warp& warp, const Instruction& instruction, u32 lanes) {
   u32 result = 0;
   const void* a = warp.source(instruction.operands[1]);
   for_each_lane(lanes, [&](int lane) {

@@ -56,9 +56,9 @@ static u16 half_operation(const Instruction& instruction, int op, u16 x, u16 y, 
   }
   return result;
 }
+// imm: the operation, imm2: whether of both halves.
 template <int K>
-static void execute_half(Warp& warp, const Instruction& instruction,
-                         u32 lanes) {  // imm: op, imm2: packed
+static void execute_half(Warp& warp, const Instruction& instruction, u32 lanes) {
   u32* destination = warp.destination<u32>(instruction.operands[0]);
   const u32* a = warp.source<u32>(instruction.operands[1]);
   const u32* b = instruction.operand_count > 2 ? warp.source<u32>(instruction.operands[2]) : a;

@@ -3,7 +3,7 @@
 #include "instructions/mma_types.h"
 
 namespace ptxsim {
-// imm: number of matrices; mod bit0: 8-byte address, bit1: trans
+// imm: number of matrices; modifiers: bit 0 8-byte address, bit 1 transposed.
 static void matrix_addresses(Warp& warp, const Instruction& instruction, i32 base, u32 lanes,
                              u64* addresses) {
   int count = (int)instruction.imm;
@@ -21,8 +21,8 @@ static void matrix_addresses(Warp& warp, const Instruction& instruction, i32 bas
   if (warp.launch->stats_on)
     count_shared_request(warp, addresses, count == 4 ? kFullMask : (1u << (8 * count)) - 1, 16);
 }
-static void execute_ld_matrix(Warp& warp, const Instruction& instruction,
-                              u32 lanes) {  // o: d[n], addr
+// Operands: destinations[count], address.
+static void execute_ld_matrix(Warp& warp, const Instruction& instruction, u32 lanes) {
   int count = (int)instruction.imm;
   u64 addresses[32];
   matrix_addresses(warp, instruction, instruction.operands[count], lanes, addresses);
@@ -57,8 +57,8 @@ static void execute_ld_matrix(Warp& warp, const Instruction& instruction,
     }
   }
 }
-static void execute_st_matrix(Warp& warp, const Instruction& instruction,
-                              u32 lanes) {  // o: addr, s[n]
+// Operands: address, sources[count].
+static void execute_st_matrix(Warp& warp, const Instruction& instruction, u32 lanes) {
   int count = (int)instruction.imm;
   u64 addresses[32];
   matrix_addresses(warp, instruction, instruction.operands[0], lanes, addresses);

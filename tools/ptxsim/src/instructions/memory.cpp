@@ -12,20 +12,58 @@ static void execute_fence(Warp& warp, const Instruction& instruction, u32 lanes)
   if (options().weak && instruction.imm) weak_fence(warp, lanes);
 }
 
-// ld: ty = element bytes, ty2 = sign-extend, vec = elements, imm = destination slot
+// Operands of ld: destinations[vector], address; of st: address, values[vector]. type: bytes of an
+// element, type2: whether ld extends the sign; imm: bytes of a destination's or value's register.
+
+// Init check: an address must not depend on uninitialized memory.
+static void check_address(Warp& warp, const Instruction& instruction, i32 address, u32 lanes,
+                          const char* what) {
+  taint_guard(warp, instruction, lanes);
+  if (u32 bad = taint_lanes(warp, address) & lanes)
+    taint_fail(warp, bad, taint_origin_of(warp, address), what);
+}
+// Init check: nor a value that is stored where no shadow can follow it.
+static void check_values(Warp& warp, const Instruction& instruction, u32 lanes,
+                         const u64* addresses) {
+  Space space = (Space)instruction.space;
+  u32 element_bytes = instruction.type;
+  for_each_lane(lanes, [&](int lane) {
+    for (u32 k = 0; k < instruction.vector; k++) {
+      i32 value = instruction.operands[1 + k];
+      if (((taint_lanes(warp, value) >> lane) & 1) && is_global(space, addresses[lane]) &&
+          !has_shadow(warp, lane, space, addresses[lane] + k * element_bytes, element_bytes))
+        taint_fail(warp, 1u << lane, taint_origin_of(warp, value),
+                   "a value stored to global memory");
+    }
+  });
+}
+static void taint_loaded(Warp& warp, const Instruction& instruction, int lane, u64 address) {
+  Space space = (Space)instruction.space, origin_space = space;
+  if (space == kGeneric) origin_space = in_shared(address) ? kShared : kGlobal;
+  u32 element_bytes = instruction.type;
+  for (u32 k = 0; k < instruction.vector; k++, address += element_bytes) {
+    bool initialized = bytes_init(warp, lane, space, address, element_bytes);
+    set_taint(warp, instruction.operands[k], 1u << lane, initialized ? 0 : kFullMask,
+              initialized ? 0 : taint_origin(warp, instruction, origin_space, address));
+  }
+}
+static void taint_stored(Warp& warp, const Instruction& instruction, int lane, u64 address) {
+  u32 element_bytes = instruction.type;
+  for (u32 k = 0; k < instruction.vector; k++)
+    set_init(warp, lane, (Space)instruction.space, address + k * element_bytes, element_bytes,
+             ((taint_lanes(warp, instruction.operands[1 + k]) >> lane) & 1) ? 2 : 1);
+}
+
 static void execute_ld(Warp& warp, const Instruction& instruction, u32 lanes) {
   u64 addresses[32];
-  lane_addresses(warp, instruction, instruction.operands[instruction.vector], addresses);
+  i32 address_operand = instruction.operands[instruction.vector];
+  lane_addresses(warp, instruction, address_operand, addresses);
   Space space = (Space)instruction.space;
   u32 element_bytes = instruction.type, bytes = element_bytes * instruction.vector;
   if (__builtin_expect(warp.launch->stats_on, 0))
     count_memory(warp, instruction, space, addresses, lanes, bytes, false);
-  if (__builtin_expect(taint_on(warp), 0)) {
-    taint_guard(warp, instruction, lanes);
-    if (u32 bad = taint_lanes(warp, instruction.operands[instruction.vector]) & lanes)
-      taint_fail(warp, bad, taint_origin_of(warp, instruction.operands[instruction.vector]),
-                 "the address of a load");
-  }
+  if (__builtin_expect(taint_on(warp), 0))
+    check_address(warp, instruction, address_operand, lanes, "the address of a load");
   for_each_lane(lanes, [&](int lane) {
     const u8* memory = resolve(warp, lane, space, addresses[lane], bytes, kRead);
     u8 visible[64];
@@ -35,18 +73,7 @@ static void execute_ld(Warp& warp, const Instruction& instruction, u32 lanes) {
       weak_load(warp, addresses[lane], visible, bytes);
       memory = visible;
     }
-    if (__builtin_expect(taint_on(warp), 0))
-      for (u32 k = 0; k < instruction.vector; k++) {
-        bool initialized =
-            bytes_init(warp, lane, space, addresses[lane] + k * element_bytes, element_bytes);
-        set_taint(warp, instruction.operands[k], 1u << lane, initialized ? 0 : kFullMask,
-                  initialized ? 0
-                              : taint_origin(warp, instruction,
-                                             space == kGeneric
-                                                 ? (in_shared(addresses[lane]) ? kShared : kGlobal)
-                                                 : space,
-                                             addresses[lane] + k * element_bytes));
-      }
+    if (__builtin_expect(taint_on(warp), 0)) taint_loaded(warp, instruction, lane, addresses[lane]);
     for (u32 k = 0; k < instruction.vector; k++, memory += element_bytes) {
       void* destination = warp.destination(instruction.operands[k]);
       if (element_bytes == 4 && instruction.imm == 4) {
@@ -70,8 +97,10 @@ static void execute_ld(Warp& warp, const Instruction& instruction, u32 lanes) {
     }
   });
 }
-static void execute_st(Warp& warp, const Instruction& instruction,
-                       u32 lanes) {  // o: addr, values; imm = source slot
+
+constexpr u32 kStoreStrong = 1, kStoreReleases = 2;  // bits of st's imm2
+
+static void execute_st(Warp& warp, const Instruction& instruction, u32 lanes) {
   u64 addresses[32];
   lane_addresses(warp, instruction, instruction.operands[0], addresses);
   Space space = (Space)instruction.space;
@@ -79,36 +108,21 @@ static void execute_st(Warp& warp, const Instruction& instruction,
   if (__builtin_expect(warp.launch->stats_on, 0))
     count_memory(warp, instruction, space, addresses, lanes, bytes, true);
   if (__builtin_expect(taint_on(warp), 0)) {
-    taint_guard(warp, instruction, lanes);
-    if (u32 bad = taint_lanes(warp, instruction.operands[0]) & lanes)
-      taint_fail(warp, bad, taint_origin_of(warp, instruction.operands[0]),
-                 "the address of a store");
-    for_each_lane(lanes, [&](int lane) {
-      for (u32 k = 0; k < instruction.vector; k++)
-        if ((taint_lanes(warp, instruction.operands[1 + k]) >> lane) & 1)
-          if (!has_shadow(warp, lane, space, addresses[lane] + k * element_bytes, element_bytes) &&
-              (space == kGlobal ||
-               (space == kGeneric && !in_shared(addresses[lane]) && !in_local(addresses[lane]))))
-            taint_fail(warp, 1u << lane, taint_origin_of(warp, instruction.operands[1 + k]),
-                       "a value stored to global memory");
-    });
+    check_address(warp, instruction, instruction.operands[0], lanes, "the address of a store");
+    check_values(warp, instruction, lanes, addresses);
   }
   for_each_lane(lanes, [&](int lane) {
     u8* memory = resolve(warp, lane, space, addresses[lane], bytes, kWrite);
-    if (__builtin_expect(taint_on(warp), 0))
-      for (u32 k = 0; k < instruction.vector; k++)
-        set_init(warp, lane, space, addresses[lane] + k * element_bytes, element_bytes,
-                 ((taint_lanes(warp, instruction.operands[1 + k]) >> lane) & 1) ? 2 : 1);
-    u8 pending[64];
-    u8* real = nullptr;
+    if (__builtin_expect(taint_on(warp), 0)) taint_stored(warp, instruction, lane, addresses[lane]);
+    u8 buffer[64];
+    bool buffered = false;
     if (__builtin_expect(options().weak, 0) && is_global(space, addresses[lane])) {
-      if (instruction.imm2 & 2) weak_fence(warp, 1u << lane);
-      if (instruction.imm2 & 3)
+      if (instruction.imm2 & kStoreReleases) weak_fence(warp, 1u << lane);
+      buffered = !instruction.imm2;
+      if (buffered)
+        memory = buffer;
+      else
         weak_publish(warp, addresses[lane], bytes);
-      else {
-        real = memory;
-        memory = pending;
-      }
     }
     for (u32 k = 0; k < instruction.vector; k++, memory += element_bytes) {
       const void* source = warp.source(instruction.operands[1 + k]);
@@ -123,7 +137,7 @@ static void execute_st(Warp& warp, const Instruction& instruction,
       else
         memcpy(memory, (const u32*)source + lane, element_bytes);
     }
-    if (real) weak_store(warp, lane, addresses[lane], pending, bytes);
+    if (buffered) weak_store(warp, lane, addresses[lane], buffer, bytes);
   });
   if (space != kLocal) warp.cta->cluster->progress++;
 }
@@ -204,9 +218,9 @@ static void lower_st(Lowering& lowering, const Statement& statement) {
   instruction.type = (u8)element_bytes;
   instruction.imm = slot;
   instruction.propagates_taint = true;
-  instruction.imm2 =
-      (statement.has("volatile") || statement.has("relaxed") || statement.has("mmio") ? 1 : 0) |
-      (statement.has("release") && !statement.has("cta") ? 2 : 0);
+  bool strong = statement.has("volatile") || statement.has("relaxed") || statement.has("mmio");
+  bool releases = statement.has("release") && !statement.has("cta");
+  instruction.imm2 = (strong ? kStoreStrong : 0) | (releases ? kStoreReleases : 0);
 }
 
 static void lower_fence(Lowering& lowering, const Statement& statement) {

@@ -67,7 +67,7 @@ static void execute_pred_mov(Warp& warp, const Instruction& instruction, u32 lan
                   lanes);
 }
 
-// pack / unpack: imm = element bytes
+// Packing and unpacking; imm: bytes of an element.
 static void execute_pack(Warp& warp, const Instruction& instruction, u32 lanes) {
   int count = instruction.operand_count - 1, element_bytes = (int)instruction.imm;
   int bytes = count * element_bytes;
@@ -95,8 +95,8 @@ static void execute_pack(Warp& warp, const Instruction& instruction, u32 lanes) 
     }
   });
 }
-static void execute_unpack(Warp& warp, const Instruction& instruction,
-                           u32 lanes) {  // dests first, source last
+// Operands: the destinations, the source.
+static void execute_unpack(Warp& warp, const Instruction& instruction, u32 lanes) {
   int count = instruction.operand_count - 1, element_bytes = (int)instruction.imm,
       bytes = count * element_bytes;
   const void* a = warp.source(instruction.operands[count]);
