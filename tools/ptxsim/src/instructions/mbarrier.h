@@ -12,9 +12,9 @@ struct Mbarrier {
   i32 pending_bytes() const { return (i32)((u32)(bits >> 40) << 11) >> 11; }
   u32 phase() const { return (bits >> 61) & 1; }
   bool valid() const { return (bits >> 62) == 2; }
-  void set(u32 p, u32 e, i32 t, u32 ph) {
-    bits = (u64)(p & 0xfffff) | ((u64)(e & 0xfffff) << 20) | ((u64)((u32)t & 0x1fffff) << 40) |
-           ((u64)ph << 61) | (2ull << 62);
+  void set(u32 arrivals, u32 all_arrivals, i32 bytes, u32 phase_bit) {
+    bits = (u64)(arrivals & 0xfffff) | ((u64)(all_arrivals & 0xfffff) << 20) |
+           ((u64)((u32)bytes & 0x1fffff) << 40) | ((u64)phase_bit << 61) | (2ull << 62);
   }
 };
 

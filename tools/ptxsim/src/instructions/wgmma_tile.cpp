@@ -36,7 +36,7 @@ struct TileReader {
   u8* bad;
 
   const u8* chunk(u32 address);
-  void note_bytes(int row, const u8* p, int n);
+  void note_bytes(int row, const u8* data, int bytes);
   void read_k_major();
   void read_mn_major();
 };
