@@ -2,6 +2,7 @@
 
 With PTXSIM_RECORD=FILE every run appends one line of JSON to FILE: the test, the instruction, the
 kernel's text, the launch, the inputs and the simulator's outputs. replay.py runs the lines on a GPU.
+PTX for another target than sm_90a is not recorded, as a GPU of that architecture refuses it.
 """
 
 import base64
@@ -30,8 +31,9 @@ TYPES = {
 }
 #: Bytes of an element -> type of the register that holds it.
 REGISTERS = {1: "b16", 2: "b16", 4: "b32", 8: "b64"}
-#: The oldest PTX version that has all instructions of the tests, for old drivers.
-KERNEL = """.version 8.2
+#: Target -> the oldest PTX version that has it and all instructions of the tests, for old drivers.
+VERSIONS = {"sm_90a": "8.2", "sm_100a": "8.6"}
+KERNEL = """.version {version}
 .target {target}
 .address_size 64
 {extra}
@@ -68,6 +70,7 @@ def kernel_text(body, inputs, outputs, target, extra):
             stores.append(f"{address} st.global.b{8 * size} [ad], {name};")
     parameters = [f".param .u64 p{k}" for k in range(len(registers))] + [".param .u32 pn"]
     return KERNEL.format(
+        version=VERSIONS[target],
         target=target,
         extra=extra,
         parameters=", ".join(parameters),
@@ -86,6 +89,7 @@ def run(sim, body, ins, outs, n, target="sm_90a", block=None, grid=1, extra="", 
         body: PTX that reads the registers i0, i1, ... and writes o0, o1, ...; idx is the element.
         ins: (PTX type, array) of each input.
         outs: PTX types of the outputs.
+        target: of the PTX; the simulator runs PTX text of every target.
         extra: PTX in front of the kernel.
         smem: bytes of dynamic shared memory.
     """
@@ -94,7 +98,8 @@ def run(sim, body, ins, outs, n, target="sm_90a", block=None, grid=1, extra="", 
     outputs = [np.zeros(n, TYPES[kind]) for kind in outs]
     block = block or min(n, 128)
     grid = (n + block - 1) // block if grid == 1 else grid
-    given = [array.copy() for array in inputs] if "PTXSIM_RECORD" in os.environ else []
+    records = "PTXSIM_RECORD" in os.environ and target == "sm_90a"
+    given = [array.copy() for array in inputs] if records else []
     values = [C.c_uint64(sim.buf(array).value) for array in inputs + outputs] + [C.c_uint32(n)]
     addresses = (C.c_void_p * len(values))(*[C.cast(C.byref(v), C.c_void_p) for v in values])
     module, function = C.c_void_p(), C.c_void_p()
@@ -102,7 +107,7 @@ def run(sim, body, ins, outs, n, target="sm_90a", block=None, grid=1, extra="", 
     assert sim.rt.cuModuleGetFunction(C.byref(function), module, b"k") == 0
     error = sim.rt.cuLaunchKernel(function, grid, 1, 1, block, 1, 1, smem, None, addresses, None)
     assert error == 0, sim.message()
-    if "PTXSIM_RECORD" in os.environ:
+    if records:
         case = {
             "test": os.environ["PYTEST_CURRENT_TEST"].rsplit(" ", 1)[0],
             "instruction": body,

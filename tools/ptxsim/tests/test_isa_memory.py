@@ -1,8 +1,10 @@
 """Single PTX instructions against independent references: memory, atomics, warps and control flow."""
 
 import ctypes as C
+import functools
 
 import numpy as np
+import pytest
 from isa_values import U32, N
 from single_instruction import run
 
@@ -77,6 +79,88 @@ def test_shuffles(sim):
     assert list(map(int, g)) == [132] + [32] * 31
 
 
+def redux_f32(bits, op, qualifiers):
+    """What the PTX ISA says of redux.sync on f32, on the bits of the participating lanes.
+
+    .abs reduces absolute values. With .NaN the result is the canonical NaN if any input is NaN; without,
+    "only non-NaN values are considered", and it is the canonical NaN if there are none. +0 > -0.
+    """
+    values = [int(b) & (0x7FFFFFFF if "abs" in qualifiers else 0xFFFFFFFF) for b in bits]
+    numbers = [v for v in values if v & 0x7FFFFFFF <= 0x7F800000]
+    if not numbers or ("NaN" in qualifiers and len(numbers) < len(values)):
+        return 0x7FFFFFFF
+
+    def order(v):
+        magnitude = v & 0x7FFFFFFF
+        return (-magnitude, 0) if v >> 31 else (magnitude, 1)
+
+    return min(numbers, key=order) if op == "min" else max(numbers, key=order)
+
+
+NANS = np.array([0x7FC00000, 0xFFC00000, 0x7F800001, 0xFFFFFFFF, 0x7FFFFFFF], np.uint32)
+
+
+def redux_inputs():
+    """Bits of four warps: no NaN, some, all lanes but one, all lanes; then zeros, with and without NaN."""
+    numbers = rng.standard_normal((6, 32)).astype(np.float32)
+    numbers[:3, 5], numbers[:3, 9] = np.inf, -np.inf
+    numbers[4:] = np.where(np.arange(32) % 3 == 1, np.float32(-0.0), np.float32(0))
+    bits = numbers.view(np.uint32)
+    nans = rng.choice(NANS, bits.shape)
+    is_nan = np.zeros(bits.shape, bool)
+    is_nan[1, [0, 7, 19]] = is_nan[2] = is_nan[3] = is_nan[5, ::2] = True
+    is_nan[2, 13] = False
+    return np.where(is_nan, nans, bits)
+
+
+def redux_integer(bits, op, kind):
+    def signed(v):
+        return v - (v >> 31 << 32) if kind == "s32" else v
+
+    operations = {
+        "add": lambda x, y: x + y,
+        "min": lambda x, y: min(x, y, key=signed),
+        "max": lambda x, y: max(x, y, key=signed),
+        "and": lambda x, y: x & y,
+        "or": lambda x, y: x | y,
+        "xor": lambda x, y: x ^ y,
+    }
+    return functools.reduce(operations[op], map(int, bits)) & 0xFFFFFFFF
+
+
+@pytest.mark.parametrize("members", [32, 20, 1])
+@pytest.mark.parametrize(
+    "instruction",
+    [
+        *("add.u32", "add.s32", "min.u32", "min.s32", "max.u32", "max.s32"),
+        *("and.b32", "or.b32", "xor.b32"),
+        *(f"{op}{q}.f32" for op in ("min", "max") for q in ("", ".abs", ".NaN", ".abs.NaN")),
+    ],
+)
+def test_redux(sim, instruction, members):
+    """The first lanes of each warp take part, by the member mask; the others jump over it.
+
+    On f32 it needs sm_100a. The simulator runs PTX text for every target, so it refuses none here.
+    """
+    is_float = instruction.endswith("f32")
+    op, *qualifiers, kind = instruction.split(".")
+    warps = redux_inputs() if is_float else U32.reshape(4, 32)
+    body = f"""and.b32 x0, idx, 31; mov.b32 o0, i0; setp.ge.u32 p, x0, {members}; @p bra OTHERS;
+    redux.sync.{instruction} o0, i0, {(1 << members) - 1:#x};
+    OTHERS:"""
+    target = "sm_100a" if is_float else "sm_90a"
+    g = run(sim, body, [("u32", warps.ravel())], ["u32"], warps.size, target=target, block=64)
+    want = warps.copy()
+    for warp in want:
+        taking_part = warp[:members]
+        warp[:members] = (
+            redux_f32(taking_part, op, qualifiers)
+            if is_float
+            else redux_integer(taking_part, op, kind)
+        )
+    assert np.array_equal(g, want.ravel())
+
+
 def test_brx_and_call(sim):
     extra = """.func (.param .b32 rv) triple(.param .b32 a0) { .reg .b32 t; ld.param.b32 t, [a0];
     mul.lo.u32 t, t, 3; st.param.b32 [rv], t; ret; }"""
@@ -110,17 +194,17 @@ def test_atomics(sim):
     assert g[1].view(np.float32)[0] == N and int(g[2][0]) == 77 and int(g[3][0]) == 0x58005800
 
 
-def test_unknown_instruction(sim, capfd):
+@pytest.mark.parametrize(
+    "instruction", ["frobnicate.u32 a, 1;", "redux.sync.add.f32 a, a, 0xffffffff;"]
+)
+def test_unknown_instruction(sim, instruction):
     mod, fn = C.c_void_p(), C.c_void_p()
     ptx = (
-        b".version 9.0\n.target sm_90a\n.address_size 64\n.visible .entry k()\n{\n"
-        b" .reg .b32 a;\n frobnicate.u32 a, 1;\n ret;\n}\n"
+        ".version 9.0\n.target sm_90a\n.address_size 64\n.visible .entry k()\n{\n"
+        f" .reg .b32 a;\n {instruction}\n ret;\n}}\n"
     )
-    assert sim.rt.cuModuleLoadData(C.byref(mod), ptx) == 0
+    assert sim.rt.cuModuleLoadData(C.byref(mod), ptx.encode()) == 0
     assert sim.rt.cuModuleGetFunction(C.byref(fn), mod, b"k") == 0
     assert sim.rt.cuLaunchKernel(fn, 1, 1, 1, 1, 1, 1, 0, None, None, None) != 0
-    assert (
-        "frobnicate" in sim.message()
-        and "line 7" in sim.message()
-        and "unsupported" in sim.message()
-    )
+    for part in (instruction.split()[0], "line 7", "unsupported"):
+        assert part in sim.message()

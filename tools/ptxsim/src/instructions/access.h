@@ -5,37 +5,38 @@
 
 namespace ptxsim {
 // addresses of the active lanes; mod bit 0: 8-byte base
-inline void lane_addresses(Warp& warp, const Instruction& instruction, i32 o, u64* out) {
+inline void lane_addresses(Warp& warp, const Instruction& instruction, i32 operand, u64* out) {
   if (instruction.modifiers & 1) {
-    const u64* b = warp.source<u64>(o);
-    u64 f = (u64)instruction.offset;
-    for (int i = 0; i < 32; i++) out[i] = b[i] + f;
+    const u64* base = warp.source<u64>(operand);
+    u64 offset = (u64)instruction.offset;
+    for (int lane = 0; lane < 32; lane++) out[lane] = base[lane] + offset;
   } else {
-    const u32* b = warp.source<u32>(o);
-    u32 f = (u32)instruction.offset;
-    for (int i = 0; i < 32; i++) out[i] = (u32)(b[i] + f);
+    const u32* base = warp.source<u32>(operand);
+    u32 offset = (u32)instruction.offset;
+    for (int lane = 0; lane < 32; lane++) out[lane] = (u32)(base[lane] + offset);
   }
 }
 
-inline bool is_global(Space space, u64 a) {
-  return space == kGlobal || (space == kGeneric && !in_shared(a) && !in_local(a));
+inline bool is_global(Space space, u64 address) {
+  return space == kGlobal || (space == kGeneric && !in_shared(address) && !in_local(address));
 }
 
-void misaligned(Warp& warp, int lane, Space space, u64 addr, u32 n);
-u8* local_pointer(Warp& warp, int lane, u64 addr, u32 n);
+void misaligned(Warp& warp, int lane, Space space, u64 address, u32 bytes);
+u8* local_pointer(Warp& warp, int lane, u64 address, u32 bytes);
 
 // Counts the sectors or wavefronts of one request of a warp.
-void count_global(Warp& warp, const u64* a, u32 lanes, u32 n, bool st);
-void count_shared(Warp& warp, const u64* a, u32 lanes, u32 n);
-void count_memory(Warp& warp, const Instruction& instruction, Space space, const u64* a, u32 lanes,
-                  u32 n, bool st);
+void count_global(Warp& warp, const u64* addresses, u32 lanes, u32 bytes, bool store);
+void count_shared(Warp& warp, const u64* addresses, u32 lanes, u32 bytes);
+void count_memory(Warp& warp, const Instruction& instruction, Space space, const u64* addresses,
+                  u32 lanes, u32 bytes, bool store);
 
 // Elements of .v2 and .v4.
 inline int vector_length(const Statement& statement) {
   return statement.has("v2") ? 2 : statement.has("v4") ? 4 : statement.has("v8") ? 8 : 1;
 }
-inline void set_address_operand(Lowering& lowering, Instruction& instruction, i32 base, i64 off) {
-  instruction.offset = off;
+inline void set_address_operand(Lowering& lowering, Instruction& instruction, i32 base,
+                                i64 offset) {
+  instruction.offset = offset;
   if (lowering.slot_of(base) == 8) instruction.modifiers |= 1;
 }
 

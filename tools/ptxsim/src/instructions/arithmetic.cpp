@@ -6,23 +6,23 @@
 
 namespace ptxsim {
 u8 float_modifiers(Lowering& lowering) {
-  u8 f = 0;
-  if (lowering.has("ftz")) f |= kModifierFtz;
-  if (lowering.has("sat")) f |= kModifierSat;
-  if (lowering.has("relu")) f |= kModifierRelu;
-  if (lowering.has("NaN")) f |= kModifierNan;
-  if (lowering.has("xorsign")) f |= kModifierXorSign;
-  if (lowering.has("abs")) f |= kModifierAbs;
-  return f;
+  u8 modifiers = 0;
+  if (lowering.has("ftz")) modifiers |= kModifierFtz;
+  if (lowering.has("sat")) modifiers |= kModifierSat;
+  if (lowering.has("relu")) modifiers |= kModifierRelu;
+  if (lowering.has("NaN")) modifiers |= kModifierNan;
+  if (lowering.has("xorsign")) modifiers |= kModifierXorSign;
+  if (lowering.has("abs")) modifiers |= kModifierAbs;
+  return modifiers;
 }
 
 Rounding rounding_of(Lowering& lowering) {
-  static const std::pair<const char*, Rounding> t[] = {
+  static const std::pair<const char*, Rounding> names[] = {
       {"rn", kRoundNearest},  {"rz", kRoundZero},         {"rm", kRoundDown},
       {"rp", kRoundUp},       {"rna", kRoundNearestAway}, {"rni", kRoundNearestInt},
       {"rzi", kRoundZeroInt}, {"rmi", kRoundDownInt},     {"rpi", kRoundUpInt}};
-  for (auto& x : t)
-    if (lowering.has(x.first)) return x.second;
+  for (auto& entry : names)
+    if (lowering.has(entry.first)) return entry.second;
   return kRoundNone;
 }
 
@@ -31,7 +31,7 @@ bool is_half(Type type) {
 }
 
 void emit_simple(Lowering& lowering, Handler handler, InstructionClass instruction_class,
-                 Type destination_type, std::initializer_list<Type> source_types) {
+                 Type destination_type, const std::vector<Type>& source_types) {
   const Statement& statement = *lowering.current;
   if (!handler) lowering.unsupported();
   if (statement.operands.size() != source_types.size() + 1)

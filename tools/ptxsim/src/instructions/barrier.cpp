@@ -9,8 +9,8 @@ static void execute_trap(Warp& warp, const Instruction&, u32 lanes) {
 }
 
 static void lower_warp_barrier(Lowering& lowering, const Statement& statement) {
-  i32 mk = lowering.source(statement.operands[0], kB32);
-  Instruction& instruction = lowering.emit(execute_nop, kClassWarp, {mk}, 0);
+  i32 member_mask = lowering.source(statement.operands[0], kB32);
+  Instruction& instruction = lowering.emit(execute_nop, kClassWarp, {member_mask}, 0);
   instruction.control = kWarpSync;
   instruction.imm2 = 0;
 }
@@ -27,23 +27,23 @@ static void lower_barrier(Lowering& lowering, const Statement& statement) {
   bool red = statement.has("red");
   size_t k = red ? 1 : 0;
   if (statement.operands.size() <= k) lowering.fail("barrier operand missing");
-  i32 id = lowering.source(statement.operands[k++], kU32), cnt = lowering.constant(0, 4), c = -1,
+  i32 id = lowering.source(statement.operands[k++], kU32), count = lowering.constant(0, 4), c = -1,
       d = -1;
   size_t rest = statement.operands.size() - k;
-  if (rest > (red ? 1u : 0u)) cnt = lowering.source(statement.operands[k++], kU32);
-  u32 rk = 0;
+  if (rest > (red ? 1u : 0u)) count = lowering.source(statement.operands[k++], kU32);
+  u32 reduction = 0;
   if (red) {
     c = lowering.predicate_source(statement.operands[k]);
-    rk = statement.has("popc") ? 0 : statement.has("and") ? 1 : 2;
-    d = rk == 0 ? lowering.destination(statement.operands[0], kU32)
-                : lowering.predicate_destination(statement.operands[0]);
+    reduction = statement.has("popc") ? 0 : statement.has("and") ? 1 : 2;
+    d = reduction == 0 ? lowering.destination(statement.operands[0], kU32)
+                       : lowering.predicate_destination(statement.operands[0]);
   }
-  Instruction& instruction = red ? lowering.emit(execute_nop, kClassBarrier, {d, id, cnt, c}, 1)
-                                 : lowering.emit(execute_nop, kClassBarrier, {id, cnt}, 0);
+  Instruction& instruction = red ? lowering.emit(execute_nop, kClassBarrier, {d, id, count, c}, 1)
+                                 : lowering.emit(execute_nop, kClassBarrier, {id, count}, 0);
   instruction.control = kBarrier;
   instruction.aligned = statement.name() == "bar" || statement.has("aligned");
   instruction.imm = red ? 2 : statement.has("arrive") ? 1 : 0;
-  instruction.imm2 = rk;
+  instruction.imm2 = reduction;
 }
 
 static void lower_nanosleep(Lowering& lowering, const Statement& statement) {

@@ -10,68 +10,70 @@ static T bfe(T a, u32 b, u32 c) {
   u32 pos = b & 0xff, len = c & 0xff;
   if (len == 0) return 0;
   typedef Unsigned<T> U;
-  U r = 0, ua = (U)a;
-  bool sbit = false;
+  U result = 0, bits = (U)a;
+  bool sign = false;
   if (std::is_signed_v<T>) {
-    u32 sp = pos + len - 1;
-    if (sp > (u32)msb) sp = msb;
-    sbit = (ua >> sp) & 1;
+    u32 sign_position = pos + len - 1;
+    if (sign_position > (u32)msb) sign_position = msb;
+    sign = (bits >> sign_position) & 1;
   }
-  if (pos <= (u32)msb) r = ua >> pos;
-  if (len <= (u32)msb) r &= (((U)1) << len) - 1;
+  if (pos <= (u32)msb) result = bits >> pos;
+  if (len <= (u32)msb) result &= (((U)1) << len) - 1;
   u32 avail = pos > (u32)msb ? 0 : msb + 1 - pos;
   u32 have = len < avail ? len : avail;
-  if (sbit && have <= (u32)msb) r |= ~((((U)1) << have) - 1);
-  return (T)r;
+  if (sign && have <= (u32)msb) result |= ~((((U)1) << have) - 1);
+  return (T)result;
 }
 template <class T>
 static T bfi(T a, T b, u32 c, u32 d) {
-  constexpr u32 W = 8 * sizeof(T);
+  constexpr u32 kBits = 8 * sizeof(T);
   u32 pos = c & 0xff, len = d & 0xff;
-  if (pos >= W || len == 0) return b;
-  T mask = len >= W ? ~(T)0 : (T)((((T)1) << len) - 1);
+  if (pos >= kBits || len == 0) return b;
+  T mask = len >= kBits ? ~(T)0 : (T)((((T)1) << len) - 1);
   mask = (T)(mask << pos);
   return (T)((b & ~mask) | ((a << pos) & mask));
 }
 static u32 prmt(u32 a, u32 b, u32 c) {
-  u64 v = ((u64)b << 32) | a;
-  u32 r = 0;
+  u64 bytes = ((u64)b << 32) | a;
+  u32 result = 0;
   for (int k = 0; k < 4; k++) {
-    u32 s = (c >> (4 * k)) & 0xf;
-    u32 by = (u32)(v >> (8 * (s & 7))) & 0xff;
-    if (s & 8) by = (by & 0x80) ? 0xff : 0;
-    r |= by << (8 * k);
+    u32 selector = (c >> (4 * k)) & 0xf;
+    u32 byte = (u32)(bytes >> (8 * (selector & 7))) & 0xff;
+    if (selector & 8) byte = (byte & 0x80) ? 0xff : 0;
+    result |= byte << (8 * k);
   }
-  return r;
+  return result;
 }
 static u32 prmt_mode(const Instruction& instruction, u32 a, u32 b, u32 c) {
   c &= 3;
-  static const u16 t[6][4] = {{0x3210, 0x4321, 0x5432, 0x6543}, {0x3210, 0x2107, 0x1076, 0x0765},
-                              {0x0000, 0x1111, 0x2222, 0x3333}, {0x3210, 0x3211, 0x3222, 0x3333},
-                              {0x0000, 0x1110, 0x2210, 0x3210}, {0x1010, 0x3232, 0x1010, 0x3232}};
-  return prmt(a, b, t[instruction.imm][c]);
+  static const u16 selectors[6][4] = {
+      {0x3210, 0x4321, 0x5432, 0x6543}, {0x3210, 0x2107, 0x1076, 0x0765},
+      {0x0000, 0x1111, 0x2222, 0x3333}, {0x3210, 0x3211, 0x3222, 0x3333},
+      {0x0000, 0x1110, 0x2210, 0x3210}, {0x1010, 0x3232, 0x1010, 0x3232}};
+  return prmt(a, b, selectors[instruction.imm][c]);
 }
-template <bool L>
-static void execute_shf(Warp& warp, const Instruction& instruction, u32 lanes) {  // imm: clamp
+// imm: clamp, not wrap.
+template <bool kLeft>
+static void execute_shf(Warp& warp, const Instruction& instruction, u32 lanes) {
   u32* destination = warp.destination<u32>(instruction.operands[0]);
   const u32 *a = warp.source<u32>(instruction.operands[1]),
             *b = warp.source<u32>(instruction.operands[2]),
             *c = warp.source<u32>(instruction.operands[3]);
   for_each_lane(lanes, [&](int lane) {
-    u32 n = instruction.imm ? (c[lane] > 32 ? 32 : c[lane]) : c[lane] & 31;
-    u64 v = ((u64)b[lane] << 32) | a[lane];
-    destination[lane] =
-        L ? (n == 32 ? a[lane] : (u32)((v << n) >> 32)) : (n == 32 ? b[lane] : (u32)(v >> n));
+    u32 count = instruction.imm ? (c[lane] > 32 ? 32 : c[lane]) : c[lane] & 31;
+    u64 both = ((u64)b[lane] << 32) | a[lane];
+    destination[lane] = kLeft ? (count == 32 ? a[lane] : (u32)((both << count) >> 32))
+                              : (count == 32 ? b[lane] : (u32)(both >> count));
   });
 }
 template <class T>
 static u32 find_leading(const Instruction& instruction, T a) {
   typedef Unsigned<T> U;
-  U x = (U)a;
-  if (std::is_signed_v<T> && a < 0) x = ~x;
-  if (!x) return ~0u;
-  u32 p = sizeof(T) == 8 ? 63 - __builtin_clzll(x) : 31 - __builtin_clz((u32)x);
-  return instruction.imm ? 8 * sizeof(T) - 1 - p : p;
+  U bits = (U)a;
+  if (std::is_signed_v<T> && a < 0) bits = ~bits;
+  if (!bits) return ~0u;
+  u32 position = sizeof(T) == 8 ? 63 - __builtin_clzll(bits) : 31 - __builtin_clz((u32)bits);
+  return instruction.imm ? 8 * sizeof(T) - 1 - position : position;
 }
 static u32 brev32(u32 x) {
   x = __builtin_bswap32(x);
@@ -89,16 +91,16 @@ static u32 find_nth_set(u32 mask, u32 base, i32 off) {
   return ~0u;
 }
 static u32 bmsk(const Instruction& instruction, u32 a, u32 b) {
-  u32 p = a, l = b;
+  u32 position = a, length = b;
   if (instruction.imm) {
-    p &= 31;
-    l &= 31;
+    position &= 31;
+    length &= 31;
   } else {
-    if (p > 31) return 0;
-    if (l > 32) l = 32;
+    if (position > 31) return 0;
+    if (length > 32) length = 32;
   }
-  u64 mk = l >= 32 ? 0xffffffffull : (1ull << l) - 1;
-  return (u32)(mk << p);
+  u64 mask = length >= 32 ? 0xffffffffull : (1ull << length) - 1;
+  return (u32)(mask << position);
 }
 static void execute_szext(Warp& warp, const Instruction& instruction, u32 lanes) {
   u32* destination = warp.destination<u32>(instruction.operands[0]);
@@ -127,16 +129,16 @@ static void lower_shf(Lowering& lowering, const Statement& statement) {
 
 static void lower_prmt(Lowering& lowering, const Statement& statement) {
   static const char* modes[] = {"f4e", "b4e", "rc8", "ecl", "ecr", "rc16"};
-  int md = -1;
+  int mode = -1;
   for (int k = 0; k < 6; k++)
-    if (statement.has(modes[k])) md = k;
-  if (md < 0)
+    if (statement.has(modes[k])) mode = k;
+  if (mode < 0)
     emit_simple(lowering, ternary<u32, u32, u32, u32, prmt>, kClassInteger, kB32,
                 {kB32, kB32, kB32});
   else {
     emit_simple(lowering, ternary_modified<u32, u32, prmt_mode>, kClassInteger, kB32,
                 {kB32, kB32, kB32});
-    lowering.kernel.code.back().imm = (u32)md;
+    lowering.kernel.code.back().imm = (u32)mode;
   }
 }
 
@@ -149,30 +151,22 @@ static void lower_bfe(Lowering& lowering, const Statement& statement) {
   emit_simple(lowering, handler, kClassInteger, type, {type, kU32, kU32});
 }
 
+template <class T>
+static void execute_bfi(Warp& warp, const Instruction& instruction, u32 lanes) {
+  T* destination = warp.destination<T>(instruction.operands[0]);
+  const T *a = warp.source<T>(instruction.operands[1]),
+          *b = warp.source<T>(instruction.operands[2]);
+  const u32 *position = warp.source<u32>(instruction.operands[3]),
+            *length = warp.source<u32>(instruction.operands[4]);
+  for_each_lane(lanes, [&](int lane) {
+    destination[lane] = bfi<T>(a[lane], b[lane], position[lane], length[lane]);
+  });
+}
+
 static void lower_bfi(Lowering& lowering, const Statement& statement) {
   Type type = lowering.last_type();
-  i32 a = lowering.source(statement.operands[1], type),
-      b2 = lowering.source(statement.operands[2], type),
-      c = lowering.source(statement.operands[3], kU32),
-      e = lowering.source(statement.operands[4], kU32);
-  auto h32 = [](Warp& warp, const Instruction& instruction, u32 m) {
-    u32* d = warp.destination<u32>(instruction.operands[0]);
-    const u32 *a = warp.source<u32>(instruction.operands[1]),
-              *b = warp.source<u32>(instruction.operands[2]),
-              *c = warp.source<u32>(instruction.operands[3]),
-              *e = warp.source<u32>(instruction.operands[4]);
-    for_each_lane(m, [&](int lane) { d[lane] = bfi<u32>(a[lane], b[lane], c[lane], e[lane]); });
-  };
-  auto h64 = [](Warp& warp, const Instruction& instruction, u32 m) {
-    u64* d = warp.destination<u64>(instruction.operands[0]);
-    const u64 *a = warp.source<u64>(instruction.operands[1]),
-              *b = warp.source<u64>(instruction.operands[2]);
-    const u32 *c = warp.source<u32>(instruction.operands[3]),
-              *e = warp.source<u32>(instruction.operands[4]);
-    for_each_lane(m, [&](int lane) { d[lane] = bfi<u64>(a[lane], b[lane], c[lane], e[lane]); });
-  };
-  lowering.emit(type_bytes(type) == 8 ? (Handler)h64 : (Handler)h32, kClassInteger,
-                {lowering.destination(statement.operands[0], type), a, b2, c, e}, 1);
+  emit_simple(lowering, type_bytes(type) == 8 ? execute_bfi<u64> : execute_bfi<u32>, kClassInteger,
+              type, {type, type, kU32, kU32});
 }
 
 static void lower_bmsk(Lowering& lowering, const Statement& statement) {

@@ -16,12 +16,13 @@ struct BulkInfo {
 };
 
 // Reports a global range outside every allocation; a store initializes it.
-void check_global(Warp& warp, int lane, u64 a, u64 n, bool store);
+void check_global(Warp& warp, int lane, u64 address, u64 bytes, bool store);
 // Reports a shared range that is misaligned or outside the CTA's shared memory.
-void shared_range(Warp& warp, int lane, Cta& cta, u32 off, u32 n, u32 align, const char* what);
+void shared_range(Warp& warp, int lane, Cta& cta, u32 offset, u32 bytes, u32 align,
+                  const char* what);
 
 // Runs fn some scheduler rounds later.
-void enqueue(Warp& warp, const Instruction& instruction, int lane, std::function<void()> fn);
+void enqueue(Warp& warp, const Instruction& instruction, int lane, std::function<void()> action);
 
 // The CTAs whose shared memory a copy writes, and their mbarriers.
 struct Landing {
@@ -45,7 +46,7 @@ void complete_landing(Warp& warp, const Landing& landing, int lane, u32 rank, u3
 
 // Reduces n bytes of elements of a tensor map's data type into dst.
 // op: 0 add 1 min 2 max 3 inc 4 dec 5 and 6 or 7 xor
-void reduce_bytes(u8* dst, const u8* src, u32 n, int data_type, int op);
+void reduce_bytes(u8* destination, const u8* source, u32 bytes, int data_type, int op);
 // op of reduce_bytes, or -1.
 int reduction_from_name(const Statement& statement);
 // A tensor map's data type, or -1.

@@ -16,38 +16,38 @@ static T reduce_value(T a, T b, int op) {
 }
 
 template <class T>
-static void reduce_ieee(u8* d, const u8* s, int op) {
+static void reduce_ieee(u8* destination, const u8* source, int op) {
   T a, b;
-  memcpy(&a, d, sizeof a);
-  memcpy(&b, s, sizeof b);
+  memcpy(&a, destination, sizeof a);
+  memcpy(&b, source, sizeof b);
   a = reduce_value(a, b, op);
-  memcpy(d, &a, sizeof a);
+  memcpy(destination, &a, sizeof a);
 }
 
-static void reduce_short(u8* d, const u8* s, bool half, int op) {
+static void reduce_short(u8* destination, const u8* source, bool half, int op) {
   u16 a, b;
-  memcpy(&a, d, 2);
-  memcpy(&b, s, 2);
+  memcpy(&a, destination, 2);
+  memcpy(&b, source, 2);
   float x = half ? half_bits_to_float(a) : bf16_to_float(a);
   float y = half ? half_bits_to_float(b) : bf16_to_float(b);
-  float r = reduce_value(x, y, op);
-  a = half ? float_to_half_bits(r) : float_to_bf16(r);
-  memcpy(d, &a, 2);
+  float result = reduce_value(x, y, op);
+  a = half ? float_to_half_bits(result) : float_to_bf16(result);
+  memcpy(destination, &a, 2);
 }
 
-static void reduce_float(u8* d, const u8* s, int data_type, int op) {
+static void reduce_float(u8* destination, const u8* source, int data_type, int op) {
   if (data_type == kTensorF16 || data_type == kTensorBf16)
-    reduce_short(d, s, data_type == kTensorF16, op);
+    reduce_short(destination, source, data_type == kTensorF16, op);
   else if (data_type == kTensorF64)
-    reduce_ieee<double>(d, s, op);
+    reduce_ieee<double>(destination, source, op);
   else
-    reduce_ieee<float>(d, s, op);
+    reduce_ieee<float>(destination, source, op);
 }
 
 static u64 reduce_integer(u64 a, u64 b, u32 bytes, bool is_signed, int op) {
-  auto extend = [&](u64 v) {
+  auto extend = [&](u64 value) {
     int shift = 64 - 8 * (int)bytes;
-    return (i64)(v << shift) >> shift;
+    return (i64)(value << shift) >> shift;
   };
   switch (op) {
     case 0:
@@ -69,28 +69,28 @@ static u64 reduce_integer(u64 a, u64 b, u32 bytes, bool is_signed, int op) {
   }
 }
 
-void reduce_bytes(u8* dst, const u8* src, u32 n, int data_type, int op) {
+void reduce_bytes(u8* destination, const u8* source, u32 bytes, int data_type, int op) {
   static std::mutex mutex;
   std::lock_guard<std::mutex> lock(mutex);
-  u32 bytes = (u32)tensor_map_element_bytes(data_type);
+  u32 element_bytes = (u32)tensor_map_element_bytes(data_type);
   bool is_signed = data_type == kTensorS32 || data_type == kTensorS64;
-  for (u32 k = 0; k < n; k += bytes) {
+  for (u32 k = 0; k < bytes; k += element_bytes) {
     if (data_type >= kTensorF16 && op <= 2) {
-      reduce_float(dst + k, src + k, data_type, op);
+      reduce_float(destination + k, source + k, data_type, op);
       continue;
     }
     u64 a = 0, b = 0;
-    memcpy(&a, dst + k, bytes);
-    memcpy(&b, src + k, bytes);
-    a = reduce_integer(a, b, bytes, is_signed, op);
-    memcpy(dst + k, &a, bytes);
+    memcpy(&a, destination + k, element_bytes);
+    memcpy(&b, source + k, element_bytes);
+    a = reduce_integer(a, b, element_bytes, is_signed, op);
+    memcpy(destination + k, &a, element_bytes);
   }
 }
 
 int reduction_from_name(const Statement& statement) {
-  static const char* n[] = {"add", "min", "max", "inc", "dec", "and", "or", "xor"};
+  static const char* names[] = {"add", "min", "max", "inc", "dec", "and", "or", "xor"};
   for (int k = 0; k < 8; k++)
-    if (statement.has(n[k])) return k;
+    if (statement.has(names[k])) return k;
   return -1;
 }
 int data_type_of(Type type) {

@@ -22,15 +22,15 @@ enum Comparison {
   kCompareNan,
   kCompareBad
 };
-static Comparison comparison_from_name(const std::string& s) {
-  static const std::unordered_map<std::string, Comparison> t = {
+static Comparison comparison_from_name(const std::string& name) {
+  static const std::unordered_map<std::string, Comparison> names = {
       {"eq", kCompareEq},   {"ne", kCompareNe},   {"lt", kCompareLt},   {"le", kCompareLe},
       {"gt", kCompareGt},   {"ge", kCompareGe},   {"equ", kCompareEqu}, {"neu", kCompareNeu},
       {"ltu", kCompareLtu}, {"leu", kCompareLeu}, {"gtu", kCompareGtu}, {"geu", kCompareGeu},
       {"num", kCompareNum}, {"nan", kCompareNan}, {"lo", kCompareLt},   {"ls", kCompareLe},
       {"hi", kCompareGt},   {"hs", kCompareGe}};
-  auto it = t.find(s);
-  return it == t.end() ? kCompareBad : it->second;
+  auto found = names.find(name);
+  return found == names.end() ? kCompareBad : found->second;
 }
 template <class T, int C>
 static inline bool compare(T a, T b) {
@@ -68,78 +68,75 @@ static inline bool compare(T a, T b) {
 }
 // fetches a float from f16/bf16/f32 lanes with optional ftz
 template <int K>
-static inline float float_operand(const Instruction& instruction, const u32* p, int i,
+static inline float float_operand(const Instruction& instruction, const u32* slot, int lane,
                                   int half = 0) {
   if (K == 2) {
-    float f = bits_to<float>(p[i]);
-    return (instruction.modifiers & kModifierFtz) ? flush_subnormal(f) : f;
+    float value = bits_to<float>(slot[lane]);
+    return (instruction.modifiers & kModifierFtz) ? flush_subnormal(value) : value;
   }
-  u16 h = (u16)(half ? p[i] >> 16 : p[i]);
-  if (instruction.modifiers & kModifierFtz) h = half_ftz<K == 2 ? 0 : K>(h);
-  return half_to_float<K == 2 ? 0 : K>(h);
+  u16 bits = (u16)(half ? slot[lane] >> 16 : slot[lane]);
+  if (instruction.modifiers & kModifierFtz) bits = half_ftz<K == 2 ? 0 : K>(bits);
+  return half_to_float<K == 2 ? 0 : K>(bits);
 }
-static void finish_setp(
-    Warp& warp, const Instruction& instruction, u32 lanes,
-    u32 r) {  // o: p, q|-, a, b, [c]; imm: bool op (0 none,1 and,2 or,3 xor); imm2 bit0: q present
-  u32 rp = r, rq = ~r;
-  if (instruction.imm) {
-    u32 c = read_predicate(warp, instruction.operands[4]);
-    if (instruction.imm == 1)
-      rp &= c, rq &= c;
-    else if (instruction.imm == 2)
-      rp |= c, rq |= c;
-    else
-      rp ^= c, rq ^= c;
+// setp's operands: p, q, a, b, c; imm: how a comparison is combined with c (0 not, 1 and, 2 or, 3
+// xor); imm2: whether q is written.
+static u32 combined(Warp& warp, const Instruction& instruction, u32 comparison) {
+  u32 c = read_predicate(warp, instruction.operands[4]);
+  switch (instruction.imm) {
+    case 0:
+      return comparison;
+    case 1:
+      return comparison & c;
+    case 2:
+      return comparison | c;
+    default:
+      return comparison ^ c;
   }
-  write_predicate(warp, instruction.operands[0], rp, lanes);
-  if (instruction.imm2) write_predicate(warp, instruction.operands[1], rq, lanes);
+}
+static void finish_setp(Warp& warp, const Instruction& instruction, u32 lanes, u32 result) {
+  u32 p = combined(warp, instruction, result), q = combined(warp, instruction, ~result);
+  write_predicate(warp, instruction.operands[0], p, lanes);
+  if (instruction.imm2) write_predicate(warp, instruction.operands[1], q, lanes);
 }
 template <class T, int C>
 static void execute_setp(Warp& warp, const Instruction& instruction, u32 lanes) {
   const void *a = warp.source(instruction.operands[2]), *b = warp.source(instruction.operands[3]);
-  u32 r = 0;
+  u32 result = 0;
   for_each_lane(lanes, [&](int lane) {
-    r |= (u32)compare<T, C>(read_lane<T>(a, lane), read_lane<T>(b, lane)) << lane;
+    result |= (u32)compare<T, C>(read_lane<T>(a, lane), read_lane<T>(b, lane)) << lane;
   });
-  finish_setp(warp, instruction, lanes, r);
+  finish_setp(warp, instruction, lanes, result);
 }
 template <int K, int C>
 static void execute_setp_f(Warp& warp, const Instruction& instruction, u32 lanes) {
   const u32 *a = warp.source<u32>(instruction.operands[2]),
             *b = warp.source<u32>(instruction.operands[3]);
-  u32 r = 0;
+  u32 result = 0;
   for_each_lane(lanes, [&](int lane) {
-    r |= (u32)compare<float, C>(float_operand<K>(instruction, a, lane),
-                                float_operand<K>(instruction, b, lane))
-         << lane;
+    result |= (u32)compare<float, C>(float_operand<K>(instruction, a, lane),
+                                     float_operand<K>(instruction, b, lane))
+              << lane;
   });
-  finish_setp(warp, instruction, lanes, r);
+  finish_setp(warp, instruction, lanes, result);
 }
 // f16x2 comparison: p <- low halves, q <- high halves
 template <int K, int C>
 static void execute_setp_x2(Warp& warp, const Instruction& instruction, u32 lanes) {
   const u32 *a = warp.source<u32>(instruction.operands[2]),
             *b = warp.source<u32>(instruction.operands[3]);
-  u32 r = 0, q = 0;
+  u32 low = 0, high = 0;
   for_each_lane(lanes, [&](int lane) {
-    r |= (u32)compare<float, C>(float_operand<K>(instruction, a, lane),
-                                float_operand<K>(instruction, b, lane))
-         << lane;
-    q |= (u32)compare<float, C>(float_operand<K>(instruction, a, lane, 1),
-                                float_operand<K>(instruction, b, lane, 1))
-         << lane;
+    low |= (u32)compare<float, C>(float_operand<K>(instruction, a, lane),
+                                  float_operand<K>(instruction, b, lane))
+           << lane;
+    high |= (u32)compare<float, C>(float_operand<K>(instruction, a, lane, 1),
+                                   float_operand<K>(instruction, b, lane, 1))
+            << lane;
   });
-  if (instruction.imm) {
-    u32 c = read_predicate(warp, instruction.operands[4]);
-    if (instruction.imm == 1)
-      r &= c, q &= c;
-    else if (instruction.imm == 2)
-      r |= c, q |= c;
-    else
-      r ^= c, q ^= c;
-  }
-  write_predicate(warp, instruction.operands[0], r, lanes);
-  write_predicate(warp, instruction.operands[1], q, lanes);
+  low = combined(warp, instruction, low);
+  high = combined(warp, instruction, high);
+  write_predicate(warp, instruction.operands[0], low, lanes);
+  write_predicate(warp, instruction.operands[1], high, lanes);
 }
 // The handler that f makes for a comparison out of a list; null for any other.
 template <int... kComparisons, class F>
@@ -208,18 +205,18 @@ static Handler pick_setp(Type type, Comparison comparison) {
 // set: result from a predicate. imm: 0 integer all-ones, 1 f32 1.0, 2 f16, 3 bf16
 static void execute_set_res(Warp& warp, const Instruction& instruction, u32 lanes) {
   u32* destination = warp.destination<u32>(instruction.operands[0]);
-  u32 p = read_predicate(warp, instruction.operands[1]);
-  static const u32 one[] = {0xffffffffu, 0x3f800000u, 0x3c00u, 0x3f80u};
-  u32 v = one[instruction.imm];
-  for_each_lane(lanes, [&](int lane) { destination[lane] = (p >> lane) & 1 ? v : 0; });
+  u32 predicate = read_predicate(warp, instruction.operands[1]);
+  static const u32 ones[] = {0xffffffffu, 0x3f800000u, 0x3c00u, 0x3f80u};
+  u32 value = ones[instruction.imm];
+  for_each_lane(lanes, [&](int lane) { destination[lane] = (predicate >> lane) & 1 ? value : 0; });
 }
 static void execute_set_x2_res(Warp& warp, const Instruction& instruction, u32 lanes) {
   u32* destination = warp.destination<u32>(instruction.operands[0]);
   u32 p = read_predicate(warp, instruction.operands[1]),
       q = read_predicate(warp, instruction.operands[2]);
-  u32 v = instruction.imm == 0 ? 0xffff : instruction.imm == 2 ? 0x3c00 : 0x3f80;
+  u32 value = instruction.imm == 0 ? 0xffff : instruction.imm == 2 ? 0x3c00 : 0x3f80;
   for_each_lane(lanes, [&](int lane) {
-    destination[lane] = ((p >> lane) & 1 ? v : 0) | ((q >> lane) & 1 ? v << 16 : 0);
+    destination[lane] = ((p >> lane) & 1 ? value : 0) | ((q >> lane) & 1 ? value << 16 : 0);
   });
 }
 
@@ -227,14 +224,14 @@ static void lower_setp(Lowering& lowering, const Statement& statement) {
   // setp.Cmp{.ftz}.type p[|q], a, b   or   setp.Cmp.Bool{.ftz}.type p[|q], a, b, [!]c
   Comparison comparison = comparison_from_name(statement.opcode[1]);
   if (comparison == kCompareBad) lowering.fail("unknown comparison ." + statement.opcode[1]);
-  int bop = statement.has("and") ? 1 : statement.has("or") ? 2 : statement.has("xor") ? 3 : 0;
+  int bool_op = statement.has("and") ? 1 : statement.has("or") ? 2 : statement.has("xor") ? 3 : 0;
   Type type = lowering.last_type();
   Handler handler = pick_setp(type, comparison);
   if (!handler) lowering.unsupported();
   i32 a = lowering.source(statement.operands[1], type),
       b = lowering.source(statement.operands[2], type),
-      pc = bop ? lowering.predicate_source(statement.operands[3])
-               : lowering.constant_predicate(false);
+      c = bool_op ? lowering.predicate_source(statement.operands[3])
+                  : lowering.constant_predicate(false);
   i32 p, q;
   bool has_q = false;
   if (statement.operands[0].kind == Operand::kPair) {
@@ -245,8 +242,8 @@ static void lower_setp(Lowering& lowering, const Statement& statement) {
     p = lowering.predicate_destination(statement.operands[0]);
     q = lowering.temporary_predicate();
   }
-  Instruction& instruction = lowering.emit(handler, kClassPredicate, {p, q, a, b, pc}, 2);
-  instruction.imm = (u32)bop;
+  Instruction& instruction = lowering.emit(handler, kClassPredicate, {p, q, a, b, c}, 2);
+  instruction.imm = (u32)bool_op;
   instruction.imm2 = has_q;
   instruction.modifiers = float_modifiers(lowering);
 }
@@ -254,23 +251,26 @@ static void lower_setp(Lowering& lowering, const Statement& statement) {
 static void lower_set(Lowering& lowering, const Statement& statement) {
   Comparison comparison = comparison_from_name(statement.opcode[1]);
   if (comparison == kCompareBad) lowering.unsupported();
-  int bop = statement.has("and") ? 1 : statement.has("or") ? 2 : statement.has("xor") ? 3 : 0;
-  auto ts = lowering.types();
-  Type dt = ts[0], st = ts.size() > 1 ? ts[1] : ts[0];
-  Handler handler = pick_setp(st, comparison);
+  int bool_op = statement.has("and") ? 1 : statement.has("or") ? 2 : statement.has("xor") ? 3 : 0;
+  auto types = lowering.types();
+  Type destination_type = types[0], source_type = types.size() > 1 ? types[1] : types[0];
+  Handler handler = pick_setp(source_type, comparison);
   if (!handler) lowering.unsupported();
-  bool x2 = st == kF16x2 || st == kBf16x2;
-  i32 a = lowering.source(statement.operands[1], st),
-      b = lowering.source(statement.operands[2], st),
-      pc = bop ? lowering.predicate_source(statement.operands[3])
-               : lowering.constant_predicate(false);
+  bool is_pair = source_type == kF16x2 || source_type == kBf16x2;
+  i32 a = lowering.source(statement.operands[1], source_type),
+      b = lowering.source(statement.operands[2], source_type),
+      c = bool_op ? lowering.predicate_source(statement.operands[3])
+                  : lowering.constant_predicate(false);
   i32 p = lowering.temporary_predicate(), q = lowering.temporary_predicate();
-  Instruction& instruction = lowering.emit(handler, kClassPredicate, {p, q, a, b, pc}, 2);
-  instruction.imm = (u32)bop;
+  Instruction& instruction = lowering.emit(handler, kClassPredicate, {p, q, a, b, c}, 2);
+  instruction.imm = (u32)bool_op;
   instruction.imm2 = 0;
   instruction.modifiers = float_modifiers(lowering);
-  u32 kind = dt == kF32 ? 1 : dt == kF16 || dt == kF16x2 ? 2 : dt == kBf16 || dt == kBf16x2 ? 3 : 0;
-  if (x2)
+  u32 kind = destination_type == kF32                                   ? 1
+             : destination_type == kF16 || destination_type == kF16x2   ? 2
+             : destination_type == kBf16 || destination_type == kBf16x2 ? 3
+                                                                        : 0;
+  if (is_pair)
     lowering
         .emit(execute_set_x2_res, kClassPredicate,
               {lowering.destination(statement.operands[0], kB32), p, q}, 1)
@@ -278,7 +278,7 @@ static void lower_set(Lowering& lowering, const Statement& statement) {
   else
     lowering
         .emit(execute_set_res, kClassPredicate,
-              {lowering.destination(statement.operands[0], dt), p}, 1)
+              {lowering.destination(statement.operands[0], destination_type), p}, 1)
         .imm = kind;
 }
 

@@ -37,7 +37,7 @@ static void float_modified(Warp& warp, const Instruction& instruction, u32 lanes
   const T* a = warp.source<T>(instruction.operands[1]);
   const T* b = OP == kFloatSqrt ? a : warp.source<T>(instruction.operands[2]);
   const T* c = OP == kFloatFma ? warp.source<T>(instruction.operands[3]) : a;
-  RoundGuard g(instruction.type2);
+  RoundGuard guard(instruction.type2);
   for_each_lane(lanes, [&](int lane) {
     volatile T x = a[lane];
     volatile T y = b[lane];
@@ -48,13 +48,13 @@ static void float_modified(Warp& warp, const Instruction& instruction, u32 lanes
         y = flush_subnormal(y);
         z = flush_subnormal(z);
       }
-    volatile T r = float_operation<OP, T>(x, y, z);
-    T q = canonical_nan((T)r);
+    volatile T rounded = float_operation<OP, T>(x, y, z);
+    T result = canonical_nan((T)rounded);
     if constexpr (sizeof(T) == 4) {
-      if (instruction.modifiers & kModifierFtz) q = flush_subnormal(q);
-      if (instruction.modifiers & kModifierSat) q = saturate(q);
+      if (instruction.modifiers & kModifierFtz) result = flush_subnormal(result);
+      if (instruction.modifiers & kModifierSat) result = saturate(result);
     }
-    destination[lane] = q;
+    destination[lane] = result;
   });
 }
 template <FloatOperation OP>
@@ -62,14 +62,14 @@ static Handler pick_float(Type type, bool slow) {
   if (type == kF32) return slow ? float_modified<OP, float> : float_plain<OP, float>;
   return slow ? float_modified<OP, double> : float_plain<OP, double>;
 }
+// Pairs of floats in 64-bit registers.
 template <FloatOperation OP>
-static void float_pair(Warp& warp, const Instruction& instruction,
-                       u32 lanes) {  // packed pair of floats in 64-bit registers
+static void float_pair(Warp& warp, const Instruction& instruction, u32 lanes) {
   float* destination = warp.destination<float>(instruction.operands[0]);
   const float *a = warp.source<float>(instruction.operands[1]),
               *b = warp.source<float>(instruction.operands[2]);
   const float* c = OP == kFloatFma ? warp.source<float>(instruction.operands[3]) : a;
-  RoundGuard g(instruction.type2);
+  RoundGuard guard(instruction.type2);
   for_each_lane(lanes, [&](int lane) {
     for (int k = 2 * lane; k < 2 * lane + 2; k++) {
       float x = a[k];
@@ -80,8 +80,8 @@ static void float_pair(Warp& warp, const Instruction& instruction,
         y = flush_subnormal(y);
         z = flush_subnormal(z);
       }
-      float r = canonical_nan(float_operation<OP, float>(x, y, z));
-      destination[k] = (instruction.modifiers & kModifierFtz) ? flush_subnormal(r) : r;
+      float result = canonical_nan(float_operation<OP, float>(x, y, z));
+      destination[k] = (instruction.modifiers & kModifierFtz) ? flush_subnormal(result) : result;
     }
   });
 }
@@ -107,24 +107,25 @@ static void execute_f_min(Warp& warp, const Instruction& instruction, u32 lanes)
 
 template <FloatOperation OP>
 static void lower_float_arithmetic(Lowering& lowering, const Statement& statement, Type type,
-                                   int nsrc) {
+                                   int sources) {
   Rounding rounding = rounding_of(lowering);
-  u8 f = float_modifiers(lowering);
+  u8 modifiers = float_modifiers(lowering);
   std::vector<i32> ids;
   if (type == kF32x2) {
-    for (int k = 0; k < nsrc; k++) ids.push_back(lowering.source(statement.operands[1 + k], kB64));
+    for (int k = 0; k < sources; k++)
+      ids.push_back(lowering.source(statement.operands[1 + k], kB64));
     ids.insert(ids.begin(), lowering.destination(statement.operands[0], kB64));
     Instruction& instruction = lowering.emit(float_pair<OP>, kClassFloat, ids, 1);
     instruction.type2 = rounding;
-    instruction.modifiers = f;
+    instruction.modifiers = modifiers;
     return;
   }
-  for (int k = 0; k < nsrc; k++) ids.push_back(lowering.source(statement.operands[1 + k], type));
+  for (int k = 0; k < sources; k++) ids.push_back(lowering.source(statement.operands[1 + k], type));
   ids.insert(ids.begin(), lowering.destination(statement.operands[0], type));
-  bool slow = f || (rounding != kRoundNone && rounding != kRoundNearest);
+  bool slow = modifiers || (rounding != kRoundNone && rounding != kRoundNearest);
   Instruction& instruction = lowering.emit(pick_float<OP>(type, slow), kClassFloat, ids, 1);
   instruction.type2 = rounding;
-  instruction.modifiers = f;
+  instruction.modifiers = modifiers;
 }
 
 void lower_float(Lowering& lowering, const Statement& statement, Type type,
@@ -157,29 +158,29 @@ void lower_float_min(Lowering& lowering, const Statement& statement, Type type) 
 }
 
 void lower_float_abs(Lowering& lowering, const Statement& statement, Type type) {
-  bool ab = statement.name() == "abs";
+  bool is_abs = statement.name() == "abs";
   if (type == kF32) {
-    bool fz = statement.has("ftz");
-    if (ab)
+    bool ftz = statement.has("ftz");
+    if (is_abs)
       emit_simple(
           lowering,
-          fz ? unary<u32, u32,
-                     [](u32 a) {
-                       return bits_to<u32>(flush_subnormal(bits_to<float>(a & 0x7fffffffu)));
-                     }>
-             : unary<u32, u32, [](u32 a) { return a & 0x7fffffffu; }>,
+          ftz ? unary<u32, u32,
+                      [](u32 a) {
+                        return bits_to<u32>(flush_subnormal(bits_to<float>(a & 0x7fffffffu)));
+                      }>
+              : unary<u32, u32, [](u32 a) { return a & 0x7fffffffu; }>,
           kClassFloat, type, {type});
     else
       emit_simple(
           lowering,
-          fz ? unary<u32, u32,
-                     [](u32 a) {
-                       return bits_to<u32>(flush_subnormal(bits_to<float>(a ^ 0x80000000u)));
-                     }>
-             : unary<u32, u32, [](u32 a) { return a ^ 0x80000000u; }>,
+          ftz ? unary<u32, u32,
+                      [](u32 a) {
+                        return bits_to<u32>(flush_subnormal(bits_to<float>(a ^ 0x80000000u)));
+                      }>
+              : unary<u32, u32, [](u32 a) { return a ^ 0x80000000u; }>,
           kClassFloat, type, {type});
   } else if (type == kF64) {
-    if (ab)
+    if (is_abs)
       emit_simple(lowering, unary<u64, u64, [](u64 a) { return a & ~(1ull << 63); }>, kClassFloat,
                   type, {type});
     else
@@ -194,11 +195,11 @@ void lower_reciprocal(Lowering& lowering, const Statement& statement, Type type)
   i32 a = lowering.source(statement.operands[1], type);
   i32 one = type == kF64 ? lowering.constant(0x3ff0000000000000ull, 8)
                          : lowering.constant(0x3f800000u, 4);
-  u8 f = float_modifiers(lowering);
+  u8 modifiers = float_modifiers(lowering);
   Instruction& instruction =
-      lowering.emit(pick_float<kFloatDiv>(type, f || rounding != kRoundNearest), kClassFloat,
-                    {lowering.destination(statement.operands[0], type), one, a}, 1);
+      lowering.emit(pick_float<kFloatDiv>(type, modifiers || rounding != kRoundNearest),
+                    kClassFloat, {lowering.destination(statement.operands[0], type), one, a}, 1);
   instruction.type2 = rounding;
-  instruction.modifiers = f;
+  instruction.modifiers = modifiers;
 }
 }  // namespace ptxsim

@@ -8,28 +8,28 @@
 namespace ptxsim {
 inline float saturate(float x) { return x > 0 ? (x > 1 ? 1.f : x) : 0.f; }
 template <class T>
-T float_min_max(const Instruction& instruction, T a, T b, bool mx) {
+T float_min_max(const Instruction& instruction, T a, T b, bool maximum) {
   if constexpr (sizeof(T) == 4)
     if (instruction.modifiers & kModifierFtz) {
       a = (T)flush_subnormal((float)a);
       b = (T)flush_subnormal((float)b);
     }
-  bool sx = false;
-  if (instruction.modifiers & kModifierXorSign) sx = std::signbit(a) != std::signbit(b);
+  bool signs_differ = false;
+  if (instruction.modifiers & kModifierXorSign) signs_differ = std::signbit(a) != std::signbit(b);
   if (instruction.modifiers & (kModifierAbs | kModifierXorSign)) {
     a = std::fabs(a);
     b = std::fabs(b);
   }
-  T r;
+  T result;
   if (a != a || b != b) {
     if ((instruction.modifiers & kModifierNan) || (a != a && b != b)) return canonical_nan((T)NAN);
-    r = a != a ? b : a;
+    result = a != a ? b : a;
   } else if (a == b)
-    r = (mx ? std::signbit(a) : !std::signbit(a)) ? b : a;
+    result = (maximum ? std::signbit(a) : !std::signbit(a)) ? b : a;
   else
-    r = (mx ? a > b : a < b) ? a : b;
-  if (instruction.modifiers & kModifierXorSign) r = sx ? -r : r;
-  return r;
+    result = (maximum ? a > b : a < b) ? a : b;
+  if (instruction.modifiers & kModifierXorSign) result = signs_differ ? -result : result;
+  return result;
 }
 
 // Sets the processor to a rounding mode of PTX; what includes this is compiled with

@@ -20,41 +20,41 @@ static void execute_approx(Warp& warp, const Instruction& instruction, u32 lanes
   T* destination = warp.destination<T>(instruction.operands[0]);
   const T* a = warp.source<T>(instruction.operands[1]);
   for_each_lane(lanes, [&](int lane) {
-    T x0 = a[lane];
+    T value = a[lane];
     if constexpr (sizeof(T) == 4)
-      if (instruction.modifiers & kModifierFtz) x0 = flush_subnormal(x0);
-    double x = x0;
-    double r = 0;
+      if (instruction.modifiers & kModifierFtz) value = flush_subnormal(value);
+    double x = value;
+    double exact = 0;
     switch (instruction.imm) {
       case kApproxRcp:
-        r = 1.0 / x;
+        exact = 1.0 / x;
         break;
       case kApproxRsqrt:
-        r = 1.0 / std::sqrt(x);
+        exact = 1.0 / std::sqrt(x);
         break;
       case kApproxSqrt:
-        r = std::sqrt(x);
+        exact = std::sqrt(x);
         break;
       case kApproxSin:
-        r = std::sin(x);
+        exact = std::sin(x);
         break;
       case kApproxCos:
-        r = std::cos(x);
+        exact = std::cos(x);
         break;
       case kApproxLg2:
-        r = std::log2(x);
+        exact = std::log2(x);
         break;
       case kApproxEx2:
-        r = std::exp2(x);
+        exact = std::exp2(x);
         break;
       case kApproxTanh:
-        r = std::tanh(x);
+        exact = std::tanh(x);
         break;
     }
-    T q = canonical_nan((T)r);
+    T result = canonical_nan((T)exact);
     if constexpr (sizeof(T) == 4)
-      if (instruction.modifiers & kModifierFtz) q = flush_subnormal(q);
-    destination[lane] = q;
+      if (instruction.modifiers & kModifierFtz) result = flush_subnormal(result);
+    destination[lane] = result;
   });
 }
 static void execute_div_approx(Warp& warp, const Instruction& instruction, u32 lanes) {
@@ -68,8 +68,8 @@ static void execute_div_approx(Warp& warp, const Instruction& instruction, u32 l
       x = flush_subnormal(x);
       y = flush_subnormal(y);
     }
-    float r = canonical_nan(x / y);
-    destination[lane] = (instruction.modifiers & kModifierFtz) ? flush_subnormal(r) : r;
+    float result = canonical_nan(x / y);
+    destination[lane] = (instruction.modifiers & kModifierFtz) ? flush_subnormal(result) : result;
   });
 }
 
@@ -78,39 +78,40 @@ void lower_float_div_approx(Lowering& lowering, Type type) {
   lowering.kernel.code.back().modifiers = float_modifiers(lowering);
 }
 
-static void execute_testp(Warp& warp, const Instruction& instruction, u32 lanes) {  // imm: kind, ty
-  u32 r = 0;
+// imm: index of the property's name in lower_testp.
+static void execute_testp(Warp& warp, const Instruction& instruction, u32 lanes) {
+  u32 result = 0;
   const void* a = warp.source(instruction.operands[1]);
   for_each_lane(lanes, [&](int lane) {
     double x =
         instruction.type == kF64 ? read_lane<double>(a, lane) : (double)read_lane<float>(a, lane);
-    bool sub = instruction.type == kF64
-                   ? std::fpclassify(x) == FP_SUBNORMAL
-                   : std::fpclassify(read_lane<float>(a, lane)) == FP_SUBNORMAL;
-    bool v = false;
+    bool subnormal = instruction.type == kF64
+                         ? std::fpclassify(x) == FP_SUBNORMAL
+                         : std::fpclassify(read_lane<float>(a, lane)) == FP_SUBNORMAL;
+    bool holds = false;
     switch (instruction.imm) {
       case 0:
-        v = std::isfinite(x);
+        holds = std::isfinite(x);
         break;
       case 1:
-        v = std::isinf(x);
+        holds = std::isinf(x);
         break;
       case 2:
-        v = x == x;
+        holds = x == x;
         break;
       case 3:
-        v = x != x;
+        holds = x != x;
         break;
       case 4:
-        v = std::isfinite(x) && x != 0 && !sub;
+        holds = std::isfinite(x) && x != 0 && !subnormal;
         break;
       default:
-        v = sub;
+        holds = subnormal;
         break;
     }
-    r |= (u32)v << lane;
+    result |= (u32)holds << lane;
   });
-  write_predicate(warp, instruction.operands[0], r, lanes);
+  write_predicate(warp, instruction.operands[0], result, lanes);
 }
 
 static void lower_sqrt(Lowering& lowering, const Statement& statement) {
@@ -134,16 +135,16 @@ static void lower_approx(Lowering& lowering, const Statement& statement) {
     lowering.unsupported();
   }
   if (is("rcp") && !statement.has("approx")) return lower_reciprocal(lowering, statement, type);
-  u32 k = is("rcp")     ? kApproxRcp
-          : is("rsqrt") ? kApproxRsqrt
-          : is("sin")   ? kApproxSin
-          : is("cos")   ? kApproxCos
-          : is("lg2")   ? kApproxLg2
-          : is("ex2")   ? kApproxEx2
-                        : kApproxTanh;
+  u32 function = is("rcp")     ? kApproxRcp
+                 : is("rsqrt") ? kApproxRsqrt
+                 : is("sin")   ? kApproxSin
+                 : is("cos")   ? kApproxCos
+                 : is("lg2")   ? kApproxLg2
+                 : is("ex2")   ? kApproxEx2
+                               : kApproxTanh;
   emit_simple(lowering, type == kF64 ? execute_approx<double> : execute_approx<float>, kClassFloat,
               type, {type});
-  lowering.kernel.code.back().imm = k;
+  lowering.kernel.code.back().imm = function;
   lowering.kernel.code.back().modifiers = float_modifiers(lowering);
 }
 
@@ -162,15 +163,16 @@ static void lower_copysign(Lowering& lowering, const Statement& statement) {
 }
 
 static void lower_testp(Lowering& lowering, const Statement& statement) {
-  static const char* k[] = {"finite", "infinite", "number", "notanumber", "normal", "subnormal"};
+  static const char* names[] = {"finite",     "infinite", "number",
+                                "notanumber", "normal",   "subnormal"};
   Type type = lowering.last_type();
   i32 a = lowering.source(statement.operands[1], type);
   Instruction& instruction =
       lowering.emit(execute_testp, kClassPredicate,
                     {lowering.predicate_destination(statement.operands[0]), a}, 1);
   instruction.type = type;
-  for (u32 j = 0; j < 6; j++)
-    if (statement.has(k[j])) instruction.imm = j;
+  for (u32 k = 0; k < 6; k++)
+    if (statement.has(names[k])) instruction.imm = k;
 }
 
 static const Opcodes kOpcodes{{"sqrt", lower_sqrt},         {"rcp", lower_approx},

@@ -79,7 +79,12 @@ u8 float_modifiers(Lowering& lowering);
 Rounding rounding_of(Lowering& lowering);
 bool is_half(Type type);
 
+// The elements of a vector operand; a scalar is a vector of one.
+inline std::vector<Operand> elements_of(const Operand& operand) {
+  return operand.kind == Operand::kVector ? operand.elements : std::vector<Operand>{operand};
+}
+
 // Emits an instruction with one result and a source operand of each type.
 void emit_simple(Lowering& lowering, Handler handler, InstructionClass instruction_class,
-                 Type destination_type, std::initializer_list<Type> source_types);
+                 Type destination_type, const std::vector<Type>& source_types);
 }  // namespace ptxsim

@@ -61,19 +61,16 @@ inline T sum_abs_difference(T a, T b, T c) {
   return wrapping_add<T>(a > b ? wrapping_sub<T>(a, b) : wrapping_sub<T>(b, a), c);
 }
 template <class T>
-inline T relu_min(T a, T b) {
-  T r = smaller(a, b);
-  return r < 0 ? 0 : r;
-}
-template <class T>
-inline T relu_max(T a, T b) {
-  T r = larger(a, b);
-  return r < 0 ? 0 : r;
-}
-template <class T>
 inline T absolute(T a) {
   return a < 0 ? wrapping_sub<T>(0, a) : a;
 }
+inline i32 saturating_add(i32 a, i32 b) {
+  i64 sum = (i64)a + b;
+  return (i32)(sum > INT32_MAX ? INT32_MAX : sum < INT32_MIN ? INT32_MIN : sum);
+}
+
+// Emits an operation of the table in integer.cpp, all of whose operands are of one type.
+void emit_integer(Lowering& lowering, const std::string& name, Type type);
 
 void lower_integer_add(Lowering& lowering, const Statement& statement, Type type);
 void lower_integer_mul(Lowering& lowering, const Statement& statement, Type type);

@@ -31,60 +31,61 @@ static void execute_lop3(Warp& warp, const Instruction& instruction, u32 lanes) 
   const u32 *a = warp.source<u32>(instruction.operands[1]),
             *b = warp.source<u32>(instruction.operands[2]),
             *c = warp.source<u32>(instruction.operands[3]);
-  u32 t = instruction.imm;
+  u32 table = instruction.imm;
   for_each_lane(lanes, [&](int lane) {
-    u32 r = 0;
+    u32 result = 0;
     u32 x = a[lane];
     u32 y = b[lane];
     u32 z = c[lane];
-    if (t & 1) r |= ~x & ~y & ~z;
-    if (t & 2) r |= ~x & ~y & z;
-    if (t & 4) r |= ~x & y & ~z;
-    if (t & 8) r |= ~x & y & z;
-    if (t & 16) r |= x & ~y & ~z;
-    if (t & 32) r |= x & ~y & z;
-    if (t & 64) r |= x & y & ~z;
-    if (t & 128) r |= x & y & z;
-    destination[lane] = r;
+    if (table & 1) result |= ~x & ~y & ~z;
+    if (table & 2) result |= ~x & ~y & z;
+    if (table & 4) result |= ~x & y & ~z;
+    if (table & 8) result |= ~x & y & z;
+    if (table & 16) result |= x & ~y & ~z;
+    if (table & 32) result |= x & ~y & z;
+    if (table & 64) result |= x & y & ~z;
+    if (table & 128) result |= x & y & z;
+    destination[lane] = result;
   });
   if (instruction.imm2) {  // lop3.BoolOp: p = (result != 0) op q
-    u32 r = 0, q = read_predicate(warp, instruction.operands[5]);
-    for_each_lane(lanes, [&](int lane) { r |= (u32)(destination[lane] != 0) << lane; });
-    write_predicate(warp, instruction.operands[4], instruction.imm2 == 1 ? r | q : r & q, lanes);
+    u32 result = 0, other = read_predicate(warp, instruction.operands[5]);
+    for_each_lane(lanes, [&](int lane) { result |= (u32)(destination[lane] != 0) << lane; });
+    write_predicate(warp, instruction.operands[4],
+                    instruction.imm2 == 1 ? result | other : result & other, lanes);
   }
 }
 
 static void lower_and(Lowering& lowering, const Statement& statement) {
   auto is = [&](const char* name) { return statement.name() == name; };
   Type type = lowering.last_type();
-  int k = is("and") ? 0 : is("or") ? 1 : 2;
+  int operation = is("and") ? 0 : is("or") ? 1 : 2;
   if (type == kPredicate) {
     i32 a = lowering.predicate_source(statement.operands[1]),
         c = lowering.predicate_source(statement.operands[2]);
-    lowering.emit(k == 0   ? execute_pred_bin<0>
-                  : k == 1 ? execute_pred_bin<1>
-                           : execute_pred_bin<2>,
+    lowering.emit(operation == 0   ? execute_pred_bin<0>
+                  : operation == 1 ? execute_pred_bin<1>
+                                   : execute_pred_bin<2>,
                   kClassPredicate, {lowering.predicate_destination(statement.operands[0]), a, c},
                   1);
     return;
   }
   if (type_bytes(type) == 8)
     emit_simple(lowering,
-                k == 0   ? binary<u64, u64, u64, [](u64 a, u64 b) { return a & b; }>
-                : k == 1 ? binary<u64, u64, u64, [](u64 a, u64 b) { return a | b; }>
-                         : binary<u64, u64, u64, [](u64 a, u64 b) { return a ^ b; }>,
+                operation == 0   ? binary<u64, u64, u64, [](u64 a, u64 b) { return a & b; }>
+                : operation == 1 ? binary<u64, u64, u64, [](u64 a, u64 b) { return a | b; }>
+                                 : binary<u64, u64, u64, [](u64 a, u64 b) { return a ^ b; }>,
                 kClassInteger, type, {type, type});
   else if (type_bytes(type) == 2)
     emit_simple(lowering,
-                k == 0   ? binary<u16, u16, u16, [](u16 a, u16 b) { return (u16)(a & b); }>
-                : k == 1 ? binary<u16, u16, u16, [](u16 a, u16 b) { return (u16)(a | b); }>
-                         : binary<u16, u16, u16, [](u16 a, u16 b) { return (u16)(a ^ b); }>,
+                operation == 0   ? binary<u16, u16, u16, [](u16 a, u16 b) { return (u16)(a & b); }>
+                : operation == 1 ? binary<u16, u16, u16, [](u16 a, u16 b) { return (u16)(a | b); }>
+                                 : binary<u16, u16, u16, [](u16 a, u16 b) { return (u16)(a ^ b); }>,
                 kClassInteger, type, {type, type});
   else
     emit_simple(lowering,
-                k == 0   ? binary<u32, u32, u32, [](u32 a, u32 b) { return a & b; }>
-                : k == 1 ? binary<u32, u32, u32, [](u32 a, u32 b) { return a | b; }>
-                         : binary<u32, u32, u32, [](u32 a, u32 b) { return a ^ b; }>,
+                operation == 0   ? binary<u32, u32, u32, [](u32 a, u32 b) { return a & b; }>
+                : operation == 1 ? binary<u32, u32, u32, [](u32 a, u32 b) { return a | b; }>
+                                 : binary<u32, u32, u32, [](u32 a, u32 b) { return a ^ b; }>,
                 kClassInteger, type, {type, type});
 }
 
@@ -127,31 +128,32 @@ static void lower_shr(Lowering& lowering, const Statement& statement) {
 
 static void lower_lop3(Lowering& lowering, const Statement& statement) {
   i32 p = -1, q = -1;
-  const Operand* d = &statement.operands[0];
+  const Operand* result = &statement.operands[0];
   i32 a = lowering.source(statement.operands[1], kB32),
-      b2 = lowering.source(statement.operands[2], kB32),
+      b = lowering.source(statement.operands[2], kB32),
       c = lowering.source(statement.operands[3], kB32);
   u32 lut = (u32)statement.operands[4].bits;
   if (statement.operands[4].kind != Operand::kInteger)
     lowering.fail("lop3 needs an immediate table");
-  u32 bop = 0;
+  u32 bool_op = 0;
   if (statement.operands.size() > 5) {
-    bop = statement.has("or") ? 1 : 2;
+    bool_op = statement.has("or") ? 1 : 2;
     q = lowering.predicate_source(statement.operands[5]);
-    if (d->kind != Operand::kPair) lowering.fail("lop3.BoolOp needs d|p");
-    p = lowering.predicate_destination(d->elements[1]);
-    d = &d->elements[0];
+    if (result->kind != Operand::kPair) lowering.fail("lop3.BoolOp needs d|p");
+    p = lowering.predicate_destination(result->elements[1]);
+    result = &result->elements[0];
   }
   if (p < 0) p = q = lowering.constant_predicate(false);
-  i32 dd = lowering.destination(*d, kB32);
-  Instruction& instruction = lowering.emit(execute_lop3, kClassInteger, {dd, a, b2, c, p, q}, 1);
-  if (bop) {
-    instruction.operand_ids = {dd, a, b2, c, p, q};
+  i32 destination = lowering.destination(*result, kB32);
+  Instruction& instruction =
+      lowering.emit(execute_lop3, kClassInteger, {destination, a, b, c, p, q}, 1);
+  if (bool_op) {
+    instruction.operand_ids = {destination, a, b, c, p, q};
     instruction.reads_destination = true;
     instruction.destinations = 5;
   }  // keeps every operand live across the instruction
   instruction.imm = lut;
-  instruction.imm2 = bop;
+  instruction.imm2 = bool_op;
 }
 
 static const Opcodes kOpcodes{{"and", lower_and}, {"or", lower_and},   {"xor", lower_and},

@@ -1,8 +1,6 @@
 // What mma and wgmma share: their shape and types, and the elements of their registers.
 #pragma once
-#include "fp.h"
-#include "lower/lowering.h"
-#include "lower/opcodes.h"
+#include "instructions/handlers.h"
 
 namespace ptxsim {
 struct MmaInfo {
@@ -44,45 +42,40 @@ inline bool is_integer(Type type) {
 }
 
 // Element j of a 32-bit register.
-inline i32 decode_integer(u32 v, int j, Type type) {
+inline i32 decode_integer(u32 word, int j, Type type) {
   switch (type) {
     case kS8:
-      return (i8)(v >> (8 * j));
+      return (i8)(word >> (8 * j));
     case kU8:
-      return (u8)(v >> (8 * j));
+      return (u8)(word >> (8 * j));
     case kS4:
-      return (i32)(v << (28 - 4 * j)) >> 28;
+      return (i32)(word << (28 - 4 * j)) >> 28;
     case kU4:
-      return (v >> (4 * j)) & 15;
+      return (word >> (4 * j)) & 15;
     default:
-      return (v >> j) & 1;
+      return (word >> j) & 1;
   }
 }
-inline float decode_float(u32 v, int j, Type type) {
+inline float decode_float(u32 word, int j, Type type) {
   switch (type) {
     case kF16:
-      return half_bits_to_float((u16)(v >> (16 * j)));
+      return half_bits_to_float((u16)(word >> (16 * j)));
     case kBf16:
-      return bf16_to_float((u16)(v >> (16 * j)));
+      return bf16_to_float((u16)(word >> (16 * j)));
     case kTf32:
-      return bits_to<float>(v & 0xffffe000u);
+      return bits_to<float>(word & 0xffffe000u);
     case kE4m3:
-      return (float)from_small((v >> (8 * j)) & 0xff, kSmallE4m3);
+      return (float)from_small((word >> (8 * j)) & 0xff, kSmallE4m3);
     default:
-      return (float)from_small((v >> (8 * j)) & 0xff, kSmallE5m2);
+      return (float)from_small((word >> (8 * j)) & 0xff, kSmallE5m2);
   }
 }
 
 // M, N and K of an opcode's word like m16n8k32.
 inline bool parse_shape(const Statement& statement, int& M, int& N, int& K) {
-  for (auto& o : statement.opcode)
-    if (sscanf(o.c_str(), "m%dn%dk%d", &M, &N, &K) == 3) return true;
+  for (auto& word : statement.opcode)
+    if (sscanf(word.c_str(), "m%dn%dk%d", &M, &N, &K) == 3) return true;
   return false;
-}
-
-// The elements of a vector operand; a scalar is a vector of one.
-inline std::vector<Operand> elements_of(const Operand& operand) {
-  return operand.kind == Operand::kVector ? operand.elements : std::vector<Operand>{operand};
 }
 
 // The instruction waits for all lanes of its warp, those of a diverged warp too.

@@ -10,7 +10,8 @@ void execute_mov64(Warp& warp, const Instruction& instruction, u32 lanes);
 void execute_widen(Warp& warp, const Instruction& instruction, u32 lanes);
 void execute_narrow(Warp& warp, const Instruction& instruction, u32 lanes);
 void execute_sreg(Warp& warp, const Instruction& instruction, u32 lanes);
-int special_register_code(const std::string& n, u8& slot);
+// The imm of execute_sreg, or -1 for an unknown name; slot: bytes of the value.
+int special_register_code(const std::string& name, u8& slot);
 void execute_pred_not(Warp& warp, const Instruction& instruction, u32 lanes);
 void execute_nop(Warp& warp, const Instruction& instruction, u32 lanes);
 void execute_vprintf(Warp& warp, const Instruction& instruction, u32 lanes);

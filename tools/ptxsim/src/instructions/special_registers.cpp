@@ -1,273 +1,150 @@
 // Special registers: names and values.
+#include <utility>
+
 #include "instructions/handlers.h"
 #include "instructions/moves.h"
 
 namespace ptxsim {
-enum {
-  kSrTidX,
-  kSrTidY,
-  kSrTidZ,
-  kSrNtidX,
-  kSrNtidY,
-  kSrNtidZ,
-  kSrCtaidX,
-  kSrCtaidY,
-  kSrCtaidZ,
-  kSrNctaidX,
-  kSrNctaidY,
-  kSrNctaidZ,
-  kSrLaneid,
-  kSrWarpid,
-  kSrNwarpid,
-  kSrSmid,
-  kSrNsmid,
-  kSrGridid,
-  kSrLanemaskEq,
-  kSrLanemaskLe,
-  kSrLanemaskLt,
-  kSrLanemaskGe,
-  kSrLanemaskGt,
-  kSrClock,
-  kSrClockHi,
-  kSrClock64,
-  kSrGlobaltimer,
-  kSrGlobaltimerLo,
-  kSrGlobaltimerHi,
-  kSrClusterCtaidX,
-  kSrClusterCtaidY,
-  kSrClusterCtaidZ,
-  kSrClusterNctaidX,
-  kSrClusterNctaidY,
-  kSrClusterNctaidZ,
-  kSrClusterCtarank,
-  kSrClusterNctarank,
-  kSrClusteridX,
-  kSrClusteridY,
-  kSrClusteridZ,
-  kSrNclusteridX,
-  kSrNclusteridY,
-  kSrNclusteridZ,
-  kSrIsExplicitCluster,
-  kSrDynamicSmemSize,
-  kSrTotalSmemSize,
-  kSrAggrSmemSize,
-  kSrZero,
-  kSrReservedSmemOffset,
-  kSrEnvreg1,
-  kSrEnvreg2
+namespace {
+enum Axes : u8 { kScalar = 1, kXyz = 3 };
+
+struct Value {
+  Handler read;
+  u8 slot;  // bytes
 };
-int special_register_code(const std::string& n, u8& slot) {
-  slot = 4;
-  static const std::unordered_map<std::string, int> t = {
-      {"%tid.x", kSrTidX},
-      {"%tid.y", kSrTidY},
-      {"%tid.z", kSrTidZ},
-      {"%ntid.x", kSrNtidX},
-      {"%ntid.y", kSrNtidY},
-      {"%ntid.z", kSrNtidZ},
-      {"%ctaid.x", kSrCtaidX},
-      {"%ctaid.y", kSrCtaidY},
-      {"%ctaid.z", kSrCtaidZ},
-      {"%nctaid.x", kSrNctaidX},
-      {"%nctaid.y", kSrNctaidY},
-      {"%nctaid.z", kSrNctaidZ},
-      {"%laneid", kSrLaneid},
-      {"%warpid", kSrWarpid},
-      {"%nwarpid", kSrNwarpid},
-      {"%smid", kSrSmid},
-      {"%nsmid", kSrNsmid},
-      {"%gridid", kSrGridid},
-      {"%lanemask_eq", kSrLanemaskEq},
-      {"%lanemask_le", kSrLanemaskLe},
-      {"%lanemask_lt", kSrLanemaskLt},
-      {"%lanemask_ge", kSrLanemaskGe},
-      {"%lanemask_gt", kSrLanemaskGt},
-      {"%clock", kSrClock},
-      {"%clock_hi", kSrClockHi},
-      {"%clock64", kSrClock64},
-      {"%globaltimer", kSrGlobaltimer},
-      {"%globaltimer_lo", kSrGlobaltimerLo},
-      {"%globaltimer_hi", kSrGlobaltimerHi},
-      {"%cluster_ctaid.x", kSrClusterCtaidX},
-      {"%cluster_ctaid.y", kSrClusterCtaidY},
-      {"%cluster_ctaid.z", kSrClusterCtaidZ},
-      {"%cluster_nctaid.x", kSrClusterNctaidX},
-      {"%cluster_nctaid.y", kSrClusterNctaidY},
-      {"%cluster_nctaid.z", kSrClusterNctaidZ},
-      {"%cluster_ctarank", kSrClusterCtarank},
-      {"%cluster_nctarank", kSrClusterNctarank},
-      {"%clusterid.x", kSrClusteridX},
-      {"%clusterid.y", kSrClusteridY},
-      {"%clusterid.z", kSrClusteridZ},
-      {"%nclusterid.x", kSrNclusteridX},
-      {"%nclusterid.y", kSrNclusteridY},
-      {"%nclusterid.z", kSrNclusteridZ},
-      {"%is_explicit_cluster", kSrIsExplicitCluster},
-      {"%dynamic_smem_size", kSrDynamicSmemSize},
-      {"%total_smem_size", kSrTotalSmemSize},
-      {"%aggr_smem_size", kSrAggrSmemSize},
-      {"%reserved_smem_offset_begin", kSrZero},
-      {"%reserved_smem_offset_end", kSrReservedSmemOffset},
-      {"%reserved_smem_offset_cap", kSrReservedSmemOffset}};
-  auto it = t.find(n);
-  if (n == "%envreg1") return kSrEnvreg1;
-  if (n == "%envreg2") return kSrEnvreg2;
-  if (it == t.end()) {
-    if (n.compare(0, 7, "%envreg") == 0 || n.compare(0, 3, "%pm") == 0) return kSrZero;
-    return -1;
-  }
-  if (it->second == kSrClock64 || it->second == kSrGlobaltimer || it->second == kSrGridid) slot = 8;
-  if (it->second == kSrGridid) {
-    slot = 8;
-  }
-  return it->second;
+// The code of a register is 4 * its row in the table below + its axis.
+struct SpecialRegister {
+  const char* name;
+  Axes axes;
+  Value value;
+};
+
+int axis_of(const Instruction& instruction) { return (int)(instruction.imm & 3); }
+
+template <auto F>
+void read_of_warp(Warp& warp, const Instruction& instruction, u32 lanes) {
+  auto value = F(warp, axis_of(instruction));
+  auto* destination = warp.destination<decltype(value)>(instruction.operands[0]);
+  for_each_lane(lanes, [&](int lane) { destination[lane] = value; });
 }
-void execute_sreg(Warp& warp, const Instruction& instruction, u32 lanes) {
-  int c = (int)instruction.imm;
-  if (c <= kSrTidZ) {
-    u32* destination = warp.destination<u32>(instruction.operands[0]);
-    const u32* t = warp.tid[c - kSrTidX];
-    for_each_lane(lanes, [&](int lane) { destination[lane] = t[lane]; });
-    return;
-  }
-  Cta& cta = *warp.cta;
-  auto& p = warp.launch->params;
-  u64 v = 0;
-  switch (c) {
-    case kSrNtidX:
-    case kSrNtidY:
-    case kSrNtidZ:
-      v = p.block[c - kSrNtidX];
-      break;
-    case kSrCtaidX:
-    case kSrCtaidY:
-    case kSrCtaidZ:
-      v = cta.id[c - kSrCtaidX];
-      break;
-    case kSrNctaidX:
-    case kSrNctaidY:
-    case kSrNctaidZ:
-      v = p.grid[c - kSrNctaidX];
-      break;
-    case kSrLaneid: {
-      u32* destination = warp.destination<u32>(instruction.operands[0]);
-      for_each_lane(lanes, [&](int lane) { destination[lane] = (u32)lane; });
-      return;
-    }
-    case kSrWarpid:
-      v = (u32)warp.id;
-      break;
-    case kSrNwarpid:
-      v = (u32)cta.warps.size();
-      break;
-    case kSrSmid:
-      v = cta.linear % (u32)architecture().sms;
-      break;
-    case kSrNsmid:
-      v = (u32)architecture().sms;
-      break;
-    case kSrGridid:
-      v = 1;
-      break;
-    case kSrLanemaskEq: {
-      u32* destination = warp.destination<u32>(instruction.operands[0]);
-      for_each_lane(lanes, [&](int lane) { destination[lane] = 1u << lane; });
-      return;
-    }
-    case kSrLanemaskLe: {
-      u32* destination = warp.destination<u32>(instruction.operands[0]);
-      for_each_lane(lanes, [&](int lane) { destination[lane] = (2u << lane) - 1; });
-      return;
-    }
-    case kSrLanemaskLt: {
-      u32* destination = warp.destination<u32>(instruction.operands[0]);
-      for_each_lane(lanes, [&](int lane) { destination[lane] = (1u << lane) - 1; });
-      return;
-    }
-    case kSrLanemaskGe: {
-      u32* destination = warp.destination<u32>(instruction.operands[0]);
-      for_each_lane(lanes, [&](int lane) { destination[lane] = ~((1u << lane) - 1); });
-      return;
-    }
-    case kSrLanemaskGt: {
-      u32* destination = warp.destination<u32>(instruction.operands[0]);
-      for_each_lane(lanes, [&](int lane) { destination[lane] = ~((2u << lane) - 1); });
-      return;
-    }
-    case kSrClock:
-      v = (u32)warp.worker->sequence;
-      break;
-    case kSrClockHi:
-      v = warp.worker->sequence >> 32;
-      break;
-    case kSrClock64:
-      v = warp.worker->sequence;
-      break;
-    case kSrGlobaltimer:
-      v = warp.worker->sequence;
-      break;
-    case kSrGlobaltimerLo:
-      v = (u32)warp.worker->sequence;
-      break;
-    case kSrGlobaltimerHi:
-      v = warp.worker->sequence >> 32;
-      break;
-    case kSrClusterCtaidX:
-    case kSrClusterCtaidY:
-    case kSrClusterCtaidZ:
-      v = cta.cluster_rank[c - kSrClusterCtaidX];
-      break;
-    case kSrClusterNctaidX:
-    case kSrClusterNctaidY:
-    case kSrClusterNctaidZ:
-      v = p.cluster[c - kSrClusterNctaidX];
-      break;
-    case kSrClusterCtarank:
-      v = cta.rank;
-      break;
-    case kSrClusterNctarank:
-      v = p.cluster[0] * p.cluster[1] * p.cluster[2];
-      break;
-    case kSrClusteridX:
-    case kSrClusteridY:
-    case kSrClusteridZ:
-      v = cta.cluster->id[c - kSrClusteridX];
-      break;
-    case kSrNclusteridX:
-    case kSrNclusteridY:
-    case kSrNclusteridZ:
-      v = warp.launch->cluster_count[c - kSrNclusteridX];
-      break;
-    case kSrIsExplicitCluster:
-      write_predicate(warp, instruction.operands[0],
-                      p.cluster[0] * p.cluster[1] * p.cluster[2] > 1 ? kFullMask : 0, lanes);
-      return;
-    case kSrDynamicSmemSize:
-      v = p.dynamic_shared;
-      break;
-    case kSrTotalSmemSize:
-      v = cta.shared_end - cta.shared_begin;
-      break;
-    case kSrAggrSmemSize:
-      v = cta.shared_end;
-      break;
-    case kSrReservedSmemOffset:
-      v = cta.shared_begin;
-      break;
-    case kSrEnvreg1:
-      v = warp.launch->grid_workspace >> 32;
-      break;  // workspace of grid-wide barriers
-    case kSrEnvreg2:
-      v = (u32)warp.launch->grid_workspace;
-      break;
-  }
-  if (c == kSrClock64 || c == kSrGlobaltimer || c == kSrGridid) {
-    u64* destination = warp.destination<u64>(instruction.operands[0]);
-    for_each_lane(lanes, [&](int lane) { destination[lane] = v; });
-  } else {
-    u32* destination = warp.destination<u32>(instruction.operands[0]);
-    for_each_lane(lanes, [&](int lane) { destination[lane] = (u32)v; });
-  }
+template <auto F>
+void read_of_lane(Warp& warp, const Instruction& instruction, u32 lanes) {
+  u32* destination = warp.destination<u32>(instruction.operands[0]);
+  int axis = axis_of(instruction);
+  for_each_lane(lanes, [&](int lane) { destination[lane] = F(warp, axis, lane); });
+}
+// The same in all lanes: F(warp, axis) is a u32 or a u64.
+template <auto F>
+constexpr Value of_warp = {read_of_warp<F>, sizeof(F(std::declval<const Warp&>(), 0))};
+// Another in each lane: F(warp, axis, lane) is a u32.
+template <auto F>
+constexpr Value of_lane = {read_of_lane<F>, 4};
+
+const LaunchParams& params(const Warp& warp) { return warp.launch->params; }
+u32 cluster_size(const Warp& warp, int) {
+  const u32* size = params(warp).cluster;
+  return size[0] * size[1] * size[2];
+}
+// Time is the number of instructions that the worker has executed.
+u32 time_low(const Warp& warp, int) { return (u32)warp.worker->sequence; }
+u32 time_high(const Warp& warp, int) { return (u32)(warp.worker->sequence >> 32); }
+u64 time_all(const Warp& warp, int) { return warp.worker->sequence; }
+u32 shared_begin(const Warp& warp, int) { return warp.cta->shared_begin; }
+u32 zero(const Warp&, int) { return 0; }
+
+void read_is_explicit_cluster(Warp& warp, const Instruction& instruction, u32 lanes) {
+  u32 value = cluster_size(warp, 0) > 1 ? kFullMask : 0;
+  write_predicate(warp, instruction.operands[0], value, lanes);
 }
 
+constexpr SpecialRegister kSpecialRegisters[] = {
+    {"%tid", kXyz,
+     of_lane<[](const Warp& warp, int axis, int lane) { return warp.tid[axis][lane]; }>},
+    {"%ntid", kXyz, of_warp<[](const Warp& warp, int axis) { return params(warp).block[axis]; }>},
+    {"%ctaid", kXyz, of_warp<[](const Warp& warp, int axis) { return warp.cta->id[axis]; }>},
+    {"%nctaid", kXyz, of_warp<[](const Warp& warp, int axis) { return params(warp).grid[axis]; }>},
+    {"%cluster_ctaid", kXyz,
+     of_warp<[](const Warp& warp, int axis) { return warp.cta->cluster_rank[axis]; }>},
+    {"%cluster_nctaid", kXyz,
+     of_warp<[](const Warp& warp, int axis) { return params(warp).cluster[axis]; }>},
+    {"%clusterid", kXyz,
+     of_warp<[](const Warp& warp, int axis) { return warp.cta->cluster->id[axis]; }>},
+    {"%nclusterid", kXyz,
+     of_warp<[](const Warp& warp, int axis) { return warp.launch->cluster_count[axis]; }>},
+    {"%cluster_ctarank", kScalar, of_warp<[](const Warp& warp, int) { return warp.cta->rank; }>},
+    {"%cluster_nctarank", kScalar, of_warp<cluster_size>},
+    {"%is_explicit_cluster", kScalar, {read_is_explicit_cluster, 4}},
+
+    {"%laneid", kScalar, of_lane<[](const Warp&, int, int lane) { return (u32)lane; }>},
+    {"%lanemask_eq", kScalar, of_lane<[](const Warp&, int, int lane) { return 1u << lane; }>},
+    {"%lanemask_le", kScalar, of_lane<[](const Warp&, int, int lane) { return (2u << lane) - 1; }>},
+    {"%lanemask_lt", kScalar, of_lane<[](const Warp&, int, int lane) { return (1u << lane) - 1; }>},
+    {"%lanemask_ge", kScalar,
+     of_lane<[](const Warp&, int, int lane) { return ~((1u << lane) - 1); }>},
+    {"%lanemask_gt", kScalar,
+     of_lane<[](const Warp&, int, int lane) { return ~((2u << lane) - 1); }>},
+
+    {"%warpid", kScalar, of_warp<[](const Warp& warp, int) { return (u32)warp.id; }>},
+    {"%nwarpid", kScalar,
+     of_warp<[](const Warp& warp, int) { return (u32)warp.cta->warps.size(); }>},
+    {"%smid", kScalar,
+     of_warp<[](const Warp& warp, int) { return warp.cta->linear % (u32)architecture().sms; }>},
+    {"%nsmid", kScalar, of_warp<[](const Warp&, int) { return (u32)architecture().sms; }>},
+    {"%gridid", kScalar, of_warp<[](const Warp&, int) { return (u64)1; }>},
+
+    {"%clock", kScalar, of_warp<time_low>},
+    {"%clock_hi", kScalar, of_warp<time_high>},
+    {"%clock64", kScalar, of_warp<time_all>},
+    {"%globaltimer", kScalar, of_warp<time_all>},
+    {"%globaltimer_lo", kScalar, of_warp<time_low>},
+    {"%globaltimer_hi", kScalar, of_warp<time_high>},
+
+    {"%dynamic_smem_size", kScalar,
+     of_warp<[](const Warp& warp, int) { return params(warp).dynamic_shared; }>},
+    {"%total_smem_size", kScalar,
+     of_warp<[](const Warp& warp, int) { return warp.cta->shared_end - warp.cta->shared_begin; }>},
+    {"%aggr_smem_size", kScalar,
+     of_warp<[](const Warp& warp, int) { return warp.cta->shared_end; }>},
+    {"%reserved_smem_offset_begin", kScalar, of_warp<zero>},
+    {"%reserved_smem_offset_end", kScalar, of_warp<shared_begin>},
+    {"%reserved_smem_offset_cap", kScalar, of_warp<shared_begin>},
+
+    // The workspace of grid-wide barriers.
+    {"%envreg1", kScalar,
+     of_warp<[](const Warp& warp, int) { return (u32)(warp.launch->grid_workspace >> 32); }>},
+    {"%envreg2", kScalar,
+     of_warp<[](const Warp& warp, int) { return (u32)warp.launch->grid_workspace; }>},
+    {"%envreg", kScalar, of_warp<zero>},  // with any other number
+    {"%pm", kScalar, of_warp<zero>},      // performance counters: with any number
+};
+
+std::unordered_map<std::string, int> codes_by_name() {
+  std::unordered_map<std::string, int> codes;
+  int row = 0;
+  for (const SpecialRegister& entry : kSpecialRegisters) {
+    if (entry.axes == kScalar)
+      codes[entry.name] = 4 * row;
+    else
+      for (int axis = 0; axis < 3; axis++)
+        codes[std::string(entry.name) + "." + "xyz"[axis]] = 4 * row + axis;
+    row++;
+  }
+  return codes;
+}
+}  // namespace
+
+int special_register_code(const std::string& name, u8& slot) {
+  static const std::unordered_map<std::string, int> codes = codes_by_name();
+  slot = 4;
+  auto found = codes.find(name);
+  for (const char* numbered : {"%envreg", "%pm"})
+    if (found == codes.end() && name.starts_with(numbered)) found = codes.find(numbered);
+  if (found == codes.end()) return -1;
+  slot = kSpecialRegisters[found->second / 4].value.slot;
+  return found->second;
+}
+
+void execute_sreg(Warp& warp, const Instruction& instruction, u32 lanes) {
+  kSpecialRegisters[instruction.imm / 4].value.read(warp, instruction, lanes);
+}
 }  // namespace ptxsim

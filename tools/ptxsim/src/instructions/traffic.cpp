@@ -6,69 +6,70 @@
 #include "instructions/access.h"
 
 namespace ptxsim {
-void count_global(Warp& warp, const u64* a, u32 lanes, u32 n, bool st) {
-  u64 sec[160];
-  int k = 0;
+void count_global(Warp& warp, const u64* addresses, u32 lanes, u32 size, bool store) {
+  u64 sectors[160];
+  int count = 0;
   for_each_lane(lanes, [&](int lane) {
-    for (u64 s = a[lane] >> 5; s <= (a[lane] + n - 1) >> 5; s++) {
-      if (k < 160 && (k == 0 || sec[k - 1] != s)) {
-        bool f = false;
-        for (int q = 0; q < k; q++) f |= sec[q] == s;
-        if (!f) sec[k++] = s;
+    for (u64 sector = addresses[lane] >> 5; sector <= (addresses[lane] + size - 1) >> 5; sector++) {
+      if (count < 160 && (count == 0 || sectors[count - 1] != sector)) {
+        bool seen = false;
+        for (int i = 0; i < count; i++) seen |= sectors[i] == sector;
+        if (!seen) sectors[count++] = sector;
       }
     }
   });
-  u64 bytes = (u64)n * (u64)__builtin_popcount(lanes);
-  Stats& S = warp.worker->stats;
-  if (st) {
-    S.store_bytes += bytes;
-    S.store_sectors += (u64)k;
-    S.store_requests++;
-    S.store_ideal_sectors += (bytes + 31) / 32;
+  u64 bytes = (u64)size * (u64)__builtin_popcount(lanes);
+  Stats& stats = warp.worker->stats;
+  if (store) {
+    stats.store_bytes += bytes;
+    stats.store_sectors += (u64)count;
+    stats.store_requests++;
+    stats.store_ideal_sectors += (bytes + 31) / 32;
   } else {
-    S.load_bytes += bytes;
-    S.load_sectors += (u64)k;
-    S.load_requests++;
-    S.load_ideal_sectors += (bytes + 31) / 32;
+    stats.load_bytes += bytes;
+    stats.load_sectors += (u64)count;
+    stats.load_requests++;
+    stats.load_ideal_sectors += (bytes + 31) / 32;
   }
 }
-void count_shared(Warp& warp, const u64* a, u32 lanes, u32 n) {
-  u32 per = n <= 4 ? 32 : n == 8 ? 16 : 8;
-  Stats& S = warp.worker->stats;
-  S.shared_requests++;
-  for (u32 p = 0; p < 32; p += per) {
-    u32 mm = lanes & (per == 32 ? kFullMask : ((1u << per) - 1) << p);
-    if (!mm) continue;
+void count_shared(Warp& warp, const u64* addresses, u32 lanes, u32 bytes) {
+  u32 lanes_at_once = bytes <= 4 ? 32 : bytes == 8 ? 16 : 8;
+  Stats& stats = warp.worker->stats;
+  stats.shared_requests++;
+  for (u32 first = 0; first < 32; first += lanes_at_once) {
+    u32 part = lanes & (lanes_at_once == 32 ? kFullMask : ((1u << lanes_at_once) - 1) << first);
+    if (!part) continue;
     u32 words[32][33];
-    u8 cnt[32] = {};
-    u32 mx = 1;
-    for_each_lane(mm, [&](int lane) {
-      for (u32 b = 0; b < (n < 4 ? 4 : n); b += 4) {
-        u32 word = (u32)(a[lane] + b) >> 2;
+    u8 count[32] = {};
+    u32 most = 1;
+    for_each_lane(part, [&](int lane) {
+      for (u32 offset = 0; offset < (bytes < 4 ? 4 : bytes); offset += 4) {
+        u32 word = (u32)(addresses[lane] + offset) >> 2;
         u32 bank = word & 31;
-        bool f = false;
-        for (u32 q = 0; q < cnt[bank]; q++) f |= words[bank][q] == word;
-        if (!f) {
-          words[bank][cnt[bank]++] = word;
-          if (cnt[bank] > mx) mx = cnt[bank];
+        bool seen = false;
+        for (u32 i = 0; i < count[bank]; i++) seen |= words[bank][i] == word;
+        if (!seen) {
+          words[bank][count[bank]++] = word;
+          if (count[bank] > most) most = count[bank];
         }
       }
     });
-    S.shared_wavefronts += mx;
-    S.shared_ideal_wavefronts++;
+    stats.shared_wavefronts += most;
+    stats.shared_ideal_wavefronts++;
   }
 }
-void count_shared_request(Warp& warp, const u64* a, u32 lanes, u32 n) {
-  count_shared(warp, a, lanes, n);
+void count_shared_request(Warp& warp, const u64* addresses, u32 lanes, u32 bytes) {
+  count_shared(warp, addresses, lanes, bytes);
 }
-void count_memory(Warp& warp, const Instruction& instruction, Space space, const u64* a, u32 lanes,
-                  u32 n, bool st) {
+void count_memory(Warp& warp, const Instruction& instruction, Space space, const u64* addresses,
+                  u32 lanes, u32 bytes, bool store) {
   if (!lanes) return;
-  int l = __builtin_ctz(lanes);
-  if (space == kGlobal || (space == kGeneric && !in_shared(a[l]) && !in_local(a[l])))
-    count_global(warp, a, lanes, n, st);
-  else if (space == kShared || (space == kGeneric && in_shared(a[l])))
-    count_shared(warp, a, lanes, n);
+  int lane = __builtin_ctz(lanes);
+  if (space == kGlobal ||
+      (space == kGeneric && !in_shared(addresses[lane]) && !in_local(addresses[lane])))
+    count_global(warp, addresses, lanes, bytes, store);
+  else if (space == kShared || (space == kGeneric && in_shared(addresses[lane])))
+    count_shared(warp, addresses, lanes, bytes);
 }
 
 }  // namespace ptxsim

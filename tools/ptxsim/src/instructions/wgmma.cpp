@@ -37,36 +37,36 @@ struct Tiles {
 static void read_a_registers(Warp& warp, Tiles& tiles, const i32* operands) {
   int count = 4 / tiles.element_bytes;  // elements of a register
   for (int r = 0; r < 4; r++) {
-    const u32* v = warp.source<u32>(operands[r]);
-    for (int l = 0; l < 32; l++)
-      memcpy(tiles.a + ((l >> 2) + 8 * (r & 1)) * tiles.row_bytes +
-                 ((r >> 1) * 4 * count + (l & 3) * count) * tiles.element_bytes,
-             &v[l], 4);
+    const u32* words = warp.source<u32>(operands[r]);
+    for (int lane = 0; lane < 32; lane++)
+      memcpy(tiles.a + ((lane >> 2) + 8 * (r & 1)) * tiles.row_bytes +
+                 ((r >> 1) * 4 * count + (lane & 3) * count) * tiles.element_bytes,
+             &words[lane], 4);
     if (!taint_on(warp)) continue;
-    u32 t = taint_lanes(warp, operands[r]);
-    for (int l = 0; l < 32; l++)
-      if ((t >> l) & 1) tiles.bad_a[(l >> 2) + 8 * (r & 1)] = 1;
+    u32 tainted = taint_lanes(warp, operands[r]);
+    for (int lane = 0; lane < 32; lane++)
+      if ((tainted >> lane) & 1) tiles.bad_a[(lane >> 2) + 8 * (r & 1)] = 1;
   }
 }
 
 // Init check: an element of D depends on its row of A, its column of B and its old value.
 static void taint_wgmma(Warp& warp, const Instruction& instruction, const Tiles& tiles) {
   u32 any = 0;
-  for (u8 x : tiles.bad_a) any |= x;
-  for (u8 x : tiles.bad_b) any |= x;
+  for (u8 bad : tiles.bad_a) any |= bad;
+  for (u8 bad : tiles.bad_b) any |= bad;
   u32 origin =
       any ? taint_origin(warp, instruction, kShared, (tiles.b_descriptor & 0x3fff) << 4) : 0;
   bool packed = tiles.info.d_type == kF16;
   for (int r = 0; r < tiles.info.c_count; r++) {
-    u32 t = tiles.accumulates ? taint_lanes(warp, tiles.d[r]) : 0;
-    u32 source = t ? taint_origin_of(warp, tiles.d[r]) : origin;
-    for (int l = 0; any && l < 32; l++) {
-      int row = (l >> 2) + 8 * (packed ? r & 1 : (r >> 1) & 1);
-      int column = (packed ? r / 2 : r / 4) * 8 + (l & 3) * 2 + (packed ? 0 : r & 1);
+    u32 tainted = tiles.accumulates ? taint_lanes(warp, tiles.d[r]) : 0;
+    u32 source = tainted ? taint_origin_of(warp, tiles.d[r]) : origin;
+    for (int lane = 0; any && lane < 32; lane++) {
+      int row = (lane >> 2) + 8 * (packed ? r & 1 : (r >> 1) & 1);
+      int column = (packed ? r / 2 : r / 4) * 8 + (lane & 3) * 2 + (packed ? 0 : r & 1);
       if (tiles.bad_a[row] || tiles.bad_b[column] || (packed && tiles.bad_b[column + 1]))
-        t |= 1u << l;
+        tainted |= 1u << lane;
     }
-    set_taint(warp, tiles.d[r], kFullMask, t, source);
+    set_taint(warp, tiles.d[r], kFullMask, tainted, source);
   }
 }
 
@@ -83,56 +83,57 @@ static void note_read(Warp& warp, const Instruction& instruction, const Tiles& t
 
 static void multiply_integers(Warp& warp, const Tiles& tiles) {
   const MmaInfo& info = tiles.info;
-  auto widen = [](u8 x, Type type) { return type == kS8 ? (i16)(i8)x : (i16)x; };
+  auto widen = [](u8 a, Type type) { return type == kS8 ? (i16)(i8)a : (i16)a; };
   alignas(64) i16 A[16][32], B[256][32];
   for (int i = 0; i < 16; i++)
     for (int k = 0; k < 32; k++) A[i][k] = widen(tiles.a[i * 32 + k], info.a_type);
   for (int i = 0; i < info.n; i++)
     for (int k = 0; k < 32; k++) B[i][k] = widen(tiles.b[i * 32 + k], info.b_type);
-  for (int q = 0; q < info.n / 8; q++) {
+  for (int columns = 0; columns < info.n / 8; columns++) {
     i32 D[16][8];
     for (int i = 0; i < 16; i++)
       for (int n = 0; n < 8; n++) {
         i32 sum = 0;
-        const i16 *x = A[i], *y = B[q * 8 + n];
-        for (int k = 0; k < 32; k++) sum += (i32)x[k] * y[k];
+        const i16 *a = A[i], *b = B[columns * 8 + n];
+        for (int k = 0; k < 32; k++) sum += (i32)a[k] * b[k];
         D[i][n] = sum;
       }
     for (int r = 0; r < 4; r++) {
-      i32* destination = warp.destination<i32>(tiles.d[q * 4 + r]);
-      for (int l = 0; l < 32; l++) {
-        i64 sum = D[(l >> 2) + 8 * (r >> 1)][(l & 3) * 2 + (r & 1)];
-        if (tiles.accumulates) sum += destination[l];
-        destination[l] = info.saturate ? saturated(sum) : (i32)sum;
+      i32* destination = warp.destination<i32>(tiles.d[columns * 4 + r]);
+      for (int lane = 0; lane < 32; lane++) {
+        i64 sum = D[(lane >> 2) + 8 * (r >> 1)][(lane & 3) * 2 + (r & 1)];
+        if (tiles.accumulates) sum += destination[lane];
+        destination[lane] = info.saturate ? saturated(sum) : (i32)sum;
       }
     }
   }
 }
 
 // Adds eight columns of sums to accumulators of two halves.
-static void add_to_halves(Warp& warp, const Tiles& tiles, int q, const double (*D)[8]) {
+static void add_to_halves(Warp& warp, const Tiles& tiles, int columns, const double (*D)[8]) {
   for (int r = 0; r < 2; r++) {
-    u32* destination = warp.destination<u32>(tiles.d[q * 2 + r]);
-    for (int l = 0; l < 32; l++) {
-      u32 v = 0;
-      for (int e = 0; e < 2; e++) {
-        double old =
-            tiles.accumulates ? (double)half_bits_to_float((u16)(destination[l] >> (16 * e))) : 0.0;
-        double sum = old + D[(l >> 2) + 8 * r][(l & 3) * 2 + e];
-        v |= (u32)(u16)to_small(sum, kSmallF16) << (16 * e);
+    u32* destination = warp.destination<u32>(tiles.d[columns * 2 + r]);
+    for (int lane = 0; lane < 32; lane++) {
+      u32 word = 0;
+      for (int half = 0; half < 2; half++) {
+        double old = tiles.accumulates
+                         ? (double)half_bits_to_float((u16)(destination[lane] >> (16 * half)))
+                         : 0.0;
+        double sum = old + D[(lane >> 2) + 8 * r][(lane & 3) * 2 + half];
+        word |= (u32)(u16)to_small(sum, kSmallF16) << (16 * half);
       }
-      destination[l] = v;
+      destination[lane] = word;
     }
   }
 }
 
-static void add_to_floats(Warp& warp, const Tiles& tiles, int q, const double (*D)[8]) {
+static void add_to_floats(Warp& warp, const Tiles& tiles, int columns, const double (*D)[8]) {
   for (int r = 0; r < 4; r++) {
-    float* destination = warp.destination<float>(tiles.d[q * 4 + r]);
-    for (int l = 0; l < 32; l++) {
-      double sum = D[(l >> 2) + 8 * (r >> 1)][(l & 3) * 2 + (r & 1)];
-      if (tiles.accumulates) sum += destination[l];
-      destination[l] = canonical_nan((float)sum);
+    float* destination = warp.destination<float>(tiles.d[columns * 4 + r]);
+    for (int lane = 0; lane < 32; lane++) {
+      double sum = D[(lane >> 2) + 8 * (r >> 1)][(lane & 3) * 2 + (r & 1)];
+      if (tiles.accumulates) sum += destination[lane];
+      destination[lane] = canonical_nan((float)sum);
     }
   }
 }
@@ -140,9 +141,10 @@ static void add_to_floats(Warp& warp, const Tiles& tiles, int q, const double (*
 static void multiply_floats(Warp& warp, const Tiles& tiles) {
   const MmaInfo& info = tiles.info;
   auto decode = [&](const u8* tile, int row, int k, Type type) {
-    u32 v = 0;
-    memcpy(&v, tile + row * tiles.row_bytes + k * tiles.element_bytes, (size_t)tiles.element_bytes);
-    return decode_float(v, 0, type);
+    u32 bits = 0;
+    memcpy(&bits, tile + row * tiles.row_bytes + k * tiles.element_bytes,
+           (size_t)tiles.element_bytes);
+    return decode_float(bits, 0, type);
   };
   alignas(64) float A[16][32], B[256][32];
   for (int i = 0; i < 16; i++)
@@ -151,18 +153,18 @@ static void multiply_floats(Warp& warp, const Tiles& tiles) {
   for (int i = 0; i < info.n; i++)
     for (int k = 0; k < info.k; k++)
       B[i][k] = (float)info.scale_b * decode(tiles.b, i, k, info.b_type);
-  for (int q = 0; q < info.n / 8; q++) {
+  for (int columns = 0; columns < info.n / 8; columns++) {
     double D[16][8];
     for (int i = 0; i < 16; i++)
       for (int n = 0; n < 8; n++) {
         double sum = 0;
-        for (int k = 0; k < info.k; k++) sum += (double)A[i][k] * B[q * 8 + n][k];
+        for (int k = 0; k < info.k; k++) sum += (double)A[i][k] * B[columns * 8 + n][k];
         D[i][n] = sum;
       }
     if (info.d_type == kF16)
-      add_to_halves(warp, tiles, q, D);
+      add_to_halves(warp, tiles, columns, D);
     else
-      add_to_floats(warp, tiles, q, D);
+      add_to_floats(warp, tiles, columns, D);
   }
 }
 
@@ -203,9 +205,9 @@ static void execute_wg_commit(Warp& warp, const Instruction&, u32) {
 bool wgmma_wait_ready(Warp& warp, const Instruction& instruction) {
   if (warp.wgmma_group <= instruction.imm) return true;
   u32 need = warp.wgmma_group - instruction.imm;
-  size_t b = (size_t)(warp.id & ~3);
-  for (size_t q = b; q < b + 4 && q < warp.cta->warps.size(); q++)
-    if (warp.cta->warps[q].alive && warp.cta->warps[q].wgmma_group < need) return false;
+  size_t first = (size_t)(warp.id & ~3);
+  for (size_t id = first; id < first + 4 && id < warp.cta->warps.size(); id++)
+    if (warp.cta->warps[id].alive && warp.cta->warps[id].wgmma_group < need) return false;
   return true;
 }
 
@@ -224,13 +226,13 @@ static bool overwritten(Warp& warp, const Warp::WgmmaRead& read) {
 // wgmma was issued.
 static void execute_wg_wait(Warp& warp, const Instruction& instruction, u32) {
   if (!warp.launch->check_race) return;
-  size_t b = (size_t)(warp.id & ~3);
+  size_t first = (size_t)(warp.id & ~3);
   if (warp.wgmma_group > instruction.imm)
-    for (size_t q = b; q < b + 4 && q < warp.cta->warps.size(); q++)
-      clock_acquire(warp, warp.cta->warps[q].wgmma_clock);
+    for (size_t id = first; id < first + 4 && id < warp.cta->warps.size(); id++)
+      clock_acquire(warp, warp.cta->warps[id].wgmma_clock);
   size_t kept = 0;
-  for (size_t q = 0; q < warp.wgmma_reads.size(); q++) {
-    auto read = warp.wgmma_reads[q];
+  for (size_t id = 0; id < warp.wgmma_reads.size(); id++) {
+    auto read = warp.wgmma_reads[id];
     if (read.group + instruction.imm >= warp.wgmma_group)
       warp.wgmma_reads[kept++] = read;
     else if (overwritten(warp, read))
@@ -259,54 +261,56 @@ static void lower_wg_wait(Lowering& lowering, const Statement& statement) {
 
 static MmaInfo* wgmma_info(Lowering& lowering, const Statement& statement) {
   if (statement.has("sp")) lowering.unsupported();
-  auto* F = new MmaInfo;
-  if (!parse_shape(statement, F->m, F->n, F->k)) lowering.unsupported();
-  auto ts = lowering.types();
-  if (ts.size() != 3) lowering.unsupported();
-  F->d_type = ts[0];
-  F->a_type = ts[1];
-  F->b_type = ts[2];
-  F->saturate = statement.has("satfinite");
-  if (bits_of(F->a_type) < 8 || bits_of(F->a_type) * F->k != 256) lowering.unsupported();
-  F->c_count = F->d_type == kF16 ? F->n / 4 : F->n / 2;
-  F->a_in_registers = statement.operands[1].kind == Operand::kVector;
-  return F;
+  auto* info = new MmaInfo;
+  if (!parse_shape(statement, info->m, info->n, info->k)) lowering.unsupported();
+  auto types = lowering.types();
+  if (types.size() != 3) lowering.unsupported();
+  info->d_type = types[0];
+  info->a_type = types[1];
+  info->b_type = types[2];
+  info->saturate = statement.has("satfinite");
+  if (bits_of(info->a_type) < 8 || bits_of(info->a_type) * info->k != 256) lowering.unsupported();
+  info->c_count = info->d_type == kF16 ? info->n / 4 : info->n / 2;
+  info->a_in_registers = statement.operands[1].kind == Operand::kVector;
+  return info;
 }
 
 static void lower_wgmma(Lowering& lowering, const Statement& statement) {
-  MmaInfo* F = wgmma_info(lowering, statement);
+  MmaInfo* info = wgmma_info(lowering, statement);
   auto D = elements_of(statement.operands[0]);
-  if ((int)D.size() != F->c_count) lowering.fail("accumulator count does not fit the shape");
-  std::vector<i32> src, ids;
-  if (F->a_in_registers) {
+  if ((int)D.size() != info->c_count) lowering.fail("accumulator count does not fit the shape");
+  std::vector<i32> sources, ids;
+  if (info->a_in_registers) {
     if (statement.operands[1].elements.size() != 4)
       lowering.fail("A fragment of 4 registers expected");
-    for (auto& x : statement.operands[1].elements) src.push_back(lowering.source(x, kB32));
+    for (auto& operand : statement.operands[1].elements)
+      sources.push_back(lowering.source(operand, kB32));
   } else
-    src.push_back(lowering.source(statement.operands[1], kB64));
-  src.push_back(lowering.source(statement.operands[2], kB64));
-  size_t q = 3;
-  src.push_back(statement.operands.size() > q ? lowering.predicate_source(statement.operands[q])
-                                              : lowering.constant_predicate(true));
-  q++;
-  auto imm = [&](int dflt) -> int {
-    if (q >= statement.operands.size()) return dflt;
-    const Operand& operand = statement.operands[q++];
+    sources.push_back(lowering.source(statement.operands[1], kB64));
+  sources.push_back(lowering.source(statement.operands[2], kB64));
+  size_t next = 3;
+  sources.push_back(statement.operands.size() > next
+                        ? lowering.predicate_source(statement.operands[next])
+                        : lowering.constant_predicate(true));
+  next++;
+  auto immediate = [&](int otherwise) -> int {
+    if (next >= statement.operands.size()) return otherwise;
+    const Operand& operand = statement.operands[next++];
     if (operand.kind != Operand::kInteger) lowering.fail("immediate expected");
     return (int)(i64)operand.bits;
   };
-  if (!is_integer(F->a_type)) {
-    F->scale_a = imm(1);
-    F->scale_b = imm(1);
-    if (bits_of(F->a_type) == 16) {
-      if (!F->a_in_registers) F->trans_a = imm(0);
-      F->trans_b = imm(0);
+  if (!is_integer(info->a_type)) {
+    info->scale_a = immediate(1);
+    info->scale_b = immediate(1);
+    if (bits_of(info->a_type) == 16) {
+      if (!info->a_in_registers) info->trans_a = immediate(0);
+      info->trans_b = immediate(0);
     }
   }
-  for (auto& x : D) ids.push_back(lowering.destination(x, kB32));
-  ids.insert(ids.end(), src.begin(), src.end());
-  Instruction& instruction = lowering.emit(execute_wgmma, kClassWgmma, ids, F->c_count);
-  instruction.aux = F;
+  for (auto& operand : D) ids.push_back(lowering.destination(operand, kB32));
+  ids.insert(ids.end(), sources.begin(), sources.end());
+  Instruction& instruction = lowering.emit(execute_wgmma, kClassWgmma, ids, info->c_count);
+  instruction.aux = info;
   instruction.reads_destination = true;
   instruction.propagates_taint = true;
   collect_warp(instruction);

@@ -13,16 +13,16 @@ struct MatrixDescriptor {
         base((u32)(d >> 49) & 7),
         swizzle((u32)(d >> 62)) {}
 };
-static inline u32 swizzle(u32 a, u32 mode) {
+static inline u32 swizzle(u32 address, u32 mode) {
   switch (mode) {
     case 1:
-      return a ^ (((a >> 7) & 7) << 4);
+      return address ^ (((address >> 7) & 7) << 4);
     case 2:
-      return a ^ (((a >> 7) & 3) << 4);
+      return address ^ (((address >> 7) & 3) << 4);
     case 3:
-      return a ^ (((a >> 7) & 1) << 4);
+      return address ^ (((address >> 7) & 1) << 4);
     default:
-      return a;
+      return address;
   }
 }
 
@@ -36,7 +36,7 @@ struct TileReader {
   u8* bad;
 
   const u8* chunk(u32 address);
-  void note_bytes(int row, const u8* p, int n);
+  void note_bytes(int row, const u8* data, int bytes);
   void read_k_major();
   void read_mn_major();
 };
@@ -45,34 +45,35 @@ struct TileReader {
 // 16 bytes of shared memory.
 const u8* TileReader::chunk(u32 address) {
   Cta& cta = *warp.cta;
-  u32 a = swizzle(address, descriptor.swizzle);
-  if (a < cta.shared_begin || a + 16 > cta.shared_end)
+  u32 swizzled = swizzle(address, descriptor.swizzle);
+  if (swizzled < cta.shared_begin || swizzled + 16 > cta.shared_end)
     warp.fail(kErrorAddress, 0,
               format("wgmma operand at shared address 0x%x lies outside the CTA's shared memory "
                      "(0x%x..0x%x); descriptor 0x%016llx (start 0x%x, leading %u, stride %u, "
                      "swizzle mode %u)",
-                     a, cta.shared_begin, cta.shared_end, (unsigned long long)rows.descriptor,
-                     descriptor.start, descriptor.leading_offset, descriptor.stride_offset,
-                     descriptor.swizzle));
+                     swizzled, cta.shared_begin, cta.shared_end,
+                     (unsigned long long)rows.descriptor, descriptor.start,
+                     descriptor.leading_offset, descriptor.stride_offset, descriptor.swizzle));
   if (cta.shadow && check && warp.launch->check_race)
-    race_access(warp, 0, cta, a, 16, false, false);
-  return cta.shared + a;
+    race_access(warp, 0, cta, swizzled, 16, false, false);
+  return cta.shared + swizzled;
 }
 
-void TileReader::note_bytes(int row, const u8* p, int n) {
-  if (bad && !bytes_init(warp, 0, kShared, (u64)(p - warp.cta->shared), (u32)n)) bad[row] = 1;
+void TileReader::note_bytes(int row, const u8* data, int bytes) {
+  if (bad && !bytes_init(warp, 0, kShared, (u64)(data - warp.cta->shared), (u32)bytes))
+    bad[row] = 1;
 }
 
 void TileReader::read_k_major() {
   const MatrixDescriptor& d = descriptor;
   u32 pitch = d.swizzle == 1 ? 128 : d.swizzle == 2 ? 64 : d.swizzle == 3 ? 32 : 16;
-  for (int r = 0; r < rows.count; r++) {
-    u32 row = (u32)(rows.first + r);
+  for (int i = 0; i < rows.count; i++) {
+    u32 row = (u32)(rows.first + i);
     u32 base = d.start + (row / 8) * d.stride_offset + (row % 8) * pitch;
     for (int k = 0; k < rows.row_bytes; k += 16) {
-      const u8* p = chunk(d.swizzle ? base + (u32)k : base + (u32)(k / 16) * d.leading_offset);
-      memcpy(out + r * rows.row_bytes + k, p, 16);
-      note_bytes(r, p, 16);
+      const u8* data = chunk(d.swizzle ? base + (u32)k : base + (u32)(k / 16) * d.leading_offset);
+      memcpy(out + i * rows.row_bytes + k, data, 16);
+      note_bytes(i, data, 16);
     }
   }
 }
@@ -84,21 +85,22 @@ void TileReader::read_mn_major() {
   // chunks in a row of the swizzle pattern
   u32 width = d.swizzle == 1 ? 8 : d.swizzle == 2 ? 4 : d.swizzle == 3 ? 2 : 1;
   int end = (rows.first + rows.count + in_chunk - 1) / in_chunk;
-  for (int c = rows.first / in_chunk; c < end; c++)
+  for (int chunk_index = rows.first / in_chunk; chunk_index < end; chunk_index++)
     for (int k = 0; k < K; k++) {
-      u32 a;
+      u32 address;
       if (d.swizzle == 0)
-        a = d.start + (u32)c * d.stride_offset + (u32)(k % 8) * 16 +
-            (u32)(k / 8) * d.leading_offset;
+        address = d.start + (u32)chunk_index * d.stride_offset + (u32)(k % 8) * 16 +
+                  (u32)(k / 8) * d.leading_offset;
       else
-        a = d.start + ((u32)c % width) * 16 + ((u32)c / width) * d.leading_offset +
-            (u32)(k % 8) * 16 * width + (u32)(k / 8) * d.stride_offset;
-      const u8* p = chunk(a);
-      for (int e = 0; e < in_chunk; e++) {
-        int r = c * in_chunk + e - rows.first;
+        address = d.start + ((u32)chunk_index % width) * 16 +
+                  ((u32)chunk_index / width) * d.leading_offset + (u32)(k % 8) * 16 * width +
+                  (u32)(k / 8) * d.stride_offset;
+      const u8* data = chunk(address);
+      for (int i = 0; i < in_chunk; i++) {
+        int r = chunk_index * in_chunk + i - rows.first;
         if (r < 0 || r >= rows.count) continue;
-        memcpy(out + r * rows.row_bytes + k * size, p + e * size, (size_t)size);
-        note_bytes(r, p + e * size, size);
+        memcpy(out + r * rows.row_bytes + k * size, data + i * size, (size_t)size);
+        note_bytes(r, data + i * size, size);
       }
     }
 }
@@ -113,9 +115,9 @@ void fetch_tile(Warp& warp, const TileRows& rows, u8* out, bool check, u8* bad) 
     reader.read_k_major();
 }
 
-u64 hash_tile(const u8* p, size_t n) {
-  u64 h = 1469598103934665603ull;
-  for (size_t i = 0; i < n; i++) h = (h ^ p[i]) * 1099511628211ull;
-  return h;
+u64 hash_tile(const u8* data, size_t bytes) {
+  u64 hash = 1469598103934665603ull;
+  for (size_t i = 0; i < bytes; i++) hash = (hash ^ data[i]) * 1099511628211ull;
+  return hash;
 }
 }  // namespace ptxsim

@@ -14,5 +14,5 @@ struct TileRows {
 // check: reports races; bad: if given, bad[r] is set for a row that reads uninitialized bytes.
 void fetch_tile(Warp& warp, const TileRows& rows, u8* out, bool check, u8* bad = nullptr);
 
-u64 hash_tile(const u8* p, size_t n);
+u64 hash_tile(const u8* data, size_t bytes);
 }  // namespace ptxsim
