@@ -143,6 +143,7 @@ i32 Lowering::predicate_destination(const Operand& operand) {
 }
 
 Space Lowering::memory_space(const Operand& memory, Space named) {
+  if (memory.kind != Operand::kMemory) fail("memory operand expected");
   if (named != kParam || memory.elements[0].kind != Operand::kSymbol) return named;
   Space space;
   u64 address;

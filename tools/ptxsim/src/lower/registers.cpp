@@ -32,7 +32,7 @@ static RegisterFile scan(const std::vector<VirtualRegister>& registers,
   for (size_t id = 0; id < registers.size(); id++)
     if (!intervals[id].is_empty()) order.push_back((i32)id);
   std::sort(order.begin(), order.end(),
-            [&](i32 a, i32 b) { return intervals[a].first < intervals[b].first; });
+            [&](i32 left, i32 right) { return intervals[left].first < intervals[right].first; });
   RegisterFile file;
   file.offsets.assign(registers.size(), -1);
   std::map<u32, std::vector<i32>> free_offsets;  // by the size of the place

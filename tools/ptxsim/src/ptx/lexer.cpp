@@ -16,14 +16,6 @@ void Parser::back_to(const Mark& mark) {
   line = mark.line;
 }
 
-char Parser::current(size_t ahead) const {
-  return position + ahead < text.size() ? text[position + ahead] : 0;
-}
-
-bool Parser::starts_with(const char* word) const {
-  return text.compare(position, strlen(word), word) == 0;
-}
-
 // Skips blanks, comments and lines of the preprocessor.
 void Parser::skip_space() {
   while (position < text.size()) {

@@ -1,5 +1,7 @@
 // The parser of PTX: a recursive descent over the text.
 #pragma once
+#include <string_view>
+
 #include "ptx/syntax.h"
 
 namespace ptxsim {
@@ -43,8 +45,12 @@ struct Parser {
   static bool is_identifier_char(char c);
   Mark mark() const { return {position, line}; }
   void back_to(const Mark& mark);
-  char current(size_t ahead = 0) const;  // 0 past the end
-  bool starts_with(const char* word) const;
+  char current(size_t ahead = 0) const {  // 0 past the end
+    return position + ahead < text.size() ? text[position + ahead] : 0;
+  }
+  bool starts_with(std::string_view word) const {
+    return current() == word[0] && text.compare(position, word.size(), word) == 0;
+  }
   void skip_space();
   void skip_line();
   void skip_past(char end);
