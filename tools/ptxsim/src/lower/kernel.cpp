@@ -5,80 +5,98 @@
 
 namespace ptxsim {
 std::string Kernel::where(u32 pc) const {
-  std::string s;
-  if (pc < code.size()) {
-    const Instruction& instruction = code[pc];
-    size_t k = labels.size();
-    while (k > 0 && labels[k - 1].first > pc) k--;
-    s = format("PTX line %u", instruction.line);
-    if (k) s += format(" (%s+%u)", labels[k - 1].second.c_str(), pc - labels[k - 1].first);
-    if (instruction.source_line) {
-      auto f = module->files.find(instruction.source_file);
-      s += format(" %s:%u", f == module->files.end() ? "?" : f->second.c_str(),
-                  instruction.source_line);
-    }
-    if (instruction.statement) s += " `" + instruction.statement->text + "`";
+  if (pc >= code.size()) return "";
+  const Instruction& instruction = code[pc];
+  std::string place = format("PTX line %u", instruction.line);
+  auto after = std::upper_bound(labels.begin(), labels.end(), pc,
+                                [](u32 pc, const auto& label) { return pc < label.first; });
+  if (after != labels.begin()) {
+    const auto& [label_pc, label] = after[-1];
+    place += format(" (%s+%u)", label.c_str(), pc - label_pc);
   }
-  return s;
+  if (instruction.source_line) {
+    auto file = module->files.find(instruction.source_file);
+    place += format(" %s:%u", file == module->files.end() ? "?" : file->second.c_str(),
+                    instruction.source_line);
+  }
+  if (instruction.statement) place += " `" + instruction.statement->text + "`";
+  return place;
 }
 
-std::unique_ptr<Kernel> lower_kernel(const Module& m, const std::string& name, ModuleData& md,
-                                     int cc) {
-  auto it = m.functions.find(name);
-  if (it == m.functions.end() || !it->second.is_entry || !it->second.has_body)
-    throw SimError(kErrorLoad, "no kernel " + name + " in " + m.source);
-  auto k = std::make_unique<Kernel>();
-  k->name = name;
-  k->module = &m;
-  k->function = &it->second;
-  k->compute_capability = cc;
-  // sm_80 and later reserve the first 1024 bytes of shared memory for the system
-  k->shared_begin = 1024;
-  u32 off = 0;
-  Lowering lowering(m, md, *k);
-  // Two passes when dynamic shared memory is used: static variables must be laid out first.
-  u32 dyn_base = 0;
-  bool any_dyn = false;
-  u32 dyn_al = 16;
-  for (auto& v : m.variables)
-    if (v.second.space == kShared && (v.second.unsized_extern || v.second.is_extern)) {
-      any_dyn = true;
-      dyn_al = std::max(dyn_al, v.second.align);
-    }
-  for (int pass = 0; pass < (any_dyn ? 2 : 1); pass++) {
-    k->code.clear();
-    k->labels.clear();
-    k->shared_variables.clear();
-    k->branch_tables.clear();
-    k->local_bytes = 0;
-    k->params.clear();
-    Lowering P(m, md, *k);
-    P.shared_top = k->shared_begin;
-    if (any_dyn) {
-      for (auto& v : m.variables)
-        if (v.second.space == kShared && (v.second.unsized_extern || v.second.is_extern)) {
-          Lowering::Location l{kShared, dyn_base, 0};
-          P.shared_locations[v.first] = l;
-        }
-    }
-    Lowering::Frame fr;
-    off = 0;
-    for (auto& p : k->function->params) {
-      off = (off + p.align - 1) / p.align * p.align;
-      k->params.push_back({off, (u32)p.size});
-      fr.variables[p.name] = {kParam, off, p.size};
-      off += (u32)p.size;
-    }
-    k->param_bytes = off;
-    P.lower_function(*k->function, fr);
-    k->static_shared = P.shared_top - k->shared_begin;
-    dyn_base = (P.shared_top + dyn_al - 1) / dyn_al * dyn_al;
-    if (pass == (any_dyn ? 1 : 0)) {
-      if (any_dyn) k->static_shared = dyn_base - k->shared_begin;
-      P.allocate_registers();
+namespace {
+// The variables of dynamic shared memory, which all begin where the static ones end.
+struct DynamicShared {
+  std::vector<std::string> names;
+  u32 align = 16;
+
+  explicit DynamicShared(const Module& module) {
+    for (const auto& [name, variable] : module.variables) {
+      if (variable.space != kShared || !(variable.unsized_extern || variable.is_extern)) continue;
+      names.push_back(name);
+      align = std::max(align, variable.align);
     }
   }
-  k->local_bytes = (k->local_bytes + 15) / 16 * 16;
-  return k;
+};
+
+struct LoweredKernel {
+  std::unique_ptr<Kernel> kernel;
+  std::unique_ptr<Lowering> lowering;
+};
+}  // namespace
+
+static const Function& entry_function(const Module& module, const std::string& name) {
+  auto found = module.functions.find(name);
+  if (found == module.functions.end() || !found->second.is_entry || !found->second.has_body)
+    throw SimError(kErrorLoad, "no kernel " + name + " in " + module.source);
+  return found->second;
+}
+
+// Lays out the parameters one after the other.
+static void place_parameters(const Function& function, Kernel& kernel, Lowering::Frame& frame) {
+  for (const Variable& parameter : function.params) {
+    const u32 offset = round_up(kernel.param_bytes, parameter.align);
+    kernel.params.push_back({offset, (u32)parameter.size});
+    frame.variables[parameter.name] = {kParam, offset, parameter.size};
+    kernel.param_bytes = offset + (u32)parameter.size;
+  }
+}
+
+// Lowers a kernel, up to the allocation of registers, with dynamic shared memory at an address.
+static LoweredKernel lower(const Module& module, const Function& function, ModuleData& data,
+                           const DynamicShared& dynamic, u32 dynamic_begin) {
+  // sm_80 and later reserve the first bytes of shared memory for the system.
+  constexpr u32 kReservedShared = 1024;
+  auto kernel = std::make_unique<Kernel>();
+  kernel->name = function.name;
+  kernel->module = &module;
+  kernel->function = &function;
+  kernel->shared_begin = kReservedShared;
+  auto lowering = std::make_unique<Lowering>(module, data, *kernel);
+  lowering->shared_top = kernel->shared_begin;
+  for (const std::string& name : dynamic.names)
+    lowering->shared_locations[name] = {kShared, dynamic_begin, 0};
+  Lowering::Frame frame;
+  place_parameters(function, *kernel, frame);
+  lowering->lower_function(function, frame);
+  return {std::move(kernel), std::move(lowering)};
+}
+
+std::unique_ptr<Kernel> lower_kernel(const Module& module, const std::string& name,
+                                     ModuleData& data, int compute_capability) {
+  const Function& function = entry_function(module, name);
+  const DynamicShared dynamic(module);
+  LoweredKernel lowered = lower(module, function, data, dynamic, 0);
+  u32 static_end = lowered.lowering->shared_top;
+  if (!dynamic.names.empty()) {
+    // The code holds the address of dynamic shared memory, which is known only now.
+    static_end = round_up(static_end, dynamic.align);
+    lowered = lower(module, function, data, dynamic, static_end);
+  }
+  Kernel& kernel = *lowered.kernel;
+  kernel.static_shared = static_end - kernel.shared_begin;
+  kernel.compute_capability = compute_capability;
+  kernel.local_bytes = round_up(kernel.local_bytes, 16);
+  lowered.lowering->allocate_registers();
+  return std::move(lowered.kernel);
 }
 }  // namespace ptxsim

@@ -16,8 +16,8 @@ LowerFunction find_lowering(const Statement& statement) {
   std::string opcode;
   for (const std::string& word : statement.opcode) {
     opcode += opcode.empty() ? word : "." + word;
-    auto it = opcode_table().find(opcode);
-    if (it != opcode_table().end()) found = it->second;
+    auto entry = opcode_table().find(opcode);
+    if (entry != opcode_table().end()) found = entry->second;
   }
   return found;
 }

@@ -1,181 +1,139 @@
 // Operands of a statement as operands of an instruction: registers, constants, addresses.
-#include <algorithm>
+#include <bit>
 
 #include "instructions/moves.h"
 #include "lower/lowering.h"
 
 namespace ptxsim {
-i32 Lowering::constant(u64 lo, u8 slot, u64 hi) {
-  if (slot == 4) lo &= 0xffffffffu;
-  auto key = std::make_tuple(lo, hi, slot);
-  auto it = constant_index.find(key);
-  if (it != constant_index.end()) return it->second;
-  constants.push_back({lo, hi});
-  constant_slots.push_back(slot);
-  return constant_index[key] = -(i32)constants.size();
+i32 Lowering::temporary(u8 slot) {
+  registers.push_back({slot, false});
+  return (i32)registers.size() - 1;
 }
-i32 Lowering::constant_predicate(bool v) { return constant(v ? kFullMask : 0, 0); }
+i32 Lowering::temporary_predicate() {
+  registers.push_back({4, true});
+  return (i32)registers.size() - 1;
+}
 
-bool Lowering::symbol_address(const std::string& n, Space& sp, u64& addr) {
-  auto it = frame->variables.find(n);
-  if (it != frame->variables.end()) {
-    sp = it->second.space;
-    addr = it->second.address;
-    return true;
-  }
-  auto g = module_data.addresses.find(n);
-  if (g != module_data.addresses.end()) {
-    auto v = module.variables.find(n);
-    sp = v != module.variables.end() ? v->second.space : kGlobal;
-    addr = g->second;
-    return true;
-  }
-  auto v = module.variables.find(n);
-  if (v != module.variables.end() && v->second.space == kShared) {
-    auto s = shared_locations.find(n);
-    if (s == shared_locations.end()) {
-      Location l;
-      l.space = kShared;
-      l.size = v->second.size;
-      if (v->second.unsized_extern || v->second.is_extern) {
-        uses_dynamic = true;
-        dynamic_align = std::max(dynamic_align, v->second.align);
-        l.address = ~0ull;  // patched in a first pass, see lowerKernel
-        fail("internal: dynamic shared memory was not laid out");
-      }
-      shared_top = (shared_top + v->second.align - 1) / v->second.align * v->second.align;
-      l.address = shared_top;
-      shared_top += (u32)v->second.size;
-      kernel.shared_variables.push_back({n, (u32)l.address, (u32)l.size});
-      s = shared_locations.emplace(n, l).first;
-    }
-    sp = kShared;
-    addr = s->second.address;
-    return true;
-  }
-  return false;
+i32 Lowering::constant(u64 low, u8 slot, u64 high) {
+  const Constant value{slot == 4 ? (u32)low : low, high, slot};
+  auto [entry, is_new] = constant_ids.try_emplace(value, -1 - (i32)constants.size());
+  if (is_new) constants.push_back(value);
+  return entry->second;
 }
+i32 Lowering::constant_predicate(bool value) { return constant(value ? kFullMask : 0, 0); }
 
 i32 Lowering::source(const Operand& operand, Type type) {
   if (type == kPredicate) return predicate_source(operand);
-  u8 need = slot_for(type);
+  const u8 need = slot_for(type);
   switch (operand.kind) {
-    case Operand::kRegister: {
-      i32 id = register_id(operand);
-      if (registers[id].is_predicate) fail("predicate used as a value");
-      u8 have = registers[id].slot;
-      if (have == need) return id;
-      if (have > need) {
-        i32 n = temporary(need);
-        emit(execute_narrow, kClassMove, {n, id}, 1).imm = have;
-        kernel.code.back().imm2 = need;
-        return n;
-      }
-      fail(format("register of %d bytes where %d are needed", have, need));
-    }
-    case Operand::kSpecialRegister: {
-      u8 slot;
-      int c = special_register_code(operand.symbol, slot);
-      if (c < 0) fail("unsupported special register " + operand.symbol);
-      i32 n = temporary(slot);
-      emit(execute_sreg, kClassMove, {n}, 1).imm = (u32)c;
-      if (slot == need) return n;
-      i32 n2 = temporary(need);
-      if (slot > need) {
-        Instruction& instruction = emit(execute_narrow, kClassMove, {n2, n}, 1);
-        instruction.imm = slot;
-        instruction.imm2 = need;
-      } else
-        emit(execute_widen, kClassMove, {n2, n}, 1).imm = 0;
-      return n2;
-    }
+    case Operand::kRegister:
+      return register_source(operand, need);
+    case Operand::kSpecialRegister:
+      return special_register_source(operand, need);
     case Operand::kInteger:
-      if (type == kF32 || type == kF64) {  // integer literal in a floating context: value
-        if (type == kF32) {
-          float f = (float)(i64)operand.bits;
-          u32 b;
-          memcpy(&b, &f, 4);
-          return constant(b, 4);
-        }
-        double d = (double)(i64)operand.bits;
-        u64 b;
-        memcpy(&b, &d, 8);
-        return constant(b, 8);
-      }
-      if (need == 4 && type_bytes(type) < 4)
-        return constant(operand.bits & ((1ull << (8 * type_bytes(type))) - 1), 4);
-      return constant(operand.bits, need, need == 16 && (i64)operand.bits < 0 ? ~0ull : 0);
-    case Operand::kFloat: {
-      if (need == 8) {
-        float f;
-        u32 b = (u32)operand.bits;
-        memcpy(&f, &b, 4);
-        double d = f;
-        u64 q;
-        memcpy(&q, &d, 8);
-        return constant(type == kF64 ? q : operand.bits, 8);
-      }
-      return constant(operand.bits, need);
-    }
-    case Operand::kDouble: {
-      double d;
-      memcpy(&d, &operand.bits, 8);
-      if (type == kF32) {
-        float f = (float)d;
-        u32 b;
-        memcpy(&b, &f, 4);
-        return constant(b, 4);
-      }
-      if (need == 8) return constant(operand.bits, 8);
-      fail("floating-point literal of the wrong size");
-    }
-    case Operand::kSymbol: {
-      Space space;
-      u64 a;
-      if (!symbol_address(operand.symbol, space, a)) {
-        if (module.functions.count(operand.symbol))
-          fail("taking the address of function " + operand.symbol +
-               " (indirect calls) is not supported");
-        fail("unknown symbol " + operand.symbol);
-      }
-      return constant(a + (u64)operand.offset, need);
-    }
-    case Operand::kVector: {  // {a,b} given where a packed value is wanted
+      return integer_source(operand, type);
+    case Operand::kFloat:
+      return float_source(operand, type);
+    case Operand::kDouble:
+      return double_source(operand, type);
+    case Operand::kSymbol:
+      return symbol_source(operand, need);
+    case Operand::kVector:  // {a} is a
       if (operand.elements.size() == 1) return source(operand.elements[0], type);
       fail("vector operand where a scalar is needed");
-    }
     default:
       fail("bad operand");
   }
 }
 
+i32 Lowering::narrowed(i32 id, u8 have, u8 need) {
+  const i32 narrow = temporary(need);
+  Instruction& instruction = emit(execute_narrow, kClassMove, {narrow, id}, 1);
+  instruction.imm = have;
+  instruction.imm2 = need;
+  return narrow;
+}
+
+i32 Lowering::register_source(const Operand& operand, u8 need) {
+  const i32 id = register_id(operand);
+  if (registers[id].is_predicate) fail("predicate used as a value");
+  const u8 have = registers[id].slot;
+  if (have < need) fail(format("register of %d bytes where %d are needed", have, need));
+  return have == need ? id : narrowed(id, have, need);
+}
+
+i32 Lowering::special_register_source(const Operand& operand, u8 need) {
+  u8 have;
+  const int code = special_register_code(operand.symbol, have);
+  if (code < 0) fail("unsupported special register " + operand.symbol);
+  const i32 value = temporary(have);
+  emit(execute_sreg, kClassMove, {value}, 1).imm = (u32)code;
+  if (have == need) return value;
+  if (have > need) return narrowed(value, have, need);
+  const i32 wide = temporary(need);
+  emit(execute_widen, kClassMove, {wide, value}, 1).imm = 0;
+  return wide;
+}
+
+// Where a float is expected, the float of that value.
+i32 Lowering::integer_source(const Operand& operand, Type type) {
+  const i64 value = (i64)operand.bits;
+  if (type == kF32) return constant(std::bit_cast<u32>((float)value), 4);
+  if (type == kF64) return constant(std::bit_cast<u64>((double)value), 8);
+  const u8 need = slot_for(type);
+  const int bytes = type_bytes(type);
+  if (bytes < 4) return constant(operand.bits & ((1ull << (8 * bytes)) - 1), need);
+  return constant(operand.bits, need, need == 16 && value < 0 ? ~0ull : 0);
+}
+
+i32 Lowering::float_source(const Operand& operand, Type type) {
+  if (type != kF64) return constant(operand.bits, slot_for(type));
+  return constant(std::bit_cast<u64>((double)std::bit_cast<float>((u32)operand.bits)), 8);
+}
+
+i32 Lowering::double_source(const Operand& operand, Type type) {
+  if (type == kF32)
+    return constant(std::bit_cast<u32>((float)std::bit_cast<double>(operand.bits)), 4);
+  if (slot_for(type) != 8) fail("floating-point literal of the wrong size");
+  return constant(operand.bits, 8);
+}
+
+i32 Lowering::symbol_source(const Operand& operand, u8 need) {
+  Space space;
+  u64 address;
+  if (symbol_address(operand.symbol, space, address))
+    return constant(address + (u64)operand.offset, need);
+  if (module.functions.count(operand.symbol))
+    fail("taking the address of function " + operand.symbol + " (indirect calls) is not supported");
+  fail("unknown symbol " + operand.symbol);
+}
+
 i32 Lowering::destination(const Operand& operand, Type type) {
-  u8 need = slot_for(type);
+  const u8 need = slot_for(type);
   if (operand.kind == Operand::kSink) return temporary(need);
   if (operand.kind == Operand::kVector && operand.elements.size() == 1)
     return destination(operand.elements[0], type);
   if (operand.kind != Operand::kRegister) fail("destination must be a register");
-  i32 id = register_id(operand);
+  const i32 id = register_id(operand);
   if (registers[id].is_predicate) fail("predicate where a data register is needed");
-  if (registers[id].slot == need) return id;
-  if (registers[id].slot > need) {  // wider destination: sign- or zero-extend afterwards
-    i32 n = temporary(need);
-    pending_widening.push_back({id, n});
-    return n;
-  }
-  fail(format("destination register of %d bytes where %d are needed", registers[id].slot, need));
+  const u8 have = registers[id].slot;
+  if (have == need) return id;
+  if (have < need) fail(format("destination register of %d bytes where %d are needed", have, need));
+  const i32 narrow = temporary(need);
+  pending_widening.push_back({id, narrow});
+  return narrow;
 }
 
 i32 Lowering::predicate_source(const Operand& operand) {
   if (operand.kind == Operand::kInteger)
     return constant_predicate((operand.bits != 0) != operand.negated);
   if (operand.kind != Operand::kRegister) fail("predicate expected");
-  i32 id = register_id(operand);
+  const i32 id = register_id(operand);
   if (!registers[id].is_predicate) fail("predicate expected");
   if (!operand.negated) return id;
-  i32 n = temporary_predicate();
-  emit(execute_pred_not, kClassPredicate, {n, id}, 1);
-  return n;
+  const i32 negation = temporary_predicate();
+  emit(execute_pred_not, kClassPredicate, {negation, id}, 1);
+  return negation;
 }
 i32 Lowering::predicate_destination(const Operand& operand) {
   if (operand.kind == Operand::kSink) return temporary_predicate();
@@ -184,35 +142,31 @@ i32 Lowering::predicate_destination(const Operand& operand) {
   return register_id(operand);
 }
 
-Space Lowering::memory_space(const Operand& mem, Space dflt) {
-  if (dflt == kParam && mem.elements[0].kind == Operand::kSymbol) {
-    Space space;
-    u64 a;
-    if (symbol_address(mem.elements[0].symbol, space, a)) return space;
-  }
-  return dflt;
+Space Lowering::memory_space(const Operand& memory, Space named) {
+  if (memory.kind != Operand::kMemory) fail("memory operand expected");
+  if (named != kParam || memory.elements[0].kind != Operand::kSymbol) return named;
+  Space space;
+  u64 address;
+  return symbol_address(memory.elements[0].symbol, space, address) ? space : named;
 }
 
-i32 Lowering::address_base(const Operand& mem, Space space, i64& off) {
-  if (mem.kind != Operand::kMemory) fail("memory operand expected");
-  const Operand& b = mem.elements[0];
-  off = mem.offset;
-  if (b.kind == Operand::kRegister) {
-    i32 id = register_id(b);
+i32 Lowering::address_base(const Operand& memory, Space space, i64& offset) {
+  if (memory.kind != Operand::kMemory) fail("memory operand expected");
+  const Operand& base = memory.elements[0];
+  offset = memory.offset;
+  if (base.kind == Operand::kRegister) {
+    const i32 id = register_id(base);
     if (registers[id].is_predicate || registers[id].slot > 8) fail("bad address register");
     return id;
   }
-  if (b.kind == Operand::kInteger) return constant(b.bits, 8);
-  if (b.kind == Operand::kSymbol) {
-    Space s;
-    u64 a;
-    if (!symbol_address(b.symbol, s, a)) fail("unknown symbol " + b.symbol);
-    if (space == kGeneric && s == kShared) a |= kSharedWin;
-    if (space == kGeneric && s == kLocal) a |= kLocalWin;
-    return constant(a, 8);
-  }
-  if (b.kind == Operand::kSpecialRegister) return source(b, kB64);
-  fail("bad address operand");
+  if (base.kind == Operand::kInteger) return constant(base.bits, 8);
+  if (base.kind == Operand::kSpecialRegister) return source(base, kB64);
+  if (base.kind != Operand::kSymbol) fail("bad address operand");
+  Space own_space;
+  u64 address;
+  if (!symbol_address(base.symbol, own_space, address)) fail("unknown symbol " + base.symbol);
+  if (space == kGeneric && own_space == kShared) address |= kSharedWin;
+  if (space == kGeneric && own_space == kLocal) address |= kLocalWin;
+  return constant(address, 8);
 }
-
 }  // namespace ptxsim

@@ -1,197 +1,162 @@
 // Variables, registers and parameters.
-#include <cmath>
-#include <cstdlib>
-
 #include "ptx/parser.h"
 
 namespace ptxsim {
+Space space_of(const std::string& directive) {
+  if (directive == ".global") return kGlobal;
+  if (directive == ".shared") return kShared;
+  if (directive == ".local") return kLocal;
+  if (directive == ".param") return kParam;
+  if (directive == ".const") return kConst;
+  return kGeneric;
+}
+
 void Parser::variable_declaration(Space space, bool is_extern, bool at_module_scope) {
-  u32 align = 0;
-  Type type = kNoType;
-  int vec = 1;
-  for (;;) {
-    skip_space();
-    if (text[position] != '.') break;
-    std::string d = directive();
-    if (d == ".align")
-      align = (u32)integer_constant();
-    else if (d == ".v2")
-      vec = 2;
-    else if (d == ".v4")
-      vec = 4;
-    else if (d == ".attribute") {
-      while (text[position] != ')') position++;
-      position++;
-    } else if (d == ".ptr")
-      continue;
-    else if ((type = type_from_name(d.substr(1))) != kNoType) {
-    } else if (d == ".texref" || d == ".samplerref" || d == ".surfref")
-      fail("texture/surface objects are not supported");
-    else
-      fail("unexpected directive " + d);
-  }
+  const VariableType declared = variable_type();
   do {
-    Variable v;
-    v.space = space;
-    v.is_extern = is_extern;
-    std::string name = identifier();
-    u64 count = 1;
-    bool arr = false, unsized = false;
-    while (accept('[')) {
-      arr = true;
-      if (accept(']')) {
-        unsized = true;
-        continue;
-      }
-      count *= (u64)integer_constant();
-      expect(']');
-    }
-    int element_bytes = type_bytes(type);
-    v.align = align ? align : element_bytes * vec;
-    if (!v.align) v.align = 1;
-    if (accept('=')) {
-      initializer(v, type);
-      if (unsized && v.init.size()) count = v.init.size() / element_bytes, unsized = false;
-    }
-    v.size = unsized ? 0 : count * element_bytes * vec;
-    v.unsized_extern = unsized;
-    (void)arr;
-    if (v.init.size() < v.size && !v.init.empty()) v.init.resize(v.size);
-    if (at_module_scope) {
-      v.name = name;
-      if (!module->variables.count(name))
-        module->variable_order.push_back(name);
-      else if (is_extern)
-        continue;  // declaration after definition
-      module->variables[name] = v;
-    } else {
-      v.name = format("%s$%zu", name.c_str(), function->variables.size());
-      scopes.back().variables[name] = v.name;
-      function->variables.push_back(v);
-    }
+    const std::string name = identifier();
+    Variable declared_variable = variable(declared);
+    declared_variable.space = space;
+    declared_variable.is_extern = is_extern;
+    if (at_module_scope)
+      declare_in_module(name, declared_variable);
+    else
+      declare_in_function(name, declared_variable);
   } while (accept(','));
   expect(';');
 }
 
-void Parser::put_scalar(std::vector<u8>& b, u64 bits, int n) {
-  for (int i = 0; i < n; i++) b.push_back((u8)(bits >> (8 * i)));
+// The directives between the state space and the first name.
+Parser::VariableType Parser::variable_type() {
+  VariableType result;
+  while (peek() == '.') {
+    const std::string name = directive();
+    if (name == ".align")
+      result.align = (u32)integer_constant();
+    else if (name == ".v2")
+      result.vector = 2;
+    else if (name == ".v4")
+      result.vector = 4;
+    else if (name == ".attribute")
+      skip_past(')');
+    else if (name == ".ptr")
+      continue;
+    else if (name == ".texref" || name == ".samplerref" || name == ".surfref")
+      fail("texture/surface objects are not supported");
+    else if ((result.type = type_from_name(name.substr(1))) == kNoType)
+      fail("unexpected directive " + name);
+  }
+  return result;
 }
 
-void Parser::initializer_element(Variable& variable, Type type) {
-  int element_bytes = type_bytes(type);
-  if (peek() == '{') {
-    position++;
-    if (!accept('}')) {
-      do initializer_element(variable, type);
-      while (accept(','));
-      expect('}');
+// The number of elements of an array of any dimensions, 1 for a scalar. The length in [] is not
+// known: unsized.
+u64 Parser::array_length(bool& unsized) {
+  u64 count = 1;
+  unsized = false;
+  while (accept('[')) {
+    if (accept(']')) {
+      unsized = true;
+      continue;
     }
-    return;
+    count *= (u64)integer_constant();
+    expect(']');
   }
-  Operand o;
-  if (number(o)) {
-    if (o.kind == Operand::kDouble && type == kF32) {
-      double d;
-      memcpy(&d, &o.bits, 8);
-      float f = (float)d;
-      u32 b;
-      memcpy(&b, &f, 4);
-      o.bits = b;
-    }
-    // byte selector form: 0xFF(sym)
-    if (o.kind == Operand::kInteger && peek() == '(')
-      fail("masked symbol initialisers are not supported");
-    put_scalar(variable.init, o.bits, element_bytes);
-    return;
-  }
-  std::string n = identifier();
-  bool gen = false;
-  if (n == "generic") {
-    gen = true;
-    expect('(');
-    n = identifier();
-    expect(')');
-  }
-  i64 add = 0;
-  if (accept('+'))
-    add = integer_constant();
-  else if (peek() == '-') {
-    position++;
-    add = -integer_constant();
-  }
-  variable.relocations.push_back({variable.init.size(), n, add, gen, (u8)element_bytes});
-  put_scalar(variable.init, 0, element_bytes);
+  return count;
 }
 
-void Parser::initializer(Variable& variable, Type type) { initializer_element(variable, type); }
+// What follows the name of a variable: its length and its initial value.
+Variable Parser::variable(const VariableType& declared) {
+  Variable result;
+  u64 count = array_length(result.unsized_extern);
+  const int element_bytes = type_bytes(declared.type);
+  result.align = declared.align ? declared.align : element_bytes * declared.vector;
+  if (!result.align) result.align = 1;
+  if (accept('=')) {
+    initializer(result, declared.type);
+    if (result.unsized_extern && !result.init.empty()) {
+      count = result.init.size() / element_bytes;
+      result.unsized_extern = false;
+    }
+  }
+  result.size = result.unsized_extern ? 0 : count * element_bytes * declared.vector;
+  if (result.init.size() < result.size && !result.init.empty()) result.init.resize(result.size);
+  return result;
+}
+
+void Parser::declare_in_module(const std::string& name, const Variable& variable) {
+  const bool known = module->variables.count(name);
+  if (known && variable.is_extern) return;  // declared after its definition
+  if (!known) module->variable_order.push_back(name);
+  module->variables[name] = variable;
+  module->variables[name].name = name;
+}
+
+// Blocks may declare a name again, so that the function keeps them under unique names.
+void Parser::declare_in_function(const std::string& name, Variable variable) {
+  variable.name = format("%s$%zu", name.c_str(), function->variables.size());
+  scopes.back().variables[name] = variable.name;
+  function->variables.push_back(variable);
+}
 
 void Parser::register_declaration() {
-  skip_space();
-  std::string d = directive();
-  if (d == ".v2" || d == ".v4") fail("vector registers are not supported");
-  Type type = type_from_name(d.substr(1));
-  if (type == kNoType) fail("unknown register type " + d);
+  const std::string type_directive = directive();
+  if (type_directive == ".v2" || type_directive == ".v4")
+    fail("vector registers are not supported");
+  const Type type = type_from_name(type_directive.substr(1));
+  if (type == kNoType) fail("unknown register type " + type_directive);
   do {
-    std::string n = identifier();
-    if (accept('<')) {
-      int cnt = (int)integer_constant();
-      expect('>');
-      scopes.back().register_ranges[n] = {(i32)function->registers.size(), cnt};
-      for (int i = 0; i < cnt; i++) function->registers.push_back({type, n + std::to_string(i)});
-    } else {
-      scopes.back().registers[n] = (i32)function->registers.size();
-      function->registers.push_back({type, n});
+    const std::string name = identifier();
+    const i32 first = (i32)function->registers.size();
+    if (!accept('<')) {
+      scopes.back().registers[name] = first;
+      function->registers.push_back({type, name});
+      continue;
     }
+    const i32 count = (i32)integer_constant();
+    expect('>');
+    scopes.back().register_ranges[name] = {first, count};
+    for (i32 i = 0; i < count; i++) function->registers.push_back({type, name + std::to_string(i)});
   } while (accept(','));
   expect(';');
 }
 
-void Parser::param_list(std::vector<Variable>& out, char close) {
+void Parser::parameter_list(std::vector<Variable>& parameters, char close) {
   while (peek() != close) {
-    std::string d = directive();
-    Space space = kParam;
-    bool is_reg = d == ".reg";
-    if (d != ".param" && !is_reg) fail("expected .param");
-    u32 align = 0;
-    Type type = kNoType;
-    for (;;) {
-      skip_space();
-      if (text[position] != '.') break;
-      std::string e = directive();
-      if (e == ".align")
-        align = (u32)integer_constant();
-      else if (e == ".ptr") {
-        continue;
-      } else if (e == ".global" || e == ".shared" || e == ".const" || e == ".local")
-        continue;
-      else if ((type = type_from_name(e.substr(1))) == kNoType)
-        fail("unexpected " + e);
-    }
-    Variable v;
-    v.space = space;
-    v.name = identifier();
-    u64 cnt = 1;
-    while (accept('[')) {
-      if (accept(']')) {
-        cnt = 0;
-        break;
-      }
-      cnt *= (u64)integer_constant();
-      expect(']');
-    }
-    v.size = cnt * type_bytes(type);
-    v.align = align ? align : std::max(1, type_bytes(type));
-    if (is_reg) fail(".reg parameters are not supported");
-    out.push_back(v);
+    parameters.push_back(parameter());
     if (!accept(',')) break;
   }
   expect(close);
 }
 
-void Parser::dims(u32 (&d)[3]) {
-  d[0] = (u32)integer_constant();
-  d[1] = d[2] = 1;
-  if (accept(',')) d[1] = (u32)integer_constant();
-  if (accept(',')) d[2] = (u32)integer_constant();
+Variable Parser::parameter() {
+  const std::string space = directive();
+  if (space != ".param" && space != ".reg") fail("expected .param");
+  const VariableType declared = parameter_type();
+  const int element_bytes = type_bytes(declared.type);
+  Variable result;
+  result.space = kParam;
+  result.name = identifier();
+  bool unsized;
+  const u64 count = array_length(unsized);
+  result.size = unsized ? 0 : count * element_bytes;
+  result.align = declared.align ? declared.align : std::max(1, element_bytes);
+  if (space == ".reg") fail(".reg parameters are not supported");
+  return result;
+}
+
+// The type of a parameter, and what a pointer says of its target, which is of no use here.
+Parser::VariableType Parser::parameter_type() {
+  VariableType result;
+  while (peek() == '.') {
+    const std::string name = directive();
+    if (name == ".align")
+      result.align = (u32)integer_constant();
+    else if (name == ".ptr" || (space_of(name) != kGeneric && name != ".param"))
+      continue;
+    else if ((result.type = type_from_name(name.substr(1))) == kNoType)
+      fail("unexpected " + name);
+  }
+  return result;
 }
 }  // namespace ptxsim
