@@ -64,3 +64,11 @@ def test_make_knows_every_target_that_its_head_lists() -> None:
         ["make", "-n", *sorted(set(listed) - {"clean"})], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.xdist_group("kept")
+def test_the_groups_of_the_workers_are_kept(request: pytest.FixtureRequest) -> None:
+    """Without them each worker builds all planted defects and loads all models."""
+    if not getattr(request.config.option, "loadgroup", False):
+        pytest.skip("run without pytest-xdist's --dist loadgroup")
+    assert request.node.nodeid.endswith("@kept")
