@@ -25,7 +25,6 @@ PYBIND11_MODULE(kernels, module) { module.attr("build") = BUILD; }
 CPP
 cat >load.py <<'PYTHON'
 import importlib.util
-import sys
 
 import pybind11
 
