@@ -18,6 +18,8 @@ from torch import Tensor
 QMAX = 127
 #: |int8 product| <= 2**14, so this many of them always fit a signed 32-bit accumulator.
 MAX_K = 131_071
+#: The largest group of channels that a rotation mixes.
+MAX_ROTATION = 512
 #: Smaller scales count as zero, because their reciprocal would overflow.
 MIN_SCALE = torch.finfo(torch.float32).tiny
 
@@ -61,14 +63,34 @@ def pad_k(x_q: Tensor, k_multiple: int) -> Tensor:
     return torch.nn.functional.pad(x_q, (0, padded_k(k, k_multiple) - k))
 
 
+def rotate(v: Tensor, group: int) -> Tensor:
+    """Multiplies each `group` adjacent channels of v [..., K] by the Hadamard matrix with entries 1 and -1.
+
+    A rotation times sqrt(group): `rotate(rotate(v, group), group)` is `group * v`. Stage by stage, sums and
+    differences of channels that are 1, 2, 4, ..., group / 2 apart, each rounded once. 0 leaves v as it is.
+    """
+    h = 1
+    while h < group:
+        low, high = v.unflatten(-1, (v.shape[-1] // (2 * h), 2, h)).unbind(-2)
+        v = torch.stack([low + high, low - high], -2).flatten(-3)
+        h *= 2
+    return v
+
+
+def rotate_weight(w: Tensor, group: int) -> Tensor:
+    """A float32 weight [N, K] for an input that `rotate` changes: `rotate(x, group) @ result.T` is `x @ w.T`."""
+    return rotate(w, group) / group if group else w  # exact, because the group is a power of two
+
+
 def quantize(
     x: Tensor,
     inv_smooth: Tensor | None = None,
     scale: Tensor | None = None,
     granularity: str = "token",
     k_multiple: int = 1,
+    rotation: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Divides by the smoothing factors and quantizes. See `ops.quantize`.
+    """Divides by the smoothing factors, rotates groups of channels and quantizes. See `ops.quantize`.
 
     * Dynamic per token: `x_scale[m] = max_k |x * inv_smooth| / 127`. A row with a NaN or Inf gets a NaN or Inf scale
       and zeros, which makes the products of this row alone non-finite.
@@ -81,6 +103,7 @@ def quantize(
     v = x.float()
     if inv_smooth is not None:
         v = v * inv_smooth
+    v = rotate(v, rotation)
     rows = v.reshape(-1, v.shape[-1]).contiguous()
     absmax = rows.abs().amax(dim=-1)  # amax propagates NaN
     if scale is not None:

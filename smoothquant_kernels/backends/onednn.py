@@ -270,10 +270,28 @@ def gemm_s8_requant(
 # --- quantizer --------------------------------------------------------------------------------------------------------
 
 
-def _rows(x: Tensor, start: int, stop: int, inv_smooth: Tensor | None) -> Tensor:
-    """Smoothed rows of x in float32. They may alias x."""
+def _rotated(v: Tensor, group: int) -> Tensor:
+    """`reference.rotate` of rows [M, K]. The positions in a group come first, so that every pass has long loops."""
+    w, other = _empty(2, group, v.numel() // group)
+    w.copy_(v.reshape(-1, group).t())
+    h = 1
+    while h < group:
+        (a, b), (total, difference) = (
+            t.view(group // (2 * h), 2, -1).unbind(1) for t in (w, other)
+        )
+        torch.add(a, b, out=total)
+        torch.sub(a, b, out=difference)
+        w, other = other, w
+        h *= 2
+    return w.t().reshape(v.shape)
+
+
+def _rows(x: Tensor, start: int, stop: int, inv_smooth: Tensor | None, rotation: int) -> Tensor:
+    """Smoothed and rotated rows of x in float32. They may alias x."""
     v = x[start:stop].float()
-    return v if inv_smooth is None else v * inv_smooth
+    if inv_smooth is not None:
+        v = v * inv_smooth
+    return _rotated(v, rotation) if rotation and len(v) else v
 
 
 def _round_rows(v: Tensor, inverse: Tensor, out: Tensor, saturate: bool) -> None:
@@ -291,7 +309,12 @@ def _round_rows(v: Tensor, inverse: Tensor, out: Tensor, saturate: bool) -> None
 
 @cpu_kernel("quantize")
 def quantize(
-    x: Tensor, inv_smooth: Tensor | None, scale: Tensor | None, granularity: str, k_multiple: int
+    x: Tensor,
+    inv_smooth: Tensor | None,
+    scale: Tensor | None,
+    granularity: str,
+    k_multiple: int,
+    rotation: int,
 ) -> tuple[Tensor, Tensor]:
     k = x.shape[-1]
     rows = x.detach().reshape(-1, k)
@@ -305,18 +328,18 @@ def quantize(
         x_q[:, k:] = 0
 
     if scale is None and granularity == "tensor":
-        parts = [_rows(rows, a, b, inv_smooth).abs().amax() for a, b in chunks]
+        parts = [_rows(rows, a, b, inv_smooth, rotation).abs().amax() for a, b in chunks]
         absmax = torch.stack(parts).amax().view(1) if parts else _empty(1).zero_()
         x_scale = reference.scale_from_absmax(absmax)
         inverse = reference.inverse_scale(x_scale)
         saturate = not bool(x_scale.isfinite())
         for a, b in chunks:
-            _round_rows(_rows(rows, a, b, inv_smooth), inverse, values[a:b], saturate)
+            _round_rows(_rows(rows, a, b, inv_smooth, rotation), inverse, values[a:b], saturate)
         return x_q.view(*x.shape[:-1], padded), x_scale
 
     x_scale = _empty(m)
     for a, b in chunks:
-        v = _rows(rows, a, b, inv_smooth)
+        v = _rows(rows, a, b, inv_smooth, rotation)
         absmax = v.abs().amax(-1)
         if scale is None:
             chunk_scale = reference.scale_from_absmax(absmax)

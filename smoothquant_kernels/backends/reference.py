@@ -31,10 +31,9 @@ cpu_kernel("gemm_s8_requant")(reference.gemm_s8_requant)
 
 
 @cpu_kernel("linear_s8")
-def _linear_s8(
-    x: Tensor, w_q: Tensor, w_scale: Tensor, bias: Tensor | None, *quantizer: Any
-) -> Tensor:
-    x_q, x_scale = cpu("quantize")(x, *quantizer, 1)
+def _linear_s8(x: Tensor, w_q: Tensor, w_scale: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
+    *quantizer, rotation = rest
+    x_q, x_scale = cpu("quantize")(x, *quantizer, 1, rotation)
     y: Tensor = cpu("gemm_s8")(x_q, w_q, x_scale, w_scale, bias, None, x.dtype)
     return y
 

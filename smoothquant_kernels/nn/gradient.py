@@ -28,9 +28,11 @@ class StraightThrough(Function):
         inv_smooth: Tensor | None,
         scale: Tensor | None,
         granularity: str,
+        rotation: int,
     ) -> Tensor:
         """Runs `linear_s8`; the arguments are in its order."""
         ctx.save_for_backward(w_q, w_scale, inv_smooth)
+        ctx.rotation = rotation
         return ops.linear_s8(
             x,
             w_q,
@@ -39,6 +41,7 @@ class StraightThrough(Function):
             inv_smooth=inv_smooth,
             scale=scale,
             granularity=granularity,
+            rotation=rotation,
         )
 
     @staticmethod
@@ -46,8 +49,8 @@ class StraightThrough(Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """dL/dx = dL/dy w."""
         (grad,) = grads
-        w = dequantized_weight(*ctx.saved_tensors)
-        return grad @ w.to(grad.dtype), None, None, None, None, None, None
+        w = dequantized_weight(*ctx.saved_tensors, ctx.rotation)
+        return grad @ w.to(grad.dtype), None, None, None, None, None, None, None
 
 
 def through(x: Tensor, *rest: Any) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from smoothquant_kernels.errors import SmoothQuantError
+from smoothquant_kernels.reference import rotate
 
 #: The operations that add a bias to a product. The layer's own bias is float32, whatever the type of its weight.
 _WITH_BIAS = ("addmm", "linear")
@@ -187,7 +188,9 @@ def _bias_like_weight(name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
     return args
 
 
-def dequantized_weight(w_q: Tensor, w_scale: Tensor, inv_smooth: Tensor | None) -> Tensor:
-    """[N, K] float32: the weight without smoothing factors, from w_q [N, K], w_scale [N] or [1] and 1 / s [K]."""
-    w = w_q.float() * (w_scale[:, None] if w_scale.shape[0] > 1 else w_scale)
+def dequantized_weight(
+    w_q: Tensor, w_scale: Tensor, inv_smooth: Tensor | None, rotation: int = 0
+) -> Tensor:
+    """[N, K] float32: the weight without rotation and smoothing, from w_q [N, K], w_scale [N] or [1] and 1 / s [K]."""
+    w = rotate(w_q.float() * (w_scale[:, None] if w_scale.shape[0] > 1 else w_scale), rotation)
     return w if inv_smooth is None else w * inv_smooth

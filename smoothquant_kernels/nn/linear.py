@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,14 @@ from smoothquant_kernels.nn.float_types import check_float_type, float_type
 from smoothquant_kernels.nn.gradient import through
 from smoothquant_kernels.nn.kinds import Kind, Settings, register
 from smoothquant_kernels.nn.lazy_weight import LazyWeight, dequantized_weight
-from smoothquant_kernels.ops.checks import FLOATS, type_name
+from smoothquant_kernels.nn.operands import (
+    ROW_ALIGNMENT,
+    QuantizedActivation,
+    check_rotation,
+    packed_rows,
+    wants_aligned_rows,
+)
+from smoothquant_kernels.ops.checks import FLOATS, fits_rotation, type_name
 from smoothquant_kernels.schemes import ACTIVATION_SCHEMES, WEIGHT_GRANULARITIES
 
 if TYPE_CHECKING:
@@ -24,50 +31,10 @@ if TYPE_CHECKING:
 
 #: The entry of a quantized layer's state dict with the name of a float layer's weight, but another shape.
 MARKER = "weight"
-#: Rows of int8 operands start at multiples of this many bytes, for the CUDA kernels' 16-byte loads.
-ROW_ALIGNMENT = 16
-
-
-def wants_aligned_rows(t: Tensor) -> bool:
-    """Whether the kernels of this tensor's device load 16 bytes at a time."""
-    return t.is_cuda
-
-
-def packed_rows(w_q: Tensor) -> Tensor:
-    """w_q [N, K] int8 as the kernels of its device load it: on a GPU, its rows start at multiples of 16 bytes.
-
-    Returns an aligned tensor itself. `gemm_s8` also takes any other weight, but copies it at every call.
-    On a CPU, returns a normal tensor: inference tensors have no version counter, so packed copies could not be cached.
-    """
-    if w_q.is_meta:
-        return w_q
-    if w_q.is_inference() and not wants_aligned_rows(w_q):
-        with torch.inference_mode(False):
-            w_q = w_q.clone()
-    n, k = w_q.shape
-    k_padded = reference.padded_k(k, ROW_ALIGNMENT)
-    aligned = w_q.stride() == (k_padded, 1) and w_q.storage_offset() % ROW_ALIGNMENT == 0
-    if not wants_aligned_rows(w_q) or aligned:
-        return w_q
-    padded = w_q.new_zeros(n, k_padded)
-    padded[:, :k] = w_q
-    return padded[:, :k]
-
-
-class QuantizedActivation(NamedTuple):
-    """An activation quantized once for several linears that read it (q, k and v; gate and up).
-
-    `x_q` is [..., K] int8, `x_scale` is [M] or [1] float32, and `dtype` is the float type that the linears return.
-    Smoothing is already applied, so a linear that receives one does not apply its own `inv_smooth`.
-    """
-
-    x_q: Tensor
-    x_scale: Tensor
-    dtype: torch.dtype
 
 
 class W8A8Linear(nn.Module):
-    """Linear layer on int8: `y = gemm_s8(quantize(x / s), w_q) + bias`, returned in x's type.
+    """Linear layer on int8: `y = gemm_s8(quantize(rotate(x / s)), w_q) + bias`, returned in x's type.
 
     Args:
         in_features, out_features: K and N, both >= 1.
@@ -75,6 +42,7 @@ class W8A8Linear(nn.Module):
         activation_scheme: ``"per_token"`` (paper O1), ``"per_tensor"`` (dynamic, O2) or ``"static"`` (calibrated, O3).
         weight_granularity: ``"channel"`` or ``"tensor"``.
         smooth: whether the input is divided by smoothing factors at run time (inside the quantizer).
+        rotation: the size of the groups of channels that the quantizer rotates, as in `ops.quantize`; 0 for none.
         device: where the buffers live; ``"meta"`` to load a checkpoint without allocating twice.
         dtype: the type that `weight` shows to outside code, which is that of the float layer: float16, bfloat16 or
             float32. It follows `.half()`, `.to(dtype)` and the like.
@@ -108,6 +76,7 @@ class W8A8Linear(nn.Module):
         activation_scheme: str = "per_token",
         weight_granularity: str = "channel",
         smooth: bool = False,
+        rotation: int = 0,
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
@@ -126,10 +95,12 @@ class W8A8Linear(nn.Module):
                 f"in_features must be in [1, {reference.MAX_K}] and out_features >= 1; "
                 f"got {in_features} and {out_features}."
             )
+        check_rotation(rotation, in_features)
         self.in_features = in_features
         self.out_features = out_features
         self.activation_scheme = activation_scheme
         self.weight_granularity = weight_granularity
+        self.rotation = rotation
         self.dtype = dtype
 
         def buffer(name: str, size: int | None) -> None:
@@ -153,6 +124,7 @@ class W8A8Linear(nn.Module):
         activation_scheme: str = "per_token",
         weight_granularity: str = "channel",
         smooth: Tensor | None = None,
+        rotation: int = 0,
         x_scale: Tensor | float | None = None,
     ) -> W8A8Linear:
         """Quantizes a float layer.
@@ -163,7 +135,9 @@ class W8A8Linear(nn.Module):
             activation_scheme, weight_granularity: as in the constructor.
             smooth: [K] float32 smoothing factors s, positive. The weight is multiplied by s here, and the input is
                 divided by s at run time. None if the weights already contain the smoothing, or for no smoothing.
-            x_scale: the static scale of the (smoothed) input, > 0; required for the scheme ``"static"``, else None.
+            rotation: as in the constructor. The weight is rotated here, after smoothing.
+            x_scale: the static scale of the (smoothed and rotated) input, > 0; required for the scheme ``"static"``,
+                else None.
 
         Raises:
             SmoothQuantError: the weight is float64, float8 or another type, has NaN or Inf, a factor is not positive,
@@ -187,6 +161,7 @@ class W8A8Linear(nn.Module):
             activation_scheme=activation_scheme,
             weight_granularity=weight_granularity,
             smooth=smooth is not None,
+            rotation=rotation,
             device=weight.device,
             dtype=weight.dtype,
         )
@@ -203,8 +178,9 @@ class W8A8Linear(nn.Module):
                     f"got {s[~usable][0].item()}."
                 )
             w, new.inv_smooth = w * s, inverse
+        w = reference.rotate_weight(w, rotation)
         if not bool(w.isfinite().all()):
-            raise SmoothQuantError("the weight (times smooth) is too large for float32.")
+            raise SmoothQuantError("the weight (times smooth, rotated) is too large for float32.")
         w_q, new.w_scale = reference.quantize_weight(w, weight_granularity)
         new.w_q = packed_rows(w_q)
         if bias is not None:
@@ -265,13 +241,14 @@ class W8A8Linear(nn.Module):
         self.w_q = packed_rows(self.w_q)  # a copy may be made under inference_mode
 
     def quantize_input(self, x: Tensor) -> QuantizedActivation:
-        """Smooths and quantizes x [..., K] for this layer and all layers that share its input."""
+        """Smooths, rotates and quantizes x [..., K] for this layer and all layers that share its input."""
         x_q, x_scale = ops.quantize(
             x,
             inv_smooth=self.inv_smooth,
             scale=self.x_scale,
             granularity=self._granularity,
             k_multiple=ROW_ALIGNMENT if wants_aligned_rows(x) else 1,
+            rotation=self.rotation,
         )
         if x_q.shape[-1] != self.in_features:
             x_q = x_q[..., : self.in_features]
@@ -319,7 +296,7 @@ class W8A8Linear(nn.Module):
                 x.x_q, own["w_q"], x.x_scale, own["w_scale"], bias=own["bias"], out_dtype=x.dtype
             )
         if x.requires_grad and torch.is_grad_enabled():
-            rest = (own["inv_smooth"], own["x_scale"], self._granularity)
+            rest = (own["inv_smooth"], own["x_scale"], self._granularity, self.rotation)
             return through(x, own["w_q"], own["w_scale"], own["bias"], *rest)
         return ops.linear_s8(
             x,
@@ -329,18 +306,20 @@ class W8A8Linear(nn.Module):
             inv_smooth=own["inv_smooth"],
             scale=own["x_scale"],
             granularity=self._granularity,
+            rotation=self.rotation,
         )
 
     def dequantized_weight(self) -> Tensor:
-        """[N, K] float32: the weight that the layer represents, without smoothing factors."""
-        return dequantized_weight(self.w_q, self.w_scale, self.inv_smooth)
+        """[N, K] float32: the weight that the layer represents, without rotation and smoothing factors."""
+        return dequantized_weight(self.w_q, self.w_scale, self.inv_smooth, self.rotation)
 
     def extra_repr(self) -> str:
         text = (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"activation_scheme={self.activation_scheme}, weight_granularity={self.weight_granularity}"
         )
-        return text + (", smooth=True" if self.inv_smooth is not None else "")
+        text += ", smooth=True" if self.inv_smooth is not None else ""
+        return text + (f", rotation={self.rotation}" if self.rotation else "")
 
 
 class _W8A8(Kind[W8A8Linear]):
@@ -349,7 +328,10 @@ class _W8A8(Kind[W8A8Linear]):
     layer = W8A8Linear
     scales = ("w_scale", "x_scale", "inv_smooth")
     markers = (MARKER,)
-    defaults: ClassVar = {"dtype": "float32"}  # absent from checkpoints of the first releases
+    defaults: ClassVar = {
+        "dtype": "float32",
+        "rotation": 0,
+    }  # absent from checkpoints of earlier releases
 
     def takes(self, name: str, linear: nn.Module, config: SmoothQuantConfig) -> bool:
         return True
@@ -365,12 +347,14 @@ class _W8A8(Kind[W8A8Linear]):
             "activation_scheme": layer.activation_scheme,
             "weight_granularity": layer.weight_granularity,
             "smooth": layer.inv_smooth is not None,
+            "rotation": layer.rotation,
             "dtype": type_name(layer.dtype),
         }
 
     def make(self, arguments: dict[str, Any]) -> W8A8Linear | None:
         dtype = next((t for t in FLOATS if type_name(t) == arguments["dtype"]), None)
-        if dtype is None:
+        k = arguments["in_features"]
+        if dtype is None or not fits_rotation(arguments["rotation"], k):
             return None
         return W8A8Linear(**{**arguments, "dtype": dtype}, device="meta")
 
@@ -386,6 +370,7 @@ class _W8A8(Kind[W8A8Linear]):
     def rounded_input(self, layer: W8A8Linear, x: Tensor) -> Tensor:
         x_q, scale, _ = layer.quantize_input(x)
         z = x_q.float() * (scale if scale.numel() == 1 else scale.reshape(*x.shape[:-1], 1))
+        z = reference.rotate_weight(z, layer.rotation)  # undoes the rotation
         return z if layer.inv_smooth is None else z / layer.inv_smooth
 
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from smoothquant_kernels.reference import ACTIVATIONS, FUSED_KINDS, MAX_K
+from smoothquant_kernels.reference import ACTIVATIONS, FUSED_KINDS, MAX_K, MAX_ROTATION
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 GRANULARITIES = ("token", "tensor")
@@ -50,6 +50,12 @@ def _require_vector(
         raise ValueError(f"{op}: {name} must have shape {allowed} ({what}), got {_shape(t)}.")
 
 
+def fits_rotation(rotation: int, k: int) -> bool:
+    """Whether K channels can be rotated in groups of this size; 0 is no rotation."""
+    power_of_two = rotation & (rotation - 1) == 0
+    return rotation == 0 or (2 <= rotation <= MAX_ROTATION and power_of_two and k % rotation == 0)
+
+
 def activation_input(op: str, x: Tensor) -> None:
     """Requires x [..., K] to be a float tensor with at least one channel."""
     _require_dtype(op, "x", x, FLOATS)
@@ -65,6 +71,7 @@ def quantizer(
     scale: Tensor | None,
     granularity: str,
     k_multiple: int,
+    rotation: int,
 ) -> None:
     """Checks the arguments that every producer of int8 takes."""
     activation_input(op, x)
@@ -76,6 +83,11 @@ def quantizer(
         )
     if k_multiple < 1:
         raise ValueError(f"{op}: k_multiple must be at least 1, got {k_multiple}.")
+    if not fits_rotation(rotation, k):
+        raise ValueError(
+            f"{op}: rotation must be 0 or a power of two from 2 to {MAX_ROTATION} that divides K = {k}, "
+            f"got {rotation}."
+        )
 
 
 def same_as_x(op: str, name: str, t: Tensor | None, x: Tensor) -> None:
@@ -108,10 +120,11 @@ def norm(
     scale: Tensor | None,
     granularity: str,
     k_multiple: int,
+    rotation: int,
 ) -> None:
     """Checks the arguments of both norm producers."""
     k = x.shape[-1] if x.dim() else 0
-    quantizer(op, x, k, inv_smooth, scale, granularity, k_multiple)
+    quantizer(op, x, k, inv_smooth, scale, granularity, k_multiple, rotation)
     norm_parameter(op, "weight", weight, x)
     norm_parameter(op, "bias", bias, x)
     same_as_x(op, "residual", residual, x)
@@ -186,11 +199,12 @@ def linear(
     inv_smooth: Tensor | None,
     scale: Tensor | None,
     granularity: str,
+    rotation: int,
 ) -> None:
     """Checks the operands of a whole linear layer."""
     activation_input(op, x)
     _gemm_weight(op, x, w_q, w_scale, bias)
-    quantizer(op, x, x.shape[-1], inv_smooth, scale, granularity, 1)
+    quantizer(op, x, x.shape[-1], inv_smooth, scale, granularity, 1, rotation)
 
 
 def forced_tile(op: str, tile: int, splits: int) -> None:

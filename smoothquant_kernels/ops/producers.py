@@ -20,6 +20,7 @@ def rms_norm_quantize(
     scale: Tensor | None = None,
     granularity: str = "token",
     k_multiple: int = 1,
+    rotation: int = 0,
 ) -> tuple[Tensor, ...]:
     """RMSNorm, smoothing and int8 quantization in one pass, with an optional residual added first.
 
@@ -28,7 +29,7 @@ def rms_norm_quantize(
         weight: [K] float, the norm's weight.
         eps: added to the mean of squares.
         residual: like x; the norm reads `x + residual`, rounded to x's type as in an unfused model.
-        inv_smooth, scale, granularity, k_multiple: as in `quantize`.
+        inv_smooth, scale, granularity, k_multiple, rotation: as in `quantize`.
 
     Returns:
         (x_q, x_scale), and x + residual (x's shape and dtype) if a residual is given. The norm's own output stays in
@@ -45,7 +46,16 @@ def rms_norm_quantize(
     Source: Zhang and Sennrich (2019), RMSNorm, eq. 4; SmoothQuant, section 4 (fusing into the previous layer).
     """
     checks.norm(
-        "rms_norm_quantize", x, weight, None, residual, inv_smooth, scale, granularity, k_multiple
+        "rms_norm_quantize",
+        x,
+        weight,
+        None,
+        residual,
+        inv_smooth,
+        scale,
+        granularity,
+        k_multiple,
+        rotation,
     )
     total = result(x, (0,) if residual is None else tuple(x.shape), x.dtype)
     return *quantized(x, x.shape[-1], scale, granularity, k_multiple), total
@@ -63,6 +73,7 @@ def layer_norm_quantize(
     scale: Tensor | None = None,
     granularity: str = "token",
     k_multiple: int = 1,
+    rotation: int = 0,
 ) -> tuple[Tensor, ...]:
     """LayerNorm, smoothing and int8 quantization in one pass, with an optional residual added first.
 
@@ -70,7 +81,7 @@ def layer_norm_quantize(
         x: [..., K] float16, bfloat16 or float32.
         weight, bias: [K] float or None.
         eps: added to the variance.
-        residual, inv_smooth, scale, granularity, k_multiple: as in `rms_norm_quantize`.
+        residual, inv_smooth, scale, granularity, k_multiple, rotation: as in `rms_norm_quantize`.
 
     Returns:
         (x_q, x_scale), and x + residual if a residual is given.
@@ -86,7 +97,16 @@ def layer_norm_quantize(
     Source: Ba et al. (2016), Layer Normalization; SmoothQuant, section 4.
     """
     checks.norm(
-        "layer_norm_quantize", x, weight, bias, residual, inv_smooth, scale, granularity, k_multiple
+        "layer_norm_quantize",
+        x,
+        weight,
+        bias,
+        residual,
+        inv_smooth,
+        scale,
+        granularity,
+        k_multiple,
+        rotation,
     )
     total = result(x, (0,) if residual is None else tuple(x.shape), x.dtype)
     return *quantized(x, x.shape[-1], scale, granularity, k_multiple), total
@@ -102,6 +122,7 @@ def act_quantize(
     scale: Tensor | None = None,
     granularity: str = "token",
     k_multiple: int = 1,
+    rotation: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Activation function (gated or not), smoothing and int8 quantization in one pass.
 
@@ -110,7 +131,7 @@ def act_quantize(
         kind: ``"relu"``, ``"gelu"``, ``"gelu_tanh"``, ``"silu"``; or ``"silu_mul"``, ``"gelu_mul"``,
             ``"gelu_tanh_mul"``, which read both halves from x.
         gate: like x; if given, the result is act(gate) * x.
-        inv_smooth, scale, granularity, k_multiple: as in `quantize`, over the K outputs.
+        inv_smooth, scale, granularity, k_multiple, rotation: as in `quantize`, over the K outputs.
 
     Returns:
         (x_q, x_scale); x_q has the shape [..., K], with K rounded up to a multiple of k_multiple.
@@ -125,5 +146,5 @@ def act_quantize(
     Source: Shazeer (2020), GLU Variants Improve Transformer; SmoothQuant, section 4.
     """
     k = checks.activation_kind("act_quantize", x, kind, gate)
-    checks.quantizer("act_quantize", x, k, inv_smooth, scale, granularity, k_multiple)
+    checks.quantizer("act_quantize", x, k, inv_smooth, scale, granularity, k_multiple, rotation)
     return quantized(x, k, scale, granularity, k_multiple)

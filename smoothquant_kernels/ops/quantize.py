@@ -30,8 +30,9 @@ def quantize(
     scale: Tensor | None = None,
     granularity: str = "token",
     k_multiple: int = 1,
+    rotation: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Divides by the smoothing factors and quantizes to int8, in one pass.
+    """Divides by the smoothing factors, rotates groups of channels and quantizes to int8, in one pass.
 
     Args:
         x: [..., K] float16, bfloat16 or float32, any strides.
@@ -40,6 +41,9 @@ def quantize(
         granularity: ``"token"`` for a scale per row, ``"tensor"`` for one scale; both dynamic.
         k_multiple: pads x_q with zero columns until the number of columns is a multiple of this. They add nothing to a
             GEMM whose weight has the same padding, and they align its rows for any K.
+        rotation: the size of the groups of adjacent channels that a Hadamard matrix with entries 1 and -1 mixes, a
+            power of two from 2 to 512 that divides K; 0 for no rotation. It spreads an outlier over its group. The
+            weight must be rotated alike (`reference.rotate_weight`). A calibrated `scale` is that of rotated values.
 
     Returns:
         x_q: [..., K] int8 in [-127, 127], contiguous; K rounded up to a multiple of k_multiple.
@@ -48,18 +52,21 @@ def quantize(
 
     Raises:
         TypeError: a dtype is not one of the above.
-        ValueError: a shape or device does not fit, granularity is unknown, or k_multiple is below 1.
+        ValueError: a shape or device does not fit, granularity is unknown, k_multiple is below 1, or rotation is not
+            allowed.
 
     Equivalent to:
         v = x.float() * inv_smooth
+        v = (v.unflatten(-1, (-1, rotation)) @ hadamard(rotation)).flatten(-2)  # in log2(rotation) rounded stages
         x_scale = v.abs().amax(-1) / 127
         x_q = torch.round(v * (1 / x_scale)[..., None]).clamp(-127, 127).to(torch.int8)
         x_q = torch.nn.functional.pad(x_q, (0, -K % k_multiple))
 
-    Source: SmoothQuant (Xiao et al., 2022), section 3.2, eq. 3; schemes O1, O2, O3 of table 2.
+    Source: SmoothQuant (Xiao et al., 2022), section 3.2, eq. 3; schemes O1, O2, O3 of table 2. Rotation by Hadamard
+    matrices: QuaRot (Ashkboos et al., 2024); of groups at run time: ConvRot (arXiv 2512.03673).
     """
     k = x.shape[-1] if x.dim() else 0
-    checks.quantizer("quantize", x, k, inv_smooth, scale, granularity, k_multiple)
+    checks.quantizer("quantize", x, k, inv_smooth, scale, granularity, k_multiple, rotation)
     return quantized(x, k, scale, granularity, k_multiple)
 
 

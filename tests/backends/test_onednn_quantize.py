@@ -15,9 +15,15 @@ from tests.support.compare import assert_all_bitwise_equal, assert_bitwise_equal
 
 
 def check_quantize(x: Tensor, what: str = "") -> None:
+    k = x.shape[-1]
+    for rotation in (0, *(g for g in (2, 8, 16, 64, 512) if k % g == 0)):
+        check_rotated(x, rotation, f"{what} {rotation}")
+
+
+def check_rotated(x: Tensor, rotation: int, what: str) -> None:
     for inv_smooth in (None, cases.inverse_smooth(x.shape[-1])):
         for scheme in cases.SCHEMES:
-            options: dict[str, Any] = cases.quantize_options(scheme)
+            options: dict[str, Any] = {**cases.quantize_options(scheme), "rotation": rotation}
             for k_multiple in (1, 7, 16):
                 found = ops.quantize(x, inv_smooth=inv_smooth, **options, k_multiple=k_multiple)
                 expected = reference.quantize(x, inv_smooth, **options, k_multiple=k_multiple)

@@ -36,11 +36,15 @@ SIZES = ((1, 1), (5, 1), (1, 7), (31, 17), (64, 48))
 @pytest.mark.parametrize("granularity", WEIGHT_GRANULARITIES)
 def test_forward_equals_the_reference(k_n: tuple[int, int], scheme: str, granularity: str) -> None:
     k, n = k_n
-    for bias in (True, False):
+    group = 16 if k % 16 == 0 else 0
+    for bias, rotation in ((True, 0), (False, group)):
         for smooth in (None, cases.inverse_smooth(k)):
             linear = cases.float_linear(k, n, bias)
-            layer = cases.quantized(linear, scheme, weight_granularity=granularity, smooth=smooth)
+            layer = cases.quantized(
+                linear, scheme, weight_granularity=granularity, smooth=smooth, rotation=rotation
+            )
             w = linear.weight.detach() * (1.0 if smooth is None else smooth)
+            w = reference.rotate_weight(w, rotation)
             w_q, w_scale = reference.quantize_weight(w, granularity)
             assert w_scale.shape == (n if granularity == "channel" else 1,)
             for dtype in cases.FLOATS:
@@ -50,6 +54,7 @@ def test_forward_equals_the_reference(k_n: tuple[int, int], scheme: str, granula
                     None if smooth is None else 1 / smooth,
                     torch.tensor([0.02]) if scheme == "static" else None,
                     "tensor" if scheme == "per_tensor" else "token",
+                    rotation=rotation,
                 )
                 b = linear.bias if bias else None
                 expected = reference.gemm_s8(x_q, w_q, x_scale, w_scale, b, out_dtype=dtype)
@@ -195,6 +200,29 @@ def test_dequantized_weight_is_within_half_a_step() -> None:
             error = (layer.dequantized_weight() - linear.weight.detach()).abs()
             limit = 0.5001 * layer.w_scale.expand(4)[:, None] / (1.0 if s is None else s)
             assert bool((error <= limit).all())
+
+
+@pytest.mark.parametrize("group", [2, 16])
+def test_dequantized_weight_without_its_rotation(group: int) -> None:
+    """Rotated again, it is within half a step of the rotated weight, plus the roundings of two rotations."""
+    linear, s = cases.float_linear(48, 4), cases.inverse_smooth(48)
+    layer = cases.quantized(linear, smooth=s, rotation=group)
+    wanted = reference.rotate_weight(linear.weight.detach() * s, group)
+    found = reference.rotate_weight(layer.dequantized_weight() * s, group)
+    assert bool(((found - wanted).abs() <= 0.5001 * layer.w_scale[:, None]).all())
+
+
+@pytest.mark.parametrize("rotation", [1, 3, -2, 32, 16.0, True])
+def test_rotations_that_do_not_fit_are_refused(rotation: Any) -> None:
+    linear = cases.float_linear(48, 4)
+    for make in (
+        lambda: cases.quantized(linear, rotation=rotation),
+        lambda: W8A8Linear(48, 4, rotation=rotation),
+    ):
+        with pytest.raises(
+            SmoothQuantError, match="rotation must be 0 or a power of two from 2 to 512"
+        ):
+            make()
 
 
 # --- refusals -----------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ def both_gradients(scheme: str, dtype: torch.dtype, smooth: bool) -> tuple[torch
         cases.float_linear(K, N).to(dtype),
         scheme,
         smooth=cases.inverse_smooth(K) if smooth else None,
+        rotation=8 if smooth else 0,
     )
     x = torch.randn(2, 3, K, generator=torch.Generator().manual_seed(3)).to(dtype).requires_grad_()
     weights = torch.randn(2, 3, N, generator=torch.Generator().manual_seed(4)).to(dtype)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from smoothquant_kernels import W8A8Linear
-from smoothquant_kernels.nn import linear
+from smoothquant_kernels.nn import linear, operands
 from smoothquant_kernels.schemes import ACTIVATION_SCHEMES, WEIGHT_GRANULARITIES
 from tests.support import cases
 from tests.support.compare import assert_bitwise_equal, assert_same_buffers
@@ -85,6 +85,7 @@ def empty_like(layer: W8A8Linear, device: str = "cpu") -> W8A8Linear:
         activation_scheme=layer.activation_scheme,
         weight_granularity=layer.weight_granularity,
         smooth=layer.inv_smooth is not None,
+        rotation=layer.rotation,
         device=device,
     )
 
@@ -110,12 +111,13 @@ def test_copies_compute_the_same(way: str) -> None:
     x = cases.activations(4, 6)
     for scheme in ACTIVATION_SCHEMES:
         for granularity in WEIGHT_GRANULARITIES:
-            for bias, smooth in ((True, None), (False, cases.inverse_smooth(6))):
+            for bias, smooth, rotation in ((True, None, 0), (False, cases.inverse_smooth(6), 2)):
                 layer = cases.quantized(
                     cases.float_linear(6, 5, bias),
                     scheme,
                     weight_granularity=granularity,
                     smooth=smooth,
+                    rotation=rotation,
                 )
                 expected = layer(x)  # packs the weight, on which the copy must not depend
                 found = COPIES[way](layer)
@@ -158,11 +160,17 @@ def test_repr() -> None:
         "weight_granularity=channel)"
     )
     layer = W8A8Linear(
-        3, 2, False, activation_scheme="static", weight_granularity="tensor", smooth=True
+        4,
+        2,
+        False,
+        activation_scheme="static",
+        weight_granularity="tensor",
+        smooth=True,
+        rotation=2,
     )
     assert repr(layer) == (
-        "W8A8Linear(in_features=3, out_features=2, bias=False, activation_scheme=static, "
-        "weight_granularity=tensor, smooth=True)"
+        "W8A8Linear(in_features=4, out_features=2, bias=False, activation_scheme=static, "
+        "weight_granularity=tensor, smooth=True, rotation=2)"
     )
 
 
@@ -208,7 +216,8 @@ def test_compile_with_a_shared_quantization() -> None:
 def test_a_weight_with_aligned_rows_behaves_like_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU, w_q is a view of a wider tensor if K is not a multiple of 16. The test enables this on the CPU."""
     expected, x = every_buffer(), cases.activations(5, 6)
-    monkeypatch.setattr(linear, "wants_aligned_rows", lambda t: True)
+    for module in (linear, operands):
+        monkeypatch.setattr(module, "wants_aligned_rows", lambda t: True)
     stream = io.BytesIO()
     torch.save(every_buffer().state_dict(), stream)
     stream.seek(0)

@@ -17,7 +17,10 @@ from tests.support.compare import assert_all_bitwise_equal
 from tests.support.op_calls import Call, each_call
 
 #: The C++ kernels read their arguments from the dispatcher's stack in this order.
-QUANTIZER = 'Tensor? inv_smooth=None, Tensor? scale=None, str granularity="token", int k_multiple=1'
+QUANTIZER = (
+    'Tensor? inv_smooth=None, Tensor? scale=None, str granularity="token", int k_multiple=1, '
+    "int rotation=0"
+)
 GEMM = "Tensor x_q, Tensor w_q, Tensor x_scale, Tensor w_scale"
 SCHEMAS = {
     "quantize": f"(Tensor x, *, {QUANTIZER}) -> (Tensor, Tensor)",
@@ -29,7 +32,7 @@ SCHEMAS = {
     "gemm_s8": f"({GEMM}, *, Tensor? bias=None, Tensor? residual=None, ScalarType out_dtype) -> Tensor",
     "gemm_s8_requant": f"({GEMM}, Tensor out_scale, *, Tensor? bias=None, bool relu=False) -> Tensor",
     "linear_s8": "(Tensor x, Tensor w_q, Tensor w_scale, *, Tensor? bias=None, Tensor? inv_smooth=None, "
-    'Tensor? scale=None, str granularity="token") -> Tensor',
+    'Tensor? scale=None, str granularity="token", int rotation=0) -> Tensor',
     "_gemm_s8_tile": f"({GEMM}, *, Tensor? bias=None, Tensor? residual=None, ScalarType out_dtype, "
     "int tile=-1, int splits=0) -> Tensor",
     "_saturate_s8": "(Tensor x) -> Tensor",

@@ -50,11 +50,12 @@ def calls(m: int = M) -> list[Call]:
         Call(
             "quantize", (x,), {**smooth, "scale": static, "granularity": "tensor", "k_multiple": 16}
         ),
+        Call("quantize", (x,), {**smooth, "rotation": 2}),
         Call("rms_norm_quantize", (x, weight, 1e-5), {}),
         Call(
             "rms_norm_quantize",
             (x, weight, 1e-5),
-            {"residual": other, **smooth, "scale": static, "k_multiple": 7},
+            {"residual": other, **smooth, "scale": static, "k_multiple": 7, "rotation": 2},
         ),
         Call("layer_norm_quantize", (x, None, None, 1e-5), {}),
         Call(
@@ -62,7 +63,9 @@ def calls(m: int = M) -> list[Call]:
             (x, weight, inv_smooth, 1e-5),
             {"residual": other, **smooth, "granularity": "tensor", "k_multiple": 16},
         ),
+        Call("layer_norm_quantize", (x, weight, None, 1e-5), {**smooth, "rotation": 2}),
         Call("act_quantize", (x, "relu"), {}),
+        Call("act_quantize", (x, "gelu"), {"gate": other, **smooth, "rotation": 2}),
         Call("act_quantize", (x, "silu"), {"gate": other, **smooth, "k_multiple": K // 2}),
         Call("act_quantize", (x, "silu"), {"gate": other, **smooth, "granularity": "tensor"}),
         Call("act_quantize", (x, "gelu_tanh_mul"), {**half, "scale": static, "k_multiple": 16}),
@@ -75,6 +78,7 @@ def calls(m: int = M) -> list[Call]:
         Call(
             "linear_s8", (x, gemm.w_q, gemm.w_scale), {"bias": gemm.bias, **smooth, "scale": static}
         ),
+        Call("linear_s8", (x, gemm.w_q, gemm.w_scale), {**smooth, "rotation": 2}),
     ]
 
 

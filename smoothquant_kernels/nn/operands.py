@@ -1,0 +1,62 @@
+"""The operands of int8 layers: aligned int8 weights, activations quantized once, and groups that can be rotated."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from smoothquant_kernels import reference
+from smoothquant_kernels.errors import SmoothQuantError
+from smoothquant_kernels.ops.checks import fits_rotation
+
+#: Rows of int8 operands start at multiples of this many bytes, for the CUDA kernels' 16-byte loads.
+ROW_ALIGNMENT = 16
+
+
+def wants_aligned_rows(t: Tensor) -> bool:
+    """Whether the kernels of this tensor's device load 16 bytes at a time."""
+    return t.is_cuda
+
+
+def packed_rows(w_q: Tensor) -> Tensor:
+    """w_q [N, K] int8 as the kernels of its device load it: on a GPU, its rows start at multiples of 16 bytes.
+
+    Returns an aligned tensor itself. `gemm_s8` also takes any other weight, but copies it at every call.
+    On a CPU, returns a normal tensor: inference tensors have no version counter, so packed copies could not be cached.
+    """
+    if w_q.is_meta:
+        return w_q
+    if w_q.is_inference() and not wants_aligned_rows(w_q):
+        with torch.inference_mode(False):
+            w_q = w_q.clone()
+    n, k = w_q.shape
+    k_padded = reference.padded_k(k, ROW_ALIGNMENT)
+    aligned = w_q.stride() == (k_padded, 1) and w_q.storage_offset() % ROW_ALIGNMENT == 0
+    if not wants_aligned_rows(w_q) or aligned:
+        return w_q
+    padded = w_q.new_zeros(n, k_padded)
+    padded[:, :k] = w_q
+    return padded[:, :k]
+
+
+def check_rotation(rotation: int, k: int) -> None:
+    """Raises SmoothQuantError unless K input channels can be rotated in groups of this size."""
+    if type(rotation) is not int or not fits_rotation(rotation, k):
+        raise SmoothQuantError(
+            f"rotation must be 0 or a power of two from 2 to {reference.MAX_ROTATION} that divides in_features = {k}; "
+            f"got {rotation!r}."
+        )
+
+
+class QuantizedActivation(NamedTuple):
+    """An activation quantized once for several linears that read it (q, k and v; gate and up).
+
+    `x_q` is [..., K] int8, `x_scale` is [M] or [1] float32, and `dtype` is the float type that the linears return.
+    Smoothing is already applied, so a linear that receives one does not apply its own `inv_smooth`.
+    """
+
+    x_q: Tensor
+    x_scale: Tensor
+    dtype: torch.dtype
