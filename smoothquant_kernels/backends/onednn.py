@@ -272,7 +272,8 @@ def gemm_s8_requant(
 
 def _rotated(v: Tensor, group: int) -> Tensor:
     """`reference.rotate` of rows [M, K]. The positions in a group come first, so that every pass has long loops."""
-    w, other = _empty(2, group, v.numel() // group)
+    shape = (group, v.numel() // group)
+    w, other = _empty(shape), _empty(shape)
     w.copy_(v.reshape(-1, group).t())
     h = 1
     while h < group:
