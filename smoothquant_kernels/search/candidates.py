@@ -14,6 +14,7 @@ from smoothquant_kernels import ops, reference
 from smoothquant_kernels.config import LEAST_ROTATION, SmoothQuantConfig, first_match
 from smoothquant_kernels.modeling.groups import Group
 from smoothquant_kernels.nn.float_linear import weight_of
+from smoothquant_kernels.ops.rotate import rotated, rotated_weight
 from smoothquant_kernels.reference import MAX_ROTATION
 from smoothquant_kernels.search.result import Choice, GroupResult
 from smoothquant_kernels.search.sensitivity import Recording
@@ -128,7 +129,7 @@ class _Trial:
             )
             weights = [w * smooth for w in weights]
         granularity = self.space.config.weight_granularity
-        weights = [reference.rotate_weight(w, rotation) for w in weights]
+        weights = [rotated_weight(w, rotation) for w in weights]
         return _Quantized(
             alpha,
             rotation,
@@ -163,7 +164,7 @@ class _Trial:
     def clips(self, made: _Quantized) -> list[float]:
         """Returns the parts of the calibrated range to try, including quantiles of the recorded |x|, descending."""
         x = self.x.float() if made.inv_smooth is None else self.x * made.inv_smooth
-        flat = reference.rotate(x, made.rotation).abs().reshape(-1)
+        flat = rotated(x, made.rotation).abs().reshape(-1)
         quantiles = [
             float(flat.kthvalue(max(1, round(q * flat.numel()))).values) / made.absmax
             for q in QUANTILES

@@ -16,6 +16,7 @@ from smoothquant_kernels.modeling.groups import Group
 from smoothquant_kernels.modeling.hooks import Hooks
 from smoothquant_kernels.modeling.run import Batch, unpadded_rows
 from smoothquant_kernels.nn.float_linear import weight_of
+from smoothquant_kernels.ops.rotate import rotated_weight
 from smoothquant_kernels.smoothing.padding import Padding
 
 #: On so few tokens, errors within this ratio of each other are a tie. A tie keeps smoothing, the default everywhere.
@@ -112,7 +113,7 @@ def _int8_product(
     x_q, x_scale = reference.quantize(
         rows, inv_smooth, scale, granularity, rotation=settings.rotation
     )
-    weight = reference.rotate_weight(weight, settings.rotation)
+    weight = rotated_weight(weight, settings.rotation)
     w_q, w_scale = reference.quantize_weight(weight, weight_granularity)
     # float32 sums are accurate to about 1e-7, which is enough for a comparison.
     return F.linear(x_q.float(), w_q.float()) * w_scale * x_scale[:, None]
