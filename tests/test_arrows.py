@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "evaluation": "errors storage modeling checkpoint",
     "search": "errors reference config storage ops nn modeling smoothing evaluation",
     "streaming": "errors config storage nn modeling checkpoint smoothing",
-    "report": "errors config storage nn modeling smoothing evaluation",
+    "report": "errors config storage ops nn modeling smoothing evaluation",
     "cli": "errors schemes config storage ops backends nn modeling checkpoint smoothing evaluation search "
     "streaming report",
 }

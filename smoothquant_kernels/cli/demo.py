@@ -40,6 +40,7 @@ from smoothquant_kernels.report.maxima import (
     has_matplotlib,
     peak_to_median,
     plot_maxima,
+    spread,
 )
 from smoothquant_kernels.schemes import ACTIVATION_SCHEMES
 from smoothquant_kernels.smoothing.calibrate import calibrate_model
@@ -253,7 +254,12 @@ def _maxima(
     for name in names:
         layer = ModelRecord.of(after).described[name]
         note = f"alpha = {layer.alpha}, int8 scales {config.scheme_of(layer.x_peak)}"
-        layers.append(LayerMaxima(name, absmax[name], absmax[name] / factors[name], note))
+        smoothed, rotated = absmax[name] / factors[name], None
+        if layer.rotation:
+            note += f", rotated by {layer.rotation}"
+            kept = statistics.rows[name].both().float() / factors[name]
+            rotated = spread(kept, layer.rotation).abs().amax(0)
+        layers.append(LayerMaxima(name, absmax[name], smoothed, note, rotated))
     return layers
 
 

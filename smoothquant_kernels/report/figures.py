@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from smoothquant_kernels.report.maxima import AFTER, BEFORE, peak_to_median, short_number
+from smoothquant_kernels.report.maxima import (
+    AFTER,
+    BEFORE,
+    ROTATED,
+    peak_to_median,
+    short_number,
+    spread,
+)
 from smoothquant_kernels.storage.document import Document
 
 _DPI = 110
@@ -41,7 +48,8 @@ def draw(
     """Draws all figures into the folder.
 
     Args:
-        before, after: layer -> |x| [T, K] of the first held tokens, for the layers of `document["figures"]`.
+        before, after: layer -> x [T, K] of the first held tokens, not smoothed and smoothed, for the layers of
+            `document["figures"]`.
 
     Returns:
         The pictures ``"sqnr"`` and ``"alpha"`` (if any layer has such a value), and one by each drawn layer's name.
@@ -82,24 +90,34 @@ def _save(figure: Any, path: Path, alt: str) -> Picture:
 
 
 def _activations(figure: Document, before: Tensor, after: Tensor, path: Path) -> Picture:
-    """Top: the largest |x| of each channel. Bottom: |x| of each token. Left and right have the same axes."""
+    """Top: the largest |x| of each channel. Bottom: |x| of each token. From left to right, the axes are the same."""
     from matplotlib.colors import LogNorm
     from matplotlib.ticker import NullLocator
 
     maxima = [torch.tensor(figure["absmax"]), torch.tensor(figure["absmax_smoothed"])]
+    tokens, titles = [before, after], ["before smoothing", "after smoothing"]
+    if rotation := figure["rotation"]:
+        maxima.append(torch.tensor(figure["absmax_rotated"]))
+        tokens.append(spread(after, rotation))
+        titles.append(f"and rotation by {rotation}")
     both = torch.cat(maxima)
     both = both[both > 0]
     drawing = _figure(11, 4.7)
     axes = drawing.subplots(
-        2, 2, sharex=True, sharey="row", squeeze=False, gridspec_kw={"height_ratios": [1, 1.15]}
+        2,
+        len(maxima),
+        sharex=True,
+        sharey="row",
+        squeeze=False,
+        gridspec_kw={"height_ratios": [1, 1.15]},
     )
-    pooled = [_pool(before), _pool(after)]
+    pooled = [_pool(x.abs()) for x in tokens]
     drawing.subplots_adjust(0.064, 0.105, 0.926, 0.94, wspace=0.035, hspace=0.1)
     low, high = _color_range(torch.cat(pooled))
     norm = LogNorm(low, high)
     image = None
     for column, (values, x, color, what) in enumerate(
-        zip(maxima, pooled, (BEFORE, AFTER), ("before", "after"), strict=True)
+        zip(maxima, pooled, (BEFORE, AFTER, ROTATED), titles, strict=False)
     ):
         line, heat = axes[0][column], axes[1][column]
         channels = len(values)
@@ -116,7 +134,7 @@ def _activations(figure: Document, before: Tensor, after: Tensor, path: Path) ->
         line.axhline(median, color="black", lw=0.9, ls=(0, (4, 3)))
         if len(both):
             line.set_ylim(floor, float(both.max()) * 8)
-        line.set_title(f"{what} smoothing", fontsize=12, loc="left", fontweight="bold")
+        line.set_title(what, fontsize=12, loc="left", fontweight="bold")
         line.text(
             0.985, 0.94, f"largest {short_number(float(values.max()))} = "
             f"{short_number(peak_to_median(values))} x median (dashed)",
@@ -132,14 +150,15 @@ def _activations(figure: Document, before: Tensor, after: Tensor, path: Path) ->
     axes[0][0].set_ylabel("max |x| of channel")
     axes[1][0].set_ylabel("token")
     drawing.align_ylabels(axes[:, 0])
-    place = axes[1][1].get_position()
+    place = axes[1][-1].get_position()
     scale = drawing.add_axes((place.x1 + 0.012, place.y0, 0.011, place.height))
     drawing.colorbar(image, cax=scale, label="|x|", extend="max")
     peaks = [short_number(peak_to_median(values)) for values in maxima]
     alt = (
         f"Input of {figure['layer']} before and after smoothing: the largest channel is {peaks[0]} times the median "
-        f"channel before and {peaks[1]} times after."
+        f"channel before and {peaks[1]} times after"
     )
+    alt += f", and {peaks[2]} times after rotation as well." if len(peaks) > 2 else "."
     return _save(drawing, path, alt)
 
 

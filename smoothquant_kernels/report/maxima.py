@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -12,23 +13,30 @@ import torch
 from torch import Tensor
 
 from smoothquant_kernels.errors import SmoothQuantError
+from smoothquant_kernels.ops.rotate import rotated
 
-BEFORE, AFTER = "#c8553d", "#2a6f97"  # far apart in hue and in lightness
+BEFORE, AFTER, ROTATED = "#c8553d", "#2a6f97", "#3f3351"  # far apart in hue and in lightness
 _FLOOR = 1e-12  # where the bars begin, because a logarithmic axis has no zero
 _OUTLIER = 3.0
 
 
 @dataclass(frozen=True, eq=False)
 class LayerMaxima:
-    """The largest |activation| per input channel of one layer, before and after smoothing: [K] each.
+    """The largest |activation| per input channel of one layer, [K] each: before and after smoothing, and rotated.
 
-    `note` says in a few words what was done.
+    `note` says in a few words what was done. A layer that is not rotated has no third maxima.
     """
 
     name: str
     before: Tensor
     after: Tensor
     note: str = ""
+    rotated: Tensor | None = None
+
+
+def spread(x: Tensor, rotation: int) -> Tensor:
+    """x [..., K] rotated in groups, and divided by their gain, sqrt(rotation), so that magnitudes can be compared."""
+    return rotated(x, rotation) / math.sqrt(rotation)
 
 
 def peak_to_median(absmax: Tensor) -> float:
@@ -43,7 +51,7 @@ def has_matplotlib() -> bool:
 
 
 def plot_maxima(layers: Sequence[LayerMaxima], path: Path, *, title: str) -> None:
-    """Draws the activation maxima of some layers per channel, before and after smoothing.
+    """Draws the activation maxima of some layers per channel: before smoothing, after it, and rotated.
 
     Args:
         layers: the layers, one row of the figure each.
@@ -65,10 +73,13 @@ def plot_maxima(layers: Sequence[LayerMaxima], path: Path, *, title: str) -> Non
     figure = Figure(figsize=(11, height), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=13, fontweight="bold")
-    grid = figure.subplots(len(layers), 2, sharey="row", squeeze=False)
+    columns = 2 if all(layer.rotated is None for layer in layers) else 3
+    grid = figure.subplots(len(layers), columns, sharey="row", squeeze=False)
     for row, layer in zip(grid, layers, strict=True):
         _draw(row[0], layer.before, BEFORE)
         _draw(row[1], layer.after, AFTER)
+        if layer.rotated is not None:
+            _draw(row[2], layer.rotated, ROTATED)
         row[0].set_ylabel("max |x|")
         row[0].set_title(layer.name, loc="left", fontsize=10, fontweight="bold", family="monospace")
         row[1].set_title(layer.note, loc="left", fontsize=10)
@@ -78,7 +89,8 @@ def plot_maxima(layers: Sequence[LayerMaxima], path: Path, *, title: str) -> Non
             # Dead channels must not stretch the axis. The numbers need room at the top.
             low = float(values.quantile(0.002)) / 2
             row[0].set_ylim(low, float(values.max()) * 6)
-    for axes, what in zip(grid[0], ("before smoothing", "after smoothing"), strict=True):
+    titles = ("before smoothing", "after smoothing", "and rotation")
+    for axes, what in zip(grid[0], titles, strict=False):
         axes.annotate(
             what, (0.5, 1.2), xycoords="axes fraction", ha="center", fontsize=12,
         )  # fmt: skip

@@ -37,7 +37,7 @@ class Measured:
     Attributes:
         signal: layer -> |y|^2, where y is the output of the float layer.
         noise: layer -> |y_hat - y|^2 for each of its stand-ins.
-        shown: layer -> |x| [T, K] float32 of the first tokens, after division at run time, if any.
+        shown: layer -> x [T, K] float32 of the first tokens, after division at run time, if any.
         tokens: how many tokens were read.
     """
 
@@ -118,7 +118,7 @@ def _keep(shown: dict[str, Tensor], name: str, module: nn.Module, x: Tensor) -> 
     old = shown.get(name)
     x = x[: SHOWN_TOKENS - (0 if old is None else len(old))].float()
     smooth = pending_smooth(module)
-    x = (x if smooth is None else x / smooth).abs().cpu()
+    x = (x if smooth is None else x / smooth).cpu()
     shown[name] = x if old is None else torch.cat([old, x])
 
 

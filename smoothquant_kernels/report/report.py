@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import statistics as stats
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from smoothquant_kernels.nn.float_linear import weight_of
 from smoothquant_kernels.report import figures as _report_plots
 from smoothquant_kernels.report import page as _report_page
 from smoothquant_kernels.report.advice import advise
-from smoothquant_kernels.report.maxima import has_matplotlib, peak_to_median
+from smoothquant_kernels.report.maxima import has_matplotlib, peak_to_median, spread
 from smoothquant_kernels.report.measure import Measured, Plan, layer_factors, measure, stand_in
 from smoothquant_kernels.smoothing.calibrate import (
     CalibrationData,
@@ -197,6 +196,11 @@ def advised_config(config: SmoothQuantConfig, advice: Iterable[Document]) -> Smo
     return config.replace(alphas=alphas, schemes=schemes)
 
 
+def unsmoothed(config: SmoothQuantConfig) -> SmoothQuantConfig:
+    """The configuration of naive W8A8, to compare with."""
+    return config.replace(smooth=False, rotation="none", rotations={})
+
+
 # --- the layers -------------------------------------------------------------------------------------------------------
 
 
@@ -215,7 +219,7 @@ def _layers(
     statistics: ActivationStatistics,
     config: SmoothQuantConfig,
 ) -> list[Document]:
-    naive = config.replace(smooth=False)
+    naive = unsmoothed(config)
     layers = []
     for layer in record.layers:
         name, peak = layer.name, layer.x_peak
@@ -271,18 +275,23 @@ def _channels(
     statistics: ActivationStatistics,
     config: SmoothQuantConfig,
 ) -> Document:
-    """The maxima per channel over the calibration tokens, to six digits."""
+    """The maxima per channel over the calibration tokens, to six digits; rotated ones over the tokens that it kept."""
     absmax = statistics.absmax[layer["name"]]
     factors = layer_factors(model, layer["group"], statistics, layer["alpha"], config)
 
     def digits(values: Tensor) -> list[float]:
         return [float(f"{v:.6g}") for v in values.tolist()]
 
-    return {
+    result: Document = {
         "layer": layer["name"],
+        "rotation": layer["rotation"],
         "absmax": digits(absmax),
         "absmax_smoothed": digits(absmax / factors),
     }
+    if layer["rotation"]:
+        kept = statistics.rows[layer["name"]].both().float() / factors
+        result["absmax_rotated"] = digits(spread(kept, layer["rotation"]).abs().amax(0))
+    return result
 
 
 # --- the whole --------------------------------------------------------------------------------------------------------
@@ -327,7 +336,6 @@ def _evaluate(
     done = {"float": score("the float model", model)}
     done["smoothed"] = score("the smoothed int8 model", quantize_model(smoothed, config=config))
     if config.smooth:
-        plain = dataclasses.replace(config, smooth=False)
-        naive = smooth_lm(copy.deepcopy(model), statistics, config=plain)
+        naive = smooth_lm(copy.deepcopy(model), statistics, config=unsmoothed(config))
         done["naive"] = score("the int8 model without smoothing", quantize_model(naive))
     return done

@@ -129,7 +129,8 @@ def test_figure_shows_every_layer_and_its_outlier(tmp_path: Path) -> None:
     before = torch.ones(64)
     before[7] = 300.0
     layers = [
-        maxima.LayerMaxima("a.down_proj", before, torch.ones(64), "alpha = 1") for _ in range(2)
+        maxima.LayerMaxima("a.down_proj", before, torch.ones(64), "alpha = 1", rotated)
+        for rotated in (None, torch.full((64,), 1.25))
     ]
     maxima.plot_maxima(layers, tmp_path / "f.svg", title="A title")
     # matplotlib draws text as glyphs, but also writes it into comments.

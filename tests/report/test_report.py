@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from smoothquant_kernels import SmoothQuantConfig, SmoothQuantError, smooth_lm
+from smoothquant_kernels import SmoothQuantConfig, SmoothQuantError, reference, smooth_lm
 from smoothquant_kernels.modeling.view import ModelView
 from smoothquant_kernels.nn.float_linear import weight_of
 from smoothquant_kernels.report import figures, report
@@ -23,7 +23,7 @@ from smoothquant_kernels.report.measure import Plan, decibel, half_stand_in, mea
 from smoothquant_kernels.report.report import advised_config, make_report, split_name
 from tests.support.browser import look_at
 from tests.support.command_line import Result, refused
-from tests.support.models import divided_by, make_model, token_batches
+from tests.support.models import divided_by, layers_of, make_model, token_batches
 
 CONFIG = SmoothQuantConfig(activation_scheme="static", alpha=0.5)
 DATA = token_batches()
@@ -140,6 +140,7 @@ def test_maxima_equal_those_that_hooks_measure(reported: Any) -> None:
     model, _, document = reported
     smoothed = smooth_lm(copy.deepcopy(model), DATA, config=CONFIG, progress=False)
     assert len(document["figures"]) >= 3
+    smoothed_info = layers_of(smoothed)
     groups = {layer["name"]: tuple(layer["group"]) for layer in document["layers"]}
     for figure in document["figures"]:
         name = figure["layer"]
@@ -152,6 +153,14 @@ def test_maxima_equal_those_that_hooks_measure(reported: Any) -> None:
         torch.testing.assert_close(
             torch.tensor(figure["absmax_smoothed"]), after, rtol=2e-5, atol=1e-6
         )
+        rotation = figure["rotation"]
+        assert rotation == smoothed_info[name]["rotation"] > 0
+        x = inputs_of(smoothed, name, DATA) * inverse
+        maxima = (reference.rotate(x, rotation).abs() / rotation**0.5).amax(0)
+        rotated = torch.tensor(
+            figure["absmax_rotated"]
+        )  # of 64 tokens, which have nearly the largest values
+        assert bool((rotated <= maxima * (1 + 2e-5)).all()) and rotated.max() > 0.9 * maxima.max()
     roles = [split_name(groups[f["layer"]][0])[1] for f in document["figures"]]
     assert len(set(roles)) == len(roles)  # one figure for each role
     peaks = {layer["name"]: layer["channel_peak"] for layer in document["layers"]}
