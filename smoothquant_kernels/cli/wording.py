@@ -48,6 +48,8 @@ _TABLE = (
         "use smoothquant_kernels.quantize_streamed, which reads one block at a time",
         "add --stream, which reads one block at a time",
     ),
+    ("calibrate again, or pass rotation='none'", "calibrate again, or give --rotation none"),
+    ("pass the same `rotation` to smooth_lm and quantize_model", "give the same --rotation"),
     (": pass what its forward takes", ""),
     ("; to pass a text itself, pass [text]", ""),
     ("; pass a text itself as [text]", ""),

@@ -122,12 +122,13 @@ class LayerRecord:
         """Returns JSON values."""
         info: dict[str, Any] = asdict(self) | {"group": list(self.group)}
         more: dict[str, Any] = info.pop("more")
+        rotation = info.pop("rotation")
         scheme = info.pop("activation_scheme")
         own = {} if scheme is None else {"activation_scheme": scheme}
         if not self.group:
             info = {key: info[key] for key in ("name", "smoothing", "reason")} | own
             info |= {"in_features": self.in_features, "out_features": self.out_features}
-            info |= {"rotation": self.rotation}
+        own |= {"rotation": rotation} if rotation else {}
         return info | own | more
 
 

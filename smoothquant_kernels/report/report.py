@@ -228,6 +228,7 @@ def _layers(
             **layer.to_dict(),
             "index": index,
             "role": role,
+            "rotation": layer.rotation,
             "activation_scheme": config.scheme_of(peak, name),
             "naive_scheme": naive.scheme_of(peak, name),
             "float_bytes": weight_of(model.get_submodule(name)).element_size(),

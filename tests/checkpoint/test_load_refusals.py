@@ -134,7 +134,7 @@ def test_a_path_that_leaves_the_folder_is_refused(path: str, saved: Path) -> Non
         (lambda m: m["modules"][FIRST].update(extra=1), f"arguments of {FIRST} are not understood"),
         (lambda m: m["modules"][FIRST].update({"class": "Linear"}), "are not understood"),
         (lambda m: m["modules"][FIRST].update(in_features=0), "in_features must be in [1,"),
-        (lambda m: m["modules"][FIRST].update(in_features=31), "maps 32 to 32 features, not (31"),
+        (lambda m: m["modules"][FIRST].update(in_features=64), "maps 32 to 32 features, not (64"),
         (lambda m: m["modules"][FIRST].update(smooth=True), "inv_smooth is not in the checkpoint"),
         (
             lambda m: m["modules"].update(x=m["modules"].pop(FIRST)),

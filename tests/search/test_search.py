@@ -137,11 +137,9 @@ def test_candidates_cost_what_the_layers_will(family: str, granularity: str) -> 
     assert {c.rotation for c in result.tried} == {32, 8, 0} and result.rotation == 32
     with torch.no_grad():
         for choice in result.tried:
-            absmax = statistics.absmax[group.linears[0]]
-            columns = weight_absmax(model, group)
-            s = group_factors(absmax, columns, choice.alpha, torch.float32, config)
-            largest = statistics.range_of(group.linears[0], s, choice.rotation)
-            scale = choice.clip * largest / 127
+            maxima = statistics.absmax[group.linears[0]], weight_absmax(model, group)
+            s = group_factors(*maxima, choice.alpha, torch.float32, config)
+            scale = choice.clip * statistics.range_of(group.linears[0], s, choice.rotation) / 127
             cost = 0.0
             for name in group.linears:
                 linear = model.get_submodule(name)
@@ -361,7 +359,7 @@ def test_the_file_of_another_search_is_refused(finished: Path) -> None:
     "change",
     [
         lambda c: c.update(format="other"),
-        lambda c: c.update(version=2),
+        lambda c: c.update(version=3),
         lambda c: c.pop("groups"),
         lambda c: c["groups"].__setitem__(0, {"linears": ["a"]}),
         lambda c: c["groups"][0]["tried"][0].update(unknown=1),
@@ -395,7 +393,8 @@ def test_wrong_requests_are_refused(options: dict[str, Any], sentence: str) -> N
 
 
 def test_choices_are_compared_by_cost_then_order() -> None:
-    a, b = Choice("static", 0.5, 1.0, 2.0), Choice("static", 0.6, 1.0, 2.0)
-    group = GroupResult(("x",), (a, b, Choice("per_token", 0.5, 1.0, 1.0)))
+    a, b = Choice("static", 0.5, 1.0, 8, 2.0), Choice("static", 0.6, 1.0, 8, 2.0)
+    c, other = Choice("per_token", 0.5, 1.0, 8, 1.0), Choice("static", 0.7, 1.0, 0, 3.0)
+    group = GroupResult(("x",), (a, b, c, other))
     assert group.best("static") is a and group.at("static", 0.6) is b
     assert group.at("static", 0.7) is None

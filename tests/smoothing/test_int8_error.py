@@ -22,7 +22,7 @@ from smoothquant_kernels.modeling.groups import Group
 from smoothquant_kernels.modeling.run import evaluating
 from smoothquant_kernels.nn.float_linear import pending_smooth
 from smoothquant_kernels.schemes import ACTIVATION_SCHEMES
-from smoothquant_kernels.smoothing.int8_error import int8_errors, static_scale
+from smoothquant_kernels.smoothing.int8_error import InputSettings, int8_errors, static_scale
 from tests.support.models import layers_of, make_model, token_batches
 
 DATA = token_batches(2, length=24)
@@ -51,35 +51,47 @@ class Two(nn.Module):
 
 
 def by_hand(
-    linear: nn.Linear, x: torch.Tensor, smooth: torch.Tensor | None, scheme: str, absmax: float
+    linear: nn.Linear,
+    x: torch.Tensor,
+    smooth: torch.Tensor | None,
+    settings: InputSettings,
 ) -> float:
     """The same error, from the real layer without its bias."""
     plain = copy.deepcopy(linear)
     plain.bias = None
-    scale = static_scale(absmax, 1.0) if scheme == "static" else None
-    layer = W8A8Linear.from_linear(plain, activation_scheme=scheme, smooth=smooth, x_scale=scale)
+    layer = W8A8Linear.from_linear(
+        plain,
+        activation_scheme=settings.scheme,
+        smooth=smooth,
+        rotation=settings.rotation,
+        x_scale=settings.scale if settings.scheme == "static" else None,
+    )
     exact = F.linear(x.double(), linear.weight.detach().double())
     return float((layer(x).double() - exact).norm() / exact.norm())
 
 
+@pytest.mark.parametrize("rotation", [0, 16])
 @pytest.mark.parametrize("scheme", ACTIVATION_SCHEMES)
-def test_errors_equal_those_of_the_real_layers(scheme: str) -> None:
+def test_errors_equal_those_of_the_real_layers(scheme: str, rotation: int) -> None:
     model, x = Two().eval(), torch.randn(20, 48, generator=torch.Generator().manual_seed(1))
     inputs = {"first": x * HOT, "second": x.flip(0) * HOT}
     # As if calibrated on more data than the sample.
     absmax = {n: 1.25 * t.abs().amax(0) for n, t in inputs.items()}
     groups = {n: Group((n,)) for n in inputs}
-    config = SmoothQuantConfig(activation_scheme=scheme)
     factors = {groups[n]: absmax[n] for n in inputs}  # alpha = 1
+
+    def settings_of(name: str, smooth: torch.Tensor | None) -> InputSettings:
+        largest = float((absmax[name] if smooth is None else absmax[name] / smooth).max())
+        return InputSettings(scheme, static_scale(largest, 0.9), rotation)
+
     with evaluating(model):
-        errors = int8_errors(
-            model, factors, absmax, dict.fromkeys(inputs, 1.0), config, {}, lambda _: model(x)
-        )
+        errors = int8_errors(model, factors, settings_of, {}, lambda _: model(x), "channel")
     for name, group in groups.items():
         linear: Any = model.get_submodule(name)
         with torch.no_grad():
-            naive = by_hand(linear, inputs[name], None, scheme, float(absmax[name].max()))
-            smoothed = by_hand(linear, inputs[name], absmax[name], scheme, 1.0)
+            naive = by_hand(linear, inputs[name], None, settings_of(name, None))
+            s = absmax[name]
+            smoothed = by_hand(linear, inputs[name], s, settings_of(name, s))
         # Both sides round float32 sums of 48 products. That changes an error of about 1e-3 by far less than 1e-4 of it.
         assert errors[group].naive == pytest.approx(naive, rel=1e-4)
         assert errors[group].smoothed == pytest.approx(smoothed, rel=1e-4)
@@ -92,7 +104,8 @@ def test_a_group_that_smoothing_makes_worse_is_not_smoothed() -> None:
         {"x": torch.randn(1, 24, 48, generator=torch.Generator().manual_seed(i))} for i in (1, 2)
     ]
     before = copy.deepcopy(model.state_dict())
-    smooth_lm(model, data, alpha=1.0, progress=False)
+    config = SmoothQuantConfig(alpha=1.0, rotation="none")
+    smooth_lm(model, data, config=config, progress=False)
     layers = layers_of(model)
     assert layers["second"]["smoothing"] == "runtime" and layers["second"]["alpha"] == 1.0
     first = layers["first"]
