@@ -84,6 +84,7 @@ Status launch_stream(const GemmParams& params, const QuantizeParams* quantize, c
   if (quantizes) {
     p.x = quantize->x;
     p.x_stride = quantize->x_stride;
+    p.rotation = quantize->rotation;
     p.inv_smooth = quantize->inv_smooth;
     p.scale = quantize->scale;
     p.scheme = quantize->scheme;
