@@ -142,9 +142,8 @@ Status plan_quantize(const QuantizeParams& p, const Device& device, QuantizePlan
     plan->threads = most_threads;
     plan->rows = plan->threads / 32;
   } else {
-    int64_t threads = divide_up(slice, floats);
     // Unaligned rows get eight elements per thread, like short rows.
-    if (path == QuantizePath::kElement) threads = divide_up(slice, 8);
+    int64_t threads = divide_up(slice, path == QuantizePath::kElement ? 8 : floats);
     if (path == QuantizePath::kCluster) {
       plan->cluster = 2;
       while (plan->cluster < 8 && threads > plan->cluster * kClusterThreads) plan->cluster *= 2;
