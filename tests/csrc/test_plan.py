@@ -202,7 +202,9 @@ def test_every_plan_can_be_launched(
         registers = 0
     assert rotation <= largest_rotation(name, SIZES[dtype])
     assert rotation == 0 or found.splits == 1 or found.slice % rotation == 0
-    assert name != "element" or rotation == 0 or found.slots % SIZES[dtype] == 0  # whole groups of 512
+    assert (
+        name != "element" or rotation == 0 or found.slots % SIZES[dtype] == 0
+    )  # whole groups of 512
     held = team * (registers + found.slots * 16 // SIZES[dtype])
     assert held >= min(found.slice, k) or name in ("long", "element")
     if name == "long" and k <= (49152 if device is ADA else 65536) and SIZES[dtype] == 2:

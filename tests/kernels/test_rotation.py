@@ -16,7 +16,17 @@ from tests.support.compare import assert_all_bitwise_equal, assert_bitwise_equal
 GROUPS = (2, 4, 8, 16, 32, 64, 128, 256, 512)
 EPS = 1e-5
 #: Beyond the registers of the longest path, and beyond shared memory, on both sides of "few rows". 2056 = 8 * 257.
-LONG_ROWS = ((1, 8192), (2, 16384), (17, 5120), (9, 16640), (3, 33280), (1, 24832), (1, 65536), (3, 66048), (90, 2056))
+LONG_ROWS = (
+    (1, 8192),
+    (2, 16384),
+    (17, 5120),
+    (9, 16640),
+    (3, 33280),
+    (1, 24832),
+    (1, 65536),
+    (3, 66048),
+    (90, 2056),
+)
 
 
 def check(
@@ -148,11 +158,12 @@ def test_any_layout_of_x(backend: Backend, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", cases.FLOATS, ids=str)
 @pytest.mark.parametrize(("k", "group"), [(64, 64), (576, 32), (1536, 512), (9216, 256), (9216, 2)])
-def test_norms_and_activations(
-    backend: Backend, k: int, group: int, dtype: torch.dtype
-) -> None:
+def test_norms_and_activations(backend: Backend, k: int, group: int, dtype: torch.dtype) -> None:
     x, other = (backend.put(cases.activations(5, k, dtype, seed)) for seed in (0, 1))
-    weight, bias = backend.put(cases.inverse_smooth(k, 11)), backend.put(cases.inverse_smooth(k, 12))
+    weight, bias = (
+        backend.put(cases.inverse_smooth(k, 11)),
+        backend.put(cases.inverse_smooth(k, 12)),
+    )
     inv_smooth = cases.inverse_smooth(k)
     total = reference.add_residual(x.cpu(), other.cpu())
     w, b = weight.cpu(), bias.cpu()
@@ -227,7 +238,9 @@ def test_results_are_reproducible(backend: Backend) -> None:
 @pytest.mark.parametrize("group", [-2, 1, 3, 12, 64, 1024, 2**32 + 2])
 def test_refusals(backend: Backend, group: int) -> None:
     """64 does not divide K = 96. The sentence names the op."""
-    sentence = f"rotation must be 0 or a power of two from 2 to 512 that divides K = 96, got {group}."
+    sentence = (
+        f"rotation must be 0 or a power of two from 2 to 512 that divides K = 96, got {group}."
+    )
     x, w = backend.put(torch.ones(2, 96)), backend.put(torch.ones(96))
     w_q = backend.put(torch.ones(3, 96, dtype=torch.int8))
     ops_of = torch.ops.smoothquant_kernels
