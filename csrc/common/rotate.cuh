@@ -33,11 +33,13 @@ __device__ void rotate_elements(float (&v)[kCount][kV], int group, int distance)
 }
 
 // The stages between lanes. One loop for all vectors, so that the latencies of their exchanges
-// overlap. All lanes must take part; those outside of the row belong to no group that has elements.
+// overlap; unrolled where that is short, for the latency of a single row. All lanes must take part;
+// those outside of the row belong to no group that has elements.
 template <int kCount, int kV>
 __device__ void rotate_lanes(float (&v)[kCount][kV], int group, int distance) {
   const int lanes = min(32, group / distance);
-#pragma unroll 1
+  constexpr int kUnroll = kCount * kV <= 8 ? 5 : 1;
+#pragma unroll kUnroll
   for (int bit = 1; bit < lanes; bit *= 2) {
     // The product with 1 or -1 is exact, so this is a sum or a difference, rounded once.
     const float sign = (threadIdx.x & bit) != 0 ? -1.0f : 1.0f;

@@ -119,9 +119,9 @@ def test_groups_that_a_path_cannot_hold(
 def test_few_long_rows_are_split(compiled: Backend, library: ctypes.CDLL, group: int) -> None:
     """Slices begin at whole groups."""
     for m, k in ((2, 36864), (1, 16896)):
-        b = Buffers(compiled, m, k, torch.float16, pad=8)
-        b.x[0, k // 2 + 100] = torch.nan
         for scheme in cases.SCHEMES:
+            b = Buffers(compiled, m, k, torch.float16, pad=8)
+            b.x[0, k // 2 + 100] = torch.nan
             check(library, compiled, b, group, "quantize", scheme, None)
 
 
