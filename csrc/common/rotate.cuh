@@ -16,12 +16,12 @@ __device__ inline void add_and_subtract(float& low, float& high) {
   low = sum;
 }
 
-// The stages between elements of a vector that are `distance` channels apart, 2 * `distance`, ...
+// The stages between elements of a vector: 1, 2, ... apart, fewer than `steps`.
 template <int kCount, int kV>
-__device__ void rotate_elements(float (&v)[kCount][kV], int group, int distance) {
+__device__ void rotate_elements(float (&v)[kCount][kV], int steps) {
 #pragma unroll
   for (int step = 1; step < kV; step *= 2) {
-    if (step * distance >= group) return;
+    if (step >= steps) return;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
 #pragma unroll
@@ -33,12 +33,10 @@ __device__ void rotate_elements(float (&v)[kCount][kV], int group, int distance)
 }
 
 // The stages between lanes. One loop for all vectors, so that the latencies of their exchanges
-// overlap; unrolled where that is short, for the latency of a single row. All lanes must take part;
-// those outside of the row belong to no group that has elements.
-template <int kCount, int kV>
+// overlap. All lanes must take part; those outside of the row belong to no group that has elements.
+template <int kUnroll, int kCount, int kV>
 __device__ void rotate_lanes(float (&v)[kCount][kV], int group, int distance) {
   const int lanes = min(32, group / distance);
-  constexpr int kUnroll = kCount * kV <= 8 ? 5 : 1;
 #pragma unroll kUnroll
   for (int bit = 1; bit < lanes; bit *= 2) {
     // The product with 1 or -1 is exact, so this is a sum or a difference, rounded once.
@@ -72,14 +70,17 @@ __device__ void rotate_vectors(float (&v)[kCount][kV], int group, int distance) 
 
 // A warp's 32 * kV adjacent channels are one vector of each lane. kAdjacent: a lane has kV adjacent
 // ones; else each 32 lanes have adjacent ones. Groups larger than that need kSpan adjacent vectors.
-template <bool kAdjacent, int kSpan, int kCount, int kV>
+// kUnroll: of the loop over stages between lanes; 5 saves time in the row's chain of instructions,
+// 1 saves code.
+template <bool kAdjacent, int kSpan, int kUnroll, int kCount, int kV>
 __device__ void rotate(float (&v)[kCount][kV], int group) {
   if constexpr (kAdjacent) {
-    rotate_elements(v, group, 1);
-    rotate_lanes(v, group, kV);
+    // Without branches if all stages are needed: where they meet, values would be moved.
+    group < kV ? rotate_elements(v, group) : rotate_elements(v, kV);
+    rotate_lanes<kUnroll>(v, group, kV);
   } else {
-    rotate_lanes(v, group, 1);
-    rotate_elements(v, group, 32);
+    rotate_lanes<kUnroll>(v, group, 1);
+    rotate_elements(v, group / 32);
   }
   rotate_vectors<kSpan>(v, group, 32 * kV);
 }

@@ -172,7 +172,11 @@ struct RowSlice {
   // The rotation. All lanes must call it. No element is mixed with one outside of the row.
   template <int kCount>
   __device__ void rotate(float (&v)[kCount][kV]) const {
-    if (kRotates && q.rotation != 0) sqk::rotate<Traits::kVectors, kSpan>(v, q.rotation);
+    // These two paths are for a few rows.
+    constexpr bool kShort = kPath == QuantizePath::kBlock || kPath == QuantizePath::kCluster;
+    if (kRotates && q.rotation != 0) {
+      sqk::rotate<Traits::kVectors, kSpan, kShort ? 5 : 1>(v, q.rotation);
+    }
   }
 
   // v is arbitrary outside of the row.

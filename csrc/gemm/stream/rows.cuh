@@ -69,7 +69,7 @@ class RowQuantizer {
       for (int j = 0; j < kVectors; ++j) {
         if (warp_has(first, j)) finish(j);
       }
-      if (p_.rotation != 0) rotate<kWide, kVectors>(v_, p_.rotation);
+      if (p_.rotation != 0) rotate<kWide, kVectors, 1>(v_, p_.rotation);
 #pragma unroll
       for (int j = 0; j < kVectors; ++j) {
         if (warp_has(first, j)) measure(j, absmax);
