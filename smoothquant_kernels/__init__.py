@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from smoothquant_kernels.checkpoint.transformers_hook import register_transformers
     from smoothquant_kernels.config import SmoothQuantConfig
     from smoothquant_kernels.errors import SmoothQuantError
-    from smoothquant_kernels.nn.linear import QuantizedActivation, W8A8Linear
+    from smoothquant_kernels.nn.linear import W8A8Linear
+    from smoothquant_kernels.nn.operands import QuantizedActivation
     from smoothquant_kernels.report.report import make_report
     from smoothquant_kernels.search.result import SearchResult
     from smoothquant_kernels.search.search import search_config
@@ -48,7 +49,7 @@ __all__ = [
 
 _MODULES = {
     "ActivationStatistics": "smoothing.statistics",
-    "QuantizedActivation": "nn.linear",
+    "QuantizedActivation": "nn.operands",
     "SearchResult": "search.result",
     "SmoothQuantConfig": "config",
     "SmoothQuantError": "errors",

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from smoothquant_kernels.errors import SmoothQuantError
-from smoothquant_kernels.schemes import ACTIVATION_SCHEMES, WEIGHT_GRANULARITIES
+from smoothquant_kernels.schemes import ACTIVATION_SCHEMES, MAX_ROTATION, WEIGHT_GRANULARITIES
 
 ROUNDINGS = ("auto", "power_of_two", "none")
 FOLDINGS = ("auto", "never")
@@ -19,8 +19,13 @@ MASSIVE_CHOICES = ("per_token", "keep")
 #: ratio is 20 to 2,100 for six down_proj of SmolLM2-135M and at most 12 for its other layers (compare Sun et al., 2024,
 #: "Massive Activations in Large Language Models").
 MASSIVE_PEAK = 16.0
-#: The best measured migration strengths on documentation. On news 0.5 is better (docs/reference/accuracy.md).
-DEFAULT_ALPHA = {"per_token": 0.6, "per_tensor": 0.7, "static": 0.7}
+#: The best measured migration strengths of layers that are rotated, and of those that are not
+#: (docs/reference/accuracy.md).
+ROTATED_ALPHA = {"per_token": 0.5, "per_tensor": 0.7, "static": 0.7}
+PLAIN_ALPHA = {"per_token": 0.6, "per_tensor": 0.7, "static": 0.7}
+#: The largest group of channels that ``rotation="auto"`` rotates together, and the smallest that is worth it.
+AUTO_ROTATION = 256
+LEAST_ROTATION = 8
 
 
 @dataclass(frozen=True)
@@ -30,13 +35,20 @@ class SmoothQuantConfig:
     Attributes:
         alpha: migration strength in [0, 1]: 0 leaves the activations as they are, 1 moves all difficulty into the
             weights (paper, section 3.2, eq. 4). None takes the best measured value for the activation scheme, see
-            `DEFAULT_ALPHA` and docs/reference/accuracy.md.
-        smooth: False only measures the ranges of the activations. The result is naive W8A8, for comparison.
+            `ROTATED_ALPHA`, `PLAIN_ALPHA` and docs/reference/accuracy.md.
+        smooth: False only measures the ranges of the activations. The result is naive W8A8, for comparison, unless
+            `rotation` gives a group size.
+        rotation: the most adjacent channels that the quantizer rotates together, after smoothing, a power of two from
+            2 to 512. Each layer takes the largest power of two up to it that divides the number of its input
+            channels. ``"auto"`` is `AUTO_ROTATION`, where at least `LEAST_ROTATION` is possible, and none with
+            `smooth=False`; ``"none"`` rotates nothing (docs/guides/rotation.md).
         activation_scheme: ``"per_token"`` (O1), ``"per_tensor"`` (dynamic, O2), ``"static"`` (calibrated, O3).
         alphas: layer -> alpha, for the layers that shall differ from `alpha`. Here and below, a layer is given by its
             full name or by a shell-style pattern (``"*.down_proj"``); a full name counts before the first pattern that
             matches. One that matches no layer is refused when the configuration meets a model. Layers that read one
             tensor share their factors, so they must agree.
+        rotations: layer -> rotation, for the layers that shall differ from `rotation`. Layers that read one tensor must
+            agree here, too.
         schemes: layer -> activation scheme, for the layers that shall differ from `activation_scheme`.
         clips: layer -> ratio in (0, 1]: a static scale covers this part of the calibrated range and the rest saturates.
         massive_activations: what the schemes with one scale for the tensor do with a layer that has massive
@@ -60,8 +72,10 @@ class SmoothQuantConfig:
 
     alpha: float | None = None
     smooth: bool = True
+    rotation: str | int = "auto"
     activation_scheme: str = "per_token"
     alphas: Mapping[str, float] = field(default_factory=dict)
+    rotations: Mapping[str, str | int] = field(default_factory=dict)
     schemes: Mapping[str, str] = field(default_factory=dict)
     clips: Mapping[str, float] = field(default_factory=dict)
     massive_activations: str = "per_token"
@@ -97,6 +111,8 @@ class SmoothQuantConfig:
         for name in ("w_bit", "a_bit"):
             if type(getattr(self, name)) is not int or getattr(self, name) != 8:
                 fail(name, "8 (int8 weights and activations; other widths are not supported yet)")
+        if not _is_rotation(self.rotation):
+            fail("rotation", ROTATIONS)
         tolerance = self.verify_tolerance
         if tolerance is not None and not (_is_number(tolerance) and 0.0 <= tolerance < 1.0):
             fail("verify_tolerance", "a number in [0, 1), or none")
@@ -131,12 +147,24 @@ class SmoothQuantConfig:
             return "per_token"
         return self.activation_scheme
 
-    def alpha_of(self, x_peak: float | None, name: str = "") -> float:
+    def alpha_of(self, x_peak: float | None, name: str = "", *, rotated: bool = True) -> float:
         """The layer's entry in `alphas`, or `alpha`, or the default of the layer's activation scheme."""
         own: float | None = first_match(self.alphas, name)
+        if own is None:
+            own = self.alpha
         if own is not None:
             return own
-        return DEFAULT_ALPHA[self.scheme_of(x_peak, name)] if self.alpha is None else self.alpha
+        return (ROTATED_ALPHA if rotated else PLAIN_ALPHA)[self.scheme_of(x_peak, name)]
+
+    def rotation_of(self, k: int, name: str = "") -> int:
+        """The group size for a layer with K input channels; 0 for no rotation."""
+        own: str | int | None = first_match(self.rotations, name)
+        asked = self.rotation if own is None else own
+        if asked == "none" or (asked == "auto" and not self.smooth):
+            return 0
+        least, most = (LEAST_ROTATION, AUTO_ROTATION) if asked == "auto" else (2, int(asked))
+        group = min(most, k & -k)  # the largest power of two that divides K
+        return group if group >= least else 0
 
     def clip_of(self, name: str) -> float:
         """The part of the layer's calibrated range that its static scale covers."""
@@ -188,6 +216,15 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
+def _is_rotation(value: object) -> bool:
+    if type(value) is not int:
+        return value in ("auto", "none")
+    return 2 <= value <= MAX_ROTATION and value & (value - 1) == 0
+
+
+ROTATIONS = f"auto, none or a power of two from 2 to {MAX_ROTATION}"
+
+
 def first_match(values: Mapping[str, Any], name: str) -> Any:
     """The value of the layer's own name, or of the first pattern that matches it, or None."""
     if name in values:  # search results name every layer: do not try hundreds of patterns for each
@@ -197,6 +234,9 @@ def first_match(values: Mapping[str, Any], name: str) -> Any:
 
 _MAPS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("alphas", lambda v: _is_number(v) and 0.0 <= v <= 1.0, "numbers in [0, 1]"),
+    ("rotations", _is_rotation, ROTATIONS),
     ("schemes", lambda v: v in ACTIVATION_SCHEMES, f"one of {', '.join(ACTIVATION_SCHEMES)}"),
     ("clips", lambda v: _is_number(v) and 0.0 < v <= 1.0, "numbers in (0, 1]"),
 )
+#: The settings that give values by layer.
+BY_LAYER = tuple(name for name, _, _ in _MAPS)

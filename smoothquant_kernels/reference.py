@@ -15,11 +15,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from smoothquant_kernels.schemes import MAX_ROTATION as MAX_ROTATION
+
 QMAX = 127
 #: |int8 product| <= 2**14, so this many of them always fit a signed 32-bit accumulator.
 MAX_K = 131_071
-#: The largest group of channels that a rotation mixes.
-MAX_ROTATION = 512
 #: Smaller scales count as zero, because their reciprocal would overflow.
 MIN_SCALE = torch.finfo(torch.float32).tiny
 

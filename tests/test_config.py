@@ -14,18 +14,24 @@ from hypothesis import given, settings
 
 from smoothquant_kernels import SmoothQuantConfig, SmoothQuantError
 from smoothquant_kernels.config import (
-    DEFAULT_ALPHA,
+    AUTO_ROTATION,
     FOLDINGS,
     MASSIVE_CHOICES,
     MASSIVE_PEAK,
+    PLAIN_ALPHA,
+    ROTATED_ALPHA,
     ROUNDINGS,
 )
-from smoothquant_kernels.schemes import ACTIVATION_SCHEMES, WEIGHT_GRANULARITIES
+from smoothquant_kernels.schemes import ACTIVATION_SCHEMES, MAX_ROTATION, WEIGHT_GRANULARITIES
+
+ROTATIONS = st.sampled_from(["auto", "none", 2, 16, 256, 512])
 
 configs = st.builds(
     SmoothQuantConfig,
     alpha=st.none() | st.floats(0, 1) | st.sampled_from([0, 1]),
     smooth=st.booleans(),
+    rotation=ROTATIONS,
+    rotations=st.dictionaries(st.text(max_size=8), ROTATIONS, max_size=3),
     activation_scheme=st.sampled_from(ACTIVATION_SCHEMES),
     alphas=st.dictionaries(st.text(max_size=8), st.floats(0, 1), max_size=3),
     schemes=st.dictionaries(st.text(max_size=8), st.sampled_from(ACTIVATION_SCHEMES), max_size=3),
@@ -82,6 +88,14 @@ REFUSED: list[tuple[str, Any, str]] = [
     *[
         ("clips", v, "clips must be a mapping of layer names or patterns to numbers in (0, 1]")
         for v in (0.9, {"a": 0}, {"a": 1.1}, {"a": math.nan}, {"a": True})
+    ],
+    *[
+        ("rotation", v, "rotation must be auto, none or a power of two from 2 to 512")
+        for v in ("256", "", None, True, 0, 1, 3, -2, 1024, 16.0)
+    ],
+    *[
+        ("rotations", v, "rotations must be a mapping of layer names or patterns to auto, none or")
+        for v in (256, {"a": 24}, {"a": None}, {"a": False}, {1: 16})
     ],
     *[("massive_activations", v, "must be one of per_token, keep") for v in ("static", None)],
     *[("weight_granularity", v, "must be one of channel, tensor") for v in ("row", None)],
@@ -153,10 +167,33 @@ def test_missing_settings_take_their_defaults() -> None:
 
 
 def test_alpha_depends_on_the_scheme_unless_it_is_given() -> None:
-    assert DEFAULT_ALPHA.keys() == set(ACTIVATION_SCHEMES)
-    for scheme, alpha in DEFAULT_ALPHA.items():
-        assert SmoothQuantConfig(activation_scheme=scheme).alpha_of(10.0) == alpha
-        assert SmoothQuantConfig(activation_scheme=scheme, alpha=0).alpha_of(10.0) == 0
+    for rotated, defaults in ((True, ROTATED_ALPHA), (False, PLAIN_ALPHA)):
+        assert defaults.keys() == set(ACTIVATION_SCHEMES)
+        for scheme, alpha in defaults.items():
+            config = SmoothQuantConfig(activation_scheme=scheme)
+            assert config.alpha_of(10.0, rotated=rotated) == alpha
+            assert config.replace(alpha=0).alpha_of(10.0, rotated=rotated) == 0
+
+
+@pytest.mark.parametrize(
+    ("asked", "sizes"),
+    [
+        # K: 4096, 576, 24, 12, 9
+        ("auto", (AUTO_ROTATION, 64, 8, 0, 0)),
+        ("none", (0, 0, 0, 0, 0)),
+        (MAX_ROTATION, (512, 64, 8, 4, 0)),
+        (16, (16, 16, 8, 4, 0)),
+        (2, (2, 2, 2, 2, 0)),
+    ],
+)
+def test_the_rotation_of_a_layer_fits_its_channels(asked: Any, sizes: tuple[int, ...]) -> None:
+    config = SmoothQuantConfig(rotation=asked)
+    assert tuple(config.rotation_of(k, "x") for k in (4096, 576, 24, 12, 9)) == sizes
+    own = config.replace(rotation="none", rotations={"x": asked, "*": 2})
+    assert tuple(own.rotation_of(k, "x") for k in (4096, 576, 24, 12, 9)) == sizes
+    assert own.rotation_of(4096, "y") == 2
+    naive = config.replace(smooth=False)
+    assert naive.rotation_of(4096) == (0 if asked == "auto" else sizes[0])
 
 
 @pytest.mark.parametrize("scheme", ["per_token", "per_tensor", "static"])
@@ -164,7 +201,7 @@ def test_massive_activations_are_quantized_per_token(scheme: str) -> None:
     config = SmoothQuantConfig(activation_scheme=scheme)
     assert config.scheme_of(MASSIVE_PEAK - 0.1) == config.scheme_of(None) == scheme
     assert config.scheme_of(MASSIVE_PEAK) == "per_token"
-    assert config.alpha_of(MASSIVE_PEAK) == DEFAULT_ALPHA["per_token"]
+    assert config.alpha_of(MASSIVE_PEAK) == ROTATED_ALPHA["per_token"]
     for kept in (config.replace(massive_activations="keep"), config.replace(smooth=False)):
         assert kept.scheme_of(1e6) == scheme
 
@@ -179,7 +216,7 @@ def test_settings_of_single_layers() -> None:
     assert config.alpha_of(1.0, "a.down_proj") == 0.5
     assert config.alpha_of(1.0, "b.down_proj") == 0.3
     assert config.alpha_of(1.0, "a.up_proj") == 0.4
-    assert config.alpha_of(1.0, "b.up_proj") == DEFAULT_ALPHA["per_token"]
+    assert config.alpha_of(1.0, "b.up_proj") == ROTATED_ALPHA["per_token"]
     assert config.replace(alpha=0.1).alpha_of(1.0, "b.up_proj") == 0.1
     assert config.scheme_of(1.0, "a.down_proj") == "static"
     assert config.scheme_of(1.0, "a.up_proj") == "per_tensor"
@@ -187,7 +224,7 @@ def test_settings_of_single_layers() -> None:
     assert config.clip_of("b.down_proj") == 0.9 and config.clip_of("a.down_proj") == 1.0
     # The default alpha follows the layer's own scheme. An explicit scheme holds for massive activations too.
     assert config.alpha_of(1.0, "c.down_proj") == 0.3
-    assert SmoothQuantConfig(schemes={"x": "static"}).alpha_of(1.0, "x") == DEFAULT_ALPHA["static"]
+    assert SmoothQuantConfig(schemes={"x": "static"}).alpha_of(1.0, "x") == ROTATED_ALPHA["static"]
     assert config.scheme_of(1e6, "a.down_proj") == "static"
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from smoothquant_kernels import ops, reference
+from smoothquant_kernels.ops.rotate import rotated, rotated_weight
 from tests.support import cases
 from tests.support.compare import assert_all_bitwise_equal, assert_bitwise_equal
 
@@ -65,6 +66,17 @@ def test_a_rotated_product_is_the_product(group: int) -> None:
     bound = 2.1 * stages * U * x.double().norm(dim=1)[:, None] * w.double().norm(dim=1)[None]
     assert bool(((found - exact).abs() <= bound * math.sqrt(group)).all())
     assert_bitwise_equal(reference.rotate_weight(w, 0), w)
+
+
+@pytest.mark.parametrize("shape", [(0, 512), (1, 512), (3, 5, 1536), (700, 512)], ids=str)
+@pytest.mark.parametrize("group", [0, *GROUPS])
+def test_the_fast_form_has_the_same_bits(shape: tuple[int, ...], group: int) -> None:
+    v = torch.randn(shape, generator=cases.generator(7)) * 10
+    before = v.clone()
+    for x in (v, v.transpose(0, -2), v.flip(-1)):
+        assert_bitwise_equal(rotated(x, group), reference.rotate(x, group))
+        assert_bitwise_equal(rotated_weight(x, group), reference.rotate_weight(x, group))
+    assert_bitwise_equal(v, before)
 
 
 def test_zero_leaves_the_values_alone() -> None:

@@ -109,10 +109,13 @@ def accuracy(data: Data, part: str, key: str | None = None) -> str:
     return caption + markdown(header, body, left=3 if key else 2)
 
 
+SHORT = ("naive W8A8", "SmoothQuant W8A8", "smoothed and rotated W8A8")
+
+
 def accuracy_short(data: Data) -> str:
-    """Four rows for the README: with one scale per token and with static scales, naive and smoothed."""
+    """Rows for the README: a scale per token and static scales, naive, smoothed, and rotated as well."""
     rows = [row for row in data["schemes"] if row.get("scheme") in ("per_token", "static")]
-    rows = [row for row in rows if row["model"] in ("naive W8A8", "SmoothQuant W8A8")]
+    rows = [row for row in rows if row["model"] in SHORT]
     return accuracy(data | {"schemes": rows}, "schemes")
 
 
@@ -253,6 +256,7 @@ def gpu_predicted(data: Data) -> str | None:
 ANYTHING = captioned(result_tables.anything)
 TABLES: dict[str, Callable[[], str | None]] = {
     "accuracy": measured("accuracy.json", lambda data: accuracy(data, "schemes")),
+    "rotation": measured("accuracy.json", lambda data: accuracy(data, "rotation", "rotation")),
     "accuracy_short": measured("accuracy.json", accuracy_short),
     "alpha": measured("accuracy.json", lambda data: accuracy(data, "alpha", "alpha")),
     "rounding": measured(

@@ -25,6 +25,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from smoothquant_kernels import reference
 from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.ops.registry import cpu_kernel
+from smoothquant_kernels.ops.rotate import rotated
 
 MODES = ("vnni", "split", "float")
 _EXACT_FLOAT = 2**24  # every integer up to here is a float32 number
@@ -270,28 +271,12 @@ def gemm_s8_requant(
 # --- quantizer --------------------------------------------------------------------------------------------------------
 
 
-def _rotated(v: Tensor, group: int) -> Tensor:
-    """`reference.rotate` of rows [M, K]. The positions in a group come first, so that every pass has long loops."""
-    w, other = _empty(2, group, v.numel() // group)
-    w.copy_(v.reshape(-1, group).t())
-    h = 1
-    while h < group:
-        (a, b), (total, difference) = (
-            t.view(group // (2 * h), 2, -1).unbind(1) for t in (w, other)
-        )
-        torch.add(a, b, out=total)
-        torch.sub(a, b, out=difference)
-        w, other = other, w
-        h *= 2
-    return w.t().reshape(v.shape)
-
-
 def _rows(x: Tensor, start: int, stop: int, inv_smooth: Tensor | None, rotation: int) -> Tensor:
     """Smoothed and rotated rows of x in float32. They may alias x."""
     v = x[start:stop].float()
     if inv_smooth is not None:
         v = v * inv_smooth
-    return _rotated(v, rotation) if rotation and len(v) else v
+    return rotated(v, rotation)
 
 
 def _round_rows(v: Tensor, inverse: Tensor, out: Tensor, saturate: bool) -> None:

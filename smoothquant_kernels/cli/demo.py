@@ -125,13 +125,9 @@ def work(output: Path, *, quick: bool, calibration: str, text: str) -> Document:
     with replace_folder(output.resolve(), overwrite=True) as folder:
         folder.chmod(0o755)  # readable by everybody, whatever the umask
         saved: Document = {}
-        smoothed, alphas = model, None
         for scheme in ACTIVATION_SCHEMES:
             chosen = config.replace(activation_scheme=scheme)
-            wanted = [chosen.alpha_of(statistics.peak(name)) for name in statistics.absmax]
-            if wanted != alphas:  # schemes with the same alphas share the smoothing
-                smoothed, alphas = copy.deepcopy(model), wanted
-                smooth_lm(smoothed, statistics, config=chosen)
+            smoothed = smooth_lm(copy.deepcopy(model), statistics, config=chosen)
             if scheme == _PLOTTED_SCHEME:
                 plots = _maxima(model, smoothed, statistics, chosen)
             candidate = quantize_model(copy.deepcopy(smoothed), config=chosen)
@@ -255,8 +251,8 @@ def _maxima(
     factors = _factors(before, after, statistics.sample, names)
     layers = []
     for name in names:
-        top = statistics.peak(name)
-        note = f"alpha = {config.alpha_of(top)}, int8 scales {config.scheme_of(top)}"
+        layer = ModelRecord.of(after).described[name]
+        note = f"alpha = {layer.alpha}, int8 scales {config.scheme_of(layer.x_peak)}"
         layers.append(LayerMaxima(name, absmax[name], absmax[name] / factors[name], note))
     return layers
 

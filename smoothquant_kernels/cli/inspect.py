@@ -25,7 +25,7 @@ from smoothquant_kernels.checkpoint.manifest import (
     read_manifest,
 )
 from smoothquant_kernels.cli.console import MismatchError, general_name
-from smoothquant_kernels.config import DEFAULT_ALPHA
+from smoothquant_kernels.config import PLAIN_ALPHA, ROTATED_ALPHA
 from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.modeling.record import HOWS, How, LayerRecord, ModelRecord, SkippedLayer
 from smoothquant_kernels.storage.digests import file_entry
@@ -150,13 +150,14 @@ def _tensor_bytes(directory: Path, manifest: Manifest) -> dict[str, int]:
 
 def summarize_layers(layers: Sequence[LayerRecord], skipped: Sequence[SkippedLayer]) -> Document:
     """Counts of layers; those that differ only in their number form one group."""
-    groups: dict[tuple[str, How, str, str | None, int, int], list[str]] = {}
+    groups: dict[tuple[str, How, str, str | None, int, int, int], list[str]] = {}
     for layer in layers:
         key = (
             general_name(layer.name),
             layer.smoothing,
             _PERCENT.sub("", general_name(layer.reason)),
             layer.activation_scheme,
+            layer.rotation,
             layer.out_features,
             layer.in_features,
         )
@@ -172,10 +173,11 @@ def summarize_layers(layers: Sequence[LayerRecord], skipped: Sequence[SkippedLay
                 "out_features": n,
                 "in_features": k,
                 "activation_scheme": scheme,
+                "rotation": rotation,
                 "smoothing": smoothing,
                 "reason": _with_ranges(reasons),
             }
-            for (name, smoothing, _, scheme, n, k), reasons in groups.items()
+            for (name, smoothing, _, scheme, rotation, n, k), reasons in groups.items()
         ],
         "skipped": [
             {"layers": name, "count": count, "reason": reason}
@@ -203,6 +205,7 @@ def render_layers(document: Document) -> Group:
     table.add_column("no.", justify="right")
     table.add_column("out x in", justify="right")
     table.add_column("scales")
+    table.add_column("rotation", justify="right")
     table.add_column("smoothing")
     table.add_column("how, why", overflow="fold")
     for group in document["groups"]:
@@ -211,12 +214,13 @@ def render_layers(document: Document) -> Group:
             f"{group['count']}",
             f"{group['out_features']} x {group['in_features']}",
             group["activation_scheme"],
+            str(group["rotation"] or "none"),
             group["smoothing"],
             group["reason"],
         )
     for skipped in document["skipped"]:
         table.add_row(
-            skipped["layers"], f"{skipped['count']}", "", "", "left out", skipped["reason"]
+            skipped["layers"], f"{skipped['count']}", "", "", "", "left out", skipped["reason"]
         )
     smoothing = document["smoothing"]
     skips = sum(skipped["count"] for skipped in document["skipped"])
@@ -244,6 +248,9 @@ def describe_config(document: Document) -> str:
     config, smoothing = document["config"], document["smoothing"]
     scheme = config.get("activation_scheme")
     text = f"activations {scheme}, weights per {config.get('weight_granularity')}"
+    sizes = sorted({g["rotation"] for g in document["groups"] if g["rotation"]})
+    if sizes:
+        text += f", rotated by {' and '.join(map(str, sizes))}"
     if not smoothing["folded"] + smoothing["runtime"]:
         return f"{text}, not smoothed"
     if own := config.get("alphas"):
@@ -252,8 +259,12 @@ def describe_config(document: Document) -> str:
     if (alpha := config.get("alpha")) is not None:
         return f"{text}, alpha {alpha}"
     # Layers with massive activations may have another scheme, and with it another alpha.
-    schemes = {g["activation_scheme"] for g in document["groups"] if g["smoothing"] != "none"}
-    return f"{text}, alpha {', '.join(str(DEFAULT_ALPHA.get(s)) for s in sorted(schemes & DEFAULT_ALPHA.keys()))}"
+    defaults = {
+        (ROTATED_ALPHA if g["rotation"] else PLAIN_ALPHA).get(g["activation_scheme"])
+        for g in document["groups"]
+        if g["smoothing"] != "none"
+    }
+    return f"{text}, alpha {', '.join(map(str, sorted(d for d in defaults if d is not None)))}"
 
 
 def render(document: Document) -> Group:

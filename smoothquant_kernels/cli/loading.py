@@ -30,11 +30,17 @@ if TYPE_CHECKING:
 
 
 def changed_settings(
-    *, scheme: str | None, skip: list[str] | None, no_smooth: bool, **others: Any
+    *,
+    rotation: str | None,
+    scheme: str | None,
+    skip: list[str] | None,
+    no_smooth: bool,
+    **others: Any,
 ) -> Document:
     """The settings whose options were given; `others` already have the names of settings."""
     changes = {
         **others,
+        "rotation": int(rotation) if rotation is not None and rotation.isdecimal() else rotation,
         "activation_scheme": scheme,
         "skip": tuple(skip) if skip else None,
         "smooth": False if no_smooth else None,

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
-from smoothquant_kernels.config import DEFAULT_ALPHA, ROUNDINGS
+from smoothquant_kernels.config import ROTATED_ALPHA, ROTATIONS, ROUNDINGS
 from smoothquant_kernels.schemes import ACTIVATION_SCHEMES, WEIGHT_GRANULARITIES
 
 
@@ -82,7 +82,15 @@ Alpha = Annotated[
     float | None,
     typer.Option(
         help="Migration strength in [0, 1].",
-        show_default=", ".join(f"{alpha} {name}" for name, alpha in DEFAULT_ALPHA.items()),
+        show_default=", ".join(f"{alpha} {name}" for name, alpha in ROTATED_ALPHA.items()),
+    ),
+]
+Rotation = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help=f"Input channels that are rotated together, after smoothing: {ROTATIONS}.",
+        show_default="auto",
     ),
 ]
 Scheme = Annotated[

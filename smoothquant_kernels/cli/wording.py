@@ -8,6 +8,7 @@ import re
 OPTIONS = {
     "activation_scheme": "--scheme",
     "alpha": "--alpha",
+    "rotation": "--rotation",
     "calibration_tokens": "--calibration-tokens",
     "max_tokens": "--max-tokens",
     "skip": "--skip",

@@ -92,8 +92,9 @@ class LayerRecord:
         alpha: migration strength; None without smoothing.
         group: the layers that read the same tensor and share its factors. Empty if `smooth_lm` has not seen the layer;
             then nothing was measured.
-        x_absmax: the largest input seen, after smoothing. The static scale comes from it.
-        x_peak: the largest token divided by the median one.
+        rotation: the size of the groups of channels that the quantizer rotates; 0 for none.
+        x_absmax: the largest input seen, after smoothing and rotation. The static scale comes from it.
+        x_peak: the largest token divided by the median one, likewise.
         activation_scheme: the scheme of the int8 layer; None in a float model.
         more: what another release or a user has added.
     """
@@ -105,6 +106,7 @@ class LayerRecord:
     group: tuple[str, ...] = ()
     in_features: int = 0
     out_features: int = 0
+    rotation: int = 0
     x_absmax: float | None = None
     x_peak: float | None = None
     activation_scheme: str | None = None
@@ -125,6 +127,7 @@ class LayerRecord:
         if not self.group:
             info = {key: info[key] for key in ("name", "smoothing", "reason")} | own
             info |= {"in_features": self.in_features, "out_features": self.out_features}
+            info |= {"rotation": self.rotation}
         return info | own | more
 
 

@@ -49,7 +49,8 @@ class StraightThrough(Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """dL/dx = dL/dy w."""
         (grad,) = grads
-        w = dequantized_weight(*ctx.saved_tensors, ctx.rotation)
+        w_q, w_scale, inv_smooth = ctx.saved_tensors
+        w = dequantized_weight(w_q, w_scale, inv_smooth, ctx.rotation)
         return grad @ w.to(grad.dtype), None, None, None, None, None, None, None
 
 

@@ -26,12 +26,14 @@ class Settings:
 
     Attributes:
         activation_scheme, weight_granularity: as in `SmoothQuantConfig`.
-        x_scale: the scale of the smoothed input if the scheme is ``"static"``, else None.
+        rotation: the size of the groups of channels that the quantizer rotates; 0 for none.
+        x_scale: the scale of the smoothed and rotated input if the scheme is ``"static"``, else None.
         smooth: [K] factors to apply in addition to the layer's own pending ones (`pending_smooth`).
     """
 
     activation_scheme: str
     weight_granularity: str
+    rotation: int = 0
     x_scale: float | None = None
     smooth: Tensor | None = None
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from smoothquant_kernels.errors import SmoothQuantError
-from smoothquant_kernels.reference import rotate
+from smoothquant_kernels.ops.rotate import rotated
 
 #: The operations that add a bias to a product. The layer's own bias is float32, whatever the type of its weight.
 _WITH_BIAS = ("addmm", "linear")
@@ -192,5 +192,5 @@ def dequantized_weight(
     w_q: Tensor, w_scale: Tensor, inv_smooth: Tensor | None, rotation: int = 0
 ) -> Tensor:
     """[N, K] float32: the weight without rotation and smoothing, from w_q [N, K], w_scale [N] or [1] and 1 / s [K]."""
-    w = rotate(w_q.float() * (w_scale[:, None] if w_scale.shape[0] > 1 else w_scale), rotation)
+    w = rotated(w_q.float() * (w_scale[:, None] if w_scale.shape[0] > 1 else w_scale), rotation)
     return w if inv_smooth is None else w * inv_smooth

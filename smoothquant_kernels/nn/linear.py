@@ -24,6 +24,7 @@ from smoothquant_kernels.nn.operands import (
     wants_aligned_rows,
 )
 from smoothquant_kernels.ops.checks import FLOATS, fits_rotation, type_name
+from smoothquant_kernels.ops.rotate import rotated_weight
 from smoothquant_kernels.schemes import ACTIVATION_SCHEMES, WEIGHT_GRANULARITIES
 
 if TYPE_CHECKING:
@@ -178,7 +179,7 @@ class W8A8Linear(nn.Module):
                     f"got {s[~usable][0].item()}."
                 )
             w, new.inv_smooth = w * s, inverse
-        w = reference.rotate_weight(w, rotation)
+        w = rotated_weight(w, rotation)
         if not bool(w.isfinite().all()):
             raise SmoothQuantError("the weight (times smooth, rotated) is too large for float32.")
         w_q, new.w_scale = reference.quantize_weight(w, weight_granularity)
@@ -370,7 +371,7 @@ class _W8A8(Kind[W8A8Linear]):
     def rounded_input(self, layer: W8A8Linear, x: Tensor) -> Tensor:
         x_q, scale, _ = layer.quantize_input(x)
         z = x_q.float() * (scale if scale.numel() == 1 else scale.reshape(*x.shape[:-1], 1))
-        z = reference.rotate_weight(z, layer.rotation)  # undoes the rotation
+        z = rotated_weight(z, layer.rotation)  # undoes the rotation
         return z if layer.inv_smooth is None else z / layer.inv_smooth
 
 

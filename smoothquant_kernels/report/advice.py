@@ -95,14 +95,15 @@ def _stands(
 ) -> list[Stand]:
     """One stand-in per trial, then the first one with only its weights and with only its activations quantized."""
     members = layers[name]["group"]
-    absmax = statistics.absmax[name]
+    rotation = layers[name]["rotation"]
     now = layer_factors(original, members, statistics, trials[0].alpha, config)
     made = []
     for trial in trials:
         factors = layer_factors(original, members, statistics, trial.alpha, config)
         # The smoothed model already divides by `now`.
         factor = None if trial.alpha == trials[0].alpha else factors / now
-        plan = Plan(trial.alpha, trial.scheme, float((absmax / factors).max()), factor)
+        largest = statistics.range_of(name, factors, rotation)
+        plan = Plan(trial.alpha, trial.scheme, largest, rotation, factor)
         made.append(stand_in(plan, name, config))
     return [*made, half_stand_in(made[0], weights=True), half_stand_in(made[0], weights=False)]
 

@@ -130,12 +130,14 @@ class Plan:
     """How one layer is quantized.
 
     The layer's input is divided by `factor` [K] in addition to what the module already divides by (None: nothing).
-    `x_absmax` is the calibrated range of the quantized input, which only the static scheme needs.
+    `x_absmax` is the calibrated range of the quantized input, which only the static scheme needs. `rotation` is the
+    size of the groups of channels that the quantizer rotates, 0 for none.
     """
 
     alpha: float | None
     scheme: str
     x_absmax: float | None
+    rotation: int = 0
     factor: Tensor | None = None
 
 
@@ -143,7 +145,15 @@ def stand_in(plan: Plan, name: str, config: SmoothQuantConfig) -> Stand:
     """A function that makes the quantized layer with which `quantize_model` would replace a float layer."""
 
     def make(module: nn.Module) -> nn.Module:
-        return quantize_linear(name, module, plan.scheme, plan.x_absmax, config, plan.factor)
+        return quantize_linear(
+            name,
+            module,
+            plan.scheme,
+            plan.x_absmax,
+            config,
+            rotation=plan.rotation,
+            smooth=plan.factor,
+        )
 
     return make
 

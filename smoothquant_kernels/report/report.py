@@ -126,7 +126,7 @@ def make_report(
         if la["name"] in statistics.absmax
     }
     planned = {
-        la["name"]: Plan(la["alpha"], la["activation_scheme"], la["x_absmax"])
+        la["name"]: Plan(la["alpha"], la["activation_scheme"], la["x_absmax"], la["rotation"])
         for la in layers
         if la["x_absmax"] is not None
     }

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from smoothquant_kernels import ops, reference
-from smoothquant_kernels.config import SmoothQuantConfig
+from smoothquant_kernels.config import LEAST_ROTATION, SmoothQuantConfig, first_match
 from smoothquant_kernels.modeling.groups import Group
 from smoothquant_kernels.nn.float_linear import weight_of
+from smoothquant_kernels.ops.rotate import rotated, rotated_weight
+from smoothquant_kernels.reference import MAX_ROTATION
 from smoothquant_kernels.search.result import Choice, GroupResult
 from smoothquant_kernels.search.sensitivity import Recording
-from smoothquant_kernels.smoothing.factors import group_factors, weight_absmax
+from smoothquant_kernels.smoothing.factors import group_factors, group_rotation, weight_absmax
 from smoothquant_kernels.smoothing.int8_error import static_scale
 from smoothquant_kernels.smoothing.statistics import ActivationStatistics
 
@@ -34,10 +37,12 @@ def own_scheme(config: SmoothQuantConfig, group: Group | GroupResult) -> str:
 
 @dataclass
 class _Quantized:
-    """A group at one alpha: smoothing factors and int8 weights, which fit any scale of the activations."""
+    """A group at one alpha and rotation: factors and int8 weights, which fit any scale of the activations."""
 
+    alpha: float | None
+    rotation: int
     inv_smooth: Tensor | None
-    absmax: float  # of the smoothed input over the calibration data
+    absmax: float  # of the smoothed and rotated input over the calibration data
     weights: list[tuple[Tensor, Tensor]]
 
 
@@ -58,22 +63,40 @@ class Space:
         own = own_scheme(self.config, group)
         return [own] if own == "per_token" or not per_token else [own, "per_token"]
 
+    def own_rotation(self, group: Group) -> int:
+        """Returns the rotation that the configuration gives the group."""
+        k = self.statistics.absmax[group.linears[0]].numel()
+        return group_rotation(group, k, self.config)
+
+    def other_rotations(self, group: Group) -> list[int]:
+        """Returns the rotations to try beside the group's own one: none, a smaller and a larger one."""
+        own = self.own_rotation(group)
+        fixed = first_match(self.config.rotations, group.linears[0]) is not None
+        if not own or fixed or self.config.rotation != "auto":
+            return []
+        k = self.statistics.absmax[group.linears[0]].numel()
+        sizes = (own // 4, own * 2)
+        return [0, *(g for g in sizes if LEAST_ROTATION <= g <= MAX_ROTATION and k % g == 0)]
+
     def explore(self, group: Group, schemes: list[str], recording: Recording) -> GroupResult:
         """Returns all candidates of a group with their costs, always in the same order."""
         trial = _Trial(self, group, recording)
         tried: list[Choice] = []
+        own = self.own_rotation(group)
         for alpha in self.alphas:
-            at_alpha = trial.quantized(alpha)
-            tried += [trial.choice(at_alpha, scheme, alpha) for scheme in schemes]
+            made = trial.quantized(alpha, own)
+            tried += [trial.choice(made, scheme) for scheme in schemes]
         for scheme in schemes:
             best = GroupResult(group.linears, tuple(tried)).best(scheme)
             for alpha in _neighbors(best.alpha):
-                tried.append(trial.choice(trial.quantized(alpha), scheme, alpha))
+                tried.append(trial.choice(trial.quantized(alpha, own), scheme))
+            best = GroupResult(group.linears, tuple(tried)).best(scheme)
+            for rotation in self.other_rotations(group):
+                tried.append(trial.choice(trial.quantized(best.alpha, rotation), scheme))
             if scheme == "static":
                 best = GroupResult(group.linears, tuple(tried)).best(scheme)
-                at_alpha = trial.quantized(best.alpha)
-                for clip in trial.clips(at_alpha):
-                    tried.append(trial.choice(at_alpha, scheme, best.alpha, clip))
+                made = trial.quantized(best.alpha, best.rotation)
+                tried += [trial.choice(made, scheme, clip) for clip in trial.clips(made)]
         return GroupResult(group.linears, tuple(tried))
 
 
@@ -94,58 +117,57 @@ class _Trial:
         self.biases = [getattr(m, "bias", None) for m in self.linears]
         self.y = [F.linear(self.x, w, b) for w, b in zip(self.weights, self.biases, strict=True)]
 
-    def quantized(self, alpha: float | None) -> _Quantized:
-        absmax = self.space.statistics.absmax[self.group.linears[0]]
+    def quantized(self, alpha: float | None, rotation: int) -> _Quantized:
+        name, statistics = self.group.linears[0], self.space.statistics
         weights = [w.float() for w in self.weights]
-        inv_smooth = None
+        smooth = None
         if alpha is not None:
             columns = weight_absmax(self.space.model, self.group)
             dtype = self.weights[0].dtype
-            smooth = group_factors(absmax, columns, alpha, dtype, self.space.config)
-            absmax, inv_smooth = absmax / smooth, 1.0 / smooth
+            smooth = group_factors(
+                statistics.absmax[name], columns, alpha, dtype, self.space.config
+            )
             weights = [w * smooth for w in weights]
         granularity = self.space.config.weight_granularity
+        weights = [rotated_weight(w, rotation) for w in weights]
         return _Quantized(
-            inv_smooth,
-            float(absmax.max()),
+            alpha,
+            rotation,
+            None if smooth is None else 1.0 / smooth,
+            statistics.range_of(name, smooth, rotation),
             [reference.quantize_weight(w, granularity) for w in weights],
         )
 
-    def choice(
-        self, at_alpha: _Quantized, scheme: str, alpha: float | None, clip: float = 1.0
-    ) -> Choice:
-        x_q, x_scale = self._quantize(at_alpha, scheme, clip)
+    def choice(self, made: _Quantized, scheme: str, clip: float = 1.0) -> Choice:
+        x_q, x_scale = self._quantize(made, scheme, clip)
         cost = 0.0
         for name, y, bias, (w_q, w_scale) in zip(
-            self.group.linears, self.y, self.biases, at_alpha.weights, strict=True
+            self.group.linears, self.y, self.biases, made.weights, strict=True
         ):
             bias = None if bias is None else bias.detach()
             y_q = ops.gemm_s8(x_q, w_q, x_scale, w_scale, bias=bias, out_dtype=y.dtype)
             cost += self.recording.cost(name, y_q.float() - y.float())
-        return Choice(scheme, alpha, clip, cost)
+        return Choice(scheme, made.alpha, clip, made.rotation, cost)
 
-    def _quantize(self, at_alpha: _Quantized, scheme: str, clip: float) -> tuple[Tensor, Tensor]:
-        inv_smooth = at_alpha.inv_smooth
+    def _quantize(self, made: _Quantized, scheme: str, clip: float) -> tuple[Tensor, Tensor]:
+        quantize = partial(ops.quantize, inv_smooth=made.inv_smooth, rotation=made.rotation)
         if scheme == "static":
-            scale = self.x.new_tensor([static_scale(at_alpha.absmax, clip)], dtype=torch.float32)
-            return ops.quantize(self.x, inv_smooth=inv_smooth, scale=scale)
+            scale = self.x.new_tensor([static_scale(made.absmax, clip)], dtype=torch.float32)
+            return quantize(self.x, scale=scale)
         if scheme == "per_token":
-            return ops.quantize(self.x, inv_smooth=inv_smooth)
+            return quantize(self.x)
         # A dynamic scale per tensor differs from call to call.
-        parts = [
-            ops.quantize(x, inv_smooth=inv_smooth, granularity="tensor")
-            for x in self.x.split(self.rows)
-        ]
+        parts = [quantize(x, granularity="tensor") for x in self.x.split(self.rows)]
         scales = [s.expand(len(q)) for q, s in parts]
         return torch.cat([q for q, _ in parts]), torch.cat(scales)
 
-    def clips(self, at_alpha: _Quantized) -> list[float]:
+    def clips(self, made: _Quantized) -> list[float]:
         """Returns the parts of the calibrated range to try, including quantiles of the recorded |x|, descending."""
-        x = self.x.float() if at_alpha.inv_smooth is None else self.x * at_alpha.inv_smooth
-        flat = x.abs().reshape(-1)
+        x = self.x.float() if made.inv_smooth is None else self.x * made.inv_smooth
+        flat = rotated(x, made.rotation).abs().reshape(-1)
         quantiles = [
-            float(flat.kthvalue(max(1, round(q * flat.numel()))).values) / at_alpha.absmax
+            float(flat.kthvalue(max(1, round(q * flat.numel()))).values) / made.absmax
             for q in QUANTILES
-            if at_alpha.absmax > 0
+            if made.absmax > 0
         ]
         return sorted({r for r in (*CLIPS, *quantiles) if 0.0 < r < 1.0}, reverse=True)

@@ -19,7 +19,7 @@ from smoothquant_kernels.storage.digests import tensors_digest
 from smoothquant_kernels.storage.folder import replace_file
 
 FORMAT = "smoothquant_kernels.search"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,14 @@ class Choice:
         scheme: activation scheme.
         alpha: migration strength; None without smoothing.
         clip: part of the calibrated range that a static scale covers.
+        rotation: the size of the groups of channels that are rotated; 0 for none.
         cost: estimated KL divergence at the model's output, in nats per prediction, if only this group is quantized.
     """
 
     scheme: str
     alpha: float | None
     clip: float
+    rotation: int
     cost: float
 
 
@@ -46,14 +48,20 @@ class GroupResult:
     linears: tuple[str, ...]
     tried: tuple[Choice, ...]
 
+    @property
+    def rotation(self) -> int:
+        """The rotation that the searched configuration gives the group. The candidates with it come first."""
+        return self.tried[0].rotation
+
     def best(self, scheme: str) -> Choice:
         """Returns the cheapest candidate of a scheme; the first of equals, so the result is deterministic."""
         return min((c for c in self.tried if c.scheme == scheme), key=lambda c: c.cost)
 
     def at(self, scheme: str, alpha: float | None) -> Choice | None:
-        """Returns the candidate without clipping, or None if it was not tried."""
+        """Returns the candidate with the group's rotation and no clipping, or None if it was not tried."""
+        wanted = (scheme, alpha, 1.0, self.rotation)
         return next(
-            (c for c in self.tried if (c.scheme, c.alpha, c.clip) == (scheme, alpha, 1.0)), None
+            (c for c in self.tried if (c.scheme, c.alpha, c.clip, c.rotation) == wanted), None
         )
 
 

@@ -36,7 +36,7 @@ from smoothquant_kernels.smoothing.calibrate import (
     configured_batches,
 )
 from smoothquant_kernels.smoothing.convert import quantize_model
-from smoothquant_kernels.smoothing.factors import runs_within, smoothable_linears
+from smoothquant_kernels.smoothing.factors import Plan, runs_within, smoothable_linears
 from smoothquant_kernels.smoothing.padding import Padding
 from smoothquant_kernels.smoothing.patterns import check_patterns
 from smoothquant_kernels.smoothing.smooth import check_finite_weights, smooth_lm
@@ -124,7 +124,7 @@ def search_config(
     found = [file.groups[g.linears] for g in groups if g.linears in file.groups]
     budget = int(per_token_share * len(found)) if per_token else 0
     searched, searched_cost = _searched(config, found, budget)
-    fixed_alpha, fixed_cost = _best_fixed(config, statistics, found)
+    fixed_alpha, fixed_cost = _best_fixed(Space(model, statistics, config), groups, found)
     defaults = config.replace(clips={})
     fixed = [defaults]
     if fixed_alpha is not None:
@@ -228,6 +228,7 @@ def _searched(
     freed = {g.linears for g in order if gain(g) > 0.0}
     alphas: dict[str, float] = {}
     clips: dict[str, float] = {}
+    rotations = dict(config.rotations)
     schemes = dict(config.schemes)
     cost = 0.0
     for group in found:
@@ -239,28 +240,39 @@ def _searched(
                 schemes[name] = best.scheme
             if best.alpha is not None:
                 alphas[name] = best.alpha
+            if best.rotation != group.rotation:
+                rotations[name] = best.rotation or "none"
             if best.clip < 1.0:
                 clips[name] = best.clip
-    chosen = config.replace(alphas=alphas, clips=clips, schemes=schemes, massive_activations="keep")
+    chosen = config.replace(
+        alphas=alphas,
+        clips=clips,
+        rotations=rotations,
+        schemes=schemes,
+        massive_activations="keep",
+    )
     return chosen, cost
 
 
 def _best_fixed(
-    config: SmoothQuantConfig, statistics: ActivationStatistics, found: Sequence[GroupResult]
+    space: Space, groups: Sequence[Group], found: Sequence[GroupResult]
 ) -> tuple[float | None, float]:
-    """Returns the single alpha of least cost in the schemes of `config`, or None for its own alphas, and that cost."""
+    """Returns the single alpha of least cost in the configured schemes, or None for its own alphas, and that cost."""
 
     def cost(alpha: float | None) -> float:
+        config = space.config
+        if alpha is not None:
+            config = config.replace(alpha=alpha, alphas={})
+        peaks = Plan(space.model, groups, space.statistics, config).peaks
         total = 0.0
         for group in found:
             name = group.linears[0]
-            peak = statistics.peak(name)
-            own = config.alpha_of(peak, name) if alpha is None else alpha
-            at = group.at(config.scheme_of(peak, name), own if config.smooth else None)
+            own = config.alpha_of(peaks[name], name, rotated=group.rotation > 0)
+            at = group.at(config.scheme_of(peaks[name], name), own if config.smooth else None)
             total += float("inf") if at is None else at.cost
         return total
 
-    candidates: list[float | None] = [None, *(ALPHAS if config.smooth else ())]
+    candidates: list[float | None] = [None, *(ALPHAS if space.config.smooth else ())]
     best = min(candidates, key=cost)
     return best, cost(best)
 

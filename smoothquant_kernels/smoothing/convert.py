@@ -17,7 +17,7 @@ from smoothquant_kernels.modeling.sample_inputs import runnable_batch
 from smoothquant_kernels.modeling.view import ModelView
 from smoothquant_kernels.nn import kinds
 from smoothquant_kernels.nn.attached import move_attached
-from smoothquant_kernels.nn.float_linear import is_smoothed
+from smoothquant_kernels.nn.float_linear import is_smoothed, weight_of
 from smoothquant_kernels.nn.float_types import check_float_types
 from smoothquant_kernels.smoothing.calibrate import CalibrationData
 from smoothquant_kernels.smoothing.int8_error import static_scale
@@ -37,7 +37,7 @@ def quantize_model(
     """Quantizes every linear of a model in place, smoothed before or not.
 
     Args:
-        model: the result of `smooth_lm`; or any float model, which gives plain ("naive") W8A8.
+        model: the result of `smooth_lm`; or any float model, which is then only rotated, without calibration.
         w_bit, a_bit: 8.
         config: schemes and patterns to skip. The default is the configuration that the model was smoothed with, else
             the package's. The static scheme needs the ranges that `smooth_lm` measured (`smooth=False` only measures).
@@ -91,6 +91,7 @@ def _quantize_into(view: ModelView, config: SmoothQuantConfig, changes: Changes)
         for name in linears
     }
     schemes = {name: config.scheme_of(layer.x_peak, name) for name, layer in layers.items()}
+    rotations = {n: config.rotation_of(weight_of(m).shape[1], n) for n, m in linears.items()}
     static = {name: layers[name].x_absmax for name in linears if schemes[name] == "static"}
     missing = [name for name, absmax in static.items() if absmax is None]
     if missing:
@@ -98,14 +99,23 @@ def _quantize_into(view: ModelView, config: SmoothQuantConfig, changes: Changes)
             f"the static scheme needs a calibrated range for {missing[0]} ({len(missing)} of {len(linears)} layers "
             "have none): run smooth_lm on calibration data first (smooth=False only measures), or skip them."
         )
+    for name in static:
+        if layers[name].rotation != rotations[name]:
+            raise SmoothQuantError(
+                f"the range of {name} was measured with rotation {layers[name].rotation} and the configuration asks "
+                f"for {rotations[name]}: pass the same `rotation` to smooth_lm and quantize_model."
+            )
     made: dict[str, nn.Module] = {}
     # Layers quantized by an earlier call, which left other layers in float.
     earlier = [layer for name, layer in described.items() if _is_quantized(model, name)]
     for name, linear in linears.items():
-        new = quantize_linear(name, linear, schemes[name], static.get(name), config)
+        new = quantize_linear(
+            name, linear, schemes[name], static.get(name), config, rotation=rotations[name]
+        )
         made[name] = new
         move_attached(linear, new)
-        layers[name] = dataclasses.replace(layers[name], **kinds.shown(new))
+        facts = {**kinds.shown(new), "rotation": rotations[name]}
+        layers[name] = dataclasses.replace(layers[name], **facts)
     before = {layer.name: layer.reason for layer in record.skipped if layer.name not in made}
     for name, new in made.items():
         changes.replace_module(model, name, new)
@@ -126,14 +136,17 @@ def quantize_linear(
     scheme: str,
     x_absmax: float | None,
     config: SmoothQuantConfig,
+    *,
+    rotation: int,
     smooth: Tensor | None = None,
 ) -> nn.Module:
     """Makes the quantized layer for the float layer `name`, of the kind that accepts it, and changes nothing else.
 
     Args:
         scheme: the layer's activation scheme.
-        x_absmax: the calibrated range of the smoothed input, which only the static scheme needs.
+        x_absmax: the calibrated range of the smoothed and rotated input, which only the static scheme needs.
         config: all other settings.
+        rotation: the size of the groups of channels that the quantizer rotates; 0 for none.
         smooth: [K] factors to apply in addition to those that are pending at the layer (`pending_smooth`).
 
     Returns:
@@ -146,7 +159,7 @@ def quantize_linear(
     if scheme == "static":
         assert x_absmax is not None
         x_scale = static_scale(x_absmax, config.clip_of(name))
-    settings = kinds.Settings(scheme, config.weight_granularity, x_scale, smooth)
+    settings = kinds.Settings(scheme, config.weight_granularity, rotation, x_scale, smooth)
     made: nn.Module = kinds.choose(name, linear, config).from_linear(linear, settings)
     return made
 

@@ -23,27 +23,48 @@ from smoothquant_kernels.smoothing.fold import (
     fold_verified,
     round_to_power_of_two,
 )
-from smoothquant_kernels.smoothing.int8_error import int8_errors
+from smoothquant_kernels.smoothing.int8_error import InputSettings, int8_errors, static_scale
 from smoothquant_kernels.smoothing.statistics import ActivationStatistics
 
 _FOLDS_AT_ONCE = 16  # the most groups whose folds are verified together
 _FOLD_BYTES = 1 << 26  # the most bytes of their weights, unless one group alone has more
 
 
-def group_alpha(group: Group, peak: float, config: SmoothQuantConfig) -> float:
+def group_alpha(
+    group: Group, peak: float | None, config: SmoothQuantConfig, *, rotated: bool
+) -> float:
     """Returns the alpha of a group. Raises SmoothQuantError if the configuration gives its linears different ones."""
-    first, *others = group.linears
-    alpha = config.alpha_of(peak, first)
-    own = first_match(config.alphas, first)
+
+    def alpha_of(name: str) -> float:
+        return config.alpha_of(peak, name, rotated=rotated)
+
     # Linears without an alpha of their own all take the default of the first one's scheme.
+    _check_agreement(group, "alpha", config.alphas, alpha_of)
+    return alpha_of(group.linears[0])
+
+
+def group_rotation(group: Group, k: int, config: SmoothQuantConfig) -> int:
+    """Returns the rotation of a group of linears [N, K]. Raises SmoothQuantError as `group_alpha` does."""
+
+    def rotation_of(name: str) -> int:
+        return config.rotation_of(k, name)
+
+    _check_agreement(group, "rotation", config.rotations, rotation_of)
+    return rotation_of(group.linears[0])
+
+
+def _check_agreement(
+    group: Group, what: str, by_layer: Mapping[str, Any], value: Callable[[str], Any]
+) -> None:
+    first, *others = group.linears
+    own = first_match(by_layer, first)
     for other in others:
-        if first_match(config.alphas, other) != own:
+        if first_match(by_layer, other) != own:
             raise SmoothQuantError(
-                f"{first} and {other} read the same tensor, so they share their smoothing factors, but alpha is "
-                f"{alpha} for the first and {config.alpha_of(peak, other)} for the second; give all of "
+                f"{first} and {other} read the same tensor, so they share their smoothing factors and rotation, but "
+                f"{what} is {value(first)} for the first and {value(other)} for the second; give all of "
                 f"{', '.join(group.linears)} the same."
             )
-    return alpha
 
 
 def weight_absmax(model: nn.Module, group: Group) -> Tensor:
@@ -93,10 +114,15 @@ def runs_within(
 
 
 class Plan:
-    """The factors of every group, all computed from the weights before any fold.
+    """The rotation, the largest token and the factors of every layer, from the weights before any fold.
 
     A fold into the rows of v_proj or up_proj changes the weight that the factors of their own group depend on. The
     quantized result must not depend on which folds succeed, or on their order.
+
+    Attributes:
+        rotations: layer -> group size, 0 for none.
+        peaks: layer -> the largest token of its input over the median one, as it is quantized.
+        smooth: layer -> the factors that `apply` has applied.
     """
 
     def __init__(
@@ -104,21 +130,33 @@ class Plan:
         model: nn.Module,
         groups: Sequence[Group],
         statistics: ActivationStatistics,
-        peaks: Mapping[str, float],
         config: SmoothQuantConfig,
     ) -> None:
-        self._model, self._statistics = model, statistics
-        self._peaks, self._config = peaks, config
+        self._model, self._statistics, self._config = model, statistics, config
+        self.rotations = {n: config.rotation_of(a.numel(), n) for n, a in statistics.absmax.items()}
+        self.peaks: dict[str, float] = {}
+        self.smooth: dict[str, Tensor] = {}
         self._factors: dict[Group, Tensor] = {}
         for group in groups:
             name = group.linears[0]
-            self._factors[group] = group_factors(
-                statistics.absmax[name],
-                weight_absmax(model, group),
-                group_alpha(group, peaks[name], config),
-                weight_of(model.get_submodule(name)).dtype,
-                config,
-            )
+            rotation = group_rotation(group, statistics.absmax[name].numel(), config)
+            # Whether there are massive activations decides on alpha, so the default's factors must do to see them.
+            usual = self._factors_of(group, None) if rotation else None
+            peak = statistics.peak(name, usual, rotation)
+            self.peaks |= dict.fromkeys(group.linears, peak)
+            self._factors[group] = self._factors_of(group, peak)
+        for name in statistics.absmax.keys() - self.peaks.keys():
+            self.peaks[name] = statistics.peak(name, None, self.rotations[name])
+
+    def _factors_of(self, group: Group, peak: float | None) -> Tensor:
+        name = group.linears[0]
+        return group_factors(
+            self._statistics.absmax[name],
+            weight_absmax(self._model, group),
+            group_alpha(group, peak, self._config, rotated=self.rotations[name] > 0),
+            weight_of(self._model.get_submodule(name)).dtype,
+            self._config,
+        )
 
     def foldable(self) -> list[Group]:
         return [group for group in self._factors if group.producer is not None]
@@ -136,8 +174,9 @@ class Plan:
             if first_match(config.alphas, group.linears[0]) is None
         }
         left: dict[str, tuple[How, str]] = {}
-        absmax = self._statistics.absmax
-        errors = int8_errors(self._model, asked, absmax, self._peaks, config, batch, run_sample)
+        errors = int8_errors(
+            self._model, asked, self._trial_of, batch, run_sample, config.weight_granularity
+        )
         for group, error in errors.items():
             if not error.helps:
                 del self._factors[group]
@@ -145,18 +184,24 @@ class Plan:
                 left |= dict.fromkeys(group.linears, ("none", why))
         return left
 
+    def _trial_of(self, name: str, smooth: Tensor | None) -> InputSettings:
+        """How the layer's input is quantized with these factors."""
+        rotation = self.rotations[name]
+        scheme = self._config.scheme_of(self.peaks[name], name)
+        largest = self._statistics.range_of(name, smooth, rotation) if scheme == "static" else 0.0
+        return InputSettings(scheme, static_scale(largest, self._config.clip_of(name)), rotation)
+
     def apply(
         self, same_output: Callable[[], bool], changes: Changes
     ) -> dict[str, tuple[How, str]]:
-        """Smooths the groups and divides `statistics` by s; returns name -> (``"folded"`` or ``"runtime"``, why)."""
+        """Smooths the groups; returns name -> (``"folded"`` or ``"runtime"``, why)."""
         model = self._model
         result: dict[str, tuple[How, str]] = {}
 
         def note(smoothing: Smoothing, how: How, why: str) -> None:
             for name in smoothing.group.linears:
                 result[name] = (how, why)
-                absmax = self._statistics.absmax
-                absmax[name] = absmax[name] / smoothing.smooth
+                self.smooth[name] = smoothing.smooth
 
         def weight_bytes(group: Group) -> int:
             return sum(weight_of(model.get_submodule(n)).nbytes for n in group.linears)

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from smoothquant_kernels import reference
-from smoothquant_kernels.config import SmoothQuantConfig
 from smoothquant_kernels.modeling.groups import Group
 from smoothquant_kernels.modeling.hooks import Hooks
 from smoothquant_kernels.modeling.run import Batch, unpadded_rows
 from smoothquant_kernels.nn.float_linear import weight_of
+from smoothquant_kernels.ops.rotate import rotated_weight
 from smoothquant_kernels.smoothing.padding import Padding
 
 #: On so few tokens, errors within this ratio of each other are a tie. A tie keeps smoothing, the default everywhere.
@@ -35,6 +35,15 @@ class Int8Error:
         return not self.naive * _TIE < self.smoothed
 
 
+@dataclass(frozen=True)
+class InputSettings:
+    """How a layer's input is quantized: the scheme, the scale if that is static, and the rotation."""
+
+    scheme: str
+    scale: float
+    rotation: int
+
+
 def static_scale(absmax: float, clip: float) -> float:
     """Returns the scale whose int8 range covers `clip` times the calibrated range."""
     return max(clip * absmax / reference.QMAX, reference.MIN_SCALE)
@@ -43,11 +52,10 @@ def static_scale(absmax: float, clip: float) -> float:
 def int8_errors(
     model: nn.Module,
     factors: Mapping[Group, Tensor],
-    absmax: Mapping[str, Tensor],
-    peaks: Mapping[str, float],
-    config: SmoothQuantConfig,
+    settings_of: Callable[[str, Tensor | None], InputSettings],
     batch: Batch,
     run_sample: Callable[[Batch], Any],
+    weight_granularity: str,
 ) -> dict[Group, Int8Error]:
     """Returns the errors of every group that the sample reaches, in the configured scheme.
 
@@ -57,7 +65,7 @@ def int8_errors(
 
     Args:
         factors: s [K] of each group.
-        absmax: calibrated maxima of the inputs before smoothing.
+        settings_of: the settings of a layer, from its name and its factors, or None without.
         batch: the calibration sample. Its padding does not count.
         run_sample: runs the float model on the sample.
     """
@@ -67,13 +75,11 @@ def int8_errors(
 
     def measure(group: Group, x: Tensor) -> None:
         rows = unpadded_rows(x.detach(), padding.keep(group.linears[0], x)).float()
-        largest = absmax[group.linears[0]]
         for name in group.linears:
             weight = weight_of(model.get_submodule(name)).detach().float()
             exact = F.linear(rows, weight)
-            scheme, clip = config.scheme_of(peaks[group.linears[0]], name), config.clip_of(name)
             products = [
-                _int8_product(rows, weight, s, largest, scheme, clip, config)
+                _int8_product(rows, weight, s, settings_of(name, s), weight_granularity)
                 for s in (None, factors[group])
             ]
             found = torch.stack([*(y - exact for y in products), exact]).double()
@@ -95,20 +101,19 @@ def _int8_product(
     rows: Tensor,
     weight: Tensor,
     smooth: Tensor | None,
-    absmax: Tensor,
-    scheme: str,
-    clip: float,
-    config: SmoothQuantConfig,
+    settings: InputSettings,
+    weight_granularity: str,
 ) -> Tensor:
     """Returns rows @ weight.T as a `W8A8Linear` of this scheme computes it, in float32, so it needs no kernels."""
     inv_smooth = None
     if smooth is not None:
-        weight, absmax, inv_smooth = weight * smooth, absmax / smooth, 1.0 / smooth
-    scale = None
-    if scheme == "static":
-        scale = rows.new_tensor([static_scale(float(absmax.max()), clip)])
-    granularity = "tensor" if scheme == "per_tensor" else "token"
-    x_q, x_scale = reference.quantize(rows, inv_smooth, scale=scale, granularity=granularity)
-    w_q, w_scale = reference.quantize_weight(weight, config.weight_granularity)
+        weight, inv_smooth = weight * smooth, 1.0 / smooth
+    scale = rows.new_tensor([settings.scale]) if settings.scheme == "static" else None
+    granularity = "tensor" if settings.scheme == "per_tensor" else "token"
+    x_q, x_scale = reference.quantize(
+        rows, inv_smooth, scale, granularity, rotation=settings.rotation
+    )
+    weight = rotated_weight(weight, settings.rotation)
+    w_q, w_scale = reference.quantize_weight(weight, weight_granularity)
     # float32 sums are accurate to about 1e-7, which is enough for a comparison.
     return F.linear(x_q.float(), w_q.float()) * w_scale * x_scale[:, None]

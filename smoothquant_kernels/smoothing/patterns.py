@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from smoothquant_kernels.config import SmoothQuantConfig
+from smoothquant_kernels.config import BY_LAYER, SmoothQuantConfig
 from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.modeling.view import holds_matrices
 from smoothquant_kernels.nn.float_linear import is_float_linear
@@ -19,7 +19,7 @@ _WILDCARDS = frozenset("*?[")
 
 
 def check_patterns(model: nn.Module, config: SmoothQuantConfig) -> None:
-    """Raises SmoothQuantError if a name or pattern in `skip`, `alphas`, `schemes` or `clips` reaches no layer.
+    """Raises SmoothQuantError if a name or pattern in `skip` or in a setting by layer reaches no layer.
 
     A pattern may match a layer that is skipped anyway (an output head, a norm), but not only containers of linear
     layers. Settings are looked up by the layers' own names, so the name of a container has no effect.
@@ -28,7 +28,7 @@ def check_patterns(model: nn.Module, config: SmoothQuantConfig) -> None:
     modules.pop("", None)
     linears = [name for name, module in modules.items() if _is_linear(module)]
     holders = {p for name in linears for p in _parents(name)} - set(linears)
-    for setting in ("skip", "alphas", "schemes", "clips"):
+    for setting in ("skip", *BY_LAYER):
         for pattern in getattr(config, setting):
             # search results name every layer, so this avoids matching hundreds of names with hundreds of names
             exact = pattern in modules
@@ -59,7 +59,7 @@ def patterns_within(config: SmoothQuantConfig, names: Iterable[str]) -> SmoothQu
         skip=tuple(filter(within, config.skip)),
         **{
             setting: {p: v for p, v in getattr(config, setting).items() if within(p)}
-            for setting in ("alphas", "schemes", "clips")
+            for setting in BY_LAYER
         },
     )
 

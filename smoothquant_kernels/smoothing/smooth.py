@@ -129,14 +129,13 @@ def smooth_into(
     for name, reason in stays_in_float(view, linears, small).items():
         del linears[name]
         skipped[name] = reason
-    peaks = {name: statistics.peak(name) for name in statistics.absmax}
     # Statistics may come from a file or from another rank's device.
     for name in statistics.absmax.keys() & linears.keys():
         device = weight_of(linears[name]).device
         statistics.absmax[name] = statistics.absmax[name].to(device)
     smoothable = smoothable_linears(view, linears, statistics) if config.smooth else []
     groups = find_groups(view, smoothable, small, folding=config.folding)
-    plan = Plan(model, groups, statistics, peaks, config)
+    plan = Plan(model, groups, statistics, config)
     with evaluating(model):
         errors = plan.leave_out_what_does_not_gain(
             small, run_sample or functools.partial(run, model)
@@ -158,7 +157,7 @@ def smooth_into(
         )
     ModelRecord(
         config=config.to_dict(),
-        layers=_describe(view, linears, groups, statistics, peaks, outcomes | errors, config),
+        layers=_describe(view, linears, groups, statistics, plan, outcomes | errors, config),
         skipped=skipped_layers(skipped),
         verification=Verification.of(change),
         calibration_tokens=statistics.tokens,
@@ -229,11 +228,11 @@ def _describe(
     linears: Mapping[str, nn.Module],
     groups: Sequence[Group],
     statistics: ActivationStatistics,
-    peaks: Mapping[str, float],
+    plan: Plan,
     outcomes: Mapping[str, tuple[How, str]],
     config: SmoothQuantConfig,
 ) -> tuple[LayerRecord, ...]:
-    """Returns one record per linear. Its `x_absmax`, the largest smoothed input seen, sets the static scale."""
+    """Returns one record per linear. Its `x_absmax`, the largest input seen as it is quantized, sets the scale."""
     layers = []
     group_of = {name: group for group in groups for name in group.linears}
     for name, module in linears.items():
@@ -249,9 +248,11 @@ def _describe(
         alpha: float | None = None
         members: tuple[str, ...] = (name,)
         if (group := group_of.get(name)) and how != "none":
-            alpha, members = group_alpha(group, peaks[group.linears[0]], config), group.linears
-        absmax = statistics.absmax.get(name)
+            members = group.linears
+            alpha = group_alpha(group, plan.peaks[name], config, rotated=plan.rotations[name] > 0)
         n, k = weight_of(module).shape
+        seen = name in statistics.absmax
+        rotation = plan.rotations[name] if seen else config.rotation_of(k, name)
         layers.append(
             LayerRecord(
                 name,
@@ -261,8 +262,11 @@ def _describe(
                 group=members,
                 in_features=k,
                 out_features=n,
-                x_absmax=None if absmax is None else float(absmax.max()),
-                x_peak=peaks.get(name),
+                rotation=rotation,
+                x_absmax=statistics.range_of(name, plan.smooth.get(name), rotation)
+                if seen
+                else None,
+                x_peak=plan.peaks.get(name),
             )
         )
     return tuple(layers)

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.modeling.run import Batch, unpadded_rows
+from smoothquant_kernels.smoothing.rows import Rows
 from smoothquant_kernels.storage.folder import replace_file
 from smoothquant_kernels.storage.safetensors import check_storable, write_safetensors
 
 _PEAK_TOKENS = 4096  # sizes kept per layer; enough for a median
 _FORMAT = "smoothquant-kernels statistics"
-_FORMAT_VERSION = 1
+_FORMAT_VERSION = 2
 
 
 def shortage(tokens: int, asked: int) -> str | None:
@@ -45,6 +46,7 @@ class ActivationStatistics:
     Attributes:
         absmax: module name -> [K] float32 largest |x| per channel over all tokens except padding.
         token_absmax: module name -> float32 largest |x| of each of the first few thousand tokens.
+        rows: module name -> some tokens, from which the range of rotated inputs comes, for any factors and rotation.
         tokens: the number of tokens seen, without padding. A batch without text counts the positions that the model
             derives from it (image patches, sound frames): the most rows that one of the layers reads.
         sample: a small batch of the data, used to find the model's structure and to verify folds.
@@ -54,6 +56,7 @@ class ActivationStatistics:
 
     absmax: dict[str, Tensor] = field(default_factory=dict)
     token_absmax: dict[str, Tensor] = field(default_factory=dict)
+    rows: dict[str, Rows] = field(default_factory=dict)
     tokens: int = 0
     sample: Batch = field(default_factory=dict)
     watched: tuple[str, ...] = ()
@@ -74,13 +77,41 @@ class ActivationStatistics:
         seen = self.token_absmax.get(name, absmax.new_empty(0))
         tokens = magnitude[: _PEAK_TOKENS - len(seen)].amax(1).float()
         self.token_absmax[name] = torch.cat([seen, tokens])
+        kept = self.rows.get(name, Rows.none(rows))
+        self.rows[name] = kept.with_more(rows, self.absmax[name])
         return len(rows)
 
-    def peak(self, name: str) -> float:
-        """The largest token of a layer's input over the median one, by their largest elements; 1 if all are zero."""
-        tokens = self.token_absmax[name]
+    def range_of(self, name: str, smooth: Tensor | None = None, rotation: int = 0) -> float:
+        """The largest |value| of a layer's input, smoothed and rotated. That of rotated values is among `rows`.
+
+        Raises:
+            SmoothQuantError: statistics of an earlier release have no rows.
+        """
+        if not rotation:
+            absmax = self.absmax[name]
+            return float((absmax if smooth is None else absmax / smooth).max())
+        return float(self._kept(name).maxima(smooth, rotation).max())
+
+    def peak(self, name: str, smooth: Tensor | None = None, rotation: int = 0) -> float:
+        """The largest token of a layer's input over the median one, by their largest elements; 1 if all are zero.
+
+        Of a rotated input, smoothed before. Without a rotation, the factors do not matter.
+        """
+        if not rotation:
+            tokens, largest = self.token_absmax[name], self.absmax[name].max()
+        else:
+            tokens = self._kept(name).first_maxima(smooth, rotation)
+            largest = tokens.new_tensor(self.range_of(name, smooth, rotation))
         median = tokens[tokens > 0].median() if bool((tokens > 0).any()) else tokens.new_ones(())
-        return max(1.0, float(self.absmax[name].max() / median))
+        return max(1.0, float(largest / median))
+
+    def _kept(self, name: str) -> Rows:
+        if name not in self.rows:
+            raise SmoothQuantError(
+                f"the statistics have no rows of {name}, from which the range of rotated inputs comes: calibrate "
+                "again, or pass rotation='none'."
+            )
+        return self.rows[name]
 
     def check_not_empty(self) -> None:
         """Raises SmoothQuantError if no input was seen."""
@@ -123,6 +154,9 @@ class ActivationStatistics:
             seen = self.token_absmax.get(name, self.absmax[name].new_empty(0))
             more = other.token_absmax[name][: _PEAK_TOKENS - len(seen)].to(seen.device)
             self.token_absmax[name] = torch.cat([seen, more])
+            both = [s.rows[name] for s in (self, other) if name in s.rows]
+            if both:
+                self.rows[name] = Rows.merged(both, self.absmax[name])
         self.tokens += other.tokens
         self.asked += other.asked
         self.sample = self.sample or other.sample
@@ -132,7 +166,8 @@ class ActivationStatistics:
         """Merges the statistics of all ranks of a process group in place. Each rank has seen a part of the data.
 
         Every rank of the group must call it. Afterwards all ranks hold the same bits: those of one process that saw
-        the data of rank 0, then that of rank 1, and so on. `sample` comes from the first rank that has one.
+        the data of rank 0, then that of rank 1, and so on. `sample` comes from the first rank that has one. `rows` are
+        chosen from those that the ranks have kept.
 
         Args:
             group: a torch.distributed process group; None is the default one.
@@ -186,8 +221,25 @@ class ActivationStatistics:
         dist.broadcast_object_list(sample, _global_rank(group, source), group)
         self.absmax = {n: part.clone() for n, part in zip(sizes, parts, strict=True)}
         self.token_absmax = {n: torch.cat(collected[n]) for n in sizes}
+        self._all_gather_rows(summaries, group, place)
         self.tokens = sum(summary["tokens"] for summary in summaries)
         self.sample = sample[0]
+
+    def _all_gather_rows(self, summaries: list[Any], group: Any, place: torch.device) -> None:
+        """Chooses from the rows of all ranks, on every rank alike. `absmax` is merged already."""
+        import torch.distributed as dist
+
+        found: dict[str, list[Rows]] = {}
+        for rank, summary in enumerate(summaries):
+            for name, shape in summary["rows"].items():
+                k, dtype = self.absmax[name].numel(), getattr(torch, shape["dtype"])
+                mine = self.rows[name].both() if rank == dist.get_rank(group) else None
+                sent = torch.empty(shape["rows"], k) if mine is None else mine.float()
+                sent = sent.to(place).contiguous()
+                dist.broadcast(sent, _global_rank(group, rank), group)
+                received = sent.to(self.absmax[name].device, dtype)  # exact: it was of this type
+                found.setdefault(name, []).append(Rows.of(received, shape["first"]))
+        self.rows = {n: Rows.merged(parts, self.absmax[n]) for n, parts in found.items()}
 
     def save(self, path: str | Path) -> Path:
         """Writes one safetensors file, whole or not at all, so calibration can run once, or on another machine.
@@ -205,12 +257,14 @@ class ActivationStatistics:
         target = Path(path).expanduser()
         tensors = {f"absmax/{n}": t for n, t in self.absmax.items()}
         tensors |= {f"token_absmax/{n}": t for n, t in self.token_absmax.items()}
+        tensors |= {f"rows/{n}": rows.both() for n, rows in self.rows.items()}
         tensors |= {f"sample/{n}": check_storable(n, t) for n, t in self.sample.items()}
         facts = {
             "format": _FORMAT,
             "format_version": _FORMAT_VERSION,
             "tokens": self.tokens,
             "layers": list(self.absmax),
+            "rows": {n: len(rows.first) for n, rows in self.rows.items()},
             "sample": list(self.sample),
             "watched": list(self.watched),
         }
@@ -239,6 +293,8 @@ class ActivationStatistics:
                 for name in facts["layers"]:
                     result.absmax[name] = data.get_tensor(f"absmax/{name}").clone()
                     result.token_absmax[name] = data.get_tensor(f"token_absmax/{name}").clone()
+                for name, first in facts.get("rows", {}).items():  # absent from version 1
+                    result.rows[name] = Rows.of(data.get_tensor(f"rows/{name}").clone(), first)
                 result.sample = {n: data.get_tensor(f"sample/{n}").clone() for n in facts["sample"]}
         except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
             reason = " ".join(str(error).split())
@@ -247,7 +303,8 @@ class ActivationStatistics:
                 "another file, or calibrate again."
             ) from None
         vectors = [*result.absmax.values(), *result.token_absmax.values()]
-        if not all(t.dtype == torch.float32 and t.dim() == 1 for t in vectors):
+        fitting = all(r.fits(len(result.absmax.get(n, ()))) for n, r in result.rows.items())
+        if not fitting or not all(t.dtype == torch.float32 and t.dim() == 1 for t in vectors):
             raise SmoothQuantError(
                 f"{source} is damaged (its ranges must be float32 vectors): calibrate again."
             )
@@ -272,6 +329,7 @@ def _summary(statistics: ActivationStatistics) -> dict[str, Any]:
     return {
         "watched": sorted(statistics.watched or statistics.absmax),
         "sizes": {n: t.numel() for n, t in statistics.absmax.items()},
+        "rows": {n: rows.shape() for n, rows in statistics.rows.items()},
         "peaks": {n: len(t) for n, t in statistics.token_absmax.items()},
         "tokens": statistics.tokens,
         "sample": bool(statistics.sample),

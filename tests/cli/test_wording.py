@@ -107,8 +107,11 @@ def test_help_lists_the_choices_of_the_configuration() -> None:
         (shown,) = option.__metadata__
         assert f"{', '.join(choices[:-1])} or {choices[-1]}" in shown.help
         assert shown.show_default == getattr(config.SmoothQuantConfig(), name)
+    (rotation,) = options.Rotation.__metadata__
+    assert config.ROTATIONS in rotation.help
+    assert rotation.show_default == config.SmoothQuantConfig().rotation
     (alpha,) = options.Alpha.__metadata__
-    for scheme, default in config.DEFAULT_ALPHA.items():
+    for scheme, default in config.ROTATED_ALPHA.items():
         assert f"{default} {scheme}" in alpha.show_default
     (dtype,) = options.Dtype.__metadata__
     assert "float32, bfloat16 or float16" in dtype.help

@@ -134,12 +134,14 @@ def test_candidates_cost_what_the_layers_will(family: str, granularity: str) -> 
     assert {c.scheme for c in result.tried} == {"static", "per_tensor", "per_token"}
     assert {c.alpha for c in result.tried} > set(ALPHAS)
     assert sum(c.clip < 1 for c in result.tried) >= 5
+    assert {c.rotation for c in result.tried} == {32, 8, 0} and result.rotation == 32
     with torch.no_grad():
         for choice in result.tried:
             absmax = statistics.absmax[group.linears[0]]
             columns = weight_absmax(model, group)
             s = group_factors(absmax, columns, choice.alpha, torch.float32, config)
-            scale = choice.clip * float((absmax / s).max()) / 127
+            largest = statistics.range_of(group.linears[0], s, choice.rotation)
+            scale = choice.clip * largest / 127
             cost = 0.0
             for name in group.linears:
                 linear = model.get_submodule(name)
@@ -148,6 +150,7 @@ def test_candidates_cost_what_the_layers_will(family: str, granularity: str) -> 
                     activation_scheme=choice.scheme,
                     weight_granularity=granularity,
                     smooth=s,
+                    rotation=choice.rotation,
                     x_scale=scale if choice.scheme == "static" else None,
                 )
                 parts = x.split(recording.rows[group.linears[0]])

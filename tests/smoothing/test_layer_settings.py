@@ -15,7 +15,7 @@ from smoothquant_kernels import (
     smooth_and_quantize,
     smooth_lm,
 )
-from smoothquant_kernels.config import DEFAULT_ALPHA
+from smoothquant_kernels.config import ROTATED_ALPHA
 from tests.support.models import layers_of, logits, make_model, token_batches
 
 LAYER = "model.layers.1."
@@ -39,7 +39,7 @@ def test_each_setting_changes_only_its_layer() -> None:
     before, after = layers_of(plain), layers_of(changed)
     different = {n for n in before if before[n] != after[n]}
     # gate_proj and up_proj get their own schemes and share the default alpha of gate_proj's scheme.
-    assert after[f"{LAYER}mlp.up_proj"]["alpha"] == DEFAULT_ALPHA["per_token"]
+    assert after[f"{LAYER}mlp.up_proj"]["alpha"] == ROTATED_ALPHA["per_token"]
     assert different == {f"{LAYER}mlp.{n}_proj" for n in ("down", "gate", "up")}
     assert after[f"{LAYER}mlp.down_proj"]["alpha"] == 0.2
     assert after[f"{LAYER}mlp.gate_proj"]["activation_scheme"] == "per_token"

@@ -16,8 +16,10 @@ import torch
 from smoothquant_kernels import smooth_and_quantize, smooth_lm
 from smoothquant_kernels.smoothing import statistics as statistics_module
 from smoothquant_kernels.smoothing.calibrate import calibrate_model
+from smoothquant_kernels.smoothing.rows import KEPT
 from smoothquant_kernels.smoothing.statistics import ActivationStatistics
 from tests.support.checkpoints import assert_same_state, refusal
+from tests.support.compare import assert_bitwise_equal
 from tests.support.models import make_model, token_batches
 from tools.build.plan import ROOT
 
@@ -36,6 +38,13 @@ def assert_equal(got: ActivationStatistics, expected: ActivationStatistics) -> N
         assert all(torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in b), name
 
 
+def assert_equal_rows(got: ActivationStatistics, expected: ActivationStatistics) -> None:
+    assert list(got.rows) == list(expected.rows)
+    for name, rows in expected.rows.items():
+        assert_bitwise_equal(got.rows[name].first, rows.first, name)
+        assert_bitwise_equal(got.rows[name].largest, rows.largest, name)
+
+
 @pytest.mark.parametrize("bound", [4096, 150])
 def test_merged_parts_equal_the_whole(monkeypatch: pytest.MonkeyPatch, bound: int) -> None:
     """The second part reaches a bound below the number of tokens (288)."""
@@ -43,6 +52,14 @@ def test_merged_parts_equal_the_whole(monkeypatch: pytest.MonkeyPatch, bound: in
     whole, parts = measured(BATCHES), [measured(BATCHES[:2]), measured(BATCHES[2:])]
     parts[0].merge(parts[1])
     assert_equal(parts[0], whole)
+    for (
+        name,
+        rows,
+    ) in whole.rows.items():  # the same first tokens; the largest by factors that had seen less
+        merged = parts[0].rows[name]
+        assert_bitwise_equal(merged.first, rows.first)
+        ratio = parts[0].range_of(name, None, 8) / whole.range_of(name, None, 8)
+        assert 0.9 < ratio < 1.1 and len(merged.largest) == KEPT
     assert len(next(iter(whole.token_absmax.values()))) == min(288, bound)
 
 
@@ -73,6 +90,7 @@ def test_statistics_survive_a_file(tmp_path: Path) -> None:
     statistics = measured(BATCHES)
     path = statistics.save(tmp_path / "ranges.safetensors")
     assert_equal(ActivationStatistics.load(path), statistics)
+    assert_equal_rows(ActivationStatistics.load(path), statistics)
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
     one, two = (
         smooth_and_quantize(make_model("llama"), s, progress=False)
@@ -88,7 +106,7 @@ def test_statistics_survive_a_file(tmp_path: Path) -> None:
     ):
         path.write_bytes(damaged)
         assert "give another file" in refusal(lambda: ActivationStatistics.load(path))
-    path.write_bytes(data.replace(b'format_version\\": 1', b'format_version\\": 2'))
+    path.write_bytes(data.replace(b'format_version\\": 2', b'format_version\\": 3'))
     assert "upgrade" in refusal(lambda: ActivationStatistics.load(path))
     assert "give another file" in refusal(lambda: ActivationStatistics.load(tmp_path / "none"))
     assert "cannot be written" in refusal(lambda: statistics.save(tmp_path / "none" / "x"))
@@ -148,8 +166,12 @@ def test_two_gloo_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     for bound in (4096, 150):
         monkeypatch.setattr(statistics_module, "_PEAK_TOKENS", bound)
         whole = measured(BATCHES)
+        merged = measured(BATCHES[:2])
+        merged.merge(measured(BATCHES[2:]))
         for rank in range(2):
-            assert_equal(ActivationStatistics.load(tmp_path / f"{bound}-{rank}"), whole)
+            found = ActivationStatistics.load(tmp_path / f"{bound}-{rank}")
+            assert_equal(found, whole)
+            assert_equal_rows(found, merged)
 
 
 def test_all_reduce_needs_a_group() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -61,6 +62,8 @@ def assert_same_checkpoint(got: Path, expected: Path) -> None:
     for m in (a, b):
         change = (m["info"].get("verification") or {}).pop("relative_change", 0.0)
         assert 0 <= change <= 1e-5  # every product that is rounded once more adds about 1e-7
+        for layer in m["info"]["layers"]:  # percentages of int8 errors, which show that noise too
+            layer["reason"] = re.sub(r"[0-9.]+%", "%", layer["reason"])
     for key in b:
         assert a[key] == b[key], key
         assert json.dumps(a[key]) == json.dumps(b[key]), f"order of {key}"
