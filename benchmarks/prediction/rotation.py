@@ -1,4 +1,4 @@
-"""What a rotation should cost in `quantize` on 16-bit rows: instructions counted in the compiled code, nothing measured.
+"""What a rotation should cost in `quantize` on 16-bit rows, by counted instructions: nothing was measured.
 
 A rotation moves no bytes. It costs time only where its instructions, or its shuffles, take longer than memory does.
 """
@@ -9,12 +9,12 @@ from .gpus import GPUS
 
 GROUPS = (0, 64, 128, 256)
 TOKENS = (1, 64, 2048)
-#: Executed instructions per element of the path wide on sm_80, without a rotation; of a stage within a thread, and of one
-#: between lanes, where 70 instructions serve a thread's 32 elements.
+#: Executed instructions per element of the path wide on sm_80: without a rotation, of a stage within a thread, and of
+#: one between lanes, where 70 instructions serve a thread's 32 elements.
 PLAIN, WITHIN, BETWEEN = 13.3, 1.0, 70 / 32
 #: A thread of the path block, which takes single rows, has 8 elements: 18 instructions.
 BETWEEN_BLOCK = 18 / 8
-#: Per SM and clock: 4 warps issue, and 32 lanes exchange a value. CUDA C++ Programming Guide, throughput of instructions.
+#: Threads per SM and clock that issue, and that exchange a value (CUDA C++ Programming Guide, arithmetic throughput).
 ISSUED, EXCHANGED = 128, 32
 #: Memory reaches nine tenths of its data sheet, as for the GEMMs.
 MEMORY = 0.9

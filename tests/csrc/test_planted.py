@@ -219,11 +219,11 @@ MUTANTS = (
     quantizer(
         "the stages between lanes come first",
         "common/rotate.cuh",
-        """    rotate_elements(v, group, 1);
-    rotate_lanes(v, group, kV);
+        """    group < kV ? rotate_elements(v, group) : rotate_elements(v, kV);
+    rotate_lanes<kUnroll>(v, group, kV);
 """,
-        """    rotate_lanes(v, group, kV);
-    rotate_elements(v, group, 1);
+        """    rotate_lanes<kUnroll>(v, group, kV);
+    rotate_elements(v, kV);
 """,
         QUANTIZE,
         ROTATION,
