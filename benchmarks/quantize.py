@@ -32,9 +32,13 @@ from benchmarks.lib.shapes import (
     REHEARSAL_TOKENS,
     REHEARSAL_WIDTHS,
 )
+from smoothquant_kernels.ops import checks
+from smoothquant_kernels.reference import MAX_ROTATION
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 BASELINES = ("copy", "eager", "compiled")
+#: A line's columns that identify its case.
+KEYS = ("producer", "smooth", "scheme", "dtype", "M", "K", "rotation")
 
 
 @dataclass
@@ -60,21 +64,29 @@ def cases_of(
     hidden: Sequence[int],
     mlp: Sequence[int],
     dtypes: Sequence[torch.dtype] = tuple(DTYPES.values()),
+    rotations: Sequence[int] = (0,),
 ) -> list[Case]:
     """All combinations, the most telling first; each axis is given most important first.
 
+    A width that a group of `rotations` does not divide is left out.
     A case's rank is the sum of its places: first the main cases of all producers, then those one step off, and so on.
     """
     ranked = []
     for order, name in enumerate(names):
         widths = mlp if PRODUCERS[name].mlp else hidden
-        axes: tuple[Sequence[Any], ...] = (tokens, widths, SCHEMES, dtypes, (False, True))
+        axes: tuple[Sequence[Any], ...]
+        axes = (tokens, widths, SCHEMES, dtypes, (False, True), rotations)
         places = itertools.product(*(range(len(axis)) for axis in axes))
         # of one rank, those that differ in M come first
         best_first = sorted(places, key=lambda p: (sum(p), [-place for place in p]))
         for turn, place in enumerate(best_first):  # the producers take turns
-            m, k, scheme, dtype, smooth = (axis[i] for axis, i in zip(axes, place, strict=True))
-            ranked.append((sum(place), turn, order, Case(name, smooth, scheme, dtype, m, k)))
+            m, k, scheme, dtype, smooth, rotation = (
+                axis[i] for axis, i in zip(axes, place, strict=True)
+            )
+            if rotation and k % rotation:
+                continue
+            case = Case(name, smooth, scheme, dtype, m, k, rotation)
+            ranked.append((sum(place), turn, order, case))
     return [item[-1] for item in sorted(ranked, key=lambda item: item[:3])]
 
 
@@ -135,10 +147,9 @@ def copies(moved: int, count: int, device: torch.device) -> list[timer.Call]:
 
 
 def key_of(case: Case) -> Row:
-    names = ("producer", "smooth", "scheme", "dtype", "M", "K")
     dtype = str(case.dtype).removeprefix("torch.")
-    values = (case.producer, case.smooth, case.scheme, dtype, case.m, case.k)
-    return dict(zip(names, values, strict=True))
+    values = (case.producer, case.smooth, case.scheme, dtype, case.m, case.k, case.rotation)
+    return dict(zip(KEYS, values, strict=True))
 
 
 def row_of(
@@ -153,10 +164,9 @@ def row_of(
 
 
 def line(row: Row) -> str:
-    names = ("producer", "smooth", "scheme", "dtype", "M", "K")
-    name, smooth, scheme, dtype, m, k = (row[n] for n in names)
-    case = Case(name, smooth, scheme, getattr(torch, dtype), m, k)
-    return f"{case!s:66s} | {row['us']:8.2f} us | {row['gb_per_s']:7.1f} GB/s | {ratios(row, BASELINES)}"
+    name, smooth, scheme, dtype, m, k, rotation = (row[key] for key in KEYS)
+    case = Case(name, smooth, scheme, getattr(torch, dtype), m, k, rotation)
+    return f"{case!s:76s} | {row['us']:8.2f} us | {row['gb_per_s']:7.1f} GB/s | {ratios(row, BASELINES)}"
 
 
 def geomeans(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
@@ -171,7 +181,9 @@ def run(args: argparse.Namespace) -> int:
     device = torch.device(args.device)
     facts = runner.machine_facts(device)
     sample, compiler = gpu.sampler(device), Compiler(args.compile, args.compile_seconds)
-    chosen = cases_of(args.producers, args.tokens, args.hidden, args.mlp, args.dtypes)
+    chosen = cases_of(
+        args.producers, args.tokens, args.hidden, args.mlp, args.dtypes, args.rotation
+    )
     rows = runner.run_cases(
         chosen[: 2 * len(args.producers)] if args.quick else chosen,
         lambda case: measure(case, device, args.seconds, compiler, sample),
@@ -200,6 +212,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, nargs="+", help="M, the most important first")
     parser.add_argument("--widths", type=int, nargs="+", help="K, the most important first")
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=list(DTYPES))
+    parser.add_argument(
+        "--rotation", type=int, nargs="+", default=[0, 256], metavar="G",
+        help="channels per rotated group, 0 for none; a G that does not divide K is left out",
+    )  # fmt: skip
     parser.add_argument("--seconds", type=float, help="to measure per case (GPU: 0.3, CPU: 0.05)")
     parser.add_argument(
         "--compile", choices=["none", "default", "max-autotune-no-cudagraphs"],
@@ -214,6 +230,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     args.mlp = args.widths or (MLP_WIDTHS if on_gpu else REHEARSAL_WIDTHS)
     args.seconds = args.seconds if args.seconds is not None else (0.3 if on_gpu else 0.05)
     args.compile = args.compile or ("max-autotune-no-cudagraphs" if on_gpu else "none")
+    if wrong := [group for group in args.rotation if not checks.fits_rotation(group, MAX_ROTATION)]:
+        parser.error(f"--rotation: 0 or a power of two from 2 to {MAX_ROTATION}, not {wrong[0]}")
     runner.check_options(parser, args)
     return args
 

@@ -122,6 +122,7 @@ class Library:
         producer: str = ...,
         scheme: str = ...,
         dtype: str = ...,
+        rotation: int = ...,
     ) -> QuantizePlan | None: ...
     def use_measured(
         self, table: str, sms: int, rows: Sequence[tuple[int, int, int, str, int]]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -33,10 +33,12 @@ class Case:
     dtype: torch.dtype
     m: int
     k: int
+    rotation: int = 0  # channels of a group that are rotated
 
     @property
     def name(self) -> str:
-        return self.producer + ("+smooth" if self.smooth else "")
+        rotation = f"+rotate{self.rotation}" if self.rotation else ""
+        return self.producer + ("+smooth" if self.smooth else "") + rotation
 
     def __str__(self) -> str:
         dtype = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}[self.dtype]
@@ -124,7 +126,10 @@ PRODUCERS: dict[str, Producer] = {
 
 
 def make_inputs(case: Case, generator: torch.Generator) -> Inputs:
-    """Random tensors by name; `inv_smooth` where the case has it. The generator's device is theirs."""
+    """Random tensors by name; `inv_smooth` and `hadamard` where the case has them. The generator's device is theirs.
+
+    The op does not read `hadamard` [rotation, rotation]; the eager chain multiplies by it.
+    """
     device = generator.device
 
     def normal(*shape: int) -> Tensor:
@@ -144,6 +149,9 @@ def make_inputs(case: Case, generator: torch.Generator) -> Inputs:
     if case.smooth:
         uniform = torch.rand(case.k, generator=generator, device=device)
         inputs["inv_smooth"] = 0.5 + uniform
+    if case.rotation:
+        matrix = reference.rotate(torch.eye(case.rotation), case.rotation)
+        inputs["hadamard"] = matrix.to(device, case.dtype)
     return inputs
 
 
@@ -168,7 +176,10 @@ def bytes_moved(case: Case) -> int:
 
 def quantizer_options(case: Case, inputs: Inputs, scale: Tensor | None) -> dict[str, Any]:
     """The keyword arguments that all producers share."""
-    options: dict[str, Any] = {"inv_smooth": inputs.get("inv_smooth")}
+    options: dict[str, Any] = {
+        "inv_smooth": inputs.get("inv_smooth"),
+        "rotation": case.rotation,
+    }
     if case.scheme == "static":
         return options | {"scale": scale}
     return options | {"granularity": case.scheme.removeprefix("per_")}
@@ -202,6 +213,9 @@ def run_eager(case: Case, inputs: Inputs, scale: Tensor | None) -> tuple[Tensor,
     v = PRODUCERS[case.producer].chain(*arguments).float()
     if case.smooth:
         v = v * inputs["inv_smooth"]
+    if case.rotation:
+        groups = v.to(case.dtype).unflatten(-1, (-1, case.rotation))
+        v = (groups @ inputs["hadamard"]).flatten(-2).float()
     if case.scheme == "per_token":
         x_scale = v.abs().amax(-1) / 127
     elif case.scheme == "per_tensor":
@@ -217,8 +231,7 @@ def static_scale(case: Case, inputs: Inputs) -> Tensor | None:
     """What calibration on these inputs would find, for the static scheme."""
     if case.scheme != "static":
         return None
-    dynamic = Case(case.producer, case.smooth, "per_tensor", case.dtype, case.m, case.k)
-    return run_reference(dynamic, inputs, None)[1]
+    return run_reference(replace(case, scheme="per_tensor"), inputs, None)[1]
 
 
 def difference(

@@ -1,6 +1,7 @@
 """Expected times of `gemm_s8` by the dispatch's own arithmetic (csrc/gemm/cost.cpp): nothing here was measured.
 
     python -m benchmarks.prediction [--gpu H100] [--layers WORD ...] [--tokens 1 64 2048]
+    python -m benchmarks.prediction --rotation                        # what rotated groups add to `quantize`
     python -m benchmarks.prediction --yardstick                       # beside other people's measured times
     python -m benchmarks.prediction --compare results/.../gemm.json   # a run of ours, each row at its measured clock
 
@@ -19,7 +20,7 @@ from pathlib import Path
 
 from benchmarks.lib.shapes import LLM_LAYERS
 
-from . import compare, expected, planner, yardstick
+from . import compare, expected, planner, rotation, yardstick
 from .gpus import GPUS
 
 
@@ -41,7 +42,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, nargs="*", default=list(expected.TOKENS))
     parser.add_argument("--compare", type=Path, metavar="gemm.json")
     parser.add_argument("--yardstick", action="store_true")
+    parser.add_argument("--rotation", action="store_true")
     args = parser.parse_args(arguments)
+    if args.rotation:
+        print("quantize, float16, K = 4096: arithmetic, not measured")
+        show(rotation.table((args.gpu,) if args.gpu else ("A100", "L40S", "H100")))
+        return 0
     if not planner.available():
         parser.error(f"{planner.cxx()} was not found; install a C++ compiler or set CXX.")
     if args.yardstick:

@@ -83,7 +83,7 @@ PYBIND11_MODULE(_kernels, module) {
       .def("current_device", &current_device)
       .def("plan_gemm", &plan_gemm, "m"_a, "n"_a, "k"_a, "device"_a = py::none())
       .def("plan_quantize", &plan_quantize, "m"_a, "k"_a, "device"_a, py::kw_only(),
-           "producer"_a = "quantize", "scheme"_a = "token", "dtype"_a = "float16")
+           "producer"_a = "quantize", "scheme"_a = "token", "dtype"_a = "float16", "rotation"_a = 0)
       .def("use_measured", &use_measured, "table"_a, "sms"_a, "rows"_a)
       .def("without_tiles", &without_tiles, "names"_a);
 }

@@ -96,11 +96,12 @@ py::object plan_gemm(const Entries& entries, int64_t m, int64_t n, int64_t k,
 
 py::object plan_quantize(const Entries& entries, int64_t m, int64_t k, const Device& device,
                          const std::string& producer, const std::string& scheme,
-                         const std::string& dtype) {
+                         const std::string& dtype, int32_t rotation) {
   QuantizeParams params = {};
   params.producer = static_cast<Producer>(position(producer, kProducerNames, "producer"));
   params.scheme = static_cast<Scheme>(position(scheme, kSchemeNames, "scheme"));
   params.dtype = float_type(dtype);
+  params.rotation = rotation;
   params.path = QuantizePath::kAuto;
   params.m = m;
   params.k = k;

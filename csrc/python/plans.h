@@ -23,7 +23,7 @@ pybind11::object plan_gemm(const Entries& entries, int64_t m, int64_t n, int64_t
 // The same for a quantizer of aligned rows.
 pybind11::object plan_quantize(const Entries& entries, int64_t m, int64_t k, const Device& device,
                                const std::string& producer, const std::string& scheme,
-                               const std::string& dtype);
+                               const std::string& dtype, int32_t rotation);
 
 // The current GPU, or None.
 std::optional<Device> current_device(const Entries& entries);

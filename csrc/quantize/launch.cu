@@ -16,13 +16,14 @@ constexpr int64_t kDefaultShared = 47 * 1024;
 // A producer without a file in instances/ does not link.
 template <int... kProducer>
 RowKernel find_kernel(Producer producer, DType dtype, QuantizePath path, Launches launches,
-                      std::integer_sequence<int, kProducer...>) {
-  using Find = RowKernel (*)(DType, QuantizePath, Launches);
+                      bool rotates, std::integer_sequence<int, kProducer...>) {
+  using Find = RowKernel (*)(DType, QuantizePath, Launches, bool);
   static constexpr Find kFind[] = {&row_kernel_for<static_cast<Producer>(kProducer)>...};
-  return kFind[static_cast<int>(producer)](dtype, path, launches);
+  return kFind[static_cast<int>(producer)](dtype, path, launches, rotates);
 }
 
-RowKernel find_kernel(Producer producer, DType dtype, QuantizePath path, Launches launches) {
+RowKernel find_kernel(Producer producer, DType dtype, QuantizePath path, Launches launches,
+                      bool rotates) {
   if (path == QuantizePath::kCluster) {
 #if SQK_WITH_SM90
     return cluster_kernel_for(producer, dtype);
@@ -30,7 +31,7 @@ RowKernel find_kernel(Producer producer, DType dtype, QuantizePath path, Launche
     return nullptr;
 #endif
   }
-  return find_kernel(producer, dtype, path, launches,
+  return find_kernel(producer, dtype, path, launches, rotates,
                      std::make_integer_sequence<int, kProducers>());
 }
 
@@ -62,16 +63,17 @@ Status quantize(const QuantizeParams& params, const QuantizePlan& plan, cudaStre
   if (params.workspace_bytes < plan.workspace_bytes) return Status::kWorkspaceTooSmall;
   const bool per_tensor = params.scheme == Scheme::kPerTensor;
   const bool two = per_tensor || plan.splits > 1;
-  RowKernel kernel =
-      find_kernel(params.producer, params.dtype, plan.path, two ? Launches::kTwo : Launches::kOne);
+  const bool rotates = params.rotation != 0;
+  RowKernel kernel = find_kernel(params.producer, params.dtype, plan.path,
+                                 two ? Launches::kTwo : Launches::kOne, rotates);
   if (kernel == nullptr) return Status::kUnsupportedArch;
   if (plan.shared_bytes > kDefaultShared) {
     // Only kLong and kElement get here. Asks for the maximum that any row needs, because another
     // thread may be between this request and its launch. L1 does not help rows this long, so all of
     // the memory may be shared memory.
-    static DevicesSeen seen[kProducers][kDTypes][2][2];
+    static DevicesSeen seen[kProducers][kDTypes][2][2][2];
     DevicesSeen& of_kernel = seen[static_cast<int>(params.producer)][static_cast<int>(params.dtype)]
-                                 [plan.path == QuantizePath::kLong][two];
+                                 [plan.path == QuantizePath::kLong][two][rotates];
     status = allow_shared_memory(reinterpret_cast<const void*>(kernel),
                                  device.shared_bytes - kReservedShared, 1, of_kernel);
     if (status != Status::kSuccess) return status;

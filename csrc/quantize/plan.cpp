@@ -48,6 +48,7 @@ Status check(const QuantizeParams& p) {
       (p.bias != nullptr && !is_float(p.bias_dtype))) {
     return Status::kInvalidArgument;
   }
+  if (!fits_rotation(p.rotation, p.k)) return Status::kInvalidArgument;
   if (p.m > 0 && (p.x == nullptr || p.x_q == nullptr)) return Status::kInvalidArgument;
   if ((p.m > 0 || p.scheme == Scheme::kPerTensor) && p.x_scale == nullptr) {
     return Status::kInvalidArgument;
@@ -78,6 +79,7 @@ KernelClass class_of(QuantizePath path, const QuantizeParams& p, bool two_launch
 bool can_serve(QuantizePath path, const QuantizeParams& p, const Device& device, bool vectors) {
   return (vectors || path == QuantizePath::kElement) &&
          (path != QuantizePath::kCluster || has_clusters(device)) &&
+         p.rotation <= largest_rotation(path, size_in_bytes(p.dtype)) &&
          (p.scheme != Scheme::kPerTensor || serves_two_launches(path));
 }
 
@@ -120,15 +122,17 @@ Status plan_quantize(const QuantizeParams& p, const Device& device, QuantizePlan
   }
 
   const int vec = static_cast<int>(16 / size_in_bytes(p.dtype));
-  // Slices start at whole vectors. Multiples of 256 elements also keep the sectors of the int8 rows
-  // whole.
-  const int64_t slice = round_up(divide_up(p.k, splits), splits == 1 ? vec : 256);
+  // Slices start at whole vectors and groups. Multiples of 256 elements also keep the sectors of
+  // the int8 rows whole.
+  const int64_t unit = splits == 1 ? vec : std::max(256, p.rotation);
+  const int64_t slice = round_up(divide_up(p.k, splits), unit);
   splits = static_cast<int>(divide_up(p.k, slice));
   const bool two = per_tensor || splits > 1;
   // The rule splits rows, but not into enough slices.
   if (slice > capacity(class_of(path, p, two))) path = QuantizePath::kLong;
   const int most_threads = max_threads(class_of(path, p, two));
-  const int floats = floats_per_thread(path, size_in_bytes(p.dtype));
+  const bool rotates = p.rotation != 0;
+  const int floats = floats_per_thread(path, size_in_bytes(p.dtype), rotates);
   plan->path = path;
   plan->cluster = 1;
   plan->rows = 1;
@@ -138,9 +142,8 @@ Status plan_quantize(const QuantizeParams& p, const Device& device, QuantizePlan
     plan->threads = most_threads;
     plan->rows = plan->threads / 32;
   } else {
-    int64_t threads = divide_up(slice, floats);
     // Unaligned rows get eight elements per thread, like short rows.
-    if (path == QuantizePath::kElement) threads = divide_up(slice, 8);
+    int64_t threads = divide_up(slice, path == QuantizePath::kElement ? 8 : floats);
     if (path == QuantizePath::kCluster) {
       plan->cluster = 2;
       while (plan->cluster < 8 && threads > plan->cluster * kClusterThreads) plan->cluster *= 2;
@@ -152,8 +155,10 @@ Status plan_quantize(const QuantizeParams& p, const Device& device, QuantizePlan
     const int64_t vectors_per_thread = divide_up(divide_up(slice, vec), plan->threads);
     const int64_t slot_bytes = int64_t{4} * vec * plan->threads;
     const int64_t room = std::max<int64_t>(0, device.shared_bytes - kReservedShared) / slot_bytes;
+    const int64_t wanted = std::max<int64_t>(0, vectors_per_thread - floats / vec);
+    const int together = vectors_together(path, size_in_bytes(p.dtype), rotates);
     plan->slots =
-        static_cast<int>(std::max<int64_t>(0, std::min(room, vectors_per_thread - floats / vec)));
+        static_cast<int>(std::min(room / together * together, round_up(wanted, together)));
     plan->shared_bytes = plan->slots * slot_bytes;
   }
 

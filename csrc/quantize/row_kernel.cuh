@@ -18,6 +18,7 @@ enum class Pass : int32_t {
 };
 
 // Compiled separately: the code that only two launches need would cost registers and instructions.
+// kTwo also does the work of one launch (Pass::kWhole).
 enum class Launches { kOne, kTwo };
 
 struct RowParams {
@@ -50,6 +51,13 @@ __device__ Team<Group::kBlock>& whole_block(Team<kGroup>& team, Team<Group::kBlo
   }
 }
 
+// Calls `see` for each of a thread's vectors; `first` is the number of v[0].
+template <int kCount, int kV, typename See>
+__device__ void each(int first, float (&v)[kCount][kV], See see) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) see(first + i, v[i]);
+}
+
 template <typename T, Producer kProducer, QuantizePath kPath, Launches kLaunches>
 constexpr int kMaxThreads =
     max_threads({kPath, sizeof(T), is_norm(kProducer), kLaunches == Launches::kTwo});
@@ -64,17 +72,17 @@ __device__ inline void allow_next_kernel() {
 }
 
 // Without the 1 (blocks per SM), ptxas aims for more blocks and spills.
-template <typename T, Producer kProducer, QuantizePath kPath, Launches kLaunches>
+template <typename T, Producer kProducer, QuantizePath kPath, Launches kLaunches, bool kRotates>
 __global__ void __launch_bounds__(kMaxThreads<T, kProducer, kPath, kLaunches>, 1)
     row_kernel(const __grid_constant__ RowParams p) {
   using Traits = PathTraits<kPath>;
-  using Slice = RowSlice<T, kProducer, kPath>;
+  using Slice = RowSlice<T, kProducer, kPath, kRotates>;
   constexpr int kV = kVec<T>;
   constexpr bool kTwo = kLaunches == Launches::kTwo;
   const QuantizeParams& q = p.q;
   Team<Traits::kGroup> team;
   const int rank = team.rank(), size = team.size();
-  const auto nothing = [](int, float (&)[kV]) {};
+  const auto nothing = [](int, auto&) {};
   const bool measures = kTwo && p.pass == Pass::kMeasure;
   const bool applies = kTwo && p.pass == Pass::kApply;
   const bool per_tensor = kTwo && q.scheme == Scheme::kPerTensor;
@@ -103,6 +111,10 @@ __global__ void __launch_bounds__(kMaxThreads<T, kProducer, kPath, kLaunches>, 1
       }
     }
     const int k = static_cast<int>(q.k);
+    // Of a row whose first 32 * kV * kSpan elements are the first warp's, else 32 * kV.
+    const bool together = Slice::kSpan > 1 && q.rotation > 32 * kV;
+    const int warp_first = rank / 32 * 32 * kV;
+    const int own = Traits::kVectors ? rank * kV : warp_first + rank % 32;
     Slice s{q,
             static_cast<const T*>(q.x) + row * q.x_stride,
             other,
@@ -110,21 +122,30 @@ __global__ void __launch_bounds__(kMaxThreads<T, kProducer, kPath, kLaunches>, 1
             q.x_q + row * q.x_q_stride,
             kTwo ? min(k, from + p.slice) : k,
             size * kV,
-            from + (Traits::kVectors ? rank * kV : rank / 32 * 32 * kV + rank % 32),
+            together ? 32 * kV : size * kV,
+            from + own + (together ? warp_first * (Slice::kSpan - 1) : 0),
             {}};
-    Keep<T, kProducer, kPath> keep;
+    Keep<T, kProducer, kPath, kRotates> keep;
     AbsMax absmax;
-    const auto measure = [&](int i, float (&v)[kV]) { s.measure(i, v, absmax); };
+    const auto measure = [&](int first, auto& v) {
+      s.rotate(v);
+      each(first, v, [&](int i, float (&of)[kV]) { s.measure(i, of, absmax); });
+    };
+    const auto finish = [&](int first, auto& v) {
+      each(first, v, [&](int i, float (&of)[kV]) { s.finish(i, of); });
+    };
 
     if constexpr (Slice::kNorm) {
       float partial = 0.0f;
-      const auto add_squares = [&](int i, float (&v)[kV]) {
-        partial = s.add_squares(i, v, partial);
+      const auto add_squares = [&](int first, auto& v) {
+        each(first, v, [&](int i, float (&of)[kV]) { partial = s.add_squares(i, of, partial); });
       };
       if constexpr (kProducer == Producer::kLayerNorm) {
-        keep.read(s, p.slots, [&](int, float (&v)[kV]) {
+        keep.read(s, p.slots, [&](int first, auto& v) {
+          each(first, v, [&](int, float (&of)[kV]) {
 #pragma unroll
-          for (int e = 0; e < kV; ++e) partial = __fadd_rn(partial, v[e]);
+            for (int e = 0; e < kV; ++e) partial = __fadd_rn(partial, of[e]);
+          });
         });
         s.moments.mean = __fdiv_rn(team.sum(partial), static_cast<float>(k));
         partial = 0.0f;
@@ -135,9 +156,9 @@ __global__ void __launch_bounds__(kMaxThreads<T, kProducer, kPath, kLaunches>, 1
       s.moments.rstd = inverse_deviation(team.sum(partial), k, q.eps);
       keep.template visit<true>(
           s, p.slots,
-          [&](int i, float (&v)[kV]) {
-            s.finish(i, v);
-            measure(i, v);
+          [&](int first, auto& v) {
+            finish(first, v);
+            measure(first, v);
           },
           nothing);
     } else {
@@ -158,7 +179,7 @@ __global__ void __launch_bounds__(kMaxThreads<T, kProducer, kPath, kLaunches>, 1
         if (rank == 0) p.maxima[piece] = bits;
         return;
       }
-      if constexpr (kTwo) bits = largest_of(p.maxima + row * p.splits, p.maxima_count, block);
+      if (applies) bits = largest_of(p.maxima + row * p.splits, p.maxima_count, block);
       float scale = scale_of(bits);
       inverse = inverse_of(scale);
       if (q.scheme == Scheme::kStatic) {
@@ -169,8 +190,14 @@ __global__ void __launch_bounds__(kMaxThreads<T, kProducer, kPath, kLaunches>, 1
       if (rank == 0 && from == 0) q.x_scale[row] = scale;
     }
     keep.template visit<false>(
-        s, p.slots, [&](int i, float (&v)[kV]) { s.store(i, v, inverse); },
-        [&](int i, float (&v)[kV]) { s.finish(i, v); });
+        s, p.slots,
+        [&](int first, auto& v) {
+          each(first, v, [&](int i, float (&of)[kV]) { s.store(i, of, inverse); });
+        },
+        [&](int first, auto& v) {
+          finish(first, v);
+          s.rotate(v);
+        });
     if (s.end == k) {
 #pragma unroll 1  // rarely any; an unrolled loop would start with a division
       for (int64_t c = q.k + rank; c < q.k_padded; c += size) s.out[c] = 0;

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "common/reduce.cuh"
+#include "common/rotate.cuh"
 #include "common/vector.cuh"
 #include "quantize/producer.cuh"
 #include "quantize/table.h"
@@ -21,12 +22,14 @@ struct PathTraits {
 };
 
 // One thread's part of a row or slice: where its elements lie and how they are computed.
-template <typename T, Producer kProducer, QuantizePath kPath>
+// kRotates: false if it is known at compile time that there is no rotation.
+template <typename T, Producer kProducer, QuantizePath kPath, bool kRotates>
 struct RowSlice {
   using Traits = PathTraits<kPath>;
   static constexpr int kV = kVec<T>;
   static constexpr bool kNorm = is_norm(kProducer);
   static constexpr bool kAct = is_activation(kProducer);
+  static constexpr int kSpan = vectors_together(kPath, sizeof(T), kRotates);
 
   const QuantizeParams& q;
   const T* x;
@@ -35,17 +38,23 @@ struct RowSlice {
   int8_t* out;
   int end;     // after the last element
   int stride;  // elements between a thread's vectors
+  int near;    // as stride, but less within each kSpan vectors if a rotation mixes these
   int first;   // element 0 of its vector 0
   Moments moments;
 
   // The position of element e of a thread's vector i. A thread of a vector path has adjacent
   // elements. In kElement adjacent lanes have them, so that narrow accesses fill whole sectors too.
   __device__ int at(int i, int e) const {
-    return first + i * stride + (Traits::kVectors ? e : e * 32);
+    const int vector = i % kSpan * near + i / kSpan * kSpan * stride;
+    return first + vector + (Traits::kVectors ? e : e * 32);
   }
   __device__ bool has(int i, int e) const { return at(i, e) < end; }
   // Vector paths get only whole vectors (plan_quantize), so checking the first element is enough.
   __device__ bool has(int i) const { return at(i, 0) < end; }
+  // Whether any lane of the warp has a vector i.
+  __device__ bool warp_has(int i) const {
+    return at(i, 0) - static_cast<int>(threadIdx.x % 32) * (Traits::kVectors ? kV : 1) < end;
+  }
 
   __device__ void fetch(const T* row, int i, Packed<T>& to) const {
     if constexpr (Traits::kVectors) {
@@ -160,6 +169,16 @@ struct RowSlice {
     }
   }
 
+  // The rotation. All lanes must call it. No element is mixed with one outside of the row.
+  template <int kCount>
+  __device__ void rotate(float (&v)[kCount][kV]) const {
+    // These two paths are for a few rows.
+    constexpr bool kShort = kPath == QuantizePath::kBlock || kPath == QuantizePath::kCluster;
+    if (kRotates && q.rotation != 0) {
+      sqk::rotate<Traits::kVectors, kSpan, kShort ? 5 : 1>(v, q.rotation);
+    }
+  }
+
   // v is arbitrary outside of the row.
   __device__ void measure(int i, const float (&v)[kV], AbsMax& largest) const {
     if constexpr (Traits::kVectors) {
@@ -200,40 +219,50 @@ struct RowSlice {
 };
 
 // Keeps the vectors of a thread, and passes through them.
-template <typename T, Producer kProducer, QuantizePath kPath>
+template <typename T, Producer kProducer, QuantizePath kPath, bool kRotates>
 struct Keep {
   using Traits = PathTraits<kPath>;
-  using Slice = RowSlice<T, kProducer, kPath>;
+  using Slice = RowSlice<T, kProducer, kPath, kRotates>;
   static constexpr int kV = kVec<T>;
-  static constexpr int kRegisters = floats_per_thread(kPath, sizeof(T)) / kV;
+  static constexpr int kRegisters = floats_per_thread(kPath, sizeof(T), kRotates) / kV;
   // With a second input, this many vectors of each are in flight: more would not fit in registers.
-  static constexpr int kBatch = kProducer == Producer::kQuantize || kRegisters < 4 ? kRegisters
-                                : kRegisters % 4 == 0                              ? 4
-                                                                                   : 3;
-  static_assert(kRegisters % kBatch == 0);
+  static constexpr int kBatch = kRegisters == 0                                      ? 1
+                                : kProducer == Producer::kQuantize || kRegisters < 4 ? kRegisters
+                                : kRegisters % 4 == 0                                ? 4
+                                                                                     : 3;
+  static constexpr int kSpan = Slice::kSpan;
+  static_assert(kRegisters % kBatch == 0 && kRegisters % kSpan == 0);
 
-  float v[kRegisters][kV];
+  float v[kRegisters == 0 ? 1 : kRegisters][kV];
 
   // This thread's shared memory: 16 bytes of each thread side by side, without bank conflicts.
   __device__ static float4* shared(int slot, int part) {
     extern __shared__ float4 storage[];
     return storage + (slot * (kV / 4) + part) * blockDim.x + threadIdx.x;
   }
-  __device__ static void put(int slot, const float (&from)[kV]) {
+  __device__ static void put(int slot, const float (&from)[kSpan][kV]) {
 #pragma unroll
-    for (int e = 0; e < kV; e += 4) {
-      *shared(slot, e / 4) = make_float4(from[e], from[e + 1], from[e + 2], from[e + 3]);
+    for (int j = 0; j < kSpan; ++j) {
+#pragma unroll
+      for (int e = 0; e < kV; e += 4) {
+        const float (&f)[kV] = from[j];
+        *shared(slot + j, e / 4) = make_float4(f[e], f[e + 1], f[e + 2], f[e + 3]);
+      }
     }
   }
-  __device__ static void get(int slot, float (&to)[kV]) {
+  __device__ static void get(int slot, float (&to)[kSpan][kV]) {
 #pragma unroll
-    for (int e = 0; e < kV; e += 4) {
-      const float4 f = *shared(slot, e / 4);
-      to[e] = f.x, to[e + 1] = f.y, to[e + 2] = f.z, to[e + 3] = f.w;
+    for (int j = 0; j < kSpan; ++j) {
+#pragma unroll
+      for (int e = 0; e < kV; e += 4) {
+        const float4 f = *shared(slot + j, e / 4);
+        to[j][e] = f.x, to[j][e + 1] = f.y, to[j][e + 2] = f.z, to[j][e + 3] = f.w;
+      }
     }
   }
 
-  // Reads the row and passes every vector to `see`. Norms keep the input, the others the result.
+  // Reads the row and passes all vectors in registers to `see`, then kSpan at a time. Norms keep
+  // the input, the others the result.
   template <typename See>
   __device__ void read(const Slice& s, int slots, See see) {
 #pragma unroll
@@ -249,43 +278,73 @@ struct Keep {
       for (int i = 0; i < kBatch; ++i) {
         s.begin(base + i, a[i], b[i], v[base + i]);
         if constexpr (!Slice::kNorm) s.finish(base + i, v[base + i]);
-        see(base + i, v[base + i]);
       }
     }
-    if constexpr (Traits::kOverflows) {
-#pragma unroll 1
-      for (int i = kRegisters; s.has(i); ++i) {
+    if constexpr (kRegisters > 0) see(0, v);
+    each_overflow(s, [&](int first) {
+      float w[kSpan][kV];
+      each_vector(s, first, w, [&](int i, float (&to)[kV]) {
         Packed<T> a, b;
-        float w[kV];
         s.fetch(s.x, i, a);
         if (kProducer != Producer::kQuantize && s.other != nullptr) s.fetch(s.other, i, b);
-        s.begin(i, a, b, w);
-        if constexpr (!Slice::kNorm) s.finish(i, w);
-        see(i, w);
-        if (i - kRegisters < slots) put(i - kRegisters, w);
+        s.begin(i, a, b, to);
+        if constexpr (!Slice::kNorm) s.finish(i, to);
+      });
+      see(first, w);
+      if (first - kRegisters < slots) put(first - kRegisters, w);
+    });
+  }
+
+  // Passes all vectors to `look` once more, as `read` does. For vectors that were not kept, `redo`
+  // first repeats what happened to the others since `read`. kWrite: `look` changes the vectors, and
+  // the changes are kept.
+  template <bool kWrite, typename Look, typename Redo>
+  __device__ void visit(const Slice& s, int slots, Look look, Redo redo) {
+    if constexpr (kRegisters > 0) look(0, v);
+    each_overflow(s, [&](int first) {
+      float w[kSpan][kV];
+      if (first - kRegisters < slots) {
+        get(first - kRegisters, w);
+        look(first, w);
+        if constexpr (kWrite) put(first - kRegisters, w);
+      } else {
+        each_vector(s, first, w, [&](int i, float (&to)[kV]) { s.again(i, to); });
+        redo(first, w);
+        look(first, w);
       }
+    });
+  }
+
+ private:
+  // Calls `visit` with the first of each kSpan vectors that are not in registers. All lanes of a
+  // warp make the same calls, because a rotation exchanges values between them.
+  template <typename Visit>
+  __device__ static void each_overflow(const Slice& s, Visit visit) {
+    if constexpr (Traits::kOverflows) {
+#pragma unroll 1
+      for (int i = kRegisters; s.warp_has(i); i += kSpan) visit(i);
     }
   }
 
-  // Passes every vector to `look` once more. For a vector that was not kept, `redo` first repeats
-  // what happened to the others since `read`. kWrite: `look` changes the vectors, and the changes
-  // are kept.
-  template <bool kWrite, typename Look, typename Redo>
-  __device__ void visit(const Slice& s, int slots, Look look, Redo redo) {
+  // Calls `fill` for those of kSpan vectors that any lane has. The others are 0.
+  template <typename Fill>
+  __device__ static void each_vector(const Slice& s, int first, float (&w)[kSpan][kV], Fill fill) {
+    if constexpr (kSpan == 1) {
+      fill(first, w[0]);
+    } else {
 #pragma unroll
-    for (int i = 0; i < kRegisters; ++i) look(i, v[i]);
-    if constexpr (Traits::kOverflows) {
-#pragma unroll 1
-      for (int i = kRegisters; s.has(i); ++i) {
-        float w[kV];
-        if (i - kRegisters < slots) {
-          get(i - kRegisters, w);
-          look(i, w);
-          if constexpr (kWrite) put(i - kRegisters, w);
-        } else {
-          s.again(i, w);
-          redo(i, w);
-          look(i, w);
+      for (int j = 0; j < kSpan; ++j) {
+#pragma unroll
+        for (int e = 0; e < kV; ++e) w[j][e] = 0.0f;
+      }
+#pragma unroll 1  // `fill` is long
+      for (int j = 0; j < kSpan && s.warp_has(first + j); ++j) {
+        float one[kV];
+        fill(first + j, one);
+#pragma unroll
+        for (int to = 0; to < kSpan; ++to) {
+#pragma unroll
+          for (int e = 0; e < kV; ++e) w[to][e] = to == j ? one[e] : w[to][e];
         }
       }
     }

@@ -37,8 +37,15 @@ struct KernelClass {
   bool two_launches;
 };
 
-// Elements of a row in a thread's registers.
-constexpr int floats_per_thread(QuantizePath path, int64_t element_bytes) {
+// Whether the path has kernels of its own for rotations. In the other paths a rotation costs
+// kernels without one a branch.
+constexpr bool is_compiled_for_rotations(QuantizePath path) {
+  return path == QuantizePath::kElement;
+}
+
+// Elements of a row in a thread's registers. Rotations of kElement keep all in shared memory: one
+// copy of their long code.
+constexpr int floats_per_thread(QuantizePath path, int64_t element_bytes, bool rotates) {
   switch (path) {
     case QuantizePath::kBlock:
     case QuantizePath::kCluster:
@@ -46,10 +53,25 @@ constexpr int floats_per_thread(QuantizePath path, int64_t element_bytes) {
     case QuantizePath::kLong:
       return element_bytes == 2 ? 48 : 32;  // float32 inputs in flight need separate registers
     case QuantizePath::kElement:
-      return 16;
+      return rotates ? 0 : 16;
     default:
       return 32;
   }
+}
+
+// The largest group that a path can rotate: elements that the lanes of a warp have at a time. In
+// kLong, whose threads take single vectors from shared memory, that is a vector of each lane.
+constexpr int largest_rotation(QuantizePath path, int64_t element_bytes) {
+  if (path == QuantizePath::kElement) return int{kMaxRotation};
+  const int held = path == QuantizePath::kLong ? 32 * static_cast<int>(16 / element_bytes)
+                                               : 32 * floats_per_thread(path, element_bytes, true);
+  return held < kMaxRotation ? held : int{kMaxRotation};
+}
+
+// Vectors of a thread that such a group spans.
+constexpr int vectors_together(QuantizePath path, int64_t element_bytes, bool rotates) {
+  const int in_a_warp = 32 * static_cast<int>(16 / element_bytes);
+  return rotates ? largest_rotation(path, element_bytes) / in_a_warp : 1;
 }
 
 // Threads of the largest block. With 1024 threads each has 64 registers, which fit 32 elements and
@@ -76,7 +98,7 @@ constexpr int64_t kLeastSlice = 2048;  // elements: twice what a warp's register
 
 // The longest row that a kernel can take.
 constexpr int64_t capacity(const KernelClass& kernel) {
-  const int64_t floats = floats_per_thread(kernel.path, kernel.element_bytes);
+  const int64_t floats = floats_per_thread(kernel.path, kernel.element_bytes, false);
   switch (kernel.path) {
     case QuantizePath::kWarp:
       return 32 * floats;

@@ -188,13 +188,17 @@ struct Rows {
 // The checks that all quantizers share. Sets the scheme, the sizes and x's type in `params`.
 inline void check_quantizer(const char* op, const Tensor& x, int64_t k,
                             const MaybeTensor& inv_smooth, const MaybeTensor& scale,
-                            std::string_view granularity, QuantizeParams& params) {
+                            std::string_view granularity, int64_t rotation,
+                            QuantizeParams& params) {
   check_vector(op, "inv_smooth", inv_smooth, x, k, "one factor per channel of x");
   check_vector(op, "scale", scale, x, 1, "a static scale for the whole tensor");
   const bool per_tensor = granularity == "tensor";
   SQK_CHECK(per_tensor || granularity == "token", op,
             ": granularity must be 'token' or 'tensor', got '", granularity,
             "'; give `scale` for the static scheme.");
+  SQK_CHECK(fits_rotation(rotation, k), op, ": rotation must be 0 or a power of two from 2 to ",
+            kMaxRotation, " that divides K = ", k, ", got ", rotation, ".");
+  params.rotation = static_cast<int32_t>(rotation);
   params.scheme = scale ? Scheme::kStatic : per_tensor ? Scheme::kPerTensor : Scheme::kPerToken;
   params.dtype = to_dtype(x.scalar_type());
   params.path = QuantizePath::kAuto;

@@ -9,7 +9,7 @@ namespace {
 
 Tensor linear_s8_op(const Tensor& x, const Tensor& w_q, const Tensor& w_scale,
                     const MaybeTensor& bias, const MaybeTensor& inv_smooth,
-                    const MaybeTensor& scale, StringHandle granularity_handle) {
+                    const MaybeTensor& scale, StringHandle granularity_handle, int64_t rotation) {
   const char* const op = "linear_s8";
   const Text granularity(granularity_handle);
   check_activation_input(op, x);
@@ -17,7 +17,8 @@ Tensor linear_s8_op(const Tensor& x, const Tensor& w_q, const Tensor& w_scale,
   LinearParams params = {};
   QuantizeParams& quantizer = params.quantize;
   quantizer.producer = Producer::kQuantize;
-  check_quantizer(op, x, gemm.params().k, inv_smooth, scale, granularity.view(), quantizer);
+  check_quantizer(op, x, gemm.params().k, inv_smooth, scale, granularity.view(), rotation,
+                  quantizer);
   const Launch launch(x);
   gemm.prepare();
   const Rows rows(x);

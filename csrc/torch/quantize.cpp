@@ -18,13 +18,15 @@ struct Target {
   const MaybeTensor& scale;
   Text granularity;
   int64_t k_multiple;
+  int64_t rotation;
 };
 
 // Allocates x_q, x_scale and the workspace, and launches. `params` has the producer and its inputs;
 // the tensors that they point into must outlive the call.
 std::tuple<Tensor, Tensor> run(const char* op, const Tensor& x, int64_t k, const Target& target,
                                QuantizeParams params) {
-  check_quantizer(op, x, k, target.inv_smooth, target.scale, target.granularity.view(), params);
+  check_quantizer(op, x, k, target.inv_smooth, target.scale, target.granularity.view(),
+                  target.rotation, params);
   SQK_CHECK(target.k_multiple >= 1, op, ": k_multiple must be at least 1, got ", target.k_multiple,
             ".");
   constexpr int64_t kLargestMultiple = int64_t{1} << 20;
@@ -59,8 +61,8 @@ std::tuple<Tensor, Tensor> run(const char* op, const Tensor& x, int64_t k, const
 
 std::tuple<Tensor, Tensor> quantize_op(const Tensor& x, const MaybeTensor& inv_smooth,
                                        const MaybeTensor& scale, StringHandle granularity,
-                                       int64_t k_multiple) {
-  const Target target{inv_smooth, scale, Text(granularity), k_multiple};
+                                       int64_t k_multiple, int64_t rotation) {
+  const Target target{inv_smooth, scale, Text(granularity), k_multiple, rotation};
   check_activation_input("quantize", x);
   QuantizeParams params = {};
   params.producer = Producer::kQuantize;
@@ -132,17 +134,17 @@ std::tuple<Tensor, Tensor, Tensor> rms_norm_quantize_op(const Tensor& x, const T
                                                         const MaybeTensor& inv_smooth,
                                                         const MaybeTensor& scale,
                                                         StringHandle granularity,
-                                                        int64_t k_multiple) {
+                                                        int64_t k_multiple, int64_t rotation) {
   return norm_op("rms_norm_quantize", Producer::kRmsNorm, x, weight, std::nullopt, eps, residual,
-                 {inv_smooth, scale, Text(granularity), k_multiple});
+                 {inv_smooth, scale, Text(granularity), k_multiple, rotation});
 }
 
 std::tuple<Tensor, Tensor, Tensor> layer_norm_quantize_op(
     const Tensor& x, const MaybeTensor& weight, const MaybeTensor& bias, double eps,
     const MaybeTensor& residual, const MaybeTensor& inv_smooth, const MaybeTensor& scale,
-    StringHandle granularity, int64_t k_multiple) {
+    StringHandle granularity, int64_t k_multiple, int64_t rotation) {
   return norm_op("layer_norm_quantize", Producer::kLayerNorm, x, weight, bias, eps, residual,
-                 {inv_smooth, scale, Text(granularity), k_multiple});
+                 {inv_smooth, scale, Text(granularity), k_multiple, rotation});
 }
 
 struct Kind {
@@ -172,10 +174,10 @@ const Kind& find_kind(const char* op, std::string_view name) {
 std::tuple<Tensor, Tensor> act_quantize_op(const Tensor& x, StringHandle kind_handle,
                                            const MaybeTensor& gate, const MaybeTensor& inv_smooth,
                                            const MaybeTensor& scale, StringHandle granularity,
-                                           int64_t k_multiple) {
+                                           int64_t k_multiple, int64_t rotation) {
   const char* const op = "act_quantize";
   const Text kind_text(kind_handle);
-  const Target target{inv_smooth, scale, Text(granularity), k_multiple};
+  const Target target{inv_smooth, scale, Text(granularity), k_multiple, rotation};
   const std::string_view kind_name = kind_text.view();
   const Kind& kind = find_kind(op, kind_name);
   check_activation_input(op, x);

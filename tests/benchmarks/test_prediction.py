@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.prediction import compare, expected, yardstick
+from benchmarks.prediction import compare, expected, rotation, yardstick
 from benchmarks.prediction.gpus import GPUS, floor, gpu_of
 from benchmarks.prediction.planner import choose, machine_of, predict, tables
 from tests.benchmarks.programs import Done, python
@@ -126,6 +126,16 @@ def printed(*arguments: str, **env: str) -> Done:
     return python("-m", "benchmarks.prediction", *arguments, **env)
 
 
+def test_a_rotation_of_many_rows_hides_behind_memory() -> None:
+    """8 stages of 256 channels: 3 within a thread and 5 between lanes, whose exchanges limit a single row."""
+    assert rotation.stages(256) == (3, 5) and rotation.stages(4) == (2, 0)
+    for gpu in ("A100", "L40S", "H100"):
+        plain, rotated = (rotation.microseconds(gpu, 2048, 4096, group) for group in (0, 256))
+        assert plain == rotated
+    plain, rotated = (rotation.microseconds("H100", 1, 4096, group) for group in (0, 256))
+    assert rotated - plain == pytest.approx(4096 * 5 / 32 / 1.83e3)
+
+
 def test_the_command(tmp_path: Path) -> None:
     _, rows = expected.table("A100", ["LLaMA-7B up"], [1, 2048])
     done = printed("--gpu", "A100", "--layers", "LLaMA-7B up", "--tokens", "1", "2048")
@@ -137,5 +147,6 @@ def test_the_command(tmp_path: Path) -> None:
     assert [line.split()[-1] for line in lines[:3]] == ["ratio", "4.00", "0.50"]
     assert lines[-1].startswith("all")
     assert "L40S" in printed("--yardstick").stdout
+    assert "A100  2048  13.71      +0.00" in printed("--rotation").stdout
     other = printed("--compare", str(file), CXX="no-such-compiler")
     assert other.returncode == 2 and "no-such-compiler was not found" in other.stderr

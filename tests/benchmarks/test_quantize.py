@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,8 @@ def _one_element_off(function: Any, share: float) -> Any:
 
 def run(capsys: pytest.CaptureFixture[str], *options: str) -> tuple[int, str]:
     small = ["--device", "cpu", "--tokens", "16", "--widths", "256", "--dtypes", "fp16"]
-    status = bench.run(bench.parse([*small, "--seconds", "0", *options]))
+    small += ["--rotation", "0", "--seconds", "0"]
+    status = bench.run(bench.parse([*small, *options]))
     return status, capsys.readouterr().out
 
 
@@ -132,6 +134,39 @@ def test_the_columns_add_up() -> None:
     row = bench.row_of(this, moved, timings)
     assert (row["vs_copy"], row["vs_eager"], row["vs_compiled"]) == (1.04, 3.2, None)
     assert row["gb_per_s"] == pytest.approx(moved / 12.5e-6 / 1e9)
+
+
+def test_rotations_have_lines_of_their_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "q.json"
+    some = ["--producers", "quantize", "--json", str(file), "--rotation", "0", "64", "512"]
+    status, text = run(capsys, *some)
+    rows = json.loads(file.read_text())["rows"]
+    assert status == 0 and len(rows) == 3 * 2 * 2, "512 does not divide 256"
+    assert [row["rotation"] for row in rows].count(64) == 6
+    assert all(row["vs_eager"] > 0 and "eager_missing" not in row for row in rows)
+    assert "quantize+smooth+rotate64 fp16 M 16 K 256 per_token" in text
+    plain, rotated = (
+        next(r for r in rows if r["rotation"] == group and not r["smooth"]) for group in (0, 64)
+    )
+    assert plain["bytes"] == rotated["bytes"]
+
+
+def test_a_rotation_that_no_op_takes_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        bench.parse(["--rotation", "0", "48"])
+    assert "0 or a power of two from 2 to 512, not 48" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", PRODUCERS)
+def test_the_eager_chain_rotates(name: str) -> None:
+    this = case(name, m=16, k=512, rotation=128, smooth=True)
+    inputs = producers.make_inputs(this, torch.Generator().manual_seed(0))
+    expected = producers.run_reference(this, inputs, None)
+    assert producers.wrong_baseline(producers.run_eager(this, inputs, None), expected) == ""
+    plain = producers.run_reference(replace(this, rotation=0), inputs, None)
+    assert producers.wrong_baseline(plain, expected) != ""
 
 
 def test_the_most_telling_cases_come_first() -> None:

@@ -11,8 +11,9 @@ import re
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,15 @@ SHAPES = (
     (16, 4096, "unaligned"),
     (16, 4099, "whole"),
 )
+#: What is also counted with a rotation: a warp, a block or fewer registers per row, and unaligned rows.
+ROTATED_SHAPES = (
+    (531, 128, "whole"),
+    (1, 4096, "whole"),
+    (64, 4096, "whole"),
+    (16, 4096, "unaligned"),
+)
+ROTATED = ("quantize", "rms_norm_quantize+residual", "act_quantize:silu+gate")
+GROUPS = (64, 128, 256)
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 ALLOWED = 1.05
 SECTOR = 32
@@ -56,6 +66,7 @@ class Row:
             and L2, in requests of one sector.
         load_excess, store_excess: 32-byte sectors touched / sectors that the requests' bytes would fill.
         expected_excess: load_excess if everything is aligned.
+        instructions: PTX instructions of all threads per element.
     """
 
     case: Case
@@ -68,6 +79,7 @@ class Row:
     load_excess: float
     store_excess: float
     expected_excess: float
+    instructions: float
 
     @property
     def ratio(self) -> float:
@@ -78,13 +90,13 @@ class Row:
         return (
             f"{self.case!s:<66} {self.layout:<9} {self.path:<7} {self.launches} {self.moved / elements:8.3f} "
             f"{self.minimum / elements:8.3f} {self.ratio:6.3f} {self.shared / elements:8.3f} "
-            f"{self.load_excess:6.3f} {self.store_excess:6.3f}"
+            f"{self.load_excess:6.3f} {self.store_excess:6.3f} {self.instructions:6.1f}"
         )
 
 
 HEADER = (
     f"{'bytes per element':<66} {'layout':<9} {'path':<7} L {'moved':>8} {'minimum':>8} {'ratio':>6} "
-    f"{'shared':>8} {'loads':>6} {'stores':>6}"
+    f"{'shared':>8} {'loads':>6} {'stores':>6} {'PTX':>6}"
 )
 
 
@@ -97,6 +109,10 @@ def all_cases() -> Iterator[tuple[Case, str]]:
                         # The plain activations differ only in arithmetic, so one of them is enough.
                         if len(producer.names) > 1 or name in ("quantize", "act_quantize:gelu"):
                             yield Case(name, smooth, scheme, dtype, m, k), layout
+    for (m, k, layout), name, dtype in product(ROTATED_SHAPES, ROTATED, DTYPES.values()):
+        for group, scheme in product((0, *GROUPS), producers.SCHEMES):
+            if k % group == 0 if group else (m, k, layout) not in SHAPES:
+                yield Case(name, False, scheme, dtype, m, k, group), layout
 
 
 # --- inside the simulator -------------------------------------------------------------------------
@@ -203,6 +219,7 @@ def make_row(case: Case, layout: str, launches: list[dict[str, Any]]) -> Row:
         touched / (total["load", "ideal_sectors"] - 4 * scale_requests),
         total["store", "sectors"] / total["store", "ideal_sectors"],
         1 + strided_bytes / (total["load", "bytes"] - scale),
+        sum(launch["thread_instructions"] for launch in launches) / (case.m * case.k),
     )
 
 
@@ -225,6 +242,41 @@ def test_bytes_moved_are_near_the_minimum(arch: str, capsys: pytest.CaptureFixtu
         assert 0.999 <= row.ratio <= ALLOWED, row
         # Per tensor, the maxima of many short rows matter, because all blocks read them, from L2.
         assert row.shared <= row.minimum * (0.25 if row.case.k >= 4096 else 1), row
+
+
+def stages(row: Row) -> tuple[int, int]:
+    """How many stages of a rotation lie within a thread, and how many between lanes."""
+    all_stages = row.case.rotation.bit_length() - 1
+    distance = 1 if row.path == "element" else 16 // row.case.dtype.itemsize
+    between = min(5, max(0, all_stages - (distance.bit_length() - 1)))
+    return all_stages - between, between
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_a_rotation_moves_no_bytes_and_costs_few_instructions(
+    arch: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    simulator.require()
+    rows = {(row.case, row.layout): row for row in table(arch)}
+    rotated = [row for row in rows.values() if row.case.rotation]
+    assert len(rotated) == len(ROTATED) * len(DTYPES) * len(producers.SCHEMES) * (2 + 3 * 3)
+    with capsys.disabled():
+        print(f"\n{arch}, PTX instructions per element:")
+        some = [row for row in rows.values() if (row.case.m, row.case.k) in ((1, 4096), (64, 4096))]
+        print_table(
+            [row for row in some if row.case.name.startswith("quantize") and not row.case.smooth]
+        )
+    for row in rotated:
+        plain = rows[replace(row.case, rotation=0), row.layout]
+        assert row.path == plain.path and row.moved == plain.moved, row
+        if row.path == "element":
+            continue  # its rotations keep all elements in shared memory
+        # Within a thread, a sum or a difference per element. Between lanes an exchange and a product with 1 or -1;
+        # PTX moves the value before and after, and the loop adds as many instructions as there are for one value
+        # or two. Besides, the branches around all this move values.
+        inside, between = stages(row)
+        most = (inside + 5 * between + 3) * row.launches
+        assert inside + 4 * between <= row.instructions - plain.instructions <= most, row
 
 
 @pytest.mark.parametrize("arch", ARCHS)

@@ -22,6 +22,12 @@ SIZES = (4, 2, 2)
 REGISTERS = {"warp": 32, "block": 8, "wide": 32, "long": 48, "element": 16, "cluster": 8}
 
 
+def largest_rotation(path: str, size: int) -> int:
+    """What a warp holds at a time; a thread of "long" has single vectors of 16 bytes."""
+    elements = {"block": 8, "cluster": 8, "long": 16 // size}
+    return min(512, 32 * elements.get(path, 16))
+
+
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     loaded = described.copied(tmp_path_factory.mktemp("plan"))
@@ -100,6 +106,35 @@ def test_paths(
     assert path(library, params(m, k, producer), device) == expected
 
 
+@pytest.mark.parametrize(
+    ("m", "k", "producer", "dtype", "rotation", "expected"),
+    [
+        (16, 1024, "quantize", 1, 256, "block"),
+        (16, 1024, "quantize", 1, 512, "wide"),
+        (16, 1024, "quantize", 0, 256, "block"),
+        (16, 1024, "quantize", 0, 512, "wide"),
+        (16, 8192, "quantize", 1, 256, "cluster"),
+        (16, 8192, "quantize", 1, 512, "wide"),
+        (4096, 1024, "quantize", 1, 512, "warp"),
+        (4096, 4096, "silu", 1, 512, "wide"),
+        (4096, 53248, "silu", 1, 256, "long"),
+        (4096, 53248, "silu", 1, 512, "element"),
+        (4096, 28672, "rms_norm", 0, 128, "long"),
+        (4096, 28672, "rms_norm", 0, 256, "element"),
+    ],
+)
+def test_large_groups_need_a_path_that_holds_them(
+    library: ctypes.CDLL,
+    m: int,
+    k: int,
+    producer: str,
+    dtype: int,
+    rotation: int,
+    expected: str,
+) -> None:
+    assert path(library, params(m, k, producer, dtype=dtype, rotation=rotation)) == expected
+
+
 def test_few_rows_fill_the_gpu(library: ctypes.CDLL) -> None:
     for m in (1, 2, 4, 8, 16):
         clusters = plan(library, params(m, 65536), H100)
@@ -139,6 +174,7 @@ def test_the_stride_of_one_row_does_not_matter(library: ctypes.CDLL) -> None:
     scheme=st.sampled_from(c_interface.SCHEMES),
     dtype=st.integers(0, 2),
     device=st.sampled_from([A100, ADA, H100]),
+    rotation=st.sampled_from([0, 0, 2, 16, 128, 256, 512]),
 )
 def test_every_plan_can_be_launched(
     library: ctypes.CDLL,
@@ -148,8 +184,10 @@ def test_every_plan_can_be_launched(
     scheme: str,
     dtype: int,
     device: Device,
+    rotation: int,
 ) -> None:
-    p = params(m, k, producer, scheme, dtype=dtype)
+    k = -(-k // rotation) * rotation if rotation else k
+    p = params(m, k, producer, scheme, dtype=dtype, rotation=rotation)
     found = plan(library, p, device)
     name = c_interface.PATHS[found.path]
     assert found.threads % 32 == 0 and 32 <= found.threads <= 1024
@@ -160,6 +198,13 @@ def test_every_plan_can_be_launched(
     # A team's registers and shared memory hold its slice, unless the path reads the rest again.
     team = 32 if name == "warp" else found.threads * found.cluster
     registers = 32 if name == "long" and SIZES[dtype] == 4 else REGISTERS[name]
+    if name == "element" and rotation:
+        registers = 0
+    assert rotation <= largest_rotation(name, SIZES[dtype])
+    assert rotation == 0 or found.splits == 1 or found.slice % rotation == 0
+    assert (
+        name != "element" or rotation == 0 or found.slots % SIZES[dtype] == 0
+    )  # whole groups of 512
     held = team * (registers + found.slots * 16 // SIZES[dtype])
     assert held >= min(found.slice, k) or name in ("long", "element")
     if name == "long" and k <= (49152 if device is ADA else 65536) and SIZES[dtype] == 2:
@@ -175,5 +220,6 @@ def test_every_plan_can_be_launched(
         assert name in ("warp", "wide", "long", "element")
     if producer.endswith("norm"):
         assert found.splits == 1
-        other = plan(library, params(1, k, producer, scheme, dtype=dtype), device)
+        one = params(1, k, producer, scheme, dtype=dtype, rotation=rotation)
+        other = plan(library, one, device)
         assert (other.path, other.threads) == (found.path, found.threads), "batch invariance"

@@ -19,6 +19,7 @@ pytestmark = [pytest.mark.simulator, pytest.mark.slow, pytest.mark.xdist_group("
 
 INSTANCES = "csrc/quantize/instances"
 QUANTIZE, RMS_NORM = f"{INSTANCES}/quantize.cu", f"{INSTANCES}/rms_norm.cu"
+ROTATION = "test_rotation.py"
 CLUSTER, LAUNCH = f"{INSTANCES}/cluster_sm90.cu", "csrc/quantize/launch.cu"
 
 
@@ -175,6 +176,107 @@ MUTANTS = (
         UNINITIALIZED,  # a block reads the others' maxima before they have written any
         arch="sm_90",
     ),
+    quantizer(
+        "a rotation subtracts the wrong way in the upper lane",
+        "common/rotate.cuh",
+        "(threadIdx.x & bit) != 0 ? -1.0f : 1.0f",
+        "(threadIdx.x & bit) == 0 ? -1.0f : 1.0f",
+        QUANTIZE,
+        ROTATION,
+        "smoke_rotation",
+        WRONG_VALUES,
+    ),
+    quantizer(
+        "a rotation adds where it must subtract",
+        "common/rotate.cuh",
+        "high = __fsub_rn(low, high);",
+        "high = __fadd_rn(low, high);",
+        QUANTIZE,
+        ROTATION,
+        "smoke_rotation",
+        WRONG_VALUES,
+    ),
+    quantizer(
+        "the last stage between lanes is missing",
+        "common/rotate.cuh",
+        "const int lanes = min(32, group / distance);",
+        "const int lanes = min(32, group / distance) / 2;",
+        QUANTIZE,
+        ROTATION,
+        "smoke_rotation",
+        WRONG_VALUES,
+    ),
+    quantizer(
+        "a stage crosses the border of a group",
+        "common/rotate.cuh",
+        "const int lanes = min(32, group / distance);",
+        "const int lanes = min(32, 2 * group / distance);",
+        QUANTIZE,
+        ROTATION,
+        "test_every_group and 17-16",
+        WRONG_VALUES,
+    ),
+    quantizer(
+        "the stages between lanes come first",
+        "common/rotate.cuh",
+        """    group < kV ? rotate_elements(v, group) : rotate_elements(v, kV);
+    rotate_lanes<kUnroll>(v, group, kV);
+""",
+        """    rotate_lanes<kUnroll>(v, group, kV);
+    rotate_elements(v, kV);
+""",
+        QUANTIZE,
+        ROTATION,
+        "test_the_order_of_the_stages",
+        WRONG_VALUES,
+    ),
+    quantizer(
+        "the maximum is that before the rotation",
+        "quantize/row_kernel.cuh",
+        """      s.rotate(v);
+      each(first, v, [&](int i, float (&of)[kV]) { s.measure(i, of, absmax); });
+""",
+        """      each(first, v, [&](int i, float (&of)[kV]) { s.measure(i, of, absmax); });
+      s.rotate(v);
+""",
+        QUANTIZE,
+        ROTATION,
+        "smoke_rotation",
+        WRONG_VALUES,
+    ),
+    quantizer(
+        "what was not kept is not rotated again",
+        "quantize/row_kernel.cuh",
+        """          finish(first, v);
+          s.rotate(v);
+""",
+        """          finish(first, v);
+""",
+        QUANTIZE,
+        ROTATION,
+        "test_long_rows and 66048 and float16",
+        WRONG_VALUES,
+    ),
+    quantizer(
+        "a slice ends within a group",
+        "quantize/plan.cpp",
+        "std::max(256, p.rotation)",
+        "256",
+        "csrc/quantize/plan.cpp",
+        "test_rotation_paths.py",
+        "few_long_rows_are_split and 512",
+        WRONG_VALUES,
+    ),
+    quantizer(
+        "the fused quantizer measures its first pass without the rotation",
+        "gemm/stream/rows.cuh",
+        "if (p_.rotation != 0) rotate",
+        "if (p_.rotation != 0 && i >= steps_ - 1) rotate",
+        "csrc/gemm/instances/stream_8x16.cu",
+        ROTATION,
+        "test_linear and 5-torch",
+        WRONG_VALUES,
+    ),
     # The same tests with unchanged sources must pass, so the failures above are due to the defects.
     quantizer(
         "nothing is wrong: quantize",
@@ -184,6 +286,16 @@ MUTANTS = (
         QUANTIZE,
         "test_quantize.py",
         "smoke or static_scales or (edge_rows and 64) or (49160 and float16) or order_of",
+        None,
+    ),
+    quantizer(
+        "nothing is wrong: rotations",
+        "common/reduce.cuh",
+        "turn_ ^= 1;",
+        "turn_ ^= 1;",
+        QUANTIZE,
+        ROTATION,
+        "smoke_rotation or order_of_the_stages or (long_rows and 66048 and float16) or (every_group and 17-16)",
         None,
     ),
     quantizer(

@@ -41,6 +41,7 @@ class Params(Structure):
         ("weight_dtype", c_int32),
         ("bias_dtype", c_int32),
         ("eps", c_float),
+        ("rotation", c_int32),
         ("inv_smooth", c_void_p),
         ("scale", c_void_p),
         ("x_q", c_void_p),
@@ -119,6 +120,7 @@ def params_of(
     inv_smooth: Tensor | None = None,
     scale: Tensor | None = None,
     workspace: Tensor | None = None,
+    rotation: int = 0,
 ) -> Params:
     """For two-dimensional tensors with adjacent columns. `other` is the gate, or the residual of a norm.
 
@@ -141,7 +143,7 @@ def params_of(
         p.weight, p.weight_dtype = weight.data_ptr(), DTYPES[weight.dtype]
     if bias is not None:
         p.bias, p.bias_dtype = bias.data_ptr(), DTYPES[bias.dtype]
-    p.eps = eps
+    p.eps, p.rotation = eps, rotation
     p.inv_smooth = None if inv_smooth is None else inv_smooth.data_ptr()
     p.scale = None if scale is None else scale.data_ptr()
     p.x_q, p.x_q_stride, p.k_padded = x_q.data_ptr(), row_stride(x_q), x_q.shape[1]

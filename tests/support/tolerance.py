@@ -91,6 +91,21 @@ def activation(x: Tensor, kind: str, gate: Tensor | None, inv_smooth: Tensor | N
     return _smoothed(y, bound, inv_smooth)
 
 
+def rotated(expected: Expected, group: int) -> Expected:
+    """Rotates v. A sum of `group` terms has the sum of their bounds.
+
+    Both sides then round log2(group) times, each time by u of a partial sum, which the terms' magnitudes bound; 1.001
+    covers the growth (1 + u)^9 and the rounding of this bound itself.
+    """
+    v = expected.v.double().abs()
+    v, bound = (t.unflatten(-1, (-1, group)).sum(-1, keepdim=True) for t in (v, expected.bound))
+    roundings = 2 * (group.bit_length() - 1) * U
+    total = 1.001 * (bound + roundings * (v + bound))
+    return Expected(
+        reference.rotate(expected.v, group), total.expand(*total.shape[:-1], group).flatten(-2)
+    )
+
+
 def assert_quantized(
     found: tuple[Tensor, ...],
     expected: Expected,

@@ -57,6 +57,14 @@ std::vector<float> produce(const QuantizeParams& p, int64_t row) {
     if (p.producer == Producer::kRelu) v[i] = std::max(v[i], 0.0f);
     if (p.inv_smooth != nullptr) v[i] *= p.inv_smooth[i];
   }
+  for (int64_t h = 1; h < p.rotation; h *= 2) {
+    for (int64_t i = 0; i < p.k; ++i) {
+      if (i % (2 * h) >= h) continue;
+      const float low = v[i], high = v[i + h];
+      v[i] = low + high;
+      v[i + h] = low - high;
+    }
+  }
   return v;
 }
 

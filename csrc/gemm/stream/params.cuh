@@ -41,6 +41,7 @@ struct StreamParams {
 
   const void* x;
   int64_t x_stride;
+  int32_t rotation;  // as in QuantizeParams
   const float* inv_smooth;
   const float* scale;
   Scheme scheme;

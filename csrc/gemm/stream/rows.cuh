@@ -7,6 +7,7 @@
 
 #include "common/arithmetic.h"
 #include "common/reduce.cuh"
+#include "common/rotate.cuh"
 #include "common/scale.cuh"
 #include "common/vector.cuh"
 #include "gemm/stream/ring.cuh"
@@ -66,7 +67,12 @@ class RowQuantizer {
       if (i == 0) meanwhile();
 #pragma unroll
       for (int j = 0; j < kVectors; ++j) {
-        if (warp_has(first, j)) finish(j, absmax);
+        if (warp_has(first, j)) finish(j);
+      }
+      if (p_.rotation != 0) rotate<kWide, kVectors, 1>(v_, p_.rotation);
+#pragma unroll
+      for (int j = 0; j < kVectors; ++j) {
+        if (warp_has(first, j)) measure(j, absmax);
       }
       if (i < steps_) {
         if ((step + 1) % batches_ == 0) {
@@ -129,8 +135,8 @@ class RowQuantizer {
     }
   }
 
-  // Computes vector i and its maximum, which the second pass does not use.
-  __device__ void finish(int i, AbsMax& absmax) {
+  // Computes vector i before its rotation.
+  __device__ void finish(int i) {
     // Keeps the compiler from unpacking x before `meanwhile`, where it would have to wait for x.
     if constexpr (kWide) {
       uint4& bits = x_[i].bits;
@@ -139,8 +145,13 @@ class RowQuantizer {
 #pragma unroll
     for (int e = 0; e < kV; ++e) {
       v_[i][e] = __fmul_rn(to_float(x_[i].element[e]), v_[i][e]);  // * 1 changes nothing
-      absmax.add(v_[i][e]);
     }
+  }
+
+  // The second pass does not use this maximum.
+  __device__ void measure(int i, AbsMax& absmax) const {
+#pragma unroll
+    for (int e = 0; e < kV; ++e) absmax.add(v_[i][e]);
   }
 
   // The factor for a row; its scale is stored for the epilogue.
@@ -191,7 +202,7 @@ class RowQuantizer {
   int batches_;       // of a row for each of its warps
   int steps_;         // batches of all of a warp's rows
   std::conditional_t<kWide, Packed<T>, Single<T>> x_[kVectors];
-  float v_[kVectors][kV];  // inv_smooth, then x * inv_smooth
+  float v_[kVectors][kV];  // inv_smooth, then x * inv_smooth, then rotated
 };
 
 }  // namespace sqk

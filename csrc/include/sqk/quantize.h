@@ -10,8 +10,13 @@
 // the last bit):
 //
 //   v       = v * inv_smooth
+//   v       = H v                            groups of `rotation` adjacent channels, see below
 //   x_scale = max |v| / 127                  per row, per tensor, or given
 //   x_q     = clamp(rint(v * (1 / x_scale)), -127, 127)
+//
+// H is the Hadamard matrix with entries 1 and -1. For h = 1, 2, 4, ..., rotation / 2, in this
+// order, and for each pair of channels (i, i + h) with i % (2 h) < h:
+//   v[i], v[i + h] = v[i] + v[i + h], v[i] - v[i + h]    each rounded once to float32
 #pragma once
 
 #include <cstdint>
@@ -64,6 +69,14 @@ enum class QuantizePath : int32_t {
 };
 constexpr int kQuantizePaths = 6;
 
+// Whether k channels can be rotated in groups of this size; 0 is no rotation.
+constexpr int64_t kMaxRotation = 512;
+constexpr bool fits_rotation(int64_t rotation, int64_t k) {
+  const bool power_of_two = (rotation & (rotation - 1)) == 0;
+  return rotation == 0 ||
+         (rotation >= 2 && rotation <= kMaxRotation && power_of_two && k % rotation == 0);
+}
+
 // Strides are in elements, from one row to the next; within a row elements are adjacent. Rows may
 // start at any multiple of the element's size. Rows that are read may overlap (stride 0 repeats a
 // row); rows that are written must not.
@@ -90,6 +103,7 @@ struct QuantizeParams {
   DType bias_dtype;
   float eps;
 
+  int32_t rotation;         // channels of a group: fits_rotation(rotation, k)
   const float* inv_smooth;  // [k] or null
   const float* scale;       // [1], static only
 

@@ -8,10 +8,10 @@ namespace {
 
 template <int... kProducer>
 RowKernel find_kernel(Producer producer, DType dtype, std::integer_sequence<int, kProducer...>) {
-  using Find = RowKernel (*)(DType);
+  using Find = RowKernel (*)(DType, bool);
   static constexpr Find kFind[] = {&row_kernel_of_type<static_cast<Producer>(kProducer),
                                                        QuantizePath::kCluster, Launches::kOne>...};
-  return kFind[static_cast<int>(producer)](dtype);
+  return kFind[static_cast<int>(producer)](dtype, true);
 }
 
 }  // namespace

@@ -1,3 +1,4 @@
 #include "quantize/instances/instance.cuh"
 
-template sqk::RowKernel sqk::row_kernel_for<sqk::Producer::kGelu>(DType, QuantizePath, Launches);
+template sqk::RowKernel sqk::row_kernel_for<sqk::Producer::kGelu>(DType, QuantizePath, Launches,
+                                                                  bool);

@@ -1,4 +1,4 @@
 #include "quantize/instances/instance.cuh"
 
 template sqk::RowKernel sqk::row_kernel_for<sqk::Producer::kLayerNorm>(DType, QuantizePath,
-                                                                       Launches);
+                                                                       Launches, bool);

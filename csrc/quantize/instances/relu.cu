@@ -1,3 +1,4 @@
 #include "quantize/instances/instance.cuh"
 
-template sqk::RowKernel sqk::row_kernel_for<sqk::Producer::kRelu>(DType, QuantizePath, Launches);
+template sqk::RowKernel sqk::row_kernel_for<sqk::Producer::kRelu>(DType, QuantizePath, Launches,
+                                                                  bool);
