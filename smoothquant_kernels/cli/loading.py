@@ -40,7 +40,7 @@ def changed_settings(
     """The settings whose options were given; `others` already have the names of settings."""
     changes = {
         **others,
-        "rotation": int(rotation) if str(rotation).isdecimal() else rotation,
+        "rotation": int(str(rotation)) if str(rotation).isdecimal() else rotation,
         "activation_scheme": scheme,
         "skip": tuple(skip) if skip else None,
         "smooth": False if no_smooth else None,

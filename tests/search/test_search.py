@@ -142,9 +142,8 @@ def test_candidates_cost_what_the_layers_will(family: str, granularity: str) -> 
             scale = choice.clip * statistics.range_of(group.linears[0], s, choice.rotation) / 127
             cost = 0.0
             for name in group.linears:
-                linear = model.get_submodule(name)
                 layer = W8A8Linear.from_linear(
-                    linear,
+                    linear := model.get_submodule(name),
                     activation_scheme=choice.scheme,
                     weight_granularity=granularity,
                     smooth=s,
