@@ -269,8 +269,10 @@ def test_a_rotation_moves_no_bytes_and_costs_few_instructions(
     for row in rotated:
         plain = rows[replace(row.case, rotation=0), row.layout]
         assert row.path == plain.path and row.moved == plain.moved, row
-        if row.path == "element":
-            continue  # its rotations keep all elements in shared memory
+        # "element" keeps all elements in shared memory to rotate them. A short row leaves a thread with empty vectors,
+        # which are rotated too.
+        if row.path == "element" or row.case.k < 4096:
+            continue
         # Within a thread, a sum or a difference per element. Between lanes an exchange and a product with 1 or -1;
         # PTX moves the value before and after, and the loop adds as many instructions as there are for one value
         # or two. Besides, the branches around all this move values.
