@@ -114,7 +114,7 @@ def search_config(
     file = SearchFile.open(path, fingerprint(model, batches, asked))
     if file.result is not None:
         return file.result
-    statistics = collect_statistics(model, view.linears, seen, progress=progress)
+    statistics = collect_statistics(model, view.linears, seen, config=config, progress=progress)
     names = smoothable_linears(view, view.linears, statistics)
     groups = find_groups(view, names, statistics.sample, folding="never")
     per_token = config.smooth and config.massive_activations == "per_token"

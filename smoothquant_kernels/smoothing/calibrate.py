@@ -201,6 +201,7 @@ def collect_statistics(
     linears: Mapping[str, nn.Module],
     batches: Iterable[Batch],
     *,
+    config: SmoothQuantConfig | None = None,
     max_tokens: int | None = None,
     progress: bool = True,
 ) -> ActivationStatistics:
@@ -208,6 +209,7 @@ def collect_statistics(
 
     Args:
         batches: as `calibration_batches` yields them. Padding (attention_mask 0) does not count (`Padding`).
+        config: its rotations decide which tokens are kept; the default configuration if None.
         max_tokens: the length of the progress bar; nothing else depends on it.
 
     Raises:
@@ -218,7 +220,7 @@ def collect_statistics(
     def forward(batch: Batch) -> Any:
         return run_checked(model, batch)
 
-    statistics = ActivationStatistics(watched=tuple(linears))
+    statistics = ActivationStatistics(watched=tuple(linears), config=config or SmoothQuantConfig())
     recorder = Recorder(statistics, linears, model)
     with evaluating(model), calibration_bar(progress) as bar:
         task = bar.add_task("calibrating (tokens)", total=max_tokens)
@@ -248,7 +250,8 @@ def calibrate_model(
         model: a float model; left unchanged.
         data: an iterable of token-id tensors [T] or [B, T], dicts of tensors, or strings (with `tokenizer`). It may be
             endless, because reading stops after `calibration_tokens`.
-        config: only `skip`, `calibration_tokens` and `calibration_window` are used.
+        config: only `skip`, `calibration_tokens`, `calibration_window` and the rotations are used. The rotations decide
+            which tokens are kept.
         tokenizer: turns strings into token ids.
         progress: whether to show a progress bar.
 
@@ -283,7 +286,12 @@ def calibrate_view(
     check_present(model)
     check_patterns(model, config)
     statistics = collect_statistics(
-        model, view.linears, batches, max_tokens=config.calibration_tokens, progress=progress
+        model,
+        view.linears,
+        batches,
+        config=config,
+        max_tokens=config.calibration_tokens,
+        progress=progress,
     )
     statistics.asked = config.calibration_tokens
     warn_if_short(statistics.tokens, statistics.asked, stacklevel=4)

@@ -3,6 +3,7 @@
 The factors are known only when calibration ends, and a rotation mixes channels, so the maxima of channels do not tell
 the range. The first tokens show what is usual. The others are those whose largest rotated value is the largest under
 provisional factors, the square roots of the channels' maxima so far. Final factors move these maxima of tokens alike.
+Another group size does not: the tokens are chosen for one.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import torch
 from torch import Tensor
 
 from smoothquant_kernels import ops, reference
-from smoothquant_kernels.config import AUTO_ROTATION
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 #: How many tokens of either kind are kept.
@@ -65,19 +65,19 @@ class Rows:
             for t in (self.first, self.largest)
         )
 
-    def with_more(self, x: Tensor, absmax: Tensor) -> Rows:
+    def with_more(self, x: Tensor, absmax: Tensor, rotation: int) -> Rows:
         """Takes what is worth keeping of further tokens x [M, K]. `absmax` [K] includes theirs."""
         x = x.to(self.first.dtype)
         missing = KEPT - len(self.first)
         later = torch.cat([self.largest, x[missing:]])
-        return Rows(torch.cat([self.first, x[:missing]]), _largest(later, absmax))
+        return Rows(torch.cat([self.first, x[:missing]]), _largest(later, absmax, rotation))
 
     @classmethod
-    def merged(cls, parts: Sequence[Rows], absmax: Tensor) -> Rows:
+    def merged(cls, parts: Sequence[Rows], absmax: Tensor, rotation: int) -> Rows:
         """Chooses from the tokens of several processes, in their order."""
         first = torch.cat([p.first.to(absmax.device) for p in parts])
         later = torch.cat([first[KEPT:], *(p.largest.to(absmax.device) for p in parts)])
-        return cls(first[:KEPT].clone(), _largest(later, absmax))
+        return cls(first[:KEPT].clone(), _largest(later, absmax, rotation))
 
     def maxima(self, smooth: Tensor | None, rotation: int) -> Tensor:
         """The largest |value| of each token, divided by `smooth` [K] and rotated."""
@@ -94,12 +94,10 @@ def _maxima(x: Tensor, smooth: Tensor | None, rotation: int) -> Tensor:
     return rotated_maxima(x.to(smooth.device), 1.0 / smooth, rotation)
 
 
-def _largest(x: Tensor, absmax: Tensor) -> Tensor:
+def _largest(x: Tensor, absmax: Tensor, rotation: int) -> Tensor:
     """The `KEPT` tokens of x [M, K] with the largest rotated values under provisional factors, the largest first."""
     if len(x) <= KEPT:
         return x.clone()
-    k = x.shape[1]
     inverse = torch.where(absmax > 0, absmax.rsqrt(), 0.0)
-    group = min(AUTO_ROTATION, k & -k)
-    maxima = rotated_maxima(x, inverse, group if group > 1 else 0)
+    maxima = rotated_maxima(x, inverse, rotation)
     return x[maxima.sort(descending=True, stable=True).indices[:KEPT]]

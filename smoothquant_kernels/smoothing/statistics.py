@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from smoothquant_kernels.config import SmoothQuantConfig
 from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.modeling.run import Batch, unpadded_rows
 from smoothquant_kernels.smoothing.rows import Rows
@@ -52,6 +53,7 @@ class ActivationStatistics:
         sample: a small batch of the data, used to find the model's structure and to verify folds.
         watched: names of all measured layers, including those that no token reached (unused experts).
         asked: the calibration's `calibration_tokens`; 0 if unknown (statistics from a file).
+        config: the configuration whose rotations decide which `rows` are kept.
     """
 
     absmax: dict[str, Tensor] = field(default_factory=dict)
@@ -61,6 +63,7 @@ class ActivationStatistics:
     sample: Batch = field(default_factory=dict)
     watched: tuple[str, ...] = ()
     asked: int = 0
+    config: SmoothQuantConfig = field(default_factory=SmoothQuantConfig)
 
     def update(self, name: str, x: Tensor, keep: Tensor | None) -> int:
         """Merges the input x [..., K] of one call and returns the number of merged rows.
@@ -78,7 +81,7 @@ class ActivationStatistics:
         tokens = magnitude[: _PEAK_TOKENS - len(seen)].amax(1).float()
         self.token_absmax[name] = torch.cat([seen, tokens])
         kept = self.rows.get(name, Rows.none(rows))
-        self.rows[name] = kept.with_more(rows, self.absmax[name])
+        self.rows[name] = kept.with_more(rows, self.absmax[name], self._rotation(name))
         return len(rows)
 
     def range_of(self, name: str, smooth: Tensor | None = None, rotation: int = 0) -> float:
@@ -104,6 +107,11 @@ class ActivationStatistics:
             largest = tokens.new_tensor(self.range_of(name, smooth, rotation))
         median = tokens[tokens > 0].median() if bool((tokens > 0).any()) else tokens.new_ones(())
         return max(1.0, float(largest / median))
+
+    def _rotation(self, name: str) -> int:
+        """The rotation of a layer; where there is none, that of the default, in case it is asked for later."""
+        k = self.absmax[name].numel()
+        return self.config.rotation_of(k, name) or SmoothQuantConfig().rotation_of(k)
 
     def _kept(self, name: str) -> Rows:
         if name not in self.rows:
@@ -156,7 +164,7 @@ class ActivationStatistics:
             self.token_absmax[name] = torch.cat([seen, more])
             both = [s.rows[name] for s in (self, other) if name in s.rows]
             if both:
-                self.rows[name] = Rows.merged(both, self.absmax[name])
+                self.rows[name] = Rows.merged(both, self.absmax[name], self._rotation(name))
         self.tokens += other.tokens
         self.asked += other.asked
         self.sample = self.sample or other.sample
@@ -239,7 +247,9 @@ class ActivationStatistics:
                 dist.broadcast(sent, _global_rank(group, rank), group)
                 received = sent.to(self.absmax[name].device, dtype)  # exact: it was of this type
                 found.setdefault(name, []).append(Rows.of(received, shape["first"]))
-        self.rows = {n: Rows.merged(parts, self.absmax[n]) for n, parts in found.items()}
+        self.rows = {
+            n: Rows.merged(parts, self.absmax[n], self._rotation(n)) for n, parts in found.items()
+        }
 
     def save(self, path: str | Path) -> Path:
         """Writes one safetensors file, whole or not at all, so calibration can run once, or on another machine.

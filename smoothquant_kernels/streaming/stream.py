@@ -295,7 +295,9 @@ class _Stream:
         return patterns_within(self.config, [name for name, _ in part.named_modules()])
 
     def _statistics(self, linears: Mapping[str, nn.Module]) -> ActivationStatistics:
-        return ActivationStatistics(tokens=self.tokens, sample=self.sample, watched=tuple(linears))
+        return ActivationStatistics(
+            tokens=self.tokens, sample=self.sample, watched=tuple(linears), config=self.config
+        )
 
     # --- the rest ---
 

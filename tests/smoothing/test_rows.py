@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from smoothquant_kernels import SmoothQuantError, reference
+from smoothquant_kernels import SmoothQuantConfig, SmoothQuantError, reference
 from smoothquant_kernels.smoothing.rows import KEPT, Rows, rotated_maxima
 from smoothquant_kernels.smoothing.statistics import ActivationStatistics
 from tests.support import cases
@@ -19,11 +19,11 @@ def tokens(count: int, seed: int = 0) -> Tensor:
     return torch.randn(count, K, generator=cases.generator(seed))
 
 
-def kept(*parts: Tensor) -> Rows:
+def kept(*parts: Tensor, rotation: int = 16) -> Rows:
     absmax, rows = torch.zeros(K), Rows.none(parts[0])
     for part in parts:
         absmax = absmax.maximum(part.abs().amax(0).float())
-        rows = rows.with_more(part, absmax)
+        rows = rows.with_more(part, absmax, rotation)
     return rows
 
 
@@ -70,13 +70,13 @@ def test_later_parts_do_not_change_what_was_kept() -> None:
 
 
 def test_the_range_is_near_that_of_all_tokens_for_any_factors() -> None:
-    """The provisional factors choose the tokens. Other factors and groups find nearly the same range in them."""
+    """The provisional factors choose the tokens. Other factors find nearly the same range in them."""
     x = torch.cat([cases.activations(250, K, seed=s) for s in range(4)])
-    rows = kept(*x.split(100))
     w = torch.rand(K, generator=cases.generator(9)) + 0.1
     for alpha in (0.3, 0.5, 0.7, 0.9):
         s = reference.smoothing_factors(x.abs().amax(0), w, alpha)
         for rotation in (4, 16):
+            rows = kept(*x.split(100), rotation=rotation)
             everything = float(rotated_maxima(x, 1.0 / s, rotation).max())
             assert 0.85 * everything <= float(rows.maxima(s, rotation).max()) <= everything
 
@@ -97,7 +97,7 @@ def test_channels_that_are_always_zero() -> None:
 def test_an_odd_number_of_channels_has_no_rotation_but_rows() -> None:
     x = torch.randn(100, 7, generator=cases.generator(3))
     absmax = x.abs().amax(0)
-    assert Rows.none(x).with_more(x, absmax).both().shape == (2 * KEPT, 7)
+    assert Rows.none(x).with_more(x, absmax, 0).both().shape == (2 * KEPT, 7)
 
 
 def test_ranges_and_peaks_of_a_layer() -> None:
@@ -112,6 +112,19 @@ def test_ranges_and_peaks_of_a_layer() -> None:
     assert statistics.range_of("layer", s, 16) == float(maxima.max())
     assert statistics.peak("layer", s, 16) == float(maxima.max() / maxima[:KEPT].median())
     assert statistics.peak("layer", s) == statistics.peak("layer") > 50
+
+
+def test_tokens_are_chosen_for_the_configured_rotation() -> None:
+    x = tokens(500)
+    for config, rotation in (
+        (SmoothQuantConfig(rotation=4), 4),
+        (SmoothQuantConfig(rotation="none"), 16),
+    ):
+        statistics = ActivationStatistics(config=config)
+        statistics.update("layer", x, None)
+        rows, expected = statistics.rows["layer"], kept(x, rotation=rotation)
+        assert_bitwise_equal(rows.largest, expected.largest)
+        assert not torch.equal(expected.largest, kept(x, rotation=20 - rotation).largest)
 
 
 def test_statistics_without_rows_have_no_rotated_range() -> None:
