@@ -132,9 +132,9 @@ def describe(layer: nn.Module) -> dict[str, Any]:
 
 
 def shown(layer: nn.Module) -> dict[str, Any]:
-    """`activation_scheme`, `in_features` and `out_features` of a quantized layer, for tables."""
+    """The scheme, the sizes and the rotation of a quantized layer, for tables. A kind may have no rotation."""
     arguments = describe(layer)
-    return {key: arguments[key] for key in _SHOWN}
+    return {key: arguments[key] for key in _SHOWN} | {"rotation": arguments.get("rotation", 0)}
 
 
 def make(arguments: Mapping[str, Any]) -> nn.Module | None:

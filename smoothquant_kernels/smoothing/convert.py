@@ -114,8 +114,7 @@ def _quantize_into(view: ModelView, config: SmoothQuantConfig, changes: Changes)
         )
         made[name] = new
         move_attached(linear, new)
-        facts = {**kinds.shown(new), "rotation": rotations[name]}
-        layers[name] = dataclasses.replace(layers[name], **facts)
+        layers[name] = dataclasses.replace(layers[name], **kinds.shown(new))
     before = {layer.name: layer.reason for layer in record.skipped if layer.name not in made}
     for name, new in made.items():
         changes.replace_module(model, name, new)
