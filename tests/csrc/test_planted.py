@@ -115,7 +115,7 @@ MUTANTS = (
     quantizer(
         "values that do not fit in registers are not kept",
         "quantize/row_slice.cuh",
-        "if (i - kRegisters < slots) put(i - kRegisters, w);",
+        "if (first - kRegisters < slots) put(first - kRegisters, w);",
         "",
         QUANTIZE,
         "test_quantize.py",
