@@ -129,7 +129,10 @@ Status plan_quantize(const QuantizeParams& p, const Device& device, QuantizePlan
   splits = static_cast<int>(divide_up(p.k, slice));
   const bool two = per_tensor || splits > 1;
   // The rule splits rows, but not into enough slices.
-  if (slice > capacity(class_of(path, p, two))) path = QuantizePath::kLong;
+  if (slice > capacity(class_of(path, p, two))) {
+    const bool fits_long = can_serve(QuantizePath::kLong, p, device, vectors);
+    path = fits_long ? QuantizePath::kLong : QuantizePath::kElement;
+  }
   const int most_threads = max_threads(class_of(path, p, two));
   const bool rotates = p.rotation != 0;
   const int floats = floats_per_thread(path, size_in_bytes(p.dtype), rotates);

@@ -6,7 +6,7 @@ import ctypes
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests.support import c_interface, described
@@ -176,6 +176,10 @@ def test_the_stride_of_one_row_does_not_matter(library: ctypes.CDLL) -> None:
     device=st.sampled_from([A100, ADA, H100]),
     rotation=st.sampled_from([0, 0, 2, 16, 128, 256, 512]),
 )
+@example(
+    26, 65792, "quantize", "token", 0, A100, 256
+)  # slices too long for `wide`, groups for `long`
+@example(0, 16640, "quantize", "token", 0, A100, 256)
 def test_every_plan_can_be_launched(
     library: ctypes.CDLL,
     m: int,
