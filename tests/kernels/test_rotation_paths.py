@@ -125,6 +125,27 @@ def test_few_long_rows_are_split(compiled: Backend, library: ctypes.CDLL, group:
             check(library, compiled, b, group, "quantize", scheme, None)
 
 
+def test_slices_too_long_for_registers(compiled: Backend, library: ctypes.CDLL) -> None:
+    """As many rows as are split at all, so that slices are long. The long path cannot hold these groups of float32."""
+    b = Buffers(compiled, 40, 65792, torch.float32, pad=0)
+    for m in range(40, 0, -1):
+        params = c_interface.params_of(b.x[:m], b.x_q[:m], b.x_scale, k=65792, rotation=256)
+        status, plan = c_interface.plan(library, params)
+        assert status == 0
+        if plan.splits > 1:
+            break
+    assert (c_interface.PATHS[plan.path], plan.launches) == ("element", 2)
+    check(
+        library,
+        compiled,
+        Buffers(compiled, m, 65792, torch.float32, pad=0),
+        256,
+        "quantize",
+        "token",
+        None,
+    )
+
+
 def test_the_sum_may_overwrite_an_input(compiled: Backend, library: ctypes.CDLL) -> None:
     """What does not fit in registers and shared memory is rotated again from the sum."""
     for k, group in ((4096, 256), (70144, 256), (70144, 512)):
