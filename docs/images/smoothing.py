@@ -24,7 +24,7 @@ def maxima() -> tuple[Tensor, Tensor, Tensor]:
     from smoothquant_kernels.evaluation.models import builtin_demo_model, load_model, load_tokenizer
     from smoothquant_kernels.evaluation.text import token_windows, topics
     from smoothquant_kernels.modeling.record import ModelRecord
-    from smoothquant_kernels.report.maxima import spread
+    from smoothquant_kernels.report.maxima import spread_maxima
 
     source = builtin_demo_model()
     model, tokenizer = load_model(source), load_tokenizer(source)
@@ -35,7 +35,7 @@ def maxima() -> tuple[Tensor, Tensor, Tensor]:
     smoothed = smooth_lm(copy.deepcopy(model), before, config=config)
     after = calibrate_model(smoothed, data, config)
     rotation = ModelRecord.of(smoothed).described[LAYER].rotation
-    rotated = spread(after.rows[LAYER].both(), rotation).abs().amax(0)
+    rotated = spread_maxima(after.rows[LAYER].both(), rotation)
     return before.absmax[LAYER], after.absmax[LAYER], rotated
 
 

@@ -40,7 +40,7 @@ from smoothquant_kernels.report.maxima import (
     has_matplotlib,
     peak_to_median,
     plot_maxima,
-    spread,
+    spread_maxima,
 )
 from smoothquant_kernels.schemes import ACTIVATION_SCHEMES
 from smoothquant_kernels.smoothing.calibrate import calibrate_model
@@ -131,7 +131,7 @@ def work(output: Path, *, quick: bool, calibration: str, text: str) -> Document:
             smoothed = smooth_lm(copy.deepcopy(model), statistics, config=chosen)
             if scheme == _PLOTTED_SCHEME:
                 plots = _maxima(model, smoothed, statistics, chosen)
-            candidate = quantize_model(copy.deepcopy(smoothed), config=chosen)
+            candidate = quantize_model(smoothed, config=chosen)
             measure("SmoothQuant W8A8", scheme, candidate)
             if scheme == _SAVED_SCHEME:
                 saved = _save_and_reload(candidate, tokenizer, folder, windows[0], size)
@@ -258,7 +258,7 @@ def _maxima(
         if layer.rotation:
             note += f", rotated by {layer.rotation}"
             kept = statistics.rows[name].both().float() / factors[name]
-            rotated = spread(kept, layer.rotation).abs().amax(0)
+            rotated = spread_maxima(kept, layer.rotation)
         layers.append(LayerMaxima(name, absmax[name], smoothed, note, rotated))
     return layers
 

@@ -39,6 +39,11 @@ def spread(x: Tensor, rotation: int) -> Tensor:
     return rotated(x, rotation) / math.sqrt(rotation)
 
 
+def spread_maxima(x: Tensor, rotation: int) -> Tensor:
+    """The largest |value| [K] of each channel of smoothed tokens x [M, K], after `spread`."""
+    return spread(x, rotation).abs().amax(0)
+
+
 def peak_to_median(absmax: Tensor) -> float:
     """The ratio of the largest channel to the median one, without dead channels."""
     alive = absmax[absmax > 0]

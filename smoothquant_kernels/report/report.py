@@ -19,7 +19,7 @@ from smoothquant_kernels.nn.float_linear import weight_of
 from smoothquant_kernels.report import figures as _report_plots
 from smoothquant_kernels.report import page as _report_page
 from smoothquant_kernels.report.advice import advise
-from smoothquant_kernels.report.maxima import has_matplotlib, peak_to_median, spread
+from smoothquant_kernels.report.maxima import has_matplotlib, peak_to_median, spread_maxima
 from smoothquant_kernels.report.measure import Measured, Plan, layer_factors, measure, stand_in
 from smoothquant_kernels.smoothing.calibrate import (
     CalibrationData,
@@ -291,7 +291,7 @@ def _channels(
     }
     if layer["rotation"]:
         kept = statistics.rows[layer["name"]].both().float() / factors
-        result["absmax_rotated"] = digits(spread(kept, layer["rotation"]).abs().amax(0))
+        result["absmax_rotated"] = digits(spread_maxima(kept, layer["rotation"]))
     return result
 
 

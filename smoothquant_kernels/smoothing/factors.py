@@ -140,20 +140,26 @@ class Plan:
         for group in groups:
             name = group.linears[0]
             rotation = group_rotation(group, statistics.absmax[name].numel(), config)
-            # Whether there are massive activations decides on alpha, so the default's factors must do to see them.
-            usual = self._factors_of(group, None) if rotation else None
-            peak = statistics.peak(name, usual, rotation)
+            usual, smooth = None, None
+            if rotation:
+                # Whether there are massive activations decides on alpha, so the default's factors must do to see them.
+                usual = group_alpha(group, None, config, rotated=True)
+                smooth = self._factors_of(group, usual)
+            peak = statistics.peak(name, smooth, rotation)
             self.peaks |= dict.fromkeys(group.linears, peak)
-            self._factors[group] = self._factors_of(group, peak)
+            alpha = group_alpha(group, peak, config, rotated=rotation > 0)
+            if smooth is None or alpha != usual:
+                smooth = self._factors_of(group, alpha)
+            self._factors[group] = smooth
         for name in statistics.absmax.keys() - self.peaks.keys():
             self.peaks[name] = statistics.peak(name, None, self.rotations[name])
 
-    def _factors_of(self, group: Group, peak: float | None) -> Tensor:
+    def _factors_of(self, group: Group, alpha: float) -> Tensor:
         name = group.linears[0]
         return group_factors(
             self._statistics.absmax[name],
             weight_absmax(self._model, group),
-            group_alpha(group, peak, self._config, rotated=self.rotations[name] > 0),
+            alpha,
             weight_of(self._model.get_submodule(name)).dtype,
             self._config,
         )

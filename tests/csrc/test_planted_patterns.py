@@ -13,5 +13,4 @@ MUTANTS = (*test_planted.MUTANTS, *test_planted_gemm.MUTANTS, *test_planted_orde
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
 def test_what_a_defect_replaces_is_there_once(mutant: Mutant) -> None:
-    for file, old, _ in ((mutant.file, mutant.old, mutant.new), *mutant.cuts):
-        assert (ROOT / "csrc" / file).read_text().count(old) == 1, f"{file}: {old}"
+    assert len(list(mutant.planted(ROOT / "csrc"))) == 1 + len(mutant.cuts)

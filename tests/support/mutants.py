@@ -57,15 +57,19 @@ class Mutant:
     orders: tuple[tuple[int, bool], ...] = ()
     cuts: tuple[tuple[str, str, str], ...] = ()
 
+    def planted(self, csrc: Path) -> Iterator[tuple[Path, str]]:
+        """Yields the changed files under `csrc` with the text that each gets, one change after the other."""
+        for name, old, new in ((self.file, self.old, self.new), *self.cuts):
+            text = (csrc / name).read_text()
+            assert text.count(old) == 1, f"{name} does not contain this exactly once: {old}"
+            yield csrc / name, text.replace(old, new)
+
 
 def build_and_test(mutant: Mutant, root: Path) -> subprocess.CompletedProcess[str]:
     """Runs the mutant's tests with a library that has the defect."""
     shutil.copytree(ROOT / "csrc", root / "csrc")
-    for name, old, new in ((mutant.file, mutant.old, mutant.new), *mutant.cuts):
-        file = root / "csrc" / name
-        text = file.read_text()
-        assert text.count(old) == 1, f"{name} does not contain this exactly once: {old}"
-        file.write_text(text.replace(old, new))
+    for file, text in mutant.planted(root / "csrc"):
+        file.write_text(text)
     library = simulator.library_with(root, [mutant.source])
     arguments = (f"tests/kernels/{mutant.suite}", "-x", "-k", mutant.tests)
     if not mutant.orders:
