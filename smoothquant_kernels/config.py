@@ -14,6 +14,7 @@ from smoothquant_kernels.schemes import ACTIVATION_SCHEMES, MAX_ROTATION, WEIGHT
 
 ROUNDINGS = ("auto", "power_of_two", "none")
 FOLDINGS = ("auto", "never")
+NORMS = ("auto", "max", "rms")
 MASSIVE_CHOICES = ("per_token", "keep")
 #: A layer has massive activations if the largest element of some token is this many times that of the median token. The
 #: ratio is 20 to 2,100 for six down_proj of SmolLM2-135M and at most 12 for its other layers (compare Sun et al., 2024,
@@ -21,8 +22,15 @@ MASSIVE_CHOICES = ("per_token", "keep")
 MASSIVE_PEAK = 16.0
 #: The best measured migration strengths of layers that are rotated, and of those that are not
 #: (docs/reference/accuracy.md).
-ROTATED_ALPHA = {"per_token": 0.5, "per_tensor": 0.7, "static": 0.7}
+ROTATED_ALPHA = {"per_token": 0.5, "per_tensor": 0.6, "static": 0.6}
 PLAIN_ALPHA = {"per_token": 0.6, "per_tensor": 0.7, "static": 0.7}
+#: What the factors of rotated layers balance: the norms of the channels of activations and of weights. After a rotation
+#: the energy of a group of channels counts, not its peak. Only the range of a static scale still depends on the peaks.
+ROTATED_NORMS = {
+    "per_token": ("rms", "rms"),
+    "per_tensor": ("rms", "rms"),
+    "static": ("max", "rms"),
+}
 #: The largest group of channels that ``rotation="auto"`` rotates together, and the smallest that is worth it.
 AUTO_ROTATION = 256
 LEAST_ROTATION = 8
@@ -42,6 +50,9 @@ class SmoothQuantConfig:
             2 to 512. Each layer takes the largest power of two up to it that divides the number of its input
             channels. ``"auto"`` is `AUTO_ROTATION`, where at least `LEAST_ROTATION` is possible, and none with
             `smooth=False`; ``"none"`` rotates nothing (docs/guides/rotation.md).
+        activation_norm, weight_norm: what the factors balance of each channel of the activations and of the weights:
+            ``"max"``, the largest magnitude (the paper's), or ``"rms"``, the root mean square. ``"auto"`` is ``"max"``
+            for layers without rotation, and `ROTATED_NORMS` of the activation scheme for others.
         activation_scheme: ``"per_token"`` (O1), ``"per_tensor"`` (dynamic, O2), ``"static"`` (calibrated, O3).
         alphas: layer -> alpha, for the layers that shall differ from `alpha`. Here and below, a layer is given by its
             full name or by a shell-style pattern (``"*.down_proj"``); a full name counts before the first pattern that
@@ -73,6 +84,8 @@ class SmoothQuantConfig:
     alpha: float | None = None
     smooth: bool = True
     rotation: str | int = "auto"
+    activation_norm: str = "auto"
+    weight_norm: str = "auto"
     activation_scheme: str = "per_token"
     alphas: Mapping[str, float] = field(default_factory=dict)
     rotations: Mapping[str, str | int] = field(default_factory=dict)
@@ -101,6 +114,8 @@ class SmoothQuantConfig:
             ("massive_activations", MASSIVE_CHOICES),
             ("weight_granularity", WEIGHT_GRANULARITIES),
             ("smooth_rounding", ROUNDINGS),
+            ("activation_norm", NORMS),
+            ("weight_norm", NORMS),
             ("folding", FOLDINGS),
         ):
             if getattr(self, name) not in allowed:
@@ -155,6 +170,13 @@ class SmoothQuantConfig:
         if own is not None:
             return own
         return (ROTATED_ALPHA if rotated else PLAIN_ALPHA)[self.scheme_of(x_peak, name)]
+
+    def norms_of(self, scheme: str, *, rotated: bool) -> tuple[str, str]:
+        """The norms of activations and weights, each ``"max"`` or ``"rms"``, for the factors of a layer in a scheme."""
+        best = ROTATED_NORMS[scheme] if rotated else ("max", "max")
+        asked = (self.activation_norm, self.weight_norm)
+        own, other = (b if a == "auto" else a for a, b in zip(asked, best, strict=True))
+        return own, other
 
     def rotation_of(self, k: int, name: str = "") -> int:
         """The group size for a layer with K input channels; 0 for no rotation."""

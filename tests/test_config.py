@@ -18,8 +18,10 @@ from smoothquant_kernels.config import (
     FOLDINGS,
     MASSIVE_CHOICES,
     MASSIVE_PEAK,
+    NORMS,
     PLAIN_ALPHA,
     ROTATED_ALPHA,
+    ROTATED_NORMS,
     ROUNDINGS,
 )
 from smoothquant_kernels.schemes import ACTIVATION_SCHEMES, MAX_ROTATION, WEIGHT_GRANULARITIES
@@ -31,6 +33,8 @@ configs = st.builds(
     alpha=st.none() | st.floats(0, 1) | st.sampled_from([0, 1]),
     smooth=st.booleans(),
     rotation=ROTATIONS,
+    activation_norm=st.sampled_from(NORMS),
+    weight_norm=st.sampled_from(NORMS),
     rotations=st.dictionaries(st.text(max_size=8), ROTATIONS, max_size=3),
     activation_scheme=st.sampled_from(ACTIVATION_SCHEMES),
     alphas=st.dictionaries(st.text(max_size=8), st.floats(0, 1), max_size=3),
@@ -96,6 +100,11 @@ REFUSED: list[tuple[str, Any, str]] = [
     *[
         ("rotations", v, "rotations must be a mapping of layer names or patterns to auto, none or")
         for v in (256, {"a": 24}, {"a": None}, {"a": False}, {1: 16})
+    ],
+    *[
+        (name, v, f"{name} must be one of auto, max, rms")
+        for name in ("activation_norm", "weight_norm")
+        for v in ("mean", None, 2, ["max"])
     ],
     *[("massive_activations", v, "must be one of per_token, keep") for v in ("static", None)],
     *[("weight_granularity", v, "must be one of channel, tensor") for v in ("row", None)],
@@ -173,6 +182,19 @@ def test_alpha_depends_on_the_scheme_unless_it_is_given() -> None:
             config = SmoothQuantConfig(activation_scheme=scheme)
             assert config.alpha_of(10.0, rotated=rotated) == alpha
             assert config.replace(alpha=0).alpha_of(10.0, rotated=rotated) == 0
+
+
+def test_norms_depend_on_the_scheme_and_the_rotation_unless_they_are_given() -> None:
+    assert ROTATED_NORMS.keys() == set(ACTIVATION_SCHEMES)
+    for scheme, norms in ROTATED_NORMS.items():
+        config = SmoothQuantConfig()
+        assert config.norms_of(scheme, rotated=True) == norms
+        assert config.norms_of(scheme, rotated=False) == ("max", "max")
+        for rotated, auto in ((True, norms), (False, ("max", "max"))):
+            one = config.replace(activation_norm="rms").norms_of(scheme, rotated=rotated)
+            assert one == ("rms", auto[1])
+            other = config.replace(weight_norm="max").norms_of(scheme, rotated=rotated)
+            assert other == (auto[0], "max")
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from smoothquant_kernels.config import MASSIVE_PEAK, SmoothQuantConfig
@@ -96,12 +97,14 @@ def _stands(
     """One stand-in per trial, then the first one with only its weights and with only its activations quantized."""
     members = layers[name]["group"]
     rotation = layers[name]["rotation"]
-    now = layer_factors(original, members, statistics, trials[0].alpha, config)
     made = []
+    now = None
     for trial in trials:
-        factors = layer_factors(original, members, statistics, trial.alpha, config)
+        norms = config.norms_of(trial.scheme, rotated=rotation > 0)
+        factors = layer_factors(original, members, statistics, trial.alpha, norms, config)
+        now = factors if now is None else now
         # The smoothed model already divides by `now`.
-        factor = None if trial.alpha == trials[0].alpha else factors / now
+        factor = None if torch.equal(factors, now) else factors / now
         largest = statistics.range_of(name, factors, rotation)
         plan = Plan(trial.alpha, trial.scheme, largest, rotation, factor)
         made.append(stand_in(plan, name, config))

@@ -20,7 +20,7 @@ from smoothquant_kernels.modeling.run import Batch, evaluating, run, unpadded_ro
 from smoothquant_kernels.nn.float_linear import pending_smooth, weight_of
 from smoothquant_kernels.nn.kinds import kind_of
 from smoothquant_kernels.smoothing.convert import quantize_linear
-from smoothquant_kernels.smoothing.factors import group_factors, weight_absmax
+from smoothquant_kernels.smoothing.factors import group_factors
 from smoothquant_kernels.smoothing.padding import Padding
 from smoothquant_kernels.smoothing.statistics import ActivationStatistics
 
@@ -192,12 +192,10 @@ def layer_factors(
     members: Sequence[str],
     statistics: ActivationStatistics,
     alpha: float | None,
+    norms: tuple[str, str],
     config: SmoothQuantConfig,
 ) -> Tensor:
     """The s [K] float32 that `smooth_lm` uses for linears of the unsmoothed model. All ones if alpha is None."""
-    x_absmax = statistics.absmax[members[0]]
     if alpha is None:
-        return torch.ones_like(x_absmax)
-    dtype = weight_of(model.get_submodule(members[0])).dtype
-    w_absmax = weight_absmax(model, Group(tuple(members)))
-    return group_factors(x_absmax, w_absmax, alpha, dtype, config)
+        return torch.ones_like(statistics.absmax[members[0]])
+    return group_factors(model, Group(tuple(members)), statistics, alpha, norms, config)

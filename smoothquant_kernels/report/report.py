@@ -237,7 +237,8 @@ def _layers(
         }
         if name in statistics.absmax:
             absmax = statistics.absmax[name]
-            factors = layer_factors(model, layer.group, statistics, layer.alpha, config)
+            norms = config.norms_of(entry["activation_scheme"], rotated=layer.rotation > 0)
+            factors = layer_factors(model, layer.group, statistics, layer.alpha, norms, config)
             entry["channel_peak"] = peak_to_median(absmax)
             entry["channel_peak_smoothed"] = peak_to_median(absmax / factors)
         layers.append(entry)
@@ -278,7 +279,8 @@ def _channels(
 ) -> Document:
     """The maxima per channel over the calibration tokens, to six digits; rotated ones over the tokens that it kept."""
     absmax = statistics.absmax[layer["name"]]
-    factors = layer_factors(model, layer["group"], statistics, layer["alpha"], config)
+    norms = config.norms_of(layer["activation_scheme"], rotated=layer["rotation"] > 0)
+    factors = layer_factors(model, layer["group"], statistics, layer["alpha"], norms, config)
 
     def digits(values: Tensor) -> list[float]:
         return [float(f"{v:.6g}") for v in values.tolist()]

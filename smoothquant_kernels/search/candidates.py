@@ -18,7 +18,7 @@ from smoothquant_kernels.ops.rotate import rotated, rotated_weight
 from smoothquant_kernels.reference import MAX_ROTATION
 from smoothquant_kernels.search.result import Choice, GroupResult
 from smoothquant_kernels.search.sensitivity import Recording
-from smoothquant_kernels.smoothing.factors import group_factors, group_rotation, weight_absmax
+from smoothquant_kernels.smoothing.factors import group_factors, group_rotation
 from smoothquant_kernels.smoothing.int8_error import static_scale
 from smoothquant_kernels.smoothing.statistics import ActivationStatistics
 
@@ -37,7 +37,7 @@ def own_scheme(config: SmoothQuantConfig, group: Group | GroupResult) -> str:
 
 @dataclass
 class _Quantized:
-    """A group at one alpha and rotation: factors and int8 weights, which fit any scale of the activations."""
+    """A group at one alpha, rotation and scheme, which sets the norms: factors and int8 weights."""
 
     alpha: float | None
     rotation: int
@@ -84,18 +84,18 @@ class Space:
         tried: list[Choice] = []
         own = self.own_rotation(group)
         for alpha in self.alphas:
-            made = trial.quantized(alpha, own)
-            tried += [trial.choice(made, scheme) for scheme in schemes]
+            tried += [trial.choice(trial.quantized(alpha, own, s), s) for s in schemes]
         for scheme in schemes:
             best = GroupResult(group.linears, tuple(tried)).best(scheme)
             for alpha in _neighbors(best.alpha):
-                tried.append(trial.choice(trial.quantized(alpha, own), scheme))
+                tried.append(trial.choice(trial.quantized(alpha, own, scheme), scheme))
             best = GroupResult(group.linears, tuple(tried)).best(scheme)
             for rotation in self.other_rotations(group):
-                tried.append(trial.choice(trial.quantized(best.alpha, rotation), scheme))
+                made = trial.quantized(best.alpha, rotation, scheme)
+                tried.append(trial.choice(made, scheme))
             if scheme == "static":
                 best = GroupResult(group.linears, tuple(tried)).best(scheme)
-                made = trial.quantized(best.alpha, best.rotation)
+                made = trial.quantized(best.alpha, best.rotation, scheme)
                 tried += [trial.choice(made, scheme, clip) for clip in trial.clips(made)]
         return GroupResult(group.linears, tuple(tried))
 
@@ -117,24 +117,23 @@ class _Trial:
         self.biases = [getattr(m, "bias", None) for m in self.linears]
         self.y = [F.linear(self.x, w, b) for w, b in zip(self.weights, self.biases, strict=True)]
 
-    def quantized(self, alpha: float | None, rotation: int) -> _Quantized:
-        name, statistics = self.group.linears[0], self.space.statistics
+    def quantized(self, alpha: float | None, rotation: int, scheme: str) -> _Quantized:
+        space, name = self.space, self.group.linears[0]
         weights = [w.float() for w in self.weights]
         smooth = None
         if alpha is not None:
-            columns = weight_absmax(self.space.model, self.group)
-            dtype = self.weights[0].dtype
+            norms = space.config.norms_of(scheme, rotated=rotation > 0)
             smooth = group_factors(
-                statistics.absmax[name], columns, alpha, dtype, self.space.config
+                space.model, self.group, space.statistics, alpha, norms, space.config
             )
             weights = [w * smooth for w in weights]
-        granularity = self.space.config.weight_granularity
+        granularity = space.config.weight_granularity
         weights = [rotated_weight(w, rotation) for w in weights]
         return _Quantized(
             alpha,
             rotation,
             None if smooth is None else 1.0 / smooth,
-            statistics.range_of(name, smooth, rotation),
+            space.statistics.range_of(name, smooth, rotation),
             [reference.quantize_weight(w, granularity) for w in weights],
         )
 

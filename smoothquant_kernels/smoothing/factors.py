@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,23 @@ def group_alpha(
     return alpha_of(group.linears[0])
 
 
+class Balance(NamedTuple):
+    """What decides on the factors of a group: alpha, and the norms of the channels of activations and weights."""
+
+    alpha: float
+    norms: tuple[str, str]
+
+
+def group_balance(
+    group: Group, peak: float | None, config: SmoothQuantConfig, *, rotated: bool
+) -> Balance:
+    """Returns the balance of a group. Raises SmoothQuantError as `group_alpha` does."""
+    scheme = config.scheme_of(peak, group.linears[0])
+    return Balance(
+        group_alpha(group, peak, config, rotated=rotated), config.norms_of(scheme, rotated=rotated)
+    )
+
+
 def group_rotation(group: Group, k: int, config: SmoothQuantConfig) -> int:
     """Returns the rotation of a group of linears [N, K]. Raises SmoothQuantError as `group_alpha` does."""
 
@@ -67,22 +85,41 @@ def _check_agreement(
             )
 
 
-def weight_absmax(model: nn.Module, group: Group) -> Tensor:
-    """Returns the largest |w| of each input channel over all linears of the group, [K] float32."""
-    columns = [
-        weight_of(model.get_submodule(n)).detach().abs().amax(0).float() for n in group.linears
-    ]
-    return torch.stack(columns).amax(0)
+def weight_norms(model: nn.Module, group: Group, norm: str) -> Tensor:
+    """Returns the largest |w| or the root mean square of each input channel over all linears of the group.
+
+    [K] float32. `norm` is ``"max"`` or ``"rms"``.
+    """
+    weights = [weight_of(model.get_submodule(n)).detach() for n in group.linears]
+    if norm == "max":
+        return torch.stack([w.abs().amax(0).float() for w in weights]).amax(0)
+    # float64, because the squares of large float32 weights overflow float32.
+    lengths = [torch.linalg.vector_norm(w, dim=0, dtype=torch.float64) for w in weights]
+    rows = sum(len(w) for w in weights)
+    whole: Tensor = torch.linalg.vector_norm(torch.stack(lengths), dim=0)
+    return (whole / math.sqrt(rows)).float()
 
 
 def group_factors(
-    x_absmax: Tensor, w_absmax: Tensor, alpha: float, dtype: torch.dtype, config: SmoothQuantConfig
+    model: nn.Module,
+    group: Group,
+    statistics: ActivationStatistics,
+    alpha: float,
+    norms: tuple[str, str],
+    config: SmoothQuantConfig,
 ) -> Tensor:
-    """Returns s [K] float32, rounded as configured, for a group of linears whose weights have this dtype."""
-    smooth = smoothing_factors(x_absmax, w_absmax, alpha)
+    """Returns s [K] float32, rounded as configured, for a group of linears of the unsmoothed model.
+
+    `norms`: ``"max"`` or ``"rms"`` of the activations and of the weights (`SmoothQuantConfig.norms_of`).
+    """
+    name = group.linears[0]
+    of_inputs = statistics.norms(name, norms[0])
+    of_weights = weight_norms(model, group, norms[1])
+    smooth = smoothing_factors(of_inputs, of_weights, alpha)
     rounding = config.smooth_rounding
     if rounding == "auto":
-        rounding = "none" if dtype == torch.float32 else "power_of_two"
+        whole = weight_of(model.get_submodule(name)).dtype == torch.float32
+        rounding = "none" if whole else "power_of_two"
     return round_to_power_of_two(smooth) if rounding == "power_of_two" else smooth
 
 
@@ -142,27 +179,20 @@ class Plan:
             rotation = group_rotation(group, statistics.absmax[name].numel(), config)
             usual, smooth = None, None
             if rotation:
-                # Whether there are massive activations decides on alpha, so the default's factors must do to see them.
-                usual = group_alpha(group, None, config, rotated=True)
+                # Whether there are massive activations decides on the factors, so the usual ones must do to see them.
+                usual = group_balance(group, None, config, rotated=True)
                 smooth = self._factors_of(group, usual)
             peak = statistics.peak(name, smooth, rotation)
             self.peaks |= dict.fromkeys(group.linears, peak)
-            alpha = group_alpha(group, peak, config, rotated=rotation > 0)
-            if smooth is None or alpha != usual:
-                smooth = self._factors_of(group, alpha)
+            balance = group_balance(group, peak, config, rotated=rotation > 0)
+            if smooth is None or balance != usual:
+                smooth = self._factors_of(group, balance)
             self._factors[group] = smooth
         for name in statistics.absmax.keys() - self.peaks.keys():
             self.peaks[name] = statistics.peak(name, None, self.rotations[name])
 
-    def _factors_of(self, group: Group, alpha: float) -> Tensor:
-        name = group.linears[0]
-        return group_factors(
-            self._statistics.absmax[name],
-            weight_absmax(self._model, group),
-            alpha,
-            weight_of(self._model.get_submodule(name)).dtype,
-            self._config,
-        )
+    def _factors_of(self, group: Group, balance: Balance) -> Tensor:
+        return group_factors(self._model, group, self._statistics, *balance, self._config)
 
     def foldable(self) -> list[Group]:
         return [group for group in self._factors if group.producer is not None]

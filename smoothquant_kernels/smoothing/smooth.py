@@ -120,7 +120,11 @@ def smooth_into(
     linears, skipped = dict(view.linears), dict(view.skipped)
     check_finite_weights(linears)
     if isinstance(calibration_data, ActivationStatistics):
-        statistics = dataclasses.replace(calibration_data, absmax=dict(calibration_data.absmax))
+        statistics = dataclasses.replace(
+            calibration_data,
+            absmax=dict(calibration_data.absmax),
+            square_sums=dict(calibration_data.square_sums),
+        )
     else:
         statistics = calibrate_view(
             view, calibration_data, config, tokenizer=tokenizer, progress=progress
@@ -132,7 +136,9 @@ def smooth_into(
     # Statistics may come from a file or from another rank's device.
     for name in statistics.absmax.keys() & linears.keys():
         device = weight_of(linears[name]).device
-        statistics.absmax[name] = statistics.absmax[name].to(device)
+        for tensors in (statistics.absmax, statistics.square_sums):
+            if name in tensors:  # earlier releases' files have no squares
+                tensors[name] = tensors[name].to(device)
     smoothable = smoothable_linears(view, linears, statistics) if config.smooth else []
     groups = find_groups(view, smoothable, small, folding=config.folding)
     plan = Plan(model, groups, statistics, config)

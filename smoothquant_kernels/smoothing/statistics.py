@@ -19,9 +19,9 @@ from smoothquant_kernels.smoothing.rows import Rows
 from smoothquant_kernels.storage.folder import replace_file
 from smoothquant_kernels.storage.safetensors import check_storable, write_safetensors
 
-_PEAK_TOKENS = 4096  # sizes kept per layer; enough for a median
+PEAK_TOKENS = 4096  # sizes kept per layer; enough for a median
 _FORMAT = "smoothquant-kernels statistics"
-_FORMAT_VERSION = 2
+_FORMAT_VERSION = 3
 
 
 def shortage(tokens: int, asked: int) -> str | None:
@@ -46,6 +46,8 @@ class ActivationStatistics:
 
     Attributes:
         absmax: module name -> [K] float32 largest |x| per channel over all tokens except padding.
+        square_sums: module name -> [K] float64 sum of the squares of each channel.
+        counts: module name -> the number of those tokens.
         token_absmax: module name -> float32 largest |x| of each of the first few thousand tokens.
         rows: module name -> some tokens, from which the range of rotated inputs comes, for any factors and rotation.
         tokens: the number of tokens seen, without padding. A batch without text counts the positions that the model
@@ -57,6 +59,8 @@ class ActivationStatistics:
     """
 
     absmax: dict[str, Tensor] = field(default_factory=dict)
+    square_sums: dict[str, Tensor] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
     token_absmax: dict[str, Tensor] = field(default_factory=dict)
     rows: dict[str, Rows] = field(default_factory=dict)
     tokens: int = 0
@@ -77,12 +81,31 @@ class ActivationStatistics:
         absmax = magnitude.amax(0).float()  # exact, because a maximum does not round
         old = self.absmax.get(name)
         self.absmax[name] = absmax if old is None else torch.maximum(old, absmax)
+        squares = torch.linalg.vector_norm(rows, dim=0, dtype=torch.float64).square()
+        sums = self.square_sums.get(name)
+        self.square_sums[name] = squares if sums is None else sums + squares
+        self.counts[name] = self.counts.get(name, 0) + len(rows)
         seen = self.token_absmax.get(name, absmax.new_empty(0))
-        tokens = magnitude[: _PEAK_TOKENS - len(seen)].amax(1).float()
+        tokens = magnitude[: PEAK_TOKENS - len(seen)].amax(1).float()
         self.token_absmax[name] = torch.cat([seen, tokens])
         kept = self.rows.get(name, Rows.none(rows))
-        self.rows[name] = kept.with_more(rows, self.absmax[name], self._rotation(name))
+        self.rows[name] = kept.with_more(rows, self.absmax[name], self.rotation(name))
         return len(rows)
+
+    def norms(self, name: str, norm: str) -> Tensor:
+        """The largest |x| (``"max"``) or the root mean square (``"rms"``) of each channel, [K] float32.
+
+        Raises:
+            SmoothQuantError: statistics of an earlier release have no squares.
+        """
+        if norm == "max":
+            return self.absmax[name]
+        if name not in self.square_sums:
+            raise SmoothQuantError(
+                f"the statistics have no squares of {name}, which the factors of rotated layers come from: calibrate "
+                "again, or pass activation_norm='max'."
+            )
+        return (self.square_sums[name] / self.counts[name]).sqrt().float()
 
     def range_of(self, name: str, smooth: Tensor | None = None, rotation: int = 0) -> float:
         """The largest |value| of a layer's input, smoothed and rotated. That of rotated values is among `rows`.
@@ -108,7 +131,7 @@ class ActivationStatistics:
         median = tokens[tokens > 0].median() if bool((tokens > 0).any()) else tokens.new_ones(())
         return max(1.0, float(largest / median))
 
-    def _rotation(self, name: str) -> int:
+    def rotation(self, name: str) -> int:
         """The rotation of a layer; where there is none, that of the default, in case it is asked for later."""
         k = self.absmax[name].numel()
         return self.config.rotation_of(k, name) or SmoothQuantConfig().rotation_of(k)
@@ -154,17 +177,23 @@ class ActivationStatistics:
 
         Equivalent to:
             absmax = torch.maximum(absmax, other.absmax) for each layer; tokens += other.tokens
+            square_sums += other.square_sums; counts += other.counts
         """
-        _check_alike([_summary(self), _summary(other)], "statistics")
+        check_alike([summary_of(self), summary_of(other)], "statistics")
         for name, new in other.absmax.items():
             old = self.absmax.get(name)
             self.absmax[name] = new.clone() if old is None else old.maximum(new.to(old.device))
+            if (squares := other.square_sums.get(name)) is not None:
+                sums = self.square_sums.get(name)
+                squares = squares.to(self.absmax[name].device)
+                self.square_sums[name] = squares.clone() if sums is None else sums + squares
+                self.counts[name] = self.counts.get(name, 0) + other.counts[name]
             seen = self.token_absmax.get(name, self.absmax[name].new_empty(0))
-            more = other.token_absmax[name][: _PEAK_TOKENS - len(seen)].to(seen.device)
+            more = other.token_absmax[name][: PEAK_TOKENS - len(seen)].to(seen.device)
             self.token_absmax[name] = torch.cat([seen, more])
             both = [s.rows[name] for s in (self, other) if name in s.rows]
             if both:
-                self.rows[name] = Rows.merged(both, self.absmax[name], self._rotation(name))
+                self.rows[name] = Rows.merged(both, self.absmax[name], self.rotation(name))
         self.tokens += other.tokens
         self.asked += other.asked
         self.sample = self.sample or other.sample
@@ -174,8 +203,8 @@ class ActivationStatistics:
         """Merges the statistics of all ranks of a process group in place. Each rank has seen a part of the data.
 
         Every rank of the group must call it. Afterwards all ranks hold the same bits: those of one process that saw
-        the data of rank 0, then that of rank 1, and so on. `sample` comes from the first rank that has one. `rows` are
-        chosen from those that the ranks have kept.
+        the data of rank 0, then that of rank 1, and so on, except that `square_sums` are added rank by rank, in
+        float64. `sample` comes from the first rank that has one. `rows` are chosen from those that the ranks have kept.
 
         Args:
             group: a torch.distributed process group; None is the default one.
@@ -187,69 +216,9 @@ class ActivationStatistics:
         Equivalent to:
             torch.distributed.all_reduce(absmax[name], torch.distributed.ReduceOp.MAX, group) for each layer
         """
-        import torch.distributed as dist
+        from smoothquant_kernels.smoothing.ranks import all_reduce
 
-        if not (dist.is_available() and dist.is_initialized()):
-            raise SmoothQuantError(
-                "all_reduce needs torch.distributed: call torch.distributed.init_process_group on every rank first."
-            )
-        summaries: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(summaries, _summary(self), group)
-        _check_alike(summaries, "ranks")  # all ranks check the same list, so all agree
-        home = next((t.device for t in self.absmax.values()), torch.device("cpu"))
-        nccl = dist.get_backend(group) == "nccl"
-        place = torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
-        sizes: dict[str, int] = {}
-        for summary in summaries:
-            sizes |= {n: k for n, k in summary["sizes"].items() if n not in sizes}
-        if not sizes:
-            self.check_not_empty()
-        zeros = {n: torch.zeros(k) for n, k in sizes.items() if n not in self.absmax}
-        flat = _flat([self.absmax.get(n, zeros.get(n)) for n in sizes], place)
-        dist.all_reduce(flat, dist.ReduceOp.MAX, group)  # exact in any order
-        parts = flat.to(home).split(list(sizes.values()))
-        first = dict.fromkeys(sizes, 0)  # tokens of each layer collected so far
-        collected: dict[str, list[Tensor]] = {n: [] for n in sizes}
-        for rank, summary in enumerate(summaries):
-            counts = {n: min(summary["peaks"].get(n, 0), _PEAK_TOKENS - first[n]) for n in sizes}
-            if not any(counts.values()):
-                continue
-            mine = rank == dist.get_rank(group)
-            sent = (
-                _flat([self.token_absmax[n][:c] for n, c in counts.items() if c], place)
-                if mine
-                else torch.empty(sum(counts.values()), device=place)
-            )
-            dist.broadcast(sent, _global_rank(group, rank), group)
-            for name, part in zip(counts, sent.to(home).split(list(counts.values())), strict=True):
-                collected[name].append(part)
-                first[name] += counts[name]
-        source = next((r for r, s in enumerate(summaries) if s["sample"]), 0)
-        sample = [{k: v.cpu() for k, v in self.sample.items()}]
-        dist.broadcast_object_list(sample, _global_rank(group, source), group)
-        self.absmax = {n: part.clone() for n, part in zip(sizes, parts, strict=True)}
-        self.token_absmax = {n: torch.cat(collected[n]) for n in sizes}
-        self._all_gather_rows(summaries, group, place)
-        self.tokens = sum(summary["tokens"] for summary in summaries)
-        self.sample = sample[0]
-
-    def _all_gather_rows(self, summaries: list[Any], group: Any, place: torch.device) -> None:
-        """Chooses from the rows of all ranks, on every rank alike. `absmax` is merged already."""
-        import torch.distributed as dist
-
-        found: dict[str, list[Rows]] = {}
-        for rank, summary in enumerate(summaries):
-            for name, shape in summary["rows"].items():
-                k, dtype = self.absmax[name].numel(), getattr(torch, shape["dtype"])
-                mine = self.rows[name].both() if rank == dist.get_rank(group) else None
-                sent = torch.empty(shape["rows"], k) if mine is None else mine.float()
-                sent = sent.to(place).contiguous()
-                dist.broadcast(sent, _global_rank(group, rank), group)
-                received = sent.to(self.absmax[name].device, dtype)  # exact: it was of this type
-                found.setdefault(name, []).append(Rows.of(received, shape["first"]))
-        self.rows = {
-            n: Rows.merged(parts, self.absmax[n], self._rotation(n)) for n, parts in found.items()
-        }
+        all_reduce(self, group)
 
     def save(self, path: str | Path) -> Path:
         """Writes one safetensors file, whole or not at all, so calibration can run once, or on another machine.
@@ -266,6 +235,7 @@ class ActivationStatistics:
         self.check_not_empty()
         target = Path(path).expanduser()
         tensors = {f"absmax/{n}": t for n, t in self.absmax.items()}
+        tensors |= {f"square_sums/{n}": t for n, t in self.square_sums.items()}
         tensors |= {f"token_absmax/{n}": t for n, t in self.token_absmax.items()}
         tensors |= {f"rows/{n}": rows.both() for n, rows in self.rows.items()}
         tensors |= {f"sample/{n}": check_storable(n, t) for n, t in self.sample.items()}
@@ -274,6 +244,7 @@ class ActivationStatistics:
             "format_version": _FORMAT_VERSION,
             "tokens": self.tokens,
             "layers": list(self.absmax),
+            "counts": self.counts,
             "rows": {n: len(rows.first) for n, rows in self.rows.items()},
             "sample": list(self.sample),
             "watched": list(self.watched),
@@ -303,6 +274,9 @@ class ActivationStatistics:
                 for name in facts["layers"]:
                     result.absmax[name] = data.get_tensor(f"absmax/{name}").clone()
                     result.token_absmax[name] = data.get_tensor(f"token_absmax/{name}").clone()
+                for name, count in facts.get("counts", {}).items():  # absent from version 2
+                    result.counts[name] = count
+                    result.square_sums[name] = data.get_tensor(f"square_sums/{name}").clone()
                 for name, first in facts.get("rows", {}).items():  # absent from version 1
                     result.rows[name] = Rows.of(data.get_tensor(f"rows/{name}").clone(), first)
                 result.sample = {n: data.get_tensor(f"sample/{n}").clone() for n in facts["sample"]}
@@ -314,9 +288,13 @@ class ActivationStatistics:
             ) from None
         vectors = [*result.absmax.values(), *result.token_absmax.values()]
         fitting = all(r.fits(len(result.absmax.get(n, ()))) for n, r in result.rows.items())
+        fitting &= all(
+            s.shape == result.absmax[n].shape and s.dtype == torch.float64 and result.counts[n] > 0
+            for n, s in result.square_sums.items()
+        )
         if not fitting or not all(t.dtype == torch.float32 and t.dim() == 1 for t in vectors):
             raise SmoothQuantError(
-                f"{source} is damaged (its ranges must be float32 vectors): calibrate again."
+                f"{source} is damaged (its ranges must be float32 vectors, its sums float64): calibrate again."
             )
         return result
 
@@ -334,19 +312,20 @@ def _check_facts(source: Path, facts: Any) -> None:
         raise ValueError("its number of tokens is not a whole number")
 
 
-def _summary(statistics: ActivationStatistics) -> dict[str, Any]:
+def summary_of(statistics: ActivationStatistics) -> dict[str, Any]:
     """What the ranks must agree on, and the sizes of what each one sends."""
     return {
         "watched": sorted(statistics.watched or statistics.absmax),
         "sizes": {n: t.numel() for n, t in statistics.absmax.items()},
         "rows": {n: rows.shape() for n, rows in statistics.rows.items()},
+        "counts": dict(statistics.counts),
         "peaks": {n: len(t) for n, t in statistics.token_absmax.items()},
         "tokens": statistics.tokens,
         "sample": bool(statistics.sample),
     }
 
 
-def _check_alike(summaries: list[dict[str, Any]], what: str) -> None:
+def check_alike(summaries: list[dict[str, Any]], what: str) -> None:
     """Raises SmoothQuantError unless all that measured anything measured the same layers, of the same sizes."""
     used = [(i, s) for i, s in enumerate(summaries) if s["watched"]]
     sizes: dict[str, int] = {}
@@ -365,13 +344,3 @@ def _check_alike(summaries: list[dict[str, Any]], what: str) -> None:
                 f"layer {wrong} has {summary['sizes'][wrong]} input channels in {what} {i} and {sizes[wrong]} in "
                 "another: calibrate the same model everywhere."
             )
-
-
-def _flat(parts: list[Any], place: torch.device) -> Tensor:
-    return torch.cat([p.to(place, torch.float32) for p in parts] or [torch.empty(0, device=place)])
-
-
-def _global_rank(group: Any, rank: int) -> int:
-    import torch.distributed as dist
-
-    return rank if group is None else dist.get_global_rank(group, rank)

@@ -28,7 +28,7 @@ from smoothquant_kernels.search import search as search_module
 from smoothquant_kernels.search.candidates import ALPHAS, Space
 from smoothquant_kernels.search.result import Choice, GroupResult, Validation
 from smoothquant_kernels.search.sensitivity import divergence, record
-from smoothquant_kernels.smoothing.factors import group_factors, weight_absmax
+from smoothquant_kernels.smoothing.factors import group_factors
 from tests.support.models import layers_of, make_model, token_batches
 
 DATA = token_batches(8)
@@ -137,8 +137,9 @@ def test_candidates_cost_what_the_layers_will(family: str, granularity: str) -> 
     assert {c.rotation for c in result.tried} == {32, 8, 0} and result.rotation == 32
     with torch.no_grad():
         for choice in result.tried:
-            maxima = statistics.absmax[group.linears[0]], weight_absmax(model, group)
-            s = group_factors(*maxima, choice.alpha, torch.float32, config)
+            assert choice.alpha is not None
+            norms = config.norms_of(choice.scheme, rotated=choice.rotation > 0)
+            s = group_factors(model, group, statistics, choice.alpha, norms, config)
             scale = choice.clip * statistics.range_of(group.linears[0], s, choice.rotation) / 127
             cost = 0.0
             for name in group.linears:

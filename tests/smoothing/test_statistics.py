@@ -13,7 +13,7 @@ import accelerate
 import pytest
 import torch
 
-from smoothquant_kernels import smooth_and_quantize, smooth_lm
+from smoothquant_kernels import SmoothQuantConfig, smooth_and_quantize, smooth_lm
 from smoothquant_kernels.smoothing import statistics as statistics_module
 from smoothquant_kernels.smoothing.calibrate import calibrate_model
 from smoothquant_kernels.smoothing.rows import KEPT
@@ -38,6 +38,13 @@ def assert_equal(got: ActivationStatistics, expected: ActivationStatistics) -> N
         assert all(torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in b), name
 
 
+def assert_equal_sums(got: ActivationStatistics, expected: ActivationStatistics) -> None:
+    """Bit for bit: both have added the same float64 values in the same order."""
+    assert got.counts == expected.counts and list(got.square_sums) == list(expected.square_sums)
+    for name, sums in expected.square_sums.items():
+        assert_bitwise_equal(got.square_sums[name], sums, name)
+
+
 def assert_equal_rows(got: ActivationStatistics, expected: ActivationStatistics) -> None:
     assert list(got.rows) == list(expected.rows)
     for name, rows in expected.rows.items():
@@ -48,10 +55,14 @@ def assert_equal_rows(got: ActivationStatistics, expected: ActivationStatistics)
 @pytest.mark.parametrize("bound", [4096, 150])
 def test_merged_parts_equal_the_whole(monkeypatch: pytest.MonkeyPatch, bound: int) -> None:
     """The second part reaches a bound below the number of tokens (288)."""
-    monkeypatch.setattr(statistics_module, "_PEAK_TOKENS", bound)
+    monkeypatch.setattr(statistics_module, "PEAK_TOKENS", bound)
     whole, parts = measured(BATCHES), [measured(BATCHES[:2]), measured(BATCHES[2:])]
     parts[0].merge(parts[1])
     assert_equal(parts[0], whole)
+    assert parts[0].counts == whole.counts == dict.fromkeys(whole.watched, 288)
+    for name, sums in whole.square_sums.items():
+        # At most six additions in float64 differ in their order.
+        torch.testing.assert_close(parts[0].square_sums[name], sums, rtol=6 * 2**-53, atol=0)
     for (
         name,
         rows,
@@ -61,6 +72,32 @@ def test_merged_parts_equal_the_whole(monkeypatch: pytest.MonkeyPatch, bound: in
         ratio = parts[0].range_of(name, None, 8) / whole.range_of(name, None, 8)
         assert 0.9 < ratio < 1.1 and len(merged.largest) == KEPT
     assert len(next(iter(whole.token_absmax.values()))) == min(288, bound)
+
+
+def test_root_mean_squares_are_those_of_the_inputs() -> None:
+    """Of all tokens but padding, also where their squares overflow float32."""
+    x = torch.randn(3, 17, 8, dtype=torch.float64) * 10.0 ** torch.arange(-20.0, 20.0, 5.0)
+    keep = torch.rand(51) < 0.7
+    statistics = ActivationStatistics()
+    for part, kept in ((x[:1], keep[:17]), (x[1:], keep[17:])):
+        statistics.update("x", part.float(), kept)
+    expected = x.float().double().reshape(51, 8)[keep].square().mean(0).sqrt().float()
+    # Rounded to float32 once, after float64 sums.
+    torch.testing.assert_close(statistics.norms("x", "rms"), expected, rtol=2**-23, atol=0)
+    assert statistics.norms("x", "max") is statistics.absmax["x"]
+
+
+def test_statistics_without_squares_say_what_to_do() -> None:
+    """Files of earlier releases have none; plain SmoothQuant does not need them."""
+    statistics = measured(BATCHES[:1])
+    statistics.square_sums.clear()
+    statistics.counts.clear()
+    why = refusal(lambda: smooth_lm(make_model("llama"), statistics, progress=False))
+    assert "no squares of model.layers.0" in why and "activation_norm='max'" in why
+    for config in ({"rotation": "none"}, {"activation_norm": "max"}):
+        smooth_lm(
+            make_model("llama"), statistics, config=SmoothQuantConfig(**config), progress=False
+        )
 
 
 def test_merging_refuses_another_model() -> None:
@@ -79,9 +116,12 @@ def test_a_layer_that_only_one_part_called() -> None:
     """All experts were watched, but not all of them were reached."""
     whole, one, other = measured(BATCHES), measured(BATCHES[:3]), measured(BATCHES[3:])
     name = one.watched[-1]
-    for part in (one.absmax, one.token_absmax):
+    parts: tuple[dict[str, Any], ...] = one.absmax, one.token_absmax, one.square_sums, one.counts
+    for part in parts:
         del part[name]
     one.merge(other)
+    assert one.counts[name] == other.counts[name]
+    assert_bitwise_equal(one.square_sums[name], other.square_sums[name])
     assert torch.equal(one.absmax[name], other.absmax[name])
     assert torch.equal(one.absmax[one.watched[0]], whole.absmax[one.watched[0]])
 
@@ -91,6 +131,7 @@ def test_statistics_survive_a_file(tmp_path: Path) -> None:
     path = statistics.save(tmp_path / "ranges.safetensors")
     assert_equal(ActivationStatistics.load(path), statistics)
     assert_equal_rows(ActivationStatistics.load(path), statistics)
+    assert_equal_sums(ActivationStatistics.load(path), statistics)
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
     one, two = (
         smooth_and_quantize(make_model("llama"), s, progress=False)
@@ -106,7 +147,7 @@ def test_statistics_survive_a_file(tmp_path: Path) -> None:
     ):
         path.write_bytes(damaged)
         assert "give another file" in refusal(lambda: ActivationStatistics.load(path))
-    path.write_bytes(data.replace(b'format_version\\": 2', b'format_version\\": 3'))
+    path.write_bytes(data.replace(b'format_version\\": 3', b'format_version\\": 4'))
     assert "upgrade" in refusal(lambda: ActivationStatistics.load(path))
     assert "give another file" in refusal(lambda: ActivationStatistics.load(tmp_path / "none"))
     assert "cannot be written" in refusal(lambda: statistics.save(tmp_path / "none" / "x"))
@@ -126,7 +167,7 @@ from smoothquant_kernels.smoothing import statistics as statistics_module
 rank, folder = int(sys.argv[3]), sys.argv[2]
 dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
 for bound in (4096, 150):
-    statistics_module._PEAK_TOKENS = bound
+    statistics_module.PEAK_TOKENS = bound
     statistics = measured(BATCHES[:2] if rank == 0 else BATCHES[2:])
     statistics.all_reduce()
     statistics.save(f"{folder}/{bound}-{rank}")
@@ -164,7 +205,7 @@ def test_two_gloo_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert said[0] == said[1]
     assert said[0].startswith("ranks 0 and 1 measured different layers (1 differ, first another)")
     for bound in (4096, 150):
-        monkeypatch.setattr(statistics_module, "_PEAK_TOKENS", bound)
+        monkeypatch.setattr(statistics_module, "PEAK_TOKENS", bound)
         whole = measured(BATCHES)
         merged = measured(BATCHES[:2])
         merged.merge(measured(BATCHES[2:]))
@@ -172,6 +213,7 @@ def test_two_gloo_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             found = ActivationStatistics.load(tmp_path / f"{bound}-{rank}")
             assert_equal(found, whole)
             assert_equal_rows(found, merged)
+            assert_equal_sums(found, merged)
 
 
 def test_all_reduce_needs_a_group() -> None:

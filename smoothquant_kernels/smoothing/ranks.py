@@ -1,0 +1,136 @@
+"""Merging the statistics that the ranks of a process group have collected."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from smoothquant_kernels.errors import SmoothQuantError
+from smoothquant_kernels.smoothing.rows import Rows
+
+if TYPE_CHECKING:
+    from smoothquant_kernels.smoothing.statistics import ActivationStatistics
+
+
+def all_reduce(statistics: ActivationStatistics, group: Any) -> None:
+    """Runs `ActivationStatistics.all_reduce`."""
+    from smoothquant_kernels.smoothing import statistics as one
+
+    if not (dist.is_available() and dist.is_initialized()):
+        raise SmoothQuantError(
+            "all_reduce needs torch.distributed: call torch.distributed.init_process_group on every rank first."
+        )
+    summaries: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(summaries, one.summary_of(statistics), group)
+    one.check_alike(summaries, "ranks")  # all ranks check the same list, so all agree
+    sizes: dict[str, int] = {}
+    for summary in summaries:
+        sizes |= {n: k for n, k in summary["sizes"].items() if n not in sizes}
+    if not sizes:
+        statistics.check_not_empty()
+    merge = _Merge(statistics, group, summaries)
+    zeros = {n: torch.zeros(k) for n, k in sizes.items() if n not in statistics.absmax}
+    flat = merge.flat([statistics.absmax.get(n, zeros.get(n)) for n in sizes])
+    dist.all_reduce(flat, dist.ReduceOp.MAX, group)  # exact in any order
+    parts = flat.to(merge.home).split(list(sizes.values()))
+    absmax = {n: part.clone() for n, part in zip(sizes, parts, strict=True)}
+    tokens = merge.token_maxima(sizes, one.PEAK_TOKENS)
+    sums = merge.square_sums()
+    source = next((r for r, s in enumerate(summaries) if s["sample"]), 0)
+    sample = [{k: v.cpu() for k, v in statistics.sample.items()}]
+    dist.broadcast_object_list(sample, merge.global_rank(source), group)
+    statistics.absmax, statistics.token_absmax, statistics.square_sums = absmax, tokens, sums
+    statistics.counts = merge.counts()
+    statistics.rows = merge.rows()
+    statistics.tokens = sum(summary["tokens"] for summary in summaries)
+    statistics.sample = sample[0]
+
+
+class _Merge:
+    """The exchange of what the ranks hold; each rank takes part in every one, in the same order."""
+
+    def __init__(
+        self, statistics: ActivationStatistics, group: Any, summaries: list[dict[str, Any]]
+    ) -> None:
+        self._statistics, self._group, self._summaries = statistics, group, summaries
+        self._rank = dist.get_rank(group)
+        self.home = next((t.device for t in statistics.absmax.values()), torch.device("cpu"))
+        nccl = dist.get_backend(group) == "nccl"
+        self._place = (
+            torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
+        )
+
+    def flat(self, parts: list[Any], dtype: torch.dtype = torch.float32) -> Tensor:
+        """One vector of all, where the group's backend can send it."""
+        empty = torch.empty(0, device=self._place, dtype=dtype)
+        return torch.cat([p.to(self._place, dtype) for p in parts] or [empty])
+
+    def global_rank(self, rank: int) -> int:
+        return rank if self._group is None else dist.get_global_rank(self._group, rank)
+
+    def _from(
+        self, rank: int, mine: Mapping[str, Tensor], sizes: Mapping[str, int], dtype: torch.dtype
+    ) -> dict[str, Tensor]:
+        """The vectors of one rank, of these sizes, on every rank."""
+        total = sum(sizes.values())
+        if not total:
+            return {}
+        if rank == self._rank:
+            sent = self.flat([mine[n][:size] for n, size in sizes.items() if size], dtype)
+        else:
+            sent = torch.empty(total, device=self._place, dtype=dtype)
+        dist.broadcast(sent, self.global_rank(rank), self._group)
+        return dict(zip(sizes, sent.to(self.home).split(list(sizes.values())), strict=True))
+
+    def token_maxima(self, layers: Mapping[str, int], most: int) -> dict[str, Tensor]:
+        """The first `most` tokens of each layer, in the order of the ranks."""
+        found: dict[str, list[Tensor]] = {n: [] for n in layers}
+        left = dict.fromkeys(layers, most)
+        for rank, summary in enumerate(self._summaries):
+            counts = {n: min(summary["peaks"].get(n, 0), left[n]) for n in layers}
+            sent = self._from(rank, self._statistics.token_absmax, counts, torch.float32)
+            for name, part in sent.items():
+                found[name].append(part)
+                left[name] -= len(part)
+        return {n: torch.cat(parts) for n, parts in found.items()}
+
+    def square_sums(self) -> dict[str, Tensor]:
+        """The sums of all ranks, added in their order."""
+        found: dict[str, Tensor] = {}
+        for rank, summary in enumerate(self._summaries):
+            sizes = {n: summary["sizes"][n] for n in summary["counts"]}
+            sent = self._from(rank, self._statistics.square_sums, sizes, torch.float64)
+            for name, part in sent.items():
+                found[name] = found[name] + part if name in found else part.clone()
+        return found
+
+    def counts(self) -> dict[str, int]:
+        found: dict[str, int] = {}
+        for summary in self._summaries:
+            for name, count in summary["counts"].items():
+                found[name] = found.get(name, 0) + count
+        return found
+
+    def rows(self) -> dict[str, Rows]:
+        """Chooses from the rows of all ranks. `absmax` is merged already."""
+        statistics = self._statistics
+        found: dict[str, list[Rows]] = {}
+        for rank, summary in enumerate(self._summaries):
+            for name, shape in summary["rows"].items():
+                k, dtype = statistics.absmax[name].numel(), getattr(torch, shape["dtype"])
+                mine = statistics.rows[name].both() if rank == self._rank else None
+                sent = torch.empty(shape["rows"], k) if mine is None else mine.float()
+                sent = sent.to(self._place).contiguous()
+                dist.broadcast(sent, self.global_rank(rank), self._group)
+                received = sent.to(
+                    statistics.absmax[name].device, dtype
+                )  # exact: it was of this type
+                found.setdefault(name, []).append(Rows.of(received, shape["first"]))
+        return {
+            n: Rows.merged(parts, statistics.absmax[n], statistics.rotation(n))
+            for n, parts in found.items()
+        }
