@@ -14,6 +14,7 @@ from smoothquant_kernels.schemes import ACTIVATION_SCHEMES, MAX_ROTATION, WEIGHT
 
 ROUNDINGS = ("auto", "power_of_two", "none")
 FOLDINGS = ("auto", "never")
+WEIGHT_ROUNDINGS = ("nearest", "gptq")
 NORMS = ("auto", "max", "rms")
 MASSIVE_CHOICES = ("per_token", "keep")
 #: A layer has massive activations if the largest element of some token is this many times that of the median token. The
@@ -66,6 +67,8 @@ class SmoothQuantConfig:
             activations (a token many times larger than the others, see `MASSIVE_PEAK`), which no smoothing of channels
             can balance: ``"per_token"`` gives that layer a scale per token, ``"keep"`` leaves it in the scheme.
         weight_granularity: ``"channel"`` or ``"tensor"``.
+        weight_rounding: ``"nearest"``, or ``"gptq"``, which rounds the weights so that their errors cancel on the
+            calibration data (Frantar et al., 2022). Calibration then also keeps [K, K] float32 for every layer.
         w_bit, a_bit: bits of weights and activations. Only 8 is supported.
         smooth_rounding: ``"power_of_two"`` rounds every factor to the nearest power of two, so that folding changes no
             bit of the float model in any dtype; ``"none"`` uses the formula's value, which balances a little better
@@ -93,6 +96,7 @@ class SmoothQuantConfig:
     clips: Mapping[str, float] = field(default_factory=dict)
     massive_activations: str = "per_token"
     weight_granularity: str = "channel"
+    weight_rounding: str = "nearest"
     w_bit: int = 8
     a_bit: int = 8
     smooth_rounding: str = "auto"
@@ -113,6 +117,7 @@ class SmoothQuantConfig:
             ("activation_scheme", ACTIVATION_SCHEMES),
             ("massive_activations", MASSIVE_CHOICES),
             ("weight_granularity", WEIGHT_GRANULARITIES),
+            ("weight_rounding", WEIGHT_ROUNDINGS),
             ("smooth_rounding", ROUNDINGS),
             ("activation_norm", NORMS),
             ("weight_norm", NORMS),

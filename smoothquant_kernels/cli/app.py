@@ -35,6 +35,7 @@ from smoothquant_kernels.cli.options import (
     SmoothRounding,
     Verbose,
     WeightGranularity,
+    WeightRounding,
     Window,
 )
 
@@ -123,6 +124,7 @@ def quantize(
     rotation: Rotation = None,
     scheme: Scheme = None,
     weight_granularity: WeightGranularity = None,
+    weight_rounding: WeightRounding = None,
     smooth_rounding: SmoothRounding = None,
     skip: Skip = None,
     config_file: Config = None,
@@ -204,6 +206,7 @@ def report(
     rotation: Rotation = None,
     scheme: Scheme = None,
     weight_granularity: WeightGranularity = None,
+    weight_rounding: WeightRounding = None,
     smooth_rounding: SmoothRounding = None,
     skip: Skip = None,
     config_file: Config = None,

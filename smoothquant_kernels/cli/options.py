@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
-from smoothquant_kernels.config import ROTATED_ALPHA, ROTATIONS, ROUNDINGS
+from smoothquant_kernels.config import ROTATED_ALPHA, ROTATIONS, ROUNDINGS, WEIGHT_ROUNDINGS
 from smoothquant_kernels.schemes import ACTIVATION_SCHEMES, WEIGHT_GRANULARITIES
 
 
@@ -107,6 +107,14 @@ WeightGranularity = Annotated[
         metavar="NAME",
         help=f"Weight scales, one for each: {_choices(WEIGHT_GRANULARITIES)}.",
         show_default="channel",
+    ),
+]
+WeightRounding = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help=f"Rounding of weights: {_choices(WEIGHT_ROUNDINGS)}; gptq fits it to the calibration text, in minutes.",
+        show_default="nearest",
     ),
 ]
 SmoothRounding = Annotated[

@@ -14,6 +14,7 @@ OPTIONS = {
     "skip": "--skip",
     "smooth_rounding": "--smooth-rounding",
     "weight_granularity": "--weight-granularity",
+    "weight_rounding": "--weight-rounding",
     "window": "--window",
 }
 

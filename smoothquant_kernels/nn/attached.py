@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from smoothquant_kernels.nn.float_linear import FOLDED, PENDING
 from smoothquant_kernels.nn.kinds import KINDS
+from smoothquant_kernels.nn.rounding import MOMENTS
 
 #: Hooks on the input or output of a forward pass, which are the same for an int8 layer. The dictionaries themselves
 #: move, because a handle removes its hook from the original dictionary.
@@ -35,7 +36,7 @@ _STAYS = {
     "_load_state_dict_post_hooks": _STATE,
 }
 #: Attributes of a linear that a plain module does not have.
-_OWN = {"in_features", "out_features", "nf", "nx", PENDING, FOLDED}
+_OWN = {"in_features", "out_features", "nf", "nx", PENDING, FOLDED, MOMENTS}
 #: Where torch keeps the compiled form of a module. The new module needs its own.
 _DROPPED = {"_compiled_call_impl"}
 

@@ -29,6 +29,7 @@ class Settings:
         rotation: the size of the groups of channels that the quantizer rotates; 0 for none.
         x_scale: the scale of the smoothed and rotated input if the scheme is ``"static"``, else None.
         smooth: [K] factors to apply in addition to the layer's own pending ones (`pending_smooth`).
+        moments: [K, K] of the smoothed and rotated input, to round the weight by GPTQ; None for the nearest values.
     """
 
     activation_scheme: str
@@ -36,6 +37,7 @@ class Settings:
     rotation: int = 0
     x_scale: float | None = None
     smooth: Tensor | None = None
+    moments: Tensor | None = None
 
 
 class Kind(ABC, Generic[Layer]):

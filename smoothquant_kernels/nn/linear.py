@@ -23,6 +23,7 @@ from smoothquant_kernels.nn.operands import (
     packed_rows,
     wants_aligned_rows,
 )
+from smoothquant_kernels.nn.rounding import round_weight
 from smoothquant_kernels.ops.checks import FLOATS, fits_rotation, type_name
 from smoothquant_kernels.ops.rotate import rotated_weight
 from smoothquant_kernels.schemes import ACTIVATION_SCHEMES, WEIGHT_GRANULARITIES
@@ -127,6 +128,7 @@ class W8A8Linear(nn.Module):
         smooth: Tensor | None = None,
         rotation: int = 0,
         x_scale: Tensor | float | None = None,
+        moments: Tensor | None = None,
     ) -> W8A8Linear:
         """Quantizes a float layer.
 
@@ -139,6 +141,8 @@ class W8A8Linear(nn.Module):
             rotation: as in the constructor. The weight is rotated here, after smoothing.
             x_scale: the static scale of the (smoothed and rotated) input, > 0; required for the scheme ``"static"``,
                 else None.
+            moments: X^T X [K, K] float32 of the (smoothed and rotated) input, to round the weight by GPTQ
+                (`nn.rounding.round_weight`). None rounds to the nearest values.
 
         Raises:
             SmoothQuantError: the weight is float64, float8 or another type, has NaN or Inf, a factor is not positive,
@@ -182,7 +186,13 @@ class W8A8Linear(nn.Module):
         w = rotated_weight(w, rotation)
         if not bool(w.isfinite().all()):
             raise SmoothQuantError("the weight (times smooth, rotated) is too large for float32.")
-        w_q, new.w_scale = reference.quantize_weight(w, weight_granularity)
+        if moments is None:
+            w_q, new.w_scale = reference.quantize_weight(w, weight_granularity)
+        elif moments.shape != (k, k) or not bool(moments.isfinite().all()):
+            shape = list(moments.shape)
+            raise SmoothQuantError(f"moments must be finite values [{k}, {k}], got {shape}.")
+        else:
+            w_q, new.w_scale = round_weight(w, moments.to(w.device), weight_granularity)
         new.w_q = packed_rows(w_q)
         if bias is not None:
             new.bias = bias.detach().float().clone()

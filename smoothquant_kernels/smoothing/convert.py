@@ -19,6 +19,7 @@ from smoothquant_kernels.nn import kinds
 from smoothquant_kernels.nn.attached import move_attached
 from smoothquant_kernels.nn.float_linear import is_smoothed, weight_of
 from smoothquant_kernels.nn.float_types import check_float_types
+from smoothquant_kernels.nn.rounding import moments_of
 from smoothquant_kernels.smoothing.calibrate import CalibrationData
 from smoothquant_kernels.smoothing.int8_error import static_scale
 from smoothquant_kernels.smoothing.patterns import check_patterns
@@ -46,8 +47,8 @@ def quantize_model(
         The model. Its output head stays in float. `model.smoothquant_info` lists every layer.
 
     Raises:
-        SmoothQuantError: bits other than 8, no linears, NaN or Inf in a weight (the message names the layer), or no
-            ranges for the static scheme. After any exception the model is unchanged.
+        SmoothQuantError: bits other than 8, no linears, NaN or Inf in a weight (the message names the layer), no
+            ranges for the static scheme, or no moments for GPTQ. After any exception the model is unchanged.
 
     Memory: the int8 layers and the float ones, which are freed once all int8 layers exist. Streaming needs less
     (docs/guides/streaming.md).
@@ -105,6 +106,11 @@ def _quantize_into(view: ModelView, config: SmoothQuantConfig, changes: Changes)
                 f"the range of {name} was measured with rotation {layers[name].rotation} and the configuration asks "
                 f"for {rotations[name]}: pass the same `rotation` to smooth_lm and quantize_model."
             )
+    if config.weight_rounding == "gptq" and all(moments_of(m) is None for m in linears.values()):
+        raise SmoothQuantError(
+            "weight_rounding='gptq' needs what calibration keeps for it: run smooth_lm with the same weight_rounding "
+            "first, or pass weight_rounding='nearest'."
+        )
     made: dict[str, nn.Module] = {}
     # Layers quantized by an earlier call, which left other layers in float.
     earlier = [layer for name, layer in described.items() if _is_quantized(model, name)]
@@ -158,7 +164,9 @@ def quantize_linear(
     if scheme == "static":
         assert x_absmax is not None
         x_scale = static_scale(x_absmax, config.clip_of(name))
-    settings = kinds.Settings(scheme, config.weight_granularity, rotation, x_scale, smooth)
+    found = moments_of(linear) if config.weight_rounding == "gptq" else None
+    moments = None if found is None else found.quantized(rotation, smooth)
+    settings = kinds.Settings(scheme, config.weight_granularity, rotation, x_scale, smooth, moments)
     made: nn.Module = kinds.choose(name, linear, config).from_linear(linear, settings)
     return made
 

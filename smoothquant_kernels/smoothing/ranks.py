@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -39,12 +40,13 @@ def all_reduce(statistics: ActivationStatistics, group: Any) -> None:
     parts = flat.to(merge.home).split(list(sizes.values()))
     absmax = {n: part.clone() for n, part in zip(sizes, parts, strict=True)}
     tokens = merge.token_maxima(sizes, one.PEAK_TOKENS)
-    sums = merge.square_sums()
+    sums = merge.sums("counts", statistics.square_sums, torch.float64)
+    moments = merge.sums("moments", statistics.moments, torch.float32)
     source = next((r for r, s in enumerate(summaries) if s["sample"]), 0)
     sample = [{k: v.cpu() for k, v in statistics.sample.items()}]
     dist.broadcast_object_list(sample, merge.global_rank(source), group)
     statistics.absmax, statistics.token_absmax, statistics.square_sums = absmax, tokens, sums
-    statistics.counts = merge.counts()
+    statistics.counts, statistics.moments = merge.counts(), moments
     statistics.rows = merge.rows()
     statistics.tokens = sum(summary["tokens"] for summary in summaries)
     statistics.sample = sample[0]
@@ -80,7 +82,7 @@ class _Merge:
         if not total:
             return {}
         if rank == self._rank:
-            sent = self.flat([mine[n][:size] for n, size in sizes.items() if size], dtype)
+            sent = self.flat([mine[n].flatten()[:size] for n, size in sizes.items() if size], dtype)
         else:
             sent = torch.empty(total, device=self._place, dtype=dtype)
         dist.broadcast(sent, self.global_rank(rank), self._group)
@@ -98,13 +100,17 @@ class _Merge:
                 left[name] -= len(part)
         return {n: torch.cat(parts) for n, parts in found.items()}
 
-    def square_sums(self) -> dict[str, Tensor]:
-        """The sums of all ranks, added in their order."""
+    def sums(self, entry: str, mine: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+        """The sums of all ranks, added in their order, layer by layer: a vector or a square matrix of its channels.
+
+        `entry` of a summary names the layers that a rank has them of.
+        """
         found: dict[str, Tensor] = {}
         for rank, summary in enumerate(self._summaries):
-            sizes = {n: summary["sizes"][n] for n in summary["counts"]}
-            sent = self._from(rank, self._statistics.square_sums, sizes, torch.float64)
-            for name, part in sent.items():
+            for name in summary[entry]:
+                k = summary["sizes"][name]
+                shape = (k, k) if entry == "moments" else (k,)
+                part = self._from(rank, mine, {name: math.prod(shape)}, dtype)[name].view(shape)
                 found[name] = found[name] + part if name in found else part.clone()
         return found
 

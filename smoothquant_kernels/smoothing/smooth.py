@@ -30,6 +30,7 @@ from smoothquant_kernels.modeling.view import ModelView, check_present
 from smoothquant_kernels.nn.float_linear import is_float_linear, is_smoothed, weight_of
 from smoothquant_kernels.nn.float_types import check_float_type
 from smoothquant_kernels.nn.kinds import count_quantized
+from smoothquant_kernels.nn.rounding import MOMENTS, Moments
 from smoothquant_kernels.smoothing.calibrate import CalibrationData, calibrate_view
 from smoothquant_kernels.smoothing.factors import Plan, group_alpha, smoothable_linears
 from smoothquant_kernels.smoothing.patterns import check_patterns
@@ -139,6 +140,11 @@ def smooth_into(
         for tensors in (statistics.absmax, statistics.square_sums):
             if name in tensors:  # earlier releases' files have no squares
                 tensors[name] = tensors[name].to(device)
+    if config.weight_rounding == "gptq" and not statistics.moments:
+        raise SmoothQuantError(
+            "the statistics were collected without weight_rounding='gptq', which needs more of the calibration data: "
+            "calibrate with the same weight_rounding."
+        )
     smoothable = smoothable_linears(view, linears, statistics) if config.smooth else []
     groups = find_groups(view, smoothable, small, folding=config.folding)
     plan = Plan(model, groups, statistics, config)
@@ -156,6 +162,10 @@ def smooth_into(
 
         outcomes = plan.apply(lambda: difference() <= tolerance, changes)
         change = difference()
+    if config.weight_rounding == "gptq":
+        for name in statistics.moments.keys() & linears.keys():
+            moments = Moments(statistics.moments[name], plan.smooth.get(name))
+            changes.set_attribute(linears[name], MOMENTS, moments)
     if not change <= tolerance:
         raise SmoothQuantError(
             f"the model's output differs by {change:.1e} relative from one call to the next, more than "

@@ -48,6 +48,7 @@ class ActivationStatistics:
         absmax: module name -> [K] float32 largest |x| per channel over all tokens except padding.
         square_sums: module name -> [K] float64 sum of the squares of each channel.
         counts: module name -> the number of those tokens.
+        moments: module name -> [K, K] float32, X^T X over those tokens X; only if `config` rounds weights by GPTQ.
         token_absmax: module name -> float32 largest |x| of each of the first few thousand tokens.
         rows: module name -> some tokens, from which the range of rotated inputs comes, for any factors and rotation.
         tokens: the number of tokens seen, without padding. A batch without text counts the positions that the model
@@ -61,6 +62,7 @@ class ActivationStatistics:
     absmax: dict[str, Tensor] = field(default_factory=dict)
     square_sums: dict[str, Tensor] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
+    moments: dict[str, Tensor] = field(default_factory=dict)
     token_absmax: dict[str, Tensor] = field(default_factory=dict)
     rows: dict[str, Rows] = field(default_factory=dict)
     tokens: int = 0
@@ -85,6 +87,12 @@ class ActivationStatistics:
         sums = self.square_sums.get(name)
         self.square_sums[name] = squares if sums is None else sums + squares
         self.counts[name] = self.counts.get(name, 0) + len(rows)
+        if self.config.weight_rounding == "gptq":
+            whole = rows.float()
+            products = whole.t() @ whole
+            self.moments[name] = (
+                self.moments[name].add_(products) if name in self.moments else products
+            )
         seen = self.token_absmax.get(name, absmax.new_empty(0))
         tokens = magnitude[: PEAK_TOKENS - len(seen)].amax(1).float()
         self.token_absmax[name] = torch.cat([seen, tokens])
@@ -177,7 +185,7 @@ class ActivationStatistics:
 
         Equivalent to:
             absmax = torch.maximum(absmax, other.absmax) for each layer; tokens += other.tokens
-            square_sums += other.square_sums; counts += other.counts
+            square_sums += other.square_sums; moments += other.moments; counts += other.counts
         """
         check_alike([summary_of(self), summary_of(other)], "statistics")
         for name, new in other.absmax.items():
@@ -188,6 +196,10 @@ class ActivationStatistics:
                 squares = squares.to(self.absmax[name].device)
                 self.square_sums[name] = squares.clone() if sums is None else sums + squares
                 self.counts[name] = self.counts.get(name, 0) + other.counts[name]
+            if (products := other.moments.get(name)) is not None:
+                sums = self.moments.get(name)
+                products = products.to(self.absmax[name].device)
+                self.moments[name] = products.clone() if sums is None else sums + products
             seen = self.token_absmax.get(name, self.absmax[name].new_empty(0))
             more = other.token_absmax[name][: PEAK_TOKENS - len(seen)].to(seen.device)
             self.token_absmax[name] = torch.cat([seen, more])
@@ -203,8 +215,9 @@ class ActivationStatistics:
         """Merges the statistics of all ranks of a process group in place. Each rank has seen a part of the data.
 
         Every rank of the group must call it. Afterwards all ranks hold the same bits: those of one process that saw
-        the data of rank 0, then that of rank 1, and so on, except that `square_sums` are added rank by rank, in
-        float64. `sample` comes from the first rank that has one. `rows` are chosen from those that the ranks have kept.
+        the data of rank 0, then that of rank 1, and so on, except that `square_sums` and `moments` are added
+        rank by rank. `sample` comes from the first rank that has one. `rows` are chosen from those that the ranks have
+        kept.
 
         Args:
             group: a torch.distributed process group; None is the default one.
@@ -236,6 +249,7 @@ class ActivationStatistics:
         target = Path(path).expanduser()
         tensors = {f"absmax/{n}": t for n, t in self.absmax.items()}
         tensors |= {f"square_sums/{n}": t for n, t in self.square_sums.items()}
+        tensors |= {f"moments/{n}": t for n, t in self.moments.items()}
         tensors |= {f"token_absmax/{n}": t for n, t in self.token_absmax.items()}
         tensors |= {f"rows/{n}": rows.both() for n, rows in self.rows.items()}
         tensors |= {f"sample/{n}": check_storable(n, t) for n, t in self.sample.items()}
@@ -245,6 +259,7 @@ class ActivationStatistics:
             "tokens": self.tokens,
             "layers": list(self.absmax),
             "counts": self.counts,
+            "moments": list(self.moments),
             "rows": {n: len(rows.first) for n, rows in self.rows.items()},
             "sample": list(self.sample),
             "watched": list(self.watched),
@@ -277,6 +292,8 @@ class ActivationStatistics:
                 for name, count in facts.get("counts", {}).items():  # absent from version 2
                     result.counts[name] = count
                     result.square_sums[name] = data.get_tensor(f"square_sums/{name}").clone()
+                for name in facts.get("moments", []):
+                    result.moments[name] = data.get_tensor(f"moments/{name}").clone()
                 for name, first in facts.get("rows", {}).items():  # absent from version 1
                     result.rows[name] = Rows.of(data.get_tensor(f"rows/{name}").clone(), first)
                 result.sample = {n: data.get_tensor(f"sample/{n}").clone() for n in facts["sample"]}
@@ -291,6 +308,10 @@ class ActivationStatistics:
         fitting &= all(
             s.shape == result.absmax[n].shape and s.dtype == torch.float64 and result.counts[n] > 0
             for n, s in result.square_sums.items()
+        )
+        fitting &= all(
+            m.shape == (len(result.absmax[n]),) * 2 and m.dtype == torch.float32
+            for n, m in result.moments.items()
         )
         if not fitting or not all(t.dtype == torch.float32 and t.dim() == 1 for t in vectors):
             raise SmoothQuantError(
@@ -319,6 +340,7 @@ def summary_of(statistics: ActivationStatistics) -> dict[str, Any]:
         "sizes": {n: t.numel() for n, t in statistics.absmax.items()},
         "rows": {n: rows.shape() for n, rows in statistics.rows.items()},
         "counts": dict(statistics.counts),
+        "moments": list(statistics.moments),
         "peaks": {n: len(t) for n, t in statistics.token_absmax.items()},
         "tokens": statistics.tokens,
         "sample": bool(statistics.sample),

@@ -102,6 +102,7 @@ def test_help_lists_the_choices_of_the_configuration() -> None:
     for option, name, choices in (
         (options.Scheme, "activation_scheme", config.ACTIVATION_SCHEMES),
         (options.WeightGranularity, "weight_granularity", config.WEIGHT_GRANULARITIES),
+        (options.WeightRounding, "weight_rounding", config.WEIGHT_ROUNDINGS),
         (options.SmoothRounding, "smooth_rounding", config.ROUNDINGS),
     ):
         (shown,) = option.__metadata__

@@ -27,7 +27,9 @@ BATCHES = token_batches(6)
 
 
 def measured(batches: Any) -> ActivationStatistics:
-    return calibrate_model(make_model("llama"), batches, progress=False)
+    """With all that any configuration keeps."""
+    config = SmoothQuantConfig(weight_rounding="gptq")
+    return calibrate_model(make_model("llama"), batches, config, progress=False)
 
 
 def assert_equal(got: ActivationStatistics, expected: ActivationStatistics) -> None:
@@ -39,10 +41,13 @@ def assert_equal(got: ActivationStatistics, expected: ActivationStatistics) -> N
 
 
 def assert_equal_sums(got: ActivationStatistics, expected: ActivationStatistics) -> None:
-    """Bit for bit: both have added the same float64 values in the same order."""
+    """Bit for bit: both have added the same values in the same order."""
     assert got.counts == expected.counts and list(got.square_sums) == list(expected.square_sums)
     for name, sums in expected.square_sums.items():
         assert_bitwise_equal(got.square_sums[name], sums, name)
+    assert list(got.moments) == list(expected.moments) == list(expected.absmax)
+    for name, moments in expected.moments.items():
+        assert_bitwise_equal(got.moments[name], moments, name)
 
 
 def assert_equal_rows(got: ActivationStatistics, expected: ActivationStatistics) -> None:
@@ -117,7 +122,7 @@ def test_a_layer_that_only_one_part_called() -> None:
     whole, one, other = measured(BATCHES), measured(BATCHES[:3]), measured(BATCHES[3:])
     name = one.watched[-1]
     parts: tuple[dict[str, Any], ...] = one.absmax, one.token_absmax, one.square_sums, one.counts
-    for part in parts:
+    for part in (*parts, one.moments):
         del part[name]
     one.merge(other)
     assert one.counts[name] == other.counts[name]

@@ -1,0 +1,106 @@
+"""GPTQ: rounding a weight so that the errors of its columns cancel on the inputs that calibration saw."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from smoothquant_kernels import reference
+from smoothquant_kernels.ops.rotate import rotated
+
+#: The attribute of a float linear with its `Moments`. A plain one, because checkpoints would include a buffer.
+MOMENTS = "_smoothquant_moments"
+#: What is added to the diagonal of the moments, as a part of its mean. The paper's value.
+DAMPING = 0.01
+_BLOCK = 128  # columns whose errors reach the columns after the block in one product
+
+
+@dataclass(frozen=True)
+class Moments:
+    """X^T X of a layer's input over the tokens of the calibration, before smoothing.
+
+    Attributes:
+        raw: [K, K] float32.
+        smooth: [K] the factors that the layer's input is divided by, folded or pending; None for none.
+    """
+
+    raw: Tensor
+    smooth: Tensor | None = None
+
+    def quantized(self, rotation: int, more: Tensor | None = None) -> Tensor:
+        """[K, K] float32: those of the input as it is quantized, if it is divided by `more` [K] too, and rotated."""
+        result = self.raw
+        for smooth in (self.smooth, more):
+            if smooth is not None:
+                inverse = 1.0 / smooth.to(result.device)
+                result = result * inverse * inverse[:, None]
+        return rotated(rotated(result, rotation).t().contiguous(), rotation)
+
+
+def moments_of(linear: nn.Module) -> Moments | None:
+    """What `smooth_lm` leaves on a linear for GPTQ; None for a layer that calibration did not reach."""
+    found: Moments | None = linear.__dict__.get(MOMENTS)
+    return found
+
+
+def round_weight(
+    w: Tensor, moments: Tensor, granularity: str = "channel", damping: float = DAMPING
+) -> tuple[Tensor, Tensor]:
+    """Quantizes a weight with the scales of `reference.quantize_weight`, and int8 values by GPTQ.
+
+    Column by column, the rounding error moves to the columns that are not rounded yet, so that it changes the products
+    with the calibration's inputs least.
+
+    Args:
+        w: [N, K] float32, smoothed and rotated.
+        moments: [K, K] float32, X^T X of the input X [tokens, K] as it is quantized.
+        granularity: ``"channel"`` or ``"tensor"``.
+        damping: see `DAMPING`. More damping trusts the calibration less; much more is rounding to nearest.
+
+    Returns:
+        w_q [N, K] int8 and w_scale [N] or [1] float32.
+
+    Equivalent to:
+        for k in range(K):
+            w_q[:, k] = (w[:, k] / w_scale).round().clamp(-127, 127)
+            error = w[:, k] - w_q[:, k] * w_scale
+            w[:, k + 1 :] += error[:, None] * inverse(H[k:, k:])[0, 1:] / inverse(H[k:, k:])[0, 0]
+
+    Source: GPTQ (Frantar et al., 2022), section 3.3 and algorithm 1.
+    """
+    nearest, w_scale = reference.quantize_weight(w, granularity)
+    upper = _inverse_factor(moments, damping)
+    if upper is None:
+        return nearest, w_scale
+    inverse = reference.inverse_scale(w_scale).expand(len(w))
+    scale = w_scale.expand(len(w))
+    w = w.clone()
+    w_q = torch.empty_like(nearest)
+    k = w.shape[1]
+    for start in range(0, k, _BLOCK):
+        end = min(start + _BLOCK, k)
+        block, own = w[:, start:end], upper[start:end, start:end]
+        errors = torch.empty_like(block)
+        for i in range(end - start):
+            rounded = (block[:, i] * inverse).round().clamp(-reference.QMAX, reference.QMAX)
+            errors[:, i] = (block[:, i] - rounded * scale) / own[i, i]
+            block[:, i + 1 :] -= errors[:, i : i + 1] * own[i, i + 1 :]
+            w_q[:, start + i] = rounded.to(torch.int8)
+        w[:, end:] -= errors @ upper[start:end, end:]
+    return w_q, w_scale
+
+
+def _inverse_factor(moments: Tensor, damping: float) -> Tensor | None:
+    """The upper triangular U with U^T U = inverse(moments + damping); None for an input that was always zero."""
+    mean = moments.diagonal().mean()
+    if not bool(mean > 0):
+        return None
+    identity = torch.eye(len(moments), device=moments.device)
+    while True:
+        lower, failed = torch.linalg.cholesky_ex(moments / mean + damping * identity)
+        if not bool(failed):
+            factor: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
+            return factor
+        damping *= 10.0  # float32 sums of fewer tokens than channels may be slightly indefinite
