@@ -26,7 +26,7 @@ from smoothquant_kernels.evaluation.perplexity import Reference, evaluate
 from smoothquant_kernels.evaluation.text import topics
 from smoothquant_kernels.schemes import ACTIVATION_SCHEMES
 
-ALPHAS = (0.5, 0.6, 0.7, 0.8)
+ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 GROUPS = (16, 64, 256, 512)
 PARTS = ("schemes", "rotation", "planted", "alpha", "rounding")
 NAIVE = "naive W8A8"
@@ -68,7 +68,8 @@ class Bench:
         self.model, self.tokenizer, self.tokens = model, tokenizer, tokens
         self.text, self.other, self.unseen = topics("evaluation"), other, other is not None
         self.data = smollm2.calibration(tokenizer, calibration)
-        config = SmoothQuantConfig(calibration_tokens=calibration)
+        # Keeps what GPTQ needs as well; other settings do not look at it.
+        config = SmoothQuantConfig(calibration_tokens=calibration, weight_rounding="gptq")
         self.statistics = calibrate_model(model, self.data, config, progress=False)
         self.references = [Reference(model, max_bytes=4 << 30) for _ in range(2)]
 
@@ -119,8 +120,12 @@ def part(bench: Bench, name: str, schemes: list[str], calibration: int) -> list[
         for scheme in schemes:
             only = {"activation_scheme": scheme, **KEEP}
             rows.append(bench.quantized("smoothed", rotation="none", **only))
-            rows.append(bench.quantized("rotated", smooth=False, rotation=GROUPS[-2], **only))
+            rows.append(bench.quantized("rotated", smooth=False, rotation=256, **only))
             rows += [bench.quantized("smoothed and rotated", rotation=g, **only) for g in GROUPS]
+            maxima = {"activation_norm": "max", "weight_norm": "max"}
+            rows.append(bench.quantized("balanced by maxima", rotation=256, **maxima, **only))
+            gptq = {"weight_rounding": "gptq"}
+            rows.append(bench.quantized("GPTQ as well", rotation=256, **gptq, **only))
         return rows
     if name == "planted":
         model = copy.deepcopy(bench.model)

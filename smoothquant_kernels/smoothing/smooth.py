@@ -107,13 +107,15 @@ def smooth_into(
     *,
     tokenizer: Any = None,
     progress: bool = True,
+    sample: Batch | None = None,
     run_sample: Callable[[Batch], Any] | None = None,
 ) -> None:
     """Runs `smooth_lm` as a part of a larger change.
 
     Args:
-        run_sample: runs the model on the calibration sample. It is needed if the model's own forward gives the layers
-            other inputs than calibration saw (a model without its blocks).
+        sample: the calibration sample with all that `run_sample` needs.
+        run_sample: runs the model on `sample` or on a part of it. Both are needed if the model's own forward knows the
+            layers' inputs for the whole sample only, or gives the layers other inputs than calibration saw.
     """
     model = view.model
     refuse_smoothed(model)
@@ -150,7 +152,7 @@ def smooth_into(
     plan = Plan(model, groups, statistics, config)
     with evaluating(model):
         errors = plan.leave_out_what_does_not_gain(
-            small, run_sample or functools.partial(run, model)
+            sample or small, run_sample or functools.partial(run, model)
         )
         before = output_tensor(run(model, small)).clone()
         tolerance = config.verify_tolerance

@@ -42,7 +42,7 @@ from smoothquant_kernels.smoothing.calibrate import (
 )
 from smoothquant_kernels.smoothing.convert import quantize_model
 from smoothquant_kernels.smoothing.patterns import check_patterns, patterns_within
-from smoothquant_kernels.smoothing.smooth import relative_difference, smooth_into, smooth_lm
+from smoothquant_kernels.smoothing.smooth import relative_difference, smooth_into
 from smoothquant_kernels.smoothing.statistics import ActivationStatistics, warn_if_short
 from smoothquant_kernels.storage.folder import check_folder, put, seal
 from smoothquant_kernels.storage.safetensors import (
@@ -287,7 +287,16 @@ class _Stream:
         original = self.chain.step(index, block, self.sample, self.original).cpu()
         if linears:
             statistics.check_not_empty()
-            smooth_lm(view, statistics, config=self._config_of(view))
+            config = self._config_of(view)
+            with Changes() as changes:
+                smooth_into(
+                    ModelView(view, config.skip),
+                    statistics,
+                    config,
+                    changes,
+                    sample=joined(self.sample, self.original),
+                    run_sample=step,
+                )
         return original, self.chain.step(index, block, self.sample, self.smoothed).cpu()
 
     def _config_of(self, part: nn.Module) -> SmoothQuantConfig:
@@ -319,14 +328,12 @@ class _Stream:
                 recorder.measure(joined(batch, hidden), around)
             statistics.check_finite()
 
-            def sample_around(sample: Batch) -> Any:
-                return self.chain.finish(sample, known(self.original))
-
             # Without its blocks, the model is a small one made of the parts before and after them.
-            # `run_sample` still gives its layers the inputs that they have in the whole model.
+            # `around` still gives its layers the inputs that they have in the whole model.
             config = self._config_of(model)
             with Changes() as changes:
-                smooth_into(view, statistics, config, changes, run_sample=sample_around)
+                sample = joined(self.sample, self.original)
+                smooth_into(view, statistics, config, changes, sample=sample, run_sample=around)
         change = relative_difference(self.chain.finish(self.sample, known(self.smoothed)), before)
         if linears:
             quantize_model(model, config=self._config_of(model))

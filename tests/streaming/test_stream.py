@@ -82,6 +82,7 @@ CASES = [
     ("bloom", "static", {}),
     ("qwen3", "per_token", {"folding": "never"}),
     ("gemma2", "per_token", {}),
+    ("llama_gqa", "static", {"weight_rounding": "gptq"}),
 ]
 
 
