@@ -60,10 +60,21 @@ CASES: list[Case] = [
     (OURS, "default", {}),
     (OURS, "per tensor", {"activation_scheme": "per_tensor"}),
     (OURS, "static", {"activation_scheme": "static"}),
+    (OURS, "GPTQ", {"weight_rounding": "gptq"}),
+    (OURS, "smoothing only", {"rotation": "none"}),
+    (OURS, "smoothing only, static", {"rotation": "none", "activation_scheme": "static"}),
     ("llm-compressor", "0.5", {"alpha": 0.5, "scheme": "per_token", "weights": "rtn"}),
     ("llm-compressor", "0.8", {"alpha": 0.8, "scheme": "per_token", "weights": "rtn"}),
     ("llm-compressor", "0.8, GPTQ", {"alpha": 0.8, "scheme": "per_token", "weights": "gptq"}),
     ("llm-compressor", "0.8, static", {"alpha": 0.8, "scheme": "static", "weights": "rtn"}),
+    ("llm-compressor", "SpinQuant", {"rotate": "spin", "scheme": "per_token", "weights": "rtn"}),
+    (
+        "llm-compressor",
+        "SpinQuant, static",
+        {"rotate": "spin", "scheme": "static", "weights": "rtn"},
+    ),
+    ("llm-compressor", "QuIP", {"rotate": "quip", "scheme": "per_token", "weights": "rtn"}),
+    ("llm-compressor", "QuIP, static", {"rotate": "quip", "scheme": "static", "weights": "rtn"}),
     ("torchao", "0.5", {"alpha": 0.5, "scheme": "per_token"}),
     ("torchao", "0.8", {"alpha": 0.8, "scheme": "per_token"}),
     ("torchao", "0.8, static", {"alpha": 0.8, "scheme": "static"}),
@@ -80,13 +91,19 @@ def ours(model: nn.Module, windows: list[Tensor], options: dict[str, Any]) -> Wo
 
 
 def llm_compressor(model: nn.Module, windows: list[Tensor], options: dict[str, Any]) -> Work:
-    """Its W8A8 recipe: a scale per token (its default), or the same with one calibrated scale per tensor."""
+    """Its W8A8 recipe: a scale per token (its default), or the same with one calibrated scale per tensor.
+
+    Before it, SmoothQuant or a rotation: SpinQuant with the rotations that need nothing at run time and the one of
+    down_proj, or QuIP with those of the inputs. Blocks of 64 channels, the largest power of two that divides all.
+    """
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
     from datasets import Dataset
     from llmcompressor import oneshot
     from llmcompressor.modifiers.gptq import GPTQModifier
     from llmcompressor.modifiers.quantization import QuantizationModifier
+    from llmcompressor.modifiers.transform.quip import QuIPModifier
     from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
+    from llmcompressor.modifiers.transform.spinquant import SpinQuantModifier
 
     modifier = {"rtn": QuantizationModifier, "gptq": GPTQModifier}[options["weights"]]
     if options["scheme"] == "static":
@@ -97,10 +114,15 @@ def llm_compressor(model: nn.Module, windows: list[Tensor], options: dict[str, A
         chosen: dict[str, Any] = {"config_groups": {"group_0": scheme}}
     else:
         chosen = {"targets": "Linear", "scheme": "W8A8"}
-    recipe = [
-        SmoothQuantModifier(smoothing_strength=options["alpha"]),
-        modifier(ignore=["lm_head"], **chosen),
-    ]
+    if "rotate" not in options:
+        first: Any = SmoothQuantModifier(smoothing_strength=options["alpha"])
+    elif options["rotate"] == "spin":
+        rotations = {"rotations": ["R1", "R2", "R4"], "transform_type": "hadamard"}
+        first = SpinQuantModifier(transform_block_size=64, **rotations)
+    else:
+        rotations = {"rotations": ["v"], "transform_type": "hadamard"}
+        first = QuIPModifier(transform_block_size=64, **rotations)
+    recipe = [first, modifier(ignore=["lm_head"], **chosen)]
     rows = {
         "input_ids": [w[0].tolist() for w in windows],
         "attention_mask": [[1] * w.shape[1] for w in windows],
@@ -294,7 +316,7 @@ def compare(args: argparse.Namespace) -> int:
     pythons |= dict(item.split("=", 1) for item in args.python)
     cases = list(CASES)
     if args.config is not None:
-        cases.insert(4, (OURS, args.config.stem, json.loads(args.config.read_text())))
+        cases.insert(5, (OURS, args.config.stem, json.loads(args.config.read_text())))
     cases = [c for c in cases if not args.only or c[0] in ("float32", *args.only)]
     rows: list[dict[str, Any]] = []
     facts = smollm2.facts(args.tokens, args.calibration) | {

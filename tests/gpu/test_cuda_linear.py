@@ -32,8 +32,11 @@ def gpu() -> None:
 
 
 def layer(k: int, n: int, scheme: str, smooth: bool = True) -> W8A8Linear:
+    """Smoothed layers are rotated, too, as the driver makes them."""
     factors = cases.inverse_smooth(k) if smooth else None
-    return cases.quantized(cases.float_linear(k, n), scheme, smooth=factors)
+    group = min(256, k & -k) if smooth else 1
+    rotation = group if group > 1 else 0
+    return cases.quantized(cases.float_linear(k, n), scheme, smooth=factors, rotation=rotation)
 
 
 def check(on_gpu: W8A8Linear, on_cpu: W8A8Linear, x: Tensor) -> None:

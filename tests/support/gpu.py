@@ -32,7 +32,9 @@ def move(value: T, device: str) -> T:
 
 
 def problems(m: int, k: int, dtype: torch.dtype = torch.float16, seed: int = 0) -> list[Call]:
-    """Calls of every op on the GPU, with x [M, K] and all optional tensors."""
+    """Calls of every op on the GPU, with x [M, K] and all optional tensors. The exact ops rotate as well."""
+    group = min(256, k & -k)
+    rotation = group if group > 1 else 0
     x, other = (cases.activations(m, k, dtype, seed + i) for i in (0, 1))
     weight, bias = (cases.inverse_smooth(k, seed + i).to(dtype) for i in (2, 3))
     made = []
@@ -41,6 +43,7 @@ def problems(m: int, k: int, dtype: torch.dtype = torch.float16, seed: int = 0) 
         options |= {"inv_smooth": cases.inverse_smooth(k, seed), "k_multiple": 16}
         made += [
             Call("quantize", (x,), options),
+            Call("quantize", (x,), {**options, "rotation": rotation}),
             Call("rms_norm_quantize", (x, weight, EPS), {**options, "residual": other}),
             Call("layer_norm_quantize", (x, weight, bias, EPS), {**options, "residual": other}),
             Call("act_quantize", (x, "silu"), {**options, "gate": other}),
@@ -55,7 +58,9 @@ def problems(m: int, k: int, dtype: torch.dtype = torch.float16, seed: int = 0) 
     for scheme in cases.SCHEMES:
         options = cases.quantize_options(scheme)
         options |= {"inv_smooth": cases.inverse_smooth(k, seed), "bias": gemm.bias}
-        made.append(Call("linear_s8", (x, gemm.w_q, gemm.w_scale), options))
+        for turned in (0, rotation):
+            call = Call("linear_s8", (x, gemm.w_q, gemm.w_scale), {**options, "rotation": turned})
+            made.append(call)
     return [move(call, GPU) for call in made]
 
 
