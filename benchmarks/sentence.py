@@ -104,8 +104,9 @@ class Bench:
         self.model, self.tokenizer = load_minilm()
         self.texts = sentences("evaluation", count)
         self.data = list(batches(sentences("calibration", calibration), self.tokenizer))
+        config = SmoothQuantConfig(calibration_tokens=1 << 20, weight_rounding="gptq")
         self.statistics: ActivationStatistics = calibrate_model(
-            self.model, self.data, SmoothQuantConfig(calibration_tokens=1 << 20), progress=False
+            self.model, self.data, config, progress=False
         )
         self.reference = embed(self.model, self.tokenizer, self.texts)
 
@@ -165,10 +166,13 @@ def main() -> None:
     cases: list[tuple[str, dict[str, Any]]] = []
     for scheme in ACTIVATION_SCHEMES:
         only = {"activation_scheme": scheme}
-        cases += [("naive W8A8", {**only, "smooth": False}), ("SmoothQuant W8A8", only)]
+        cases.append(("naive W8A8", {**only, "smooth": False}))
+        cases.append(("SmoothQuant W8A8", {**only, "rotation": "none"}))
+        cases.append(("smoothed and rotated W8A8", only))
         cases += [(f"the same, alpha {a:g}", {**only, "alpha": a}) for a in args.alphas]
-    static = {"activation_scheme": "static", "schemes": MLP_PER_TOKEN}
-    cases.append(("the same, MLP per token", static))
+        cases.append(("the same, GPTQ", {**only, "weight_rounding": "gptq"}))
+    static = {"activation_scheme": "static", "schemes": MLP_PER_TOKEN, "rotation": "none"}
+    cases.append(("SmoothQuant W8A8, MLP per token", static))
     for share in args.shares:
         name = f"searched, at most {share:.0%} of the groups per token"
         cases.append((name, bench.searched(share)))

@@ -198,7 +198,7 @@ def advised_config(config: SmoothQuantConfig, advice: Iterable[Document]) -> Smo
 
 def unsmoothed(config: SmoothQuantConfig) -> SmoothQuantConfig:
     """The configuration of naive W8A8, to compare with."""
-    return config.replace(smooth=False, rotation="none", rotations={})
+    return config.replace(smooth=False, rotation="none", rotations={}, weight_rounding="nearest")
 
 
 # --- the layers -------------------------------------------------------------------------------------------------------
