@@ -64,7 +64,8 @@ def work(
     begin = time.perf_counter()
     config = read_config(config_file, changed_settings(**options))
     check_output(output, force=force)
-    measured = config.smooth or config.activation_scheme == "static"
+    gptq = config.weight_rounding == "gptq"
+    measured = config.smooth or config.activation_scheme == "static" or gptq
     if search and stream:
         raise SmoothQuantError(
             "--search needs the whole model in memory: search first, then stream with the settings it found (--config)."

@@ -65,6 +65,7 @@ def round_weight(
         w_q [N, K] int8 and w_scale [N] or [1] float32.
 
     Equivalent to:
+        H = moments + damping * moments.diagonal().mean() * torch.eye(K)
         for k in range(K):
             w_q[:, k] = (w[:, k] / w_scale).round().clamp(-127, 127)
             error = w[:, k] - w_q[:, k] * w_scale
@@ -103,6 +104,7 @@ def _inverse_factor(moments: Tensor, damping: float) -> Tensor | None:
     while True:
         lower, failed = torch.linalg.cholesky_ex(moments / mean + damping * identity)
         if not bool(failed):
-            factor: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
-            return factor
-        damping *= 10.0  # float32 sums of fewer tokens than channels may be slightly indefinite
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not bool(failed):
+                return upper
+        damping = max(10.0 * damping, 1e-6)  # with little of it, float32 sums may be indefinite

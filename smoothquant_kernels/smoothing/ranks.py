@@ -132,9 +132,8 @@ class _Merge:
                 sent = torch.empty(shape["rows"], k) if mine is None else mine.float()
                 sent = sent.to(self._place).contiguous()
                 dist.broadcast(sent, self.global_rank(rank), self._group)
-                received = sent.to(
-                    statistics.absmax[name].device, dtype
-                )  # exact: it was of this type
+                # Exact, because it was of this type.
+                received = sent.to(statistics.absmax[name].device, dtype)
                 found.setdefault(name, []).append(Rows.of(received, shape["first"]))
         return {
             n: Rows.merged(parts, statistics.absmax[n], statistics.rotation(n))
