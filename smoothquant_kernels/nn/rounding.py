@@ -104,6 +104,7 @@ def _inverse_factor(moments: Tensor, damping: float) -> Tensor | None:
     while True:
         lower, failed = torch.linalg.cholesky_ex(moments / mean + damping * identity)
         if not bool(failed):
+            upper: Tensor
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
             if not bool(failed):
                 return upper

@@ -26,13 +26,16 @@ PYTHON_ONLY = (
     "smoothing/entries.py: ",
     "nn/float_types.py: ",  # the command line chooses the type itself
     "checkpoint/hf_quantizer.py: ",
-    "smoothing/statistics.py: all_reduce",
+    "smoothing/ranks.py: all_reduce",
     "checkpoint/transformers_hook.py: ",
     "smoothing/calibrate.py: ",  # about data that users make
     "checkpoint/save.py: max_shard_bytes",
     "checkpoint/save.py: the model has no quantized layer",
     "checkpoint/save.py: tokenizer must",
     "smoothing/convert.py: layer ... was smoothed as a part",
+    "smoothing/convert.py: weight_rounding='gptq' needs",
+    "smoothing/smooth.py: the statistics were collected without",
+    "smoothing/statistics.py: the statistics have no squares",
     "evaluation/models.py: dtype must be",
     "modeling/run.py: a batch",
     "modeling/view.py: the model is itself",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +23,8 @@ from smoothquant_kernels.modeling.view import ModelView
 from smoothquant_kernels.nn.float_linear import pending_smooth
 from smoothquant_kernels.nn.linear import W8A8Linear
 from smoothquant_kernels.nn.rounding import DAMPING, MOMENTS, Moments, round_weight
+from smoothquant_kernels.report import figures
+from smoothquant_kernels.report.report import make_report
 from smoothquant_kernels.smoothing.statistics import ActivationStatistics
 from tests.support.checkpoints import assert_same_state, refusal
 from tests.support.compare import assert_bitwise_equal
@@ -179,6 +182,21 @@ def test_gptq_lowers_the_error_on_text_like_the_calibrations() -> None:
         made = smooth_and_quantize(copy.deepcopy(model), DATA, config, progress=False)
         errors.append(float((logits(made, DATA[0]) - exact).norm()))
     assert errors[1] < errors[0]
+
+
+def test_the_report_rounds_weights_as_configured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """GPTQ helps on the calibration's own tokens; the naive layers are rounded to the nearest values in both."""
+    monkeypatch.setattr(figures, "draw", lambda *a, **k: {})  # they take most of the time
+    model, found = make_model("llama"), []
+    for rounding in ("nearest", "gptq"):
+        config = SmoothQuantConfig(weight_rounding=rounding)
+        found.append(make_report(model, DATA, tmp_path / rounding, config, held=DATA)["layers"])
+    nearest, gptq = found
+    assert [la["sqnr_naive"] for la in nearest] == [la["sqnr_naive"] for la in gptq]
+    gains = [b["sqnr"] - a["sqnr"] for a, b in zip(nearest, gptq, strict=True)]
+    assert sum(gains) > 0 and all(gain != 0 for gain in gains)
 
 
 def test_saved_and_merged_statistics_round_alike(tmp_path: Any) -> None:

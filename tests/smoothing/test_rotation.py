@@ -17,6 +17,10 @@ from smoothquant_kernels import (
     smooth_and_quantize,
     smooth_lm,
 )
+from smoothquant_kernels.modeling.hooks import Hooks
+from smoothquant_kernels.modeling.view import ModelView
+from smoothquant_kernels.nn.float_linear import pending_smooth
+from smoothquant_kernels.smoothing.calibrate import calibration_batches
 from smoothquant_kernels.smoothing.rows import rotated_maxima
 from tests.support.models import layers_of, logits, make_model, token_batches
 
@@ -53,6 +57,38 @@ def test_a_model_without_calibration_is_rotated_too() -> None:
     assert {layer["rotation"] for layer in layers_of(model).values()} == {32, 8}
     naive = quantize_model(make_model("llama"), config=SmoothQuantConfig(smooth=False))
     assert set(rotations(naive).values()) == {0}
+
+
+@pytest.mark.parametrize("scheme", ["per_token", "static"])
+def test_factors_of_rotated_layers_equal_the_formula_with_root_mean_squares(scheme: str) -> None:
+    """Of a group that shares its input, and of a layer alone: its factors are pending, so they can be read exactly."""
+    model = make_model("llama_gqa")
+    config = SmoothQuantConfig(
+        alpha=0.6,
+        activation_scheme=scheme,
+        massive_activations="keep",
+        folding="never",
+        smooth_rounding="none",
+        only_where_better=False,
+    )
+    result = smooth_lm(copy.deepcopy(model), BATCHES, config=config, progress=False)
+    names = ModelView(model).linears
+    batches = list(calibration_batches(BATCHES))
+    prefix = "model.layers.1.self_attn."
+    for group in (["q_proj", "k_proj", "v_proj"], ["o_proj"]):
+        read: list[Any] = []
+        with Hooks(model) as hooks, torch.no_grad():
+            hooks.on_input(prefix + group[0], lambda x, read=read: read.append(x.flatten(0, -2)))
+            for batch in batches:
+                model(**batch)
+        x = torch.cat(read).double()
+        weights = torch.cat([names[prefix + n].weight for n in group]).double()
+        of_x = x.square().mean(0).sqrt() if scheme == "per_token" else x.abs().amax(0)
+        s = of_x**0.6 / weights.square().mean(0).sqrt() ** 0.4
+        for name in group:
+            found = pending_smooth(result.get_submodule(prefix + name))
+            # float32 inputs of another batch shape may differ by some roundings; then the norm's own and s's.
+            torch.testing.assert_close(found, s.float(), rtol=1e-5, atol=0)
 
 
 def test_rotation_without_smoothing() -> None:
