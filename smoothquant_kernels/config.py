@@ -23,7 +23,7 @@ MASSIVE_CHOICES = ("per_token", "keep")
 MASSIVE_PEAK = 16.0
 #: The best measured migration strengths of layers that are rotated, and of those that are not
 #: (docs/reference/accuracy.md).
-ROTATED_ALPHA = {"per_token": 0.5, "per_tensor": 0.5, "static": 0.6}
+ROTATED_ALPHA = {"per_token": 0.5, "per_tensor": 0.5, "static": 0.5}
 PLAIN_ALPHA = {"per_token": 0.6, "per_tensor": 0.7, "static": 0.7}
 #: What the factors of rotated layers balance: the norms of the channels of activations and of weights. After a rotation
 #: the energy of a group of channels counts, not its peak. Only the range of a static scale still depends on the peaks.
