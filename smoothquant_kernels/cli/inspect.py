@@ -248,6 +248,8 @@ def describe_config(document: Document) -> str:
     config, smoothing = document["config"], document["smoothing"]
     scheme = config.get("activation_scheme")
     text = f"activations {scheme}, weights per {config.get('weight_granularity')}"
+    if config.get("weight_rounding") == "gptq":
+        text += " by GPTQ"
     sizes = sorted({g["rotation"] for g in document["groups"] if g["rotation"]})
     if sizes:
         text += f", rotated by {' and '.join(map(str, sizes))}"

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 import typer.core
 
-from smoothquant_kernels.config import ROTATED_ALPHA, ROTATIONS, ROUNDINGS, WEIGHT_ROUNDINGS
+from smoothquant_kernels.config import (
+    PLAIN_ALPHA,
+    ROTATED_ALPHA,
+    ROTATIONS,
+    ROUNDINGS,
+    WEIGHT_ROUNDINGS,
+)
 from smoothquant_kernels.schemes import ACTIVATION_SCHEMES, WEIGHT_GRANULARITIES
 
 
@@ -56,6 +63,13 @@ def _choices(names: tuple[str, ...]) -> str:
     return f"{', '.join(names[:-1])} or {names[-1]}"
 
 
+def _by_scheme(values: Mapping[str, float]) -> str:
+    """The value of each scheme, or the one that all have."""
+    if len(set(values.values())) == 1:
+        return str(next(iter(values.values())))
+    return ", ".join(f"{value} {name}" for name, value in values.items())
+
+
 Dtype = Annotated[
     str, typer.Option(metavar="TYPE", help=f"Type of the float weights: {_choices(DTYPES)}.")
 ]
@@ -82,7 +96,7 @@ Alpha = Annotated[
     float | None,
     typer.Option(
         help="Migration strength in [0, 1].",
-        show_default=", ".join(f"{alpha} {name}" for name, alpha in ROTATED_ALPHA.items()),
+        show_default=f"{_by_scheme(ROTATED_ALPHA)}; without rotation {_by_scheme(PLAIN_ALPHA)}",
     ),
 ]
 Rotation = Annotated[

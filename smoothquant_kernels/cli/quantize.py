@@ -64,13 +64,13 @@ def work(
     begin = time.perf_counter()
     config = read_config(config_file, changed_settings(**options))
     check_output(output, force=force)
-    gptq = config.weight_rounding == "gptq"
-    measured = config.smooth or config.activation_scheme == "static" or gptq
+    searchable = config.smooth or config.activation_scheme == "static"
+    measured = searchable or config.weight_rounding == "gptq"
     if search and stream:
         raise SmoothQuantError(
             "--search needs the whole model in memory: search first, then stream with the settings it found (--config)."
         )
-    if search and not measured:
+    if search and not searchable:
         raise SmoothQuantError(
             "there is nothing to search without smoothing: leave out --no-smooth."
         )
@@ -102,6 +102,7 @@ def work(
         note(f"calibrating on {inputs}")
         statistics = calibrate_model(model, inputs.batches, config, progress=show_progress())
         smooth_lm(model, statistics, config=config)
+        del statistics  # what GPTQ needs is large, and the linears have it
     quantize_model(model, config=config)
     after = {"model": tensor_bytes(model), "linears": linear_bytes(model, list(skipped))}
     note(f"saving {output}")

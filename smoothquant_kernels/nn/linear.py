@@ -189,8 +189,10 @@ class W8A8Linear(nn.Module):
         if moments is None:
             w_q, new.w_scale = reference.quantize_weight(w, weight_granularity)
         elif moments.shape != (k, k) or not bool(moments.isfinite().all()):
-            shape = list(moments.shape)
-            raise SmoothQuantError(f"moments must be finite values [{k}, {k}], got {shape}.")
+            finite = "finite" if bool(moments.isfinite().all()) else "not all finite"
+            raise SmoothQuantError(
+                f"moments must be finite and of shape [{k}, {k}]; got {list(moments.shape)}, {finite}."
+            )
         else:
             w_q, new.w_scale = round_weight(w, moments.to(w.device), weight_granularity)
         new.w_q = packed_rows(w_q)

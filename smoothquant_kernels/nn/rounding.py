@@ -73,6 +73,11 @@ def round_weight(
 
     Source: GPTQ (Frantar et al., 2022), section 3.3 and algorithm 1.
     """
+    with torch.autocast(w.device.type, enabled=False):
+        return _round(w, moments, granularity, damping)
+
+
+def _round(w: Tensor, moments: Tensor, granularity: str, damping: float) -> tuple[Tensor, Tensor]:
     nearest, w_scale = reference.quantize_weight(w, granularity)
     upper = _inverse_factor(moments, damping)
     if upper is None:
@@ -96,12 +101,12 @@ def round_weight(
 
 
 def _inverse_factor(moments: Tensor, damping: float) -> Tensor | None:
-    """The upper triangular U with U^T U = inverse(moments + damping); None for an input that was always zero."""
+    """The upper triangular U with U^T U = inverse(moments + damping); None if the input was always zero."""
     mean = moments.diagonal().mean()
     if not bool(mean > 0):
         return None
-    identity = torch.eye(len(moments), device=moments.device)
-    while True:
+    identity = torch.eye(len(moments), device=moments.device, dtype=moments.dtype)
+    while damping < 1e6:
         lower, failed = torch.linalg.cholesky_ex(moments / mean + damping * identity)
         if not bool(failed):
             upper: Tensor
@@ -109,3 +114,4 @@ def _inverse_factor(moments: Tensor, damping: float) -> Tensor | None:
             if not bool(failed):
                 return upper
         damping = max(10.0 * damping, 1e-6)  # with little of it, float32 sums may be indefinite
+    return None

@@ -18,6 +18,7 @@ from smoothquant_kernels.report.measure import (
     decibel,
     half_stand_in,
     layer_factors,
+    layer_norms,
     measure,
     stand_in,
 )
@@ -100,7 +101,9 @@ def _stands(
     made = []
     now = None
     for trial in trials:
-        norms = config.norms_of(trial.scheme, rotated=rotation > 0)
+        norms = layer_norms(config, members, layers[name]["x_peak"], rotation)
+        if trial.scheme != trials[0].scheme:  # of all members
+            norms = config.norms_of(trial.scheme, rotated=rotation > 0)
         factors = layer_factors(original, members, statistics, trial.alpha, norms, config)
         now = factors if now is None else now
         # The smoothed model already divides by `now`.

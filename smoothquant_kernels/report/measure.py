@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -155,7 +155,8 @@ def stand_in(plan: Plan, name: str, config: SmoothQuantConfig) -> Stand:
             smooth=plan.factor,
         )
 
-    return make
+    # GPTQ takes longer than the products of many windows.
+    return cache(make) if config.weight_rounding == "gptq" else make
 
 
 def half_stand_in(make: Stand, *, weights: bool) -> Stand:
@@ -185,6 +186,13 @@ class _Half(nn.Module):
 
 
 # --- factors ----------------------------------------------------------------------------------------------------------
+
+
+def layer_norms(
+    config: SmoothQuantConfig, members: Sequence[str], peak: float | None, rotation: int
+) -> tuple[str, str]:
+    """What the factors of a group balance: the first member decides, as in `smooth_lm`."""
+    return config.norms_of(config.scheme_of(peak, members[0]), rotated=rotation > 0)
 
 
 def layer_factors(

@@ -20,7 +20,14 @@ from smoothquant_kernels.report import figures as _report_plots
 from smoothquant_kernels.report import page as _report_page
 from smoothquant_kernels.report.advice import advise
 from smoothquant_kernels.report.maxima import has_matplotlib, peak_to_median, spread_maxima
-from smoothquant_kernels.report.measure import Measured, Plan, layer_factors, measure, stand_in
+from smoothquant_kernels.report.measure import (
+    Measured,
+    Plan,
+    layer_factors,
+    layer_norms,
+    measure,
+    stand_in,
+)
 from smoothquant_kernels.smoothing.calibrate import (
     CalibrationData,
     calibrate_model,
@@ -237,7 +244,7 @@ def _layers(
         }
         if name in statistics.absmax:
             absmax = statistics.absmax[name]
-            norms = config.norms_of(entry["activation_scheme"], rotated=layer.rotation > 0)
+            norms = layer_norms(config, layer.group, peak, layer.rotation)
             factors = layer_factors(model, layer.group, statistics, layer.alpha, norms, config)
             entry["channel_peak"] = peak_to_median(absmax)
             entry["channel_peak_smoothed"] = peak_to_median(absmax / factors)
@@ -279,7 +286,7 @@ def _channels(
 ) -> Document:
     """The maxima per channel over the calibration tokens, to six digits; rotated ones over the tokens that it kept."""
     absmax = statistics.absmax[layer["name"]]
-    norms = config.norms_of(layer["activation_scheme"], rotated=layer["rotation"] > 0)
+    norms = layer_norms(config, layer["group"], layer["x_peak"], layer["rotation"])
     factors = layer_factors(model, layer["group"], statistics, layer["alpha"], norms, config)
 
     def digits(values: Tensor) -> list[float]:

@@ -106,11 +106,14 @@ def _quantize_into(view: ModelView, config: SmoothQuantConfig, changes: Changes)
                 f"the range of {name} was measured with rotation {layers[name].rotation} and the configuration asks "
                 f"for {rotations[name]}: pass the same `rotation` to smooth_lm and quantize_model."
             )
-    if config.weight_rounding == "gptq" and all(moments_of(m) is None for m in linears.values()):
-        raise SmoothQuantError(
-            "weight_rounding='gptq' needs what calibration keeps for it: run smooth_lm with the same weight_rounding "
-            "first, or pass weight_rounding='nearest'."
-        )
+    if config.weight_rounding == "gptq":
+        reached = [n for n in linears if layers[n].x_absmax is not None]
+        lacking = [n for n in reached if moments_of(linears[n]) is None]
+        if lacking or record.calibration_tokens is None:
+            raise SmoothQuantError(
+                "weight_rounding='gptq' needs what calibration keeps for it: run smooth_lm with the same "
+                "weight_rounding first, or pass weight_rounding='nearest'."
+            )
     made: dict[str, nn.Module] = {}
     # Layers quantized by an earlier call, which left other layers in float.
     earlier = [layer for name, layer in described.items() if _is_quantized(model, name)]

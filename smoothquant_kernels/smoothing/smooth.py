@@ -142,7 +142,8 @@ def smooth_into(
         for tensors in (statistics.absmax, statistics.square_sums):
             if name in tensors:  # earlier releases' files have no squares
                 tensors[name] = tensors[name].to(device)
-    if config.weight_rounding == "gptq" and not statistics.moments:
+    gptq = config.weight_rounding == "gptq"
+    if gptq and not (statistics.absmax.keys() & linears.keys()) <= statistics.moments.keys():
         raise SmoothQuantError(
             "the statistics were collected without weight_rounding='gptq', which needs more of the calibration data: "
             "calibrate with the same weight_rounding."
@@ -164,10 +165,12 @@ def smooth_into(
 
         outcomes = plan.apply(lambda: difference() <= tolerance, changes)
         change = difference()
-    if config.weight_rounding == "gptq":
-        for name in statistics.moments.keys() & linears.keys():
+    for name, linear in linears.items():
+        if gptq and name in statistics.moments:
             moments = Moments(statistics.moments[name], plan.smooth.get(name))
-            changes.set_attribute(linears[name], MOMENTS, moments)
+            changes.set_attribute(linear, MOMENTS, moments)
+        elif MOMENTS in linear.__dict__:  # of an earlier call that only measured
+            changes.set_attribute(linear, MOMENTS, None)
     if not change <= tolerance:
         raise SmoothQuantError(
             f"the model's output differs by {change:.1e} relative from one call to the next, more than "

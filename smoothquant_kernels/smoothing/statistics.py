@@ -88,8 +88,8 @@ class ActivationStatistics:
         self.square_sums[name] = squares if sums is None else sums + squares
         self.counts[name] = self.counts.get(name, 0) + len(rows)
         if self.config.weight_rounding == "gptq":
-            whole = rows.float()
-            products = whole.t() @ whole
+            with torch.autocast(rows.device.type, enabled=False):
+                products = rows.float().t() @ rows.float()
             self.moments[name] = (
                 self.moments[name].add_(products) if name in self.moments else products
             )
@@ -110,8 +110,8 @@ class ActivationStatistics:
             return self.absmax[name]
         if name not in self.square_sums:
             raise SmoothQuantError(
-                f"the statistics have no squares of {name}, which the factors of rotated layers come from: calibrate "
-                "again, or pass activation_norm='max'."
+                f"the statistics have no squares of {name}, from which root mean squares come: calibrate again, or "
+                "pass activation_norm='max' and rotation='none'."
             )
         return (self.square_sums[name] / self.counts[name]).sqrt().float()
 
@@ -171,6 +171,12 @@ class ActivationStatistics:
                 raise SmoothQuantError(
                     f"calibration found NaN or Inf in the input of layer {name} ({bad} of {absmax.numel()} channels); "
                     "check the checkpoint, or calibrate in a wider dtype (bfloat16 or float32)."
+                )
+        for name, moments in self.moments.items():
+            if not bool(moments.isfinite().all()):
+                raise SmoothQuantError(
+                    f"the inputs of layer {name} are so large that their products overflow float32, and GPTQ needs "
+                    "them: choose the weight rounding nearest."
                 )
 
     def merge(self, other: ActivationStatistics) -> None:
@@ -290,6 +296,8 @@ class ActivationStatistics:
                     result.absmax[name] = data.get_tensor(f"absmax/{name}").clone()
                     result.token_absmax[name] = data.get_tensor(f"token_absmax/{name}").clone()
                 for name, count in facts.get("counts", {}).items():  # absent from version 2
+                    if type(count) is not int or count < 1:
+                        raise ValueError("its number of tokens is not a whole number")
                     result.counts[name] = count
                     result.square_sums[name] = data.get_tensor(f"square_sums/{name}").clone()
                 for name in facts.get("moments", []):
@@ -305,14 +313,12 @@ class ActivationStatistics:
             ) from None
         vectors = [*result.absmax.values(), *result.token_absmax.values()]
         fitting = all(r.fits(len(result.absmax.get(n, ()))) for n, r in result.rows.items())
-        fitting &= all(
-            s.shape == result.absmax[n].shape and s.dtype == torch.float64 and result.counts[n] > 0
-            for n, s in result.square_sums.items()
-        )
-        fitting &= all(
-            m.shape == (len(result.absmax[n]),) * 2 and m.dtype == torch.float32
-            for n, m in result.moments.items()
-        )
+        sums = ((result.square_sums, torch.float64, 1), (result.moments, torch.float32, 2))
+        for tensors, dtype, dims in sums:
+            for name, found in tensors.items():
+                shape = (len(result.absmax.get(name, ())),) * dims
+                fitting &= found.shape == shape and found.dtype == dtype and bool(shape[0])
+                fitting &= bool(found.isfinite().all())
         if not fitting or not all(t.dtype == torch.float32 and t.dim() == 1 for t in vectors):
             raise SmoothQuantError(
                 f"{source} is damaged (its ranges must be float32 vectors, its sums float64): calibrate again."
@@ -359,6 +365,16 @@ def check_alike(summaries: list[dict[str, Any]], what: str) -> None:
                 f"{min(different)}): calibrate the same model with the same `skip` everywhere."
             )
         sizes |= summary["sizes"]
+    for entry, instead in (
+        ("counts", "calibrate with this release"),
+        ("moments", "calibrate with the same weight_rounding"),
+    ):
+        whole = {i: s["sizes"].keys() <= set(s[entry]) for i, s in used if s["sizes"]}
+        if len(set(whole.values())) > 1:
+            lacking = min(i for i, has in whole.items() if not has)
+            raise SmoothQuantError(
+                f"{what} {lacking} lack {entry}, which others have: {instead} everywhere."
+            )
     for i, summary in used:
         wrong = next((n for n, k in summary["sizes"].items() if sizes[n] != k), None)
         if wrong is not None:

@@ -115,7 +115,8 @@ def test_help_lists_the_choices_of_the_configuration() -> None:
     assert config.ROTATIONS in rotation.help
     assert rotation.show_default == config.SmoothQuantConfig().rotation
     (alpha,) = options.Alpha.__metadata__
-    for scheme, default in config.ROTATED_ALPHA.items():
+    assert set(config.ROTATED_ALPHA.values()) == {float(alpha.show_default.split(";")[0])}
+    for scheme, default in config.PLAIN_ALPHA.items():
         assert f"{default} {scheme}" in alpha.show_default
     (dtype,) = options.Dtype.__metadata__
     assert "float32, bfloat16 or float16" in dtype.help

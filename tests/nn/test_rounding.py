@@ -131,7 +131,7 @@ def test_layers_take_moments() -> None:
     assert_bitwise_equal(layer.w_scale, w_scale)
     for wrong in (torch.eye(23), torch.full((24, 24), torch.nan)):
         said = refusal(lambda wrong=wrong: W8A8Linear.from_linear(linear, moments=wrong))
-        assert "moments must be finite values [24, 24], got [" in said
+        assert "moments must be finite and of shape [24, 24]; got [" in said
 
 
 # --- the driver -------------------------------------------------------------------------------------------------------
@@ -236,3 +236,52 @@ def test_a_layer_never_called_rounds_to_the_nearest() -> None:
     layer: Any = made.get_submodule(name)
     expected = W8A8Linear.from_linear(model.get_submodule(name), rotation=layer.rotation)
     assert_bitwise_equal(layer.w_q, expected.w_q)
+
+
+# --- guards -----------------------------------------------------------------------------------------------------------
+
+
+def test_autocast_and_the_default_dtype_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model("llama")
+    plain = calibrate_model(model, DATA, GPTQ, progress=False)
+    expected = quantize_model(smooth_lm(copy.deepcopy(model), plain, config=GPTQ, progress=False))
+    made = smooth_lm(copy.deepcopy(model), plain, config=GPTQ, progress=False)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            quantize_model(made)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert_same_state(made, expected)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = calibrate_model(model, DATA[:1], GPTQ, progress=False)
+    assert {m.dtype for m in cast.moments.values()} == {torch.float32}
+
+
+def test_smoothing_again_forgets_what_an_earlier_call_kept() -> None:
+    """A model that was only measured may be smoothed; its earlier moments do not fit the new factors."""
+    model = make_model("llama")
+    smooth_lm(model, DATA, config=GPTQ.replace(smooth=False), progress=False)
+    smooth_lm(model, DATA, config=GPTQ.replace(weight_rounding="nearest"), progress=False)
+    assert "run smooth_lm with the same" in refusal(lambda: quantize_model(model, config=GPTQ))
+
+
+def test_layers_never_called_may_be_quantized_alone() -> None:
+    """The others were quantized by an earlier call."""
+    model: Any = make_model("llama")
+    model.extra = torch.nn.Linear(32, 32)
+    smooth_lm(model, DATA, config=GPTQ, progress=False)
+    quantize_model(model, config=GPTQ.replace(skip=("extra",)))
+    quantize_model(model, config=GPTQ)
+    assert isinstance(model.extra, W8A8Linear)
+
+
+def test_products_that_overflow_name_the_layer() -> None:
+    model: Any = make_model("llama")
+    with torch.no_grad():
+        block = model.model.layers[0]
+        block.input_layernorm.weight *= 1e19
+        for name in ("q_proj", "k_proj", "v_proj"):
+            block.self_attn.get_submodule(name).weight *= 1e-19
+    said = refusal(lambda: calibrate_model(model, DATA, GPTQ, progress=False))
+    assert "layer model.layers.0.self_attn.q_proj" in said and "overflow float32" in said

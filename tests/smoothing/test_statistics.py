@@ -117,6 +117,33 @@ def test_merging_refuses_another_model() -> None:
     assert_equal(one, before)
 
 
+@pytest.mark.parametrize("lacking", ["moments", "counts"])
+def test_merging_refuses_a_part_that_lacks_sums(lacking: str) -> None:
+    """Else the sums would be those of a part of the data only."""
+    one, other = measured(BATCHES[:1]), measured(BATCHES[1:])
+    getattr(other, lacking).clear()
+    before = copy.deepcopy(one)
+    assert f"statistics 1 lack {lacking}" in refusal(lambda: one.merge(other))
+    assert f"statistics 0 lack {lacking}" in refusal(lambda: other.merge(one))
+    assert_equal_sums(one, before)
+
+
+def test_damaged_sums_are_refused(tmp_path: Path) -> None:
+    name = measured(BATCHES[:1]).watched[0]
+    for part, value in (
+        ("counts", {name: 0}),
+        ("counts", {name: 3.5}),
+        ("counts", {name: None}),
+        ("moments", {"unknown": torch.eye(4)}),
+        ("moments", {name: torch.full((32, 32), torch.nan)}),
+        ("square_sums", {name: torch.zeros(31, dtype=torch.float64)}),
+    ):
+        statistics = measured(BATCHES[:1])
+        getattr(statistics, part).update(value)
+        path = statistics.save(tmp_path / "damaged")
+        assert "calibrate again" in refusal(lambda path=path: ActivationStatistics.load(path))
+
+
 def test_a_layer_that_only_one_part_called() -> None:
     """All experts were watched, but not all of them were reached."""
     whole, one, other = measured(BATCHES), measured(BATCHES[:3]), measured(BATCHES[3:])
