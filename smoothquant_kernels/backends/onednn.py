@@ -1,14 +1,16 @@
 """CPU kernels on oneDNN: the bits of `reference.py`, as fast as PyTorch's building blocks allow.
 
-oneDNN computes the int8 product (`onednn.qlinear_pointwise`, uint8 x int8 with float32 output). The processor decides
-which way of calling it is exact. A process measures that once, on data that would saturate:
+oneDNN computes the int8 product (`onednn.qlinear_pointwise`, with float32 output). The processor decides which way of
+calling it is exact. A process measures that once, on data that would saturate or round:
 
-* ``vnni``   8-bit dot products accumulate in int32. One call on x + 128 with zero point 128 is exact.
+* ``vnni``   8-bit dot products accumulate in int32. One call on x + 128 as uint8 with zero point 128 is exact.
+* ``amx``    The same call of oneDNN's AMX kernels rounds the uint8 sum to float32 before it subtracts the zero point's
+             part. They multiply int8 x int8 as well, so one call on x itself is exact. Other kernels do that slowly.
 * ``split``  Without VNNI, pairs of u8 x s8 products saturate at 16 bits. 7-bit activations cannot reach that limit, so
              one call on twice the rows is exact: x = max(x, 0) - max(-x, 0), both parts stacked along M.
 * ``float``  Without a usable oneDNN, float32 matrix products over short slices of K are exact.
 
-``SMOOTHQUANT_KERNELS_CPU=float`` (or ``split``) forces a slower way. All ways give the same bits.
+``SMOOTHQUANT_KERNELS_CPU=float`` (``split``, ``amx``) forces a slower way. All ways give the same bits.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.ops.registry import cpu_kernel
 from smoothquant_kernels.ops.rotate import rotated
 
-MODES = ("vnni", "split", "float")
+MODES = ("vnni", "amx", "split", "float")
+_WHOLE = ("vnni", "amx")  # modes that multiply all of K at once
 _EXACT_FLOAT = 2**24  # every integer up to here is a float32 number
 _VNNI_MAX_K = (2**31 - 1) // (
     255 * 128
@@ -77,9 +80,13 @@ def _random_int8(rows: int, columns: int, generator: torch.Generator) -> Tensor:
 
 def _is_exact(mode: str) -> bool:
     """Whether `mode` is exact: tried for several sizes on random operands and on some whose 16-bit sums saturate."""
+    if mode == "amx" and not torch.cpu._is_amx_tile_supported():
+        return False
     generator = torch.Generator().manual_seed(0)
+    # In the last size, uint8 sums are beyond 2**24. The split mode never multiplies such slices.
+    sizes = ((1, 64, 256), (3, 17, 31), (64, 64, 256), (9, 35, 4608), (4, 256, 4608))
     try:
-        for m, n, k in ((1, 64, 256), (3, 17, 31), (64, 64, 256)):
+        for m, n, k in sizes[: 3 if mode == "split" else None]:
             x = _random_int8(m, k, generator)
             w = _random_int8(n, k, generator)
             x[0], w[0], w[-1] = 127, 127, -127
@@ -88,6 +95,8 @@ def _is_exact(mode: str) -> bool:
             packed, zeros = _prepack(w), _zero_points(n)
             if mode == "vnni":
                 y = _qlinear(_to_u8(x), 128, packed, w_scale, zeros)
+            elif mode == "amx":
+                y = _qlinear(x, 0, packed, w_scale, zeros)
             else:
                 parts = _qlinear(_split_signs(x), 0, packed, _ones(n), zeros)
                 y = (parts[:m] - parts[m:]) * w_scale
@@ -153,7 +162,7 @@ def _chunk_bounds(w_q: Tensor) -> list[tuple[int, int]]:
 
 def _pack(w_q: Tensor, mode: str, version: int) -> _Packed:
     zeros = _zero_points(w_q.shape[0])
-    bounds = [(0, w_q.shape[1])] if mode == "vnni" else _chunk_bounds(w_q)
+    bounds = [(0, w_q.shape[1])] if mode in _WHOLE else _chunk_bounds(w_q)
     # The float mode converts at every call, because float32 copies would take four times the weight's memory.
     chunks = tuple((a, b, None if mode == "float" else _prepack(w_q[:, a:b])) for a, b in bounds)
     return _Packed(version, w_q.data_ptr(), mode, zeros, chunks)
@@ -168,7 +177,7 @@ def _packed_weight(w_q: Tensor) -> _Packed:
     The tensor's version reveals a write. A write through `.data` or a NumPy view has no version and goes unnoticed.
     """
     mode = gemm_mode()
-    if mode == "vnni" and w_q.shape[1] > _VNNI_MAX_K:
+    if mode in _WHOLE and w_q.shape[1] > _VNNI_MAX_K:
         mode = "split"
     if w_q.is_inference():  # it has no version counter to reveal a later write
         return _pack(w_q, mode, -1)
@@ -187,10 +196,12 @@ def _scaled_product(x_q: Tensor, w_q: Tensor, w_scale: Tensor) -> Tensor:
     if m == 0:
         return _empty(0, n)
     packed = _packed_weight(w_q)
-    if packed.mode == "vnni":
+    if packed.mode in _WHOLE:
         scales = w_scale if w_scale.shape[0] == n else w_scale.expand(n).contiguous()
         whole = packed.chunks[0][2]
         assert whole is not None
+        if packed.mode == "amx":
+            return _qlinear(x_q, 0, whole, scales, packed.zeros)
         return _qlinear(_to_u8(x_q), 128, whole, scales, packed.zeros)
     total: Tensor | None = None
     for start, stop, weight in packed.chunks:

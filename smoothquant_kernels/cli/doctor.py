@@ -34,6 +34,7 @@ _CPU_FLAGS = (
     "avx512_bf16", "asimddp", "i8mm", "sve",
 )  # fmt: skip
 _MODES = {
+    "amx": "int8 tiles (AMX): the fast way",
     "vnni": "8-bit dot products with 32-bit sums (VNNI, AMX or the like): the fast way",
     "split": "no VNNI: positive and negative activations are multiplied apart, twice the work, "
     "the same bits",

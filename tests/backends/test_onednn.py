@@ -17,6 +17,9 @@ from smoothquant_kernels.backends import onednn
 from tests.support import cases
 from tests.support.compare import assert_all_bitwise_equal, assert_bitwise_equal
 
+#: Whether oneDNN uses AMX here, which rounds uint8 sums that leave the exact integers of float32.
+AMX = not onednn._is_exact("vnni") and onednn._is_exact("amx")
+
 
 @pytest.fixture(params=onednn.MODES)
 def mode(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
@@ -25,6 +28,8 @@ def mode(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
         pytest.skip("this torch has no oneDNN")
     if request.param == "split" and not onednn._is_exact("split"):
         pytest.skip("two stacked operands are not exact on this processor")
+    if request.param in ("vnni", "amx") and AMX != (request.param == "amx"):
+        pytest.skip("the other one of vnni and amx is this processor's")
     monkeypatch.setattr(onednn, "gemm_mode", lambda: request.param)
     return str(request.param)
 
@@ -67,7 +72,7 @@ def test_sums_beyond_the_precision_of_float32(mode: str) -> None:
     op.w_q[0, ::3] = 13  # an odd sum of some 10^9
     acc = op.x_q.long() @ op.w_q.long().T
     assert bool((acc.abs() > 2**28).any()) and not torch.equal(acc.float().long(), acc)
-    if mode != "vnni":
+    if mode not in onednn._WHOLE:
         assert len(onednn._chunk_bounds(op.w_q)) > 10
     for bias in (None, op.bias):
         found = ops.gemm_s8(*op[:4], bias=bias, out_dtype=torch.float32)
@@ -76,7 +81,7 @@ def test_sums_beyond_the_precision_of_float32(mode: str) -> None:
 
 @pytest.mark.parametrize("extra", [0, 1])
 def test_the_largest_k_of_vnni(mode: str, extra: int) -> None:
-    """uint8 operands are at most 255, so no sum overflows int32 up to this K. Above it, "split" replaces "vnni"."""
+    """uint8 operands are at most 255, so no sum overflows int32 up to this K. Above it, "split" takes over."""
     k = onednn._VNNI_MAX_K + extra
     assert (255 * 128 * k < 2**31) == (extra == 0)
     limit = largest_weight(mode)
@@ -90,7 +95,7 @@ def test_the_largest_k_of_vnni(mode: str, extra: int) -> None:
     found = ops.gemm_s8(*args, out_dtype=torch.float32)
     assert_bitwise_equal(found, reference.gemm_s8(*args, out_dtype=torch.float32))
     packed = onednn._packed_weight(w_q)
-    assert packed.mode == ("split" if mode == "vnni" and extra else mode)
+    assert packed.mode == ("split" if mode in onednn._WHOLE and extra else mode)
     assert onednn._packed_weight(w_q) is packed
 
 
@@ -106,6 +111,19 @@ def test_slices_of_k_keep_partial_sums_exact() -> None:
     assert len(onednn._chunk_bounds(torch.ones(2, 100_000, dtype=torch.int8))) == 1, (
         "no more than needed"
     )
+
+
+@pytest.mark.parametrize("m", [1, 3, 4, 9, 17, 257])
+def test_weights_of_one_sign(mode: str, m: int) -> None:
+    """x + 128 times such a weight leaves the exact integers of float32, although the product itself does not."""
+    k, most = 4608, largest_weight(mode)
+    op = cases.gemm_operands(m, 35, k, largest_weight=most)
+    op.w_q[0], op.w_q[1] = min(most, 127), -most
+    exact = op.x_q.double() @ op.w_q.double().T
+    assert 128 * k * min(most, 127) > 2**24
+    ones = torch.ones(m), torch.ones(35)
+    found = ops.gemm_s8(op.x_q, op.w_q, *ones, out_dtype=torch.float32)
+    assert_bitwise_equal(found, exact.float())
 
 
 def test_zero_sums_are_plus_zero(mode: str) -> None:
@@ -192,7 +210,7 @@ def fresh_mode(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.usefixtures("fresh_mode")
 def test_the_fastest_exact_mode_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    exact = [m for m in ("vnni", "split") if onednn._is_exact(m)]
+    exact = [m for m in onednn.MODES[:-1] if onednn._is_exact(m)]
     assert onednn.gemm_mode() == [*exact, "float"][0]
     original = onednn._qlinear
     monkeypatch.setattr(onednn, "_qlinear", lambda *args: original(*args) * 1.0001)
@@ -215,7 +233,7 @@ def test_the_environment_can_force_a_slower_mode(
 @pytest.mark.usefixtures("fresh_mode")
 def test_an_unknown_mode_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(os.environ, "SMOOTHQUANT_KERNELS_CPU", "fast")
-    with pytest.raises(SmoothQuantError, match="must be auto, vnni, split, float; got 'fast'"):
+    with pytest.raises(SmoothQuantError, match="must be auto, vnni, amx, split, float; got 'fast'"):
         onednn.gemm_mode()
 
 
