@@ -23,6 +23,7 @@ from smoothquant_kernels.config import (
     ROTATED_ALPHA,
     ROTATED_NORMS,
     ROUNDINGS,
+    WEIGHT_ROUNDINGS,
 )
 from smoothquant_kernels.schemes import ACTIVATION_SCHEMES, MAX_ROTATION, WEIGHT_GRANULARITIES
 
@@ -35,6 +36,7 @@ configs = st.builds(
     rotation=ROTATIONS,
     activation_norm=st.sampled_from(NORMS),
     weight_norm=st.sampled_from(NORMS),
+    weight_rounding=st.sampled_from(WEIGHT_ROUNDINGS),
     rotations=st.dictionaries(st.text(max_size=8), ROTATIONS, max_size=3),
     activation_scheme=st.sampled_from(ACTIVATION_SCHEMES),
     alphas=st.dictionaries(st.text(max_size=8), st.floats(0, 1), max_size=3),
@@ -108,6 +110,7 @@ REFUSED: list[tuple[str, Any, str]] = [
     ],
     *[("massive_activations", v, "must be one of per_token, keep") for v in ("static", None)],
     *[("weight_granularity", v, "must be one of channel, tensor") for v in ("row", None)],
+    *[("weight_rounding", v, "must be one of nearest, gptq") for v in ("GPTQ", None, True)],
     *[("smooth_rounding", v, f"must be one of {', '.join(ROUNDINGS)}") for v in ("nearest", None)],
     *[("folding", v, f"must be one of {', '.join(FOLDINGS)}") for v in ("always", None, False)],
     *[("w_bit", v, "w_bit must be 8 (int8 weights and") for v in (4, 16, "8", 8.0, True, None)],

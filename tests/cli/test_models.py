@@ -198,7 +198,7 @@ def test_a_full_disk_is_refused_before_any_work(
 ) -> None:
     command = ("quantize", llama, "-o", tmp_path / "q", "--calibration", text, *QUANTIZE, *stream)
     with monkeypatch.context() as patch:
-        for module, name in ((quantize, "calibrate_model"), (stream_module, "smooth_lm")):
+        for module, name in ((quantize, "calibrate_model"), (stream_module, "smooth_into")):
             patch.setattr(module, name, lambda *_, **__: pytest.fail("worked"))
         patch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1_000_000))
         said = refused(*command)

@@ -140,7 +140,7 @@ def test_inspect_shows_the_kinds(folder: Path) -> None:
     assert [g["count"] for g in seen["groups"] if g["activation_scheme"] == "none"] == [2]
     text = Result("inspect", folder).out
     assert re.search(r"o_proj +. +2 . +32 x 32 . none +. +none . runtime", text), text
-    assert re.search(r"weights per channel, rotated by 8 and 32, alpha 0\.7 *\n", text), text
+    assert re.search(r"weights per channel, rotated by 8 and 32, alpha 0\.5 *\n", text), text
 
 
 def test_the_report_measures_the_kinds(half: HalfKind, tmp_path: Path) -> None:
