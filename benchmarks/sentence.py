@@ -152,7 +152,7 @@ def main() -> None:
     parser = runner.parser_of(__doc__, device=None)
     parser.add_argument("--sentences", type=int, default=300)
     parser.add_argument("--calibration", type=int, default=256, help="sentences")
-    parser.add_argument("--alphas", type=float, nargs="*", default=[0.5, 0.8])
+    parser.add_argument("--alphas", type=float, nargs="*", default=[0.8])
     parser.add_argument("--shares", type=float, nargs="*", default=[0.1, 0.35])
     parser.add_argument("--config", type=Path, help="a SmoothQuantConfig as JSON: one more row")
     args = parser.parse_args()

@@ -81,7 +81,7 @@ def quality(row: Data, change: bool = True, kl_error: bool = False) -> list[str]
 
 
 def accuracy_caption(facts: Data, software: str, command: str, other: str | None = None) -> str:
-    also = f", and {other}, as many tokens, which no choice of settings saw" if other else ""
+    also = f", and {other}, as many tokens of another kind" if other else ""
     return (
         f"{facts['model']}, {facts['evaluation_tokens']} tokens of Python's documentation topics that calibration "
         f"({facts['calibration_tokens']} tokens of other topics) never saw{also}; {software}; "
