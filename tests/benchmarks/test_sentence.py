@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.sentence import MLP_PER_TOKEN, Bench, minilm_folder, sentences
+from benchmarks.sentence import Bench, minilm_folder, sentences
 from smoothquant_kernels import SmoothQuantError
 from smoothquant_kernels.nn.linear import W8A8Linear
 
@@ -52,15 +52,16 @@ def test_every_linear_is_smoothed_and_the_residual_norms_are_left_alone(bench: B
 
 
 @pytest.mark.parametrize(
-    "settings",
-    [{}, {"activation_scheme": "static", "schemes": MLP_PER_TOKEN}],
-    ids=["default", "static"],
+    ("scheme", "least"), [("per_token", 0.9995), ("per_tensor", 0.999), ("static", 0.999)]
 )
-def test_embeddings_keep_a_cosine_of_0_999(bench: Bench, settings: dict[str, Any]) -> None:
-    """Measured: 0.9991 (default), 0.9991 (static). Naive int8 has 0.9974 per token and 0.982 static."""
-    cosines = bench.cosines(bench.quantized(**settings))
-    assert float(cosines.mean()) >= 0.999
-    assert float(cosines.min()) >= 0.99
+def test_embeddings_keep_a_cosine_of_0_999(bench: Bench, scheme: str, least: float) -> None:
+    """In all layers. Measured: 0.9998, 0.9997 and 0.9994. Naive int8 has 0.9974, 0.983 and 0.983."""
+    model = bench.quantized(activation_scheme=scheme)
+    schemes = {m.activation_scheme for m in model.modules() if isinstance(m, W8A8Linear)}
+    assert schemes == {scheme}
+    cosines = bench.cosines(model)
+    assert float(cosines.mean()) >= least
+    assert float(cosines.min()) >= 0.998
 
 
 def test_smoothing_is_what_does_it(bench: Bench) -> None:

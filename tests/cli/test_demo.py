@@ -58,7 +58,7 @@ def test_quick_demo_on_the_real_model(tmp_path: Path) -> None:
     assert worst["layer"].endswith("down_proj")
     assert worst["peak_to_median_before"] > 500
     for layer in document["activations"]:
-        assert layer["peak_to_median_after"] < 0.3 * layer["peak_to_median_before"]
+        assert layer["peak_to_median_after"] < 0.5 * layer["peak_to_median_before"]  # then rotated
     assert sorted(p.name for p in tmp_path.iterdir()) == ["demo"]
     if find_spec("matplotlib"):
         assert (output / "activations.png").read_bytes()[:4] == b"\x89PNG"
