@@ -52,6 +52,15 @@ def _qlinear(u8: Tensor, zero_point: int, packed: Tensor, w_scale: Tensor, zeros
     return result
 
 
+def _whole_product(
+    mode: str, x_q: Tensor, packed: Tensor, w_scale: Tensor, zeros: Tensor
+) -> Tensor:
+    """`_qlinear` as a mode of `_WHOLE` calls it."""
+    if mode == "amx":
+        return _qlinear(x_q, 0, packed, w_scale, zeros)
+    return _qlinear(_to_u8(x_q), 128, packed, w_scale, zeros)
+
+
 def _to_u8(x_q: Tensor) -> Tensor:
     return x_q.view(torch.uint8).bitwise_xor(128)
 
@@ -83,7 +92,7 @@ def _is_exact(mode: str) -> bool:
     if mode == "amx" and not torch.cpu._is_amx_tile_supported():
         return False
     generator = torch.Generator().manual_seed(0)
-    # In the last size, uint8 sums are beyond 2**24. The split mode never multiplies such slices.
+    # In the last two sizes, uint8 sums are beyond 2**24. The split mode never multiplies such slices.
     sizes = ((1, 64, 256), (3, 17, 31), (64, 64, 256), (9, 35, 4608), (4, 256, 4608))
     try:
         for m, n, k in sizes[: 3 if mode == "split" else None]:
@@ -93,10 +102,8 @@ def _is_exact(mode: str) -> bool:
             x[-1, ::2] = -127
             w_scale = _randn(n, generator=generator).abs()
             packed, zeros = _prepack(w), _zero_points(n)
-            if mode == "vnni":
-                y = _qlinear(_to_u8(x), 128, packed, w_scale, zeros)
-            elif mode == "amx":
-                y = _qlinear(x, 0, packed, w_scale, zeros)
+            if mode in _WHOLE:
+                y = _whole_product(mode, x, packed, w_scale, zeros)
             else:
                 parts = _qlinear(_split_signs(x), 0, packed, _ones(n), zeros)
                 y = (parts[:m] - parts[m:]) * w_scale
@@ -200,9 +207,7 @@ def _scaled_product(x_q: Tensor, w_q: Tensor, w_scale: Tensor) -> Tensor:
         scales = w_scale if w_scale.shape[0] == n else w_scale.expand(n).contiguous()
         whole = packed.chunks[0][2]
         assert whole is not None
-        if packed.mode == "amx":
-            return _qlinear(x_q, 0, whole, scales, packed.zeros)
-        return _qlinear(_to_u8(x_q), 128, whole, scales, packed.zeros)
+        return _whole_product(packed.mode, x_q, whole, scales, packed.zeros)
     total: Tensor | None = None
     for start, stop, weight in packed.chunks:
         part = x_q if len(packed.chunks) == 1 else x_q[:, start:stop].contiguous()

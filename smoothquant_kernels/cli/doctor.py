@@ -35,7 +35,7 @@ _CPU_FLAGS = (
 )  # fmt: skip
 _MODES = {
     "amx": "int8 tiles (AMX): the fast way",
-    "vnni": "8-bit dot products with 32-bit sums (VNNI, AMX or the like): the fast way",
+    "vnni": "8-bit dot products with 32-bit sums (VNNI or the like): the fast way",
     "split": "no VNNI: positive and negative activations are multiplied apart, twice the work, "
     "the same bits",
     "float": "no usable oneDNN: exact float32 products, slower than float, the same bits",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -37,7 +37,7 @@ def own_scheme(config: SmoothQuantConfig, group: Group | GroupResult) -> str:
 
 @dataclass
 class _Quantized:
-    """A group at one alpha, rotation and scheme, which sets the norms: factors and int8 weights."""
+    """A group at one alpha, rotation and pair of norms: factors and int8 weights, which fit any activation scale."""
 
     alpha: float | None
     rotation: int
@@ -84,20 +84,34 @@ class Space:
         tried: list[Choice] = []
         own = self.own_rotation(group)
         for alpha in self.alphas:
-            tried += [trial.choice(trial.quantized(alpha, own, s), s) for s in schemes]
+            for norms, alike in self._by_norms(schemes, own).items():
+                made = trial.quantized(alpha, own, norms)
+                tried += [trial.choice(made, scheme) for scheme in alike]
         for scheme in schemes:
             best = GroupResult(group.linears, tuple(tried)).best(scheme)
             for alpha in _neighbors(best.alpha):
-                tried.append(trial.choice(trial.quantized(alpha, own, scheme), scheme))
+                made = trial.quantized(alpha, own, self._norms(scheme, own))
+                tried.append(trial.choice(made, scheme))
             best = GroupResult(group.linears, tuple(tried)).best(scheme)
             for rotation in self.other_rotations(group):
-                made = trial.quantized(best.alpha, rotation, scheme)
+                made = trial.quantized(best.alpha, rotation, self._norms(scheme, rotation))
                 tried.append(trial.choice(made, scheme))
             if scheme == "static":
                 best = GroupResult(group.linears, tuple(tried)).best(scheme)
-                made = trial.quantized(best.alpha, best.rotation, scheme)
+                norms = self._norms(scheme, best.rotation)
+                made = trial.quantized(best.alpha, best.rotation, norms)
                 tried += [trial.choice(made, scheme, clip) for clip in trial.clips(made)]
         return GroupResult(group.linears, tuple(tried))
+
+    def _norms(self, scheme: str, rotation: int) -> tuple[str, str]:
+        return self.config.norms_of(scheme, rotated=rotation > 0)
+
+    def _by_norms(self, schemes: Iterable[str], rotation: int) -> dict[tuple[str, str], list[str]]:
+        """The schemes whose factors balance the same norms: one quantized weight serves them all."""
+        found: dict[tuple[str, str], list[str]] = {}
+        for scheme in schemes:
+            found.setdefault(self._norms(scheme, rotation), []).append(scheme)
+        return found
 
 
 def _neighbors(alpha: float | None) -> Iterator[float]:
@@ -117,12 +131,11 @@ class _Trial:
         self.biases = [getattr(m, "bias", None) for m in self.linears]
         self.y = [F.linear(self.x, w, b) for w, b in zip(self.weights, self.biases, strict=True)]
 
-    def quantized(self, alpha: float | None, rotation: int, scheme: str) -> _Quantized:
+    def quantized(self, alpha: float | None, rotation: int, norms: tuple[str, str]) -> _Quantized:
         space, name = self.space, self.group.linears[0]
         weights = [w.float() for w in self.weights]
         smooth = None
         if alpha is not None:
-            norms = space.config.norms_of(scheme, rotated=rotation > 0)
             smooth = group_factors(
                 space.model, self.group, space.statistics, alpha, norms, space.config
             )

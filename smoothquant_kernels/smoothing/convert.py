@@ -107,8 +107,9 @@ def _quantize_into(view: ModelView, config: SmoothQuantConfig, changes: Changes)
                 f"for {rotations[name]}: pass the same `rotation` to smooth_lm and quantize_model."
             )
     if config.weight_rounding == "gptq":
-        reached = [n for n in linears if layers[n].x_absmax is not None]
-        lacking = [n for n in reached if moments_of(linears[n]) is None]
+        lacking = any(
+            layers[n].x_absmax is not None and moments_of(m) is None for n, m in linears.items()
+        )
         if lacking or record.calibration_tokens is None:
             raise SmoothQuantError(
                 "weight_rounding='gptq' needs what calibration keeps for it: run smooth_lm with the same "

@@ -3,31 +3,34 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from smoothquant_kernels.errors import SmoothQuantError
+from smoothquant_kernels.smoothing import statistics as statistics_module
 from smoothquant_kernels.smoothing.rows import Rows
-
-if TYPE_CHECKING:
-    from smoothquant_kernels.smoothing.statistics import ActivationStatistics
+from smoothquant_kernels.smoothing.statistics import (
+    ActivationStatistics,
+    add_to,
+    check_alike,
+    summary_of,
+)
 
 
 def all_reduce(statistics: ActivationStatistics, group: Any) -> None:
     """Runs `ActivationStatistics.all_reduce`."""
-    from smoothquant_kernels.smoothing import statistics as one
-
     if not (dist.is_available() and dist.is_initialized()):
         raise SmoothQuantError(
             "all_reduce needs torch.distributed: call torch.distributed.init_process_group on every rank first."
         )
     summaries: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(summaries, one.summary_of(statistics), group)
-    one.check_alike(summaries, "ranks")  # all ranks check the same list, so all agree
+    dist.all_gather_object(summaries, summary_of(statistics), group)
+    check_alike(summaries, "ranks")  # all ranks check the same list, so all agree
     sizes: dict[str, int] = {}
     for summary in summaries:
         sizes |= {n: k for n, k in summary["sizes"].items() if n not in sizes}
@@ -39,14 +42,15 @@ def all_reduce(statistics: ActivationStatistics, group: Any) -> None:
     dist.all_reduce(flat, dist.ReduceOp.MAX, group)  # exact in any order
     parts = flat.to(merge.home).split(list(sizes.values()))
     absmax = {n: part.clone() for n, part in zip(sizes, parts, strict=True)}
-    tokens = merge.token_maxima(sizes, one.PEAK_TOKENS)
+    tokens = merge.token_maxima(sizes, statistics_module.PEAK_TOKENS)
     sums = merge.sums("counts", statistics.square_sums, torch.float64)
     moments = merge.sums("moments", statistics.moments, torch.float32)
     source = next((r for r, s in enumerate(summaries) if s["sample"]), 0)
     sample = [{k: v.cpu() for k, v in statistics.sample.items()}]
     dist.broadcast_object_list(sample, merge.global_rank(source), group)
     statistics.absmax, statistics.token_absmax, statistics.square_sums = absmax, tokens, sums
-    statistics.counts, statistics.moments = merge.counts(), moments
+    statistics.counts = dict(sum((Counter(s["counts"]) for s in summaries), Counter[str]()))
+    statistics.moments = moments
     statistics.rows = merge.rows()
     statistics.tokens = sum(summary["tokens"] for summary in summaries)
     statistics.sample = sample[0]
@@ -79,13 +83,12 @@ class _Merge:
     ) -> dict[str, Tensor]:
         """The vectors of one rank, of these sizes, on every rank."""
         total = sum(sizes.values())
-        if not total:
-            return {}
         if rank == self._rank:
             sent = self.flat([mine[n].flatten()[:size] for n, size in sizes.items() if size], dtype)
         else:
             sent = torch.empty(total, device=self._place, dtype=dtype)
-        dist.broadcast(sent, self.global_rank(rank), self._group)
+        if total:
+            dist.broadcast(sent, self.global_rank(rank), self._group)
         return dict(zip(sizes, sent.to(self.home).split(list(sizes.values())), strict=True))
 
     def token_maxima(self, layers: Mapping[str, int], most: int) -> dict[str, Tensor]:
@@ -111,29 +114,20 @@ class _Merge:
                 k = summary["sizes"][name]
                 shape = (k, k) if entry == "moments" else (k,)
                 part = self._from(rank, mine, {name: math.prod(shape)}, dtype)[name].view(shape)
-                found[name] = found[name] + part if name in found else part.clone()
-        return found
-
-    def counts(self) -> dict[str, int]:
-        found: dict[str, int] = {}
-        for summary in self._summaries:
-            for name, count in summary["counts"].items():
-                found[name] = found.get(name, 0) + count
+                add_to(found, name, part)
         return found
 
     def rows(self) -> dict[str, Rows]:
         """Chooses from the rows of all ranks. `absmax` is merged already."""
         statistics = self._statistics
+        mine = {n: rows.both() for n, rows in statistics.rows.items()}
         found: dict[str, list[Rows]] = {}
         for rank, summary in enumerate(self._summaries):
             for name, shape in summary["rows"].items():
                 k, dtype = statistics.absmax[name].numel(), getattr(torch, shape["dtype"])
-                mine = statistics.rows[name].both() if rank == self._rank else None
-                sent = torch.empty(shape["rows"], k) if mine is None else mine.float()
-                sent = sent.to(self._place).contiguous()
-                dist.broadcast(sent, self.global_rank(rank), self._group)
-                # Exact, because it was of this type.
-                received = sent.to(statistics.absmax[name].device, dtype)
+                sizes = {name: shape["rows"] * k}
+                part = self._from(rank, mine, sizes, torch.float32)[name].view(-1, k)
+                received = part.to(dtype)  # exact, because it was of this type
                 found.setdefault(name, []).append(Rows.of(received, shape["first"]))
         return {
             n: Rows.merged(parts, statistics.absmax[n], statistics.rotation(n))

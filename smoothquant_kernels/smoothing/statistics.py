@@ -84,15 +84,14 @@ class ActivationStatistics:
         old = self.absmax.get(name)
         self.absmax[name] = absmax if old is None else torch.maximum(old, absmax)
         squares = torch.linalg.vector_norm(rows, dim=0, dtype=torch.float64).square()
-        sums = self.square_sums.get(name)
-        self.square_sums[name] = squares if sums is None else sums + squares
+        add_to(self.square_sums, name, squares)
         self.counts[name] = self.counts.get(name, 0) + len(rows)
         if self.config.weight_rounding == "gptq":
             with torch.autocast(rows.device.type, enabled=False):
-                products = rows.float().t() @ rows.float()
-            self.moments[name] = (
-                self.moments[name].add_(products) if name in self.moments else products
-            )
+                whole = rows.float()
+                products = whole.t() @ whole
+            old = self.moments.get(name)
+            self.moments[name] = products if old is None else old.add_(products)  # large: in place
         seen = self.token_absmax.get(name, absmax.new_empty(0))
         tokens = magnitude[: PEAK_TOKENS - len(seen)].amax(1).float()
         self.token_absmax[name] = torch.cat([seen, tokens])
@@ -197,15 +196,11 @@ class ActivationStatistics:
         for name, new in other.absmax.items():
             old = self.absmax.get(name)
             self.absmax[name] = new.clone() if old is None else old.maximum(new.to(old.device))
-            if (squares := other.square_sums.get(name)) is not None:
-                sums = self.square_sums.get(name)
-                squares = squares.to(self.absmax[name].device)
-                self.square_sums[name] = squares.clone() if sums is None else sums + squares
+            if name in other.square_sums:
+                add_to(self.square_sums, name, other.square_sums[name])
                 self.counts[name] = self.counts.get(name, 0) + other.counts[name]
-            if (products := other.moments.get(name)) is not None:
-                sums = self.moments.get(name)
-                products = products.to(self.absmax[name].device)
-                self.moments[name] = products.clone() if sums is None else sums + products
+            if name in other.moments:
+                add_to(self.moments, name, other.moments[name])
             seen = self.token_absmax.get(name, self.absmax[name].new_empty(0))
             more = other.token_absmax[name][: PEAK_TOKENS - len(seen)].to(seen.device)
             self.token_absmax[name] = torch.cat([seen, more])
@@ -337,6 +332,11 @@ def _check_facts(source: Path, facts: Any) -> None:
         )
     if type(facts["tokens"]) is not int:
         raise ValueError("its number of tokens is not a whole number")
+
+
+def add_to(sums: dict[str, Tensor], name: str, more: Tensor) -> None:
+    """Adds to a layer's sum, or starts it with a copy."""
+    sums[name] = sums[name] + more.to(sums[name].device) if name in sums else more.clone()
 
 
 def summary_of(statistics: ActivationStatistics) -> dict[str, Any]:

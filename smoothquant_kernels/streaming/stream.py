@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -287,17 +287,16 @@ class _Stream:
         original = self.chain.step(index, block, self.sample, self.original).cpu()
         if linears:
             statistics.check_not_empty()
-            config = self._config_of(view)
-            with Changes() as changes:
-                smooth_into(
-                    ModelView(view, config.skip),
-                    statistics,
-                    config,
-                    changes,
-                    sample=joined(self.sample, self.original),
-                    run_sample=step,
-                )
+            self._smooth(ModelView(view, self.config.skip), statistics, step)
         return original, self.chain.step(index, block, self.sample, self.smoothed).cpu()
+
+    def _smooth(
+        self, view: ModelView, statistics: ActivationStatistics, run: Callable[[Batch], Tensor]
+    ) -> None:
+        """Smooths a part of the model. `run` takes a batch joined with the hidden states that the part reads."""
+        config, sample = self._config_of(view.model), joined(self.sample, self.original)
+        with Changes() as changes:
+            smooth_into(view, statistics, config, changes, sample=sample, run_sample=run)
 
     def _config_of(self, part: nn.Module) -> SmoothQuantConfig:
         """The configuration without patterns for other parts. All patterns were checked on the whole model."""
@@ -330,10 +329,7 @@ class _Stream:
 
             # Without its blocks, the model is a small one made of the parts before and after them.
             # `around` still gives its layers the inputs that they have in the whole model.
-            config = self._config_of(model)
-            with Changes() as changes:
-                sample = joined(self.sample, self.original)
-                smooth_into(view, statistics, config, changes, sample=sample, run_sample=around)
+            self._smooth(view, statistics, around)
         change = relative_difference(self.chain.finish(self.sample, known(self.smoothed)), before)
         if linears:
             quantize_model(model, config=self._config_of(model))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from smoothquant_kernels import W8A8Linear, reference
+from smoothquant_kernels import SmoothQuantConfig, W8A8Linear, reference
 from smoothquant_kernels.backends import cuda
 from tests.support import backends, cases
 from tests.support.compare import assert_bitwise_equal
@@ -34,8 +34,7 @@ def gpu() -> None:
 def layer(k: int, n: int, scheme: str, smooth: bool = True) -> W8A8Linear:
     """Smoothed layers are rotated, too, as the driver makes them."""
     factors = cases.inverse_smooth(k) if smooth else None
-    group = min(256, k & -k) if smooth else 1
-    rotation = group if group > 1 else 0
+    rotation = SmoothQuantConfig(rotation=256).rotation_of(k) if smooth else 0
     return cases.quantized(cases.float_linear(k, n), scheme, smooth=factors, rotation=rotation)
 
 

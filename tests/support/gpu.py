@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from smoothquant_kernels import reference
+from smoothquant_kernels import SmoothQuantConfig, reference
 from tests.support import cases, tolerance
 from tests.support.compare import assert_all_bitwise_equal
 from tests.support.op_calls import Call
@@ -33,8 +33,7 @@ def move(value: T, device: str) -> T:
 
 def problems(m: int, k: int, dtype: torch.dtype = torch.float16, seed: int = 0) -> list[Call]:
     """Calls of every op on the GPU, with x [M, K] and all optional tensors. The exact ops rotate as well."""
-    group = min(256, k & -k)
-    rotation = group if group > 1 else 0
+    rotation = SmoothQuantConfig(rotation=256).rotation_of(k)
     x, other = (cases.activations(m, k, dtype, seed + i) for i in (0, 1))
     weight, bias = (cases.inverse_smooth(k, seed + i).to(dtype) for i in (2, 3))
     made = []
