@@ -3,6 +3,7 @@
 
 #include <cstdio>
 
+#include "common/status_text.h"
 #include "sqk/gemm.h"
 #include "sqk/status.h"
 
@@ -25,18 +26,11 @@ constexpr char kUnsupportedArchText[] =
 }  // namespace
 
 const char* describe(Status status) {
+  if (const char* plain = plain_text(status)) return plain;
   thread_local char text[256];
   switch (status) {
-    case Status::kSuccess:
-      return "success";
-    case Status::kInvalidArgument:
-      return "an argument is invalid";
     case Status::kUnsupportedArch:
       return kUnsupportedArchText;
-    case Status::kUnsupportedShape:
-      return "no tile covers this shape";
-    case Status::kWorkspaceTooSmall:
-      return "the workspace is too small";
     case Status::kExcludedTile:
       return "SQK_WITHOUT_TILES rules out the tile that was asked for, or every tile that serves "
              "this shape; name fewer rows";

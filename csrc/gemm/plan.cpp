@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "common/arithmetic.h"
+#include "common/valid.h"
 #include "gemm/cost.h"
 #include "gemm/excluded.h"
 #include "gemm/measured.h"
@@ -18,31 +19,7 @@
 namespace sqk {
 namespace {
 
-constexpr int64_t kMaxSide = int64_t{1} << 30;  // positions are 32-bit
 constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;
-
-// The limit of a tensor map.
-constexpr int64_t kMaxStride = int64_t{1} << 40;
-
-Status check(const GemmParams& p) {
-  const bool int8 = p.y_dtype == DType::kInt8;
-  if (p.m < 0 || p.n < 1 || p.k < 1 || p.m > kMaxSide || p.n > kMaxSide || p.k > kMaxGemmK ||
-      !is_known(p.y_dtype) || int8 != (p.out_scale != nullptr) || (!int8 && p.relu != 0) ||
-      p.splits < 0 || p.tile < -1) {
-    return Status::kInvalidArgument;
-  }
-  if (p.residual != nullptr && (int8 || !is_float(p.residual_dtype))) {
-    return Status::kInvalidArgument;
-  }
-  if (p.x_q_stride >= kMaxStride || p.w_q_stride >= kMaxStride) return Status::kInvalidArgument;
-  if ((p.m > 1 && p.x_q_stride < p.k) || (p.n > 1 && p.w_q_stride < p.k) ||
-      (p.m > 1 && p.y_stride < p.n) ||
-      !are_rows_aligned(p.x_q, p.x_q_stride, p.m, kGemmAlignment) ||
-      !are_rows_aligned(p.w_q, p.w_q_stride, p.n, kGemmAlignment)) {
-    return Status::kInvalidArgument;
-  }
-  return Status::kSuccess;
-}
 
 // A part of a GPU does not run stream-K, whose blocks wait for each other's parts of a tile. A
 // block waits only for blocks with lower numbers (tests/csrc/test_stream_k.py), so none waits
@@ -127,7 +104,7 @@ bool is_near(int64_t measured, int64_t m) {
 Status make_plan(const GemmParams& params, const Device& device, const GemmMeasured* found,
                  GemmPlan* plan) {
   *plan = {};
-  const Status status = check(params);
+  const Status status = check(params, kGemmAlignment);
   if (status != Status::kSuccess) return status;
   plan->table = table_of(device);
   const GemmTableView& table = gemm_table(plan->table);

@@ -4,14 +4,12 @@
 #include <iterator>
 
 #include "common/arithmetic.h"
+#include "common/valid.h"
 #include "quantize/table.h"
 #include "sqk/quantize.h"
 
 namespace sqk {
 namespace {
-
-constexpr int64_t kMaxChannels = int64_t{1} << 30;  // positions in a row are 32-bit
-constexpr int64_t kMaxRows = int64_t{1} << 27;      // 8 blocks per row are a valid grid
 
 // Null counts as aligned: the operand is not given.
 bool aligned(const void* rows, int64_t stride_bytes, int64_t count, int64_t bytes) {
@@ -28,33 +26,6 @@ bool can_vectorize(const QuantizeParams& p) {
          aligned(p.x_q, p.x_q_stride, p.m, vec) && aligned(p.inv_smooth, 0, 1, 16) &&
          aligned(p.weight, 0, 1, std::min<int64_t>(16, vec * size_in_bytes(p.weight_dtype))) &&
          aligned(p.bias, 0, 1, std::min<int64_t>(16, vec * size_in_bytes(p.bias_dtype)));
-}
-
-Status check(const QuantizeParams& p) {
-  const auto producer = static_cast<int32_t>(p.producer);
-  const auto path = static_cast<int32_t>(p.path);
-  if (producer < 0 || producer >= kProducers || path < -1 || path >= kQuantizePaths ||
-      !is_float(p.dtype) || p.scheme < Scheme::kPerToken || p.scheme > Scheme::kStatic) {
-    return Status::kInvalidArgument;
-  }
-  const bool norm = is_norm(p.producer);
-  if (p.m < 0 || p.k < 1 || p.k_padded < p.k || (p.m > 1 && p.x_q_stride < p.k_padded) ||
-      (p.scheme == Scheme::kStatic) != (p.scale != nullptr) ||
-      (p.gate != nullptr && !is_activation(p.producer)) ||
-      (!norm && (p.residual != nullptr || p.weight != nullptr)) ||
-      (p.bias != nullptr && p.producer != Producer::kLayerNorm) ||
-      (p.residual != nullptr && (p.sum == nullptr || (p.m > 1 && p.sum_stride < p.k))) ||
-      (p.weight != nullptr && !is_float(p.weight_dtype)) ||
-      (p.bias != nullptr && !is_float(p.bias_dtype))) {
-    return Status::kInvalidArgument;
-  }
-  if (!fits_rotation(p.rotation, p.k)) return Status::kInvalidArgument;
-  if (p.m > 0 && (p.x == nullptr || p.x_q == nullptr)) return Status::kInvalidArgument;
-  if ((p.m > 0 || p.scheme == Scheme::kPerTensor) && p.x_scale == nullptr) {
-    return Status::kInvalidArgument;
-  }
-  const bool positions_fit = p.k <= kMaxChannels && p.k_padded <= 2 * kMaxChannels;
-  return positions_fit && p.m <= kMaxRows ? Status::kSuccess : Status::kUnsupportedShape;
 }
 
 bool serves(Serves who, const QuantizeParams& p) {

@@ -153,7 +153,7 @@ __global__ void __launch_bounds__(kMaxThreads<T, kProducer, kPath, kLaunches>, 1
       } else {
         keep.read(s, p.slots, add_squares);
       }
-      s.moments.rstd = inverse_deviation(team.sum(partial), k, q.eps);
+      s.moments.rstd = inverse_deviation(team.sum(partial), k, static_cast<float>(q.eps));
       keep.template visit<true>(
           s, p.slots,
           [&](int first, auto& v) {

@@ -103,7 +103,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_op(const char* op, Producer producer, co
   const MaybeTensor w = dense(weight), b = dense(bias);
   QuantizeParams params = {};
   params.producer = producer;
-  params.eps = static_cast<float>(eps);
+  params.eps = eps;
   const Rows rows(x);
   params.x = rows.data;
   params.x_stride = rows.stride;

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import POINTER, Structure, byref, c_float, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Structure, byref, c_double, c_int32, c_int64, c_void_p
 
 import torch
 from torch import Tensor
@@ -40,7 +40,7 @@ class Params(Structure):
         ("bias", c_void_p),
         ("weight_dtype", c_int32),
         ("bias_dtype", c_int32),
-        ("eps", c_float),
+        ("eps", c_double),
         ("rotation", c_int32),
         ("inv_smooth", c_void_p),
         ("scale", c_void_p),

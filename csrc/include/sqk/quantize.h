@@ -101,7 +101,7 @@ struct QuantizeParams {
   const void* bias;    // [k] or null; LayerNorm only
   DType weight_dtype;
   DType bias_dtype;
-  float eps;
+  double eps;
 
   int32_t rotation;         // channels of a group: fits_rotation(rotation, k)
   const float* inv_smooth;  // [k] or null

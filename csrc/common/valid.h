@@ -1,0 +1,71 @@
+// What the comments of the public headers allow, in plain C++: plans for GPUs and for CPUs use it.
+#pragma once
+
+#include <cstdint>
+
+#include "common/arithmetic.h"
+#include "sqk/gemm.h"
+#include "sqk/quantize.h"
+
+namespace sqk {
+
+constexpr int64_t kMaxChannels = int64_t{1} << 30;  // positions in a row are 32-bit
+constexpr int64_t kMaxRows = int64_t{1} << 27;      // 8 blocks per row are a valid grid
+constexpr int64_t kMaxSide = int64_t{1} << 30;      // positions are 32-bit
+constexpr int64_t kMaxStride = int64_t{1} << 40;    // the limit of a tensor map
+
+// Apart from the results x_q and x_scale, which a fused layer may leave out.
+inline Status check_sources(const QuantizeParams& p) {
+  const auto producer = static_cast<int32_t>(p.producer);
+  const auto path = static_cast<int32_t>(p.path);
+  if (producer < 0 || producer >= kProducers || path < -1 || path >= kQuantizePaths ||
+      !is_float(p.dtype) || p.scheme < Scheme::kPerToken || p.scheme > Scheme::kStatic) {
+    return Status::kInvalidArgument;
+  }
+  const bool norm = is_norm(p.producer);
+  if (p.m < 0 || p.k < 1 || (p.scheme == Scheme::kStatic) != (p.scale != nullptr) ||
+      (p.gate != nullptr && !is_activation(p.producer)) ||
+      (!norm && (p.residual != nullptr || p.weight != nullptr)) ||
+      (p.bias != nullptr && p.producer != Producer::kLayerNorm) ||
+      (p.residual != nullptr && (p.sum == nullptr || (p.m > 1 && p.sum_stride < p.k))) ||
+      (p.weight != nullptr && !is_float(p.weight_dtype)) ||
+      (p.bias != nullptr && !is_float(p.bias_dtype)) || (p.m > 0 && p.x == nullptr) ||
+      !fits_rotation(p.rotation, p.k)) {
+    return Status::kInvalidArgument;
+  }
+  return p.k <= kMaxChannels && p.m <= kMaxRows ? Status::kSuccess : Status::kUnsupportedShape;
+}
+
+inline Status check(const QuantizeParams& p) {
+  if (p.k_padded < p.k || (p.m > 1 && p.x_q_stride < p.k_padded) ||
+      (p.m > 0 && p.x_q == nullptr) ||
+      ((p.m > 0 || p.scheme == Scheme::kPerTensor) && p.x_scale == nullptr)) {
+    return Status::kInvalidArgument;
+  }
+  const Status status = check_sources(p);
+  if (status != Status::kSuccess) return status;
+  return p.k_padded <= 2 * kMaxChannels ? Status::kSuccess : Status::kUnsupportedShape;
+}
+
+// `alignment`: what the first element of x_q and w_q and the strides of their rows must be
+// multiples of, in bytes.
+inline Status check(const GemmParams& p, int64_t alignment) {
+  const bool int8 = p.y_dtype == DType::kInt8;
+  if (p.m < 0 || p.n < 1 || p.k < 1 || p.m > kMaxSide || p.n > kMaxSide || p.k > kMaxGemmK ||
+      !is_known(p.y_dtype) || int8 != (p.out_scale != nullptr) || (!int8 && p.relu != 0) ||
+      p.splits < 0 || p.tile < -1) {
+    return Status::kInvalidArgument;
+  }
+  if (p.residual != nullptr && (int8 || !is_float(p.residual_dtype))) {
+    return Status::kInvalidArgument;
+  }
+  if (p.x_q_stride >= kMaxStride || p.w_q_stride >= kMaxStride) return Status::kInvalidArgument;
+  if ((p.m > 1 && p.x_q_stride < p.k) || (p.n > 1 && p.w_q_stride < p.k) ||
+      (p.m > 1 && p.y_stride < p.n) || !are_rows_aligned(p.x_q, p.x_q_stride, p.m, alignment) ||
+      !are_rows_aligned(p.w_q, p.w_q_stride, p.n, alignment)) {
+    return Status::kInvalidArgument;
+  }
+  return Status::kSuccess;
+}
+
+}  // namespace sqk

@@ -1,0 +1,62 @@
+// What each level implements, and how the callers use it. CPU ring: no torch, no CUDA.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/levels.h"
+#include "sqk/gemm.h"
+#include "sqk/quantize.h"
+
+namespace sqk {
+
+// Rows are padded to this many elements in all buffers of the CPU kernels: no vector is longer.
+constexpr int64_t kVector = 64;
+// Rows that are packed together.
+constexpr int64_t kGroup = 16;
+// The int32 sums of a row that are held until the whole of k has been added.
+constexpr int64_t kPanel = 48;
+// The most rows of a block, which the sums of a panel on the stack are for.
+constexpr int64_t kMostRows = 256;
+
+// Packed activations: `rows` rows of `k` channels, which one call multiplies by some columns.
+struct Block {
+  const GemmParams* gemm;
+  const uint8_t* x;      // Kernels::packed_bytes for each group of rows
+  int64_t first_row;     // of y and the residual
+  int64_t rows;          // <= kMostRows
+  const float* x_scale;  // of first_row, or of all rows
+  float out_inverse;     // 1 / *gemm->out_scale, for int8
+  int64_t first_column, last_column;
+};
+
+// The kernels of a level. `tiles`: the form of the packed rows, which both calls must agree on; a
+// level that has only one ignores it.
+struct Kernels {
+  // Reads row `row`, and computes v before quantization, smoothed and rotated: [k] floats, padded
+  // with zeros to a multiple of kVector. Returns the bits of the largest |v|, which are ordered
+  // like unsigned integers, with NaN above Inf.
+  uint32_t (*values)(const QuantizeParams& params, int64_t row, float* v);
+  // clamp(rint(v * inverse), -127, 127) for `count` values, padded as above; NaN becomes 0.
+  // `ordinary`: no value is NaN or rounds beyond 127, which saves two operations.
+  void (*round)(const float* v, int64_t count, float inverse, bool ordinary, int8_t* x_q);
+  // Bytes of a packed group of kGroup rows.
+  int64_t (*packed_bytes)(int64_t k, bool tiles);
+  // Packs up to kGroup rows of k bytes. Every row is readable up to a multiple of kVector.
+  void (*pack)(const int8_t* x_q, int64_t stride, int64_t rows, int64_t k, bool tiles,
+               uint8_t* packed);
+  // y for the rows of a block and the columns [first_column, last_column).
+  void (*multiply)(const Block& block, bool tiles);
+  // Whether blocks of this many rows are faster as tiles.
+  bool (*wants_tiles)(int64_t rows);
+  // Columns of a call are a multiple of this, except at the end.
+  int64_t columns;
+};
+
+#define SQK_DECLARE(level, text) extern const Kernels kKernels##level;
+SQK_CPU_LEVELS(SQK_DECLARE)
+#undef SQK_DECLARE
+
+// The kernels of the level in use.
+const Kernels& kernels();
+
+}  // namespace sqk

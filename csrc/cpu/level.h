@@ -1,0 +1,51 @@
+// The beginning of a level's file: `#define SQK_LEVEL kKernels...`, this header, a struct Dot and
+// cpu/panels.h in namespace sqk { namespace { ... } }, and the table of kernels.
+//
+// All code is in an anonymous namespace. An inline function that two levels share by its name would
+// be linked once, perhaps with instructions that the processor lacks. For the same reason a level
+// uses no template of the standard library that might not be inlined.
+#pragma once
+
+// Vectors never cross the border of a file, so the ABI of passing them does not matter. The other
+// warning is about the compiler's own intrinsics.
+#if !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wpsabi"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "common/arithmetic.h"
+#include "cpu/kernels.h"
+
+namespace sqk {
+namespace {
+
+#include "cpu/simd.h"
+#include "cpu/rows.h"
+
+}  // namespace
+}  // namespace sqk
+
+// The table of a level that packs rows in one form.
+#define SQK_LEVEL_WITHOUT_TILES                                                             \
+  extern const Kernels SQK_LEVEL;                                                           \
+  const Kernels SQK_LEVEL = {                                                               \
+      values,                                                                               \
+      round_values,                                                                         \
+      [](int64_t k, bool) { return row_bytes(k); },                                         \
+      [](const int8_t* x_q, int64_t stride, int64_t rows, int64_t k, bool, uint8_t* to) {   \
+        pack_rows(x_q, stride, rows, k, to);                                                \
+      },                                                                                    \
+      [](const Block& block, bool) { multiply_rows(block); },                               \
+      [](int64_t) { return false; },                                                        \
+      Dot::kColumns,                                                                        \
+  };

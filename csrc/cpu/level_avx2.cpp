@@ -1,0 +1,42 @@
+// AVX2 without 8-bit dot products: Haswell to Zen 3. CPU ring: no torch, no CUDA.
+//
+// Products of 16-bit integers (vpmaddwd) are exact for all int8. vpmaddubsw would multiply 8 bits,
+// but it saturates, and the ways around that (twice the rows, or signs moved from one operand to
+// the other) take as many instructions.
+#define SQK_LEVEL kKernelsAvx2
+#include "cpu/level.h"
+
+namespace sqk {
+namespace {
+
+#include "cpu/totals256.h"
+
+struct Dot {
+  using X = int16_t;  // converted once, when the rows are packed
+  static constexpr int kX = 0;
+  static constexpr int64_t kStep = 16;
+  static constexpr int kRows = 4, kColumns = 2;
+  using XVector = __m256i;
+  using WVector = __m256i;
+  using Sum = __m256i;
+  static XVector read_x(const X* x) { return read<__m256i>(x); }
+  static WVector read_w(const int8_t* w) { return _mm256_cvtepi8_epi16(read<__m128i>(w)); }
+  static WVector read_w_some(const int8_t* w, int64_t count) {
+    return _mm256_cvtepi8_epi16(bits_as<__m128i>(read_some<Bytes>(w, count)));
+  }
+  static Sum dot(Sum sum, XVector x, WVector w) {
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(x, w));
+  }
+  static Sum ones_dot(Sum sum, WVector) { return sum; }
+  template <int kCount>
+  static void totals(const Sum* sums, int32_t* to) {
+    totals256<kCount>(sums, to);
+  }
+};
+
+#include "cpu/panels.h"
+
+}  // namespace
+
+SQK_LEVEL_WITHOUT_TILES
+}  // namespace sqk

@@ -1,0 +1,41 @@
+// AVX2 with 8-bit dot products (AVX-VNNI): Alder Lake and newer, Zen 5. CPU ring: no torch, no
+// CUDA.
+#define SQK_LEVEL kKernelsAvxVnni
+#include "cpu/level.h"
+
+namespace sqk {
+namespace {
+
+#include "cpu/totals256.h"
+
+using Bytes32 = int8_t __attribute__((vector_size(32)));
+
+struct Dot {
+  using X = uint8_t;
+  static constexpr int kX = 128;  // x + 128 is in [0, 255]
+  static constexpr int64_t kStep = 32;
+  static constexpr int kRows = 2, kColumns = 4;
+  using XVector = __m256i;
+  using WVector = __m256i;
+  using Sum = __m256i;
+  static XVector read_x(const X* x) { return read<__m256i>(x); }
+  static WVector read_w(const int8_t* w) { return read<__m256i>(w); }
+  static WVector read_w_some(const int8_t* w, int64_t count) {
+    return bits_as<__m256i>(read_some<Bytes32>(w, count));
+  }
+  static Sum dot(Sum sum, XVector x, WVector w) { return _mm256_dpbusd_avx_epi32(sum, x, w); }
+  static Sum ones_dot(Sum sum, WVector w) {
+    return _mm256_dpbusd_avx_epi32(sum, _mm256_set1_epi8(static_cast<char>(kX)), w);
+  }
+  template <int kCount>
+  static void totals(const Sum* sums, int32_t* to) {
+    totals256<kCount>(sums, to);
+  }
+};
+
+#include "cpu/panels.h"
+
+}  // namespace
+
+SQK_LEVEL_WITHOUT_TILES
+}  // namespace sqk

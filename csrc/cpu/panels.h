@@ -1,0 +1,211 @@
+// The GEMM of a block of packed rows, panel by panel of columns. Included by the files of the
+// levels only, in an anonymous namespace, after simd.h and a struct Dot:
+//
+//   X            the type of a packed activation
+//   kX           the value of a packed 0
+//   kStep        channels that one call of `dot` adds, at most kVector
+//   kRows        rows of the largest micro-kernel
+//   kColumns     its columns; divides kPanel
+//   XVector, WVector, Sum
+//   read_x(const X*), read_w(const int8_t*)        kStep channels
+//   read_w_some(const int8_t*, int64_t count)      the rest are 0
+//   dot(Sum, XVector, WVector)                     adds kStep products to the lanes of a sum
+//   ones_dot(Sum, WVector)                         adds kX times each weight
+//   totals<kCount>(const Sum*, int32_t*)           the sums over the lanes of kCount sums
+//
+// A weight stays [n, k] as it is: a micro-kernel takes kRows rows of activations and kColumns rows
+// of the weight, along k, and adds up the lanes at the end. So nothing is packed at all but the
+// activations, which are small.
+
+// Channels that are added before the sums leave the registers: kColumns rows of the weight then
+// stay in the L1 cache while all rows of the block are multiplied.
+constexpr int64_t kDepth = 4096;
+
+// The sums of a panel: [rows, kPanel].
+struct Sums {
+  alignas(64) int32_t of[kMostRows * kPanel];
+  // kX times the sum of each column's weights, which `of` contains too much.
+  alignas(64) int32_t excess[kPanel];
+};
+
+// What a micro-kernel reads, all at the same channel.
+struct Corner {
+  const Dot::X* x;
+  int64_t x_stride;
+  const int8_t* w;
+  int64_t w_stride;
+  int64_t depth;
+};
+
+template <int kRows, int kColumns>
+inline void add_step(Dot::Sum (&acc)[kRows][kColumns], const Corner& c, int64_t at,
+                     const Dot::WVector (&w)[kColumns]) {
+  for (int r = 0; r < kRows; ++r) {
+    const Dot::XVector x = Dot::read_x(c.x + r * c.x_stride + at);
+    for (int n = 0; n < kColumns; ++n) acc[r][n] = Dot::dot(acc[r][n], x, w[n]);
+  }
+}
+
+// Sums of kRows x kColumns products over c.depth channels. kExcess: those of the weights as well.
+template <int kRows, int kColumns, bool kExcess>
+inline void multiply_corner(const Corner& c, int32_t* sums, int32_t* excess, bool add) {
+  Dot::Sum acc[kRows][kColumns] = {};
+  Dot::Sum weights[kColumns] = {};
+  Dot::WVector w[kColumns];
+  const auto step = [&](int64_t at) {
+    add_step<kRows, kColumns>(acc, c, at, w);
+    if constexpr (kExcess) {
+      for (int n = 0; n < kColumns; ++n) weights[n] = Dot::ones_dot(weights[n], w[n]);
+    }
+  };
+  int64_t at = 0;
+  for (; at + Dot::kStep <= c.depth; at += Dot::kStep) {
+    for (int n = 0; n < kColumns; ++n) w[n] = Dot::read_w(c.w + n * c.w_stride + at);
+    step(at);
+  }
+  if (at < c.depth) {
+    for (int n = 0; n < kColumns; ++n) {
+      w[n] = Dot::read_w_some(c.w + n * c.w_stride + at, c.depth - at);
+    }
+    step(at);
+  }
+  const auto finish = [&](const Dot::Sum* found, int32_t* to) {
+    int32_t totals[kColumns + 4];
+    Dot::totals<kColumns>(found, totals);
+    for (int n = 0; n < kColumns; ++n) to[n] = add ? to[n] + totals[n] : totals[n];
+  };
+  for (int r = 0; r < kRows; ++r) finish(acc[r], sums + r * kPanel);
+  if constexpr (kExcess) finish(weights, excess);
+}
+
+// The rows of a block that remain, fewer than kRows.
+template <int kRows, int kColumns>
+inline void multiply_rest(int64_t rows, const Corner& c, int32_t* sums, bool add) {
+  if constexpr (kRows > 1) {
+    if (rows < kRows) return multiply_rest<kRows - 1, kColumns>(rows, c, sums, add);
+  }
+  if (rows > 0) multiply_corner<kRows, kColumns, false>(c, sums, nullptr, add);
+}
+
+// kColumns columns of the weight and all rows of the block.
+template <int kColumns>
+inline void multiply_columns(int64_t rows, const Corner& start, int32_t* sums, int32_t* excess) {
+  constexpr bool kExcess = Dot::kX != 0;
+  for (int64_t done = 0; done < start.depth; done += kDepth) {
+    Corner c = start;
+    c.x += done;
+    c.w += done;
+    c.depth = start.depth - done < kDepth ? start.depth - done : kDepth;
+    const bool add = done > 0;
+    int64_t row = 0;
+    const auto advance = [&](int64_t count) {
+      row += count;
+      c.x += count * c.x_stride;
+    };
+    if constexpr (kExcess) {
+      // Two rows leave registers for the excess.
+      if (rows > 1) {
+        multiply_corner<2, kColumns, true>(c, sums, excess, add);
+      } else {
+        multiply_corner<1, kColumns, true>(c, sums, excess, add);
+      }
+      advance(rows > 1 ? 2 : 1);
+    }
+    for (; row + Dot::kRows <= rows; advance(Dot::kRows)) {
+      multiply_corner<Dot::kRows, kColumns, false>(c, sums + row * kPanel, nullptr, add);
+    }
+    multiply_rest<Dot::kRows - 1, kColumns>(rows - row, c, sums + row * kPanel, add);
+  }
+}
+
+// --- epilogue ------------------------------------------------------------------------------------
+
+// A row of sums to y: fma(sum * w_scale, x_scale, bias) + residual, or int8 of that.
+template <DType kDType>
+void finish_row(const Block& block, const int32_t* sums, const int32_t* excess, int64_t row,
+                int64_t first, int64_t columns) {
+  const GemmParams& p = *block.gemm;
+  const Floats x_scale = broadcast(block.x_scale[p.x_per_token ? row : 0]);
+  const int64_t m = block.first_row + row;
+  constexpr int64_t kBytes = kDTypeFacts[int(kDType)].bytes;
+  char* const y = static_cast<char*>(p.y) + m * p.y_stride * kBytes;
+  for_vectors(columns, [&](int64_t i, auto count) {
+    const int64_t n = first + i;
+    const Ints sum = read<Ints>(sums + i) - read<Ints>(excess + i);
+    Floats v = __builtin_convertvector(sum, Floats);
+    v = v * (p.w_per_channel ? load_lanes<DType::kFloat32>(p.w_scale, n, count)
+                             : broadcast(p.w_scale[0]));
+    v = p.bias != nullptr
+            ? fused_multiply_add(v, x_scale, load_lanes<DType::kFloat32>(p.bias, n, count))
+            : v * x_scale;
+    if constexpr (kDType == DType::kInt8) {
+      if (p.relu) v = v < 0.0f ? broadcast(0.0f) : v;
+      write_some(y + n, round_any(v * block.out_inverse), count);
+    } else {
+      if (p.residual != nullptr) {
+        v = v + visit_float(p.residual_dtype, [&](auto type) {
+          constexpr DType kResidual = decltype(type)::value;
+          const char* residual = static_cast<const char*>(p.residual) +
+                                 m * p.residual_stride * kDTypeFacts[int(kResidual)].bytes;
+          return load_lanes<kResidual>(residual, n, count);
+        });
+      }
+      store_lanes<kDType>(y, n, v, count);
+    }
+  });
+}
+
+inline void finish_rows(const Block& block, const int32_t* sums, const int32_t* excess,
+                        int64_t first_row, int64_t rows, int64_t first, int64_t columns) {
+  visit(block.gemm->y_dtype, [&](auto type) {
+    for (int64_t row = 0; row < rows; ++row) {
+      finish_row<decltype(type)::value>(block, sums + row * kPanel, excess, first_row + row, first,
+                                        columns);
+    }
+    return 0;
+  });
+}
+
+// --- packed rows, and whole blocks ---------------------------------------------------------------
+
+inline int64_t packed_row(int64_t k) { return round_up(k, kVector); }
+
+inline int64_t row_bytes(int64_t k) {
+  return kGroup * packed_row(k) * static_cast<int64_t>(sizeof(Dot::X));
+}
+
+// X = x + kX, row by row. Channels beyond k may hold anything, because their weights are read as 0.
+inline void pack_rows(const int8_t* x_q, int64_t stride, int64_t rows, int64_t k, uint8_t* packed) {
+  auto* to = reinterpret_cast<Dot::X*>(packed);
+  const int64_t length = packed_row(k);
+  for (int64_t row = 0; row < rows; ++row) {
+    const int8_t* from = x_q + row * stride;
+    for (int64_t i = 0; i < length; ++i) {
+      to[row * length + i] = static_cast<Dot::X>(from[i] + Dot::kX);
+    }
+  }
+}
+
+inline void multiply_rows(const Block& block) {
+  const GemmParams& p = *block.gemm;
+  Sums sums;
+  if constexpr (Dot::kX == 0) std::memset(sums.excess, 0, sizeof sums.excess);
+  Corner c = {};
+  c.x = reinterpret_cast<const Dot::X*>(block.x);
+  c.x_stride = packed_row(p.k);
+  c.w_stride = p.w_q_stride;
+  c.depth = p.k;
+  for (int64_t first = block.first_column; first < block.last_column; first += kPanel) {
+    const int64_t left = block.last_column - first, columns = left < kPanel ? left : kPanel;
+    int64_t n = 0;
+    for (; n + Dot::kColumns <= columns; n += Dot::kColumns) {
+      c.w = p.w_q + (first + n) * p.w_q_stride;
+      multiply_columns<Dot::kColumns>(block.rows, c, sums.of + n, sums.excess + n);
+    }
+    for (; n < columns; ++n) {
+      c.w = p.w_q + (first + n) * p.w_q_stride;
+      multiply_columns<1>(block.rows, c, sums.of + n, sums.excess + n);
+    }
+    finish_rows(block, sums.of, sums.excess, 0, block.rows, first, columns);
+  }
+}

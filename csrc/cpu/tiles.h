@@ -1,0 +1,177 @@
+// The GEMM of a block of packed rows on the tile registers. Included by level_amx.cpp only, in an
+// anonymous namespace, after panels.h.
+
+constexpr int64_t kTileRows = 16;      // rows of the weight, or tokens
+constexpr int64_t kTileBytes = 64;     // channels of a tile
+constexpr int64_t kTileSize = kTileRows * kTileBytes;
+constexpr int64_t kLeastTileRows = 8;
+constexpr int kTilesWide = 2;          // of the weight, and of the activations, at a time
+constexpr int64_t kTileColumns = kTilesWide * kTileRows;
+static_assert(kTileColumns <= kPanel);
+
+inline int64_t tile_group_bytes(int64_t k) { return kGroup * packed_row(k); }
+
+// rows[i][j] = columns[j][i] for 16 x 16 int32.
+inline void transpose(const __m512i (&columns)[16], __m512i (&rows)[16]) {
+  __m512i a[16], b[16];
+  for (int i = 0; i < 16; i += 2) {
+    a[i] = _mm512_unpacklo_epi32(columns[i], columns[i + 1]);
+    a[i + 1] = _mm512_unpackhi_epi32(columns[i], columns[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    b[i] = _mm512_unpacklo_epi64(a[i], a[i + 2]);
+    b[i + 1] = _mm512_unpackhi_epi64(a[i], a[i + 2]);
+    b[i + 2] = _mm512_unpacklo_epi64(a[i + 1], a[i + 3]);
+    b[i + 3] = _mm512_unpackhi_epi64(a[i + 1], a[i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    a[i] = _mm512_shuffle_i32x4(b[i], b[i + 4], 0x88);
+    a[i + 4] = _mm512_shuffle_i32x4(b[i], b[i + 4], 0xdd);
+    a[i + 8] = _mm512_shuffle_i32x4(b[i + 8], b[i + 12], 0x88);
+    a[i + 12] = _mm512_shuffle_i32x4(b[i + 8], b[i + 12], 0xdd);
+  }
+  for (int i = 0; i < 8; ++i) {
+    rows[i] = _mm512_shuffle_i32x4(a[i], a[i + 8], 0x88);
+    rows[i + 8] = _mm512_shuffle_i32x4(a[i], a[i + 8], 0xdd);
+  }
+}
+
+// Packs 16 tokens: for each 64 channels a tile of 16 rows, each of 4 channels of all tokens.
+inline void pack_tiles(const int8_t* x_q, int64_t stride, int64_t rows, int64_t k,
+                       uint8_t* packed) {
+  for (int64_t at = 0; at < packed_row(k); at += kTileBytes) {
+    __m512i tokens[16], channels[16];
+    for (int64_t row = 0; row < kTileRows; ++row) {
+      tokens[row] = row < rows ? _mm512_loadu_si512(x_q + row * stride + at)
+                               : _mm512_setzero_si512();
+    }
+    transpose(tokens, channels);
+    for (int i = 0; i < 16; ++i) _mm512_storeu_si512(packed + at * kTileRows + 64 * i, channels[i]);
+  }
+}
+
+// The shapes of the 8 tile registers: 0 to 3 sums, 4 and 5 the weight, 6 and 7 activations.
+struct alignas(64) TileShapes {
+  uint8_t palette = 1;
+  uint8_t start_row = 0;
+  uint8_t reserved[14] = {};
+  uint16_t row_bytes[16] = {};
+  uint8_t rows[16] = {};
+
+  // Rows of the weight in its first and its second tile.
+  TileShapes(int64_t first, int64_t second) {
+    const auto set = [&](int tile, int64_t count) {
+      row_bytes[tile] = kTileBytes;
+      rows[tile] = static_cast<uint8_t>(count);
+    };
+    set(0, first);
+    set(1, first);
+    set(4, first);
+    if (second > 0) {
+      set(2, second);
+      set(3, second);
+      set(5, second);
+    }
+    set(6, kTileRows);
+    set(7, kTileRows);
+  }
+};
+
+// The weight's last channels, fewer than 64, with zeros after them.
+struct WeightTail {
+  alignas(64) int8_t of[kTileColumns * kTileBytes];
+
+  WeightTail(const int8_t* w, int64_t stride, int64_t rows, int64_t k) {
+    const int64_t at = k / kTileBytes * kTileBytes;
+    std::memset(of, 0, sizeof of);
+    for (int64_t row = 0; at < k && row < rows; ++row) {
+      std::memcpy(of + row * kTileBytes, w + row * stride + at, static_cast<size_t>(k - at));
+    }
+  }
+};
+
+// kWeights x kTokens tiles of sums over all of k, in registers, then in `sums`, transposed back.
+template <int kWeights, int kTokens>
+inline void multiply_tile_corner(const int8_t* w, int64_t w_stride, const WeightTail& tail,
+                                 const uint8_t* x, int64_t k, int32_t* sums) {
+  _tile_zero(0);
+  if constexpr (kTokens > 1) _tile_zero(1);
+  if constexpr (kWeights > 1) _tile_zero(2);
+  if constexpr (kWeights > 1 && kTokens > 1) _tile_zero(3);
+  const uint8_t* const x_next = x + tile_group_bytes(k);
+  const auto step = [&](const int8_t* weight, int64_t stride, int64_t at) {
+    _tile_loadd(6, x + at * kTileRows, 64);
+    _tile_loadd(4, weight, stride);
+    _tile_dpbssd(0, 4, 6);
+    if constexpr (kTokens > 1) {
+      _tile_loadd(7, x_next + at * kTileRows, 64);
+      _tile_dpbssd(1, 4, 7);
+    }
+    if constexpr (kWeights > 1) {
+      _tile_loadd(5, weight + kTileRows * stride, stride);
+      _tile_dpbssd(2, 5, 6);
+    }
+    if constexpr (kWeights > 1 && kTokens > 1) _tile_dpbssd(3, 5, 7);
+  };
+  int64_t at = 0;
+  for (; at + kTileBytes <= k; at += kTileBytes) step(w + at, w_stride, at);
+  if (at < k) step(tail.of, kTileBytes, at);
+
+  alignas(64) int32_t found[4][kTileRows][kTileRows];
+  _tile_stored(0, found[0], 64);
+  if constexpr (kTokens > 1) _tile_stored(1, found[1], 64);
+  if constexpr (kWeights > 1) _tile_stored(2, found[2], 64);
+  if constexpr (kWeights > 1 && kTokens > 1) _tile_stored(3, found[3], 64);
+  for (int weight = 0; weight < kWeights; ++weight) {
+    for (int token = 0; token < kTokens; ++token) {
+      __m512i columns[16], rows[16];
+      for (int i = 0; i < 16; ++i) columns[i] = _mm512_load_si512(found[2 * weight + token][i]);
+      transpose(columns, rows);
+      for (int i = 0; i < 16; ++i) {
+        _mm512_storeu_si512(sums + (token * kTileRows + i) * kPanel + weight * kTileRows, rows[i]);
+      }
+    }
+  }
+}
+
+// All rows of a block and up to 32 columns.
+template <int kWeights>
+inline void multiply_tile_columns(const Block& block, const int8_t* w, int64_t first,
+                                  int64_t columns, Sums& sums) {
+  const GemmParams& p = *block.gemm;
+  const WeightTail tail(w, p.w_q_stride, columns, p.k);
+  for (int64_t row = 0; row < block.rows; row += 2 * kTileRows) {
+    const uint8_t* x = block.x + row / kGroup * tile_group_bytes(p.k);
+    const int64_t left = block.rows - row, rows = left < 2 * kTileRows ? left : 2 * kTileRows;
+    if (rows > kTileRows) {
+      multiply_tile_corner<kWeights, 2>(w, p.w_q_stride, tail, x, p.k, sums.of);
+    } else {
+      multiply_tile_corner<kWeights, 1>(w, p.w_q_stride, tail, x, p.k, sums.of);
+    }
+    finish_rows(block, sums.of, sums.excess, row, rows, first, columns);
+  }
+}
+
+inline void multiply_tiles(const Block& block) {
+  const GemmParams& p = *block.gemm;
+  Sums sums;
+  std::memset(sums.excess, 0, sizeof sums.excess);
+  int64_t configured = -1;
+  for (int64_t first = block.first_column; first < block.last_column; first += kTileColumns) {
+    const int64_t left = block.last_column - first;
+    const int64_t columns = left < kTileColumns ? left : kTileColumns;
+    const int64_t second = columns > kTileRows ? columns - kTileRows : 0;
+    if (columns != configured) {
+      const TileShapes shapes(columns - second, second);
+      _tile_loadconfig(&shapes);
+      configured = columns;
+    }
+    const int8_t* w = p.w_q + first * p.w_q_stride;
+    if (second > 0) {
+      multiply_tile_columns<2>(block, w, first, columns, sums);
+    } else {
+      multiply_tile_columns<1>(block, w, first, columns, sums);
+    }
+  }
+  _tile_release();
+}
