@@ -21,7 +21,8 @@
 // stay in the L1 cache while all rows of the block are multiplied.
 constexpr int64_t kDepth = 4096;
 
-// The sums of a panel: [rows, kPanel].
+// The sums of a panel: [rows, kPanel]. With kX, a sum and its excess may pass 2^31: both wrap
+// around, and their difference, which fits, is right.
 struct Sums {
   alignas(64) int32_t of[kMostRows * kPanel];
   // kX times the sum of each column's weights, which `of` contains too much.
@@ -72,7 +73,10 @@ inline void multiply_corner(const Corner& c, int32_t* sums, int32_t* excess, boo
   const auto finish = [&](const Dot::Sum* found, int32_t* to) {
     int32_t totals[kColumns + 4];
     Dot::totals<kColumns>(found, totals);
-    for (int n = 0; n < kColumns; ++n) to[n] = add ? to[n] + totals[n] : totals[n];
+    for (int n = 0; n < kColumns; ++n) {
+      const auto before = static_cast<uint32_t>(add ? to[n] : 0);
+      to[n] = static_cast<int32_t>(before + static_cast<uint32_t>(totals[n]));
+    }
   };
   for (int r = 0; r < kRows; ++r) finish(acc[r], sums + r * kPanel);
   if constexpr (kExcess) finish(weights, excess);
@@ -131,8 +135,8 @@ void finish_row(const Block& block, const int32_t* sums, const int32_t* excess, 
   char* const y = static_cast<char*>(p.y) + m * p.y_stride * kBytes;
   for_vectors(columns, [&](int64_t i, auto count) {
     const int64_t n = first + i;
-    const Ints sum = read<Ints>(sums + i) - read<Ints>(excess + i);
-    Floats v = __builtin_convertvector(sum, Floats);
+    const Words sum = read<Words>(sums + i) - read<Words>(excess + i);
+    Floats v = __builtin_convertvector(bits_as<Ints>(sum), Floats);
     v = v * (p.w_per_channel ? load_lanes<DType::kFloat32>(p.w_scale, n, count)
                              : broadcast(p.w_scale[0]));
     v = p.bias != nullptr

@@ -10,6 +10,7 @@ using HalfFloats = float __attribute__((vector_size(32)));
 using Doubles = double __attribute__((vector_size(64)));
 using Shorts = uint16_t __attribute__((vector_size(32)));
 using Bytes = int8_t __attribute__((vector_size(16)));
+using Words = uint32_t __attribute__((vector_size(64)));  // wrap around
 constexpr int64_t kLanes = 16;
 
 template <typename To, typename From>
