@@ -31,6 +31,7 @@ namespace sqk {
 namespace {
 
 #include "cpu/simd.h"
+#include "cpu/activations.h"
 #include "cpu/rows.h"
 
 }  // namespace

@@ -2,47 +2,6 @@
 // only, in an anonymous namespace, after simd.h. docs/internals/numerics.md has the order of the
 // operations.
 
-template <DType kDType>
-inline const char* row_of(const void* rows, int64_t stride, int64_t row) {
-  return static_cast<const char*>(rows) + row * stride * kDTypeFacts[int(kDType)].bytes;
-}
-
-// --- activation functions, in float64, rounded once ----------------------------------------------
-
-template <Producer kProducer>
-inline double activate(double t) {
-  if constexpr (kProducer == Producer::kRelu) {
-    return t < 0.0 ? 0.0 : t;  // keeps NaN
-  } else if constexpr (kProducer == Producer::kGelu) {
-    return t * 0.5 * (1.0 + std::erf(t * 0.70710678118654752440));
-  } else if constexpr (kProducer == Producer::kGeluTanh) {
-    constexpr double kBeta = 1.41421356237309504880 * 1.12837916709551257390 * 0.5;
-    return 0.5 * t * (1.0 + std::tanh(kBeta * (t + 0.044715 * (t * t * t))));
-  } else {
-    static_assert(kProducer == Producer::kSilu);
-    return t / (1.0 + std::exp(-t));
-  }
-}
-
-template <Producer kProducer, DType kDType>
-void apply_activation(const QuantizeParams& p, int64_t row, float* v) {
-  if (p.gate == nullptr) {
-    for (int64_t i = 0; i < p.k; ++i) {
-      v[i] = static_cast<float>(activate<kProducer>(static_cast<double>(v[i])));
-    }
-    return;
-  }
-  const char* gate = row_of<kDType>(p.gate, p.gate_stride, row);
-  for_vectors(p.k, [&](int64_t i, auto count) {
-    const Floats t = load_lanes<kDType>(gate, i, count);
-    Floats factor = {};
-    for (int64_t lane = 0; lane < count; ++lane) {
-      factor[lane] = static_cast<float>(activate<kProducer>(static_cast<double>(t[lane])));
-    }
-    write(v + i, factor * read<Floats>(v + i));
-  });
-}
-
 // --- norms ---------------------------------------------------------------------------------------
 
 // The sum over a row of f of some values in float64. Lanes beyond the row must add 0.

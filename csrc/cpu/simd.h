@@ -141,6 +141,11 @@ inline Shorts to_float16(Floats v) {
 // --- loads and stores of any type ---------------------------------------------------------------
 
 template <DType kDType>
+inline const char* row_of(const void* rows, int64_t stride, int64_t row) {
+  return static_cast<const char*>(rows) + row * stride * kDTypeFacts[int(kDType)].bytes;
+}
+
+template <DType kDType>
 inline Floats load(const void* from, int64_t index) {
   if constexpr (kDType == DType::kFloat32) {
     return read<Floats>(static_cast<const float*>(from) + index);
