@@ -71,7 +71,7 @@ class Gemm {
 
   // May copy tensors: call it when all arguments have been checked and the device is current.
   void prepare() {
-    params_.w_q = aligned_rows(*w_q_, params_.w_q_stride, w_rows_);
+    params_.w_q = rows_of(*w_q_, params_.w_q_stride, w_rows_);
     w_scale_ = dense(*w_scale_);
     params_.w_scale = floats(*w_scale_);
     params_.w_per_channel = w_scale_->size(0) > 1;
@@ -82,7 +82,7 @@ class Gemm {
   }
 
   void set_activation(const Tensor& x_q, const Tensor& x_scale) {
-    params_.x_q = aligned_rows(x_q, params_.x_q_stride, x_rows_);
+    params_.x_q = rows_of(x_q, params_.x_q_stride, x_rows_);
     x_scale_ = dense(x_scale);
     params_.x_scale = floats(*x_scale_);
     params_.x_per_token = x_scale_->size(0) > 1;
@@ -125,9 +125,18 @@ class Gemm {
   }
 
  private:
+#ifdef SQK_CPU
+  // Rows as the kernels take them, at any alignment: the tensor itself if one stride leads from
+  // each row to the next, else a copy.
+  static const int8_t* rows_of(const Tensor& t, int64_t& stride, std::optional<Rows>& keep) {
+    const Rows& rows = keep.emplace(t);
+    stride = rows.stride;
+    return static_cast<const int8_t*>(rows.data);
+  }
+#else
   // Rows that the kernels can load 16 bytes at a time: the tensor itself if its rows are aligned
   // (as with k_multiple = 16 and in packed weights), else a padded copy.
-  const int8_t* aligned_rows(const Tensor& t, int64_t& stride, std::optional<Rows>& keep) {
+  const int8_t* rows_of(const Tensor& t, int64_t& stride, std::optional<Rows>& keep) {
     if (Rows::uniform(t)) {
       const Rows& rows = keep.emplace(t);
       const int64_t count = Rows::count(t);
@@ -144,6 +153,7 @@ class Gemm {
     torch::stable::copy_(columns, t);
     return static_cast<const int8_t*>(keep.emplace(copy).data);
   }
+#endif
 
   static Tensor as_float32(const Tensor& t) {
     if (t.scalar_type() == ScalarType::Float) return dense(t);

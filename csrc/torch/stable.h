@@ -11,11 +11,15 @@
 
 #include <dlfcn.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/shim_utils.h>
+#ifdef SQK_CPU
+#include "cpu/threads.h"
+#else
+#include <torch/csrc/stable/accelerator.h>
+#endif
 
 #include <algorithm>
 #include <optional>
@@ -25,9 +29,10 @@
 
 #include "sqk/status.h"
 
-// In a build for the simulator (tests/support/simulator.py) the kernels take host memory, so they
-// are bound to the CPU key. Nothing else in the binding differs.
-#ifdef SQK_SIMULATOR
+// The binding is compiled twice: with SQK_CPU for the kernels of csrc/cpu, without it for CUDA. In a
+// build for the simulator (tests/support/simulator.py) the CUDA kernels take host memory, so they
+// are bound to the CPU key. Nothing else in that build differs.
+#if defined(SQK_CPU) || defined(SQK_SIMULATOR)
 #define SQK_DISPATCH_KEY CPU
 #else
 #define SQK_DISPATCH_KEY CUDA
@@ -55,6 +60,43 @@ namespace sqk {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+#ifdef SQK_CPU
+
+// torch's own threads, as the kernels of csrc/cpu take them in the place of a stream.
+class Launch {
+ public:
+  explicit Launch(const Tensor&) {
+    uint32_t count = 1;
+    SQK_TORCH_CALL(torch_get_num_threads, &count);
+    threads_ = {std::max<int64_t>(count, 1), run};
+  }
+  Launch(const Launch&) = delete;
+  Launch& operator=(const Launch&) = delete;
+
+  cudaStream_t stream() const { return as_stream(&threads_); }
+
+ private:
+  struct Work {
+    Task task;
+    void* context;
+  };
+
+  // torch gives each of its threads one range of adjacent tasks. No exception may pass through its
+  // loop, and no task throws one.
+  static void run(int64_t tasks, Task task, void* context) {
+    Work work{task, context};
+    SQK_TORCH_CALL(torch_parallel_for, 0, tasks, 1, run_range, &work);
+  }
+  static void run_range(int64_t begin, int64_t end, void* given) {
+    const Work& work = *static_cast<const Work*>(given);
+    for (int64_t i = begin; i < end; ++i) work.task(work.context, i);
+  }
+
+  Threads threads_;
+};
+
+#else
+
 // Makes the tensor's GPU current for a scope, and gives the stream that torch uses on it.
 class Launch {
  public:
@@ -76,6 +118,8 @@ class Launch {
 #endif
   cudaStream_t stream_ = nullptr;
 };
+
+#endif  // SQK_CPU
 
 // A tensor's device as libtorch's numbers, which are enough to compare and to allocate.
 // Tensor::device() would ask libtorch for one device type after another until one matches.
