@@ -14,9 +14,14 @@ struct Dot {
   static WVector read_w_some(const int8_t* w, int64_t count) {
     return _mm512_maskz_loadu_epi8((__mmask64{1} << count) - 1, w);
   }
-  static Sum dot(Sum sum, XVector x, WVector w) { return _mm512_dpbusd_epi32(sum, x, w); }
+  // As assembly, because the compiler copies sums from register to register around its intrinsic,
+  // and has none left then.
+  static Sum dot(Sum sum, XVector x, WVector w) {
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(x), "v"(w));
+    return sum;
+  }
   static Sum ones_dot(Sum sum, WVector w) {
-    return _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(static_cast<char>(kX)), w);
+    return dot(sum, _mm512_set1_epi8(static_cast<char>(kX)), w);
   }
 
   // The sums over the lanes of four vectors.
