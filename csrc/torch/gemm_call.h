@@ -10,8 +10,15 @@
 
 namespace sqk {
 
+// What the rows of x_q and w_q must be aligned to.
+#ifdef SQK_CPU
+constexpr int64_t kRowAlignment = 1;
+#else
+constexpr int64_t kRowAlignment = kGemmAlignment;
+#endif
+
 // The smallest stride of rows of k int8 elements that keeps every row aligned.
-inline int64_t padded(int64_t k) { return round_up(k, kGemmAlignment); }
+inline int64_t padded(int64_t k) { return round_up(k, kRowAlignment); }
 
 inline void check_int8(const char* op, const char* name, const Tensor& tensor) {
   SQK_CHECK(tensor.scalar_type() == ScalarType::Char, op, ": ", name, " must be int8, got ",
@@ -125,23 +132,15 @@ class Gemm {
   }
 
  private:
-#ifdef SQK_CPU
-  // Rows as the kernels take them, at any alignment: the tensor itself if one stride leads from
-  // each row to the next, else a copy.
-  static const int8_t* rows_of(const Tensor& t, int64_t& stride, std::optional<Rows>& keep) {
-    const Rows& rows = keep.emplace(t);
-    stride = rows.stride;
-    return static_cast<const int8_t*>(rows.data);
-  }
-#else
-  // Rows that the kernels can load 16 bytes at a time: the tensor itself if its rows are aligned
-  // (as with k_multiple = 16 and in packed weights), else a padded copy.
+  // The tensor itself if one stride leads from each row to the next, else a copy. CUDA kernels load
+  // 16 bytes at a time, so for them rows must also be aligned (as with k_multiple = 16 and in packed
+  // weights), and a copy is padded.
   const int8_t* rows_of(const Tensor& t, int64_t& stride, std::optional<Rows>& keep) {
     if (Rows::uniform(t)) {
       const Rows& rows = keep.emplace(t);
       const int64_t count = Rows::count(t);
-      if (are_rows_aligned(rows.data, rows.stride, count, kGemmAlignment) &&
-          (count <= 1 || rows.stride >= params_.k)) {
+      const bool apart = count <= 1 || rows.stride >= params_.k;
+      if (apart && are_rows_aligned(rows.data, rows.stride, count, kRowAlignment)) {
         stride = rows.stride;
         return static_cast<const int8_t*>(rows.data);
       }
@@ -153,7 +152,6 @@ class Gemm {
     torch::stable::copy_(columns, t);
     return static_cast<const int8_t*>(keep.emplace(copy).data);
   }
-#endif
 
   static Tensor as_float32(const Tensor& t) {
     if (t.scalar_type() == ScalarType::Float) return dense(t);

@@ -17,7 +17,6 @@ from pathlib import Path
 from smoothquant_kernels.backends import cpu_choice, library
 from smoothquant_kernels.backends.cpu_choice import LEVELS
 from smoothquant_kernels.errors import SmoothQuantError
-from smoothquant_kernels.ops import registry
 
 LIBRARY_NAME = "libsmoothquant_kernels_cpu.so"
 BUILD_INFO_NAME = "_build_info_cpu.json"
@@ -25,8 +24,7 @@ BUILD_COMMAND = (
     "SMOOTHQUANT_KERNELS_BUILD=cpu pip install --no-build-isolation --no-deps . "
     "(in a source tree, with a C++ compiler)"
 )
-#: The ops that have a compiled CPU kernel.
-OPS = (
+_OPS = (
     "quantize", "rms_norm_quantize", "layer_norm_quantize", "act_quantize", "gemm_s8", "gemm_s8_requant",
     "linear_s8",
 )  # fmt: skip
@@ -127,21 +125,21 @@ def _mismatch(file: Path, machine: object, size: object, torch_target: str) -> s
     return library.too_old("CPU library", torch_target)
 
 
-def _serve() -> None:
-    """Loads the library, unless the environment chooses oneDNN, and tells the registry what it serves."""
+def _serve() -> tuple[str, ...]:
+    """Loads the library, unless the environment chooses oneDNN, and returns the ops that it serves."""
     global _status, _entries
     choice = cpu_choice.wanted()
     if choice.startswith(cpu_choice.ONEDNN):
         _status = CpuStatus(False, f"{cpu_choice.VARIABLE}={choice} chooses oneDNN")
-        return
+        return ()
     _status, _entries = _load(library.FOLDER)
     if choice != "auto":
         try:
             use_level(choice)
         except SmoothQuantError as error:
             raise SmoothQuantError(f"{cpu_choice.VARIABLE}={choice}: {error}") from None
-    if _status.available:
-        registry.compiled_on_cpu(OPS)
+    return _OPS if _status.available else ()
 
 
-_serve()
+#: The ops whose CPU kernel is compiled. The registry reads it; this module needs no op, so it can be imported first.
+COMPILED_ON_CPU = _serve()

@@ -144,11 +144,6 @@ def _register_python_kernel(name: str, on_cpu: Callable[..., Any]) -> None:
     LIBRARY.impl(name, torch.no_grad()(on_cpu), "CPU")
 
 
-def compiled_on_cpu(names: tuple[str, ...]) -> None:
-    """Says that a library has registered CPU kernels for these ops, so that no Python kernel replaces them."""
-    COMPILED.update(names)
-
-
 def _raise_what_is_wrong(
     describe: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
@@ -197,7 +192,9 @@ def load_backends() -> None:
     """Imports the backends, which register their kernels."""
     global _waiting
     for name in BACKENDS:
-        import_module(f"{NAMESPACE}.backends.{name}")
+        backend = import_module(f"{NAMESPACE}.backends.{name}")
+        # A library has registered these kernels with the dispatcher, and no Python kernel may replace them.
+        COMPILED.update(getattr(backend, "COMPILED_ON_CPU", ()))
     waiting, _waiting = _waiting or {}, None
     for name, kernel in waiting.items():
         if name not in COMPILED:
