@@ -22,6 +22,7 @@
 #endif
 
 #include <algorithm>
+#include <iterator>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -128,18 +129,35 @@ struct Place {
 
   explicit Place(const Tensor& tensor) {
     SQK_TORCH_CALL(aoti_torch_get_device_type, tensor.get(), &type);
+#ifdef SQK_CPU  // there is only one
+    index = 0;
+#else
     SQK_TORCH_CALL(aoti_torch_get_device_index, tensor.get(), &index);
+#endif
   }
   bool operator==(const Place& other) const { return type == other.type && index == other.index; }
+};
+
+// A tensor's sizes or strides, in an array that a call does not have to allocate.
+class Sizes {
+ public:
+  explicit Sizes(size_t dims) {
+    if (dims > std::size(few_)) many_.resize(dims);
+  }
+  int64_t* data() { return many_.empty() ? few_ : many_.data(); }
+
+ private:
+  int64_t few_[8];
+  std::vector<int64_t> many_;
 };
 
 // Memory from torch's allocator, contiguous, on the device of `like`: safe to capture in a CUDA
 // graph. torch::stable::empty calls an op by its name, which costs a microsecond more.
 inline Tensor empty_on(const Tensor& like, const int64_t* sizes, size_t dims, ScalarType dtype) {
-  std::vector<int64_t> strides(dims);
+  Sizes strides(dims);
   int64_t stride = 1;
   for (size_t i = dims; i-- > 0;) {
-    strides[i] = stride;
+    strides.data()[i] = stride;
     stride *= std::max<int64_t>(sizes[i], 1);
   }
   const Place place(like);
