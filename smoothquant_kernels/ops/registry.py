@@ -30,8 +30,8 @@ LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 #: Names of all ops, in the order of their descriptions.
 OPS: list[str] = []
 _CPU_KERNELS: dict[str, Callable[..., Any]] = {}
-# What `load_backends` gives to the dispatcher for ops that no library serves; None once it has.
-_waiting: dict[str, Callable[..., Any]] | None = {}
+_ON_CPU: dict[str, Callable[..., Any]] = {}  # the same with their checks, as the dispatcher calls them
+_loaded = False
 #: Ops whose CPU kernel is compiled: a call of a CPU tensor is one call of the dispatcher, as on a GPU.
 COMPILED: set[str] = set()
 _SCHEMA_TYPES = {
@@ -102,7 +102,11 @@ def op(
             rest = [kwargs.get(key, default) for key, default in defaults[len(args) :]]
             return _CPU_KERNELS[name](*args, *rest)
 
-        _register_python_kernel(name, on_cpu)
+        # Without no_grad, autograd would record some of the steps inside and give a part of the gradient as the whole.
+        # A compiled kernel calls no op that autograd records between its inputs and its results.
+        _ON_CPU[name] = torch.no_grad()(on_cpu)
+        if _loaded:
+            serve_in_python(name)
         torch.library.register_fake(
             f"{NAMESPACE}::{name}",
             lambda *args, **kwargs: _made(describe(*args, **kwargs)),
@@ -135,13 +139,14 @@ def op(
     return decorate
 
 
-def _register_python_kernel(name: str, on_cpu: Callable[..., Any]) -> None:
-    if _waiting is not None:
-        _waiting[name] = on_cpu
-        return
-    # Without no_grad, autograd would record some of the steps inside and give a part of the gradient as the whole. A
-    # compiled kernel calls no op that autograd records between its inputs and its results.
-    LIBRARY.impl(name, torch.no_grad()(on_cpu), "CPU")
+def serve_in_python(name: str, library: torch.library.Library = LIBRARY) -> None:
+    """Registers an op's CPU kernel in Python with the dispatcher.
+
+    Args:
+        name: the op.
+        library: keeps the registration. Tests give one of their own, to end it.
+    """
+    library.impl(name, _ON_CPU[name], "CPU", allow_override=library is not LIBRARY)
 
 
 def _raise_what_is_wrong(
@@ -190,15 +195,14 @@ def cpu(name: str) -> Callable[..., Any]:
 
 def load_backends() -> None:
     """Imports the backends, which register their kernels."""
-    global _waiting
+    global _loaded
     for name in BACKENDS:
         backend = import_module(f"{NAMESPACE}.backends.{name}")
         # A library has registered these kernels with the dispatcher, and no Python kernel may replace them.
         COMPILED.update(getattr(backend, "COMPILED_ON_CPU", ()))
-    waiting, _waiting = _waiting or {}, None
-    for name, kernel in waiting.items():
-        if name not in COMPILED:
-            _register_python_kernel(name, kernel)
+    for name in _ON_CPU.keys() - COMPILED:
+        serve_in_python(name)
+    _loaded = True
 
 
 def eager_cpu(x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
