@@ -12,8 +12,9 @@
 namespace sqk {
 namespace {
 
-// A block's packed rows stay in the L2 cache while all of the weight passes by.
-constexpr int64_t kBlockBytes = 512 << 10;
+// A block's packed rows stay in the L2 cache while all of the weight passes by. Processors with
+// tiles have 2 MiB of it, and need more rows for each byte of the weight.
+constexpr int64_t kBlockBytes = 512 << 10, kTileBlockBytes = 1 << 20;
 // Packed rows that wait for the multiplication at the same time.
 constexpr int64_t kWaitingBytes = 8 << 20;
 
@@ -30,7 +31,8 @@ struct Division {
     const int64_t most = std::min(round_up(m, kGroup), kMostRows);
     tiles = kernels.wants_tiles(std::min(m, most));
     group_bytes = kernels.packed_bytes(k, tiles);
-    const int64_t groups = std::clamp(kBlockBytes / group_bytes, int64_t{1}, most / kGroup);
+    const int64_t fit = (tiles ? kTileBlockBytes : kBlockBytes) / group_bytes;
+    const int64_t groups = std::clamp(fit, int64_t{1}, most / kGroup);
     const int64_t blocks = divide_up(m, groups * kGroup);
     block_rows = round_up(divide_up(m, blocks), kGroup);
     const int64_t waiting = kWaitingBytes / (block_rows / kGroup * group_bytes);

@@ -22,6 +22,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #include "common/arithmetic.h"
 #include "cpu/kernels.h"
@@ -30,6 +31,7 @@ namespace sqk {
 namespace {
 
 #include "cpu/simd.h"
+#include "cpu/activations.h"
 #include "cpu/rows.h"
 
 }  // namespace

@@ -8,8 +8,6 @@ namespace {
 
 #include "cpu/totals256.h"
 
-using Bytes32 = int8_t __attribute__((vector_size(32)));
-
 struct Dot {
   using X = uint8_t;
   static constexpr int kX = 128;  // x + 128 is in [0, 255]
@@ -21,7 +19,7 @@ struct Dot {
   static XVector read_x(const X* x) { return read<__m256i>(x); }
   static WVector read_w(const int8_t* w) { return read<__m256i>(w); }
   static WVector read_w_some(const int8_t* w, int64_t count) {
-    return bits_as<__m256i>(read_some<Bytes32>(w, count));
+    return bits_as<__m256i>(read_some<VectorOf<int8_t, kStep>::Type>(w, count));
   }
   // As assembly for the same reason as in dot512.h.
   static Sum dot(Sum sum, XVector x, WVector w) {

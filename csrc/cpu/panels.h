@@ -21,7 +21,8 @@
 // stay in the L1 cache while all rows of the block are multiplied.
 constexpr int64_t kDepth = 4096;
 
-// The sums of a panel: [rows, kPanel].
+// The sums of a panel: [rows, kPanel]. With kX, a sum and its excess may pass 2^31: both wrap
+// around, and their difference, which fits, is right.
 struct Sums {
   alignas(64) int32_t of[kMostRows * kPanel];
   // kX times the sum of each column's weights, which `of` contains too much.
@@ -35,7 +36,10 @@ struct Corner {
   const int8_t* w;
   int64_t w_stride;
   int64_t depth;
+  // kAhead rows of the weight to bring into the cache meanwhile, for the columns after these.
+  const int8_t* ahead;
 };
+constexpr int kAhead = 2;
 
 template <int kRows, int kColumns>
 inline void add_step(Dot::Sum (&acc)[kRows][kColumns], const Corner& c, int64_t at,
@@ -47,13 +51,14 @@ inline void add_step(Dot::Sum (&acc)[kRows][kColumns], const Corner& c, int64_t 
 }
 
 // Sums of kRows x kColumns products over c.depth channels. kExcess: those of the weights as well.
-template <int kRows, int kColumns, bool kExcess>
+template <int kRows, int kColumns, bool kExcess, bool kPrefetch>
 inline void multiply_corner(const Corner& c, int32_t* sums, int32_t* excess, bool add) {
   Dot::Sum acc[kRows][kColumns] = {};
   Dot::Sum weights[kColumns] = {};
   Dot::WVector w[kColumns];
   const auto step = [&](int64_t at) {
     add_step<kRows, kColumns>(acc, c, at, w);
+    for (int n = 0; kPrefetch && n < kAhead; ++n) __builtin_prefetch(c.ahead + n * c.w_stride + at);
     if constexpr (kExcess) {
       for (int n = 0; n < kColumns; ++n) weights[n] = Dot::ones_dot(weights[n], w[n]);
     }
@@ -72,7 +77,10 @@ inline void multiply_corner(const Corner& c, int32_t* sums, int32_t* excess, boo
   const auto finish = [&](const Dot::Sum* found, int32_t* to) {
     int32_t totals[kColumns + 4];
     Dot::totals<kColumns>(found, totals);
-    for (int n = 0; n < kColumns; ++n) to[n] = add ? to[n] + totals[n] : totals[n];
+    for (int n = 0; n < kColumns; ++n) {
+      const auto before = static_cast<uint32_t>(add ? to[n] : 0);
+      to[n] = static_cast<int32_t>(before + static_cast<uint32_t>(totals[n]));
+    }
   };
   for (int r = 0; r < kRows; ++r) finish(acc[r], sums + r * kPanel);
   if constexpr (kExcess) finish(weights, excess);
@@ -84,12 +92,14 @@ inline void multiply_rest(int64_t rows, const Corner& c, int32_t* sums, bool add
   if constexpr (kRows > 1) {
     if (rows < kRows) return multiply_rest<kRows - 1, kColumns>(rows, c, sums, add);
   }
-  if (rows > 0) multiply_corner<kRows, kColumns, false>(c, sums, nullptr, add);
+  if (rows > 0) multiply_corner<kRows, kColumns, false, false>(c, sums, nullptr, add);
 }
 
-// kColumns columns of the weight and all rows of the block.
+// kColumns columns of the weight and all rows of the block. Prefetches up to `ahead_rows` rows of
+// the weight that follow.
 template <int kColumns>
-inline void multiply_columns(int64_t rows, const Corner& start, int32_t* sums, int32_t* excess) {
+inline void multiply_columns(int64_t rows, const Corner& start, int64_t ahead_rows, int32_t* sums,
+                             int32_t* excess) {
   constexpr bool kExcess = Dot::kX != 0;
   for (int64_t done = 0; done < start.depth; done += kDepth) {
     Corner c = start;
@@ -105,14 +115,20 @@ inline void multiply_columns(int64_t rows, const Corner& start, int32_t* sums, i
     if constexpr (kExcess) {
       // Two rows leave registers for the excess.
       if (rows > 1) {
-        multiply_corner<2, kColumns, true>(c, sums, excess, add);
+        multiply_corner<2, kColumns, true, false>(c, sums, excess, add);
       } else {
-        multiply_corner<1, kColumns, true>(c, sums, excess, add);
+        multiply_corner<1, kColumns, true, false>(c, sums, excess, add);
       }
       advance(rows > 1 ? 2 : 1);
     }
+    // The first corners prefetch, a few rows each, so that none of them waits for its own.
+    for (int ahead = 0; ahead + kAhead <= ahead_rows && row + Dot::kRows <= rows;
+         ahead += kAhead, advance(Dot::kRows)) {
+      c.ahead = start.w + done + (kColumns + ahead) * c.w_stride;
+      multiply_corner<Dot::kRows, kColumns, false, true>(c, sums + row * kPanel, nullptr, add);
+    }
     for (; row + Dot::kRows <= rows; advance(Dot::kRows)) {
-      multiply_corner<Dot::kRows, kColumns, false>(c, sums + row * kPanel, nullptr, add);
+      multiply_corner<Dot::kRows, kColumns, false, false>(c, sums + row * kPanel, nullptr, add);
     }
     multiply_rest<Dot::kRows - 1, kColumns>(rows - row, c, sums + row * kPanel, add);
   }
@@ -131,8 +147,8 @@ void finish_row(const Block& block, const int32_t* sums, const int32_t* excess, 
   char* const y = static_cast<char*>(p.y) + m * p.y_stride * kBytes;
   for_vectors(columns, [&](int64_t i, auto count) {
     const int64_t n = first + i;
-    const Ints sum = read<Ints>(sums + i) - read<Ints>(excess + i);
-    Floats v = __builtin_convertvector(sum, Floats);
+    const Words sum = read<Words>(sums + i) - read<Words>(excess + i);
+    Floats v = __builtin_convertvector(bits_as<Ints>(sum), Floats);
     v = v * (p.w_per_channel ? load_lanes<DType::kFloat32>(p.w_scale, n, count)
                              : broadcast(p.w_scale[0]));
     v = p.bias != nullptr
@@ -200,11 +216,13 @@ inline void multiply_rows(const Block& block) {
     int64_t n = 0;
     for (; n + Dot::kColumns <= columns; n += Dot::kColumns) {
       c.w = p.w_q + (first + n) * p.w_q_stride;
-      multiply_columns<Dot::kColumns>(block.rows, c, sums.of + n, sums.excess + n);
+      const int64_t after = block.last_column - first - n - Dot::kColumns;
+      multiply_columns<Dot::kColumns>(block.rows, c, after < Dot::kColumns ? after : Dot::kColumns,
+                                      sums.of + n, sums.excess + n);
     }
     for (; n < columns; ++n) {
       c.w = p.w_q + (first + n) * p.w_q_stride;
-      multiply_columns<1>(block.rows, c, sums.of + n, sums.excess + n);
+      multiply_columns<1>(block.rows, c, 0, sums.of + n, sums.excess + n);
     }
     finish_rows(block, sums.of, sums.excess, 0, block.rows, first, columns);
   }

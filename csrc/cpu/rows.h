@@ -2,60 +2,20 @@
 // only, in an anonymous namespace, after simd.h. docs/internals/numerics.md has the order of the
 // operations.
 
-template <DType kDType>
-inline const char* row_of(const void* rows, int64_t stride, int64_t row) {
-  return static_cast<const char*>(rows) + row * stride * kDTypeFacts[int(kDType)].bytes;
-}
-
-// --- activation functions, in float64, rounded once ----------------------------------------------
-
-template <Producer kProducer>
-inline double activate(double t) {
-  if constexpr (kProducer == Producer::kRelu) {
-    return t < 0.0 ? 0.0 : t;  // keeps NaN
-  } else if constexpr (kProducer == Producer::kGelu) {
-    return t * 0.5 * (1.0 + std::erf(t * 0.70710678118654752440));
-  } else if constexpr (kProducer == Producer::kGeluTanh) {
-    constexpr double kBeta = 1.41421356237309504880 * 1.12837916709551257390 * 0.5;
-    return 0.5 * t * (1.0 + std::tanh(kBeta * (t + 0.044715 * (t * t * t))));
-  } else {
-    static_assert(kProducer == Producer::kSilu);
-    return t / (1.0 + std::exp(-t));
-  }
-}
-
-template <Producer kProducer, DType kDType>
-void apply_activation(const QuantizeParams& p, int64_t row, float* v) {
-  if (p.gate == nullptr) {
-    for (int64_t i = 0; i < p.k; ++i) {
-      v[i] = static_cast<float>(activate<kProducer>(static_cast<double>(v[i])));
-    }
-    return;
-  }
-  const char* gate = row_of<kDType>(p.gate, p.gate_stride, row);
-  for_vectors(p.k, [&](int64_t i, auto count) {
-    const Floats t = load_lanes<kDType>(gate, i, count);
-    Floats factor = {};
-    for (int64_t lane = 0; lane < count; ++lane) {
-      factor[lane] = static_cast<float>(activate<kProducer>(static_cast<double>(t[lane])));
-    }
-    write(v + i, factor * read<Floats>(v + i));
-  });
-}
-
 // --- norms ---------------------------------------------------------------------------------------
 
-// The sum over a row of f of 8 values in float64. Lanes beyond the row must add 0.
+// The sum over a row of f of some values in float64. Lanes beyond the row must add 0.
 template <typename F>
 inline double sum_of(const float* v, int64_t k, const F& f) {
   Doubles low = {}, high = {};
   for (int64_t i = 0; i < k; i += kLanes) {
     low += f(__builtin_convertvector(read<HalfFloats>(v + i), Doubles), i);
-    high += f(__builtin_convertvector(read<HalfFloats>(v + i + 8), Doubles), i + 8);
+    high += f(__builtin_convertvector(read<HalfFloats>(v + i + kHalfLanes), Doubles),
+              i + kHalfLanes);
   }
   const Doubles both = low + high;
   double total = 0;
-  for (int lane = 0; lane < 8; ++lane) total += both[lane];
+  for (int lane = 0; lane < kHalfLanes; ++lane) total += both[lane];
   return total;
 }
 
@@ -73,7 +33,7 @@ inline void apply_norm(const QuantizeParams& p, float* v) {
     mean = sum_of(v, p.k, [](Doubles x, int64_t) { return x; }) / k;
     squares = sum_of(v, p.k, [&](Doubles x, int64_t first) {
       Doubles distance = x - mean;
-      for (int64_t lane = 0; first + 8 > p.k && lane < 8; ++lane) {
+      for (int64_t lane = 0; first + kHalfLanes > p.k && lane < kHalfLanes; ++lane) {
         if (first + lane >= p.k) distance[lane] = 0;
       }
       return distance * distance;
@@ -96,89 +56,107 @@ inline void apply_norm(const QuantizeParams& p, float* v) {
 // --- rotation ------------------------------------------------------------------------------------
 
 // One stage within a vector: v[i], v[i + kH] = v[i] + v[i + kH], v[i] - v[i + kH].
+template <int kH, int... kLane>
+inline Floats stage(Floats v, std::integer_sequence<int, kLane...>) {
+#if defined(__clang__)
+  const Floats other = __builtin_shufflevector(v, v, (kLane ^ kH)...);
+#else
+  const Floats other = __builtin_shuffle(v, Ints{(kLane ^ kH)...});
+#endif
+#if defined(__FMA__)
+  // The product is exact, so the sum is rounded once.
+  return fused_multiply_add(v, Floats{(kLane & kH ? -1.0f : 1.0f)...}, other);
+#else
+  const Ints signs = {(kLane & kH ? INT32_MIN : 0)...};
+  return other + bits_as<Floats>(bits_as<Ints>(v) ^ signs);
+#endif
+}
 template <int kH>
 inline Floats stage(Floats v) {
-  constexpr auto flip = [](int i) { return i ^ kH; };
-  const Ints other = {flip(0), flip(1), flip(2),  flip(3),  flip(4),  flip(5),  flip(6),  flip(7),
-                      flip(8), flip(9), flip(10), flip(11), flip(12), flip(13), flip(14), flip(15)};
-  constexpr auto sign = [](int i) { return i & kH ? static_cast<int32_t>(0x80000000u) : 0; };
-  const Ints signs = {sign(0), sign(1), sign(2),  sign(3),  sign(4),  sign(5),  sign(6),  sign(7),
-                      sign(8), sign(9), sign(10), sign(11), sign(12), sign(13), sign(14), sign(15)};
-#if defined(__clang__)
-  const Floats exchanged =
-      __builtin_shufflevector(v, v, flip(0), flip(1), flip(2), flip(3), flip(4), flip(5), flip(6),
-                              flip(7), flip(8), flip(9), flip(10), flip(11), flip(12), flip(13),
-                              flip(14), flip(15));
-  (void)other;
-#else
-  const Floats exchanged = __builtin_shuffle(v, other);
-#endif
-  // In the upper half, -v[i + h] + v[i]: the same rounding as v[i] - v[i + h].
-  return exchanged + bits_as<Floats>(bits_as<Ints>(v) ^ signs);
+  return stage<kH>(v, std::make_integer_sequence<int, kLanes>());
 }
 
-// The stages within the vectors of a group of at least 16 channels, or of several smaller groups.
-inline Floats rotate_vector(Floats v, int32_t group) {
+// The stages of a group within a vector, which may hold several groups.
+inline Floats rotate_lanes(Floats v, int32_t group) {
   v = stage<1>(v);
   if (group >= 4) v = stage<2>(v);
-  if (group >= 8) v = stage<4>(v);
-  if (group >= 16) v = stage<8>(v);
+  if constexpr (kLanes >= 8) {
+    if (group >= 8) v = stage<4>(v);
+  }
+  if constexpr (kLanes >= 16) {
+    if (group >= 16) v = stage<8>(v);
+  }
   return v;
 }
 
-// Rotates the kVectors * 16 channels of a group, and returns the largest bits.
-template <int kVectors>
-inline Ints rotate_group(float* v, Ints most) {
-  Floats r[kVectors];
-  for (int i = 0; i < kVectors; ++i) r[i] = rotate_vector(read<Floats>(v + kLanes * i), 16);
-#pragma GCC unroll 5
-  for (int h = 1; h < kVectors; h *= 2) {
-#pragma GCC unroll 32
-    for (int i = 0; i < kVectors; ++i) {
+// The stages h = step, 2 step, ... of kCount values that are `step` channels apart.
+template <int kCount>
+inline void rotate_across(Floats (&r)[kCount]) {
+#pragma GCC unroll 4
+  for (int h = 1; h < kCount; h *= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kCount; ++i) {
       if (i & h) continue;
       const Floats low = r[i], high = r[i + h];
       r[i] = low + high;
       r[i + h] = low - high;
     }
   }
-  for (int i = 0; i < kVectors; ++i) {
-    write(v + kLanes * i, r[i]);
-    most = larger(most, bits_as<Ints>(magnitude(r[i])));
+}
+
+// One pass over a row in groups of kCount * step channels. Returns the largest bits.
+template <int kCount>
+inline Ints rotate_pass(float* v, int64_t k, int64_t step) {
+  Ints most = {};
+  for (int64_t group = 0; group < k; group += kCount * step) {
+    for (int64_t i = group; i < group + step; i += kLanes) {
+      Floats r[kCount];
+      for (int j = 0; j < kCount; ++j) r[j] = read<Floats>(v + i + j * step);
+      rotate_across(r);
+      for (int j = 0; j < kCount; ++j) {
+        write(v + i + j * step, r[j]);
+        most = larger(most, bits_as<Ints>(magnitude(r[j])));
+      }
+    }
   }
   return most;
 }
 
-template <int kVectors>
-inline Ints rotate_groups(float* v, int64_t k) {
+// The first pass, kCount vectors at a time: loads them, and takes all stages within them and among
+// them.
+template <int kCount, typename Load>
+inline Ints rotate_first(float* v, int64_t k, int32_t group, const Load& load) {
+  constexpr std::integral_constant<int64_t, kLanes> kWhole;
   Ints most = {};
-  for (int64_t i = 0; i < k; i += kLanes * kVectors) most = rotate_group<kVectors>(v + i, most);
-  return most;
-}
-
-// Rotates a row, and returns the largest bits.
-inline Ints rotate(float* v, int64_t k, int32_t group) {
-  switch (group) {
-    case 16:
-      return rotate_groups<1>(v, k);
-    case 32:
-      return rotate_groups<2>(v, k);
-    case 64:
-      return rotate_groups<4>(v, k);
-    case 128:
-      return rotate_groups<8>(v, k);
-    case 256:
-      return rotate_groups<16>(v, k);
-    case 512:
-      return rotate_groups<32>(v, k);
-    default:
-      break;
+  int64_t i = 0;
+  for (; i + kCount * kLanes <= k; i += kCount * kLanes) {
+    Floats r[kCount];
+    for (int j = 0; j < kCount; ++j) r[j] = rotate_lanes(load(i + j * kLanes, kWhole), group);
+    rotate_across(r);
+    for (int j = 0; j < kCount; ++j) {
+      write(v + i + j * kLanes, r[j]);
+      most = larger(most, bits_as<Ints>(magnitude(r[j])));
+    }
   }
-  Ints most = {};
-  for (int64_t i = 0; i < k; i += kLanes) {  // the padding is whole groups of zeros
-    const Floats r = rotate_vector(read<Floats>(v + i), group);
+  if (i < k) {  // only groups within a vector leave a rest, and its padding is groups of zeros
+    const Floats r = rotate_lanes(load(i, k - i), group);
     write(v + i, r);
     most = larger(most, bits_as<Ints>(magnitude(r)));
   }
+  return most;
+}
+
+// Rotates the values of a row that `load` gives, writes them to v, and returns the largest bits.
+template <typename Load>
+inline Ints rotate(float* v, int64_t k, int32_t group, const Load& load) {
+  if (group <= kLanes) return rotate_first<1>(v, k, group, load);
+  if (group == 2 * kLanes) return rotate_first<2>(v, k, group, load);
+  if (group == 4 * kLanes) return rotate_first<4>(v, k, group, load);
+  Ints most = rotate_first<8>(v, k, group, load);
+  int64_t step = 8 * kLanes;
+  for (; step * 8 <= group; step *= 8) most = rotate_pass<8>(v, k, step);
+  if (step * 4 == group) most = rotate_pass<4>(v, k, step);
+  if (step * 2 == group) most = rotate_pass<2>(v, k, step);
   return most;
 }
 
@@ -202,13 +180,18 @@ inline void load_row(const QuantizeParams& p, int64_t row, float* v) {
   });
 }
 
-// Smooths, and returns the largest bits.
+// Smooths and rotates the values that `load` gives, and returns the largest bits.
 template <bool kSmooth, typename Load>
 inline Ints smooth_row(const QuantizeParams& p, float* v, const Load& load) {
-  Ints most = {};
-  for_vectors(p.k, [&](int64_t i, auto count) {
+  const auto smoothed = [&](int64_t i, auto count) {
     Floats r = load(i, count);
     if constexpr (kSmooth) r = r * load_lanes<DType::kFloat32>(p.inv_smooth, i, count);
+    return r;
+  };
+  if (p.rotation != 0) return rotate(v, p.k, p.rotation, smoothed);
+  Ints most = {};
+  for_vectors(p.k, [&](int64_t i, auto count) {
+    const Floats r = smoothed(i, count);
     write(v + i, r);
     most = larger(most, bits_as<Ints>(magnitude(r)));
   });
@@ -251,7 +234,6 @@ uint32_t values_of(const QuantizeParams& p, int64_t row, float* v) {
     }
     most = smooth_row(p, v, [&](int64_t i, auto) { return read<Floats>(v + i); });
   }
-  if (p.rotation != 0) most = rotate(v, p.k, p.rotation);
   return largest(most);
 }
 

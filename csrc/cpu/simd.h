@@ -1,16 +1,30 @@
-// Vectors of 16 floats and what the kernels do with them. Included by the files of the levels only,
-// in an anonymous namespace: each level compiles its own copy with its own instructions.
+// Vectors of floats and what the kernels do with them. Included by the files of the levels only, in
+// an anonymous namespace: each level compiles its own copy with its own instructions.
 //
-// The compiler splits a vector into what the level has. Every operation is one rounded float32
-// operation for each lane; the build forbids contraction (-ffp-contract=off).
+// Every operation is one rounded float32 operation for each lane; the build forbids contraction
+// (-ffp-contract=off).
 
-using Floats = float __attribute__((vector_size(64)));
-using Ints = int32_t __attribute__((vector_size(64)));
-using HalfFloats = float __attribute__((vector_size(32)));
-using Doubles = double __attribute__((vector_size(64)));
-using Shorts = uint16_t __attribute__((vector_size(32)));
-using Bytes = int8_t __attribute__((vector_size(16)));
+// As many as a register of the level holds. The compiler handles longer vectors element by element.
+#if defined(__AVX512F__)
 constexpr int64_t kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int64_t kLanes = 8;
+#else
+constexpr int64_t kLanes = 4;
+#endif
+constexpr int64_t kHalfLanes = kLanes / 2;
+
+template <typename T, int64_t kCount>
+struct VectorOf {
+  using Type __attribute__((vector_size(kCount * sizeof(T)))) = T;
+};
+using Floats = VectorOf<float, kLanes>::Type;
+using Ints = VectorOf<int32_t, kLanes>::Type;
+using Words = VectorOf<uint32_t, kLanes>::Type;  // wrap around
+using HalfFloats = VectorOf<float, kHalfLanes>::Type;
+using Doubles = VectorOf<double, kHalfLanes>::Type;
+using Shorts = VectorOf<uint16_t, kLanes>::Type;
+using Bytes = VectorOf<int8_t, kLanes>::Type;
 
 template <typename To, typename From>
 inline To bits_as(const From& from) {
@@ -65,6 +79,9 @@ inline Floats fused_multiply_add(Floats a, Floats b, Floats c) {
 #if defined(__AVX512F__)
   return bits_as<Floats>(
       _mm512_fmadd_ps(bits_as<__m512>(a), bits_as<__m512>(b), bits_as<__m512>(c)));
+#elif defined(__FMA__)
+  return bits_as<Floats>(
+      _mm256_fmadd_ps(bits_as<__m256>(a), bits_as<__m256>(b), bits_as<__m256>(c)));
 #else
   Floats v;
   for (int i = 0; i < kLanes; ++i) v[i] = __builtin_fmaf(a[i], b[i], c[i]);
@@ -89,12 +106,7 @@ inline Floats from_float16(Shorts h) {
 #if defined(__AVX512F__)
   return bits_as<Floats>(_mm512_cvtph_ps(bits_as<__m256i>(h)));
 #elif defined(__F16C__)
-  const __m256 low = _mm256_cvtph_ps(read<__m128i>(&h));
-  const __m256 high = _mm256_cvtph_ps(read<__m128i>(reinterpret_cast<const char*>(&h) + 16));
-  Floats v;
-  write(&v, low);
-  write(reinterpret_cast<char*>(&v) + 32, high);
-  return v;
+  return bits_as<Floats>(_mm256_cvtph_ps(bits_as<__m128i>(h)));
 #else
   const Ints wide = __builtin_convertvector(h, Ints);
   const Ints rest = wide & 0x7fff;
@@ -109,12 +121,7 @@ inline Shorts to_float16(Floats v) {
 #if defined(__AVX512F__)
   return bits_as<Shorts>(_mm512_cvtps_ph(bits_as<__m512>(v), _MM_FROUND_TO_NEAREST_INT));
 #elif defined(__F16C__)
-  Shorts h;
-  write(&h, _mm256_cvtps_ph(read<__m256>(&v), _MM_FROUND_TO_NEAREST_INT));
-  write(reinterpret_cast<char*>(&h) + 16,
-        _mm256_cvtps_ph(read<__m256>(reinterpret_cast<const char*>(&v) + 32),
-                        _MM_FROUND_TO_NEAREST_INT));
-  return h;
+  return bits_as<Shorts>(_mm256_cvtps_ph(bits_as<__m256>(v), _MM_FROUND_TO_NEAREST_INT));
 #else
   const Ints bits = bits_as<Ints>(v);
   const Ints rest = bits & 0x7fffffff;
@@ -132,6 +139,11 @@ inline Shorts to_float16(Floats v) {
 }
 
 // --- loads and stores of any type ---------------------------------------------------------------
+
+template <DType kDType>
+inline const char* row_of(const void* rows, int64_t stride, int64_t row) {
+  return static_cast<const char*>(rows) + row * stride * kDTypeFacts[int(kDType)].bytes;
+}
 
 template <DType kDType>
 inline Floats load(const void* from, int64_t index) {
@@ -199,6 +211,13 @@ inline Bytes round_small(Floats v) {
   const Ints bits = bits_as<Ints>(v + 12582912.0f);
 #if defined(__AVX512F__)
   return bits_as<Bytes>(_mm512_cvtepi32_epi8(bits_as<__m512i>(bits)));
+#elif defined(__AVX2__)
+  const __m256i first = _mm256_shuffle_epi8(
+      bits_as<__m256i>(bits), _mm256_broadcastsi128_si256(_mm_setr_epi8(
+                                  0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1)));
+  const __m128i both = _mm_unpacklo_epi32(_mm256_castsi256_si128(first),
+                                          _mm256_extracti128_si256(first, 1));
+  return bits_as<Bytes>(_mm_cvtsi128_si64(both));
 #else
   return __builtin_convertvector(bits, Bytes);
 #endif

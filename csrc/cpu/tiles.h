@@ -90,10 +90,14 @@ struct WeightTail {
   }
 };
 
+// Rows of the weight that a corner brings into the cache for the columns after these.
+constexpr int kTileAhead = 8;
+
 // kWeights x kTokens tiles of sums over all of k, in registers, then in `sums`, transposed back.
-template <int kWeights, int kTokens>
+// `ahead`: the first of kTileAhead rows to prefetch, if kPrefetch.
+template <int kWeights, int kTokens, bool kPrefetch>
 inline void multiply_tile_corner(const int8_t* w, int64_t w_stride, const WeightTail& tail,
-                                 const uint8_t* x, int64_t k, int32_t* sums) {
+                                 const uint8_t* x, int64_t k, const int8_t* ahead, int32_t* sums) {
   _tile_zero(0);
   if constexpr (kTokens > 1) _tile_zero(1);
   if constexpr (kWeights > 1) _tile_zero(2);
@@ -114,7 +118,12 @@ inline void multiply_tile_corner(const int8_t* w, int64_t w_stride, const Weight
     if constexpr (kWeights > 1 && kTokens > 1) _tile_dpbssd(3, 5, 7);
   };
   int64_t at = 0;
-  for (; at + kTileBytes <= k; at += kTileBytes) step(w + at, w_stride, at);
+  for (; at + kTileBytes <= k; at += kTileBytes) {
+    step(w + at, w_stride, at);
+    for (int i = 0; kPrefetch && i < kTileAhead; ++i) {
+      __builtin_prefetch(ahead + i * w_stride + at, 0, 2);  // into L2
+    }
+  }
   if (at < k) step(tail.of, kTileBytes, at);
 
   alignas(64) int32_t found[4][kTileRows][kTileRows];
@@ -134,19 +143,25 @@ inline void multiply_tile_corner(const int8_t* w, int64_t w_stride, const Weight
   }
 }
 
-// All rows of a block and up to 32 columns.
+// All rows of a block and up to 32 columns. Prefetches up to `ahead_rows` rows of the weight that
+// follow.
 template <int kWeights>
 inline void multiply_tile_columns(const Block& block, const int8_t* w, int64_t first,
-                                  int64_t columns, Sums& sums) {
+                                  int64_t columns, int64_t ahead_rows, Sums& sums) {
   const GemmParams& p = *block.gemm;
   const WeightTail tail(w, p.w_q_stride, columns, p.k);
   for (int64_t row = 0; row < block.rows; row += 2 * kTileRows) {
     const uint8_t* x = block.x + row / kGroup * tile_group_bytes(p.k);
     const int64_t left = block.rows - row, rows = left < 2 * kTileRows ? left : 2 * kTileRows;
-    if (rows > kTileRows) {
-      multiply_tile_corner<kWeights, 2>(w, p.w_q_stride, tail, x, p.k, sums.of);
+    const int64_t done = row / (2 * kTileRows) * kTileAhead;
+    const int8_t* ahead = w + (kTileColumns + done) * p.w_q_stride;
+    const bool prefetch = done + kTileAhead <= ahead_rows;
+    if (rows <= kTileRows) {
+      multiply_tile_corner<kWeights, 1, false>(w, p.w_q_stride, tail, x, p.k, nullptr, sums.of);
+    } else if (prefetch) {
+      multiply_tile_corner<kWeights, 2, true>(w, p.w_q_stride, tail, x, p.k, ahead, sums.of);
     } else {
-      multiply_tile_corner<kWeights, 1>(w, p.w_q_stride, tail, x, p.k, sums.of);
+      multiply_tile_corner<kWeights, 2, false>(w, p.w_q_stride, tail, x, p.k, nullptr, sums.of);
     }
     finish_rows(block, sums.of, sums.excess, row, rows, first, columns);
   }
@@ -161,6 +176,7 @@ inline void multiply_tiles(const Block& block) {
     const int64_t left = block.last_column - first;
     const int64_t columns = left < kTileColumns ? left : kTileColumns;
     const int64_t second = columns > kTileRows ? columns - kTileRows : 0;
+    const int64_t after = left - columns, ahead = after < kTileColumns ? after : kTileColumns;
     if (columns != configured) {
       const TileShapes shapes(columns - second, second);
       _tile_loadconfig(&shapes);
@@ -168,9 +184,9 @@ inline void multiply_tiles(const Block& block) {
     }
     const int8_t* w = p.w_q + first * p.w_q_stride;
     if (second > 0) {
-      multiply_tile_columns<2>(block, w, first, columns, sums);
+      multiply_tile_columns<2>(block, w, first, columns, ahead, sums);
     } else {
-      multiply_tile_columns<1>(block, w, first, columns, sums);
+      multiply_tile_columns<1>(block, w, first, columns, ahead, sums);
     }
   }
   _tile_release();
