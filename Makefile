@@ -1,13 +1,15 @@
 # Every target makes the environment that it needs; nothing is installed outside this folder.
 #   make demo       smooth, quantize and run a small real model on the CPU
-#   make test       all tests that need no compiler and no GPU: 8 minutes of CPU time at most
+#   make test       all tests that need no GPU and start no compiler: 8 minutes of CPU time at most
 #   make test-all   those, and the tests that take longer, start a compiler or load a real model
-#   make test-instructions  `make test` again with simpler instructions of the processor
+#   make test-instructions  `make test` again with simpler instructions of the processor, and all levels of the CPU kernels
+#   make cpu-library  builds the compiled CPU kernels, if there is a C++ compiler; `make demo` and `make test` do it too
 #   make test-kernels  runs the CUDA kernels in the PTX simulator (needs nvcc, no GPU; minutes of compiling)
 #   make test-cuda  builds the CUDA kernels (needs nvcc) and tests them; GPU tests skip without a GPU
 #   make examples   runs the scripts in examples/ on small real models and checks their results
 #   make docs       builds the documentation site into build/site
-#   make wheel      builds the pure-Python wheel into dist/ and imports it; make wheel-cuda: the wheel with the kernels
+#   make wheel      builds the pure-Python wheel and the wheel with the CPU kernels into dist/, and imports them;
+#                   make wheel-cuda: the wheel with the CUDA kernels too
 #   make toolkit    nvcc from PyPI in build/toolkit, for machines without the CUDA toolkit
 #   make gates      builds the CUDA kernels and checks the compiled code; no GPU needed
 #   make lint       ruff, mypy and clang-format
@@ -59,17 +61,22 @@ STAMP_OLD := $(call stamp,$(VENV_OLD),$(TORCH)-$(TRANSFORMERS))
 TRANSFORMERS_TESTS ?= $(addprefix tests/,checkpoint test_config.py nn)
 
 .PHONY: binding-matrix test-transformers
-.PHONY: docs examples toolkit wheel wheel-cuda
+.PHONY: cpu-library docs examples toolkit wheel wheel-cpu wheel-cuda
 .PHONY: demo test test-kernels test-slow test-all test-instructions test-cuda gates lint bench clean install install-cuda
 .DELETE_ON_ERROR:
 
-demo: $(STAMP)
+demo: cpu-library
 	$(BIN)/smoothquant-kernels demo $(DEMO_ARGS)
 
-test: $(STAMP)
+test: cpu-library
 	$(PYTEST) -m 'not ($(HEAVY))' tests
 
-test-slow: $(VENV)/.installed-cutlass
+# Compiles what has changed. Without a compiler a line says so, and the kernels on oneDNN serve, with the same bits. Pass
+# SMOOTHQUANT_KERNELS_BUILD=cpu to make that an error, =none to remove the library.
+cpu-library: $(STAMP)
+	@$(BIN)/python -m tools.build
+
+test-slow: cpu-library $(VENV)/.installed-cutlass
 	$(PYTEST) -m '$(HEAVY)' tests
 	$(PYTEST) tools/ptxsim/tests
 
@@ -79,7 +86,7 @@ test-all: test
 # Other instructions add floats in another order, and no test may depend on the order. Instructions that this processor
 # lacks, or that `make test` already used, are skipped. MKL, which multiplies float matrices, has its own switch.
 CAPABILITY := import torch; print(torch.backends.cpu.get_cpu_capability().lower())
-test-instructions: $(STAMP)
+test-instructions: cpu-library
 	@here=$$($(BIN)/python -c '$(CAPABILITY)'); for other in avx2 default; do \
 	  if [ $$other = "$$here" ] || [ "$$(ATEN_CPU_CAPABILITY=$$other $(BIN)/python -c '$(CAPABILITY)')" != $$other ]; then \
 	    echo "instructions $$other: nothing new, torch takes $$here here"; \
@@ -88,6 +95,7 @@ test-instructions: $(STAMP)
 	    ATEN_CPU_CAPABILITY=$$other MKL_CBWR=COMPATIBLE $(PYTEST) -m 'not ($(HEAVY))' tests || exit 1; \
 	  fi; \
 	done
+	$(PYTEST) --backend levels tests/kernels
 
 # The simulator's own tests, and the kernel tests that run in it. It has not been compared with a GPU yet, and says so.
 test-kernels: $(VENV)/.installed-cutlass
@@ -122,19 +130,28 @@ test-transformers: $(STAMP_OLD)
 	OMP_NUM_THREADS=1 $(VENV_OLD)/bin/python -m pytest -q -n $(PYTEST_WORKERS) --dist loadgroup \
 	  -m "not slow and not real_model and not simulator and not cuda and not cuda_build" $(TRANSFORMERS_TESTS)
 
-examples: $(STAMP)
+examples: cpu-library
 	$(PYTEST) tests/test_examples.py
 
 # Strict: a broken link or a name that the API reference does not find is an error.
 docs: $(VENV)/.installed-docs
 	$(BIN)/mkdocs build --strict
 
-# The wheel is imported from its own folder, outside the source tree.
+# Each wheel is imported from its own folder, outside the source tree. Without a C++ compiler there is only the first one.
 wheel: $(STAMP)
-	SMOOTHQUANT_KERNELS_BUILD=none $(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 	rm -rf build/wheel
-	$(BIN)/python $(PIP) --no-deps --target build/wheel dist/smoothquant_kernels-*-py3-none-any.whl
-	cd build/wheel && PYTHONPATH=. $(abspath $(BIN))/python -P -m smoothquant_kernels doctor
+	SMOOTHQUANT_KERNELS_BUILD=none $(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+	$(BIN)/python $(PIP) --no-deps --target build/wheel/pure dist/smoothquant_kernels-*-py3-none-any.whl
+	cd build/wheel/pure && PYTHONPATH=. $(abspath $(BIN))/python -P -m smoothquant_kernels doctor
+	@if SMOOTHQUANT_KERNELS_BUILD=cpu $(BIN)/python -m tools.build; then $(MAKE) --no-print-directory wheel-cpu; \
+	else echo "no wheel with the CPU kernels"; fi
+
+wheel-cpu: $(STAMP)
+	rm -rf build/wheel/made build/wheel/cpu
+	SMOOTHQUANT_KERNELS_BUILD=cpu $(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir build/wheel/made .
+	$(BIN)/python $(PIP) --no-deps --target build/wheel/cpu build/wheel/made/*.whl
+	cd build/wheel/cpu && PYTHONPATH=. $(abspath $(BIN))/python -P -c "from smoothquant_kernels import ops; from smoothquant_kernels.backends import cpu_native; print(cpu_native.cpu_status()); assert cpu_native.level()"
+	mkdir -p dist && cp build/wheel/made/*.whl dist/ && ls dist
 
 wheel-cuda: install-cuda
 	SMOOTHQUANT_KERNELS_BUILD=cuda $(BIN_CUDA)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
@@ -146,7 +163,7 @@ toolkit: $(STAMP)
 	ln -sfn lib build/toolkit/nvidia/cu13/lib64
 	build/toolkit/nvidia/cu13/bin/nvcc --version
 
-bench: $(STAMP)
+bench: cpu-library
 	$(BIN)/python -m benchmarks.linear --device cpu --threads 1
 
 install: $(STAMP)
@@ -157,7 +174,7 @@ install-cuda: $(STAMP_CUDA)
 
 clean:
 	rm -rf $(VENV) $(VENV_CUDA) $(VENV_OLD) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	rm -f smoothquant_kernels/libsmoothquant_kernels.so smoothquant_kernels/_kernels.*.so smoothquant_kernels/_build_info.json
+	rm -f smoothquant_kernels/libsmoothquant_kernels*.so smoothquant_kernels/_kernels.*.so smoothquant_kernels/_build_info*.json
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP): pyproject.toml setup.py

@@ -27,7 +27,7 @@ from benchmarks.lib.cases import Case, Expected, Operands
 from benchmarks.lib.runner import Row, geomean, geomeans
 from benchmarks.lib.shapes import CPU_LINEARS, CPU_TOKENS, GPU_TOKENS
 from smoothquant_kernels import W8A8Linear, reference
-from smoothquant_kernels.backends import onednn
+from smoothquant_kernels.backends import cpu_native, onednn
 from smoothquant_kernels.schemes import ACTIVATION_SCHEMES
 
 BASELINES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -83,7 +83,7 @@ def cpu_line(row: Row) -> str:
 def run_on_cpu(args: argparse.Namespace) -> int:
     facts = runner.machine_facts(torch.device("cpu"), args.threads) | {
         "capability": torch.backends.cpu.get_cpu_capability(),
-        "int8_mode": onednn.gemm_mode(),
+        "int8_mode": cpu_native.level() or onednn.gemm_mode(),
     }
     tokens = args.tokens or CPU_TOKENS
     todo = [(name, *sizes, m) for name, sizes in CPU_LINEARS.items() for m in tokens]

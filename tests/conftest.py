@@ -30,7 +30,7 @@ pytest_plugins = [
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--backend",
-        choices=("cpu", "simulator", "cuda"),
+        choices=("cpu", "levels", "onednn", "simulator", "cuda"),
         default="cpu",
         help="where tests/kernels runs the ops (default: cpu)",
     )
@@ -108,9 +108,10 @@ def word_tokenizer() -> Callable[..., Any]:
 
 
 @pytest.fixture
-def packs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Ids of the weights that the CPU backend packed, in order."""
+def packs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Ids of the weights that the kernels on oneDNN packed, in order. The compiled kernels, which pack none, rest."""
     from smoothquant_kernels.backends import onednn
+    from tests.support.backends import kernels_in_python
 
     seen: list[int] = []
     original = onednn._pack
@@ -120,7 +121,8 @@ def packs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return original(w_q, *args)
 
     monkeypatch.setattr(onednn, "_pack", counting)
-    return seen
+    with kernels_in_python():
+        yield seen
 
 
 @pytest.fixture(scope="session")

@@ -23,7 +23,7 @@ SHARED = ("common", "include")
 #: Folders of csrc that call kernels but hold none.
 BINDINGS = ("torch", "python")
 #: Plain C++ that the binding shares with the kernels.
-PLAIN = ("common/arithmetic.h",)
+PLAIN = ("common/arithmetic.h", "cpu/threads.h")
 
 
 def c_files() -> list[Path]:

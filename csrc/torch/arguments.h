@@ -2,6 +2,8 @@
 #pragma once
 
 #include <algorithm>
+#include <cstdlib>
+#include <memory>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -114,14 +116,27 @@ inline Tensor new_vector(const Tensor& like, int64_t size, ScalarType dtype) {
 
 // A new tensor with the sizes of `like`, except for the last one.
 inline Tensor new_rows(const Tensor& like, int64_t last, ScalarType dtype) {
-  std::vector<int64_t> sizes(like.sizes().begin(), like.sizes().end());
-  if (!sizes.empty()) sizes.back() = last;
-  return empty_on(like, sizes.data(), sizes.size(), dtype);
+  const auto sizes = like.sizes();
+  Sizes changed(sizes.size());
+  std::copy(sizes.begin(), sizes.end(), changed.data());
+  if (!sizes.empty()) changed.data()[sizes.size() - 1] = last;
+  return empty_on(like, changed.data(), sizes.size(), dtype);
 }
 
-// Scratch memory, aligned to 256 bytes at least; null for 0 bytes. `keep` owns it.
+// Scratch memory for one call, aligned to 64 bytes at least; null for 0 bytes. `keep` owns it, or
+// nobody has to: a CPU thread keeps a block for its small calls, which saves half a microsecond each.
 inline void* make_workspace(const Tensor& like, int64_t bytes, MaybeTensor& keep) {
   if (bytes == 0) return nullptr;
+#ifdef SQK_CPU
+  constexpr size_t kKept = 1 << 20, kAlignment = 64;
+  if (static_cast<size_t>(bytes) <= kKept) {
+    struct Free {
+      void operator()(void* block) const { std::free(block); }
+    };
+    thread_local std::unique_ptr<void, Free> kept(std::aligned_alloc(kAlignment, kKept));
+    if (kept != nullptr) return kept.get();
+  }
+#endif
   keep = new_vector(like, bytes, ScalarType::Char);
   return keep->mutable_data_ptr();
 }

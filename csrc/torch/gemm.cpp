@@ -47,11 +47,13 @@ Tensor gemm_s8_op(const Tensor& x_q, const Tensor& w_q, const Tensor& x_scale,
   return gemm("gemm_s8", x_q, w_q, x_scale, w_scale, bias, residual, out_dtype, -1, 0);
 }
 
+#ifndef SQK_CPU  // a CPU has no tiles to choose from
 Tensor gemm_s8_tile_op(const Tensor& x_q, const Tensor& w_q, const Tensor& x_scale,
                        const Tensor& w_scale, const MaybeTensor& bias, const MaybeTensor& residual,
                        ScalarType out_dtype, int64_t tile, int64_t splits) {
   return gemm("_gemm_s8_tile", x_q, w_q, x_scale, w_scale, bias, residual, out_dtype, tile, splits);
 }
+#endif
 
 Tensor gemm_s8_requant_op(const Tensor& x_q, const Tensor& w_q, const Tensor& x_scale,
                           const Tensor& w_scale, const Tensor& out_scale, const MaybeTensor& bias,
@@ -75,5 +77,7 @@ Tensor gemm_s8_requant_op(const Tensor& x_q, const Tensor& w_q, const Tensor& x_
 STABLE_TORCH_LIBRARY_IMPL(smoothquant_kernels, SQK_DISPATCH_KEY, m) {
   m.impl("gemm_s8", TORCH_BOX(&sqk::gemm_s8_op));
   m.impl("gemm_s8_requant", TORCH_BOX(&sqk::gemm_s8_requant_op));
+#ifndef SQK_CPU
   m.impl("_gemm_s8_tile", TORCH_BOX(&sqk::gemm_s8_tile_op));
+#endif
 }

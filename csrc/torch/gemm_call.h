@@ -10,8 +10,15 @@
 
 namespace sqk {
 
+// What the rows of x_q and w_q must be aligned to.
+#ifdef SQK_CPU
+constexpr int64_t kRowAlignment = 1;
+#else
+constexpr int64_t kRowAlignment = kGemmAlignment;
+#endif
+
 // The smallest stride of rows of k int8 elements that keeps every row aligned.
-inline int64_t padded(int64_t k) { return round_up(k, kGemmAlignment); }
+inline int64_t padded(int64_t k) { return round_up(k, kRowAlignment); }
 
 inline void check_int8(const char* op, const char* name, const Tensor& tensor) {
   SQK_CHECK(tensor.scalar_type() == ScalarType::Char, op, ": ", name, " must be int8, got ",
@@ -71,7 +78,7 @@ class Gemm {
 
   // May copy tensors: call it when all arguments have been checked and the device is current.
   void prepare() {
-    params_.w_q = aligned_rows(*w_q_, params_.w_q_stride, w_rows_);
+    params_.w_q = rows_of(*w_q_, params_.w_q_stride, w_rows_);
     w_scale_ = dense(*w_scale_);
     params_.w_scale = floats(*w_scale_);
     params_.w_per_channel = w_scale_->size(0) > 1;
@@ -82,7 +89,7 @@ class Gemm {
   }
 
   void set_activation(const Tensor& x_q, const Tensor& x_scale) {
-    params_.x_q = aligned_rows(x_q, params_.x_q_stride, x_rows_);
+    params_.x_q = rows_of(x_q, params_.x_q_stride, x_rows_);
     x_scale_ = dense(x_scale);
     params_.x_scale = floats(*x_scale_);
     params_.x_per_token = x_scale_->size(0) > 1;
@@ -125,14 +132,15 @@ class Gemm {
   }
 
  private:
-  // Rows that the kernels can load 16 bytes at a time: the tensor itself if its rows are aligned
-  // (as with k_multiple = 16 and in packed weights), else a padded copy.
-  const int8_t* aligned_rows(const Tensor& t, int64_t& stride, std::optional<Rows>& keep) {
+  // The tensor itself if one stride leads from each row to the next, else a copy. CUDA kernels load
+  // 16 bytes at a time, so for them rows must also be aligned (as with k_multiple = 16 and in packed
+  // weights), and a copy is padded.
+  const int8_t* rows_of(const Tensor& t, int64_t& stride, std::optional<Rows>& keep) {
     if (Rows::uniform(t)) {
       const Rows& rows = keep.emplace(t);
       const int64_t count = Rows::count(t);
-      if (are_rows_aligned(rows.data, rows.stride, count, kGemmAlignment) &&
-          (count <= 1 || rows.stride >= params_.k)) {
+      const bool apart = count <= 1 || rows.stride >= params_.k;
+      if (apart && are_rows_aligned(rows.data, rows.stride, count, kRowAlignment)) {
         stride = rows.stride;
         return static_cast<const int8_t*>(rows.data);
       }

@@ -9,7 +9,6 @@ loaded. The module `_kernels` describes the loaded library. It fits only the Pyt
 
 from __future__ import annotations
 
-import json
 import platform
 import threading
 from collections.abc import Callable
@@ -19,14 +18,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
+from smoothquant_kernels.backends import library as libraries
 from smoothquant_kernels.backends import tuned_tiles
 from smoothquant_kernels.ops.registry import LIBRARY, NAMESPACE, OPS
 
 if TYPE_CHECKING:
     from smoothquant_kernels._kernels import GemmPlan, Library, PathRow, Table
 
-#: The build puts the library beside the package's `__init__.py`.
-FOLDER = Path(__file__).resolve().parents[1]
+FOLDER = libraries.FOLDER
 LIBRARY_NAME = "libsmoothquant_kernels.so"
 BUILD_INFO_NAME = "_build_info.json"
 BUILD_COMMAND = (
@@ -73,11 +72,7 @@ def extension_status() -> ExtensionStatus:
 
 def build_info(folder: Path = FOLDER) -> dict[str, Any]:
     """All recorded facts about the build, such as flags and registers of each kernel. Empty without a build."""
-    try:
-        facts = json.loads((folder / BUILD_INFO_NAME).read_text())
-    except (OSError, ValueError):
-        return {}
-    return facts if isinstance(facts, dict) else {}
+    return libraries.facts_of(folder / BUILD_INFO_NAME)
 
 
 def open_library(path: Path) -> Library:
@@ -165,11 +160,7 @@ def _load(folder: Path) -> ExtensionStatus:
         torch_target=str(facts.get("torch_target", "")),
     )
     problem = _mismatch(built.cuda_version, built.torch_target)
-    if problem is None:
-        try:
-            torch.ops.load_library(str(library))
-        except OSError as error:
-            problem = f"{library.name} does not load with torch {torch.__version__}: {error}"
+    problem = problem or libraries.load(library)
     if problem is None:
         tuned_tiles.load(lambda: open_library(library))
         return built
@@ -178,7 +169,7 @@ def _load(folder: Path) -> ExtensionStatus:
 
 
 def _mismatch(cuda_version: str, torch_target: str) -> str | None:
-    """Why the library does not fit this torch. Known before loading, because a throwing initializer ends a process."""
+    """Why the library does not fit this torch."""
     if not cuda_version or not torch_target:
         return f"{BUILD_INFO_NAME} is missing or damaged beside {LIBRARY_NAME}"
     if torch.version.cuda is None:
@@ -188,15 +179,7 @@ def _mismatch(cuda_version: str, torch_target: str) -> str | None:
             f"the CUDA library was built with CUDA {cuda_version}, but torch {torch.__version__} "
             f"comes with CUDA {torch.version.cuda}"
         )
-    if _release(torch.__version__) < _release(torch_target):
-        return (
-            f"the CUDA library needs torch {torch_target} or newer, but this is {torch.__version__}"
-        )
-    return None
-
-
-def _release(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".")[:2])
+    return libraries.too_old("CUDA library", torch_target)
 
 
 # --------------------------------------------------------------------------------- missing kernels

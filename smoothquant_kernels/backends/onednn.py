@@ -3,20 +3,22 @@
 oneDNN computes the int8 product (`onednn.qlinear_pointwise`, with float32 output). The processor decides which way of
 calling it is exact. A process measures that once, on data that would saturate or round:
 
-* ``vnni``   8-bit dot products accumulate in int32. One call on x + 128 as uint8 with zero point 128 is exact.
-* ``amx``    The same call of oneDNN's AMX kernels rounds the uint8 sum to float32 before it subtracts the zero point's
-             part. They multiply int8 x int8 as well, so one call on x itself is exact. Other kernels do that slowly.
-* ``split``  Without VNNI, pairs of u8 x s8 products saturate at 16 bits. 7-bit activations cannot reach that limit, so
-             one call on twice the rows is exact: x = max(x, 0) - max(-x, 0), both parts stacked along M.
-* ``float``  Without a usable oneDNN, float32 matrix products over short slices of K are exact.
+* ``onednn_vnni``   8-bit dot products accumulate in int32. One call on x + 128 as uint8 with zero point 128 is exact.
+* ``onednn_amx``    The same call of oneDNN's AMX kernels rounds the uint8 sum to float32 before it subtracts the zero
+                    point's part. They multiply int8 x int8 as well, so one call on x itself is exact. Other kernels do
+                    that slowly.
+* ``onednn_split``  Without VNNI, pairs of u8 x s8 products saturate at 16 bits. 7-bit activations cannot reach that
+                    limit, so one call on twice the rows is exact: x = max(x, 0) - max(-x, 0), both parts stacked along
+                    M.
+* ``onednn_float``  Without a usable oneDNN, float32 matrix products over short slices of K are exact.
 
-``SMOOTHQUANT_KERNELS_CPU=float`` (``split``, ``amx``) forces a slower way. All ways give the same bits.
+These kernels serve where the compiled ones (`cpu_native.py`) do not. ``SMOOTHQUANT_KERNELS_CPU=onednn`` chooses them,
+and the name of a slower way forces that one. All ways give the same bits.
 """
 
 from __future__ import annotations
 
 import functools
-import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,12 +27,12 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from smoothquant_kernels import reference
-from smoothquant_kernels.errors import SmoothQuantError
+from smoothquant_kernels.backends import cpu_choice
+from smoothquant_kernels.backends.cpu_choice import ONEDNN_MODES as MODES
 from smoothquant_kernels.ops.registry import cpu_kernel
 from smoothquant_kernels.ops.rotate import rotated
 
-MODES = ("vnni", "amx", "split", "float")
-_WHOLE = ("vnni", "amx")  # modes that multiply all of K at once
+_WHOLE = ("onednn_vnni", "onednn_amx")  # modes that multiply all of K at once
 _EXACT_FLOAT = 2**24  # every integer up to here is a float32 number
 _VNNI_MAX_K = (2**31 - 1) // (
     255 * 128
@@ -56,7 +58,7 @@ def _whole_product(
     mode: str, x_q: Tensor, packed: Tensor, w_scale: Tensor, zeros: Tensor
 ) -> Tensor:
     """`_qlinear` as a mode of `_WHOLE` calls it."""
-    if mode == "amx":
+    if mode == "onednn_amx":
         return _qlinear(x_q, 0, packed, w_scale, zeros)
     return _qlinear(_to_u8(x_q), 128, packed, w_scale, zeros)
 
@@ -89,13 +91,13 @@ def _random_int8(rows: int, columns: int, generator: torch.Generator) -> Tensor:
 
 def _is_exact(mode: str) -> bool:
     """Whether `mode` is exact: tried for several sizes on random operands and on some whose 16-bit sums saturate."""
-    if mode == "amx" and not torch.cpu._is_amx_tile_supported():
+    if mode == "onednn_amx" and not torch.cpu._is_amx_tile_supported():
         return False
     generator = torch.Generator().manual_seed(0)
     # In the last two sizes, uint8 sums are beyond 2**24. The split mode never multiplies such slices.
     sizes = ((1, 64, 256), (3, 17, 31), (64, 64, 256), (9, 35, 4608), (4, 256, 4608))
     try:
-        for m, n, k in sizes[: 3 if mode == "split" else None]:
+        for m, n, k in sizes[: 3 if mode == "onednn_split" else None]:
             x = _random_int8(m, k, generator)
             w = _random_int8(n, k, generator)
             x[0], w[0], w[-1] = 127, 127, -127
@@ -117,15 +119,11 @@ def _is_exact(mode: str) -> bool:
 @functools.cache
 def gemm_mode() -> str:
     """The member of `MODES` that this process uses: the fastest exact one, unless the environment asks for a slower."""
-    wanted = os.environ.get("SMOOTHQUANT_KERNELS_CPU", "auto")
-    if wanted not in (*MODES, "auto"):
-        raise SmoothQuantError(
-            f"SMOOTHQUANT_KERNELS_CPU must be auto, {', '.join(MODES)}; got {wanted!r}."
-        )
+    wanted = cpu_choice.wanted()
     for mode in MODES[MODES.index(wanted) if wanted in MODES else 0 :]:
-        if mode == "float" or _is_exact(mode):
+        if mode == "onednn_float" or _is_exact(mode):
             return mode
-    return "float"
+    return "onednn_float"
 
 
 @functools.cache
@@ -171,7 +169,7 @@ def _pack(w_q: Tensor, mode: str, version: int) -> _Packed:
     zeros = _zero_points(w_q.shape[0])
     bounds = [(0, w_q.shape[1])] if mode in _WHOLE else _chunk_bounds(w_q)
     # The float mode converts at every call, because float32 copies would take four times the weight's memory.
-    chunks = tuple((a, b, None if mode == "float" else _prepack(w_q[:, a:b])) for a, b in bounds)
+    chunks = tuple((a, b, None if mode == "onednn_float" else _prepack(w_q[:, a:b])) for a, b in bounds)
     return _Packed(version, w_q.data_ptr(), mode, zeros, chunks)
 
 
@@ -185,7 +183,7 @@ def _packed_weight(w_q: Tensor) -> _Packed:
     """
     mode = gemm_mode()
     if mode in _WHOLE and w_q.shape[1] > _VNNI_MAX_K:
-        mode = "split"
+        mode = "onednn_split"
     if w_q.is_inference():  # it has no version counter to reveal a later write
         return _pack(w_q, mode, -1)
     cached = _PACKED.get(w_q)

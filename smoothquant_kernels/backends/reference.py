@@ -21,9 +21,10 @@ cpu_kernel("gemm_s8")(reference.gemm_s8)
 
 @cpu_kernel("_gemm_s8_tile")
 def _gemm_s8_tile(*arguments: Any) -> Tensor:
-    """A CPU has no tiles to choose from."""
-    *gemm, _, _ = arguments
-    product: Tensor = cpu("gemm_s8")(*gemm)
+    """A CPU has no tiles to choose from, so whichever kernel serves `gemm_s8` serves this op."""
+    *operands, bias, residual, out_dtype, _, _ = arguments
+    op = torch.ops.smoothquant_kernels.gemm_s8.default
+    product: Tensor = op(*operands, bias=bias, residual=residual, out_dtype=out_dtype)
     return product
 
 

@@ -10,7 +10,7 @@ import torch
 from rich.markup import escape
 from rich.table import Table
 
-from smoothquant_kernels.backends import onednn as cpu
+from smoothquant_kernels.backends import cpu_native, onednn
 from smoothquant_kernels.backends.cuda import (
     build_info,
     described_library,
@@ -19,7 +19,6 @@ from smoothquant_kernels.backends.cuda import (
     has_cuda_kernel,
 )
 from smoothquant_kernels.backends.tuned_tiles import tune_cache
-from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.ops import OPS as ALL_OPS
 from smoothquant_kernels.storage.document import Document
 from smoothquant_kernels.storage.versions import PACKAGE, installed_version
@@ -34,11 +33,18 @@ _CPU_FLAGS = (
     "avx512_bf16", "asimddp", "i8mm", "sve",
 )  # fmt: skip
 _MODES = {
-    "amx": "int8 tiles (AMX): the fast way",
-    "vnni": "8-bit dot products with 32-bit sums (VNNI or the like): the fast way",
-    "split": "no VNNI: positive and negative activations are multiplied apart, twice the work, "
+    "onednn_amx": "int8 tiles (AMX): the fast way",
+    "onednn_vnni": "8-bit dot products with 32-bit sums (VNNI or the like): the fast way",
+    "onednn_split": "no VNNI: positive and negative activations are multiplied apart, twice the work, "
     "the same bits",
-    "float": "no usable oneDNN: exact float32 products, slower than float, the same bits",
+    "onednn_float": "no usable oneDNN: exact float32 products, slower than float, the same bits",
+}
+_LEVELS = {
+    "amx": "int8 tiles (AMX)",
+    "avx512_vnni": "8-bit dot products on 512 bits (AVX512-VNNI)",
+    "avx_vnni": "8-bit dot products on 256 bits (AVX-VNNI)",
+    "avx2": "16-bit products on 256 bits (AVX2)",
+    "portable": "plain C++, slow: this processor or this build has none of the faster levels",
 }
 
 
@@ -93,17 +99,22 @@ def _extension() -> dict[str, Any]:
 
 def _cpu() -> dict[str, Any]:
     name, flags = _cpuinfo(Path("/proc/cpuinfo"))
-    try:
-        mode, meaning = cpu.gemm_mode(), ""
-    except SmoothQuantError as error:  # the environment variable that forces a mode is wrong
-        mode, meaning = "", str(error)
+    status, level, mode = cpu_native.cpu_status(), cpu_native.level(), onednn.gemm_mode()
     return {
         "name": name or platform.processor() or platform.machine(),
         "torch_capability": torch.backends.cpu.get_cpu_capability(),
         "features": [flag for flag in _CPU_FLAGS if flag in flags],
-        "gemm_mode": mode,
-        "gemm_mode_meaning": meaning or _MODES[mode],
         "threads": torch.get_num_threads(),
+        "library": {
+            "available": status.available,
+            "reason": status.reason,
+            "levels": list(status.levels),
+            "usable_levels": list(cpu_native.levels_here()),
+            "compiler": status.compiler,
+            "torch_target": status.torch_target,
+        },
+        "int8": level or mode,  # what computes int8 products now
+        "int8_meaning": _LEVELS[level] if level else _MODES[mode],
     }
 
 
@@ -135,9 +146,12 @@ def _verdict() -> list[str]:
         sentences.append("the CUDA kernels are ready, but torch sees no GPU here.")
     else:
         sentences.append("torch sees no GPU here, and the CUDA kernels are not needed.")
-    sentences.append(
-        "models on the CPU run on oneDNN through torch, with the same numbers as everywhere."
+    by = (
+        f"the compiled CPU kernels ({cpu_native.level()})"
+        if cpu_native.cpu_status().available
+        else "oneDNN through torch, slower than with the compiled CPU kernels"
     )
+    sentences.append(f"models on the CPU run on {by}, with the same numbers as everywhere.")
     return sentences
 
 
@@ -185,7 +199,18 @@ def render(document: Document) -> Table:
     table.add_row("CPU", f"{chip['name']}; torch uses {chip['torch_capability']}")
     table.add_row("", f"features: {', '.join(chip['features']) or 'none known'}")
     table.add_row("", f"{chip['threads']} threads")
-    table.add_row("int8 on the CPU", f"{chip['gemm_mode']}: {chip['gemm_mode_meaning']}")
+    compiled = chip["library"]
+    state = "loaded" if compiled["available"] else f"not in use: {escape(compiled['reason'])}"
+    table.add_row("CPU library", state)
+    if compiled["levels"]:
+        table.add_row(
+            "",
+            f"built for {' '.join(compiled['levels'])} with {compiled['compiler']}, for torch "
+            f"{compiled['torch_target']} or newer",
+        )
+    if compiled["usable_levels"]:
+        table.add_row("", f"this processor runs {' '.join(compiled['usable_levels'])}")
+    table.add_row("int8 on the CPU", f"{chip['int8']}: {chip['int8_meaning']}")
     for index, sentence in enumerate(document["verdict"]):
         table.add_row("so" if index == 0 else "", sentence)
     return table

@@ -4,8 +4,9 @@ The body of a function under `@op` checks the arguments and describes the result
 runs as the fake kernel (meta tensors, torch.compile, torch.export), before a CPU kernel, and after a CUDA kernel has
 refused its arguments, so that a wrong argument raises the same exception everywhere.
 
-Kernels come from backends. A Python backend registers CPU kernels with `cpu_kernel`; the CUDA library registers its own
-with the dispatcher. So everything but the CUDA kernels imports, traces, exports and tests itself without a compiler.
+Kernels come from backends. A Python backend registers CPU kernels with `cpu_kernel`; the compiled libraries register
+theirs with the dispatcher. So everything but compiled kernels imports, traces, exports and tests itself without a
+compiler.
 """
 
 from __future__ import annotations
@@ -22,13 +23,17 @@ from torch import Tensor
 NAMESPACE = "smoothquant_kernels"
 #: Modules that register kernels, imported by name once all ops are described. The first one with a CPU kernel for an op
 #: runs it; the reference comes last.
-BACKENDS = ("onednn", "reference", "cuda")
+BACKENDS = ("cpu_native", "onednn", "reference", "cuda")
 
 # Kept alive for the life of the process: dropping a Library unregisters its ops.
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 #: Names of all ops, in the order of their descriptions.
 OPS: list[str] = []
 _CPU_KERNELS: dict[str, Callable[..., Any]] = {}
+_ON_CPU: dict[str, Callable[..., Any]] = {}  # the same with their checks, as the dispatcher calls them
+_loaded = False
+#: Ops whose CPU kernel is compiled: a call of a CPU tensor is one call of the dispatcher, as on a GPU.
+COMPILED: set[str] = set()
 _SCHEMA_TYPES = {
     "Tensor": "Tensor",
     "Tensor | None": "Tensor?",
@@ -65,8 +70,9 @@ def op(
     """Makes a torch op of a function that checks its arguments and describes its results.
 
     Args:
-        shortcut: whether plain CPU tensors go to the CPU kernel without the dispatcher (`eager_cpu`). The dispatcher
-            costs some microseconds, but the profiler and vmap see only the calls that pass through it.
+        shortcut: whether plain CPU tensors go to a CPU kernel in Python without the dispatcher (`eager_cpu`). The
+            dispatcher costs a Python kernel some microseconds, but the profiler and vmap see only the calls that pass
+            through it.
         optional_result: a keyword argument without which the last of three results is left out. The torch op itself
             returns an empty tensor there, because a schema has a fixed number of results.
 
@@ -97,7 +103,10 @@ def op(
             return _CPU_KERNELS[name](*args, *rest)
 
         # Without no_grad, autograd would record some of the steps inside and give a part of the gradient as the whole.
-        LIBRARY.impl(name, torch.no_grad()(on_cpu), "CPU")
+        # A compiled kernel calls no op that autograd records between its inputs and its results.
+        _ON_CPU[name] = torch.no_grad()(on_cpu)
+        if _loaded:
+            serve_in_python(name)
         torch.library.register_fake(
             f"{NAMESPACE}::{name}",
             lambda *args, **kwargs: _made(describe(*args, **kwargs)),
@@ -112,8 +121,8 @@ def op(
                 describe(*args, **kwargs)  # raises Python's own error for a missing argument
             if dtype_name is not None and dtype_name not in kwargs:
                 kwargs[dtype_name] = dtype
-            # On a GPU, each further question is a part of every call.
-            if shortcut and x.is_cpu and eager_cpu(x, args, kwargs):
+            # With compiled kernels, each further question is a part of every call.
+            if shortcut and name not in COMPILED and x.is_cpu and eager_cpu(x, args, kwargs):
                 results = on_cpu(*args, **kwargs)
             else:
                 try:
@@ -128,6 +137,16 @@ def op(
         return call
 
     return decorate
+
+
+def serve_in_python(name: str, library: torch.library.Library = LIBRARY) -> None:
+    """Registers an op's CPU kernel in Python with the dispatcher.
+
+    Args:
+        name: the op.
+        library: keeps the registration. Tests give one of their own, to end it.
+    """
+    library.impl(name, _ON_CPU[name], "CPU", allow_override=library is not LIBRARY)
 
 
 def _raise_what_is_wrong(
@@ -170,14 +189,20 @@ def cpu_kernel(name: str) -> Callable[[Kernel], Kernel]:
 
 
 def cpu(name: str) -> Callable[..., Any]:
-    """The CPU kernel of an op, for kernels that are made of others."""
+    """The CPU kernel of an op in Python, for kernels that are made of others. It also exists beside a compiled one."""
     return _CPU_KERNELS[name]
 
 
 def load_backends() -> None:
     """Imports the backends, which register their kernels."""
+    global _loaded
     for name in BACKENDS:
-        import_module(f"{NAMESPACE}.backends.{name}")
+        backend = import_module(f"{NAMESPACE}.backends.{name}")
+        # A library has registered these kernels with the dispatcher, and no Python kernel may replace them.
+        COMPILED.update(getattr(backend, "COMPILED_ON_CPU", ()))
+    for name in _ON_CPU.keys() - COMPILED:
+        serve_in_python(name)
+    _loaded = True
 
 
 def eager_cpu(x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

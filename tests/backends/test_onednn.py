@@ -1,4 +1,4 @@
-"""The CPU kernels equal the reference bit for bit, in every mode, for every layout and thread count."""
+"""The CPU kernels on oneDNN equal the reference bit for bit, in every mode, for every layout and thread count."""
 
 from __future__ import annotations
 
@@ -18,18 +18,20 @@ from tests.support import cases
 from tests.support.compare import assert_all_bitwise_equal, assert_bitwise_equal
 
 #: Whether oneDNN uses AMX here, which rounds uint8 sums that leave the exact integers of float32.
-AMX = not onednn._is_exact("vnni") and onednn._is_exact("amx")
+AMX = not onednn._is_exact("onednn_vnni") and onednn._is_exact("onednn_amx")
+
+pytestmark = pytest.mark.usefixtures("in_python")
 
 
 @pytest.fixture(params=onednn.MODES)
 def mode(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each way to multiply, not only the one that this processor would choose."""
-    if request.param != "float" and not hasattr(torch.ops.onednn, "qlinear_pointwise"):
+    if request.param != "onednn_float" and not hasattr(torch.ops.onednn, "qlinear_pointwise"):
         pytest.skip("this torch has no oneDNN")
-    if request.param == "split" and not onednn._is_exact("split"):
+    if request.param == "onednn_split" and not onednn._is_exact("onednn_split"):
         pytest.skip("two stacked operands are not exact on this processor")
-    if request.param in ("vnni", "amx") and AMX != (request.param == "amx"):
-        pytest.skip("the other one of vnni and amx is this processor's")
+    if request.param in onednn._WHOLE and AMX != (request.param == "onednn_amx"):
+        pytest.skip("the other one of onednn_vnni and onednn_amx is this processor's")
     monkeypatch.setattr(onednn, "gemm_mode", lambda: request.param)
     return str(request.param)
 
@@ -40,7 +42,7 @@ def largest_weight(mode: str) -> int:
     Without VNNI, oneDNN adds pairs of u8 x s8 products in 16 bits, which cannot saturate if |w| <= 64:
     255 * 64 * 2 < 2^15. So the mode is tested on any processor, and over the full range with VNNI.
     """
-    return 64 if mode == "vnni" and not onednn._is_exact("vnni") else 128
+    return 64 if mode == "onednn_vnni" and not onednn._is_exact("onednn_vnni") else 128
 
 
 # --- gemm -------------------------------------------------------------------------------------------
@@ -81,7 +83,7 @@ def test_sums_beyond_the_precision_of_float32(mode: str) -> None:
 
 @pytest.mark.parametrize("extra", [0, 1])
 def test_the_largest_k_of_vnni(mode: str, extra: int) -> None:
-    """uint8 operands are at most 255, so no sum overflows int32 up to this K. Above it, "split" takes over."""
+    """uint8 operands are at most 255, so no sum overflows int32 up to this K. Above it, `onednn_split` takes over."""
     k = onednn._VNNI_MAX_K + extra
     assert (255 * 128 * k < 2**31) == (extra == 0)
     limit = largest_weight(mode)
@@ -95,7 +97,7 @@ def test_the_largest_k_of_vnni(mode: str, extra: int) -> None:
     found = ops.gemm_s8(*args, out_dtype=torch.float32)
     assert_bitwise_equal(found, reference.gemm_s8(*args, out_dtype=torch.float32))
     packed = onednn._packed_weight(w_q)
-    assert packed.mode == ("split" if mode in onednn._WHOLE and extra else mode)
+    assert packed.mode == ("onednn_split" if mode in onednn._WHOLE and extra else mode)
     assert onednn._packed_weight(w_q) is packed
 
 
@@ -211,29 +213,27 @@ def fresh_mode(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.usefixtures("fresh_mode")
 def test_the_fastest_exact_mode_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     exact = [m for m in onednn.MODES[:-1] if onednn._is_exact(m)]
-    assert onednn.gemm_mode() == [*exact, "float"][0]
+    assert onednn.gemm_mode() == [*exact, "onednn_float"][0]
     original = onednn._qlinear
     monkeypatch.setattr(onednn, "_qlinear", lambda *args: original(*args) * 1.0001)
     onednn.gemm_mode.cache_clear()
-    assert onednn.gemm_mode() == "float", "a product that is off by a little is not used"
+    assert onednn.gemm_mode() == "onednn_float", "a product that is off by a little is not used"
 
 
 @pytest.mark.usefixtures("fresh_mode")
-@pytest.mark.parametrize("wanted", ["auto", "float", "split"])
+@pytest.mark.parametrize("wanted", ["auto", "avx2", "onednn", *onednn.MODES])
 def test_the_environment_can_force_a_slower_mode(
     wanted: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(os.environ, "SMOOTHQUANT_KERNELS_CPU", wanted)
-    if wanted == "auto":
-        assert onednn.gemm_mode() in onednn.MODES
-    else:
-        assert onednn.gemm_mode() in onednn.MODES[onednn.MODES.index(wanted) :]
+    first = onednn.MODES.index(wanted) if wanted in onednn.MODES else 0
+    assert onednn.gemm_mode() in onednn.MODES[first:]
 
 
 @pytest.mark.usefixtures("fresh_mode")
 def test_an_unknown_mode_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(os.environ, "SMOOTHQUANT_KERNELS_CPU", "fast")
-    with pytest.raises(SmoothQuantError, match="must be auto, vnni, amx, split, float; got 'fast'"):
+    with pytest.raises(SmoothQuantError, match="must be one of auto, amx, .*onednn_float; got 'fast'"):
         onednn.gemm_mode()
 
 
@@ -277,8 +277,8 @@ def test_the_cache_does_not_keep_a_weight_alive(mode: str) -> None:
 
 def test_another_mode_packs_again(monkeypatch: pytest.MonkeyPatch) -> None:
     op = cases.gemm_operands(2, 3, 4)
-    for mode in ("float", "split", "float"):
-        if mode == "float" or onednn._is_exact(mode):
+    for mode in ("onednn_float", "onednn_split", "onednn_float"):
+        if mode == "onednn_float" or onednn._is_exact(mode):
             monkeypatch.setattr(onednn, "gemm_mode", lambda mode=mode: mode)
             assert_equals_reference(op, op.w_q)
 

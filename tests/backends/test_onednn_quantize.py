@@ -1,4 +1,4 @@
-"""The CPU quantizers equal the reference bit for bit, for every type, layout, row and chunk size."""
+"""The CPU quantizers in Python equal the reference bit for bit, for every type, layout, row and chunk size."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from smoothquant_kernels import ops, reference
 from smoothquant_kernels.backends import onednn
 from tests.support import cases
 from tests.support.compare import assert_all_bitwise_equal, assert_bitwise_equal
+
+pytestmark = pytest.mark.usefixtures("in_python")
 
 
 def check_quantize(x: Tensor, what: str = "") -> None:

@@ -142,13 +142,16 @@ def test_force_replaces_a_checkpoint_and_nothing_else(
 def test_doctor_reports_this_machine() -> None:
     document = Result("doctor", "--json").json
     assert document["torch"] == torch.__version__
-    assert document["cpu"]["gemm_mode"] in onednn.MODES
+    library = document["cpu"]["library"]
+    assert library["available"] != bool(library["reason"])
+    assert document["cpu"]["int8"] in (library["usable_levels"] or onednn.MODES)
     assert document["cpu"]["threads"] == torch.get_num_threads()
     if not document["extension"]["available"]:
         assert document["extension"]["reason"] and not document["extension"]["cuda_kernels"]
     text = Result("doctor").out
-    assert torch.__version__ in text and document["cpu"]["gemm_mode"] in text
-    assert "on the CPU run on oneDNN" in " ".join(text.split())
+    assert torch.__version__ in text and document["cpu"]["int8"] in text
+    by = "the compiled CPU kernels" if library["available"] else "oneDNN"
+    assert f"on the CPU run on {by}" in " ".join(text.split())
 
 
 def test_doctor_lists_all_ops() -> None:

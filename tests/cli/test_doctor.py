@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 import smoothquant_kernels
-from smoothquant_kernels.backends import cuda
+from smoothquant_kernels.backends import cpu_choice, cpu_native, cuda, onednn
 from smoothquant_kernels.cli import doctor
 from tests.support import described
 
@@ -116,3 +116,28 @@ def test_doctor_says_when_no_table_was_tuned(tuned: bool) -> None:
     gpu = {"name": "NVIDIA H100", "capability": "9.0", "memory_bytes": 80 << 30}
     document["cuda"]["devices"] = [gpu]
     assert ("no tuned table exists for this GPU" in rendered(document)) == (not tuned)
+
+
+@pytest.mark.parametrize("serves", [False, True])
+def test_doctor_names_the_cpu_library(serves: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    levels = ("portable", "avx2")
+    reason = "" if serves else f"it was not built; to build it: {cpu_native.BUILD_COMMAND}"
+    status = cpu_native.CpuStatus(serves, reason, levels, "g++ 12.2.0", "2.10")
+    monkeypatch.setattr(cpu_native, "_status", status)
+    monkeypatch.setattr(cpu_native, "levels_here", lambda: levels if serves else ())
+    monkeypatch.setattr(cpu_native, "level", lambda: "avx2" if serves else "")
+    document = doctor.work()
+    said = " ".join(rendered(document).split())
+    assert "built for portable avx2 with g++ 12.2.0, for torch 2.10 or newer" in said
+    if serves:
+        assert "CPU library loaded" in said and "int8 on the CPU avx2: 16-bit products" in said
+        assert "this processor runs portable avx2" in said
+        assert "models on the CPU run on the compiled CPU kernels (avx2)" in said
+    else:
+        assert f"CPU library not in use: {reason}" in said and document["cpu"]["int8"] in onednn.MODES
+        assert "models on the CPU run on oneDNN" in said
+
+
+def test_every_level_and_mode_has_a_meaning() -> None:
+    assert doctor._LEVELS.keys() == set(cpu_choice.LEVELS)
+    assert doctor._MODES.keys() == set(onednn.MODES)

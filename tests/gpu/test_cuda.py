@@ -33,7 +33,7 @@ from tools.build.plan import ROOT
 
 @pytest.fixture
 def gpu() -> None:
-    backends.start("cuda")
+    backends.require_gpu()
 
 
 def on_gpu(test: Callable[..., None]) -> Callable[..., None]:

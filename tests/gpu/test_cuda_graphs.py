@@ -30,7 +30,7 @@ GIB = 2**30
 
 @pytest.fixture(autouse=True)
 def gpu() -> None:
-    backends.start("cuda")
+    backends.require_gpu()
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ SHAPES = (
 
 @pytest.fixture(autouse=True)
 def gpu() -> None:
-    backends.start("cuda")
+    backends.require_gpu()
 
 
 def layer(k: int, n: int, scheme: str, smooth: bool = True) -> W8A8Linear:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
 
 import pytest
 
@@ -10,28 +11,32 @@ from tests.support import backends, c_gemm, compare
 
 
 @pytest.fixture(scope="session")
-def backend(request: pytest.FixtureRequest) -> backends.Backend:
-    return backends.start(request.config.getoption("--backend"))
+def backend(request: pytest.FixtureRequest) -> Iterator[backends.Backend]:
+    with backends.started(getattr(request, "param", request.config.getoption("--backend"))) as found:
+        yield found
 
 
 @pytest.fixture
 def compiled(backend: backends.Backend) -> backends.Backend:
     """A backend whose kernels are the CUDA sources."""
     if not backend.compiled:
-        pytest.skip("the CPU backend has no CUDA kernels: --backend simulator or cuda")
+        pytest.skip("no CUDA kernels on a CPU: --backend simulator or cuda")
     return backend
 
 
 @pytest.fixture(scope="session")
 def library(backend: backends.Backend) -> ctypes.CDLL:
-    """The library with the C entries."""
+    """The CUDA library with its C entries."""
     if not backend.compiled:
-        pytest.skip("the CPU backend has no C entries")
+        pytest.skip("no CUDA kernels on a CPU: --backend simulator or cuda")
     return c_gemm.declare(backend.c_library)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Runs a test that takes `tile` for each tile of the GEMM table."""
+    """Runs a test that takes `tile` for each tile of the GEMM table, and any test for each backend."""
+    names = backends.several(metafunc.config.getoption("--backend"))
+    if "backend" in metafunc.fixturenames and len(names) > 1:
+        metafunc.parametrize("backend", names, indirect=True, scope="session")
     if "tile" in metafunc.fixturenames:
         rows = backends.gemm_tiles(metafunc.config.getoption("--backend"))
         # SQK_WITHOUT_TILES excludes tiles that must not run.

@@ -1,15 +1,18 @@
-"""Where the ops run: `pytest --backend cpu | simulator | cuda tests/kernels`.
+"""Where the ops run: `pytest --backend cpu | levels | onednn | simulator | cuda tests/kernels`.
 
-The tests in tests/kernels are the same for all backends: the CPU kernels, the CUDA kernels' PTX on a simulator
-(tests/csrc/test_simulator.py starts pytest inside it), and the CUDA kernels on a GPU. Each is compared with
-`reference.py`.
+The tests in tests/kernels are the same for all backends: the compiled CPU kernels, the CPU kernels in Python on oneDNN,
+the CUDA kernels' PTX on a simulator (tests/csrc/test_simulator.py starts pytest inside it), and the CUDA kernels on a
+GPU. Each is compared with `reference.py`. `cpu`, the default, is what serves a CPU here and oneDNN beside it; `levels`
+is every other instruction set of the compiled kernels that this processor has.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +21,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from smoothquant_kernels.backends import cuda
+from smoothquant_kernels.backends import cpu_native, cuda
 from smoothquant_kernels.ops import registry
 from tests.support import c_gemm, cases
 
-NAMES = ("cpu", "simulator", "cuda")
+NAMES = ("cpu", "levels", "onednn", "simulator", "cuda")
 #: Set by tests/csrc/test_simulator.py for the pytest that it starts: the library to load.
 LIBRARY_VARIABLE = "SQK_SIMULATOR_LIBRARY"
 
@@ -32,19 +35,16 @@ class Backend:
     """One way to run the kernels.
 
     Attributes:
-        name: one of `NAMES`.
+        name: one of `NAMES`, or a level of the compiled CPU kernels.
         device: the device of the operands.
-        library: the compiled kernels, or None for the CPU backend, which has none.
+        library: the compiled kernels, or None for kernels in Python.
+        compiled: whether the CUDA sources are under test.
     """
 
     name: str
     device: str
     library: Path | None
-
-    @property
-    def compiled(self) -> bool:
-        """Whether the CUDA sources are under test, rather than the CPU backend."""
-        return self.library is not None
+    compiled: bool = False
 
     def put(self, t: Tensor) -> Tensor:
         """A contiguous copy on the backend's device. To test other strides, take views of the result."""
@@ -61,25 +61,71 @@ class Backend:
 
     @functools.cached_property
     def c_library(self) -> ctypes.CDLL:
-        assert self.library is not None, "the CPU backend has no C entries"
+        assert self.library is not None, "kernels in Python have no C entries"
         return ctypes.CDLL(str(self.library))
 
 
-def start(name: str) -> Backend:
+@contextlib.contextmanager
+def kernels_in_python() -> Iterator[None]:
+    """The kernels on oneDNN and of the reference serve, even if compiled ones are loaded."""
+    names = sorted(registry.COMPILED)
+    library = torch.library.Library(registry.NAMESPACE, "IMPL")
+    try:
+        for name in names:
+            registry.serve_in_python(name, library)
+        registry.COMPILED.clear()
+        yield
+    finally:
+        registry.COMPILED.update(names)
+        library._destroy()  # the compiled kernels serve again
+
+
+@contextlib.contextmanager
+def at_level(name: str) -> Iterator[None]:
+    """The compiled kernels use a level."""
+    before = cpu_native.level()
+    cpu_native.use_level(name)
+    try:
+        yield
+    finally:
+        cpu_native.use_level(before)
+
+
+def several(name: str) -> list[str]:
+    """The backends that one value of `--backend` stands for."""
+    if name == "levels":
+        return [level for level in cpu_native.levels_here() if level != cpu_native.level()]
+    return ["cpu", "onednn"] if name == "cpu" and registry.COMPILED else [name]
+
+
+@contextlib.contextmanager
+def started(name: str) -> Iterator[Backend]:
     """Makes the backend ready, or skips the test and says why it is unavailable."""
-    if name == "cpu":
-        return Backend("cpu", "cpu", None)
+    library = cuda.FOLDER / cpu_native.LIBRARY_NAME if cpu_native.cpu_status().available else None
+    if name in cpu_native.LEVELS:
+        with at_level(name):
+            yield Backend(name, "cpu", library)
+    elif name == "onednn":
+        with kernels_in_python():
+            yield Backend("onednn", "cpu", None)
+    elif name == "cpu":
+        yield Backend("cpu", "cpu", library)
+    elif name == "levels":
+        pytest.skip("this processor has one level, or the CPU library is not loaded")
+    else:
+        yield _cuda(name)
+
+
+def _cuda(name: str) -> Backend:
     if name == "simulator":
         path = os.environ.get(LIBRARY_VARIABLE)
         if path is None:
             pytest.skip("tests/csrc/test_simulator.py starts this inside the simulator")
         torch.ops.load_library(path)  # binds the CUDA kernels to the CPU key
         registry.eager_cpu = lambda *call: False
-        return Backend("simulator", "cpu", Path(path))
-    if not torch.cuda.is_available():
-        pytest.skip("no GPU")
-    require_library()
-    return Backend("cuda", "cuda", cuda.FOLDER / cuda.LIBRARY_NAME)
+        return Backend("simulator", "cpu", Path(path), compiled=True)
+    require_gpu()
+    return Backend("cuda", "cuda", cuda.FOLDER / cuda.LIBRARY_NAME, compiled=True)
 
 
 def gemm_tiles(name: str) -> list[dict[str, Any]]:
@@ -87,7 +133,7 @@ def gemm_tiles(name: str) -> list[dict[str, Any]]:
 
     pytest's collection needs them before a Backend exists.
     """
-    if name == "cpu":
+    if name in ("cpu", "levels", "onednn"):
         return [cases.NO_TILE]
     if name == "simulator":
         path = os.environ.get(LIBRARY_VARIABLE)
@@ -95,6 +141,13 @@ def gemm_tiles(name: str) -> list[dict[str, Any]]:
         available = torch.cuda.is_available() and cuda.extension_status().available
         path = str(cuda.FOLDER / cuda.LIBRARY_NAME) if available else None
     return [] if path is None else c_gemm.tiles(c_gemm.declare(ctypes.CDLL(path)))
+
+
+def require_gpu() -> None:
+    """Skips the test without a GPU or the CUDA library."""
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    require_library()
 
 
 def require_library() -> None:

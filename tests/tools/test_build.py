@@ -13,13 +13,20 @@ from pathlib import Path
 import pytest
 
 from tests.support import described
+from tools.build import cpu
 from tools.build import plan as build_plan
 from tools.build.commands import torch_target_macro
 from tools.build.facts import build_info, parse_ptxas, warnings
 from tools.build.library import compile_steps
 from tools.build.module import load_module, module_steps
 from tools.build.plan import ROOT, BuildError, Nvcc, Python, Torch, parse_archs
-from tools.build.sources import module_sources, sources, units
+from tools.build.sources import (
+    cpu_binding_sources,
+    cpu_sources,
+    module_sources,
+    sources,
+    units,
+)
 
 SETUPTOOLS = pytest.importorskip("setuptools")
 needs_setuptools = pytest.mark.skipif(
@@ -191,7 +198,7 @@ def test_mode_cuda_without_nvcc_is_one_sentence() -> None:
 def test_an_unknown_mode_lists_the_allowed_ones() -> None:
     done = run_setup("--name", SMOOTHQUANT_KERNELS_BUILD="gpu")
     assert done.returncode == 1
-    assert "SMOOTHQUANT_KERNELS_BUILD=gpu is not one of auto, cuda, none." in done.stderr
+    assert "SMOOTHQUANT_KERNELS_BUILD=gpu is not one of auto, cuda, cpu, none." in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -203,17 +210,16 @@ def test_a_wrong_architecture_stops_even_mode_auto() -> None:
 
 
 @needs_setuptools
-def test_mode_auto_without_nvcc_says_that_it_builds_pure_python(tmp_path: Path) -> None:
+def test_mode_auto_without_compilers_says_that_it_builds_pure_python(tmp_path: Path) -> None:
     done = run_setup("build", "--build-base", str(tmp_path))
     assert done.returncode == 0, done.stderr
-    assert "building the pure-Python package, without CUDA kernels: nvcc was not found" in (
-        done.stderr
-    )
+    assert "smoothquant-kernels: no CUDA kernels: nvcc was not found" in done.stderr
+    assert "smoothquant-kernels: no compiled CPU kernels: no C++ compiler was found" in done.stderr
     assert not list(tmp_path.rglob("*.so"))
 
 
 def test_mode_auto_with_nvcc_but_no_torch_is_pure_python(monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_torch() -> Torch:
+    def no_torch(what: str = "") -> Torch:
         raise BuildError("torch is not installed")
 
     monkeypatch.setattr(build_plan, "find_nvcc", lambda env: Nvcc("nvcc", "13.0"))
@@ -329,7 +335,8 @@ def build(kind: str, where: Path) -> Path:
         tree.mkdir(parents=True)
         subprocess.run(["cp", "-r", *present, str(tree)], cwd=ROOT, check=True)
         # A library that was built earlier must not get into a pure-Python wheel.
-        for name in (build_plan.LIBRARY_NAME, "_kernels.cpython-311-x86_64-linux-gnu.so"):
+        stale = (build_plan.LIBRARY_NAME, cpu.LIBRARY_NAME, "_kernels.cpython-311-x86_64-linux-gnu.so")
+        for name in stale:
             (tree / "smoothquant_kernels" / name).write_text("stale")
     subprocess.run(
         [sys.executable, "-c", program], cwd=tree, env=env, check=True, capture_output=True
@@ -349,7 +356,7 @@ def test_the_pure_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> No
     assert any(name.endswith("licenses/LICENSE") for name in names)
     folders = {name.split("/")[0] for name in names}
     assert folders == {"smoothquant_kernels", "smoothquant_kernels-0.1.0.dist-info"}
-    assert not [name for name in names if name.endswith((".so", ".cu", "_build_info.json"))]
+    assert not [name for name in names if name.endswith((".so", ".cu", ".json"))]
 
 
 @needs_setuptools
@@ -357,12 +364,12 @@ def test_the_sdist_holds_what_builds_the_kernels(tmp_path: Path) -> None:
     sdist = build("sdist", tmp_path)
     with tarfile.open(sdist) as archive:
         names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
-    wanted = {*sources(), *module_sources()}
+    wanted = {*sources(), *module_sources(), *cpu_sources(), *cpu_binding_sources(), cpu.EXPORTS}
     wanted |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "tools/build").glob("*.py")}
     wanted |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*.*h")}
     wanted |= {f"smoothquant_kernels/report/page.{kind}" for kind in ("html", "css")}
     assert wanted <= names
-    assert not [name for name in names if name.endswith(".so")]
+    assert not [name for name in names if name.endswith((".so", "_build_info_cpu.json"))]
 
 
 @pytest.mark.compiler

@@ -47,13 +47,16 @@ def cxx() -> str:
     return os.environ.get("CXX", "g++")
 
 
-def cxx_command(source: str, output: str, torch_include: Path, extra: Sequence[str]) -> list[str]:
+def cxx_command(
+    source: str, output: str, torch_include: Path, extra: Sequence[str], compiler: str | None = None
+) -> list[str]:
+    """Compiles C++ that needs torch, with the given compiler or that of `cxx`."""
     includes = ["-Icsrc/include", "-Icsrc", "-isystem", str(torch_include)]
     dependencies = ["-MD", "-MF", f"{output}.d"]
     # Errors of torch's inline functions name their file; keep the builder's folders out of them.
     includes.append(f"-ffile-prefix-map={torch_include}/=")
     return [
-        cxx(), "-c", source, "-o", output, *CXX_FLAGS, torch_target_macro(),
+        compiler or cxx(), "-c", source, "-o", output, *CXX_FLAGS, torch_target_macro(),
         *includes, *dependencies, *extra,
     ]  # fmt: skip
 

@@ -29,7 +29,7 @@ TORCH_TARGET = (2, 10)
 CUTLASS_PYPI = "nvidia-cutlass==4.2.0.0"
 TOOLS_PYPI = "'ninja>=1.11.1' 'pybind11>=3.0'"  # as in pyproject.toml's build-system.requires
 MODE_VARIABLE = "SMOOTHQUANT_KERNELS_BUILD"
-MODES = ("auto", "cuda", "none")
+MODES = ("auto", "cuda", "cpu", "none")
 TUNING_VARIABLE = "SMOOTHQUANT_KERNELS_TUNING"
 
 # SASS for A100 (runs on 8.6 too), Ada and Hopper; the driver compiles the PTX for anything newer.
@@ -40,7 +40,7 @@ BUILD_COMMAND = f"{MODE_VARIABLE}=cuda pip install --no-build-isolation --no-dep
 
 
 class BuildError(Exception):
-    """The CUDA library cannot be built; the message is one sentence for the user."""
+    """A library cannot be built; the message is one sentence for the user."""
 
 
 # ----------------------------------------------------------------------------------- architectures
@@ -196,12 +196,13 @@ class Torch:
         return self.root / "include"
 
 
-def find_torch() -> Torch:
+def find_torch(what: str = "a CUDA build of torch") -> Torch:
+    """The installed torch; `what` names the remedy of the error."""
     spec = importlib.util.find_spec("torch")
     if spec is None or not spec.submodule_search_locations:
         raise BuildError(
-            "torch is not installed in the environment that builds; install a CUDA build of torch "
-            "and pass --no-build-isolation to pip."
+            f"torch is not installed in the environment that builds; install {what} and pass --no-build-isolation "
+            "to pip."
         )
     root = Path(spec.submodule_search_locations[0])
     text = (root / "version.py").read_text()
@@ -213,14 +214,18 @@ def find_torch() -> Torch:
     )
 
 
-def check_torch(torch: Torch, nvcc: Nvcc) -> None:
-    """Raises when the library could be compiled but not linked or loaded."""
+def check_torch_version(torch: Torch) -> None:
     numbers = tuple(int(part) for part in re.findall(r"\d+", torch.version)[:2])
     if numbers < TORCH_TARGET:
         raise BuildError(
             f"torch {torch.version} is too old; the kernels need torch "
             f"{version_text(TORCH_TARGET)} or newer."
         )
+
+
+def check_torch(torch: Torch, nvcc: Nvcc) -> None:
+    """Raises when the library could be compiled but not linked or loaded."""
+    check_torch_version(torch)
     if torch.cuda is None or not torch.has_cuda_library:
         raise BuildError(
             f"torch {torch.version} is a build without CUDA, so there is no libtorch_cuda to link; "
@@ -283,18 +288,26 @@ def wants_tuning(env: Mapping[str, str]) -> bool:
     return given == "1"
 
 
+def build_mode(env: Mapping[str, str]) -> str:
+    """The member of `MODES` that SMOOTHQUANT_KERNELS_BUILD asks for."""
+    mode = env.get(MODE_VARIABLE) or "auto"
+    if mode not in MODES:
+        raise BuildError(f"{MODE_VARIABLE}={mode} is not one of {', '.join(MODES)}.")
+    return mode
+
+
 def make_plan(env: Mapping[str, str], platform: str = sys.platform) -> tuple[Plan | None, str]:
-    """What to build: a plan, or None for a pure-Python package, and a line that says so.
+    """A plan of the CUDA library, or None, and a line that says what is built or why not; empty if nobody asked.
 
     Raises:
         BuildError: SMOOTHQUANT_KERNELS_BUILD has another value, or is ``cuda`` and something is
             missing, or TORCH_CUDA_ARCH_LIST or SMOOTHQUANT_KERNELS_TUNING is wrong.
     """
-    mode = env.get(MODE_VARIABLE) or "auto"
-    if mode not in MODES:
-        raise BuildError(f"{MODE_VARIABLE}={mode} is not one of {', '.join(MODES)}.")
+    mode = build_mode(env)
     if mode == "none":
         return None, f"{MODE_VARIABLE}=none: building the pure-Python package."
+    if mode == "cpu":
+        return None, ""
     archs, tuning = parse_archs(env.get("TORCH_CUDA_ARCH_LIST")), wants_tuning(env)
     try:
         if not platform.startswith("linux"):
@@ -309,8 +322,7 @@ def make_plan(env: Mapping[str, str], platform: str = sys.platform) -> tuple[Pla
         if mode == "cuda":
             raise BuildError(f"{MODE_VARIABLE}=cuda: {error}") from None
         return None, (
-            f"building the pure-Python package, without CUDA kernels: {error} "
-            f"Once that is fixed, build them with: {BUILD_COMMAND}"
+            f"no CUDA kernels: {error} Once that is fixed, build them with: {BUILD_COMMAND}"
         )
     named = " ".join(map(str, archs))
     return plan, (

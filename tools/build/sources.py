@@ -9,9 +9,12 @@ from pathlib import Path
 
 from tools.build.plan import ROOT
 
-#: The module's own sources, and the folders whose sources need torch.
+#: The module's own sources, those that need torch, and the kernels that have a library of their own.
 MODULE_FOLDER = "csrc/python/"
-TORCH_FOLDERS = ("csrc/torch/",)
+TORCH_FOLDER = "csrc/torch/"
+CPU_FOLDER = "csrc/cpu/"
+#: The binding of ops that have a compiled CPU kernel.
+CPU_BINDING = ("quantize", "gemm", "linear")
 #: CUTLASS's headers take 30 of the 40 seconds that a wgmma kernel takes to compile, so some files share them. The
 #: number is fixed: if it depended on the number of processors, two machines would build different libraries.
 FILES_OF_A_UNIT = 4
@@ -25,7 +28,7 @@ def _found(root: Path, *suffixes: str) -> list[str]:
 
 
 def sources(root: Path = ROOT, *, tuning: bool = False) -> list[str]:
-    """The library's sources: kernels and binding.
+    """The CUDA library's sources: kernels and binding.
 
     Args:
         root: the checkout.
@@ -34,14 +37,25 @@ def sources(root: Path = ROOT, *, tuning: bool = False) -> list[str]:
     return [
         name
         for name in _found(root, ".cu", ".cpp")
-        if not name.startswith(MODULE_FOLDER)
+        if not name.startswith((MODULE_FOLDER, CPU_FOLDER))
         and (tuning or not Path(name).name.startswith("tuning_"))
     ]
 
 
 def module_sources(root: Path = ROOT) -> list[str]:
     """The module's sources: its own, and all of csrc that needs neither torch nor nvcc."""
-    return [name for name in _found(root, ".cpp") if not name.startswith(TORCH_FOLDERS)]
+    others = (TORCH_FOLDER, CPU_FOLDER)
+    return [name for name in _found(root, ".cpp") if not name.startswith(others)]
+
+
+def cpu_sources(root: Path = ROOT) -> list[str]:
+    """The CPU kernels."""
+    return [name for name in _found(root, ".cpp") if name.startswith(CPU_FOLDER)]
+
+
+def cpu_binding_sources() -> list[str]:
+    """The binding's sources that are compiled again, for the CPU kernels."""
+    return [f"{TORCH_FOLDER}{name}.cpp" for name in CPU_BINDING]
 
 
 def units(names: Sequence[str], folder: Path, root: Path = ROOT) -> list[str]:
