@@ -136,33 +136,35 @@ inline void multiply_columns(int64_t rows, const Corner& start, int64_t ahead_ro
 
 // --- epilogue ------------------------------------------------------------------------------------
 
-// A row of sums to y: fma(sum * w_scale, x_scale, bias) + residual, or int8 of that.
-template <DType kDType>
-void finish_row(const Block& block, const int32_t* sums, const int32_t* excess, int64_t row,
-                int64_t first, int64_t columns) {
-  const GemmParams& p = *block.gemm;
+// A row of sums to y: fma(sum * w_scale, x_scale, bias) + residual, or int8 of that. All that the
+// loop needs is in local variables, because the compiler must assume that y overwrites the rest.
+template <DType kDType, bool kPerChannel, bool kBias>
+inline void finish_row(const Block& block, const int32_t* sums, const int32_t* excess, int64_t row,
+                       int64_t first, int64_t columns) {
+  const GemmParams p = *block.gemm;
   const Floats x_scale = broadcast(block.x_scale[p.x_per_token ? row : 0]);
+  const Floats w_scale = broadcast(kPerChannel ? 0.0f : p.w_scale[0]);
+  const float out_inverse = block.out_inverse;
   const int64_t m = block.first_row + row;
-  constexpr int64_t kBytes = kDTypeFacts[int(kDType)].bytes;
-  char* const y = static_cast<char*>(p.y) + m * p.y_stride * kBytes;
+  char* const y = static_cast<char*>(p.y) + m * p.y_stride * kDTypeFacts[int(kDType)].bytes;
   for_vectors(columns, [&](int64_t i, auto count) {
     const int64_t n = first + i;
     const Words sum = read<Words>(sums + i) - read<Words>(excess + i);
     Floats v = __builtin_convertvector(bits_as<Ints>(sum), Floats);
-    v = v * (p.w_per_channel ? load_lanes<DType::kFloat32>(p.w_scale, n, count)
-                             : broadcast(p.w_scale[0]));
-    v = p.bias != nullptr
-            ? fused_multiply_add(v, x_scale, load_lanes<DType::kFloat32>(p.bias, n, count))
-            : v * x_scale;
+    v = v * (kPerChannel ? load_lanes<DType::kFloat32>(p.w_scale, n, count) : w_scale);
+    if constexpr (kBias) {
+      v = fused_multiply_add(v, x_scale, load_lanes<DType::kFloat32>(p.bias, n, count));
+    } else {
+      v = v * x_scale;
+    }
     if constexpr (kDType == DType::kInt8) {
-      if (p.relu) v = v < 0.0f ? broadcast(0.0f) : v;
-      write_some(y + n, round_any(v * block.out_inverse), count);
+      if (p.relu) v = v < 0.0f ? Floats{} : v;
+      write_some(y + n, round_any(v * out_inverse), count);
     } else {
       if (p.residual != nullptr) {
         v = v + visit_float(p.residual_dtype, [&](auto type) {
           constexpr DType kResidual = decltype(type)::value;
-          const char* residual = static_cast<const char*>(p.residual) +
-                                 m * p.residual_stride * kDTypeFacts[int(kResidual)].bytes;
+          const char* residual = row_of<kResidual>(p.residual, p.residual_stride, m);
           return load_lanes<kResidual>(residual, n, count);
         });
       }
@@ -174,9 +176,19 @@ void finish_row(const Block& block, const int32_t* sums, const int32_t* excess, 
 inline void finish_rows(const Block& block, const int32_t* sums, const int32_t* excess,
                         int64_t first_row, int64_t rows, int64_t first, int64_t columns) {
   visit(block.gemm->y_dtype, [&](auto type) {
-    for (int64_t row = 0; row < rows; ++row) {
-      finish_row<decltype(type)::value>(block, sums + row * kPanel, excess, first_row + row, first,
-                                        columns);
+    constexpr DType kDType = decltype(type)::value;
+    const auto rows_by = [&](auto per_channel, auto bias) {
+      for (int64_t row = 0; row < rows; ++row) {
+        finish_row<kDType, decltype(per_channel)::value, decltype(bias)::value>(
+            block, sums + row * kPanel, excess, first_row + row, first, columns);
+      }
+    };
+    constexpr std::true_type kYes;
+    constexpr std::false_type kNo;
+    if (block.gemm->w_per_channel) {
+      block.gemm->bias != nullptr ? rows_by(kYes, kYes) : rows_by(kYes, kNo);
+    } else {
+      block.gemm->bias != nullptr ? rows_by(kNo, kYes) : rows_by(kNo, kNo);
     }
     return 0;
   });
