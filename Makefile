@@ -2,7 +2,7 @@
 #   make demo       smooth, quantize and run a small real model on the CPU
 #   make test       all tests that need no GPU and start no compiler: 8 minutes of CPU time at most
 #   make test-all   those, and the tests that take longer, start a compiler or load a real model
-#   make test-instructions  `make test` again with simpler instructions of the processor, and all levels of the CPU kernels
+#   make test-instructions  `make test` with simpler instructions of the processor, and the other levels of the CPU kernels
 #   make cpu-library  builds the compiled CPU kernels, if there is a C++ compiler; `make demo` and `make test` do it too
 #   make test-kernels  runs the CUDA kernels in the PTX simulator (needs nvcc, no GPU; minutes of compiling)
 #   make test-cuda  builds the CUDA kernels (needs nvcc) and tests them; GPU tests skip without a GPU

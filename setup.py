@@ -1,4 +1,4 @@
-"""Builds the CUDA library and the CPU library if the machine can, otherwise a pure-Python package (see CONTRIBUTING.md).
+"""Builds the CUDA library and the CPU library if the machine can, otherwise a pure-Python package (CONTRIBUTING.md).
 
 The libraries are loaded with torch.ops.load_library and hold no Python symbols, so one wheel serves
 every Python version: it is tagged py3-none-<platform>. The module that describes the CUDA library fits

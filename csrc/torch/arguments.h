@@ -124,7 +124,7 @@ inline Tensor new_rows(const Tensor& like, int64_t last, ScalarType dtype) {
 }
 
 // Scratch memory for one call, aligned to 64 bytes at least; null for 0 bytes. `keep` owns it, or
-// nobody has to: a CPU thread keeps a block for its small calls, which saves half a microsecond each.
+// nobody has to: a CPU thread keeps a block, which saves its small calls an allocation.
 inline void* make_workspace(const Tensor& like, int64_t bytes, MaybeTensor& keep) {
   if (bytes == 0) return nullptr;
 #ifdef SQK_CPU

@@ -133,8 +133,8 @@ class Gemm {
 
  private:
   // The tensor itself if one stride leads from each row to the next, else a copy. CUDA kernels load
-  // 16 bytes at a time, so for them rows must also be aligned (as with k_multiple = 16 and in packed
-  // weights), and a copy is padded.
+  // 16 bytes at a time, so for them rows must also be aligned (as with k_multiple = 16 and in
+  // packed weights), and a copy is padded.
   const int8_t* rows_of(const Tensor& t, int64_t& stride, std::optional<Rows>& keep) {
     if (Rows::uniform(t)) {
       const Rows& rows = keep.emplace(t);

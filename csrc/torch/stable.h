@@ -30,8 +30,8 @@
 
 #include "sqk/status.h"
 
-// The binding is compiled twice: with SQK_CPU for the kernels of csrc/cpu, without it for CUDA. In a
-// build for the simulator (tests/support/simulator.py) the CUDA kernels take host memory, so they
+// The binding is compiled twice: with SQK_CPU for the kernels of csrc/cpu, without it for CUDA. In
+// a build for the simulator (tests/support/simulator.py) the CUDA kernels take host memory, so they
 // are bound to the CPU key. Nothing else in that build differs.
 #if defined(SQK_CPU) || defined(SQK_SIMULATOR)
 #define SQK_DISPATCH_KEY CPU

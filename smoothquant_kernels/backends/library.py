@@ -1,4 +1,4 @@
-"""What the package asks of a compiled library before and while it is loaded. A library that does not fit never raises."""
+"""What the package asks of a compiled library before it loads it. A library that does not fit never raises."""
 
 from __future__ import annotations
 

@@ -169,7 +169,9 @@ def _pack(w_q: Tensor, mode: str, version: int) -> _Packed:
     zeros = _zero_points(w_q.shape[0])
     bounds = [(0, w_q.shape[1])] if mode in _WHOLE else _chunk_bounds(w_q)
     # The float mode converts at every call, because float32 copies would take four times the weight's memory.
-    chunks = tuple((a, b, None if mode == "onednn_float" else _prepack(w_q[:, a:b])) for a, b in bounds)
+    chunks = tuple(
+        (a, b, None if mode == "onednn_float" else _prepack(w_q[:, a:b])) for a, b in bounds
+    )
     return _Packed(version, w_q.data_ptr(), mode, zeros, chunks)
 
 

@@ -30,7 +30,9 @@ LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 #: Names of all ops, in the order of their descriptions.
 OPS: list[str] = []
 _CPU_KERNELS: dict[str, Callable[..., Any]] = {}
-_ON_CPU: dict[str, Callable[..., Any]] = {}  # the same with their checks, as the dispatcher calls them
+_ON_CPU: dict[
+    str, Callable[..., Any]
+] = {}  # the same with their checks, as the dispatcher calls them
 _loaded = False
 #: Ops whose CPU kernel is compiled: a call of a CPU tensor is one call of the dispatcher, as on a GPU.
 COMPILED: set[str] = set()

@@ -233,7 +233,9 @@ def test_the_environment_can_force_a_slower_mode(
 @pytest.mark.usefixtures("fresh_mode")
 def test_an_unknown_mode_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(os.environ, "SMOOTHQUANT_KERNELS_CPU", "fast")
-    with pytest.raises(SmoothQuantError, match="must be one of auto, amx, .*onednn_float; got 'fast'"):
+    with pytest.raises(
+        SmoothQuantError, match=r"must be one of auto, amx, .*onednn_float; got 'fast'"
+    ):
         onednn.gemm_mode()
 
 

@@ -134,7 +134,9 @@ def test_doctor_names_the_cpu_library(serves: bool, monkeypatch: pytest.MonkeyPa
         assert "this processor runs portable avx2" in said
         assert "models on the CPU run on the compiled CPU kernels (avx2)" in said
     else:
-        assert f"CPU library not in use: {reason}" in said and document["cpu"]["int8"] in onednn.MODES
+        assert (
+            f"CPU library not in use: {reason}" in said and document["cpu"]["int8"] in onednn.MODES
+        )
         assert "models on the CPU run on oneDNN" in said
 
 

@@ -12,7 +12,9 @@ from tests.support import backends, c_gemm, compare
 
 @pytest.fixture(scope="session")
 def backend(request: pytest.FixtureRequest) -> Iterator[backends.Backend]:
-    with backends.started(getattr(request, "param", request.config.getoption("--backend"))) as found:
+    with backends.started(
+        getattr(request, "param", request.config.getoption("--backend"))
+    ) as found:
         yield found
 
 

@@ -212,6 +212,7 @@ def fakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     monkeypatch.setattr(binding_matrix.shutil, "which", lambda name: name)
     monkeypatch.setattr(binding_matrix, "get_headers", get_headers)
     monkeypatch.setattr(binding_matrix, "compile_binding", compile_binding)
+    monkeypatch.setattr(binding_matrix, "compile_cpu_binding", lambda headers, env: [])
     monkeypatch.setattr(binding_matrix, "needed", lambda objects: frozenset(state.names))
     monkeypatch.setattr(binding_matrix, "link", lambda objects, folder, python: objects[0])
     monkeypatch.setattr(binding_matrix, "call_ops", call_ops)

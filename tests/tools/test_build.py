@@ -335,7 +335,11 @@ def build(kind: str, where: Path) -> Path:
         tree.mkdir(parents=True)
         subprocess.run(["cp", "-r", *present, str(tree)], cwd=ROOT, check=True)
         # A library that was built earlier must not get into a pure-Python wheel.
-        stale = (build_plan.LIBRARY_NAME, cpu.LIBRARY_NAME, "_kernels.cpython-311-x86_64-linux-gnu.so")
+        stale = (
+            build_plan.LIBRARY_NAME,
+            cpu.LIBRARY_NAME,
+            "_kernels.cpython-311-x86_64-linux-gnu.so",
+        )
         for name in stale:
             (tree / "smoothquant_kernels" / name).write_text("stale")
     subprocess.run(

@@ -29,7 +29,7 @@ from tools.binding.load import LoadError, call_ops, link
 from tools.build import ninja
 from tools.build.commands import cxx_command
 from tools.build.plan import ROOT, TORCH_TARGET, BuildError, find_torch, version_text
-from tools.build.sources import sources
+from tools.build.sources import cpu_binding_sources, sources
 
 OLDEST = version_text(TORCH_TARGET) + ".0"
 # The oldest promised, one that GPU machines come with, that of `make test-cuda`, and the newest.
@@ -212,13 +212,25 @@ def lacking(names: frozenset[str], oldest: Headers) -> list[str]:
 
 
 def compile_binding(headers: Headers, env: Mapping[str, str]) -> list[Path]:
-    """Compiles csrc/torch as the build does; up-to-date objects are kept."""
-    folder = BUILD / headers.version
+    """Compiles csrc/torch as the build does for CUDA; up-to-date objects are kept."""
     files = [name for name in sources() if name.startswith("csrc/torch/")]
+    return _compile(files, headers, BUILD / headers.version, "-DUSE_CUDA", env)
+
+
+def compile_cpu_binding(headers: Headers, env: Mapping[str, str]) -> list[Path]:
+    """The same for the CPU library."""
+    return _compile(
+        cpu_binding_sources(), headers, BUILD / headers.version / "cpu", "-DSQK_CPU", env
+    )
+
+
+def _compile(
+    files: Sequence[str], headers: Headers, folder: Path, flag: str, env: Mapping[str, str]
+) -> list[Path]:
     outputs = [folder / f"{Path(name).name}.o" for name in files]
     steps = []
     for name, output in zip(files, map(str, outputs), strict=True):
-        command = cxx_command(name, output, headers.include, ["-DUSE_CUDA"])
+        command = cxx_command(name, output, headers.include, [flag])
         steps.append(ninja.Step(output, tuple(command), (name,)))
     ninja.run(steps, folder, env)
     return [ROOT / output for output in outputs]
@@ -228,13 +240,16 @@ def check(headers: Headers, oldest: Headers, pythons: Sequence[str], env: Mappin
     row = Row(headers.version, headers.source)
     try:
         objects = compile_binding(headers, env)
+        on_cpu = compile_cpu_binding(headers, env)
     except BuildError as error:
         row.compiled = "FAILED"
         row.problems.append(str(error))
         return row
-    row.compiled = f"{len(objects)} files"
-    names = needed(objects)
+    row.compiled = f"{len(objects) + len(on_cpu)} files"
+    names = needed([*objects, *on_cpu])
     row.problems += lacking(names, oldest)
+    if "aoti_torch_get_current_cuda_stream" in needed(on_cpu):
+        row.problems.append("the binding of the CPU library needs libtorch_cuda")
     against = "exports" if oldest.exports else "headers"
     row.symbols = f"{len(names)} in {oldest.version}'s {against}"
     if row.problems:

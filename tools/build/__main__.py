@@ -1,7 +1,7 @@
 """Builds the CPU kernels in this checkout, for an editable install that has none: `python -m tools.build`.
 
-SMOOTHQUANT_KERNELS_BUILD=cpu makes a reason not to build an error, =none removes the library. Otherwise a line says why
-there is none. It compiles only what has changed, so the Makefile calls it before every test run.
+SMOOTHQUANT_KERNELS_BUILD=cpu makes an error of a reason not to build; =none removes the library. Otherwise a line says
+why there is none. It compiles only what has changed, so the Makefile calls it before every test run.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import sys
 
 from tools.build.cpu import BUILD_INFO_NAME, LIBRARY_NAME, build_cpu_library, make_cpu_plan
 from tools.build.install import place
-from tools.build.plan import PACKAGE, ROOT, BuildError, build_mode
+from tools.build.plan import MODE_VARIABLE, PACKAGE, ROOT, BuildError
 
 TARGET = ROOT / PACKAGE
 
@@ -25,13 +25,13 @@ def main() -> int:
             return 0
     except BuildError as error:
         message = f"no compiled CPU kernels: {error}"
-        if os.environ.get("SMOOTHQUANT_KERNELS_BUILD") == "cpu":
+        if os.environ.get(MODE_VARIABLE) == "cpu":
             print(message, file=sys.stderr)
             return 1
     # A library of other sources must not serve.
     for name in (LIBRARY_NAME, BUILD_INFO_NAME):
         (TARGET / name).unlink(missing_ok=True)
-    print(message, file=sys.stderr)
+    print(message or f"no compiled CPU kernels: {MODE_VARIABLE}=none.", file=sys.stderr)
     return 0
 
 

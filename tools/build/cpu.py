@@ -195,10 +195,11 @@ def cpu_steps(
     objects = tuple(step.output for step in steps)
     target = str(folder / LIBRARY_NAME)
     # No run path, because the package loads torch before the library. libstdc++ is the process's own: with a second
-    # one inside, an exception would be thrown by one and caught by the other.
+    # one inside, an exception would be thrown by one and caught by the other. -Bsymbolic, because the CUDA library
+    # exports some of the same C entries.
     link = [
         plan.compiler.path, "-shared", "-o", target, *objects, f"-L{plan.torch.root / 'lib'}",
-        f"-Wl,--no-undefined,--version-script={EXPORTS}", "-ltorch_cpu", "-ldl",
+        f"-Wl,--no-undefined,-Bsymbolic,--version-script={EXPORTS}", "-ltorch_cpu", "-ldl",
     ]  # fmt: skip
     return [*steps, ninja.Step(target, tuple(link), (*objects, EXPORTS), compiles=False)]
 

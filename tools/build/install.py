@@ -9,7 +9,7 @@ import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
-#: Newest first last: manylinux's glibc -> the newest symbol versions of libstdc++ there (PEP 600, auditwheel's policies).
+#: glibc of a manylinux platform -> the newest symbol versions of the compiler's libraries there, as auditwheel says.
 _POLICIES: dict[tuple[int, int], dict[str, tuple[int, ...]]] = {
     (2, 17): {"GLIBCXX": (3, 4, 19), "CXXABI": (1, 3, 7), "GCC": (4, 8, 0)},
     (2, 28): {"GLIBCXX": (3, 4, 24), "CXXABI": (1, 3, 11), "GCC": (7, 0, 0)},
@@ -22,7 +22,9 @@ _POLICIES: dict[tuple[int, int], dict[str, tuple[int, ...]]] = {
 _ALLOWED = re.compile(r"lib(c|m|dl|pthread|gcc_s|stdc\+\+|torch_cpu)\.so.*|ld-linux.*")
 
 
-def place(files: Mapping[str, Path], facts: Mapping[str, object], facts_name: str, target: Path) -> None:
+def place(
+    files: Mapping[str, Path], facts: Mapping[str, object], facts_name: str, target: Path
+) -> None:
     """Copies files to `target` under the given names, and writes the facts beside them."""
     target.mkdir(parents=True, exist_ok=True)
     for name, file in files.items():
