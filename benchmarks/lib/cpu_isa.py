@@ -47,7 +47,7 @@ PEAK_PER_CLOCK = {"avx512_vnni": 2 * 64, "vnni": 2 * 64, "amx": 1024}
 
 ROOT = Path(__file__).resolve().parents[2]
 _X86 = platform.machine() in ("x86_64", "AMD64")
-_ARCH_PRCTL, _REQ_XCOMP_PERM, _XTILEDATA = 158, 0x1023, 18
+_ARCH_PRCTL, _GET_XCOMP_PERM, _REQ_XCOMP_PERM, _XTILEDATA = 158, 0x1022, 0x1023, 18
 
 
 def flags() -> list[str]:
@@ -106,6 +106,14 @@ def amx_allowed() -> bool:
     return _X86 and libc.syscall(_ARCH_PRCTL, _REQ_XCOMP_PERM, _XTILEDATA) == 0
 
 
+def _amx_granted() -> bool:
+    """Whether this process has asked already; it cannot give the tiles back."""
+    found = ctypes.c_uint64()
+    libc = ctypes.CDLL(None, use_errno=True)
+    asked = libc.syscall(_ARCH_PRCTL, _GET_XCOMP_PERM, ctypes.byref(found))
+    return asked == 0 and bool(found.value >> _XTILEDATA & 1)
+
+
 def refuse_amx() -> None:
     """Makes Linux refuse the AMX tiles to this process and its children; it cannot be undone.
 
@@ -122,7 +130,7 @@ def refuse_amx() -> None:
         seccomp, filter_mode, ctypes.byref(filters), 0, 0
     ):
         raise OSError(ctypes.get_errno(), "Linux accepts no filter of system calls here")
-    if amx_allowed():
+    if amx_allowed() or _amx_granted():
         raise OSError("AMX is still allowed")
 
 
