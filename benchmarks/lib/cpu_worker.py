@@ -203,23 +203,26 @@ class Worker:
 def interleaved(
     workers: Sequence[Worker], seconds: float, least: int = 5, most: int = 200
 ) -> dict[str, list[Reply]]:
-    """The turns of all, for about so many seconds, in rounds; a process that fails once is left out from then on."""
-    found: dict[str, list[Reply]] = {}
+    """The turns of all, for about so many seconds, in rounds; whoever fails in a turn is left out of the result.
 
-    def one_round() -> dict[str, Reply]:
+    Every other round goes backward, so that nobody always follows the same neighbor.
+    """
+    found: dict[str, list[Reply]] = {worker.name: [] for worker in workers}
+
+    def one_round(order: Sequence[Worker]) -> dict[str, Reply]:
         answers = {}
-        for worker in workers:
+        for worker in order:
             worker.send()
             answers[worker.name] = worker.receive()
         return answers
 
-    one_round()  # allocations, packing, the choice of kernels
+    one_round(workers)  # allocations, packing, the choice of kernels
     start = time.perf_counter()
-    one_round()
+    one_round(workers)
     once = time.perf_counter() - start
-    for _ in range(max(least, min(most, int(seconds / max(once, 1e-9))))):
-        for name, answer in one_round().items():
-            found.setdefault(name, []).append(answer)
+    for turn in range(max(least, min(most, int(seconds / max(once, 1e-9))))):
+        for name, answer in one_round(workers[:: -1 if turn % 2 else 1]).items():
+            found[name].append(answer)
     return {name: turns for name, turns in found.items() if all("us" in turn for turn in turns)}
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -190,10 +190,13 @@ def test_this_packages_layer_must_equal_the_specification() -> None:
 
 
 class Fake:
+    asked: ClassVar[list[str]] = []
+
     def __init__(self, name: str, answer: dict[str, Any]) -> None:
         self.name, self.answer = name, answer
 
-    def send(self, **_: Any) -> None: ...
+    def send(self, **_: Any) -> None:
+        self.asked.append(self.name)
 
     def receive(self) -> dict[str, Any]:
         return self.answer
@@ -208,6 +211,15 @@ def test_a_wrong_peer_is_left_out_and_a_wrong_layer_ends_the_case(capsys: Any) -
     ours: Any = [Fake("int8", {"wrong": "not equal"})]
     with pytest.raises(WrongResult, match="not equal"):
         cpu_linear.loaded(ours, row)
+
+
+def test_turns_alternate_and_keep_their_order_in_the_result() -> None:
+    Fake.asked.clear()
+    workers: Any = [Fake("int8", {"us": 1.0}), Fake("vllm", {"us": 2.0}), Fake("torchao", {"failed": "x"})]  # fmt: skip
+    found = cpu_worker.interleaved(workers, 0.0)
+    assert list(found) == ["int8", "vllm"] and found["vllm"] == [{"us": 2.0}] * 5
+    there, back = ["int8", "vllm", "torchao"], ["torchao", "vllm", "int8"]
+    assert Fake.asked == [*there, *there, *there, *back, *there, *back, *there]
 
 
 def test_weights_exceed_the_cache() -> None:
