@@ -1,12 +1,13 @@
 """`W8A8Linear`, its quantization included, against `nn.Linear` in float types, in one run.
 
-    python -m benchmarks.linear --device cpu [--threads 1] [--json FILE]
+    python -m benchmarks.linear --device cpu [--python vllm=PATH ...] [--isa avx512_vnni] [--json FILE]
     python -m benchmarks.linear --device cuda [--budget-seconds 60] [--json FILE]
 
-On a CPU: against float32 and bfloat16. The baselines are stock `nn.Linear`, which lays its weight out anew at every
-call; `W8A8Linear` keeps a packed copy. With 8-bit dot products (VNNI) the hardware allows 4x prepacked float32 and 2x
-bfloat16. On a GPU: against float16 and bfloat16 (cuBLAS) by graph replays, for every scheme with and without smoothing
-at run time. host: what a call costs the CPU while the GPU has nothing queued.
+On a CPU: against stock `nn.Linear` in float32 and bfloat16, which lays its weight out anew at every call, against this
+package's path without compiled kernels (before), and against the int8 layers of others where they are installed. Each
+has a process of its own (lib/cpu_worker.py), and they take turns. With 8-bit dot products (VNNI) the hardware allows 4x
+prepacked float32 and 2x bfloat16. On a GPU: against float16 and bfloat16 (cuBLAS) by graph replays, for every scheme
+with and without smoothing at run time. host: what a call costs the CPU while the GPU has nothing queued.
 """
 
 from __future__ import annotations
@@ -17,17 +18,17 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.lib import cases, gpu, runner, timer
+from benchmarks.lib import cases, cpu_isa, cpu_linear, gpu, runner, timer
 from benchmarks.lib.cases import Case, Expected, Operands
-from benchmarks.lib.runner import Row, geomean, geomeans
+from benchmarks.lib.cpu_peers import VARIANTS
+from benchmarks.lib.runner import Row, geomeans
 from benchmarks.lib.shapes import CPU_LINEARS, CPU_TOKENS, GPU_TOKENS
 from smoothquant_kernels import W8A8Linear, reference
-from smoothquant_kernels.backends import cpu_native, onednn
 from smoothquant_kernels.schemes import ACTIVATION_SCHEMES
 
 BASELINES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -37,77 +38,34 @@ HOST_SECONDS, HOST_LEAST, HOST_MOST = 0.02, 9, 200
 
 Kind = tuple[str, bool]  # activation scheme, smoothing at run time
 Layers = dict[Kind, W8A8Linear]
-CpuCase = tuple[str, int, int, int]  # layer, N, K, M
 
 
 # --- on a CPU ---------------------------------------------------------------------------------------------------------
 
 
-def measure_on_cpu(
-    n: int, k: int, tokens: int, scheme: str, smooth: bool, seconds: float
-) -> dict[str, Any]:
-    """The input is float32 for float32 and int8, bfloat16 for bfloat16."""
-    generator = torch.Generator().manual_seed(0)
-    linear = nn.Linear(k, n, bias=False)
-    half = nn.Linear(k, n, bias=False, dtype=torch.bfloat16)
-    x = torch.randn(tokens, k, generator=generator)
-    x_half = x.bfloat16()
-    int8 = W8A8Linear.from_linear(
-        linear,
-        activation_scheme=scheme,
-        smooth=torch.rand(k, generator=generator) + 0.5 if smooth else None,
-        x_scale=float(x.abs().max()) / 127 if scheme == "static" else None,
-    )
-    calls = {
-        "int8": lambda: int8(x),
-        "float32": lambda: linear(x),
-        "bfloat16": lambda: half(x_half),
-    }
-    with torch.inference_mode():  # not around `from_linear`: its packed weight could not be kept
-        times = timer.interleaved(calls, seconds=seconds)
-    row: Row = {"N": n, "K": k, "M": tokens, "rounds": len(times["int8"])}
-    row |= {f"{name}_us": statistics.median(values) for name, values in times.items()}
-    row["gops"] = 2 * tokens * n * k / row["int8_us"] / 1e3
-    for name in ("float32", "bfloat16"):
-        row[f"vs_{name}"] = timer.median_ratio(times[name], times["int8"])
-    return row
-
-
-def cpu_line(row: Row) -> str:
-    return (
-        f"{row['layer']:20s} N {row['N']:5d} K {row['K']:5d} M {row['M']:5d} | {row['int8_us']:10.1f} us | "
-        f"{row['gops']:7.1f} GOPS | {row['vs_float32']:5.2f}x float32 | {row['vs_bfloat16']:5.2f}x bfloat16"
-    )
-
-
 def run_on_cpu(args: argparse.Namespace) -> int:
     facts = runner.machine_facts(torch.device("cpu"), args.threads) | {
         "capability": torch.backends.cpu.get_cpu_capability(),
-        "int8_mode": cpu_native.level() or onednn.gemm_mode(),
+        **cpu_isa.facts(),
+        "isa": args.isa,
+        "scheme": args.scheme + ("+smooth" if args.smooth else ""),
     }
-    tokens = args.tokens or CPU_TOKENS
-    todo = [(name, *sizes, m) for name, sizes in CPU_LINEARS.items() for m in tokens]
-
-    def measure(case: CpuCase) -> Row:
-        layer, *shape = case
-        found = measure_on_cpu(*shape, args.scheme, args.smooth, args.seconds)
-        return {"layer": layer, **found}
-
-    rows = runner.run_cases(
-        todo,
-        measure,
-        key=lambda case: dict(zip(("layer", "N", "K", "M"), case, strict=True)),
-        line=cpu_line,
-        args=args,
-        facts=facts,
-    )
-    good = [row for row in rows if runner.is_good(row)]
-    for low, what in ((16, "M >= 16"), (1, "all M")):
-        if chosen := [r for r in good if r["M"] >= low]:
-            means = [
-                f"{geomean(r[f'vs_{n}'] for r in chosen):.2f}x {n}" for n in ("float32", "bfloat16")
-            ]
-            print(f"geometric mean, {what}: {', '.join(means)}")
+    names = {sizes: name for name, sizes in CPU_LINEARS.items()}
+    todo = [(names.get(nk, "any"), *nk, m) for nk in args.shapes for m in args.tokens]
+    with ExitStack() as stack:
+        workers = cpu_linear.start_workers(args, stack, facts)
+        rows = runner.run_cases(
+            todo,
+            lambda case: cpu_linear.measure(case, workers, facts["int8_mode"], args.seconds),
+            key=cpu_linear.key_of,
+            line=cpu_linear.line,
+            args=args,
+            facts=facts,
+            summary=lambda rows: {"geomeans": cpu_linear.means(rows)},
+        )
+    for name, means in cpu_linear.means([row for row in rows if runner.is_good(row)]).items():
+        text = ", ".join(f"{means[n]:.2f}x {n}" for n in means if n != "cases")
+        print(f"geometric mean, {name}, {means['cases']:.0f} cases: {text}")
     return runner.status(rows)
 
 
@@ -269,6 +227,11 @@ def run(args: argparse.Namespace) -> int:
     return run_on_gpu(args) if args.gpu_form else run_on_cpu(args)
 
 
+def shape(text: str) -> tuple[int, int]:
+    n, _, k = text.partition("x")
+    return int(n), int(k)
+
+
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = runner.parser_of(__doc__, "cpu")
     parser.add_argument("--rehearse", action="store_true", help="the GPU's form, on a CPU, on toys")
@@ -277,8 +240,23 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--scheme", choices=ACTIVATION_SCHEMES, help="CPU: per_token; GPU: all, one after the other"
     )
     parser.add_argument("--smooth", action="store_true", help="only with the division by s")
+    parser.add_argument("--shapes", nargs="+", type=shape, metavar="NxK", help="CPU: of weights")
+    parser.add_argument(
+        "--variants", nargs="+", choices=list(VARIANTS), metavar="NAME",
+        help=f"CPU: what is timed, of {', '.join(VARIANTS)}; default: all",
+    )  # fmt: skip
+    parser.add_argument(
+        "--python", action="append", default=[], metavar="NAME=PATH",
+        help="CPU: the Python that has a variant's library; default: this one",
+    )  # fmt: skip
+    parser.add_argument(
+        "--isa", choices=list(cpu_isa.ISAS), default="native", help="CPU: the most that all may use"
+    )
     runner.add_layer_options(parser)
     args = parser.parse_args(arguments)
+    for item in args.python:
+        if item.partition("=")[0] not in VARIANTS or "=" not in item:
+            parser.error(f"--python NAME=PATH, with a NAME of {', '.join(VARIANTS)}; not {item!r}")
     if args.rehearse and args.device == "cuda":
         parser.error("--rehearse is for --device cpu")
     args.gpu_form = args.rehearse or args.device == "cuda"
@@ -288,6 +266,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         runner.fill_in_layers(args)
     else:
         args.scheme = args.scheme or "per_token"
+        args.shapes = args.shapes or list(CPU_LINEARS.values())
+        args.tokens = args.tokens or CPU_TOKENS
+        wanted = args.variants or list(VARIANTS)
+        args.variants = [name for name in VARIANTS if name in ("int8", *wanted)]
         args.seconds = 4.0 if args.seconds is None else args.seconds
     return args
 

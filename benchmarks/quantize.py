@@ -1,9 +1,11 @@
 """The producers of int8 activations: as fast as a copy of the same bytes? And against PyTorch, eager and compiled.
 
     python -m benchmarks.quantize --device cuda [--budget-seconds 200] [--json FILE] [--csv FILE]
+    python -m benchmarks.quantize --device cpu [--budget-seconds 200] [--json FILE] [--quick]
 
 A line: microseconds of one call, GB/s (each input read once, each output written once), then how many times as fast as
-a device-to-device copy of as many bytes, the eager chain, and the chain under torch.compile. No wrong result is timed.
+a copy of as many bytes on the device, the eager chain, and the chain under torch.compile. On a CPU, a producer that
+rotates is also compared with itself without the rotation. No wrong result is timed.
 """
 
 from __future__ import annotations
@@ -15,17 +17,20 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.lib import gpu, producers, runner, timer
+from benchmarks.lib import cpu_isa, cpu_peers, gpu, producers, runner, timer
 from benchmarks.lib.cases import sample_under_load
 from benchmarks.lib.producers import PRODUCERS, SCHEMES, Case
-from benchmarks.lib.runner import Row, WrongResult, first_line, group_means, ratios
+from benchmarks.lib.runner import Row, WrongResult, baselines_of, first_line, group_means, ratios
 from benchmarks.lib.shapes import (
+    CPU_HIDDEN_WIDTHS,
+    CPU_MLP_WIDTHS,
+    CPU_PRODUCER_TOKENS,
     GPU_TOKENS,
     HIDDEN_WIDTHS,
     MLP_WIDTHS,
@@ -35,7 +40,7 @@ from benchmarks.lib.shapes import (
 from smoothquant_kernels.ops import checks
 from smoothquant_kernels.reference import MAX_ROTATION
 
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 BASELINES = ("copy", "eager", "compiled")
 #: A line's columns that identify its case.
 KEYS = ("producer", "smooth", "scheme", "dtype", "M", "K", "rotation")
@@ -63,7 +68,7 @@ def cases_of(
     tokens: Sequence[int],
     hidden: Sequence[int],
     mlp: Sequence[int],
-    dtypes: Sequence[torch.dtype] = tuple(DTYPES.values()),
+    dtypes: Sequence[torch.dtype] = (torch.float16, torch.bfloat16),
     rotations: Sequence[int] = (0,),
 ) -> list[Case]:
     """All combinations, the most telling first; each axis is given most important first.
@@ -118,6 +123,9 @@ def measure(
 
     ready = {"op": record(lambda inputs: producers.run_op(case, inputs, scale))}
     ready["copy"] = timer.record(copies(moved, len(sets), device), device)
+    if case.rotation and device.type == "cpu":  # a GPU's time goes to cases of their own
+        plain = replace(case, rotation=0)
+        ready["unrotated"] = record(lambda inputs: producers.run_op(plain, inputs, scale))
     reasons = {}
     for name in ("eager", "compiled"):
         start = time.perf_counter()
@@ -159,27 +167,30 @@ def row_of(
     op = timings["op"]
     row = key_of(case) | {"bytes": moved, **runner.timing_columns(op)}
     row |= {"gb_per_s": moved / op.us / 1e3}
-    row |= runner.ratio_columns(op.us, {name: timings.get(name) for name in BASELINES})
+    names = [*BASELINES, *(["unrotated"] if "unrotated" in timings else [])]
+    row |= runner.ratio_columns(op.us, {name: timings.get(name) for name in names})
     return row | {f"{name}_missing": reason for name, reason in (reasons or {}).items()}
 
 
 def line(row: Row) -> str:
     name, smooth, scheme, dtype, m, k, rotation = (row[key] for key in KEYS)
     case = Case(name, smooth, scheme, getattr(torch, dtype), m, k, rotation)
-    return f"{case!s:76s} | {row['us']:8.2f} us | {row['gb_per_s']:7.1f} GB/s | {ratios(row, BASELINES)}"
+    return f"{case!s:76s} | {row['us']:8.2f} us | {row['gb_per_s']:7.1f} GB/s | {ratios(row, baselines_of([row]))}"
 
 
 def geomeans(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
     """Per producer and over all; a baseline counts where it was measured."""
     groups = {name: [r for r in rows if r["producer"] == name] for name in PRODUCERS}
-    columns = {baseline: f"vs_{baseline}" for baseline in BASELINES}
+    columns = {baseline: f"vs_{baseline}" for baseline in baselines_of(rows)}
     return group_means(groups | {"all": list(rows)}, columns)
 
 
 def run(args: argparse.Namespace) -> int:
     """Measures what the budget allows; 1 if an op was wrong or failed, or nothing was measured."""
     device = torch.device(args.device)
-    facts = runner.machine_facts(device)
+    facts = runner.machine_facts(device, args.threads)
+    if device.type == "cpu":
+        facts |= cpu_isa.facts() | {"int8_mode": cpu_peers.level_of_int8()}
     sample, compiler = gpu.sampler(device), Compiler(args.compile, args.compile_seconds)
     chosen = cases_of(
         args.producers, args.tokens, args.hidden, args.mlp, args.dtypes, args.rotation
@@ -194,7 +205,7 @@ def run(args: argparse.Namespace) -> int:
         summary=lambda rows: {"geomeans": geomeans(rows)},
     )
     for name, means in geomeans([r for r in rows if "us" in r]).items():
-        found = " | ".join(f"{means[b]:.2f}x {b}" for b in BASELINES if b in means)
+        found = " | ".join(f"{means[b]:.2f}x {b}" for b in means if b != "cases")
         print(f"geomean {name:30s} {means['cases']:4.0f} cases | {found}")
     for reason, count in Counter(row.get("compiled_missing") for row in rows).items():
         if reason:
@@ -204,17 +215,22 @@ def run(args: argparse.Namespace) -> int:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = runner.parser_of(__doc__)
-    parser.add_argument("--quick", action="store_true", help="two cases of each producer")
+    parser.add_argument(
+        "--quick", action="store_true", help="two cases of each producer, on toy shapes"
+    )
+    parser.add_argument("--threads", type=int, default=1, help="of a CPU")
     parser.add_argument(
         "--producers", nargs="+", choices=list(PRODUCERS), default=list(PRODUCERS), metavar="NAME",
         help=", ".join(PRODUCERS),
     )  # fmt: skip
     parser.add_argument("--tokens", type=int, nargs="+", help="M, the most important first")
     parser.add_argument("--widths", type=int, nargs="+", help="K, the most important first")
-    parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=list(DTYPES))
     parser.add_argument(
-        "--rotation", type=int, nargs="+", default=[0, 256], metavar="G",
-        help="channels per rotated group, 0 for none; a G that does not divide K is left out",
+        "--dtypes", nargs="+", choices=list(DTYPES), help="GPU, and toys: fp16 bf16; CPU: fp32"
+    )
+    parser.add_argument(
+        "--rotation", type=int, nargs="+", metavar="G",
+        help="channels per rotated group, where they divide K, 0 for none (GPU: 0 256, CPU: 256 64 0)",
     )  # fmt: skip
     parser.add_argument("--seconds", type=float, help="to measure per case (GPU: 0.3, CPU: 0.05)")
     parser.add_argument(
@@ -224,10 +240,19 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--compile-seconds", type=float, default=math.inf, help="for all compiling")
     args = parser.parse_args(arguments)
     on_gpu = args.device == "cuda"
-    args.dtypes = [DTYPES[name] for name in args.dtypes]
-    args.tokens = args.tokens or (GPU_TOKENS if on_gpu else REHEARSAL_TOKENS)
-    args.hidden = args.widths or (HIDDEN_WIDTHS if on_gpu else REHEARSAL_WIDTHS)
-    args.mlp = args.widths or (MLP_WIDTHS if on_gpu else REHEARSAL_WIDTHS)
+    dtypes, rotations = ["fp16", "bf16"], [0, 256]
+    sizes: tuple[Sequence[int], ...] = (GPU_TOKENS, HIDDEN_WIDTHS, MLP_WIDTHS)
+    if not on_gpu and args.quick:
+        sizes = (REHEARSAL_TOKENS, REHEARSAL_WIDTHS, REHEARSAL_WIDTHS)
+    elif not on_gpu:
+        sizes = (CPU_PRODUCER_TOKENS, CPU_HIDDEN_WIDTHS, CPU_MLP_WIDTHS)
+        dtypes, rotations = ["fp32"], [256, 64, 0]
+    tokens, hidden, mlp = sizes
+    args.dtypes = [DTYPES[name] for name in args.dtypes or dtypes]
+    args.rotation = args.rotation if args.rotation is not None else rotations
+    args.tokens = args.tokens or tokens
+    args.hidden = args.widths or hidden
+    args.mlp = args.widths or mlp
     args.seconds = args.seconds if args.seconds is not None else (0.3 if on_gpu else 0.05)
     args.compile = args.compile or ("max-autotune-no-cudagraphs" if on_gpu else "none")
     if wrong := [group for group in args.rotation if not checks.fits_rotation(group, MAX_ROTATION)]:

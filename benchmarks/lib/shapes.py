@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-#: The CPU benchmark: square attention, both MLP directions of LLaMA-7B, and the MLP of SmolLM2-135M.
+#: The CPU benchmark: both MLP directions of SmolLM2-135M, square attention and both MLP directions of LLaMA-7B.
 CPU_LINEARS = {
+    "SmolLM2-135M up": (1536, 576),
+    "SmolLM2-135M down": (576, 1536),
     "LLaMA-7B attention": (4096, 4096),
     "LLaMA-7B up": (11008, 4096),
     "LLaMA-7B down": (4096, 11008),
-    "SmolLM2-135M up": (1536, 576),
 }
-CPU_TOKENS = (1, 16, 64, 256, 1024)
+CPU_TOKENS = (1, 16, 64, 256)
 
 #: Row lengths that the producers of int8 activations meet, most common first. A norm's output is as wide as the
 #: model; an activation function's as wide as the MLP.
@@ -20,6 +21,10 @@ HIDDEN_WIDTHS = (4096, 5120, 8192)  # LLaMA-7B, Llama 3 8B; LLaMA-13B, OPT-13B; 
 MLP_WIDTHS = (14336, 11008, 28672)  # Llama 3 8B; LLaMA-7B; LLaMA-70B
 #: A prompt, one decoded token, a batch of decoded tokens, a long prompt, what lies between.
 GPU_TOKENS = (2048, 1, 64, 8192, 16, 256)
+
+#: The same on a CPU: SmolLM2-135M and LLaMA-7B.
+CPU_HIDDEN_WIDTHS, CPU_MLP_WIDTHS = (4096, 576), (11008, 1536)
+CPU_PRODUCER_TOKENS = (256, 1, 16)
 
 #: The same in a rehearsal on a CPU: a width with a tail, and few rows.
 REHEARSAL_WIDTHS = (256, 515)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -16,6 +17,9 @@ from smoothquant_kernels import SmoothQuantConfig, quantize_model, smooth_and_qu
 RUNTIMES = ("graph", "transformers")
 CALIBRATION = 4096  # tokens for the real model
 Models = dict[str, nn.Module]
+HEAD_OPTION = "quantize_head"
+#: The quantized models: with the output head in float, and in int8.
+INT8, INT8_HEAD = "w8a8", "w8a8_head"
 
 
 def vocabulary(model: Any) -> int:
@@ -58,14 +62,24 @@ def stock_models(
     if shape is SMOLLM2:
         model, tokenizer = smollm2.load(main)
         model = model.to(device)
-        config = SmoothQuantConfig(calibration_tokens=CALIBRATION)
         ids = [window.to(device) for window in smollm2.calibration(tokenizer, CALIBRATION)]
-        int8 = smooth_and_quantize(copy.deepcopy(model), ids, config, progress=False)
+
+        def quantized(**changes: Any) -> nn.Module:
+            config = SmoothQuantConfig(calibration_tokens=CALIBRATION, **changes)
+            return smooth_and_quantize(copy.deepcopy(model), ids, config, progress=False)
+
     else:
         torch.manual_seed(0)
         model = random_llama(shape, layers, main, device, words)
-        int8 = quantize_model(copy.deepcopy(model))
-    found: Models = {"w8a8": int8, names[0]: model}
+
+        def quantized(**changes: Any) -> nn.Module:
+            config = SmoothQuantConfig(**changes) if changes else None
+            return quantize_model(copy.deepcopy(model), config=config)
+
+    found: Models = {INT8: quantized()}
+    if device.type == "cpu" and HEAD_OPTION in {field.name for field in fields(SmoothQuantConfig)}:
+        found[INT8_HEAD] = quantized(**{HEAD_OPTION: True})
+    found[names[0]] = model
     return found | {name: copy.deepcopy(model).to(getattr(torch, name)) for name in names[1:]}
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.pages import result_tables
+from benchmarks.pages import cpu_tables, result_tables
 from benchmarks.pages.result_tables import Table, markdown
 from benchmarks.prediction import compare, expected, gpus, planner, yardstick
 from tools.build.plan import ROOT
@@ -167,18 +167,13 @@ def peers(data: Data) -> str:
 
 
 def cpu_linear(data: Data) -> str:
-    machine = data["machine"]
-    caption = (
-        f"{machine['cpu']}, {machine['capability']}, int8 mode `{machine['int8_mode']}`, {machine['threads']} thread, "
-        f"torch {machine['torch']}; medians of interleaved calls; `{command(machine)}`.\n\n"
-    )
-    header = ["layer", "N x K", "M", "W8A8Linear us", "GOPS", "vs float32", "vs bfloat16"]
-    rows = []
-    for row in data["rows"]:
-        cells = [row["layer"], f"{row['N']} x {row['K']}", str(row["M"])]
-        cells += [f"{row[name]:.0f}" for name in ("int8_us", "gops")]
-        rows.append(cells + [f"{row[f'vs_{name}']:.2f}x" for name in ("float32", "bfloat16")])
-    return caption + markdown(header, rows, left=2)
+    return cpu_tables.caption(data, command(data["machine"])) + cpu_tables.linear(data).markdown()
+
+
+def cpu_linear_means(data: Data) -> str:
+    if not data.get("geomeans"):  # a file of an earlier version
+        return NOT_MEASURED
+    return cpu_tables.caption(data, command(data["machine"])) + cpu_tables.means(data).markdown()
 
 
 def gemm_prediction(gpu: str) -> str | None:
@@ -205,8 +200,8 @@ def gemm_yardstick() -> str | None:
 
 
 def command(machine: Data) -> str:
-    """What repeats a run. Older results name the scripts that are modules of `benchmarks` now."""
-    recorded = machine.get("command", "command unknown")
+    """What repeats a run, without its folders. Older results name the scripts that are modules of `benchmarks` now."""
+    recorded = re.sub(r" --python \S+", "", machine.get("command", "command unknown"))
     return re.sub(r"\bbenchmarks/bench_(\w+)\.py\b", r"-m benchmarks.\1", recorded)
 
 
@@ -267,6 +262,11 @@ TABLES: dict[str, Callable[[], str | None]] = {
     "sentence": measured("sentence.json", sentence),
     "peers": measured("peers.json", peers),
     "cpu_linear": measured("linear_cpu.json", cpu_linear),
+    "cpu_linear_means": measured("linear_cpu.json", cpu_linear_means),
+    "cpu_linear_avx512_vnni": measured("linear_cpu_avx512_vnni.json", cpu_linear),
+    "cpu_linear_avx512_vnni_means": measured("linear_cpu_avx512_vnni.json", cpu_linear_means),
+    "cpu_linear_avx2_means": measured("linear_cpu_avx2.json", cpu_linear_means),
+    "cpu_quantize": measured("quantize_cpu.json", captioned(cpu_tables.quantize)),
     "cpu_block": measured("block_cpu.json", ANYTHING),
     "cpu_model": measured("model_cpu.json", ANYTHING),
     "gemm_h100": lambda: gemm_prediction("H100"),

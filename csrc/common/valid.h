@@ -37,8 +37,7 @@ inline Status check_sources(const QuantizeParams& p) {
 }
 
 inline Status check(const QuantizeParams& p) {
-  if (p.k_padded < p.k || (p.m > 1 && p.x_q_stride < p.k_padded) ||
-      (p.m > 0 && p.x_q == nullptr) ||
+  if (p.k_padded < p.k || (p.m > 1 && p.x_q_stride < p.k_padded) || (p.m > 0 && p.x_q == nullptr) ||
       ((p.m > 0 || p.scheme == Scheme::kPerTensor) && p.x_scale == nullptr)) {
     return Status::kInvalidArgument;
   }

@@ -25,9 +25,18 @@ inline Doubles exponential(Doubles x) {
   r = multiply_add(n, Doubles{} - 1.90821492927058770002e-10, r);
   // The Taylor series: |r| <= ln 2 / 2, so the first term left out is below 2^-57.
   Doubles p = Doubles{} + 1.0 / 6227020800.0;
-  constexpr double kRest[] = {1.0 / 479001600.0, 1.0 / 39916800.0, 1.0 / 3628800.0, 1.0 / 362880.0,
-                              1.0 / 40320.0,     1.0 / 5040.0,     1.0 / 720.0,     1.0 / 120.0,
-                              1.0 / 24.0,        1.0 / 6.0,        1.0 / 2.0,       1.0,
+  constexpr double kRest[] = {1.0 / 479001600.0,
+                              1.0 / 39916800.0,
+                              1.0 / 3628800.0,
+                              1.0 / 362880.0,
+                              1.0 / 40320.0,
+                              1.0 / 5040.0,
+                              1.0 / 720.0,
+                              1.0 / 120.0,
+                              1.0 / 24.0,
+                              1.0 / 6.0,
+                              1.0 / 2.0,
+                              1.0,
                               1.0};
   for (double coefficient : kRest) p = multiply_add(p, r, Doubles{} + coefficient);
   const Longs exponent = bits_as<Longs>(shifted) << 52;
@@ -61,8 +70,7 @@ inline Doubles activate(Doubles t) {
 template <Producer kProducer>
 inline Floats activate(Floats t) {
   const auto half = [](const float* from) {
-    const Doubles y =
-        activate<kProducer>(__builtin_convertvector(read<HalfFloats>(from), Doubles));
+    const Doubles y = activate<kProducer>(__builtin_convertvector(read<HalfFloats>(from), Doubles));
     return __builtin_convertvector(y, HalfFloats);
   };
   float values[kLanes];
@@ -77,7 +85,8 @@ template <Producer kProducer, DType kDType>
 void apply_activation(const QuantizeParams& p, int64_t row, float* v) {
   if (p.gate == nullptr) {
     // Lanes beyond the row hold 0, and every function is 0 there.
-    for (int64_t i = 0; i < p.k; i += kLanes) write(v + i, activate<kProducer>(read<Floats>(v + i)));
+    for (int64_t i = 0; i < p.k; i += kLanes)
+      write(v + i, activate<kProducer>(read<Floats>(v + i)));
     return;
   }
   const char* gate = row_of<kDType>(p.gate, p.gate_stride, row);

@@ -42,9 +42,9 @@ struct Dot {
     } else {
       const __m512i none = _mm512_setzero_si512();
       for (int n = 0; n < kCount; n += 4) {
-        write(to + n, totals_of(sums[n], n + 1 < kCount ? sums[n + 1] : none,
-                                n + 2 < kCount ? sums[n + 2] : none,
-                                n + 3 < kCount ? sums[n + 3] : none));
+        write(to + n,
+              totals_of(sums[n], n + 1 < kCount ? sums[n + 1] : none,
+                        n + 2 < kCount ? sums[n + 2] : none, n + 3 < kCount ? sums[n + 3] : none));
       }
     }
   }

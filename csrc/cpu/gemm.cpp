@@ -121,8 +121,8 @@ Status run(const GemmParams& p, const QuantizeParams* quantize, cudaStream_t str
   }
   auto* const packed = static_cast<uint8_t*>(p.workspace);
   auto* const scales = reinterpret_cast<float*>(packed + division.packed_bytes());
-  auto* const maxima = reinterpret_cast<uint32_t*>(packed + division.packed_bytes() +
-                                                   division.scale_bytes());
+  auto* const maxima =
+      reinterpret_cast<uint32_t*>(packed + division.packed_bytes() + division.scale_bytes());
   auto* const scratch = reinterpret_cast<int8_t*>(maxima) + division.maxima_bytes();
   const int64_t threads = std::min(thread_count(stream), kMostThreads);
 
@@ -133,8 +133,7 @@ Status run(const GemmParams& p, const QuantizeParams* quantize, cudaStream_t str
     source = {nullptr, &quantizer};
     gemm.x_per_token = 1;
     if (quantize->scheme == Scheme::kPerTensor) {
-      const int64_t tasks =
-          std::min(division.tasks, quantizer_tasks(p.m, p.m * p.k, threads));
+      const int64_t tasks = std::min(division.tasks, quantizer_tasks(p.m, p.m * p.k, threads));
       quantizer.set_absmax(largest_value(quantizer, *quantize, level, scratch,
                                          division.scratch_bytes, maxima, tasks, stream));
     }

@@ -30,24 +30,27 @@
 namespace sqk {
 namespace {
 
+// Each needs those before it.
+// clang-format off
 #include "cpu/simd.h"
 #include "cpu/activations.h"
 #include "cpu/rows.h"
+// clang-format on
 
 }  // namespace
 }  // namespace sqk
 
 // The table of a level that packs rows in one form.
-#define SQK_LEVEL_WITHOUT_TILES                                                             \
-  extern const Kernels SQK_LEVEL;                                                           \
-  const Kernels SQK_LEVEL = {                                                               \
-      values,                                                                               \
-      round_values,                                                                         \
-      [](int64_t k, bool) { return row_bytes(k); },                                         \
-      [](const int8_t* x_q, int64_t stride, int64_t rows, int64_t k, bool, uint8_t* to) {   \
-        pack_rows(x_q, stride, rows, k, to);                                                \
-      },                                                                                    \
-      [](const Block& block, bool) { multiply_rows(block); },                               \
-      [](int64_t) { return false; },                                                        \
-      Dot::kColumns,                                                                        \
+#define SQK_LEVEL_WITHOUT_TILES                                                           \
+  extern const Kernels SQK_LEVEL;                                                         \
+  const Kernels SQK_LEVEL = {                                                             \
+      values,                                                                             \
+      round_values,                                                                       \
+      [](int64_t k, bool) { return row_bytes(k); },                                       \
+      [](const int8_t* x_q, int64_t stride, int64_t rows, int64_t k, bool, uint8_t* to) { \
+        pack_rows(x_q, stride, rows, k, to);                                              \
+      },                                                                                  \
+      [](const Block& block, bool) { multiply_rows(block); },                             \
+      [](int64_t) { return false; },                                                      \
+      Dot::kColumns,                                                                      \
   };

@@ -11,7 +11,6 @@ namespace {
 
 #include "cpu/dot512.h"
 #include "cpu/panels.h"
-
 #include "cpu/tiles.h"
 
 }  // namespace

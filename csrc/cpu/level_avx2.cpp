@@ -22,7 +22,8 @@ struct Dot {
   static XVector read_x(const X* x) { return read<__m256i>(x); }
   static WVector read_w(const int8_t* w) { return _mm256_cvtepi8_epi16(read<__m128i>(w)); }
   static WVector read_w_some(const int8_t* w, int64_t count) {
-    return _mm256_cvtepi8_epi16(bits_as<__m128i>(read_some<VectorOf<int8_t, kStep>::Type>(w, count)));
+    return _mm256_cvtepi8_epi16(
+        bits_as<__m128i>(read_some<VectorOf<int8_t, kStep>::Type>(w, count)));
   }
   static Sum dot(Sum sum, XVector x, WVector w) {
     // As assembly for the same reason as in dot512.h.

@@ -9,11 +9,11 @@ namespace sqk {
 
 // From the slowest to the fastest. A level's code is `level_<name>.cpp`, which alone is compiled
 // with its instructions (tools/build/cpu.py).
-#define SQK_CPU_LEVELS(X)         \
-  X(Portable, portable)           \
-  X(Avx2, avx2)                   \
-  X(AvxVnni, avx_vnni)            \
-  X(Avx512Vnni, avx512_vnni)      \
+#define SQK_CPU_LEVELS(X)    \
+  X(Portable, portable)      \
+  X(Avx2, avx2)              \
+  X(AvxVnni, avx_vnni)       \
+  X(Avx512Vnni, avx512_vnni) \
   X(Amx, amx)
 
 #define SQK_ENUMERATOR(level, text) k##level,

@@ -163,10 +163,10 @@ inline void finish_row(const Block& block, const int32_t* sums, const int32_t* e
     } else {
       if (p.residual != nullptr) {
         v = v + visit_float(p.residual_dtype, [&](auto type) {
-          constexpr DType kResidual = decltype(type)::value;
-          const char* residual = row_of<kResidual>(p.residual, p.residual_stride, m);
-          return load_lanes<kResidual>(residual, n, count);
-        });
+              constexpr DType kResidual = decltype(type)::value;
+              const char* residual = row_of<kResidual>(p.residual, p.residual_stride, m);
+              return load_lanes<kResidual>(residual, n, count);
+            });
       }
       store_lanes<kDType>(y, n, v, count);
     }

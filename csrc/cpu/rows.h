@@ -10,8 +10,8 @@ inline double sum_of(const float* v, int64_t k, const F& f) {
   Doubles low = {}, high = {};
   for (int64_t i = 0; i < k; i += kLanes) {
     low += f(__builtin_convertvector(read<HalfFloats>(v + i), Doubles), i);
-    high += f(__builtin_convertvector(read<HalfFloats>(v + i + kHalfLanes), Doubles),
-              i + kHalfLanes);
+    high +=
+        f(__builtin_convertvector(read<HalfFloats>(v + i + kHalfLanes), Doubles), i + kHalfLanes);
   }
   const Doubles both = low + high;
   double total = 0;
@@ -20,9 +20,8 @@ inline double sum_of(const float* v, int64_t k, const F& f) {
 }
 
 inline Floats load_parameter(DType dtype, const void* from, int64_t i, int64_t count) {
-  return visit_float(dtype, [&](auto type) {
-    return load_some<decltype(type)::value>(from, i, count);
-  });
+  return visit_float(dtype,
+                     [&](auto type) { return load_some<decltype(type)::value>(from, i, count); });
 }
 
 inline void apply_norm(const QuantizeParams& p, float* v) {
@@ -173,8 +172,7 @@ inline void load_row(const QuantizeParams& p, int64_t row, float* v) {
   const char* residual = row_of<kDType>(p.residual, p.residual_stride, row);
   char* sum = const_cast<char*>(row_of<kDType>(p.sum, p.sum_stride, row));
   for_vectors(p.k, [&](int64_t i, auto count) {
-    const Floats added =
-        load_lanes<kDType>(x, i, count) + load_lanes<kDType>(residual, i, count);
+    const Floats added = load_lanes<kDType>(x, i, count) + load_lanes<kDType>(residual, i, count);
     store_lanes<kDType>(sum, i, added, count);
     write(v + i, load_lanes<kDType>(sum, i, count));
   });

@@ -54,7 +54,7 @@ inline void write_some(void* to, const Vector& v, int64_t count) {
   __builtin_memcpy(to, &v, static_cast<size_t>(count) * sizeof(v[0]));
 }
 
-inline Floats broadcast(float value) { return Floats{} + value; }
+inline Floats broadcast(float value) { return value - Floats{}; }  // keeps -0
 inline Ints broadcast_int(int32_t value) { return Ints{} + value; }
 
 inline Floats magnitude(Floats v) {
@@ -215,8 +215,8 @@ inline Bytes round_small(Floats v) {
   const __m256i first = _mm256_shuffle_epi8(
       bits_as<__m256i>(bits), _mm256_broadcastsi128_si256(_mm_setr_epi8(
                                   0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1)));
-  const __m128i both = _mm_unpacklo_epi32(_mm256_castsi256_si128(first),
-                                          _mm256_extracti128_si256(first, 1));
+  const __m128i both =
+      _mm_unpacklo_epi32(_mm256_castsi256_si128(first), _mm256_extracti128_si256(first, 1));
   return bits_as<Bytes>(_mm_cvtsi128_si64(both));
 #else
   return __builtin_convertvector(bits, Bytes);

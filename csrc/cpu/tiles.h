@@ -1,11 +1,11 @@
 // The GEMM of a block of packed rows on the tile registers. Included by level_amx.cpp only, in an
 // anonymous namespace, after panels.h.
 
-constexpr int64_t kTileRows = 16;      // rows of the weight, or tokens
-constexpr int64_t kTileBytes = 64;     // channels of a tile
+constexpr int64_t kTileRows = 16;   // rows of the weight, or tokens
+constexpr int64_t kTileBytes = 64;  // channels of a tile
 constexpr int64_t kTileSize = kTileRows * kTileBytes;
 constexpr int64_t kLeastTileRows = 8;
-constexpr int kTilesWide = 2;          // of the weight, and of the activations, at a time
+constexpr int kTilesWide = 2;  // of the weight, and of the activations, at a time
 constexpr int64_t kTileColumns = kTilesWide * kTileRows;
 static_assert(kTileColumns <= kPanel);
 
@@ -42,8 +42,8 @@ inline void pack_tiles(const int8_t* x_q, int64_t stride, int64_t rows, int64_t 
   for (int64_t at = 0; at < packed_row(k); at += kTileBytes) {
     __m512i tokens[16], channels[16];
     for (int64_t row = 0; row < kTileRows; ++row) {
-      tokens[row] = row < rows ? _mm512_loadu_si512(x_q + row * stride + at)
-                               : _mm512_setzero_si512();
+      tokens[row] =
+          row < rows ? _mm512_loadu_si512(x_q + row * stride + at) : _mm512_setzero_si512();
     }
     transpose(tokens, channels);
     for (int i = 0; i < 16; ++i) _mm512_storeu_si512(packed + at * kTileRows + 64 * i, channels[i]);

@@ -104,11 +104,23 @@ def test_columns_say_what_they_say() -> None:
     assert bench_model.means([row])["decode"]["float16"] == 1.6
 
 
+def test_an_int8_head_has_a_row_of_its_own() -> None:
+    models = bench_model.Models(LLAMA, 2, CPU)
+    made = models.variants("transformers")
+    made.setdefault(stacks.INT8_HEAD, made[stacks.INT8])
+    float_head, int8_head = bench_model.measure(DECODE, models, 0.0)
+    assert (float_head["head"], int8_head["head"]) == ("float", "int8")
+    assert float_head["float32_us"] == int8_head["float32_us"]  # of the same turns
+    assert int8_head["vs_float32"] == pytest.approx(int8_head["float32_us"] / int8_head["us"])
+    assert "int8  head" in bench_model.line(int8_head)
+
+
 def test_the_cpu_form(tmp_path: Path, capsys: Any) -> None:
     file = tmp_path / "model.json"
     command = ["--device", "cpu", "--quick", "--json", str(file), "--resume"]
     assert bench_model.run(bench_model.parse(command)) == 0
     rows = json.loads(file.read_text())["rows"]
+    rows = [row for row in rows if row["head"] == "float"]
     assert [(r["runtime"], r["phase"], r["layers"]) for r in rows] == [
         (runtime, phase, 2) for runtime in stacks.RUNTIMES for phase in ("prefill", "decode")
     ]

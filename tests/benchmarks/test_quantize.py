@@ -127,6 +127,20 @@ def test_a_compiler_that_fails_leaves_a_reason(
     assert "- compiled" in text and "not compiled in 6 cases: no compiler here" in text
 
 
+def test_a_rotation_is_compared_with_none_on_a_cpu() -> None:
+    rotated = bench.measure(case("quantize", m=4, k=64, rotation=16), CPU, 0.0, bench.Compiler("none", 1))  # fmt: skip
+    assert rotated["vs_unrotated"] == pytest.approx(rotated["unrotated_us"] / rotated["us"])
+    assert "x unrotated" in bench.line(rotated) and "unrotated" in bench.geomeans([rotated])["all"]
+    plain = bench.measure(case("quantize", m=4, k=64), CPU, 0.0, bench.Compiler("none", 1))
+    assert "vs_unrotated" not in plain
+
+
+def test_a_cpu_measures_its_own_shapes_and_rehearses_toys() -> None:
+    real, toys = (bench.parse(["--device", "cpu", *more]) for more in ([], ["--quick"]))
+    assert real.dtypes == [torch.float32] and 4096 in real.hidden and real.rotation[0] == 256
+    assert max(toys.hidden) < 1000 and torch.float32 not in toys.dtypes
+
+
 def test_the_columns_add_up() -> None:
     this = case(m=2048, k=4096)
     moved, times = producers.bytes_moved(this), {"op": 12.5, "copy": 13.0, "eager": 40.0}

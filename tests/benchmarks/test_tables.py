@@ -190,6 +190,61 @@ def test_a_cpu_says_so(results: Path) -> None:
     assert table("gpu_model") == "Not measured yet.\n"
 
 
+def cpu_row(m: int, **more: Any) -> dict[str, Any]:
+    row = {"layer": "LLaMA-7B up", "N": 11008, "K": 4096, "M": m, "int8_us": 1234.5, "gops": 99.6}
+    return row | {"vs_float32": 2.5, "vs_bfloat16": 1.25} | more
+
+
+CPU_MACHINE = {"cuda": None, "capability": "AVX512", "int8_mode": "avx512_vnni", "threads": 1}
+
+
+def test_layers_on_a_cpu_have_the_columns_that_the_file_has(results: Path) -> None:
+    write(
+        results / "epyc_2026-11-23", "linear_cpu.json", [cpu_row(1)], **CPU_MACHINE
+    )  # an older file
+    old = ["layer", "N x K", "M", "W8A8Linear us", "GOPS", "vs float32", "vs bfloat16"]
+    values = ["LLaMA-7B up", "11008 x 4096", "1", "1,234", "100", "2.50x", "1.25x"]
+    assert cells(table("cpu_linear")) == [old, values]
+    assert "int8 mode `avx512_vnni`, 1 thread, torch 2.11.0; medians" in table("cpu_linear")
+    assert table("cpu_linear_means") == "Not measured yet.\n"
+
+    peers = {"vs_onnxruntime": 1.5, "vs_vllm_bfloat16": 1.75, "vs_best_peer": 1.5}
+    new = [cpu_row(1, ghz=2.5, peak_share=0.125, **peers), cpu_row(16, vllm_missing="wrong")]
+    path = write(
+        results / "xeon_2026-12-01", "linear_cpu.json", new, isa="avx512_vnni",
+        peers={"int8": "torch 2", "onnxruntime": "onnxruntime 1.32.0"}, missing={"vllm": "not here"},
+        environment={"OMP_NUM_THREADS": "1"}, command="python -m a --python vllm=/b/python --json c", **CPU_MACHINE,
+    )  # fmt: skip
+    text = table("cpu_linear")
+    assert (
+        "kept to AVX512-VNNI, AMX refused, `OMP_NUM_THREADS=1`, 2.5 to 2.5 GHz in the run" in text
+    )
+    assert (
+        "`python -m a --json c`. onnxruntime: onnxruntime 1.32.0. Not timed: vllm (not here)."
+        in text
+    )
+    header, first, second = cells(text)
+    assert header[5:8] == ["of the peak", "vs float32", "vs bfloat16"]
+    assert header[8:] == ["vs onnxruntime", "vs vllm bfloat16", "vs the best peer"]
+    assert first[5:] == ["12 %", "2.50x", "1.25x", "1.50x", "1.75x", "1.50x"]
+    assert second[5:] == ["-", "2.50x", "1.25x", "-", "-", "-"]
+    data = json.loads(path.read_text())
+    data["geomeans"] = {"large, M = 1": {"cases": 1, "float32": 2.5, "best_peer": 1.5}}
+    path.write_text(json.dumps(data))
+    header, means = cells(table("cpu_linear_means"))
+    assert means == ["large, M = 1", "1", "2.50x", "-", "-", "-", "1.50x"]
+    assert header[-1] == "vs best peer"
+
+
+def test_rotations_on_a_cpu(results: Path) -> None:
+    more = {"dtype": "float32", "vs_eager": 2.0, "vs_unrotated": 0.75}
+    rows = [row | more | {"rotation": rotation} for row in QUANTIZE for rotation in (0, 256)]
+    write(results / "epyc_2026-11-30", "quantize_cpu.json", rows, cuda=None, threads=1)
+    found = cells(table("cpu_quantize"))[1:]
+    assert [line[:4] for line in found] == [["quantize float32", "4096", "256", m] for m in ("1", "2048")]  # fmt: skip
+    assert [line[-3:] for line in found] == [["0.40x", "2.00x", "0.75x"], ["0.96x", "2.00x", "0.75x"]]  # fmt: skip
+
+
 def test_an_unpredicted_gpu_has_no_prediction(results: Path) -> None:
     write(results / "x_2026-11-30", "gemm.json", GEMM, device="NVIDIA X1")
     if tables.planner.available():

@@ -27,9 +27,7 @@ using sqk::Status;
 
 std::mt19937 random_bits;
 
-int64_t pick(std::initializer_list<int64_t> of) {
-  return of.begin()[random_bits() % of.size()];
-}
+int64_t pick(std::initializer_list<int64_t> of) { return of.begin()[random_bits() % of.size()]; }
 bool chance(int percent) { return static_cast<int>(random_bits() % 100) < percent; }
 float normal() { return std::normal_distribution<float>()(random_bits); }
 int8_t any_int8() { return static_cast<int8_t>(random_bits() % 256); }
@@ -67,8 +65,8 @@ float act(Producer producer, float x) {
     case Producer::kGelu:
       return static_cast<float>(t * 0.5 * (1 + std::erf(t * std::sqrt(0.5))));
     case Producer::kGeluTanh:
-      return static_cast<float>(
-          0.5 * t * (1 + std::tanh(std::sqrt(2 / M_PI) * (t + 0.044715 * t * t * t))));
+      return static_cast<float>(0.5 * t *
+                                (1 + std::tanh(std::sqrt(2 / M_PI) * (t + 0.044715 * t * t * t))));
     default:
       return static_cast<float>(t / (1 + std::exp(-t)));
   }
@@ -146,8 +144,7 @@ std::vector<float> values_of(const Problem& p, int64_t row) {
       mean /= static_cast<double>(p.k);
     }
     for (float x : v) squares += (x - mean) * (x - mean);
-    const auto rstd =
-        static_cast<float>(1 / std::sqrt(squares / static_cast<double>(p.k) + 1e-5));
+    const auto rstd = static_cast<float>(1 / std::sqrt(squares / static_cast<double>(p.k) + 1e-5));
     for (int64_t i = 0; i < p.k; ++i) {
       v[i] = (v[i] - static_cast<float>(mean)) * rstd;
       if (!p.weight.empty()) v[i] *= p.weight[i];
@@ -292,13 +289,13 @@ void compare(const char* what, const Problem& p, int level, int64_t threads,
   for (size_t i = 0; i < wanted.size(); ++i) {
     if (same(static_cast<float>(found[i]), wanted[i])) continue;
     if (++failures <= 10) {
-      std::printf("%s at level %s, %d threads, M %d N %d K %d, %s, scheme %d, rotation %d: element "
-                  "%d is %g, not %g\n",
-                  what, sqk_cpu_level_name(level), static_cast<int>(threads), static_cast<int>(p.m),
-                  static_cast<int>(p.n), static_cast<int>(p.k),
-                  sqk::kProducerNames[static_cast<int>(p.producer)], static_cast<int>(p.scheme),
-                  p.rotation, static_cast<int>(i), static_cast<double>(found[i]),
-                  static_cast<double>(wanted[i]));
+      std::printf(
+          "%s at level %s, %d threads, M %d N %d K %d, %s, scheme %d, rotation %d: element "
+          "%d is %g, not %g\n",
+          what, sqk_cpu_level_name(level), static_cast<int>(threads), static_cast<int>(p.m),
+          static_cast<int>(p.n), static_cast<int>(p.k),
+          sqk::kProducerNames[static_cast<int>(p.producer)], static_cast<int>(p.scheme), p.rotation,
+          static_cast<int>(i), static_cast<double>(found[i]), static_cast<double>(wanted[i]));
     }
     return;
   }
