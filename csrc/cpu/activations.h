@@ -1,7 +1,7 @@
 // Activation functions in float64, whose results are rounded once. Included by the files of the
 // levels only, in an anonymous namespace, after simd.h.
 
-using Longs = VectorOf<int64_t, kHalfLanes>::Type;
+using Longs = VectorOf<uint64_t, kHalfLanes>::Type;  // wrap around
 
 inline Doubles multiply_add(Doubles a, Doubles b, Doubles c) {
 #if defined(__AVX512F__)

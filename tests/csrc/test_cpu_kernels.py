@@ -182,7 +182,7 @@ MUTANTS = {
         "const bool add = done > 0;",
         "const bool add = false;",
         ("level_portable",),
-        "gemm_s8 at level portable",
+        "linear_s8 at level portable",
         "portable",
     ),
     "a tile of the weight ends with other channels": Mutant(

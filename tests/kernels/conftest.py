@@ -10,7 +10,8 @@ import pytest
 from tests.support import backends, c_gemm, compare
 
 
-@pytest.fixture(scope="session")
+# For a module and not longer, because the tests of other folders need the default kernels.
+@pytest.fixture(scope="module")
 def backend(request: pytest.FixtureRequest) -> Iterator[backends.Backend]:
     with backends.started(
         getattr(request, "param", request.config.getoption("--backend"))
@@ -26,7 +27,7 @@ def compiled(backend: backends.Backend) -> backends.Backend:
     return backend
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def library(backend: backends.Backend) -> ctypes.CDLL:
     """The CUDA library with its C entries."""
     if not backend.compiled:
@@ -38,7 +39,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Runs a test that takes `tile` for each tile of the GEMM table, and any test for each backend."""
     names = backends.several(metafunc.config.getoption("--backend"))
     if "backend" in metafunc.fixturenames and len(names) > 1:
-        metafunc.parametrize("backend", names, indirect=True, scope="session")
+        metafunc.parametrize("backend", names, indirect=True, scope="module")
     if "tile" in metafunc.fixturenames:
         rows = backends.gemm_tiles(metafunc.config.getoption("--backend"))
         # SQK_WITHOUT_TILES excludes tiles that must not run.
