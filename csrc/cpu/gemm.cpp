@@ -12,15 +12,15 @@
 namespace sqk {
 namespace {
 
-// A block's packed rows stay in the L2 cache while all of the weight passes by. Processors with
-// tiles have 2 MiB of it, and need more rows for each byte of the weight.
-constexpr int64_t kBlockBytes = 512 << 10, kTileBlockBytes = 1 << 20;
+// A block's packed rows stay in the L2 cache while all of the weight passes by. Interleaved ones
+// are for processors with at least 1 MiB of it, which need more rows for each byte of the weight.
+constexpr int64_t kBlockBytes = 512 << 10, kInterleavedBytes = 768 << 10;
 // Packed rows that wait for the multiplication at the same time.
 constexpr int64_t kWaitingBytes = 8 << 20;
 
 // The sizes and buffers of a call. All are functions of the problem, not of the threads.
 struct Division {
-  bool tiles;
+  bool interleaved;
   int64_t group_bytes;  // of kGroup packed rows
   int64_t block_rows;   // a multiple of kGroup
   int64_t batch_rows;   // rows that are packed before they are multiplied; a multiple of the above
@@ -29,9 +29,9 @@ struct Division {
 
   Division(const Kernels& kernels, int64_t m, int64_t k) {
     const int64_t most = std::min(round_up(m, kGroup), kMostRows);
-    tiles = kernels.wants_tiles(std::min(m, most));
-    group_bytes = kernels.packed_bytes(k, tiles);
-    const int64_t fit = (tiles ? kTileBlockBytes : kBlockBytes) / group_bytes;
+    interleaved = kernels.interleaves(std::min(m, most), k);
+    group_bytes = kernels.packed_bytes(k, interleaved);
+    const int64_t fit = (interleaved ? kInterleavedBytes : kBlockBytes) / group_bytes;
     const int64_t groups = std::clamp(fit, int64_t{1}, most / kGroup);
     const int64_t blocks = divide_up(m, groups * kGroup);
     block_rows = round_up(divide_up(m, blocks), kGroup);
@@ -74,7 +74,7 @@ struct Source {
         std::memset(to + k, 0, static_cast<size_t>(scratch.stride - k));
       }
     }
-    kernels.pack(x_q, stride, rows, k, division.tiles, packed);
+    kernels.pack(x_q, stride, rows, k, division.interleaved, packed);
   }
 };
 
@@ -89,12 +89,13 @@ void multiply_batch(const GemmParams& p, const Kernels& kernels, const Division&
                     cudaStream_t stream) {
   const int64_t blocks = divide_up(rows, division.block_rows);
   const int64_t threads = thread_count(stream);
-  const int64_t most = divide_up(p.n, kernels.columns);
+  const int64_t unit = kernels.columns(division.interleaved);
+  const int64_t most = divide_up(p.n, unit);
   const int64_t ranges = std::min(threads / std::gcd(blocks, threads), most);
   const float inverse = inverse_of_output(p);
   parallel(stream, blocks * ranges, [&](int64_t task) {
     const int64_t start = task / ranges * division.block_rows;
-    const Range columns = Range::of(p.n, kernels.columns, ranges, task % ranges);
+    const Range columns = Range::of(p.n, unit, ranges, task % ranges);
     Block block = {};
     block.gemm = &p;
     block.x = packed + start / kGroup * division.group_bytes;
@@ -104,7 +105,7 @@ void multiply_batch(const GemmParams& p, const Kernels& kernels, const Division&
     block.out_inverse = inverse;
     block.first_column = columns.begin;
     block.last_column = columns.end;
-    kernels.multiply(block, division.tiles);
+    kernels.multiply(block, division.interleaved);
   });
 }
 

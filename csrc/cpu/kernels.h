@@ -29,8 +29,8 @@ struct Block {
   int64_t first_column, last_column;
 };
 
-// The kernels of a level. `tiles`: the form of the packed rows, which both calls must agree on; a
-// level that has only one ignores it.
+// The kernels of a level. `interleaved`: the form of the packed rows, side by side in groups or one
+// after the other. Both calls must agree on it; a level that has only the latter ignores it.
 struct Kernels {
   // Reads row `row`, and computes v before quantization, smoothed and rotated: [k] floats, padded
   // with zeros to a multiple of kVector. Returns the bits of the largest |v|, which are ordered
@@ -40,16 +40,16 @@ struct Kernels {
   // `ordinary`: no value is NaN or rounds beyond 127, which saves two operations.
   void (*round)(const float* v, int64_t count, float inverse, bool ordinary, int8_t* x_q);
   // Bytes of a packed group of kGroup rows.
-  int64_t (*packed_bytes)(int64_t k, bool tiles);
+  int64_t (*packed_bytes)(int64_t k, bool interleaved);
   // Packs up to kGroup rows of k bytes. Every row is readable up to a multiple of kVector.
-  void (*pack)(const int8_t* x_q, int64_t stride, int64_t rows, int64_t k, bool tiles,
+  void (*pack)(const int8_t* x_q, int64_t stride, int64_t rows, int64_t k, bool interleaved,
                uint8_t* packed);
   // y for the rows of a block and the columns [first_column, last_column).
-  void (*multiply)(const Block& block, bool tiles);
-  // Whether blocks of this many rows are faster as tiles.
-  bool (*wants_tiles)(int64_t rows);
+  void (*multiply)(const Block& block, bool interleaved);
+  // Whether blocks of this many rows are faster in that form.
+  bool (*interleaves)(int64_t rows, int64_t k);
   // Columns of a call are a multiple of this, except at the end.
-  int64_t columns;
+  int64_t (*columns)(bool interleaved);
 };
 
 #define SQK_DECLARE(level, text) extern const Kernels kKernels##level;

@@ -41,7 +41,7 @@ namespace {
 }  // namespace sqk
 
 // The table of a level that packs rows in one form.
-#define SQK_LEVEL_WITHOUT_TILES                                                           \
+#define SQK_LEVEL_BY_ROWS                                                                 \
   extern const Kernels SQK_LEVEL;                                                         \
   const Kernels SQK_LEVEL = {                                                             \
       values,                                                                             \
@@ -51,6 +51,6 @@ namespace {
         pack_rows(x_q, stride, rows, k, to);                                              \
       },                                                                                  \
       [](const Block& block, bool) { multiply_rows(block); },                             \
-      [](int64_t) { return false; },                                                      \
-      Dot::kColumns,                                                                      \
+      [](int64_t, int64_t) { return false; },                                             \
+      [](bool) -> int64_t { return Dot::kColumns; },                                      \
   };

@@ -9,9 +9,13 @@
 namespace sqk {
 namespace {
 
+// Each needs those before it.
+// clang-format off
 #include "cpu/dot512.h"
 #include "cpu/panels.h"
+#include "cpu/interleaved.h"
 #include "cpu/tiles.h"
+// clang-format on
 
 }  // namespace
 
@@ -19,13 +23,16 @@ extern const Kernels SQK_LEVEL;
 const Kernels SQK_LEVEL = {
     values,
     round_values,
-    [](int64_t k, bool tiles) { return tiles ? tile_group_bytes(k) : row_bytes(k); },
-    [](const int8_t* x_q, int64_t stride, int64_t rows, int64_t k, bool tiles, uint8_t* to) {
-      tiles ? pack_tiles(x_q, stride, rows, k, to) : pack_rows(x_q, stride, rows, k, to);
+    [](int64_t k, bool interleaved) { return interleaved ? interleaved_bytes(k) : row_bytes(k); },
+    [](const int8_t* x_q, int64_t stride, int64_t rows, int64_t k, bool interleaved, uint8_t* to) {
+      interleaved ? pack_interleaved<0>(x_q, stride, rows, k, to)
+                  : pack_rows(x_q, stride, rows, k, to);
     },
-    [](const Block& block, bool tiles) { tiles ? multiply_tiles(block) : multiply_rows(block); },
+    [](const Block& block, bool interleaved) {
+      interleaved ? multiply_tiles(block) : multiply_rows(block);
+    },
     // A tile takes as long for one token as for 16.
-    [](int64_t rows) { return rows >= kLeastTileRows; },
-    Dot::kColumns,
+    [](int64_t rows, int64_t) { return rows >= kLeastTileRows; },
+    [](bool interleaved) -> int64_t { return interleaved ? kTileColumns : Dot::kColumns; },
 };
 }  // namespace sqk

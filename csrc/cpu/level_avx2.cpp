@@ -41,5 +41,5 @@ struct Dot {
 
 }  // namespace
 
-SQK_LEVEL_WITHOUT_TILES
+SQK_LEVEL_BY_ROWS
 }  // namespace sqk

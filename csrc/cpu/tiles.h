@@ -1,5 +1,5 @@
 // The GEMM of a block of packed rows on the tile registers. Included by level_amx.cpp only, in an
-// anonymous namespace, after panels.h.
+// anonymous namespace, after interleaved.h.
 
 constexpr int64_t kTileRows = 16;   // rows of the weight, or tokens
 constexpr int64_t kTileBytes = 64;  // channels of a tile
@@ -8,47 +8,6 @@ constexpr int64_t kLeastTileRows = 8;
 constexpr int kTilesWide = 2;  // of the weight, and of the activations, at a time
 constexpr int64_t kTileColumns = kTilesWide * kTileRows;
 static_assert(kTileColumns <= kPanel);
-
-inline int64_t tile_group_bytes(int64_t k) { return kGroup * packed_row(k); }
-
-// rows[i][j] = columns[j][i] for 16 x 16 int32.
-inline void transpose(const __m512i (&columns)[16], __m512i (&rows)[16]) {
-  __m512i a[16], b[16];
-  for (int i = 0; i < 16; i += 2) {
-    a[i] = _mm512_unpacklo_epi32(columns[i], columns[i + 1]);
-    a[i + 1] = _mm512_unpackhi_epi32(columns[i], columns[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4) {
-    b[i] = _mm512_unpacklo_epi64(a[i], a[i + 2]);
-    b[i + 1] = _mm512_unpackhi_epi64(a[i], a[i + 2]);
-    b[i + 2] = _mm512_unpacklo_epi64(a[i + 1], a[i + 3]);
-    b[i + 3] = _mm512_unpackhi_epi64(a[i + 1], a[i + 3]);
-  }
-  for (int i = 0; i < 4; ++i) {
-    a[i] = _mm512_shuffle_i32x4(b[i], b[i + 4], 0x88);
-    a[i + 4] = _mm512_shuffle_i32x4(b[i], b[i + 4], 0xdd);
-    a[i + 8] = _mm512_shuffle_i32x4(b[i + 8], b[i + 12], 0x88);
-    a[i + 12] = _mm512_shuffle_i32x4(b[i + 8], b[i + 12], 0xdd);
-  }
-  for (int i = 0; i < 8; ++i) {
-    rows[i] = _mm512_shuffle_i32x4(a[i], a[i + 8], 0x88);
-    rows[i + 8] = _mm512_shuffle_i32x4(a[i], a[i + 8], 0xdd);
-  }
-}
-
-// Packs 16 tokens: for each 64 channels a tile of 16 rows, each of 4 channels of all tokens.
-inline void pack_tiles(const int8_t* x_q, int64_t stride, int64_t rows, int64_t k,
-                       uint8_t* packed) {
-  for (int64_t at = 0; at < packed_row(k); at += kTileBytes) {
-    __m512i tokens[16], channels[16];
-    for (int64_t row = 0; row < kTileRows; ++row) {
-      tokens[row] =
-          row < rows ? _mm512_loadu_si512(x_q + row * stride + at) : _mm512_setzero_si512();
-    }
-    transpose(tokens, channels);
-    for (int i = 0; i < 16; ++i) _mm512_storeu_si512(packed + at * kTileRows + 64 * i, channels[i]);
-  }
-}
 
 // The shapes of the 8 tile registers: 0 to 3 sums, 4 and 5 the weight, 6 and 7 activations.
 struct alignas(64) TileShapes {
@@ -102,7 +61,7 @@ inline void multiply_tile_corner(const int8_t* w, int64_t w_stride, const Weight
   if constexpr (kTokens > 1) _tile_zero(1);
   if constexpr (kWeights > 1) _tile_zero(2);
   if constexpr (kWeights > 1 && kTokens > 1) _tile_zero(3);
-  const uint8_t* const x_next = x + tile_group_bytes(k);
+  const uint8_t* const x_next = x + interleaved_bytes(k);
   const auto step = [&](const int8_t* weight, int64_t stride, int64_t at) {
     _tile_loadd(6, x + at * kTileRows, 64);
     _tile_loadd(4, weight, stride);
@@ -151,7 +110,7 @@ inline void multiply_tile_columns(const Block& block, const int8_t* w, int64_t f
   const GemmParams& p = *block.gemm;
   const WeightTail tail(w, p.w_q_stride, columns, p.k);
   for (int64_t row = 0; row < block.rows; row += 2 * kTileRows) {
-    const uint8_t* x = block.x + row / kGroup * tile_group_bytes(p.k);
+    const uint8_t* x = block.x + row / kGroup * interleaved_bytes(p.k);
     const int64_t left = block.rows - row, rows = left < 2 * kTileRows ? left : 2 * kTileRows;
     const int64_t done = row / (2 * kTileRows) * kTileAhead;
     const int8_t* ahead = w + (kTileColumns + done) * p.w_q_stride;

@@ -116,7 +116,7 @@ def runs(program: Path, seed: int, problems: int, *level: str) -> subprocess.Com
 
 
 @pytest.mark.parametrize(
-    ("name", "seed", "problems"), [("plain", 1, 600), ("address", 2, 150), ("thread", 3, 40)]
+    ("name", "seed", "problems"), [("plain", 1, 300), ("address", 2, 60), ("thread", 3, 30)]
 )
 def test_all_levels_equal_the_specification(
     build: Callable[[str], Built], name: str, seed: int, problems: int
