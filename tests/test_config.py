@@ -49,6 +49,7 @@ configs = st.builds(
     only_where_better=st.booleans(),
     verify_tolerance=st.none() | st.floats(0, 1, exclude_max=True),
     skip=st.lists(st.text(max_size=8), max_size=3),
+    quantize_head=st.booleans(),
     calibration_tokens=st.integers(1, 2**60),
     calibration_window=st.integers(1, 2**20),
 )
@@ -76,7 +77,7 @@ REFUSED: list[tuple[str, Any, str]] = [
     *[("alpha", v, "alpha must be a number in [0, 1]") for v in ("0.5", True, [0.5])],
     *[
         (name, v, f"{name} must be true or false")
-        for name in ("smooth", "only_where_better")
+        for name in ("smooth", "only_where_better", "quantize_head")
         for v in ("yes", None, 1)
     ],
     *[

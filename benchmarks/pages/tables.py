@@ -109,6 +109,11 @@ def accuracy(data: Data, part: str, key: str | None = None) -> str:
     return caption + markdown(header, body, left=3 if key else 2)
 
 
+def accuracy_schemes(data: Data) -> str:
+    """The schemes and, if it was measured, the int8 output head."""
+    return accuracy(data | {"schemes": [*data["schemes"], *data.get("head", [])]}, "schemes")
+
+
 SHORT = ("naive W8A8", "SmoothQuant W8A8", "smoothed and rotated W8A8")
 
 
@@ -250,7 +255,7 @@ def gpu_predicted(data: Data) -> str | None:
 
 ANYTHING = captioned(result_tables.anything)
 TABLES: dict[str, Callable[[], str | None]] = {
-    "accuracy": measured("accuracy.json", lambda data: accuracy(data, "schemes")),
+    "accuracy": measured("accuracy.json", accuracy_schemes),
     "rotation": measured("accuracy.json", lambda data: accuracy(data, "rotation", "rotation")),
     "accuracy_short": measured("accuracy.json", accuracy_short),
     "alpha": measured("accuracy.json", lambda data: accuracy(data, "alpha", "alpha")),

@@ -21,11 +21,15 @@ def checkpoint_bytes(
     seen: set[int] = set()
     size = _SPARE
     for module in model.modules():
-        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-            if id(tensor) not in seen:
+        name = names.get(id(module))
+        for key, tensor in (
+            *module.named_parameters(recurse=False),
+            *module.named_buffers(recurse=False),
+        ):
+            # The float weight of a quantized layer is stored only if another module shares it.
+            if id(tensor) not in seen and not (name is not None and key == "weight"):
                 seen.add(id(tensor))
                 size += tensor.numel() * tensor.element_size()
-        if (name := names.get(id(module))) is not None:
-            weight = weight_of(module)
-            size += choose(name, module, config).nbytes(*weight.shape) - weight.nbytes
+        if name is not None:
+            size += choose(name, module, config).nbytes(*weight_of(module).shape)
     return size

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from smoothquant_kernels.checkpoint.manifest import Manifest
+from smoothquant_kernels.checkpoint.ties import keep_heads_apart
 from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.modeling.changes import replace_module
 from smoothquant_kernels.nn import kinds
@@ -219,19 +220,22 @@ def install(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
     """Puts the replaced modules into the model."""
     for name, new in modules.items():
         replace_module(model, name, new.train(model.training))
+    for module, attribute, ties in keep_heads_apart(model):
+        setattr(module, attribute, ties)
 
 
 def check_scales(tensors: Mapping[str, Tensor], modules: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raises SmoothQuantError unless every scale and smoothing factor is positive and finite."""
-    scales = [
-        f"{name}.{scale}"
+    """Raises SmoothQuantError unless every scale and factor is positive and finite, or 0 for a weight's channel."""
+    scales = {
+        f"{name}.{scale}": scale in kind.weight_scales
         for name, arguments in modules.items()
         if (kind := kinds.named(arguments["class"])) is not None
         for scale in kind.scales
-    ]
-    for name in scales:
+    }
+    for name, of_weight in scales.items():
         t = tensors.get(name)
-        if t is not None and not bool(((t > 0) & t.isfinite()).all()):
+        if t is not None and not bool(((t >= 0 if of_weight else t > 0) & t.isfinite()).all()):
+            wrong = "negative" if of_weight else "not positive"
             raise SmoothQuantError(
-                f"{name} has a value that is NaN, infinite or not positive: quantize the model again."
+                f"{name} has a value that is NaN, infinite or {wrong}: quantize the model again."
             )

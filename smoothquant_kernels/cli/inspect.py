@@ -250,6 +250,8 @@ def describe_config(document: Document) -> str:
     text = f"activations {scheme}, weights per {config.get('weight_granularity')}"
     if config.get("weight_rounding") == "gptq":
         text += " by GPTQ"
+    if config.get("quantize_head"):
+        text += ", output head too"
     sizes = sorted({g["rotation"] for g in document["groups"] if g["rotation"]})
     if sizes:
         text += f", rotated by {' and '.join(map(str, sizes))}"

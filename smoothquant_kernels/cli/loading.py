@@ -34,6 +34,7 @@ def changed_settings(
     rotation: str | int | None,
     scheme: str | None,
     skip: list[str] | None,
+    quantize_head: bool,
     no_smooth: bool,
     **others: Any,
 ) -> Document:
@@ -43,6 +44,7 @@ def changed_settings(
         "rotation": int(str(rotation)) if str(rotation).isdecimal() else rotation,
         "activation_scheme": scheme,
         "skip": tuple(skip) if skip else None,
+        "quantize_head": True if quantize_head else None,
         "smooth": False if no_smooth else None,
     }
     return {name: value for name, value in changes.items() if value is not None}

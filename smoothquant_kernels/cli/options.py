@@ -146,6 +146,13 @@ Skip = Annotated[
         metavar="PATTERN", help="Layers that stay in float, e.g. '*.o_proj'; may be repeated."
     ),
 ]
+QuantizeHead = Annotated[
+    bool,
+    typer.Option(
+        "--quantize-head",
+        help="The output head in int8 too, with a scale per token: for small models, where it takes much of the time.",
+    ),
+]
 Config = Annotated[
     Path | None,
     typer.Option(

@@ -91,7 +91,7 @@ def work(
     with quiet_stderr():
         plain: Any = load_model(source, dtype=float_type)
     model: nn.Module = plain.to(where)
-    view = ModelView(model, config.skip)
+    view = ModelView(model, config.skip, config.quantize_head)
     linears, skipped = view.linears, view.skipped
     check_finite_weights(linears)  # before the calibration, which can take a long time
     before = {"model": tensor_bytes(model), "linears": linear_bytes(model, list(skipped))}

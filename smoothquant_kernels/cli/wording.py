@@ -11,6 +11,7 @@ OPTIONS = {
     "rotation": "--rotation",
     "calibration_tokens": "--calibration-tokens",
     "max_tokens": "--max-tokens",
+    "quantize_head": "--quantize-head",
     "skip": "--skip",
     "smooth_rounding": "--smooth-rounding",
     "weight_granularity": "--weight-granularity",
@@ -56,7 +57,7 @@ _TABLE = (
     ("; pass a text itself as [text]", ""),
     (", or call quantize_model to go on with these", ""),
 )
-_SETTING = re.compile(rf"^({'|'.join(OPTIONS)})(?= must be )")
+_SETTING = re.compile(rf"^({'|'.join(OPTIONS)})(?= must be |: )")
 
 
 def for_command_line(sentence: str) -> str:

@@ -232,9 +232,9 @@ def _is_too_long(model: nn.Module, batch: Batch) -> str | None:
     )
 
 
-def run_checked(model: nn.Module, batch: Batch) -> Any:
-    """Calls `run` without the logits, with its errors `explained`."""
-    return explained(model, batch, lambda: run(model, batch, logits=False))
+def run_checked(model: nn.Module, batch: Batch, *, logits: bool = False) -> Any:
+    """Calls `run`, without the logits by default, with its errors `explained`."""
+    return explained(model, batch, lambda: run(model, batch, logits=logits))
 
 
 def explained(model: nn.Module, batch: Batch, call: Callable[[], Any]) -> Any:

@@ -43,15 +43,18 @@ class _Seen:
     uses: dict[str, str] = field(default_factory=dict)  # full reasons
 
 
-def stays_in_float(view: ModelView, linears: Iterable[str], batch: Batch | None) -> dict[str, str]:
+def stays_in_float(
+    view: ModelView, linears: Iterable[str], batch: Batch | None, *, part: bool = False
+) -> dict[str, str]:
     """Returns name -> reason for linears that must be neither quantized nor scaled, whatever they look like.
 
     Args:
         linears: names to check.
         batch: a small batch, as for `find_groups`; None if the model cannot be run.
+        part: whether the linears are only a part of those of a model.
 
     Raises:
-        SmoothQuantError: no linear is left to quantize.
+        SmoothQuantError: no linear is left to quantize, unless this is only a part of the model.
     """
     model = view.model
     names = {model.get_submodule(name): name for name in linears}
@@ -72,7 +75,7 @@ def stays_in_float(view: ModelView, linears: Iterable[str], batch: Batch | None)
         why = f"{seen.selects[name]} reads its output" if name in seen.selects else by_name
         if why is not None:
             found.setdefault(name, Reason.SELECTS(why))
-    if names and len(found) == len(names):
+    if names and len(found) == len(names) and not part:
         name, reason = next(iter(found.items()))
         raise SmoothQuantError(
             f"no linear layer to quantize in {type(model).__name__}: all {len(found)} must stay in float "
@@ -85,7 +88,10 @@ def _watch(view: ModelView, names: dict[nn.Module, str], batch: Batch) -> _Seen:
     """Runs the model once and watches every operation. Reports nothing if an operator cannot be watched."""
     model = view.model
     marks = {name: 1 << i for i, name in enumerate(names.values())}
-    readers = Readers({module: marks[name] for module, name in names.items()})
+    owners = {module: marks[name] for module, name in names.items()}
+    # An embedding that is tied to an output head stays in float, so it may read the weight.
+    tied = _sharers(view, view.int8_heads).values()
+    readers = Readers(owners | {module: 0 for module in tied if module not in owners})
     selectors = Selectors(model)
     # reads by a module that shares a linear's parameter are reads of its own
     modules = {name: module for module, name in names.items()} | _sharers(view, names.values())
@@ -122,7 +128,7 @@ def _watch(view: ModelView, names: dict[nn.Module, str], batch: Batch) -> _Seen:
             seen.read[name] = reason.partition(" ")[0]
         if (chooser := selectors.found.get(mark)) is not None:
             seen.selects[name] = chooser
-    seen.uses = uses | _first_parameters(asking, names)
+    seen.uses = uses | _first_parameters(asking, names, view)
     return seen
 
 
@@ -154,10 +160,17 @@ def _asking(model: nn.Module) -> Iterator[dict[nn.Module, None]]:
 
 
 def _first_parameters(
-    asking: Iterable[nn.Module], names: Mapping[nn.Module, str]
+    asking: Iterable[nn.Module], names: Mapping[nn.Module, str], view: ModelView
 ) -> dict[str, str]:
     """Linears that hold a module's first parameter, unless its first one outside the linears has the same dtype."""
-    owners = {p: name for module, name in names.items() for p in module.parameters(recurse=False)}
+    tied = _sharers(view, view.int8_heads).values()
+    kept = {p for module in tied for p in module.parameters(recurse=False)}
+    owners = {
+        p: name
+        for module, name in names.items()
+        for p in module.parameters(recurse=False)
+        if p not in kept
+    }
     found: dict[str, str] = {}
     for module in asking:
         parameters = list(module.parameters())

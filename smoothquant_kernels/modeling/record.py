@@ -32,6 +32,7 @@ class Reason(Enum):
     NO_GAIN = "int8 error {:.2%} on the sample, {:.2%} if smoothed"
     WEIGHT_SHARED = "its weight is also {}"
     NEVER_CALLED = "never called during calibration"
+    HEAD = "the output head is never folded"
     SMOOTHING_OFF = "smoothing is switched off"
     NOT_SMOOTHED = "not smoothed"
     # For a layer whose group has no producer.

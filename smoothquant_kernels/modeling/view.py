@@ -30,6 +30,7 @@ class ModelView:
 
     Attributes:
         skip: patterns for the names of layers that stay in float.
+        quantize_head: whether output heads are among the linears to quantize.
 
     Raises:
         SmoothQuantError: by `linears` and `skipped`, if there is no linear layer to quantize, or if another tool has
@@ -38,6 +39,7 @@ class ModelView:
 
     model: nn.Module
     skip: tuple[str, ...] = ()
+    quantize_head: bool = False
 
     @property
     def linears(self) -> Mapping[str, nn.Module]:
@@ -51,12 +53,20 @@ class ModelView:
 
     @cached_property
     def heads(self) -> set[str]:
-        """Names of the modules that turn hidden states into logits. They stay in float, as in the paper."""
+        """Names of the modules that turn hidden states into logits: `get_output_embeddings`, or named lm_head.
+
+        They stay in float, as in the paper, without `quantize_head`. A classifier (`score`) is a linear like others.
+        """
         getter: Any = getattr(self.model, "get_output_embeddings", None)
         head = None if getter is None else getter()
         modules = list(self.model.named_modules())
         names = {name for name, module in modules if head is not None and module is head}
         return names | {name for name, _ in modules if name.rsplit(".", 1)[-1] == "lm_head"}
+
+    @cached_property
+    def int8_heads(self) -> frozenset[str]:
+        """The heads among the linears to quantize."""
+        return frozenset(self.heads & self.linears.keys()) if self.quantize_head else frozenset()
 
     @cached_property
     def shared(self) -> dict[str, list[str]]:
@@ -100,7 +110,7 @@ def _partition(view: ModelView) -> tuple[dict[str, nn.Module], dict[str, str]]:
         pattern = next((p for p in view.skip if fnmatch.fnmatchcase(name, p)), None)
         if pattern is not None:
             skipped[name] = Reason.SKIP_PATTERN(pattern)
-        elif name in heads:
+        elif name in heads and not view.quantize_head:
             skipped[name] = Reason.OUTPUT_HEAD()
         elif (attached := keeps_float(module)) is not None:
             skipped[name] = Reason.ATTACHED(attached)

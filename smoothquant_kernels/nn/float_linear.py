@@ -52,6 +52,16 @@ def is_float_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
+#: A float32 copy of more elements than this is made in parts.
+_PART = 1 << 26
+
+
+def in_parts(weight: Tensor) -> tuple[Tensor, ...]:
+    """Splits a weight [N, K] by rows, so that temporary copies of a large one (an output head) stay small."""
+    parts: tuple[Tensor, ...] = weight.split(max(1, _PART // max(1, weight.shape[1])))
+    return parts
+
+
 def weight_of(module: nn.Module) -> Tensor:
     """The weight as [N, K]. For `Conv1D` it is a view, so a write to it changes the module."""
     if not is_float_linear(module):

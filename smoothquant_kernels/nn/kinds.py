@@ -47,6 +47,7 @@ class Kind(ABC, Generic[Layer]):
         layer: the class. It is not an `nn.Linear`, has the attribute `bias` (None without one), and keeps all of its
             data in its state dict.
         scales: entries of the state dict that a checkpoint refuses unless every value is positive and finite.
+        weight_scales: those of them that may be 0, for a channel of zeros (padding of a vocabulary, for example).
         markers: entries that the state dict adds to the layer's tensors. Checkpoints omit them, and a layer on the
             meta device adds none.
         defaults: arguments that manifests of earlier releases lack, with their values.
@@ -54,6 +55,7 @@ class Kind(ABC, Generic[Layer]):
 
     layer: type[Layer]
     scales: tuple[str, ...] = ()
+    weight_scales: tuple[str, ...] = ()
     markers: tuple[str, ...] = ()
     defaults: ClassVar[Mapping[str, Any]] = {}
 

@@ -23,7 +23,8 @@ from smoothquant_kernels.nn.operands import (
     packed_rows,
     wants_aligned_rows,
 )
-from smoothquant_kernels.nn.rounding import round_weight
+from smoothquant_kernels.nn.own_weight import OwnWeight
+from smoothquant_kernels.nn.rounding import int8_weight
 from smoothquant_kernels.ops.checks import FLOATS, fits_rotation, type_name
 from smoothquant_kernels.ops.rotate import rotated_weight
 from smoothquant_kernels.schemes import ACTIVATION_SCHEMES, WEIGHT_GRANULARITIES
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 MARKER = "weight"
 
 
-class W8A8Linear(nn.Module):
+class W8A8Linear(OwnWeight):
     """Linear layer on int8: `y = gemm_s8(quantize(rotate(x / s)), w_q) + bias`, returned in x's type.
 
     Args:
@@ -170,9 +171,9 @@ class W8A8Linear(nn.Module):
             device=weight.device,
             dtype=weight.dtype,
         )
-        w = weight.float()
+        s = None
         if smooth is not None:
-            s = smooth.detach().to(w.device, torch.float32)
+            s = smooth.detach().to(weight.device, torch.float32)
             if s.shape != (k,):
                 raise SmoothQuantError(f"smooth must have shape [{k}], got {tuple(s.shape)}.")
             inverse = 1.0 / s
@@ -182,19 +183,9 @@ class W8A8Linear(nn.Module):
                     "smooth must be positive and finite, and so must be its reciprocals; "
                     f"got {s[~usable][0].item()}."
                 )
-            w, new.inv_smooth = w * s, inverse
-        w = rotated_weight(w, rotation)
-        if not bool(w.isfinite().all()):
-            raise SmoothQuantError("the weight (times smooth, rotated) is too large for float32.")
-        if moments is None:
-            w_q, new.w_scale = reference.quantize_weight(w, weight_granularity)
-        elif moments.shape != (k, k) or not bool(moments.isfinite().all()):
-            finite = "finite" if bool(moments.isfinite().all()) else "not all finite"
-            raise SmoothQuantError(
-                f"moments must be finite and of shape [{k}, {k}]; got {list(moments.shape)}, {finite}."
-            )
-        else:
-            w_q, new.w_scale = round_weight(w, moments.to(w.device), weight_granularity)
+            new.inv_smooth = inverse
+
+        w_q, new.w_scale = int8_weight(weight, s, rotation, weight_granularity, moments)
         new.w_q = packed_rows(w_q)
         if bias is not None:
             new.bias = bias.detach().float().clone()
@@ -203,7 +194,7 @@ class W8A8Linear(nn.Module):
                 "x_scale must be given for the static scheme, and only for it; calibrate the layer first."
             )
         if x_scale is not None:
-            value = torch.as_tensor(x_scale, dtype=torch.float32, device=w.device).reshape(1)
+            value = torch.as_tensor(x_scale, dtype=torch.float32, device=weight.device).reshape(1)
             if not bool((value >= reference.MIN_SCALE) & value.isfinite()):
                 raise SmoothQuantError(f"x_scale must be positive and finite, got {value.item()}.")
             new.x_scale = value.clone()
@@ -340,6 +331,7 @@ class _W8A8(Kind[W8A8Linear]):
 
     layer = W8A8Linear
     scales = ("w_scale", "x_scale", "inv_smooth")
+    weight_scales = ("w_scale",)
     markers = (MARKER,)
     defaults: ClassVar = {
         "dtype": "float32",

@@ -1,4 +1,7 @@
-"""GPTQ: rounding a weight so that the errors of its columns cancel on the inputs that calibration saw."""
+"""Rounding a weight to int8: to the nearest values, or by GPTQ.
+
+GPTQ rounds so that the errors of the columns cancel on the inputs that calibration saw.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from smoothquant_kernels import reference
-from smoothquant_kernels.ops.rotate import rotated
+from smoothquant_kernels.errors import SmoothQuantError
+from smoothquant_kernels.nn.float_linear import in_parts
+from smoothquant_kernels.ops.rotate import rotated, rotated_weight
 
 #: The attribute of a float linear with its `Moments`. A plain one, because checkpoints would include a buffer.
 MOMENTS = "_smoothquant_moments"
@@ -45,6 +50,49 @@ def moments_of(linear: nn.Module) -> Moments | None:
     """What `smooth_lm` leaves on a linear for GPTQ; None for a layer that calibration did not reach."""
     found: Moments | None = linear.__dict__.get(MOMENTS)
     return found
+
+
+def int8_weight(
+    weight: Tensor,
+    smooth: Tensor | None,
+    rotation: int,
+    granularity: str,
+    moments: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Smooths, rotates and quantizes a weight [N, K] of any float type, a large one in parts.
+
+    Args:
+        smooth: [K] float32; None for no smoothing.
+        rotation: the size of the groups of channels to rotate; 0 for none.
+        granularity: ``"channel"`` or ``"tensor"``.
+        moments: as in `round_weight`; None rounds to the nearest values.
+
+    Returns:
+        w_q [N, K] int8 and w_scale [N] or [1] float32.
+
+    Raises:
+        SmoothQuantError: the result is too large for float32, or the moments have another shape or are not finite.
+    """
+
+    def prepared(part: Tensor) -> Tensor:
+        w = part.float() if smooth is None else part.float() * smooth
+        w = rotated_weight(w, rotation)
+        if not bool(w.isfinite().all()):
+            raise SmoothQuantError("the weight (times smooth, rotated) is too large for float32.")
+        return w
+
+    if moments is None:
+        parts = in_parts(weight) if granularity == "channel" else (weight,)
+        made = [reference.quantize_weight(prepared(part), granularity) for part in parts]
+        w_q, w_scale = (torch.cat(tensors) for tensors in zip(*made, strict=True))
+        return w_q, w_scale
+    k = weight.shape[1]
+    if moments.shape != (k, k) or not bool(moments.isfinite().all()):
+        finite = "finite" if bool(moments.isfinite().all()) else "not all finite"
+        raise SmoothQuantError(
+            f"moments must be finite and of shape [{k}, {k}]; got {list(moments.shape)}, {finite}."
+        )
+    return round_weight(prepared(weight), moments.to(weight.device), granularity)
 
 
 def round_weight(

@@ -14,6 +14,7 @@ from smoothquant_kernels.modeling.run import Batch
 from smoothquant_kernels.report.measure import (
     Measured,
     Plan,
+    SettingsOf,
     Stand,
     decibel,
     half_stand_in,
@@ -45,7 +46,9 @@ def advise(
     layers: Mapping[str, Document],
     statistics: ActivationStatistics,
     batches: Iterable[Batch],
-    config: SmoothQuantConfig,
+    settings_of: SettingsOf,
+    *,
+    logits: bool = False,
 ) -> list[Document]:
     """Tries other settings for some layers, each together with the layers that read the same tensor.
 
@@ -56,6 +59,8 @@ def advise(
         worst: the names of the layers.
         layers: name -> the layer's entry in `smoothquant_info`, with `activation_scheme`.
         statistics: those of the original model.
+        settings_of: the settings of each layer.
+        logits: as in `measure`.
 
     Returns:
         One entry for each layer of `worst`: the settings tried, the best one, and the settings that give exactly that.
@@ -67,11 +72,11 @@ def advise(
             if member not in stands:
                 trials[member] = _trials(layers[name])
                 stands[member] = _stands(
-                    original, layers, member, trials[member], statistics, config
+                    original, layers, member, trials[member], statistics, settings_of(member)
                 )
     if not stands:
         return []
-    measured = measure(smoothed, stands, batches)
+    measured = measure(smoothed, stands, batches, logits=logits)
     return [_advice(layers, name, trials[name], measured) for name in worst]
 
 

@@ -17,6 +17,7 @@ from smoothquant_kernels.modeling.batches import count_tokens
 from smoothquant_kernels.modeling.groups import Group
 from smoothquant_kernels.modeling.hooks import Hooks
 from smoothquant_kernels.modeling.run import Batch, evaluating, run, unpadded_rows
+from smoothquant_kernels.modeling.view import ModelView
 from smoothquant_kernels.nn.float_linear import pending_smooth, weight_of
 from smoothquant_kernels.nn.kinds import kind_of
 from smoothquant_kernels.smoothing.convert import quantize_linear
@@ -27,6 +28,7 @@ from smoothquant_kernels.smoothing.statistics import ActivationStatistics
 #: Makes the layer that stands in for a float layer. It is called for every batch and its layer is then dropped, so only
 #: one is in memory at a time. Quantizing a weight is cheap compared with multiplying a window of tokens by it.
 Stand = Callable[[nn.Module], nn.Module]
+SettingsOf = Callable[[str], SmoothQuantConfig]
 SHOWN_TOKENS = 128  # rows of the heat maps
 
 
@@ -67,12 +69,14 @@ def measure(
     batches: Iterable[Batch],
     *,
     shown: Sequence[str] = (),
+    logits: bool = False,
 ) -> Measured:
     """Runs the float model and gives each layer's input to its stand-ins too. The model's results do not change.
 
     Args:
         stands: layer -> the functions that make its stand-ins.
         shown: layers whose first inputs are kept, at most `SHOWN_TOKENS` rows each.
+        logits: whether the output head reads every token, because it has a stand-in.
 
     Memory:
         In addition to the model: the input, the output and one stand-in of one layer for one batch, and `shown`.
@@ -95,7 +99,7 @@ def measure(
             result.noise[name][i] += _power(noise)
 
     def forward(batch: Batch) -> Any:
-        return run(model, batch, logits=False)
+        return run(model, batch, logits=logits)
 
     with evaluating(model):
         for batch in batches:
@@ -139,6 +143,13 @@ class Plan:
     x_absmax: float | None
     rotation: int = 0
     factor: Tensor | None = None
+
+
+def settings_by_layer(model: nn.Module, config: SmoothQuantConfig) -> SettingsOf:
+    """The settings of each layer of a float model by its name: the configuration, or that of an int8 output head."""
+    heads = ModelView(model, config.skip, config.quantize_head).int8_heads
+    own = {name: config.for_head(name) for name in heads}
+    return lambda name: own.get(name, config)
 
 
 def stand_in(plan: Plan, name: str, config: SmoothQuantConfig) -> Stand:

@@ -23,9 +23,11 @@ from smoothquant_kernels.report.maxima import has_matplotlib, peak_to_median, sp
 from smoothquant_kernels.report.measure import (
     Measured,
     Plan,
+    SettingsOf,
     layer_factors,
     layer_norms,
     measure,
+    settings_by_layer,
     stand_in,
 )
 from smoothquant_kernels.smoothing.calibrate import (
@@ -123,7 +125,8 @@ def make_report(
     smoothed = smooth_lm(copy.deepcopy(model), statistics, config=config)
     record = ModelRecord.of(smoothed)
     check = record.verification
-    layers = _layers(model, record, statistics, config)
+    settings_of, logits = settings_by_layer(model, config), config.quantize_head
+    layers = _layers(model, record, statistics, settings_of)
     chosen = _figure_layers(layers)
     note(f"measuring {len(layers)} layers, not smoothed and smoothed")
     naive = {
@@ -136,8 +139,8 @@ def make_report(
         for la in layers
         if la["x_absmax"] is not None
     }
-    before = _measure(model, naive, batches, config, chosen)
-    after = _measure(smoothed, planned, batches, config, chosen)
+    before = _measure(model, naive, batches, settings_of, chosen, logits=logits)
+    after = _measure(smoothed, planned, batches, settings_of, chosen, logits=logits)
     for layer in layers:
         layer["sqnr_naive"], layer["sqnr"] = before.sqnr(layer["name"]), after.sqnr(layer["name"])
     worst = sorted(
@@ -145,9 +148,8 @@ def make_report(
     )[:_WORST]
     note(f"trying other settings for the worst {len(worst)} layers")
     named = {layer["name"]: layer for layer in layers}
-    advice = advise(
-        model, smoothed, [la["name"] for la in worst], named, statistics, batches, config
-    )
+    names = [la["name"] for la in worst]
+    advice = advise(model, smoothed, names, named, statistics, batches, settings_of, logits=logits)
     document: Document = {
         "format_version": 1,
         "model": name or type(model).__name__,
@@ -159,7 +161,7 @@ def make_report(
         "layers": layers,
         "skipped": [layer.to_dict() for layer in record.skipped],
         "advice": advice,
-        "figures": [_channels(model, named[n], statistics, config) for n in chosen],
+        "figures": [_channels(model, named[n], statistics, settings_of(n)) for n in chosen],
         "evaluation": None,
     }
     if text is not None:
@@ -224,12 +226,13 @@ def _layers(
     model: nn.Module,
     record: ModelRecord,
     statistics: ActivationStatistics,
-    config: SmoothQuantConfig,
+    settings_of: SettingsOf,
 ) -> list[Document]:
-    naive = unsmoothed(config)
     layers = []
     for layer in record.layers:
         name, peak = layer.name, layer.x_peak
+        config = settings_of(name)
+        naive = unsmoothed(config)
         index, role = split_name(name)
         entry = {
             **layer.to_dict(),
@@ -256,11 +259,13 @@ def _measure(
     model: nn.Module,
     plans: Mapping[str, Plan],
     batches: Sequence[Batch],
-    config: SmoothQuantConfig,
+    settings_of: SettingsOf,
     shown: Sequence[str],
+    *,
+    logits: bool,
 ) -> Measured:
-    stands = {name: [stand_in(plan, name, config)] for name, plan in plans.items()}
-    return measure(model, stands, batches, shown=shown)
+    stands = {name: [stand_in(plan, name, settings_of(name))] for name, plan in plans.items()}
+    return measure(model, stands, batches, shown=shown, logits=logits)
 
 
 def _figure_layers(layers: Sequence[Document]) -> list[str]:

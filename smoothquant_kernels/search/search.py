@@ -70,7 +70,8 @@ def search_config(
         model: a float model; left unchanged.
         data: as for `calibrate_model`. The last batches are held back for the search and for the validation.
         config: the scheme, granularity, rounding and skips to search for. `alphas` and `clips` are replaced. With
-            `smooth=False` only the clipping of static scales is searched.
+            `smooth=False` only the clipping of static scales is searched. An int8 output head (`quantize_head`) is
+            part of the validated models; its settings are not searched.
         tokenizer: turns strings into token ids.
         path: a JSON file that stores each finding, so an interrupted search can resume. At the end it holds the result.
         tokens, validation_tokens: the number of tokens to hold back, limited to a quarter of the batches each. Without
@@ -105,7 +106,7 @@ def search_config(
     if per_token_share == 0.0:
         config = config.replace(massive_activations="keep")
     check_patterns(model, config)
-    view = ModelView(model, config.skip)
+    view = ModelView(model, config.skip, config.quantize_head)
     check_finite_weights(view.linears)
     batches = list(configured_batches(model, data, config, tokenizer))
     warn_if_short(sum(map(PositionCounter(model), batches)), config.calibration_tokens)
@@ -114,7 +115,9 @@ def search_config(
     file = SearchFile.open(path, fingerprint(model, batches, asked))
     if file.result is not None:
         return file.result
-    statistics = collect_statistics(model, view.linears, seen, config=config, progress=progress)
+    statistics = collect_statistics(
+        model, view.linears, seen, config=config, logits=bool(view.int8_heads), progress=progress
+    )
     names = smoothable_linears(view, view.linears, statistics)
     groups = find_groups(view, names, statistics.sample, folding="never")
     per_token = config.smooth and config.massive_activations == "per_token"

@@ -203,6 +203,7 @@ def collect_statistics(
     *,
     config: SmoothQuantConfig | None = None,
     max_tokens: int | None = None,
+    logits: bool = False,
     progress: bool = True,
 ) -> ActivationStatistics:
     """Runs the model over the batches and returns the statistics of the inputs of `linears`.
@@ -211,6 +212,7 @@ def collect_statistics(
         batches: as `calibration_batches` yields them. Padding (attention_mask 0) does not count (`Padding`).
         config: its rotations decide which tokens are kept; the default configuration if None.
         max_tokens: the length of the progress bar; nothing else depends on it.
+        logits: whether the output head must read every token, because it is among the linears.
 
     Raises:
         SmoothQuantError: there is no data, the model refuses a batch, or an input holds NaN or Inf (the message names
@@ -218,7 +220,7 @@ def collect_statistics(
     """
 
     def forward(batch: Batch) -> Any:
-        return run_checked(model, batch)
+        return run_checked(model, batch, logits=logits)
 
     statistics = ActivationStatistics(watched=tuple(linears), config=config or SmoothQuantConfig())
     recorder = Recorder(statistics, linears, model)
@@ -250,8 +252,8 @@ def calibrate_model(
         model: a float model; left unchanged.
         data: an iterable of token-id tensors [T] or [B, T], dicts of tensors, or strings (with `tokenizer`). It may be
             endless, because reading stops after `calibration_tokens`.
-        config: only `skip`, `calibration_tokens`, `calibration_window` and the rotations are used. The rotations decide
-            which tokens are kept.
+        config: only `skip`, `quantize_head`, `weight_rounding`, `calibration_tokens`, `calibration_window` and the
+            rotations are used. The rotations decide which tokens are kept.
         tokenizer: turns strings into token ids.
         progress: whether to show a progress bar.
 
@@ -268,7 +270,7 @@ def calibrate_model(
     Source: SmoothQuant (Xiao et al., 2022), section 3.2 ("we use the calibration samples to estimate the scale").
     """
     config = config or SmoothQuantConfig()
-    view = ModelView(model, config.skip)
+    view = ModelView(model, config.skip, config.quantize_head)
     return calibrate_view(view, data, config, tokenizer=tokenizer, progress=progress)
 
 
@@ -291,6 +293,7 @@ def calibrate_view(
         batches,
         config=config,
         max_tokens=config.calibration_tokens,
+        logits=bool(view.int8_heads),
         progress=progress,
     )
     statistics.asked = config.calibration_tokens

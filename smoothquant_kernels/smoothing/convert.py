@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from smoothquant_kernels.checkpoint.ties import keep_heads_apart
 from smoothquant_kernels.checkpoint.transformers_hook import HF_QUANTIZER, save_refusals
 from smoothquant_kernels.config import SmoothQuantConfig
 from smoothquant_kernels.errors import SmoothQuantError
@@ -44,7 +45,8 @@ def quantize_model(
             the package's. The static scheme needs the ranges that `smooth_lm` measured (`smooth=False` only measures).
 
     Returns:
-        The model. Its output head stays in float. `model.smoothquant_info` lists every layer.
+        The model. Its output head stays in float unless the configuration has `quantize_head`.
+        `model.smoothquant_info` lists every layer.
 
     Raises:
         SmoothQuantError: bits other than 8, no linears, NaN or Inf in a weight (the message names the layer), no
@@ -63,7 +65,7 @@ def quantize_model(
         config = SmoothQuantConfig.from_dict(ModelRecord.of(model).config)
     config = config.replace(w_bit=w_bit, a_bit=a_bit)
     with Changes() as changes:
-        _quantize_into(ModelView(model, config.skip), config, changes)
+        _quantize_into(ModelView(model, config.skip, config.quantize_head), config, changes)
     return model
 
 
@@ -91,7 +93,8 @@ def _quantize_into(view: ModelView, config: SmoothQuantConfig, changes: Changes)
         name: described.get(name, LayerRecord(name, reason=Reason.NOT_SMOOTHED()))
         for name in linears
     }
-    schemes = {name: config.scheme_of(layer.x_peak, name) for name, layer in layers.items()}
+    own = {n: config.for_head(n) if n in view.int8_heads else config for n in linears}
+    schemes = {name: own[name].scheme_of(layer.x_peak, name) for name, layer in layers.items()}
     rotations = {n: config.rotation_of(weight_of(m).shape[1], n) for n, m in linears.items()}
     static = {name: layers[name].x_absmax for name in linears if schemes[name] == "static"}
     missing = [name for name, absmax in static.items() if absmax is None]
@@ -120,7 +123,7 @@ def _quantize_into(view: ModelView, config: SmoothQuantConfig, changes: Changes)
     earlier = [layer for name, layer in described.items() if _is_quantized(model, name)]
     for name, linear in linears.items():
         new = quantize_linear(
-            name, linear, schemes[name], static.get(name), config, rotation=rotations[name]
+            name, linear, schemes[name], static.get(name), own[name], rotation=rotations[name]
         )
         made[name] = new
         move_attached(linear, new)
@@ -128,6 +131,8 @@ def _quantize_into(view: ModelView, config: SmoothQuantConfig, changes: Changes)
     before = {layer.name: layer.reason for layer in record.skipped if layer.name not in made}
     for name, new in made.items():
         changes.replace_module(model, name, new)
+    for module, attribute, ties in keep_heads_apart(model):
+        changes.set_attribute(module, attribute, ties)
     dataclasses.replace(
         record,
         config=config.to_dict(),
@@ -208,7 +213,7 @@ def smooth_and_quantize(
     Source: SmoothQuant (Xiao et al., 2022).
     """
     config = config or SmoothQuantConfig()
-    view = ModelView(model, config.skip)
+    view = ModelView(model, config.skip, config.quantize_head)
     check_float_types(view.linears)  # fail before the slow smoothing
     with Changes() as changes:
         smooth_into(view, calibration_data, config, changes, tokenizer=tokenizer, progress=progress)

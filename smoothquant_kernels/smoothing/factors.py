@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from smoothquant_kernels.modeling.groups import Group
 from smoothquant_kernels.modeling.record import How, Reason
 from smoothquant_kernels.modeling.run import Batch
 from smoothquant_kernels.modeling.view import ModelView
-from smoothquant_kernels.nn.float_linear import weight_of
+from smoothquant_kernels.nn.float_linear import in_parts, weight_of
 from smoothquant_kernels.reference import smoothing_factors
 from smoothquant_kernels.smoothing.fold import (
     Smoothing,
@@ -24,7 +24,12 @@ from smoothquant_kernels.smoothing.fold import (
     fold_verified,
     round_to_power_of_two,
 )
-from smoothquant_kernels.smoothing.int8_error import InputSettings, int8_errors, static_scale
+from smoothquant_kernels.smoothing.int8_error import (
+    InputSettings,
+    Int8Error,
+    int8_errors,
+    static_scale,
+)
 from smoothquant_kernels.smoothing.statistics import ActivationStatistics
 
 _FOLDS_AT_ONCE = 16  # the most groups whose folds are verified together
@@ -90,7 +95,9 @@ def weight_norms(model: nn.Module, group: Group, norm: str) -> Tensor:
 
     [K] float32. `norm` is ``"max"`` or ``"rms"``.
     """
-    weights = [weight_of(model.get_submodule(n)).detach() for n in group.linears]
+    weights = [
+        part for n in group.linears for part in in_parts(weight_of(model.get_submodule(n)).detach())
+    ]
     if norm == "max":
         return torch.stack([w.abs().amax(0).float() for w in weights]).amax(0)
     # float64, because the squares of large float32 weights overflow float32.
@@ -126,8 +133,12 @@ def group_factors(
 def smoothable_linears(
     view: ModelView, linears: Iterable[str], statistics: ActivationStatistics
 ) -> list[str]:
-    """Returns the linears that calibration reached and whose weight no other module shares."""
-    return [n for n in linears if n in statistics.absmax and f"{n}.weight" not in view.shared]
+    """Returns the linears that calibration reached, but heads, and whose weight no other module shares."""
+    return [
+        n
+        for n in linears
+        if n in statistics.absmax and n not in view.int8_heads and f"{n}.weight" not in view.shared
+    ]
 
 
 def runs_within(
@@ -168,14 +179,17 @@ class Plan:
         groups: Sequence[Group],
         statistics: ActivationStatistics,
         config: SmoothQuantConfig,
+        heads: Collection[str] = (),
     ) -> None:
         self._model, self._statistics, self._config = model, statistics, config
+        self._heads = heads
         self.rotations = {n: config.rotation_of(a.numel(), n) for n, a in statistics.absmax.items()}
         self.peaks: dict[str, float] = {}
         self.smooth: dict[str, Tensor] = {}
         self._factors: dict[Group, Tensor] = {}
         for group in groups:
             name = group.linears[0]
+            config = self.settings(name)
             rotation = group_rotation(group, statistics.absmax[name].numel(), config)
             usual, smooth = None, None
             if rotation:
@@ -194,6 +208,10 @@ class Plan:
     def _factors_of(self, group: Group, balance: Balance) -> Tensor:
         return group_factors(self._model, group, self._statistics, *balance, self._config)
 
+    def settings(self, name: str) -> SmoothQuantConfig:
+        """The configuration, or that of an output head."""
+        return self._config.for_head(name) if name in self._heads else self._config
+
     def foldable(self) -> list[Group]:
         return [group for group in self._factors if group.producer is not None]
 
@@ -209,10 +227,14 @@ class Plan:
             for group, s in self._factors.items()
             if first_match(config.alphas, group.linears[0]) is None
         }
+        by_granularity: dict[str, dict[Group, Tensor]] = {}
+        for group, s in asked.items():
+            own = self.settings(group.linears[0]).weight_granularity
+            by_granularity.setdefault(own, {})[group] = s
+        errors: dict[Group, Int8Error] = {}
+        for own, part in by_granularity.items():
+            errors |= int8_errors(self._model, part, self._trial_of, batch, run_sample, own)
         left: dict[str, tuple[How, str]] = {}
-        errors = int8_errors(
-            self._model, asked, self._trial_of, batch, run_sample, config.weight_granularity
-        )
         for group, error in errors.items():
             if not error.helps:
                 del self._factors[group]
@@ -223,7 +245,7 @@ class Plan:
     def _trial_of(self, name: str, smooth: Tensor | None) -> InputSettings:
         """How the layer's input is quantized with these factors."""
         rotation = self.rotations[name]
-        scheme = self._config.scheme_of(self.peaks[name], name)
+        scheme = self.settings(name).scheme_of(self.peaks[name], name)
         largest = self._statistics.range_of(name, smooth, rotation) if scheme == "static" else 0.0
         return InputSettings(scheme, static_scale(largest, self._config.clip_of(name)), rotation)
 

@@ -15,7 +15,7 @@ from smoothquant_kernels import reference
 from smoothquant_kernels.modeling.groups import Group
 from smoothquant_kernels.modeling.hooks import Hooks
 from smoothquant_kernels.modeling.run import Batch, unpadded_rows
-from smoothquant_kernels.nn.float_linear import weight_of
+from smoothquant_kernels.nn.float_linear import in_parts, weight_of
 from smoothquant_kernels.ops.rotate import rotated_weight
 from smoothquant_kernels.smoothing.padding import Padding
 
@@ -73,10 +73,14 @@ def int8_errors(
     padding = Padding(model, {g.linears[0]: model.get_submodule(g.linears[0]) for g in factors})
     padding.start(batch, run_sample)
 
+    def parts_of(name: str) -> tuple[Tensor, ...]:
+        weight = weight_of(model.get_submodule(name)).detach()
+        return in_parts(weight) if weight_granularity == "channel" else (weight,)
+
     def measure(group: Group, x: Tensor) -> None:
         rows = unpadded_rows(x.detach(), padding.keep(group.linears[0], x)).float()
-        for name in group.linears:
-            weight = weight_of(model.get_submodule(name)).detach().float()
+        for name, part in ((n, part) for n in group.linears for part in parts_of(n)):
+            weight = part.float()
             exact = F.linear(rows, weight)
             products = [
                 _int8_product(rows, weight, s, settings_of(name, s), weight_granularity)

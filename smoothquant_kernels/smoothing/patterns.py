@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from torch import nn
 
 from smoothquant_kernels.config import BY_LAYER, SmoothQuantConfig
 from smoothquant_kernels.errors import SmoothQuantError
-from smoothquant_kernels.modeling.view import holds_matrices
+from smoothquant_kernels.modeling.view import ModelView, holds_matrices
 from smoothquant_kernels.nn.float_linear import is_float_linear
 from smoothquant_kernels.nn.kinds import is_quantized
 
@@ -19,7 +19,7 @@ _WILDCARDS = frozenset("*?[")
 
 
 def check_patterns(model: nn.Module, config: SmoothQuantConfig) -> None:
-    """Raises SmoothQuantError if a name or pattern in `skip` or in a setting by layer reaches no layer.
+    """Raises SmoothQuantError if `quantize_head`, or a name or pattern of another setting, reaches no layer.
 
     A pattern may match a layer that is skipped anyway (an output head, a norm), but not only containers of linear
     layers. Settings are looked up by the layers' own names, so the name of a container has no effect.
@@ -28,6 +28,8 @@ def check_patterns(model: nn.Module, config: SmoothQuantConfig) -> None:
     modules.pop("", None)
     linears = [name for name, module in modules.items() if _is_linear(module)]
     holders = {p for name in linears for p in _parents(name)} - set(linears)
+    if config.quantize_head:
+        _check_heads(model, config, linears)
     for setting in ("skip", *BY_LAYER):
         for pattern in getattr(config, setting):
             # search results name every layer, so this avoids matching hundreds of names with hundreds of names
@@ -48,8 +50,29 @@ def check_patterns(model: nn.Module, config: SmoothQuantConfig) -> None:
                 )
 
 
-def patterns_within(config: SmoothQuantConfig, names: Iterable[str]) -> SmoothQuantConfig:
-    """Returns the configuration for a part of a model, without names and patterns that match none of `names`."""
+def _check_heads(model: nn.Module, config: SmoothQuantConfig, linears: Collection[str]) -> None:
+    heads = sorted(ModelView(model).heads.intersection(linears))
+    if not heads:
+        raise SmoothQuantError(
+            f"quantize_head: {type(model).__name__} has no output head (a linear that get_output_embeddings returns, "
+            "or one named lm_head), so the setting would reach nothing: leave it out."
+        )
+    for name in heads:
+        kept = any(fnmatch.fnmatchcase(name, pattern) for pattern in config.skip)
+        if not kept and config.schemes.get(name, "per_token") != "per_token":
+            raise SmoothQuantError(
+                f"schemes: {name!r} is {config.schemes[name]}, but an int8 output head always has a scale per token: "
+                "leave the head out of schemes, or leave out quantize_head."
+            )
+
+
+def patterns_within(
+    config: SmoothQuantConfig, names: Iterable[str], heads: Collection[str] = ()
+) -> SmoothQuantConfig:
+    """Returns the configuration for a part of a model, without names and patterns that match none of `names`.
+
+    `heads`: the model's output heads. A part without any has no `quantize_head`.
+    """
     names = list(names)
 
     def within(pattern: str) -> bool:
@@ -57,6 +80,7 @@ def patterns_within(config: SmoothQuantConfig, names: Iterable[str]) -> SmoothQu
 
     return config.replace(
         skip=tuple(filter(within, config.skip)),
+        quantize_head=config.quantize_head and not set(heads).isdisjoint(names),
         **{
             setting: {p: v for p, v in getattr(config, setting).items() if within(p)}
             for setting in BY_LAYER

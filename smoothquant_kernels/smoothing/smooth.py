@@ -94,7 +94,7 @@ def smooth_lm(
     if alpha is not None:
         config = config.replace(alpha=alpha)
     with Changes() as changes:
-        view = ModelView(model, config.skip)
+        view = ModelView(model, config.skip, config.quantize_head)
         smooth_into(view, calibration_data, config, changes, tokenizer=tokenizer, progress=progress)
     return model
 
@@ -133,9 +133,15 @@ def smooth_into(
             view, calibration_data, config, tokenizer=tokenizer, progress=progress
         )
     small = statistics.sample
-    for name, reason in stays_in_float(view, linears, small).items():
-        del linears[name]
-        skipped[name] = reason
+    found = stays_in_float(view, linears, small, part=run_sample is not None)
+    linears = {name: linear for name, linear in linears.items() if name not in found}
+    skipped |= found
+    heads = [name for name in linears if name in view.int8_heads]
+    if lacking := [name for name in heads if name not in statistics.watched]:
+        raise SmoothQuantError(
+            f"the statistics were collected without quantize_head=True, which needs the input of {lacking[0]}: "
+            "calibrate with the same quantize_head."
+        )
     # Statistics may come from a file or from another rank's device.
     for name in statistics.absmax.keys() & linears.keys():
         device = weight_of(linears[name]).device
@@ -150,7 +156,9 @@ def smooth_into(
         )
     smoothable = smoothable_linears(view, linears, statistics) if config.smooth else []
     groups = find_groups(view, smoothable, small, folding=config.folding)
-    plan = Plan(model, groups, statistics, config)
+    if config.smooth:
+        groups += [Group((n,), reason=Reason.HEAD()) for n in heads if n in statistics.absmax]
+    plan = Plan(model, groups, statistics, config, heads)
     with evaluating(model):
         errors = plan.leave_out_what_does_not_gain(
             sample or small, run_sample or functools.partial(run, model)
@@ -260,7 +268,7 @@ def _describe(
         how: How = "none"
         if name in outcomes:
             how, why = outcomes[name]
-        elif others := view.shared.get(f"{name}.weight"):
+        elif name not in view.int8_heads and (others := view.shared.get(f"{name}.weight")):
             why = Reason.WEIGHT_SHARED(others[0])
         elif name not in statistics.absmax:
             why = Reason.NEVER_CALLED()
@@ -270,7 +278,8 @@ def _describe(
         members: tuple[str, ...] = (name,)
         if (group := group_of.get(name)) and how != "none":
             members = group.linears
-            alpha = group_alpha(group, plan.peaks[name], config, rotated=plan.rotations[name] > 0)
+            rotated = plan.rotations[name] > 0
+            alpha = group_alpha(group, plan.peaks[name], plan.settings(name), rotated=rotated)
         n, k = weight_of(module).shape
         seen = name in statistics.absmax
         rotation = plan.rotations[name] if seen else config.rotation_of(k, name)

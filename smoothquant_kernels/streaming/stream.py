@@ -137,7 +137,8 @@ def quantize_streamed(
     warn_if_short(sum(map(count_tokens, batches)), config.calibration_tokens)
     hidden = sum(b["input_ids"].numel() for b in batches if "input_ids" in b) * hidden_size(model)
     # Twice the hidden states, before and after a block, and the largest weight file while files are joined.
-    whole = checkpoint_bytes(model, ModelView(model, config.skip).linears, config)
+    linears = ModelView(model, config.skip, config.quantize_head).linears
+    whole = checkpoint_bytes(model, linears, config)
     done = partial_folder(target)
     there = sum(f.stat().st_size for f in done.rglob("*") if f.is_file())
     check_space(target, whole + min(whole, max_shard_bytes) + 2 * hidden - there)
@@ -185,7 +186,8 @@ class _Stream:
         self.names = match_names(model, weights)
         self.order = [name for name, _ in model.named_modules()]
         # Raises early if there is nothing to quantize. What a layer computes is tested once it has its weights.
-        self.skipped_at_first = ModelView(model, config.skip).skipped
+        whole = ModelView(model, config.skip, config.quantize_head)
+        self.skipped_at_first, self.heads = whole.skipped, whole.heads
         self.chain = BlockChain(model)
         if tied := owned_outside(model, self.chain.empty):
             raise SmoothQuantError(f"{tied[0]} is shared between blocks: {IN_MEMORY}.")
@@ -235,7 +237,7 @@ class _Stream:
             return self.chain.output_after(index, block, batch, original)
 
         view = BlockView(self.chain.names[index], block, output)
-        linears, skipped = self._linears(ModelView(view, self.config.skip))
+        linears, skipped = self._linears(self._view(view))
         self.original, self.smoothed = self._measure(index, block, view, linears)
         skipped |= {layer.name: layer.reason for layer in ModelRecord.of(view).skipped}
         if linears:
@@ -287,7 +289,7 @@ class _Stream:
         original = self.chain.step(index, block, self.sample, self.original).cpu()
         if linears:
             statistics.check_not_empty()
-            self._smooth(ModelView(view, self.config.skip), statistics, step)
+            self._smooth(self._view(view), statistics, step)
         return original, self.chain.step(index, block, self.sample, self.smoothed).cpu()
 
     def _smooth(
@@ -300,7 +302,10 @@ class _Stream:
 
     def _config_of(self, part: nn.Module) -> SmoothQuantConfig:
         """The configuration without patterns for other parts. All patterns were checked on the whole model."""
-        return patterns_within(self.config, [name for name, _ in part.named_modules()])
+        return patterns_within(self.config, [n for n, _ in part.named_modules()], self.heads)
+
+    def _view(self, part: nn.Module) -> ModelView:
+        return ModelView(part, self.config.skip, self._config_of(part).quantize_head)
 
     def _statistics(self, linears: Mapping[str, nn.Module]) -> ActivationStatistics:
         return ActivationStatistics(
@@ -313,14 +318,16 @@ class _Stream:
         """Smooths and quantizes linears outside the blocks. Returns records, skipped layers and the model's change."""
         model = self.model
         before = self.chain.finish(self.sample, known(self.original))
-        view = ModelView(model, self.config.skip)
-        linears, skipped = self._linears(view)  # usually, there is none to quantize
+        view = self._view(model)
+        linears, skipped = self._linears(
+            view
+        )  # usually none but the output head, if that is asked for
         if linears:
             statistics = self._statistics(linears)
 
             def around(batch: Batch) -> Tensor:
                 batch, hidden = split(batch)
-                return self.chain.finish(batch, known(hidden), logits=False)
+                return self.chain.finish(batch, known(hidden), logits=bool(view.int8_heads))
 
             recorder = Recorder(statistics, linears, model)
             for batch, hidden in zip(self.batches, self.hidden, strict=True):
@@ -333,7 +340,9 @@ class _Stream:
         change = relative_difference(self.chain.finish(self.sample, known(self.smoothed)), before)
         if linears:
             quantize_model(model, config=self._config_of(model))
-        return list(ModelRecord.of(model).layers), skipped, change
+        record = ModelRecord.of(model)
+        skipped |= {layer.name: layer.reason for layer in record.skipped}
+        return list(record.layers), skipped, change
 
     def finish(self, tokenizer: Any) -> None:
         """Writes the rest's shard, the weight files, the configuration and the manifest, as `save_quantized` does."""

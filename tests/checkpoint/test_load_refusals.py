@@ -168,7 +168,7 @@ def negative(data: dict[str, torch.Tensor]) -> None:
         (lambda d: d.pop(f"{FIRST}.w_q"), f"does not match the manifest at {FIRST}.w_q"),
         (lambda d: d.update(more=torch.zeros(1)), "does not match the manifest at more"),
         (retype, f"{FIRST}.w_q is int16 [32, 32] in {WEIGHTS} and int8 [32, 32] in the manifest"),
-        (not_a_number, f"{FIRST}.w_scale has a value that is NaN, infinite or not positive"),
+        (not_a_number, f"{FIRST}.w_scale has a value that is NaN, infinite or negative"),
         (negative, f"{FIRST}.x_scale has a value that is NaN, infinite or not positive"),
     ],
 )

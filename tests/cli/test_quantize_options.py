@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,62 @@ def test_streaming_writes_the_same_model(
     assert torch.equal(a, b)
     shown = Result("quantize", tiny, "-o", tmp_path / "r", "--stream", *common)
     assert shown.code == 0 and "saved" in shown.out, shown.err
+
+
+def test_the_output_head(tiny: Path, text: Path, checkpoint: Path, tmp_path: Path) -> None:
+    common = ("quantize", tiny, "--quantize-head", "--scheme", "static", "--calibration", text)
+    done = Result(*common, "-o", tmp_path / "q", *QUANTIZE, "--json").json
+    assert done["config"]["quantize_head"] and done["quantised"] == 15 and not done["skipped"]
+    head = done["groups"][-1]
+    assert (head["layers"], head["activation_scheme"]) == ("lm_head", "per_token")
+    streamed = Result(*common, "-o", tmp_path / "s", "--stream", *QUANTIZE, "--json").json
+    for key in ("quantised", "smoothing", "groups", "skipped", "config"):
+        assert streamed[key] == done[key], key
+    seen = Result("inspect", tmp_path / "q", "--json").json
+    layer = next(layer for layer in seen["layers"] if layer["name"] == "lm_head")
+    n, k = layer["out_features"], layer["in_features"]
+    assert layer["bytes"] == n * k + 4 * (n + k) and seen["groups"] == done["groups"]
+    assert done["bytes"]["linears_after"] == seen["bytes"]["quantised_layers"]
+    whole = Result("inspect", checkpoint, "--json").json["bytes"]
+    assert seen["bytes"]["float_tensors"] == whole["float_tensors"] - 4 * n * k
+    shown = Result("inspect", tmp_path / "q")
+    assert "output head too" in shown.out and "0 left in float" in shown.out
+
+
+def test_a_model_without_a_head(tmp_path: Path, tiny: Path, text: Path) -> None:
+    folder = tmp_path / "classifier"
+    shutil.copytree(tiny, folder)
+    settings = json.loads((folder / "config.json").read_text())
+    settings["architectures"] = ["LlamaModel"]
+    (folder / "config.json").write_text(json.dumps(settings))
+    said = refused(
+        "quantize",
+        folder,
+        "-o",
+        tmp_path / "q",
+        "--stream",
+        "--quantize-head",
+        *QUANTIZE,
+        "--calibration",
+        text,
+    )
+    assert "--quantize-head: LlamaModel has no output head" in said and "leave it out" in said
+    named = tmp_path / "settings.json"
+    named.write_text(json.dumps({"schemes": {"lm_head": "static"}}))
+    said = refused(
+        "quantize",
+        tiny,
+        "-o",
+        tmp_path / "q",
+        "--quantize-head",
+        "--config",
+        named,
+        "--calibration",
+        text,
+        *QUANTIZE,
+    )
+    assert "an int8 output head always has a scale per token" in said
+    assert not (tmp_path / "q").exists()
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""GPTQ: the values of its definition, and what it is for, less error on inputs like those of the calibration."""
+"""Rounding weights in parts, and GPTQ: the values of its definition, and less error on inputs like its calibration."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ from smoothquant_kernels import (
 )
 from smoothquant_kernels.modeling.hooks import Hooks
 from smoothquant_kernels.modeling.view import ModelView
+from smoothquant_kernels.nn import float_linear
 from smoothquant_kernels.nn.float_linear import pending_smooth
 from smoothquant_kernels.nn.linear import W8A8Linear
-from smoothquant_kernels.nn.rounding import DAMPING, MOMENTS, Moments, round_weight
+from smoothquant_kernels.nn.rounding import DAMPING, MOMENTS, Moments, int8_weight, round_weight
 from smoothquant_kernels.report import figures
 from smoothquant_kernels.report.report import make_report
 from smoothquant_kernels.smoothing.statistics import ActivationStatistics
@@ -285,3 +286,21 @@ def test_products_that_overflow_name_the_layer() -> None:
             block.self_attn.get_submodule(name).weight *= 1e-19
     said = refusal(lambda: calibrate_model(model, DATA, GPTQ, progress=False))
     assert "layer model.layers.0.self_attn.q_proj" in said and "overflow float32" in said
+
+
+@pytest.mark.parametrize("granularity", ["channel", "tensor"])
+def test_a_large_weight_is_rounded_in_parts_to_the_same_bits(
+    granularity: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(50, 32, generator=generator).bfloat16()
+    smooth = torch.rand(32, generator=generator) + 0.5
+    whole = int8_weight(weight, smooth, 16, granularity)
+    monkeypatch.setattr(float_linear, "_PART", 32 * 7)
+    assert len(float_linear.in_parts(weight)) == 8
+    parts = int8_weight(weight, smooth, 16, granularity)
+    expected = reference.quantize_weight(
+        reference.rotate_weight(weight.float() * smooth, 16), granularity
+    )
+    for found in (whole, parts):
+        assert all(map(torch.equal, found, expected))

@@ -83,6 +83,9 @@ CASES = [
     ("qwen3", "per_token", {"folding": "never"}),
     ("gemma2", "per_token", {}),
     ("llama_gqa", "static", {"weight_rounding": "gptq"}),
+    ("tied", "static", {"quantize_head": True}),
+    ("opt", "per_tensor", {"quantize_head": True, "weight_granularity": "tensor"}),
+    ("llama", "per_token", {"quantize_head": True, "skip": ("model.*",)}),
 ]
 
 
