@@ -49,12 +49,9 @@ struct WeightTail {
   }
 };
 
-// Rows of the weight that a corner brings into the cache for the columns after these.
-constexpr int kTileAhead = 8;
-
 // kWeights x kTokens tiles of sums over all of k, in registers, then in `sums`, transposed back.
-// `ahead`: the first of kTileAhead rows to prefetch, if kPrefetch.
-template <int kWeights, int kTokens, bool kPrefetch>
+// Brings kAhead rows of the weight, the first at `ahead`, into the L2 cache meanwhile.
+template <int kWeights, int kTokens, int kAhead>
 inline void multiply_tile_corner(const int8_t* w, int64_t w_stride, const WeightTail& tail,
                                  const uint8_t* x, int64_t k, const int8_t* ahead, int32_t* sums) {
   _tile_zero(0);
@@ -79,9 +76,7 @@ inline void multiply_tile_corner(const int8_t* w, int64_t w_stride, const Weight
   int64_t at = 0;
   for (; at + kTileBytes <= k; at += kTileBytes) {
     step(w + at, w_stride, at);
-    for (int i = 0; kPrefetch && i < kTileAhead; ++i) {
-      __builtin_prefetch(ahead + i * w_stride + at, 0, 2);  // into L2
-    }
+    for (int i = 0; i < kAhead; ++i) __builtin_prefetch(ahead + i * w_stride + at, 0, 2);
   }
   if (at < k) step(tail.of, kTileBytes, at);
 
@@ -102,25 +97,35 @@ inline void multiply_tile_corner(const int8_t* w, int64_t w_stride, const Weight
   }
 }
 
-// All rows of a block and up to 32 columns. Prefetches up to `ahead_rows` rows of the weight that
-// follow.
+// All rows of a block and up to 32 columns. `prefetch`: another 32 follow.
 template <int kWeights>
 inline void multiply_tile_columns(const Block& block, const int8_t* w, int64_t first,
-                                  int64_t columns, int64_t ahead_rows, Sums& sums) {
+                                  int64_t columns, bool prefetch, Sums& sums) {
   const GemmParams& p = *block.gemm;
   const WeightTail tail(w, p.w_q_stride, columns, p.k);
   for (int64_t row = 0; row < block.rows; row += 2 * kTileRows) {
     const uint8_t* x = block.x + row / kGroup * interleaved_bytes(p.k);
     const int64_t left = block.rows - row, rows = left < 2 * kTileRows ? left : 2 * kTileRows;
-    const int64_t done = row / (2 * kTileRows) * kTileAhead;
-    const int8_t* ahead = w + (kTileColumns + done) * p.w_q_stride;
-    const bool prefetch = done + kTileAhead <= ahead_rows;
+    const auto corner = [&](auto tokens, auto ahead) {
+      constexpr int kAhead = decltype(ahead)::value;
+      const int8_t* next = w + (kTileColumns + row / (2 * kTileRows) * kAhead) * p.w_q_stride;
+      multiply_tile_corner<kWeights, decltype(tokens)::value, kAhead>(w, p.w_q_stride, tail, x, p.k,
+                                                                      next, sums.of);
+    };
+    // The corners of these columns share the prefetch of the next ones.
+    constexpr std::integral_constant<int, 1> kOne;
+    constexpr std::integral_constant<int, 2> kTwo;
+    constexpr std::integral_constant<int, 0> kNone;
+    constexpr std::integral_constant<int, 8> kPart;
+    constexpr std::integral_constant<int, kTileColumns> kAll;
+    const bool alone = block.rows <= 2 * kTileRows;
+    const int64_t part = (row / (2 * kTileRows) + 1) * kPart;
     if (rows <= kTileRows) {
-      multiply_tile_corner<kWeights, 1, false>(w, p.w_q_stride, tail, x, p.k, nullptr, sums.of);
-    } else if (prefetch) {
-      multiply_tile_corner<kWeights, 2, true>(w, p.w_q_stride, tail, x, p.k, ahead, sums.of);
+      alone&& prefetch ? corner(kOne, kAll) : corner(kOne, kNone);
+    } else if (alone) {
+      prefetch ? corner(kTwo, kAll) : corner(kTwo, kNone);
     } else {
-      multiply_tile_corner<kWeights, 2, false>(w, p.w_q_stride, tail, x, p.k, nullptr, sums.of);
+      prefetch&& part <= kTileColumns ? corner(kTwo, kPart) : corner(kTwo, kNone);
     }
     finish_rows(block, sums.of, sums.excess, row, rows, first, columns);
   }
@@ -135,7 +140,7 @@ inline void multiply_tiles(const Block& block) {
     const int64_t left = block.last_column - first;
     const int64_t columns = left < kTileColumns ? left : kTileColumns;
     const int64_t second = columns > kTileRows ? columns - kTileRows : 0;
-    const int64_t after = left - columns, ahead = after < kTileColumns ? after : kTileColumns;
+    const bool prefetch = left >= 2 * kTileColumns;
     if (columns != configured) {
       const TileShapes shapes(columns - second, second);
       _tile_loadconfig(&shapes);
@@ -143,9 +148,9 @@ inline void multiply_tiles(const Block& block) {
     }
     const int8_t* w = p.w_q + first * p.w_q_stride;
     if (second > 0) {
-      multiply_tile_columns<2>(block, w, first, columns, ahead, sums);
+      multiply_tile_columns<2>(block, w, first, columns, prefetch, sums);
     } else {
-      multiply_tile_columns<1>(block, w, first, columns, ahead, sums);
+      multiply_tile_columns<1>(block, w, first, columns, prefetch, sums);
     }
   }
   _tile_release();
