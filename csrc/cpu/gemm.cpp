@@ -12,9 +12,9 @@
 namespace sqk {
 namespace {
 
-// A block's packed rows stay in the L2 cache while all of the weight passes by. Interleaved ones
-// are for processors with at least 1 MiB of it, which need more rows for each byte of the weight.
-constexpr int64_t kBlockBytes = 512 << 10, kInterleavedBytes = 768 << 10;
+// A block's packed rows stay in the L2 cache while all of the weight passes by. The more rows, the
+// fewer bytes of the weight for each product. Interleaved ones leave room for two panels of it.
+int64_t block_bytes(bool interleaved) { return l2_bytes() / 4 * (interleaved ? 2 : 3); }
 // Packed rows that wait for the multiplication at the same time.
 constexpr int64_t kWaitingBytes = 8 << 20;
 
@@ -31,7 +31,7 @@ struct Division {
     const int64_t most = std::min(round_up(m, kGroup), kMostRows);
     interleaved = kernels.interleaves(std::min(m, most), k);
     group_bytes = kernels.packed_bytes(k, interleaved);
-    const int64_t fit = (interleaved ? kInterleavedBytes : kBlockBytes) / group_bytes;
+    const int64_t fit = block_bytes(interleaved) / group_bytes;
     const int64_t groups = std::clamp(fit, int64_t{1}, most / kGroup);
     const int64_t blocks = divide_up(m, groups * kGroup);
     block_rows = round_up(divide_up(m, blocks), kGroup);

@@ -56,6 +56,9 @@ struct Kernels {
 SQK_CPU_LEVELS(SQK_DECLARE)
 #undef SQK_DECLARE
 
+// Bytes of a core's L2 cache, or a cautious guess.
+int64_t l2_bytes();
+
 // The kernels of the level in use.
 const Kernels& kernels();
 

@@ -1,17 +1,18 @@
 // Which instruction sets this processor has, and which one is in use. CPU ring: no torch, no CUDA.
 #include "cpu/levels.h"
 
+#include <algorithm>
 #include <atomic>
 
 #include "common/status_text.h"
 #include "cpu/kernels.h"
 
-#if defined(__x86_64__)
-#include <cpuid.h>
 #if defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
+#if defined(__x86_64__)
+#include <cpuid.h>
 #endif
 
 // The build says which levels it has compiled.
@@ -144,6 +145,18 @@ std::atomic<int32_t>& level_in_use() {
 }
 
 }  // namespace
+
+int64_t l2_bytes() {
+  static const int64_t found = [] {
+    constexpr int64_t kLeast = 512 << 10, kMost = 2 << 20;
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+    return std::clamp<int64_t>(sysconf(_SC_LEVEL2_CACHE_SIZE), kLeast, kMost);
+#else
+    return kLeast;
+#endif
+  }();
+  return found;
+}
 
 const Kernels& kernels() { return *compiled(level_in_use().load(std::memory_order_relaxed)); }
 

@@ -201,6 +201,22 @@ inline void finish_rows(const Block& block, const int32_t* sums, const int32_t* 
   });
 }
 
+// Brings the lines of y that `finish_rows` will write into the cache: rows that are far apart would
+// miss it one after the other.
+inline void prefetch_y(const Block& block, int64_t first_row, int64_t rows, int64_t first,
+                       int64_t columns) {
+  const GemmParams& p = *block.gemm;
+  constexpr int64_t kLine = 64;
+  const int64_t bytes = kDTypeFacts[static_cast<int>(p.y_dtype)].bytes;
+  const auto* y =
+      static_cast<const char*>(p.y) + (block.first_row + first_row) * p.y_stride * bytes;
+  for (int64_t row = 0; row < rows; ++row, y += p.y_stride * bytes) {
+    for (int64_t at = first * bytes; at < (first + columns) * bytes; at += kLine) {
+      __builtin_prefetch(y + at, 1, 2);
+    }
+  }
+}
+
 // --- packed rows, and whole blocks ---------------------------------------------------------------
 
 inline int64_t packed_row(int64_t k) { return round_up(k, kVector); }

@@ -106,6 +106,7 @@ inline void multiply_tile_columns(const Block& block, const int8_t* w, int64_t f
   for (int64_t row = 0; row < block.rows; row += 2 * kTileRows) {
     const uint8_t* x = block.x + row / kGroup * interleaved_bytes(p.k);
     const int64_t left = block.rows - row, rows = left < 2 * kTileRows ? left : 2 * kTileRows;
+    prefetch_y(block, row, rows, first, columns);
     const auto corner = [&](auto tokens, auto ahead) {
       constexpr int kAhead = decltype(ahead)::value;
       const int8_t* next = w + (kTileColumns + row / (2 * kTileRows) * kAhead) * p.w_q_stride;

@@ -88,6 +88,8 @@ inline void multiply_wide(const Block& block) {
       pack_panel(w + done, p.w_q_stride, columns, depth, panel, sums.excess);
       for (int64_t part = 0; part < parts; ++part) {
         const int64_t row = part * kWideRows;
+        const int64_t rest = block.rows - row;
+        if (done == 0) prefetch_y(block, row, rest < kWideRows ? rest : kWideRows, first, columns);
         prefetch_part(w + kPanel * p.w_q_stride + done, p.w_q_stride, after, depth, part, parts);
         multiply_wide(
             block.x + row / kGroup * interleaved_bytes(p.k) + done * kGroup + row % kGroup * kFour,
