@@ -11,6 +11,7 @@ other layers come in between.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -191,7 +192,8 @@ class Worker:
     def __exit__(self, *_: object) -> None:
         for pipe in (self.process.stdin, self.process.stdout):
             assert pipe is not None
-            pipe.close()
+            with contextlib.suppress(BrokenPipeError):  # a process that has crashed
+                pipe.close()
         try:
             self.process.wait(5)
         except subprocess.TimeoutExpired:

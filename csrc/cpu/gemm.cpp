@@ -14,7 +14,7 @@ namespace {
 
 // A block's packed rows stay in the L2 cache while all of the weight passes by. The more rows, the
 // fewer bytes of the weight for each product. Interleaved ones leave room for two panels of it.
-int64_t block_bytes(bool interleaved) { return l2_bytes() / 4 * (interleaved ? 2 : 3); }
+int64_t block_bytes(bool interleaved) { return l2_bytes() / 8 * (interleaved ? 5 : 6); }
 // Packed rows that wait for the multiplication at the same time.
 constexpr int64_t kWaitingBytes = 8 << 20;
 
