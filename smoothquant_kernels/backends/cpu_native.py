@@ -92,7 +92,7 @@ def use_level(name: str | None) -> None:
         )
 
 
-def _load(folder: Path) -> tuple[CpuStatus, ctypes.CDLL | None]:
+def _load(folder: Path, choice: str = "auto") -> tuple[CpuStatus, ctypes.CDLL | None]:
     file = folder / LIBRARY_NAME
     if not file.is_file():
         return CpuStatus(
@@ -107,6 +107,12 @@ def _load(folder: Path) -> tuple[CpuStatus, ctypes.CDLL | None]:
         torch_target=str(facts.get("torch_target", "")),
     )
     problem = _mismatch(file, facts.get("machine"), facts.get("bytes"), built.torch_target)
+    if problem is None and choice == "auto" and built.levels == ("portable",):
+        reason = (
+            f"the CPU library holds portable code only, which is slower than oneDNN; "
+            f"{cpu_choice.VARIABLE}=portable chooses it"
+        )
+        return replace(built, available=False, reason=reason), None
     problem = problem or library.load(file)
     if problem is None:
         return built, ctypes.CDLL(str(file))
@@ -132,7 +138,7 @@ def _serve() -> tuple[str, ...]:
     if choice.startswith(cpu_choice.ONEDNN):
         _status = CpuStatus(False, f"{cpu_choice.VARIABLE}={choice} chooses oneDNN")
         return ()
-    _status, _entries = _load(library.FOLDER)
+    _status, _entries = _load(library.FOLDER, choice)
     if choice != "auto":
         try:
             use_level(choice)

@@ -37,7 +37,7 @@ def in_a_process(code: str, **env: str) -> subprocess.CompletedProcess[str]:
 def fake_install(folder: Path, **changed: object) -> Path:
     file = folder / cpu_native.LIBRARY_NAME
     file.write_bytes(b"not a library")
-    facts = {"levels": ["portable"], "machine": platform.machine(), "bytes": 13}
+    facts = {"levels": ["portable", "avx2"], "machine": platform.machine(), "bytes": 13}
     facts |= {"compiler": "g++ 12", "torch_target": "2.10", **changed}
     (folder / cpu_native.BUILD_INFO_NAME).write_text(json.dumps(facts))
     return folder
@@ -64,8 +64,17 @@ def test_a_library_that_does_not_fit_is_not_loaded(
 ) -> None:
     status, entries = cpu_native._load(fake_install(tmp_path, **changed))
     assert not status.available and entries is None
-    assert expected in status.reason and status.levels == ("portable",)
+    assert expected in status.reason and status.levels == ("portable", "avx2")
     assert "to build it again: SMOOTHQUANT_KERNELS_BUILD=cpu" in status.reason
+
+
+def test_portable_code_alone_serves_only_if_asked_for(tmp_path: Path) -> None:
+    """As on ARM, where oneDNN is faster."""
+    folder = fake_install(tmp_path, levels=["portable"])
+    status, entries = cpu_native._load(folder)
+    assert not status.available and entries is None
+    assert "SMOOTHQUANT_KERNELS_CPU=portable chooses it" in status.reason
+    assert "does not load" in cpu_native._load(folder, "portable")[0].reason
 
 
 def test_status_is_consistent() -> None:
