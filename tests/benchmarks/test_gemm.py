@@ -200,14 +200,6 @@ def test_planted_outliers_keep_the_function() -> None:
         torch.testing.assert_close(model(input_ids=ids).logits, before, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("scheme", ["per_token", "static"])
-def test_the_columns_of_a_layer_on_a_cpu_add_up(scheme: str) -> None:
-    row = linear.measure_on_cpu(48, 40, 3, scheme, smooth=True, seconds=0.01)
-    assert row["gops"] == pytest.approx(2 * 3 * 48 * 40 / (row["int8_us"] * 1e-6) / 1e9)
-    assert row["rounds"] >= 5
-    assert all(row[f"{name}_us"] > 0 for name in ("int8", "float32", "bfloat16"))
-
-
 def test_layers_of_every_kind_are_checked_and_timed(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
