@@ -171,7 +171,13 @@ void fill(const GemmParams& p, GemmPlan* plan) {
   plan->splits = 1;
   if (p.m == 0) return;
   plan->launches = 1;
-  plan->workspace_bytes = Division(kernels(), p.m, p.k).workspace_bytes();
+  // Enough for every level, because another thread may choose one between the plan and the run.
+  for (int32_t level = 0; level < kLevels; ++level) {
+    const Kernels* own = kernels_of(level);
+    if (own == nullptr) continue;
+    plan->workspace_bytes =
+        std::max(plan->workspace_bytes, Division(*own, p.m, p.k).workspace_bytes());
+  }
 }
 
 }  // namespace

@@ -61,5 +61,7 @@ int64_t l2_bytes();
 
 // The kernels of the level in use.
 const Kernels& kernels();
+// The kernels of a level, or null if this library or this processor lacks it.
+const Kernels* kernels_of(int32_t level);
 
 }  // namespace sqk

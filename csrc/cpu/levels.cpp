@@ -158,6 +158,8 @@ int64_t l2_bytes() {
   return found;
 }
 
+const Kernels* kernels_of(int32_t level) { return has(level) ? compiled(level) : nullptr; }
+
 const Kernels& kernels() { return *compiled(level_in_use().load(std::memory_order_relaxed)); }
 
 const char* describe(Status status) {

@@ -110,10 +110,10 @@ inline Floats from_float16(Shorts h) {
 #else
   const Ints wide = __builtin_convertvector(h, Ints);
   const Ints rest = wide & 0x7fff;
-  // The exponents differ by 112. A product with 2^112 also makes subnormal numbers normal.
-  const Floats scaled = bits_as<Floats>(rest << 13) * 0x1p112f;
-  const Ints special = (bits_as<Ints>(scaled) & 0x7fffff) | 0x7f800000;
-  const Ints bits = rest >= 0x7c00 ? special : bits_as<Ints>(scaled);
+  // No operand is subnormal: a process may treat those as 0.
+  const Ints subnormal = bits_as<Ints>(__builtin_convertvector(rest, Floats) * 0x1p-24f);
+  Ints bits = rest < 0x400 ? subnormal : (rest << 13) + (112 << 23);
+  bits = rest >= 0x7c00 ? (rest << 13) | 0x7f800000 : bits;
   return bits_as<Floats>(bits | ((wide & 0x8000) << 16));
 #endif
 }

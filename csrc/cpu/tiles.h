@@ -33,6 +33,7 @@ struct alignas(64) TileShapes {
     }
     set(6, kTileRows);
     set(7, kTileRows);
+    __asm__ volatile("" ::: "memory");
   }
 };
 
@@ -46,6 +47,7 @@ struct WeightTail {
     for (int64_t row = 0; at < k && row < rows; ++row) {
       std::memcpy(of + row * kTileBytes, w + row * stride + at, static_cast<size_t>(k - at));
     }
+    __asm__ volatile("" ::: "memory");  // the compiler does not see that tile loads read this
   }
 };
 

@@ -12,9 +12,12 @@ inline bool is_wide(int64_t rows, int64_t k) {
 
 constexpr int kWideRows = 8, kWideVectors = kPanel / 16;
 
+// Channels of a panel: it is on the stack, which may be short in a thread.
+constexpr int64_t kWideDepth = 1024;
+
 // 4 channels of all columns, then the next 4.
 struct WidePanel {
-  alignas(64) uint8_t of[kDepth * kPanel];
+  alignas(64) uint8_t of[kWideDepth * kPanel];
 };
 
 // Packs `depth` channels of up to kPanel columns, and adds kX times their sums to `excess`.
@@ -85,8 +88,8 @@ inline void multiply_wide(const Block& block) {
     const int64_t after = left - columns < kPanel ? left - columns : kPanel;
     const int8_t* w = p.w_q + first * p.w_q_stride;
     std::memset(sums.excess, 0, sizeof sums.excess);
-    for (int64_t done = 0; done < p.k; done += kDepth) {
-      const int64_t depth = p.k - done < kDepth ? p.k - done : kDepth;
+    for (int64_t done = 0; done < p.k; done += kWideDepth) {
+      const int64_t depth = p.k - done < kWideDepth ? p.k - done : kWideDepth;
       pack_panel(w + done, p.w_q_stride, columns, depth, panel, sums.excess);
       for (int64_t part = 0; part < parts; ++part) {
         const int64_t row = part * kWideRows;

@@ -85,6 +85,54 @@ def test_status_is_consistent() -> None:
 
 
 @needs_library
+def test_the_level_may_change_while_others_compute() -> None:
+    """A workspace that was sized for one level is large enough for every other."""
+    x, w = torch.ones(100, 256), torch.ones(64, 256, dtype=torch.int8)
+    scale = torch.full((64,), 0.5)
+    done = threading.Event()
+
+    def change() -> None:
+        while not done.is_set():
+            for name in cpu_native.levels_here():
+                cpu_native.use_level(name)
+
+    before = cpu_native.level()
+    worker = threading.Thread(target=change)
+    worker.start()
+    try:
+        for _ in range(3000):
+            assert float(ops.linear_s8(x, w, scale)[0, 0]) == 128.0
+    finally:
+        done.set()
+        worker.join()
+        cpu_native.use_level(before)
+
+
+@needs_library
+@pytest.mark.parametrize("level", cpu_native.levels_here())
+@pytest.mark.parametrize("flush", [False, True])
+def test_every_16_bit_float_is_read_and_written(level: str, flush: bool) -> None:
+    """A product of 0 leaves the residual. Also where the process treats subnormal float32 as 0."""
+    values = torch.arange(-(2**15), 2**15).to(torch.int16)
+    zero, one = torch.zeros(256, 1, dtype=torch.int8), torch.ones(1)
+    for dtype in (torch.float16, torch.bfloat16):
+        residual = values.view(dtype).view(256, 256)
+        wanted = residual.float() + 0.0
+        if flush and dtype is torch.bfloat16:
+            continue  # its subnormal numbers are float32's, which are 0 then
+        torch.set_flush_denormal(flush)
+        try:
+            with backends.at_level(level):
+                args = (zero, zero, one, one)
+                y = ops.gemm_s8(*args, residual=residual, out_dtype=torch.float32)
+                same = ops.gemm_s8(*args, residual=residual, out_dtype=dtype)
+        finally:
+            torch.set_flush_denormal(False)
+        assert_bitwise_equal(y, wanted)
+        assert_bitwise_equal(same, wanted.to(dtype))
+
+
+@needs_library
 def test_the_ops_have_the_kernels_of_the_library() -> None:
     """One call of the dispatcher: neither the checks nor the kernels in Python run. The library replaces no kernel."""
     done = in_a_process(

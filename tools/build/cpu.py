@@ -63,7 +63,7 @@ _PROBES = {
 #: No contraction: a multiply-add that is fused where the source has two operations gives other bits.
 FLAGS = (
     "-std=c++17", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden",
-    "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wall",
+    "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fstack-clash-protection", "-Wall",
 )  # fmt: skip
 
 
