@@ -6,6 +6,7 @@
 #include <cstring>
 #include <numeric>
 
+#include "common/entry.h"
 #include "common/valid.h"
 #include "cpu/layer.h"
 
@@ -30,7 +31,7 @@ struct Division {
   Division(const Kernels& kernels, int64_t m, int64_t k) {
     const int64_t most = std::min(round_up(m, kGroup), kMostRows);
     interleaved = kernels.interleaves(std::min(m, most), k);
-    group_bytes = kernels.packed_bytes(k, interleaved);
+    group_bytes = kernels.packed_bytes(k);
     const int64_t fit = block_bytes(interleaved) / group_bytes;
     const int64_t groups = std::clamp(fit, int64_t{1}, most / kGroup);
     const int64_t blocks = divide_up(m, groups * kGroup);
@@ -110,9 +111,12 @@ void multiply_batch(const GemmParams& p, const Kernels& kernels, const Division&
 }
 
 // p.x_scale is read if the rows are given. `quantize` is null for them.
-Status run(const GemmParams& p, const QuantizeParams* quantize, cudaStream_t stream) {
-  if (p.m == 0) return Status::kSuccess;
-  const Kernels& level = kernels();
+Status run(const GemmParams& p, const GemmPlan& plan, const QuantizeParams* quantize,
+           cudaStream_t stream) {
+  if (plan.launches == 0) return Status::kSuccess;
+  const Kernels* const planned = kernels_of(plan.tile);
+  if (planned == nullptr) return Status::kInvalidArgument;
+  const Kernels& level = *planned;
   const Division division(level, p.m, p.k);
   if (p.workspace_bytes < division.workspace_bytes()) return Status::kWorkspaceTooSmall;
   const bool has_x = quantize != nullptr || (p.x_q != nullptr && p.x_scale != nullptr);
@@ -167,17 +171,13 @@ Status check_gemm(const GemmParams& p) {
 }
 
 void fill(const GemmParams& p, GemmPlan* plan) {
-  plan->tile = -1;
+  // The level: another thread may choose one before the run, whose workspace would have other
+  // sizes.
+  plan->tile = sqk_cpu_level();
   plan->splits = 1;
   if (p.m == 0) return;
   plan->launches = 1;
-  // Enough for every level, because another thread may choose one between the plan and the run.
-  for (int32_t level = 0; level < kLevels; ++level) {
-    const Kernels* own = kernels_of(level);
-    if (own == nullptr) continue;
-    plan->workspace_bytes =
-        std::max(plan->workspace_bytes, Division(*own, p.m, p.k).workspace_bytes());
-  }
+  plan->workspace_bytes = Division(*kernels_of(plan->tile), p.m, p.k).workspace_bytes();
 }
 
 }  // namespace
@@ -189,8 +189,8 @@ Status plan(const GemmParams& params, GemmPlan* plan) {
   return status;
 }
 
-Status gemm_s8(const GemmParams& params, const GemmPlan&, cudaStream_t stream) {
-  return run(params, nullptr, stream);
+Status gemm_s8(const GemmParams& params, const GemmPlan& plan, cudaStream_t stream) {
+  return run(params, plan, nullptr, stream);
 }
 
 Status plan(const LinearParams& params, LinearPlan* plan) {
@@ -210,28 +210,18 @@ Status plan(const LinearParams& params, LinearPlan* plan) {
   return Status::kSuccess;
 }
 
-Status linear_s8(const LinearParams& params, const LinearPlan&, cudaStream_t stream) {
-  return run(params.gemm, &params.quantize, stream);
+Status linear_s8(const LinearParams& params, const LinearPlan& plan, cudaStream_t stream) {
+  return run(params.gemm, plan.gemm, &params.quantize, stream);
 }
 
 }  // namespace sqk
 
 extern "C" int32_t sqk_gemm_s8(const sqk::GemmParams* params, void* stream) {
-  sqk::GemmPlan plan;
-  sqk::Status status = sqk::plan(*params, &plan);
-  if (status == sqk::Status::kSuccess) {
-    status = sqk::gemm_s8(*params, plan, static_cast<cudaStream_t>(stream));
-  }
-  return static_cast<int32_t>(status);
+  return sqk::plan_and_run(*params, stream, &sqk::gemm_s8);
 }
 
 extern "C" int32_t sqk_linear_s8(const sqk::LinearParams* params, void* stream) {
-  sqk::LinearPlan plan;
-  sqk::Status status = sqk::plan(*params, &plan);
-  if (status == sqk::Status::kSuccess) {
-    status = sqk::linear_s8(*params, plan, static_cast<cudaStream_t>(stream));
-  }
-  return static_cast<int32_t>(status);
+  return sqk::plan_and_run(*params, stream, &sqk::linear_s8);
 }
 
 extern "C" int32_t sqk_linear_plan(const sqk::LinearParams* params, sqk::LinearPlan* plan) {

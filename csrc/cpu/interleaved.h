@@ -4,8 +4,6 @@
 constexpr int64_t kFour = 4;         // channels of an 8-bit dot product
 constexpr int64_t kPackedStep = 64;  // channels that are transposed together
 
-inline int64_t interleaved_bytes(int64_t k) { return kGroup * packed_row(k); }
-
 // rows[i][j] = columns[j][i] for 16 x 16 int32.
 inline void transpose(const __m512i (&columns)[16], __m512i (&rows)[16]) {
   __m512i a[16], b[16];

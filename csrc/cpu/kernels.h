@@ -39,8 +39,8 @@ struct Kernels {
   // clamp(rint(v * inverse), -127, 127) for `count` values, padded as above; NaN becomes 0.
   // `ordinary`: no value is NaN or rounds beyond 127, which saves two operations.
   void (*round)(const float* v, int64_t count, float inverse, bool ordinary, int8_t* x_q);
-  // Bytes of a packed group of kGroup rows.
-  int64_t (*packed_bytes)(int64_t k, bool interleaved);
+  // Bytes of a packed group of kGroup rows, in either form.
+  int64_t (*packed_bytes)(int64_t k);
   // Packs up to kGroup rows of k bytes. Every row is readable up to a multiple of kVector.
   void (*pack)(const int8_t* x_q, int64_t stride, int64_t rows, int64_t k, bool interleaved,
                uint8_t* packed);

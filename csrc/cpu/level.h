@@ -40,17 +40,24 @@ namespace {
 }  // namespace
 }  // namespace sqk
 
-// The table of a level that packs rows in one form.
-#define SQK_LEVEL_BY_ROWS                                                                 \
-  extern const Kernels SQK_LEVEL;                                                         \
-  const Kernels SQK_LEVEL = {                                                             \
-      values,                                                                             \
-      round_values,                                                                       \
-      [](int64_t k, bool) { return row_bytes(k); },                                       \
-      [](const int8_t* x_q, int64_t stride, int64_t rows, int64_t k, bool, uint8_t* to) { \
-        pack_rows(x_q, stride, rows, k, to);                                              \
-      },                                                                                  \
-      [](const Block& block, bool) { multiply_rows(block); },                             \
-      [](int64_t, int64_t) { return false; },                                             \
-      [](bool) -> int64_t { return Dot::kColumns; },                                      \
+// The table of a level. `pack` and `multiply` are for interleaved rows, `kept(rows, k)` says when
+// they are faster, and `unit` is their columns.
+#define SQK_LEVEL_TABLE(pack, multiply, kept, unit)                                            \
+  extern const Kernels SQK_LEVEL;                                                              \
+  const Kernels SQK_LEVEL = {                                                                  \
+      values,                                                                                  \
+      round_values,                                                                            \
+      group_bytes,                                                                             \
+      [](const int8_t* x_q, int64_t stride, int64_t rows, int64_t k, bool interleaved,         \
+         uint8_t* to) { (interleaved ? pack : pack_rows)(x_q, stride, rows, k, to); },         \
+      [](const Block& block, bool interleaved) {                                               \
+        (interleaved ? multiply : multiply_rows)(block);                                       \
+      },                                                                                       \
+      kept,                                                                                    \
+      [](bool interleaved) -> int64_t { return interleaved ? unit : int64_t{Dot::kColumns}; }, \
   };
+
+// The table of a level that packs rows in one form.
+#define SQK_LEVEL_BY_ROWS                                                             \
+  SQK_LEVEL_TABLE(pack_rows, multiply_rows, ([](int64_t, int64_t) { return false; }), \
+                  int64_t{Dot::kColumns})

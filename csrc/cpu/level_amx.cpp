@@ -19,20 +19,5 @@ namespace {
 
 }  // namespace
 
-extern const Kernels SQK_LEVEL;
-const Kernels SQK_LEVEL = {
-    values,
-    round_values,
-    [](int64_t k, bool interleaved) { return interleaved ? interleaved_bytes(k) : row_bytes(k); },
-    [](const int8_t* x_q, int64_t stride, int64_t rows, int64_t k, bool interleaved, uint8_t* to) {
-      interleaved ? pack_interleaved<0>(x_q, stride, rows, k, to)
-                  : pack_rows(x_q, stride, rows, k, to);
-    },
-    [](const Block& block, bool interleaved) {
-      interleaved ? multiply_tiles(block) : multiply_rows(block);
-    },
-    // A tile takes as long for one token as for 16.
-    [](int64_t rows, int64_t) { return rows >= kLeastTileRows; },
-    [](bool interleaved) -> int64_t { return interleaved ? kTileColumns : Dot::kColumns; },
-};
+SQK_LEVEL_TABLE(pack_interleaved<0>, multiply_tiles, is_for_tiles, kTileColumns)
 }  // namespace sqk

@@ -16,19 +16,5 @@ namespace {
 
 }  // namespace
 
-extern const Kernels SQK_LEVEL;
-const Kernels SQK_LEVEL = {
-    values,
-    round_values,
-    [](int64_t k, bool interleaved) { return interleaved ? interleaved_bytes(k) : row_bytes(k); },
-    [](const int8_t* x_q, int64_t stride, int64_t rows, int64_t k, bool interleaved, uint8_t* to) {
-      interleaved ? pack_interleaved<Dot::kX>(x_q, stride, rows, k, to)
-                  : pack_rows(x_q, stride, rows, k, to);
-    },
-    [](const Block& block, bool interleaved) {
-      interleaved ? multiply_wide(block) : multiply_rows(block);
-    },
-    is_wide,
-    [](bool interleaved) -> int64_t { return interleaved ? kPanel : Dot::kColumns; },
-};
+SQK_LEVEL_TABLE(pack_interleaved<Dot::kX>, multiply_wide_block, is_wide, kPanel)
 }  // namespace sqk

@@ -221,7 +221,8 @@ inline void prefetch_y(const Block& block, int64_t first_row, int64_t rows, int6
 
 inline int64_t packed_row(int64_t k) { return round_up(k, kVector); }
 
-inline int64_t row_bytes(int64_t k) {
+// Of kGroup rows.
+inline int64_t group_bytes(int64_t k) {
   return kGroup * packed_row(k) * static_cast<int64_t>(sizeof(Dot::X));
 }
 

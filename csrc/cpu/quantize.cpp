@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "common/entry.h"
 #include "common/valid.h"
 #include "cpu/layer.h"
 
@@ -74,12 +75,7 @@ Status quantize(const QuantizeParams& p, const QuantizePlan& plan, cudaStream_t 
 }  // namespace sqk
 
 extern "C" int32_t sqk_quantize(const sqk::QuantizeParams* params, void* stream) {
-  sqk::QuantizePlan plan;
-  sqk::Status status = sqk::plan(*params, &plan);
-  if (status == sqk::Status::kSuccess) {
-    status = sqk::quantize(*params, plan, static_cast<cudaStream_t>(stream));
-  }
-  return static_cast<int32_t>(status);
+  return sqk::plan_and_run(*params, stream, &sqk::quantize);
 }
 
 extern "C" int64_t sqk_quantize_workspace_bytes(const sqk::QuantizeParams* params) {

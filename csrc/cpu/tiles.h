@@ -3,11 +3,12 @@
 
 constexpr int64_t kTileRows = 16;   // rows of the weight, or tokens
 constexpr int64_t kTileBytes = 64;  // channels of a tile
-constexpr int64_t kTileSize = kTileRows * kTileBytes;
-constexpr int64_t kLeastTileRows = 8;
-constexpr int kTilesWide = 2;  // of the weight, and of the activations, at a time
+constexpr int kTilesWide = 2;       // of the weight, and of the activations, at a time
 constexpr int64_t kTileColumns = kTilesWide * kTileRows;
 static_assert(kTileColumns <= kPanel);
+
+// A tile takes as long for one token as for 16.
+inline bool is_for_tiles(int64_t rows, int64_t) { return rows >= 8; }
 
 // The shapes of the 8 tile registers: 0 to 3 sums, 4 and 5 the weight, 6 and 7 activations.
 struct alignas(64) TileShapes {
@@ -60,7 +61,7 @@ inline void multiply_tile_corner(const int8_t* w, int64_t w_stride, const Weight
   if constexpr (kTokens > 1) _tile_zero(1);
   if constexpr (kWeights > 1) _tile_zero(2);
   if constexpr (kWeights > 1 && kTokens > 1) _tile_zero(3);
-  const uint8_t* const x_next = x + interleaved_bytes(k);
+  const uint8_t* const x_next = x + group_bytes(k);
   const auto step = [&](const int8_t* weight, int64_t stride, int64_t at) {
     _tile_loadd(6, x + at * kTileRows, 64);
     _tile_loadd(4, weight, stride);
@@ -106,7 +107,7 @@ inline void multiply_tile_columns(const Block& block, const int8_t* w, int64_t f
   const GemmParams& p = *block.gemm;
   const WeightTail tail(w, p.w_q_stride, columns, p.k);
   for (int64_t row = 0; row < block.rows; row += 2 * kTileRows) {
-    const uint8_t* x = block.x + row / kGroup * interleaved_bytes(p.k);
+    const uint8_t* x = block.x + row / kGroup * group_bytes(p.k);
     const int64_t left = block.rows - row, rows = left < 2 * kTileRows ? left : 2 * kTileRows;
     prefetch_y(block, row, rows, first, columns);
     const auto corner = [&](auto tokens, auto ahead) {

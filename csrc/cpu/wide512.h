@@ -78,7 +78,7 @@ inline void prefetch_part(const int8_t* w, int64_t stride, int64_t rows, int64_t
   }
 }
 
-inline void multiply_wide(const Block& block) {
+inline void multiply_wide_block(const Block& block) {
   const GemmParams& p = *block.gemm;
   Sums sums;
   WidePanel panel;
@@ -97,8 +97,8 @@ inline void multiply_wide(const Block& block) {
         if (done == 0) prefetch_y(block, row, rest < kWideRows ? rest : kWideRows, first, columns);
         prefetch_part(w + kPanel * p.w_q_stride + done, p.w_q_stride, after, depth, part, parts);
         multiply_wide(
-            block.x + row / kGroup * interleaved_bytes(p.k) + done * kGroup + row % kGroup * kFour,
-            panel, depth, sums.of + row * kPanel, done > 0);
+            block.x + row / kGroup * group_bytes(p.k) + done * kGroup + row % kGroup * kFour, panel,
+            depth, sums.of + row * kPanel, done > 0);
       }
     }
     finish_rows(block, sums.of, sums.excess, 0, block.rows, first, columns);

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "common/arithmetic.h"
+#include "common/entry.h"
 #include "gemm/find.h"
 #include "gemm/measured.h"
 #include "sqk/linear.h"
@@ -155,21 +156,11 @@ Status linear_s8(const LinearParams& params, const LinearPlan& plan, cudaStream_
 }  // namespace sqk
 
 extern "C" int32_t sqk_gemm_s8(const sqk::GemmParams* params, void* stream) {
-  sqk::GemmPlan plan;
-  sqk::Status status = sqk::plan(*params, &plan);
-  if (status == sqk::Status::kSuccess) {
-    status = sqk::gemm_s8(*params, plan, static_cast<cudaStream_t>(stream));
-  }
-  return static_cast<int32_t>(status);
+  return sqk::plan_and_run(*params, stream, &sqk::gemm_s8);
 }
 
 extern "C" int32_t sqk_linear_s8(const sqk::LinearParams* params, void* stream) {
-  sqk::LinearPlan plan;
-  sqk::Status status = sqk::plan(*params, &plan);
-  if (status == sqk::Status::kSuccess) {
-    status = sqk::linear_s8(*params, plan, static_cast<cudaStream_t>(stream));
-  }
-  return static_cast<int32_t>(status);
+  return sqk::plan_and_run(*params, stream, &sqk::linear_s8);
 }
 
 extern "C" int32_t sqk_linear_plan(const sqk::LinearParams* params, sqk::LinearPlan* plan) {

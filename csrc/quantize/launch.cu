@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "common/entry.h"
 #include "common/launch.h"
 #include "quantize/kernels.h"
 
@@ -103,12 +104,7 @@ Status quantize(const QuantizeParams& params, const QuantizePlan& plan, cudaStre
 }  // namespace sqk
 
 extern "C" int32_t sqk_quantize(const sqk::QuantizeParams* params, void* stream) {
-  sqk::QuantizePlan plan;
-  sqk::Status status = sqk::plan(*params, &plan);
-  if (status == sqk::Status::kSuccess) {
-    status = sqk::quantize(*params, plan, static_cast<cudaStream_t>(stream));
-  }
-  return static_cast<int32_t>(status);
+  return sqk::plan_and_run(*params, stream, &sqk::quantize);
 }
 
 extern "C" int64_t sqk_quantize_workspace_bytes(const sqk::QuantizeParams* params) {
