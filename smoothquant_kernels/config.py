@@ -13,7 +13,7 @@ from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.schemes import ACTIVATION_SCHEMES, MAX_ROTATION, WEIGHT_GRANULARITIES
 
 ROUNDINGS = ("auto", "power_of_two", "none")
-FOLDINGS = ("auto", "never")
+FOLDINGS = ("auto", "never", "only")
 WEIGHT_ROUNDINGS = ("nearest", "gptq")
 NORMS = ("auto", "max", "rms")
 MASSIVE_CHOICES = ("per_token", "keep")
@@ -74,7 +74,9 @@ class SmoothQuantConfig:
             bit of the float model in any dtype; ``"none"`` uses the formula's value, which balances a little better
             and costs float roundings; ``"auto"`` is ``"none"`` for float32 models and ``"power_of_two"`` for others.
         folding: ``"auto"`` folds factors into the producer where that is proved to preserve the function and divides
-            at run time elsewhere; ``"never"`` divides at run time everywhere.
+            at run time elsewhere; ``"never"`` divides at run time everywhere; ``"only"`` divides nowhere, for formats
+            that cannot: layers whose factors cannot be folded stay unsmoothed, and under grouped-query attention
+            o_proj takes equal factors for the query heads that share a head of v_proj, which absorbs them.
         only_where_better: leaves a group of layers unsmoothed whose outputs are nearer to float's so, in int8 on the
             calibration sample. False smooths every group. Layers with an entry in `alphas` are always smoothed.
         verify_tolerance: largest relative change of the float model's logits that folding may cause; None derives it

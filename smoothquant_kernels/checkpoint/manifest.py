@@ -14,6 +14,10 @@ from smoothquant_kernels.storage.digests import FileEntry, digest, file_entry
 from smoothquant_kernels.storage.safetensors import TensorEntry
 
 MANIFEST = "smoothquant.json"
+#: What was done to each layer, in a folder of another format that this package wrote.
+RECORD = "smoothquant_record.json"
+#: A folder with one of these files is ours and may be overwritten.
+MARKERS = (MANIFEST, RECORD)
 FORMAT = "smoothquant-kernels"
 FORMAT_VERSION = 1
 CONFIG = "config.json"

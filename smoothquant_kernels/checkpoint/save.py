@@ -12,22 +12,26 @@ import torch
 from torch import Tensor, nn
 
 from smoothquant_kernels.checkpoint import skeleton as skeletons
+from smoothquant_kernels.checkpoint.compressed_tensors import export as exports
 from smoothquant_kernels.checkpoint.manifest import (
     CONFIG,
     GENERATION_CONFIG,
     INDEX,
     MANIFEST,
+    MARKERS,
     Manifest,
 )
 from smoothquant_kernels.checkpoint.skeleton import check_scales
 from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.modeling.record import info_of
+from smoothquant_kernels.nn import kinds
 from smoothquant_kernels.storage.digests import file_entry
 from smoothquant_kernels.storage.folder import new_folder
 from smoothquant_kernels.storage.safetensors import (
     TensorEntry,
     assign_files,
     check_storable,
+    size_of,
     tensor_entries,
     unique,
     write_safetensors,
@@ -35,6 +39,9 @@ from smoothquant_kernels.storage.safetensors import (
 from smoothquant_kernels.storage.versions import package_version
 
 MAX_SHARD_BYTES = 5_000_000_000
+#: The formats of checkpoint folders.
+NATIVE = "native"
+FORMATS = (NATIVE, exports.FORMAT)
 
 
 def save_quantized(
@@ -44,8 +51,9 @@ def save_quantized(
     tokenizer: Any = None,
     overwrite: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    format: str = NATIVE,
 ) -> Path:
-    """Writes a quantized model to a folder (docs/reference/checkpoint.md has the format).
+    """Writes a quantized model to a folder (docs/reference/checkpoint.md has the formats).
 
     The folder appears when everything is on the disk. A crash, Ctrl-C or a full disk never leaves half of it.
 
@@ -55,23 +63,30 @@ def save_quantized(
         tokenizer: its files are written too, so that the folder is self-contained.
         overwrite: replace an existing checkpoint, which is lost only after the new one is complete.
         max_shard_bytes: the most tensor bytes in one safetensors file. A larger tensor gets a file of its own.
+        format: ``"native"``, which holds everything and which `load_quantized` loads bit for bit; or
+            ``"compressed-tensors"``, which vLLM, SGLang and transformers load without this package. It needs a model
+            quantized with `folding="only"` and `rotation="none"` (docs/guides/serving.md).
 
     Returns:
         The folder.
 
     Raises:
-        SmoothQuantError: nothing is quantized, a scale is NaN, a tensor has no data, the folder exists, or the disk is
-            full.
+        SmoothQuantError: nothing is quantized, a scale is NaN, a tensor has no data, the folder exists, the disk is
+            full, or the format cannot express a layer, which the message names.
 
     Equivalent to:
         safetensors.torch.save_model(model, directory / "smoothquant.safetensors"), plus what is needed to load it.
     """
     check_shard_bytes(max_shard_bytes)
     check_tokenizer(tokenizer)
+    check_format(format)
+    path = Path(directory)
+    if format != NATIVE:
+        _export(model, path, tokenizer, overwrite, max_shard_bytes)
+        return path
     texts = config_texts(model)
     manifest, tensors = _describe(model, texts, max_shard_bytes)
-    path = Path(directory)
-    with new_folder(path, marker=MANIFEST, overwrite=overwrite) as folder:
+    with new_folder(path, markers=MARKERS, overwrite=overwrite) as folder:
         write_other_files(folder, manifest, texts, tokenizer)
         for shard in sorted({entry["file"] for entry in manifest.tensors.values()}):
             part = {n: tensors[n] for n, e in manifest.tensors.items() if e["file"] == shard}
@@ -83,17 +98,43 @@ def save_quantized(
 # --- saving -----------------------------------------------------------------------------------------------------------
 
 
+def _export(
+    model: nn.Module, path: Path, tokenizer: Any, overwrite: bool, max_shard_bytes: int
+) -> None:
+    """Writes the folder in the compressed-tensors format."""
+    _check_quantized(model)
+    texts = config_texts(model)
+    again = constructed_again(model, texts)
+    scheme = exports.quantization_config(model, again)
+    assert again is not None
+    tensors, tied = unique(exports.export_state(model))
+    tensors |= {alias: tensors[name] for alias, name in exports.own_ties(tied, again).items()}
+    check_scales(skeletons.layer_state(model), skeletons.describe_modules(model)[0])
+    tensors = exports.as_published(model, tensors)
+    files = assign_files(tensors, max_shard_bytes, exports.STEM)
+    with new_folder(path, markers=MARKERS, overwrite=overwrite) as folder:
+        for shard in sorted(set(files.values())):
+            write_safetensors(folder / shard, {n: tensors[n] for n in files if files[n] == shard})
+        sizes = map(size_of, tensors.values())
+        exports.write_description(folder, model, scheme, texts, files, sizes, tokenizer)
+
+
+def _check_quantized(model: nn.Module) -> None:
+    if any(kinds.is_quantized(module) for module in model.modules()):
+        return
+    smoothed = " (it is smoothed, but in float)" if info_of(model) else ""
+    raise SmoothQuantError(
+        f"the model has no quantized layer{smoothed}: run quantize_model on it first, or save a float model with "
+        "save_pretrained."
+    )
+
+
 def _describe(
     model: nn.Module, texts: Mapping[str, str], max_shard_bytes: int
 ) -> tuple[Manifest, dict[str, Tensor]]:
     """Returns the manifest without its files, and the tensors to write."""
+    _check_quantized(model)
     modules, shared = skeletons.describe_modules(model)
-    if not modules:
-        smoothed = " (it is smoothed, but in float)" if info_of(model) else ""
-        raise SmoothQuantError(
-            f"the model has no quantized layer{smoothed}: run quantize_model on it first, or save a float model with "
-            "save_pretrained."
-        )
     tensors, tied = unique(skeletons.layer_state(model))
     check_scales(tensors, modules)
     again = constructed_again(model, texts)
@@ -187,6 +228,11 @@ def write_other_files(
 def check_shard_bytes(limit: int) -> None:
     if limit < 1:
         raise SmoothQuantError(f"max_shard_bytes must be at least 1, got {limit}.")
+
+
+def check_format(format: str) -> None:
+    if format not in FORMATS:
+        raise SmoothQuantError(f"format must be one of {', '.join(FORMATS)}; got {format!r}.")
 
 
 def check_tokenizer(tokenizer: Any) -> None:

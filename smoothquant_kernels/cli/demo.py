@@ -300,7 +300,7 @@ def _inputs(model: nn.Module, batch: Batch, names: Sequence[str]) -> dict[str, T
 
 def _check_folder(output: Path) -> None:
     """Raises SmoothQuantError unless `output` is writable, and is new or the result of an earlier demo."""
-    if output.exists() and occupant(output, RESULT) != "own":
+    if output.exists() and occupant(output, (RESULT,)) != "own":
         raise SmoothQuantError(
             f"{output} exists and is not the result of a demo; give another name with --output."
         )

@@ -13,7 +13,7 @@ from torch import nn
 
 from smoothquant_kernels.backends.cuda import extension_status
 from smoothquant_kernels.checkpoint.load import load_quantized
-from smoothquant_kernels.checkpoint.manifest import CONFIG, MANIFEST, is_checkpoint
+from smoothquant_kernels.checkpoint.manifest import CONFIG, MARKERS, is_checkpoint
 from smoothquant_kernels.cli.console import quiet_stderr
 from smoothquant_kernels.cli.options import DTYPES
 from smoothquant_kernels.config import SmoothQuantConfig
@@ -91,7 +91,7 @@ def choose_device(name: str) -> torch.device:
 
 def check_output(output: Path, *, force: bool) -> None:
     """Raises SmoothQuantError, before hours of work, if the result cannot be written."""
-    found = occupant(output, MANIFEST)
+    found = occupant(output, MARKERS)
     if found in ("file", "other"):
         raise SmoothQuantError(
             f"{output} exists already and is not a checkpoint of this package, so it is not replaced; give another "

@@ -8,7 +8,7 @@ or of `fc1` (through a ReLU). No list of architectures says where this works. Th
    norm, the norm is the candidate.
 2. *probe*: For a group without a candidate, earlier linears with K output features become candidates. Their output is
    multiplied by random powers of two, channel by channel. If this multiplies the group's input by exactly the same
-   factors, the producer is found.
+   factors, the producer is found (`probe.py`).
 3. *prove*: All producers' outputs are multiplied, and all groups' inputs are divided again. Powers of two are exact in
    floating point, so the model's outputs keep every bit (except for subnormal products), unless something else also
    reads a producer (a residual branch, a hidden consumer). Bisection finds such groups. They keep the run-time
@@ -23,16 +23,22 @@ producer.
 from __future__ import annotations
 
 import contextlib
-import functools
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from smoothquant_kernels.modeling.changes import writable
 from smoothquant_kernels.modeling.hooks import Hooks
+from smoothquant_kernels.modeling.probe import (
+    Group,
+    Trace,
+    block_of,
+    find_linear_producers,
+    powers_of_two,
+    same,
+)
 from smoothquant_kernels.modeling.readers import UNWATCHED, Readers, readable, watched
 from smoothquant_kernels.modeling.record import Reason
 from smoothquant_kernels.modeling.run import Batch, evaluating, output_tensors, run, run_changed
@@ -40,32 +46,10 @@ from smoothquant_kernels.modeling.sample_inputs import repeated
 from smoothquant_kernels.modeling.view import ModelView, is_channelwise, is_read_by_others
 from smoothquant_kernels.nn.float_linear import is_float_linear, weight_of
 
-_CANDIDATES = 4  # earlier linears tried as the producer of a group: q, k, v and one more
+__all__ = ["Group", "find_groups"]
 
 
-@dataclass(frozen=True)
-class Group:
-    """Linears that read one tensor, and the module that can absorb 1 / s, if any."""
-
-    linears: tuple[str, ...]
-    producer: str | None = None
-    reason: str = ""
-
-    def without_producer(self, reason: str) -> Group:
-        return replace(self, producer=None, reason=reason)
-
-
-@dataclass
-class _Trace:
-    """What one forward pass showed. It keeps the tensors alive, so that no address is used twice."""
-
-    inputs: dict[str, list[Tensor]]
-    norm_outputs: dict[str, list[Tensor]]
-    called: set[str]
-    outputs: list[Tensor]
-
-
-def _trace(model: nn.Module, batch: Batch, linears: Iterable[str]) -> _Trace:
+def _trace(model: nn.Module, batch: Batch, linears: Iterable[str]) -> Trace:
     inputs: dict[str, list[Tensor]] = {}
     norms: dict[str, list[Tensor]] = {}
     called: set[str] = set()
@@ -78,7 +62,7 @@ def _trace(model: nn.Module, batch: Batch, linears: Iterable[str]) -> _Trace:
             elif is_channelwise(module):
                 hooks.on_output(name, lambda y, n=name: norms.setdefault(n, []).append(y))  # type: ignore[misc]
         outputs = [t.clone() for t in output_tensors(run(model, batch))]
-    return _Trace(inputs, norms, called, outputs)
+    return Trace(inputs, norms, called, outputs)
 
 
 def _identity(t: Tensor) -> tuple[int, int, int]:
@@ -86,7 +70,7 @@ def _identity(t: Tensor) -> tuple[int, int, int]:
     return (t.data_ptr(), t.numel(), t.shape[-1])
 
 
-def _group_by_input(trace: _Trace) -> list[Group]:
+def _group_by_input(trace: Trace) -> list[Group]:
     norm_of: dict[tuple[int, int, int], str] = {}
     for name, outputs in trace.norm_outputs.items():
         for output in outputs:
@@ -106,128 +90,23 @@ def _group_by_input(trace: _Trace) -> list[Group]:
     return groups
 
 
-def _same(a: Tensor, b: Tensor, *, by_channel: bool = False) -> bool:
-    """Whether `a` equals `b`, except for what subnormal products lose under a factor of two.
-
-    Any structural difference is far larger. `by_channel` compares each channel of the last dimension on its own scale,
-    so that no channel hides another.
-    """
-    if a.shape != b.shape:
-        return False
-    if not b.numel():
-        return True
-    scale = b.abs().reshape(-1, b.shape[-1]).amax(0) if by_channel else b.abs().amax()
-    info = torch.finfo(b.dtype)
-    return bool(((a - b).abs() <= 8 * info.eps * (scale + info.tiny)).all())
-
-
-def _powers_of_two(size: int, like: Tensor, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    # Only 1 and 2: products stay exact in float16 too, and far from its limits.
-    return (2.0 ** torch.randint(0, 2, (size,), generator=generator)).to(like.device, like.dtype)
-
-
-def _candidates(model: nn.Module, trace: _Trace, group: Group) -> list[str]:
-    """Linears of the same repeated block with K output features that ran once, before the group; nearest first."""
-    order = list(trace.inputs)
-    first = min(order.index(n) for n in group.linears)
-    k = trace.inputs[group.linears[0]][0].shape[-1]
-    block = _block(group.linears[0])
-    return [
-        name
-        for name in reversed(order[:first])
-        if _block(name) == block
-        and _out_features(model.get_submodule(name)) == k
-        and len(trace.inputs[name]) == 1
-    ][:_CANDIDATES]
-
-
-def _block(name: str) -> str:
-    """The name through its first number, such as `model.layers.3`; the empty string without a number."""
-    parts = name.split(".")
-    for i, part in enumerate(parts):
-        if part.isdigit():
-            return ".".join(parts[: i + 1])
-    return ""
-
-
-def _out_features(module: nn.Module) -> int:
-    return int(getattr(module, "out_features", getattr(module, "nf", 0)))
-
-
-def _probe(model: nn.Module, batch: Batch, trace: _Trace, groups: list[Group]) -> list[Group]:
-    """Looks for a linear producer for each group that has none (step 2)."""
-    # A block runs one trial at a time, because a scaled query changes the attention output that a trial of v compares.
-    waiting: dict[str, list[tuple[int, int, str]]] = {}
-    for i, group in enumerate(groups):
-        if group.producer is None and not group.reason:
-            for rank, name in enumerate(_candidates(model, trace, group)):
-                waiting.setdefault(_block(name), []).append((rank, i, name))
-    for trials in waiting.values():
-        trials.sort(reverse=True)
-    found: dict[int, str] = {}
-    while any(waiting.values()):
-        now = {name: i for _, i, name in (trials.pop() for trials in waiting.values() if trials)}
-        with Hooks(model) as hooks:
-            for name, inputs in trace.inputs.items():
-                # The recorded input ends the effect of a trial at the next linear.
-                if len(inputs) == 1 and not any(name in groups[i].linears for i in now.values()):
-                    hooks.on_input(name, functools.partial(_replay, inputs[0]))
-            for producer, i in now.items():
-                on_match = functools.partial(found.__setitem__, i, producer)
-                _add_probe(hooks, producer, groups[i], trace, on_match)
-            run_changed(model, batch)
-        waiting = {b: [t for t in trials if t[1] not in found] for b, trials in waiting.items()}
-    taken: set[str] = set()
-    result = []
-    for i, group in enumerate(groups):
-        match = found.get(i)
-        if match is not None and match not in taken:
-            taken.add(match)
-            group = replace(group, producer=match)
-        elif group.producer is None and not group.reason:
-            group = group.without_producer(Reason.NO_PRODUCER())
-        result.append(group)
-    return result
-
-
-def _replay(original: Tensor, x: Tensor) -> Tensor:
-    """The recorded input, or `x` if the trial has routed a different number of tokens to an expert."""
-    return original if x.shape == original.shape else x
-
-
-def _add_probe(
-    hooks: Hooks, producer: str, group: Group, trace: _Trace, on_match: Callable[[], None]
-) -> None:
-    original = trace.inputs[group.linears[0]][0]
-    factors = _powers_of_two(original.shape[-1], original, seed=len(producer))
-
-    def compare(x: Tensor) -> Tensor:
-        if bool(original.any()) and _same(x, original * factors, by_channel=True):
-            on_match()
-        return _replay(original, x)
-
-    hooks.on_output(producer, lambda y: y * factors)
-    for name in group.linears:
-        hooks.on_input(name, compare)
-
-
-def _preserves_output(model: nn.Module, batch: Batch, trace: _Trace, groups: list[Group]) -> bool:
+def _preserves_output(model: nn.Module, batch: Batch, trace: Trace, groups: list[Group]) -> bool:
     """Whether the model's outputs stay the same when producers' outputs are multiplied and groups' inputs divided."""
     with Hooks(model) as hooks:
         for seed, group in enumerate(groups):
             assert group.producer is not None
             x = trace.inputs[group.linears[0]][0]
-            factors = _powers_of_two(x.shape[-1], x, seed)
+            factors = powers_of_two(x.shape[-1] // group.repeats.times, x, seed)
             hooks.on_output(group.producer, lambda y, f=factors: y * f)  # type: ignore[misc]
+            factors = group.repeats.spread(factors)
             for name in group.linears:
                 hooks.on_input(name, lambda y, f=factors: y / f)  # type: ignore[misc]
         changed = run_changed(model, batch)
     outputs = [] if changed is None else output_tensors(changed)
-    return len(outputs) == len(trace.outputs) and all(map(_same, outputs, trace.outputs))
+    return len(outputs) == len(trace.outputs) and all(map(same, outputs, trace.outputs))
 
 
-def _unsound(model: nn.Module, batch: Batch, trace: _Trace, groups: list[Group]) -> list[Group]:
+def _unsound(model: nn.Module, batch: Batch, trace: Trace, groups: list[Group]) -> list[Group]:
     """The groups whose producer something else also reads, found by bisection (step 3)."""
     if not groups or _preserves_output(model, batch, trace, groups):
         return []
@@ -280,7 +159,7 @@ def _hidden_readers(
     return {name: readers.refused[mark] for name, mark in marks.items() if mark in readers.refused}
 
 
-def _refuse_uncalled(model: nn.Module, trace: _Trace, groups: list[Group]) -> list[Group]:
+def _refuse_uncalled(model: nn.Module, trace: Trace, groups: list[Group]) -> list[Group]:
     """Refuses producers that may also be read by a linear that the sample did not reach."""
     silent = [
         (name, weight_of(module).shape[1])
@@ -292,7 +171,9 @@ def _refuse_uncalled(model: nn.Module, trace: _Trace, groups: list[Group]) -> li
         if group.producer is not None:
             k = trace.inputs[group.linears[0]][0].shape[-1]
             for name, width in silent:
-                if width == k and _within(_block(name), _block(group.producer)):
+                if width in (k, k // group.repeats.times) and _within(
+                    block_of(name), block_of(group.producer)
+                ):
                     return group.without_producer(Reason.MAY_BE_READ(name, group.producer))
         return group
 
@@ -316,7 +197,8 @@ def find_groups(
     Args:
         linears: names of the linears to smooth.
         batch: a small batch. A few dozen real tokens are enough.
-        folding: ``"never"`` looks for no producers.
+        folding: ``"never"`` looks for no producers; ``"only"`` looks also for those that are narrower than the input of
+            their group (v_proj under grouped-query attention).
 
     Raises:
         Nothing of its own. A group whose producer cannot be proved has no producer, but a reason.
@@ -329,7 +211,7 @@ def find_groups(
         alone = [Group((n,), reason=Reason.NOT_ON_SAMPLE()) for n in silent]
         if folding == "never":
             return [g.without_producer(Reason.FOLDING_OFF()) for g in groups + alone]
-        groups = _probe(model, batch, trace, groups)
+        groups = find_linear_producers(model, batch, trace, groups, repeated=folding == "only")
         groups = [_refuse_watched(model, _refuse_shared(view, g)) for g in groups]
         groups = _refuse_common_producers(groups)
         groups = _refuse_uncalled(model, trace, groups)

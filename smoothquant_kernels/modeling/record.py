@@ -35,6 +35,7 @@ class Reason(Enum):
     HEAD = "the output head is never folded"
     SMOOTHING_OFF = "smoothing is switched off"
     NOT_SMOOTHED = "not smoothed"
+    NOT_DIVIDED = "nothing divides at run time, and {}"
     # For a layer whose group has no producer.
     CALLED_AGAIN = "called more than once in a forward pass"
     NO_PRODUCER = "no producer scales its channels one by one"
@@ -112,6 +113,11 @@ class LayerRecord:
     x_peak: float | None = None
     activation_scheme: str | None = None
     more: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def left_undivided(self) -> bool:
+        """Whether it is unsmoothed only because the factors could not be folded and nothing divides at run time."""
+        return Reason.of(self.reason) is Reason.NOT_DIVIDED
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LayerRecord:

@@ -169,7 +169,7 @@ def make_report(
             model, smoothed, statistics, config, text, tokenizer, tokens
         )
     del smoothed
-    with new_folder(directory, marker=NUMBERS, overwrite=overwrite) as folder:
+    with new_folder(directory, markers=(NUMBERS,), overwrite=overwrite) as folder:
         pictures = _report_plots.draw(document, before.shown, after.shown, folder)
         (folder / NUMBERS).write_text(json_text(document) + "\n", encoding="utf-8")
         advised = advised_config(config, advice)
@@ -188,11 +188,11 @@ def check_report_folder(directory: Path, *, overwrite: bool) -> None:
         raise SmoothQuantError(
             "a report needs matplotlib for its figures: run `pip install matplotlib`."
         )
-    if occupant(directory, NUMBERS) == "other":
+    if occupant(directory, (NUMBERS,)) == "other":
         raise SmoothQuantError(
             f"{directory} exists already, is not a report and is not replaced; give another name."
         )
-    check_folder(directory, NUMBERS, overwrite=overwrite)
+    check_folder(directory, (NUMBERS,), overwrite=overwrite)
 
 
 def advised_config(config: SmoothQuantConfig, advice: Iterable[Document]) -> SmoothQuantConfig:

@@ -122,12 +122,22 @@ def group_factors(
     name = group.linears[0]
     of_inputs = statistics.norms(name, norms[0])
     of_weights = weight_norms(model, group, norms[1])
-    smooth = smoothing_factors(of_inputs, of_weights, alpha)
+    if (repeats := group.repeats).times > 1:
+        copies = zip((of_inputs, of_weights), norms, strict=True)
+        both = (_of_copies(repeats.by_copy(values), norm) for values, norm in copies)
+        smooth = repeats.spread(smoothing_factors(*both, alpha))
+    else:
+        smooth = smoothing_factors(of_inputs, of_weights, alpha)
     rounding = config.smooth_rounding
     if rounding == "auto":
         whole = weight_of(model.get_submodule(name)).dtype == torch.float32
         rounding = "none" if whole else "power_of_two"
     return round_to_power_of_two(smooth) if rounding == "power_of_two" else smooth
+
+
+def _of_copies(values: Tensor, norm: str) -> Tensor:
+    """[channels] the norm of all copies of a channel together, from those of each copy [channels, copies]."""
+    return values.amax(1) if norm == "max" else values.square().mean(1).sqrt()
 
 
 def smoothable_linears(
@@ -187,7 +197,11 @@ class Plan:
         self.peaks: dict[str, float] = {}
         self.smooth: dict[str, Tensor] = {}
         self._factors: dict[Group, Tensor] = {}
+        self._undivided: list[Group] = []
         for group in groups:
+            if config.folding == "only" and group.producer is None:
+                self._undivided.append(group)
+                continue
             name = group.linears[0]
             config = self.settings(name)
             rotation = group_rotation(group, statistics.absmax[name].numel(), config)
@@ -252,7 +266,7 @@ class Plan:
     def apply(
         self, same_output: Callable[[], bool], changes: Changes
     ) -> dict[str, tuple[How, str]]:
-        """Smooths the groups; returns name -> (``"folded"`` or ``"runtime"``, why)."""
+        """Smooths the groups; returns name -> (how, why)."""
         model = self._model
         result: dict[str, tuple[How, str]] = {}
 
@@ -260,6 +274,19 @@ class Plan:
             for name in smoothing.group.linears:
                 result[name] = (how, why)
                 self.smooth[name] = smoothing.smooth
+
+        def leave(group: Group, why: str) -> None:
+            for name in group.linears:
+                result[name] = ("none", Reason.NOT_DIVIDED(why))
+                self.peaks[name] = self._statistics.peak(name, None, self.rotations[name])
+
+        def divide(group: Group, why: str) -> None:
+            if self._config.folding == "only":
+                leave(group, why)
+                return
+            smoothing = Smoothing(group, self._factors[group])
+            divide_at_run_time(model, smoothing, changes)
+            note(smoothing, "runtime", why)
 
         def weight_bytes(group: Group) -> int:
             return sum(weight_of(model.get_submodule(n)).nbytes for n in group.linears)
@@ -275,12 +302,10 @@ class Plan:
             for smoothing in done:
                 note(smoothing, "folded", Reason.FOLDED(smoothing.group.producer))
             for group in (r.group for r in refused):
-                smoothing = Smoothing(group, self._factors[group])
-                divide_at_run_time(model, smoothing, changes)
-                note(smoothing, "runtime", Reason.FOLD_REFUSED(group.producer))
-        for group, smooth in self._factors.items():
+                divide(group, Reason.FOLD_REFUSED(group.producer))
+        for group in self._factors:
             if group.producer is None:
-                smoothing = Smoothing(group, smooth)
-                divide_at_run_time(model, smoothing, changes)
-                note(smoothing, "runtime", group.reason)
+                divide(group, group.reason)
+        for group in self._undivided:
+            leave(group, group.reason)
         return result

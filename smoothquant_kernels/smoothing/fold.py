@@ -78,7 +78,7 @@ def fold(model: nn.Module, smoothing: Smoothing, changes: Changes) -> bool:
     """Folds 1 / s into the producer and s into the readers. Returns False and changes nothing if no fold fits."""
     assert smoothing.group.producer is not None
     producer = model.get_submodule(smoothing.group.producer)
-    factor = 1.0 / smoothing.smooth
+    factor = smoothing.group.repeats.by_copy(1.0 / smoothing.smooth)[:, 0]  # copies are equal
     if is_float_linear(producer):
         scale_rows(producer, factor, changes)
     else:

@@ -18,12 +18,12 @@ from smoothquant_kernels.errors import SmoothQuantError
 
 
 @contextmanager
-def new_folder(target: Path, *, marker: str, overwrite: bool) -> Iterator[Path]:
+def new_folder(target: Path, *, markers: tuple[str, ...], overwrite: bool) -> Iterator[Path]:
     """Yields a temporary folder beside `target`, which takes its name on success and is deleted on failure.
 
     Args:
         target: the final path. Missing parents are created. An empty folder there is replaced.
-        marker: the file that identifies a folder as one that may be overwritten.
+        markers: a folder with one of these files may be overwritten.
         overwrite: replace an existing folder, which is lost only after the new one is complete.
 
     Raises:
@@ -31,7 +31,7 @@ def new_folder(target: Path, *, marker: str, overwrite: bool) -> Iterator[Path]:
     """
     target = target.expanduser().resolve()  # keeps a link and replaces its target
     try:
-        check_folder(target, marker, overwrite=overwrite)
+        check_folder(target, markers, overwrite=overwrite)
         with replace_folder(target, overwrite=overwrite) as folder:
             yield folder
             seal(folder)
@@ -82,18 +82,18 @@ def _beside(target: Path) -> Path:
     return target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
 
 
-def occupant(target: Path, marker: str) -> Literal["file", "own", "other"] | None:
-    """What exists at the path of a new folder. An "own" folder has the marker. An empty folder counts as nothing."""
+def occupant(target: Path, markers: tuple[str, ...]) -> Literal["file", "own", "other"] | None:
+    """What exists at the path of a new folder. An "own" folder has a marker. An empty folder counts as nothing."""
     if target.exists() and not target.is_dir():
         return "file"
     if not target.exists() or not any(target.iterdir()):
         return None
-    return "own" if (target / marker).is_file() else "other"
+    return "own" if any((target / marker).is_file() for marker in markers) else "other"
 
 
-def check_folder(target: Path, marker: str, *, overwrite: bool) -> None:
+def check_folder(target: Path, markers: tuple[str, ...], *, overwrite: bool) -> None:
     """Raises SmoothQuantError if `target` exists and may not be replaced. Takes the arguments of `new_folder`."""
-    found = occupant(target, marker)
+    found = occupant(target, markers)
     if found == "file":
         raise SmoothQuantError(f"{target} is a file: give the name of a folder.")
     if found == "other":

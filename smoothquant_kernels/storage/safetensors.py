@@ -18,6 +18,9 @@ from smoothquant_kernels.storage.digests import FileEntry, tensor_bytes, write_p
 # model would not be bit-identical. Aligned vector loads are also faster.
 ALIGNMENT = 64
 _PIECE = 8 << 20  # bytes copied at a time
+#: How the weight files of our own format begin. Not "model", because loaders that look for that name would take the
+#: rest for a float model.
+OWN_STEM = "smoothquant"
 
 NAMES = {
     torch.float64: "F64",
@@ -167,7 +170,7 @@ def unique(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]
     return tensors, tied
 
 
-def assign_files(tensors: Mapping[str, Tensor], limit: int) -> dict[str, str]:
+def assign_files(tensors: Mapping[str, Tensor], limit: int, stem: str = OWN_STEM) -> dict[str, str]:
     """Assigns the tensors to files, in order, as many to a file as fit in `limit` bytes."""
     numbers: dict[str, int] = {}
     number = used = 0
@@ -176,15 +179,14 @@ def assign_files(tensors: Mapping[str, Tensor], limit: int) -> dict[str, str]:
             number, used = number + 1, 0
         used += size_of(tensor)
         numbers[name] = number
-    return {n: shard_name(i, number + 1) for n, i in numbers.items()}
+    return {n: shard_name(i, number + 1, stem) for n, i in numbers.items()}
 
 
-def shard_name(number: int, count: int) -> str:
+def shard_name(number: int, count: int, stem: str = OWN_STEM) -> str:
     """The name of a checkpoint's weight file, counted from 0."""
-    # Not model.safetensors, because loaders that look for that name would take the rest for a float model.
     if count == 1:
-        return "smoothquant.safetensors"
-    return f"smoothquant-{number + 1:05}-of-{count:05}.safetensors"
+        return f"{stem}.safetensors"
+    return f"{stem}-{number + 1:05}-of-{count:05}.safetensors"
 
 
 def read_header(file: Path) -> tuple[dict[str, dict[str, Any]], int]:

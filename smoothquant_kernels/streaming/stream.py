@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from smoothquant_kernels.checkpoint import skeleton as skeletons
-from smoothquant_kernels.checkpoint.manifest import MANIFEST
+from smoothquant_kernels.checkpoint.manifest import MANIFEST, MARKERS
 from smoothquant_kernels.checkpoint.save import (
     MAX_SHARD_BYTES,
     check_shard_bytes,
@@ -127,7 +127,7 @@ def quantize_streamed(
     check_tokenizer(tokenizer)
     check_shard_bytes(max_shard_bytes)
     target = Path(directory).expanduser().resolve()
-    check_folder(target, MANIFEST, overwrite=overwrite)
+    check_folder(target, MARKERS, overwrite=overwrite)
     weights = WeightSource(Path(source).expanduser().resolve())
     model = empty_model(weights.folder, dtype)
     check_patterns(model, config)

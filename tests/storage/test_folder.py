@@ -145,7 +145,7 @@ def test_an_interrupted_folder_leaves_the_old_one(
 
 
 def test_permissions_of_a_new_folder_follow_the_umask(tmp_path: Path, usual_umask: Any) -> None:
-    with new_folder(tmp_path / "folder", marker="m", overwrite=False) as folder:
+    with new_folder(tmp_path / "folder", markers=("m",), overwrite=False) as folder:
         (folder / "file").touch(0o600)
     assert (tmp_path / "folder").stat().st_mode & 0o777 == 0o755
     assert (tmp_path / "folder" / "file").stat().st_mode & 0o777 == 0o644
@@ -183,20 +183,20 @@ def test_occupied_targets(
     what: str, found: str | None, refused: str | None, always: str | None, tmp_path: Path
 ) -> None:
     target = make(tmp_path / "target", what)
-    assert occupant(target, "marker") == found
+    assert occupant(target, ("marker",)) == found
     for overwrite, words in ((False, refused), (True, always)):
         if words is None:
-            check_folder(target, "marker", overwrite=overwrite)
+            check_folder(target, ("marker",), overwrite=overwrite)
         else:
             with pytest.raises(SmoothQuantError) as caught:
-                check_folder(target, "marker", overwrite=overwrite)
+                check_folder(target, ("marker",), overwrite=overwrite)
             assert str(caught.value).startswith(f"{target} {words}")
     assert names(tmp_path) == (["target"] if what else [])
 
 
 def test_a_folder_with_the_markers_name_is_not_a_marker(tmp_path: Path) -> None:
     (tmp_path / "marker").mkdir()
-    assert occupant(tmp_path, "marker") == "other"
+    assert occupant(tmp_path, ("marker",)) == "other"
 
 
 def test_the_check_of_a_writable_place_leaves_no_files(tmp_path: Path) -> None:

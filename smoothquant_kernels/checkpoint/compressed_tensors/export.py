@@ -1,0 +1,250 @@
+"""Writing compressed-tensors `int-quantized` folders, which vLLM, SGLang and transformers load without this package.
+
+The format has int8 weights, their scales, and activation scales per token or static. It has no factors that divide the
+input at run time and no rotation. So a model is quantized for it: smoothing is folded or left out (`exportable`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from smoothquant_kernels.checkpoint import skeleton as skeletons
+from smoothquant_kernels.checkpoint.compressed_tensors.scheme import (
+    INPUT_SCALE,
+    QUANT_METHOD,
+    WEIGHT,
+    WEIGHT_SCALE,
+)
+from smoothquant_kernels.checkpoint.manifest import CONFIG, RECORD
+from smoothquant_kernels.config import SmoothQuantConfig
+from smoothquant_kernels.errors import SmoothQuantError
+from smoothquant_kernels.modeling.record import LayerRecord, ModelRecord, info_of
+from smoothquant_kernels.modeling.view import ModelView
+from smoothquant_kernels.nn.linear import W8A8Linear
+from smoothquant_kernels.storage.versions import package_version
+
+#: The name of the format as an argument and as an option.
+FORMAT = QUANT_METHOD
+#: How transformers and vLLM expect weight files and their index to be named.
+STEM = "model"
+INDEX = "model.safetensors.index.json"
+_SCHEMES = ("per_token", "static")
+_FOR_EXPORT = (
+    "quantize the float model with SmoothQuantConfig(folding='only', rotation='none') (command line: "
+    f"--format {FORMAT})"
+)
+
+
+def exportable(config: SmoothQuantConfig) -> SmoothQuantConfig:
+    """The settings with which a float model is quantized for this format: folded factors only, no rotation.
+
+    Raises:
+        SmoothQuantError: the settings ask for what the format lacks, by name: a rotation, one dynamic scale per tensor,
+            or an int8 output head.
+    """
+    rotations = {config.rotation, *config.rotations.values()} - {"auto", "none"}
+    if rotations:
+        raise SmoothQuantError(
+            f"{FORMAT} has no rotation before a quantizer, and the settings ask for {rotations.pop()}: pass "
+            "rotation='none', or save the native format."
+        )
+    if wrong := {config.activation_scheme, *config.schemes.values()} - set(_SCHEMES):
+        raise SmoothQuantError(_scheme_refusal(wrong.pop()))
+    if config.quantize_head:
+        raise SmoothQuantError(
+            f"readers of {FORMAT} keep the output head in float: leave out quantize_head, or save the native format."
+        )
+    return config.replace(folding="only", rotation="none", rotations={})
+
+
+def _scheme_refusal(scheme: str) -> str:
+    return (
+        f"vLLM has no {scheme} activations (one dynamic scale for the whole tensor) in {FORMAT}: choose per_token or "
+        "static, or save the native format."
+    )
+
+
+def check_strict(layers: Iterable[LayerRecord]) -> None:
+    """Raises SmoothQuantError if a layer was left unsmoothed because its factors could not be folded."""
+    left = [layer for layer in layers if layer.left_undivided]
+    if left:
+        raise SmoothQuantError(
+            f"{left[0].name} and {len(left) - 1} more layers would be exported unsmoothed ({left[0].reason}): leave "
+            "out --strict, or save the native format."
+        )
+
+
+def quantization_config(model: nn.Module, again: nn.Module | None) -> dict[str, Any]:
+    """What config.json says about the weights.
+
+    Args:
+        model: a quantized transformers model.
+        again: the float model that transformers makes from config.json; None if it makes none.
+
+    Raises:
+        SmoothQuantError: the format, or one of its readers, lacks something that the model has. The message names the
+            layer.
+    """
+    layers = {
+        name: layer
+        for name, layer in model.named_modules(remove_duplicate=False)
+        if isinstance(layer, W8A8Linear)
+    }
+    others = {n for n in skeletons.describe_modules(model)[0] if n not in layers}
+    if not layers or others:
+        what = f"{min(others)} is of another kind" if others else "the model has none"
+        raise SmoothQuantError(f"{FORMAT} holds layers of the class W8A8Linear, and {what}.")
+    if again is None:
+        raise SmoothQuantError(
+            f"{FORMAT} is for models that transformers makes from config.json, and {type(model).__name__} is not one: "
+            "save the native format."
+        )
+    heads = ModelView(again).heads
+    floats = dict(again.named_modules(remove_duplicate=False))
+    for name, layer in layers.items():
+        _check_layer(name, layer, floats.get(name), head=name in heads)
+    return {
+        "quant_method": QUANT_METHOD,
+        "format": "int-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {f"group_{i}": g for i, g in enumerate(_groups(layers))},
+        "ignore": [n for n, m in floats.items() if isinstance(m, nn.Linear) and n not in layers],
+        "kv_cache_scheme": None,
+    }
+
+
+def _check_layer(name: str, layer: W8A8Linear, original: nn.Module | None, *, head: bool) -> None:
+    if layer.inv_smooth is not None or layer.rotation:
+        what = "rotates" if layer.rotation else "divides by smoothing factors"
+        raise SmoothQuantError(
+            f"{name} {what} at run time, which {FORMAT} cannot express: {_FOR_EXPORT}, or save the native format."
+        )
+    if layer.activation_scheme not in _SCHEMES:
+        raise SmoothQuantError(f"{name}: {_scheme_refusal(layer.activation_scheme)}")
+    if head:
+        raise SmoothQuantError(
+            f"{name} is an int8 output head, and readers of {FORMAT} keep the head in float: quantize without "
+            "quantize_head, or save the native format."
+        )
+    if not isinstance(original, nn.Linear):
+        found = "missing" if original is None else f"a {type(original).__name__}"
+        raise SmoothQuantError(
+            f"{FORMAT} quantizes nn.Linear only, and {name} is {found} in the float model: name it in skip, or save "
+            "the native format."
+        )
+
+
+def _groups(layers: Mapping[str, W8A8Linear]) -> list[dict[str, Any]]:
+    """The config groups: layers of the same scheme and granularity.
+
+    Several groups name all of their layers. vLLM would give a merged layer (qkv_proj) the group of the class "Linear"
+    before it looks for the names of its parts.
+    """
+    alike: dict[tuple[str, str], list[str]] = {}
+    for name, layer in layers.items():
+        alike.setdefault((layer.activation_scheme, layer.weight_granularity), []).append(name)
+    return [
+        {
+            "targets": ["Linear"] if len(alike) == 1 else names,
+            "weights": _int8(strategy=granularity, dynamic=False),
+            "input_activations": _int8(strategy="token", dynamic=True)
+            if scheme == "per_token"
+            else _int8(strategy="tensor", dynamic=False),
+            "output_activations": None,
+        }
+        for (scheme, granularity), names in alike.items()
+    ]
+
+
+def _int8(*, strategy: str, dynamic: bool) -> dict[str, Any]:
+    return {
+        "num_bits": 8,
+        "type": "int",
+        "symmetric": True,
+        "strategy": strategy,
+        "dynamic": dynamic,
+    }
+
+
+def export_state(model: nn.Module, prefix: str = "") -> dict[str, Any]:
+    """The state dict in this format: `weight` [N, K] int8, `weight_scale` [N, 1] or [1], static `input_scale` [1].
+
+    Scales are float32. A bias has the type of the float layer, which it had exactly.
+    """
+    state = skeletons.layer_state(model, prefix)
+    for name, layer in model.named_modules(remove_duplicate=False):
+        if isinstance(layer, W8A8Linear):
+            key = f"{prefix}{name}"
+            for buffer in list(layer._buffers):
+                state.pop(f"{key}.{buffer}", None)
+            # A channel of zeros has the scale 0, which some readers divide by. Any scale represents it.
+            scale = torch.where(layer.w_scale == 0, 1.0, layer.w_scale)
+            state[f"{key}.{WEIGHT}"] = layer.w_q.contiguous()
+            state[f"{key}.{WEIGHT_SCALE}"] = scale[:, None] if scale.numel() > 1 else scale
+            if layer.bias is not None:
+                state[f"{key}.bias"] = layer.bias.to(layer.dtype)
+            if layer.x_scale is not None:
+                state[f"{key}.{INPUT_SCALE}"] = layer.x_scale
+    return state
+
+
+def as_published(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors under the names that `save_pretrained` would give them, which other libraries know.
+
+    transformers 5 loads some architectures under other names than it publishes, and joins the weights of experts.
+
+    Raises:
+        SmoothQuantError: it would join or cut an int8 weight, whose scales it does not know.
+    """
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:  # transformers 4 has one name for both
+        return state
+    renamed: dict[str, Tensor] = revert_weight_conversion(model, dict(state))
+    kept = {id(t): name for name, t in renamed.items()}
+    for name, tensor in state.items():
+        if tensor.dtype == torch.int8 and not kept.get(id(tensor), "").endswith(f".{WEIGHT}"):
+            raise SmoothQuantError(
+                f"transformers publishes {name} in another form, which int8 weights do not have: name "
+                f"{name.removesuffix(f'.{WEIGHT}')} in skip, or save the native format."
+            )
+    return renamed
+
+
+def own_ties(tied: Mapping[str, str], again: nn.Module) -> dict[str, str]:
+    """Those of the other names of tensors whose tensors the model would not tie by itself, so they need a copy."""
+    made = dict(again.named_parameters(remove_duplicate=False))
+    return {a: n for a, n in tied.items() if a not in made or made[a] is not made.get(n)}
+
+
+def write_description(
+    folder: Path,
+    model: nn.Module,
+    scheme: Mapping[str, Any],
+    texts: Mapping[str, str],
+    weight_map: Mapping[str, str],
+    sizes: Iterable[int],
+    tokenizer: Any,
+) -> None:
+    """Writes everything but the weights: configuration, index, tokenizer, and what was done to each layer."""
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    for name, text in texts.items():
+        if name == CONFIG:
+            text = _json(json.loads(text) | {"quantization_config": dict(scheme)})
+        (folder / name).write_text(text, "utf-8")
+    if len(set(weight_map.values())) > 1:
+        index = {"metadata": {"total_size": sum(sizes)}, "weight_map": dict(weight_map)}
+        (folder / INDEX).write_text(_json(index), "utf-8")
+    record = {"format": FORMAT, "package_version": package_version(), "info": info_of(model)}
+    (folder / RECORD).write_text(_json(record), "utf-8")
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=2, allow_nan=False) + "\n"
