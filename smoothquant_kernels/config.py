@@ -13,7 +13,7 @@ from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.schemes import ACTIVATION_SCHEMES, MAX_ROTATION, WEIGHT_GRANULARITIES
 
 ROUNDINGS = ("auto", "power_of_two", "none")
-FOLDINGS = ("auto", "never", "only")
+FOLDINGS = ("auto", "never", "only", "required")
 WEIGHT_ROUNDINGS = ("nearest", "gptq")
 NORMS = ("auto", "max", "rms")
 MASSIVE_CHOICES = ("per_token", "keep")
@@ -76,7 +76,8 @@ class SmoothQuantConfig:
         folding: ``"auto"`` folds factors into the producer where that is proved to preserve the function and divides
             at run time elsewhere; ``"never"`` divides at run time everywhere; ``"only"`` divides nowhere, for formats
             that cannot: layers whose factors cannot be folded stay unsmoothed, and under grouped-query attention
-            o_proj takes equal factors for the query heads that share a head of v_proj, which absorbs them.
+            o_proj takes equal factors for the query heads that share a head of v_proj, which absorbs them;
+            ``"required"`` is the same, but refuses a model of which a layer would stay unsmoothed so.
         only_where_better: leaves a group of layers unsmoothed whose outputs are nearer to float's so, in int8 on the
             calibration sample. False smooths every group. Layers with an entry in `alphas` are always smoothed.
         verify_tolerance: largest relative change of the float model's logits that folding may cause; None derives it
@@ -161,6 +162,11 @@ class SmoothQuantConfig:
     def __hash__(self) -> int:
         values = [getattr(self, f.name) for f in dataclasses.fields(self)]
         return hash(tuple(frozenset(v.items()) if isinstance(v, dict) else v for v in values))
+
+    @property
+    def divides(self) -> bool:
+        """Whether factors that cannot be folded divide at run time."""
+        return self.folding in ("auto", "never")
 
     def scheme_of(self, x_peak: float | None, name: str = "") -> str:
         """The activation scheme of a layer whose largest token is `x_peak` times its median one."""

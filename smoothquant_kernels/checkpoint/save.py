@@ -31,7 +31,6 @@ from smoothquant_kernels.storage.safetensors import (
     TensorEntry,
     assign_files,
     check_storable,
-    size_of,
     tensor_entries,
     unique,
     write_safetensors,
@@ -115,8 +114,7 @@ def _export(
     with new_folder(path, markers=MARKERS, overwrite=overwrite) as folder:
         for shard in sorted(set(files.values())):
             write_safetensors(folder / shard, {n: tensors[n] for n in files if files[n] == shard})
-        sizes = map(size_of, tensors.values())
-        exports.write_description(folder, model, scheme, texts, files, sizes, tokenizer)
+        exports.write_description(folder, model, scheme, texts, files, tokenizer)
 
 
 def _check_quantized(model: nn.Module) -> None:

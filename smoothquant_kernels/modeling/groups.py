@@ -190,15 +190,21 @@ def _role(name: str) -> str:
 
 
 def find_groups(
-    view: ModelView, linears: Iterable[str], batch: Batch, *, folding: str = "auto"
+    view: ModelView,
+    linears: Iterable[str],
+    batch: Batch,
+    *,
+    fold: bool = True,
+    narrower: bool = False,
 ) -> list[Group]:
     """Returns groups of linears in the order of their calls, each with a proved producer if there is one.
 
     Args:
         linears: names of the linears to smooth.
         batch: a small batch. A few dozen real tokens are enough.
-        folding: ``"never"`` looks for no producers; ``"only"`` looks also for those that are narrower than the input of
-            their group (v_proj under grouped-query attention).
+        fold: False looks for no producers.
+        narrower: look also for producers that are narrower than the input of their group (v_proj under grouped-query
+            attention).
 
     Raises:
         Nothing of its own. A group whose producer cannot be proved has no producer, but a reason.
@@ -209,9 +215,9 @@ def find_groups(
         groups = _group_by_input(trace)
         silent = [n for n in linears if n not in trace.inputs]
         alone = [Group((n,), reason=Reason.NOT_ON_SAMPLE()) for n in silent]
-        if folding == "never":
+        if not fold:
             return [g.without_producer(Reason.FOLDING_OFF()) for g in groups + alone]
-        groups = find_linear_producers(model, batch, trace, groups, repeated=folding == "only")
+        groups = find_linear_producers(model, batch, trace, groups, narrower=narrower)
         groups = [_refuse_watched(model, _refuse_shared(view, g)) for g in groups]
         groups = _refuse_common_producers(groups)
         groups = _refuse_uncalled(model, trace, groups)

@@ -97,10 +97,10 @@ def _out_features(module: nn.Module) -> int:
     return int(getattr(module, "out_features", getattr(module, "nf", 0)))
 
 
-def _candidates(model: nn.Module, trace: Trace, group: Group, repeated: bool) -> list[str]:
+def _candidates(model: nn.Module, trace: Trace, group: Group, narrower: bool) -> list[str]:
     """Linears of the same repeated block that ran once, before the group; nearest first.
 
-    They have K output features, or with `repeated` a part of K.
+    They have K output features, or with `narrower` a part of K.
     """
     order = list(trace.inputs)
     first = min(order.index(n) for n in group.linears)
@@ -108,7 +108,7 @@ def _candidates(model: nn.Module, trace: Trace, group: Group, repeated: bool) ->
     block = block_of(group.linears[0])
 
     def fits(n: int) -> bool:
-        return n == k or (repeated and 0 < n < k and k % n == 0)
+        return n == k or (narrower and 0 < n < k and k % n == 0)
 
     return [
         name
@@ -120,14 +120,14 @@ def _candidates(model: nn.Module, trace: Trace, group: Group, repeated: bool) ->
 
 
 def find_linear_producers(
-    model: nn.Module, batch: Batch, trace: Trace, groups: list[Group], *, repeated: bool
+    model: nn.Module, batch: Batch, trace: Trace, groups: list[Group], *, narrower: bool
 ) -> list[Group]:
     """Looks for a linear producer for each group that has none."""
     # A block runs one trial at a time, because a scaled query changes the attention output that a trial of v compares.
     waiting: dict[str, list[tuple[int, int, str]]] = {}
     for i, group in enumerate(groups):
         if group.producer is None and not group.reason:
-            for rank, name in enumerate(_candidates(model, trace, group, repeated)):
+            for rank, name in enumerate(_candidates(model, trace, group, narrower)):
                 waiting.setdefault(block_of(name), []).append((rank, i, name))
     for trials in waiting.values():
         trials.sort(reverse=True)

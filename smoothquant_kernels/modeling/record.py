@@ -114,11 +114,6 @@ class LayerRecord:
     activation_scheme: str | None = None
     more: dict[str, Any] = field(default_factory=dict)
 
-    @property
-    def left_undivided(self) -> bool:
-        """Whether it is unsmoothed only because the factors could not be folded and nothing divides at run time."""
-        return Reason.of(self.reason) is Reason.NOT_DIVIDED
-
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LayerRecord:
         """The layer that `to_dict` described."""

@@ -119,7 +119,7 @@ def search_config(
         model, view.linears, seen, config=config, logits=bool(view.int8_heads), progress=progress
     )
     names = smoothable_linears(view, view.linears, statistics)
-    groups = find_groups(view, names, statistics.sample, folding="never")
+    groups = find_groups(view, names, statistics.sample, fold=False)
     per_token = config.smooth and config.massive_activations == "per_token"
     _explore_all(
         Space(model, statistics, config), groups, held, file, per_token, max_bytes, progress

@@ -123,11 +123,9 @@ def group_factors(
     of_inputs = statistics.norms(name, norms[0])
     of_weights = weight_norms(model, group, norms[1])
     if (repeats := group.repeats).times > 1:
-        copies = zip((of_inputs, of_weights), norms, strict=True)
-        both = (_of_copies(repeats.by_copy(values), norm) for values, norm in copies)
-        smooth = repeats.spread(smoothing_factors(*both, alpha))
-    else:
-        smooth = smoothing_factors(of_inputs, of_weights, alpha)
+        of_inputs = _of_copies(repeats.by_copy(of_inputs), norms[0])
+        of_weights = _of_copies(repeats.by_copy(of_weights), norms[1])
+    smooth = repeats.spread(smoothing_factors(of_inputs, of_weights, alpha))
     rounding = config.smooth_rounding
     if rounding == "auto":
         whole = weight_of(model.get_submodule(name)).dtype == torch.float32
@@ -199,7 +197,7 @@ class Plan:
         self._factors: dict[Group, Tensor] = {}
         self._undivided: list[Group] = []
         for group in groups:
-            if config.folding == "only" and group.producer is None:
+            if group.producer is None and not config.divides:
                 self._undivided.append(group)
                 continue
             name = group.linears[0]
@@ -281,7 +279,7 @@ class Plan:
                 self.peaks[name] = self._statistics.peak(name, None, self.rotations[name])
 
         def divide(group: Group, why: str) -> None:
-            if self._config.folding == "only":
+            if not self._config.divides:
                 leave(group, why)
                 return
             smoothing = Smoothing(group, self._factors[group])

@@ -155,7 +155,9 @@ def smooth_into(
             "calibrate with the same weight_rounding."
         )
     smoothable = smoothable_linears(view, linears, statistics) if config.smooth else []
-    groups = find_groups(view, smoothable, small, folding=config.folding)
+    groups = find_groups(
+        view, smoothable, small, fold=config.folding != "never", narrower=not config.divides
+    )
     if config.smooth:
         groups += [Group((n,), reason=Reason.HEAD()) for n in heads if n in statistics.absmax]
     plan = Plan(model, groups, statistics, config, heads)
@@ -173,6 +175,13 @@ def smooth_into(
 
         outcomes = plan.apply(lambda: difference() <= tolerance, changes)
         change = difference()
+    left = {n: why for n, (_, why) in outcomes.items() if Reason.of(why) is Reason.NOT_DIVIDED}
+    if left and config.folding == "required":
+        name, why = next(iter(left.items()))
+        raise SmoothQuantError(
+            f"{name} ({len(left)} of {len(linears)} layers) would stay unsmoothed, which folding='required' (--strict) "
+            f"forbids: {why}; pass folding='only' (leave out --strict) or name these layers in skip."
+        )
     for name, linear in linears.items():
         if gptq and name in statistics.moments:
             moments = Moments(statistics.moments[name], plan.smooth.get(name))

@@ -9,17 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from smoothquant_kernels.checkpoint import skeleton as skeletons
-from smoothquant_kernels.checkpoint.manifest import MANIFEST, MARKERS
+from smoothquant_kernels.checkpoint.compressed_tensors import export as exports
+from smoothquant_kernels.checkpoint.manifest import MARKERS
 from smoothquant_kernels.checkpoint.save import (
     MAX_SHARD_BYTES,
+    NATIVE,
+    check_format,
     check_shard_bytes,
     check_tokenizer,
-    config_texts,
-    constructed_again,
-    make_manifest,
-    non_persistent_buffers,
-    write_other_files,
 )
 from smoothquant_kernels.checkpoint.size import checkpoint_bytes
 from smoothquant_kernels.config import SmoothQuantConfig
@@ -45,12 +42,6 @@ from smoothquant_kernels.smoothing.patterns import check_patterns, patterns_with
 from smoothquant_kernels.smoothing.smooth import relative_difference, smooth_into
 from smoothquant_kernels.smoothing.statistics import ActivationStatistics, warn_if_short
 from smoothquant_kernels.storage.folder import check_folder, put, seal
-from smoothquant_kernels.storage.safetensors import (
-    TensorEntry,
-    tensor_entries,
-    unique,
-    write_safetensors,
-)
 from smoothquant_kernels.storage.space import check_space
 from smoothquant_kernels.storage.versions import package_version
 from smoothquant_kernels.streaming.blocks import BlockChain, BlockView
@@ -70,6 +61,7 @@ from smoothquant_kernels.streaming.work import (
     remove,
     work_folder,
 )
+from smoothquant_kernels.streaming.writer import Writer
 
 _SAMPLE = "sample."
 
@@ -87,6 +79,7 @@ def quantize_streamed(
     resume: bool = True,
     progress: bool = True,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    format: str = NATIVE,
 ) -> Path:
     """Calibrates, smooths, quantizes and saves a model with one block in memory at a time.
 
@@ -109,6 +102,8 @@ def quantize_streamed(
             an error. False drops that work and starts over.
         progress: show a progress bar.
         max_shard_bytes: as in `save_quantized`, but a block is never split.
+        format: as in `save_quantized`. ``"compressed-tensors"`` needs a configuration with `folding="only"` (or
+            ``"required"``) and `rotation="none"`.
 
     Returns:
         The folder.
@@ -126,6 +121,9 @@ def quantize_streamed(
     config = config or SmoothQuantConfig()
     check_tokenizer(tokenizer)
     check_shard_bytes(max_shard_bytes)
+    check_format(format)
+    if format != NATIVE:
+        exports.check_config(config)
     target = Path(directory).expanduser().resolve()
     check_folder(target, MARKERS, overwrite=overwrite)
     weights = WeightSource(Path(source).expanduser().resolve())
@@ -148,12 +146,14 @@ def quantize_streamed(
         "config": config.to_dict(),
         "calibration data": digest_of(batches),
         "max_shard_bytes": max_shard_bytes,
+        "format": format,
         "release": [package_version(), torch.__version__],
     }
     try:
         with work_folder(target, call, resume=resume) as work, evaluating(model):
             place = torch.device(device or "cpu")
-            stream = _Stream(model, weights, batches, config, work, place, max_shard_bytes)
+            writer = Writer(model, work, format, max_shard_bytes)
+            stream = _Stream(model, weights, batches, config, work, place, writer)
             stream.run(progress=progress)
             stream.finish(tokenizer)
             seal(work.checkpoint)
@@ -177,10 +177,10 @@ class _Stream:
         config: SmoothQuantConfig,
         work: WorkFolder,
         device: torch.device,
-        max_shard_bytes: int,
+        writer: Writer,
     ) -> None:
         self.model, self.weights, self.batches = model, weights, batches
-        self.max_shard_bytes = max_shard_bytes
+        self.writer = writer
         self.tokens = sum(map(count_tokens, batches))
         self.config, self.work, self.device = config, work, device
         self.names = match_names(model, weights)
@@ -242,19 +242,11 @@ class _Stream:
         skipped |= {layer.name: layer.reason for layer in ModelRecord.of(view).skipped}
         if linears:
             quantize_model(view, config=self._config_of(view))
-        tensors, tied = unique(skeletons.layer_state(block, prefix=f"{self.chain.names[index]}."))
-        modules, shared = skeletons.describe_modules(view)
-        skeletons.check_scales(tensors, modules)
-        entry = write_safetensors(self.work.part(index), tensors)
         record = {
             "layers": [layer.to_dict() for layer in ModelRecord.of(view).layers],
             "skipped": skipped,
-            "modules": modules,
-            "shared": shared,
-            "tensors": tensor_entries(tensors),
-            "tied": tied,
-            "size": entry["size"],
             "tuples": self.chain.tuples,
+            **self.writer.write(index, view),
         }
         states = {f"batch.{i}": h for i, h in enumerate(self.hidden) if h is not None}
         states |= {"original": self.original, "smoothed": self.smoothed}
@@ -345,52 +337,19 @@ class _Stream:
         return list(record.layers), skipped, change
 
     def finish(self, tokenizer: Any) -> None:
-        """Writes the rest's shard, the weight files, the configuration and the manifest, as `save_quantized` does."""
-        model, records = self.model, self.records
+        """Does the rest of the model, and writes the folder."""
         layers, skipped, change = self._do_rest()
-        rest, tied = unique(skeletons.layer_state(model))
-        modules, shared = skeletons.describe_modules(model)
-        for record in records:
+        for record in self.records:
             layers += map(LayerRecord.from_dict, record["layers"])
             skipped = skipped | record["skipped"]
-            modules, shared = modules | record["modules"], shared | record["shared"]
-            tied = tied | record["tied"]
         place = {name: i for i, name in enumerate(self.order)}
+        rest = self.writer.part(self.model)
         ModelRecord(
             config=self.config.to_dict(),
             layers=tuple(sorted(layers, key=lambda layer: place[layer.name])),
             skipped=skipped_layers(dict(sorted(skipped.items(), key=lambda s: place[s[0]]))),
             verification=Verification.of(change),
             calibration_tokens=self.tokens,
-        ).attach(model)
-        skeletons.check_scales(rest, modules)
+        ).attach(self.model)
         self.chain.restore()
-        made = skeletons.make_modules(modules, shared)
-        inside = tuple(f"{name}." for name in self.chain.names)
-        skeletons.install(model, {n: m for n, m in made.items() if n.startswith(inside)})
-        texts = config_texts(model)
-        again = constructed_again(model, texts)
-        names = list(skeletons.layer_state(model))
-        buffers = non_persistent_buffers(model, again, set(names))
-        rest |= buffers
-        last = write_safetensors(self.work.part(len(records)), rest)
-        sizes = [*(record["size"] for record in records), last["size"]]
-        shards, files = self.work.join_parts(sizes, self.max_shard_bytes)
-        entries: dict[str, TensorEntry] = {}
-        for shard, tensors in zip(
-            shards, [*(record["tensors"] for record in records), tensor_entries(rest)], strict=True
-        ):
-            entries |= {name: {**entry, "file": shard} for name, entry in tensors.items()}
-        manifest = make_manifest(
-            model,
-            again,
-            modules={n: modules[n] for n in self.order if n in modules},
-            shared=shared,
-            tensors={n: entries[n] for n in [*names, *buffers] if n in entries},
-            tied=tied,
-            non_persistent=list(buffers),
-        )
-        folder = self.work.checkpoint
-        manifest.files.update(files)
-        write_other_files(folder, manifest, texts, tokenizer)
-        (folder / MANIFEST).write_text(manifest.to_json(), "utf-8")
+        self.writer.finish(self.records, rest, self.chain.names, self.order, tokenizer)

@@ -55,7 +55,7 @@ class WorkFolder:
         return self.folder / f"block-{index:05}.safetensors"
 
     def join_parts(
-        self, sizes: Sequence[int], limit: int
+        self, sizes: Sequence[int], limit: int, stem: str
     ) -> tuple[list[str], dict[str, FileEntry]]:
         """Joins the parts into the checkpoint's weight files, of at most `limit` bytes unless a part is larger.
 
@@ -69,7 +69,7 @@ class WorkFolder:
         names: list[str] = []
         entries: dict[str, FileEntry] = {}
         for number, group in enumerate(groups):
-            name = shard_name(number, len(groups))
+            name = shard_name(number, len(groups), stem)
             target, parts = self.checkpoint / name, [self.part(i) for i in group]
             if target.is_file():
                 entries[name] = file_entry(target)

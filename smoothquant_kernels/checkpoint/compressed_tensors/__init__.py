@@ -1,1 +1,1 @@
-"""The compressed-tensors format of W8A8 checkpoints, which llm-compressor writes and vLLM, SGLang and transformers read."""
+"""The compressed-tensors format: llm-compressor writes it; vLLM, SGLang and transformers read it."""

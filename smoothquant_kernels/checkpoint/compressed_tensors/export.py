@@ -7,7 +7,7 @@ input at run time and no rotation. So a model is quantized for it: smoothing is 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from smoothquant_kernels.checkpoint.compressed_tensors.scheme import (
 from smoothquant_kernels.checkpoint.manifest import CONFIG, RECORD
 from smoothquant_kernels.config import SmoothQuantConfig
 from smoothquant_kernels.errors import SmoothQuantError
-from smoothquant_kernels.modeling.record import LayerRecord, ModelRecord, info_of
+from smoothquant_kernels.modeling.record import info_of
 from smoothquant_kernels.modeling.view import ModelView
 from smoothquant_kernels.nn.linear import W8A8Linear
 from smoothquant_kernels.storage.versions import package_version
@@ -41,8 +41,12 @@ _FOR_EXPORT = (
 )
 
 
-def exportable(config: SmoothQuantConfig) -> SmoothQuantConfig:
+def exportable(config: SmoothQuantConfig, *, strict: bool = False) -> SmoothQuantConfig:
     """The settings with which a float model is quantized for this format: folded factors only, no rotation.
+
+    Args:
+        config: the settings that the user asks for.
+        strict: refuse a model of which a layer would stay unsmoothed because its factors cannot be folded.
 
     Raises:
         SmoothQuantError: the settings ask for what the format lacks, by name: a rotation, one dynamic scale per tensor,
@@ -60,7 +64,8 @@ def exportable(config: SmoothQuantConfig) -> SmoothQuantConfig:
         raise SmoothQuantError(
             f"readers of {FORMAT} keep the output head in float: leave out quantize_head, or save the native format."
         )
-    return config.replace(folding="only", rotation="none", rotations={})
+    folding = "required" if strict else "only"
+    return config.replace(folding=folding, rotation="none", rotations={})
 
 
 def _scheme_refusal(scheme: str) -> str:
@@ -70,13 +75,12 @@ def _scheme_refusal(scheme: str) -> str:
     )
 
 
-def check_strict(layers: Iterable[LayerRecord]) -> None:
-    """Raises SmoothQuantError if a layer was left unsmoothed because its factors could not be folded."""
-    left = [layer for layer in layers if layer.left_undivided]
-    if left:
+def check_config(config: SmoothQuantConfig) -> None:
+    """Raises SmoothQuantError, before any work, if models quantized so cannot be written in this format."""
+    exportable(config)
+    if config.divides or config.rotation != "none" or config.rotations:
         raise SmoothQuantError(
-            f"{left[0].name} and {len(left) - 1} more layers would be exported unsmoothed ({left[0].reason}): leave "
-            "out --strict, or save the native format."
+            f"{FORMAT} cannot express division at run time and rotation: {_FOR_EXPORT}, or save the native format."
         )
 
 
@@ -194,7 +198,7 @@ def export_state(model: nn.Module, prefix: str = "") -> dict[str, Any]:
     return state
 
 
-def as_published(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+def as_published(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors under the names that `save_pretrained` would give them, which other libraries know.
 
     transformers 5 loads some architectures under other names than it publishes, and joins the weights of experts.
@@ -229,7 +233,6 @@ def write_description(
     scheme: Mapping[str, Any],
     texts: Mapping[str, str],
     weight_map: Mapping[str, str],
-    sizes: Iterable[int],
     tokenizer: Any,
 ) -> None:
     """Writes everything but the weights: configuration, index, tokenizer, and what was done to each layer."""
@@ -239,8 +242,9 @@ def write_description(
         if name == CONFIG:
             text = _json(json.loads(text) | {"quantization_config": dict(scheme)})
         (folder / name).write_text(text, "utf-8")
-    if len(set(weight_map.values())) > 1:
-        index = {"metadata": {"total_size": sum(sizes)}, "weight_map": dict(weight_map)}
+    if len(shards := set(weight_map.values())) > 1:
+        size = sum((folder / shard).stat().st_size for shard in shards)
+        index = {"metadata": {"total_size": size}, "weight_map": dict(weight_map)}
         (folder / INDEX).write_text(_json(index), "utf-8")
     record = {"format": FORMAT, "package_version": package_version(), "info": info_of(model)}
     (folder / RECORD).write_text(_json(record), "utf-8")
