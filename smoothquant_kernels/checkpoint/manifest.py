@@ -81,6 +81,14 @@ def is_checkpoint(path: Path) -> bool:
     return (path / MANIFEST).is_file()
 
 
+def read_info(folder: Path) -> dict[str, Any]:
+    """The `smoothquant_info` in a folder of any format that this package wrote."""
+    if is_checkpoint(folder):
+        return read_manifest(folder).info
+    info: dict[str, Any] = json.loads((folder / RECORD).read_text("utf-8"))["info"]
+    return info
+
+
 def read_manifest(folder: Path) -> Manifest:
     """Reads the manifest of a checkpoint folder. Every value has the right type, every path stays inside the folder.
 

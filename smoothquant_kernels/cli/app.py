@@ -27,6 +27,7 @@ from smoothquant_kernels.cli.options import (
     Config,
     Device,
     Dtype,
+    Format,
     Json,
     Model,
     QuantizeHead,
@@ -153,6 +154,14 @@ def quantize(
     ] = False,
     restart: Annotated[
         bool, typer.Option("--restart", help="With --stream: drop unfinished work, start anew.")
+    ] = False,
+    format: Format = "native",
+    strict: Annotated[
+        bool,
+        typer.Option(
+            "--strict",
+            help="With --format compressed-tensors: refuse a model of which a layer would stay unsmoothed.",
+        ),
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing checkpoint.")] = False,
     as_json: Json = False,

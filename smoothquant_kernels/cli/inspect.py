@@ -10,8 +10,9 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Group
 from rich.table import Table
@@ -30,6 +31,9 @@ from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.modeling.record import HOWS, How, LayerRecord, ModelRecord, SkippedLayer
 from smoothquant_kernels.storage.digests import file_entry
 from smoothquant_kernels.storage.document import Document, readable_size
+
+if TYPE_CHECKING:
+    from smoothquant_kernels.search.costs import LayerCost
 
 # Bytes per element, by the type names in safetensors headers.
 _BYTES = {
@@ -148,9 +152,13 @@ def _tensor_bytes(directory: Path, manifest: Manifest) -> dict[str, int]:
     return sizes
 
 
-def summarize_layers(layers: Sequence[LayerRecord], skipped: Sequence[SkippedLayer]) -> Document:
-    """Counts of layers; those that differ only in their number form one group."""
-    groups: dict[tuple[str, How, str, str | None, int, int, int], list[str]] = {}
+def summarize_layers(
+    layers: Sequence[LayerRecord],
+    skipped: Sequence[SkippedLayer],
+    costs: Mapping[str, LayerCost] | None = None,
+) -> Document:
+    """Counts of layers; those that differ only in their number form one group, whose costs are added up."""
+    groups: dict[tuple[str, How, str, str | None, int, int, int], list[LayerRecord]] = {}
     for layer in layers:
         key = (
             general_name(layer.name),
@@ -161,7 +169,8 @@ def summarize_layers(layers: Sequence[LayerRecord], skipped: Sequence[SkippedLay
             layer.out_features,
             layer.in_features,
         )
-        groups.setdefault(key, []).append(general_name(layer.reason))
+        groups.setdefault(key, []).append(layer)
+    costs = costs or {}
     left_out = Counter((general_name(layer.name), layer.reason) for layer in skipped)
     return {
         "quantised": len(layers),
@@ -169,21 +178,30 @@ def summarize_layers(layers: Sequence[LayerRecord], skipped: Sequence[SkippedLay
         "groups": [
             {
                 "layers": name,
-                "count": len(reasons),
+                "count": len(members),
                 "out_features": n,
                 "in_features": k,
                 "activation_scheme": scheme,
                 "rotation": rotation,
                 "smoothing": smoothing,
-                "reason": _with_ranges(reasons),
+                "reason": _with_ranges([general_name(layer.reason) for layer in members]),
+                **_group_cost([costs[m.name] for m in members if m.name in costs]),
             }
-            for (name, smoothing, _, scheme, rotation, n, k), reasons in groups.items()
+            for (name, smoothing, _, scheme, rotation, n, k), members in groups.items()
         ],
         "skipped": [
             {"layers": name, "count": count, "reason": reason}
             for (name, reason), count in left_out.items()
         ],
     }
+
+
+def _group_cost(costs: Sequence[LayerCost]) -> Document:
+    """The costs of a group's layers, added up; empty if they were not measured."""
+    if not costs:
+        return {}
+    divided = [c.divided for c in costs if c.divided is not None]
+    return {"kl": sum(c.kl for c in costs), "kl_divided": sum(divided) if divided else None}
 
 
 def _with_ranges(reasons: Sequence[str]) -> str:
@@ -208,6 +226,9 @@ def render_layers(document: Document) -> Group:
     table.add_column("rotation", justify="right")
     table.add_column("smoothing")
     table.add_column("how, why", overflow="fold")
+    costs = any("kl" in group for group in document["groups"])
+    if costs:
+        table.add_column("KL", justify="right")
     for group in document["groups"]:
         table.add_row(
             group["layers"],
@@ -216,7 +237,8 @@ def render_layers(document: Document) -> Group:
             group["activation_scheme"],
             str(group["rotation"] or "none"),
             group["smoothing"],
-            group["reason"],
+            group["reason"] + _compared(group),
+            *([f"{group['kl']:.4f}" if "kl" in group else ""] if costs else []),
         )
     for skipped in document["skipped"]:
         table.add_row(
@@ -231,6 +253,12 @@ def render_layers(document: Document) -> Group:
             f"{smoothing['runtime']} at run time, {smoothing['none']} not; {skips} left in float"
         ),
     )
+
+
+def _compared(group: Document) -> str:
+    """What the layers would cost if they divided at run time."""
+    divided = group.get("kl_divided")
+    return "" if divided is None else f" (KL if they divided: {divided:.4f})"
 
 
 def describe_verification(document: Document) -> str:

@@ -146,6 +146,14 @@ Skip = Annotated[
         metavar="PATTERN", help="Layers that stay in float, e.g. '*.o_proj'; may be repeated."
     ),
 ]
+Format = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help="native, with everything, or compressed-tensors, which vLLM, SGLang and transformers load without this "
+        "package: smoothing is folded or left out, nothing is rotated.",
+    ),
+]
 QuantizeHead = Annotated[
     bool,
     typer.Option(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Group
@@ -12,8 +12,9 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
-from smoothquant_kernels.checkpoint.manifest import is_checkpoint
-from smoothquant_kernels.checkpoint.save import save_quantized
+from smoothquant_kernels.checkpoint.compressed_tensors.export import exportable
+from smoothquant_kernels.checkpoint.manifest import is_checkpoint, read_info
+from smoothquant_kernels.checkpoint.save import NATIVE, check_format, save_quantized
 from smoothquant_kernels.checkpoint.size import checkpoint_bytes
 from smoothquant_kernels.cli.console import quiet_stderr, show_progress
 from smoothquant_kernels.cli.inputs import calibration_inputs, describe_inputs, processor_of
@@ -24,7 +25,6 @@ from smoothquant_kernels.cli.inspect import (
     summarize_layers,
     weight_files,
 )
-from smoothquant_kernels.cli.inspect import work as inspect_checkpoint
 from smoothquant_kernels.cli.loading import (
     changed_settings,
     check_output,
@@ -37,13 +37,21 @@ from smoothquant_kernels.cli.loading import (
 from smoothquant_kernels.config import SmoothQuantConfig
 from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.evaluation.models import load_model
+from smoothquant_kernels.modeling.batches import count_tokens
 from smoothquant_kernels.modeling.record import ModelRecord
 from smoothquant_kernels.modeling.view import ModelView
-from smoothquant_kernels.smoothing.calibrate import calibrate_model
+from smoothquant_kernels.smoothing.calibrate import calibrate_model, configured_batches
 from smoothquant_kernels.smoothing.convert import quantize_model
 from smoothquant_kernels.smoothing.smooth import check_finite_weights, smooth_lm
+from smoothquant_kernels.smoothing.statistics import ActivationStatistics
 from smoothquant_kernels.storage.document import Document, note, readable_size
+from smoothquant_kernels.storage.safetensors import read_header
 from smoothquant_kernels.storage.space import check_space
+
+if TYPE_CHECKING:
+    from smoothquant_kernels.search.costs import LayerCost
+
+_COST_TOKENS = 512  # to estimate the costs of layers on
 
 
 def work(
@@ -58,11 +66,21 @@ def work(
     search: bool,
     stream: bool,
     restart: bool,
+    format: str,
+    strict: bool,
     **options: Any,
 ) -> Document:
     """Writes the checkpoint; `options` are the options that change settings."""
     begin = time.perf_counter()
+    check_format(format)
     config = read_config(config_file, changed_settings(**options))
+    if format != NATIVE:
+        config = exportable(config, strict=strict)
+    elif strict:
+        raise SmoothQuantError(
+            "--strict refuses what a format cannot express, and the native format expresses everything: give it with "
+            "--format compressed-tensors."
+        )
     check_output(output, force=force)
     searchable = config.smooth or config.activation_scheme == "static"
     measured = searchable or config.weight_rounding == "gptq"
@@ -82,7 +100,7 @@ def work(
     if stream:
         document = _quantize_streamed(
             source, output, config, calibration=calibration, dtype=float_type, device=where,
-            force=force, resume=not restart,
+            force=force, resume=not restart, format=format,
         )  # fmt: skip
         return {**document, "seconds": time.perf_counter() - begin}
     inputs = calibration_inputs(source, calibration, config) if measured else None
@@ -96,24 +114,28 @@ def work(
     check_finite_weights(linears)  # before the calibration, which can take a long time
     before = {"model": tensor_bytes(model), "linears": linear_bytes(model, list(skipped))}
     check_space(output, checkpoint_bytes(model, linears, config))
+    costs: dict[str, LayerCost] = {}
     if inputs is not None:
         if search:
             config = _search(model, inputs.batches, config, output)
         note(f"calibrating on {inputs}")
         statistics = calibrate_model(model, inputs.batches, config, progress=show_progress())
         smooth_lm(model, statistics, config=config)
+        if format != NATIVE:
+            costs = _costs(model, statistics, inputs.batches, config)
         del statistics  # what GPTQ needs is large, and the linears have it
     quantize_model(model, config=config)
     after = {"model": tensor_bytes(model), "linears": linear_bytes(model, list(skipped))}
     note(f"saving {output}")
-    save_quantized(model, output, tokenizer=processor, overwrite=force)
+    save_quantized(model, output, tokenizer=processor, overwrite=force, format=format)
     record = ModelRecord.of(model)
     return {
         "model": source,
         "output": str(output),
+        "format": format,
         "config": record.config,
         "calibration": None if inputs is None else inputs.facts,
-        **summarize_layers(record.layers, record.skipped),
+        **summarize_layers(record.layers, record.skipped, costs),
         "verification": record.verification and record.verification.to_dict(),
         "bytes": {
             "model_before": before["model"],
@@ -136,6 +158,7 @@ def _quantize_streamed(
     device: torch.device,
     force: bool,
     resume: bool,
+    format: str,
 ) -> Document:
     """Quantizes a model that is never in memory as a whole; the document describes the written checkpoint."""
     from smoothquant_kernels.streaming.source import check_folder
@@ -146,26 +169,50 @@ def _quantize_streamed(
     note(f"quantizing {source} block by block on {inputs}")
     quantize_streamed(
         source, output, inputs.batches, config, tokenizer=inputs.processor, dtype=dtype, device=device,
-        overwrite=force, resume=resume, progress=show_progress(),
+        overwrite=force, resume=resume, progress=show_progress(), format=format,
     )  # fmt: skip
-    found = inspect_checkpoint(output)
-    layers = found["layers"]
+    record = ModelRecord.from_dict(read_info(output))
+    sizes = {
+        name: entry["data_offsets"][1] - entry["data_offsets"][0]
+        for file in weight_files(output)
+        for name, entry in read_header(file)[0].items()
+    }
     # The whole float model is never loaded, so this counts the weights of its linears, without any bias.
-    linears = sum(layer["out_features"] * layer["in_features"] for layer in layers)
+    linears = sum(layer.out_features * layer.in_features for layer in record.layers)
+    inside = tuple(f"{layer.name}." for layer in record.layers)
     return {
         "model": source,
         "output": str(output),
-        "config": found["config"],
+        "format": format,
+        "config": record.config,
         "calibration": inputs.facts,
-        **{k: found[k] for k in ("quantised", "smoothing", "groups", "skipped", "verification")},
+        **summarize_layers(record.layers, record.skipped),
+        "verification": record.verification and record.verification.to_dict(),
         "bytes": {
             "model_before": None,
-            "model_after": found["bytes"]["quantised_layers"] + found["bytes"]["float_tensors"],
+            "model_after": sum(sizes.values()),
             "linears_before": linears * dtype.itemsize,
-            "linears_after": found["bytes"]["quantised_layers"],
+            "linears_after": sum(size for name, size in sizes.items() if name.startswith(inside)),
             "weight_files": sum(file.stat().st_size for file in weight_files(output)),
         },
     }
+
+
+def _costs(
+    model: nn.Module,
+    statistics: ActivationStatistics,
+    batches: list[Any],
+    config: SmoothQuantConfig,
+) -> dict[str, LayerCost]:
+    """What each layer costs in KL divergence, estimated on the last batches, about `_COST_TOKENS` tokens."""
+    from smoothquant_kernels.search.costs import layer_costs
+
+    note("estimating what each layer costs")
+    given = list(configured_batches(model, batches, config, None))
+    some: list[Any] = []
+    while given and sum(map(count_tokens, some)) < _COST_TOKENS:
+        some.append(given.pop())
+    return layer_costs(model, statistics, some, config)
 
 
 def _search(
