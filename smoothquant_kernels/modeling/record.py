@@ -35,6 +35,7 @@ class Reason(Enum):
     HEAD = "the output head is never folded"
     SMOOTHING_OFF = "smoothing is switched off"
     NOT_SMOOTHED = "not smoothed"
+    IMPORTED = "from a checkpoint of compressed-tensors {}"
     # For a layer whose group has no producer.
     CALLED_AGAIN = "called more than once in a forward pass"
     NO_PRODUCER = "no producer scales its channels one by one"
@@ -61,6 +62,7 @@ class Reason(Enum):
     SELECTS = "{}: it selects, and stays in float"
     ASKS = "{} asks its parameters for their type, and this is its first: stays in float"
     USED = "{}, which an int8 layer does not have: stays in float"
+    FLOAT_IN_CHECKPOINT = "in float in the checkpoint: stays in float"
     # Last, because `of` matches it with any other sentence of this ending.
     ATTACHED = "{}: stays in float"
 
