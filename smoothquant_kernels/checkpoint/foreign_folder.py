@@ -6,7 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NoReturn
 
-from smoothquant_kernels.checkpoint.manifest import read_config
+from smoothquant_kernels.checkpoint.compressed_tensors.scheme import (
+    QUANT_METHOD as _COMPRESSED_TENSORS,
+)
+from smoothquant_kernels.checkpoint.manifest import is_checkpoint, read_config
 from smoothquant_kernels.checkpoint.skeleton import QUANT_METHOD
 from smoothquant_kernels.errors import SmoothQuantError
 
@@ -53,6 +56,11 @@ def quant_method(folder: Path) -> str | None:
         return "bitsandbytes"
     method = str(found.get("quant_method") or found.get("quant_algo") or "another tool")
     return None if method == QUANT_METHOD else method
+
+
+def is_compressed_tensors(folder: Path) -> bool:
+    """Whether this is a folder in the format of compressed-tensors, which `load_quantized` reads or refuses."""
+    return not is_checkpoint(folder) and quant_method(folder) == _COMPRESSED_TENSORS
 
 
 def refuse(folder: Path, method: str) -> NoReturn:

@@ -35,7 +35,7 @@ class Reason(Enum):
     HEAD = "the output head is never folded"
     SMOOTHING_OFF = "smoothing is switched off"
     NOT_SMOOTHED = "not smoothed"
-    IMPORTED = "from a checkpoint of compressed-tensors {}"
+    IMPORTED = "from a checkpoint of compressed-tensors"
     # For a layer whose group has no producer.
     CALLED_AGAIN = "called more than once in a forward pass"
     NO_PRODUCER = "no producer scales its channels one by one"

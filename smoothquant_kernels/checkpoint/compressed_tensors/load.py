@@ -59,6 +59,7 @@ class Plan:
         tied: another name of a tensor of the model -> its name in `floats`.
         record: what `model.smoothquant_info` will say.
         zero_points: tensors whose values must be 0.
+        version: the release of compressed-tensors that wrote the folder.
     """
 
     folder: Path
@@ -69,6 +70,7 @@ class Plan:
     tied: dict[str, str]
     record: ModelRecord
     zero_points: list[str]
+    version: str
 
     @classmethod
     def of(cls, folder: Path, model: nn.Module, *, keep_types: bool = False) -> Plan:
@@ -97,9 +99,10 @@ class Plan:
             layers=layers,
             modules=modules,
             floats=[name for name in expected if name in entries],
-            tied=ties(expected, entries),
+            tied=ties(model, expected, entries),
             record=_record(model, quantization, schemes),
             zero_points=zero_points(schemes, entries),
+            version=quantization.version,
         )
 
     def read(self) -> dict[str, Tensor]:
@@ -134,7 +137,7 @@ class Plan:
             tied=self.tied,
             non_persistent=[],
             files={file: {"size": size, "sha256": ""} for file, size in sizes.items()},
-            package_version="",
+            package_version=self.version,
         )
 
 
@@ -221,7 +224,7 @@ def _record(
         for name, module in model.named_modules()
         if is_float_linear(module) and name not in schemes
     }
-    reason = Reason.IMPORTED(quantization.version).rstrip()
+    reason = Reason.IMPORTED()
     layers = []
     for name, layer in schemes.items():
         weight: Any = model.get_submodule(name).weight
@@ -235,7 +238,8 @@ def _record(
                 out_features=n,
             )
         )
-    return ModelRecord(config.to_dict(), tuple(layers), skipped_layers(skipped))
+    more = {"format": QUANT_METHOD, "format_version": quantization.version}
+    return ModelRecord(config.to_dict(), tuple(layers), skipped_layers(skipped), more=more)
 
 
 def fill(plan: Plan, model: nn.Module) -> None:

@@ -188,7 +188,9 @@ def _group(name: str, group: object) -> tuple[list[str], Scheme]:
     if not isinstance(group, Mapping):
         raise _malformed(f"config_groups.{name}", group, "an object with targets and weights")
     if unknown := sorted(group.keys() - _GROUP_KEYS):
-        raise _malformed(name, unknown, f"known entries, which are {', '.join(sorted(_GROUP_KEYS))}")
+        raise _malformed(
+            name, unknown, f"known entries, which are {', '.join(sorted(_GROUP_KEYS))}"
+        )
     targets = group.get("targets")
     if not targets or not _are_patterns(targets):
         raise _malformed(f"{name}.targets", targets, "names, classes or valid re: patterns")

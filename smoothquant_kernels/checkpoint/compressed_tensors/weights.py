@@ -77,7 +77,7 @@ def _index(folder: Path) -> dict[str, str] | None:
     for file in set(plain.values()):
         if Path(file).name != file or "\\" in file or not file.endswith(".safetensors"):
             raise SmoothQuantError(
-                f"{path} names the file {file!r}, and only safetensors files of the same folder are read: copy it again."
+                f"{path} names the file {file!r}, and only safetensors files of this folder are read: copy it again."
             )
     return plain
 
@@ -160,7 +160,7 @@ def _misfits(
 ) -> Iterator[str]:
     ignored = [*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()), *_IGNORED]
     known = {f"{layer}{leaf}" for layer in inside for leaf in (*BUFFERS, *ZERO_POINTS)}
-    tied = ties(expected, entries)
+    tied = ties(model, expected, entries)
     for name, entry in entries.items():
         if name in known:
             continue
@@ -181,7 +181,14 @@ def _misfits(
             yield f"{name} is not in the files"
 
 
-def ties(expected: Mapping[str, Any], entries: Mapping[str, TensorEntry]) -> dict[str, str]:
+def ties(
+    model: nn.Module, expected: Mapping[str, Any], entries: Mapping[str, TensorEntry]
+) -> dict[str, str]:
     """The tensors that are in the files under another name: name -> name in the files."""
+    # transformers 5 ties parameters after loading only, and says which in this attribute.
+    tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
     stored = {id(t): name for name, t in expected.items() if name in entries}
-    return {n: stored[id(t)] for n, t in expected.items() if n not in entries and id(t) in stored}
+    found = {
+        n: str(tied.get(n) or stored.get(id(t))) for n, t in expected.items() if n not in entries
+    }
+    return {name: source for name, source in found.items() if source in entries}
