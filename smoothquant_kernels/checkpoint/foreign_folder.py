@@ -67,5 +67,5 @@ def refuse(folder: Path, method: str) -> NoReturn:
     """Raises SmoothQuantError with what to do with a folder of this method."""
     tool, instead = _INSTEAD.get(method, (method, "load it with the tool that wrote it"))
     raise SmoothQuantError(
-        f"{folder} is quantized by {tool}, which load_quantized does not read: {instead}, or {_AS_FLOAT}."
+        f"{folder} is quantized by {tool}, whose layers are not those of this package: {instead}, or {_AS_FLOAT}."
     )

@@ -21,7 +21,6 @@ from rich.text import Text
 from smoothquant_kernels.checkpoint.compressed_tensors.scheme import QUANT_METHOD
 from smoothquant_kernels.checkpoint.foreign_folder import is_compressed_tensors
 from smoothquant_kernels.checkpoint.manifest import (
-    FORMAT,
     MANIFEST,
     Manifest,
     check_files,
@@ -120,7 +119,7 @@ def work(directory: Path, *, verify: bool = False) -> Document:
     return {
         "directory": str(directory),
         "files_verified": verify,
-        "format": QUANT_METHOD if foreign else FORMAT,
+        **({"format": QUANT_METHOD} if foreign else {}),
         "format_version": None if foreign else _format_version(directory),
         "package_version": manifest.package_version,
         "model": manifest.model["name"],
@@ -280,7 +279,7 @@ def describe_config(document: Document) -> str:
     sizes = sorted({g["rotation"] for g in document["groups"] if g["rotation"]})
     if sizes:
         text += f", rotated by {' and '.join(map(str, sizes))}"
-    if document.get("format", FORMAT) != FORMAT:
+    if "format" in document:
         return text
     if not smoothing["folded"] + smoothing["runtime"]:
         return f"{text}, not smoothed"
@@ -302,7 +301,7 @@ def render(document: Document) -> Group:
     size = document["bytes"]
     facts = Table.grid(padding=(0, 2))
     facts.add_row("model", document["model"])
-    own = document["format"] == FORMAT
+    own = "format" not in document
     written = f"version {document['format_version']}, written by smoothquant-kernels"
     facts.add_row("format", f"{written if own else QUANT_METHOD} {document['package_version']}")
     if document["config"]:

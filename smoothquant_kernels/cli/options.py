@@ -85,8 +85,7 @@ AnyModel = Annotated[
     str,
     typer.Argument(
         metavar="MODEL_OR_CHECKPOINT",
-        help="A causal language model as for quantize, or a folder that quantize wrote, or a W8A8 one of "
-        "llm-compressor.",
+        help="A causal language model as for quantize, or a folder that quantize wrote.",
     ),
 ]
 Window = Annotated[int, typer.Option(min=2, help="Tokens that the model reads at a time.")]

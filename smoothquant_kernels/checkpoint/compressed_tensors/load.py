@@ -19,6 +19,7 @@ from smoothquant_kernels.checkpoint.compressed_tensors.scheme import (
     parse,
 )
 from smoothquant_kernels.checkpoint.compressed_tensors.weights import (
+    FLOAT_TYPES,
     check_zero_points,
     entries_of,
     float_tensors,
@@ -42,7 +43,6 @@ from smoothquant_kernels.modeling.view import ModelView
 from smoothquant_kernels.nn import kinds
 from smoothquant_kernels.nn.float_linear import is_float_linear
 from smoothquant_kernels.nn.linear import W8A8Linear
-from smoothquant_kernels.ops.checks import FLOATS, type_name
 from smoothquant_kernels.storage.safetensors import TensorEntry, aligned, read
 
 
@@ -196,7 +196,7 @@ def _layer(linear: nn.Module, scheme: Scheme, values: Mapping[str, Any] | None) 
         activation_scheme=scheme.activation_scheme,
         weight_granularity=scheme.weight_granularity,
         device="meta",
-        dtype=next((t for t in FLOATS if type_name(t) == named), weight.dtype),
+        dtype=getattr(torch, named) if named in FLOAT_TYPES else weight.dtype,
     )
 
 

@@ -25,7 +25,7 @@ _WEIGHTS = "model.safetensors"
 _INDEX = f"{_WEIGHTS}.index.json"
 _TYPES = {name: str(dtype).removeprefix("torch.") for dtype, name in NAMES.items()}
 #: Exact in float32.
-_SCALE_TYPES = ("float32", "float16", "bfloat16")
+FLOAT_TYPES = ("float32", "float16", "bfloat16")
 #: The entry of a checkpoint -> the buffer of a `W8A8Linear`.
 BUFFERS = {WEIGHT: "w_q", WEIGHT_SCALE: "w_scale", INPUT_SCALE: "x_scale", "bias": "bias"}
 #: Buffers that older models had and transformers ignores.
@@ -95,12 +95,12 @@ def layer_tensors(
     channels = [[n, 1], [n]] if scheme.weight_granularity == "channel" else [[1], []]
     wanted: dict[str, tuple[tuple[str, ...], list[list[int]]]] = {
         WEIGHT: (("int8",), [[n, k]]),
-        WEIGHT_SCALE: (_SCALE_TYPES, channels),
+        WEIGHT_SCALE: (FLOAT_TYPES, channels),
     }
     if scheme.activation_scheme == "static":
-        wanted[INPUT_SCALE] = (_SCALE_TYPES, [[1], []])
+        wanted[INPUT_SCALE] = (FLOAT_TYPES, [[1], []])
     if getattr(linear, "bias", None) is not None:
-        wanted["bias"] = (_SCALE_TYPES, [[n]])
+        wanted["bias"] = (FLOAT_TYPES, [[n]])
     for leaf, (types, shapes) in wanted.items():
         entry = entries.get(f"{name}.{leaf}")
         if entry is None:
