@@ -191,9 +191,9 @@ def test_zero_points_of_zero_are_read(tmp_path: Path) -> None:
 def bound(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
     """How far two float32 evaluations of x [M, K] @ w.T + bias may be apart if their int8 values agree.
 
-    compressed-tensors rounds each product of a code and its scale, on both sides (2 roundings), the product of both, and
-    K additions with the bias. The kernels add exactly and round 3 times. In all K + 6 roundings of U, relative to the
-    sum of the magnitudes; 1.01 for the products of these.
+    compressed-tensors rounds each product of a code and its scale, on both sides (2 roundings), the product of both,
+    and K additions with the bias. The kernels add exactly and round 3 times. In all K + 6 roundings of U, relative to
+    the sum of the magnitudes; 1.01 for the products of these.
     """
     total = x.abs().double() @ w.abs().double().T
     if bias is not None:
