@@ -11,11 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from smoothquant_kernels.checkpoint import skeleton as skeletons
+from smoothquant_kernels.checkpoint.foreign_folder import quant_method
 from smoothquant_kernels.checkpoint.manifest import (
     CONFIG,
     GENERATION_CONFIG,
     Manifest,
     check_files,
+    is_checkpoint,
+    read_config,
     read_manifest,
 )
 from smoothquant_kernels.checkpoint.skeleton import check_scales
@@ -37,6 +40,9 @@ def load_quantized(
 ) -> nn.Module:
     """Loads what `save_quantized` wrote. Runs no code from the folder: no pickle, no remote code.
 
+    It also loads W8A8 checkpoints of llm-compressor (compressed-tensors, int8), whose layers become `W8A8Linear`. They
+    have no digests, so `verify` has no effect on them (docs/reference/checkpoint.md).
+
     On the CPU, the weights are mapped rather than read. They take memory as they are used, and processes share it.
 
     Args:
@@ -51,13 +57,18 @@ def load_quantized(
 
     Raises:
         SmoothQuantError: the folder is missing, is not a checkpoint, was altered, is incomplete, was written by a newer
-            release, does not fit the model, or has a NaN scale. A model passed in stays unchanged.
+            release, does not fit the model, has a NaN scale, or is quantized in another format, which the message
+            names. A model passed in stays unchanged.
 
     Equivalent to:
         model = AutoModelForCausalLM.from_config(config); swap in the W8A8Linear; model.load_state_dict(tensors)
     """
     folder = Path(directory).expanduser()
-    place = _device(device)
+    place = usable_device(device)
+    if not is_checkpoint(folder) and (method := quant_method(folder)) is not None:
+        from smoothquant_kernels.checkpoint.compressed_tensors.load import load_other
+
+        return load_other(folder, method, device=place, model=model)
     manifest = read_manifest(folder)
     check_files(folder, manifest, verify=verify)
     modules = skeletons.make_modules(manifest.modules, manifest.shared_modules)
@@ -66,14 +77,15 @@ def load_quantized(
     tensors = read(folder, manifest.tensors)
     check_scales(tensors, manifest.modules)
     skeletons.install(skeleton, modules)
-    _assign(skeleton, tensors, manifest, place)
+    assign(skeleton, tensors, manifest, place)
     attach_info(skeleton, manifest.info)
     for module, refusal in save_refusals(skeleton):
         module.__dict__.setdefault(HF_QUANTIZER, refusal)
     return skeleton.eval()
 
 
-def _device(device: torch.device | str | int | None) -> torch.device:
+def usable_device(device: torch.device | str | int | None) -> torch.device:
+    """The device to load to; None is the CPU. Raises SmoothQuantError for one that cannot be used."""
     try:
         place = torch.device("cpu" if device is None else device)
         torch.empty(0, device=place)
@@ -87,28 +99,31 @@ def _device(device: torch.device | str | int | None) -> torch.device:
 
 
 def _rebuild(folder: Path, manifest: Manifest) -> nn.Module:
-    """The transformers model that config.json describes, without weights."""
     name = manifest.model["name"]
     if not manifest.model["rebuild"]:
         raise SmoothQuantError(
             f"the saved model is a {manifest.model['module']}.{name} that transformers cannot make: pass model= with a "
             "float model of that architecture."
         )
-    try:
-        text = (folder / CONFIG).read_text("utf-8")
-        values = json.loads(text)
-        architectures = values.get("architectures")
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise SmoothQuantError(
-            f"{folder / CONFIG} cannot be read ({error}): copy it again."
-        ) from None
-    if architectures != [name]:
+    generates = GENERATION_CONFIG in manifest.files
+    return rebuild(folder, name, manifest.model["attention"], generates=generates)
+
+
+def rebuild(folder: Path, name: str, attention: str, *, generates: bool) -> nn.Module:
+    """The transformers model `name` that config.json describes, without weights.
+
+    Args:
+        attention: the implementation of attention; "" for the default one.
+        generates: whether to read the generation configuration.
+    """
+    text, values = read_config(folder)
+    if (architectures := values.get("architectures")) != [name]:
         raise SmoothQuantError(
             f"{folder / CONFIG} is for {architectures} and the weights are of a {name}: copy it again."
         )
-    model: Any = skeletons.build(skeletons.find_class(name), text, manifest.model["attention"])
+    model: Any = skeletons.build(skeletons.find_class(name), text, attention)
     model.config.name_or_path = model.name_or_path = str(folder)
-    if GENERATION_CONFIG in manifest.files:
+    if generates:
         from transformers import GenerationConfig
 
         try:
@@ -140,7 +155,7 @@ def _check_fit(model: nn.Module, modules: Mapping[str, nn.Module], manifest: Man
         )
 
 
-def _assign(
+def assign(
     model: nn.Module, tensors: Mapping[str, Tensor], manifest: Manifest, device: torch.device
 ) -> None:
     """Assigns the tensors, ties those that were tied, and moves the rest of the model to the device."""

@@ -89,6 +89,20 @@ def read_info(folder: Path) -> dict[str, Any]:
     return info
 
 
+def read_config(folder: Path) -> tuple[str, dict[str, Any]]:
+    """The text of config.json and its values; raises SmoothQuantError unless it holds a JSON object."""
+    try:
+        text = (folder / CONFIG).read_text("utf-8")
+        values = json.loads(text)
+        if not isinstance(values, dict):
+            raise ValueError("it is not a JSON object")
+        return text, values
+    except (OSError, ValueError, RecursionError) as error:
+        raise SmoothQuantError(
+            f"{folder / CONFIG} cannot be read ({error}): copy it again."
+        ) from None
+
+
 def read_manifest(folder: Path) -> Manifest:
     """Reads the manifest of a checkpoint folder. Every value has the right type, every path stays inside the folder.
 

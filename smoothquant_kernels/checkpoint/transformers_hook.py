@@ -15,12 +15,17 @@ HF_QUANTIZER = "hf_quantizer"
 _done = False
 
 
-def register_transformers() -> None:
+def register_transformers(*, compressed_tensors: bool = False) -> None:
     """Lets `AutoModelForCausalLM.from_pretrained(folder)` load what `save_quantized` wrote, in this process.
 
     The result is that of `load_quantized`, bit for bit. The checkpoint decides the types (`dtype` is not used). It also
     decides how attention runs, unless the caller does. Without this call, transformers reports that it finds no
-    weights in such a folder. A second call does nothing.
+    weights in such a folder. A second call does nothing more.
+
+    Args:
+        compressed_tensors: also keep the int8 layers of W8A8 checkpoints of llm-compressor, which transformers would
+            turn to float at the first forward pass. Other checkpoints of compressed-tensors load as before. The package
+            compressed-tensors is not needed.
 
     Raises:
         SmoothQuantError: the installed transformers has no such hook. Later, `from_pretrained` raises what
@@ -32,6 +37,10 @@ def register_transformers() -> None:
     Source: Hugging Face transformers, `register_quantizer`.
     """
     global _done
+    if compressed_tensors:
+        from smoothquant_kernels.checkpoint.compressed_tensors.hook import register
+
+        register()
     if _done:
         return
     import transformers

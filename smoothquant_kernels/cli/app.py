@@ -272,7 +272,12 @@ def generate(
 
 @command
 def inspect(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that quantize wrote.")],
+    directory: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DIR", help="A folder that quantize wrote, or a W8A8 one of llm-compressor."
+        ),
+    ],
     verify: Annotated[
         bool,
         typer.Option(

@@ -12,12 +12,14 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from smoothquant_kernels.checkpoint.compressed_tensors.scheme import QUANT_METHOD
+from smoothquant_kernels.checkpoint.foreign_folder import is_compressed_tensors
 from smoothquant_kernels.checkpoint.manifest import (
     MANIFEST,
     Manifest,
@@ -83,9 +85,17 @@ def work(directory: Path, *, verify: bool = False) -> Document:
         SmoothQuantError: it is not a checkpoint, or a file is missing or damaged.
     """
     if verify:
+        if is_compressed_tensors(directory):
+            raise SmoothQuantError(
+                f"--verify compares digests, and the format of {directory}, {QUANT_METHOD}, has none; leave it out."
+            )
         verify_checkpoint(directory)
-    manifest = read_manifest(directory)
-    check_files(directory, manifest, verify=False)
+    foreign = is_compressed_tensors(directory)
+    if foreign:
+        manifest = _manifest_of(directory)
+    else:
+        manifest = read_manifest(directory)
+        check_files(directory, manifest, verify=False)
     sizes = _tensor_bytes(directory, manifest)
     record = ModelRecord.from_dict(manifest.info)
     described = record.described
@@ -112,7 +122,8 @@ def work(directory: Path, *, verify: bool = False) -> Document:
     return {
         "directory": str(directory),
         "files_verified": verify,
-        "format_version": json.loads((directory / MANIFEST).read_text("utf-8"))["format_version"],
+        **({"format": QUANT_METHOD} if foreign else {}),
+        "format_version": None if foreign else _format_version(directory),
         "package_version": manifest.package_version,
         "model": manifest.model["name"],
         "config": record.config,
@@ -126,6 +137,18 @@ def work(directory: Path, *, verify: bool = False) -> Document:
             "files": {name: entry["size"] for name, entry in manifest.files.items()},
         },
     }
+
+
+def _format_version(directory: Path) -> Any:
+    return json.loads((directory / MANIFEST).read_text("utf-8"))["format_version"]
+
+
+def _manifest_of(directory: Path) -> Manifest:
+    """A checkpoint of compressed-tensors as a manifest."""
+    from smoothquant_kernels.checkpoint.compressed_tensors.load import plan_of
+
+    plan, model = plan_of(directory)
+    return plan.manifest(type(model).__name__)
 
 
 def _tensor_bytes(directory: Path, manifest: Manifest) -> dict[str, int]:
@@ -283,6 +306,8 @@ def describe_config(document: Document) -> str:
     sizes = sorted({g["rotation"] for g in document["groups"] if g["rotation"]})
     if sizes:
         text += f", rotated by {' and '.join(map(str, sizes))}"
+    if "format" in document:
+        return text
     if not smoothing["folded"] + smoothing["runtime"]:
         return f"{text}, not smoothed"
     if own := config.get("alphas"):
@@ -303,16 +328,15 @@ def render(document: Document) -> Group:
     size = document["bytes"]
     facts = Table.grid(padding=(0, 2))
     facts.add_row("model", document["model"])
-    facts.add_row(
-        "format",
-        f"version {document['format_version']}, written by smoothquant-kernels "
-        f"{document['package_version']}",
-    )
+    own = "format" not in document
+    written = f"version {document['format_version']}, written by smoothquant-kernels"
+    facts.add_row("format", f"{written if own else QUANT_METHOD} {document['package_version']}")
     if document["config"]:
         facts.add_row("settings", describe_config(document))
     if document["calibration_tokens"]:
         facts.add_row("calibrated on", f"{document['calibration_tokens']} tokens")
-    facts.add_row("verified", describe_verification(document))
+    if own:  # another tool does not say whether and how it smoothed
+        facts.add_row("verified", describe_verification(document))
     facts.add_row(
         "size",
         f"{readable_size(size['quantised_layers'])} in the int8 layers, "

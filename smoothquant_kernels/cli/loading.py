@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from smoothquant_kernels.backends.cuda import extension_status
+from smoothquant_kernels.checkpoint.foreign_folder import is_compressed_tensors
 from smoothquant_kernels.checkpoint.load import load_quantized
 from smoothquant_kernels.checkpoint.manifest import CONFIG, MARKERS, is_checkpoint
 from smoothquant_kernels.cli.console import quiet_stderr
@@ -102,9 +103,14 @@ def check_output(output: Path, *, force: bool) -> None:
     check_writable(output)
 
 
+def holds_int8(source: str) -> bool:
+    """Whether this is a folder for `load_quantized`: our checkpoint, or one of compressed-tensors."""
+    return is_checkpoint(Path(source)) or is_compressed_tensors(Path(source))
+
+
 def config_of(source: str) -> Any:
     """The configuration of a model or checkpoint, without its weights; None if only the weights' file has it."""
-    if not is_checkpoint(Path(source)):
+    if not holds_int8(source):
         with quiet_stderr():
             return models.load_config(source)
     try:
@@ -127,7 +133,7 @@ def load_any(
     if causal is not None:
         check_causal(config_of(source), source, causal)
     note(f"loading {source}")
-    if is_checkpoint(Path(source)):
+    if holds_int8(source):
         with quiet_stderr():
             model = load_quantized(Path(source), device=where)
         return model.eval(), True

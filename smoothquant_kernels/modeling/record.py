@@ -36,6 +36,7 @@ class Reason(Enum):
     SMOOTHING_OFF = "smoothing is switched off"
     NOT_SMOOTHED = "not smoothed"
     NOT_DIVIDED = "nothing divides at run time, and {}"
+    IMPORTED = "from a checkpoint of compressed-tensors"
     # For a layer whose group has no producer.
     CALLED_AGAIN = "called more than once in a forward pass"
     NO_PRODUCER = "no producer scales its channels one by one"
@@ -62,6 +63,7 @@ class Reason(Enum):
     SELECTS = "{}: it selects, and stays in float"
     ASKS = "{} asks its parameters for their type, and this is its first: stays in float"
     USED = "{}, which an int8 layer does not have: stays in float"
+    FLOAT_IN_CHECKPOINT = "in float in the checkpoint: stays in float"
     # Last, because `of` matches it with any other sentence of this ending.
     ATTACHED = "{}: stays in float"
 

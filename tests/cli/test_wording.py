@@ -26,6 +26,7 @@ PYTHON_ONLY = (
     "smoothing/entries.py: ",
     "nn/float_types.py: ",  # the command line chooses the type itself
     "checkpoint/hf_quantizer.py: ",
+    "checkpoint/compressed_tensors/hook.py: ",
     "smoothing/ranks.py: all_reduce",
     "checkpoint/transformers_hook.py: ",
     "smoothing/calibrate.py: ",  # about data that users make

@@ -1,1 +1,1 @@
-"""The compressed-tensors format: llm-compressor writes it; vLLM, SGLang and transformers read it."""
+"""The compressed-tensors format of llm-compressor and vLLM, read and written by hand: that package is not needed."""
