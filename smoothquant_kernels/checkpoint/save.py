@@ -40,7 +40,7 @@ from smoothquant_kernels.storage.versions import package_version
 MAX_SHARD_BYTES = 5_000_000_000
 #: The formats of checkpoint folders.
 NATIVE = "native"
-FORMATS = (NATIVE, exports.FORMAT)
+FORMATS = (NATIVE, exports.QUANT_METHOD)
 
 
 def save_quantized(

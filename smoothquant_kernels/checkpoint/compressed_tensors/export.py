@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from smoothquant_kernels.checkpoint import skeleton as skeletons
 from smoothquant_kernels.checkpoint.compressed_tensors.scheme import (
+    COMPRESSED,
+    FORMAT,
     INPUT_SCALE,
     QUANT_METHOD,
     WEIGHT,
@@ -29,15 +31,13 @@ from smoothquant_kernels.modeling.view import ModelView
 from smoothquant_kernels.nn.linear import W8A8Linear
 from smoothquant_kernels.storage.versions import package_version
 
-#: The name of the format as an argument and as an option.
-FORMAT = QUANT_METHOD
 #: How transformers and vLLM expect weight files and their index to be named.
 STEM = "model"
 INDEX = "model.safetensors.index.json"
 _SCHEMES = ("per_token", "static")
 _FOR_EXPORT = (
     "quantize the float model with SmoothQuantConfig(folding='only', rotation='none') (command line: "
-    f"--format {FORMAT})"
+    f"--format {QUANT_METHOD})"
 )
 
 
@@ -55,14 +55,15 @@ def exportable(config: SmoothQuantConfig, *, strict: bool = False) -> SmoothQuan
     rotations = {config.rotation, *config.rotations.values()} - {"auto", "none"}
     if rotations:
         raise SmoothQuantError(
-            f"{FORMAT} has no rotation before a quantizer, and the settings ask for {rotations.pop()}: pass "
+            f"{QUANT_METHOD} has no rotation before a quantizer, and the settings ask for {rotations.pop()}: pass "
             "rotation='none', or save the native format."
         )
     if wrong := {config.activation_scheme, *config.schemes.values()} - set(_SCHEMES):
         raise SmoothQuantError(_scheme_refusal(wrong.pop()))
     if config.quantize_head:
         raise SmoothQuantError(
-            f"readers of {FORMAT} keep the output head in float: leave out quantize_head, or save the native format."
+            f"readers of {QUANT_METHOD} keep the output head in float: leave out quantize_head, or save the native "
+            "format."
         )
     folding = "required" if strict else "only"
     return config.replace(folding=folding, rotation="none", rotations={})
@@ -70,8 +71,8 @@ def exportable(config: SmoothQuantConfig, *, strict: bool = False) -> SmoothQuan
 
 def _scheme_refusal(scheme: str) -> str:
     return (
-        f"vLLM has no {scheme} activations (one dynamic scale for the whole tensor) in {FORMAT}: choose per_token or "
-        "static, or save the native format."
+        f"vLLM has no {scheme} activations (one dynamic scale for the whole tensor) in {QUANT_METHOD}: choose "
+        "per_token or static, or save the native format."
     )
 
 
@@ -80,7 +81,8 @@ def check_config(config: SmoothQuantConfig) -> None:
     exportable(config)
     if config.divides or config.rotation != "none" or config.rotations:
         raise SmoothQuantError(
-            f"{FORMAT} cannot express division at run time and rotation: {_FOR_EXPORT}, or save the native format."
+            f"{QUANT_METHOD} cannot express division at run time and rotation: {_FOR_EXPORT}, or save the native "
+            "format."
         )
 
 
@@ -103,11 +105,11 @@ def quantization_config(model: nn.Module, again: nn.Module | None) -> dict[str, 
     others = {n for n in skeletons.describe_modules(model)[0] if n not in layers}
     if not layers or others:
         what = f"{min(others)} is of another kind" if others else "the model has none"
-        raise SmoothQuantError(f"{FORMAT} holds layers of the class W8A8Linear, and {what}.")
+        raise SmoothQuantError(f"{QUANT_METHOD} holds layers of the class W8A8Linear, and {what}.")
     if again is None:
         raise SmoothQuantError(
-            f"{FORMAT} is for models that transformers makes from config.json, and {type(model).__name__} is not one: "
-            "save the native format."
+            f"{QUANT_METHOD} is for models that transformers makes from config.json, and {type(model).__name__} is not "
+            "one: save the native format."
         )
     heads = ModelView(again).heads
     floats = dict(again.named_modules(remove_duplicate=False))
@@ -115,8 +117,8 @@ def quantization_config(model: nn.Module, again: nn.Module | None) -> dict[str, 
         _check_layer(name, layer, floats.get(name), head=name in heads)
     return {
         "quant_method": QUANT_METHOD,
-        "format": "int-quantized",
-        "quantization_status": "compressed",
+        "format": FORMAT,
+        "quantization_status": COMPRESSED,
         "config_groups": {f"group_{i}": g for i, g in enumerate(_groups(layers))},
         "ignore": [n for n, m in floats.items() if isinstance(m, nn.Linear) and n not in layers],
         "kv_cache_scheme": None,
@@ -127,20 +129,20 @@ def _check_layer(name: str, layer: W8A8Linear, original: nn.Module | None, *, he
     if layer.inv_smooth is not None or layer.rotation:
         what = "rotates" if layer.rotation else "divides by smoothing factors"
         raise SmoothQuantError(
-            f"{name} {what} at run time, which {FORMAT} cannot express: {_FOR_EXPORT}, or save the native format."
+            f"{name} {what} at run time, which {QUANT_METHOD} cannot express: {_FOR_EXPORT}, or save the native format."
         )
     if layer.activation_scheme not in _SCHEMES:
         raise SmoothQuantError(f"{name}: {_scheme_refusal(layer.activation_scheme)}")
     if head:
         raise SmoothQuantError(
-            f"{name} is an int8 output head, and readers of {FORMAT} keep the head in float: quantize without "
+            f"{name} is an int8 output head, and readers of {QUANT_METHOD} keep the head in float: quantize without "
             "quantize_head, or save the native format."
         )
     if not isinstance(original, nn.Linear):
         found = "missing" if original is None else f"a {type(original).__name__}"
         raise SmoothQuantError(
-            f"{FORMAT} quantizes nn.Linear only, and {name} is {found} in the float model: name it in skip, or save "
-            "the native format."
+            f"{QUANT_METHOD} quantizes nn.Linear only, and {name} is {found} in the float model: name it in skip, or "
+            "save the native format."
         )
 
 
@@ -221,8 +223,9 @@ def as_published(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def own_ties(tied: Mapping[str, str], again: nn.Module) -> dict[str, str]:
+def own_ties(tied: Mapping[str, str], again: Any) -> dict[str, str]:
     """Those of the other names of tensors whose tensors the model would not tie by itself, so they need a copy."""
+    again.tie_weights()  # the construction on the meta device separates tied parameters
     made = dict(again.named_parameters(remove_duplicate=False))
     return {a: n for a, n in tied.items() if a not in made or made[a] is not made.get(n)}
 
@@ -246,7 +249,7 @@ def write_description(
         size = sum((folder / shard).stat().st_size for shard in shards)
         index = {"metadata": {"total_size": size}, "weight_map": dict(weight_map)}
         (folder / INDEX).write_text(_json(index), "utf-8")
-    record = {"format": FORMAT, "package_version": package_version(), "info": info_of(model)}
+    record = {"format": QUANT_METHOD, "package_version": package_version(), "info": info_of(model)}
     (folder / RECORD).write_text(_json(record), "utf-8")
 
 
