@@ -45,7 +45,7 @@ from smoothquant_kernels.smoothing.convert import quantize_model
 from smoothquant_kernels.smoothing.smooth import check_finite_weights, smooth_lm
 from smoothquant_kernels.smoothing.statistics import ActivationStatistics
 from smoothquant_kernels.storage.document import Document, note, readable_size
-from smoothquant_kernels.storage.safetensors import read_header
+from smoothquant_kernels.storage.safetensors import stored_sizes
 from smoothquant_kernels.storage.space import check_space
 
 if TYPE_CHECKING:
@@ -172,11 +172,7 @@ def _quantize_streamed(
         overwrite=force, resume=resume, progress=show_progress(), format=format,
     )  # fmt: skip
     record = ModelRecord.from_dict(read_info(output))
-    sizes = {
-        name: entry["data_offsets"][1] - entry["data_offsets"][0]
-        for file in weight_files(output)
-        for name, entry in read_header(file)[0].items()
-    }
+    sizes = stored_sizes(weight_files(output))
     # The whole float model is never loaded, so this counts the weights of its linears, without any bias.
     linears = sum(layer.out_features * layer.in_features for layer in record.layers)
     inside = tuple(f"{layer.name}." for layer in record.layers)

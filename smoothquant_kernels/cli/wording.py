@@ -56,6 +56,16 @@ _TABLE = (
     ("; to pass a text itself, pass [text]", ""),
     ("; pass a text itself as [text]", ""),
     (", or call quantize_model to go on with these", ""),
+    ("pass rotation='none', or save the native format", "leave out --rotation, or --format"),
+    ("which folding='required' forbids", "which --strict forbids"),
+    (
+        "pass folding='only', or name these layers in skip",
+        "leave out --strict, or leave these layers in float with --skip",
+    ),
+    (
+        "leave out quantize_head, or save the native format",
+        "leave out --quantize-head, or --format",
+    ),
 )
 _SETTING = re.compile(rf"^({'|'.join(OPTIONS)})(?= must be |: )")
 

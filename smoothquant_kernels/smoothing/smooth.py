@@ -179,8 +179,8 @@ def smooth_into(
     if left and config.folding == "required":
         name, why = next(iter(left.items()))
         raise SmoothQuantError(
-            f"{name} ({len(left)} of {len(linears)} layers) would stay unsmoothed, which folding='required' (--strict) "
-            f"forbids: {why}; pass folding='only' (leave out --strict) or name these layers in skip."
+            f"{name} ({len(left)} of {len(linears)} layers) would stay unsmoothed, which folding='required' forbids: "
+            f"{why}; pass folding='only', or name these layers in skip."
         )
     for name, linear in linears.items():
         if gptq and name in statistics.moments:

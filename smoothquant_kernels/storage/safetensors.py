@@ -215,6 +215,12 @@ def read_header(file: Path) -> tuple[dict[str, dict[str, Any]], int]:
         ) from None
 
 
+def stored_sizes(files: Iterable[Path]) -> dict[str, int]:
+    """The bytes of each tensor in some files, from their headers."""
+    spans = {n: e["data_offsets"] for file in files for n, e in read_header(file)[0].items()}
+    return {name: end - start for name, (start, end) in spans.items()}
+
+
 def check_headers(folder: Path) -> None:
     """Raises SmoothQuantError, which names the file, unless every safetensors file of a folder is whole."""
     for file in sorted(folder.glob("*.safetensors")) if folder.is_dir() else ():

@@ -110,7 +110,9 @@ def test_it_computes_the_same_bits(family: str, scheme: str, tmp_path: Path) -> 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_models(dtype: torch.dtype, tmp_path: Path) -> None:
     model = make_model("qwen2")
-    for parameter in model.parameters():  # as `from_pretrained` does it: rotary frequencies stay float32
+    for (
+        parameter
+    ) in model.parameters():  # as `from_pretrained` does it: rotary frequencies stay float32
         parameter.data = parameter.data.to(dtype)
     model = quantized(model, only_where_better=False)
     folder = export(model, tmp_path / "q")
@@ -236,8 +238,8 @@ def native(**settings: Any) -> Callable[[], nn.Module]:
         (
             native(rotation="none", only_where_better=False),
             "o_proj divides by smoothing factors at run time, which compressed-tensors cannot express: quantize the "
-            "float model with SmoothQuantConfig(folding='only', rotation='none') (command line: --format "
-            "compressed-tensors), or save the native format.",
+            "float model with SmoothQuantConfig(folding='only', rotation='none'), "
+            "or save the native format.",
         ),
         (
             native(rotation="none", folding="only", activation_scheme="per_tensor"),

@@ -199,7 +199,7 @@ def test_required_refuses_and_changes_nothing() -> None:
         smooth_lm(model, token_batches(), config=ONLY.replace(folding="required"), progress=False)
     assert str(caught.value).startswith(
         "model.layers.0.self_attn.o_proj (4 of 8 layers) would stay unsmoothed, which "
-        "folding='required' (--strict) forbids: nothing divides at run time"
+        "folding='required' forbids: nothing divides at run time"
     )
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
     assert not hasattr(model, "smoothquant_info")

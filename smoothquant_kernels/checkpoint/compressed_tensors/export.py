@@ -29,16 +29,14 @@ from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.modeling.record import info_of
 from smoothquant_kernels.modeling.view import ModelView
 from smoothquant_kernels.nn.linear import W8A8Linear
+from smoothquant_kernels.storage.safetensors import stored_sizes
 from smoothquant_kernels.storage.versions import package_version
 
 #: How transformers and vLLM expect weight files and their index to be named.
 STEM = "model"
 INDEX = "model.safetensors.index.json"
 _SCHEMES = ("per_token", "static")
-_FOR_EXPORT = (
-    "quantize the float model with SmoothQuantConfig(folding='only', rotation='none') (command line: "
-    f"--format {QUANT_METHOD})"
-)
+_FOR_EXPORT = "quantize the float model with SmoothQuantConfig(folding='only', rotation='none')"
 
 
 def exportable(config: SmoothQuantConfig, *, strict: bool = False) -> SmoothQuantConfig:
@@ -62,8 +60,8 @@ def exportable(config: SmoothQuantConfig, *, strict: bool = False) -> SmoothQuan
         raise SmoothQuantError(_scheme_refusal(wrong.pop()))
     if config.quantize_head:
         raise SmoothQuantError(
-            f"readers of {QUANT_METHOD} keep the output head in float: leave out quantize_head, or save the native "
-            "format."
+            f"readers of {QUANT_METHOD} keep the output head in float: leave out quantize_head, or save "
+            "the native format."
         )
     folding = "required" if strict else "only"
     return config.replace(folding=folding, rotation="none", rotations={})
@@ -246,7 +244,7 @@ def write_description(
             text = _json(json.loads(text) | {"quantization_config": dict(scheme)})
         (folder / name).write_text(text, "utf-8")
     if len(shards := set(weight_map.values())) > 1:
-        size = sum((folder / shard).stat().st_size for shard in shards)
+        size = sum(stored_sizes(folder / shard for shard in shards).values())
         index = {"metadata": {"total_size": size}, "weight_map": dict(weight_map)}
         (folder / INDEX).write_text(_json(index), "utf-8")
     record = {"format": QUANT_METHOD, "package_version": package_version(), "info": info_of(model)}
