@@ -269,11 +269,13 @@ def render_layers(document: Document) -> Group:
         )
     smoothing = document["smoothing"]
     skips = sum(skipped["count"] for skipped in document["skipped"])
+    total = sum(group.get("kl", 0.0) for group in document["groups"])
     return Group(
         table,
         Text(
             f"{document['quantised']} layers in int8: {smoothing['folded']} smoothed by folding, "
             f"{smoothing['runtime']} at run time, {smoothing['none']} not; {skips} left in float"
+            + (f"; a KL divergence of about {total:.4f} in all" if costs else "")
         ),
     )
 
