@@ -359,6 +359,9 @@ class _W8A8(Kind[W8A8Linear]):
             "dtype": type_name(layer.dtype),
         }
 
+    def part(self, layer: W8A8Linear) -> str:
+        return layer.part
+
     def make(self, arguments: dict[str, Any]) -> W8A8Linear | None:
         dtype = next((t for t in FLOATS if type_name(t) == arguments["dtype"]), None)
         k = arguments["in_features"]

@@ -145,14 +145,20 @@ def parallelize_model(
 
     Source: Megatron-LM (Shoeybi et al., 2019), section 3; Hugging Face transformers, `tp_plan`.
     """
-    ranks = group_of(group)
-    styles = resolve(model, plan_of(model) if isinstance(plan, str) else plan, scales)
     if isinstance(plan, str) and plan != "auto":
         raise SmoothQuantError(
             f'plan must be "auto" or a mapping of modules to styles; got {plan!r}.'
         )
+    ranks = group_of(group)
+    named = plan_of(model) if isinstance(plan, str) else dict(plan)
+    styles = resolve(model, named, scales)
     check(model, styles, ranks.world)
     apply(model, styles, ranks)
+    if hasattr(
+        model, "_tp_size"
+    ):  # generate reads both when it makes a static cache for a rank's heads
+        changed: Any = model
+        changed._tp_size, changed._tp_plan = ranks.world, named
     return model
 
 
@@ -284,9 +290,7 @@ def apply(model: nn.Module, styles: Mapping[str, ParallelStyle], ranks: Group) -
             )
         else:
             if mesh is None:
-                mesh = DeviceMesh.from_group(
-                    ranks.group or dist.group.WORLD, layer.weight.device.type
-                )
+                mesh = DeviceMesh.from_group(ranks.group, layer.weight.device.type)
             parallelize_module(layer, mesh, style, src_data_rank=None)
 
 
