@@ -6,30 +6,17 @@ buffers, which it loads whole, and sums of their own, so its hooks on them are r
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import Any
 
 from torch import nn
 
 from smoothquant_kernels.errors import SmoothQuantError
-from smoothquant_kernels.nn.kinds import is_quantized
 
 
 def float_placements(model: Any) -> dict[str, Any]:
-    """How transformers has spread each float parameter: name -> (mesh, placements). Empty without tensor parallelism.
-
-    Raises:
-        SmoothQuantError: the installed transformers shards in a way that int8 layers cannot follow.
-    """
+    """How transformers has spread each float parameter: name -> (mesh, placements). Empty without such a plan."""
     if (getattr(model, "_tp_size", None) or 1) < 2:
         return {}
-    if find_spec("transformers.distributed.tensor_parallel") is None:
-        import transformers
-
-        raise SmoothQuantError(
-            f"transformers {transformers.__version__} cannot load int8 layers with tp_plan: upgrade it, or call "
-            "load_quantized on every process and then parallelize_model."
-        )
     from torch.distributed.tensor import DTensor
 
     return {
@@ -47,11 +34,11 @@ def finish(model: Any, spread: dict[str, Any]) -> None:
         spread: what `float_placements` returned before.
 
     Raises:
-        SmoothQuantError: as `parallelize_model`.
+        SmoothQuantError: as `parallelize_model`, or the installed transformers hooks modules in another way.
     """
     if (getattr(model, "_tp_size", None) or 1) < 2:
         return
-    from torch.distributed.tensor import distribute_tensor
+    from torch.distributed.tensor import DTensor, distribute_tensor
 
     from smoothquant_kernels.nn.parallel.model import apply, check, group_of, plan_of, resolve
 
@@ -60,16 +47,24 @@ def finish(model: Any, spread: dict[str, Any]) -> None:
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
         whole = module._parameters[leaf]
+        if isinstance(whole, DTensor):
+            continue
         if whole not in made:
             # Every rank has read it, so nothing is sent.
             part = distribute_tensor(whole.detach(), mesh, placements, src_data_rank=None)
             made[whole] = nn.Parameter(part, requires_grad=whole.requires_grad)
         module._parameters[leaf] = made[whole]
-    int8 = {name: module for name, module in model.named_modules() if is_quantized(module)}
-    styles = resolve(model, plan_of(model), "agreed")
-    styles = {name: style for name, style in styles.items() if name in int8}
+    styles = resolve(model, plan_of(model), "agreed", float_layers=False)
+    if not styles:
+        return
     ranks = group_of(model._device_mesh)
     check(model, styles, ranks.world)
     for name in styles:
-        int8[name].__dict__.pop("forward", None)
+        if model.get_submodule(name).__dict__.pop("forward", None) is None:
+            import transformers
+
+            raise SmoothQuantError(
+                f"int8 layers cannot follow the hooks of tp_plan in transformers {transformers.__version__}: upgrade "
+                "it, or call load_quantized on every process and then parallelize_model."
+            )
     apply(model, styles, ranks)

@@ -207,6 +207,12 @@ def test_the_plan_of_transformers(model: Any) -> None:
     assert isinstance(found["model.layers.0.mlp.down_proj"], RowwiseParallel)
     assert found["model.layers.1.mlp.down_proj"] == RowwiseW8A8(scales="own")
     assert len(found) == 14  # the embedding and the float head stay whole
+    int8 = resolve(model, {**model.tp_plan, "model": "unknown"}, "own", float_layers=False)
+    assert found.keys() - int8.keys() == {
+        "model.layers.0.self_attn.v_proj",
+        "model.layers.1.self_attn.v_proj",
+        "model.layers.0.mlp.down_proj",
+    }
     check(model, resolve(model, model.tp_plan, "agreed"), 2)
 
 

@@ -197,8 +197,16 @@ def plan_of(model: nn.Module) -> dict[str, str]:
     return dict(found)
 
 
-def resolve(model: nn.Module, plan: Mapping[str, str], scales: str) -> dict[str, ParallelStyle]:
+def resolve(
+    model: nn.Module, plan: Mapping[str, str], scales: str, *, float_layers: bool = True
+) -> dict[str, ParallelStyle]:
     """The module names of the model -> their styles. Modules that stay whole are left out.
+
+    Args:
+        model: the model; not changed.
+        plan: patterns of module names -> transformers' styles.
+        scales: those of row-wise int8 layers.
+        float_layers: False leaves out all modules that are not quantized, whatever their styles.
 
     Raises:
         SmoothQuantError: a style is not known for its module, or one module has two.
@@ -208,7 +216,7 @@ def resolve(model: nn.Module, plan: Mapping[str, str], scales: str) -> dict[str,
     first: dict[nn.Module, tuple[str, str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         named = next((style for p, style in patterns if p.fullmatch(name)), None)
-        if named is None:
+        if named is None or not (float_layers or is_quantized(module)):
             continue
         other, before = first.setdefault(module, (name, named))
         if before != named:
