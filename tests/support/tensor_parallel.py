@@ -14,6 +14,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +23,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import parallelize_module
 from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
+from transformers.quantizers.base import HfQuantizer
 
 from smoothquant_kernels import (
     ColwiseW8A8,
@@ -33,6 +36,7 @@ from smoothquant_kernels import (
     register_transformers,
     save_quantized,
 )
+from smoothquant_kernels.checkpoint.tensor_parallel import finish
 from smoothquant_kernels.schemes import ACTIVATION_SCHEMES, WEIGHT_GRANULARITIES
 from tests.support import cases, models
 from tests.support.checkpoints import IDS, assert_same_bits, llama, quantized
@@ -231,6 +235,8 @@ def own_scales_in_a_model() -> None:
 
 def from_pretrained_equals_one_process() -> None:
     """transformers shards a float head, whose sums of K products may have other bits: at most 2 K roundings."""
+    if not hasattr(HfQuantizer, "update_attn_implementation"):
+        return  # `register_transformers` refuses these releases
     register_transformers()
     for i, (what, model, exact) in enumerate(some_models()):
         folder = args.folder / str(i)
@@ -238,8 +244,10 @@ def from_pretrained_equals_one_process() -> None:
             save_quantized(model, folder)
         dist.barrier()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # for the newer name, DistributedConfig
-            loaded = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto")
+            warnings.simplefilter("ignore", FutureWarning)  # tp_plan is the earlier name
+            new: dict[str, Any] = {"distributed_config": DistributedConfig(tp_size=2)}
+            options = new if i % 2 else {"tp_plan": "auto"}
+            loaded = AutoModelForCausalLM.from_pretrained(folder, **options)
         model.to(loaded.device)
         assert loaded.model.layers[0].mlp.down_proj.out_features == model.config.hidden_size // 2
         if not exact:
@@ -275,6 +283,34 @@ def sharded_models_are_not_saved() -> None:
         model.model.layers[0].self_attn.q_proj(torch.zeros(3, 16, device=args.device))
 
 
+def compiled_models_have_no_breaks() -> None:
+    model = quantized(scheme="per_token").to(args.device)
+    ids, expected = IDS.to(args.device), logits(model)
+    compiled = torch.compile(parallelize_model(model), backend="eager", fullgraph=True)
+    assert_same_bits(compiled(ids).logits, expected)
+
+
+def one_dimension_of_a_mesh() -> None:
+    mesh = init_device_mesh(args.device, (1, 2), mesh_dim_names=("dp", "tp"))
+    model = quantized(scheme="per_token").to(args.device)
+    expected = logits(model)
+    assert_same_bits(logits(parallelize_model(copy.deepcopy(model), mesh)), expected)
+    assert_same_bits(logits(parallelize_model(copy.deepcopy(model), mesh["tp"])), expected)
+    unnamed = init_device_mesh(args.device, (1, 2))
+    with pytest.raises(SmoothQuantError, match='has 2 dimensions and none is named "tp"'):
+        parallelize_model(model, unnamed)
+
+
+def hooks_of_other_releases_are_refused() -> None:
+    model = quantized(scheme="per_token").to(args.device)
+    model._tp_size = 2
+    model._device_mesh = init_device_mesh(args.device, (2,))
+    model.model.layers[1].self_attn.o_proj.register_forward_hook(lambda *_: None)
+    with pytest.raises(SmoothQuantError, match="int8 layers cannot follow the hooks of tp_plan"):
+        finish(model, {})
+    assert not any(getattr(m, "part", "") for m in model.modules())
+
+
 CHECKS = (
     layers_equal_one_process,
     own_scales_add_up,
@@ -283,6 +319,9 @@ CHECKS = (
     own_scales_in_a_model,
     from_pretrained_equals_one_process,
     sharded_models_are_not_saved,
+    compiled_models_have_no_breaks,
+    one_dimension_of_a_mesh,
+    hooks_of_other_releases_are_refused,
 )
 
 if __name__ == "__main__":
