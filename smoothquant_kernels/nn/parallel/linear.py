@@ -25,6 +25,7 @@ class ShardedLinear(W8A8Linear):
     """A `W8A8Linear` that one rank holds a part of. `in_features` and `out_features` are those of the part.
 
     A whole layer becomes one in place (`become_colwise`, `become_rowwise`), so that it keeps its hooks and its names.
+
     Attributes:
         group: the ranks.
         input_sizes: the input features that each rank receives; None if every rank receives all of them.

@@ -154,11 +154,10 @@ def parallelize_model(
     styles = resolve(model, named, scales)
     check(model, styles, ranks.world)
     apply(model, styles, ranks)
-    if hasattr(
-        model, "_tp_size"
-    ):  # generate reads both when it makes a static cache for a rank's heads
-        changed: Any = model
-        changed._tp_size, changed._tp_plan = ranks.world, named
+    if hasattr(model, "_tp_size"):
+        # generate of transformers reads both when it makes a static cache for a rank's heads
+        whole: Any = model
+        whole._tp_size, whole._tp_plan = ranks.world, named
     return model
 
 
