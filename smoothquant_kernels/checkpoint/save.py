@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from smoothquant_kernels.checkpoint import skeleton as skeletons
 from smoothquant_kernels.checkpoint.compressed_tensors import export as exports
+from smoothquant_kernels.checkpoint.compressed_tensors.scheme import QUANT_METHOD
 from smoothquant_kernels.checkpoint.manifest import (
     CONFIG,
     GENERATION_CONFIG,
@@ -40,7 +41,7 @@ from smoothquant_kernels.storage.versions import package_version
 MAX_SHARD_BYTES = 5_000_000_000
 #: The formats of checkpoint folders.
 NATIVE = "native"
-FORMATS = (NATIVE, exports.QUANT_METHOD)
+FORMATS = (NATIVE, QUANT_METHOD)
 
 
 def save_quantized(
