@@ -68,9 +68,7 @@ def qkv(parts: dict[str, W8A8Linear], leave: str = "", bias: bool = False) -> An
 
 
 def qkv_parts(**settings: Any) -> dict[str, W8A8Linear]:
-    return {
-        f"a.{name}": layer_of(n, seed=i, **settings) for i, (name, n) in enumerate(QKV.items())
-    }
+    return {f"a.{name}": layer_of(n, seed=i, **settings) for i, (name, n) in enumerate(QKV.items())}
 
 
 def inputs(dtype: torch.dtype = torch.float32, k: int = K) -> Tensor:
@@ -197,9 +195,7 @@ def test_output_head(rank: Rank, ranks: int) -> None:
 class TestRefusals:
     def test_rotation_across_ranks(self, rank: Rank) -> None:
         rank(1, 2)
-        message = (
-            r"a\.o_proj rotates groups of 64 channels, .* each process 32 of its 64, .* \{'a.o_proj': 32\}"
-        )
+        message = r"a\.o_proj rotates groups of 64 channels, .* each process 32 of its 64, .* \{'a.o_proj': 32\}"
         with pytest.raises(SmoothQuantError, match=message):
             rows(layer_of(48, rotation=64))
 
@@ -238,7 +234,7 @@ class TestRefusals:
             """Has the name of vLLM's layer."""
 
         config = config_of({"m.experts.0.up_proj": layer_of(8)})
-        with pytest.raises(SmoothQuantError, match=r'm\.experts\.0\.up_proj is int8: .*m\.experts'):
+        with pytest.raises(SmoothQuantError, match=r"m\.experts\.0\.up_proj is int8: .*m\.experts"):
             config.get_quant_method(FusedMoE(), "m.experts")
         assert config.get_quant_method(FusedMoE(), "other.experts") is None
 

@@ -1,13 +1,14 @@
 """Whole models: vLLM's log-probabilities against those of our own modules.
 
-vLLM adds the floats of attention and norms in another order. The last bits differ, now and then one flips an int8 code,
-and a flipped code changes the logits as much as another rounding does. So models are compared by the mean KL divergence:
-that between vLLM and our modules must be a small part of that between our modules and the float model. A wrong scale,
-factor or part of a merged weight makes it as large as the latter or larger.
+vLLM adds the floats of attention and norms in another order. The last bits differ, now and then one flips an int8
+code, and a flipped code changes the logits as much as another rounding does. So models are compared by the mean KL
+divergence: that between vLLM and our modules must be a small part of that between our modules and the float model.
+A wrong scale, factor or part of a merged weight makes it as large as the latter or larger.
 """
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +33,7 @@ from tests.support.models import GQA, VOCAB, make_model, token_batches
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.compiler,  # vLLM compiles its embedding, too
     pytest.mark.filterwarnings("ignore:the calibration data ended", "ignore:.*per_tensor"),
 ]
 SIZES = {**GQA, "hidden_size": 128, "intermediate_size": 256}  # vLLM wants heads of at least 32
@@ -55,8 +57,6 @@ def float_model(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
 
 
 def quantized(model: nn.Module, folder: Path, **settings: Any) -> Path:
-    import copy
-
     config = SmoothQuantConfig(**settings)
     int8 = smooth_and_quantize(copy.deepcopy(model), token_batches(), config, progress=False)
     return save_quantized(int8, folder / "int8")
@@ -118,9 +118,7 @@ class _TwoRanks(nn.Module):
         assert whole.bias is None and whole.inv_smooth is not None
         self.parts = nn.ModuleList()
         for cut in (slice(0, half), slice(half, None)):
-            part = W8A8Linear(
-                half, whole.out_features, False, smooth=True, rotation=whole.rotation
-            )
+            part = W8A8Linear(half, whole.out_features, False, smooth=True, rotation=whole.rotation)
             part.w_q, part.w_scale = whole.w_q[:, cut].contiguous(), whole.w_scale
             part.inv_smooth = whole.inv_smooth[cut]
             self.parts.append(part)
@@ -155,7 +153,7 @@ def test_a_part_in_float_is_refused(
     log_probs: Ask, float_model: Callable[..., Any], tmp_path: Path
 ) -> None:
     folder = quantized(float_model(), tmp_path, skip=("*.v_proj",))
-    with pytest.raises(SmoothQuantError, match="0.self_attn.v_proj is in float: quantize all"):
+    with pytest.raises(SmoothQuantError, match=r"0\.self_attn\.v_proj is in float: quantize all"):
         log_probs(folder, PROMPT)
 
 
@@ -165,5 +163,5 @@ def test_an_altered_manifest_is_refused(
     folder = quantized(float_model(), tmp_path)
     manifest = folder / "smoothquant.json"
     manifest.write_text(manifest.read_text().replace('"per_token"', '"static"'))
-    with pytest.raises(SmoothQuantError, match="digest does not match"):
+    with pytest.raises(ValueError, match="digest does not match"):  # vLLM's, with our sentence
         log_probs(folder, PROMPT)

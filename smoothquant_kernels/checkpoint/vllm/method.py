@@ -1,7 +1,7 @@
 """The classes by which vLLM loads and runs our layers. This module imports vLLM, so import it late.
 
-The tensors are plain parameters, and vLLM's loaders of plain parameters (`weight_loader`, those of a bias) cut and merge
-them. They have been the same for many releases, unlike its parameter classes and the list of methods that may use them.
+The tensors are plain parameters, which vLLM's first loaders (`weight_loader`, those of a bias) cut and merge. These
+have been the same for many releases, unlike its parameter classes and the list of methods that may use them.
 """
 
 from __future__ import annotations
@@ -143,6 +143,13 @@ class Method(LinearMethodBase):  # type: ignore[misc]
         self.parts = parts
         self._loaded: set[str] = set()
         self._calls: list[tuple[int, int, int]] = []  # part, first row, last row + 1
+        self._options: list[dict[str, Any]] = [
+            {
+                "granularity": "tensor" if part.activation_scheme == "per_tensor" else "token",
+                "rotation": part.rotation,
+            }
+            for part in parts.values()
+        ]
         if any(part.activation_scheme == "per_tensor" for part in parts.values()):
             warnings.warn(
                 f"{prefix} has one dynamic scale for all tokens of a step (per_tensor), so in vLLM an answer depends "
@@ -254,13 +261,6 @@ class Method(LinearMethodBase):  # type: ignore[misc]
             for name in ("inv_smooth", "x_scale"):
                 if (t := getattr(layer, name)) is not None:
                     t.data = t.data[0].reshape(-1).clone()
-        self._arguments = [
-            {
-                "granularity": "tensor" if part.activation_scheme == "per_tensor" else "token",
-                "rotation": part.rotation,
-            }
-            for part in own
-        ]
 
     def tie_weights(self, layer: Module, embed_tokens: Module) -> Module:
         return layer  # an int8 head has weights of its own, also where the float model's were the embedding's
@@ -279,7 +279,7 @@ class Method(LinearMethodBase):  # type: ignore[misc]
                 bias=bias,
                 inv_smooth=factors,
                 scale=scale,
-                **self._arguments[0],
+                **self._options[0],
             )
         results = []
         for (index, start, end), part in zip(self._calls, self.parts.values(), strict=True):
@@ -291,7 +291,7 @@ class Method(LinearMethodBase):  # type: ignore[misc]
                     bias=None if bias is None else bias[start:end],
                     inv_smooth=None if factors is None else factors[index],
                     scale=None if part.x_scale is None else scale[index : index + 1],
-                    **self._arguments[index],
+                    **self._options[index],
                 )
             )
         return torch.cat(results, -1)
