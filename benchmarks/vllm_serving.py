@@ -4,7 +4,8 @@
 
 Runs in the environment of `make test-vllm`, one thread, on SmolLM2-135M. Prefill is a prompt of 512 tokens with one
 token of answer; decode is what each further token of an answer takes. All three models are loaded first and then
-measured in turn, and a ratio is the median of the ratios within a round, because a shared machine's speed changes.
+measured in turn, in processor time of the one thread, which does not count what else the machine does. A ratio is the
+median of the ratios within a round.
 
 vLLM's own W8A8 reads the compressed-tensors format. Its weights are those of the float model, rounded to the nearest:
 they serve to measure speed, not quality. On a processor with AMX, vLLM 0.32 takes a kernel that refuses float32, so
@@ -95,9 +96,9 @@ def seconds(llm: Any, prompt: int, answer: int) -> float:
     parameters = SamplingParams(
         max_tokens=answer, min_tokens=answer, temperature=0, ignore_eos=True, detokenize=False
     )
-    start = time.perf_counter()
+    start = time.process_time()
     llm.generate([{"prompt_token_ids": ids}], parameters, use_tqdm=False)
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def main() -> None:

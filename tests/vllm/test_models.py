@@ -9,6 +9,7 @@ A wrong scale, factor or part of a merged weight makes it as large as the latter
 from __future__ import annotations
 
 import copy
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -99,6 +100,21 @@ def test_model(
     [got] = log_probs(folder, PROMPT, vocabulary=VOCAB)
     ours = answers(load_quantized(folder))
     assert abs(divergence(ours, got)) < SHARE * divergence(answers(model), ours)
+
+
+def test_modules_in_config_json(
+    log_probs: Ask, float_model: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Then the manifest is not read: vLLM may know the model by a name on the hub only."""
+    folder = quantized(float_model(), tmp_path)
+    [want] = log_probs(folder, PROMPT, vocabulary=VOCAB)
+    manifest = json.loads((folder / "smoothquant.json").read_text())
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] |= {"modules": manifest["modules"], "shared_modules": {}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "smoothquant.json").unlink()
+    [got] = log_probs(folder, PROMPT, vocabulary=VOCAB)
+    assert torch.equal(got, want)
 
 
 def test_compiled(log_probs: Ask, float_model: Callable[..., Any], tmp_path: Path) -> None:
