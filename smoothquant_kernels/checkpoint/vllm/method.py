@@ -270,7 +270,7 @@ class Method(LinearMethodBase):  # type: ignore[misc]
     def apply(self, layer: Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         # nn.Module searches elsewhere before it finds a parameter, which takes a microsecond each.
         own: dict[str, Any] = layer._parameters
-        w_q, w_scale, factors, scale = (own[k] for k in ("w_q", "w_scale", "inv_smooth", "x_scale"))
+        w_q, w_scale, factors, scale = own["w_q"], own["w_scale"], own["inv_smooth"], own["x_scale"]
         if len(self._calls) == 1:
             return ops.linear_s8(
                 x,
