@@ -195,7 +195,7 @@ def test_output_head(rank: Rank, ranks: int) -> None:
 class TestRefusals:
     def test_rotation_across_ranks(self, rank: Rank) -> None:
         rank(1, 2)
-        message = r"a\.o_proj rotates groups of 64 channels, .* each process 32 of its 64, .* \{'a.o_proj': 32\}"
+        message = r"a\.o_proj rotates groups of 64 channels, .* each process 32 of its 64, .*\{'a.o_proj': 32\}"
         with pytest.raises(SmoothQuantError, match=message):
             rows(layer_of(48, rotation=64))
 
