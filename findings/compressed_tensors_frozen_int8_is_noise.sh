@@ -11,7 +11,7 @@
 #
 # Output seen:
 #   compressed: largest weight of up_proj 0.0769, logits correlate with float: 1.00
-#   frozen: largest weight of up_proj 128, logits correlate with float: 0.30
+#   frozen: largest weight of up_proj 128, logits correlate with float: 0.30 (varies from run to run)
 set -euo pipefail
 folder="$(mktemp -d)"
 trap 'rm -rf "$folder"' EXIT
