@@ -33,8 +33,10 @@ from smoothquant_kernels.checkpoint.load import assign, rebuild
 from smoothquant_kernels.checkpoint.manifest import (
     CONFIG,
     GENERATION_CONFIG,
+    RECORD,
     Manifest,
     read_config,
+    read_info,
 )
 from smoothquant_kernels.checkpoint.transformers_hook import HF_QUANTIZER, save_refusals
 from smoothquant_kernels.config import SmoothQuantConfig
@@ -113,7 +115,7 @@ class Plan:
             modules=modules,
             floats=[name for name in expected if name in entries],
             tied=ties(model, expected, entries),
-            record=_record(model, quantization, schemes),
+            record=_own_record(folder, schemes) or _record(model, quantization, schemes),
             zero_points=zero_points(schemes, entries),
             version=quantization.version,
         )
@@ -212,6 +214,14 @@ def _layer(linear: nn.Module, scheme: Scheme, values: Mapping[str, Any] | None) 
         device="meta",
         dtype=getattr(torch, named) if named in FLOAT_TYPES else weight.dtype,
     )
+
+
+def _own_record(folder: Path, schemes: Mapping[str, Scheme]) -> ModelRecord | None:
+    """The record that this package left in a folder that it wrote; None if there is none of these layers."""
+    if not (folder / RECORD).is_file():
+        return None
+    record = ModelRecord.from_dict(read_info(folder))
+    return record if record.described.keys() == schemes.keys() else None
 
 
 def _record(
