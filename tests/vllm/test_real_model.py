@@ -26,43 +26,54 @@ from smoothquant_kernels import (
     save_quantized,
     smooth_and_quantize,
 )
+from smoothquant_kernels.checkpoint.compressed_tensors.export import exportable
 from smoothquant_kernels.evaluation.text import token_windows, topics
 from tools.build.plan import ROOT
 
 pytestmark = [pytest.mark.real_model, pytest.mark.slow, pytest.mark.compiler]
 WINDOW, TOKENS = 512, 3072
-#: A folder in the compressed-tensors format, as this package exports it; without it, that test is skipped.
-COMPRESSED = os.environ.get("SMOOTHQUANT_KERNELS_COMPRESSED_TENSORS", "")
 STARTS = 900  # seconds that the server may take; a quiet machine needs one minute
+
+
+CONFIG = SmoothQuantConfig(calibration_tokens=4096)
+
+
+def quantized(smollm2: tuple[Any, Any], config: SmoothQuantConfig) -> Any:
+    model, tokenizer = copy.deepcopy(smollm2[0]), smollm2[1]
+    windows = token_windows(topics("calibration"), tokenizer, window=WINDOW, max_tokens=4096)
+    data = [window.input_ids for window in windows]
+    return smooth_and_quantize(model, data, config, progress=False)
 
 
 @pytest.fixture(scope="module")
 def native(smollm2: tuple[Any, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    model, tokenizer = copy.deepcopy(smollm2[0]), smollm2[1]
-    windows = token_windows(topics("calibration"), tokenizer, window=WINDOW, max_tokens=4096)
-    config = SmoothQuantConfig(calibration_tokens=4096)
-    data = [window.input_ids for window in windows]
-    int8 = smooth_and_quantize(model, data, config, progress=False)
-    return save_quantized(int8, tmp_path_factory.mktemp("smollm2") / "int8", tokenizer=tokenizer)
+    folder = tmp_path_factory.mktemp("smollm2") / "int8"
+    return save_quantized(quantized(smollm2, CONFIG), folder, tokenizer=smollm2[1])
 
 
-@pytest.mark.parametrize(
-    "source",
-    [
-        "native",
-        pytest.param(
-            COMPRESSED, marks=pytest.mark.skipif(not COMPRESSED, reason="no folder is given")
-        ),
-    ],
-    ids=["native", "compressed-tensors"],
-)
+# Measured: 15.737 and 15.736. Flipped codes move single tokens by 0.05, so the mean's standard error is 0.0009.
+# vLLM's own kernels quantize activations to 128 and not to 127 steps: 0.0015 apart, with a standard error of 0.0025.
+@pytest.mark.parametrize(("format", "bound"), [("native", 1e-3), ("compressed-tensors", 1e-2)])
 def test_perplexity(
-    source: str,
-    native: Path,
+    format: str,
+    bound: float,
     log_probs: Callable[..., list[Tensor]],
     smollm2: tuple[Any, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
 ) -> None:
-    folder = native if source == "native" else Path(source)
+    if format == "native":
+        folder = request.getfixturevalue("native")
+    else:
+        folder = save_quantized(
+            quantized(smollm2, exportable(CONFIG)),
+            tmp_path / "q",
+            tokenizer=smollm2[1],
+            format=format,
+        )
+        # With AMX, vLLM 0.32 takes a kernel that refuses float32. This gives it the kernel that it takes elsewhere.
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     model, ours, scored = load_quantized(folder), [], []
     windows = token_windows(topics("evaluation"), smollm2[1], window=WINDOW, max_tokens=TOKENS)
     prompts = [window.input_ids.flatten().tolist() for window in windows]
@@ -74,8 +85,7 @@ def test_perplexity(
         scored.append(answer[-window.scored :, 0])
     mine, theirs = torch.cat(ours).double(), torch.cat(scored).double()
     assert mine.numel() == TOKENS - 1
-    # Measured: 15.737 and 15.736. Flipped codes move single tokens by 0.05, so the mean's standard error is 0.0009.
-    assert abs(math.expm1(float((mine - theirs).mean()))) < 1e-3
+    assert abs(math.expm1(float((mine - theirs).mean()))) < bound
 
 
 @pytest.fixture(scope="module")
