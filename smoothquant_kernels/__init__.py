@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from smoothquant_kernels.errors import SmoothQuantError
     from smoothquant_kernels.nn.linear import W8A8Linear
     from smoothquant_kernels.nn.operands import QuantizedActivation
+    from smoothquant_kernels.nn.parallel.model import ColwiseW8A8, RowwiseW8A8, parallelize_model
     from smoothquant_kernels.report.report import make_report
     from smoothquant_kernels.search.result import SearchResult
     from smoothquant_kernels.search.search import search_config
@@ -29,7 +30,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ActivationStatistics",
+    "ColwiseW8A8",
     "QuantizedActivation",
+    "RowwiseW8A8",
     "SearchResult",
     "SmoothQuantConfig",
     "SmoothQuantError",
@@ -38,6 +41,7 @@ __all__ = [
     "load_quantized",
     "make_report",
     "ops",
+    "parallelize_model",
     "quantize_model",
     "quantize_streamed",
     "register_transformers",
@@ -49,7 +53,9 @@ __all__ = [
 
 _MODULES = {
     "ActivationStatistics": "smoothing.statistics",
+    "ColwiseW8A8": "nn.parallel.model",
     "QuantizedActivation": "nn.operands",
+    "RowwiseW8A8": "nn.parallel.model",
     "SearchResult": "search.result",
     "SmoothQuantConfig": "config",
     "SmoothQuantError": "errors",
@@ -57,6 +63,7 @@ _MODULES = {
     "calibrate_model": "smoothing.calibrate",
     "load_quantized": "checkpoint.load",
     "make_report": "report.report",
+    "parallelize_model": "nn.parallel.model",
     "quantize_model": "smoothing.convert",
     "quantize_streamed": "streaming.stream",
     "register_transformers": "checkpoint.transformers_hook",

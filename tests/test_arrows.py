@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "backends": "errors reference ops _kernels",
     "nn": "errors schemes reference config ops",
     "modeling": "errors reference nn",
-    "checkpoint": "errors config storage nn modeling",
+    "checkpoint": "errors config storage ops nn modeling",
     "smoothing": "errors reference config storage ops nn modeling checkpoint",
     "evaluation": "errors storage modeling checkpoint",
     "search": "errors reference config storage ops nn modeling smoothing evaluation",

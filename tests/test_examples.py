@@ -31,7 +31,7 @@ real_model = [pytest.mark.real_model, pytest.mark.slow]
 
 
 def test_examples_stay_short() -> None:
-    assert len(EXAMPLES) == 5
+    assert len(EXAMPLES) == 6
     for script in EXAMPLES:
         text = script.read_text(encoding="utf-8")
         assert len(text.splitlines()) <= 60, script.name
@@ -153,6 +153,14 @@ class TestOnALanguageModel:
         )
         ids = smollm2[1](words("evaluation", 150), return_tensors="pt").input_ids
         assert divergence(model, reference, ids) < 0.5 * divergence(unsmoothed, reference, ids)
+
+
+def test_serve_with_vllm_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """tests/vllm/test_real_model.py runs it where vLLM is installed."""
+    main = runpy.run_path(str(ROOT / "examples" / "serve_with_vllm.py"))["main"]
+    monkeypatch.setitem(main.__globals__, "find_spec", lambda _: None)
+    with pytest.raises(SystemExit, match="vLLM is not installed: pip install vllm"):
+        main("folder", "question")
 
 
 @pytest.mark.real_model

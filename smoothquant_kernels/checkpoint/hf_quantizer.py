@@ -13,6 +13,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from smoothquant_kernels.checkpoint import skeleton as skeletons
+from smoothquant_kernels.checkpoint import tensor_parallel
 from smoothquant_kernels.checkpoint.load import load_quantized
 from smoothquant_kernels.checkpoint.manifest import INDEX, Manifest, read_manifest
 from smoothquant_kernels.errors import SmoothQuantError
@@ -77,7 +78,9 @@ class Quantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         # transformers has converted the types of what it read. This reads the tensors again, exactly.
+        spread = tensor_parallel.float_placements(model)
         load_quantized(self.folder, device=model.device, model=model)
+        tensor_parallel.finish(model, spread)
         del model.config.transformers_weights
         model.config.dtype = model.dtype  # replaces the caller's `dtype`
         return model

@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypedDict, get_origin, get_type_hints
 
 from smoothquant_kernels.errors import SmoothQuantError
+from smoothquant_kernels.modeling.record import ModelRecord
 from smoothquant_kernels.storage.digests import FileEntry, digest, file_entry
 from smoothquant_kernels.storage.safetensors import TensorEntry
 
@@ -82,11 +83,22 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def read_info(folder: Path) -> dict[str, Any]:
-    """The `smoothquant_info` in a folder of any format that this package wrote."""
+    """The `smoothquant_info` in a folder of any format that this package wrote.
+
+    Raises:
+        SmoothQuantError: the file that holds it is damaged.
+    """
     if is_checkpoint(folder):
         return read_manifest(folder).info
-    info: dict[str, Any] = json.loads((folder / RECORD).read_text("utf-8"))["info"]
-    return info
+    try:
+        info: dict[str, Any] = json.loads((folder / RECORD).read_text("utf-8"))["info"]
+        ModelRecord.from_dict(info)
+        return info
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise SmoothQuantError(
+            f"{folder / RECORD} cannot be read ({error!r:.200}): copy it again, or delete it, because only reports "
+            "need it."
+        ) from None
 
 
 def read_config(folder: Path) -> tuple[str, dict[str, Any]]:

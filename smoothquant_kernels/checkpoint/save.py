@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from smoothquant_kernels.checkpoint import skeleton as skeletons
 from smoothquant_kernels.checkpoint.compressed_tensors import export as exports
+from smoothquant_kernels.checkpoint.compressed_tensors.published import as_published
+from smoothquant_kernels.checkpoint.compressed_tensors.scheme import QUANT_METHOD
 from smoothquant_kernels.checkpoint.manifest import (
     CONFIG,
     GENERATION_CONFIG,
@@ -40,7 +42,7 @@ from smoothquant_kernels.storage.versions import package_version
 MAX_SHARD_BYTES = 5_000_000_000
 #: The formats of checkpoint folders.
 NATIVE = "native"
-FORMATS = (NATIVE, exports.QUANT_METHOD)
+FORMATS = (NATIVE, QUANT_METHOD)
 
 
 def save_quantized(
@@ -109,7 +111,7 @@ def _export(
     tensors, tied = unique(exports.export_state(model))
     tensors |= {alias: tensors[name] for alias, name in exports.own_ties(tied, again).items()}
     check_scales(skeletons.layer_state(model), skeletons.describe_modules(model)[0])
-    tensors = exports.as_published(model, tensors)
+    tensors = as_published(model, tensors)
     files = assign_files(tensors, max_shard_bytes, exports.STEM)
     with new_folder(path, markers=MARKERS, overwrite=overwrite) as folder:
         for shard in sorted(set(files.values())):

@@ -121,13 +121,22 @@ def layer_state(model: nn.Module, prefix: str = "") -> dict[str, Any]:
 
 
 def describe_modules(model: nn.Module) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
-    """Returns the constructor arguments of each replaced module, and the other names of those with several."""
+    """Returns the constructor arguments of each replaced module, and the other names of those with several.
+
+    Raises:
+        SmoothQuantError: a module is a part of a layer whose other parts are in other processes.
+    """
     modules: dict[str, dict[str, Any]] = {}
     shared: dict[str, str] = {}
     first: dict[nn.Module, str] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if not kinds.is_quantized(module):
+        if (kind := kinds.kind_of(module)) is None:
             continue
+        if part := kind.part(module):
+            raise SmoothQuantError(
+                f"{name} is sharded over processes ({part}), and a checkpoint holds whole layers: save the model "
+                "before it is sharded."
+            )
         if first.setdefault(module, name) != name:
             shared[name] = first[module]
             continue

@@ -74,6 +74,10 @@ class Kind(ABC, Generic[Layer]):
         Tables show three of them, so every kind has `activation_scheme`, `in_features` and `out_features`.
         """
 
+    def part(self, layer: Layer) -> str:
+        """Which part of a layer this process holds, in words; empty for a whole layer. Checkpoints hold whole ones."""
+        return ""
+
     @abstractmethod
     def make(self, arguments: dict[str, Any]) -> Layer | None:
         """The layer on the meta device, for arguments with the names and types that `arguments` returns.

@@ -69,6 +69,8 @@ class W8A8Linear(OwnWeight):
     bias: Tensor | None
     inv_smooth: Tensor | None
     x_scale: Tensor | None
+    #: Which part of a whole layer a rank of tensor parallelism holds, in words; empty for a whole layer.
+    part: str = ""
 
     def __init__(
         self,
@@ -323,6 +325,7 @@ class W8A8Linear(OwnWeight):
             f"activation_scheme={self.activation_scheme}, weight_granularity={self.weight_granularity}"
         )
         text += ", smooth=True" if self.inv_smooth is not None else ""
+        text += f", {self.part}" if self.part else ""
         return text + (f", rotation={self.rotation}" if self.rotation else "")
 
 
@@ -355,6 +358,9 @@ class _W8A8(Kind[W8A8Linear]):
             "rotation": layer.rotation,
             "dtype": type_name(layer.dtype),
         }
+
+    def part(self, layer: W8A8Linear) -> str:
+        return layer.part
 
     def make(self, arguments: dict[str, Any]) -> W8A8Linear | None:
         dtype = next((t for t in FLOATS if type_name(t) == arguments["dtype"]), None)

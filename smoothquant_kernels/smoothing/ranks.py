@@ -39,7 +39,9 @@ def all_reduce(statistics: ActivationStatistics, group: Any) -> None:
     merge = _Merge(statistics, group, summaries)
     zeros = {n: torch.zeros(k) for n, k in sizes.items() if n not in statistics.absmax}
     flat = merge.flat([statistics.absmax.get(n, zeros.get(n)) for n in sizes])
-    dist.all_reduce(flat, dist.ReduceOp.MAX, group)  # exact in any order
+    # Exact in any order. As integers, because gloo's MAX of floats drops NaN: the bits of magnitudes have their order,
+    # and NaN comes after infinity.
+    dist.all_reduce(flat.view(torch.int32), dist.ReduceOp.MAX, group)
     parts = flat.to(merge.home).split(list(sizes.values()))
     absmax = {n: part.clone() for n, part in zip(sizes, parts, strict=True)}
     tokens = merge.token_maxima(sizes, statistics_module.PEAK_TOKENS)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from smoothquant_kernels.checkpoint import skeleton as skeletons
 from smoothquant_kernels.checkpoint.compressed_tensors import export as exports
+from smoothquant_kernels.checkpoint.compressed_tensors.published import as_published
 from smoothquant_kernels.checkpoint.manifest import MANIFEST
 from smoothquant_kernels.checkpoint.save import (
     NATIVE,
@@ -55,7 +56,7 @@ class Writer:
             tensors, tied = unique(state)
         else:
             tensors, tied = unique(exports.export_state(part))
-            tensors = exports.as_published(self.model, tensors)
+            tensors = as_published(self.model, tensors)
         return Part(tensors, tied, modules, shared)
 
     def write(self, index: int, view: nn.Module) -> dict[str, Any]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from torch import nn
+from transformers.quantizers import auto
 
 from smoothquant_kernels import save_quantized
+from smoothquant_kernels.checkpoint.compressed_tensors import hook
 from tests.support.checkpoints import quantized
 
 
@@ -20,3 +23,17 @@ def model() -> Any:
 @pytest.fixture
 def saved(model: nn.Module, tmp_path: Path) -> Path:
     return save_quantized(model, tmp_path / "model")
+
+
+@pytest.fixture
+def registered() -> Iterator[None]:
+    """W8A8 folders of compressed-tensors load as int8 during the test only."""
+    mappings: tuple[dict[str, Any], ...] = (
+        auto.AUTO_QUANTIZATION_CONFIG_MAPPING,
+        auto.AUTO_QUANTIZER_MAPPING,
+    )
+    before = [mapping["compressed-tensors"] for mapping in mappings]
+    hook.register()
+    yield
+    for mapping, value in zip(mappings, before, strict=True):
+        mapping["compressed-tensors"] = value

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +25,6 @@ MAPPINGS: tuple[dict[str, Any], ...] = (
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING,
     auto.AUTO_QUANTIZER_MAPPING,
 )
-
-
-@pytest.fixture
-def registered() -> Iterator[None]:
-    before = [mapping[METHOD] for mapping in MAPPINGS]
-    hook.register()
-    yield
-    for mapping, value in zip(MAPPINGS, before, strict=True):
-        mapping[METHOD] = value
 
 
 @pytest.fixture(scope="module")

@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 from smoothquant_kernels import load_quantized
 from smoothquant_kernels.checkpoint import foreign_folder
 from smoothquant_kernels.checkpoint.compressed_tensors.scheme import parse
 from tests.support import compressed_tensors as ct
+from tests.support import models
 from tests.support.checkpoints import refusal
 from tests.support.command_line import Result
 
@@ -213,6 +215,18 @@ def test_targets_are_refused(targets: list[str], expected: str, folder: Path) ->
     config = ct.quantization_config(ct.group(targets, ct.STATIC))
     ct.rewrite_config(folder, lambda values: values.update(quantization_config=config))
     assert expected in refusal(lambda: load_quantized(folder))
+
+
+def test_layers_that_are_no_nn_linear_are_refused() -> None:
+    """GPT-2's Conv1D has its weight transposed, and compressed-tensors leaves it in float."""
+    model = transformers.GPT2LMHeadModel(models.CONFIGS["gpt2"]())
+    for targets, expected in (
+        (["Conv1D"], "makes transformer.h.0.attn.c_attn int8, which is a Conv1D and not"),
+        (["re:.*mlp.c_fc"], "makes transformer.h.0.mlp.c_fc int8, which is a Conv1D"),
+        (["Linear"], "makes no layer of the GPT2LMHeadModel int8, because it ignores all that it"),
+    ):
+        config = parse(ct.quantization_config(ct.group(targets)))
+        assert expected in refusal(lambda c=config: c.layers(model))  # type: ignore[misc]
 
 
 def test_a_linear_with_a_forward_of_its_own_is_refused(folder: Path) -> None:

@@ -81,9 +81,17 @@ def test_the_folder(tmp_path: Path) -> None:
     assert all(tensors[n].equal(state[n]) and tensors[n].dtype == torch.float32 for n in tensors)
     expected = make_model("qwen2").state_dict().keys()
     assert tensors.keys() == {n for n in expected if not n.startswith(tuple(layers))}
+    assert load_quantized(folder).smoothquant_info == model.smoothquant_info
     record = json.loads((folder / RECORD).read_text())
     assert record["info"] == json.loads(json.dumps(model.smoothquant_info))
     assert record["format"] == FORMAT
+
+
+@pytest.mark.parametrize("damage", [lambda t: t[:100], lambda t: "[]", lambda t: '{"info": 3}'])
+def test_a_damaged_record(damage: Callable[[str], str], tmp_path: Path) -> None:
+    folder = export(quantized(make_model("llama")), tmp_path / "q")
+    (folder / RECORD).write_text(damage((folder / RECORD).read_text()))
+    assert "delete it, because only reports need it" in refusal(lambda: load_quantized(folder))
 
 
 FAMILIES = ["llama_gqa", "qwen2", "qwen3", "opt", "bloom", "gpt_neox"]
@@ -312,3 +320,18 @@ def test_layers_that_transformers_would_publish_in_parts(
         "transformers publishes model.layers.0.mlp.up_proj.weight in another form"
     )
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(transformers.__version__ < "5", reason="transformers 4 joins nothing")
+def test_joined_experts_are_left_to_transformers(registered: None, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(**GQA, num_local_experts=2)
+    model = quantized(transformers.MixtralForCausalLM(config).eval())
+    folder = export(model, tmp_path / "q")
+    words = refusal(lambda: load_quantized(folder))
+    assert (
+        "in several tensors, which transformers joins when it loads: use from_pretrained" in words
+    )
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    assert int8_layers(loaded).keys() == int8_layers(model).keys()
+    assert_same_bits(logits(loaded), logits(model))

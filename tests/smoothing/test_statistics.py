@@ -204,6 +204,12 @@ for bound in (4096, 150):
     statistics.all_reduce()
     statistics.save(f"{folder}/{bound}-{rank}")
 statistics = measured(BATCHES[:1])
+name = next(iter(statistics.absmax))
+if rank == 1:
+    statistics.absmax[name][0] = float("nan")
+statistics.all_reduce()
+assert statistics.absmax[name][0].isnan() and not statistics.absmax[name][1:].isnan().any()
+statistics = measured(BATCHES[:1])
 if rank == 1:
     statistics.watched = (*statistics.watched, "another")
 try:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from smoothquant_kernels.checkpoint import skeleton as skeletons
 from smoothquant_kernels.checkpoint.compressed_tensors.scheme import (
@@ -196,29 +196,6 @@ def export_state(model: nn.Module, prefix: str = "") -> dict[str, Any]:
             if layer.x_scale is not None:
                 state[f"{key}.{INPUT_SCALE}"] = layer.x_scale
     return state
-
-
-def as_published(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors under the names that `save_pretrained` would give them, which other libraries know.
-
-    transformers 5 loads some architectures under other names than it publishes, and joins the weights of experts.
-
-    Raises:
-        SmoothQuantError: it would join or cut an int8 weight, whose scales it does not know.
-    """
-    try:
-        from transformers.core_model_loading import revert_weight_conversion
-    except ImportError:  # transformers 4 has one name for both
-        return state
-    renamed: dict[str, Tensor] = revert_weight_conversion(model, dict(state))
-    kept = {id(t): name for name, t in renamed.items()}
-    for name, tensor in state.items():
-        if tensor.dtype == torch.int8 and not kept.get(id(tensor), "").endswith(f".{WEIGHT}"):
-            raise SmoothQuantError(
-                f"transformers publishes {name} in another form, which int8 weights do not have: name "
-                f"{name.removesuffix(f'.{WEIGHT}')} in skip, or save the native format."
-            )
-    return renamed
 
 
 def own_ties(tied: Mapping[str, str], again: Any) -> dict[str, str]:

@@ -80,7 +80,7 @@ class Int8Quantizer(HfQuantizer):
             raise SmoothQuantError(
                 f"{folder} holds a {made} and a {type(model).__name__} was asked for: use the class of the checkpoint."
             )
-        self.plan = Plan.of(folder, model, keep_types=True)
+        self.plan = Plan.of(folder, model, floats_follow=True)
         skeletons.install(model, skeletons.make_modules(self.plan.modules, {}))
         # The plan has compared all names with the files, and these would be reported as missing or unexpected.
         # transformers 5 reads these attributes of the instance, transformers 4 calls the methods below.

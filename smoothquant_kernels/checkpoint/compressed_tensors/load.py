@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from smoothquant_kernels.checkpoint import skeleton as skeletons
+from smoothquant_kernels.checkpoint.compressed_tensors.published import own_names
 from smoothquant_kernels.checkpoint.compressed_tensors.scheme import (
     QUANT_METHOD,
     Quantization,
@@ -32,8 +33,10 @@ from smoothquant_kernels.checkpoint.load import assign, rebuild
 from smoothquant_kernels.checkpoint.manifest import (
     CONFIG,
     GENERATION_CONFIG,
+    RECORD,
     Manifest,
     read_config,
+    read_info,
 )
 from smoothquant_kernels.checkpoint.transformers_hook import HF_QUANTIZER, save_refusals
 from smoothquant_kernels.config import SmoothQuantConfig
@@ -52,10 +55,11 @@ class Plan:
 
     Attributes:
         folder: the folder.
-        entries: every tensor in its files.
-        layers: the int8 layers -> buffer of the `W8A8Linear` -> name in the files.
+        entries: every tensor in its files, by its name there.
+        names: name in the files -> name in the model, for the same tensors.
+        layers: the int8 layers -> buffer of the `W8A8Linear` -> name of the tensor.
         modules: the int8 layers -> class and arguments, as in a manifest.
-        floats: the names of the other tensors of the model that the files have.
+        floats: the other tensors of the model that the files have.
         tied: another name of a tensor of the model -> its name in `floats`.
         record: what `model.smoothquant_info` will say.
         zero_points: tensors whose values must be 0.
@@ -64,6 +68,7 @@ class Plan:
 
     folder: Path
     entries: dict[str, TensorEntry]
+    names: dict[str, str]
     layers: dict[str, dict[str, str]]
     modules: dict[str, dict[str, Any]]
     floats: list[str]
@@ -73,11 +78,12 @@ class Plan:
     version: str
 
     @classmethod
-    def of(cls, folder: Path, model: nn.Module, *, keep_types: bool = False) -> Plan:
+    def of(cls, folder: Path, model: nn.Module, *, floats_follow: bool = False) -> Plan:
         """Checks the folder against a float model, whose weights may be on the meta device.
 
         Args:
-            keep_types: the int8 layers take the float type of the model's layers, not that of config.json.
+            floats_follow: transformers loads the other tensors. So the int8 layers take the float type of the model's
+                layers, not that of config.json, and tensors that transformers joins from several are not missing.
 
         Raises:
             SmoothQuantError: the configuration or a tensor is not one that the int8 layers can take.
@@ -85,22 +91,31 @@ class Plan:
         _, values = read_config(folder)
         quantization = parse(values.get("quantization_config"))
         schemes = quantization.layers(model)
-        entries = entries_of(folder)
+        stored = entries_of(folder)
+        names, joined = own_names(model, stored)
+        entries = {names[name]: entry for name, entry in stored.items()}
+        joined = [name for name in joined if name not in entries]
+        if joined and not floats_follow:
+            raise SmoothQuantError(
+                f"{folder} has {joined[0]} in several tensors, which transformers joins when it loads: use "
+                "from_pretrained after register_transformers(compressed_tensors=True)."
+            )
         linears = {name: model.get_submodule(name) for name in schemes}
         layers = {n: layer_tensors(n, linears[n], s, entries) for n, s in schemes.items()}
-        expected = float_tensors(model, schemes, entries)
+        expected = float_tensors(model, schemes, entries, joined)
         modules = {
-            name: kinds.describe(_layer(linears[name], s, None if keep_types else values))
+            name: kinds.describe(_layer(linears[name], s, None if floats_follow else values))
             for name, s in schemes.items()
         }
         return cls(
             folder=folder,
-            entries=entries,
+            entries=stored,
+            names=names,
             layers=layers,
             modules=modules,
             floats=[name for name in expected if name in entries],
             tied=ties(model, expected, entries),
-            record=_record(model, quantization, schemes),
+            record=_own_record(folder, schemes) or _record(model, quantization, schemes),
             zero_points=zero_points(schemes, entries),
             version=quantization.version,
         )
@@ -111,7 +126,8 @@ class Plan:
         Raises:
             SmoothQuantError: a file is damaged, a scale is not positive and finite, or a zero point is not 0.
         """
-        stored = read(self.folder, self.entries)
+        found = read(self.folder, self.entries)
+        stored = {self.names[name]: t for name, t in found.items()}
         check_zero_points({name: stored[name] for name in self.zero_points})
         tensors = {name: stored[name] for name in self.floats}
         for layer, names in self.layers.items():
@@ -198,6 +214,14 @@ def _layer(linear: nn.Module, scheme: Scheme, values: Mapping[str, Any] | None) 
         device="meta",
         dtype=getattr(torch, named) if named in FLOAT_TYPES else weight.dtype,
     )
+
+
+def _own_record(folder: Path, schemes: Mapping[str, Scheme]) -> ModelRecord | None:
+    """The record that this package left in a folder that it wrote; None if there is none of these layers."""
+    if not (folder / RECORD).is_file():
+        return None
+    record = ModelRecord.from_dict(read_info(folder))
+    return record if record.described.keys() == schemes.keys() else None
 
 
 def _record(

@@ -76,7 +76,7 @@ class Quantization:
         As in compressed-tensors, a name counts before a pattern and a pattern before a class.
 
         Raises:
-            SmoothQuantError: a target matches no layer, or something that is not an `nn.Linear`.
+            SmoothQuantError: a target matches no layer, or something that is not an `nn.Linear`, or none is int8.
         """
         found: dict[str, Scheme] = {}
         unmatched = set(self.targets)
@@ -99,6 +99,11 @@ class Quantization:
                 f"the target {min(unmatched)!r} of the quantization_config matches no linear layer of the "
                 f"{type(model).__name__}: copy config.json again, or install the release of transformers that it was "
                 "made with."
+            )
+        if not found:
+            raise SmoothQuantError(
+                f"the quantization_config makes no layer of the {type(model).__name__} int8, because it ignores all "
+                f"that it targets: copy config.json again, or {_FLOAT}."
             )
         return found
 

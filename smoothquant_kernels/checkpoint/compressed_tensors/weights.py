@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -134,17 +134,26 @@ def check_zero_points(tensors: Mapping[str, Tensor]) -> None:
 
 
 def float_tensors(
-    model: nn.Module, layers: Mapping[str, Scheme], entries: Mapping[str, TensorEntry]
+    model: nn.Module,
+    layers: Mapping[str, Scheme],
+    entries: Mapping[str, TensorEntry],
+    joined: Collection[str] = (),
 ) -> dict[str, Tensor]:
     """The state of the model outside its int8 layers, as it is on the model: name -> tensor.
+
+    Args:
+        joined: tensors that something else makes of several in the files. If there are any, so are unknown tensors.
 
     Raises:
         SmoothQuantError: the files do not have exactly these tensors and those of the layers.
     """
     inside = tuple(f"{name}." for name in layers)
     state = model.state_dict(keep_vars=True)
-    expected = {name: t for name, t in state.items() if not name.startswith(inside)}
-    if problem := next(_misfits(model, expected, inside, entries), None):
+    expected = {
+        name: t for name, t in state.items() if not name.startswith(inside) and name not in joined
+    }
+    known = {n: e for n, e in entries.items() if not joined or n in state or n.startswith(inside)}
+    if problem := next(_misfits(model, expected, inside, known), None):
         raise SmoothQuantError(
             f"the checkpoint does not fit a {type(model).__name__} of its configuration, {problem}: copy it again, or "
             "install the release of transformers that it was made with."
