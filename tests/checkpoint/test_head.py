@@ -120,7 +120,7 @@ def test_a_failed_call_restores_the_ties(monkeypatch: pytest.MonkeyPatch) -> Non
         raise KeyboardInterrupt
 
     with monkeypatch.context() as failing, pytest.raises(KeyboardInterrupt):
-        failing.setattr("smoothquant_kernels.smoothing.convert.save_refusals", fails)
+        failing.setattr("smoothquant_kernels.smoothing.convert.quantizers", fails)
         quantized(model)
     assert {n: getattr(model, n, None) for n in before} == before
     assert model.lm_head.weight is model.model.embed_tokens.weight
