@@ -16,6 +16,7 @@ from smoothquant_kernels.checkpoint.manifest import check_modules
 from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.modeling.record import info_of
 
+
 class Config(QuantizationConfigMixin):
     """The quantization_config in config.json. Its attributes are JSON values; those that are None are not written.
 

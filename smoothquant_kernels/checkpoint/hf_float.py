@@ -42,7 +42,8 @@ def dequantized(model: Any, dtype: torch.dtype | None = None) -> Any:
     for module in model.modules():
         for name in ("hf_quantizer", "is_quantized", "quantization_method", "smoothquant_info"):
             module.__dict__.pop(name, None)
-        vars(getattr(module, "config", module)).pop("quantization_config", None)
+    for config in skeletons.configurations(model):
+        vars(config).pop("quantization_config", None)
     return model if dtype is None else model.to(dtype)
 
 

@@ -39,7 +39,13 @@ def weights_and_attention(described: Config, config: Any) -> tuple[str | None, s
                 f"the weight file {name!r} that config.json names is not a name in its folder: copy it again."
             )
         return name, described.attention
-    manifest = read_manifest(Path(config._name_or_path))  # of a folder that an earlier release wrote
+    # An earlier release wrote the folder, whose path only the Auto classes have noted by now.
+    if not config._name_or_path:
+        raise SmoothQuantError(
+            "an earlier release wrote this checkpoint: load it by an Auto class of transformers or by load_quantized, "
+            "or save it again."
+        )
+    manifest = read_manifest(Path(config._name_or_path))
     files = {entry["file"] for entry in manifest.tensors.values()}
     if len(files) > 1 and INDEX not in manifest.files:
         raise SmoothQuantError(
@@ -66,7 +72,7 @@ class Loading:
         if described.modules is None or described.weights is not None:
             self.folder = Path(files[0]).parent if files else Path(model.config._name_or_path)
             self.manifest = _manifest_for(model, self.folder)
-            described = _as_config(self.manifest)
+            described = _as_config(self.manifest, described.dtype)
         described.check()
         self.info: dict[str, Any] = described.smoothquant_info or {}
         self._choose_types(described, model)
@@ -85,7 +91,13 @@ class Loading:
                 "saved with the weights."
             )
         skeletons.install(model, self.layers)
-        for alias in self.aliases:  # no file has its tensors, and transformers would make random ones
+        for parent in model.modules():
+            if KNOWS_MISSING and any(map(kinds.is_quantized, parent.children())):
+                parent._is_hf_initialized = (
+                    True  # transformers 4 would initialize its linears' weights
+                )
+        for alias in self.aliases:
+            # No file has tensors of this name, and transformers would make random ones.
             _put(model, alias, nn.Identity())
         self.types = {
             name: dtype
@@ -97,7 +109,7 @@ class Loading:
 
     def _choose_types(self, described: Config, model: Any) -> None:
         self.own = skeletons.float_dtype(described.dtype)
-        self.asked: torch.dtype = model.config.dtype
+        self.asked: Any = model.config.dtype or self.own
         if self.asked != self.own and self.asked not in (*_HALF, torch.float32):
             raise SmoothQuantError(
                 f"a quantized model cannot be loaded as {self.asked}: pass float16, bfloat16 or float32 as the dtype, "
@@ -155,7 +167,7 @@ class Loading:
         for alias, layer in self.aliases.items():
             _put(model, alias, layer)
         for layer in self.layers.values():
-            layer._apply(lambda t: t)  # gives the tensors the layout that the kernels of their device read
+            layer._apply(lambda t: t)  # makes the layout that the kernels of the device read
         if self.manifest is not None:
             self._read_exactly(model, self.manifest)
         self._check_values()
@@ -163,19 +175,19 @@ class Loading:
         align_tensors(model)
         if self.info:
             attach_info(model, self.info)
-        for module in model.modules():
+        for config in skeletons.configurations(model):
             for name in ("transformers_weights", "_pre_quantization_dtype"):
-                vars(getattr(module, "config", self)).pop(name, None)
+                vars(config).pop(name, None)
         model.config.dtype = model.dtype
 
     def _tensors(self) -> dict[str, Tensor]:
-        """The tensors of the layers, without those that are offloaded."""
-        found = {
+        """The tensors of the layers, without those that accelerate moves at run time, if they are not in memory."""
+        return {
             f"{name}.{key}": t
             for name, layer in self.layers.items()
             for key, t in (*layer.named_parameters(), *layer.named_buffers())
+            if not (t.is_meta and hasattr(layer, "_hf_hook"))
         }
-        return {name: t for name, t in found.items() if not (t.is_meta and hooked(self.layers, name))}
 
     def _refuse_unread(self) -> None:
         # transformers 5 marks what it reads, and accelerate's hooks, which come later, may copy it without the mark.
@@ -183,15 +195,15 @@ class Loading:
             self.refuse_missing(
                 name
                 for name, t in self._tensors().items()
-                if not (getattr(t, "_is_hf_initialized", False) or hooked(self.layers, name))
+                if not getattr(t, "_is_hf_initialized", False)
+                and not hasattr(self.layers[name.rpartition(".")[0]], "_hf_hook")
             )
 
     def _check_values(self) -> None:
         described = {name: kinds.describe(layer) for name, layer in self.layers.items()}
         tensors = self._tensors()
-        for name, layer in self.layers.items():
-            fresh = skeletons.make_module(name, described[name])
-            for key, t in fresh.state_dict().items():
+        for name, arguments in described.items():
+            for key, t in skeletons.make_module(name, arguments).state_dict().items():
                 found = tensors.get(f"{name}.{key}", t)
                 if found.dtype != t.dtype:
                     raise SmoothQuantError(
@@ -201,19 +213,13 @@ class Loading:
 
     def _read_exactly(self, model: nn.Module, manifest: Manifest) -> None:
         """Reads the tensors again: their types, what is tied, and the buffers outside the state dict."""
-        offloaded = any(t.is_meta for t in (*model.parameters(), *model.buffers()))
-        entries = manifest.tensors
-        if offloaded:
-            entries = {name: entries[name] for name in manifest.non_persistent}
+        tensors = read(self.folder, manifest.tensors)  # maps the files
+        if any(t.is_meta for t in (*model.parameters(), *model.buffers())):  # offloaded
+            tensors = {name: tensors[name] for name in manifest.non_persistent}
         else:
             made = skeletons.make_modules(manifest.modules, manifest.shared_modules)
             load.check_fit(model, made, manifest)
-        load.assign(model, read(self.folder, entries), manifest, None)
-
-
-def hooked(layers: dict[str, nn.Module], name: str) -> bool:
-    """Whether accelerate moves this tensor of a layer at run time."""
-    return hasattr(layers[name.rpartition(".")[0]], "_hf_hook")
+        load.assign(model, tensors, manifest, None)
 
 
 def _manifest_for(model: nn.Module, folder: Path) -> Manifest:
@@ -227,17 +233,21 @@ def _manifest_for(model: nn.Module, folder: Path) -> Manifest:
     return manifest
 
 
-def _as_config(manifest: Manifest) -> Config:
-    """What config.json would say."""
+def _as_config(manifest: Manifest, dtype: str | None) -> Config:
+    """What config.json of `save_pretrained` would say. That of an earlier release has no type."""
     inside = tuple(f"{name}." for name in [*manifest.modules, *manifest.shared_modules])
-    types = {name: entry["dtype"] for name, entry in manifest.tensors.items() if not name.startswith(inside)}
+    types = {
+        name: entry["dtype"]
+        for name, entry in manifest.tensors.items()
+        if not name.startswith(inside)
+    }
     types |= {alias: types[name] for alias, name in manifest.tied.items() if name in types}
     types = {name: t for name, t in types.items() if skeletons.float_dtype(t)}
     return Config(
         modules=manifest.modules,
         shared_modules=manifest.shared_modules,
         smoothquant_info=manifest.info,
-        dtype=next(iter(types.values()), "float32"),
+        dtype=dtype or next(iter(types.values()), "float32"),
         types=types,
     )
 

@@ -40,6 +40,7 @@ class Quantizer(HfQuantizer):
         self, quantization_config: Config, *, refusal: str | None = None, **options: Any
     ) -> None:
         super().__init__(quantization_config, **options)
+        self.quantization_config: Config = quantization_config
         self.refusal = refusal
         self._loading: Loading | None = None
 
@@ -49,7 +50,9 @@ class Quantizer(HfQuantizer):
         """Whether the model can be saved. A warning says why not, to which the error of transformers refers."""
         reason = self.refusal
         if safe_serialization is False:
-            reason = "safe_serialization=False would write a pickle: leave it out to write safetensors."
+            reason = (
+                "safe_serialization=False would write a pickle: leave it out to write safetensors."
+            )
         if reason is not None:
             warnings.warn(reason, stacklevel=3)
         return reason is None
@@ -145,7 +148,7 @@ class _EarlyName:
     def __get__(self, config: Any, _: type) -> str:
         described = None if config is None else vars(config).get("quantization_config")
         if type(described) is dict and described.get("quant_method") == skeletons.QUANT_METHOD:
-            name, _attention = weights_and_attention(Config.from_dict(described), config)
+            name, _attention = weights_and_attention(Config(**described), config)
             if name is not None:
                 return name
         raise AttributeError("transformers_weights")

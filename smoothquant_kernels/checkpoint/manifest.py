@@ -92,6 +92,11 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         text = path.read_text("utf-8")
     except FileNotFoundError:
+        if _saved_by_transformers(folder):
+            raise SmoothQuantError(
+                f"{folder} was written by save_pretrained: load it by from_pretrained of transformers, after "
+                "smoothquant_kernels.register_transformers()."
+            ) from None
         raise SmoothQuantError(
             f"{folder} is not a checkpoint of this package, it has no {MANIFEST}: give a folder that "
             "save_quantized wrote."
@@ -124,6 +129,15 @@ def read_manifest(folder: Path) -> Manifest:
         raise _damaged(path, "its digest does not match its content")
     del body["format"]
     return _parse(body, lambda what: _damaged(path, what))
+
+
+def _saved_by_transformers(folder: Path) -> bool:
+    """Whether config.json describes int8 layers."""
+    try:
+        values = json.loads((folder / CONFIG).read_text("utf-8"))
+        return "modules" in values["quantization_config"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False
 
 
 def check_files(folder: Path, manifest: Manifest, *, verify: bool) -> None:
@@ -182,7 +196,9 @@ def _parse(body: dict[str, Any], fail: Callable[[str], SmoothQuantError]) -> Man
 
 def check_modules(modules: Any, shared: Any, fail: Callable[[str], SmoothQuantError]) -> None:
     """Raises unless these are dicts of the form that `skeleton.describe_modules` returns."""
-    if type(modules) is not dict or not all(type(arguments) is dict for arguments in modules.values()):
+    if type(modules) is not dict or not all(
+        type(arguments) is dict for arguments in modules.values()
+    ):
         raise fail("the arguments of a module are not an object")
     if type(shared) is not dict or not all(type(name) is str for name in shared.values()):
         raise fail("a name is not a string")

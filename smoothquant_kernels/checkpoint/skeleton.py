@@ -37,6 +37,13 @@ def is_transformers(cls: type) -> bool:
     return cls.__module__.startswith("transformers.models.")
 
 
+def configurations(model: nn.Module) -> list[Any]:
+    """The configurations of a transformers model and of the models inside it."""
+    from transformers import PreTrainedModel
+
+    return [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
+
+
 def find_class(name: str) -> type[Any]:
     """Returns the transformers model class of this name. Never looks up or fetches other code.
 
@@ -158,9 +165,7 @@ def make_module(name: str, arguments: Mapping[str, Any]) -> nn.Module:
         SmoothQuantError: `describe_modules` does not return such arguments.
     """
     if (made := kinds.make(arguments)) is None:
-        raise SmoothQuantError(
-            f"the arguments of {name} in the checkpoint are not understood: {dict(arguments)}."
-        )
+        raise SmoothQuantError(f"the arguments of {name} are not understood: {dict(arguments)}.")
     return made
 
 
