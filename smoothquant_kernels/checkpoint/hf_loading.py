@@ -21,7 +21,7 @@ from smoothquant_kernels.checkpoint.manifest import INDEX, Manifest, check_files
 from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.modeling.record import attach_info
 from smoothquant_kernels.nn import kinds
-from smoothquant_kernels.storage.safetensors import align_tensors, read
+from smoothquant_kernels.storage.safetensors import align_tensors, read, read_header
 
 #: The attribute of a transformers model with patterns of tensors in the files that need no warning.
 _IGNORE = "_keys_to_ignore_on_load_unexpected"
@@ -76,7 +76,7 @@ class Loading:
         described.check()
         self.info: dict[str, Any] = described.smoothquant_info or {}
         self._choose_types(described, model)
-        rename = _renaming(described, model)
+        rename = _renaming(model)
         modules = {rename(n): (n, values) for n, values in described.modules.items()}
         shared = {rename(a): rename(n) for a, n in (described.shared_modules or {}).items()}
         self.layers = {
@@ -106,6 +106,10 @@ class Loading:
         }
         self._set_types(model)
         self._ignore(model, [*described.modules, *(described.shared_modules or {}), *self.layers])
+        for file in files or ():
+            if file.endswith(".safetensors"):
+                parts = [name.rpartition(".") for name in read_header(Path(file))[0]]
+                self.refuse_unexpected(f"{rename(owner)}.{leaf}" for owner, _, leaf in parts)
 
     def _choose_types(self, described: Config, model: Any) -> None:
         self.own = skeletons.float_dtype(described.dtype)
@@ -156,6 +160,19 @@ class Loading:
                 raise SmoothQuantError(
                     f"the checkpoint has no int8 tensor {name}, which its config.json describes: copy it again, or "
                     "quantize the float model again."
+                )
+
+    def refuse_unexpected(self, names: Iterable[str]) -> None:
+        """Raises SmoothQuantError if one is of a quantized layer that has no such tensor, such as factors."""
+        for name in names:
+            owner, _, leaf = name.rpartition(".")
+            layer = self.layers.get(owner)
+            if layer is None or self.ignored.search(name):
+                continue
+            if leaf not in {**layer._buffers, **layer._parameters} or getattr(layer, leaf) is None:
+                raise SmoothQuantError(
+                    f"the checkpoint has {name}, which its config.json does not describe: use the config.json that was "
+                    "saved with the weights."
                 )
 
     def finish(self, model: Any) -> None:
@@ -252,7 +269,7 @@ def _as_config(manifest: Manifest, dtype: str | None) -> Config:
     )
 
 
-def _renaming(described: Config, model: Any) -> Callable[[str], str | None]:
+def _renaming(model: Any) -> Callable[[str], str | None]:
     """The name in the model of a name in the checkpoint; None for what the model lacks.
 
     transformers loads a base model from the checkpoint of a model with a head, and the other way round.

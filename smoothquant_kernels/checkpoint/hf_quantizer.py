@@ -115,6 +115,7 @@ class Quantizer(HfQuantizer):
 
     def update_unexpected_keys(self, model: Any, unexpected_keys: list[str], _: str) -> list[str]:
         """Called by transformers 4 only."""
+        self._now.refuse_unexpected(unexpected_keys)
         return [key for key in unexpected_keys if not self._now.ignored.search(key)]
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: Any) -> Any:

@@ -132,10 +132,11 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def _saved_by_transformers(folder: Path) -> bool:
-    """Whether config.json describes int8 layers."""
+    """Whether config.json describes int8 layers that are in the files of `save_pretrained`."""
     try:
         values = json.loads((folder / CONFIG).read_text("utf-8"))
-        return "modules" in values["quantization_config"]
+        described = values["quantization_config"]
+        return "modules" in described and "weights" not in described
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
 

@@ -99,7 +99,6 @@ def test_an_encoder_with_a_tied_bias(tmp_path: Path) -> None:
         assert torch.equal(logits(each), expected)
 
 
-@pytest.mark.skipif(transformers.__version__ < "5", reason="transformers 4 has no such hook")
 @pytest.mark.parametrize("name", [*TIED, "llama"])
 def test_from_pretrained(name: str, tmp_path: Path) -> None:
     register_transformers()
