@@ -53,6 +53,10 @@ class Config(QuantizationConfigMixin):
         """The JSON values, as config.json has them."""
         return {key: value for key, value in super().to_dict().items() if value is not None}
 
+    def to_diff_dict(self) -> dict[str, Any]:
+        """The same values. transformers 4 asks for them and does not define it."""
+        return self.to_dict()
+
     @classmethod
     def of(cls, model: Any, *, complete: bool = False) -> Config:
         """Describes a quantized model, with `complete` all that `save_pretrained` writes.

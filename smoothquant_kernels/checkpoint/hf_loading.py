@@ -21,7 +21,8 @@ from smoothquant_kernels.checkpoint.manifest import INDEX, Manifest, check_files
 from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.modeling.record import attach_info
 from smoothquant_kernels.nn import kinds
-from smoothquant_kernels.storage.safetensors import align_tensors, read, read_header
+from smoothquant_kernels.nn.float_linear import is_float_linear
+from smoothquant_kernels.storage.safetensors import NAMES, align_tensors, read, read_header
 
 #: The attribute of a transformers model with patterns of tensors in the files that need no warning.
 _IGNORE = "_keys_to_ignore_on_load_unexpected"
@@ -106,10 +107,14 @@ class Loading:
         }
         self._set_types(model)
         self._ignore(model, [*described.modules, *(described.shared_modules or {}), *self.layers])
+        self.floats = {name for name, m in model.named_modules() if is_float_linear(m)}
         for file in files or ():
             if file.endswith(".safetensors"):
-                parts = [name.rpartition(".") for name in read_header(Path(file))[0]]
-                self.refuse_unexpected(f"{rename(owner)}.{leaf}" for owner, _, leaf in parts)
+                entries = read_header(Path(file))[0]
+                parts = {name: name.rpartition(".") for name in entries}
+                self._check_header(
+                    {f"{rename(o)}.{leaf}": entries[name] for name, (o, _, leaf) in parts.items()}
+                )
 
     def _choose_types(self, described: Config, model: Any) -> None:
         self.own = skeletons.float_dtype(described.dtype)
@@ -163,16 +168,33 @@ class Loading:
                 )
 
     def refuse_unexpected(self, names: Iterable[str]) -> None:
-        """Raises SmoothQuantError if one is of a quantized layer that has no such tensor, such as factors."""
+        """Raises SmoothQuantError if one is of an int8 layer that is not described, or not with such a tensor."""
+        signs = {scale for kind in kinds.KINDS for scale in kind.scales}
         for name in names:
             owner, _, leaf = name.rpartition(".")
-            layer = self.layers.get(owner)
-            if layer is None or self.ignored.search(name):
-                continue
-            if leaf not in {**layer._buffers, **layer._parameters} or getattr(layer, leaf) is None:
+            if owner in self.layers:
+                strange = leaf not in _own(self.layers[owner]) and not self.ignored.search(name)
+            else:
+                strange = owner in self.floats and leaf in signs
+            if strange:
                 raise SmoothQuantError(
                     f"the checkpoint has {name}, which its config.json does not describe: use the config.json that was "
                     "saved with the weights."
+                )
+
+    def _check_header(self, entries: dict[str, dict[str, Any]]) -> None:
+        """Checks what a file has of the layers. transformers would convert types, and may not compare shapes."""
+        self.refuse_unexpected(entries)
+        for name, entry in entries.items():
+            owner, _, leaf = name.rpartition(".")
+            want = _own(self.layers[owner]).get(leaf) if owner in self.layers else None
+            if want is None:
+                continue
+            wanted = f"{NAMES[want.dtype]} {list(want.shape)}"
+            found = f"{entry['dtype']} {entry['shape']}"
+            if found != wanted:
+                raise SmoothQuantError(
+                    f"{name} in the checkpoint is {found}, not {wanted}: copy it again."
                 )
 
     def finish(self, model: Any) -> None:
@@ -284,6 +306,11 @@ def _renaming(model: Any) -> Callable[[str], str | None]:
         return next((t for t in tries if t in names), name if same else None)
 
     return rename
+
+
+def _own(layer: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a layer by name."""
+    return {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
 
 
 def _put(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -118,11 +118,6 @@ class Quantizer(HfQuantizer):
         self._now.refuse_unexpected(unexpected_keys)
         return [key for key in unexpected_keys if not self._now.ignored.search(key)]
 
-    def get_new_dtype(self, converter: Any, param: Any, dtype: Any) -> Any:
-        """The type to convert a tensor of a file to: none for int8, so that float values are not taken for codes."""
-        found = super().get_new_dtype(converter, param, dtype)
-        return None if found == torch.int8 else found
-
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         self._now.finish(model)
         self._loading = None

@@ -37,7 +37,7 @@ from tests.support.checkpoints import (
 from tests.support.models import HIDDEN, VOCAB
 
 RELEASE_4 = transformers.__version__.startswith("4.")
-UP, O = "model.layers.0.mlp.up_proj", "model.layers.1.self_attn.o_proj"
+UP, OUT = "model.layers.0.mlp.up_proj", "model.layers.1.self_attn.o_proj"
 
 
 @pytest.fixture(autouse=True)
@@ -315,7 +315,11 @@ def without(name: str) -> Callable[[dict[str, Any]], object]:
         (without(f"{UP}.w_scale"), f"no int8 tensor {UP}.w_scale"),
         (without("model.layers.1.self_attn.o_proj.inv_smooth"), "o_proj.inv_smooth"),
         (lambda t: t[f"{UP}.w_scale"].fill_(float("nan")), f"{UP}.w_scale has a value that is NaN"),
-        (lambda t: t.update({f"{UP}.w_q": t[f"{UP}.w_q"].float()}), "float32, not torch.int8"),
+        (
+            lambda t: t.update({f"{UP}.w_q": t[f"{UP}.w_q"].float()}),
+            f"{UP}.w_q in the checkpoint is",
+        ),
+        (lambda t: t.update({f"{UP}.w_scale": t[f"{UP}.w_scale"].half()}), "w_scale in the check"),
     ],
 )
 def test_damaged_tensors(change: Callable[[Any], object], expected: str, plain: Path) -> None:
@@ -334,7 +338,10 @@ def test_damaged_tensors(change: Callable[[Any], object], expected: str, plain: 
         (lambda q: q["modules"][UP].update(rotation=3), f"arguments of {UP} are not understood"),
         (lambda q: q["modules"][UP].update(in_features=64), "maps 32 to 88 features, not (64, 88)"),
         (lambda q: q["modules"].update(a=q["modules"][UP]), "it has no module a"),
-        (lambda q: q["modules"][O].update(smooth=False), f"has {O}.inv_smooth, which its config"),
+        (
+            lambda q: q["modules"][OUT].update(smooth=False),
+            f"has {OUT}.inv_smooth, which its config",
+        ),
         (lambda q: q["modules"].update({"model.norm": q["modules"][UP]}), "is a LlamaRMSNorm"),
         (lambda q: q.update(shared_modules={"a": "b"}), "(a refers to nothing)"),
         (lambda q: q.update(shared_modules={"a": 1}), "(a name is not a string)"),
@@ -345,6 +352,7 @@ def test_damaged_tensors(change: Callable[[Any], object], expected: str, plain: 
         (lambda q: q.update(weights="../x.safetensors"), "is not a name in its folder"),
         (lambda q: q.update(weights=["x"]), "is not a name in its folder"),
         (lambda q: q.pop("modules"), "it has no smoothquant.json"),
+        (lambda q: q["modules"].pop(UP), f"has {UP}.w_scale, which its config.json does not"),
     ],
 )
 def test_altered_configurations(
@@ -363,13 +371,17 @@ def test_an_attention_that_would_fetch_code_is_not_used(plain: Path) -> None:
     assert auto(plain).config._attn_implementation == "sdpa"
 
 
-def test_a_layer_that_is_not_described(plain: Path) -> None:
-    """Its tensors do not fit the float layer, so nothing is made up."""
-    values = json.loads((plain / "config.json").read_text())
-    del values["quantization_config"]["modules"][UP]
-    (plain / "config.json").write_text(json.dumps(values))
-    with pytest.raises(RuntimeError, match=r"ignore_mismatched_sizes|size mismatch"):
-        auto(plain)
+def test_a_tensor_of_another_shape(plain: Path) -> None:
+    tensors = load_file(plain / "model.safetensors")
+    tensors[f"{UP}.w_q"] = tensors[f"{UP}.w_q"][:5].clone()
+    save_file(tensors, plain / "model.safetensors", metadata={"format": "pt"})
+    if RELEASE_4:
+        with pytest.raises(RuntimeError, match="size mismatch for w_q"):
+            auto(plain)
+    else:
+        assert "w_q in the checkpoint is I8 [5, 32], not I8 [88, 32]" in refusal(
+            lambda: auto(plain)
+        )
 
 
 def test_load_quantized_names_the_way(plain: Path) -> None:
