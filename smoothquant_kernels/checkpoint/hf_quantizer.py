@@ -61,7 +61,12 @@ class Quantizer(HfQuantizer):
         """The tensors to write. Also describes the model's present layers in its configuration, written afterwards."""
         config = Config.of(model, complete=True)
         state = model.state_dict()
-        skeletons.check_scales({n: t for n, t in state.items() if not t.is_meta}, config.modules)
+        if away := next((name for name, t in state.items() if t.is_meta), None):
+            raise SmoothQuantError(
+                f"{away} is offloaded and cannot be saved: load the model without offloading, for example with "
+                'device_map="cpu".'
+            )
+        skeletons.check_scales(state, config.modules)
         inside = tuple(f"{alias}." for alias in config.shared_modules)
         self.quantization_config = model.config.quantization_config = config
         return {n: t for n, t in state.items() if not n.startswith(inside)}, {}

@@ -228,6 +228,8 @@ def test_a_layer_on_the_disk(kind: str, buffers: bool, tmp_path: Path) -> None:
         loaded = load()
         assert loaded.model.layers[1].mlp.up_proj.w_q.is_meta == buffers
         assert_same_bits(logits(loaded), logits(model))
+        message = refusal(lambda: loaded.save_pretrained(tmp_path / "again"))
+        assert "is offloaded and cannot be saved" in message
 
 
 # --- other classes ----------------------------------------------------------------------------------------------------
