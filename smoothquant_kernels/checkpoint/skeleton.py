@@ -65,8 +65,10 @@ def config_json(model: Any) -> str:
     """The text of config.json. Its quantization_config says that the weights are not plain floats."""
     values = json.loads(model.config.to_json_string())
     values["architectures"] = [type(model).__name__]
-    values["quantization_config"] = {"quant_method": QUANT_METHOD, **description(model)}
-    values["dtype"] = values["quantization_config"]["dtype"]
+    described = description(model)
+    values["dtype"] = described["dtype"]
+    values.pop("quantization_config", None)  # what the model had when it was quantized
+    values["quantization_config"] = {"quant_method": QUANT_METHOD, **described}
     return json.dumps(values, indent=2) + "\n"
 
 
