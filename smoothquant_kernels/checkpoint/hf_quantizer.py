@@ -1,4 +1,4 @@
-"""The classes by which transformers recognizes a quantized model: `config.quantization_config`, `model.hf_quantizer`.
+"""`model.hf_quantizer` of a quantized transformers model: how `from_pretrained` and `save_pretrained` treat it.
 
 This module imports transformers, so import it late.
 """
@@ -6,93 +6,160 @@ This module imports transformers, so import it late.
 from __future__ import annotations
 
 import warnings
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
+import torch
+import transformers
 from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from smoothquant_kernels.checkpoint import skeleton as skeletons
 from smoothquant_kernels.checkpoint import tensor_parallel
-from smoothquant_kernels.checkpoint.load import load_quantized
-from smoothquant_kernels.checkpoint.manifest import INDEX, Manifest, read_manifest
+from smoothquant_kernels.checkpoint.hf_config import Config
+from smoothquant_kernels.checkpoint.hf_float import dequantized
+from smoothquant_kernels.checkpoint.hf_loading import KNOWS_MISSING, Loading, weights_and_attention
+from smoothquant_kernels.checkpoint.transformers_hook import quantizers
 from smoothquant_kernels.errors import SmoothQuantError
-
-_SPREAD = {"auto", "balanced", "balanced_low_0", "sequential", "disk"}
-
-
-class Config(QuantizationConfigMixin):
-    """The quantization_config in config.json. It holds only the method, and the manifest has the rest."""
-
-    def __init__(self, **_: Any) -> None:
-        self.quant_method = cast(Any, skeletons.QUANT_METHOD)
 
 
 class Quantizer(HfQuantizer):
-    """Loads a checkpoint for `from_pretrained`. Refuses `save_pretrained`, whose files could not be read again.
+    """Lets transformers save a quantized model and load it again, from its own files and from `save_quantized`'s.
 
-    Installs the modules before transformers looks for weights, and reads the tensors afterwards.
+    The modules are installed before transformers looks for weights, so that it reads their tensors like all others:
+    from several files, to several devices. A folder of `save_quantized` is checked against its manifest.
+
+    Args:
+        quantization_config: what config.json says.
+        refusal: why `save_pretrained` of this module is refused; None if it is not.
     """
 
     requires_calibration = True  # refuses quantization_config=... on a float model
     is_compileable = property(lambda _: True)
-    is_trainable = property(lambda _: False)
+    #: Adapters, prompts and float layers: gradients pass through the int8 layers, which stay as they are.
+    is_trainable = property(lambda _: True)
+
+    def __init__(
+        self, quantization_config: Config, *, refusal: str | None = None, **options: Any
+    ) -> None:
+        super().__init__(quantization_config, **options)
+        self.quantization_config: Config = quantization_config
+        self.refusal = refusal
+        self._loading: Loading | None = None
+
+    # --- save_pretrained ----------------------------------------------------------------------------------------------
 
     def is_serializable(self, safe_serialization: Any = None) -> bool:
-        """Returns False after a warning, because the error that transformers then raises refers to warnings."""
-        warnings.warn(
-            "save_pretrained, and with it push_to_hub and Trainer.save_model, cannot write int8 layers so that "
-            "from_pretrained finds them: use smoothquant_kernels.save_quantized(model, folder), or save the float "
-            "model before quantize_model.",
-            stacklevel=3,
-        )
-        return False
-
-    def update_device_map(self, device_map: Any) -> Any:
-        devices = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
-        if len(devices) > 1 or devices & _SPREAD:
-            raise SmoothQuantError(
-                f"device_map={device_map!r} would spread the model: name one device, or use load_quantized."
+        """Whether the model can be saved. A warning says why not, to which the error of transformers refers."""
+        reason = self.refusal
+        if safe_serialization is False:
+            reason = (
+                "safe_serialization=False would write a pickle: leave it out to write safetensors."
             )
-        return device_map
+        if reason is not None:
+            warnings.warn(reason, stacklevel=3)
+        return reason is None
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Any], dict[str, str]]:
+        """The tensors to write. Also describes the model's present layers in its configuration, written afterwards."""
+        config = Config.of(model, complete=True)
+        state = model.state_dict()
+        if away := next((name for name, t in state.items() if t.is_meta), None):
+            raise SmoothQuantError(
+                f"{away} is offloaded and cannot be saved: load the model without offloading, for example with "
+                'device_map="cpu".'
+            )
+        skeletons.check_scales(state, config.modules)
+        inside = tuple(f"{alias}." for alias in config.shared_modules)
+        self.quantization_config = model.config.quantization_config = config
+        return {n: t for n, t in state.items() if not n.startswith(inside)}, {}
+
+    def get_state_dict(self, model: Any) -> dict[str, Any]:
+        """The same for transformers 4."""
+        return self.get_state_dict_and_metadata(model)[0]
+
+    # --- from_pretrained, in the order of the calls -------------------------------------------------------------------
+
+    def validate_environment(self, *_: Any, device_map: Any = None, **__: Any) -> None:
+        """Refuses what transformers 4 cannot do."""
+        places = device_map.values() if isinstance(device_map, dict) else [device_map]
+        if KNOWS_MISSING and "disk" in places:
+            raise SmoothQuantError(
+                f"transformers {transformers.__version__} cannot offload int8 layers to the disk: name other devices "
+                "in device_map, or upgrade to transformers 5."
+            )
+
+    def update_dtype(self, dtype: Any) -> Any:
+        """The type that is asked for. None, which transformers 4 passes on, is the checkpoint's."""
+        return "auto" if dtype is None else dtype
+
+    def update_tp_plan(self, config: Any) -> Any:
+        """Before releases had `update_attn_implementation`, this hook saw the configuration before weight lookup."""
+        return self.update_attn_implementation(config)
 
     def update_attn_implementation(self, config: Any) -> Any:
-        """Sets the weight file and the attention in the only hook that sees the configuration before weight lookup."""
-        manifest = read_manifest(Path(config._name_or_path))
-        # config.json must not hold it, or a transformers without our method would continue with random weights.
-        config.transformers_weights = _weights_file(manifest)
-        attention = manifest.model["attention"]
+        """Sets the weight file and the attention, which config.json or the manifest of an earlier release names."""
+        weights, attention = weights_and_attention(self.quantization_config, config)
+        if weights is not None:
+            # config.json must not have it there, or a transformers without our method would continue with random
+            # weights.
+            config.transformers_weights = weights
         if attention in skeletons.ATTENTIONS and not config._attn_implementation_internal:
             config._attn_implementation = attention
         return config
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        self.folder = Path(kwargs["checkpoint_files"][0]).parent
-        manifest = read_manifest(self.folder)
-        if type(model).__name__ != manifest.model["name"]:
-            raise SmoothQuantError(
-                f"{self.folder} holds a {manifest.model['name']} and a {type(model).__name__} was asked for: use "
-                "the class of the checkpoint."
-            )
-        skeletons.install(model, skeletons.make_modules(manifest.modules, manifest.shared_modules))
+        self._loading = Loading(self.quantization_config, model, kwargs.get("checkpoint_files"))
+
+    def update_expected_keys(self, model: Any, expected_keys: list[str], _: list[str]) -> list[str]:
+        """Makes transformers 4 read all tensors in the types that they were saved in, and not round the scales."""
+        model.config._pre_quantization_dtype = None
+        return expected_keys
+
+    def update_missing_keys(self, model: Any, missing_keys: list[str], _: str) -> list[str]:
+        """Called by transformers 4 only."""
+        self._now.refuse_missing(missing_keys)
+        return missing_keys
+
+    def update_unexpected_keys(self, model: Any, unexpected_keys: list[str], _: str) -> list[str]:
+        """Called by transformers 4 only."""
+        self._now.refuse_unexpected(unexpected_keys)
+        return [key for key in unexpected_keys if not self._now.ignored.search(key)]
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
-        # transformers has converted the types of what it read. This reads the tensors again, exactly.
         spread = tensor_parallel.float_placements(model)
-        load_quantized(self.folder, device=model.device, model=model)
+        self._now.finish(model)
+        self._loading = None
+        for owner, attribute, value in quantizers(model):
+            setattr(owner, attribute, value)
         tensor_parallel.finish(model, spread)
-        del model.config.transformers_weights
-        model.config.dtype = model.dtype  # replaces the caller's `dtype`
         return model
 
+    @property
+    def _now(self) -> Loading:
+        assert self._loading is not None
+        return self._loading
 
-def _weights_file(manifest: Manifest) -> str:
-    files = {entry["file"] for entry in manifest.tensors.values()}
-    if len(files) == 1:
-        return files.pop()
-    if INDEX not in manifest.files:
-        raise SmoothQuantError(
-            f"from_pretrained needs {INDEX} for the {len(files)} weight files of this checkpoint, which an earlier "
-            "release wrote without: use load_quantized, or save it again."
-        )
-    return INDEX
+    def dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        """`model.dequantize()`: the float model that the int8 layers represent."""
+        return dequantized(model, dtype)
+
+
+class _EarlyName:
+    """`config.transformers_weights` of a configuration that names our method, for releases that read it too early.
+
+    It has no effect on the files that are written, on other configurations, or after a quantizer was made.
+    """
+
+    def __get__(self, config: Any, _: type) -> str:
+        described = None if config is None else vars(config).get("quantization_config")
+        if type(described) is dict and described.get("quant_method") == skeletons.QUANT_METHOD:
+            name, _attention = weights_and_attention(Config(**described), config)
+            if name is not None:
+                return name
+        raise AttributeError("transformers_weights")
+
+
+def name_weights_early() -> None:
+    """Lets transformers 4, which looks for the weight file before it asks a quantizer, find ours."""
+    if KNOWS_MISSING:
+        cls: Any = transformers.PretrainedConfig
+        cls.transformers_weights = _EarlyName()

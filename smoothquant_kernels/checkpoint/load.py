@@ -22,7 +22,7 @@ from smoothquant_kernels.checkpoint.manifest import (
     read_manifest,
 )
 from smoothquant_kernels.checkpoint.skeleton import check_scales
-from smoothquant_kernels.checkpoint.transformers_hook import HF_QUANTIZER, save_refusals
+from smoothquant_kernels.checkpoint.transformers_hook import quantizers
 from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.modeling.record import attach_info
 from smoothquant_kernels.storage.safetensors import (
@@ -73,14 +73,14 @@ def load_quantized(
     check_files(folder, manifest, verify=verify)
     modules = skeletons.make_modules(manifest.modules, manifest.shared_modules)
     skeleton = _rebuild(folder, manifest) if model is None else model
-    _check_fit(skeleton, modules, manifest)
+    check_fit(skeleton, modules, manifest)
     tensors = read(folder, manifest.tensors)
     check_scales(tensors, manifest.modules)
     skeletons.install(skeleton, modules)
     assign(skeleton, tensors, manifest, place)
     attach_info(skeleton, manifest.info)
-    for module, refusal in save_refusals(skeleton):
-        module.__dict__.setdefault(HF_QUANTIZER, refusal)
+    for owner, attribute, value in quantizers(skeleton):
+        setattr(owner, attribute, value)
     return skeleton.eval()
 
 
@@ -142,7 +142,7 @@ def rebuild(folder: Path, name: str, attention: str, *, generates: bool) -> nn.M
     return model  # type: ignore[no-any-return]
 
 
-def _check_fit(model: nn.Module, modules: Mapping[str, nn.Module], manifest: Manifest) -> None:
+def check_fit(model: nn.Module, modules: Mapping[str, nn.Module], manifest: Manifest) -> None:
     """Raises SmoothQuantError unless the checkpoint has every tensor of the model and no other."""
     name = type(model).__name__
     problems = [f"it is a {name}"] if name != manifest.model["name"] else []
@@ -156,15 +156,23 @@ def _check_fit(model: nn.Module, modules: Mapping[str, nn.Module], manifest: Man
 
 
 def assign(
-    model: nn.Module, tensors: Mapping[str, Tensor], manifest: Manifest, device: torch.device
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    manifest: Manifest,
+    device: torch.device | None,
 ) -> None:
-    """Assigns the tensors, ties those that were tied, and moves the rest of the model to the device."""
+    """Assigns the tensors, ties those that were tied, and moves the rest of the model to the device.
+
+    Without a device, every tensor goes where the model's own is.
+    """
     state = model.state_dict()  # includes metadata: the versions that modules check
-    placed = {name: aligned(t).to(device) for name, t in tensors.items()}
-    placed |= {alias: placed[name] for alias, name in manifest.tied.items()}
+    placed = {name: aligned(t).to(device or _place(model, name)) for name, t in tensors.items()}
+    placed |= {alias: placed[name] for alias, name in manifest.tied.items() if name in placed}
     for name in manifest.non_persistent:
         owner, leaf = _owner(model, name)
         owner._buffers[leaf] = placed.pop(name)
+    if not placed:
+        return
     state.update(placed)
     model.load_state_dict(state, assign=True)
     for alias, name in manifest.tied.items():
@@ -180,7 +188,15 @@ def assign(
         raise SmoothQuantError(
             f"{left[0]} is on the meta device after loading: pass a model whose buffers have data."
         )
-    model.to(device)
+    if device is not None:
+        model.to(device)
+
+
+def _place(model: nn.Module, name: str) -> torch.device:
+    owner, leaf = _owner(model, name)
+    t = owner._parameters.get(leaf, owner._buffers.get(leaf))
+    assert t is not None
+    return t.device
 
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:

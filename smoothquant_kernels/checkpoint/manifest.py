@@ -130,6 +130,11 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         text = path.read_text("utf-8")
     except FileNotFoundError:
+        if _saved_by_transformers(folder):
+            raise SmoothQuantError(
+                f"{folder} was written by save_pretrained: load it by from_pretrained of transformers, after "
+                "smoothquant_kernels.register_transformers()."
+            ) from None
         raise SmoothQuantError(
             f"{folder} is not a checkpoint of this package, it has no {MANIFEST}: give a folder that "
             "save_quantized wrote."
@@ -162,6 +167,16 @@ def read_manifest(folder: Path) -> Manifest:
         raise _damaged(path, "its digest does not match its content")
     del body["format"]
     return _parse(body, lambda what: _damaged(path, what))
+
+
+def _saved_by_transformers(folder: Path) -> bool:
+    """Whether config.json describes int8 layers that are in the files of `save_pretrained`."""
+    try:
+        values = json.loads((folder / CONFIG).read_text("utf-8"))
+        described = values["quantization_config"]
+        return "modules" in described and "weights" not in described
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False
 
 
 def check_files(folder: Path, manifest: Manifest, *, verify: bool) -> None:
@@ -199,11 +214,9 @@ def _parse(body: dict[str, Any], fail: Callable[[str], SmoothQuantError]) -> Man
     for field, entry in (("files", FileEntry), ("tensors", TensorEntry)):
         for name, value in body[field].items():
             _check_record(value, entry, name, fail)
-    names = [*body["tied"].values(), *body["shared_modules"].values(), *body["non_persistent"]]
-    if not all(type(name) is str for name in names):
+    check_modules(body["modules"], body["shared_modules"], fail)
+    if not all(type(name) is str for name in [*body["tied"].values(), *body["non_persistent"]]):
         raise fail("a name is not a string")
-    if not all(type(arguments) is dict for arguments in body["modules"].values()):
-        raise fail("the arguments of a module are not an object")
     manifest = Manifest(**body)
     for name in manifest.files:
         path = PurePosixPath(name)
@@ -214,16 +227,29 @@ def _parse(body: dict[str, Any], fail: Callable[[str], SmoothQuantError]) -> Man
             raise fail(f"the file of {name} is not listed")
         if not all(type(size) is int and size >= 0 for size in tensor["shape"]):
             raise fail(f"the shape of {name} is wrong")
-    for aliases, targets in (
-        (manifest.tied, set(manifest.tensors)),
-        (manifest.shared_modules, set(manifest.modules)),
-    ):
-        for alias, target in aliases.items():
-            if target not in targets or alias in targets:
-                raise fail(f"{alias} refers to nothing")
+    _check_aliases(manifest.tied, set(manifest.tensors), fail)
     if not set(manifest.non_persistent) <= set(manifest.tensors):
         raise fail("non_persistent names no tensor")
     return manifest
+
+
+def check_modules(modules: Any, shared: Any, fail: Callable[[str], SmoothQuantError]) -> None:
+    """Raises unless these are dicts of the form that `skeleton.describe_modules` returns."""
+    if type(modules) is not dict or not all(
+        type(arguments) is dict for arguments in modules.values()
+    ):
+        raise fail("the arguments of a module are not an object")
+    if type(shared) is not dict or not all(type(name) is str for name in shared.values()):
+        raise fail("a name is not a string")
+    _check_aliases(shared, set(modules), fail)
+
+
+def _check_aliases(
+    aliases: dict[str, str], targets: set[str], fail: Callable[[str], SmoothQuantError]
+) -> None:
+    for alias, target in aliases.items():
+        if target not in targets or alias in targets:
+            raise fail(f"{alias} refers to nothing")
 
 
 def _check_record(

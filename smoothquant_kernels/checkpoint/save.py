@@ -213,12 +213,15 @@ def write_other_files(
     """Writes the tokenizer, the configuration and the index. Adds every file of the folder to the manifest."""
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    for name, text in texts.items():
-        (folder / name).write_text(text, "utf-8")
     weight_map = {name: entry["file"] for name, entry in manifest.tensors.items()}
-    if len(set(weight_map.values())) > 1:
+    weights, *more = sorted(set(weight_map.values()))
+    if more:
+        weights = INDEX
         index = {"metadata": {}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", "utf-8")
+    for name, text in texts.items():
+        text = skeletons.with_weights(text, weights) if name == CONFIG else text
+        (folder / name).write_text(text, "utf-8")
     for file in sorted(folder.rglob("*")):
         name = file.relative_to(folder).as_posix()
         if file.is_file() and name not in manifest.files:

@@ -37,6 +37,13 @@ def is_transformers(cls: type) -> bool:
     return cls.__module__.startswith("transformers.models.")
 
 
+def configurations(model: nn.Module) -> list[Any]:
+    """The configurations of a transformers model and of the models inside it."""
+    from transformers import PreTrainedModel
+
+    return [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
+
+
 def find_class(name: str) -> type[Any]:
     """Returns the transformers model class of this name. Never looks up or fetches other code.
 
@@ -58,8 +65,26 @@ def config_json(model: Any) -> str:
     """The text of config.json. Its quantization_config says that the weights are not plain floats."""
     values = json.loads(model.config.to_json_string())
     values["architectures"] = [type(model).__name__]
-    values["dtype"] = str(model.dtype).removeprefix("torch.")
-    values["quantization_config"] = {"quant_method": QUANT_METHOD}
+    described = description(model)
+    values["dtype"] = described["dtype"]
+    values.pop("quantization_config", None)  # what the model had when it was quantized
+    values["quantization_config"] = {"quant_method": QUANT_METHOD, **described}
+    return json.dumps(values, indent=2) + "\n"
+
+
+def description(model: Any) -> dict[str, Any]:
+    """What quantization_config says of a transformers model: its replaced modules, its type and its attention."""
+    modules, shared = describe_modules(model)
+    found: dict[str, Any] = {"modules": modules, "shared_modules": shared}
+    found["dtype"] = str(model.dtype).removeprefix("torch.")
+    attention = getattr(model.config, "_attn_implementation", None)
+    return found | ({"attention": attention} if attention in ATTENTIONS else {})
+
+
+def with_weights(config_text: str, file: str) -> str:
+    """The text of config.json with the name of the weight file or of the index, which `from_pretrained` looks for."""
+    values = json.loads(config_text)
+    values["quantization_config"]["weights"] = file
     return json.dumps(values, indent=2) + "\n"
 
 
@@ -151,9 +176,7 @@ def make_module(name: str, arguments: Mapping[str, Any]) -> nn.Module:
         SmoothQuantError: `describe_modules` does not return such arguments.
     """
     if (made := kinds.make(arguments)) is None:
-        raise SmoothQuantError(
-            f"the manifest's arguments of {name} are not understood: {dict(arguments)}."
-        )
+        raise SmoothQuantError(f"the arguments of {name} are not understood: {dict(arguments)}.")
     return made
 
 
@@ -165,22 +188,30 @@ def make_modules(
     return made | {alias: made[name] for alias, name in shared.items()}
 
 
+def module_mismatches(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[str]:
+    """Yields phrases that say why the replaced modules do not fit the model."""
+    existing = dict(model.named_modules(remove_duplicate=False))
+    for name, new in modules.items():
+        old = existing.get(name)
+        if old is None:
+            yield f"it has no module {name}"
+            continue
+        if not is_float_linear(old) and not kinds.is_quantized(old):
+            yield f"{name} is a {type(old).__name__}"
+        elif (sizes := _sizes(old)) != _sizes(new):
+            yield f"{name} maps {sizes[0]} to {sizes[1]} features, not {_sizes(new)}"
+        elif (getattr(old, "bias", None) is None) != (new.bias is None):
+            yield f"{name} has {'no' if new.bias is not None else 'a'} bias"
+
+
 def mismatches(
     model: nn.Module, modules: Mapping[str, nn.Module], manifest: Manifest
 ) -> Iterator[str]:
     """Yields phrases that say why the checkpoint does not fit the model. Changes nothing."""
     expected = model.state_dict(keep_vars=True)
     existing = dict(model.named_modules(remove_duplicate=False))
+    yield from module_mismatches(model, modules)
     for name, new in modules.items():
-        old = existing.get(name)
-        if old is None:
-            yield f"it has no module {name}"
-        elif not is_float_linear(old) and not kinds.is_quantized(old):
-            yield f"{name} is a {type(old).__name__}"
-        elif (sizes := _sizes(old)) != _sizes(new):
-            yield f"{name} maps {sizes[0]} to {sizes[1]} features, not {_sizes(new)}"
-        elif (getattr(old, "bias", None) is None) != (new.bias is None):
-            yield f"{name} has {'no' if new.bias is not None else 'a'} bias"
         for key in [k for k in expected if k.startswith(f"{name}.")]:
             del expected[key]
         expected.update({f"{name}.{k}": t for k, t in new.state_dict(keep_vars=True).items()})
@@ -213,6 +244,23 @@ def _sizes(module: nn.Module) -> tuple[int, int]:
         return shown["in_features"], shown["out_features"]
     n, k = weight_of(module).shape
     return k, n
+
+
+def float_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
+    """The float tensors outside quantized layers, under all of their names, and whether the state dict has them."""
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        if kinds.is_quantized(module):
+            continue
+        for name, t in (*module._parameters.items(), *module._buffers.items()):
+            if t is not None and t.is_floating_point():
+                full = f"{prefix}.{name}" if prefix else name
+                yield full, t, name not in module._non_persistent_buffers_set
+
+
+def float_dtype(name: object) -> torch.dtype | None:
+    """The floating-point type of this name; None if there is none."""
+    found = getattr(torch, name, None) if isinstance(name, str) else None
+    return found if isinstance(found, torch.dtype) and found.is_floating_point else None
 
 
 def _same_kind(want: Tensor, dtype: str, *, exact: bool) -> bool:

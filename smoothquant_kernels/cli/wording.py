@@ -27,7 +27,19 @@ _TABLE = (
     ("pass resume=False to start anew", "add --restart to start anew"),
     (", or pass verify=False if you changed it on purpose", ""),
     ("pass dtype=torch.float32", "give --dtype float32"),
-    ("use load_quantized, or give the original model", "give the original model"),
+    (
+        "use load_quantized for what save_quantized wrote and from_pretrained after register_transformers() for what "
+        "save_pretrained wrote, or give the original model",
+        "give the original model",
+    ),
+    (
+        "load it by from_pretrained of transformers, after smoothquant_kernels.register_transformers()",
+        "in Python, from_pretrained loads it after register_transformers()",
+    ),
+    (
+        "use from_pretrained after register_transformers(compressed_tensors=True)",
+        "in Python, from_pretrained loads it after register_transformers(compressed_tensors=True)",
+    ),
     ("a folder that save_quantized wrote", "a folder that quantize wrote"),
     (", or pass model= with a model of that class", ""),
     (

@@ -71,8 +71,8 @@ class Changes:
         self._undo.append(lambda: set_pending_smooth(linear, old))
         set_pending_smooth(linear, smooth)
 
-    def set_attribute(self, module: nn.Module, name: str, value: Any) -> None:
-        """Sets a plain attribute."""
+    def set_attribute(self, module: Any, name: str, value: Any) -> None:
+        """Sets a plain attribute of a module or of another object."""
         had, old = name in module.__dict__, module.__dict__.get(name)
         self._undo.append(
             lambda: module.__dict__.update({name: old}) if had else module.__dict__.pop(name, None)

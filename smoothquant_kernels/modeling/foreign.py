@@ -92,7 +92,8 @@ def check_float_config(config: Any, source: object) -> None:
     method = _method(config)
     if method == _OURS:
         raise SmoothQuantError(
-            f"{source} is quantized already by this package: use load_quantized, or give the original model."
+            f"{source} is quantized already by this package: use load_quantized for what save_quantized wrote and "
+            "from_pretrained after register_transformers() for what save_pretrained wrote, or give the original model."
         )
     if method is not None:
         raise SmoothQuantError(

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from smoothquant_kernels.checkpoint.ties import keep_heads_apart
-from smoothquant_kernels.checkpoint.transformers_hook import HF_QUANTIZER, save_refusals
+from smoothquant_kernels.checkpoint.transformers_hook import quantizers
 from smoothquant_kernels.config import SmoothQuantConfig
 from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.modeling.changes import Changes
@@ -139,8 +139,8 @@ def _quantize_into(view: ModelView, config: SmoothQuantConfig, changes: Changes)
         layers=(*earlier, *layers.values()),
         skipped=skipped_layers(before | skipped),
     ).attach(model, changes)
-    for module, refusal in save_refusals(model):
-        changes.set_attribute(module, HF_QUANTIZER, refusal)
+    for owner, attribute, value in quantizers(model):
+        changes.set_attribute(owner, attribute, value)
     align_tensors(model)
 
 

@@ -81,17 +81,17 @@ def test_int8_stays_after_many_forward_passes(registered: None, folder: Path) ->
     assert sum(isinstance(m, W8A8Linear) for m in model.modules()) == 14
 
 
-def test_a_model_is_saved_in_the_own_format_only(
-    registered: None, folder: Path, tmp_path: Path
-) -> None:
+def test_a_model_is_saved_in_the_own_format(registered: None, folder: Path, tmp_path: Path) -> None:
+    register_transformers()
     model = from_pretrained(folder, dtype="auto")
-    with pytest.warns(UserWarning, match="save_quantized"), pytest.raises(ValueError):
-        model.save_pretrained(tmp_path / "theirs")
     saved = save_quantized(model, tmp_path / "own")
     assert_same_bits(logits(load_quantized(saved)), logits(model))
-    config = json.loads(model.config.to_json_string())["quantization_config"]
-    stored = json.loads((folder / "config.json").read_text())["quantization_config"]
-    assert config == stored
+    model.save_pretrained(tmp_path / "hf")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())["quantization_config"]
+    assert config["quant_method"] == "smoothquant_kernels"
+    again = from_pretrained(tmp_path / "hf")
+    assert_same_bits(logits(again), logits(model))
+    assert again.smoothquant_info == model.smoothquant_info
 
 
 def test_refusals_are_those_of_load_quantized(registered: None, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from smoothquant_kernels import (
     W8A8Linear,
     load_quantized,
     quantize_model,
+    register_transformers,
     save_quantized,
     smooth_lm,
 )
@@ -36,56 +37,21 @@ from tests.support.checkpoints import (
     logits,
     manifest_of,
     quantized,
+    refusal,
     rewrite,
 )
-
-SAVE_QUANTIZED = r"use smoothquant_kernels\.save_quantized\(model, folder\)"
 
 
 def bfloat16() -> nn.Module:
     return llama().bfloat16()
 
 
-# --- save_pretrained ------------------------------------------------------------------------------------------
-
-
-def trainer(model: Any, folder: Path) -> Any:
-    arguments = transformers.TrainingArguments(output_dir=str(folder), report_to=[], use_cpu=True)
-    return transformers.Trainer(model=model, args=arguments)
-
-
-SAVERS: dict[str, Callable[[Any, Path], object]] = {
-    "model": lambda m, f: m.save_pretrained(f),
-    "its base model": lambda m, f: m.model.save_pretrained(f),
-    "with a state dict": lambda m, f: m.save_pretrained(f, state_dict=m.state_dict()),
-    "trainer": lambda m, f: trainer(m, f).save_model(str(f)),
-    "a copy": lambda m, f: copy.deepcopy(m).save_pretrained(f),
-    "in a wrapper": lambda m, f: nn.Sequential(m)[0].save_pretrained(f),  # type: ignore[operator]
-}
+# --- whole models -----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def int8() -> Any:
     return quantized()
-
-
-@pytest.mark.parametrize("saver", SAVERS)
-def test_save_pretrained_refuses_and_writes_nothing(saver: str, int8: Any, tmp_path: Path) -> None:
-    with (
-        pytest.warns(UserWarning, match=SAVE_QUANTIZED),
-        pytest.raises(ValueError, match="quantized with smoothquant_kernels and is not serial"),
-    ):
-        SAVERS[saver](int8, tmp_path / "out")
-    assert not list(tmp_path.rglob("*.safetensors")) and not list(tmp_path.rglob("config.json"))
-
-
-def test_a_loaded_model_refuses_too(int8: Any, tmp_path: Path) -> None:
-    save_quantized(int8, tmp_path / "a")
-    loaded: Any = load_quantized(tmp_path / "a")
-    with pytest.warns(UserWarning, match=SAVE_QUANTIZED), pytest.raises(ValueError):
-        loaded.save_pretrained(tmp_path / "b")
-    save_quantized(loaded, tmp_path / "c")
-    assert_same_bits(logits(load_quantized(tmp_path / "c")), logits(int8))
 
 
 def test_a_whole_model_can_still_be_copied_and_pickled(int8: Any) -> None:
@@ -156,13 +122,18 @@ def test_a_state_dict_loads_only_into_a_quantized_model(way: str, tmp_path: Path
         load(bfloat16())
 
 
-def test_a_foreign_weight_file_is_refused_by_from_pretrained(tmp_path: Path) -> None:
+def test_a_foreign_weight_file_with_the_configuration(tmp_path: Path) -> None:
     """accelerate writes a file with the name that from_pretrained looks for."""
-    model = quantized()
+    register_transformers()
+    model = quantized(scheme="per_token")
     accelerate.Accelerator().save_model(model, str(tmp_path))
     model.config.save_pretrained(tmp_path)
-    with pytest.raises(RuntimeError, match=r"ignore_mismatched_sizes|size mismatch"):
-        transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert_same_bits(logits(loaded), logits(model))
+    quantize_model(llama()).config.save_pretrained(tmp_path)  # describes other layers
+    assert "o_proj.inv_smooth, which its config.json does not describe" in refusal(
+        lambda: transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    )
 
 
 def test_distributed_checkpoints(tmp_path: Path) -> None:

@@ -99,7 +99,6 @@ def test_an_encoder_with_a_tied_bias(tmp_path: Path) -> None:
         assert torch.equal(logits(each), expected)
 
 
-@pytest.mark.skipif(transformers.__version__ < "5", reason="transformers 4 has no such hook")
 @pytest.mark.parametrize("name", [*TIED, "llama"])
 def test_from_pretrained(name: str, tmp_path: Path) -> None:
     register_transformers()
@@ -120,7 +119,7 @@ def test_a_failed_call_restores_the_ties(monkeypatch: pytest.MonkeyPatch) -> Non
         raise KeyboardInterrupt
 
     with monkeypatch.context() as failing, pytest.raises(KeyboardInterrupt):
-        failing.setattr("smoothquant_kernels.smoothing.convert.save_refusals", fails)
+        failing.setattr("smoothquant_kernels.smoothing.convert.quantizers", fails)
         quantized(model)
     assert {n: getattr(model, n, None) for n in before} == before
     assert model.lm_head.weight is model.model.embed_tokens.weight

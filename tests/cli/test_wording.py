@@ -26,6 +26,10 @@ PYTHON_ONLY = (
     "smoothing/entries.py: ",
     "nn/float_types.py: ",  # the command line chooses the type itself
     "checkpoint/hf_quantizer.py: ",
+    "checkpoint/hf_loading.py: ",
+    "checkpoint/tensor_parallel.py: ",
+    "checkpoint/vllm/",
+    "nn/parallel/",
     "checkpoint/compressed_tensors/hook.py: ",
     "smoothing/ranks.py: all_reduce",
     "checkpoint/transformers_hook.py: ",

@@ -14,20 +14,12 @@ import pytest
 import torch
 import transformers
 from torch import nn
-from transformers.quantizers.base import HfQuantizer
 
-from smoothquant_kernels import load_quantized, save_quantized
-from smoothquant_kernels.checkpoint import transformers_hook
-from smoothquant_kernels.checkpoint.manifest import INDEX, MANIFEST
-from smoothquant_kernels.checkpoint.transformers_hook import register_transformers
+from smoothquant_kernels import load_quantized, register_transformers, save_quantized
 from smoothquant_kernels.evaluation import lm_eval as wrapper
 from smoothquant_kernels.evaluation.text import topics
-from smoothquant_kernels.storage.digests import digest
 from tests.support.checkpoints import (
     IDS,
-    assert_same_bits,
-    assert_same_state,
-    logits,
     quantized,
     refusal,
 )
@@ -35,111 +27,6 @@ from tests.support.models import GQA
 
 TASK = "python_docs"
 CHOICES = 4
-
-
-# --- from_pretrained --------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def saved(tmp_path: Path) -> tuple[nn.Module, Path]:
-    model = quantized()
-    return model, save_quantized(model, tmp_path / "saved")
-
-
-def register() -> None:
-    if not hasattr(HfQuantizer, "update_attn_implementation"):
-        pytest.skip(
-            f"transformers {transformers.__version__} has no hook that runs before it looks for weights"
-        )
-    register_transformers()
-
-
-def from_pretrained(folder: Path, **options: Any) -> Any:
-    register()
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
-
-
-@pytest.mark.parametrize("scheme", ["per_token", "static"])
-def test_from_pretrained_equals_load_quantized(scheme: str, tmp_path: Path) -> None:
-    model = quantized(scheme=scheme)
-    folder = save_quantized(model, tmp_path / "saved")
-    loaded, info = from_pretrained(folder, output_loading_info=True)
-    assert not any(info.values())  # nothing missing, nothing left over, nothing of another shape
-    assert_same_bits(logits(loaded), logits(model))
-    assert_same_state(loaded, load_quantized(folder))
-    assert loaded.smoothquant_info == model.smoothquant_info
-    assert not loaded.training
-
-
-def test_the_checkpoint_decides_the_dtype_and_attention(saved: tuple[nn.Module, Path]) -> None:
-    model, folder = saved
-    loaded = from_pretrained(folder, dtype=torch.float16, device_map="cpu")
-    assert loaded.dtype == loaded.config.dtype == torch.float32
-    assert_same_bits(logits(loaded), logits(model))
-    assert (
-        from_pretrained(folder, attn_implementation="eager").config._attn_implementation == "eager"
-    )
-
-
-def test_a_model_saved_with_eager_attention_loads_with_it(tmp_path: Path) -> None:
-    def make() -> nn.Module:
-        config = transformers.LlamaConfig(**GQA, attn_implementation="eager")
-        return transformers.LlamaForCausalLM(config).eval()
-
-    model: Any = quantized(make)
-    loaded = from_pretrained(save_quantized(model, tmp_path / "saved"))
-    assert loaded.config._attn_implementation == "eager"
-    assert_same_bits(logits(loaded), logits(model))
-
-
-def test_from_pretrained_reads_several_weight_files(
-    saved: tuple[nn.Module, Path], tmp_path: Path
-) -> None:
-    model, _ = saved
-    shards = save_quantized(model, tmp_path / "shards", max_shard_bytes=20_000)
-    assert len(list(shards.glob("*.safetensors"))) > 3
-    loaded = from_pretrained(shards)
-    assert_same_state(loaded, load_quantized(shards))
-    assert_same_bits(logits(loaded), logits(model))
-
-
-def rewrite_without_index(folder: Path) -> None:
-    """Writes the folder as a release without the index would have done."""
-    manifest = folder / MANIFEST
-    values = json.loads(manifest.read_text())
-    (folder / INDEX).unlink()
-    del values["files"][INDEX], values["digest"]
-    manifest.write_text(json.dumps({**values, "digest": digest(values)}))
-
-
-def test_refusals_of_from_pretrained(saved: tuple[nn.Module, Path], tmp_path: Path) -> None:
-    model, folder = saved
-    assert "spread the model" in refusal(lambda: from_pretrained(folder, device_map="auto"))
-    shards = save_quantized(model, tmp_path / "shards", max_shard_bytes=20_000)
-    rewrite_without_index(shards)
-    assert "weight files" in refusal(lambda: from_pretrained(shards))
-    with pytest.raises(ValueError, match="not serializable"):
-        from_pretrained(folder).save_pretrained(tmp_path / "again")
-    (folder / "smoothquant.json").unlink()
-    assert "no smoothquant.json" in refusal(lambda: from_pretrained(folder))
-
-
-def test_without_registration_nothing_is_loaded(
-    saved: tuple[nn.Module, Path], monkeypatch: Any
-) -> None:
-    """transformers only warns of an unknown method. It must then fail to find weights, rather than make random ones."""
-    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
-
-    register()
-    monkeypatch.delitem(AUTO_QUANTIZATION_CONFIG_MAPPING, "smoothquant_kernels")
-    with pytest.raises(OSError, match="no file named"):
-        transformers.AutoModelForCausalLM.from_pretrained(saved[1])
-
-
-def test_an_older_transformers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transformers_hook, "_done", False)
-    monkeypatch.delattr(HfQuantizer, "update_attn_implementation", raising=False)
-    assert "upgrade it, or use load_quantized" in refusal(register_transformers)
 
 
 # --- lm_eval ----------------------------------------------------------------------------------------------------------
@@ -269,7 +156,7 @@ def test_the_lm_eval_command_loads_a_folder(
 ) -> None:
     import lm_eval.tasks
 
-    register()
+    register_transformers()
     out = tmp_path / "out"
     command = f"lm_eval run --model hf --model_args pretrained={setting.saved} --device cpu --batch_size 1"
     command += f" --tasks {TASK} --include_path {setting.tasks} --output_path {out}"

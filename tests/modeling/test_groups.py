@@ -61,7 +61,7 @@ EXPECTED: dict[str, dict[str, str | None]] = {
 EXPECTED["gpt_neox_serial"] = EXPECTED["gpt_neox"]
 
 
-def found(model: nn.Module, **options: str) -> dict[tuple[str, ...], str | None]:
+def found(model: nn.Module, **options: bool) -> dict[tuple[str, ...], str | None]:
     linears = ModelView(model).linears
     groups = find_groups(ModelView(model), linears, {"input_ids": token_batches()[0]}, **options)
     return {g.linears: g.producer for g in groups}
@@ -95,7 +95,7 @@ def test_finding_groups_changes_nothing() -> None:
 
 
 def test_folding_never() -> None:
-    assert set(found(make_model("opt"), folding="never").values()) == {None}
+    assert set(found(make_model("opt"), fold=False).values()) == {None}
 
 
 class Block(nn.Module):

@@ -36,6 +36,11 @@ def test_shards_are_joined_and_from_pretrained_reads_them(tmp_path: Path) -> Non
             with safe_open(folder / shard, framework="pt") as file:
                 assert {n for n, f in index["weight_map"].items() if f == shard} == set(file.keys())
         expected = load_quantized(folder)
+        described = json.loads((folder / "config.json").read_text())["quantization_config"]
+        manifest = json.loads((folder / "smoothquant.json").read_text())
+        for key in ("modules", "shared_modules"):
+            assert described[key] == manifest[key]
+        assert described["weights"] == "smoothquant.safetensors.index.json"
         loaded = transformers.AutoModelForCausalLM.from_pretrained(folder)
         assert_same_state(loaded, expected)
         assert torch.equal(logits(loaded), logits(load_quantized(whole)))

@@ -13,7 +13,12 @@ import torch
 import transformers
 from torch import nn
 
-from smoothquant_kernels import SmoothQuantConfig, SmoothQuantError, smooth_and_quantize
+from smoothquant_kernels import (
+    SmoothQuantConfig,
+    SmoothQuantError,
+    save_quantized,
+    smooth_and_quantize,
+)
 from smoothquant_kernels.checkpoint.manifest import MANIFEST
 from smoothquant_kernels.storage.digests import digest
 from tests.support import models
@@ -96,3 +101,21 @@ def refusal(call: Callable[[], object]) -> str:
     text = str(caught.value)
     assert "\n" not in text and text.endswith("."), text
     return text
+
+
+# --- folders that transformers loads ----------------------------------------------------------------------------------
+
+RELEASE_4 = transformers.__version__.startswith("4.")
+#: The functions that write them.
+KINDS = ("save_quantized", "save_pretrained")
+
+
+def write(model: Any, folder: Path, kind: str, limit: int = 10**9) -> Path:
+    if kind == "save_quantized":
+        return save_quantized(model, folder, max_shard_bytes=limit)
+    model.save_pretrained(folder, max_shard_size=limit)
+    return folder
+
+
+def auto(folder: Path, **options: Any) -> Any:
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, **options)

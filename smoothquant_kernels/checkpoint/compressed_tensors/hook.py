@@ -7,7 +7,6 @@ imports transformers, so import it late.
 from __future__ import annotations
 
 import copy
-import warnings
 from pathlib import Path
 from typing import Any, cast
 
@@ -60,15 +59,6 @@ class Int8Quantizer(HfQuantizer):
     def validate_environment(self, *_: Any, **__: Any) -> None:
         """Refuses, before the weights are downloaded, what the int8 layers do not compute."""
         parse(self.quantization_config.to_dict())
-
-    def is_serializable(self, safe_serialization: Any = None) -> bool:
-        """Returns False after a warning, because the error that transformers then raises refers to warnings."""
-        warnings.warn(
-            "save_pretrained cannot write the int8 layers of a compressed-tensors checkpoint: copy its folder, or use "
-            "smoothquant_kernels.save_quantized(model, folder).",
-            stacklevel=3,
-        )
-        return False
 
     def update_device_map(self, device_map: Any) -> Any:
         _check_one_device(device_map)

@@ -38,7 +38,7 @@ from smoothquant_kernels.checkpoint.manifest import (
     read_config,
     read_info,
 )
-from smoothquant_kernels.checkpoint.transformers_hook import HF_QUANTIZER, save_refusals
+from smoothquant_kernels.checkpoint.transformers_hook import quantizers
 from smoothquant_kernels.config import SmoothQuantConfig
 from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.modeling.record import LayerRecord, ModelRecord, Reason, skipped_layers
@@ -172,9 +172,7 @@ def load_other(
     tensors = plan.read()
     skeletons.install(skeleton, skeletons.make_modules(plan.modules, {}))
     assign(skeleton, tensors, plan.manifest(type(skeleton).__name__), device)
-    plan.record.attach(skeleton)
-    for module, refusal in save_refusals(skeleton):
-        module.__dict__.setdefault(HF_QUANTIZER, refusal)
+    _finish(plan, skeleton)
     return skeleton.eval()
 
 
@@ -275,4 +273,11 @@ def fill(plan: Plan, model: nn.Module) -> None:
         place = next((b.device for b in layer.buffers() if not b.is_meta), torch.device("cpu"))
         own = {buffer: aligned(tensors[f"{name}.{buffer}"]).to(place) for buffer in names}
         layer.load_state_dict(own, assign=True)
+    _finish(plan, model)
+
+
+def _finish(plan: Plan, model: nn.Module) -> None:
+    """Makes the model one of ours, which `save_pretrained` writes in our format."""
     plan.record.attach(model)
+    for owner, attribute, value in quantizers(model):
+        setattr(owner, attribute, value)
