@@ -60,6 +60,10 @@ class Int8Quantizer(HfQuantizer):
         """Refuses, before the weights are downloaded, what the int8 layers do not compute."""
         parse(self.quantization_config.to_dict())
 
+    def is_serializable(self, safe_serialization: Any = None) -> bool:
+        """Returns False. It is not asked: a loaded model has the quantizer of our own format, which saves it."""
+        return False
+
     def update_device_map(self, device_map: Any) -> Any:
         _check_one_device(device_map)
         return device_map
