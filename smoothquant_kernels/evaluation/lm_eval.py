@@ -19,7 +19,7 @@ def main() -> None:
     """Runs the command `lm_eval` with the arguments of `sys.argv`.
 
     Raises:
-        SmoothQuantError: the package lm-eval is not installed, or transformers is too old.
+        SmoothQuantError: the package lm-eval is not installed.
 
     Equivalent to:
         register_transformers(); lm_eval.__main__.cli_evaluate()
