@@ -94,9 +94,8 @@ def read_info(folder: Path) -> dict[str, Any]:
         info: dict[str, Any] = json.loads((folder / RECORD).read_text("utf-8"))["info"]
         record = ModelRecord.from_dict(info)
         record.to_dict()  # fails for a verification that is none
-        words = [
-            w for layer in (*record.layers, *record.skipped) for w in (layer.name, layer.reason)
-        ]
+        words = [word for a in record.layers for word in (a.name, a.reason)]
+        words += [word for a in record.skipped for word in (a.name, a.reason)]
         if not all(isinstance(word, str) for word in words):
             raise ValueError("a name or a reason is not a string")
         return info
