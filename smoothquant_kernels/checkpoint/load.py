@@ -135,7 +135,7 @@ def rebuild(folder: Path, name: str, attention: str, *, generates: bool) -> nn.M
                 if values == saved
                 else GenerationConfig.from_dict(values)
             )
-        except (OSError, ValueError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
             raise SmoothQuantError(
                 f"{folder / GENERATION_CONFIG} cannot be read ({error}): copy it again."
             ) from error

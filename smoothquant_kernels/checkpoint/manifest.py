@@ -92,7 +92,12 @@ def read_info(folder: Path) -> dict[str, Any]:
         return read_manifest(folder).info
     try:
         info: dict[str, Any] = json.loads((folder / RECORD).read_text("utf-8"))["info"]
-        ModelRecord.from_dict(info)
+        record = ModelRecord.from_dict(info)
+        record.to_dict()  # fails for a verification that is none
+        words = [word for a in record.layers for word in (a.name, a.reason)]
+        words += [word for a in record.skipped for word in (a.name, a.reason)]
+        if not all(isinstance(word, str) for word in words):
+            raise ValueError("a name or a reason is not a string")
         return info
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise SmoothQuantError(

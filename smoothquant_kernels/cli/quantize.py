@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
-from smoothquant_kernels.checkpoint.compressed_tensors.export import exportable
+from smoothquant_kernels.checkpoint.compressed_tensors.export import check_originals, exportable
 from smoothquant_kernels.checkpoint.manifest import is_checkpoint, read_info
 from smoothquant_kernels.checkpoint.save import NATIVE, check_format, save_quantized
 from smoothquant_kernels.checkpoint.size import checkpoint_bytes
@@ -111,6 +111,8 @@ def work(
     model: nn.Module = plain.to(where)
     view = ModelView(model, config.skip, config.quantize_head)
     linears, skipped = view.linears, view.skipped
+    if format != NATIVE:
+        check_originals(linears)
     check_finite_weights(linears)  # before the calibration, which can take a long time
     before = {"model": tensor_bytes(model), "linears": linear_bytes(model, list(skipped))}
     check_space(output, checkpoint_bytes(model, linears, config))

@@ -75,6 +75,14 @@ _TABLE = (
         "leave out --strict, or leave these layers in float with --skip",
     ),
     (
+        "name it in skip, or save the native format",
+        "leave it in float with --skip, or leave out --format",
+    ),
+    (
+        "quantize without quantize_head, or save the native format",
+        "leave out --quantize-head, or --format",
+    ),
+    (
         "leave out quantize_head, or save the native format",
         "leave out --quantize-head, or --format",
     ),

@@ -205,14 +205,24 @@ def read_header(file: Path) -> tuple[dict[str, dict[str, Any]], int]:
                 raise ValueError("its header has no possible length")
             header = json.loads(data.read(length))
         entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        if wrong := [name for name, entry in entries.items() if not _is_entry(entry)]:
+            raise ValueError(f"its entry of {wrong[0]!a:.200} is none")
         last = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
         if 8 + length + last > end:
             raise ValueError(f"it has {end} bytes and should have {8 + length + last}")
         return entries, 8 + length
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise SmoothQuantError(
             f"{file} cannot be read ({error}): copy or download it again."
         ) from None
+
+
+def _is_entry(entry: Mapping[str, Any]) -> bool:
+    """Whether an entry of a header has a type, a shape and the place of the data; others may raise."""
+    start, end = entry["data_offsets"]
+    numbers = (start, end, *entry["shape"])
+    plain = all(type(n) is int and n >= 0 for n in numbers)
+    return isinstance(entry["dtype"], str) and plain and start <= end
 
 
 def stored_sizes(files: Iterable[Path]) -> dict[str, int]:

@@ -136,6 +136,8 @@ def quantize_streamed(
     hidden = sum(b["input_ids"].numel() for b in batches if "input_ids" in b) * hidden_size(model)
     # Twice the hidden states, before and after a block, and the largest weight file while files are joined.
     linears = ModelView(model, config.skip, config.quantize_head).linears
+    if format != NATIVE:
+        exports.check_originals(linears)
     whole = checkpoint_bytes(model, linears, config)
     done = partial_folder(target)
     there = sum(f.stat().st_size for f in done.rglob("*") if f.is_file())

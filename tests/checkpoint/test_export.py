@@ -87,7 +87,17 @@ def test_the_folder(tmp_path: Path) -> None:
     assert record["format"] == FORMAT
 
 
-@pytest.mark.parametrize("damage", [lambda t: t[:100], lambda t: "[]", lambda t: '{"info": 3}'])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda t: t[:100],
+        lambda t: "[]",
+        lambda t: '{"info": 3}',
+        lambda t: '{"info": {"verification": {}}}',
+        lambda t: '{"info": {"layers": [{"name": ["q"]}]}}',
+        lambda t: '{"info": {"skipped": [{"name": "q", "reason": 1}]}}',
+    ],
+)
 def test_a_damaged_record(damage: Callable[[str], str], tmp_path: Path) -> None:
     folder = export(quantized(make_model("llama")), tmp_path / "q")
     (folder / RECORD).write_text(damage((folder / RECORD).read_text()))
@@ -193,6 +203,18 @@ def test_channels_of_zeros_have_a_scale_that_divides(tmp_path: Path) -> None:
     assert_same_bits(logits(load_quantized(folder)), logits(model))
 
 
+@pytest.mark.parametrize("granularity", ["channel", "tensor"])
+def test_the_shape_of_the_scale_of_one_channel(granularity: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**GQA, num_labels=1, pad_token_id=0)
+    model = transformers.LlamaForSequenceClassification(config).eval()
+    model = quantized(model, weight_granularity=granularity)
+    folder = export(model, tmp_path / "q")
+    scale = load_file(folder / "model.safetensors")["score.weight_scale"]
+    assert list(scale.shape) == ([1, 1] if granularity == "channel" else [1])
+    assert_same_bits(logits(load_quantized(folder)), logits(model))
+
+
 @pytest.mark.skipif(transformers.__version__ < "5", reason="transformers 4 has one name for both")
 def test_experts_have_the_names_that_are_published(tmp_path: Path) -> None:
     """transformers 5 joins the experts' weights in memory and publishes them one by one."""
@@ -202,7 +224,10 @@ def test_experts_have_the_names_that_are_published(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "float")
     plain = load_file(tmp_path / "float" / "model.safetensors")
     model = quantized(model)
-    tensors = load_file(export(model, tmp_path / "q") / "model.safetensors")
+    folder = export(model, tmp_path / "q")
+    # vLLM would look for int8 weights and scales of the experts, find none, and compute noise.
+    assert config_of(folder)["ignore"] == ["lm_head", r"re:.*\.experts\.\d+\..*"]
+    tensors = load_file(folder / "model.safetensors")
     scales = {n for n in tensors if n.endswith("_scale")}
     assert len(scales) == len(int8_layers(model)) == 8
     assert tensors.keys() - scales == plain.keys()
@@ -239,6 +264,14 @@ def native(**settings: Any) -> Callable[[], nn.Module]:
     return make
 
 
+def falcon() -> nn.Module:
+    """Its linears multiply by themselves, where readers of the format replace what an `nn.Linear` does."""
+    config = transformers.FalconConfig(
+        vocab_size=131, hidden_size=32, num_hidden_layers=1, num_attention_heads=4
+    )
+    return quantized(transformers.FalconForCausalLM(config).eval(), smooth=False)
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [
@@ -261,6 +294,7 @@ def native(**settings: Any) -> Callable[[], nn.Module]:
             lambda: quantized(make_model("gpt2")),
             "quantizes nn.Linear only, and transformer.h.0.attn.c_attn is a Conv1D in the float model: name it in skip",
         ),
+        (falcon, "h.0.self_attention.query_key_value is a FalconLinear in the float model: name it in skip"),
         (lambda: make_model("llama"), "the model has no quantized layer: run quantize_model on it first"),
     ],
 )  # fmt: skip

@@ -13,7 +13,7 @@ from smoothquant_kernels import load_quantized
 from smoothquant_kernels.checkpoint.compressed_tensors.export import exportable
 from smoothquant_kernels.config import SmoothQuantConfig
 from tests.support.command_line import QUANTIZE, Result, refused, word_tokenizer
-from tests.support.models import GQA, LLAMA_LIKE
+from tests.support.models import GQA, LLAMA_LIKE, VOCAB
 
 FORMAT = ("--format", "compressed-tensors")
 
@@ -112,3 +112,18 @@ def test_strict_accepts_what_is_folded(text: Path, tmp_path: Path) -> None:
 def test_refusals(options: tuple[str, ...], words: str, tiny: Path, tmp_path: Path) -> None:
     assert words in refused("quantize", tiny, "-o", tmp_path / "q", *options)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("how", [(), ("--stream",)])
+def test_layers_that_the_format_lacks_are_refused_before_calibration(
+    how: tuple[str, ...], text: Path, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=1, n_head=4)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    word_tokenizer().save_pretrained(tmp_path / "gpt2")
+    words = refused(
+        "quantize", tmp_path / "gpt2", "-o", tmp_path / "q", *FORMAT, "--calibration", text, *QUANTIZE, *how
+    )  # fmt: skip
+    assert "is a Conv1D in the float model: leave it in float with --skip, or leave out" in words
+    assert [p.name for p in tmp_path.iterdir()] == ["gpt2"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from smoothquant_kernels import load_quantized, quantize_model, save_quantized
-from smoothquant_kernels.storage.safetensors import ALIGNMENT
+from smoothquant_kernels.storage.safetensors import ALIGNMENT, read_header
+from tests.support.checkpoints import refusal
 from tests.support.models import make_model, token_batches
 
 IDS = token_batches(1)[0]
@@ -57,3 +59,33 @@ def test_quantizing_aligns_weights_and_keeps_ties() -> None:
     quantize_model(model)
     assert head.weight is embedding.weight and torch.equal(head.weight, before)
     assert not [t for t in tensors(model) if t.data_ptr() % ALIGNMENT]
+
+
+PLAIN = {"dtype": "I8", "shape": [2], "data_offsets": [0, 2]}
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "[" * 100_000,
+        "[]",
+        json.dumps({"w": None}),
+        json.dumps({"w": {"dtype": "I8"}}),
+        json.dumps({"w": {**PLAIN, "dtype": ["I8"]}}),
+        json.dumps({"w": {**PLAIN, "shape": 2}}),
+        json.dumps({"w": {**PLAIN, "shape": [-2]}}),
+        json.dumps({"w": {**PLAIN, "data_offsets": [0, 1, 2]}}),
+        json.dumps({"w": {**PLAIN, "data_offsets": [2, 0]}}),
+        json.dumps({"w": {**PLAIN, "data_offsets": [0, 3]}}),
+    ],
+)
+def test_an_altered_header_is_refused(header: str, tmp_path: Path) -> None:
+    file = tmp_path / "w.safetensors"
+
+    def write(text: str) -> None:
+        file.write_bytes(len(text).to_bytes(8, "little") + text.encode() + b"ab")
+
+    write(json.dumps({"w": PLAIN}))
+    assert read_header(file)[0] == {"w": PLAIN}
+    write(header)
+    assert "cannot be read" in refusal(lambda: read_header(file))

@@ -129,3 +129,15 @@ def test_folding_may_be_required(tmp_path: Path) -> None:
     )
     assert "would stay unsmoothed, which folding='required' forbids" in words
     assert [p.name for p in tmp_path.iterdir()] == ["float"]
+
+
+def test_layers_that_the_format_lacks_are_refused_before_any_work(tmp_path: Path) -> None:
+    source = save_float(make_model("gpt2"), tmp_path / "float")
+    config = exportable(SmoothQuantConfig())
+    words = refusal(
+        lambda: quantize_streamed(
+            source, tmp_path / "q", BATCHES, config, format=FORMAT, progress=False
+        )
+    )
+    assert "transformer.h.0.attn.c_attn is a Conv1D in the float model: name it in skip" in words
+    assert [p.name for p in tmp_path.iterdir()] == ["float"]

@@ -7,7 +7,8 @@ input at run time and no rotation. So a model is quantized for it: smoothing is 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,16 @@ from smoothquant_kernels.checkpoint.compressed_tensors.scheme import (
     FORMAT,
     INPUT_SCALE,
     QUANT_METHOD,
+    REGEX,
     WEIGHT,
     WEIGHT_SCALE,
+    is_plain_linear,
 )
 from smoothquant_kernels.checkpoint.manifest import CONFIG, RECORD
 from smoothquant_kernels.config import SmoothQuantConfig
 from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.modeling.record import info_of
-from smoothquant_kernels.modeling.view import ModelView
+from smoothquant_kernels.modeling.view import ModelView, holds_matrices
 from smoothquant_kernels.nn.linear import W8A8Linear
 from smoothquant_kernels.storage.safetensors import stored_sizes
 from smoothquant_kernels.storage.versions import package_version
@@ -36,6 +39,8 @@ from smoothquant_kernels.storage.versions import package_version
 STEM = "model"
 INDEX = "model.safetensors.index.json"
 _SCHEMES = ("per_token", "static")
+#: How vLLM names the linears of experts, whatever a model calls them.
+_EXPERTS = r".*\.experts\.\d+\..*"
 _FOR_EXPORT = "quantize the float model with SmoothQuantConfig(folding='only', rotation='none')"
 
 
@@ -118,9 +123,29 @@ def quantization_config(model: nn.Module, again: nn.Module | None) -> dict[str, 
         "format": FORMAT,
         "quantization_status": COMPRESSED,
         "config_groups": {f"group_{i}": g for i, g in enumerate(_groups(layers))},
-        "ignore": [n for n, m in floats.items() if isinstance(m, nn.Linear) and n not in layers],
+        "ignore": [n for n, m in floats.items() if isinstance(m, nn.Linear) and n not in layers]
+        + _experts(floats.values(), layers),
         "kv_cache_scheme": None,
     }
+
+
+def _experts(modules: Iterable[nn.Module], layers: Iterable[str]) -> list[str]:
+    """What to ignore where experts are matrices in one parameter: vLLM takes them for layers of the class "Linear"."""
+    joined = any(map(holds_matrices, modules))
+    return (
+        [f"{REGEX}{_EXPERTS}"] if joined and not any(re.match(_EXPERTS, n) for n in layers) else []
+    )
+
+
+def check_originals(originals: Mapping[str, nn.Module | None]) -> None:
+    """Raises SmoothQuantError unless readers of the format can replace these modules of the float model."""
+    for name, original in originals.items():
+        if original is None or not is_plain_linear(original):
+            found = "missing" if original is None else f"a {type(original).__name__}"
+            raise SmoothQuantError(
+                f"{QUANT_METHOD} quantizes nn.Linear only, and {name} is {found} in the float model: name it in skip, "
+                "or save the native format."
+            )
 
 
 def _check_layer(name: str, layer: W8A8Linear, original: nn.Module | None, *, head: bool) -> None:
@@ -136,12 +161,7 @@ def _check_layer(name: str, layer: W8A8Linear, original: nn.Module | None, *, he
             f"{name} is an int8 output head, and readers of {QUANT_METHOD} keep the head in float: quantize without "
             "quantize_head, or save the native format."
         )
-    if not isinstance(original, nn.Linear):
-        found = "missing" if original is None else f"a {type(original).__name__}"
-        raise SmoothQuantError(
-            f"{QUANT_METHOD} quantizes nn.Linear only, and {name} is {found} in the float model: name it in skip, or "
-            "save the native format."
-        )
+    check_originals({name: original})
 
 
 def _groups(layers: Mapping[str, W8A8Linear]) -> list[dict[str, Any]]:
@@ -190,7 +210,9 @@ def export_state(model: nn.Module, prefix: str = "") -> dict[str, Any]:
             # A channel of zeros has the scale 0, which some readers divide by. Any scale represents it.
             scale = torch.where(layer.w_scale == 0, 1.0, layer.w_scale)
             state[f"{key}.{WEIGHT}"] = layer.w_q.contiguous()
-            state[f"{key}.{WEIGHT_SCALE}"] = scale[:, None] if scale.numel() > 1 else scale
+            state[f"{key}.{WEIGHT_SCALE}"] = (
+                scale[:, None] if layer.weight_granularity == "channel" else scale
+            )
             if layer.bias is not None:
                 state[f"{key}.bias"] = layer.bias.to(layer.dtype)
             if layer.x_scale is not None:

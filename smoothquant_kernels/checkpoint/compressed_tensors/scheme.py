@@ -26,7 +26,8 @@ ZERO_POINTS = ("weight_zero_point", "input_zero_point")
 
 #: The formats in which an int8 weight is a plain tensor. Older releases did not write the format of int8 weights.
 _PLAIN = (None, FORMAT, "naive-quantized", "dense", "fakequant")
-_REGEX = "re:"
+#: How a pattern among names begins.
+REGEX = "re:"
 _GROUP_KEYS = {"targets", "weights", "input_activations", "output_activations", "format"}
 _DEFAULTS: dict[str, Any] = {
     "num_bits": 8,
@@ -86,7 +87,7 @@ class Quantization:
                 continue
             if _matching(name, module, self.ignore):
                 unmatched -= set(matched)
-            elif _is_linear(module):
+            elif is_plain_linear(module):
                 unmatched -= set(matched)
                 found[name] = self.targets[matched[0]]
             elif not _may_pass(module, matched):
@@ -110,18 +111,18 @@ class Quantization:
 
 def _matching(name: str, module: nn.Module, patterns: Any) -> list[str]:
     """The patterns that match a module, in the order in which they decide."""
-    by_name = [p for p in sorted(patterns, key=lambda p: (_REGEX in p, p)) if _matches(name, p)]
+    by_name = [p for p in sorted(patterns, key=lambda p: (REGEX in p, p)) if _matches(name, p)]
     classes = {cls.__name__ for cls in type(module).__mro__ if issubclass(cls, nn.Module)}
     return by_name + [p for p in sorted(patterns) if p in classes and p not in by_name]
 
 
 def _matches(name: str, pattern: str) -> bool:
-    if not pattern.startswith(_REGEX):
+    if not pattern.startswith(REGEX):
         return pattern == name
-    return re.match(pattern.removeprefix(_REGEX), name) is not None
+    return re.match(pattern.removeprefix(REGEX), name) is not None
 
 
-def _is_linear(module: nn.Module) -> bool:
+def is_plain_linear(module: nn.Module) -> bool:
     """Whether a module computes what an `nn.Linear` does, and nothing else reads its weight."""
     plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
     return plain and not is_read_by_others(module)
@@ -130,7 +131,7 @@ def _is_linear(module: nn.Module) -> bool:
 def _may_pass(module: nn.Module, matched: list[str]) -> bool:
     """Whether a target may match this module without effect: a pattern for names often matches blocks of layers too."""
     holds_weight = isinstance(module, (nn.Linear, nn.Embedding)) or is_conv1d(module)
-    return not holds_weight and all(pattern.startswith(_REGEX) for pattern in matched)
+    return not holds_weight and all(pattern.startswith(REGEX) for pattern in matched)
 
 
 def is_w8a8(values: object) -> bool:
@@ -239,7 +240,7 @@ def _activations(name: str, inputs: Mapping[str, Any]) -> str:
         return "per_token"
     if strategy == "tensor" and type(dynamic) is bool:
         return "per_tensor" if dynamic else "static"
-    kind = {True: "dynamic", False: "static"}.get(dynamic, dynamic)
+    kind = {"True": "dynamic", "False": "static"}.get(str(dynamic), dynamic)
     raise _refusal(name, f"has {kind} activation scales by {strategy}")
 
 
@@ -295,9 +296,9 @@ def _are_patterns(value: object) -> bool:
 
 def _is_pattern(value: object) -> bool:
     try:
-        return isinstance(value, str) and bool(re.compile(value.removeprefix(_REGEX)) or True)
-    except re.error:
-        return not str(value).startswith(_REGEX)
+        return isinstance(value, str) and bool(re.compile(value.removeprefix(REGEX)) or True)
+    except (re.error, OverflowError, RecursionError):
+        return not str(value).startswith(REGEX)
 
 
 def _get(values: object, key: str) -> Any:
