@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -131,10 +132,14 @@ def quantization_config(model: nn.Module, again: nn.Module | None) -> dict[str, 
 
 def _experts(modules: Iterable[nn.Module], layers: Iterable[str]) -> list[str]:
     """What to ignore where experts are matrices in one parameter: vLLM takes them for layers of the class "Linear"."""
-    joined = any(map(holds_matrices, modules))
-    return (
-        [f"{REGEX}{_EXPERTS}"] if joined and not any(re.match(_EXPERTS, n) for n in layers) else []
+    if not any(map(holds_matrices, modules)) or any(re.match(_EXPERTS, n) for n in layers):
+        return []
+    warnings.warn(
+        "transformers with the package compressed-tensors does not load the float experts of this model: serve it with "
+        "vLLM, or load it with this package.",
+        stacklevel=5,
     )
+    return [f"{REGEX}{_EXPERTS}"]
 
 
 def check_originals(originals: Mapping[str, nn.Module | None]) -> None:
