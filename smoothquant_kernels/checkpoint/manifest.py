@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, TypedDict, get_origin, get_type_hints
@@ -135,7 +135,12 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         text = path.read_text("utf-8")
     except FileNotFoundError:
-        if _saved_by_transformers(folder):
+        described = _described(folder)
+        if "weights" in described:
+            raise SmoothQuantError(
+                f"{folder} is incomplete, {MANIFEST} is missing: copy it again."
+            ) from None
+        if described:
             raise SmoothQuantError(
                 f"{folder} was written by save_pretrained: load it by from_pretrained of transformers, after "
                 "smoothquant_kernels.register_transformers()."
@@ -174,14 +179,19 @@ def read_manifest(folder: Path) -> Manifest:
     return _parse(body, lambda what: _damaged(path, what))
 
 
-def _saved_by_transformers(folder: Path) -> bool:
-    """Whether config.json describes int8 layers that are in the files of `save_pretrained`."""
+def has_int8_config(folder: Path) -> bool:
+    """Whether config.json says that this package quantized the model, even if no manifest lies beside it."""
+    return bool(_described(folder))
+
+
+def _described(folder: Path) -> Mapping[str, Any]:
+    """What config.json says of int8 layers, with `weights` if `save_quantized` wrote it. Empty if it says nothing."""
     try:
         values = json.loads((folder / CONFIG).read_text("utf-8"))
         described = values["quantization_config"]
-        return "modules" in described and "weights" not in described
+        return described if isinstance(described, dict) and "modules" in described else {}
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return False
+        return {}
 
 
 def check_files(folder: Path, manifest: Manifest, *, verify: bool) -> None:

@@ -14,7 +14,7 @@ from torch import nn
 from smoothquant_kernels.backends.cuda import extension_status
 from smoothquant_kernels.checkpoint.foreign_folder import is_compressed_tensors
 from smoothquant_kernels.checkpoint.load import load_quantized
-from smoothquant_kernels.checkpoint.manifest import CONFIG, MARKERS, is_checkpoint
+from smoothquant_kernels.checkpoint.manifest import CONFIG, MARKERS, has_int8_config, is_checkpoint
 from smoothquant_kernels.cli.console import quiet_stderr
 from smoothquant_kernels.cli.options import DTYPES
 from smoothquant_kernels.config import SmoothQuantConfig
@@ -104,8 +104,9 @@ def check_output(output: Path, *, force: bool) -> None:
 
 
 def holds_int8(source: str) -> bool:
-    """Whether this is a folder for `load_quantized`: our checkpoint, or one of compressed-tensors."""
-    return is_checkpoint(Path(source)) or is_compressed_tensors(Path(source))
+    """Whether `load_quantized` loads this folder, or says best why not: ours, or one of compressed-tensors."""
+    folder = Path(source)
+    return is_checkpoint(folder) or has_int8_config(folder) or is_compressed_tensors(folder)
 
 
 def config_of(source: str) -> Any:

@@ -13,7 +13,7 @@ from rich.text import Text
 from torch import nn
 
 from smoothquant_kernels.checkpoint.compressed_tensors.export import check_originals, exportable
-from smoothquant_kernels.checkpoint.manifest import is_checkpoint, read_info
+from smoothquant_kernels.checkpoint.manifest import read_info
 from smoothquant_kernels.checkpoint.save import NATIVE, check_format, save_quantized
 from smoothquant_kernels.checkpoint.size import checkpoint_bytes
 from smoothquant_kernels.cli.console import quiet_stderr, show_progress
@@ -30,6 +30,7 @@ from smoothquant_kernels.cli.loading import (
     check_output,
     choose_device,
     choose_dtype,
+    holds_int8,
     linear_bytes,
     read_config,
     tensor_bytes,
@@ -95,7 +96,7 @@ def work(
     if restart and not stream:
         raise SmoothQuantError("--restart drops the unfinished work of --stream; give both.")
     float_type, where = choose_dtype(dtype), choose_device(device)
-    if is_checkpoint(Path(source)):
+    if holds_int8(source):
         raise SmoothQuantError(f"{source} is quantized already; give the original model.")
     if stream:
         document = _quantize_streamed(

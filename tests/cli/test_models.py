@@ -297,3 +297,30 @@ def test_a_checkpoint_of_another_tool_is_refused(llama: Path, text: Path, tmp_pa
         said = refused("quantize", folder, "-o", tmp_path / "q", "--calibration", text, *stream)
         assert said == f"{folder} is quantized already by GPTQ: give the original float model."
     assert "by GPTQ" in refused("evaluate", folder, "--text", text)
+
+
+def test_folders_without_a_manifest_are_told_apart(
+    checkpoint: Path, text: Path, tmp_path: Path
+) -> None:
+    """A broken folder of save_quantized, and one of save_pretrained, which no command loads."""
+    folder = shutil.copytree(checkpoint, tmp_path / "q")
+    (folder / "smoothquant.json").unlink()
+    commands = (
+        ("evaluate", folder, "--text", text),
+        ("generate", folder, "--prompt", "a"),
+        ("inspect", folder),
+    )
+    for command in commands:
+        said = refused(*command)
+        assert said == f"{folder} is incomplete, smoothquant.json is missing: copy it again."
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]["weights"]  # save_pretrained writes none
+    (folder / "config.json").write_text(json.dumps(config))
+    for command in commands:
+        assert refused(*command) == (
+            f"{folder} was written by save_pretrained: in Python, from_pretrained loads it after "
+            "register_transformers()."
+        )
+    assert refused("quantize", folder, "-o", tmp_path / "again") == (
+        f"{folder} is quantized already; give the original model."
+    )
