@@ -75,6 +75,10 @@ _TABLE = (
         "leave out --strict, or leave these layers in float with --skip",
     ),
     (
+        "choose per_token or static, or save the native format",
+        "give --scheme per_token or static, or leave out --format",
+    ),
+    (
         "name it in skip, or save the native format",
         "leave it in float with --skip, or leave out --format",
     ),

@@ -102,6 +102,18 @@ def test_model(
     assert abs(divergence(ours, got)) < SHARE * divergence(answers(model), ours)
 
 
+@pytest.mark.parametrize("settings", [{}, {"quantize_head": True}])
+def test_a_folder_of_save_pretrained(
+    settings: dict[str, Any], log_probs: Ask, float_model: Callable[..., Any], tmp_path: Path
+) -> None:
+    """It has a placeholder for the weight of each layer, in place of the manifest."""
+    model = float_model("Qwen2")
+    folder = quantized(model, tmp_path, **settings)
+    load_quantized(folder).save_pretrained(tmp_path / "hf")  # type: ignore[operator]
+    [expected], [got] = (log_probs(f, PROMPT, vocabulary=VOCAB) for f in (folder, tmp_path / "hf"))
+    assert torch.equal(got, expected)
+
+
 def test_modules_in_config_json(
     log_probs: Ask, float_model: Callable[..., Any], tmp_path: Path
 ) -> None:

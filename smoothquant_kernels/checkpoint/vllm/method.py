@@ -35,7 +35,7 @@ from smoothquant_kernels.checkpoint.vllm.parts import (
 )
 from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.nn.kinds import describe
-from smoothquant_kernels.nn.linear import W8A8Linear
+from smoothquant_kernels.nn.linear import MARKER, W8A8Linear
 from smoothquant_kernels.nn.operands import packed_rows
 from smoothquant_kernels.ops.checks import FLOATS
 
@@ -60,6 +60,8 @@ class Config(QuantizationConfig):  # type: ignore[misc]
     def __init__(self, values: dict[str, Any] | None = None) -> None:
         super().__init__()
         self.modules: Modules | None = modules_in(values or {})
+        # What `save_pretrained` writes; `save_quantized` names its weight file here and leaves the markers out.
+        self.has_markers = self.modules is not None and "weights" not in (values or {})
 
     def __repr__(self) -> str:
         return f"Config({len(self.modules or {})} modules)"
@@ -95,7 +97,7 @@ class Config(QuantizationConfig):  # type: ignore[misc]
         modules = self._known()
         if isinstance(layer, (LinearBase, ParallelLMHead)):
             if parts := parts_of(prefix, modules, self.packed_modules_mapping):
-                return Method(prefix, parts)
+                return Method(prefix, parts, has_markers=self.has_markers)
             return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
         if _EXPERTS & {cls.__name__ for cls in type(layer).__mro__}:
             expert = next((name for name in modules if name.startswith(f"{prefix}.")), None)
@@ -133,14 +135,18 @@ class Method(LinearMethodBase):  # type: ignore[misc]
     Args:
         prefix: the layer's name.
         parts: name in the checkpoint -> layer on the meta device, in the order of the merged weight's rows.
+        has_markers: whether the files also have the placeholder `weight` [1] of each layer, which nothing reads.
 
     Equivalent to:
         torch.cat([part(x) for part in parts], -1), where each part is a `W8A8Linear`
     """
 
-    def __init__(self, prefix: str, parts: dict[str, W8A8Linear]) -> None:
+    def __init__(
+        self, prefix: str, parts: dict[str, W8A8Linear], *, has_markers: bool = False
+    ) -> None:
         self.prefix = prefix
         self.parts = parts
+        self.has_markers = has_markers
         self._loaded: set[str] = set()
         self._calls: list[tuple[int, int, int]] = []  # part, first row, last row + 1
         self._options: list[dict[str, Any]] = [
@@ -209,6 +215,10 @@ class Method(LinearMethodBase):  # type: ignore[misc]
         ones = torch.ones(count, k, dtype=torch.float32)  # factor 1 changes no bit
         add("inv_smooth", ones if smooth else None, factors)
         add("x_scale", ones[:, 0].clone() if static else None, scale)
+        if self.has_markers:
+            place = Parameter(torch.empty(0), requires_grad=False)
+            layer.register_parameter(MARKER, place)
+            set_weight_attrs(place, {"weight_loader": lambda *_: None})
 
     def _index(self, shard: Any) -> int:
         """The part that vLLM calls `shard`."""
@@ -234,6 +244,8 @@ class Method(LinearMethodBase):  # type: ignore[misc]
         return load
 
     def process_weights_after_loading(self, layer: Any) -> None:
+        if self.has_markers:
+            del layer._parameters[MARKER]
         for name, part in self.parts.items():
             wanted = [key for key, value in part._buffers.items() if value is not None]
             if part.bias is not None:
