@@ -11,7 +11,7 @@ import re
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -63,7 +63,7 @@ def exportable(config: SmoothQuantConfig, *, strict: bool = False) -> SmoothQuan
             "rotation='none', or save the native format."
         )
     if wrong := {config.activation_scheme, *config.schemes.values()} - set(_SCHEMES):
-        raise SmoothQuantError(_scheme_refusal(wrong.pop()))
+        _refuse_scheme(wrong.pop())
     if config.quantize_head:
         raise SmoothQuantError(
             f"readers of {QUANT_METHOD} keep the output head in float: leave out quantize_head, or save "
@@ -73,9 +73,9 @@ def exportable(config: SmoothQuantConfig, *, strict: bool = False) -> SmoothQuan
     return config.replace(folding=folding, rotation="none", rotations={})
 
 
-def _scheme_refusal(scheme: str) -> str:
-    return (
-        f"vLLM has no {scheme} activations (one dynamic scale for the whole tensor) in {QUANT_METHOD}: choose "
+def _refuse_scheme(scheme: str, where: str = "") -> NoReturn:
+    raise SmoothQuantError(
+        f"{where}vLLM has no {scheme} activations (one dynamic scale for the whole tensor) in {QUANT_METHOD}: choose "
         "per_token or static, or save the native format."
     )
 
@@ -160,7 +160,7 @@ def _check_layer(name: str, layer: W8A8Linear, original: nn.Module | None, *, he
             f"{name} {what} at run time, which {QUANT_METHOD} cannot express: {_FOR_EXPORT}, or save the native format."
         )
     if layer.activation_scheme not in _SCHEMES:
-        raise SmoothQuantError(f"{name}: {_scheme_refusal(layer.activation_scheme)}")
+        _refuse_scheme(layer.activation_scheme, f"{name}: ")
     if head:
         raise SmoothQuantError(
             f"{name} is an int8 output head, and readers of {QUANT_METHOD} keep the head in float: quantize without "
