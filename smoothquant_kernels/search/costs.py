@@ -14,9 +14,9 @@ from smoothquant_kernels.modeling.groups import Group
 from smoothquant_kernels.modeling.record import LayerRecord, ModelRecord, Reason
 from smoothquant_kernels.modeling.run import Batch
 from smoothquant_kernels.nn.float_linear import weight_of
-from smoothquant_kernels.search.sensitivity import count_rows, record
+from smoothquant_kernels.search.sensitivity import recordings
 from smoothquant_kernels.smoothing.convert import quantize_linear
-from smoothquant_kernels.smoothing.factors import group_balance, group_factors, runs_within
+from smoothquant_kernels.smoothing.factors import group_balance, group_factors
 from smoothquant_kernels.smoothing.statistics import ActivationStatistics
 
 _BYTES = 1 << 29  # of recorded inputs and gradients at a time
@@ -55,17 +55,8 @@ def layer_costs(
     """
     layers = ModelRecord.of(model).described
     groups = [Group(g) for g in dict.fromkeys(layer.group for layer in layers.values()) if g]
-    rows = count_rows(model, [g.linears[0] for g in groups], batches)
-
-    def recorded_bytes(group: Group) -> int:
-        weights = [weight_of(model.get_submodule(n)) for n in group.linears]
-        elements = weights[0].shape[1] + sum(w.shape[0] for w in weights)
-        return rows[group.linears[0]] * elements * weights[0].element_size()
-
     found: dict[str, LayerCost] = {}
-    called = [g for g in groups if rows.get(g.linears[0])]
-    for part in runs_within(called, recorded_bytes, _BYTES):
-        recording = record(model, part, batches)
+    for part, recording in recordings(model, groups, batches, _BYTES):
         with torch.no_grad():
             for group in part:
                 x = recording.x[group.linears[0]]

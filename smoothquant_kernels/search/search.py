@@ -18,7 +18,6 @@ from smoothquant_kernels.modeling.batches import PositionCounter, rows_of
 from smoothquant_kernels.modeling.groups import Group, find_groups
 from smoothquant_kernels.modeling.run import Batch, evaluating, run
 from smoothquant_kernels.modeling.view import ModelView
-from smoothquant_kernels.nn.float_linear import weight_of
 from smoothquant_kernels.search.candidates import ALPHAS, Space, own_scheme
 from smoothquant_kernels.search.result import (
     Choice,
@@ -28,7 +27,7 @@ from smoothquant_kernels.search.result import (
     Validation,
     fingerprint,
 )
-from smoothquant_kernels.search.sensitivity import count_rows, divergence, record
+from smoothquant_kernels.search.sensitivity import divergence, recordings
 from smoothquant_kernels.smoothing.calibrate import (
     CalibrationData,
     calibration_bar,
@@ -36,7 +35,7 @@ from smoothquant_kernels.smoothing.calibrate import (
     configured_batches,
 )
 from smoothquant_kernels.smoothing.convert import quantize_model
-from smoothquant_kernels.smoothing.factors import Plan, runs_within, smoothable_linears
+from smoothquant_kernels.smoothing.factors import Plan, smoothable_linears
 from smoothquant_kernels.smoothing.padding import Padding
 from smoothquant_kernels.smoothing.patterns import check_patterns
 from smoothquant_kernels.smoothing.smooth import check_finite_weights, smooth_lm
@@ -195,16 +194,7 @@ def _explore_all(
         return
     with calibration_bar(progress) as bar:
         task = bar.add_task("searching (groups)", total=len(groups), completed=len(file.groups))
-        rows = count_rows(space.model, [g.linears[0] for g in todo], held)
-        called = [g for g in todo if rows.get(g.linears[0])]
-
-        def recorded_bytes(group: Group) -> int:
-            weights = [weight_of(space.model.get_submodule(n)) for n in group.linears]
-            elements = weights[0].shape[1] + sum(w.shape[0] for w in weights)
-            return rows[group.linears[0]] * elements * weights[0].element_size()
-
-        for part in runs_within(called, recorded_bytes, max_bytes):
-            recording = record(space.model, part, held)
+        for part, recording in recordings(space.model, todo, held, max_bytes):
             with torch.no_grad():
                 for group in part:
                     schemes = space.schemes(group, per_token=per_token)

@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from smoothquant_kernels.modeling.groups import Group
 from smoothquant_kernels.modeling.hooks import Hooks
 from smoothquant_kernels.modeling.run import Batch, evaluating, output_tensor, run, unpadded_rows
+from smoothquant_kernels.nn.float_linear import weight_of
+from smoothquant_kernels.smoothing.factors import runs_within
 from smoothquant_kernels.smoothing.padding import OUTPUT, Padding
 
 
@@ -157,6 +159,25 @@ def record(
         rows,
         predictions,
     )
+
+
+def recordings(
+    model: nn.Module, groups: Sequence[Group], batches: Sequence[Batch], max_bytes: int
+) -> Iterator[tuple[list[Group], Recording]]:
+    """Yields a part of the groups with its recording, as many times as `max_bytes` requires.
+
+    Groups that the batches do not reach are left out. The limit excludes one batch's backward pass.
+    """
+    rows = count_rows(model, [g.linears[0] for g in groups], batches)
+
+    def recorded_bytes(group: Group) -> int:
+        weights = [weight_of(model.get_submodule(n)) for n in group.linears]
+        elements = weights[0].shape[1] + sum(w.shape[0] for w in weights)
+        return rows[group.linears[0]] * elements * weights[0].element_size()
+
+    called = [g for g in groups if rows.get(g.linears[0])]
+    for part in runs_within(called, recorded_bytes, max_bytes):
+        yield part, record(model, part, batches)
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
