@@ -43,6 +43,7 @@ def test_the_table_shows_both_sides_and_the_ratios() -> None:
     assert "-0.0200 ± 0.0050" in lines[3]
 
 
+@pytest.mark.slow
 def test_a_process_answers_in_lines_of_json(tmp_path: Path) -> None:
     """Through this package, which needs no other one; a package that is not there has no version."""
     folder = ct.simple(tmp_path / "model")
