@@ -30,7 +30,14 @@ from smoothquant_kernels.checkpoint.manifest import (
 from smoothquant_kernels.cli.console import MismatchError, general_name
 from smoothquant_kernels.config import PLAIN_ALPHA, ROTATED_ALPHA
 from smoothquant_kernels.errors import SmoothQuantError
-from smoothquant_kernels.modeling.record import HOWS, How, LayerRecord, ModelRecord, SkippedLayer
+from smoothquant_kernels.modeling.record import (
+    HOWS,
+    How,
+    LayerRecord,
+    ModelRecord,
+    Reason,
+    SkippedLayer,
+)
 from smoothquant_kernels.storage.digests import file_entry
 from smoothquant_kernels.storage.document import Document, readable_size
 
@@ -296,6 +303,11 @@ def describe_verification(document: Document) -> str:
     return f"smoothing moved the float model's output by {check['relative_change']:.1e}, relative"
 
 
+def _is_imported(document: Document) -> bool:
+    """Whether another tool quantized the model, which does not say whether and how it smoothed."""
+    return any(Reason.of(group["reason"]) is Reason.IMPORTED for group in document["groups"])
+
+
 def describe_config(document: Document) -> str:
     """The settings that decide accuracy, in words."""
     config, smoothing = document["config"], document["smoothing"]
@@ -308,7 +320,7 @@ def describe_config(document: Document) -> str:
     sizes = sorted({g["rotation"] for g in document["groups"] if g["rotation"]})
     if sizes:
         text += f", rotated by {' and '.join(map(str, sizes))}"
-    if "format" in document:
+    if _is_imported(document):
         return text
     if not smoothing["folded"] + smoothing["runtime"]:
         return f"{text}, not smoothed"
@@ -330,14 +342,14 @@ def render(document: Document) -> Group:
     size = document["bytes"]
     facts = Table.grid(padding=(0, 2))
     facts.add_row("model", document["model"])
-    own = "format" not in document
+    own = document["format_version"] is not None
     written = f"version {document['format_version']}, written by smoothquant-kernels"
     facts.add_row("format", f"{written if own else QUANT_METHOD} {document['package_version']}")
     if document["config"]:
         facts.add_row("settings", describe_config(document))
     if document["calibration_tokens"]:
         facts.add_row("calibrated on", f"{document['calibration_tokens']} tokens")
-    if own:  # another tool does not say whether and how it smoothed
+    if not _is_imported(document):
         facts.add_row("verified", describe_verification(document))
     facts.add_row(
         "size",

@@ -54,6 +54,11 @@ def test_the_folder_and_the_report(
     assert refused(*common) == f"{output} exists already; give another name, or --force."
     shown = Result(*common, "--force")
     assert shown.code == 0 and ("KL" in shown.out) == (not how)
+    settings = "activations per_token, weights per channel, alpha 0.6"
+    for said in (shown.out, Result("inspect", output).out):
+        assert settings in said and "smoothing moved the float model's output" in said
+    native = ("quantize", tiny, "-o", tmp_path / "n", "--calibration", text, *QUANTIZE, *how)
+    assert "weights per channel, rotated by 32 and 64, alpha 0.5" in Result(*native).out
 
 
 def test_layers_that_stay_unsmoothed_are_named_with_both_costs(
