@@ -187,11 +187,10 @@ def has_int8_config(folder: Path) -> bool:
 def _described(folder: Path) -> Mapping[str, Any]:
     """What config.json says of int8 layers, with `weights` if `save_quantized` wrote it. Empty if it says nothing."""
     try:
-        values = json.loads((folder / CONFIG).read_text("utf-8"))
-        described = values["quantization_config"]
-        return described if isinstance(described, dict) and "modules" in described else {}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        described = read_config(folder)[1].get("quantization_config")
+    except SmoothQuantError:
         return {}
+    return described if isinstance(described, dict) and "modules" in described else {}
 
 
 def check_files(folder: Path, manifest: Manifest, *, verify: bool) -> None:
