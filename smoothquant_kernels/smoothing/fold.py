@@ -25,7 +25,7 @@ class Smoothing:
 
 
 def round_to_power_of_two(smooth: Tensor) -> Tensor:
-    """Rounds to the power of two nearest in the logarithm. It multiplies exactly in every floating-point type."""
+    """Rounds to the power of two nearest in the logarithm. It multiplies normal numbers exactly."""
     return torch.exp2(torch.log2(smooth.double()).round()).float()
 
 

@@ -52,7 +52,14 @@ def smoothed(model: nn.Module, config: SmoothQuantConfig = ONLY) -> Any:
 def test_o_proj_is_folded_into_v_proj(family: str, dtype: torch.dtype) -> None:
     model = make(family, dtype)
     result = smoothed(model)
-    assert torch.equal(logits(result, IDS), logits(model, IDS))
+    before, after = logits(model, IDS), logits(result, IDS)
+    if dtype == torch.float16:
+        # Values below 2^-14 are subnormal, so they round otherwise at another scale, by at most 2^-25 each. That can
+        # move a later rounding to float16, so the fold may only not add to the error that float16 has anyway.
+        exact = logits(copy.deepcopy(model).double(), IDS)
+        assert (after - exact).abs().max() <= 1.25 * (before - exact).abs().max()
+    else:
+        assert torch.equal(after, before)
     layers = layers_of(result)
     assert {layer["smoothing"] for layer in layers.values()} == {"folded"}
     assert not any(pending_smooth(m) is not None for m in result.modules() if is_float_linear(m))
