@@ -44,7 +44,7 @@ def work(
     )
     return {
         "model": source,
-        "quantised": quantized,
+        "quantized": quantized,
         "reference": reference,
         "text": text,
         "window": window,

@@ -25,7 +25,7 @@ def work(
     model, quantized = load_any(source, dtype=dtype, device=device, causal="generate")
     tokenizer = load_tokenizer(source)
     answer = complete(model, tokenizer, prompt, max_new_tokens=max_new_tokens, chat=chat)
-    return {"model": source, "quantised": quantized, "prompt": prompt, "chat": chat, **answer}
+    return {"model": source, "quantized": quantized, "prompt": prompt, "chat": chat, **answer}
 
 
 def complete(

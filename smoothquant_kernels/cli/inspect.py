@@ -139,7 +139,7 @@ def work(directory: Path, *, verify: bool = False) -> Document:
         **summarize_layers(records, record.skipped),
         "layers": layers,
         "bytes": {
-            "quantised_layers": in_layers,
+            "quantized_layers": in_layers,
             "float_tensors": sum(sizes.values()) - in_layers,
             "files": {name: entry["size"] for name, entry in manifest.files.items()},
         },
@@ -203,7 +203,7 @@ def summarize_layers(
     costs = costs or {}
     left_out = Counter((general_name(layer.name), layer.reason) for layer in skipped)
     return {
-        "quantised": len(layers),
+        "quantized": len(layers),
         "smoothing": {how: sum(layer.smoothing == how for layer in layers) for how in HOWS},
         "groups": [
             {
@@ -280,7 +280,7 @@ def render_layers(document: Document) -> Group:
     return Group(
         table,
         Text(
-            f"{document['quantised']} layers in int8: {smoothing['folded']} smoothed by folding, "
+            f"{document['quantized']} layers in int8: {smoothing['folded']} smoothed by folding, "
             f"{smoothing['runtime']} at run time, {smoothing['none']} not; {skips} left in float"
             + (f"; a KL divergence of about {total:.4f} in all" if costs else "")
         ),
@@ -353,7 +353,7 @@ def render(document: Document) -> Group:
         facts.add_row("verified", describe_verification(document))
     facts.add_row(
         "size",
-        f"{readable_size(size['quantised_layers'])} in the int8 layers, "
+        f"{readable_size(size['quantized_layers'])} in the int8 layers, "
         f"{readable_size(size['float_tensors'])} in float tensors",
     )
     if document["files_verified"]:

@@ -127,7 +127,7 @@ def render(document: Document) -> Group:
     facts = Table.grid(padding=(0, 2))
     facts.add_row(
         "layers",
-        f"{summary['quantised']} in int8: {summary['folded']} smoothed by folding, "
+        f"{summary['quantized']} in int8: {summary['folded']} smoothed by folding, "
         f"{summary['runtime']} at run time, {summary['none']} not; {summary['skipped']} in float",
     )
     for key, what in (("sqnr_naive", "without smoothing"), ("sqnr", "as configured")):

@@ -124,7 +124,7 @@ def _lead(document: Document) -> str:
     settings = f"activations <code>{escape(config['activation_scheme'])}</code>, weights per "
     settings += f"{escape(config['weight_granularity'])}, {alpha}" + "".join(f", {o}" for o in own)
     return (
-        f'<p class="lead">{summary["quantised"]} linear layers in int8, {smoothed}: {settings}.</p>'
+        f'<p class="lead">{summary["quantized"]} linear layers in int8, {smoothed}: {settings}.</p>'
     )
 
 
@@ -132,7 +132,7 @@ def _summary(document: Document) -> str:
     summary = document["summary"]
     facts = [
         _fact(
-            "Layers in int8", str(summary["quantised"]),
+            "Layers in int8", str(summary["quantized"]),
             f"{summary['folded']} smoothed by folding, {summary['runtime']} at run time, {summary['none']} not; "
             f"{summary['skipped']} left in float",
         ),

@@ -319,7 +319,7 @@ def _summary(layers: Sequence[Document], skipped: int) -> Document:
 
     hows = [layer["smoothing"] for layer in layers]
     return {
-        "quantised": len(layers),
+        "quantized": len(layers),
         **{how: hows.count(how) for how in HOWS},
         "skipped": skipped,
         "sqnr_naive": numbers("sqnr_naive"),

@@ -338,10 +338,10 @@ def test_inspect_describes_the_folder(tmp_path: Path) -> None:
     folder = ct.simple(tmp_path / "model", "static")
     found = Result("inspect", folder, "--json").json
     assert found["format"] == "compressed-tensors" and found["package_version"] == "0.19.0"
-    assert found["quantised"] == 14 and found["config"]["activation_scheme"] == "static"
+    assert found["quantized"] == 14 and found["config"]["activation_scheme"] == "static"
     stored = load_file(folder / ct.WEIGHTS)
     sizes = {n: t.nbytes for n, t in stored.items() if ".self_attn." in n or ".mlp." in n}
-    assert found["bytes"]["quantised_layers"] == sum(sizes.values())
+    assert found["bytes"]["quantized_layers"] == sum(sizes.values())
     assert "compressed-tensors 0.19.0" in Result("inspect", folder).out
     refused = Result("inspect", folder, "--verify")
     assert refused.code == 2 and "--verify compares digests" in refused.err

@@ -35,7 +35,7 @@ def test_quantize_and_inspect_report_the_same(
         "--calibration", text, *QUANTIZE, *flags, "--json",
     ).json  # fmt: skip
     assert done["config"]["activation_scheme"] == scheme and done["config"]["alpha"] == 0.5
-    assert done["quantised"] == 13
+    assert done["quantized"] == 13
     assert {s["layers"]: s["count"] for s in done["skipped"]} == {
         "lm_head": 1, "model.layers.*.self_attn.o_proj": 1,
     }  # fmt: skip
@@ -46,10 +46,10 @@ def test_quantize_and_inspect_report_the_same(
     assert done["bytes"]["linears_after"] < 0.4 * done["bytes"]["linears_before"]
 
     seen = Result("inspect", output, "--json").json
-    for key in ("quantised", "smoothing", "groups", "skipped", "config", "verification"):
+    for key in ("quantized", "smoothing", "groups", "skipped", "config", "verification"):
         assert seen[key] == done[key], key
     weights = sum(p.stat().st_size for p in output.glob("*.safetensors"))
-    tensors = seen["bytes"]["quantised_layers"] + seen["bytes"]["float_tensors"]
+    tensors = seen["bytes"]["quantized_layers"] + seen["bytes"]["float_tensors"]
     assert 0 < weights - tensors < 20_000  # the rest is headers
     layer = next(x for x in seen["layers"] if x["name"] == "model.layers.1.mlp.down_proj")
     assert (layer["out_features"], layer["in_features"]) == (32, 64)
@@ -87,7 +87,7 @@ def test_evaluate_float_and_quantized(tiny: Path, checkpoint: Path, text: Path) 
     plain = Result("evaluate", tiny, *options).json
     same = Result("evaluate", tiny, "--reference", tiny, *options).json
     int8 = Result("evaluate", checkpoint, "--reference", tiny, *options).json
-    assert (plain["quantised"], int8["quantised"]) == (False, True)
+    assert (plain["quantized"], int8["quantized"]) == (False, True)
     assert plain["result"]["mean_kl"] is None
     assert same["result"]["mean_kl"] == 0.0 and same["result"]["top1_agreement"] == 1.0
     assert same["result"]["perplexity"] == plain["result"]["perplexity"]
@@ -116,7 +116,7 @@ def test_generate_continues_greedily(tiny: Path, checkpoint: Path) -> None:
     whole = tokenizer.decode(ids[0], skip_special_tokens=True)
     assert first["text"].startswith(" ") and "the cat sat" + first["text"] == whole
     int8 = Result("generate", checkpoint, *options).json
-    assert int8["quantised"] and int8["new_tokens"] >= 1
+    assert int8["quantized"] and int8["new_tokens"] >= 1
     assert Result("generate", checkpoint, *options[:-1]).out == f"the cat sat{int8['text']}\n"
 
 

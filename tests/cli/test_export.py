@@ -35,7 +35,7 @@ def test_the_folder_and_the_report(
     output = tmp_path / "q"
     common = ("quantize", tiny, "-o", output, *FORMAT, "--calibration", text, *QUANTIZE, *how)
     done = Result(*common, "--json").json
-    assert done["format"] == "compressed-tensors" and done["quantised"] == 14
+    assert done["format"] == "compressed-tensors" and done["quantized"] == 14
     expected = exportable(SmoothQuantConfig(calibration_tokens=200))
     assert done["config"] == expected.to_dict() | {"skip": []}
     assert not done["smoothing"]["runtime"]

@@ -56,7 +56,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_an_encoder_is_quantized_as_by_the_api(bert: Path, text: Path, tmp_path: Path) -> None:
     output = tmp_path / "q"
     done = Result("quantize", bert, "-o", output, "--calibration", text, *QUANTIZE, "--json").json
-    assert done["quantised"] == 13 and done["smoothing"]["none"] < 13
+    assert done["quantized"] == 13 and done["smoothing"]["none"] < 13
     assert done["calibration"] == {
         "source": str(text), "tokens": 200, "asked": 200, "images": 0,
     }  # fmt: skip
@@ -80,7 +80,7 @@ def test_report_on_an_encoder(bert: Path, text: Path, tmp_path: Path) -> None:
     command = ("report", bert, "-o", tmp_path / "r", "--calibration", text, *QUANTIZE)
     assert "measures perplexity" in refused(*command, "--text", text)
     done = Result(*command, "--tokens", "64", "--json").json
-    assert done["summary"]["quantised"] == 13 and done["evaluation"] is None
+    assert done["summary"]["quantized"] == 13 and done["evaluation"] is None
     assert (tmp_path / "r" / "report.html").is_file()
 
 
@@ -119,7 +119,7 @@ def test_other_text_models_are_quantized(name: str, text: Path, tmp_path: Path) 
         "quantize", source, "-o", output, "--calibration", text, "--json",
         "--calibration-tokens", "64", "--device", "cpu",
     ).json  # fmt: skip
-    assert done["quantised"] >= 12
+    assert done["quantized"] >= 12
     assert type(load_quantized(output)).__name__ == name
 
 
@@ -142,7 +142,7 @@ def test_a_vision_model_is_calibrated_on_images(text: Path, tmp_path: Path) -> N
         image.frombytes("RGB", (20, 30), bytes(pixels.tolist())).save(photos / f"{i}.png")
     (photos / "note.txt").write_text("no image")
     done = Result(*command, "--calibration", photos.parent, "--json").json
-    assert done["calibration"]["images"] == 3 and done["quantised"] == 13
+    assert done["calibration"]["images"] == 3 and done["quantized"] == 13
     assert (tmp_path / "q" / "preprocessor_config.json").is_file()
     assert type(load_quantized(tmp_path / "q")).__name__ == "ViTForImageClassification"
     (photos / "3.png").write_bytes(b"no image")

@@ -37,7 +37,7 @@ def test_streaming_writes_the_same_model(
     common = ("--calibration", text, *QUANTIZE)
     done = Result("quantize", tiny, "-o", output, "--stream", *common, "--json").json
     seen, whole = (Result("inspect", path, "--json").json for path in (output, checkpoint))
-    for key in ("quantised", "smoothing", "groups", "skipped", "config"):
+    for key in ("quantized", "smoothing", "groups", "skipped", "config"):
         assert seen[key] == done[key] == whole[key], key
     sizes = [layer["out_features"] * layer["in_features"] for layer in seen["layers"]]
     assert done["bytes"]["linears_before"] == 4 * sum(sizes)
@@ -52,17 +52,17 @@ def test_streaming_writes_the_same_model(
 def test_the_output_head(tiny: Path, text: Path, checkpoint: Path, tmp_path: Path) -> None:
     common = ("quantize", tiny, "--quantize-head", "--scheme", "static", "--calibration", text)
     done = Result(*common, "-o", tmp_path / "q", *QUANTIZE, "--json").json
-    assert done["config"]["quantize_head"] and done["quantised"] == 15 and not done["skipped"]
+    assert done["config"]["quantize_head"] and done["quantized"] == 15 and not done["skipped"]
     head = done["groups"][-1]
     assert (head["layers"], head["activation_scheme"]) == ("lm_head", "per_token")
     streamed = Result(*common, "-o", tmp_path / "s", "--stream", *QUANTIZE, "--json").json
-    for key in ("quantised", "smoothing", "groups", "skipped", "config"):
+    for key in ("quantized", "smoothing", "groups", "skipped", "config"):
         assert streamed[key] == done[key], key
     seen = Result("inspect", tmp_path / "q", "--json").json
     layer = next(layer for layer in seen["layers"] if layer["name"] == "lm_head")
     n, k = layer["out_features"], layer["in_features"]
     assert layer["bytes"] == n * k + 4 * (n + k) and seen["groups"] == done["groups"]
-    assert done["bytes"]["linears_after"] == seen["bytes"]["quantised_layers"]
+    assert done["bytes"]["linears_after"] == seen["bytes"]["quantized_layers"]
     whole = Result("inspect", checkpoint, "--json").json["bytes"]
     assert seen["bytes"]["float_tensors"] == whole["float_tensors"] - 4 * n * k
     shown = Result("inspect", tmp_path / "q")

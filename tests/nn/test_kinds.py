@@ -136,7 +136,7 @@ def test_inspect_shows_the_kinds(folder: Path) -> None:
     for name in HALF:
         assert ARGUMENTS.items() <= layers[name].items()
         assert layers[name]["bytes"] == 2 * 32 * 32 + 4
-    assert seen["quantised"] == 14
+    assert seen["quantized"] == 14
     assert [g["count"] for g in seen["groups"] if g["activation_scheme"] == "none"] == [2]
     text = Result("inspect", folder).out
     assert re.search(r"o_proj +. +2 . +32 x 32 . none +. +none . runtime", text), text

@@ -249,7 +249,7 @@ def test_a_report_on_a_model_that_is_not_smoothed(tmp_path: Path) -> None:
     )
     for layer in document["layers"]:
         assert layer["sqnr"] == layer["sqnr_naive"] and layer["alpha"] is None
-    assert document["summary"]["none"] == document["summary"]["quantised"] == 8
+    assert document["summary"]["none"] == document["summary"]["quantized"] == 8
     for entry in document["advice"]:
         assert [t["activation_scheme"] for t in entry["tried"]] == ["static", "per_token"]
 

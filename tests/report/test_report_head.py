@@ -22,7 +22,7 @@ def test_a_report_measures_the_head(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     model: Any = family("tied")
     config = SmoothQuantConfig(activation_scheme="static", quantize_head=True)
     found = make_report(model, DATA, tmp_path / "r", config, held=HELD)
-    assert (found["summary"]["quantised"], found["summary"]["skipped"]) == (15, 0)
+    assert (found["summary"]["quantized"], found["summary"]["skipped"]) == (15, 0)
     head = found["layers"][-1]
     assert (head["name"], head["smoothing"]) == ("lm_head", "runtime")
     assert head["activation_scheme"] == head["naive_scheme"] == "per_token"
