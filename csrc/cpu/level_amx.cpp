@@ -14,6 +14,7 @@ namespace {
 #include "cpu/dot512.h"
 #include "cpu/panels.h"
 #include "cpu/interleaved.h"
+#include "cpu/tile_output.h"
 #include "cpu/tiles.h"
 // clang-format on
 

@@ -1,9 +1,7 @@
 // The GEMM of a block of packed rows on the tile registers. Included by level_amx.cpp only, in an
-// anonymous namespace, after interleaved.h.
+// anonymous namespace, after tile_output.h.
 
-constexpr int64_t kTileRows = 16;   // rows of the weight, or tokens
 constexpr int64_t kTileBytes = 64;  // channels of a tile
-constexpr int kTilesWide = 2;       // of the weight, and of the activations, at a time
 constexpr int64_t kTileColumns = kTilesWide * kTileRows;
 static_assert(kTileColumns <= kPanel);
 
@@ -52,18 +50,28 @@ struct WeightTail {
   }
 };
 
-// kWeights x kTokens tiles of sums over all of k, in registers, then in `sums`, transposed back.
-// Brings kAhead rows of the weight, the first at `ahead`, into the L2 cache meanwhile.
+// What a corner reads.
+struct TileOperands {
+  const int8_t* w;
+  int64_t w_stride;
+  const WeightTail* tail;
+  const uint8_t* x;
+  int64_t k;
+  const int8_t* ahead;  // rows of the weight to bring into the L2 cache meanwhile
+};
+
+// kWeights x kTokens tiles of sums over all of k, in registers, then in `sums`, once the finisher
+// has read those before. kAhead: how many rows it prefetches.
 template <int kWeights, int kTokens, int kAhead>
-inline void multiply_tile_corner(const int8_t* w, int64_t w_stride, const WeightTail& tail,
-                                 const uint8_t* x, int64_t k, const int8_t* ahead, int32_t* sums) {
+inline void multiply_tile_corner(const TileOperands& o, TileSums& sums, TileFinisher& finisher) {
+  constexpr bool kAll = kWeights > 1 && kTokens > 1;
   _tile_zero(0);
   if constexpr (kTokens > 1) _tile_zero(1);
   if constexpr (kWeights > 1) _tile_zero(2);
-  if constexpr (kWeights > 1 && kTokens > 1) _tile_zero(3);
-  const uint8_t* const x_next = x + group_bytes(k);
+  if constexpr (kAll) _tile_zero(3);
+  const uint8_t* const x_next = o.x + group_bytes(o.k);
   const auto step = [&](const int8_t* weight, int64_t stride, int64_t at) {
-    _tile_loadd(6, x + at * kTileRows, 64);
+    _tile_loadd(6, o.x + at * kTileRows, 64);
     _tile_loadd(4, weight, stride);
     _tile_dpbssd(0, 4, 6);
     if constexpr (kTokens > 1) {
@@ -74,47 +82,41 @@ inline void multiply_tile_corner(const int8_t* w, int64_t w_stride, const Weight
       _tile_loadd(5, weight + kTileRows * stride, stride);
       _tile_dpbssd(2, 5, 6);
     }
-    if constexpr (kWeights > 1 && kTokens > 1) _tile_dpbssd(3, 5, 7);
+    if constexpr (kAll) _tile_dpbssd(3, 5, 7);
   };
   int64_t at = 0;
-  for (; at + kTileBytes <= k; at += kTileBytes) {
-    step(w + at, w_stride, at);
-    for (int i = 0; i < kAhead; ++i) __builtin_prefetch(ahead + i * w_stride + at, 0, 2);
+  for (; at + kTileBytes <= o.k; at += kTileBytes) {
+    step(o.w + at, o.w_stride, at);
+    if (at % (2 * kTileBytes) == 0) finisher.one_tile();
+    for (int i = 0; i < kAhead; ++i) __builtin_prefetch(o.ahead + i * o.w_stride + at, 0, 2);
   }
-  if (at < k) step(tail.of, kTileBytes, at);
+  if (at < o.k) step(o.tail->of, kTileBytes, at);
+  finisher.finish();
 
-  alignas(64) int32_t found[4][kTileRows][kTileRows];
-  _tile_stored(0, found[0], 64);
-  if constexpr (kTokens > 1) _tile_stored(1, found[1], 64);
-  if constexpr (kWeights > 1) _tile_stored(2, found[2], 64);
-  if constexpr (kWeights > 1 && kTokens > 1) _tile_stored(3, found[3], 64);
-  for (int weight = 0; weight < kWeights; ++weight) {
-    for (int token = 0; token < kTokens; ++token) {
-      __m512i columns[16], rows[16];
-      for (int i = 0; i < 16; ++i) columns[i] = _mm512_load_si512(found[2 * weight + token][i]);
-      transpose(columns, rows);
-      for (int i = 0; i < 16; ++i) {
-        _mm512_storeu_si512(sums + (token * kTileRows + i) * kPanel + weight * kTileRows, rows[i]);
-      }
-    }
-  }
+  _tile_stored(0, sums.of[0], 64);
+  if constexpr (kTokens > 1) _tile_stored(1, sums.of[1], 64);
+  if constexpr (kWeights > 1) _tile_stored(2, sums.of[2], 64);
+  if constexpr (kAll) _tile_stored(3, sums.of[3], 64);
 }
 
 // All rows of a block and up to 32 columns. `prefetch`: another 32 follow.
 template <int kWeights>
 inline void multiply_tile_columns(const Block& block, const int8_t* w, int64_t first,
-                                  int64_t columns, bool prefetch, Sums& sums) {
+                                  int64_t columns, bool prefetch, TileSums& sums,
+                                  TileFinisher& finisher) {
   const GemmParams& p = *block.gemm;
   const WeightTail tail(w, p.w_q_stride, columns, p.k);
+  const bool alone = block.rows <= 2 * kTileRows;
   for (int64_t row = 0; row < block.rows; row += 2 * kTileRows) {
-    const uint8_t* x = block.x + row / kGroup * group_bytes(p.k);
     const int64_t left = block.rows - row, rows = left < 2 * kTileRows ? left : 2 * kTileRows;
-    prefetch_y(block, row, rows, first, columns);
+    const int64_t index = row / (2 * kTileRows);
+    if (!finisher.streams()) prefetch_y(block, row, rows, first, columns);
     const auto corner = [&](auto tokens, auto ahead) {
       constexpr int kAhead = decltype(ahead)::value;
-      const int8_t* next = w + (kTileColumns + row / (2 * kTileRows) * kAhead) * p.w_q_stride;
-      multiply_tile_corner<kWeights, decltype(tokens)::value, kAhead>(w, p.w_q_stride, tail, x, p.k,
-                                                                      next, sums.of);
+      const TileOperands operands = {w,     p.w_q_stride,
+                                     &tail, block.x + row / kGroup * group_bytes(p.k),
+                                     p.k,   w + (kTileColumns + index * kAhead) * p.w_q_stride};
+      multiply_tile_corner<kWeights, decltype(tokens)::value, kAhead>(operands, sums, finisher);
     };
     // The corners of these columns share the prefetch of the next ones.
     constexpr std::integral_constant<int, 1> kOne;
@@ -122,23 +124,21 @@ inline void multiply_tile_columns(const Block& block, const int8_t* w, int64_t f
     constexpr std::integral_constant<int, 0> kNone;
     constexpr std::integral_constant<int, 8> kPart;
     constexpr std::integral_constant<int, kTileColumns> kAll;
-    const bool alone = block.rows <= 2 * kTileRows;
-    const int64_t part = (row / (2 * kTileRows) + 1) * kPart;
     if (rows <= kTileRows) {
       alone&& prefetch ? corner(kOne, kAll) : corner(kOne, kNone);
     } else if (alone) {
       prefetch ? corner(kTwo, kAll) : corner(kTwo, kNone);
     } else {
-      prefetch&& part <= kTileColumns ? corner(kTwo, kPart) : corner(kTwo, kNone);
+      prefetch && (index + 1) * kPart <= kTileColumns ? corner(kTwo, kPart) : corner(kTwo, kNone);
     }
-    finish_rows(block, sums.of, sums.excess, row, rows, first, columns);
+    finisher.start({&sums, row, rows, first, columns});
   }
 }
 
 inline void multiply_tiles(const Block& block) {
   const GemmParams& p = *block.gemm;
-  Sums sums;
-  std::memset(sums.excess, 0, sizeof sums.excess);
+  TileSums sums;
+  TileFinisher finisher(block);
   int64_t configured = -1;
   for (int64_t first = block.first_column; first < block.last_column; first += kTileColumns) {
     const int64_t left = block.last_column - first;
@@ -152,10 +152,11 @@ inline void multiply_tiles(const Block& block) {
     }
     const int8_t* w = p.w_q + first * p.w_q_stride;
     if (second > 0) {
-      multiply_tile_columns<2>(block, w, first, columns, prefetch, sums);
+      multiply_tile_columns<2>(block, w, first, columns, prefetch, sums, finisher);
     } else {
-      multiply_tile_columns<1>(block, w, first, columns, prefetch, sums);
+      multiply_tile_columns<1>(block, w, first, columns, prefetch, sums, finisher);
     }
   }
+  finisher.end();
   _tile_release();
 }

@@ -28,13 +28,13 @@ inline void pack_panel(const int8_t* w, int64_t stride, int64_t columns, int64_t
     for (int64_t at = 0; at < depth; at += kPackedStep) {
       const int64_t left = depth - at;
       const __mmask64 mask = left < kPackedStep ? (__mmask64{1} << left) - 1 : ~__mmask64{0};
-      __m512i rows[16], channels[16];
-      for (int64_t i = 0; i < 16; ++i) {
+      __m512i channels[16];
+      const auto row = [&](int64_t i) {
         const int64_t n = 16 * vector + i;
         const __mmask64 own = n < columns ? mask : 0;
-        rows[i] = _mm512_maskz_loadu_epi8(own, w + (n < columns ? n : 0) * stride + at);
-      }
-      transpose(rows, channels);
+        return _mm512_maskz_loadu_epi8(own, w + (n < columns ? n : 0) * stride + at);
+      };
+      transpose(row, channels);
       for (int64_t i = 0; i < 16; ++i) {
         _mm512_store_si512(panel.of + (at + kFour * i) * kPanel + 64 * vector, channels[i]);
         sums = Dot::ones_dot(sums, channels[i]);

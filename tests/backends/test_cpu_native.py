@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from smoothquant_kernels import SmoothQuantError, ops
+from smoothquant_kernels import SmoothQuantError, ops, reference
 from smoothquant_kernels.backends import cpu_choice, cpu_native, library, onednn
 from smoothquant_kernels.ops import registry
 from tests.support import backends, cases
@@ -130,6 +130,20 @@ def test_every_16_bit_float_is_read_and_written(level: str, flush: bool) -> None
             torch.set_flush_denormal(False)
         assert_bitwise_equal(y, wanted)
         assert_bitwise_equal(same, wanted.to(dtype))
+
+
+@needs_library
+@pytest.mark.parametrize("level", cpu_native.levels_here())
+@pytest.mark.parametrize("n", [4112, 4100])
+def test_a_float32_output_larger_than_the_caches(level: str, n: int) -> None:
+    """17 MB. The level amx writes tiles of 16 aligned columns past the caches, and the others as usual."""
+    gemm = cases.gemm_operands(1043, n, 33)
+    arguments = (gemm.x_q, gemm.w_q, gemm.x_scale, gemm.w_scale)
+    for residual in (None, gemm.residual):
+        added = {"bias": gemm.bias, "residual": residual, "out_dtype": torch.float32}
+        with backends.at_level(level):
+            y = ops.gemm_s8(*arguments, **added)
+        assert_bitwise_equal(y, reference.gemm_s8(*arguments, **added))
 
 
 @needs_library

@@ -193,6 +193,22 @@ MUTANTS = {
         "gemm_s8 at level amx",
         "amx",
     ),
+    "the last tiles of a block never reach y": Mutant(
+        "tile_output.h",
+        "    finish();\n    if (streams_) _mm_sfence();",
+        "    if (streams_) _mm_sfence();",
+        ("level_amx",),
+        "level amx",
+        "amx",
+    ),
+    "sums are overwritten before they are read": Mutant(
+        "tiles.h",
+        "  finisher.finish();\n\n",
+        "",
+        ("level_amx",),
+        "level amx",
+        "amx",
+    ),
     "half of a group is subtracted the wrong way": Mutant(
         "rows.h",
         "r[i + h] = low - high;",
