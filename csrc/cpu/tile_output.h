@@ -28,40 +28,36 @@ inline void finish_tile(const Block& block, const TileCorner& corner, int tile) 
   transpose(column, tokens);
 
   const GemmParams& p = *block.gemm;
+  if (rows < kTileRows || columns < kTileRows || p.residual != nullptr) {
+    alignas(64) static constexpr int32_t kNoExcess[kTileRows] = {};
+    alignas(64) int32_t sums[kTileRows][kTileRows];
+    for (int i = 0; i < kTileRows; ++i) _mm512_store_si512(sums[i], tokens[i]);
+    for (int i = 0; i < kTileRows && i < rows; ++i) {
+      finish_row<kDType, kPerChannel, kBias>(block, sums[i], kNoExcess, row + i, n,
+                                             columns < kTileRows ? columns : kTileRows);
+    }
+    return;
+  }
+  // The usual case stays in registers.
   Output to(block);
+  to.residual = nullptr;
+  constexpr std::integral_constant<int64_t, kLanes> kAll;
   const float* const x_scales = block.x_scale + (p.x_per_token ? row : 0);
   const int64_t x_step = p.x_per_token;
   const int64_t m = block.first_row + row;
   const Floats only = broadcast(kPerChannel ? 0.0f : *p.w_scale);
-  const auto value = [&](__m512i sum, int i, Floats w_scale, Floats bias, auto count) {
-    return dequantize<kDType, kBias>(to, bits_as<Ints>(sum), w_scale,
-                                     broadcast(x_scales[i * x_step]), bias, m + i, n, count);
-  };
-  if (rows >= kTileRows && columns >= kTileRows && to.residual == nullptr) {
-    // The usual case stays in registers.
-    constexpr std::integral_constant<int64_t, kLanes> kAll;
-    to.residual = nullptr;  // The compiler sees it in all iterations.
-    const Floats w_scale = load_factors<kPerChannel>(p.w_scale, n, kAll, only);
-    const Floats bias = load_factors<kBias>(p.bias, n, kAll, Floats{});
+  const Floats w_scale = load_factors<kPerChannel>(p.w_scale, n, kAll, only);
+  const Floats bias = load_factors<kBias>(p.bias, n, kAll, Floats{});
 #pragma GCC unroll 16
-    for (int i = 0; i < kTileRows; ++i) {
-      const Floats v = value(tokens[i], i, w_scale, bias, kAll);
-      if constexpr (kStream) {
-        _mm512_stream_ps(static_cast<float*>(to.y) + (m + i) * to.y_stride + n, bits_as<__m512>(v));
-      } else {
-        write_output<kDType>(to, v, m + i, n, kAll);
-      }
+  for (int i = 0; i < kTileRows; ++i) {
+    const Floats v =
+        dequantize<kDType, kBias>(to, bits_as<Ints>(tokens[i]), w_scale,
+                                  broadcast(x_scales[i * x_step]), bias, m + i, n, kAll);
+    if constexpr (kStream) {
+      _mm512_stream_ps(static_cast<float*>(to.y) + (m + i) * to.y_stride + n, bits_as<__m512>(v));
+    } else {
+      write_output<kDType>(to, v, m + i, n, kAll);
     }
-    return;
-  }
-  alignas(64) int32_t sums[kTileRows][kTileRows];
-  for (int i = 0; i < kTileRows; ++i) _mm512_store_si512(sums[i], tokens[i]);
-  const int64_t count = columns < kTileRows ? columns : kTileRows;
-  const Floats w_scale = load_factors<kPerChannel>(p.w_scale, n, count, only);
-  const Floats bias = load_factors<kBias>(p.bias, n, count, Floats{});
-  for (int i = 0; i < kTileRows && i < rows; ++i) {
-    const Floats v = value(_mm512_load_si512(sums[i]), i, w_scale, bias, count);
-    write_output<kDType>(to, v, m + i, n, count);
   }
 }
 
