@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from smoothquant_kernels import reference
+
 _CHUNK = 1 << 18  # float32 elements: two such buffers fit in the cache of a core
 
 
@@ -12,6 +14,8 @@ def rotated(v: Tensor, group: int) -> Tensor:
     """The bits of `reference.rotate` for v [..., K] float32, on any device; v itself if `group` is 0."""
     if not group or not v.numel():
         return v
+    if torch.compiler.is_compiling():
+        return reference.rotate(v, group)  # the compiler chooses the memory accesses, and refuses `out=`
     rows = v.reshape(-1, group)
     result = torch.empty(rows.shape, dtype=v.dtype, device=v.device)
     step = max(1, _CHUNK // group) if v.is_cpu else len(rows)

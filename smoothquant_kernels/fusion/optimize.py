@@ -1,0 +1,190 @@
+"""`optimize_for_inference`: whole blocks of a quantized model in fused ops, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from smoothquant_kernels.errors import SmoothQuantError
+from smoothquant_kernels.fusion.forwards import FusedForward, FusedLinear
+from smoothquant_kernels.fusion.merged import MergedLinears, can_merge
+from smoothquant_kernels.fusion.record import (
+    FusedLayer,
+    attach_fusion,
+    detach_fusion,
+    fused_forwards,
+    fusion_info,
+    fusion_spills,
+)
+from smoothquant_kernels.fusion.trial import Trial, own_forward
+from smoothquant_kernels.fusion.values import Site
+from smoothquant_kernels.modeling.run import Batch, evaluating, output_tensors, run
+from smoothquant_kernels.modeling.sample_inputs import runnable_batch
+from smoothquant_kernels.nn.linear import W8A8Linear
+
+#: The largest change of the outputs, relative to their largest value, that roundings explain. A fused op rounds less
+#: often than the ops that it replaces, so a few int8 values differ by one step.
+MOST_CHANGE = 0.1
+
+
+def optimize_for_inference(model: nn.Module, sample: Batch | Tensor | None = None) -> nn.Module:
+    """Makes a quantized model compute whole blocks in fused ops. The model is changed in place.
+
+    * A norm or an activation function (also gated: gate and up) is computed inside the quantizer of the linears that
+      read it, with smoothing and rotation, in one op with the GEMM.
+    * Linears that read one value (q, k and v; gate and up) become one GEMM. Their weights become views of one tensor.
+    * A linear whose output is added to the residual adds it in the GEMM's epilogue.
+
+    What belongs together is found by running the model on a sample: no list of architectures is needed. Whatever does
+    not fit keeps its forward; `fusion_info(model)` says why. The state dict and what is saved do not change.
+    `undo_optimization` makes everything as it was.
+
+    Args:
+        model: a model with `W8A8Linear` layers, from `quantize_model`, `smooth_and_quantize` or `load_quantized`.
+        sample: a batch for the model (keyword arguments, or token ids [B, T]); None makes one. Values do not matter.
+
+    Returns:
+        The model.
+
+    Raises:
+        SmoothQuantError: the model has no `W8A8Linear`, or no sample can be made for it, or its outputs on the sample
+            change by more than roundings explain. The model is then unchanged.
+
+    Equivalent to:
+        The model before, up to roundings: a fused norm, activation or residual sum is rounded once, in float32, where
+        the model rounds each step to its type.
+
+    Source: SmoothQuant (Xiao et al., 2022), section 4.
+    """
+    if fusion_info(model):
+        undo_optimization(model)
+    linears, left = _linears(model)
+    if not linears and not left:
+        raise SmoothQuantError(
+            f"{type(model).__name__} has no W8A8Linear to optimize: quantize it first (quantize_model, "
+            "smooth_and_quantize) or load a quantized checkpoint (load_quantized)."
+        )
+    with evaluating(model):
+        batch = _batch(model, sample)
+        before = [t.clone() for t in output_tensors(run(model, batch))]
+        trial = Trial(model, linears)
+        trial.examine(batch)
+        try:
+            layers = _apply(model, trial) + left
+            change = _change(before, output_tensors(run(model, batch)))
+            if not change <= MOST_CHANGE:
+                raise SmoothQuantError(
+                    f"optimize_for_inference would change the outputs of {type(model).__name__} by {change:.3g} of "
+                    f"their largest value, and roundings explain {MOST_CHANGE}; the model is unchanged. Please report "
+                    "this model."
+                )
+        except BaseException:
+            undo_optimization(model)
+            raise
+        for forward in fused_forwards(model).values():
+            forward.site.spills.clear()
+    order = {name: i for i, (name, _) in enumerate(model.named_modules())}
+    attach_fusion(model, tuple(sorted(layers, key=lambda layer: order[layer.name])))
+    return model
+
+
+def undo_optimization(model: nn.Module) -> nn.Module:
+    """Gives a model the forwards and separate weights that it had before `optimize_for_inference`.
+
+    Returns:
+        The model, changed in place.
+    """
+    merged: dict[int, MergedLinears] = {}
+    for module in model.modules():
+        forward = module.__dict__.get("forward")
+        if isinstance(forward, FusedForward):
+            del module.__dict__["forward"]
+            if isinstance(forward, FusedLinear) and forward.merged is not None:
+                merged[id(forward.merged)] = forward.merged
+    for group in merged.values():
+        group.separate()
+    detach_fusion(model)
+    return model
+
+
+def _linears(model: nn.Module) -> tuple[dict[str, W8A8Linear], list[FusedLayer]]:
+    """The linears that can be fused, and the others with the reason."""
+    linears, left = {}, []
+    for name, module in model.named_modules():
+        if not isinstance(module, W8A8Linear):
+            continue
+        reason = own_forward(module)
+        if module.part:
+            reason = f"it holds {module.part} of a layer"
+        elif type(module) is not W8A8Linear:
+            reason = f"it is a {type(module).__name__}"
+        if reason is None:
+            linears[name] = module
+        else:
+            left.append(FusedLayer(name, reason=reason))
+    return linears, left
+
+
+def _batch(model: nn.Module, sample: Batch | Tensor | None) -> Batch:
+    if isinstance(sample, Tensor):
+        return {"input_ids": sample}
+    batch = runnable_batch(model) if sample is None else sample
+    if not isinstance(batch, Mapping):
+        raise SmoothQuantError(
+            f"no input was found that {type(model).__name__} accepts: pass `sample`, a dict of its arguments."
+        )
+    return batch
+
+
+def _apply(model: nn.Module, trial: Trial) -> list[FusedLayer]:
+    """Gives the modules their forwards, and returns what was done to each linear."""
+    for fused in (*trial.norms.values(), *trial.activations.values()):
+        fused.module.__dict__["forward"] = fused
+    merged: dict[str, MergedLinears] = {}
+    names: dict[str, tuple[str, ...]] = {}
+    for readers in trial.readers_of_one():
+        for part in _mergeable(readers, trial.linears):
+            group = MergedLinears([trial.linears[n] for n in part])
+            merged.update(dict.fromkeys(part, group))
+            names.update(dict.fromkeys(part, tuple(part)))
+    done = []
+    for name, layer in trial.linears.items():
+        producer, kind = trial.producer_of(name)
+        uses = trial.waiting.get(name, set())
+        entry = FusedLayer(name, producer, kind or "quantize", names.get(name, ()))
+        entry = replace(entry, residual=bool(uses & {"residual", "sum"}))
+        done.append(entry if producer else replace(entry, reason=trial.why_not(name)))
+        if producer or name in merged or uses:
+            index = names[name].index(name) if name in names else 0
+            layer.__dict__["forward"] = FusedLinear(
+                layer, Site(name), merged.get(name), index, waits=bool(uses)
+            )
+    return done
+
+
+def _mergeable(names: list[str], linears: dict[str, W8A8Linear]) -> list[list[str]]:
+    """Parts of a group whose layers quantize their input alike."""
+    parts: list[list[str]] = []
+    for name in names:
+        for part in parts:
+            if can_merge(linears[part[0]], linears[name]):
+                part.append(name)
+                break
+        else:
+            parts.append([name])
+    return [part for part in parts if len(part) > 1]
+
+
+def _change(before: list[Tensor], after: list[Tensor]) -> float:
+    """The largest change of the outputs, relative to the largest value of each."""
+    changes = [0.0]
+    for a, b in zip(before, after, strict=True):
+        scale = a.float().abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
+        changes.append(float(((a - b).float().abs().amax() / scale).nan_to_num(torch.inf)))
+    return max(changes)
+
+
+__all__ = ["fusion_info", "fusion_spills", "optimize_for_inference", "undo_optimization"]
