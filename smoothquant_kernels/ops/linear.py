@@ -74,7 +74,7 @@ def fused_linear_s8(
         x: [..., K] float16, bfloat16 or float32; [..., 2K] (gate, then up) for the kinds that end in ``_mul``.
         kind: ``"rms_norm"``, ``"layer_norm"``, or a kind of `act_quantize`.
         w_q, w_scale, bias, residual: as in `gemm_s8`.
-        norm_weight, norm_bias: [K] float. ``"rms_norm"`` needs the weight and takes no bias. ``"layer_norm"`` needs none.
+        norm_weight, norm_bias: [K] float. ``"rms_norm"`` needs the weight and takes no bias.
         eps: of a norm.
         gate: as in `act_quantize`.
         inv_smooth, scale, granularity, rotation: as in `quantize`. w_q must be rotated alike (`rotate_weight`).
