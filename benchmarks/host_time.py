@@ -73,7 +73,10 @@ class Case:
 
 
 def make_cases(m: int, n: int, k: int, dtype: str) -> Iterator[Case]:
-    """All ops on one problem: a weight per channel, tokens with a scale of their own, smoothing and bias."""
+    """All ops on one problem: a weight per channel, tokens with a scale of their own, smoothing and bias.
+
+    "with residual" adds one of y's type. `fused_linear_s8` is a whole step of a block: RMSNorm, GEMM, bias, residual.
+    """
     float_type = DTYPES[dtype]
     x = torch.randn(m, k).to(float_type)
     layer = W8A8Linear(k, n, smooth=True)
@@ -81,20 +84,31 @@ def make_cases(m: int, n: int, k: int, dtype: str) -> Iterator[Case]:
     assert bias is not None and inv_smooth is not None
     x_q, x_scale, y = torch.zeros(m, k, dtype=torch.int8), torch.ones(m), x.new_empty(m, n)
     workspace = torch.zeros(64 << 20, dtype=torch.int8)
-    quantize_op, gemm_op, linear_op = (
+    quantize_op, gemm_op, linear_op, fused_op = (
         getattr(torch.ops.smoothquant_kernels, name).default
-        for name in ("quantize", "gemm_s8", "linear_s8")
+        for name in ("quantize", "gemm_s8", "linear_s8", "fused_linear_s8")
     )
     factors = {"inv_smooth": inv_smooth, "k_multiple": 16}
     scales = {"bias": bias, "out_dtype": float_type}
     both = {"bias": bias, "inv_smooth": inv_smooth}
+    residual, weight = torch.randn(m, n).to(float_type), torch.ones(k).to(float_type)
+    added = {**both, "residual": residual}
+    norm = {**added, "norm_weight": weight, "eps": 1e-6}
     quantize = c_interface.params_of(x, x_q, x_scale, inv_smooth=inv_smooth)
-    gemm = c_gemm.params_of(x_q, w_q, x_scale, w_scale, y, bias=bias)
-    for params in (quantize, gemm):
+    normalized = c_interface.params_of(
+        x, x_q, x_scale, producer="rms_norm", weight=weight, inv_smooth=inv_smooth
+    )
+    gemm, more = (
+        c_gemm.params_of(x_q, w_q, x_scale, w_scale, y, bias=bias, residual=last)
+        for last in (None, residual)
+    )
+    for params in (quantize, normalized, gemm, more):
         params.workspace, params.workspace_bytes = workspace.data_ptr(), workspace.numel()
-    linear = c_gemm.LinearParams(quantize, gemm)
-    entries = {"quantize": quantize, "gemm_s8": gemm, "linear_s8": linear}
-    keep = [x_q, x_scale, y, workspace, layer]
+    linear, linear_more, fused = (
+        c_gemm.LinearParams(first, second)
+        for first, second in ((quantize, gemm), (quantize, more), (normalized, more))
+    )
+    keep = [x_q, x_scale, y, workspace, layer, residual, weight]
 
     def pair(quantize: Any, multiply: Any) -> Tensor:
         q, q_scale = quantize(x, **factors)
@@ -102,20 +116,31 @@ def make_cases(m: int, n: int, k: int, dtype: str) -> Iterator[Case]:
         return result
 
     operands = (x_q, w_q, x_scale, w_scale)
-    calls: dict[str, tuple[Call, Call | None]] = {
-        "quantize": (lambda: ops.quantize(x, **factors), lambda: quantize_op(x, **factors)),
-        "gemm_s8": (lambda: ops.gemm_s8(*operands, **scales), lambda: gemm_op(*operands, **scales)),
+    first, second = ("quantize", quantize), ("gemm_s8", gemm)
+    calls: dict[str, tuple[Call, Call | None, list[tuple[str, ctypes.Structure]]]] = {
+        "quantize": (lambda: ops.quantize(x, **factors), lambda: quantize_op(x, **factors), [first]),
+        "gemm_s8": (
+            lambda: ops.gemm_s8(*operands, **scales), lambda: gemm_op(*operands, **scales), [second]
+        ),
         "quantize, gemm_s8": (
-            lambda: pair(ops.quantize, ops.gemm_s8), lambda: pair(quantize_op, gemm_op)
+            lambda: pair(ops.quantize, ops.gemm_s8), lambda: pair(quantize_op, gemm_op), [first, second]
         ),
         "linear_s8": (
-            lambda: ops.linear_s8(x, w_q, w_scale, **both), lambda: linear_op(x, w_q, w_scale, **both)
+            lambda: ops.linear_s8(x, w_q, w_scale, **both),
+            lambda: linear_op(x, w_q, w_scale, **both), [("linear_s8", linear)],
         ),
-        "W8A8Linear": (lambda: layer(x), None),
+        "linear_s8 with residual": (
+            lambda: ops.linear_s8(x, w_q, w_scale, **added),
+            lambda: linear_op(x, w_q, w_scale, **added), [("linear_s8", linear_more)],
+        ),
+        "fused_linear_s8": (
+            lambda: ops.fused_linear_s8(x, "rms_norm", w_q, w_scale, **norm),
+            lambda: fused_op(x, "rms_norm", w_q, w_scale, **norm), [("linear_s8", fused)],
+        ),
+        "W8A8Linear": (lambda: layer(x), None, []),
     }  # fmt: skip
-    for op, (call, overload) in calls.items():
-        used = [(name, entries[name]) for name in op.split(", ") if name in entries]
-        yield Case(op, m, n, k, dtype, call, overload, used, keep)
+    for op, (call, overload, entries) in calls.items():
+        yield Case(op, m, n, k, dtype, call, overload, entries, keep)
 
 
 def bare_case() -> Case:
@@ -219,7 +244,7 @@ def text_of(row: dict[str, Any]) -> str:
     other = sum(row["calls"].values()) - launches
     where = f"M {row['M']:4d} N {row['N']} K {row['K']} {row['dtype']} {row['gpu']}"
     return (
-        f"{row['op']:17s} {where} | {row['us']:6.2f} us, p5 {row['p5']:6.2f}, p80 {row['p80']:6.2f} | {parts} | "
+        f"{row['op']:23s} {where} | {row['us']:6.2f} us, p5 {row['p5']:6.2f}, p80 {row['p80']:6.2f} | {parts} | "
         f"{launches} launches, {other} other calls"
     )
 

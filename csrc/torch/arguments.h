@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "check.h"
-#include "sqk/quantize.h"
+#include "sqk/dtype.h"
 #include "stable.h"
 
 namespace sqk {
@@ -156,12 +156,6 @@ inline const float* floats(const Tensor& tensor) {
   return static_cast<const float*>(tensor.const_data_ptr());
 }
 
-inline void check_activation_input(const char* op, const Tensor& x) {
-  check_float(op, "x", x);
-  SQK_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) >= 1, op,
-            ": x must have shape [..., K] with K >= 1, got ", tuple_text(x), ".");
-}
-
 // x [..., K] as rows of adjacent elements: the tensor itself if its strides allow, else a copy.
 struct Rows {
   Tensor tensor;
@@ -199,26 +193,5 @@ struct Rows {
     return true;
   }
 };
-
-// The checks that all quantizers share. Sets the scheme, the sizes and x's type in `params`.
-inline void check_quantizer(const char* op, const Tensor& x, int64_t k,
-                            const MaybeTensor& inv_smooth, const MaybeTensor& scale,
-                            std::string_view granularity, int64_t rotation,
-                            QuantizeParams& params) {
-  check_vector(op, "inv_smooth", inv_smooth, x, k, "one factor per channel of x");
-  check_vector(op, "scale", scale, x, 1, "a static scale for the whole tensor");
-  const bool per_tensor = granularity == "tensor";
-  SQK_CHECK(per_tensor || granularity == "token", op,
-            ": granularity must be 'token' or 'tensor', got '", granularity,
-            "'; give `scale` for the static scheme.");
-  SQK_CHECK(fits_rotation(rotation, k), op, ": rotation must be 0 or a power of two from 2 to ",
-            kMaxRotation, " that divides K = ", k, ", got ", rotation, ".");
-  params.rotation = static_cast<int32_t>(rotation);
-  params.scheme = scale ? Scheme::kStatic : per_tensor ? Scheme::kPerTensor : Scheme::kPerToken;
-  params.dtype = to_dtype(x.scalar_type());
-  params.path = QuantizePath::kAuto;
-  params.m = Rows::count(x);
-  params.k = k;
-}
 
 }  // namespace sqk

@@ -12,22 +12,16 @@ void check_activation(const char* op, const Tensor& x_q, const Tensor& x_scale) 
   check_scale(op, "x_scale", x_scale, x_q, Rows::count(x_q), "per token or per tensor");
 }
 
+int64_t channels(const Tensor& x_q) { return x_q.dim() ? x_q.size(x_q.dim() - 1) : 0; }
+
 Tensor gemm(const char* op, const Tensor& x_q, const Tensor& w_q, const Tensor& x_scale,
             const Tensor& w_scale, const MaybeTensor& bias, const MaybeTensor& residual,
             ScalarType out_dtype, int64_t tile, int64_t splits) {
   check_int8(op, "x_q", x_q);
-  Gemm gemm(op, x_q, w_q, w_scale, bias, out_dtype);
+  Gemm gemm(op, x_q, channels(x_q), w_q, w_scale, bias, residual, out_dtype);
   check_activation(op, x_q, x_scale);
   SQK_CHECK(is_float(out_dtype), op, ": out_dtype must be float16, bfloat16 or float32, got ",
             dtype_name(out_dtype), ".");
-  if (residual) {
-    check_float(op, "residual", *residual);
-    check_device(op, "residual", *residual, x_q);
-    bool fits = residual->dim() == x_q.dim() && residual->size(x_q.dim() - 1) == w_q.size(0);
-    for (int64_t i = 0; fits && i + 1 < x_q.dim(); ++i) fits = residual->size(i) == x_q.size(i);
-    SQK_CHECK(fits, op, ": residual must have shape ", output_shape_text(x_q, w_q.size(0)),
-              ", got ", tuple_text(*residual), ".");
-  }
   constexpr int64_t kMostInt = 1 << 30;
   SQK_CHECK(tile >= -1 && tile < kMostInt && splits >= 0 && splits < kMostInt, op,
             ": tile must be -1 or a row of the table, splits at least 0, got ", tile, " and ",
@@ -35,7 +29,6 @@ Tensor gemm(const char* op, const Tensor& x_q, const Tensor& w_q, const Tensor& 
   const Launch launch(x_q);
   gemm.prepare();
   gemm.set_activation(x_q, x_scale);
-  gemm.set_residual(residual);
   gemm.params().tile = static_cast<int32_t>(tile);
   gemm.params().splits = static_cast<int32_t>(splits);
   return gemm.run(launch);
@@ -60,7 +53,7 @@ Tensor gemm_s8_requant_op(const Tensor& x_q, const Tensor& w_q, const Tensor& x_
                           bool relu) {
   const char* const op = "gemm_s8_requant";
   check_int8(op, "x_q", x_q);
-  Gemm gemm(op, x_q, w_q, w_scale, bias, ScalarType::Char);
+  Gemm gemm(op, x_q, channels(x_q), w_q, w_scale, bias, std::nullopt, ScalarType::Char);
   check_activation(op, x_q, x_scale);
   check_vector(op, "out_scale", out_scale, x_q, 1, "the scale of the int8 output");
   const Launch launch(x_q);

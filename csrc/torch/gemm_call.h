@@ -36,13 +36,13 @@ inline void check_scale(const char* op, const char* name, const Tensor& scale, c
             size == 1 ? "" : "] or [1", "] (", what, "), got ", tuple_text(scale), ".");
 }
 
-inline void check_weight(const char* op, const Tensor& x, const Tensor& w_q) {
+// `x_k`: the channels of the rows to multiply, which may be half of x's.
+inline void check_weight(const char* op, const Tensor& x, int64_t x_k, const Tensor& w_q) {
   check_int8(op, "w_q", w_q);
   check_device(op, "w_q", w_q, x);
-  SQK_CHECK(
-      x.dim() >= 1 && w_q.dim() == 2 && w_q.size(0) >= 1 && x.size(x.dim() - 1) == w_q.size(1), op,
-      ": x_q must be [..., K] and w_q [N, K] with the same K and N >= 1, got ", tuple_text(x),
-      " and ", tuple_text(w_q), ".");
+  SQK_CHECK(x.dim() >= 1 && w_q.dim() == 2 && w_q.size(0) >= 1 && x_k == w_q.size(1), op,
+            ": x_q must be [..., K] and w_q [N, K] with the same K and N >= 1, got ",
+            x.dim() ? output_shape_text(x, x_k) : tuple_text(x), " and ", tuple_text(w_q), ".");
   const int64_t k = w_q.size(1);
   SQK_CHECK(k >= 1 && k <= kMaxGemmK, op, ": K must be in [1, ", kMaxGemmK,
             "] so that an int32 sum cannot overflow, got ", k, "; split the layer over K.");
@@ -52,10 +52,10 @@ inline void check_weight(const char* op, const Tensor& x, const Tensor& w_q) {
 // call.
 class Gemm {
  public:
-  Gemm(const char* op, const Tensor& x, const Tensor& w_q, const Tensor& w_scale,
-       const MaybeTensor& bias, ScalarType y_dtype)
+  Gemm(const char* op, const Tensor& x, int64_t x_k, const Tensor& w_q, const Tensor& w_scale,
+       const MaybeTensor& bias, const MaybeTensor& residual, ScalarType y_dtype)
       : op_(op), x_(x) {
-    check_weight(op, x, w_q);
+    check_weight(op, x, x_k, w_q);
     params_.m = Rows::count(x);
     params_.n = w_q.size(0);
     params_.k = w_q.size(1);
@@ -66,12 +66,14 @@ class Gemm {
       SQK_CHECK(bias->dim() == 1 && bias->size(0) == params_.n, op, ": bias must have shape [",
                 params_.n, "], got ", tuple_text(*bias), ".");
     }
+    if (residual) check_residual(*residual);
     params_.y_dtype = to_dtype(y_dtype);
     params_.tile = -1;
     y_dtype_ = y_dtype;
     w_q_ = w_q;
     w_scale_ = w_scale;
     bias_ = bias;
+    residual_ = residual ? &*residual : nullptr;
   }
 
   GemmParams& params() { return params_; }
@@ -86,6 +88,12 @@ class Gemm {
       bias_ = as_float32(*bias_);
       params_.bias = floats(*bias_);
     }
+    if (residual_ != nullptr) {
+      const Rows& rows = residual_rows_.emplace(*residual_);
+      params_.residual = rows.data;
+      params_.residual_stride = rows.stride;
+      params_.residual_dtype = to_dtype(residual_->scalar_type());
+    }
   }
 
   void set_activation(const Tensor& x_q, const Tensor& x_scale) {
@@ -93,14 +101,6 @@ class Gemm {
     x_scale_ = dense(x_scale);
     params_.x_scale = floats(*x_scale_);
     params_.x_per_token = x_scale_->size(0) > 1;
-  }
-
-  void set_residual(const MaybeTensor& residual) {
-    if (!residual) return;
-    const Rows& rows = residual_.emplace(*residual);
-    params_.residual = rows.data;
-    params_.residual_stride = rows.stride;
-    params_.residual_dtype = to_dtype(residual->scalar_type());
   }
 
   Tensor make_y() {
@@ -159,12 +159,23 @@ class Gemm {
     return torch::stable::copy_(copy, t);
   }
 
+  void check_residual(const Tensor& residual) const {
+    check_float(op_, "residual", residual);
+    check_device(op_, "residual", residual, x_);
+    const int64_t last = x_.dim() - 1;
+    bool fits = residual.dim() == x_.dim() && residual.size(last) == params_.n;
+    for (int64_t i = 0; fits && i < last; ++i) fits = residual.size(i) == x_.size(i);
+    SQK_CHECK(fits, op_, ": residual must have shape ", output_shape_text(x_, params_.n), ", got ",
+              tuple_text(residual), ".");
+  }
+
   const char* op_;
   const Tensor& x_;
   GemmParams params_ = {};
   ScalarType y_dtype_;
   MaybeTensor w_q_, w_scale_, x_scale_, bias_;
-  std::optional<Rows> x_rows_, w_rows_, residual_;
+  const Tensor* residual_;
+  std::optional<Rows> x_rows_, w_rows_, residual_rows_;
 };
 
 }  // namespace sqk

@@ -1,7 +1,7 @@
 """The last resort: CPU kernels in the words of `reference.py`, for ops that no other backend has a kernel for.
 
 Ops that consist of others call those of whichever backend has them: a norm or an activation is the reference's, and its
-result goes to the CPU's quantizer; a linear layer is the CPU's quantizer and GEMM.
+result goes to the CPU's quantizer; a linear layer is the CPU's quantizer, or a norm or an activation, and its GEMM.
 """
 
 from __future__ import annotations
@@ -32,10 +32,43 @@ cpu_kernel("gemm_s8_requant")(reference.gemm_s8_requant)
 
 
 @cpu_kernel("linear_s8")
-def _linear_s8(x: Tensor, w_q: Tensor, w_scale: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
-    *quantizer, rotation = rest
-    x_q, x_scale = cpu("quantize")(x, *quantizer, 1, rotation)
-    y: Tensor = cpu("gemm_s8")(x_q, w_q, x_scale, w_scale, bias, None, x.dtype)
+def _linear_s8(
+    x: Tensor,
+    w_q: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    *quantizer: Any,
+) -> Tensor:
+    *options, rotation = quantizer
+    x_q, x_scale = cpu("quantize")(x, *options, 1, rotation)
+    y: Tensor = cpu("gemm_s8")(x_q, w_q, x_scale, w_scale, bias, residual, x.dtype)
+    return y
+
+
+@cpu_kernel("fused_linear_s8")
+def _fused_linear_s8(
+    x: Tensor,
+    kind: str,
+    w_q: Tensor,
+    w_scale: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    gate: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    *quantizer: Any,
+) -> Tensor:
+    *options, rotation = quantizer
+    options += (1, rotation)
+    if kind == "rms_norm":
+        made = cpu("rms_norm_quantize")(x, norm_weight, eps, None, *options)
+    elif kind == "layer_norm":
+        made = cpu("layer_norm_quantize")(x, norm_weight, norm_bias, eps, None, *options)
+    else:
+        made = cpu("act_quantize")(x, kind, gate, *options)
+    y: Tensor = cpu("gemm_s8")(made[0], w_q, made[1], w_scale, bias, residual, x.dtype)
     return y
 
 

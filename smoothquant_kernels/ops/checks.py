@@ -12,6 +12,7 @@ from smoothquant_kernels.reference import ACTIVATIONS, FUSED_KINDS, MAX_K, MAX_R
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 GRANULARITIES = ("token", "tensor")
 KINDS = (*ACTIVATIONS, *FUSED_KINDS)
+NORMS = ("rms_norm", "layer_norm")
 
 
 def _shape(t: Tensor) -> str:
@@ -130,10 +131,14 @@ def norm(
     same_as_x(op, "residual", residual, x)
 
 
+def _require_kind(op: str, kind: str, allowed: tuple[str, ...]) -> None:
+    if kind not in allowed:
+        raise ValueError(f"{op}: kind must be one of {', '.join(allowed)}; got {kind!r}.")
+
+
 def activation_kind(op: str, x: Tensor, kind: str, gate: Tensor | None) -> int:
     """Checks kind and gate; returns the number of output channels."""
-    if kind not in KINDS:
-        raise ValueError(f"{op}: kind must be one of {', '.join(KINDS)}; got {kind!r}.")
+    _require_kind(op, kind, KINDS)
     activation_input(op, x)
     if kind not in FUSED_KINDS:
         same_as_x(op, "gate", gate, x)
@@ -150,14 +155,17 @@ def activation_kind(op: str, x: Tensor, kind: str, gate: Tensor | None) -> int:
 _QUANTIZE_FIRST = " Quantize it first (ops.quantize)."
 
 
-def _gemm_weight(op: str, x: Tensor, w_q: Tensor, w_scale: Tensor, bias: Tensor | None) -> None:
-    """Checks a GEMM's weight, scale and bias against its activation x [..., K], float or int8."""
+def _gemm_weight(
+    op: str, x: Tensor, x_k: int, w_q: Tensor, w_scale: Tensor, bias: Tensor | None
+) -> None:
+    """Checks a GEMM's weight, scale and bias against its activation, which has x's rows and x_k channels."""
     _require_dtype(op, "w_q", w_q, (torch.int8,), _QUANTIZE_FIRST)
     _require_device(op, "w_q", w_q, x)
-    if x.dim() < 1 or w_q.dim() != 2 or w_q.shape[0] < 1 or x.shape[-1] != w_q.shape[1]:
+    if x.dim() < 1 or w_q.dim() != 2 or w_q.shape[0] < 1 or x_k != w_q.shape[1]:
+        shape = (*x.shape[:-1], x_k) if x.dim() else ()
         raise ValueError(
             f"{op}: x_q must be [..., K] and w_q [N, K] with the same K and N >= 1, "
-            f"got {_shape(x)} and {_shape(w_q)}."
+            f"got {shape} and {_shape(w_q)}."
         )
     n, k = w_q.shape
     if not 1 <= k <= MAX_K:
@@ -183,7 +191,7 @@ def gemm(
 ) -> None:
     """Checks the operands of an int8 GEMM."""
     _require_dtype(op, "x_q", x_q, (torch.int8,), _QUANTIZE_FIRST)
-    _gemm_weight(op, x_q, w_q, w_scale, bias)
+    _gemm_weight(op, x_q, x_q.shape[-1] if x_q.dim() else 0, w_q, w_scale, bias)
     m = math.prod(x_q.shape[:-1])
     _require_vector(op, "x_scale", x_scale, x_q, (m, 1), "per token or per tensor")
     if out_dtype not in FLOATS:
@@ -196,15 +204,49 @@ def linear(
     w_q: Tensor,
     w_scale: Tensor,
     bias: Tensor | None,
+    residual: Tensor | None,
     inv_smooth: Tensor | None,
     scale: Tensor | None,
     granularity: str,
     rotation: int,
+    k: int | None = None,
 ) -> None:
-    """Checks the operands of a whole linear layer."""
+    """Checks the operands of a whole linear layer, whose quantizer gives k channels, or as many as x has."""
     activation_input(op, x)
-    _gemm_weight(op, x, w_q, w_scale, bias)
-    quantizer(op, x, x.shape[-1], inv_smooth, scale, granularity, 1, rotation)
+    k = x.shape[-1] if k is None else k
+    _gemm_weight(op, x, k, w_q, w_scale, bias)
+    gemm_residual(op, residual, x, w_q)
+    quantizer(op, x, k, inv_smooth, scale, granularity, 1, rotation)
+
+
+def producer(
+    op: str,
+    x: Tensor,
+    kind: str,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    gate: Tensor | None,
+) -> int:
+    """Checks what a norm or an activation function takes and no other kind; returns the number of output channels."""
+    _require_kind(op, kind, (*NORMS, *KINDS))
+    activation_input(op, x)
+    norm, rms = kind in NORMS, kind == "rms_norm"
+    for name, unwanted in {
+        "norm_weight": not norm and norm_weight is not None,
+        "norm_bias": (rms or not norm) and norm_bias is not None,
+        "eps": not norm and eps != 0.0,
+        "gate": norm and gate is not None,
+    }.items():
+        if unwanted:
+            raise ValueError(f"{op}: kind {kind!r} takes no `{name}`; drop it.")
+    if not norm:
+        return activation_kind(op, x, kind, gate)
+    if rms and norm_weight is None:
+        raise ValueError(f"{op}: kind {kind!r} needs `norm_weight` [K].")
+    norm_parameter(op, "norm_weight", norm_weight, x)
+    norm_parameter(op, "norm_bias", norm_bias, x)
+    return int(x.shape[-1])
 
 
 def forced_tile(op: str, tile: int, splits: int) -> None:

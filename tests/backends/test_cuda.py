@@ -188,6 +188,7 @@ CALLS: dict[str, tuple[Any, ...]] = {
     "gemm_s8": (X, X, X, X),
     "gemm_s8_requant": (X, X, X, X, X),
     "linear_s8": (X, X, X),
+    "fused_linear_s8": (X, "relu", X, X),
     "_gemm_s8_tile": (X, X, X, X),
 }
 

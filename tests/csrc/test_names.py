@@ -25,7 +25,7 @@ def test_producers() -> None:
 
 
 def test_kinds_of_activation_functions() -> None:
-    kinds = rows("torch/quantize.cpp", "constexpr Kind kKinds[] = {", "};", r'\{"(\w+)"')
+    kinds = rows("torch/quantize_call.h", "constexpr Kind kKinds[] = {", "};", r'\{"(\w+)"')
     assert kinds == [*reference.ACTIVATIONS, *reference.FUSED_KINDS]
     assert list(producers.ACTIVATIONS) == list(reference.ACTIVATIONS)
 

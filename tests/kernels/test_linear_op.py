@@ -36,17 +36,20 @@ def check(
     scheme: str,
     what: str = "",
     scale: float = 0.013,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """x and the weights are on the backend's device, in any layout, and inv_smooth on the CPU. Returns y on the CPU."""
+    """All but inv_smooth are on the backend's device, in any layout. Returns y on the CPU."""
     options: dict[str, Any] = cases.quantize_options(scheme, scale)
     x_q, x_scale = reference.quantize(x.cpu(), inv_smooth, **options)
-    added = None if bias is None else bias.cpu()
+    added, last = (None if t is None else t.cpu() for t in (bias, residual))
     expected = reference.gemm_s8(
-        x_q, w_q.cpu(), x_scale, w_scale.cpu(), added, out_dtype=x.dtype
+        x_q, w_q.cpu(), x_scale, w_scale.cpu(), added, last, out_dtype=x.dtype
     )  # fmt: skip
     given = {k: backend.put(v) if isinstance(v, Tensor) else v for k, v in options.items()}
     smooth = None if inv_smooth is None else backend.put(inv_smooth)
-    found = ops.linear_s8(x, w_q, w_scale, bias=bias, inv_smooth=smooth, **given)
+    found = ops.linear_s8(
+        x, w_q, w_scale, bias=bias, residual=residual, inv_smooth=smooth, **given
+    )  # fmt: skip
     assert found.is_contiguous()
     assert_bitwise_equal(found, expected, f"{what} {scheme}")
     count_result()
@@ -54,13 +57,20 @@ def check(
 
 
 def check_all(backend: Backend, x: Tensor, n: int, what: str) -> None:
-    """Every scheme, with and without smoothing and bias."""
+    """Every scheme, with and without smoothing, bias and a residual of any type."""
     w_q, w_scale, bias = weights(backend, n, x.shape[-1])
+    residual = backend.put(torch.randn(*x.shape[:-1], n, generator=cases.generator(5)))
     for i, scheme in enumerate(cases.SCHEMES):
         for smooth in (False, True):
             inv_smooth = cases.inverse_smooth(x.shape[-1]) if smooth else None
             added = bias if smooth ^ (i == 1) else None
-            check(backend, x, w_q, w_scale if i else w_scale[:1], added, inv_smooth, scheme, what)
+            last = (
+                None if smooth ^ (i == 2) else residual.to(cases.FLOATS[i] if smooth else x.dtype)
+            )
+            check(
+                backend, x, w_q, w_scale if i else w_scale[:1], added, inv_smooth, scheme, what,
+                residual=last,
+            )  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", cases.FLOATS, ids=str)
@@ -172,6 +182,25 @@ def test_bias_of_any_type_and_unaligned_factors(backend: Backend) -> None:
         assert_bitwise_equal(found, expected, name)
 
 
+@pytest.mark.parametrize("m", [4, 30])
+def test_any_layout_of_the_residual(backend: Backend, m: int) -> None:
+    x = backend.put(cases.activations(m, 64, torch.bfloat16))
+    w_q, w_scale, bias = weights(backend, 18, 64)
+    base = backend.put(torch.randn(m, 60, generator=cases.generator(7)))
+    for dtype in cases.FLOATS:
+        typed = base.to(dtype)
+        for name, residual in {
+            "slice": typed[:, 18:36],
+            "unaligned slice": typed[:, 5:23],
+            "strided": typed[:, ::3][:, :18],
+            "transposed": typed[:, :18].t().contiguous().t(),
+            "repeated": typed[:1, :18].expand(m, 18),
+            "one column": typed[:, :1].expand(m, 18),
+        }.items():
+            what = f"{name} {dtype}"
+            check(backend, x, w_q, w_scale, bias, None, "token", what, residual=residual)
+
+
 def test_random_bits(backend: Backend) -> None:
     g = cases.generator(0)
     bits = torch.randint(-(2**31), 2**31, (300, 40), generator=g).to(torch.int32)
@@ -195,6 +224,9 @@ def test_random_bits(backend: Backend) -> None:
         ({"w_q": torch.ones(3, 8)}, "w_q must be int8, got float32. Quantize it first"),
         ({"w_scale": torch.ones(2)}, r"w_scale must have shape \[3\] or \[1\] \(per output channel"),
         ({"bias": torch.ones(2)}, r"bias must have shape \[3\], got \(2,\)\."),
+        ({"residual": torch.ones(2, 4)}, r"residual must have shape \(2, 3\), got \(2, 4\)\."),
+        ({"residual": torch.ones(3)}, r"residual must have shape \(2, 3\), got \(3,\)\."),
+        ({"residual": torch.ones(2, 3).int()}, "residual must be float16 or bfloat16 or float32, got int32."),
         ({"inv_smooth": torch.ones(7)}, r"inv_smooth must have shape \[8\] \(one factor per channel of x\), got"),
         ({"inv_smooth": torch.ones(8).half()}, "inv_smooth must be float32, got float16. Scales and smoothing"),
         ({"scale": torch.ones(2)}, r"scale must have shape \[1\] \(a static scale for the whole tensor\), got \(2,\)."),

@@ -31,8 +31,11 @@ SCHEMAS = {
     "act_quantize": f"(Tensor x, str kind, *, Tensor? gate=None, {QUANTIZER}) -> (Tensor, Tensor)",
     "gemm_s8": f"({GEMM}, *, Tensor? bias=None, Tensor? residual=None, ScalarType out_dtype) -> Tensor",
     "gemm_s8_requant": f"({GEMM}, Tensor out_scale, *, Tensor? bias=None, bool relu=False) -> Tensor",
-    "linear_s8": "(Tensor x, Tensor w_q, Tensor w_scale, *, Tensor? bias=None, Tensor? inv_smooth=None, "
-    'Tensor? scale=None, str granularity="token", int rotation=0) -> Tensor',
+    "linear_s8": "(Tensor x, Tensor w_q, Tensor w_scale, *, Tensor? bias=None, Tensor? residual=None, "
+    'Tensor? inv_smooth=None, Tensor? scale=None, str granularity="token", int rotation=0) -> Tensor',
+    "fused_linear_s8": "(Tensor x, str kind, Tensor w_q, Tensor w_scale, *, Tensor? norm_weight=None, "
+    "Tensor? norm_bias=None, float eps=0., Tensor? gate=None, Tensor? bias=None, Tensor? residual=None, "
+    'Tensor? inv_smooth=None, Tensor? scale=None, str granularity="token", int rotation=0) -> Tensor',
     "_gemm_s8_tile": f"({GEMM}, *, Tensor? bias=None, Tensor? residual=None, ScalarType out_dtype, "
     "int tile=-1, int splits=0) -> Tensor",
     "_saturate_s8": "(Tensor x) -> Tensor",
@@ -56,6 +59,7 @@ def test_ops_are_listed_in_the_order_of_the_documentation() -> None:
         "gemm_s8",
         "gemm_s8_requant",
         "linear_s8",
+        "fused_linear_s8",
     ]
     assert all(getattr(ops, name).__doc__ for name in public)
 

@@ -56,7 +56,9 @@ def problems(m: int, k: int, dtype: torch.dtype = torch.float16, seed: int = 0) 
     ]
     for scheme in cases.SCHEMES:
         options = cases.quantize_options(scheme)
-        options |= {"inv_smooth": cases.inverse_smooth(k, seed), "bias": gemm.bias}
+        options |= {"inv_smooth": cases.inverse_smooth(k, seed), **added}
+        fused = (x, "relu", gemm.w_q, gemm.w_scale)  # exact on every backend
+        made.append(Call("fused_linear_s8", fused, {**options, "gate": other}))
         for turned in (0, rotation):
             call = Call("linear_s8", (x, gemm.w_q, gemm.w_scale), {**options, "rotation": turned})
             made.append(call)

@@ -44,6 +44,10 @@ def calls(m: int = M) -> list[Call]:
     gemm = cases.gemm_operands(m, N, K)
     scalar = cases.gemm_operands(m, N, K, per_token=False, per_channel=False)
     every: dict[str, Any] = {"bias": gemm.bias, "residual": gemm.residual}
+
+    def fused(kind: str) -> tuple[Any, ...]:
+        return x, kind, gemm.w_q, gemm.w_scale
+
     return [
         Call("quantize", (x,), {}),
         Call("quantize", (x,), {**smooth, "granularity": "tensor"}),
@@ -78,7 +82,28 @@ def calls(m: int = M) -> list[Call]:
         Call(
             "linear_s8", (x, gemm.w_q, gemm.w_scale), {"bias": gemm.bias, **smooth, "scale": static}
         ),
-        Call("linear_s8", (x, gemm.w_q, gemm.w_scale), {**smooth, "rotation": 2}),
+        Call(
+            "linear_s8",
+            (x, gemm.w_q, gemm.w_scale),
+            {**smooth, "rotation": 2, "residual": gemm.residual},
+        ),
+        Call(
+            "fused_linear_s8",
+            fused("rms_norm"),
+            {"norm_weight": weight, "eps": 1e-5, **every, **smooth},
+        ),
+        Call("fused_linear_s8", fused("layer_norm"), {"granularity": "tensor"}),
+        Call(
+            "fused_linear_s8",
+            fused("layer_norm"),
+            {"norm_weight": weight, "norm_bias": inv_smooth, "eps": 1e-5, **smooth, "rotation": 2},
+        ),
+        Call("fused_linear_s8", fused("silu"), {"gate": other, **every, **smooth, "scale": static}),
+        Call(
+            "fused_linear_s8",
+            (torch.cat([x, other], -1), *fused("gelu_tanh_mul")[1:]),
+            {"residual": every["residual"], "granularity": "tensor", "rotation": 2},
+        ),
     ]
 
 

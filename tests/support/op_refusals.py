@@ -52,6 +52,11 @@ def linear(**changes: Any) -> Call:
     return Call("linear_s8", (*operands, changes.pop("w_scale", G.w_scale)), changes)
 
 
+def fused(kind: str = "silu", **changes: Any) -> Call:
+    operands = (changes.pop("x", X), kind, changes.pop("w_q", G.w_q))
+    return Call("fused_linear_s8", (*operands, changes.pop("w_scale", G.w_scale)), changes)
+
+
 FLOAT_NAMES = "float16 or bfloat16 or float32"
 LONG = torch.zeros(1, reference.MAX_K + 1, dtype=torch.int8)
 
@@ -130,4 +135,49 @@ REFUSED: list[tuple[Call, type[Exception], str]] = [
     (linear(inv_smooth=torch.ones(3)), ValueError, "inv_smooth must have shape [6] (one factor"),
     (linear(rotation=8), ValueError, "linear_s8: rotation must be 0 or a power of two from 2 to"),
     (linear(granularity="row"), ValueError, "must be 'token' or 'tensor', got 'row'; give"),
+    (linear(residual=torch.ones(4, 6)), ValueError, "residual must have shape (4, 3), got (4, 6)."),
+    (linear(residual=G.x_q[:, :3]), TypeError, f"residual must be {FLOAT_NAMES}, got int8."),
+    (fused(x=G.x_q), TypeError, f"fused_linear_s8: x must be {FLOAT_NAMES}, got int8."),
+    (
+        fused("rms"),
+        ValueError,
+        f"kind must be one of rms_norm, layer_norm, {', '.join(KINDS)}; got",
+    ),
+    (fused("rms_norm"), ValueError, "fused_linear_s8: kind 'rms_norm' needs `norm_weight` [K]."),
+    (
+        fused("rms_norm", norm_weight=X[0], norm_bias=X[0]),
+        ValueError,
+        "kind 'rms_norm' takes no `norm_bias`; drop it.",
+    ),
+    (fused("layer_norm", gate=X), ValueError, "kind 'layer_norm' takes no `gate`; drop it."),
+    (fused(norm_weight=X[0]), ValueError, "kind 'silu' takes no `norm_weight`; drop it."),
+    (fused(norm_bias=X[0]), ValueError, "kind 'silu' takes no `norm_bias`; drop it."),
+    (fused("silu_mul", eps=1e-5), ValueError, "kind 'silu_mul' takes no `eps`; drop it."),
+    (fused("silu_mul", gate=X), ValueError, "reads gate and up from one x [..., 2K]; drop"),
+    (fused("silu_mul", x=X[:, :5]), ValueError, "needs x [..., 2K], got an odd size: (4, 5)."),
+    (fused("silu_mul"), ValueError, "the same K and N >= 1, got (4, 3) and (3, 6)."),
+    (
+        fused(gate=X[:1]),
+        ValueError,
+        "fused_linear_s8: gate must have x's shape (4, 6), got (1, 6).",
+    ),
+    (fused(gate=X.half()), TypeError, "fused_linear_s8: gate must be float32, got float16."),
+    (
+        fused("rms_norm", norm_weight=X[0, :5]),
+        ValueError,
+        "fused_linear_s8: norm_weight must have shape [6], got (5,).",
+    ),
+    (
+        fused("layer_norm", norm_bias=X[0].int()),
+        TypeError,
+        f"fused_linear_s8: norm_bias must be {FLOAT_NAMES}, got int32.",
+    ),
+    (fused(w_q=G.w_q.float()), TypeError, "fused_linear_s8: w_q must be int8, got float32. Quant"),
+    (fused(w_scale=torch.ones(2)), ValueError, "w_scale must have shape [3] or [1] (per output"),
+    (fused(bias=torch.ones(4)), ValueError, "fused_linear_s8: bias must have shape [3], got (4,)."),
+    (fused(residual=X), ValueError, "residual must have shape (4, 3), got (4, 6)."),
+    (fused(inv_smooth=torch.ones(3)), ValueError, "inv_smooth must have shape [6] (one factor"),
+    (fused(scale=torch.ones(4)), ValueError, "scale must have shape [1] (a static scale"),
+    (fused(rotation=4), ValueError, "that divides K = 6, got 4."),
+    (fused(granularity="row"), ValueError, "must be 'token' or 'tensor', got 'row'; give"),
 ]

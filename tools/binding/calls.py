@@ -43,6 +43,9 @@ CALLS: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
     ("linear_s8", (X, W, PER_CHANNEL), {}),
     ("linear_s8", (X, W, ONE), {"bias": PER_CHANNEL, "scale": TWO / 2, "inv_smooth": torch.ones(4)}),
     ("linear_s8", (X, W, ONE), {"granularity": "tensor"}),
+    ("linear_s8", (X, W, ONE), {"residual": torch.ones(3, 2)}),
+    ("fused_linear_s8", (X, "relu", W, ONE), {"scale": ONE, "residual": torch.ones(3, 2)}),
+    ("fused_linear_s8", (SIGNS, "layer_norm", W, ONE), {"norm_weight": 127 * torch.ones(4)}),
     ("_gemm_s8_tile", (X_Q, W, ONE, ONE), {"out_dtype": torch.float32, "tile": -1, "splits": 0}),
 ]  # fmt: skip
 
