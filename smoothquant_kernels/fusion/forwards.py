@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from smoothquant_kernels import ops
 from smoothquant_kernels.errors import SmoothQuantError
-from smoothquant_kernels.fusion.merged import MergedLinears
+from smoothquant_kernels.fusion.merged import LinearGroup
 from smoothquant_kernels.fusion.norms import NormForm
 from smoothquant_kernels.fusion.values import (
     ActivatedValue,
@@ -33,13 +32,12 @@ class FusedForward:
         self.module = module
         self.site = site
 
-    def refuse_training(self) -> None:
-        """Raises SmoothQuantError if the module is in training mode."""
-        if self.module.training:
-            raise SmoothQuantError(
-                f"{self.site.name} is fused for inference and was called in training mode: call model.eval(), or "
-                "undo_optimization(model) before training."
-            )
+    def in_training(self) -> SmoothQuantError:
+        """The error for a call in training mode."""
+        return SmoothQuantError(
+            f"{self.site.name} is fused for inference and was called in training mode: call model.eval(), or "
+            "undo_optimization(model) before training."
+        )
 
 
 class FusedNorm(FusedForward):
@@ -49,28 +47,25 @@ class FusedNorm(FusedForward):
         super().__init__(module, site)
         self.form = form
         self.kind = form.kind
-        self.eps = form.eps
-        self._one_plus: tuple[Tensor, int, Tensor] | None = None
+        self._kept: tuple[Any, int, dict[str, Any]] | None = None
 
     def original(self, x: Tensor) -> Tensor:
         """The norm of x by the module's own code."""
         y: Tensor = type(self.module).forward(self.module, x)
         return y
 
-    def parameters(self) -> tuple[Tensor | None, Tensor | None]:
-        """The norm's factors and bias. 1 + weight is kept until the weight changes."""
-        if not self.form.one_plus or torch.compiler.is_compiling():
-            return self.form.factors(self.module)
-        weight: Any = self.module._parameters[self.form.weight]
-        bias = self.module._parameters[self.form.bias] if self.form.bias else None
-        version = -1 if weight.is_inference() else weight._version
-        kept = self._one_plus
+    def parameters(self) -> dict[str, Any]:
+        """The arguments of `ops.fused_linear_s8` that describe the norm."""
+        if torch.compiler.is_compiling():
+            return self.form.arguments(self.module)
+        own: Any = self.module._parameters
+        weight = own[self.form.weight]
+        version = weight._version if self.form.one_plus and not weight.is_inference() else 0
+        kept = self._kept
         if kept is None or kept[0] is not weight or kept[1] != version:
             with torch.no_grad():
-                factors, _ = self.form.factors(self.module)
-            assert factors is not None
-            kept = self._one_plus = (weight, version, factors)
-        return kept[2], bias
+                kept = self._kept = (weight, version, self.form.arguments(self.module))
+        return kept[2]
 
     def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         weight: Any = self.module._parameters[self.form.weight]
@@ -78,8 +73,9 @@ class FusedNorm(FusedForward):
         if not plain or x.dtype != weight.dtype or x.shape[-1] != weight.shape[0]:
             x = x.spill("norm") if isinstance(x, Deferred) else x
             return type(self.module).forward(self.module, x, *args, **kwargs)
-        self.refuse_training()
-        if differentiable(x, weight):
+        if self.module.training:
+            raise self.in_training()
+        if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
             return self.original(x)
         return NormValue(self, x)
 
@@ -102,7 +98,8 @@ class FusedActivation(FusedForward):
         elif type(x) is not Tensor or args or kwargs or differentiable(x):
             x = x.spill("activation") if isinstance(x, Deferred) else x
             return type(self.module).forward(self.module, x, *args, **kwargs)
-        self.refuse_training()
+        if self.module.training:
+            raise self.in_training()
         return ActivatedValue(self.site, self.kind, x, self.original)
 
 
@@ -110,60 +107,40 @@ class FusedLinear(FusedForward):
     """A quantized linear that computes its producer, too, and waits for the residual that is added to it.
 
     Attributes:
-        merged, index: the GEMM that the layer is a part of, and which one; None and 0 for a layer of its own.
+        group, index: the GEMM that computes the layer, and which of its layers it is.
         waits: whether the output waits for a residual or an activation.
     """
 
     def __init__(
-        self,
-        layer: W8A8Linear,
-        site: Site,
-        merged: MergedLinears | None = None,
-        index: int = 0,
-        waits: bool = False,
+        self, layer: W8A8Linear, site: Site, group: LinearGroup, index: int = 0, waits: bool = False
     ) -> None:
         super().__init__(layer, site)
         self.layer = layer
-        self.merged = merged
+        self.group = group
         self.index = index
         self.waits = waits
 
+    # The parameter has the name that nn.Linear gives it, because some models call proj(input=x).
     def __call__(self, input: Any) -> Any:
-        # The parameter has the name that nn.Linear gives it, because some models call proj(input=x).
-        x = input
-        if type(x) is Tensor:
-            if x.requires_grad and torch.is_grad_enabled():
-                return W8A8Linear.forward(self.layer, x)
-        elif not isinstance(x, Deferred):
-            return W8A8Linear.forward(self.layer, x)
-        self.refuse_training()
-        return LinearValue(self, x) if self.waits else self.run(x)
-
-    def _part(self, x: Any) -> Tensor:
-        """The layer's part of the merged output."""
-        assert self.merged is not None
-        if type(x) is Tensor:
-            return self.merged.of_tensor(x, self.index)
-        if type(x) is NormValue:
-            return self.merged.of_norm(x, self.index)
-        return self.merged.of_tensor(x.tensor(), self.index)
+        kind = type(input)
+        if kind is NormValue:
+            if not self.waits:
+                outputs = input.outputs.get(self.group)
+                return (outputs or self.group.of_norm(input))[self.index]
+        elif kind is Tensor:
+            if input.requires_grad and torch.is_grad_enabled():
+                return W8A8Linear.forward(self.layer, input)
+        elif not isinstance(input, Deferred):
+            return W8A8Linear.forward(self.layer, input)
+        return LinearValue(self, input) if self.waits else self.run(input)
 
     def run(self, x: Any, residual: Tensor | None = None) -> Tensor:
         """The layer's output for a tensor or a value that is not computed yet, plus a residual."""
-        if self.merged is not None and residual is None:
-            return self._part(x)
-        layer = self.layer
-        # Not layer.w_q: nn.Module searches elsewhere before it finds a buffer, which takes a microsecond each.
-        own: dict[str, Any] = layer._buffers
-        rest = {
-            "bias": own["bias"],
-            "residual": residual,
-            "inv_smooth": own["inv_smooth"],
-            "scale": own["x_scale"],
-            "granularity": layer._granularity,
-            "rotation": layer.rotation,
-        }
-        if type(x) is Tensor:
-            return ops.linear_s8(x, own["w_q"], own["w_scale"], **rest)
-        y: Tensor = x.linear(own["w_q"], own["w_scale"], **rest)
-        return y
+        group = self.group
+        if group.is_single:
+            return group.multiply(x, residual)
+        if type(x) is NormValue:
+            y = (x.outputs.get(group) or group.of_norm(x))[self.index]
+        else:
+            y = group.of_tensor(x.tensor() if isinstance(x, Deferred) else x, self.index)
+        return y if residual is None else y + residual

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,102 +13,112 @@ from smoothquant_kernels.fusion.values import NormValue
 from smoothquant_kernels.nn.linear import W8A8Linear
 from smoothquant_kernels.nn.operands import packed_rows
 
+_STATE = ("w_q", "w_scale", "bias", "inv_smooth", "x_scale")
 
-class MergedLinears:
-    """One GEMM for several `W8A8Linear` that read one value with the same factors, scale, scheme and rotation.
 
-    The state of each layer does not change: `w_q`, `w_scale` and `bias` become views of the merged tensors, so that
-    nothing is held twice and a checkpoint holds what it held before. If the layers' weights were replaced since (moved
-    to a GPU, for example), they are merged again.
+class LinearGroup:
+    """One GEMM for one or several `W8A8Linear` that read one value with the same factors, scale, scheme and rotation.
+
+    The state of the layers does not change. With several, `w_q`, `w_scale` and `bias` become views of the merged
+    tensors, so that nothing is held twice and a checkpoint holds what it held before. If the layers' tensors were
+    replaced since (moved to a GPU, for example), they are merged again.
     """
 
     def __init__(self, layers: Sequence[W8A8Linear]) -> None:
         self.layers = tuple(layers)
-        self.sizes = [layer.out_features for layer in layers]
-        #: The last float tensor that a member has read, and the outputs that other members have not taken yet.
+        self.is_single = len(self.layers) == 1
+        self._sizes = [layer.out_features for layer in layers]
+        # The last float tensor that a member has read, its version, and the outputs that other members have yet to take.
         self._last: tuple[Tensor, int, tuple[Tensor, ...], set[int]] | None = None
         self._merge()
 
     def _merge(self) -> None:
         own = [layer._buffers for layer in self.layers]
-        with torch.no_grad(), torch.inference_mode(False):
-            self.w_q = packed_rows(torch.cat([_whole(b["w_q"]) for b in own]))
-            self.w_scale = torch.cat([_whole(b["w_scale"]) for b in own])
-            biases = [b["bias"] for b in own]
-            self.bias = None
-            if any(b is not None for b in biases):
-                zeros = [self.w_scale.new_zeros(n) for n in self.sizes]
-                self.bias = torch.cat(
-                    [z if b is None else _whole(b) for z, b in zip(zeros, biases, strict=True)]
-                )
-            if self.w_q.is_cuda:
-                # CUDA graphs of torch.compile would else copy the weight before every replay.
-                for t in (self.w_q, self.w_scale, self.bias):
-                    if t is not None:
-                        torch._dynamo.mark_static_address(t, guard=False)
+        w_q, w_scale, bias = self._merged(own)
         start = 0
-        for layer, n in zip(self.layers, self.sizes, strict=True):
-            end = start + n
-            layer._buffers["w_q"] = self.w_q[start:end]
-            layer._buffers["w_scale"] = self.w_scale[start:end]
-            if layer._buffers["bias"] is not None:
-                assert self.bias is not None
-                layer._buffers["bias"] = self.bias[start:end]
-            start = end
-        self._seen = tuple(layer._buffers["w_q"] for layer in self.layers)
-
-    def separate(self) -> None:
-        """Gives each layer tensors of its own again."""
-        for layer in self.layers:
-            own = layer._buffers
-            with torch.no_grad(), torch.inference_mode(False):
-                for name in ("w_q", "w_scale", "bias"):
-                    value = own[name]
-                    if value is not None:
-                        own[name] = packed_rows(value.clone()) if name == "w_q" else value.clone()
-
-    def _run(self, x: Any, residual: Tensor | None = None) -> tuple[Tensor, ...]:
-        for layer, seen in zip(self.layers, self._seen, strict=True):
-            if layer._buffers["w_q"] is not seen:
-                self._merge()
+        for buffers, n in zip(own, self._sizes, strict=True):
+            if self.is_single:
                 break
+            end = start + n
+            buffers["w_q"], buffers["w_scale"] = w_q[start:end], w_scale[start:end]
+            if buffers["bias"] is not None:
+                assert bias is not None
+                buffers["bias"] = bias[start:end]
+            start = end
         first = self.layers[0]
-        own: dict[str, Any] = first._buffers
-        rest = {
-            "bias": self.bias,
-            "inv_smooth": own["inv_smooth"],
-            "scale": own["x_scale"],
+        options = {
+            "bias": bias,
+            "inv_smooth": own[0]["inv_smooth"],
+            "scale": own[0]["x_scale"],
             "granularity": first._granularity,
             "rotation": first.rotation,
         }
-        if type(x) is Tensor:
-            y = ops.linear_s8(x, self.w_q, self.w_scale, **rest)
-        else:
-            y = x.linear(self.w_q, self.w_scale, **rest)
-        return y.split(self.sizes, dim=-1)
+        defaults = (None, "token", 0)
+        self._operands = (w_q, w_scale)
+        self._options = {k: v for k, v in options.items() if not any(v is d for d in defaults)}
+        self._seen = tuple((b, name, b[name]) for b in own for name in _STATE)
 
-    def of_norm(self, value: NormValue, index: int) -> Tensor:
-        """The output of one member for what a norm makes. The first reader computes those of all."""
-        outputs = value.outputs.get(self)
-        if outputs is None:
-            outputs = value.outputs[self] = self._run(value)
-        return outputs[index]
+    def _merged(self, own: Sequence[Mapping[str, Any]]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """w_q [N, K], w_scale [N] and bias [N] of all layers."""
+        if self.is_single:
+            return own[0]["w_q"], own[0]["w_scale"], own[0]["bias"]
+        with torch.no_grad(), torch.inference_mode(False):
+            w_q = packed_rows(torch.cat([b["w_q"] for b in own]))
+            w_scale = torch.cat([b["w_scale"] for b in own])
+            bias = None
+            if any(b["bias"] is not None for b in own):
+                # A layer without a bias adds +0. It changes no value but the sign of a zero.
+                parts = [(b["bias"], n) for b, n in zip(own, self._sizes, strict=True)]
+                bias = torch.cat([w_scale.new_zeros(n) if b is None else b for b, n in parts])
+            for t in (w_q, w_scale, bias):
+                if t is not None and t.is_cuda:
+                    # Else the CUDA graphs of torch.compile would copy it before every replay.
+                    torch._dynamo.mark_static_address(t, guard=False)
+        return w_q, w_scale, bias
+
+    def separate(self) -> None:
+        """Gives each layer tensors of its own again."""
+        for buffers in () if self.is_single else (layer._buffers for layer in self.layers):
+            with torch.no_grad(), torch.inference_mode(False):
+                for name in ("w_q", "w_scale", "bias"):
+                    value = buffers[name]
+                    if value is not None:
+                        buffers[name] = packed_rows(value.clone()) if name == "w_q" else value.clone()
+
+    def multiply(self, x: Any, residual: Tensor | None = None) -> Tensor:
+        """[..., N] of all layers, for a tensor or a value that is not computed yet."""
+        for buffers, name, seen in self._seen:
+            if buffers[name] is not seen:
+                self._merge()
+                break
+        w_q, w_scale = self._operands
+        options = self._options
+        if residual is not None:
+            options = {**options, "residual": residual}
+        if type(x) is Tensor:
+            return ops.linear_s8(x, w_q, w_scale, **options)
+        y: Tensor = x.linear(w_q, w_scale, **options)
+        return y
+
+    def _outputs(self, x: Any) -> tuple[Tensor, ...]:
+        y = self.multiply(x)
+        return (y,) if self.is_single else torch.split_with_sizes(y, self._sizes, -1)
+
+    def of_norm(self, value: NormValue) -> tuple[Tensor, ...]:
+        """The outputs of all layers for what a norm makes, which the value keeps for the other layers."""
+        outputs = value.outputs[self] = self._outputs(value)
+        return outputs
 
     def of_tensor(self, x: Tensor, index: int) -> Tensor:
-        """The output of one member for a float tensor. The outputs are dropped once every member has read x."""
+        """The output of one layer for a float tensor. The outputs are dropped once every layer has read x."""
         version = -1 if torch.compiler.is_compiling() or x.is_inference() else x._version
         last = self._last
         if last is None or last[0] is not x or last[1] != version or index not in last[3]:
-            last = self._last = (x, version, self._run(x), set(range(len(self.layers))))
+            last = self._last = (x, version, self._outputs(x), set(range(len(self.layers))))
         last[3].discard(index)
         if not last[3]:
             self._last = None
         return last[2][index]
-
-
-def _whole(t: Tensor | None) -> Tensor:
-    assert t is not None
-    return t
 
 
 def can_merge(a: W8A8Linear, b: W8A8Linear) -> bool:

@@ -46,6 +46,12 @@ class NormForm:
             weight = 1.0 + weight.float()
         return weight, bias
 
+    def arguments(self, module: nn.Module) -> dict[str, Any]:
+        """The arguments of `ops.fused_linear_s8` that describe the norm."""
+        weight, bias = self.factors(module)
+        found = {"eps": self.eps, "norm_weight": weight}
+        return found if bias is None else found | {"norm_bias": bias}
+
 
 def norm_form(module: nn.Module) -> NormForm | None:
     """What a norm computes, found by calling it on random input; None if it is no RMSNorm or LayerNorm."""

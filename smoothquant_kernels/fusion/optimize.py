@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.fusion.forwards import FusedForward, FusedLinear
-from smoothquant_kernels.fusion.merged import MergedLinears, can_merge
+from smoothquant_kernels.fusion.merged import LinearGroup, can_merge
 from smoothquant_kernels.fusion.record import (
     FusedLayer,
     attach_fusion,
@@ -97,14 +97,14 @@ def undo_optimization(model: nn.Module) -> nn.Module:
     Returns:
         The model, changed in place.
     """
-    merged: dict[int, MergedLinears] = {}
+    groups: dict[int, LinearGroup] = {}
     for module in model.modules():
         forward = module.__dict__.get("forward")
         if isinstance(forward, FusedForward):
             del module.__dict__["forward"]
-            if isinstance(forward, FusedLinear) and forward.merged is not None:
-                merged[id(forward.merged)] = forward.merged
-    for group in merged.values():
+            if isinstance(forward, FusedLinear):
+                groups[id(forward.group)] = forward.group
+    for group in groups.values():
         group.separate()
     detach_fusion(model)
     return model
@@ -143,12 +143,12 @@ def _apply(model: nn.Module, trial: Trial) -> list[FusedLayer]:
     """Gives the modules their forwards, and returns what was done to each linear."""
     for fused in (*trial.norms.values(), *trial.activations.values()):
         fused.module.__dict__["forward"] = fused
-    merged: dict[str, MergedLinears] = {}
+    groups: dict[str, LinearGroup] = {}
     names: dict[str, tuple[str, ...]] = {}
     for readers in trial.readers_of_one():
         for part in _mergeable(readers, trial.linears):
-            group = MergedLinears([trial.linears[n] for n in part])
-            merged.update(dict.fromkeys(part, group))
+            group = LinearGroup([trial.linears[n] for n in part])
+            groups.update(dict.fromkeys(part, group))
             names.update(dict.fromkeys(part, tuple(part)))
     done = []
     for name, layer in trial.linears.items():
@@ -157,11 +157,10 @@ def _apply(model: nn.Module, trial: Trial) -> list[FusedLayer]:
         entry = FusedLayer(name, producer, kind or "quantize", names.get(name, ()))
         entry = replace(entry, residual=bool(uses & {"residual", "sum"}))
         done.append(entry if producer else replace(entry, reason=trial.why_not(name)))
-        if producer or name in merged or uses:
+        if producer or name in groups or uses:
             index = names[name].index(name) if name in names else 0
-            layer.__dict__["forward"] = FusedLinear(
-                layer, Site(name), merged.get(name), index, waits=bool(uses)
-            )
+            group = groups.get(name) or LinearGroup([layer])
+            layer.__dict__["forward"] = FusedLinear(layer, Site(name), group, index, bool(uses))
     return done
 
 

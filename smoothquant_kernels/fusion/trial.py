@@ -19,6 +19,7 @@ from smoothquant_kernels.fusion.forwards import (
     FusedLinear,
     FusedNorm,
 )
+from smoothquant_kernels.fusion.merged import LinearGroup
 from smoothquant_kernels.fusion.norms import activation_kind, norm_form
 from smoothquant_kernels.fusion.values import ActivatedValue, Deferred, NormValue, Site
 from smoothquant_kernels.modeling.changes import Changes
@@ -47,7 +48,7 @@ class _Listening(FusedLinear):
     """A linear that also notes what it reads."""
 
     def __init__(self, layer: W8A8Linear, site: Site, reads: list[Read], waits: bool) -> None:
-        super().__init__(layer, site, waits=waits)
+        super().__init__(layer, site, LinearGroup([layer]), waits=waits)
         self.reads = reads
 
     def __call__(self, input: Any) -> Any:

@@ -50,12 +50,35 @@ class Site:
 class Deferred:
     """A float value [..., K] that is not computed yet. See the module."""
 
-    site: Site
-    shape: torch.Size
-    dtype: torch.dtype
-    device: torch.device
     #: The tensor, once another operation has asked for it.
     _computed: Tensor | None = None
+
+    @property
+    def site(self) -> Site:
+        """Where the value was made."""
+        raise NotImplementedError
+
+    @property
+    def source(self) -> Any:
+        """What the value is made of: a tensor, or another value."""
+        raise NotImplementedError
+
+    # Computed when asked for, because most values are made and read without.
+
+    @property
+    def shape(self) -> torch.Size:
+        shape: torch.Size = self.source.shape
+        return shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self.source.dtype
+        return dtype
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.source.device
+        return device
 
     def compute(self) -> Tensor:
         """The tensor that the model without fusion has here."""
@@ -197,12 +220,12 @@ class Deferred:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         first = args[0] if args else None
+        if name in _SUMS and len(args) == 2 and not kwargs:
+            return first.plus(args[1]) if isinstance(first, Deferred) else args[1].plus(first)
         if name == "dropout" and isinstance(first, Deferred) and not _drops(args, kwargs):
             return first
         if name in _PRODUCTS and len(args) == 2 and not kwargs:
             return first.times(args[1]) if isinstance(first, Deferred) else args[1].times(first)
-        if name in _SUMS and len(args) == 2 and not kwargs:
-            return first.plus(args[1]) if isinstance(first, Deferred) else args[1].plus(first)
         if name in _ACTIVATIONS and isinstance(first, Deferred) and (kind := _kind(name, kwargs)):
             return first.activated(kind, lambda t: func(t, *args[1:], **kwargs))
         args, kwargs = pytree.tree_map_only(Deferred, lambda d: d.spill(name), (args, kwargs))
@@ -239,12 +262,17 @@ class NormValue(Deferred):
 
     def __init__(self, norm: Any, x: Tensor) -> None:
         self.norm = norm
-        self.site = norm.site
         self.x = x
-        self.shape = x.shape
-        self.dtype = x.dtype
-        self.device = x.device
         self.outputs: dict[Any, tuple[Tensor, ...]] = {}
+
+    @property
+    def site(self) -> Site:
+        site: Site = self.norm.site
+        return site
+
+    @property
+    def source(self) -> Any:
+        return self.x
 
     def compute(self) -> Tensor:
         y: Tensor = self.norm.original(self.x)
@@ -255,18 +283,10 @@ class NormValue(Deferred):
         return NormValue(self.norm, self.x.reshape(shape))
 
     def linear(self, w_q: Tensor, w_scale: Tensor, **rest: Any) -> Tensor:
-        self.site.use("linear")
-        weight, bias = self.norm.parameters()
-        return ops.fused_linear_s8(
-            self.x,
-            self.norm.kind,
-            w_q,
-            w_scale,
-            norm_weight=weight,
-            norm_bias=bias,
-            eps=self.norm.eps,
-            **rest,
-        )
+        norm = self.norm
+        norm.site.use("linear")
+        # Options that are not there are left out: torch takes a part of a microsecond to read each.
+        return ops.fused_linear_s8(self.x, norm.kind, w_q, w_scale, **norm.parameters(), **rest)
 
 
 class LinearValue(Deferred):
@@ -274,11 +294,20 @@ class LinearValue(Deferred):
 
     def __init__(self, fused: Any, x: Any) -> None:
         self.fused = fused
-        self.site = fused.site
         self.x = x
-        self.shape = torch.Size((*x.shape[:-1], fused.layer.out_features))
-        self.dtype = x.dtype
-        self.device = x.device
+
+    @property
+    def site(self) -> Site:
+        site: Site = self.fused.site
+        return site
+
+    @property
+    def source(self) -> Any:
+        return self.x
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((*self.x.shape[:-1], self.fused.layer.out_features))
 
     def compute(self) -> Tensor:
         y: Tensor = self.fused.run(self.x)
@@ -299,18 +328,20 @@ class LinearValue(Deferred):
             other = other.tensor()
         elif isinstance(other, Deferred):
             other = other.spill("add")
+        x, n = self.x, self.fused.layer.out_features
+        # The shape as a tuple, because to make a torch.Size takes longer.
         fits = (
             isinstance(other, Tensor)
-            and other.shape == self.shape
-            and other.dtype == self.dtype
+            and other.dtype == x.dtype
+            and other.shape == (*x.shape[:-1], n)
             and self._computed is None
         )
         if not fits:
             return self.spill("add") + other
-        if differentiable(other):
+        if other.requires_grad and torch.is_grad_enabled():
             return self.tensor() + other
-        self.site.use("residual")
-        return self.fused.run(self.x, other)
+        self.fused.site.use("residual")
+        return self.fused.run(x, other)
 
     def times(self, other: Any) -> Any:
         if isinstance(other, ActivatedValue):
@@ -333,24 +364,29 @@ class ActivatedValue(Deferred):
         original: Callable[[Tensor], Tensor],
         up: Any = None,
     ) -> None:
-        self.site = site
+        self._site = site
         self.kind = kind
-        self.source = source
+        self.gate = source
         self.original = original
         self.up = up
-        self.shape = source.shape
-        self.dtype = source.dtype
-        self.device = source.device
+
+    @property
+    def site(self) -> Site:
+        return self._site
+
+    @property
+    def source(self) -> Any:
+        return self.gate
 
     def compute(self) -> Tensor:
-        y = self.original(_tensor(self.source))
+        y = self.original(_tensor(self.gate))
         return y if self.up is None else y * _tensor(self.up)
 
     def with_rows(self, shape: tuple[int, ...]) -> Deferred | None:
         parts = [
-            t if t is None else _tensor(t).reshape(shape) for t in (self.source, self.up)
+            t if t is None else _tensor(t).reshape(shape) for t in (self.gate, self.up)
         ]
-        return ActivatedValue(self.site, self.kind, parts[0], self.original, parts[1])
+        return ActivatedValue(self._site, self.kind, parts[0], self.original, parts[1])
 
     def times(self, other: Any) -> Any:
         fits = (
@@ -366,14 +402,14 @@ class ActivatedValue(Deferred):
             return self.tensor() * other
         if isinstance(other, LinearValue):
             other.site.use("gated")
-        return ActivatedValue(self.site, self.kind, self.source, self.original, other)
+        return ActivatedValue(self._site, self.kind, self.gate, self.original, other)
 
     def linear(self, w_q: Tensor, w_scale: Tensor, **rest: Any) -> Tensor:
-        self.site.use("linear")
-        x, gate = _tensor(self.source), None
-        if self.up is not None:
-            x, gate = _tensor(self.up), x
-        return ops.fused_linear_s8(x, self.kind, w_q, w_scale, gate=gate, **rest)
+        self._site.use("linear")
+        gate = _tensor(self.gate)
+        if self.up is None:
+            return ops.fused_linear_s8(gate, self.kind, w_q, w_scale, **rest)
+        return ops.fused_linear_s8(_tensor(self.up), self.kind, w_q, w_scale, gate=gate, **rest)
 
 
 def _tensor(value: Any) -> Tensor:
