@@ -24,11 +24,12 @@ def work(
     last_word: bool,
     dtype: str,
     device: str,
+    optimize: bool,
 ) -> Document:
     """Measures a model or checkpoint; `max_tokens=0` uses the whole text."""
     texts = load_text(text)
     options = {"dtype": dtype, "device": device, "causal": "evaluate"}
-    model, quantized = load_any(source, **options)
+    model, quantized = load_any(source, optimize=optimize, **options)
     original = None if reference is None else load_any(reference, **options)[0]
     tokenizer = load_tokenizer(source, reference)
     note(f"evaluating on {text}")
@@ -45,6 +46,7 @@ def work(
     return {
         "model": source,
         "quantized": quantized,
+        "optimized": optimize,
         "reference": reference,
         "text": text,
         "window": window,
