@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from smoothquant_kernels import ops
+from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.fusion.values import NormValue
 from smoothquant_kernels.nn.linear import W8A8Linear
 from smoothquant_kernels.nn.operands import packed_rows
@@ -31,6 +32,9 @@ class LinearGroup:
         # The last float tensor that a member has read, its version, and the outputs that other members have yet to take.
         self._last: tuple[Tensor, int, tuple[Tensor, ...], set[int]] | None = None
         self._merge()
+        self._loaded: set[int] = set()
+        watched = () if self.is_single else self.layers
+        self._hooks = [m.register_load_state_dict_post_hook(self._check_loaded) for m in watched]
 
     def _merge(self) -> None:
         own = [layer._buffers for layer in self.layers]
@@ -76,14 +80,30 @@ class LinearGroup:
                     torch._dynamo.mark_static_address(t, guard=False)
         return w_q, w_scale, bias
 
+    def _check_loaded(self, layer: Any, _: Any) -> None:
+        """Called after each layer's `load_state_dict`. Other layers' factors may be as different as in any checkpoint."""
+        self._loaded.add(self.layers.index(layer))
+        if len(self._loaded) < len(self.layers):
+            return
+        self._loaded.clear()
+        if not all(can_merge(self.layers[0], other) for other in self.layers[1:]):
+            raise SmoothQuantError(
+                "the loaded state has different smoothing factors or scales for layers that optimize_for_inference "
+                "made one GEMM: call undo_optimization(model), load again, and optimize again."
+            )
+
     def separate(self) -> None:
         """Gives each layer tensors of its own again."""
+        for hook in self._hooks:
+            hook.remove()
         for buffers in () if self.is_single else (layer._buffers for layer in self.layers):
             with torch.no_grad(), torch.inference_mode(False):
                 for name in ("w_q", "w_scale", "bias"):
                     value = buffers[name]
                     if value is not None:
-                        buffers[name] = packed_rows(value.clone()) if name == "w_q" else value.clone()
+                        buffers[name] = (
+                            packed_rows(value.clone()) if name == "w_q" else value.clone()
+                        )
 
     def multiply(self, x: Any, residual: Tensor | None = None) -> Tensor:
         """[..., N] of all layers, for a tensor or a value that is not computed yet."""
