@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from rich.table import Table
 
 from smoothquant_kernels.cli.console import show_progress
@@ -28,7 +30,7 @@ def work(
 ) -> Document:
     """Measures a model or checkpoint; `max_tokens=0` uses the whole text."""
     texts = load_text(text)
-    options = {"dtype": dtype, "device": device, "causal": "evaluate"}
+    options: dict[str, Any] = {"dtype": dtype, "device": device, "causal": "evaluate"}
     model, quantized = load_any(source, optimize=optimize, **options)
     original = None if reference is None else load_any(reference, **options)[0]
     tokenizer = load_tokenizer(source, reference)

@@ -33,8 +33,9 @@ class LinearGroup:
         self._last: tuple[Tensor, int, tuple[Tensor, ...], set[int]] | None = None
         self._merge()
         self._loaded: set[int] = set()
-        watched = () if self.is_single else self.layers
-        self._hooks = [m.register_load_state_dict_post_hook(self._check_loaded) for m in watched]
+        # Untyped in torch.
+        watch: Any = [m.register_load_state_dict_post_hook for m in self.layers]
+        self._hooks = [] if self.is_single else [add(self._check_loaded) for add in watch]
 
     def _merge(self) -> None:
         own = [layer._buffers for layer in self.layers]
@@ -81,7 +82,7 @@ class LinearGroup:
         return w_q, w_scale, bias
 
     def _check_loaded(self, layer: Any, _: Any) -> None:
-        """Called after each layer's `load_state_dict`. Other layers' factors may be as different as in any checkpoint."""
+        """Called after the state of a layer was loaded. Only when all layers have theirs can they be compared."""
         self._loaded.add(self.layers.index(layer))
         if len(self._loaded) < len(self.layers):
             return

@@ -213,7 +213,7 @@ def test_a_model_without_a_sample_is_told_what_to_do(tmp_path: Path) -> None:
     assert_unchanged(model, before)
 
 
-# --- an optimized model is a model like any other -----------------------------------------------------------------------
+# --- an optimized model is a model like any other ---------------------------------------------------------------------
 
 
 def test_a_copy_has_forwards_and_tensors_of_its_own(optimized: Any) -> None:
