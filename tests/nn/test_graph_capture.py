@@ -17,7 +17,7 @@ from tests.nn.test_compiled_models import decode
 from tests.nn.test_generate import FAMILIES, model
 from tools.build.plan import ROOT
 
-#: What the library may call of the CUDA runtime. The first two are recorded, and the others only ask or set up a kernel.
+#: What the library may call of the CUDA runtime. The first two are recorded; the others ask, or set up a kernel.
 #: None allocates memory, copies to the host or waits for the GPU.
 CALLS = {
     "cudaLaunchKernelExC",
