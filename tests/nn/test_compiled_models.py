@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -48,11 +49,16 @@ def test_the_schemes_with_one_shape(backend: str, scheme: str) -> None:
     assert torch.equal(logits(graph, ids(9)), logits(made, ids(9)))
 
 
+def require_tensor_lengths() -> None:
+    """Skips a test where transformers reads the length of a static cache on the host, unless `generate` runs."""
+    if int(transformers.__version__.split(".")[0]) < 5:
+        pytest.skip("transformers 4 reads the length of a static cache on the host")
+
+
 def decode(step: Any, made: Any, count: int = 4) -> list[Tensor]:
     """The logits of a prompt and of `count` steps after it, by `step` on a static cache."""
-    from transformers import StaticCache
-
-    cache = StaticCache(config=made.config, max_cache_len=SLOTS)
+    require_tensor_lengths()
+    cache = transformers.StaticCache(config=made.config, max_cache_len=SLOTS)
     prompt = ids(7)
     with torch.no_grad():
         found = [made(prompt, past_key_values=cache).logits[:, -1:]]
