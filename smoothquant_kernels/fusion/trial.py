@@ -138,11 +138,16 @@ class Trial:
                     leaf.site.spills["the model's output"] += 1
             changes.back_to(start)
         self._kept = kept
+        unread = []
         for site in sites.values():
             site.uses, uses = None, site.uses
             if uses is not None and site.name in self.waiting:
                 self.waiting[site.name] = uses
-            elif not uses and site.name not in self.linears:
+            elif not uses and not site.spills and site.name not in self.linears:
+                unread.append(site)
+        # A norm that was given another one's value has made none itself. The next pass shows who reads its own.
+        if not any(site.spills for site in sites.values()):
+            for site in unread:
                 site.spills["no quantized linear"] += 1
         return sites
 
