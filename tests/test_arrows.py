@@ -29,6 +29,7 @@ MAY_IMPORT = {
     "nn": "errors schemes reference config ops",
     "modeling": "errors reference nn",
     "adapters": "errors nn modeling",
+    "fusion": "errors reference ops nn modeling",
     "checkpoint": "errors config storage ops nn modeling",
     "smoothing": "errors reference config storage ops nn modeling checkpoint",
     "evaluation": "errors storage modeling checkpoint",

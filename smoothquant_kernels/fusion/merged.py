@@ -46,7 +46,7 @@ class LinearGroup:
                 buffers["bias"] = bias[start:end]
             start = end
         first = self.layers[0]
-        options = {
+        options: dict[str, Any] = {
             "bias": bias,
             "inv_smooth": own[0]["inv_smooth"],
             "scale": own[0]["x_scale"],
@@ -83,7 +83,9 @@ class LinearGroup:
                 for name in ("w_q", "w_scale", "bias"):
                     value = buffers[name]
                     if value is not None:
-                        buffers[name] = packed_rows(value.clone()) if name == "w_q" else value.clone()
+                        buffers[name] = (
+                            packed_rows(value.clone()) if name == "w_q" else value.clone()
+                        )
 
     def multiply(self, x: Any, residual: Tensor | None = None) -> Tensor:
         """[..., N] of all layers, for a tensor or a value that is not computed yet."""

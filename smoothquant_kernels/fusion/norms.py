@@ -40,7 +40,7 @@ class NormForm:
 
     def factors(self, module: nn.Module) -> tuple[Tensor | None, Tensor | None]:
         """The weight (or 1 + weight in float32) and the bias."""
-        weight = module._parameters[self.weight] if self.weight else None
+        weight: Tensor | None = module._parameters[self.weight]
         bias = module._parameters[self.bias] if self.bias else None
         if self.one_plus and weight is not None:
             weight = 1.0 + weight.float()

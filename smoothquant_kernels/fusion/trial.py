@@ -191,8 +191,7 @@ class Trial:
         """Linears that read the same values in every call, in the order of their calls."""
         groups: dict[tuple[tuple[int, int], ...], list[str]] = defaultdict(list)
         for name in self.linears:
-            keys = tuple(read.key for read in self.reads[name])
-            if keys and len(set(keys)) == len(keys):
+            if keys := tuple(read.key for read in self.reads[name]):
                 groups[keys].append(name)
         return [names for names in groups.values() if len(names) > 1]
 
@@ -210,7 +209,9 @@ def _values_in(output: Any) -> list[Deferred]:
     """The values in a model's output that are not computed."""
     from torch.utils import _pytree as pytree
 
-    return [leaf for leaf in pytree.tree_leaves(list(_leaves(output))) if isinstance(leaf, Deferred)]
+    return [
+        leaf for leaf in pytree.tree_leaves(list(_leaves(output))) if isinstance(leaf, Deferred)
+    ]
 
 
 def _leaves(output: Any) -> list[Any]:

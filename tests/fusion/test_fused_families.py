@@ -1,4 +1,4 @@
-"""Every architecture, optimized: what is fused, that nothing spills, and that each call computes what the model does."""
+"""Every architecture, optimized: what is fused, that nothing spills, that each call computes what the model does."""
 
 from __future__ import annotations
 
@@ -76,7 +76,9 @@ def check_values(model: Any) -> list[Any]:
                 form = f.form
                 parts = form.reference(f.module, x)
                 # The roundings of the module's own code, as where a norm is recognized.
-                bound = (ROUNDINGS * torch.finfo(y.dtype).eps + FLOAT32) * y.abs().amax(-1, keepdim=True)
+                bound = (ROUNDINGS * torch.finfo(y.dtype).eps + FLOAT32) * y.abs().amax(
+                    -1, keepdim=True
+                )
                 assert ((parts - y.float()).abs() <= bound).all(), name
                 checked.append(name)
             elif isinstance(value, ActivatedValue):

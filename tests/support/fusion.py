@@ -117,7 +117,9 @@ def rows(family: str) -> list[str]:
 
 def table() -> str:
     """What is fused in every family."""
-    return "".join(f"{family}\n" + "".join(f"{row}\n" for row in rows(family)) for family in FAMILIES)
+    return "".join(
+        f"{family}\n" + "".join(f"{row}\n" for row in rows(family)) for family in FAMILIES
+    )
 
 
 def same_state(a: nn.Module, b: nn.Module) -> bool:
