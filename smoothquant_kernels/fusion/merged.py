@@ -28,7 +28,7 @@ class LinearGroup:
         self.layers = tuple(layers)
         self.is_single = len(self.layers) == 1
         self._sizes = [layer.out_features for layer in layers]
-        # The last float tensor that a member has read, its version, and the outputs that other members have yet to take.
+        # The last float tensor that a layer has read, its version, all outputs, and which of them are still to be taken.
         self._last: tuple[Tensor, int, tuple[Tensor, ...], set[int]] | None = None
         self._merge()
 
