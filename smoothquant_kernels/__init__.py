@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from smoothquant_kernels import ops
+    from smoothquant_kernels.adapters.peft_hook import register_peft
     from smoothquant_kernels.checkpoint.load import load_quantized
     from smoothquant_kernels.checkpoint.save import save_quantized
     from smoothquant_kernels.checkpoint.transformers_hook import register_transformers
@@ -49,6 +50,7 @@ __all__ = [
     "parallelize_model",
     "quantize_model",
     "quantize_streamed",
+    "register_peft",
     "register_transformers",
     "save_quantized",
     "search_config",
@@ -75,6 +77,7 @@ _MODULES = {
     "parallelize_model": "nn.parallel.model",
     "quantize_model": "smoothing.convert",
     "quantize_streamed": "streaming.stream",
+    "register_peft": "adapters.peft_hook",
     "register_transformers": "checkpoint.transformers_hook",
     "save_quantized": "checkpoint.save",
     "search_config": "search.search",

@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "backends": "errors reference ops _kernels",
     "nn": "errors schemes reference config ops",
     "modeling": "errors reference nn",
+    "adapters": "errors nn modeling",
     "fusion": "errors reference ops nn modeling",
     "checkpoint": "errors config storage ops nn modeling fusion",
     "smoothing": "errors reference config storage ops nn modeling fusion checkpoint",

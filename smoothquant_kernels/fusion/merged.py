@@ -29,7 +29,7 @@ class LinearGroup:
         self.layers = tuple(layers)
         self.is_single = len(self.layers) == 1
         self._sizes = [layer.out_features for layer in layers]
-        # The last float tensor that a member has read, its version, and the outputs that other members have yet to take.
+        # The last float tensor that a layer has read, its version, all outputs, and which of them are still to be taken.
         self._last: tuple[Tensor, int, tuple[Tensor, ...], set[int]] | None = None
         self._merge()
         self._loaded: set[int] = set()
@@ -51,7 +51,7 @@ class LinearGroup:
                 buffers["bias"] = bias[start:end]
             start = end
         first = self.layers[0]
-        options = {
+        options: dict[str, Any] = {
             "bias": bias,
             "inv_smooth": own[0]["inv_smooth"],
             "scale": own[0]["x_scale"],

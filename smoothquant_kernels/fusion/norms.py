@@ -18,9 +18,9 @@ from smoothquant_kernels.ops.checks import FLOATS
 _MAGNITUDES = (1.0, 30.0, 2.0**-4, 2.0**-8, 2.0**-10, 2.0**-12)
 #: Roundings to the type between the exact value and a norm's output: of x * rstd, of the product with the weight, of
 #: the bias. Each is half an eps, and the values are at most this many times the output's largest.
-_ROUNDINGS = 4
+ROUNDINGS = 4
 #: The errors of float32 sums of squares and of rsqrt, which a norm in float32 may add up to.
-_FLOAT32 = 64 * torch.finfo(torch.float32).eps
+FLOAT32 = 64 * torch.finfo(torch.float32).eps
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class NormForm:
 
     def factors(self, module: nn.Module) -> tuple[Tensor | None, Tensor | None]:
         """The weight (or 1 + weight in float32) and the bias."""
-        weight = module._parameters[self.weight] if self.weight else None
+        weight: Tensor | None = module._parameters[self.weight]
         bias = module._parameters[self.bias] if self.bias else None
         if self.one_plus and weight is not None:
             weight = 1.0 + weight.float()
@@ -51,6 +51,15 @@ class NormForm:
         weight, bias = self.factors(module)
         found = {"eps": self.eps, "norm_weight": weight}
         return found if bias is None else found | {"norm_bias": bias}
+
+    def reference(self, module: nn.Module, x: Tensor) -> Tensor:
+        """Float32: what the norm makes of x, by the specification."""
+        with torch.no_grad():
+            weight, bias = self.factors(module)
+            if self.kind == "rms_norm":
+                assert weight is not None
+                return reference.rms_norm(x, weight, self.eps)
+            return reference.layer_norm(x, weight, bias, self.eps)
 
 
 def norm_form(module: nn.Module) -> NormForm | None:
@@ -69,10 +78,10 @@ def norm_form(module: nn.Module) -> NormForm | None:
         return None
     if not isinstance(y, Tensor) or y.shape != x.shape or y.dtype != x.dtype:
         return None
-    tolerance = _ROUNDINGS * torch.finfo(x.dtype).eps + _FLOAT32
+    tolerance = ROUNDINGS * torch.finfo(x.dtype).eps + FLOAT32
     bound = tolerance * y.float().abs().amax(-1, keepdim=True)
     for form in _forms(module, vectors, x.dtype):
-        if bool(((_norm(form, module, x) - y.float()).abs() <= bound).all()):
+        if bool(((form.reference(module, x) - y.float()).abs() <= bound).all()):
             return form
     return None
 
@@ -99,15 +108,6 @@ def _forms(
             continue
         for one_plus in (False, True):
             yield NormForm(kind, eps, weight, bias, one_plus)
-
-
-def _norm(form: NormForm, module: nn.Module, x: Tensor) -> Tensor:
-    with torch.no_grad():
-        weight, bias = form.factors(module)
-        if form.kind == "rms_norm":
-            assert weight is not None
-            return reference.rms_norm(x, weight, form.eps)
-        return reference.layer_norm(x, weight, bias, form.eps)
 
 
 def activation_kind(module: nn.Module) -> str | None:

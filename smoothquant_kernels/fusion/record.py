@@ -39,7 +39,7 @@ class FusedLayer:
 
 
 def fusion_info(model: nn.Module) -> tuple[FusedLayer, ...]:
-    """What `optimize_for_inference` did to each quantized linear of a model, in their order; empty if it was not called."""
+    """What `optimize_for_inference` did to each quantized linear of a model; empty if it was not called."""
     layers: tuple[FusedLayer, ...] = model.__dict__.get(_INFO, ())
     return layers
 

@@ -138,11 +138,16 @@ class Trial:
                     leaf.site.spills["the model's output"] += 1
             changes.back_to(start)
         self._kept = kept
+        unread = []
         for site in sites.values():
             site.uses, uses = None, site.uses
             if uses is not None and site.name in self.waiting:
                 self.waiting[site.name] = uses
-            elif not uses and site.name not in self.linears:
+            elif not uses and not site.spills and site.name not in self.linears:
+                unread.append(site)
+        # A norm that was given another one's value has made none itself. The next pass shows who reads its own.
+        if not any(site.spills for site in sites.values()):
+            for site in unread:
                 site.spills["no quantized linear"] += 1
         return sites
 
@@ -186,8 +191,7 @@ class Trial:
         """Linears that read the same values in every call, in the order of their calls."""
         groups: dict[tuple[tuple[int, int], ...], list[str]] = defaultdict(list)
         for name in self.linears:
-            keys = tuple(read.key for read in self.reads[name])
-            if keys and len(set(keys)) == len(keys):
+            if keys := tuple(read.key for read in self.reads[name]):
                 groups[keys].append(name)
         return [names for names in groups.values() if len(names) > 1]
 
@@ -205,7 +209,9 @@ def _values_in(output: Any) -> list[Deferred]:
     """The values in a model's output that are not computed."""
     from torch.utils import _pytree as pytree
 
-    return [leaf for leaf in pytree.tree_leaves(list(_leaves(output))) if isinstance(leaf, Deferred)]
+    return [
+        leaf for leaf in pytree.tree_leaves(list(_leaves(output))) if isinstance(leaf, Deferred)
+    ]
 
 
 def _leaves(output: Any) -> list[Any]:

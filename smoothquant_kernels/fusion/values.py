@@ -383,9 +383,7 @@ class ActivatedValue(Deferred):
         return y if self.up is None else y * _tensor(self.up)
 
     def with_rows(self, shape: tuple[int, ...]) -> Deferred | None:
-        parts = [
-            t if t is None else _tensor(t).reshape(shape) for t in (self.gate, self.up)
-        ]
+        parts = [t if t is None else _tensor(t).reshape(shape) for t in (self.gate, self.up)]
         return ActivatedValue(self._site, self.kind, parts[0], self.original, parts[1])
 
     def times(self, other: Any) -> Any:

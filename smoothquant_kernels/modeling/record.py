@@ -116,6 +116,14 @@ class LayerRecord:
     activation_scheme: str | None = None
     more: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def producer(self) -> str | None:
+        """The module that holds the layer's folded factors; None if nothing was folded."""
+        before, _, after = str(Reason.FOLDED.value).partition("{}")
+        if self.smoothing != "folded" or Reason.of(self.reason) is not Reason.FOLDED:
+            return None
+        return self.reason.removeprefix(before).removesuffix(after)
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LayerRecord:
         """The layer that `to_dict` described."""
@@ -255,6 +263,22 @@ def layers_within(model: nn.Module) -> list[LayerRecord]:
     """The layers in the records of a model and of all its parts."""
     parts = [module for module in model.modules() if _INFO in vars(module)]
     return [layer for part in parts for layer in ModelRecord.of(part).layers]
+
+
+def rescaled_layers(model: nn.Module) -> dict[str, str]:
+    """Layers whose input or output differs from the float model's by folded factors: name -> why, in words."""
+    found: dict[str, str] = {}
+    for prefix, part in model.named_modules():
+        if _INFO not in vars(part):
+            continue
+        for layer in ModelRecord.of(part).layers:
+            if layer.smoothing == "folded":
+                name = f"{prefix}.{layer.name}" if prefix else layer.name
+                found[name] = f"folded {layer.reason}"
+                if layer.producer:
+                    other = f"{prefix}.{layer.producer}" if prefix else layer.producer
+                    found.setdefault(other, f"it holds the factors of {name}")
+    return found
 
 
 def _arguments(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import os
 import threading
@@ -14,7 +15,9 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
+from transformers import StaticCache
 
+from tests.nn import test_generate
 from tests.support import backends, cases
 from tests.support.compare import assert_all_bitwise_equal
 from tests.support.gpu import EPS, GPU, assert_like_the_cpu, move, problems, tensors
@@ -113,6 +116,73 @@ def test_a_graph_runs_beside_other_work() -> None:
     for call, first, second, right in zip(calls, captured, beside, expected, strict=True):
         assert_all_bitwise_equal(first, right, f"{call.name} in the graph")
         assert_all_bitwise_equal(second, right, f"{call.name} beside it")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", cases.SCHEMES)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2"])
+def test_generate_with_a_static_cache_is_captured(family: str, scheme: str) -> None:
+    """On a GPU, transformers runs the steps of a static cache through `torch.compile` with CUDA graphs."""
+    torch._dynamo.reset()
+    made: Any = copy.deepcopy(test_generate.model(family, scheme)).to(GPU)
+    ids, mask = (t.to(GPU) for t in test_generate.padded())
+
+    def generate(**options: Any) -> Any:
+        return made.generate(
+            ids, attention_mask=mask, max_new_tokens=12, do_sample=False, eos_token_id=None,
+            pad_token_id=0, cache_implementation="static", return_dict_in_generate=True,
+            output_logits=True, **options,
+        )  # fmt: skip
+
+    right = generate(disable_compile=True)
+    before = torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
+    for _ in range(3):  # the first call compiles, the second records, the third replays
+        found = generate()
+        for a, b in zip(found.logits, right.logits, strict=True):
+            near = test_generate.NEAR[scheme] * float(b.abs().max())
+            assert float((a - b).abs().max()) <= near
+    assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == before
+
+
+@pytest.mark.parametrize("scheme", cases.SCHEMES)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2"])
+def test_a_decoding_step_in_a_graph(family: str, scheme: str) -> None:
+    """Without a compiler: one step is captured, and replayed with new tokens and places."""
+    made: Any = copy.deepcopy(test_generate.model(family, scheme)).to(GPU)
+    cache = StaticCache(config=made.config, max_cache_len=16)
+    token, place = torch.tensor([[5], [6]], device=GPU), torch.full((2, 1), 7, device=GPU)
+    prompt = torch.randint(3, 100, (2, 7), generator=torch.Generator().manual_seed(1)).to(GPU)
+
+    def step() -> Tensor:
+        logits: Tensor = made(token, position_ids=place, past_key_values=cache).logits
+        return logits
+
+    def prefill() -> None:
+        cache.reset()
+        made(prompt, past_key_values=cache)
+
+    with torch.no_grad():
+        prefill()
+        right = []
+        for i in range(3):
+            token.fill_(5 + i)
+            place.fill_(7 + i)
+            right.append(step())
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = step()
+        prefill()
+        for i, expected in enumerate(right):
+            token.fill_(5 + i)
+            place.fill_(7 + i)
+            graph.replay()
+            near = test_generate.NEAR[scheme] * float(expected.abs().max())
+            assert float((found - expected).abs().max()) <= near
 
 
 # --- streams --------------------------------------------------------------------------------------------

@@ -53,8 +53,11 @@ def test_the_schema_has_the_public_signature(call: Call) -> None:
     public = list(inspect.signature(call.function).parameters.values())
     schema = call.overload._schema.arguments
     assert [p.name for p in public] == [a.name for a in schema]
+    by_name = False
     for parameter, argument in zip(public, schema, strict=True):
-        assert (parameter.kind is parameter.KEYWORD_ONLY) == argument.kwarg_only
+        # The op takes by position all that comes before an argument without a default in the schema.
+        by_name |= isinstance(parameter.default, torch.dtype)
+        assert argument.kwarg_only == by_name
         if argument.has_default_value():
             assert parameter.default == argument.default_value
 

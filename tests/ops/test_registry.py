@@ -23,20 +23,20 @@ QUANTIZER = (
 )
 GEMM = "Tensor x_q, Tensor w_q, Tensor x_scale, Tensor w_scale"
 SCHEMAS = {
-    "quantize": f"(Tensor x, *, {QUANTIZER}) -> (Tensor, Tensor)",
-    "rms_norm_quantize": "(Tensor x, Tensor weight, float eps, *, Tensor? residual=None, "
+    "quantize": f"(Tensor x, {QUANTIZER}) -> (Tensor, Tensor)",
+    "rms_norm_quantize": "(Tensor x, Tensor weight, float eps, Tensor? residual=None, "
     f"{QUANTIZER}) -> (Tensor, Tensor, Tensor)",
-    "layer_norm_quantize": "(Tensor x, Tensor? weight, Tensor? bias, float eps, *, "
+    "layer_norm_quantize": "(Tensor x, Tensor? weight, Tensor? bias, float eps, "
     f"Tensor? residual=None, {QUANTIZER}) -> (Tensor, Tensor, Tensor)",
-    "act_quantize": f"(Tensor x, str kind, *, Tensor? gate=None, {QUANTIZER}) -> (Tensor, Tensor)",
-    "gemm_s8": f"({GEMM}, *, Tensor? bias=None, Tensor? residual=None, ScalarType out_dtype) -> Tensor",
-    "gemm_s8_requant": f"({GEMM}, Tensor out_scale, *, Tensor? bias=None, bool relu=False) -> Tensor",
-    "linear_s8": "(Tensor x, Tensor w_q, Tensor w_scale, *, Tensor? bias=None, Tensor? residual=None, "
+    "act_quantize": f"(Tensor x, str kind, Tensor? gate=None, {QUANTIZER}) -> (Tensor, Tensor)",
+    "gemm_s8": f"({GEMM}, Tensor? bias=None, Tensor? residual=None, *, ScalarType out_dtype) -> Tensor",
+    "gemm_s8_requant": f"({GEMM}, Tensor out_scale, Tensor? bias=None, bool relu=False) -> Tensor",
+    "linear_s8": "(Tensor x, Tensor w_q, Tensor w_scale, Tensor? bias=None, Tensor? residual=None, "
     'Tensor? inv_smooth=None, Tensor? scale=None, str granularity="token", int rotation=0) -> Tensor',
-    "fused_linear_s8": "(Tensor x, str kind, Tensor w_q, Tensor w_scale, *, Tensor? norm_weight=None, "
+    "fused_linear_s8": "(Tensor x, str kind, Tensor w_q, Tensor w_scale, Tensor? norm_weight=None, "
     "Tensor? norm_bias=None, float eps=0., Tensor? gate=None, Tensor? bias=None, Tensor? residual=None, "
     'Tensor? inv_smooth=None, Tensor? scale=None, str granularity="token", int rotation=0) -> Tensor',
-    "_gemm_s8_tile": f"({GEMM}, *, Tensor? bias=None, Tensor? residual=None, ScalarType out_dtype, "
+    "_gemm_s8_tile": f"({GEMM}, Tensor? bias=None, Tensor? residual=None, *, ScalarType out_dtype, "
     "int tile=-1, int splits=0) -> Tensor",
     "_saturate_s8": "(Tensor x) -> Tensor",
 }

@@ -1,0 +1,1 @@
+"""LoRA adapters of peft on quantized layers."""
