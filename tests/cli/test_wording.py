@@ -27,6 +27,7 @@ PYTHON_ONLY = (
     "nn/float_types.py: ",  # the command line chooses the type itself
     "fusion/forwards.py: ",  # the command line neither trains nor loads states
     "fusion/merged.py: ",
+    "adapters/",  # no command reads adapters
     "checkpoint/hf_quantizer.py: ",
     "checkpoint/hf_loading.py: ",
     "checkpoint/tensor_parallel.py: ",
