@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from smoothquant_kernels.checkpoint.transformers_hook import register_transformers
     from smoothquant_kernels.config import SmoothQuantConfig
     from smoothquant_kernels.errors import SmoothQuantError
+    from smoothquant_kernels.fusion.optimize import optimize_for_inference, undo_optimization
+    from smoothquant_kernels.fusion.record import fusion_info, fusion_spills
     from smoothquant_kernels.nn.linear import W8A8Linear
     from smoothquant_kernels.nn.operands import QuantizedActivation
     from smoothquant_kernels.nn.parallel.model import ColwiseW8A8, RowwiseW8A8, parallelize_model
@@ -39,9 +41,12 @@ __all__ = [
     "SmoothQuantError",
     "W8A8Linear",
     "calibrate_model",
+    "fusion_info",
+    "fusion_spills",
     "load_quantized",
     "make_report",
     "ops",
+    "optimize_for_inference",
     "parallelize_model",
     "quantize_model",
     "quantize_streamed",
@@ -51,6 +56,7 @@ __all__ = [
     "search_config",
     "smooth_and_quantize",
     "smooth_lm",
+    "undo_optimization",
 ]
 
 _MODULES = {
@@ -63,8 +69,11 @@ _MODULES = {
     "SmoothQuantError": "errors",
     "W8A8Linear": "nn.linear",
     "calibrate_model": "smoothing.calibrate",
+    "fusion_info": "fusion.record",
+    "fusion_spills": "fusion.record",
     "load_quantized": "checkpoint.load",
     "make_report": "report.report",
+    "optimize_for_inference": "fusion.optimize",
     "parallelize_model": "nn.parallel.model",
     "quantize_model": "smoothing.convert",
     "quantize_streamed": "streaming.stream",
@@ -74,6 +83,7 @@ _MODULES = {
     "search_config": "search.search",
     "smooth_and_quantize": "smoothing.convert",
     "smooth_lm": "smoothing.smooth",
+    "undo_optimization": "fusion.optimize",
 }
 
 

@@ -30,14 +30,14 @@ MAY_IMPORT = {
     "modeling": "errors reference nn",
     "adapters": "errors nn modeling",
     "fusion": "errors reference ops nn modeling",
-    "checkpoint": "errors config storage ops nn modeling",
-    "smoothing": "errors reference config storage ops nn modeling checkpoint",
+    "checkpoint": "errors config storage ops nn modeling fusion",
+    "smoothing": "errors reference config storage ops nn modeling fusion checkpoint",
     "evaluation": "errors storage modeling checkpoint",
     "search": "errors reference config storage ops nn modeling smoothing evaluation",
     "streaming": "errors config storage nn modeling checkpoint smoothing",
     "report": "errors config storage ops nn modeling smoothing evaluation",
-    "cli": "errors schemes config storage ops backends nn modeling checkpoint smoothing evaluation search "
-    "streaming report",
+    "cli": "errors schemes config storage ops backends nn modeling fusion checkpoint smoothing evaluation "
+    "search streaming report",
 }
 
 

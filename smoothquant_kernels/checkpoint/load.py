@@ -24,6 +24,8 @@ from smoothquant_kernels.checkpoint.manifest import (
 from smoothquant_kernels.checkpoint.skeleton import check_scales
 from smoothquant_kernels.checkpoint.transformers_hook import quantizers
 from smoothquant_kernels.errors import SmoothQuantError
+from smoothquant_kernels.fusion.optimize import optimize_for_inference
+from smoothquant_kernels.modeling.changes import Changes
 from smoothquant_kernels.modeling.record import attach_info
 from smoothquant_kernels.storage.safetensors import (
     aligned,
@@ -37,6 +39,7 @@ def load_quantized(
     device: torch.device | str | int | None = None,
     model: nn.Module | None = None,
     verify: bool = True,
+    optimize: bool = False,
 ) -> nn.Module:
     """Loads what `save_quantized` wrote. Runs no code from the folder: no pickle, no remote code.
 
@@ -51,14 +54,16 @@ def load_quantized(
         model: a float model of the checkpoint's architecture, for classes that transformers does not have. Its
             weights may be on the meta device. It is changed in place and returned. Its own weights are dropped.
         verify: compare the size and SHA-256 of every file. False skips this, so files are not read whole up front.
+        optimize: also call `optimize_for_inference`, as the last step. Weights that it merges are copied into memory.
 
     Returns:
-        The model in eval mode, with `smoothquant_info`. It computes bit for bit what the saved one does.
+        The model in eval mode, with `smoothquant_info`. Without `optimize`, it computes bit for bit what the saved one
+        does.
 
     Raises:
         SmoothQuantError: the folder is missing, is not a checkpoint, was altered, is incomplete, was written by a newer
             release, does not fit the model, has a NaN scale, or is quantized in another format, which the message
-            names. A model passed in stays unchanged.
+            names; or `optimize_for_inference` fails. A model passed in stays unchanged.
 
     Equivalent to:
         model = AutoModelForCausalLM.from_config(config); swap in the W8A8Linear; model.load_state_dict(tensors)
@@ -68,7 +73,7 @@ def load_quantized(
     if not is_checkpoint(folder) and (method := quant_method(folder)) is not None:
         from smoothquant_kernels.checkpoint.compressed_tensors.load import load_other
 
-        return load_other(folder, method, device=place, model=model)
+        return load_other(folder, method, device=place, model=model, optimize=optimize)
     manifest = read_manifest(folder)
     check_files(folder, manifest, verify=verify)
     modules = skeletons.make_modules(manifest.modules, manifest.shared_modules)
@@ -76,12 +81,22 @@ def load_quantized(
     check_fit(skeleton, modules, manifest)
     tensors = read(folder, manifest.tensors)
     check_scales(tensors, manifest.modules)
-    skeletons.install(skeleton, modules)
-    assign(skeleton, tensors, manifest, place)
-    attach_info(skeleton, manifest.info)
-    for owner, attribute, value in quantizers(skeleton):
-        setattr(owner, attribute, value)
-    return skeleton.eval()
+    with Changes() as changes:
+        changes.keep_modules(skeleton)
+        skeletons.install(skeleton, modules)
+        assign(skeleton, tensors, manifest, place)
+        attach_info(skeleton, manifest.info)
+        finish(skeleton, changes, optimize=optimize)
+    return skeleton
+
+
+def finish(model: nn.Module, changes: Changes, *, optimize: bool) -> None:
+    """The last steps of loading: transformers will know the model as quantized, and it is in eval mode."""
+    for owner, attribute, value in quantizers(model):
+        changes.set_attribute(owner, attribute, value)
+    model.eval()
+    if optimize:
+        optimize_for_inference(model)
 
 
 def usable_device(device: torch.device | str | int | None) -> torch.device:

@@ -30,6 +30,7 @@ from smoothquant_kernels.cli.options import (
     Format,
     Json,
     Model,
+    Optimize,
     QuantizeHead,
     Rotation,
     Scheme,
@@ -193,6 +194,7 @@ def evaluate(
     ] = False,
     dtype: Dtype = "float32",
     device: Device = "auto",
+    optimize: Optimize = False,
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
@@ -263,6 +265,7 @@ def generate(
     ] = False,
     dtype: Dtype = "float32",
     device: Device = "auto",
+    optimize: Optimize = False,
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
@@ -284,9 +287,16 @@ def inspect(
             "--verify", help="Read all files and compare their digests; exit code 1 if one differs."
         ),
     ] = False,
+    fusion: Annotated[
+        bool,
+        typer.Option(
+            "--fusion",
+            help="Load the weights too, and show what --optimize of evaluate and generate would fuse.",
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """What a checkpoint holds, layer by layer, without loading its weights."""
+    """What a checkpoint holds, layer by layer, without loading its weights unless --fusion is given."""
     serve("inspect", **locals())
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from rich.table import Table
 
 from smoothquant_kernels.cli.console import show_progress
@@ -24,11 +26,12 @@ def work(
     last_word: bool,
     dtype: str,
     device: str,
+    optimize: bool,
 ) -> Document:
     """Measures a model or checkpoint; `max_tokens=0` uses the whole text."""
     texts = load_text(text)
-    options = {"dtype": dtype, "device": device, "causal": "evaluate"}
-    model, quantized = load_any(source, **options)
+    options: dict[str, Any] = {"dtype": dtype, "device": device, "causal": "evaluate"}
+    model, quantized = load_any(source, optimize=optimize, **options)
     original = None if reference is None else load_any(reference, **options)[0]
     tokenizer = load_tokenizer(source, reference)
     note(f"evaluating on {text}")
@@ -45,6 +48,7 @@ def work(
     return {
         "model": source,
         "quantized": quantized,
+        "optimized": optimize,
         "reference": reference,
         "text": text,
         "window": window,

@@ -19,13 +19,29 @@ from smoothquant_kernels.storage.document import Document
 
 
 def work(
-    source: str, prompt: str, *, max_new_tokens: int, chat: bool, dtype: str, device: str
+    source: str,
+    prompt: str,
+    *,
+    max_new_tokens: int,
+    chat: bool,
+    dtype: str,
+    device: str,
+    optimize: bool,
 ) -> Document:
     """Loads the model and continues the prompt."""
-    model, quantized = load_any(source, dtype=dtype, device=device, causal="generate")
+    model, quantized = load_any(
+        source, dtype=dtype, device=device, causal="generate", optimize=optimize
+    )
     tokenizer = load_tokenizer(source)
     answer = complete(model, tokenizer, prompt, max_new_tokens=max_new_tokens, chat=chat)
-    return {"model": source, "quantized": quantized, "prompt": prompt, "chat": chat, **answer}
+    return {
+        "model": source,
+        "quantized": quantized,
+        "optimized": optimize,
+        "prompt": prompt,
+        "chat": chat,
+        **answer,
+    }
 
 
 def complete(

@@ -1,6 +1,6 @@
 """`smoothquant-kernels inspect`: what a checkpoint holds.
 
-It reads the manifest and the headers of the safetensors files, but no weight.
+It reads the manifest and the headers of the safetensors files, but no weight, unless it shows what can be fused.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from smoothquant_kernels.checkpoint.manifest import (
     is_checkpoint,
     read_manifest,
 )
+from smoothquant_kernels.cli import fused
 from smoothquant_kernels.cli.console import MismatchError, general_name
 from smoothquant_kernels.config import PLAIN_ALPHA, ROTATED_ALPHA
 from smoothquant_kernels.errors import SmoothQuantError
@@ -84,12 +85,18 @@ def verify_checkpoint(directory: Path) -> None:
         raise MismatchError(f"{'; '.join(wrong)}: copy or download the checkpoint again.")
 
 
-def work(directory: Path, *, verify: bool = False) -> Document:
-    """Everything known about a checkpoint without its weights; `verify` reads all files first.
+def work(directory: Path, *, verify: bool = False, fusion: bool = False) -> Document:
+    """Everything known about a checkpoint without its weights.
+
+    Args:
+        directory: the folder.
+        verify: read all files first.
+        fusion: load the model too, and add what `optimize_for_inference` does to it.
 
     Raises:
         MismatchError: with `verify`, a file differs from what was saved.
-        SmoothQuantError: it is not a checkpoint, or a file is missing or damaged.
+        SmoothQuantError: it is not a checkpoint, a file is missing or damaged, or with `fusion`, the model cannot be
+            loaded or run.
     """
     if verify:
         if is_compressed_tensors(directory):
@@ -143,6 +150,7 @@ def work(directory: Path, *, verify: bool = False) -> Document:
             "float_tensors": sum(sizes.values()) - in_layers,
             "files": {name: entry["size"] for name, entry in manifest.files.items()},
         },
+        **({"fusion": fused.work(directory, verify=not verify)} if fusion else {}),
     }
 
 
@@ -360,4 +368,5 @@ def render(document: Document) -> Group:
         facts.add_row("digests", "every file is what was saved")
     files = ", ".join(f"{name} {readable_size(bytes_)}" for name, bytes_ in size["files"].items())
     facts.add_row("files", files)
-    return Group(render_layers(document), facts)
+    shown = [fused.render(document["fusion"])] if "fusion" in document else []
+    return Group(render_layers(document), facts, *shown)

@@ -122,21 +122,27 @@ def config_of(source: str) -> Any:
 
 
 def load_any(
-    source: str, *, dtype: str, device: str, causal: str | None = None
+    source: str, *, dtype: str, device: str, causal: str | None = None, optimize: bool = False
 ) -> tuple[Any, bool]:
     """A model in evaluation mode, float or quantized, and whether it is quantized.
 
     `causal` names the command if it needs a causal language model. Any other model is refused before its weights are
-    read.
+    read. So is a float model with `optimize`, which is an argument of `load_quantized`.
     """
     where = choose_device(device)
     float_type = choose_dtype(dtype)
     if causal is not None:
         check_causal(config_of(source), source, causal)
+    quantized = holds_int8(source)
+    if optimize and not quantized:
+        raise SmoothQuantError(
+            f"--optimize needs a quantized model, and {source} is a float model: quantize it first, or leave out "
+            "--optimize."
+        )
     note(f"loading {source}")
-    if holds_int8(source):
+    if quantized:
         with quiet_stderr():
-            model = load_quantized(Path(source), device=where)
+            model = load_quantized(Path(source), device=where, optimize=optimize)
         return model.eval(), True
     with quiet_stderr():
         plain: Any = models.load_model(source, dtype=float_type)

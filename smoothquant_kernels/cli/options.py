@@ -88,6 +88,13 @@ AnyModel = Annotated[
         help="A causal language model as for quantize, or a folder that quantize wrote.",
     ),
 ]
+Optimize = Annotated[
+    bool,
+    typer.Option(
+        "--optimize",
+        help="Run whole blocks of a quantized model in fused ops: the same numbers, up to rounding.",
+    ),
+]
 Window = Annotated[int, typer.Option(min=2, help="Tokens that the model reads at a time.")]
 
 # --- how a model is smoothed and quantized --------------------------------------------------------

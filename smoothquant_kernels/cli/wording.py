@@ -68,6 +68,15 @@ _TABLE = (
     ("; to pass a text itself, pass [text]", ""),
     ("; pass a text itself as [text]", ""),
     (", or call quantize_model to go on with these", ""),
+    (
+        "pass `sample`, a dict of its arguments, to optimize_for_inference (load or quantize without optimize=True)",
+        "leave out --optimize or --fusion; in Python, optimize_for_inference takes a sample",
+    ),
+    (
+        "quantize it first (quantize_model, smooth_and_quantize) or load a quantized checkpoint (load_quantized)",
+        "leave out --optimize or --fusion",
+    ),
+    ("optimize_for_inference would change", "fusing would change"),
     ("pass rotation='none', or save the native format", "leave out --rotation, or --format"),
     ("which folding='required' forbids", "which --strict forbids"),
     (

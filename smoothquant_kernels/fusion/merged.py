@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from smoothquant_kernels import ops, reference
+from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.fusion.values import Deferred, NormValue
 from smoothquant_kernels.nn.linear import W8A8Linear
 from smoothquant_kernels.nn.operands import ROW_ALIGNMENT, packed_rows, wants_aligned_rows
@@ -32,9 +33,13 @@ class LinearGroup:
         self.gated_indices = gated_indices
         self.is_single = len(self.layers) == 1
         self._sizes = [layer.out_features for layer in layers]
-        # The last float tensor that a layer has read, its version, all outputs, and which of them are still to be taken.
+        # The last float tensor that a layer has read, its version, all outputs, and which are still to be taken.
         self._last: tuple[Tensor, int, tuple[Tensor, ...], set[int]] | None = None
         self._merge()
+        self._loaded: set[int] = set()
+        # Untyped in torch.
+        watch: Any = [m.register_load_state_dict_post_hook for m in self.layers]
+        self._hooks = [] if self.is_single else [add(self._check_loaded) for add in watch]
 
     def _merge(self) -> None:
         own = [layer._buffers for layer in self.layers]
@@ -81,8 +86,22 @@ class LinearGroup:
                     torch._dynamo.mark_static_address(t, guard=False)
         return w_q, w_scale, bias
 
+    def _check_loaded(self, layer: Any, _: Any) -> None:
+        """Called after the state of a layer was loaded. Only when all layers have theirs can they be compared."""
+        self._loaded.add(self.layers.index(layer))
+        if len(self._loaded) < len(self.layers):
+            return
+        self._loaded.clear()
+        if not all(can_merge(self.layers[0], other) for other in self.layers[1:]):
+            raise SmoothQuantError(
+                "the loaded state has different smoothing factors or scales for layers that optimize_for_inference "
+                "made one GEMM: call undo_optimization(model), load again, and optimize again."
+            )
+
     def separate(self) -> None:
         """Gives each layer tensors of its own again."""
+        for hook in self._hooks:
+            hook.remove()
         for buffers in () if self.is_single else (layer._buffers for layer in self.layers):
             with torch.no_grad(), torch.inference_mode(False):
                 for name in ("w_q", "w_scale", "bias"):

@@ -140,7 +140,8 @@ def _batch(model: nn.Module, sample: Batch | Tensor | None) -> Batch:
     batch = runnable_batch(model) if sample is None else sample
     if not isinstance(batch, Mapping):
         raise SmoothQuantError(
-            f"no input was found that {type(model).__name__} accepts: pass `sample`, a dict of its arguments."
+            f"no input was found that {type(model).__name__} accepts: pass `sample`, a dict of its arguments, to "
+            "optimize_for_inference (load or quantize without optimize=True)."
         )
     return batch
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -79,6 +80,17 @@ class Changes:
         )
         module.__dict__[name] = value
 
+    def keep_modules(self, model: nn.Module) -> None:
+        """Remembers the modules of a model, with all their attributes; not what is in their tensors."""
+        kept = [(m, {k: _copied(v) for k, v in vars(m).items()}) for m in model.modules()]
+
+        def restore() -> None:
+            for module, attributes in kept:
+                module.__dict__.clear()
+                module.__dict__.update(attributes)
+
+        self._undo.append(restore)
+
     def replace_module(self, model: nn.Module, name: str, new: nn.Module) -> None:
         """Replaces a module with `new`, under all its names."""
         old = model.get_submodule(name)
@@ -97,6 +109,11 @@ def writable(t: Tensor) -> bool:
     if t.is_inference() and not torch.is_inference_mode_enabled():
         return False
     return all(stride or size < 2 for size, stride in zip(t.shape, t.stride(), strict=True))
+
+
+def _copied(value: Any) -> Any:
+    """A copy of a dict, such as that of a module's buffers; anything else itself."""
+    return copy.copy(value) if isinstance(value, dict) else value
 
 
 def _assign(parameter: Tensor, value: Tensor) -> None:

@@ -11,6 +11,7 @@ from smoothquant_kernels.checkpoint.ties import keep_heads_apart
 from smoothquant_kernels.checkpoint.transformers_hook import quantizers
 from smoothquant_kernels.config import SmoothQuantConfig
 from smoothquant_kernels.errors import SmoothQuantError
+from smoothquant_kernels.fusion.optimize import optimize_for_inference
 from smoothquant_kernels.modeling.changes import Changes
 from smoothquant_kernels.modeling.float_layers import stays_in_float
 from smoothquant_kernels.modeling.record import LayerRecord, ModelRecord, Reason, skipped_layers
@@ -35,6 +36,7 @@ def quantize_model(
     a_bit: int = 8,
     *,
     config: SmoothQuantConfig | None = None,
+    optimize: bool = False,
 ) -> nn.Module:
     """Quantizes every linear of a model in place, smoothed before or not.
 
@@ -43,6 +45,7 @@ def quantize_model(
         w_bit, a_bit: 8.
         config: schemes and patterns to skip. The default is the configuration that the model was smoothed with, else
             the package's. The static scheme needs the ranges that `smooth_lm` measured (`smooth=False` only measures).
+        optimize: also call `optimize_for_inference`, as the last step.
 
     Returns:
         The model. Its output head stays in float unless the configuration has `quantize_head`.
@@ -50,7 +53,8 @@ def quantize_model(
 
     Raises:
         SmoothQuantError: bits other than 8, no linears, NaN or Inf in a weight (the message names the layer), no
-            ranges for the static scheme, or no moments for GPTQ. After any exception the model is unchanged.
+            ranges for the static scheme, no moments for GPTQ, or the reasons of `optimize_for_inference`. After any
+            exception the model is unchanged.
 
     Memory: the int8 layers and the float ones, which are freed once all int8 layers exist. Streaming needs less
     (docs/guides/streaming.md).
@@ -66,6 +70,8 @@ def quantize_model(
     config = config.replace(w_bit=w_bit, a_bit=a_bit)
     with Changes() as changes:
         _quantize_into(ModelView(model, config.skip, config.quantize_head), config, changes)
+        if optimize:
+            optimize_for_inference(model)
     return model
 
 
@@ -194,12 +200,14 @@ def smooth_and_quantize(
     *,
     tokenizer: Any = None,
     progress: bool = True,
+    optimize: bool = False,
 ) -> nn.Module:
     """Calibrates, smooths and quantizes a model in place, in one call.
 
     Args:
         model, calibration_data, tokenizer, progress: as in `smooth_lm`.
         config: all other settings; `SmoothQuantConfig()` by default.
+        optimize: also call `optimize_for_inference`, as the last step.
 
     Returns:
         The quantized model, with `model.smoothquant_info`.
@@ -218,4 +226,6 @@ def smooth_and_quantize(
     with Changes() as changes:
         smooth_into(view, calibration_data, config, changes, tokenizer=tokenizer, progress=progress)
         _quantize_into(view, config, changes)
+        if optimize:
+            optimize_for_inference(model)
     return model

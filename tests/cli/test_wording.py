@@ -25,6 +25,8 @@ PYTHON_ONLY = (
     "modeling/batches.py: ",  # about batches that users make
     "smoothing/entries.py: ",
     "nn/float_types.py: ",  # the command line chooses the type itself
+    "fusion/forwards.py: ",  # the command line neither trains nor loads states
+    "fusion/merged.py: ",
     "checkpoint/hf_quantizer.py: ",
     "checkpoint/hf_loading.py: ",
     "checkpoint/tensor_parallel.py: ",

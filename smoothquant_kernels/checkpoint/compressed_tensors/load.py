@@ -29,7 +29,7 @@ from smoothquant_kernels.checkpoint.compressed_tensors.weights import (
     zero_points,
 )
 from smoothquant_kernels.checkpoint.foreign_folder import refuse
-from smoothquant_kernels.checkpoint.load import assign, rebuild
+from smoothquant_kernels.checkpoint.load import assign, finish, rebuild
 from smoothquant_kernels.checkpoint.manifest import (
     CONFIG,
     GENERATION_CONFIG,
@@ -41,6 +41,7 @@ from smoothquant_kernels.checkpoint.manifest import (
 from smoothquant_kernels.checkpoint.transformers_hook import quantizers
 from smoothquant_kernels.config import SmoothQuantConfig
 from smoothquant_kernels.errors import SmoothQuantError
+from smoothquant_kernels.modeling.changes import Changes
 from smoothquant_kernels.modeling.record import LayerRecord, ModelRecord, Reason, skipped_layers
 from smoothquant_kernels.modeling.view import ModelView
 from smoothquant_kernels.nn import kinds
@@ -158,22 +159,30 @@ class Plan:
 
 
 def load_other(
-    folder: Path, method: str, *, device: torch.device, model: nn.Module | None
+    folder: Path,
+    method: str,
+    *,
+    device: torch.device,
+    model: nn.Module | None,
+    optimize: bool = False,
 ) -> nn.Module:
     """Loads a folder that another tool wrote, or raises SmoothQuantError with what to do instead.
 
     Args:
-        folder, device, model: as in `load_quantized`.
+        folder, device, model, optimize: as in `load_quantized`.
         method: the result of `quant_method`.
     """
     if method != QUANT_METHOD:
         refuse(folder, method)
     plan, skeleton = plan_of(folder, model)
     tensors = plan.read()
-    skeletons.install(skeleton, skeletons.make_modules(plan.modules, {}))
-    assign(skeleton, tensors, plan.manifest(type(skeleton).__name__), device)
-    _finish(plan, skeleton)
-    return skeleton.eval()
+    with Changes() as changes:
+        changes.keep_modules(skeleton)
+        skeletons.install(skeleton, skeletons.make_modules(plan.modules, {}))
+        assign(skeleton, tensors, plan.manifest(type(skeleton).__name__), device)
+        plan.record.attach(skeleton)
+        finish(skeleton, changes, optimize=optimize)
+    return skeleton
 
 
 def plan_of(folder: Path, model: nn.Module | None = None) -> tuple[Plan, nn.Module]:
@@ -273,11 +282,7 @@ def fill(plan: Plan, model: nn.Module) -> None:
         place = next((b.device for b in layer.buffers() if not b.is_meta), torch.device("cpu"))
         own = {buffer: aligned(tensors[f"{name}.{buffer}"]).to(place) for buffer in names}
         layer.load_state_dict(own, assign=True)
-    _finish(plan, model)
-
-
-def _finish(plan: Plan, model: nn.Module) -> None:
-    """Makes the model one of ours, which `save_pretrained` writes in our format."""
+    # The model becomes one of ours, which `save_pretrained` writes in our format.
     plan.record.attach(model)
     for owner, attribute, value in quantizers(model):
         setattr(owner, attribute, value)
