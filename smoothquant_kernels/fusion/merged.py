@@ -97,6 +97,8 @@ class LinearGroup:
                 "the loaded state has different smoothing factors or scales for layers that optimize_for_inference "
                 "made one GEMM: call undo_optimization(model), load again, and optimize again."
             )
+        if self.gated_indices is not None:
+            self._merge()  # the interleaved weight is a copy
 
     def separate(self) -> None:
         """Gives each layer tensors of its own again."""

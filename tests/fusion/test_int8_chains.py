@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from smoothquant_kernels import SmoothQuantConfig, ops, smooth_and_quantize
+from smoothquant_kernels.fusion.norms import norm_form
 from smoothquant_kernels.fusion.optimize import optimize_for_inference
 from smoothquant_kernels.fusion.record import fusion_info, fusion_spills
 from tests.support.fusion import recorded_calls
@@ -79,7 +80,9 @@ def test_relu_in_the_epilogue(dtype: torch.dtype, norm: type[nn.Module]) -> None
     assert fc1.inv_smooth is None and fc2.inv_smooth is None  # folded
     with torch.no_grad():
         if norm is nn.RMSNorm:
-            eps = torch.finfo(dtype).eps
+            form = norm_form(plain.norm)
+            assert form is not None
+            eps = form.eps
             x_q, x_scale = ops.rms_norm_quantize(x, parameters, eps, scale=fc1.x_scale)
         else:
             x_q, x_scale = ops.layer_norm_quantize(
