@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smoothquant_kernels import ops
+from smoothquant_kernels import ops, reference
 from smoothquant_kernels.errors import SmoothQuantError
-from smoothquant_kernels.fusion.values import NormValue
+from smoothquant_kernels.fusion.values import Deferred, NormValue
 from smoothquant_kernels.nn.linear import W8A8Linear
-from smoothquant_kernels.nn.operands import packed_rows
+from smoothquant_kernels.nn.operands import ROW_ALIGNMENT, packed_rows, wants_aligned_rows
 
 _STATE = ("w_q", "w_scale", "bias", "inv_smooth", "x_scale")
 
@@ -25,11 +25,15 @@ class LinearGroup:
     replaced since (moved to a GPU, for example), they are merged again.
     """
 
-    def __init__(self, layers: Sequence[W8A8Linear]) -> None:
+    def __init__(
+        self, layers: Sequence[W8A8Linear], gated_indices: tuple[int, int] | None = None
+    ) -> None:
+        """`gated_indices`: which layers are gate and up, if the epilogue may multiply them (`ops.gemm_s8_gated`)."""
         self.layers = tuple(layers)
+        self.gated_indices = gated_indices
         self.is_single = len(self.layers) == 1
         self._sizes = [layer.out_features for layer in layers]
-        # The last float tensor that a layer has read, its version, all outputs, and which of them are still to be taken.
+        # The last float tensor that a layer has read, its version, all outputs, and which are still to be taken.
         self._last: tuple[Tensor, int, tuple[Tensor, ...], set[int]] | None = None
         self._merge()
         self._loaded: set[int] = set()
@@ -61,6 +65,7 @@ class LinearGroup:
         defaults = (None, "token", 0)
         self._operands = (w_q, w_scale)
         self._options = {k: v for k, v in options.items() if not any(v is d for d in defaults)}
+        self._gated = self._interleaved() if self.gated_indices is not None else ()
         self._seen = tuple((b, name, b[name]) for b in own for name in _STATE)
 
     def _merged(self, own: Sequence[Mapping[str, Any]]) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -92,6 +97,8 @@ class LinearGroup:
                 "the loaded state has different smoothing factors or scales for layers that optimize_for_inference "
                 "made one GEMM: call undo_optimization(model), load again, and optimize again."
             )
+        if self.gated_indices is not None:
+            self._merge()  # the interleaved weight is a copy
 
     def separate(self) -> None:
         """Gives each layer tensors of its own again."""
@@ -106,12 +113,64 @@ class LinearGroup:
                             packed_rows(value.clone()) if name == "w_q" else value.clone()
                         )
 
-    def multiply(self, x: Any, residual: Tensor | None = None) -> Tensor:
-        """[..., N] of all layers, for a tensor or a value that is not computed yet."""
+    def _interleaved(self) -> tuple[Tensor | None, ...]:
+        """w_q, w_scale and bias of gate and up in the order of `ops.gemm_s8_gated`."""
+        assert self.gated_indices is not None
+        bias = self._options.get("bias")
+        with torch.no_grad(), torch.inference_mode(False):
+            made = []
+            for t in (*self._operands, bias):
+                parts = None if t is None else t.split(self._sizes)
+                gate_up = None if parts is None else [parts[i] for i in self.gated_indices]
+                made.append(None if gate_up is None else reference.interleave_gate_up(*gate_up))
+        w_q, w_scale, bias = made
+        assert w_q is not None
+        return packed_rows(w_q), w_scale, bias
+
+    def _refresh(self) -> None:
+        """Merges again if a tensor of a layer was replaced."""
         for buffers, name, seen in self._seen:
             if buffers[name] is not seen:
                 self._merge()
                 break
+
+    def _quantized(self, x: Any) -> tuple[Tensor, Tensor]:
+        """(x_q, x_scale) of what the layers read."""
+        options = {k: v for k, v in self._options.items() if k != "bias"}
+        k = self.layers[0].in_features
+        if wants_aligned_rows(x.x if isinstance(x, NormValue) else x):
+            options["k_multiple"] = ROW_ALIGNMENT
+        if isinstance(x, NormValue):
+            x_q, x_scale = x.quantized(**options)
+        else:
+            x_q, x_scale = ops.quantize(x, **options)
+        return (x_q if x_q.shape[-1] == k else x_q[..., :k]), x_scale
+
+    def relu_quantized(self, x: Any, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """(y_q, y_scale): the ReLU of the output, quantized in the epilogue by a static scale."""
+        self._refresh()
+        w_q, w_scale = self._operands
+        x_q, x_scale = self._quantized(_read(x))
+        bias = self._options.get("bias")
+        y_q = ops.gemm_s8_requant(x_q, w_q, x_scale, w_scale, scale, bias=bias, relu=True)
+        # NaN for a token that has one, else the scale itself.
+        return y_q, torch.add(scale, x_scale, alpha=0)
+
+    def gated_quantized(
+        self, x: Any, kind: str, scale: Tensor, inv_smooth: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """(y_q, y_scale): act(gate) * up, smoothed and quantized in the epilogue by a static scale."""
+        self._refresh()
+        x = _read(x)
+        x_q, x_scale = self._quantized(x)
+        w_q, w_scale, bias = self._gated
+        assert w_q is not None and w_scale is not None
+        kind, options = f"{kind}_mul", {"bias": bias, "inv_smooth": inv_smooth, "dtype": x.dtype}
+        return ops.gemm_s8_gated(x_q, w_q, x_scale, w_scale, scale, kind=kind, **options)
+
+    def multiply(self, x: Any, residual: Tensor | None = None) -> Tensor:
+        """[..., N] of all layers, for a tensor or a value that is not computed yet."""
+        self._refresh()
         w_q, w_scale = self._operands
         options = self._options
         if residual is not None:
@@ -140,6 +199,11 @@ class LinearGroup:
         if not last[3]:
             self._last = None
         return last[2][index]
+
+
+def _read(x: Any) -> Any:
+    """What a GEMM can quantize: a tensor, or what a norm makes."""
+    return x.tensor() if isinstance(x, Deferred) and not isinstance(x, NormValue) else x
 
 
 def can_merge(a: W8A8Linear, b: W8A8Linear) -> bool:

@@ -99,7 +99,9 @@ def _forms(
     module: nn.Module, vectors: dict[str, nn.Parameter], dtype: torch.dtype
 ) -> Iterator[NormForm]:
     values = [v for v in vars(module).values() if isinstance(v, float) and 0 < v < 0.5]
-    epsilons = dict.fromkeys([*values, torch.finfo(dtype).eps])
+    # torch takes that of a type where none is given; which type has changed with its releases.
+    defaults = [torch.finfo(t).eps for t in (dtype, torch.float32)]
+    epsilons = dict.fromkeys([*values, *defaults])
     names = [*vectors]
     orders = [names] if len(names) == 1 else [names, names[::-1]]
     for eps, order, kind in itertools.product(epsilons, orders, ("rms_norm", "layer_norm")):

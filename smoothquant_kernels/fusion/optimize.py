@@ -19,8 +19,8 @@ from smoothquant_kernels.fusion.record import (
     fusion_info,
     fusion_spills,
 )
-from smoothquant_kernels.fusion.trial import Trial, own_forward
-from smoothquant_kernels.fusion.values import Site
+from smoothquant_kernels.fusion.trial import WAITS, Trial, own_forward
+from smoothquant_kernels.fusion.values import ActivatedValue, LinearValue, Site
 from smoothquant_kernels.modeling.run import Batch, evaluating, output_tensors, run
 from smoothquant_kernels.modeling.sample_inputs import runnable_batch
 from smoothquant_kernels.nn.linear import W8A8Linear
@@ -30,13 +30,17 @@ from smoothquant_kernels.nn.linear import W8A8Linear
 MOST_CHANGE = 0.1
 
 
-def optimize_for_inference(model: nn.Module, sample: Batch | Tensor | None = None) -> nn.Module:
+def optimize_for_inference(
+    model: nn.Module, sample: Batch | Tensor | None = None, *, gated: bool = False
+) -> nn.Module:
     """Makes a quantized model compute whole blocks in fused ops. The model is changed in place.
 
     * A norm or an activation function (also gated: gate and up) is computed inside the quantizer of the linears that
       read it, with smoothing and rotation, in one op with the GEMM.
     * Linears that read one value (q, k and v; gate and up) become one GEMM. Their weights become views of one tensor.
     * A linear whose output is added to the residual adds it in the GEMM's epilogue.
+    * Under the static scheme, a ReLU between two linears is computed and quantized in the first one's epilogue, so that
+      values stay int8 (the paper's O3). So is the product of gate and up, with `gated`.
 
     What belongs together is found by running the model on a sample: no list of architectures is needed. Whatever does
     not fit keeps its forward; `fusion_info(model)` says why. The state dict and what is saved do not change.
@@ -45,6 +49,8 @@ def optimize_for_inference(model: nn.Module, sample: Batch | Tensor | None = Non
     Args:
         model: a model with `W8A8Linear` layers, from `quantize_model`, `smooth_and_quantize` or `load_quantized`.
         sample: a batch for the model (keyword arguments, or token ids [B, T]); None makes one. Values do not matter.
+        gated: let the GEMM of gate and up multiply and quantize (`ops.gemm_s8_gated`) where their reader is static and
+            not rotated. It saves a pass over [M, 2 I] values, and holds these weights twice, in another order.
 
     Returns:
         The model.
@@ -73,7 +79,7 @@ def optimize_for_inference(model: nn.Module, sample: Batch | Tensor | None = Non
         trial = Trial(model, linears)
         trial.examine(batch)
         try:
-            layers = _apply(model, trial) + left
+            layers = _apply(trial, gated=gated) + left
             change = _change(before, output_tensors(run(model, batch)))
             if not change <= MOST_CHANGE:
                 raise SmoothQuantError(
@@ -140,29 +146,67 @@ def _batch(model: nn.Module, sample: Batch | Tensor | None) -> Batch:
     return batch
 
 
-def _apply(model: nn.Module, trial: Trial) -> list[FusedLayer]:
+def _apply(trial: Trial, *, gated: bool) -> list[FusedLayer]:
     """Gives the modules their forwards, and returns what was done to each linear."""
     for fused in (*trial.norms.values(), *trial.activations.values()):
         fused.module.__dict__["forward"] = fused
     groups: dict[str, LinearGroup] = {}
     names: dict[str, tuple[str, ...]] = {}
+    chains = int8_chains(trial)
     for readers in trial.readers_of_one():
         for part in _mergeable(readers, trial.linears):
-            group = LinearGroup([trial.linears[n] for n in part])
+            pairs = [c for c in chains.values() if gated and sorted(c) == sorted(part)]
+            indices = (part.index(pairs[0][0]), part.index(pairs[0][1])) if pairs else None
+            group = LinearGroup([trial.linears[n] for n in part], indices)
             groups.update(dict.fromkeys(part, group))
             names.update(dict.fromkeys(part, tuple(part)))
+    in_int8 = {
+        source: reader
+        for reader, sources in chains.items()
+        for source in sources
+        if (groups[source].gated_indices if source in groups else len(sources) == 1)
+    }
     done = []
     for name, layer in trial.linears.items():
         producer, kind = trial.producer_of(name)
         uses = trial.waiting.get(name, set())
+        waits = bool(uses & WAITS) or name in in_int8
         entry = FusedLayer(name, producer, kind or "quantize", names.get(name, ()))
-        entry = replace(entry, residual=bool(uses & {"residual", "sum"}))
+        stays = name in in_int8.values()
+        entry = replace(entry, residual=bool(uses & {"residual", "sum"}), int8=stays)
         done.append(entry if producer else replace(entry, reason=trial.why_not(name)))
-        if producer or name in groups or uses:
+        if producer or name in groups or waits:
             index = names[name].index(name) if name in names else 0
             group = groups.get(name) or LinearGroup([layer])
-            layer.__dict__["forward"] = FusedLinear(layer, Site(name), group, index, bool(uses))
+            layer.__dict__["forward"] = FusedLinear(layer, Site(name), group, index, waits)
     return done
+
+
+def int8_chains(trial: Trial) -> dict[str, list[str]]:
+    """Linears whose reader quantizes an activation of their output by a static scale, without rotation.
+
+    Returns:
+        reader -> [fc1] for a ReLU between two linears, [gate, up] for a gated activation.
+    """
+    chains = {}
+    for name, layer in trial.linears.items():
+        values = [read.source for read in trial.reads[name]]
+        if layer.activation_scheme != "static" or layer.rotation or not values:
+            continue
+        if not all(
+            isinstance(v, ActivatedValue) and isinstance(v.gate, LinearValue) for v in values
+        ):
+            continue
+        gates = {v.gate.site.name for v in values}
+        ups = {v.up.site.name if isinstance(v.up, LinearValue) else v.up for v in values}
+        if len(gates) != 1 or len(ups) != 1:
+            continue
+        (gate,), (up,) = gates, ups
+        if isinstance(up, str):
+            chains[name] = [gate, up]
+        elif up is None and values[0].kind == "relu" and layer.inv_smooth is None:
+            chains[name] = [gate]
+    return chains
 
 
 def _mergeable(names: list[str], linears: dict[str, W8A8Linear]) -> list[list[str]]:

@@ -23,6 +23,7 @@ class FusedLayer:
         kind: what that computes, as in `ops.fused_linear_s8`; ``"quantize"`` for none.
         merged: all layers of its GEMM, with itself; empty if it has a GEMM of its own.
         residual: whether its GEMM adds the residual.
+        int8: whether its input is made and quantized in the epilogue of the GEMM before it.
         reason: why it has no producer; empty if it has one.
     """
 
@@ -31,6 +32,7 @@ class FusedLayer:
     kind: str = "quantize"
     merged: tuple[str, ...] = ()
     residual: bool = False
+    int8: bool = False
     reason: str = ""
 
     def to_dict(self) -> dict[str, Any]:

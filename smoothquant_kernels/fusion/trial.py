@@ -28,8 +28,10 @@ from smoothquant_kernels.modeling.run import Batch, model_device, run
 from smoothquant_kernels.nn.linear import W8A8Linear
 
 _MOST_RUNS = 12
-#: A use of a linear's output for which it must wait.
+#: Uses of a linear's output for which it must wait.
 WAITS = {"residual", "sum", "function"}
+#: Uses for which it may wait, if the GEMM can then quantize by the scale of the next linear.
+_MAY_WAIT = WAITS | {"activation", "gated"}
 
 
 @dataclass
@@ -158,7 +160,7 @@ class Trial:
             reader = next(iter(site.spills), None)
             if name in self.linears:
                 waits = name in self.waiting
-                if waits and (reader is not None or not self.waiting[name] & WAITS):
+                if waits and (reader is not None or not self.waiting[name] & _MAY_WAIT):
                     del self.waiting[name]
                     changed = True
             elif reader is not None:

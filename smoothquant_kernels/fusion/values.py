@@ -285,8 +285,19 @@ class NormValue(Deferred):
     def linear(self, w_q: Tensor, w_scale: Tensor, **rest: Any) -> Tensor:
         norm = self.norm
         norm.site.use("linear")
-        # Options that are not there are left out: torch takes a part of a microsecond to read each.
         return ops.fused_linear_s8(self.x, norm.kind, w_q, w_scale, **norm.parameters(), **rest)
+
+    def quantized(self, **rest: Any) -> tuple[Tensor, Tensor]:
+        """(x_q, x_scale) of the value; `rest` are further arguments of `ops.quantize`."""
+        norm = self.norm
+        norm.site.use("linear")
+        rest |= norm.parameters()
+        weight, bias, eps = rest.pop("norm_weight"), rest.pop("norm_bias", None), rest.pop("eps")
+        if norm.kind == "rms_norm":
+            x_q, x_scale = ops.rms_norm_quantize(self.x, weight, eps, **rest)
+        else:
+            x_q, x_scale = ops.layer_norm_quantize(self.x, weight, bias, eps, **rest)
+        return x_q, x_scale
 
 
 class LinearValue(Deferred):
@@ -404,10 +415,33 @@ class ActivatedValue(Deferred):
 
     def linear(self, w_q: Tensor, w_scale: Tensor, **rest: Any) -> Tensor:
         self._site.use("linear")
+        if type(self.gate) is LinearValue and "scale" in rest:
+            y = self._in_int8(w_q, w_scale, rest)
+            if y is not None:
+                return y
         gate = _tensor(self.gate)
         if self.up is None:
             return ops.fused_linear_s8(gate, self.kind, w_q, w_scale, **rest)
         return ops.fused_linear_s8(_tensor(self.up), self.kind, w_q, w_scale, gate=gate, **rest)
+
+    def _in_int8(self, w_q: Tensor, w_scale: Tensor, rest: dict[str, Any]) -> Tensor | None:
+        """`linear` where the GEMM before can quantize the value by this one's static scale; None where it cannot."""
+        gate, group = self.gate, self.gate.fused.group
+        if gate._computed is not None or "rotation" in rest:
+            return None
+        rest = dict(rest)
+        scale, inv_smooth = rest.pop("scale"), rest.pop("inv_smooth", None)
+        rest.pop("granularity", None)
+        if self.up is None and self.kind == "relu" and inv_smooth is None and group.is_single:
+            quantized = group.relu_quantized(gate.x, scale)
+        elif type(self.up) is LinearValue and self.up.x is gate.x and self.up._computed is None:
+            if group.gated_indices != (gate.fused.index, self.up.fused.index):
+                return None
+            quantized = group.gated_quantized(gate.x, self.kind, scale, inv_smooth)
+        else:
+            return None
+        y_q, y_scale = quantized
+        return ops.gemm_s8(y_q, w_q, y_scale, w_scale, **rest, out_dtype=self.dtype)
 
 
 def _tensor(value: Any) -> Tensor:

@@ -109,7 +109,8 @@ def rows(family: str) -> list[str]:
     for layer in fusion_info(optimized(family)):
         names = " + ".join(".".join(role(n).split(".")[-2:]) for n in layer.merged or (layer.name,))
         what = f"{layer.kind} of {role(layer.producer)}" if layer.producer else "quantize"
-        more = ", adds the residual" if layer.residual else ""
+        more = ", in int8" if layer.int8 else ""
+        more += ", adds the residual" if layer.residual else ""
         more += f" ({' '.join(map(role, layer.reason.split(' ')))})" if layer.reason else ""
         found[f"  {names}: {what}{more}"] = None
     return sorted(found)
