@@ -58,7 +58,7 @@ def render(fusion: Document) -> Group:
         table.add_row(
             name,
             f"{group['count']}",
-            f"{group['kind']} ({group['producer']})" if group["producer"] else group["reason"],
+            _computed(group),
             ", ".join(_beside(name, other) for other in group["merged"] if other != name),
             "yes" if group["residual"] else "",
         )
@@ -72,6 +72,14 @@ def render(fusion: Document) -> Group:
             f"{sum(layer['residual'] for layer in layers)} add the residual"
         ),
     )
+
+
+def _computed(group: Document) -> str:
+    """What the layers compute before they quantize, or why nothing."""
+    if not group["producer"]:
+        return str(group["reason"])
+    where = ", in the GEMM before, which writes int8" if group["int8"] else ""
+    return f"{group['kind']} ({group['producer']}){where}"
 
 
 def _beside(name: str, other: str) -> str:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from torch import nn
 
 from smoothquant_kernels import fusion_info, load_quantized
+from smoothquant_kernels.cli import fused
 from smoothquant_kernels.fusion import optimize
+from smoothquant_kernels.fusion.record import FusedLayer
 from tests.support import compressed_tensors
 from tests.support.command_line import Result, refused
 
@@ -71,7 +75,7 @@ def test_inspect_shows_what_is_fused(checkpoint: Path) -> None:
     assert len(groups) == len(fusion["groups"]) == 7
     assert groups[K] == {
         "layers": K, "count": 2, "producer": NORM, "kind": "rms_norm", "merged": [Q, K, V],
-        "residual": False, "reason": "",
+        "residual": False, "int8": False, "reason": "",
     }  # fmt: skip
     o, down = groups[K.replace("k_", "o_")], groups["model.layers.*.mlp.down_proj"]
     assert o["residual"] and o["producer"] == "" and o["reason"] == layers[3].reason
@@ -86,6 +90,22 @@ def test_inspect_shows_what_is_fused(checkpoint: Path) -> None:
     assert "yes" in row
     assert any("12 of 14 layers compute their norm" in line for line in lines)
     assert "fuses" not in Result("inspect", checkpoint).out
+
+
+def test_inspect_shows_where_values_stay_int8() -> None:
+    producer = "decoder.layers.*.activation_fn"
+    layers = [
+        FusedLayer(f"decoder.layers.{i}.fc2", producer.replace("*", str(i)), "relu", int8=True)
+        for i in range(3)
+    ]
+    layers.append(FusedLayer("head", reason="not called on the sample"))
+    document = {"groups": fused._groups(layers), "layers": [layer.to_dict() for layer in layers]}
+    console = Console(width=124, record=True, file=io.StringIO())
+    console.print(fused.render(document))
+    shown = " ".join(console.export_text().split())
+    assert f"decoder.layers.*.fc2 │ 3 │ relu ({producer}), in the GEMM" in shown
+    assert "head │ 1 │ not called on the sample" in shown
+    assert "3 of 4 layers compute their norm or activation, 0 share 0 GEMMs, 0 add" in shown
 
 
 def test_inspect_loads_folders_of_other_tools(tmp_path: Path) -> None:
