@@ -12,16 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from smoothquant_kernels.errors import SmoothQuantError
+from smoothquant_kernels.fusion.deferred import Deferred, Site, differentiable
 from smoothquant_kernels.fusion.merged import LinearGroup
 from smoothquant_kernels.fusion.norms import NormForm
-from smoothquant_kernels.fusion.values import (
-    ActivatedValue,
-    Deferred,
-    LinearValue,
-    NormValue,
-    Site,
-    differentiable,
-)
+from smoothquant_kernels.fusion.values import ActivatedValue, LinearValue, NormValue
 from smoothquant_kernels.nn.linear import W8A8Linear
 
 

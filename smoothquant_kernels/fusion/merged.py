@@ -10,7 +10,8 @@ from torch import Tensor
 
 from smoothquant_kernels import ops, reference
 from smoothquant_kernels.errors import SmoothQuantError
-from smoothquant_kernels.fusion.values import Deferred, NormValue
+from smoothquant_kernels.fusion.deferred import Deferred
+from smoothquant_kernels.fusion.values import NormValue
 from smoothquant_kernels.nn.linear import W8A8Linear
 from smoothquant_kernels.nn.operands import ROW_ALIGNMENT, packed_rows, wants_aligned_rows
 
@@ -88,6 +89,8 @@ class LinearGroup:
 
     def _check_loaded(self, layer: Any, _: Any) -> None:
         """Called after the state of a layer was loaded. Only when all layers have theirs can they be compared."""
+        if self.gated_indices is not None:
+            self._merge()  # the interleaved weight is a copy
         self._loaded.add(self.layers.index(layer))
         if len(self._loaded) < len(self.layers):
             return
@@ -97,8 +100,6 @@ class LinearGroup:
                 "the loaded state has different smoothing factors or scales for layers that optimize_for_inference "
                 "made one GEMM: call undo_optimization(model), load again, and optimize again."
             )
-        if self.gated_indices is not None:
-            self._merge()  # the interleaved weight is a copy
 
     def separate(self) -> None:
         """Gives each layer tensors of its own again."""

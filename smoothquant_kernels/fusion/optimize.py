@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from smoothquant_kernels.errors import SmoothQuantError
+from smoothquant_kernels.fusion.deferred import Site
 from smoothquant_kernels.fusion.forwards import FusedForward, FusedLinear
 from smoothquant_kernels.fusion.merged import LinearGroup, can_merge
 from smoothquant_kernels.fusion.record import (
@@ -20,7 +21,7 @@ from smoothquant_kernels.fusion.record import (
     fusion_spills,
 )
 from smoothquant_kernels.fusion.trial import WAITS, Trial, own_forward
-from smoothquant_kernels.fusion.values import ActivatedValue, LinearValue, Site
+from smoothquant_kernels.fusion.values import ActivatedValue, LinearValue
 from smoothquant_kernels.modeling.run import Batch, evaluating, output_tensors, run
 from smoothquant_kernels.modeling.sample_inputs import runnable_batch
 from smoothquant_kernels.nn.linear import W8A8Linear
@@ -57,7 +58,7 @@ def optimize_for_inference(
 
     Raises:
         SmoothQuantError: the model has no `W8A8Linear`, or no sample can be made for it, or its outputs on the sample
-            change by more than roundings explain. The model is then unchanged.
+            change by more than roundings explain. The model then is as before, without an earlier optimization.
 
     Equivalent to:
         The model before, up to roundings: a fused norm, activation or residual sum is rounded once, in float32, where
@@ -78,8 +79,9 @@ def optimize_for_inference(
         before = [t.clone() for t in output_tensors(run(model, batch))]
         trial = Trial(model, linears)
         trial.examine(batch)
+        groups: list[LinearGroup] = []
         try:
-            layers = _apply(trial, gated=gated) + left
+            layers = _apply(trial, groups, gated=gated) + left
             change = _change(before, output_tensors(run(model, batch)))
             if not change <= MOST_CHANGE:
                 raise SmoothQuantError(
@@ -89,6 +91,8 @@ def optimize_for_inference(
                 )
         except BaseException:
             undo_optimization(model)
+            for group in groups:  # some may have no forward yet that refers to them
+                group.separate()
             raise
         for forward in fused_forwards(model).values():
             forward.site.spills.clear()
@@ -146,8 +150,8 @@ def _batch(model: nn.Module, sample: Batch | Tensor | None) -> Batch:
     return batch
 
 
-def _apply(trial: Trial, *, gated: bool) -> list[FusedLayer]:
-    """Gives the modules their forwards, and returns what was done to each linear."""
+def _apply(trial: Trial, made: list[LinearGroup], *, gated: bool) -> list[FusedLayer]:
+    """Gives the modules their forwards, and returns what was done to each linear. Adds the merged groups to `made`."""
     for fused in (*trial.norms.values(), *trial.activations.values()):
         fused.module.__dict__["forward"] = fused
     groups: dict[str, LinearGroup] = {}
@@ -158,6 +162,7 @@ def _apply(trial: Trial, *, gated: bool) -> list[FusedLayer]:
             pairs = [c for c in chains.values() if gated and sorted(c) == sorted(part)]
             indices = (part.index(pairs[0][0]), part.index(pairs[0][1])) if pairs else None
             group = LinearGroup([trial.linears[n] for n in part], indices)
+            made.append(group)
             groups.update(dict.fromkeys(part, group))
             names.update(dict.fromkeys(part, tuple(part)))
     in_int8 = {

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from smoothquant_kernels.fusion.deferred import Deferred, Site
 from smoothquant_kernels.fusion.forwards import (
     FusedActivation,
     FusedForward,
@@ -21,7 +22,7 @@ from smoothquant_kernels.fusion.forwards import (
 )
 from smoothquant_kernels.fusion.merged import LinearGroup
 from smoothquant_kernels.fusion.norms import activation_kind, norm_form
-from smoothquant_kernels.fusion.values import ActivatedValue, Deferred, NormValue, Site
+from smoothquant_kernels.fusion.values import ActivatedValue, NormValue
 from smoothquant_kernels.modeling.changes import Changes
 from smoothquant_kernels.modeling.hooks import Hooks
 from smoothquant_kernels.modeling.run import Batch, model_device, run

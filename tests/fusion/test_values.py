@@ -273,3 +273,58 @@ def test_merged_outputs_belong_to_their_input() -> None:
     with torch.no_grad():
         fused(sample())
     assert group.group._last is None  # nothing is kept alive
+
+
+@pytest.mark.parametrize("where", ["_change", "Site"])
+def test_nothing_is_left_behind_by_a_failure(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from smoothquant_kernels.fusion import optimize
+
+    block = quantize_model(Block().eval())
+    before = {n: (t.data_ptr(), t.clone()) for n, t in block.named_buffers()}
+    failing: Any = lambda *_: 1.0  # noqa: E731
+    if where == "Site":
+
+        def failing(*_: Any) -> Any:
+            raise MemoryError
+
+    monkeypatch.setattr(optimize, where, failing)
+    with pytest.raises((SmoothQuantError, MemoryError)):
+        optimize_for_inference(block, {"x": sample()})
+    assert not fused_forwards(block) and not fusion_info(block)
+    assert all(torch.equal(t, before[n][1]) for n, t in block.named_buffers())
+    assert not any(m._load_state_dict_post_hooks for m in block.modules())
+    storages = [t.untyped_storage().data_ptr() for t in block.buffers()]
+    assert len(set(storages)) == len(storages)
+
+
+def test_models_that_cannot_be_optimized() -> None:
+    with pytest.raises(SmoothQuantError, match=r"Block has no W8A8Linear .* quantize it first"):
+        optimize_for_inference(Block().eval())
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(K, K)
+
+        def forward(self, x: Tensor, mask: str) -> Tensor:
+            return self.a(x)
+
+    model = quantize_model(Two().eval())
+    with pytest.raises(SmoothQuantError, match="no input was found that Two accepts"):
+        optimize_for_inference(model)
+
+
+def test_hooks_and_replaced_forwards_stay_whole() -> None:
+    """A user's hook sees tensors, as before: the module it is on is not fused."""
+    block = quantize_model(Block().eval())
+    seen: list[Any] = []
+    block.norm.register_forward_hook(lambda _, args, y: seen.append(y))
+    block.down.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    optimize_for_inference(block, {"x": sample()})
+    seen.clear()  # while the model is examined, hooks see values that are not computed
+    with torch.no_grad():
+        block(sample())
+    assert seen and all(isinstance(t, Tensor) for t in seen)
+    gate, up, down = sorted(fusion_info(block), key=lambda layer: "gate up down".index(layer.name))
+    assert "has forward hooks" in gate.reason and gate.merged == ("gate", "up")
+    assert down.reason == "it has forward hooks"
