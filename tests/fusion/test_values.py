@@ -325,6 +325,6 @@ def test_hooks_and_replaced_forwards_stay_whole() -> None:
     with torch.no_grad():
         block(sample())
     assert seen and all(isinstance(t, Tensor) for t in seen)
-    gate, up, down = sorted(fusion_info(block), key=lambda layer: "gate up down".index(layer.name))
+    gate, _, down = sorted(fusion_info(block), key=lambda layer: "gate up down".index(layer.name))
     assert "has forward hooks" in gate.reason and gate.merged == ("gate", "up")
     assert down.reason == "it has forward hooks"
