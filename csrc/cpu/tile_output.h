@@ -28,15 +28,20 @@ inline void finish_tile(const Block& block, const TileCorner& corner, int tile) 
   transpose(column, tokens);
 
   const GemmParams& p = *block.gemm;
-  if (rows < kTileRows || columns < kTileRows || p.residual != nullptr) {
+  const auto each_row = [&](auto finish) {
     alignas(64) static constexpr int32_t kNoExcess[kTileRows] = {};
     alignas(64) int32_t sums[kTileRows][kTileRows];
     for (int i = 0; i < kTileRows; ++i) _mm512_store_si512(sums[i], tokens[i]);
     for (int i = 0; i < kTileRows && i < rows; ++i) {
-      finish_row<kDType, kPerChannel, kBias>(block, sums[i], kNoExcess, row + i, n,
-                                             columns < kTileRows ? columns : kTileRows);
+      finish(block, sums[i], kNoExcess, row + i, n, columns < kTileRows ? columns : kTileRows);
     }
-    return;
+  };
+  if constexpr (kDType == DType::kInt8) {
+    static_assert(kTileRows == 2 * kGateBlock);
+    if (is_gated(p)) return each_row(finish_gated_row<kPerChannel, kBias>);
+  }
+  if (rows < kTileRows || columns < kTileRows || p.residual != nullptr) {
+    return each_row(finish_row<kDType, kPerChannel, kBias>);
   }
   // The usual case stays in registers.
   Output to(block);

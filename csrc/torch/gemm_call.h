@@ -36,6 +36,11 @@ inline void check_scale(const char* op, const char* name, const Tensor& scale, c
             size == 1 ? "" : "] or [1", "] (", what, "), got ", tuple_text(scale), ".");
 }
 
+inline void check_activation(const char* op, const Tensor& x_q, const Tensor& x_scale) {
+  check_int8(op, "x_q", x_q);
+  check_scale(op, "x_scale", x_scale, x_q, Rows::count(x_q), "per token or per tensor");
+}
+
 inline void check_weight(const char* op, const Tensor& x, const Tensor& w_q) {
   check_int8(op, "w_q", w_q);
   check_device(op, "w_q", w_q, x);
@@ -104,9 +109,9 @@ class Gemm {
   }
 
   Tensor make_y() {
-    Tensor y = new_rows(x_, params_.n, y_dtype_);
+    params_.y_stride = columns_of_y(params_);
+    Tensor y = new_rows(x_, params_.y_stride, y_dtype_);
     params_.y = y.mutable_data_ptr();
-    params_.y_stride = params_.n;
     return y;
   }
 

@@ -8,6 +8,7 @@
 
 #include "arguments.h"
 #include "common/arithmetic.h"
+#include "kinds.h"
 
 namespace sqk {
 namespace {
@@ -147,30 +148,6 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_quantize_op(
                  {inv_smooth, scale, Text(granularity), k_multiple, rotation});
 }
 
-struct Kind {
-  const char* name;
-  Producer producer;
-  bool fused;  // x is [..., 2K]: gate, then up
-};
-constexpr Kind kKinds[] = {
-    {"relu", Producer::kRelu, false},
-    {"gelu", Producer::kGelu, false},
-    {"gelu_tanh", Producer::kGeluTanh, false},
-    {"silu", Producer::kSilu, false},
-    {"silu_mul", Producer::kSilu, true},
-    {"gelu_mul", Producer::kGelu, true},
-    {"gelu_tanh_mul", Producer::kGeluTanh, true},
-};
-
-const Kind& find_kind(const char* op, std::string_view name) {
-  for (const Kind& kind : kKinds) {
-    if (name == kind.name) return kind;
-  }
-  std::string known;
-  for (const Kind& kind : kKinds) known += (known.empty() ? "" : ", ") + std::string(kind.name);
-  throw std::runtime_error(concat(op, ": kind must be one of ", known, "; got '", name, "'."));
-}
-
 std::tuple<Tensor, Tensor> act_quantize_op(const Tensor& x, StringHandle kind_handle,
                                            const MaybeTensor& gate, const MaybeTensor& inv_smooth,
                                            const MaybeTensor& scale, StringHandle granularity,
@@ -179,7 +156,7 @@ std::tuple<Tensor, Tensor> act_quantize_op(const Tensor& x, StringHandle kind_ha
   const Text kind_text(kind_handle);
   const Target target{inv_smooth, scale, Text(granularity), k_multiple, rotation};
   const std::string_view kind_name = kind_text.view();
-  const Kind& kind = find_kind(op, kind_name);
+  const Kind& kind = find_kind(op, kind_name, false);
   check_activation_input(op, x);
   const int64_t columns = x.size(x.dim() - 1);
   const int64_t k = kind.fused ? columns / 2 : columns;

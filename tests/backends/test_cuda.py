@@ -187,6 +187,7 @@ CALLS: dict[str, tuple[Any, ...]] = {
     "act_quantize": (X, "relu"),
     "gemm_s8": (X, X, X, X),
     "gemm_s8_requant": (X, X, X, X, X),
+    "gemm_s8_gated": (X, X, X, X, X),
     "linear_s8": (X, X, X),
     "_gemm_s8_tile": (X, X, X, X),
 }
