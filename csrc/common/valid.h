@@ -30,6 +30,7 @@ inline Status check_sources(const QuantizeParams& p) {
       (p.residual != nullptr && (p.sum == nullptr || (p.m > 1 && p.sum_stride < p.k))) ||
       (p.weight != nullptr && !is_float(p.weight_dtype)) ||
       (p.bias != nullptr && !is_float(p.bias_dtype)) || (p.m > 0 && p.x == nullptr) ||
+      (p.interleaved != 0 && (!is_activation(p.producer) || p.gate != p.x)) ||
       !fits_rotation(p.rotation, p.k)) {
     return Status::kInvalidArgument;
   }

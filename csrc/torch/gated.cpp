@@ -7,6 +7,42 @@
 namespace sqk {
 namespace {
 
+// The two ops, for problems that no tile computes at once, or only more slowly.
+#ifndef SQK_CPU
+void run_apart(const char* op, const Launch& launch, Gemm& gemm, Tensor& y_q) {
+  const GemmParams gated = gemm.params();
+  GemmParams& product = gemm.params();
+  product.activation = Producer::kQuantize;
+  product.y_dtype = gated.gate_dtype;
+  product.out_scale = nullptr;
+  const Tensor y = gemm.run(launch);
+  QuantizeParams params = {};
+  params.producer = gated.activation;
+  params.scheme = Scheme::kStatic;
+  params.dtype = gated.gate_dtype;
+  params.path = QuantizePath::kAuto;
+  params.m = gated.m;
+  params.k = params.k_padded = params.x_q_stride = gated.n / 2;
+  params.x = params.gate = y.const_data_ptr();
+  params.x_stride = params.gate_stride = gated.n;
+  params.interleaved = 1;
+  params.inv_smooth = gated.inv_smooth;
+  params.scale = gated.out_scale;
+  params.x_q = static_cast<int8_t*>(y_q.mutable_data_ptr());
+  params.x_scale = gated.y_scale;
+  QuantizePlan plan;
+  Status status = sqk::plan(params, &plan);
+  MaybeTensor workspace;
+  if (status == Status::kSuccess) {
+    params.workspace_bytes = plan.workspace_bytes;
+    params.workspace = make_workspace(y, plan.workspace_bytes, workspace);
+    status = quantize(params, plan, launch.stream());
+  }
+  SQK_CHECK(status == Status::kSuccess, op, ": ", describe(status), "; M ", gated.m, ", N ",
+            gated.n);
+}
+#endif
+
 std::tuple<Tensor, Tensor> gemm_s8_gated_op(const Tensor& x_q, const Tensor& w_q,
                                             const Tensor& x_scale, const Tensor& w_scale,
                                             const Tensor& out_scale, StringHandle kind_handle,
@@ -36,7 +72,16 @@ std::tuple<Tensor, Tensor> gemm_s8_gated_op(const Tensor& x_q, const Tensor& w_q
   params.gate_dtype = to_dtype(dtype);
   Tensor y_scale = new_vector(x_q, params.m, ScalarType::Float);
   params.y_scale = static_cast<float*>(y_scale.mutable_data_ptr());
-  return {gemm.run(launch), y_scale};
+  Tensor y_q = gemm.make_y();
+  Status status = gemm.run_to_y(launch);
+#ifndef SQK_CPU
+  if (status == Status::kUnsupportedShape || status == Status::kExcludedTile) {
+    run_apart(op, launch, gemm, y_q);
+    status = Status::kSuccess;
+  }
+#endif
+  gemm.check(status);
+  return {y_q, y_scale};
 }
 
 }  // namespace

@@ -73,7 +73,6 @@ class Gemm {
     }
     params_.y_dtype = to_dtype(y_dtype);
     params_.tile = -1;
-    y_dtype_ = y_dtype;
     w_q_ = w_q;
     w_scale_ = w_scale;
     bias_ = bias;
@@ -110,13 +109,19 @@ class Gemm {
 
   Tensor make_y() {
     params_.y_stride = columns_of_y(params_);
-    Tensor y = new_rows(x_, params_.y_stride, y_dtype_);
+    Tensor y = new_rows(x_, params_.y_stride, to_scalar_type(params_.y_dtype));
     params_.y = y.mutable_data_ptr();
     return y;
   }
 
   Tensor run(const Launch& launch) {
     Tensor y = make_y();
+    check(run_to_y(launch));
+    return y;
+  }
+
+  // After make_y.
+  Status run_to_y(const Launch& launch) {
     GemmPlan plan;
     Status status = sqk::plan(params_, &plan);
     if (status == Status::kSuccess) {
@@ -125,8 +130,7 @@ class Gemm {
       params_.workspace = make_workspace(x_, plan.workspace_bytes, workspace);
       status = gemm_s8(params_, plan, launch.stream());
     }
-    check(status);
-    return y;
+    return status;
   }
 
   void check(Status status) const {
@@ -167,7 +171,6 @@ class Gemm {
   const char* op_;
   const Tensor& x_;
   GemmParams params_ = {};
-  ScalarType y_dtype_;
   MaybeTensor w_q_, w_scale_, x_scale_, bias_;
   std::optional<Rows> x_rows_, w_rows_, residual_;
 };

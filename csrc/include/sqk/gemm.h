@@ -28,10 +28,6 @@ constexpr int64_t kMaxGemmK = 131071;
 // bytes.
 constexpr int64_t kGemmAlignment = 16;
 
-// Rows of gate, then as many of up, in the weight of a gated GEMM. The last two blocks are shorter
-// if this does not divide n / 2.
-constexpr int64_t kGateBlock = 8;
-
 // Strides are in elements, from one row to the next; within a row elements are adjacent.
 struct GemmParams {
   int64_t m;  // tokens; 0 is allowed
