@@ -5,6 +5,7 @@
 
 #include "common/arithmetic.h"
 #include "common/entry.h"
+#include "common/launch.h"
 #include "gemm/find.h"
 #include "gemm/measured.h"
 #include "sqk/linear.h"

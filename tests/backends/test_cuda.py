@@ -204,7 +204,7 @@ def test_an_op_without_a_cuda_kernel_has_one_that_explains(op: str) -> None:
         keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
         schema = getattr(torch.ops.smoothquant_kernels, op).default._schema
         wants = {argument.name for argument in schema.arguments}
-        options = {"out_dtype": torch.float16} if "out_dtype" in wants else {}
+        options = {name: torch.float16 for name in wants & {"out_dtype", "dtype"}}
         overload = getattr(torch.ops.smoothquant_kernels, op).default
         with pytest.raises(RuntimeError, match=f"no CUDA kernel for {op}: "):
             overload.redispatch(keys, *CALLS[op], **options)
