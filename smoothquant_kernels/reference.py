@@ -187,7 +187,7 @@ def gate_up_order(channels: int) -> Tensor:
 
 
 def interleave_gate_up(gate: Tensor, up: Tensor) -> Tensor:
-    """The rows of gate and up [I, ...] in the order of `gate_up_order`: weights, scales or biases of `gemm_s8_gated`."""
+    """The rows of gate and up [I, ...] in the order of `gate_up_order`: weights, scales, biases of `gemm_s8_gated`."""
     return torch.cat([gate, up])[gate_up_order(len(gate)).to(gate.device)]
 
 
@@ -209,7 +209,7 @@ def gemm_s8_gated(
     inv_smooth: Tensor | None = None,
     dtype: torch.dtype = torch.float16,
 ) -> tuple[Tensor, Tensor]:
-    """`gemm_s8` with an interleaved weight (`gate_up_order`), rounded to `dtype`, then act(gate) * up, quantized."""
+    """`gemm_s8` with a weight in `gate_up_order`, rounded to `dtype`, then act(gate) * up, quantized."""
     y = gemm_s8(x_q, w_q, x_scale, w_scale, bias, out_dtype=dtype)
     gate, up = separate_gate_up(y)
     return quantize(activation(up, FUSED_KINDS[kind], gate), inv_smooth, out_scale)

@@ -40,7 +40,7 @@ def test_kernels(arch: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert int(passed[1]) > least_passed and int(results[1]) > least_results
 
 
-#: Cooperation of blocks: splits with tickets, stream-K, clusters and scales of gated rows, for every tile, in small shapes.
+#: Cooperation of blocks: splits with tickets, stream-K, clusters, scales of gated rows; every tile, in small shapes.
 TOGETHER = "(need_not_be_cleared and 127) or every_gated_tile"
 #: seed -> whether memory is weak too, without which the defects planted by test_planted_order.py do not show.
 ORDERS = {1: True, 2: False, 3: True}

@@ -151,7 +151,7 @@ def test_nonfinite_rows(backend: Backend, m: int, kind: str, dtype: torch.dtype)
 def test_scales_of_the_output(backend: Backend, m: int) -> None:
     gemm = operands(m, 33, 64)
     for out_scale in (0.0, -1.0, 1e-39, 1e-30, 1.0, 3e38, torch.nan, torch.inf):
-        y_q, y_scale = check(backend, gemm, out_scale=out_scale)
+        _, y_scale = check(backend, gemm, out_scale=out_scale)
         assert y_scale.isnan().all() if out_scale != out_scale else not y_scale.isnan().any()
 
 
@@ -209,14 +209,14 @@ G = cases.gemm_operands(4, 6, 8)
 REFUSED: tuple[tuple[dict[str, Any], str], ...] = (
     ({"x_q": G.x_q.float()}, "x_q must be int8, got float32. Quantize it first"),
     ({"w_q": G.w_q[:, :7]}, r"the same K and N >= 1, got \(4, 8\) and \(6, 7\)\."),
-    ({"w_q": G.w_q[:5], "w_scale": torch.ones(1)}, r"w_q must have an even number of rows, those of gate and up \(reference.interleave_gate_up\), got 5."),
+    ({"w_q": G.w_q[:5], "w_scale": torch.ones(1)}, r"w_q must have an even number of rows.* got 5\."),
     ({"x_scale": torch.ones(3)}, r"x_scale must have shape \[4\] or \[1\]"),
     ({"w_scale": torch.ones(3)}, r"w_scale must have shape \[6\] or \[1\]"),
     ({"bias": torch.ones(3)}, r"bias must have shape \[6\], got \(3,\)\."),
     ({"kind": "silu"}, "kind must be one of silu_mul, gelu_mul, gelu_tanh_mul; got 'silu'."),
     ({"out_scale": torch.ones(4)}, r"out_scale must have shape \[1\] \(the scale of the int8 output\)"),
     ({"out_scale": torch.ones(1).half()}, "out_scale must be float32, got float16."),
-    ({"inv_smooth": torch.ones(6)}, r"inv_smooth must have shape \[3\] \(one factor per output channel\), got \(6,\)\."),
+    ({"inv_smooth": torch.ones(6)}, r"inv_smooth must have shape \[3\] \(one factor per output"),
     ({"inv_smooth": torch.ones(3).half()}, "inv_smooth must be float32, got float16."),
     ({"dtype": torch.int8}, "dtype must be float16, bfloat16 or float32, got"),
 )  # fmt: skip
@@ -227,5 +227,7 @@ def test_refusals(backend: Backend, change: dict[str, Any], sentence: str) -> No
     given = {name: getattr(G, name) for name in ("x_q", "w_q", "x_scale", "w_scale")}
     given |= {"out_scale": torch.ones(1), "dtype": torch.float16, **change}
     # C++ can raise only RuntimeError. The sentence is the same.
-    with pytest.raises((RuntimeError, TypeError, ValueError), match=f"^gemm_s8_gated: .*{sentence}"):
+    with pytest.raises(
+        (RuntimeError, TypeError, ValueError), match=f"^gemm_s8_gated: .*{sentence}"
+    ):
         torch.ops.smoothquant_kernels.gemm_s8_gated(**backend.move(given))

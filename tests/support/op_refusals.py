@@ -132,7 +132,11 @@ REFUSED: list[tuple[Call, type[Exception], str]] = [
         TypeError,
         "out_scale must be float32, got float16",
     ),
-    (gated(w_q=G.w_q, w_scale=G.w_scale), ValueError, "w_q must have an even number of rows, those"),
+    (
+        gated(w_q=G.w_q, w_scale=G.w_scale),
+        ValueError,
+        "w_q must have an even number of rows, those",
+    ),
     (gated(kind="silu"), ValueError, "kind must be one of silu_mul, gelu_mul, gelu_tanh_mul; got"),
     (gated(inv_smooth=torch.ones(4)), ValueError, "inv_smooth must have shape [2] (one factor per"),
     (gated(out_scale=torch.ones(2)), ValueError, "gemm_s8_gated: out_scale must have shape [1]"),

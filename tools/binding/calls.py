@@ -21,7 +21,9 @@ X = torch.tensor([[1, -2, 3, 127], [-127, 4, 0, 5], [6, 127, -7, 8]]).float()
 SIGNS = torch.tensor([[1, -1, 1, -1], [-1, -1, 1, 1]]).float()  # already normalized
 W = torch.tensor([[1, 2, 3, 4], [-5, 6, -7, 8]], dtype=torch.int8)
 # Two rows of gate, whose products are far from 0, and two of up.
-GATED = torch.tensor([[100, 0, 0, 100], [-5, 6, -7, 8], [1, 0, 0, 0], [0, 0, 0, 1]], dtype=torch.int8)
+GATED = torch.tensor(
+    [[100, 0, 0, 100], [-5, 6, -7, 8], [1, 0, 0, 0], [0, 0, 0, 1]], dtype=torch.int8
+)
 ONE, TWO = torch.ones(1), torch.tensor([2.0])
 PER_TOKEN, PER_CHANNEL = torch.tensor([1.0, 2.0, 0.5]), torch.tensor([0.5, 4.0])
 X_Q = X.to(torch.int8)

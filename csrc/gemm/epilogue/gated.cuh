@@ -4,8 +4,8 @@
 // The rows of gate and up take turns in blocks of 8, so a thread holds the sums of both.
 #pragma once
 
+#include "common/activations.cuh"
 #include "gemm/epilogue/params.cuh"
-#include "quantize/producer.cuh"
 
 namespace sqk {
 
