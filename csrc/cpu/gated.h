@@ -5,9 +5,27 @@
 // A row's part of a panel is dequantized first, because gate and up must be there together, and
 // stays in the L1 cache.
 
-// Channels that an activation takes at a time: no more than a block of gate has.
+// Channels that are taken at a time: no more than a block of gate has. So a vector may be half of a
+// register.
 constexpr int64_t kGateLanes = kLanes < kGateBlock ? kLanes : kGateBlock;
 using GateFloats = VectorOf<float, kGateLanes>::Type;
+using GateInts = VectorOf<int32_t, kGateLanes>::Type;
+using GateBytes = VectorOf<int8_t, kGateLanes>::Type;
+
+// As round_any.
+inline GateBytes round_gates(GateFloats v) {
+  if constexpr (kGateLanes == kLanes) {
+    return bits_as<GateBytes>(round_any(bits_as<Floats>(v)));
+  } else {
+#if defined(__AVX512F__)
+    v = v == v ? v : GateFloats{};
+    v = v > 127.0f ? GateFloats{} + 127.0f : v;
+    v = v < -127.0f ? GateFloats{} - 127.0f : v;
+    return bits_as<GateBytes>(
+        _mm_cvtsi128_si64(_mm256_cvtepi32_epi8(bits_as<__m256i>(v + 12582912.0f))));
+#endif
+  }
+}
 
 // The nearest value of a type.
 inline Floats rounded_to(DType dtype, Floats v) {
@@ -23,12 +41,6 @@ inline Floats rounded_to(DType dtype, Floats v) {
     }
   });
 }
-
-// Part of a row, in the order of the weight's rows. Its vectors may be read beyond the end.
-struct GatedRow {
-  alignas(64) float product[kPanel + kLanes];
-  alignas(64) float result[kPanel / 2 + kLanes];
-};
 
 template <bool kPerChannel, bool kBias>
 inline void dequantize_gated(const Block& block, const int32_t* sums, const int32_t* excess,
@@ -49,50 +61,63 @@ inline void dequantize_gated(const Block& block, const int32_t* sums, const int3
   });
 }
 
-// activation(gate) * up for the `channels` channels of `product`.
+// From the products of the channels [first, first + channels) of a row to y.
 template <Producer kProducer>
-inline void apply_gates(const float* product, int64_t channels, float* result) {
-  for (int64_t block = 0; block < channels; block += kGateBlock) {
-    const int64_t left = channels - block, rows = left < kGateBlock ? left : kGateBlock;
-    const float* const gate = product + 2 * block;
-    for (int64_t i = 0; i < rows; i += kGateLanes) {
-      const auto g = activate<kProducer>(read<GateFloats>(gate + i));
-      write(result + block + i, g * read<GateFloats>(gate + rows + i));
+inline void apply_gates(const Block& block, const float* product, int64_t m, int64_t first,
+                        int64_t channels) {
+  const GemmParams& p = *block.gemm;
+  const float inverse = block.out_inverse;
+  GateInts most = {};
+  const auto take = [&](const float* gate, const float* up, const float* inv_smooth) {
+    GateFloats v = activate<kProducer>(read<GateFloats>(gate)) * read<GateFloats>(up);
+    if (inv_smooth != nullptr) v = v * read<GateFloats>(inv_smooth);
+    const GateInts magnitude = bits_as<GateInts>(v) & 0x7fffffff;
+    most = magnitude > most ? magnitude : most;
+    return round_gates(v * inverse);
+  };
+  const float* const factors = p.inv_smooth == nullptr ? nullptr : p.inv_smooth + first;
+  int8_t* const y = static_cast<int8_t*>(p.y) + m * p.y_stride + first;
+  int64_t at = 0;
+  for (; at + kGateBlock <= channels; at += kGateBlock) {
+    const float* const gate = product + 2 * at;
+    for (int64_t i = 0; i < kGateBlock; i += kGateLanes) {
+      const float* const inv_smooth = factors == nullptr ? nullptr : factors + at + i;
+      write(y + at + i, take(gate + i, gate + kGateBlock + i, inv_smooth));
     }
+  }
+  if (at < channels) {  // the last block is shorter
+    const int64_t rows = channels - at;
+    float gate[kGateBlock] = {}, up[kGateBlock] = {}, inv_smooth[kGateBlock] = {};
+    int8_t rounded[kGateBlock];
+    std::memcpy(gate, product + 2 * at, static_cast<size_t>(rows) * sizeof(float));
+    std::memcpy(up, product + 2 * at + rows, static_cast<size_t>(rows) * sizeof(float));
+    if (factors != nullptr) {
+      std::memcpy(inv_smooth, factors + at, static_cast<size_t>(rows) * sizeof(float));
+    }
+    for (int64_t i = 0; i < kGateBlock; i += kGateLanes) {
+      write(rounded + i, take(gate + i, up + i, factors == nullptr ? nullptr : inv_smooth + i));
+    }
+    std::memcpy(y + at, rounded, static_cast<size_t>(rows));
+  }
+  int32_t largest = 0;
+  for (int i = 0; i < kGateLanes; ++i) largest = most[i] > largest ? most[i] : largest;
+  // Tasks share rows, and each that comes here writes the same.
+  if (static_cast<uint32_t>(largest) >= kInfinityBits) {
+    const auto nan = bits_as<float>(kNanBits);
+    __atomic_store(p.y_scale + m, &nan, __ATOMIC_RELAXED);
   }
 }
 
 // Not inlined, so that there is one of it and not one for each kind of scale and bias.
-__attribute__((noinline)) inline void apply_gates(Producer producer, const float* product,
-                                                  int64_t channels, float* result) {
-  switch (producer) {
+__attribute__((noinline)) inline void apply_gates(const Block& block, const float* product,
+                                                  int64_t m, int64_t first, int64_t channels) {
+  switch (block.gemm->activation) {
     case Producer::kGelu:
-      return apply_gates<Producer::kGelu>(product, channels, result);
+      return apply_gates<Producer::kGelu>(block, product, m, first, channels);
     case Producer::kGeluTanh:
-      return apply_gates<Producer::kGeluTanh>(product, channels, result);
+      return apply_gates<Producer::kGeluTanh>(block, product, m, first, channels);
     default:
-      return apply_gates<Producer::kSilu>(product, channels, result);
-  }
-}
-
-// Smooths and rounds the channels [first, first + channels) of a row of y.
-inline void write_gated(const Block& block, const float* result, int64_t m, int64_t first,
-                        int64_t channels) {
-  const GemmParams& p = *block.gemm;
-  const float* const inv_smooth = p.inv_smooth;
-  const float inverse = block.out_inverse;
-  int8_t* const y = static_cast<int8_t*>(p.y) + m * p.y_stride + first;
-  Ints most = {};
-  for_vectors(channels, [&](int64_t i, auto count) {
-    Floats v = load_lanes<DType::kFloat32>(result, i, count);
-    if (inv_smooth != nullptr) v = v * load_lanes<DType::kFloat32>(inv_smooth, first + i, count);
-    most = larger(most, bits_as<Ints>(magnitude(v)));
-    write_some(y + i, round_any(v * inverse), count);
-  });
-  // Tasks share rows, and each that comes here writes the same.
-  if (largest(most) >= kInfinityBits) {
-    const auto nan = bits_as<float>(kNanBits);
-    __atomic_store(p.y_scale + m, &nan, __ATOMIC_RELAXED);
+      return apply_gates<Producer::kSilu>(block, product, m, first, channels);
   }
 }
 
@@ -100,10 +125,9 @@ inline void write_gated(const Block& block, const float* result, int64_t m, int6
 template <bool kPerChannel, bool kBias>
 inline void finish_gated_row(const Block& block, const int32_t* sums, const int32_t* excess,
                              int64_t row, int64_t first, int64_t columns) {
-  GatedRow part;
-  dequantize_gated<kPerChannel, kBias>(block, sums, excess, row, first, columns, part.product);
-  apply_gates(block.gemm->activation, part.product, columns / 2, part.result);
-  write_gated(block, part.result, block.first_row + row, first / 2, columns / 2);
+  alignas(64) float product[kPanel + kLanes];  // a vector may be written beyond the end
+  dequantize_gated<kPerChannel, kBias>(block, sums, excess, row, first, columns, product);
+  apply_gates(block, product, block.first_row + row, first / 2, columns / 2);
 }
 
 // Not inlined: the compiler would then stop to inline what runs far more often.
