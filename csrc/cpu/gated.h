@@ -61,18 +61,24 @@ inline void dequantize_gated(const Block& block, const int32_t* sums, const int3
   });
 }
 
-// From the products of the channels [first, first + channels) of a row to y.
+// Rows that are dequantized before their gates are applied: the activations of one row wait for
+// each other, those of several do not.
+constexpr int64_t kGateRows = 16;
+struct GatedProduct {
+  alignas(64) float of[kGateRows][kPanel + kLanes];  // a vector may be written beyond the end
+};
+
+// From the products of the channels [first, first + channels) of row m to y.
 template <Producer kProducer>
 inline void apply_gates(const Block& block, const float* product, int64_t m, int64_t first,
                         int64_t channels) {
   const GemmParams& p = *block.gemm;
   const float inverse = block.out_inverse;
-  GateInts most = {};
+  GateInts nonfinite = {};
   const auto take = [&](const float* gate, const float* up, const float* inv_smooth) {
     GateFloats v = activate<kProducer>(read<GateFloats>(gate)) * read<GateFloats>(up);
     if (inv_smooth != nullptr) v = v * read<GateFloats>(inv_smooth);
-    const GateInts magnitude = bits_as<GateInts>(v) & 0x7fffffff;
-    most = magnitude > most ? magnitude : most;
+    nonfinite |= (bits_as<GateInts>(v) & 0x7fffffff) >= static_cast<int32_t>(kInfinityBits);
     return round_gates(v * inverse);
   };
   const float* const factors = p.inv_smooth == nullptr ? nullptr : p.inv_smooth + first;
@@ -99,35 +105,49 @@ inline void apply_gates(const Block& block, const float* product, int64_t m, int
     }
     std::memcpy(y + at, rounded, static_cast<size_t>(rows));
   }
-  int32_t largest = 0;
-  for (int i = 0; i < kGateLanes; ++i) largest = most[i] > largest ? most[i] : largest;
+  int64_t found[kGateLanes / 2], any = 0;
+  write(found, nonfinite);
+  for (int64_t word : found) any |= word;
   // Tasks share rows, and each that comes here writes the same.
-  if (static_cast<uint32_t>(largest) >= kInfinityBits) {
+  if (any != 0) {
     const auto nan = bits_as<float>(kNanBits);
     __atomic_store(p.y_scale + m, &nan, __ATOMIC_RELAXED);
   }
 }
 
 // Not inlined, so that there is one of it and not one for each kind of scale and bias.
-__attribute__((noinline)) inline void apply_gates(const Block& block, const float* product,
-                                                  int64_t m, int64_t first, int64_t channels) {
+__attribute__((noinline)) inline void apply_gates(const Block& block, const GatedProduct& product,
+                                                  int64_t m, int64_t rows, int64_t first,
+                                                  int64_t channels) {
+  const auto apply = [&](auto producer) {
+    for (int64_t row = 0; row < rows; ++row) {
+      apply_gates<decltype(producer)::value>(block, product.of[row], m + row, first, channels);
+    }
+  };
   switch (block.gemm->activation) {
     case Producer::kGelu:
-      return apply_gates<Producer::kGelu>(block, product, m, first, channels);
+      return apply(std::integral_constant<Producer, Producer::kGelu>{});
     case Producer::kGeluTanh:
-      return apply_gates<Producer::kGeluTanh>(block, product, m, first, channels);
+      return apply(std::integral_constant<Producer, Producer::kGeluTanh>{});
     default:
-      return apply_gates<Producer::kSilu>(block, product, m, first, channels);
+      return apply(std::integral_constant<Producer, Producer::kSilu>{});
   }
 }
 
-// A row of sums. `first` is a multiple of 2 kGateBlock.
+// Rows of sums, `stride` apart. `first` is a multiple of 2 kGateBlock.
 template <bool kPerChannel, bool kBias>
-inline void finish_gated_row(const Block& block, const int32_t* sums, const int32_t* excess,
-                             int64_t row, int64_t first, int64_t columns) {
-  alignas(64) float product[kPanel + kLanes];  // a vector may be written beyond the end
-  dequantize_gated<kPerChannel, kBias>(block, sums, excess, row, first, columns, product);
-  apply_gates(block, product, block.first_row + row, first / 2, columns / 2);
+inline void finish_gated_rows(const Block& block, const int32_t* sums, int64_t stride,
+                              const int32_t* excess, int64_t row, int64_t rows, int64_t first,
+                              int64_t columns) {
+  GatedProduct product;
+  for (int64_t done = 0; done < rows; done += kGateRows) {
+    const int64_t left = rows - done, count = left < kGateRows ? left : kGateRows;
+    for (int64_t i = 0; i < count; ++i) {
+      dequantize_gated<kPerChannel, kBias>(block, sums + (done + i) * stride, excess,
+                                           row + done + i, first, columns, product.of[i]);
+    }
+    apply_gates(block, product, block.first_row + row + done, count, first / 2, columns / 2);
+  }
 }
 
 // Not inlined: the compiler would then stop to inline what runs far more often.
@@ -137,15 +157,16 @@ __attribute__((noinline)) inline void finish_rows(const Block& block, const int3
   visit_output(*block.gemm, [&](auto type, auto per_channel, auto bias) {
     constexpr DType kDType = decltype(type)::value;
     constexpr bool kPerChannel = decltype(per_channel)::value, kBias = decltype(bias)::value;
-    const auto each_row = [&](auto finish) {
-      for (int64_t row = 0; row < rows; ++row) {
-        finish(block, sums + row * kPanel, excess, first_row + row, first, columns);
-      }
-    };
     if constexpr (kDType == DType::kInt8) {
-      if (is_gated(*block.gemm)) return each_row(finish_gated_row<kPerChannel, kBias>);
+      if (is_gated(*block.gemm)) {
+        return finish_gated_rows<kPerChannel, kBias>(block, sums, kPanel, excess, first_row, rows,
+                                                     first, columns);
+      }
     }
-    each_row(finish_row<kDType, kPerChannel, kBias>);
+    for (int64_t row = 0; row < rows; ++row) {
+      finish_row<kDType, kPerChannel, kBias>(block, sums + row * kPanel, excess, first_row + row,
+                                             first, columns);
+    }
   });
 }
 
