@@ -68,50 +68,66 @@ struct GatedProduct {
   alignas(64) float of[kGateRows][kPanel + kLanes];  // a vector may be written beyond the end
 };
 
-// From the products of the channels [first, first + channels) of row m to y.
+// One vector of channels: activation(gate) * up, smoothed. `nonfinite`: lanes that have been NaN or
+// Inf.
 template <Producer kProducer>
-inline void apply_gates(const Block& block, const float* product, int64_t m, int64_t first,
-                        int64_t channels) {
-  const GemmParams& p = *block.gemm;
-  const float inverse = block.out_inverse;
-  GateInts nonfinite = {};
-  const auto take = [&](const float* gate, const float* up, const float* inv_smooth) {
-    GateFloats v = activate<kProducer>(read<GateFloats>(gate)) * read<GateFloats>(up);
-    if (inv_smooth != nullptr) v = v * read<GateFloats>(inv_smooth);
-    nonfinite |= (bits_as<GateInts>(v) & 0x7fffffff) >= static_cast<int32_t>(kInfinityBits);
-    return round_gates(v * inverse);
-  };
-  const float* const factors = p.inv_smooth == nullptr ? nullptr : p.inv_smooth + first;
-  int8_t* const y = static_cast<int8_t*>(p.y) + m * p.y_stride + first;
-  int64_t at = 0;
-  for (; at + kGateBlock <= channels; at += kGateBlock) {
-    const float* const gate = product + 2 * at;
-    for (int64_t i = 0; i < kGateBlock; i += kGateLanes) {
-      const float* const inv_smooth = factors == nullptr ? nullptr : factors + at + i;
-      write(y + at + i, take(gate + i, gate + kGateBlock + i, inv_smooth));
-    }
-  }
-  if (at < channels) {  // the last block is shorter
-    const int64_t rows = channels - at;
-    float gate[kGateBlock] = {}, up[kGateBlock] = {}, inv_smooth[kGateBlock] = {};
-    int8_t rounded[kGateBlock];
-    std::memcpy(gate, product + 2 * at, static_cast<size_t>(rows) * sizeof(float));
-    std::memcpy(up, product + 2 * at + rows, static_cast<size_t>(rows) * sizeof(float));
-    if (factors != nullptr) {
-      std::memcpy(inv_smooth, factors + at, static_cast<size_t>(rows) * sizeof(float));
-    }
-    for (int64_t i = 0; i < kGateBlock; i += kGateLanes) {
-      write(rounded + i, take(gate + i, up + i, factors == nullptr ? nullptr : inv_smooth + i));
-    }
-    std::memcpy(y + at, rounded, static_cast<size_t>(rows));
-  }
+inline GateFloats apply_gate(const float* gate, const float* up, const float* inv_smooth,
+                             GateInts& nonfinite) {
+  GateFloats v = activate<kProducer>(read<GateFloats>(gate)) * read<GateFloats>(up);
+  if (inv_smooth != nullptr) v = v * read<GateFloats>(inv_smooth);
+  nonfinite |= (bits_as<GateInts>(v) & 0x7fffffff) >= static_cast<int32_t>(kInfinityBits);
+  return v;
+}
+
+// Tasks share rows, and each that comes here writes the same.
+inline void mark_nonfinite(const GateInts& nonfinite, float* y_scale) {
   int64_t found[kGateLanes / 2], any = 0;
   write(found, nonfinite);
   for (int64_t word : found) any |= word;
-  // Tasks share rows, and each that comes here writes the same.
-  if (any != 0) {
-    const auto nan = bits_as<float>(kNanBits);
-    __atomic_store(p.y_scale + m, &nan, __ATOMIC_RELAXED);
+  if (any == 0) return;
+  const auto nan = bits_as<float>(kNanBits);
+  __atomic_store(y_scale, &nan, __ATOMIC_RELAXED);
+}
+
+// A block of `rows` channels for each token, from its place in the products to y.
+template <Producer kProducer>
+inline void apply_block(const Block& block, const GatedProduct& product, int64_t at, int64_t m,
+                        int64_t tokens, int64_t first, int64_t rows) {
+  const GemmParams& p = *block.gemm;
+  const float inverse = block.out_inverse;
+  float* const y_scale = p.y_scale + m;
+  const float* const inv_smooth = p.inv_smooth == nullptr ? nullptr : p.inv_smooth + first + at;
+  int8_t* const y = static_cast<int8_t*>(p.y) + m * p.y_stride + first + at;
+  const int64_t y_stride = p.y_stride;
+  if (rows == kGateBlock) {
+    for (int64_t token = 0; token < tokens; ++token) {
+      const float* const gate = product.of[token] + 2 * at;
+      GateInts nonfinite = {};
+      for (int64_t i = 0; i < kGateBlock; i += kGateLanes) {
+        const GateFloats v =
+            apply_gate<kProducer>(gate + i, gate + kGateBlock + i,
+                                  inv_smooth == nullptr ? nullptr : inv_smooth + i, nonfinite);
+        write(y + token * y_stride + i, round_gates(v * inverse));
+      }
+      mark_nonfinite(nonfinite, y_scale + token);
+    }
+    return;
+  }
+  float padded[3][kGateBlock] = {};  // gate, up, inv_smooth
+  const auto bytes = static_cast<size_t>(rows) * sizeof(float);
+  if (inv_smooth != nullptr) std::memcpy(padded[2], inv_smooth, bytes);
+  for (int64_t token = 0; token < tokens; ++token) {
+    std::memcpy(padded[0], product.of[token] + 2 * at, bytes);
+    std::memcpy(padded[1], product.of[token] + 2 * at + rows, bytes);
+    int8_t rounded[kGateBlock];
+    GateInts nonfinite = {};
+    for (int64_t i = 0; i < kGateBlock; i += kGateLanes) {
+      const GateFloats v = apply_gate<kProducer>(
+          padded[0] + i, padded[1] + i, inv_smooth == nullptr ? nullptr : padded[2] + i, nonfinite);
+      write(rounded + i, round_gates(v * inverse));
+    }
+    std::memcpy(y + token * y_stride, rounded, static_cast<size_t>(rows));
+    mark_nonfinite(nonfinite, y_scale + token);
   }
 }
 
@@ -120,8 +136,10 @@ __attribute__((noinline)) inline void apply_gates(const Block& block, const Gate
                                                   int64_t m, int64_t rows, int64_t first,
                                                   int64_t channels) {
   const auto apply = [&](auto producer) {
-    for (int64_t row = 0; row < rows; ++row) {
-      apply_gates<decltype(producer)::value>(block, product.of[row], m + row, first, channels);
+    for (int64_t at = 0; at < channels; at += kGateBlock) {
+      const int64_t left = channels - at;
+      apply_block<decltype(producer)::value>(block, product, at, m, rows, first,
+                                             left < kGateBlock ? left : kGateBlock);
     }
   };
   switch (block.gemm->activation) {
