@@ -84,9 +84,9 @@ def make_cases(m: int, n: int, k: int, dtype: str) -> Iterator[Case]:
     assert bias is not None and inv_smooth is not None
     x_q, x_scale, y = torch.zeros(m, k, dtype=torch.int8), torch.ones(m), x.new_empty(m, n)
     workspace = torch.zeros(64 << 20, dtype=torch.int8)
-    quantize_op, gemm_op, linear_op, fused_op = (
+    quantize_op, gemm_op, gated_op, linear_op, fused_op = (
         getattr(torch.ops.smoothquant_kernels, name).default
-        for name in ("quantize", "gemm_s8", "linear_s8", "fused_linear_s8")
+        for name in ("quantize", "gemm_s8", "gemm_s8_gated", "linear_s8", "fused_linear_s8")
     )
     factors = {"inv_smooth": inv_smooth, "k_multiple": 16}
     scales = {"bias": bias, "out_dtype": float_type}
@@ -116,11 +116,16 @@ def make_cases(m: int, n: int, k: int, dtype: str) -> Iterator[Case]:
         return result
 
     operands = (x_q, w_q, x_scale, w_scale)
+    out_scale, gates = torch.ones(1), {"bias": bias, "dtype": float_type}
     first, second = ("quantize", quantize), ("gemm_s8", gemm)
     calls: dict[str, tuple[Call, Call | None, list[tuple[str, ctypes.Structure]]]] = {
         "quantize": (lambda: ops.quantize(x, **factors), lambda: quantize_op(x, **factors), [first]),
         "gemm_s8": (
             lambda: ops.gemm_s8(*operands, **scales), lambda: gemm_op(*operands, **scales), [second]
+        ),
+        "gemm_s8_gated": (
+            lambda: ops.gemm_s8_gated(*operands, out_scale, **gates),
+            lambda: gated_op(*operands, out_scale, **gates), [],
         ),
         "quantize, gemm_s8": (
             lambda: pair(ops.quantize, ops.gemm_s8), lambda: pair(quantize_op, gemm_op), [first, second]

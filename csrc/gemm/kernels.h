@@ -31,9 +31,17 @@ StreamKernels stream_entry();
 template <TileKey kTile>
 GemmLaunch mma_entry();
 
+// instances/gated_mma_*_sm80.cu, for rows that say .gated().
+template <TileKey kTile>
+GemmLaunch gated_mma_entry();
+
 // instances/wgmma_*_sm90.cu, if the build has 9.0a (SQK_WITH_SM90).
 template <TileKey kTile>
 WgmmaEntry wgmma_entry();
+
+// instances/gated_wgmma_*_sm90.cu, for rows that say .gated().
+template <TileKey kTile>
+WgmmaEntry gated_wgmma_entry();
 
 // stream/launch.cu. `tile` is of kind kStream, and `kernels` are its kernels. With `quantize`, the
 // kernel quantizes quantize->x itself and does not read params.x_q and x_scale.

@@ -49,18 +49,25 @@ def file_of(tile: dict[str, Any]) -> str:
 
 
 def test_every_tile_has_a_file_of_its_own(library: ctypes.CDLL) -> None:
-    """One tile per file, so that a build uses every core; its name holds its arguments, and SQK_OVERLAP is right."""
+    """One tile per file, so that a build uses every core; its name holds its arguments, and SQK_OVERLAP is right.
+
+    A tile that says .gated() has another one for gated GEMMs.
+    """
     expected = {}
     for table in c_gemm.tables(library).values():
         for tile in table["tiles"]:
             sizes = [tile["m"], tile["n"], *[tile["k"]] * (tile["kernel"] != "stream")]
             overlap = str(int(tile["schedule"] != "stream-K")) if tile["kernel"] == "wgmma" else ""
-            expected[file_of(tile)] = (f"{tile['kernel']}({', '.join(map(str, sizes))})", overlap)
+            facts = (f"{tile['kernel']}({', '.join(map(str, sizes))})", overlap)
+            expected[file_of(tile)] = facts
+            if tile["gated"]:
+                expected[f"gated_{file_of(tile)}"] = facts
     found = {}
     for source in INSTANCES.glob("*.cu"):
         text = source.read_text()
         assert len(text.splitlines()) <= 12
         (tile,) = re.findall(r"_entry<(\w+\([\d, ]+\)).*>\(\);", text)
+        assert ("gated_" in text) == source.name.startswith("gated_")
         found[source.name] = (tile, "".join(re.findall(r"#define SQK_OVERLAP ([01])", text)))
     assert found == expected
 
@@ -134,14 +141,14 @@ STAND_INS = {
     "csrc/gemm/mma/kernel.cuh": """#pragma once
 #include "gemm/kernels.h"
 namespace sqk {
-template <int, int, int, int, int, int>
+template <int, int, int, int, int, int, bool>
 Status launch_mma(const GemmParams&, const Device&, const GemmPlan&, cudaStream_t) { return {}; }
 }
 """,
     "csrc/gemm/wgmma/kernel.cuh": """#pragma once
 #include "gemm/kernels.h"
 namespace sqk {
-template <TileKey>
+template <TileKey, bool = false>
 struct WgmmaGemm {
   static Status launch(const GemmParams&, const Device&, const GemmPlan&, cudaStream_t) { return {}; }
   static int64_t workspace_bytes(const GemmParams&, const Device&) { return 0; }
@@ -162,6 +169,14 @@ void stream_gemm_kernel(StreamParams) {}
 namespace sqk {
 template <typename Constant>
 using Element = Constant;
+}
+""",
+    "csrc/common/launch.h": """#pragma once
+#include <cstddef>
+#include "sqk/status.h"
+namespace sqk {
+inline int cudaMemsetAsync(void*, int, size_t, cudaStream_t) { return 0; }
+inline Status status_from_call(int) { return {}; }
 }
 """,
     "csrc/cuda_runtime.h": "",

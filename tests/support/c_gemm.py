@@ -54,6 +54,10 @@ class Params(Structure):
         ("splits", c_int32),
         ("workspace", c_void_p),
         ("workspace_bytes", c_int64),
+        ("activation", c_int32),
+        ("gate_dtype", c_int32),
+        ("inv_smooth", c_void_p),
+        ("y_scale", c_void_p),
     )
 
 

@@ -12,7 +12,7 @@
 #include "common/launch.h"
 #include "common/memory_order.cuh"
 #include "common/ptx.cuh"
-#include "gemm/epilogue/tokens.cuh"
+#include "gemm/epilogue/gated_tokens.cuh"
 #include "gemm/splits.h"
 
 namespace sqk {
@@ -151,7 +151,7 @@ __device__ bool combine_splits(const MmaParams& p, uint32_t tile, uint32_t split
 // for more blocks and spills.
 constexpr int mma_blocks_per_sm(int threads) { return threads <= 128 ? 2 : 1; }
 
-template <int kM, int kN, int kK, int kWarpsM, int kWarpsN, int kStages>
+template <int kM, int kN, int kK, int kWarpsM, int kWarpsN, int kStages, bool kGated>
 __global__ void __launch_bounds__(32 * kWarpsM * kWarpsN, mma_blocks_per_sm(32 * kWarpsM * kWarpsN))
     mma_gemm_kernel(const __grid_constant__ MmaParams p) {
   constexpr int kThreads = 32 * kWarpsM * kWarpsN;
@@ -261,7 +261,12 @@ __global__ void __launch_bounds__(32 * kWarpsM * kWarpsN, mma_blocks_per_sm(32 *
     // Pretends that channel0 changes. Otherwise the compiler moves the loads per channel out of the
     // loop and spills them.
     asm volatile("" : "+r"(channel0));
-    store_tokens<2 * kColumns>(p.epilogue, acc[0][0], position.m * kM + warp_m + 16 * i, channel0);
+    const int token0 = position.m * kM + warp_m + 16 * i;
+    if constexpr (kGated) {
+      store_gated_tokens<2 * kColumns>(p.epilogue, acc[0][0], token0, channel0);
+    } else {
+      store_tokens<2 * kColumns>(p.epilogue, acc[0][0], token0, channel0);
+    }
 #pragma unroll
     for (int row = 1; row < kRows; ++row) {
 #pragma unroll
@@ -277,7 +282,7 @@ __global__ void __launch_bounds__(32 * kWarpsM * kWarpsN, mma_blocks_per_sm(32 *
 // 128 x 128 at a time: as a square they are 2048 tokens high, which at K = 8192 take 16 MiB of L2.
 constexpr int32_t kRasterTokens = 2048;
 
-template <int kM, int kN, int kK, int kWarpsM, int kWarpsN, int kStages>
+template <int kM, int kN, int kK, int kWarpsM, int kWarpsN, int kStages, bool kGated>
 Status launch_mma(const GemmParams& params, const Device&, const GemmPlan& plan,
                   cudaStream_t stream) {
   const int64_t m_tiles = divide_up(params.m, kM), n_tiles = divide_up(params.n, kN);
@@ -313,8 +318,8 @@ Status launch_mma(const GemmParams& params, const Device&, const GemmPlan& plan,
 
   constexpr int kThreads = 32 * kWarpsM * kWarpsN, kSharedBytes = kStages * (kM + kN) * kK;
   KernelLaunch launch = {};
-  launch.function =
-      reinterpret_cast<const void*>(&mma_gemm_kernel<kM, kN, kK, kWarpsM, kWarpsN, kStages>);
+  launch.function = reinterpret_cast<const void*>(
+      &mma_gemm_kernel<kM, kN, kK, kWarpsM, kWarpsN, kStages, kGated>);
   launch.grid = dim3(static_cast<unsigned>(tiles * splits));
   launch.block = dim3(kThreads);
   launch.shared_bytes = kSharedBytes;

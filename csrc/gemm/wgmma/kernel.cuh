@@ -20,14 +20,14 @@
 #include "cutlass/gemm/collective/collective_builder.hpp"
 #include "cutlass/gemm/kernel/gemm_universal.hpp"
 #include "gemm/epilogue/channels.cuh"
-#include "gemm/epilogue/tokens.cuh"
+#include "gemm/epilogue/gated_tokens.cuh"
 #include "gemm/kernels.h"
 
 namespace sqk {
 
 // The interface that CUTLASS's kernels need of an epilogue. The results go from registers to global
 // memory, in whole sectors (epilogue/), without shared memory, which is all for the main loop.
-template <bool kSwapAB>
+template <bool kSwapAB, bool kGated>
 class WgmmaEpilogue {
  public:
   using EpilogueSchedule = cutlass::epilogue::NoSmemWarpSpecialized;
@@ -91,6 +91,8 @@ class WgmmaEpilogue {
       for (int i = 0; i < kPerThread; ++i) acc[i] = accumulators(part * kPerThread + i);
       if constexpr (kSwapAB) {
         store_channels<kColumns / 8>(params_, acc, row, column0);
+      } else if constexpr (kGated) {
+        store_gated_tokens<kColumns / 8>(params_, acc, row, column0);
       } else {
         store_tokens<kColumns / 8>(params_, acc, row, column0);
       }
@@ -122,7 +124,7 @@ struct WgmmaSchedule<Schedule::kStreamK> {
 // The kernel of one tile, by numbers that people can read in a profile. "Rows" and "columns" are
 // those of the instruction: tokens and channels, or vice versa.
 template <int kM, int kN, int kK, int kStages, Schedule kSchedule, bool kSwapAB, int kClusterM,
-          int kClusterN>
+          int kClusterN, bool kGated>
 struct WgmmaTile {
   static_assert((kSchedule == Schedule::kStreamK) == !SQK_OVERLAP);
   using TileShape =
@@ -134,8 +136,8 @@ struct WgmmaTile {
       int8_t, cutlass::layout::ColumnMajor, 16, int32_t, TileShape, Cluster,
       cutlass::gemm::collective::StageCount<kStages>,
       typename WgmmaSchedule<kSchedule>::Kernel>::CollectiveOp;
-  using Store =
-      cutlass::epilogue::collective::detail::Sm90TmaWarpSpecializedAdapter<WgmmaEpilogue<kSwapAB>>;
+  using Store = cutlass::epilogue::collective::detail::Sm90TmaWarpSpecializedAdapter<
+      WgmmaEpilogue<kSwapAB, kGated>>;
   using Kernel =
       cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>, MainLoop, Store,
                                            typename WgmmaSchedule<kSchedule>::Scheduler>;
@@ -149,14 +151,14 @@ __global__ void __launch_bounds__(Tile::Kernel::MaxThreadsPerBlock, 1)
   typename Tile::Kernel()(params, shared);
 }
 
-template <TileKey kKey>
+template <TileKey kKey, bool kGated = false>
 class WgmmaGemm {
   static constexpr GemmTile kTile = tile_of(kKey);
   static_assert(kTile.kernel == GemmKernel::kWgmma);
   static constexpr bool kSwap = kTile.swap_ab;
   static constexpr int kClusterBlocks = kTile.cluster_m * kTile.cluster_n;
   using Tile = WgmmaTile<kTile.m, kTile.n, kTile.k, kTile.stages, kTile.schedule, kSwap,
-                         kTile.cluster_m, kTile.cluster_n>;
+                         kTile.cluster_m, kTile.cluster_n, kGated>;
   using Kernel = typename Tile::Kernel;
   using Cluster = typename Tile::Cluster;
   static constexpr int kShared = Kernel::SharedStorageSize;

@@ -6,12 +6,18 @@
 //   v         = v + residual[m, n]                                     float32
 //   y         = v rounded once to y_dtype, or, for int8,
 //               clamp(rint(relu(v) * (1 / out_scale)), -127, 127)
+//
+// Gated, where w_q holds the rows of gate and up in turns of kGateBlock (`is_gated`):
+//   v         = v rounded once to gate_dtype
+//   u[m, c]   = activation(v[m, gate row of c]) * v[m, up row of c] * inv_smooth[c]
+//   y         = clamp(rint(u * (1 / out_scale)), -127, 127)                    int8, [m, n / 2]
 #pragma once
 
 #include <cstdint>
 
 #include "sqk/device.h"
 #include "sqk/dtype.h"
+#include "sqk/quantize.h"
 #include "sqk/status.h"
 
 namespace sqk {
@@ -52,7 +58,18 @@ struct GemmParams {
 
   void* workspace;  // GemmPlan::workspace_bytes, aligned to 16; need not be cleared
   int64_t workspace_bytes;
+
+  // kQuantize: not gated. kSilu, kGelu, kGeluTanh: y_dtype is int8, and there is no residual or
+  // relu.
+  Producer activation;
+  DType gate_dtype;         // a float
+  const float* inv_smooth;  // [n / 2] or null
+  float* y_scale;           // [m]: *out_scale, or NaN where the row of u has a NaN or Inf
 };
+
+constexpr bool is_gated(const GemmParams& p) { return p.activation != Producer::kQuantize; }
+// The columns of y.
+constexpr int64_t columns_of_y(const GemmParams& p) { return is_gated(p) ? p.n / 2 : p.n; }
 
 // The architectures that have a table of tiles, and the names of the tables. This is the only list
 // of them; Python reads it from the library. `gemm/tiles/tables.h` must include the file of each.

@@ -1,0 +1,7 @@
+// Kernel ring: no torch.
+#define SQK_OVERLAP 1
+#include "gemm/instances/wgmma.cuh"
+
+namespace sqk {
+template WgmmaEntry gated_wgmma_entry<wgmma(128, 256, 128).cooperative().cluster(2, 1).stages(4)>();
+}
