@@ -138,6 +138,62 @@ EXPORT int cudaGetDriverEntryPoint(const char* name, void** function, unsigned l
   return cudaGetDriverEntryPointByVersion(name, function, 0, flags, found);
 }
 
+// --- streams, and the graphs that they are captured into ---
+
+static unsigned long long capture;  // 0: none
+static int symbol_refused;
+// From now on every stream is captured under this number, until it is 0.
+EXPORT void null_capture(unsigned long long id) { capture = id; }
+// From now on there are no variables of the library.
+EXPORT void null_refuse_symbols(int refuse) { symbol_refused = refuse; }
+
+EXPORT int cudaStreamGetId(void* stream, unsigned long long* id) {
+  *id = (unsigned long long)(size_t)stream + 1;
+  return 0;
+}
+EXPORT int cudaStreamGetCaptureInfo(void* stream, int* status, unsigned long long* id, void** graph,
+                                    void* dependencies, void* edges, size_t* count) {
+  (void)stream, (void)dependencies, (void)edges, (void)count;
+  *status = capture != 0;
+  if (id != NULL) *id = capture;
+  if (graph != NULL) *graph = &capture;
+  return 0;
+}
+EXPORT int cudaGetSymbolAddress(void** address, const void* symbol) {
+  *address = (void*)symbol;
+  return symbol_refused ? 13 : 0;
+}
+
+// What graphs hold: destructors, all called by null_destroy_graphs.
+static struct {
+  void (*destroy)(void*);
+  void* argument;
+} held[64];
+static int held_count;
+EXPORT int cudaUserObjectCreate(void** object, void* argument, void (*destroy)(void*),
+                                unsigned count, unsigned flags) {
+  (void)count, (void)flags;
+  if (held_count == 64) return 2;
+  held[held_count].destroy = destroy;
+  held[held_count].argument = argument;
+  *object = &held[held_count++];
+  return 0;
+}
+EXPORT int cudaGraphRetainUserObject(void* graph, void* object, unsigned count, unsigned flags) {
+  (void)graph, (void)object, (void)count, (void)flags;
+  return 0;
+}
+EXPORT int cudaUserObjectRelease(void* object, unsigned count) {
+  (void)object, (void)count;
+  return 0;
+}
+EXPORT void null_destroy_graphs(void) {
+  while (held_count > 0) {
+    --held_count;
+    held[held_count].destroy(held[held_count].argument);
+  }
+}
+
 EXPORT int cudaGetLastError(void) { return 0; }
 EXPORT int cudaPeekAtLastError(void) { return 0; }
 EXPORT const char* cudaGetErrorName(int error) { return error == 0 ? "cudaSuccess" : "cudaError"; }
