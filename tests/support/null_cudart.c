@@ -1,5 +1,5 @@
 // A CUDA runtime in which every call succeeds at once and no kernel runs, for host_time.py: what is
-// left of an op is the time that it takes the CPU. It describes two GPUs, counts what it is asked
+// left of an op is the time that it takes the CPU. It describes some GPUs, counts what it is asked
 // for, and stands in for libcudart.so.13 once it is loaded (the loader goes by that name).
 #include <stddef.h>
 #include <string.h>
@@ -14,7 +14,7 @@ EXPORT int null_carveout;
 
 static int current;
 
-// 0: an H100, 1: an A100.
+// 0: an H100, 1: an A100, 2: an L40S.
 EXPORT void null_use_device(int device) { current = device; }
 
 static unsigned long long context = 1;
@@ -40,18 +40,21 @@ EXPORT int cudaDeviceGetAttribute(int* value, int attribute, int device) {
   ++null_attributes;
   switch (attribute) {
     case 16:  // multiprocessors
-      *value = device == 0 ? 132 : 108;
+      *value = device == 0 ? 132 : device == 1 ? 108 : 142;
       break;
     case 75:  // compute capability, major
       *value = device == 0 ? 9 : 8;
       break;
+    case 76:  // minor
+      *value = device == 2 ? 9 : 0;
+      break;
     case 81:  // shared memory of a multiprocessor
-      *value = device == 0 ? 233472 : 167936;
+      *value = device == 0 ? 233472 : device == 1 ? 167936 : 102400;
       break;
     case 97:  // the most shared memory that one block can be given
-      *value = device == 0 ? 232448 : 166912;
+      *value = device == 0 ? 232448 : device == 1 ? 166912 : 101376;
       break;
-    default:  // among them the minor capability
+    default:
       *value = 0;
   }
   return 0;
@@ -108,7 +111,7 @@ static int context_affinity(int* affinity, int type) {
 // CUdevResource: a type and what is reserved, 96 bytes, then the number.
 static int context_resource(void* of, int* resource, int type) {
   (void)type;
-  resource[24] = context_sms != 0 ? context_sms : current == 0 ? 132 : 108;
+  resource[24] = context_sms != 0 ? context_sms : current == 0 ? 132 : current == 1 ? 108 : 142;
   return of != &context;
 }
 
@@ -168,12 +171,12 @@ EXPORT int cudaGetSymbolAddress(void** address, const void* symbol) {
 static struct {
   void (*destroy)(void*);
   void* argument;
-} held[64];
+} held[1024];
 static int held_count;
 EXPORT int cudaUserObjectCreate(void** object, void* argument, void (*destroy)(void*),
                                 unsigned count, unsigned flags) {
   (void)count, (void)flags;
-  if (held_count == 64) return 2;
+  if (held_count == 1024) return 2;
   held[held_count].destroy = destroy;
   held[held_count].argument = argument;
   *object = &held[held_count++];

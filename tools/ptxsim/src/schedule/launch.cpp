@@ -143,8 +143,8 @@ void reset_worker(Worker& worker, u64 index, u64 launch_number) {
 }
 
 void run_workers(Launch& launch, u64 launch_number) {
-  u64 threads = starts_early(launch) ? 1 : (u64)options().threads;
-  u64 count = std::max<u64>(1, std::min<u64>(threads, launch.total));
+  u64 most = starts_early(launch) ? 1 : (u64)options().threads;
+  u64 count = std::max<u64>(1, std::min<u64>(most, launch.total));
   auto& pool = worker_pool(count);
   for (u64 i = 0; i < count; i++) reset_worker(*pool[i], i, launch_number);
   std::vector<std::thread> threads;
