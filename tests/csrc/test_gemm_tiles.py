@@ -49,19 +49,17 @@ def file_of(tile: dict[str, Any]) -> str:
 
 
 def test_every_tile_has_a_file_of_its_own(library: ctypes.CDLL) -> None:
-    """One tile per file, so that a build uses every core; its name holds its arguments, and SQK_OVERLAP is right."""
+    """One tile per file, so that a build uses every core; its name holds its arguments."""
     expected = {}
     for table in c_gemm.tables(library).values():
         for tile in table["tiles"]:
             sizes = [tile["m"], tile["n"], *[tile["k"]] * (tile["kernel"] != "stream")]
-            overlap = str(int(tile["schedule"] != "stream-K")) if tile["kernel"] == "wgmma" else ""
-            expected[file_of(tile)] = (f"{tile['kernel']}({', '.join(map(str, sizes))})", overlap)
+            expected[file_of(tile)] = f"{tile['kernel']}({', '.join(map(str, sizes))})"
     found = {}
     for source in INSTANCES.glob("*.cu"):
         text = source.read_text()
         assert len(text.splitlines()) <= 12
-        (tile,) = re.findall(r"_entry<(\w+\([\d, ]+\)).*>\(\);", text)
-        found[source.name] = (tile, "".join(re.findall(r"#define SQK_OVERLAP ([01])", text)))
+        (found[source.name],) = re.findall(r"_entry<(\w+\([\d, ]+\)).*>\(\);", text)
     assert found == expected
 
 
@@ -204,7 +202,7 @@ class Sources:
         """Compiles all files of shipped tiles as one source."""
         folder = self.folder / "csrc" / "gemm" / "instances"
         names = sorted(path.name for path in folder.glob("*.cu") if path.name[:7] != "tuning_")
-        lines = [f'#undef SQK_OVERLAP\n#include "gemm/instances/{name}"\n' for name in names]
+        lines = [f'#include "gemm/instances/{name}"\n' for name in names]
         (self.folder / "all.cpp").write_text("".join(lines))
         return self.compile(["all.cpp"], *(flags or ("-fsyntax-only",)))
 
