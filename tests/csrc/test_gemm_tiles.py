@@ -162,6 +162,12 @@ template <typename Constant>
 using Element = Constant;
 }
 """,
+    "csrc/common/launch.h": """#pragma once
+#include "sqk/device.h"
+namespace sqk {
+bool may_overlap(const Device&);
+}
+""",
     "csrc/cuda_runtime.h": "",
     # The functions that launch.cu calls besides kernels and plans.
     "rest.cpp": """#include "gemm/kernels.h"
@@ -170,8 +176,9 @@ namespace sqk {
 Status current_device(Device*) { return {}; }
 Status plan(const QuantizeParams&, QuantizePlan*) { return {}; }
 Status quantize(const QuantizeParams&, const QuantizePlan&, cudaStream_t) { return {}; }
-Status launch_stream(const GemmParams&, const QuantizeParams*, const Device&, const GemmTile&, StreamKernels,
+Status launch_stream(const GemmParams&, const QuantizeParams*, const Device&, const GemmPlan&, StreamKernels,
                      cudaStream_t) { return {}; }
+bool may_overlap(const Device&) { return false; }
 bool stream_quantizes(const QuantizeParams&, const GemmParams&) { return false; }
 }
 """,
