@@ -54,7 +54,7 @@ for gpu in (0, 1, 2):
             p = params_of(m, n, k)
             shared += shares_k(p)
             assert memsets(p) == 0, (gpu, m, n, k)
-    assert shared >= 10, (gpu, shared)
+    assert shared >= 5, (gpu, shared)
     # every tile that can share k, by stream-K or by splits
     tiles = c_gemm.tiles(library)
     counted = 0

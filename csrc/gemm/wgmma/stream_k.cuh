@@ -22,10 +22,14 @@ constexpr int64_t stream_k_tickets(int64_t tiles, int64_t sms) {
 }
 
 // The launch's tickets, for the block's threads. CUTLASS calls what waits for tickets without an
-// object, so their address has to be where every thread can read it.
+// object, so their address has to be where every thread can read it: in the last bytes of the
+// block's dynamic memory. Static memory would come first, and TMA's buffers would not be aligned.
+constexpr int kKeptBytes = 16;
 __device__ inline uint32_t*& kept_tickets() {
-  __shared__ uint32_t* tickets;
-  return tickets;
+  extern __shared__ char shared[];
+  uint32_t size;
+  asm("mov.u32 %0, %%dynamic_smem_size;" : "=r"(size));
+  return *reinterpret_cast<uint32_t**>(shared + size - kKeptBytes);
 }
 __device__ inline void keep_tickets(uint32_t* tickets) {
   if (threadIdx.x == 0) kept_tickets() = tickets;

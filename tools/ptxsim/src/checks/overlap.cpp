@@ -8,7 +8,7 @@ struct Byte {
   u64 address;
   u8 before, after;
 };
-// The bytes of an allocation that a launch has changed.
+// The bytes of an allocation that a launch has written.
 struct Changed {
   u64 id, base;
   std::vector<Byte> bytes;
@@ -48,28 +48,23 @@ EarlierMemory::~EarlierMemory() {
   for (size_t i = now_.size(); i-- > 0;) *now_[i].to = now_[i].value;
 }
 
-WatchedMemory::WatchedMemory(const Launch& launch) : launch_(launch) {
-  if (!options().overlap) return;
-  for (auto& allocation : launch.allocations->allocations) {
-    auto* begin = (const u8*)allocation.base;
-    before_.emplace_back(begin, begin + (allocation.read_only ? 0 : allocation.size));
-  }
+void note_written(Launch& launch, u64 address, u32 bytes) {
+  std::lock_guard<std::mutex> lock(launch.mutex);
+  for (u32 k = 0; k < bytes; k++)
+    launch.written.try_emplace(address + k, *(const u8*)(address + k));
 }
 
-void WatchedMemory::remember() {
-  if (!options().overlap) return;
+void remember_written(const Launch& launch) {
   Written written;
   // A kernel that was not launched to overlap has nothing to wait for.
-  written.triggered_early = launch_.params.overlap && launch_.triggered_early;
-  for (size_t i = 0; i < before_.size(); i++) {
-    const Allocation& allocation = launch_.allocations->allocations[i];
-    auto* now = (const u8*)allocation.base;
-    if (before_[i].empty() || !memcmp(now, before_[i].data(), before_[i].size())) continue;
-    Changed changed{allocation.id, allocation.base, {}};
-    for (size_t k = 0; k < before_[i].size(); k++)
-      if (now[k] != before_[i][k])
-        changed.bytes.push_back({allocation.base + k, before_[i][k], now[k]});
-    written.allocations.push_back(std::move(changed));
+  written.triggered_early = launch.params.overlap && launch.triggered_early;
+  for (auto [address, before] : launch.written) {
+    const Allocation* allocation = launch.allocations->find(address);
+    if (!allocation) continue;
+    auto& allocations = written.allocations;
+    if (allocations.empty() || allocations.back().id != allocation->id)
+      allocations.push_back({allocation->id, allocation->base, {}});
+    allocations.back().bytes.push_back({address, before, *(const u8*)address});
   }
   g_written.push_back(std::move(written));
   if (g_written.size() > kKept) g_written.pop_front();

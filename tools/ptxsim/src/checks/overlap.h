@@ -26,16 +26,10 @@ class EarlierMemory {
   std::vector<Bytes> now_;  // in the order in which they were replaced
 };
 
-// What a launch writes.
-class WatchedMemory {
- public:
-  explicit WatchedMemory(const Launch& launch);
-  void remember();  // the launch has succeeded
-
- private:
-  const Launch& launch_;
-  std::vector<std::vector<u8>> before_;  // of launch_.allocations
-};
+// A kernel is about to write bytes of global memory.
+void note_written(Launch& launch, u64 address, u32 bytes);
+// The launch has succeeded.
+void remember_written(const Launch& launch);
 
 // Something else than a kernel came last in the stream, and a kernel after it starts when it is
 // done.

@@ -3,6 +3,7 @@
 #include "instructions/access.h"
 
 #include "checks.h"
+#include "checks/overlap.h"
 #include "exec.h"
 
 namespace ptxsim {
@@ -68,6 +69,8 @@ u8* global_pointer(Warp& warp, int lane, u64 address, u32 bytes, Access access) 
           offset >= warp.worker->cached_size || offset + bytes > warp.worker->cached_size, 0))
     global_slow(warp, lane, address, bytes, access);
   if (__builtin_expect(warp.launch->check_init, 0)) global_init(warp, lane, address, bytes, access);
+  if (__builtin_expect(options().overlap && (access & kWrite), 0))
+    note_written(*warp.launch, address, bytes);
   return (u8*)address;
 }
 

@@ -173,10 +173,9 @@ void run_launch(Launch& launch) {
   launch.param_size = params.size();
   if (!params.empty()) memcpy((void*)launch.param_base, params.data(), params.size());
   if (options().seed) draw_permutation(launch, launch_number);
-  WatchedMemory watched(launch);
   run_workers(launch, launch_number);
   for (auto& orphan : launch.orphans) weak_apply(orphan);
   if (launch.failed) throw SimError(launch.error_kind, launch.error);
-  watched.remember();
+  if (options().overlap) remember_written(launch);
 }
 }  // namespace ptxsim
