@@ -13,7 +13,7 @@ its CUDA allocator, in whose place stands malloc. The columns of each line:
     op      dispatcher, boxing, checks and allocation: the overload less the C entry
     plan    the C entry that only plans
     launch  the C entry that plans and launches, less the former
-    calls   of the CUDA runtime: a launches, b memsets (each launch and memset is a node of a CUDA graph), c other calls
+    calls   of the CUDA runtime: a launches, b memsets (each of both is a node of a CUDA graph), c other calls
 """
 
 from __future__ import annotations
@@ -210,7 +210,7 @@ def measure(
 
 
 def text_of(row: dict[str, Any]) -> str:
-    """`linear_s8 M 64 N 4096 K 4096 fp16 h100 | 9.80 us, p5 9.61, p80 9.91 | ... | 2 launches, 0 memsets, 7 other calls`"""
+    """`linear_s8 M 64 N 4096 K 4096 fp16 h100 | 9.80 us, p5 9.61, p80 9.91 | ... | 2 launches, 0 memsets, 7 others`"""
     parts = " ".join(
         f"{name} {row[f'{name}_us']:5.2f}" if row[f"{name}_us"] is not None else f"{name}     -"
         for name in ("python", "op", "plan", "launch")
@@ -221,7 +221,7 @@ def text_of(row: dict[str, Any]) -> str:
     where = f"M {row['M']:4d} N {row['N']} K {row['K']} {row['dtype']} {row['gpu']}"
     return (
         f"{row['op']:17s} {where} | {row['us']:6.2f} us, p5 {row['p5']:6.2f}, p80 {row['p80']:6.2f} | {parts} | "
-        f"{launches} launches, {clears} memsets, {other} other calls"
+        f"{launches} launches, {clears} memsets, {other} others"
     )
 
 

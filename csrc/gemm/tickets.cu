@@ -1,12 +1,11 @@
 // Who owns which tickets. Kernel ring: no torch.
-#include "gemm/tickets.h"
-
 #include <map>
 #include <mutex>
 #include <utility>
 #include <vector>
 
 #include "common/launch.h"
+#include "gemm/tickets.h"
 
 namespace sqk {
 namespace {

@@ -63,7 +63,9 @@ def test_lines_and_launches(null_library: Path, tmp_path: Path) -> None:
     assert len(rows) == len(launches) == len(host_time.GPUS) * (1 + 2 * 5)
     for row in rows:
         assert row["us"] > 0 and row["rounds"] >= 5
-        assert row["calls"]["clears"] == 0, "tickets reset themselves: no memset is a node of a graph"
+        assert row["calls"]["clears"] == 0, (
+            "tickets reset themselves: no memset is a node of a graph"
+        )
         assert row["calls"]["attributes"] == 0, "what a GPU is like is asked for once"
         assert row["calls"]["tensor_maps"] in ((0, 2) if row["gpu"] == "h100" else (0,))
         assert any(

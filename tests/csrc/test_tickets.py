@@ -1,4 +1,7 @@
-"""Tickets that need no memset (csrc/gemm/tickets.h): who owns them, and what happens where there are none. No kernel runs."""
+"""Tickets that need no memset (csrc/gemm/tickets.h): their owners, and what happens where there are none.
+
+No kernel runs.
+"""
 
 from __future__ import annotations
 

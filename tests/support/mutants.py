@@ -77,7 +77,9 @@ def build_and_test(mutant: Mutant, root: Path) -> subprocess.CompletedProcess[st
     if mutant.overlap:
         done = simulator.kernel_tests(library, *arguments, arch=mutant.arch)
         assert done.returncode == 0, f"without overlap: {done.stdout}{done.stderr}"
-        return simulator.kernel_tests(library, *arguments, arch=mutant.arch, environment=simulator.OVERLAP)
+        return simulator.kernel_tests(
+            library, *arguments, arch=mutant.arch, environment=simulator.OVERLAP
+        )
     if not mutant.orders:
         return simulator.kernel_tests(library, *arguments, arch=mutant.arch)
     # One thread here too: with several threads, chance decides which block comes last.

@@ -65,7 +65,11 @@ def row(bits: int = 16, path: int = 2, **loads: int) -> Kernel:
             "48 stores of 4 bytes, 32 of 2; allowed: as many.",
         ),
         (
-            kernel(WGMMA, "sm_90a", code=Code({}, counts=HOPPER, overlaps=True, fresh_loads=4, early={"LDG": 1, "STG": 2})),
+            kernel(
+                WGMMA,
+                "sm_90a",
+                code=Code(counts=HOPPER, overlaps=True, fresh_loads=4, early={"LDG": 1, "STG": 2}),
+            ),
             "1 LDG, 2 STG can come before any wait; allowed: none.",
         ),
         (kernel(WGMMA, "sm_90a", code=Code(counts=HOPPER, overlaps=True)), "no load of x_scale from L2"),
@@ -76,6 +80,7 @@ def row(bits: int = 16, path: int = 2, **loads: int) -> Kernel:
             "1 LDG can come before any wait; wanted: copies of weights",
         ),
         (kernel(STREAM, "sm_90a", code=Code(counts={"IMMA": 4}, overlaps=True)), "no LDGSTS before the wait"),
+        (kernel(STREAM, code=Code(counts={"IMMA": 4}, size=300 << 10)), "300.0 KiB of code; allowed: 256"),
     ],
 )  # fmt: skip
 def test_a_gate_fails_on_a_defect(bad: Kernel, sentence: str) -> None:

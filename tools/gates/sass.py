@@ -19,7 +19,19 @@ COUNTED = ("IMMA", "IGMMA", "IDP", "BAR")  # tensor cores of Ampere and of Hoppe
 WAITS = re.compile(r"ACQBULK\b|SYNCS\.PHASECHK\b")
 FRESH_LOAD = re.compile(r"LDG\b.*\.STRONG\.GPU\b")  # ld.global.cg, and an acquire
 #: What reads or writes global memory: loads, copies to shared memory, stores, atomics, TMA.
-GLOBAL = ("LDG", "LDGSTS", "STG", "ATOM", "ATOMG", "RED", "REDG", "UTMALDG", "UTMASTG", "UTMAREDG", "UBLKCP")
+GLOBAL = (
+    "LDG",
+    "LDGSTS",
+    "STG",
+    "ATOM",
+    "ATOMG",
+    "RED",
+    "REDG",
+    "UTMALDG",
+    "UTMASTG",
+    "UTMAREDG",
+    "UBLKCP",
+)
 
 
 @dataclass(frozen=True)
@@ -34,7 +46,9 @@ class Code:
     waiting_igmma: int = 0  # IGMMA that end their group; all of them when ptxas made wgmma serial
     overlaps: bool = False  # it waits for the kernel before it in the stream (griddepcontrol.wait)
     fresh_loads: int = 0  # of data that other blocks or kernels write at the same time
-    early: dict[str, int] = field(default_factory=dict)  # if it overlaps: of GLOBAL, what needs none of WAITS
+    early: dict[str, int] = field(
+        default_factory=dict
+    )  # if it overlaps: of GLOBAL, what needs none of WAITS
     size: int = 0  # bytes of instructions
 
 

@@ -165,8 +165,7 @@ class WgmmaGemm {
                          kTile.cluster_m, kTile.cluster_n>;
   using Kernel = typename Tile::Kernel;
   using Cluster = typename Tile::Cluster;
-  static constexpr int kShared =
-      Kernel::SharedStorageSize + (Tile::kStreamK ? kKeptBytes : 0);
+  static constexpr int kShared = Kernel::SharedStorageSize + (Tile::kStreamK ? kKeptBytes : 0);
   static_assert(kShared <= shared_bytes(kTile), "plan_gemm compares less with what the GPU has");
 
   static const void* function() { return reinterpret_cast<const void*>(&wgmma_gemm_kernel<Tile>); }

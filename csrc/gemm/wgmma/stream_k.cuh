@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "common/memory_order.cuh"
 #include "cutlass/arch/barrier.h"
 #include "cutlass/barrier.h"
 #include "cutlass/gemm/kernel/tile_scheduler.hpp"
@@ -12,7 +13,8 @@
 
 namespace sqk {
 
-// The tag by which a kernel names this schedule, as cutlass::gemm::StreamKScheduler names CUTLASS's.
+// The tag by which a kernel names this schedule, as cutlass::gemm::StreamKScheduler names
+// CUTLASS's.
 struct StreamKWithTickets {};
 
 // Two warpgroups have a ticket each for every tile that is shared, which are those of the last one
@@ -68,9 +70,9 @@ class StreamKTickets
   static constexpr uint32_t kThreads = cutlass::NumThreadsPerWarpGroup;
 
  public:
+  using Base::Base;
   using typename Base::Params;
   using typename Base::WorkTileInfo;
-  using Base::Base;
 
   // Only a hint that lets the next kernel start early, and CUTLASS 4.2's own does not compile for
   // this schedule. The next kernel starts when the blocks end.
@@ -83,6 +85,8 @@ class StreamKTickets
   CUTLASS_DEVICE static void fixup(const Params& params, const WorkTileInfo& work,
                                    Accumulators& accumulators, uint32_t barriers,
                                    uint32_t barrier) {
+    // Each thread waits here too: a part of a tile may have no loads that could be waited for.
+    wait_for_previous_kernel();
     Base::template fixup_helper<Accumulators, TicketBarriers<kThreads>>(params, work, accumulators,
                                                                         barriers, barrier);
     uint32_t* const tickets = kept_tickets();
@@ -98,7 +102,8 @@ class StreamKTickets
 // CUTLASS finds a schedule by its tag.
 namespace cutlass::gemm::kernel::detail {
 template <class TileShape, class ClusterShape, uint32_t kStages>
-struct TileSchedulerSelector<sqk::StreamKWithTickets, arch::Sm90, TileShape, ClusterShape, kStages> {
+struct TileSchedulerSelector<sqk::StreamKWithTickets, arch::Sm90, TileShape, ClusterShape,
+                             kStages> {
   using Scheduler = sqk::StreamKTickets<TileShape, ClusterShape>;
 };
 }  // namespace cutlass::gemm::kernel::detail

@@ -77,12 +77,12 @@ constexpr const char* name(GemmTable table) { return kGemmTableNames[static_cast
 
 struct GemmPlan {
   GemmTable table;
-  int32_t tile;          // row of the table
-  int32_t splits;        // blocks that share a tile's k
-  int32_t launches;      // kernels; 0 for m = 0
-  int32_t overlap;       // 1: may start before the previous kernel in the stream has ended; it waits
+  int32_t tile;      // row of the table
+  int32_t splits;    // blocks that share a tile's k
+  int32_t launches;  // kernels; 0 for m = 0
+  int32_t overlap;   // 1: may start before the previous kernel in the stream has ended; it waits
   int32_t weights_first;  // 1: and may request w_q before it waits
-  int64_t tiles;         // of the output
+  int64_t tiles;          // of the output
   int64_t blocks;        // tiles * splits: launched blocks, or units of work of a persistent kernel
   int64_t shared_bytes;  // dynamic, per block; 0 for streaming kernels, which use all there is
   int64_t counter_bytes;  // for splits: at the start of the workspace, for streams without tickets

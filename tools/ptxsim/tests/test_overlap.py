@@ -45,7 +45,9 @@ def test_right_chains(overlap_so, barrier, checks):
 def test_early_reads_are_wrong(overlap_so, defect):
     assert chain(overlap_so, last=defect).startswith("wrong")
     assert chain(overlap_so, first=defect).startswith("wrong")
-    assert chain(overlap_so, last=defect, options=()).startswith("right"), "launches never overlap without the mode"
+    assert chain(overlap_so, last=defect, options=()).startswith("right"), (
+        "launches never overlap without the mode"
+    )
 
 
 def test_the_threads_that_do_not_wait_read_early(overlap_so):

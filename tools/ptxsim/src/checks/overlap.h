@@ -1,7 +1,8 @@
 // Programmatic dependent launch (PTXSIM_OVERLAP). Launches run one after another here, so an early
 // start is played: before the kernel runs, the bytes that the kernel before it wrote are given back
-// as they were, and it runs until its warps stand at griddepcontrol.wait. Then the new bytes return,
-// and it goes on. What it read too early is wrong, and what it writes too early is an error.
+// as they were, and it runs until its warps stand at griddepcontrol.wait. Then the new bytes
+// return, and it goes on. What it read too early is wrong, and what it writes too early is an
+// error.
 #pragma once
 #include "exec.h"
 

@@ -58,10 +58,11 @@ static void global_init(Warp& warp, int lane, u64 address, u32 bytes, Access acc
 }
 u8* global_pointer(Warp& warp, int lane, u64 address, u32 bytes, Access access) {
   if (__builtin_expect(warp.launch->holding && (access & kWrite), 0))
-    warp.fail(kErrorCheck, lane,
-              format("global %s of %u bytes before griddepcontrol.wait, while the kernel before may "
-                     "still use the memory (PTXSIM_OVERLAP)",
-                     access == kWrite ? "store" : "atomic", bytes));
+    warp.fail(
+        kErrorCheck, lane,
+        format("global %s of %u bytes before griddepcontrol.wait, while the kernel before may "
+               "still use the memory (PTXSIM_OVERLAP)",
+               access == kWrite ? "store" : "atomic", bytes));
   if (address & (bytes - 1))
     if ((bytes & (bytes - 1)) == 0) misaligned(warp, lane, kGlobal, address, bytes);
   u64 offset = address - warp.worker->cached_begin;

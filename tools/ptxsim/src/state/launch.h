@@ -31,9 +31,9 @@ struct Launch {
   std::mutex mutex;
   std::vector<WeakMap> orphans;  // stores of CTAs that have exited
   u64 permute_factor = 1, permute_offset = 0;
-  bool holding = false;            // PTXSIM_OVERLAP: griddepcontrol.wait lets nobody pass
-  bool triggered_early = false;    // griddepcontrol.launch_dependents before the wait
-  std::map<u64, u8> written;       // PTXSIM_OVERLAP: bytes before the launch's first store to them
+  bool holding = false;          // PTXSIM_OVERLAP: griddepcontrol.wait lets nobody pass
+  bool triggered_early = false;  // griddepcontrol.launch_dependents before the wait
+  std::map<u64, u8> written;     // PTXSIM_OVERLAP: bytes before the launch's first store to them
   Stats stats;
   bool stats_on = false, check_init = false, check_race = false;
   std::string error;

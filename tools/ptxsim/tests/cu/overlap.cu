@@ -4,7 +4,15 @@
 #define WAIT asm volatile("griddepcontrol.wait;" ::: "memory")
 #define TRIGGER asm volatile("griddepcontrol.launch_dependents;" ::: "memory")
 
-enum Defect { kNone, kReadsEarly, kCopiesEarly, kWritesEarly, kNeverWaits, kOthersRead, kTriggersEarly };
+enum Defect {
+  kNone,
+  kReadsEarly,
+  kCopiesEarly,
+  kWritesEarly,
+  kNeverWaits,
+  kOthersRead,
+  kTriggersEarly
+};
 
 // b = a + 1. Reads `constant`, which no kernel writes, before the wait.
 __global__ void add_one(const int* a, int* b, const int* constant, int n, int defect) {
@@ -42,7 +50,8 @@ __global__ void add_one_by_barrier(const int* a, int* b, const int* constant, in
   if (i < n) b[i] = a[i] + constant[i];
 }
 
-static int launch(decltype(&add_one) kernel, const int* a, int* b, const int* one, int n, int defect) {
+static int launch(decltype(&add_one) kernel, const int* a, int* b, const int* one, int n,
+                  int defect) {
   cudaLaunchAttribute attribute;
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
@@ -54,9 +63,11 @@ static int launch(decltype(&add_one) kernel, const int* a, int* b, const int* on
   return cudaLaunchKernelEx(&config, kernel, a, b, one, n, defect);
 }
 
-// c = a + 3 in three launches; a -> b -> a -> c: the second writes what the first one reads. `memset`: clears c before
-// the last launch, so that no kernel comes right before it. first, last: their defects.
-extern "C" int run_chain(int* a, int* b, int* c, const int* one, int n, int first, int last, int barrier, int memset) {
+// c = a + 3 in three launches; a -> b -> a -> c: the second writes what the first one reads.
+// `memset`: clears c before the last launch, so that no kernel comes right before it. first, last:
+// their defects.
+extern "C" int run_chain(int* a, int* b, int* c, const int* one, int n, int first, int last,
+                         int barrier, int memset) {
   auto kernel = barrier ? &add_one_by_barrier : &add_one;
   if (int error = launch(kernel, a, b, one, n, kNone)) return error;
   if (int error = launch(kernel, b, a, one, n, first)) return error;
