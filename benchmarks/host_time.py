@@ -13,7 +13,7 @@ its CUDA allocator, in whose place stands malloc. The columns of each line:
     op      dispatcher, boxing, checks and allocation: the overload less the C entry
     plan    the C entry that only plans
     launch  the C entry that plans and launches, less the former
-    calls   of the CUDA runtime: a launches, b other calls
+    calls   of the CUDA runtime: a launches, b memsets (each of both is a node of a CUDA graph), c other calls
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from benchmarks.lib.timer import Call, interleaved
 from smoothquant_kernels import W8A8Linear, ops
 from tests.support import c_gemm, c_interface, null_runtime
 
-GPUS = ("h100", "a100")  # as null_use_device counts them
+GPUS = ("h100", "a100", "l40s")  # as null_use_device counts them
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 COUNTERS = (
     "launches", "clears", "tensor_maps", "entry_points", "devices", "attributes", "function_attributes"
@@ -240,17 +240,18 @@ def measure(
 
 
 def text_of(row: dict[str, Any]) -> str:
-    """`linear_s8 M 64 N 4096 K 4096 fp16 h100 | 9.80 us, p5 9.61, p80 9.91 | ... | 2 launches, 7 other calls`"""
+    """`linear_s8 M 64 N 4096 K 4096 fp16 h100 | 9.80 us, p5 9.61, p80 9.91 | ... | 2 launches, 0 memsets, 7 others`"""
     parts = " ".join(
         f"{name} {row[f'{name}_us']:5.2f}" if row[f"{name}_us"] is not None else f"{name}     -"
         for name in ("python", "op", "plan", "launch")
     )
     launches = row["calls"]["launches"]
-    other = sum(row["calls"].values()) - launches
+    clears = row["calls"]["clears"]
+    other = sum(row["calls"].values()) - launches - clears
     where = f"M {row['M']:4d} N {row['N']} K {row['K']} {row['dtype']} {row['gpu']}"
     return (
         f"{row['op']:23s} {where} | {row['us']:6.2f} us, p5 {row['p5']:6.2f}, p80 {row['p80']:6.2f} | {parts} | "
-        f"{launches} launches, {other} other calls"
+        f"{launches} launches, {clears} memsets, {other} others"
     )
 
 

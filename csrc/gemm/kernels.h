@@ -43,10 +43,10 @@ WgmmaEntry wgmma_entry();
 template <TileKey kTile>
 WgmmaEntry gated_wgmma_entry();
 
-// stream/launch.cu. `tile` is of kind kStream, and `kernels` are its kernels. With `quantize`, the
-// kernel quantizes quantize->x itself and does not read params.x_q and x_scale.
+// stream/launch.cu. The plan's tile is of kind kStream, and `kernels` are its kernels. With
+// `quantize`, the kernel quantizes quantize->x itself and does not read params.x_q and x_scale.
 Status launch_stream(const GemmParams& params, const QuantizeParams* quantize, const Device& device,
-                     const GemmTile& tile, StreamKernels kernels, cudaStream_t stream);
+                     const GemmPlan& plan, StreamKernels kernels, cudaStream_t stream);
 // Whether the streaming kernels can quantize x themselves.
 bool stream_quantizes(const QuantizeParams& quantize, const GemmParams& params);
 

@@ -51,6 +51,14 @@ void add_workspace(const GemmParams& params, const Device& device, GemmPlan* pla
   }
 }
 
+// Every kernel for 9.0a waits for the one before it. A gated one follows a memset, and only kernels
+// are sure to overlap with kernels.
+void add_overlap(const GemmParams& params, const Device& device, GemmPlan* plan) {
+  if (plan->launches == 0) return;
+  plan->overlap = may_overlap(device) && !is_gated(params);
+  plan->weights_first = plan->overlap && params.w_constant;
+}
+
 // If the rules choose the streaming tile, which fuses the quantizer, it is kept. A measured tile
 // may beat it as a GEMM alone, but by less than the separate launch of a quantizer costs.
 Status keep_fused(const QuantizeParams& quantizer, const GemmParams& gemm, GemmPlan* plan) {
@@ -63,6 +71,7 @@ Status keep_fused(const QuantizeParams& quantizer, const GemmParams& gemm, GemmP
   Status status = current_device(&device);
   if (status == Status::kSuccess) status = plan_by_rules(gemm, device, &by_rules);
   if (status == Status::kSuccess && tile_of(by_rules).kernel == GemmKernel::kStream) {
+    add_overlap(gemm, device, &by_rules);
     *plan = by_rules;
   }
   return status;
@@ -97,7 +106,7 @@ Status launch(const GemmParams& params, const GemmPlan& plan, const QuantizePara
   const GemmTile& tile = tile_of(plan);
   if (tile.kernel == GemmKernel::kStream) {
     const StreamKernels kernels = find_entry<StreamKind>(plan.table, plan.tile);
-    return launch_stream(params, fused, device, tile, kernels, stream);
+    return launch_stream(params, fused, device, plan, kernels, stream);
   }
   const bool wgmma = tile.kernel == GemmKernel::kWgmma;
   const GemmLaunch launch_tile = wgmma ? wgmma_of(params, plan).launch : mma_of(params, plan);
@@ -111,7 +120,10 @@ Status plan(const GemmParams& params, GemmPlan* plan) {
   Device device;
   Status status = current_device(&device);
   if (status == Status::kSuccess) status = plan_gemm(params, device, plan);
-  if (status == Status::kSuccess) add_workspace(params, device, plan);
+  if (status == Status::kSuccess) {
+    add_workspace(params, device, plan);
+    add_overlap(params, device, plan);
+  }
   return status;
 }
 
@@ -140,11 +152,11 @@ Status plan(const LinearParams& params, LinearPlan* out) {
   out->fused = out->gemm.launches > 0 && tile_of(out->gemm).kernel == GemmKernel::kStream &&
                stream_quantizes(quantizer, gemm);
   if (out->fused) out->quantize = {};  // checked, but not launched
-  // The two launches run one after the other, so they can share a workspace.
+  // The GEMM waits for the quantizer before it writes, so they can share a workspace.
   out->workspace_bytes = std::max(out->gemm.workspace_bytes, out->quantize.workspace_bytes);
-  // The GEMM may overlap only with the kernel right before it. That is the quantizer, unless
-  // counters are cleared in between.
-  out->gemm.overlap = !out->fused && out->gemm.workspace_bytes == 0;
+  // The quantizer lets the GEMM start only when its own wait is over, so all that came before the
+  // quantizer, such as whatever wrote the weights, is complete.
+  if (!out->fused) out->gemm.weights_first = out->gemm.overlap;
   return status;
 }
 

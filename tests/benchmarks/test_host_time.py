@@ -67,8 +67,11 @@ def test_lines_and_launches(null_library: Path, tmp_path: Path) -> None:
     assert len(rows) == len(launches) == len(host_time.GPUS) * (1 + 2 * 8)
     for row in rows:
         assert row["us"] > 0 and row["rounds"] >= 5
+        # Tickets reset themselves, so no other memset is a node of a graph.
+        one_gated_kernel = row["op"] == "gemm_s8_gated" and row["calls"]["launches"] == 1
+        assert row["calls"]["clears"] == int(one_gated_kernel)
         assert row["calls"]["attributes"] == 0, "what a GPU is like is asked for once"
-        assert row["calls"]["tensor_maps"] in ((0,) if row["gpu"] == "a100" else (0, 2))
+        assert row["calls"]["tensor_maps"] in ((0, 2) if row["gpu"] == "h100" else (0,))
         assert any(
             line.startswith(f"{row['op']} ") and f"M {row['M']:4d} " in line and row["gpu"] in line
             for line in said.splitlines()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from tests.support import mutants
@@ -49,6 +51,12 @@ def mma(
     """A mutant of the mma.sync kernel of one tile."""
     tests = f"{tests} and {tile[0]}"
     return Mutant(name, f"gemm/{file}", old, new, mma_source(tile), suite, tests, symptom)
+
+
+def without_tickets(name: str, old: str, new: str, symptom: str | None) -> Mutant:
+    """A mutant of the mma.sync kernel, on streams that have no tickets."""
+    found = mma(name, "mma/kernel.cuh", old, new, ENTRY, "need_not_be_cleared", symptom)
+    return replace(found, cuts=(("gemm/tickets.h", "kTickets = 640", "kTickets = 0"),))
 
 
 def stream(
@@ -132,14 +140,22 @@ MUTANTS = (
         WRONG_VALUES,
     ),
     mma(
-        "the tickets are not cleared",
+        "the last block does not reset its ticket",
         "mma/kernel.cuh",
-        "cudaMemsetAsync(p.tickets, 0, counters, stream)",
-        "cudaSuccess",
+        "if (last) p.tickets[tile] = 0;",
+        "",
         ENTRY,
         "need_not_be_cleared",
         WRONG_VALUES,
     ),
+    # Where the stream has no tickets, those in the workspace are cleared.
+    without_tickets(
+        "the tickets in the workspace are not cleared",
+        "cudaMemsetAsync(p.tickets, 0, counters, stream)",
+        "cudaSuccess",
+        WRONG_VALUES,
+    ),
+    without_tickets("nothing is wrong: no tickets", "int4* partials;", "int4* partials;", None),
     mma(
         "a tile is read before its copies have arrived",
         "mma/kernel.cuh",

@@ -14,6 +14,7 @@
 #include "common/ptx.cuh"
 #include "gemm/epilogue/gated_tokens.cuh"
 #include "gemm/splits.h"
+#include "gemm/tickets.h"
 
 namespace sqk {
 
@@ -26,7 +27,7 @@ struct MmaParams {
   int32_t m_tiles, n_tiles;
   int32_t group;      // tiles along m that are computed before the next ones along n
   int32_t splits;     // blocks per tile
-  uint32_t* tickets;  // [tiles], 0 before the launch; for splits > 1
+  uint32_t* tickets;  // [tiles], 0 before the launch and after it; for splits > 1
   int4* partials;     // [splits, tiles, kM * kN / 4]; for splits > 1
   Epilogue epilogue;
 };
@@ -129,6 +130,7 @@ __device__ bool combine_splits(const MmaParams& p, uint32_t tile, uint32_t split
     fence_gpu();
     last = atomicAdd(p.tickets + tile, 1u) + 1 == p.splits;
     fence_gpu();
+    if (last) p.tickets[tile] = 0;  // for the next launch: nobody else takes one in this launch
   }
   if (!__syncthreads_or(last)) return false;
 #pragma unroll 1
@@ -310,10 +312,13 @@ Status launch_mma(const GemmParams& params, const Device&, const GemmPlan& plan,
 
   if (splits > 1) {
     const int64_t counters = split_counter_bytes(tiles);
-    p.tickets = static_cast<uint32_t*>(params.workspace);
     p.partials = reinterpret_cast<int4*>(static_cast<int8_t*>(params.workspace) + counters);
-    const Status status = status_from_call(cudaMemsetAsync(p.tickets, 0, counters, stream));
-    if (status != Status::kSuccess) return status;
+    p.tickets = tiles <= kTickets ? find_tickets(stream) : nullptr;
+    if (p.tickets == nullptr) {
+      p.tickets = static_cast<uint32_t*>(params.workspace);
+      const Status status = status_from_call(cudaMemsetAsync(p.tickets, 0, counters, stream));
+      if (status != Status::kSuccess) return status;
+    }
   }
 
   constexpr int kThreads = 32 * kWarpsM * kWarpsN, kSharedBytes = kStages * (kM + kN) * kK;

@@ -55,6 +55,10 @@ struct GemmParams {
 
   int32_t tile;    // a row of the current GPU's table, or -1: chosen by its rules
   int32_t splits;  // blocks that share a tile's k, if the tile can; 0: chosen
+  // 1: a promise that whatever wrote w_q ended before the kernel before this one in the stream
+  // started, as weights that never change keep it. On Hopper, the GEMM for few tokens then requests
+  // them before that kernel has ended. 0 is always right.
+  int32_t w_constant;
 
   void* workspace;  // GemmPlan::workspace_bytes, aligned to 16; need not be cleared
   int64_t workspace_bytes;
@@ -90,14 +94,15 @@ constexpr const char* name(GemmTable table) { return kGemmTableNames[static_cast
 
 struct GemmPlan {
   GemmTable table;
-  int32_t tile;          // row of the table
-  int32_t splits;        // blocks that share a tile's k
-  int32_t launches;      // kernels; 0 for m = 0
-  int32_t overlap;       // 1: may start before the previous kernel in the stream has ended
-  int64_t tiles;         // of the output
+  int32_t tile;      // row of the table
+  int32_t splits;    // blocks that share a tile's k
+  int32_t launches;  // kernels; 0 for m = 0
+  int32_t overlap;   // 1: may start before the previous kernel in the stream has ended; it waits
+  int32_t weights_first;  // 1: and may request w_q before it waits
+  int64_t tiles;          // of the output
   int64_t blocks;        // tiles * splits: launched blocks, or units of work of a persistent kernel
   int64_t shared_bytes;  // dynamic, per block; 0 for streaming kernels, which use all there is
-  int64_t counter_bytes;  // for splits: at the start of the workspace, cleared before the launch
+  int64_t counter_bytes;  // for splits: at the start of the workspace, for streams without tickets
   int64_t workspace_bytes;
   double expected_clocks;  // an estimate, only for comparing tiles
 };
