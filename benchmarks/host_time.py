@@ -13,7 +13,7 @@ its CUDA allocator, in whose place stands malloc. The columns of each line:
     op      dispatcher, boxing, checks and allocation: the overload less the C entry
     plan    the C entry that only plans
     launch  the C entry that plans and launches, less the former
-    calls   of the CUDA runtime: a launches, b other calls
+    calls   of the CUDA runtime: a launches, b memsets (each of both is a node of a CUDA graph), c other calls
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from benchmarks.lib.timer import Call, interleaved
 from smoothquant_kernels import W8A8Linear, ops
 from tests.support import c_gemm, c_interface, null_runtime
 
-GPUS = ("h100", "a100")  # as null_use_device counts them
+GPUS = ("h100", "a100", "l40s")  # as null_use_device counts them
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 COUNTERS = (
     "launches", "clears", "tensor_maps", "entry_points", "devices", "attributes", "function_attributes"
@@ -84,9 +84,9 @@ def make_cases(m: int, n: int, k: int, dtype: str) -> Iterator[Case]:
     assert bias is not None and inv_smooth is not None
     x_q, x_scale, y = torch.zeros(m, k, dtype=torch.int8), torch.ones(m), x.new_empty(m, n)
     workspace = torch.zeros(64 << 20, dtype=torch.int8)
-    quantize_op, gemm_op, linear_op, fused_op = (
+    quantize_op, gemm_op, gated_op, linear_op, fused_op = (
         getattr(torch.ops.smoothquant_kernels, name).default
-        for name in ("quantize", "gemm_s8", "linear_s8", "fused_linear_s8")
+        for name in ("quantize", "gemm_s8", "gemm_s8_gated", "linear_s8", "fused_linear_s8")
     )
     factors = {"inv_smooth": inv_smooth, "k_multiple": 16}
     scales = {"bias": bias, "out_dtype": float_type}
@@ -116,11 +116,16 @@ def make_cases(m: int, n: int, k: int, dtype: str) -> Iterator[Case]:
         return result
 
     operands = (x_q, w_q, x_scale, w_scale)
+    out_scale, gates = torch.ones(1), {"bias": bias, "dtype": float_type}
     first, second = ("quantize", quantize), ("gemm_s8", gemm)
     calls: dict[str, tuple[Call, Call | None, list[tuple[str, ctypes.Structure]]]] = {
         "quantize": (lambda: ops.quantize(x, **factors), lambda: quantize_op(x, **factors), [first]),
         "gemm_s8": (
             lambda: ops.gemm_s8(*operands, **scales), lambda: gemm_op(*operands, **scales), [second]
+        ),
+        "gemm_s8_gated": (
+            lambda: ops.gemm_s8_gated(*operands, out_scale, **gates),
+            lambda: gated_op(*operands, out_scale, **gates), [],
         ),
         "quantize, gemm_s8": (
             lambda: pair(ops.quantize, ops.gemm_s8), lambda: pair(quantize_op, gemm_op), [first, second]
@@ -235,17 +240,18 @@ def measure(
 
 
 def text_of(row: dict[str, Any]) -> str:
-    """`linear_s8 M 64 N 4096 K 4096 fp16 h100 | 9.80 us, p5 9.61, p80 9.91 | ... | 2 launches, 7 other calls`"""
+    """`linear_s8 M 64 N 4096 K 4096 fp16 h100 | 9.80 us, p5 9.61, p80 9.91 | ... | 2 launches, 0 memsets, 7 others`"""
     parts = " ".join(
         f"{name} {row[f'{name}_us']:5.2f}" if row[f"{name}_us"] is not None else f"{name}     -"
         for name in ("python", "op", "plan", "launch")
     )
     launches = row["calls"]["launches"]
-    other = sum(row["calls"].values()) - launches
+    clears = row["calls"]["clears"]
+    other = sum(row["calls"].values()) - launches - clears
     where = f"M {row['M']:4d} N {row['N']} K {row['K']} {row['dtype']} {row['gpu']}"
     return (
         f"{row['op']:23s} {where} | {row['us']:6.2f} us, p5 {row['p5']:6.2f}, p80 {row['p80']:6.2f} | {parts} | "
-        f"{launches} launches, {other} other calls"
+        f"{launches} launches, {clears} memsets, {other} others"
     )
 
 

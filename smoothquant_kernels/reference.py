@@ -32,6 +32,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 #: Kinds that read one fused [..., 2K] tensor, gate first: kind -> activation.
 FUSED_KINDS = {"silu_mul": "silu", "gelu_mul": "gelu", "gelu_tanh_mul": "gelu_tanh"}
+#: Channels of gate, then as many of up, in the weight of `gemm_s8_gated`. One thread of a GPU holds the sums of both.
+GATE_BLOCK = 8
 
 
 def scale_from_absmax(absmax: Tensor) -> Tensor:
@@ -173,6 +175,44 @@ def gemm_s8_requant(
     if relu:
         y = torch.relu(y)
     return round_to_int8(y * inverse_scale(out_scale.float()))
+
+
+def gate_up_order(channels: int) -> Tensor:
+    """The row of gate-then-up [2 * channels] that stands at each row of the interleaved weight of `gemm_s8_gated`.
+
+    Blocks of 8 rows of gate and 8 of up take turns. If 8 does not divide `channels`, the last two are shorter.
+    """
+    blocks = torch.arange(2 * channels).view(2, channels).split(GATE_BLOCK, dim=1)
+    return torch.cat([block.flatten() for block in blocks])
+
+
+def interleave_gate_up(gate: Tensor, up: Tensor) -> Tensor:
+    """The rows of gate and up [I, ...] in the order of `gate_up_order`: weights, scales, biases of `gemm_s8_gated`."""
+    return torch.cat([gate, up])[gate_up_order(len(gate)).to(gate.device)]
+
+
+def separate_gate_up(y: Tensor) -> tuple[Tensor, Tensor]:
+    """(gate, up), each [..., I], of columns [..., 2 I] in the order of `gate_up_order`."""
+    order = torch.argsort(gate_up_order(y.shape[-1] // 2)).to(y.device)
+    gate, up = y[..., order].chunk(2, dim=-1)
+    return gate, up
+
+
+def gemm_s8_gated(
+    x_q: Tensor,
+    w_q: Tensor,
+    x_scale: Tensor,
+    w_scale: Tensor,
+    out_scale: Tensor,
+    kind: str = "silu_mul",
+    bias: Tensor | None = None,
+    inv_smooth: Tensor | None = None,
+    dtype: torch.dtype = torch.float16,
+) -> tuple[Tensor, Tensor]:
+    """`gemm_s8` with a weight in `gate_up_order`, rounded to `dtype`, then act(gate) * up, quantized."""
+    y = gemm_s8(x_q, w_q, x_scale, w_scale, bias, out_dtype=dtype)
+    gate, up = separate_gate_up(y)
+    return quantize(activation(up, FUSED_KINDS[kind], gate), inv_smooth, out_scale)
 
 
 def add_residual(x: Tensor, residual: Tensor | None) -> Tensor:

@@ -215,7 +215,6 @@ class TileRow(Row):
     def __init__(self, device: torch.device, tile: dict[str, Any]) -> None:
         super().__init__(device)
         self.facts, self.tile = tile, int(tile["tile"])
-        self.overlaps = tile["kernel"] == "wgmma" and tile["schedule"] != "stream-K"
 
     def _m(self, m: int) -> int:
         return min(m, self.facts["m"]) if self.facts["kernel"] == "stream" else m

@@ -189,7 +189,8 @@ def cpp_row(row: dict[str, Any]) -> str:
         calls += [row["schedule"].lower().replace("-", "_") + "()"]
         calls += [f"cluster({cluster.replace('x', ', ')})"] * (in_name != "" or cluster != "1x1")
         calls += [f"stages({row['stages']})"]
-    calls += [f"rate({row['rate']})", *[f"{in_name}_in_name()"] * bool(in_name)]
+    calls += [f"rate({row['rate']})", *["gated()"] * row.get("gated", False)]
+    calls += [f"{in_name}_in_name()"] * bool(in_name)
     return "    " + ".".join(calls) + ","
 
 

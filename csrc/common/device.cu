@@ -6,6 +6,8 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdlib>
+#include <cstring>
 
 #include "common/launch.h"
 #include "sqk/device.h"
@@ -60,16 +62,13 @@ int32_t sms_by_resource(int32_t all) {
 // The multiprocessors of the current context; `all` (the GPU's) if the driver does not say or no
 // context exists yet.
 int32_t context_sms(int32_t all) {
-  using Ask = CUresult (*)(CUcontext, unsigned long long*);
-  // An id is never reused in a process, unlike a context's address.
-  static const auto ask_id = driver_function<Ask>("cuCtxGetId", 12000);
   struct Known {
     unsigned long long id;
     int32_t sms;  // 0: nothing is known yet
   };
   thread_local Known known = {};
   unsigned long long id = 0;
-  if (ask_id == nullptr || ask_id(nullptr, &id) != CUDA_SUCCESS) return all;
+  if (!context_id(&id)) return all;
   if (known.sms == 0 || known.id != id) {
     const int32_t least = std::min(sms_by_affinity(all), sms_by_resource(all));
     known = {id, least >= 1 && least <= all ? least : all};
@@ -78,6 +77,21 @@ int32_t context_sms(int32_t all) {
 }
 
 }  // namespace
+
+bool context_id(unsigned long long* id) {
+  using Ask = CUresult (*)(CUcontext, unsigned long long*);
+  // An id is never reused in a process, unlike a context's address.
+  static const auto ask = driver_function<Ask>("cuCtxGetId", 12000);
+  return ask != nullptr && ask(nullptr, id) == CUDA_SUCCESS;
+}
+
+bool may_overlap(const Device& device) {
+  static const bool wanted = [] {
+    const char* const given = std::getenv("SQK_OVERLAP");
+    return given == nullptr || std::strcmp(given, "0") != 0;
+  }();
+  return wanted && device.wgmma != 0;
+}
 
 Status current_device(Device* device) {
   // One atomic word per device, so threads need no lock: sms (16 bits), capability (16), bytes

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "common/arithmetic.h"
+#include "sqk/device.h"
 #include "sqk/status.h"
 
 namespace sqk {
@@ -19,8 +20,16 @@ struct KernelLaunch {
   int64_t shared_bytes;  // dynamic
   cudaStream_t stream;
   dim3 cluster = {1, 1, 1};
-  bool overlap = false;  // may start before the previous kernel in the stream has ended (Hopper)
+  bool overlap = false;  // may start before the previous kernel in the stream has ended; it waits
 };
+
+// Whether kernels may be launched to overlap on this GPU: their code is that for 9.0a, which waits
+// (memory_order.cuh); the code for older GPUs, which newer ones run too, does not. The environment
+// variable SQK_OVERLAP=0 turns it off; it is read once.
+bool may_overlap(const Device& device);
+
+// The current context's number, which is never used again. False if the driver does not say.
+bool context_id(unsigned long long* id);
 
 // Also clears the runtime's last error: it would otherwise be reported to whoever asks next, about
 // another call.

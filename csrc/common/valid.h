@@ -30,6 +30,7 @@ inline Status check_sources(const QuantizeParams& p) {
       (p.residual != nullptr && (p.sum == nullptr || (p.m > 1 && p.sum_stride < p.k))) ||
       (p.weight != nullptr && !is_float(p.weight_dtype)) ||
       (p.bias != nullptr && !is_float(p.bias_dtype)) || (p.m > 0 && p.x == nullptr) ||
+      (p.interleaved != 0 && (!is_activation(p.producer) || p.gate != p.x)) ||
       !fits_rotation(p.rotation, p.k)) {
     return Status::kInvalidArgument;
   }
@@ -46,6 +47,14 @@ inline Status check(const QuantizeParams& p) {
   return p.k_padded <= 2 * kMaxChannels ? Status::kSuccess : Status::kUnsupportedShape;
 }
 
+inline bool is_gate_valid(const GemmParams& p) {
+  if (!is_gated(p)) return true;
+  const bool has_kind = p.activation == Producer::kSilu || p.activation == Producer::kGelu ||
+                        p.activation == Producer::kGeluTanh;
+  return has_kind && p.y_dtype == DType::kInt8 && is_float(p.gate_dtype) && p.relu == 0 &&
+         p.n % 2 == 0 && (p.m == 0 || p.y_scale != nullptr);
+}
+
 // `alignment`: what the first element of x_q and w_q and the strides of their rows must be
 // multiples of, in bytes.
 inline Status check(const GemmParams& p, int64_t alignment) {
@@ -58,9 +67,11 @@ inline Status check(const GemmParams& p, int64_t alignment) {
   if (p.residual != nullptr && (int8 || !is_float(p.residual_dtype))) {
     return Status::kInvalidArgument;
   }
+  if (!is_gate_valid(p)) return Status::kInvalidArgument;
   if (p.x_q_stride >= kMaxStride || p.w_q_stride >= kMaxStride) return Status::kInvalidArgument;
   if ((p.m > 1 && p.x_q_stride < p.k) || (p.n > 1 && p.w_q_stride < p.k) ||
-      (p.m > 1 && p.y_stride < p.n) || !are_rows_aligned(p.x_q, p.x_q_stride, p.m, alignment) ||
+      (p.m > 1 && p.y_stride < columns_of_y(p)) ||
+      !are_rows_aligned(p.x_q, p.x_q_stride, p.m, alignment) ||
       !are_rows_aligned(p.w_q, p.w_q_stride, p.n, alignment)) {
     return Status::kInvalidArgument;
   }

@@ -68,15 +68,17 @@ inline Doubles activate(Doubles t) {
 }
 
 template <Producer kProducer>
+inline HalfFloats activate(HalfFloats t) {
+  return __builtin_convertvector(activate<kProducer>(__builtin_convertvector(t, Doubles)),
+                                 HalfFloats);
+}
+
+template <Producer kProducer>
 inline Floats activate(Floats t) {
-  const auto half = [](const float* from) {
-    const Doubles y = activate<kProducer>(__builtin_convertvector(read<HalfFloats>(from), Doubles));
-    return __builtin_convertvector(y, HalfFloats);
-  };
   float values[kLanes];
   write(values, t);
-  write(values, half(values));
-  write(values + kHalfLanes, half(values + kHalfLanes));
+  write(values, activate<kProducer>(read<HalfFloats>(values)));
+  write(values + kHalfLanes, activate<kProducer>(read<HalfFloats>(values + kHalfLanes)));
   return read<Floats>(values);
 }
 

@@ -90,7 +90,9 @@ void multiply_batch(const GemmParams& p, const Kernels& kernels, const Division&
                     cudaStream_t stream) {
   const int64_t blocks = divide_up(rows, division.block_rows);
   const int64_t threads = thread_count(stream);
-  const int64_t unit = kernels.columns(division.interleaved);
+  // A channel's gate and up belong to one task.
+  const int64_t unit =
+      std::lcm(kernels.columns(division.interleaved), is_gated(p) ? 2 * kGateBlock : 1);
   const int64_t most = divide_up(p.n, unit);
   const int64_t ranges = std::min(threads / std::gcd(blocks, threads), most);
   const float inverse = inverse_of_output(p);
@@ -124,6 +126,7 @@ Status run(const GemmParams& p, const GemmPlan& plan, const QuantizeParams* quan
       p.workspace == nullptr) {
     return Status::kInvalidArgument;
   }
+  if (is_gated(p)) std::fill_n(p.y_scale, p.m, *p.out_scale);  // rows with a NaN are marked later
   auto* const packed = static_cast<uint8_t*>(p.workspace);
   auto* const scales = reinterpret_cast<float*>(packed + division.packed_bytes());
   auto* const maxima =

@@ -26,6 +26,7 @@
 
 #include "common/arithmetic.h"
 #include "cpu/kernels.h"
+#include "cpu/scale.h"
 
 namespace sqk {
 namespace {
@@ -35,6 +36,8 @@ namespace {
 #include "cpu/simd.h"
 #include "cpu/activations.h"
 #include "cpu/rows.h"
+#include "cpu/output.h"
+#include "cpu/gated.h"
 // clang-format on
 
 }  // namespace

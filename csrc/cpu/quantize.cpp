@@ -38,6 +38,7 @@ Status plan(const QuantizeParams& params, QuantizePlan* plan) {
   *plan = {};
   const Status status = check(params);
   if (status != Status::kSuccess) return status;
+  if (params.interleaved != 0) return Status::kUnsupportedShape;
   plan->path = QuantizePath::kAuto;
   plan->threads = static_cast<int32_t>(tasks_of(params, kMostThreads));
   plan->workspace_bytes =

@@ -28,13 +28,22 @@ inline void finish_tile(const Block& block, const TileCorner& corner, int tile) 
   transpose(column, tokens);
 
   const GemmParams& p = *block.gemm;
-  if (rows < kTileRows || columns < kTileRows || p.residual != nullptr) {
+  const bool gated = kDType == DType::kInt8 && is_gated(p);
+  if (rows < kTileRows || columns < kTileRows || p.residual != nullptr || gated) {
     alignas(64) static constexpr int32_t kNoExcess[kTileRows] = {};
     alignas(64) int32_t sums[kTileRows][kTileRows];
     for (int i = 0; i < kTileRows; ++i) _mm512_store_si512(sums[i], tokens[i]);
+    const int64_t some = columns < kTileRows ? columns : kTileRows;
+    if constexpr (kDType == DType::kInt8) {
+      static_assert(kTileRows == 2 * kGateBlock);
+      if (gated) {
+        const int64_t count = rows < kTileRows ? rows : kTileRows;
+        return finish_gated_rows<kPerChannel, kBias>(block, sums[0], kTileRows, kNoExcess, row,
+                                                     count, n, some);
+      }
+    }
     for (int i = 0; i < kTileRows && i < rows; ++i) {
-      finish_row<kDType, kPerChannel, kBias>(block, sums[i], kNoExcess, row + i, n,
-                                             columns < kTileRows ? columns : kTileRows);
+      finish_row<kDType, kPerChannel, kBias>(block, sums[i], kNoExcess, row + i, n, some);
     }
     return;
   }

@@ -1,6 +1,7 @@
 // Finds the compiled kernels of a table's row. Kernel ring: no torch.
 #pragma once
 
+#include <type_traits>
 #include <utility>
 
 #include "gemm/kernels.h"
@@ -34,10 +35,27 @@ struct WgmmaKind {
   }
 };
 
+// Of the tiles that have a gated kernel besides.
+struct GatedMmaKind : MmaKind {
+  template <TileKey kTile>
+  static Entry entry() {
+    return gated_mma_entry<kTile>();
+  }
+};
+struct GatedWgmmaKind : WgmmaKind {
+  template <TileKey kTile>
+  static Entry entry() {
+    return gated_wgmma_entry<kTile>();
+  }
+};
+template <typename Kind>
+constexpr bool kIsGated =
+    std::is_same_v<Kind, GatedMmaKind> || std::is_same_v<Kind, GatedWgmmaKind>;
+
 template <typename Kind, typename Table, size_t kRow>
 typename Kind::Entry entry_of_row() {
   constexpr GemmTile kTile = Table::kTiles[kRow];
-  if constexpr (kTile.kernel == Kind::kKernel) {
+  if constexpr (kTile.kernel == Kind::kKernel && (kTile.gated || !kIsGated<Kind>)) {
     return Kind::template entry<key_of(kTile)>();
   } else {
     return {};

@@ -31,14 +31,22 @@ StreamKernels stream_entry();
 template <TileKey kTile>
 GemmLaunch mma_entry();
 
+// instances/gated_mma_*_sm80.cu, for rows that say .gated().
+template <TileKey kTile>
+GemmLaunch gated_mma_entry();
+
 // instances/wgmma_*_sm90.cu, if the build has 9.0a (SQK_WITH_SM90).
 template <TileKey kTile>
 WgmmaEntry wgmma_entry();
 
-// stream/launch.cu. `tile` is of kind kStream, and `kernels` are its kernels. With `quantize`, the
-// kernel quantizes quantize->x itself and does not read params.x_q and x_scale.
+// instances/gated_wgmma_*_sm90.cu, for rows that say .gated().
+template <TileKey kTile>
+WgmmaEntry gated_wgmma_entry();
+
+// stream/launch.cu. The plan's tile is of kind kStream, and `kernels` are its kernels. With
+// `quantize`, the kernel quantizes quantize->x itself and does not read params.x_q and x_scale.
 Status launch_stream(const GemmParams& params, const QuantizeParams* quantize, const Device& device,
-                     const GemmTile& tile, StreamKernels kernels, cudaStream_t stream);
+                     const GemmPlan& plan, StreamKernels kernels, cudaStream_t stream);
 // Whether the streaming kernels can quantize x themselves.
 bool stream_quantizes(const QuantizeParams& quantize, const GemmParams& params);
 

@@ -5,6 +5,7 @@
 
 #include "common/arithmetic.h"
 #include "common/entry.h"
+#include "common/launch.h"
 #include "gemm/find.h"
 #include "gemm/measured.h"
 #include "sqk/linear.h"
@@ -12,33 +13,50 @@
 namespace sqk {
 namespace {
 
+const GemmTile& tile_of(const GemmPlan& plan) { return gemm_table(plan.table).tiles[plan.tile]; }
+
+// Whether the kernel is another one than that of a GEMM without activation.
+bool has_gated_kernel(const GemmParams& params, const GemmPlan& plan) {
+  return is_gated(params) && tile_of(plan).gated;
+}
+
 // Empty if the build has no 9.0a.
-WgmmaEntry wgmma_of([[maybe_unused]] const GemmPlan& plan) {
+WgmmaEntry wgmma_of([[maybe_unused]] const GemmParams& params,
+                    [[maybe_unused]] const GemmPlan& plan) {
 #if SQK_WITH_SM90
-  return find_entry<WgmmaKind>(plan.table, plan.tile);
+  return has_gated_kernel(params, plan) ? find_entry<GatedWgmmaKind>(plan.table, plan.tile)
+                                        : find_entry<WgmmaKind>(plan.table, plan.tile);
 #else
   return {};
 #endif
 }
 
 // nullptr if the build has only 9.0a.
-GemmLaunch mma_of([[maybe_unused]] const GemmPlan& plan) {
+GemmLaunch mma_of([[maybe_unused]] const GemmParams& params,
+                  [[maybe_unused]] const GemmPlan& plan) {
 #if SQK_WITH_SM80
-  return find_entry<MmaKind>(plan.table, plan.tile);
+  return has_gated_kernel(params, plan) ? find_entry<GatedMmaKind>(plan.table, plan.tile)
+                                        : find_entry<MmaKind>(plan.table, plan.tile);
 #else
   return nullptr;
 #endif
 }
 
-const GemmTile& tile_of(const GemmPlan& plan) { return gemm_table(plan.table).tiles[plan.tile]; }
-
 // Adds the workspace of CUTLASS's scheduler, which plan_gemm does not know.
 void add_workspace(const GemmParams& params, const Device& device, GemmPlan* plan) {
   if (plan->launches == 0 || tile_of(*plan).kernel != GemmKernel::kWgmma) return;
-  const WgmmaEntry entry = wgmma_of(*plan);
+  const WgmmaEntry entry = wgmma_of(params, *plan);
   if (entry.workspace_bytes != nullptr) {
     plan->workspace_bytes = entry.workspace_bytes(params, device);
   }
+}
+
+// Every kernel for 9.0a waits for the one before it. A gated one follows a memset, and only kernels
+// are sure to overlap with kernels.
+void add_overlap(const GemmParams& params, const Device& device, GemmPlan* plan) {
+  if (plan->launches == 0) return;
+  plan->overlap = may_overlap(device) && !is_gated(params);
+  plan->weights_first = plan->overlap && params.w_constant;
 }
 
 // If the rules choose the streaming tile, which fuses the quantizer, it is kept. A measured tile
@@ -53,6 +71,7 @@ Status keep_fused(const QuantizeParams& quantizer, const GemmParams& gemm, GemmP
   Status status = current_device(&device);
   if (status == Status::kSuccess) status = plan_by_rules(gemm, device, &by_rules);
   if (status == Status::kSuccess && tile_of(by_rules).kernel == GemmKernel::kStream) {
+    add_overlap(gemm, device, &by_rules);
     *plan = by_rules;
   }
   return status;
@@ -78,13 +97,19 @@ Status launch(const GemmParams& params, const GemmPlan& plan, const QuantizePara
   if (!has_x || params.w_q == nullptr || params.w_scale == nullptr || params.y == nullptr) {
     return Status::kInvalidArgument;
   }
+  if (is_gated(params)) {
+    // The blocks of a row of tiles run in any order, so none of them can write the first value.
+    const Status cleared =
+        status_from_call(cudaMemsetAsync(params.y_scale, 0, sizeof(float) * params.m, stream));
+    if (cleared != Status::kSuccess) return cleared;
+  }
   const GemmTile& tile = tile_of(plan);
   if (tile.kernel == GemmKernel::kStream) {
     const StreamKernels kernels = find_entry<StreamKind>(plan.table, plan.tile);
-    return launch_stream(params, fused, device, tile, kernels, stream);
+    return launch_stream(params, fused, device, plan, kernels, stream);
   }
   const bool wgmma = tile.kernel == GemmKernel::kWgmma;
-  const GemmLaunch launch_tile = wgmma ? wgmma_of(plan).launch : mma_of(plan);
+  const GemmLaunch launch_tile = wgmma ? wgmma_of(params, plan).launch : mma_of(params, plan);
   if (launch_tile == nullptr) return Status::kUnsupportedArch;
   return launch_tile(params, device, plan, stream);
 }
@@ -95,7 +120,10 @@ Status plan(const GemmParams& params, GemmPlan* plan) {
   Device device;
   Status status = current_device(&device);
   if (status == Status::kSuccess) status = plan_gemm(params, device, plan);
-  if (status == Status::kSuccess) add_workspace(params, device, plan);
+  if (status == Status::kSuccess) {
+    add_workspace(params, device, plan);
+    add_overlap(params, device, plan);
+  }
   return status;
 }
 
@@ -124,11 +152,11 @@ Status plan(const LinearParams& params, LinearPlan* out) {
   out->fused = out->gemm.launches > 0 && tile_of(out->gemm).kernel == GemmKernel::kStream &&
                stream_quantizes(quantizer, gemm);
   if (out->fused) out->quantize = {};  // checked, but not launched
-  // The two launches run one after the other, so they can share a workspace.
+  // The GEMM waits for the quantizer before it writes, so they can share a workspace.
   out->workspace_bytes = std::max(out->gemm.workspace_bytes, out->quantize.workspace_bytes);
-  // The GEMM may overlap only with the kernel right before it. That is the quantizer, unless
-  // counters are cleared in between.
-  out->gemm.overlap = !out->fused && out->gemm.workspace_bytes == 0;
+  // The quantizer lets the GEMM start only when its own wait is over, so all that came before the
+  // quantizer, such as whatever wrote the weights, is complete.
+  if (!out->fused) out->gemm.weights_first = out->gemm.overlap;
   return status;
 }
 

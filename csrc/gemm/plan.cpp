@@ -27,6 +27,8 @@ constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;
 // plan assumed.
 bool serves(const GemmTile& tile, const GemmParams& p, const Device& device) {
   if (device.part && tile.schedule == Schedule::kStreamK) return false;
+  // A shorter last block of gate would be in another thread than its block of up.
+  if (is_gated(p) && (!serves_gated(tile) || p.n % (2 * kGateBlock) != 0)) return false;
   return shared_bytes(tile) <= device.shared_bytes &&
          (tile.kernel != GemmKernel::kStream || p.m <= tile.m);
 }
@@ -35,32 +37,55 @@ bool serves(const GemmTile& tile, const GemmParams& p, const Device& device) {
 // name the simpler kernel first.
 constexpr double kClearlyLess = 0.97;
 
+struct Choice {
+  int32_t tile = -1;
+  double clocks = 0;
+};
+
+// Takes a row into account, unless it cannot serve or is excluded.
+void consider(GemmTable index, int32_t candidate, const GemmParams& p, const Device& device,
+              const Excluded* excluded, Choice& best) {
+  const GemmTableView& table = gemm_table(index);
+  if (candidate < 0 || !serves(table.tiles[candidate], p, device)) return;
+  if (excluded != nullptr && excluded->has(index, candidate)) return;
+  const GemmTile& tile = table.tiles[candidate];
+  const int64_t splits = best_splits(tile, table.machine, p, device);
+  const double clocks = expected_cost(tile, table.machine, p, device, splits).clocks;
+  if (best.tile < 0 || clocks < kClearlyLess * best.clocks) best = {candidate, clocks};
+}
+
 // `excluded` holds the rows that must not be taken, or is nullptr. If it rules out all candidates
 // of the rule, those of every rule are considered.
-int32_t choose(GemmTable index, const GemmParams& p, const Device& device,
-               const Excluded* excluded) {
+Choice choose(GemmTable index, const GemmParams& p, const Device& device,
+              const Excluded* excluded) {
   const GemmTableView& table = gemm_table(index);
   const GemmRule* rule = table.rules;
   while (p.m > rule->most_m) ++rule;
-  int32_t best = -1;
-  double least = 0;
-  const auto consider = [&](int32_t candidate) {
-    if (candidate < 0 || !serves(table.tiles[candidate], p, device)) return;
-    if (excluded != nullptr && excluded->has(index, candidate)) return;
-    const GemmTile& tile = table.tiles[candidate];
-    const int64_t splits = best_splits(tile, table.machine, p, device);
-    const double clocks = expected_cost(tile, table.machine, p, device, splits).clocks;
-    if (best < 0 || clocks < kClearlyLess * least) {
-      best = candidate;
-      least = clocks;
-    }
-  };
-  for (int32_t candidate : rule->candidates) consider(candidate);
-  if (best >= 0 || excluded == nullptr) return best;
+  Choice best;
+  const auto try_row = [&](int32_t row) { consider(index, row, p, device, excluded, best); };
+  if (is_gated(p)) {
+    for (int32_t row = 0; row < table.shipped; ++row) try_row(row);
+    return best;
+  }
+  for (int32_t candidate : rule->candidates) try_row(candidate);
+  if (best.tile >= 0 || excluded == nullptr) return best;
   for (int i = 0; i < table.rule_count; ++i) {
-    for (int32_t candidate : table.rules[i].candidates) consider(candidate);
+    for (int32_t candidate : table.rules[i].candidates) try_row(candidate);
   }
   return best;
+}
+
+// Whether the best tile that can compute a gated GEMM takes longer than the best one of all and
+// a launch that reads what it wrote.
+bool is_slower_gated(GemmTable index, const GemmParams& p, const Device& device,
+                     const Excluded* excluded, const Choice& gated) {
+  GemmParams product = p;
+  product.activation = Producer::kQuantize;
+  const Choice apart = choose(index, product, device, excluded);
+  const GemmMachine& machine = gemm_table(index).machine;
+  const double activation =
+      machine.launch + machine.overhead + 2.0 * p.m * p.n / machine.memory_bytes;
+  return apart.tile >= 0 && gated.clocks > apart.clocks + activation;
 }
 
 // --- measured choices ------------------------------------------------------------------------
@@ -123,8 +148,15 @@ Status make_plan(const GemmParams& params, const Device& device, const GemmMeasu
     asked = found->splits;
   }
   if (plan->tile >= 0 && is_excluded(plan->tile)) return Status::kExcludedTile;
-  if (plan->tile < 0) plan->tile = choose(plan->table, params, device, excluded);
-  if (plan->tile < 0 && excluded != nullptr && choose(plan->table, params, device, nullptr) >= 0) {
+  if (plan->tile < 0) {
+    const Choice best = choose(plan->table, params, device, excluded);
+    plan->tile = best.tile;
+    if (is_gated(params) && is_slower_gated(plan->table, params, device, excluded, best)) {
+      return Status::kUnsupportedShape;
+    }
+  }
+  if (plan->tile < 0 && excluded != nullptr &&
+      choose(plan->table, params, device, nullptr).tile >= 0) {
     return Status::kExcludedTile;
   }
   if (plan->tile < 0 || !serves(table.tiles[plan->tile], params, device)) {

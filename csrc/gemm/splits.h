@@ -1,7 +1,8 @@
 // How blocks share a tile's k through the workspace: the sizes. Kernel ring: no torch.
 //
 // With splits > 1 the workspace has a ticket (4 bytes) for each tile, rounded up to 256 bytes, then
-// splits x tiles slots of int32 partial sums. Plain C++: plans need no GPU.
+// splits x tiles slots of int32 partial sums. Plain C++: plans need no GPU. The tickets are used,
+// and cleared before the launch, only where tickets.h has none for the stream.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +12,6 @@
 
 namespace sqk {
 
-// Cleared before the launch.
 constexpr int64_t split_counter_bytes(int64_t tiles) {
   return round_up(4 * tiles, kBufferAlignment);
 }

@@ -53,6 +53,7 @@ py::dict tile_dict(const GemmTableView& table, int32_t row, bool excluded) {
   cluster.append(tile.cluster_n);
   found["cluster"] = cluster;
   found["most_splits"] = tile.most_splits;
+  found["gated"] = tile.gated;
   found["rate"] = tile.rate;
   found["shared_bytes"] = shared_bytes(tile);
   found["candidate"] = row >= table.shipped;

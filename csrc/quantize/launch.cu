@@ -37,7 +37,7 @@ RowKernel find_kernel(Producer producer, DType dtype, QuantizePath path, Launche
 }
 
 Status launch(RowKernel kernel, RowParams& params, const QuantizePlan& plan, int64_t blocks,
-              cudaStream_t stream) {
+              bool overlap, cudaStream_t stream) {
   KernelLaunch launch = {};
   launch.function = reinterpret_cast<const void*>(kernel);
   launch.grid = dim3(static_cast<unsigned>(blocks));
@@ -45,6 +45,7 @@ Status launch(RowKernel kernel, RowParams& params, const QuantizePlan& plan, int
   launch.shared_bytes = plan.shared_bytes;
   launch.stream = stream;
   launch.cluster = dim3(static_cast<unsigned>(plan.cluster));
+  launch.overlap = overlap;
   return launch_kernel(launch, &params);
 }
 
@@ -65,6 +66,7 @@ Status quantize(const QuantizeParams& params, const QuantizePlan& plan, cudaStre
   const bool per_tensor = params.scheme == Scheme::kPerTensor;
   const bool two = per_tensor || plan.splits > 1;
   const bool rotates = params.rotation != 0;
+  const bool overlap = may_overlap(device);
   RowKernel kernel = find_kernel(params.producer, params.dtype, plan.path,
                                  two ? Launches::kTwo : Launches::kOne, rotates);
   if (kernel == nullptr) return Status::kUnsupportedArch;
@@ -88,7 +90,7 @@ Status quantize(const QuantizeParams& params, const QuantizePlan& plan, cudaStre
   row.maxima = static_cast<uint32_t*>(params.workspace);
   if (plan.launches == 2) {
     row.pass = Pass::kMeasure;
-    status = launch(kernel, row, plan, plan.blocks, stream);
+    status = launch(kernel, row, plan, plan.blocks, overlap, stream);
     if (status != Status::kSuccess) return status;
     if (params.residual != nullptr) {  // the first pass wrote x + residual
       row.q.x = params.sum;
@@ -98,7 +100,7 @@ Status quantize(const QuantizeParams& params, const QuantizePlan& plan, cudaStre
   }
   row.pass = two ? Pass::kApply : Pass::kWhole;
   row.maxima_count = per_tensor ? plan.workspace_bytes / 4 : plan.splits;
-  return launch(kernel, row, plan, std::max<int64_t>(1, plan.blocks), stream);
+  return launch(kernel, row, plan, std::max<int64_t>(1, plan.blocks), overlap, stream);
 }
 
 }  // namespace sqk

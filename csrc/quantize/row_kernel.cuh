@@ -6,6 +6,7 @@
 // again.
 #pragma once
 
+#include "common/memory_order.cuh"
 #include "quantize/row_slice.cuh"
 #include "sqk/quantize.h"
 
@@ -62,15 +63,6 @@ template <typename T, Producer kProducer, QuantizePath kPath, Launches kLaunches
 constexpr int kMaxThreads =
     max_threads({kPath, sizeof(T), is_norm(kProducer), kLaunches == Launches::kTwo});
 
-// Once all blocks have called this, a kernel that was launched to overlap may start as blocks of
-// this one end. It waits for this kernel's results by griddepcontrol.wait. Other kernels are not
-// affected.
-__device__ inline void allow_next_kernel() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;");
-#endif
-}
-
 // Without the 1 (blocks per SM), ptxas aims for more blocks and spills.
 template <typename T, Producer kProducer, QuantizePath kPath, Launches kLaunches, bool kRotates>
 __global__ void __launch_bounds__(kMaxThreads<T, kProducer, kPath, kLaunches>, 1)
@@ -89,6 +81,9 @@ __global__ void __launch_bounds__(kMaxThreads<T, kProducer, kPath, kLaunches>, 1
 
   Team<Group::kBlock> of_warps;
   Team<Group::kBlock>& block = whole_block(team, of_warps);  // for kTwo
+  // Before anything else: x and residual come from the kernel before this one, and x_q, sum and the
+  // maxima may lie where that kernel still reads.
+  wait_for_previous_kernel();
   allow_next_kernel();
   uint32_t tensor_absmax = 0;  // the maximum of this team, then of all
   if constexpr (kTwo) {

@@ -56,13 +56,26 @@ struct RowSlice {
     return at(i, 0) - static_cast<int>(threadIdx.x % 32) * (Traits::kVectors ? kV : 1) < end;
   }
 
-  __device__ void fetch(const T* row, int i, Packed<T>& to) const {
+  // Where a channel lies in its row. Interleaved, a block of gate comes before its block of up.
+  __device__ int source(int channel, bool gate) const {
+    if constexpr (kAct) {
+      constexpr int kBlock = static_cast<int>(kGateBlock);
+      if (q.interleaved) {
+        const int block = channel / kBlock * kBlock;
+        const int rows = min(kBlock, static_cast<int>(q.k) - block);
+        return channel + block + (gate ? 0 : rows);
+      }
+    }
+    return channel;
+  }
+
+  __device__ void fetch(const T* row, int i, Packed<T>& to, bool gate = false) const {
     if constexpr (Traits::kVectors) {
-      if (has(i)) to.bits = load_streaming(row + at(i, 0));
+      if (has(i)) to.bits = load_streaming(row + source(at(i, 0), gate));
     } else {
 #pragma unroll
       for (int e = 0; e < kV; ++e) {
-        if (has(i, e)) to.element[e] = row[at(i, e)];
+        if (has(i, e)) to.element[e] = row[source(at(i, e), gate)];
       }
     }
   }
@@ -125,7 +138,7 @@ struct RowSlice {
       return;
     }
     fetch(x, i, a);
-    if (other != nullptr) fetch(other, i, b);
+    if (other != nullptr) fetch(other, i, b, true);
     begin(i, a, b, v);
   }
 
@@ -272,7 +285,7 @@ struct Keep {
       for (int i = 0; i < kBatch; ++i) s.fetch(s.x, base + i, a[i]);
       if (kProducer != Producer::kQuantize && s.other != nullptr) {
 #pragma unroll
-        for (int i = 0; i < kBatch; ++i) s.fetch(s.other, base + i, b[i]);
+        for (int i = 0; i < kBatch; ++i) s.fetch(s.other, base + i, b[i], true);
       }
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
@@ -286,7 +299,7 @@ struct Keep {
       each_vector(s, first, w, [&](int i, float (&to)[kV]) {
         Packed<T> a, b;
         s.fetch(s.x, i, a);
-        if (kProducer != Producer::kQuantize && s.other != nullptr) s.fetch(s.other, i, b);
+        if (kProducer != Producer::kQuantize && s.other != nullptr) s.fetch(s.other, i, b, true);
         s.begin(i, a, b, to);
         if constexpr (!Slice::kNorm) s.finish(i, to);
       });

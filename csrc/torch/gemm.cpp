@@ -7,13 +7,6 @@
 namespace sqk {
 namespace {
 
-void check_activation(const char* op, const Tensor& x_q, const Tensor& x_scale) {
-  check_int8(op, "x_q", x_q);
-  check_scale(op, "x_scale", x_scale, x_q, Rows::count(x_q), "per token or per tensor");
-}
-
-int64_t channels(const Tensor& x_q) { return x_q.dim() ? x_q.size(x_q.dim() - 1) : 0; }
-
 Tensor gemm(const char* op, const Tensor& x_q, const Tensor& w_q, const Tensor& x_scale,
             const Tensor& w_scale, const MaybeTensor& bias, const MaybeTensor& residual,
             ScalarType out_dtype, int64_t tile, int64_t splits) {

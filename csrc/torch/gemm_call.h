@@ -36,6 +36,13 @@ inline void check_scale(const char* op, const char* name, const Tensor& scale, c
             size == 1 ? "" : "] or [1", "] (", what, "), got ", tuple_text(scale), ".");
 }
 
+inline void check_activation(const char* op, const Tensor& x_q, const Tensor& x_scale) {
+  check_int8(op, "x_q", x_q);
+  check_scale(op, "x_scale", x_scale, x_q, Rows::count(x_q), "per token or per tensor");
+}
+
+inline int64_t channels(const Tensor& x_q) { return x_q.dim() ? x_q.size(x_q.dim() - 1) : 0; }
+
 // `x_k`: the channels of the rows to multiply, which may be half of x's.
 inline void check_weight(const char* op, const Tensor& x, int64_t x_k, const Tensor& w_q) {
   check_int8(op, "w_q", w_q);
@@ -69,7 +76,6 @@ class Gemm {
     if (residual) check_residual(*residual);
     params_.y_dtype = to_dtype(y_dtype);
     params_.tile = -1;
-    y_dtype_ = y_dtype;
     w_q_ = w_q;
     w_scale_ = w_scale;
     bias_ = bias;
@@ -104,14 +110,20 @@ class Gemm {
   }
 
   Tensor make_y() {
-    Tensor y = new_rows(x_, params_.n, y_dtype_);
+    params_.y_stride = columns_of_y(params_);
+    Tensor y = new_rows(x_, params_.y_stride, to_scalar_type(params_.y_dtype));
     params_.y = y.mutable_data_ptr();
-    params_.y_stride = params_.n;
     return y;
   }
 
   Tensor run(const Launch& launch) {
     Tensor y = make_y();
+    check(run_to_y(launch));
+    return y;
+  }
+
+  // After make_y.
+  Status run_to_y(const Launch& launch) {
     GemmPlan plan;
     Status status = sqk::plan(params_, &plan);
     if (status == Status::kSuccess) {
@@ -120,8 +132,7 @@ class Gemm {
       params_.workspace = make_workspace(x_, plan.workspace_bytes, workspace);
       status = gemm_s8(params_, plan, launch.stream());
     }
-    check(status);
-    return y;
+    return status;
   }
 
   void check(Status status) const {
@@ -172,7 +183,6 @@ class Gemm {
   const char* op_;
   const Tensor& x_;
   GemmParams params_ = {};
-  ScalarType y_dtype_;
   MaybeTensor w_q_, w_scale_, x_scale_, bias_;
   const Tensor* residual_;
   std::optional<Rows> x_rows_, w_rows_, residual_rows_;

@@ -29,14 +29,7 @@ std::tuple<Tensor, Tensor> run(Quantizer& quantizer, int64_t k_multiple, const L
   params.x_q = static_cast<int8_t*>(x_q.mutable_data_ptr());
   params.x_q_stride = params.k_padded;
   params.x_scale = static_cast<float*>(x_scale.mutable_data_ptr());
-  QuantizePlan plan;
-  Status status = sqk::plan(params, &plan);
-  MaybeTensor workspace;
-  if (status == Status::kSuccess) {
-    params.workspace_bytes = plan.workspace_bytes;
-    params.workspace = make_workspace(x, plan.workspace_bytes, workspace);
-    status = quantize(params, plan, launch.stream());
-  }
+  const Status status = run_quantizer(params, x, launch);
   SQK_CHECK(status == Status::kSuccess, quantizer.op(), ": ", describe(status), "; x ",
             shape_text(x), " ", dtype_name(x.scalar_type()));
   return {x_q, x_scale};

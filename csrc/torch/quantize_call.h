@@ -27,13 +27,26 @@ constexpr Kind kKinds[] = {
 };
 
 // `others`: kinds of the op that are no activation functions, for the message.
-inline const Kind& find_kind(const char* op, std::string_view name, const char* others = "") {
-  for (const Kind& kind : kKinds) {
-    if (name == kind.name) return kind;
-  }
+inline const Kind& find_kind(const char* op, std::string_view name, const char* others = "",
+                             bool only_fused = false) {
   std::string known = others;
-  for (const Kind& kind : kKinds) known += (known.empty() ? "" : ", ") + std::string(kind.name);
+  for (const Kind& kind : kKinds) {
+    if (only_fused && !kind.fused) continue;
+    if (name == kind.name) return kind;
+    known += (known.empty() ? "" : ", ") + std::string(kind.name);
+  }
   throw std::runtime_error(concat(op, ": kind must be one of ", known, "; got '", name, "'."));
+}
+
+// Plans, allocates the workspace on the device of `like`, and launches.
+inline Status run_quantizer(QuantizeParams& params, const Tensor& like, const Launch& launch) {
+  QuantizePlan plan;
+  const Status status = sqk::plan(params, &plan);
+  if (status != Status::kSuccess) return status;
+  MaybeTensor workspace;
+  params.workspace_bytes = plan.workspace_bytes;
+  params.workspace = make_workspace(like, plan.workspace_bytes, workspace);
+  return quantize(params, plan, launch.stream());
 }
 
 // The arguments of a producer of int8. They must outlive it; it keeps copies of tensors alive.

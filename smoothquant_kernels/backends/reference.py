@@ -31,6 +31,24 @@ def _gemm_s8_tile(*arguments: Any) -> Tensor:
 cpu_kernel("gemm_s8_requant")(reference.gemm_s8_requant)
 
 
+@cpu_kernel("gemm_s8_gated")
+def _gemm_s8_gated(
+    x_q: Tensor,
+    w_q: Tensor,
+    x_scale: Tensor,
+    w_scale: Tensor,
+    out_scale: Tensor,
+    kind: str,
+    bias: Tensor | None,
+    inv_smooth: Tensor | None,
+    dtype: torch.dtype,
+) -> Any:
+    y = cpu("gemm_s8")(x_q, w_q, x_scale, w_scale, bias, None, dtype)
+    gate, up = reference.separate_gate_up(y)
+    v = reference.activation(up, reference.FUSED_KINDS[kind], gate)
+    return cpu("quantize")(v, inv_smooth, out_scale, "token", 1, 0)
+
+
 @cpu_kernel("linear_s8")
 def _linear_s8(
     x: Tensor,

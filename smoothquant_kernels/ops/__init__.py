@@ -12,7 +12,7 @@ from __future__ import annotations
 # isort: off
 from smoothquant_kernels.ops.quantize import quantize
 from smoothquant_kernels.ops.producers import act_quantize, layer_norm_quantize, rms_norm_quantize
-from smoothquant_kernels.ops.gemm import gemm_s8, gemm_s8_requant
+from smoothquant_kernels.ops.gemm import gemm_s8, gemm_s8_gated, gemm_s8_requant
 from smoothquant_kernels.ops.linear import fused_linear_s8, linear_s8
 from smoothquant_kernels.ops import registry
 # isort: on
@@ -22,6 +22,7 @@ __all__ = [
     "act_quantize",
     "fused_linear_s8",
     "gemm_s8",
+    "gemm_s8_gated",
     "gemm_s8_requant",
     "layer_norm_quantize",
     "linear_s8",

@@ -268,6 +268,30 @@ def gemm_residual(op: str, residual: Tensor | None, x_q: Tensor, w_q: Tensor) ->
         raise ValueError(f"{op}: residual must have shape {expected}, got {_shape(residual)}.")
 
 
+def gated(
+    op: str,
+    x_q: Tensor,
+    w_q: Tensor,
+    out_scale: Tensor,
+    kind: str,
+    inv_smooth: Tensor | None,
+    dtype: torch.dtype,
+) -> int:
+    """Checks what a gated GEMM takes besides the operands of a GEMM; returns the number of output channels."""
+    if kind not in FUSED_KINDS:
+        raise ValueError(f"{op}: kind must be one of {', '.join(FUSED_KINDS)}; got {kind!r}.")
+    n = w_q.shape[0]
+    if n % 2:
+        raise ValueError(
+            f"{op}: w_q must have an even number of rows, those of gate and up (reference.interleave_gate_up), got {n}."
+        )
+    requant_scale(op, out_scale, x_q)
+    _require_vector(op, "inv_smooth", inv_smooth, x_q, (n // 2,), "one factor per output channel")
+    if dtype not in FLOATS:
+        raise TypeError(f"{op}: dtype must be float16, bfloat16 or float32, got {dtype}.")
+    return n // 2
+
+
 def requant_scale(op: str, out_scale: Tensor, x_q: Tensor) -> None:
     """Checks the static scale [1] of an int8 output."""
     _require_vector(op, "out_scale", out_scale, x_q, (1,), "the scale of the int8 output")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -113,3 +115,47 @@ def gemm_s8_requant(
     checks.gemm("gemm_s8_requant", x_q, w_q, x_scale, w_scale, bias)
     checks.requant_scale("gemm_s8_requant", out_scale, x_q)
     return result(x_q, (*x_q.shape[:-1], w_q.shape[0]), torch.int8)
+
+
+@op(shortcut=True)
+def gemm_s8_gated(
+    x_q: Tensor,
+    w_q: Tensor,
+    x_scale: Tensor,
+    w_scale: Tensor,
+    out_scale: Tensor,
+    *,
+    kind: str = "silu_mul",
+    bias: Tensor | None = None,
+    inv_smooth: Tensor | None = None,
+    dtype: torch.dtype = torch.float16,
+) -> tuple[Tensor, Tensor]:
+    """INT8 GEMM of gate and up together, activation, product and static quantization, for an int8 consumer (down).
+
+    Args:
+        x_q, x_scale: as in `gemm_s8`.
+        w_q: [2 I, K] int8, the rows of gate and up in turns of 8, as `reference.interleave_gate_up` arranges them.
+        w_scale, bias: as in `gemm_s8`, arranged like w_q's rows.
+        out_scale: [1] float32, the calibrated (static) scale of the output.
+        kind: ``"silu_mul"``, ``"gelu_mul"`` or ``"gelu_tanh_mul"``.
+        inv_smooth: [I] float32, the reciprocals of the consumer's smoothing factors.
+        dtype: float16, bfloat16 or float32, to which the product is rounded before the activation.
+
+    Returns:
+        y_q: [..., I] int8 in [-127, 127].
+        y_scale: [M] float32, out_scale, or NaN for a token whose result has a NaN or Inf.
+
+    Raises:
+        TypeError, ValueError: as in `gemm_s8` and `act_quantize`; also for an odd number of rows of w_q.
+
+    Equivalent to, bit for bit on the same device:
+        y = gemm_s8(x_q, w_q, x_scale, w_scale, bias=bias, out_dtype=dtype)
+        y = torch.cat(reference.separate_gate_up(y), dim=-1)
+        act_quantize(y, kind, inv_smooth=inv_smooth, scale=out_scale)
+
+    Source: Shazeer (2020), GLU Variants Improve Transformer; SmoothQuant (Xiao et al., 2022), the paper's O3 scheme.
+    """
+    checks.gemm("gemm_s8_gated", x_q, w_q, x_scale, w_scale, bias)
+    channels = checks.gated("gemm_s8_gated", x_q, w_q, out_scale, kind, inv_smooth, dtype)
+    y_q = result(x_q, (*x_q.shape[:-1], channels), torch.int8)
+    return y_q, result(x_q, (math.prod(x_q.shape[:-1]),), torch.float32)

@@ -187,6 +187,7 @@ CALLS: dict[str, tuple[Any, ...]] = {
     "act_quantize": (X, "relu"),
     "gemm_s8": (X, X, X, X),
     "gemm_s8_requant": (X, X, X, X, X),
+    "gemm_s8_gated": (X, X, X, X, X),
     "linear_s8": (X, X, X),
     "fused_linear_s8": (X, "relu", X, X),
     "_gemm_s8_tile": (X, X, X, X),
@@ -204,7 +205,7 @@ def test_an_op_without_a_cuda_kernel_has_one_that_explains(op: str) -> None:
         keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
         schema = getattr(torch.ops.smoothquant_kernels, op).default._schema
         wants = {argument.name for argument in schema.arguments}
-        options = {"out_dtype": torch.float16} if "out_dtype" in wants else {}
+        options = {name: torch.float16 for name in wants & {"out_dtype", "dtype"}}
         overload = getattr(torch.ops.smoothquant_kernels, op).default
         with pytest.raises(RuntimeError, match=f"no CUDA kernel for {op}: "):
             overload.redispatch(keys, *CALLS[op], **options)

@@ -49,19 +49,24 @@ def file_of(tile: dict[str, Any]) -> str:
 
 
 def test_every_tile_has_a_file_of_its_own(library: ctypes.CDLL) -> None:
-    """One tile per file, so that a build uses every core; its name holds its arguments, and SQK_OVERLAP is right."""
+    """One tile per file, so that a build uses every core; its name holds its arguments.
+
+    A tile that says .gated() has another one for gated GEMMs.
+    """
     expected = {}
     for table in c_gemm.tables(library).values():
         for tile in table["tiles"]:
             sizes = [tile["m"], tile["n"], *[tile["k"]] * (tile["kernel"] != "stream")]
-            overlap = str(int(tile["schedule"] != "stream-K")) if tile["kernel"] == "wgmma" else ""
-            expected[file_of(tile)] = (f"{tile['kernel']}({', '.join(map(str, sizes))})", overlap)
+            argument = f"{tile['kernel']}({', '.join(map(str, sizes))})"
+            expected[file_of(tile)] = argument
+            if tile["gated"]:
+                expected[f"gated_{file_of(tile)}"] = argument
     found = {}
     for source in INSTANCES.glob("*.cu"):
         text = source.read_text()
         assert len(text.splitlines()) <= 12
-        (tile,) = re.findall(r"_entry<(\w+\([\d, ]+\)).*>\(\);", text)
-        found[source.name] = (tile, "".join(re.findall(r"#define SQK_OVERLAP ([01])", text)))
+        (found[source.name],) = re.findall(r"_entry<(\w+\([\d, ]+\)).*>\(\);", text)
+        assert ("gated_" in text) == source.name.startswith("gated_")
     assert found == expected
 
 
@@ -134,14 +139,14 @@ STAND_INS = {
     "csrc/gemm/mma/kernel.cuh": """#pragma once
 #include "gemm/kernels.h"
 namespace sqk {
-template <int, int, int, int, int, int>
+template <int, int, int, int, int, int, bool>
 Status launch_mma(const GemmParams&, const Device&, const GemmPlan&, cudaStream_t) { return {}; }
 }
 """,
     "csrc/gemm/wgmma/kernel.cuh": """#pragma once
 #include "gemm/kernels.h"
 namespace sqk {
-template <TileKey>
+template <TileKey, bool = false>
 struct WgmmaGemm {
   static Status launch(const GemmParams&, const Device&, const GemmPlan&, cudaStream_t) { return {}; }
   static int64_t workspace_bytes(const GemmParams&, const Device&) { return 0; }
@@ -164,6 +169,16 @@ template <typename Constant>
 using Element = Constant;
 }
 """,
+    "csrc/common/launch.h": """#pragma once
+#include <cstddef>
+#include "sqk/device.h"
+#include "sqk/status.h"
+namespace sqk {
+inline int cudaMemsetAsync(void*, int, size_t, cudaStream_t) { return 0; }
+inline Status status_from_call(int) { return {}; }
+bool may_overlap(const Device&);
+}
+""",
     "csrc/cuda_runtime.h": "",
     # The functions that launch.cu calls besides kernels and plans.
     "rest.cpp": """#include "gemm/kernels.h"
@@ -172,8 +187,9 @@ namespace sqk {
 Status current_device(Device*) { return {}; }
 Status plan(const QuantizeParams&, QuantizePlan*) { return {}; }
 Status quantize(const QuantizeParams&, const QuantizePlan&, cudaStream_t) { return {}; }
-Status launch_stream(const GemmParams&, const QuantizeParams*, const Device&, const GemmTile&, StreamKernels,
+Status launch_stream(const GemmParams&, const QuantizeParams*, const Device&, const GemmPlan&, StreamKernels,
                      cudaStream_t) { return {}; }
+bool may_overlap(const Device&) { return false; }
 bool stream_quantizes(const QuantizeParams&, const GemmParams&) { return false; }
 }
 """,
@@ -204,7 +220,7 @@ class Sources:
         """Compiles all files of shipped tiles as one source."""
         folder = self.folder / "csrc" / "gemm" / "instances"
         names = sorted(path.name for path in folder.glob("*.cu") if path.name[:7] != "tuning_")
-        lines = [f'#undef SQK_OVERLAP\n#include "gemm/instances/{name}"\n' for name in names]
+        lines = [f'#include "gemm/instances/{name}"\n' for name in names]
         (self.folder / "all.cpp").write_text("".join(lines))
         return self.compile(["all.cpp"], *(flags or ("-fsyntax-only",)))
 

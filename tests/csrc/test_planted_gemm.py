@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from tests.support import mutants
@@ -18,6 +20,8 @@ OPS, ENTRY, LINEAR = "test_gemm.py", "test_gemm_c_entry.py", "test_linear_op.py"
 #: one groups of 32.
 PAIRS = ("32x64x128", "warps_1x4_stages_6")
 GROUPS = ("64x64x128", "warps_2x2_stages_4")
+#: The one with a gated kernel.
+LARGEST = ("128x128x64", "warps_2x2_stages_5")
 #: Keeps only the int8 and float16 kernels among the streaming kernels for 8 tokens.
 KERNEL = "return stream_gemm_kernel<Element<decltype(type)>, kGroups>;"
 OTHERS = "type == DType::kFloat32 || type == DType::kBFloat16"
@@ -49,11 +53,24 @@ def mma(
     return Mutant(name, f"gemm/{file}", old, new, mma_source(tile), suite, tests, symptom)
 
 
+def without_tickets(name: str, old: str, new: str, symptom: str | None) -> Mutant:
+    """A mutant of the mma.sync kernel, on streams that have no tickets."""
+    found = mma(name, "mma/kernel.cuh", old, new, ENTRY, "need_not_be_cleared", symptom)
+    return replace(found, cuts=(("gemm/tickets.h", "kTickets = 640", "kTickets = 0"),))
+
+
 def stream(
     name: str, file: str, old: str, new: str, suite: str, tests: str, symptom: str | None
 ) -> Mutant:
     """A mutant of the streaming kernels."""
     return Mutant(name, f"gemm/{file}", old, new, STREAM, suite, tests, symptom, cuts=ONE_TYPE)
+
+
+def gated(name: str, file: str, old: str, new: str, symptom: str | None) -> Mutant:
+    """A mutant of the gated kernel of the largest mma.sync tile."""
+    source = f"{INSTANCES}/gated_{mma_source(LARGEST).rpartition('/')[2]}"
+    suite, tests = "test_gated_c_entry.py", "every_gated_tile and 128x128x64"
+    return Mutant(name, f"gemm/{file}", old, new, source, suite, tests, symptom)
 
 
 MUTANTS = (
@@ -78,7 +95,7 @@ MUTANTS = (
     mma(
         "whole pairs are stored past the last channel",
         "epilogue/tokens.cuh",
-        "const bool whole = e.wide && channel + 2 <= e.n;",
+        "const bool whole = e.wide && channel + 2 <= e.columns;",
         "const bool whole = e.wide;",
         ENTRY,
         "test_every_tile and float16",
@@ -123,14 +140,22 @@ MUTANTS = (
         WRONG_VALUES,
     ),
     mma(
-        "the tickets are not cleared",
+        "the last block does not reset its ticket",
         "mma/kernel.cuh",
-        "cudaMemsetAsync(p.tickets, 0, counters, stream)",
-        "cudaSuccess",
+        "if (last) p.tickets[tile] = 0;",
+        "",
         ENTRY,
         "need_not_be_cleared",
         WRONG_VALUES,
     ),
+    # Where the stream has no tickets, those in the workspace are cleared.
+    without_tickets(
+        "the tickets in the workspace are not cleared",
+        "cudaMemsetAsync(p.tickets, 0, counters, stream)",
+        "cudaSuccess",
+        WRONG_VALUES,
+    ),
+    without_tickets("nothing is wrong: no tickets", "int4* partials;", "int4* partials;", None),
     mma(
         "a tile is read before its copies have arrived",
         "mma/kernel.cuh",
@@ -167,6 +192,37 @@ MUTANTS = (
         "long_rows and 5120 and float16 and not bfloat16",
         WRONG_VALUES,
     ),
+    gated(
+        "the product of gate and up is not rounded",
+        "epilogue/gated.cuh",
+        "const float2 rounded = __half22float2(__floats2half2_rn(a, b));",
+        "const float2 rounded = make_float2(a, b);",
+        WRONG_VALUES,
+    ),
+    gated(
+        "a NaN marks no row",
+        "epilogue/gated_tokens.cuh",
+        "if (nonfinite && token < e.m) raise_y_scale(e, token, kLargestBits);",
+        "",
+        WRONG_VALUES,
+    ),
+    gated(
+        "each group of channels has the factors of the first",
+        "epilogue/gated_tokens.cuh",
+        "factors.load(e, first + 2 * t);",
+        "factors.load(e, 2 * t);",
+        WRONG_VALUES,
+    ),
+    Mutant(
+        "y_scale is not cleared",
+        "gemm/launch.cu",
+        "cudaMemsetAsync(params.y_scale, 0, sizeof(float) * params.m, stream)",
+        "cudaSuccess",
+        LAUNCH,
+        "test_gated_c_entry.py",
+        "every_gated_tile and 8x16",
+        WRONG_VALUES,
+    ),
     Mutant(
         "a per-tensor scale is taken for one per token",
         "gemm/launch.cu",
@@ -176,6 +232,13 @@ MUTANTS = (
         LINEAR,
         "smoke_linear",
         f"{OUT_OF_BOUNDS}|{WRONG_VALUES}",
+    ),
+    gated(
+        "nothing is wrong: gated",
+        "splits.h",
+        "if (splits <= 1) return 0;",
+        "if (splits <= 1) return 0;",
+        None,
     ),
     # The same tests with unchanged sources must pass, so the failures above are due to the defects.
     mma(

@@ -22,6 +22,7 @@ TICKET = """  __syncthreads();
     fence_gpu();
     last = atomicAdd(p.tickets + tile, 1u) + 1 == p.splits;
     fence_gpu();
+    if (last) p.tickets[tile] = 0;  // for the next launch: nobody else takes one in this launch
   }
 """
 

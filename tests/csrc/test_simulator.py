@@ -40,8 +40,8 @@ def test_kernels(arch: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert int(passed[1]) > least_passed and int(results[1]) > least_results
 
 
-#: Cooperation of blocks: splits with tickets, stream-K and clusters, for every tile, in small shapes.
-TOGETHER = "need_not_be_cleared and 127"
+#: Cooperation of blocks: splits with tickets, stream-K, clusters, scales of gated rows; every tile, in small shapes.
+TOGETHER = "(need_not_be_cleared and 127) or every_gated_tile"
 #: seed -> whether memory is weak too, without which the defects planted by test_planted_order.py do not show.
 ORDERS = {1: True, 2: False, 3: True}
 
@@ -55,6 +55,7 @@ def test_any_order_of_blocks_gives_the_same_bits(arch: str, seed: int) -> None:
     done = simulator.kernel_tests(
         simulator.library(),
         "tests/kernels/test_gemm_c_entry.py",
+        "tests/kernels/test_gated_c_entry.py",
         "-k",
         TOGETHER,
         arch=arch,

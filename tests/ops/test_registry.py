@@ -31,6 +31,8 @@ SCHEMAS = {
     "act_quantize": f"(Tensor x, str kind, Tensor? gate=None, {QUANTIZER}) -> (Tensor, Tensor)",
     "gemm_s8": f"({GEMM}, Tensor? bias=None, Tensor? residual=None, *, ScalarType out_dtype) -> Tensor",
     "gemm_s8_requant": f"({GEMM}, Tensor out_scale, Tensor? bias=None, bool relu=False) -> Tensor",
+    "gemm_s8_gated": f'({GEMM}, Tensor out_scale, str kind="silu_mul", Tensor? bias=None, '
+    "Tensor? inv_smooth=None, *, ScalarType dtype) -> (Tensor, Tensor)",
     "linear_s8": "(Tensor x, Tensor w_q, Tensor w_scale, Tensor? bias=None, Tensor? residual=None, "
     'Tensor? inv_smooth=None, Tensor? scale=None, str granularity="token", int rotation=0) -> Tensor',
     "fused_linear_s8": "(Tensor x, str kind, Tensor w_q, Tensor w_scale, Tensor? norm_weight=None, "
@@ -58,6 +60,7 @@ def test_ops_are_listed_in_the_order_of_the_documentation() -> None:
         "act_quantize",
         "gemm_s8",
         "gemm_s8_requant",
+        "gemm_s8_gated",
         "linear_s8",
         "fused_linear_s8",
     ]

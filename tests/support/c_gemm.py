@@ -52,8 +52,13 @@ class Params(Structure):
         ("relu", c_int32),
         ("tile", c_int32),
         ("splits", c_int32),
+        ("w_constant", c_int32),
         ("workspace", c_void_p),
         ("workspace_bytes", c_int64),
+        ("activation", c_int32),
+        ("gate_dtype", c_int32),
+        ("inv_smooth", c_void_p),
+        ("y_scale", c_void_p),
     )
 
 
@@ -66,6 +71,7 @@ class Plan(Structure):
         ("splits", c_int32),
         ("launches", c_int32),
         ("overlap", c_int32),
+        ("weights_first", c_int32),
         ("tiles", c_int64),
         ("blocks", c_int64),
         ("shared_bytes", c_int64),

@@ -50,6 +50,7 @@ class Params(Structure):
         ("x_scale", c_void_p),
         ("workspace", c_void_p),
         ("workspace_bytes", c_int64),
+        ("interleaved", c_int32),
     )
 
 

@@ -53,6 +53,7 @@ def problems(m: int, k: int, dtype: torch.dtype = torch.float16, seed: int = 0) 
         Call("quantize", (x.t().contiguous().t(),), {}),  # the op copies it first
         Call("gemm_s8", gemm[:4], {**added, "out_dtype": dtype}),
         Call("gemm_s8_requant", (*gemm[:4], torch.ones(1)), {"bias": gemm.bias, "relu": True}),
+        Call("gemm_s8_gated", (*gemm[:4], torch.ones(1)), {"bias": gemm.bias, "dtype": dtype}),
     ]
     for scheme in cases.SCHEMES:
         options = cases.quantize_options(scheme)
@@ -72,6 +73,11 @@ def assert_like_the_cpu(call: Call, found: Any) -> None:
     if call.name not in ROUNDED:
         assert_all_bitwise_equal(found, expected, call.name)
         return
+    if call.name == "gemm_s8_gated":
+        y = reference.gemm_s8(*call.args[:4], call.kwargs["bias"], out_dtype=call.kwargs["dtype"])
+        gate, up = reference.separate_gate_up(y)
+        options = {"gate": gate, "scale": call.args[4]}
+        call = Call("act_quantize", (up, "silu"), options)
     x, options = call.args[0], call.kwargs
     inv_smooth, residual = options.get("inv_smooth"), options.get("residual")
     if call.name == "act_quantize":

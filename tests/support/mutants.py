@@ -41,6 +41,7 @@ class Mutant:
         arch: the GPU to simulate.
         orders: (seed, weak) of `simulator.adversarial`. At least one shows the symptom, but the tests pass in the fixed
             order of blocks and warps. If empty, the fixed order shows it. Without a symptom the tests pass in all.
+        overlap: launches overlap (`simulator.OVERLAP`); the tests pass where they do not. Without a symptom, in both.
         cuts: (file, old, new) that leave out code that the tests do not need, so that a copy compiles in a fraction of
             the time; old occurs exactly once.
     """
@@ -55,6 +56,7 @@ class Mutant:
     symptom: str | None
     arch: str = "sm_80"
     orders: tuple[tuple[int, bool], ...] = ()
+    overlap: bool = False
     cuts: tuple[tuple[str, str, str], ...] = ()
 
     def planted(self, csrc: Path) -> Iterator[tuple[Path, str]]:
@@ -72,6 +74,12 @@ def build_and_test(mutant: Mutant, root: Path) -> subprocess.CompletedProcess[st
         file.write_text(text)
     library = simulator.library_with(root, [mutant.source])
     arguments = (f"tests/kernels/{mutant.suite}", "-x", "-k", mutant.tests)
+    if mutant.overlap:
+        done = simulator.kernel_tests(library, *arguments, arch=mutant.arch)
+        assert done.returncode == 0, f"without overlap: {done.stdout}{done.stderr}"
+        return simulator.kernel_tests(
+            library, *arguments, arch=mutant.arch, environment=simulator.OVERLAP
+        )
     if not mutant.orders:
         return simulator.kernel_tests(library, *arguments, arch=mutant.arch)
     # One thread here too: with several threads, chance decides which block comes last.

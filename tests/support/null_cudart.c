@@ -1,5 +1,5 @@
 // A CUDA runtime in which every call succeeds at once and no kernel runs, for host_time.py: what is
-// left of an op is the time that it takes the CPU. It describes two GPUs, counts what it is asked
+// left of an op is the time that it takes the CPU. It describes some GPUs, counts what it is asked
 // for, and stands in for libcudart.so.13 once it is loaded (the loader goes by that name).
 #include <stddef.h>
 #include <string.h>
@@ -14,7 +14,7 @@ EXPORT int null_carveout;
 
 static int current;
 
-// 0: an H100, 1: an A100.
+// 0: an H100, 1: an A100, 2: an L40S.
 EXPORT void null_use_device(int device) { current = device; }
 
 static unsigned long long context = 1;
@@ -40,18 +40,21 @@ EXPORT int cudaDeviceGetAttribute(int* value, int attribute, int device) {
   ++null_attributes;
   switch (attribute) {
     case 16:  // multiprocessors
-      *value = device == 0 ? 132 : 108;
+      *value = device == 0 ? 132 : device == 1 ? 108 : 142;
       break;
     case 75:  // compute capability, major
       *value = device == 0 ? 9 : 8;
       break;
+    case 76:  // minor
+      *value = device == 2 ? 9 : 0;
+      break;
     case 81:  // shared memory of a multiprocessor
-      *value = device == 0 ? 233472 : 167936;
+      *value = device == 0 ? 233472 : device == 1 ? 167936 : 102400;
       break;
     case 97:  // the most shared memory that one block can be given
-      *value = device == 0 ? 232448 : 166912;
+      *value = device == 0 ? 232448 : device == 1 ? 166912 : 101376;
       break;
-    default:  // among them the minor capability
+    default:
       *value = 0;
   }
   return 0;
@@ -108,7 +111,7 @@ static int context_affinity(int* affinity, int type) {
 // CUdevResource: a type and what is reserved, 96 bytes, then the number.
 static int context_resource(void* of, int* resource, int type) {
   (void)type;
-  resource[24] = context_sms != 0 ? context_sms : current == 0 ? 132 : 108;
+  resource[24] = context_sms != 0 ? context_sms : current == 0 ? 132 : current == 1 ? 108 : 142;
   return of != &context;
 }
 
@@ -136,6 +139,62 @@ EXPORT int cudaGetDriverEntryPointByVersion(const char* name, void** function, u
 EXPORT int cudaGetDriverEntryPoint(const char* name, void** function, unsigned long long flags,
                                    int* found) {
   return cudaGetDriverEntryPointByVersion(name, function, 0, flags, found);
+}
+
+// --- streams, and the graphs that they are captured into ---
+
+static unsigned long long capture;  // 0: none
+static int symbol_refused;
+// From now on every stream is captured under this number, until it is 0.
+EXPORT void null_capture(unsigned long long id) { capture = id; }
+// From now on there are no variables of the library.
+EXPORT void null_refuse_symbols(int refuse) { symbol_refused = refuse; }
+
+EXPORT int cudaStreamGetId(void* stream, unsigned long long* id) {
+  *id = (unsigned long long)(size_t)stream + 1;
+  return 0;
+}
+EXPORT int cudaStreamGetCaptureInfo(void* stream, int* status, unsigned long long* id, void** graph,
+                                    void* dependencies, void* edges, size_t* count) {
+  (void)stream, (void)dependencies, (void)edges, (void)count;
+  *status = capture != 0;
+  if (id != NULL) *id = capture;
+  if (graph != NULL) *graph = &capture;
+  return 0;
+}
+EXPORT int cudaGetSymbolAddress(void** address, const void* symbol) {
+  *address = (void*)symbol;
+  return symbol_refused ? 13 : 0;
+}
+
+// What graphs hold: destructors, all called by null_destroy_graphs.
+static struct {
+  void (*destroy)(void*);
+  void* argument;
+} held[1024];
+static int held_count;
+EXPORT int cudaUserObjectCreate(void** object, void* argument, void (*destroy)(void*),
+                                unsigned count, unsigned flags) {
+  (void)count, (void)flags;
+  if (held_count == 1024) return 2;
+  held[held_count].destroy = destroy;
+  held[held_count].argument = argument;
+  *object = &held[held_count++];
+  return 0;
+}
+EXPORT int cudaGraphRetainUserObject(void* graph, void* object, unsigned count, unsigned flags) {
+  (void)graph, (void)object, (void)count, (void)flags;
+  return 0;
+}
+EXPORT int cudaUserObjectRelease(void* object, unsigned count) {
+  (void)object, (void)count;
+  return 0;
+}
+EXPORT void null_destroy_graphs(void) {
+  while (held_count > 0) {
+    --held_count;
+    held[held_count].destroy(held[held_count].argument);
+  }
 }
 
 EXPORT int cudaGetLastError(void) { return 0; }

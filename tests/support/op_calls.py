@@ -43,6 +43,7 @@ def calls(m: int = M) -> list[Call]:
     half = {"inv_smooth": inv_smooth[: K // 2]}
     gemm = cases.gemm_operands(m, N, K)
     scalar = cases.gemm_operands(m, N, K, per_token=False, per_channel=False)
+    gated = cases.gemm_operands(m, 2 * (N + 1), K)
     every: dict[str, Any] = {"bias": gemm.bias, "residual": gemm.residual}
 
     def fused(kind: str) -> tuple[Any, ...]:
@@ -78,6 +79,17 @@ def calls(m: int = M) -> list[Call]:
         Call("gemm_s8", scalar[:4], {**every, "out_dtype": torch.float32}),
         Call("gemm_s8_requant", (*gemm[:4], static), {}),
         Call("gemm_s8_requant", (*gemm[:4], static), {"bias": gemm.bias, "relu": True}),
+        Call("gemm_s8_gated", (*gated[:4], static), {"dtype": torch.float16}),
+        Call(
+            "gemm_s8_gated",
+            (*gated[:4], static),
+            {
+                "kind": "gelu_tanh_mul",
+                "bias": gated.bias,
+                "inv_smooth": inv_smooth[: N + 1],
+                "dtype": torch.bfloat16,
+            },
+        ),
         Call("linear_s8", (x, gemm.w_q, gemm.w_scale), {"granularity": "tensor"}),
         Call(
             "linear_s8", (x, gemm.w_q, gemm.w_scale), {"bias": gemm.bias, **smooth, "scale": static}

@@ -14,6 +14,7 @@ from tests.support.op_calls import Call
 KINDS = (*reference.ACTIVATIONS, *reference.FUSED_KINDS)
 X = cases.activations(4, 6)
 G = cases.gemm_operands(4, 3, 6)
+PAIRS = cases.gemm_operands(4, 4, 6)
 F32 = torch.float32
 GEMM_NAMES = ("x_q", "w_q", "x_scale", "w_scale")
 
@@ -45,6 +46,12 @@ def gemm_requant(**changes: Any) -> Call:
     operands = [changes.pop(name, getattr(G, name)) for name in GEMM_NAMES]
     scale = changes.pop("out_scale", torch.ones(1))
     return Call("gemm_s8_requant", (*operands, scale), changes)
+
+
+def gated(**changes: Any) -> Call:
+    operands = [changes.pop(name, getattr(PAIRS, name)) for name in GEMM_NAMES]
+    scale = changes.pop("out_scale", torch.ones(1))
+    return Call("gemm_s8_gated", (*operands, scale), {"dtype": F32, **changes})
 
 
 def linear(**changes: Any) -> Call:
@@ -130,6 +137,16 @@ REFUSED: list[tuple[Call, type[Exception], str]] = [
         TypeError,
         "out_scale must be float32, got float16",
     ),
+    (
+        gated(w_q=G.w_q, w_scale=G.w_scale),
+        ValueError,
+        "w_q must have an even number of rows, those",
+    ),
+    (gated(kind="silu"), ValueError, "kind must be one of silu_mul, gelu_mul, gelu_tanh_mul; got"),
+    (gated(inv_smooth=torch.ones(4)), ValueError, "inv_smooth must have shape [2] (one factor per"),
+    (gated(out_scale=torch.ones(2)), ValueError, "gemm_s8_gated: out_scale must have shape [1]"),
+    (gated(bias=torch.ones(2)), ValueError, "gemm_s8_gated: bias must have shape [4], got (2,)."),
+    (gated(dtype=torch.int8), TypeError, "dtype must be float16, bfloat16 or float32, got"),
     (linear(x=G.x_q), TypeError, f"linear_s8: x must be {FLOAT_NAMES}, got int8."),
     (linear(w_q=G.w_q[:, :5]), ValueError, "the same K and N >= 1, got (4, 6) and (3, 5)."),
     (linear(inv_smooth=torch.ones(3)), ValueError, "inv_smooth must have shape [6] (one factor"),

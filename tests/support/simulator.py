@@ -156,6 +156,10 @@ def adversarial(seed: int, *, weak: bool = False) -> dict[str, str]:
     return {**variables, "PTXSIM_WEAK": "1"} if weak else variables
 
 
+#: The simulator's environment for dependent launches that start before the kernel before them has ended.
+OVERLAP = {"PTXSIM_OVERLAP": "1"}
+
+
 def kernel_tests(
     library: Path,
     *arguments: str,

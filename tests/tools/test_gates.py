@@ -20,6 +20,7 @@ ROW_NAME = "void sqk::row_kernel<{}, (sqk::Producer){}, (sqk::QuantizePath){}>(s
 
 
 WGMMA = "void sqk::wgmma_gemm_kernel<8, 128, 128, 128>(P)"
+STREAM = "void sqk::stream_gemm_kernel<float, 1>(P)"
 HOPPER = {"IGMMA": 4}
 
 
@@ -64,11 +65,22 @@ def row(bits: int = 16, path: int = 2, **loads: int) -> Kernel:
             "48 stores of 4 bytes, 32 of 2; allowed: as many.",
         ),
         (
-            kernel(WGMMA, "sm_90a", code=Code({}, counts=HOPPER, overlaps=True, fresh_loads=4, early_loads=1)),
-            "1 of 4 loads of x_scale can come before any wait; allowed: none.",
+            kernel(
+                WGMMA,
+                "sm_90a",
+                code=Code(counts=HOPPER, overlaps=True, fresh_loads=4, early={"LDG": 1, "STG": 2}),
+            ),
+            "1 LDG, 2 STG can come before any wait; allowed: none.",
         ),
         (kernel(WGMMA, "sm_90a", code=Code(counts=HOPPER, overlaps=True)), "no load of x_scale from L2"),
-        (kernel(WGMMA, "sm_90a", code=Code(counts=HOPPER)), "no wait for the preceding kernel"),
+        (kernel(WGMMA, "sm_90a", code=Code(counts=HOPPER, fresh_loads=1)), "no wait for the preceding kernel"),
+        (kernel(ROW_NAME.format("int", 0, 4), "sm_90a"), "no wait for the preceding kernel"),
+        (
+            kernel(STREAM, "sm_90a", code=Code(counts={"IMMA": 4}, overlaps=True, early={"LDGSTS": 8, "LDG": 1})),
+            "1 LDG can come before any wait; wanted: copies of weights",
+        ),
+        (kernel(STREAM, "sm_90a", code=Code(counts={"IMMA": 4}, overlaps=True)), "no LDGSTS before the wait"),
+        (kernel(STREAM, code=Code(counts={"IMMA": 4}, size=300 << 10)), "300.0 KiB of code; allowed: 256"),
     ],
 )  # fmt: skip
 def test_a_gate_fails_on_a_defect(bad: Kernel, sentence: str) -> None:
@@ -87,10 +99,8 @@ def test_a_gate_fails_on_a_defect(bad: Kernel, sentence: str) -> None:
         kernel("gemm(P)", "sm_90a", code=Code(counts={"IGMMA": 4}, waiting_igmma=1)),
         kernel("gemm(P)", "sm_89", code=Code(counts={"IMMA": 4})),
         kernel(WGMMA, "sm_90a", code=Code(counts=HOPPER, overlaps=True, fresh_loads=4)),
-        # stream-K: not launched to overlap
-        kernel(
-            WGMMA, "sm_90a", code=Code(counts=HOPPER, adds_up=True, fresh_loads=4, early_loads=1)
-        ),
+        kernel(STREAM, "sm_90a", code=Code(counts={"IMMA": 4}, overlaps=True, early={"LDGSTS": 8})),
+        kernel(STREAM, "sm_89", code=Code(counts={"IMMA": 4})),
         kernel(
             "sqk::mma_gemm_kernel<256>(P)",
             code=Code(counts={"IMMA": 4}, stores={128: 40, 32: 32, 16: 32}),

@@ -132,6 +132,7 @@ def test_the_output_of_cuobjdump_is_read() -> None:
         stores={8: 1},
         local=2,
         counts={"IMMA": 1, "IGMMA": 0, "IDP": 1, "BAR": 1},
+        size=ampere.code.size,
     )
     assert ampere == Kernel("_Z6callerPf", "caller(float*)", "sm_80", 32, 80, 0, 128, True, code)
     assert (hopper.arch, hopper.registers, hopper.stack) == ("sm_90a", 30, 0)
@@ -182,20 +183,24 @@ CONSUMER = """
         (PRODUCER + "0018 BSSY B0, 0x40\n001c @P1 BSYNC B0" + CONSUMER, 1),
         (PRODUCER + "0018 BSSY B0, 0x90\n001c BSYNC B0" + CONSUMER, 0),
         # it can jump anywhere
-        (PRODUCER + "0018 BRX R4 -0x20" + CONSUMER, 1),
-        # other loads, unreachable loads, and loads that are never executed
-        (PRODUCER + "0018 LDG.E.CONSTANT R3, [R2.64]" + CONSUMER, 0),
+        (PRODUCER + "0018 BRX R4 -0x20" + CONSUMER, 2),
+        # other accesses, unreachable loads, and loads that are never executed
+        (PRODUCER + "0018 LDG.E.CONSTANT R3, [R2.64]" + CONSUMER, 1),
+        (PRODUCER + "0018 STG.E [R2.64], R3" + CONSUMER, 1),
+        (PRODUCER + "0018 LDS R3, [R2]" + CONSUMER, 0),
+        (PRODUCER + CONSUMER.replace("0100 ACQBULK", "0100 UTMALDG.2D [UR8], [UR4]\n0108 ACQBULK"), 1),
         (PRODUCER + "0018 BRA 0x20\n001c LDG.E.STRONG.GPU R3, [R2.64]" + CONSUMER, 0),
         (PRODUCER + "0018 @!PT LDG.E.STRONG.GPU R3, [R2.64]" + CONSUMER, 0),
         ("", 0),
     ],
 )  # fmt: skip
-def test_loads_that_can_come_before_a_wait(code: str, early: int) -> None:
+def test_accesses_that_can_come_before_a_wait(code: str, early: int) -> None:
     instructions = sass_of(code) if code else []
-    assert sass.early_loads(instructions) == early
+    assert sum(sass.early_accesses(instructions).values()) == early
     found = sass.count(instructions)
     overlaps = "ACQBULK" in code
-    assert (found.early_loads, found.overlaps) == (early if overlaps else 0, overlaps)
+    assert (sum(found.early.values()), found.overlaps) == (early if overlaps else 0, overlaps)
+    assert found.size == 16 * len(instructions)
     assert found.fresh_loads == code.count("STRONG") - code.count("@!PT")
 
 

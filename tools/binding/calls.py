@@ -20,6 +20,10 @@ KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 X = torch.tensor([[1, -2, 3, 127], [-127, 4, 0, 5], [6, 127, -7, 8]]).float()
 SIGNS = torch.tensor([[1, -1, 1, -1], [-1, -1, 1, 1]]).float()  # already normalized
 W = torch.tensor([[1, 2, 3, 4], [-5, 6, -7, 8]], dtype=torch.int8)
+# Two rows of gate, whose products are far from 0, and two of up.
+GATED = torch.tensor(
+    [[100, 0, 0, 100], [-5, 6, -7, 8], [1, 0, 0, 0], [0, 0, 0, 1]], dtype=torch.int8
+)
 ONE, TWO = torch.ones(1), torch.tensor([2.0])
 PER_TOKEN, PER_CHANNEL = torch.tensor([1.0, 2.0, 0.5]), torch.tensor([0.5, 4.0])
 X_Q = X.to(torch.int8)
@@ -40,6 +44,7 @@ CALLS: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
     ("gemm_s8", (X_Q, W, PER_TOKEN, ONE), {"out_dtype": torch.float32, "bias": PER_CHANNEL.half()}),
     ("gemm_s8", (X_Q, W, ONE, ONE), {"out_dtype": torch.float32, "residual": torch.ones(3, 2)}),
     ("gemm_s8_requant", (X_Q, W, ONE, ONE, 16 * TWO), {"relu": True}),
+    ("gemm_s8_gated", (X_Q, GATED, ONE, ONE, 2048 * TWO), {"dtype": torch.float32}),
     ("linear_s8", (X, W, PER_CHANNEL), {}),
     ("linear_s8", (X, W, ONE), {"bias": PER_CHANNEL, "scale": TWO / 2, "inv_smooth": torch.ones(4)}),
     ("linear_s8", (X, W, ONE), {"granularity": "tensor"}),

@@ -104,6 +104,16 @@ Status quantize(const QuantizeParams& p, const QuantizePlan&, cudaStream_t) {
   return Status::kSuccess;
 }
 
+// One block of gate and up. Far from 0, SiLU is ReLU.
+void write_gated(const GemmParams& p, const std::vector<float>& products, int64_t row) {
+  const int64_t channels = columns_of_y(p);
+  for (int64_t c = 0; c < channels; ++c) {
+    const float y = std::max(products[c], 0.0f) * products[channels + c];
+    static_cast<int8_t*>(p.y)[row * p.y_stride + c] = to_int8(y / *p.out_scale);
+  }
+  p.y_scale[row] = *p.out_scale;
+}
+
 Status plan(const GemmParams& p, GemmPlan* plan) {
   *plan = {};
   const bool served = p.y_dtype == DType::kFloat32 || p.y_dtype == DType::kInt8;
@@ -112,6 +122,7 @@ Status plan(const GemmParams& p, GemmPlan* plan) {
 
 Status gemm_s8(const GemmParams& p, const GemmPlan&, cudaStream_t) {
   for (int64_t row = 0; row < p.m; ++row) {
+    std::vector<float> products;
     for (int64_t column = 0; column < p.n; ++column) {
       int32_t sum = 0;
       for (int64_t i = 0; i < p.k; ++i) {
@@ -122,12 +133,15 @@ Status gemm_s8(const GemmParams& p, const GemmPlan&, cudaStream_t) {
       if (p.bias != nullptr) y += p.bias[column];
       if (p.residual != nullptr) y += row_of(p.residual, row, p.residual_stride)[column];
       if (p.relu) y = std::max(y, 0.0f);
-      if (p.y_dtype == DType::kInt8) {
+      if (is_gated(p)) {
+        products.push_back(y);
+      } else if (p.y_dtype == DType::kInt8) {
         static_cast<int8_t*>(p.y)[row * p.y_stride + column] = to_int8(y / *p.out_scale);
       } else {
         static_cast<float*>(p.y)[row * p.y_stride + column] = y;
       }
     }
+    if (is_gated(p)) write_gated(p, products, row);
   }
   return Status::kSuccess;
 }

@@ -92,14 +92,38 @@ def wgmma_in_flight(kernel: Kernel) -> str | None:
     return f"each of {total} IGMMA is waited for" if total > 1 and waiting == total else None
 
 
-def ordered_loads(kernel: Kernel) -> str | None:
-    """A kernel that may start before the preceding kernel ends must wait before it reads that kernel's results."""
-    code = kernel.code
-    if not code.overlaps:
-        return None if code.adds_up else "no wait for the preceding kernel (ACQBULK)"
-    if code.early_loads:
-        return f"{code.early_loads} of {code.fresh_loads} loads of x_scale can come before any wait"
-    return None if code.fresh_loads else "no load of x_scale from L2 (LDG.STRONG.GPU)"
+def waits_first(*allowed: str) -> Check:
+    """A kernel that may start before the preceding kernel ends waits before it reads or writes global memory.
+
+    Args:
+        allowed: instructions that may and must come before the wait, such as the copies of weights.
+    """
+
+    def check(kernel: Kernel) -> str | None:
+        if not kernel.code.overlaps:
+            return "no wait for the preceding kernel (ACQBULK)"
+        early = {name: n for name, n in kernel.code.early.items() if name not in allowed}
+        if early:
+            listed = ", ".join(f"{number} {name}" for name, number in early.items())
+            return f"{listed} can come before any wait"
+        missing = [name for name in allowed if name not in kernel.code.early]
+        return f"no {missing[0]} before the wait" if missing else None
+
+    return check
+
+
+def fresh_loads(kernel: Kernel) -> str | None:
+    return None if kernel.code.fresh_loads else "no load of x_scale from L2 (LDG.STRONG.GPU)"
+
+
+def at_most(kib: int) -> Check:
+    """At most this much code."""
+
+    def check(kernel: Kernel) -> str | None:
+        size = kernel.code.size
+        return f"{size / 1024:.1f} KiB of code" if size > kib * 1024 else None
+
+    return check
 
 
 def launchable(kernel: Kernel) -> str | None:
@@ -207,12 +231,32 @@ GATES = (
         archs=r"sm_90a",
     ),
     Gate(
-        "order of dependent loads",
-        ordered_loads,
-        "allowed: none. All but stream-K are launched to overlap with the quantizer: load_fresh reads what it writes "
-        "(csrc/common/memory_order.cuh), after griddepcontrol.wait or an mbarrier of the thread that waited.",
+        "waits for the kernel before",
+        waits_first(),
+        "allowed: none. The kernel is launched to overlap: csrc/common/memory_order.cuh.",
+        kernels=r"\b(wgmma_gemm_kernel|row_kernel)<",
+        archs=r"sm_90a",
+    ),
+    Gate(
+        "weights before the wait",
+        waits_first("LDGSTS"),
+        "wanted: copies of weights before the wait, and nothing else (csrc/gemm/stream/kernel.cuh).",
+        kernels=rf"\b{STREAM}<",
+        archs=r"sm_90a",
+    ),
+    Gate(
+        "results of the kernel before",
+        fresh_loads,
+        "wanted: load_fresh (csrc/common/memory_order.cuh) for what the quantizer writes while this kernel starts.",
         kernels=r"\bwgmma_gemm_kernel<",
         archs=r"sm_90a",
+    ),
+    Gate(
+        "size of the code",
+        at_most(256),
+        "allowed: 256 KiB, what the epilogue of 128 accumulators a thread takes today in all its types; wanted: 64. A "
+        "plain 16-bit y runs through a small part of it.",
+        kernels=GEMM,
     ),
     Gate(
         "tensor cores of Ampere and Ada",

@@ -18,6 +18,20 @@ COUNTED = ("IMMA", "IGMMA", "IDP", "BAR")  # tensor cores of Ampere and of Hoppe
 #: What lets a thread see another kernel's results: griddepcontrol.wait, or an mbarrier at which such a thread arrived.
 WAITS = re.compile(r"ACQBULK\b|SYNCS\.PHASECHK\b")
 FRESH_LOAD = re.compile(r"LDG\b.*\.STRONG\.GPU\b")  # ld.global.cg, and an acquire
+#: What reads or writes global memory: loads, copies to shared memory, stores, atomics, TMA.
+GLOBAL = (
+    "LDG",
+    "LDGSTS",
+    "STG",
+    "ATOM",
+    "ATOMG",
+    "RED",
+    "REDG",
+    "UTMALDG",
+    "UTMASTG",
+    "UTMAREDG",
+    "UBLKCP",
+)
 
 
 @dataclass(frozen=True)
@@ -31,9 +45,11 @@ class Code:
     counts: dict[str, int] = field(default_factory=dict)  # of COUNTED
     waiting_igmma: int = 0  # IGMMA that end their group; all of them when ptxas made wgmma serial
     overlaps: bool = False  # it waits for the kernel before it in the stream (griddepcontrol.wait)
-    adds_up: bool = False  # its blocks wait for or add to each other's results (global atomics)
     fresh_loads: int = 0  # of data that other blocks or kernels write at the same time
-    early_loads: int = 0  # if it overlaps: those that a thread can reach without any of WAITS
+    early: dict[str, int] = field(
+        default_factory=dict
+    )  # if it overlaps: of GLOBAL, what needs none of WAITS
+    size: int = 0  # bytes of instructions
 
 
 @dataclass(frozen=True)
@@ -189,7 +205,7 @@ _Meetings = frozenset[tuple[str, int]]
 
 def _following(
     code: list[Instruction], place: Mapping[int, int], i: int, meetings: _Meetings
-) -> list[tuple[int, _Meetings]]:
+) -> tuple[list[int], _Meetings]:
     """The places of the instructions that can follow an instruction. Listing too many is safe."""
     one = code[i]
     name = one.opcode.split(".")[0]
@@ -214,28 +230,32 @@ def _following(
         targets = []
     places = [place[address] for address in targets if address in place]
     places += [i + 1] if goes_on and i + 1 < len(code) else []
-    return [(following, meetings) for following in places]
+    return places, meetings
 
 
-def early_loads(code: list[Instruction]) -> int:
-    """Counts the loads of another kernel's results that some path through the kernel reaches before any wait.
+def early_accesses(code: list[Instruction]) -> dict[str, int]:
+    """Counts what reads or writes global memory and can be reached on some path without any wait, by instruction.
 
     Thread 0 may wait for its whole block: for the other threads, an mbarrier at which it arrives is
     the wait. A wait with a guard does not count, because the thread may skip it.
     """
     place = {one.address: i for i, one in enumerate(code)}
-    todo: list[tuple[int, _Meetings]] = [(0, frozenset())] if code else []
-    seen = set(todo)
+    # What every path that reaches an instruction has set, together: to list each path would take too long.
+    reached: dict[int, _Meetings] = {0: frozenset()} if code else {}
+    todo = list(reached)
     while todo:
-        i, meetings = todo.pop()
+        i = todo.pop()
         if WAITS.match(code[i].opcode) and not code[i].guard:
             continue
-        for state in _following(code, place, i, meetings):
-            if state not in seen:
-                seen.add(state)
-                todo.append(state)
-    found = {i for i, _ in seen if FRESH_LOAD.match(code[i].opcode)}
-    return len(found)
+        places, meetings = _following(code, place, i, reached[i])
+        for following in places:
+            known = reached.get(following)
+            together = meetings if known is None else known | meetings
+            if together != known:
+                reached[following] = together
+                todo.append(following)
+    found = Counter(code[i].opcode.split(".")[0] for i in reached)
+    return {name: found[name] for name in GLOBAL if found[name]}
 
 
 def access_bits(opcode: str) -> int:
@@ -306,8 +326,7 @@ def count(instructions: list[Instruction]) -> Code:
             one.opcode.startswith("IGMMA") and "gsb0" in one.operands for one in instructions
         ),
         overlaps=plain["ACQBULK"] > 0,
-        adds_up=plain["RED"] + plain["REDG"] + plain["ATOMG"] > 0,
         fresh_loads=sum(bool(FRESH_LOAD.match(op)) for op in opcodes),
-        # Only kernels that overlap need it, and a stream-K kernel has too many paths to search.
-        early_loads=early_loads(instructions) if plain["ACQBULK"] else 0,
+        early=early_accesses(instructions) if plain["ACQBULK"] else {},
+        size=16 * len(instructions),
     )

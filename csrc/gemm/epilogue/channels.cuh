@@ -2,7 +2,7 @@
 // ring: no torch.
 #pragma once
 
-#include "gemm/epilogue/params.cuh"
+#include "gemm/epilogue/gated.cuh"
 
 namespace sqk {
 
@@ -47,6 +47,45 @@ __device__ inline void store_channels_as(const Epilogue& e, const int32_t* acc,
   }
 }
 
+// The same for 8 channels of gate and as many of up. Two tokens at a time, because unrolling would
+// repeat the activations; so acc and the scales move up.
+template <int kBlocks>
+__device__ inline void store_gated_channels(const Epilogue& e, const int32_t* given,
+                                            LaneScales<kBlocks>& scales, int channel, int token0) {
+  int32_t acc[4 * kBlocks];
+#pragma unroll
+  for (int i = 0; i < 4 * kBlocks; ++i) acc[i] = given[i];
+  if (channel >= e.n) return;
+  const int column = channel / 16 * 8 + channel % 16;
+  const float factor = load_out_factor(e), inv_smooth = load_inv_smooth(e, column);
+  int8_t* const y = static_cast<int8_t*>(e.y) + column;
+#pragma unroll 1
+  for (int block = 0; block < kBlocks; ++block) {
+    float gate[2], up[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      gate[i] = dequantize(acc[i], scales.w_scale[0], scales.x_scale[i], scales.bias[0]);
+      up[i] = dequantize(acc[2 + i], scales.w_scale[1], scales.x_scale[i], scales.bias[1]);
+    }
+    round_pair(e.gate_dtype, gate[0], gate[1]);
+    round_pair(e.gate_dtype, up[0], up[1]);
+    apply_gates(e.activation, gate, up);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int token = token0 + 8 * block + i;
+      if (token >= e.m) continue;
+      const float v = __fmul_rn(up[i], inv_smooth);
+      if (is_nonfinite(v)) raise_y_scale(e, token, kLargestBits);
+      if (column == 0) raise_y_scale(e, token, __float_as_uint(__ldg(e.out_scale)));
+      y[token * e.y_stride] = to_int8(__fmul_rn(v, factor));
+    }
+#pragma unroll
+    for (int i = 0; i + 4 < 4 * kBlocks; ++i) acc[i] = acc[i + 4];
+#pragma unroll
+    for (int i = 0; i + 2 < 2 * kBlocks; ++i) scales.x_scale[i] = scales.x_scale[i + 2];
+  }
+}
+
 // Stores the accumulators of 16 channels x 8 kBlocks tokens as mma.sync and wgmma leave them in a
 // warp: acc[4 b + 2 h + i] of lane 4 g + t belongs to channel g + 8 h and token 8 b + 2 t + i. A
 // kernel that has quantized x itself passes the scales of all its tokens as `own_x_scale`, in place
@@ -68,6 +107,10 @@ __device__ inline void store_channels(const Epilogue& e, const int32_t* acc, int
   for (int i = 0; i < 2 * kBlocks; ++i) {
     const int at = min(token + 8 * (i / 2) + i % 2, e.m - 1);
     scales.x_scale[i] = own_x_scale != nullptr ? own_x_scale[at] : load_x_scale(e, at);
+  }
+  if (e.activation != Producer::kQuantize) {
+    store_gated_channels(e, acc, scales, channel, token);
+    return;
   }
   visit(e.y_dtype,
         [&](auto y) { store_channels_as<decltype(y)::value>(e, acc, scales, channel, token); });

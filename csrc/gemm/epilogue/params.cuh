@@ -26,6 +26,7 @@ struct Epilogue {
   int64_t residual_stride;
   int64_t y_stride;
   int32_t m, n;
+  int32_t columns;  // of y
   DType y_dtype;
   DType residual_dtype;
   bool x_per_token;
@@ -35,6 +36,10 @@ struct Epilogue {
   // The usual case in a model: y has 16 bits and wide rows, so does the residual, and w_scale and
   // bias can be read in pairs. store_tokens then has a faster path for whole groups of 32 channels.
   bool plain;
+  Producer activation;  // and what follows: as in GemmParams
+  DType gate_dtype;
+  const float* inv_smooth;
+  float* y_scale;
 };
 
 // On the host: takes what the kernels need from the params.
@@ -53,6 +58,7 @@ inline Epilogue make_epilogue(const GemmParams& p) {
   e.y_stride = p.y_stride;
   e.m = static_cast<int32_t>(p.m);
   e.n = static_cast<int32_t>(p.n);
+  e.columns = static_cast<int32_t>(columns_of_y(p));
   e.y_dtype = p.y_dtype;
   e.residual_dtype = p.residual_dtype;
   e.x_per_token = p.x_per_token != 0;
@@ -63,6 +69,10 @@ inline Epilogue make_epilogue(const GemmParams& p) {
             is_aligned(p.bias, 8) &&
             (p.residual == nullptr || (p.residual_dtype == p.y_dtype &&
                                        wide(p.residual, p.residual_stride, p.residual_dtype)));
+  e.activation = p.activation;
+  e.gate_dtype = p.gate_dtype;
+  e.inv_smooth = p.inv_smooth;
+  e.y_scale = p.y_scale;
   return e;
 }
 

@@ -47,9 +47,9 @@ __device__ inline void transpose_quad(uint32_t (&word)[4]) {
 // One lane stores eight adjacent channels of a token: 16 bytes of a 16-bit type, 8 of int8.
 __device__ inline void store_eight(const Epilogue& e, const uint32_t (&word)[4], int token,
                                    int channel) {
-  if (token >= e.m || channel >= e.n) return;
+  if (token >= e.m || channel >= e.columns) return;
   const int64_t at = token * e.y_stride + channel;
-  const bool whole = e.wide && channel + 8 <= e.n;
+  const bool whole = e.wide && channel + 8 <= e.columns;
   if (e.y_dtype == DType::kInt8) {
     auto* y = static_cast<int8_t*>(e.y) + at;
     const uint2 bytes =
@@ -60,7 +60,7 @@ __device__ inline void store_eight(const Epilogue& e, const uint32_t (&word)[4],
     }
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      if (channel + i < e.n) y[i] = static_cast<int8_t>(word[i / 2] >> 8 * (i % 2));
+      if (channel + i < e.columns) y[i] = static_cast<int8_t>(word[i / 2] >> 8 * (i % 2));
     }
     return;
   }
@@ -71,7 +71,7 @@ __device__ inline void store_eight(const Epilogue& e, const uint32_t (&word)[4],
   }
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
-    if (channel + i < e.n) y[i] = static_cast<uint16_t>(word[i / 2] >> 16 * (i % 2));
+    if (channel + i < e.columns) y[i] = static_cast<uint16_t>(word[i / 2] >> 16 * (i % 2));
   }
 }
 
@@ -89,9 +89,9 @@ __device__ inline void store_float_pair(const Epilogue& e, float a, float b, int
 
 // One lane stores two adjacent channels of a token, 16-bit or int8.
 __device__ inline void store_pair(const Epilogue& e, uint32_t word, int token, int channel) {
-  if (token >= e.m || channel >= e.n) return;
+  if (token >= e.m || channel >= e.columns) return;
   const int64_t at = token * e.y_stride + channel;
-  const bool whole = e.wide && channel + 2 <= e.n;
+  const bool whole = e.wide && channel + 2 <= e.columns;
   if (e.y_dtype == DType::kInt8) {
     auto* y = static_cast<int8_t*>(e.y) + at;
     if (whole) {
@@ -99,7 +99,7 @@ __device__ inline void store_pair(const Epilogue& e, uint32_t word, int token, i
       return;
     }
     y[0] = static_cast<int8_t>(word);
-    if (channel + 1 < e.n) y[1] = static_cast<int8_t>(word >> 8);
+    if (channel + 1 < e.columns) y[1] = static_cast<int8_t>(word >> 8);
     return;
   }
   auto* y = static_cast<uint16_t*>(e.y) + at;
@@ -108,7 +108,7 @@ __device__ inline void store_pair(const Epilogue& e, uint32_t word, int token, i
     return;
   }
   y[0] = static_cast<uint16_t>(word);
-  if (channel + 1 < e.n) y[1] = static_cast<uint16_t>(word >> 16);
+  if (channel + 1 < e.columns) y[1] = static_cast<uint16_t>(word >> 16);
 }
 
 constexpr bool are_all_halves_known() {

@@ -12,7 +12,14 @@ template <TileKey kTile>
 GemmLaunch mma_entry() {
   static_assert(any_table_has(kTile), "no table has a row with this tile");
   constexpr GemmTile t = tile_of(kTile);
-  return &launch_mma<t.m, t.n, t.k, t.warps_m, t.warps_n, t.stages>;
+  return &launch_mma<t.m, t.n, t.k, t.warps_m, t.warps_n, t.stages, false>;
+}
+
+template <TileKey kTile>
+GemmLaunch gated_mma_entry() {
+  static_assert(any_table_has(kTile), "no table has a row with this tile");
+  constexpr GemmTile t = tile_of(kTile);
+  return &launch_mma<t.m, t.n, t.k, t.warps_m, t.warps_n, t.stages, true>;
 }
 
 }  // namespace sqk

@@ -12,4 +12,11 @@ WgmmaEntry wgmma_entry() {
   return {&WgmmaGemm<kTile>::launch, &WgmmaGemm<kTile>::workspace_bytes};
 }
 
+template <TileKey kTile>
+WgmmaEntry gated_wgmma_entry() {
+  static_assert(Sm90Tiles::has(kTile), "tiles/sm90.h has no row with this tile");
+  using Gemm = WgmmaGemm<kTile, true>;
+  return {&Gemm::launch, &Gemm::workspace_bytes};
+}
+
 }  // namespace sqk

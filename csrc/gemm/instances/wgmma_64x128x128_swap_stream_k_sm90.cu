@@ -1,5 +1,4 @@
 // Kernel ring: no torch.
-#define SQK_OVERLAP 0
 #include "gemm/instances/wgmma.cuh"
 
 namespace sqk {

@@ -12,8 +12,9 @@
 #include "common/launch.h"
 #include "common/memory_order.cuh"
 #include "common/ptx.cuh"
-#include "gemm/epilogue/tokens.cuh"
+#include "gemm/epilogue/gated_tokens.cuh"
 #include "gemm/splits.h"
+#include "gemm/tickets.h"
 
 namespace sqk {
 
@@ -26,7 +27,7 @@ struct MmaParams {
   int32_t m_tiles, n_tiles;
   int32_t group;      // tiles along m that are computed before the next ones along n
   int32_t splits;     // blocks per tile
-  uint32_t* tickets;  // [tiles], 0 before the launch; for splits > 1
+  uint32_t* tickets;  // [tiles], 0 before the launch and after it; for splits > 1
   int4* partials;     // [splits, tiles, kM * kN / 4]; for splits > 1
   Epilogue epilogue;
 };
@@ -129,6 +130,7 @@ __device__ bool combine_splits(const MmaParams& p, uint32_t tile, uint32_t split
     fence_gpu();
     last = atomicAdd(p.tickets + tile, 1u) + 1 == p.splits;
     fence_gpu();
+    if (last) p.tickets[tile] = 0;  // for the next launch: nobody else takes one in this launch
   }
   if (!__syncthreads_or(last)) return false;
 #pragma unroll 1
@@ -151,7 +153,7 @@ __device__ bool combine_splits(const MmaParams& p, uint32_t tile, uint32_t split
 // for more blocks and spills.
 constexpr int mma_blocks_per_sm(int threads) { return threads <= 128 ? 2 : 1; }
 
-template <int kM, int kN, int kK, int kWarpsM, int kWarpsN, int kStages>
+template <int kM, int kN, int kK, int kWarpsM, int kWarpsN, int kStages, bool kGated>
 __global__ void __launch_bounds__(32 * kWarpsM * kWarpsN, mma_blocks_per_sm(32 * kWarpsM * kWarpsN))
     mma_gemm_kernel(const __grid_constant__ MmaParams p) {
   constexpr int kThreads = 32 * kWarpsM * kWarpsN;
@@ -261,7 +263,12 @@ __global__ void __launch_bounds__(32 * kWarpsM * kWarpsN, mma_blocks_per_sm(32 *
     // Pretends that channel0 changes. Otherwise the compiler moves the loads per channel out of the
     // loop and spills them.
     asm volatile("" : "+r"(channel0));
-    store_tokens<2 * kColumns>(p.epilogue, acc[0][0], position.m * kM + warp_m + 16 * i, channel0);
+    const int token0 = position.m * kM + warp_m + 16 * i;
+    if constexpr (kGated) {
+      store_gated_tokens<2 * kColumns>(p.epilogue, acc[0][0], token0, channel0);
+    } else {
+      store_tokens<2 * kColumns>(p.epilogue, acc[0][0], token0, channel0);
+    }
 #pragma unroll
     for (int row = 1; row < kRows; ++row) {
 #pragma unroll
@@ -277,7 +284,7 @@ __global__ void __launch_bounds__(32 * kWarpsM * kWarpsN, mma_blocks_per_sm(32 *
 // 128 x 128 at a time: as a square they are 2048 tokens high, which at K = 8192 take 16 MiB of L2.
 constexpr int32_t kRasterTokens = 2048;
 
-template <int kM, int kN, int kK, int kWarpsM, int kWarpsN, int kStages>
+template <int kM, int kN, int kK, int kWarpsM, int kWarpsN, int kStages, bool kGated>
 Status launch_mma(const GemmParams& params, const Device&, const GemmPlan& plan,
                   cudaStream_t stream) {
   const int64_t m_tiles = divide_up(params.m, kM), n_tiles = divide_up(params.n, kN);
@@ -305,16 +312,19 @@ Status launch_mma(const GemmParams& params, const Device&, const GemmPlan& plan,
 
   if (splits > 1) {
     const int64_t counters = split_counter_bytes(tiles);
-    p.tickets = static_cast<uint32_t*>(params.workspace);
     p.partials = reinterpret_cast<int4*>(static_cast<int8_t*>(params.workspace) + counters);
-    const Status status = status_from_call(cudaMemsetAsync(p.tickets, 0, counters, stream));
-    if (status != Status::kSuccess) return status;
+    p.tickets = tiles <= kTickets ? find_tickets(stream) : nullptr;
+    if (p.tickets == nullptr) {
+      p.tickets = static_cast<uint32_t*>(params.workspace);
+      const Status status = status_from_call(cudaMemsetAsync(p.tickets, 0, counters, stream));
+      if (status != Status::kSuccess) return status;
+    }
   }
 
   constexpr int kThreads = 32 * kWarpsM * kWarpsN, kSharedBytes = kStages * (kM + kN) * kK;
   KernelLaunch launch = {};
-  launch.function =
-      reinterpret_cast<const void*>(&mma_gemm_kernel<kM, kN, kK, kWarpsM, kWarpsN, kStages>);
+  launch.function = reinterpret_cast<const void*>(
+      &mma_gemm_kernel<kM, kN, kK, kWarpsM, kWarpsN, kStages, kGated>);
   launch.grid = dim3(static_cast<unsigned>(tiles * splits));
   launch.block = dim3(kThreads);
   launch.shared_bytes = kSharedBytes;

@@ -10,6 +10,7 @@
 
 #include <type_traits>
 
+#include "common/memory_order.cuh"
 #include "gemm/epilogue/channels.cuh"
 #include "gemm/stream/ring.cuh"
 #include "gemm/stream/rows.cuh"
@@ -39,18 +40,26 @@ __global__ void __launch_bounds__(32 * kStreamWarps, 1)
   auto& sums = *reinterpret_cast<Sums*>(activations + p.activation_bytes);
   for (int i = threadIdx.x; i < 2 * 4 * kGroups * 32; i += blockDim.x) sums.sum[0][0][i] = 0;
 
-  // The activations are requested first: after all the weights they would arrive late.
+  // Weights may be requested while the kernel before this one still runs. Otherwise the activations
+  // are requested first: after all the weights they would arrive late.
   Ring ring(p, storage);
+  if (p.weights_first) ring.start();
+  wait_for_previous_kernel();
+  allow_next_kernel();
+  const auto start = [&] {
+    if (!p.weights_first) ring.start();
+  };
   if constexpr (kQuantizes) {
-    const auto start = [&] { ring.start(); };
     if (p.wide) {
       RowQuantizer<T, true>(p, activations, sums.x_scale, sums.maxima).run(start);
     } else {
       RowQuantizer<T, false>(p, activations, sums.x_scale, sums.maxima).run(start);
     }
+  } else if (p.weights_first) {
+    load_rows(p, activations);
   } else {
     if (p.resident) copy_rows(p, activations);
-    ring.start();
+    start();
     wait_for_copies<kStreamStages>();
   }
   __syncthreads();

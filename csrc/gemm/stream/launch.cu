@@ -5,6 +5,7 @@
 #include "common/launch.h"
 #include "gemm/kernels.h"
 #include "gemm/stream/params.cuh"
+#include "gemm/tiles/tile.h"
 
 namespace sqk {
 namespace {
@@ -64,7 +65,8 @@ bool stream_quantizes(const QuantizeParams& quantize, const GemmParams& params) 
 }
 
 Status launch_stream(const GemmParams& params, const QuantizeParams* quantize, const Device& device,
-                     const GemmTile& tile, StreamKernels kernels, cudaStream_t stream) {
+                     const GemmPlan& plan, StreamKernels kernels, cudaStream_t stream) {
+  const GemmTile& tile = gemm_table(plan.table).tiles[plan.tile];
   const int groups = tile.m > kGroupTokens ? 2 : 1;
   if (params.m > kGroupTokens * groups) return Status::kUnsupportedShape;
   const bool quantizes = quantize != nullptr;
@@ -82,6 +84,7 @@ Status launch_stream(const GemmParams& params, const QuantizeParams* quantize, c
   p.tiles = static_cast<int32_t>(divide_up(params.n, kStreamChannels));
   p.activation_bytes = static_cast<int32_t>(launch.activation_bytes);
   p.resident = launch.resident;
+  p.weights_first = plan.overlap && plan.weights_first && launch.resident;
   if (quantizes) {
     p.x = quantize->x;
     p.x_stride = quantize->x_stride;
@@ -105,6 +108,7 @@ Status launch_stream(const GemmParams& params, const QuantizeParams* quantize, c
   config.block = dim3(static_cast<unsigned>(32 * launch.warps));
   config.shared_bytes = launch.shared_bytes;
   config.stream = stream;
+  config.overlap = plan.overlap;
   // One entry per kernel, because all kernels are launched here. choose_launch fills the shared
   // memory with one block or several.
   static DevicesSeen seen[2][kDTypes];

@@ -38,6 +38,7 @@ struct StreamParams {
   int32_t tiles;             // of 16 channels
   int32_t activation_bytes;  // of shared memory
   bool resident;  // all of x_q is in shared memory; else a part comes with each stage of weights
+  bool weights_first;  // GemmPlan::weights_first; only with resident activations
 
   const void* x;
   int64_t x_stride;

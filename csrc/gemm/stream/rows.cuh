@@ -3,9 +3,11 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 
 #include "common/arithmetic.h"
+#include "common/memory_order.cuh"
 #include "common/reduce.cuh"
 #include "common/rotate.cuh"
 #include "common/scale.cuh"
@@ -28,6 +30,29 @@ __device__ inline void copy_rows(const StreamParams& p, uint8_t* to) {
     copy_piece(to + resident_offset(token, at, m), p.x_q + token * p.x_q_stride + at, p.k - at);
   }
   commit_copies();
+}
+
+// The same through registers, when the ring has been filled before: a wait for copies would wait
+// for the ring's too.
+__device__ inline void load_rows(const StreamParams& p, uint8_t* to) {
+  const int m = p.epilogue.m, pieces = p.stages * (kStage / kPiece);
+#pragma unroll 4  // loads in flight
+  for (int i = threadIdx.x; i < m * pieces; i += blockDim.x) {
+    const int token = i / pieces, at = (i - token * pieces) * kPiece;
+    const int8_t* const from = p.x_q + token * p.x_q_stride + at;
+    int4 piece = make_int4(0, 0, 0, 0);
+    if (at + kPiece <= p.k) {
+      piece = load_fresh(reinterpret_cast<const int4*>(from));
+    } else if (at < p.k) {
+      int8_t bytes[kPiece] = {};
+#pragma unroll
+      for (int b = 0; b < kPiece; ++b) {
+        if (at + b < p.k) bytes[b] = load_fresh(from + b);
+      }
+      std::memcpy(&piece, bytes, sizeof piece);
+    }
+    *reinterpret_cast<int4*>(to + resident_offset(token, at, m)) = piece;
+  }
 }
 
 // Like Packed, for elements that are loaded one by one: each has its own register.
@@ -117,7 +142,7 @@ class RowQuantizer {
       }
       if constexpr (kWide) {
         if (first + at(i, 0) < end) {
-          x_[i].bits = __ldg(reinterpret_cast<const uint4*>(x + first + at(i, 0)));
+          x_[i].bits = load_streaming(x + first + at(i, 0));
         }
       }
     }

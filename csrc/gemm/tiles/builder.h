@@ -99,6 +99,12 @@ class TileBuilder {
     changed.tile_.most_splits = most;
     return changed;
   }
+  // Adds an instance for gated GEMMs.
+  constexpr TileBuilder gated() const {
+    TileBuilder changed = *this;
+    changed.tile_.gated = true;
+    return changed;
+  }
   constexpr TileBuilder rate(int percent) const {
     TileBuilder changed = *this;
     changed.tile_.rate = percent;

@@ -33,7 +33,7 @@ constexpr TileBuilder kSm90Shipped[] = {
     // Grids that do not fill the last wave: its tiles are shared over k.
     wgmma(128, 128, 128).stream_k().stages(7).rate(75),
     // A cluster of two loads half of 256 channels each: 32 bytes from L2 per 4096 MACs.
-    wgmma(128, 256, 128).cooperative().cluster(2, 1).stages(4).rate(90),
+    wgmma(128, 256, 128).cooperative().cluster(2, 1).stages(4).rate(90).gated(),
     // 128x256 with tokens and channels exchanged: fills the waves of other problems.
     wgmma(256, 128, 128).cooperative().cluster(1, 2).stages(4).rate(90),
     // 128x256 where its last wave would be mostly empty: shared over k.

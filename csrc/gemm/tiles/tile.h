@@ -40,6 +40,7 @@ struct GemmTile {
   bool swap_ab;              // kWgmma: w_q on the instruction's 64-row side, tokens on the other
   int32_t cluster_m, cluster_n;  // blocks along m and n that share their loads
   int32_t most_splits;           // kMma: blocks that may share a tile's k through the workspace
+  bool gated;                    // has a gated kernel besides; see serves_gated
   int32_t rate;                  // percent of the tensor cores' peak in the main loop: an estimate
 };
 
@@ -51,6 +52,12 @@ constexpr int64_t stage_bytes(const GemmTile& tile) {
 // data next to the stages.
 constexpr int64_t shared_bytes(const GemmTile& tile) {
   return stage_bytes(tile) + (tile.kernel == GemmKernel::kWgmma ? 1024 : 0);
+}
+
+// Whether a tile can compute gated GEMMs. Where channels are the rows of the instruction, the
+// kernel does both; else the gated one is an instance of its own.
+constexpr bool serves_gated(const GemmTile& tile) {
+  return tile.kernel == GemmKernel::kStream || tile.swap_ab || tile.gated;
 }
 
 // The first rule with m <= most_m names the candidates. plan_gemm takes the one with the least

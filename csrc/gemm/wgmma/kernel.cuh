@@ -1,11 +1,9 @@
 // Hopper's GEMM: CUTLASS's TMA and wgmma main loop, our epilogue. Kernel ring: no torch.
 #pragma once
 
-// SQK_OVERLAP: a kernel may start before the previous one in the stream has ended, and waits before
-// its first load. The instances set it; CUTLASS 4.2's stream-K scheduler does not compile with it.
-#if SQK_OVERLAP
+// A kernel may start before the previous one in the stream has ended: the warp that loads waits
+// before its first load, and all others wait for what it loads.
 #define CUTLASS_ENABLE_GDC_FOR_SM90 1
-#endif
 
 #include <cuda_runtime.h>
 
@@ -20,14 +18,15 @@
 #include "cutlass/gemm/collective/collective_builder.hpp"
 #include "cutlass/gemm/kernel/gemm_universal.hpp"
 #include "gemm/epilogue/channels.cuh"
-#include "gemm/epilogue/tokens.cuh"
+#include "gemm/epilogue/gated_tokens.cuh"
 #include "gemm/kernels.h"
+#include "gemm/wgmma/stream_k.cuh"
 
 namespace sqk {
 
 // The interface that CUTLASS's kernels need of an epilogue. The results go from registers to global
 // memory, in whole sectors (epilogue/), without shared memory, which is all for the main loop.
-template <bool kSwapAB>
+template <bool kSwapAB, bool kGated>
 class WgmmaEpilogue {
  public:
   using EpilogueSchedule = cutlass::epilogue::NoSmemWarpSpecialized;
@@ -91,6 +90,8 @@ class WgmmaEpilogue {
       for (int i = 0; i < kPerThread; ++i) acc[i] = accumulators(part * kPerThread + i);
       if constexpr (kSwapAB) {
         store_channels<kColumns / 8>(params_, acc, row, column0);
+      } else if constexpr (kGated) {
+        store_gated_tokens<kColumns / 8>(params_, acc, row, column0);
       } else {
         store_tokens<kColumns / 8>(params_, acc, row, column0);
       }
@@ -116,15 +117,15 @@ struct WgmmaSchedule<Schedule::kCooperative> {
 template <>
 struct WgmmaSchedule<Schedule::kStreamK> {
   using Kernel = cutlass::gemm::KernelTmaWarpSpecializedCooperative;
-  using Scheduler = cutlass::gemm::StreamKScheduler;
+  using Scheduler = StreamKWithTickets;
 };
 
 // The kernel of one tile, by numbers that people can read in a profile. "Rows" and "columns" are
 // those of the instruction: tokens and channels, or vice versa.
 template <int kM, int kN, int kK, int kStages, Schedule kSchedule, bool kSwapAB, int kClusterM,
-          int kClusterN>
+          int kClusterN, bool kGated>
 struct WgmmaTile {
-  static_assert((kSchedule == Schedule::kStreamK) == !SQK_OVERLAP);
+  static constexpr bool kStreamK = kSchedule == Schedule::kStreamK;
   using TileShape =
       cute::Shape<cute::Int<kSwapAB ? kN : kM>, cute::Int<kSwapAB ? kM : kN>, cute::Int<kK>>;
   using Cluster = cute::Shape<cute::Int<kSwapAB ? kClusterN : kClusterM>,
@@ -134,32 +135,39 @@ struct WgmmaTile {
       int8_t, cutlass::layout::ColumnMajor, 16, int32_t, TileShape, Cluster,
       cutlass::gemm::collective::StageCount<kStages>,
       typename WgmmaSchedule<kSchedule>::Kernel>::CollectiveOp;
-  using Store =
-      cutlass::epilogue::collective::detail::Sm90TmaWarpSpecializedAdapter<WgmmaEpilogue<kSwapAB>>;
+  using Store = cutlass::epilogue::collective::detail::Sm90TmaWarpSpecializedAdapter<
+      WgmmaEpilogue<kSwapAB, kGated>>;
   using Kernel =
       cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>, MainLoop, Store,
                                            typename WgmmaSchedule<kSchedule>::Scheduler>;
 };
 
+template <class Tile>
+struct WgmmaParams {
+  typename Tile::Kernel::Params gemm;
+  uint32_t* tickets;  // stream-K only; see stream_k.cuh
+};
+
 // CUTLASS's kernel under the name of its tile.
 template <class Tile>
 __global__ void __launch_bounds__(Tile::Kernel::MaxThreadsPerBlock, 1)
-    wgmma_gemm_kernel(const __grid_constant__ typename Tile::Kernel::Params params) {
+    wgmma_gemm_kernel(const __grid_constant__ WgmmaParams<Tile> params) {
   extern __shared__ char shared[];
-  typename Tile::Kernel()(params, shared);
+  if constexpr (Tile::kStreamK) keep_tickets(params.tickets);
+  typename Tile::Kernel()(params.gemm, shared);
 }
 
-template <TileKey kKey>
+template <TileKey kKey, bool kGated = false>
 class WgmmaGemm {
   static constexpr GemmTile kTile = tile_of(kKey);
   static_assert(kTile.kernel == GemmKernel::kWgmma);
   static constexpr bool kSwap = kTile.swap_ab;
   static constexpr int kClusterBlocks = kTile.cluster_m * kTile.cluster_n;
   using Tile = WgmmaTile<kTile.m, kTile.n, kTile.k, kTile.stages, kTile.schedule, kSwap,
-                         kTile.cluster_m, kTile.cluster_n>;
+                         kTile.cluster_m, kTile.cluster_n, kGated>;
   using Kernel = typename Tile::Kernel;
   using Cluster = typename Tile::Cluster;
-  static constexpr int kShared = Kernel::SharedStorageSize;
+  static constexpr int kShared = Kernel::SharedStorageSize + (Tile::kStreamK ? kKeptBytes : 0);
   static_assert(kShared <= shared_bytes(kTile), "plan_gemm compares less with what the GPU has");
 
   static const void* function() { return reinterpret_cast<const void*>(&wgmma_gemm_kernel<Tile>); }
@@ -236,29 +244,33 @@ class WgmmaGemm {
   static Status launch(const GemmParams& p, const Device& device, const GemmPlan& plan,
                        cudaStream_t stream) {
     const auto given = arguments(p, device);
-    if constexpr (kTile.schedule == Schedule::kStreamK) {
+    uint32_t* tickets = nullptr;
+    if constexpr (Tile::kStreamK) {
       // The plan may have been made in a context with other multiprocessors.
       if (static_cast<int64_t>(Kernel::get_workspace_size(given)) > p.workspace_bytes) {
         return Status::kWorkspaceTooSmall;
       }
+      if (stream_k_tickets(plan.tiles, device.sms) <= kTickets) tickets = find_tickets(stream);
     }
-    // Stream-K clears the counters of its tiles here.
-    if (Kernel::initialize_workspace(given, p.workspace, stream) != cutlass::Status::kSuccess) {
+    const bool clears = Tile::kStreamK && tickets == nullptr;
+    // Clears the counters in the workspace.
+    if (clears &&
+        Kernel::initialize_workspace(given, p.workspace, stream) != cutlass::Status::kSuccess) {
       return Status::kUnsupportedShape;
     }
-    auto params = Kernel::to_underlying_arguments(given, p.workspace);
-    if (!is_encoded(*params.mainloop.tma_load_a.get_tma_descriptor()) ||
-        !is_encoded(*params.mainloop.tma_load_b.get_tma_descriptor())) {
+    WgmmaParams<Tile> params{Kernel::to_underlying_arguments(given, p.workspace), tickets};
+    if (!is_encoded(*params.gemm.mainloop.tma_load_a.get_tma_descriptor()) ||
+        !is_encoded(*params.gemm.mainloop.tma_load_b.get_tma_descriptor())) {
       return Status::kInvalidArgument;
     }
     KernelLaunch launch = {};
     launch.function = function();
-    launch.grid = Kernel::get_grid_shape(params);
+    launch.grid = Kernel::get_grid_shape(params.gemm);
     launch.block = Kernel::get_block_shape();
     launch.shared_bytes = kShared;
     launch.stream = stream;
     launch.cluster = cluster();
-    launch.overlap = SQK_OVERLAP && plan.overlap;
+    launch.overlap = plan.overlap && !clears;  // only kernels are sure to overlap with kernels
     const Status status = allow_memory();
     return status == Status::kSuccess ? launch_kernel(launch, &params) : status;
   }

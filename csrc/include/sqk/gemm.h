@@ -6,12 +6,18 @@
 //   v         = v + residual[m, n]                                     float32
 //   y         = v rounded once to y_dtype, or, for int8,
 //               clamp(rint(relu(v) * (1 / out_scale)), -127, 127)
+//
+// Gated, where w_q holds the rows of gate and up in turns of kGateBlock (`is_gated`):
+//   v         = v rounded once to gate_dtype
+//   u[m, c]   = activation(v[m, gate row of c]) * v[m, up row of c] * inv_smooth[c]
+//   y         = clamp(rint(u * (1 / out_scale)), -127, 127)                    int8, [m, n / 2]
 #pragma once
 
 #include <cstdint>
 
 #include "sqk/device.h"
 #include "sqk/dtype.h"
+#include "sqk/quantize.h"
 #include "sqk/status.h"
 
 namespace sqk {
@@ -49,10 +55,25 @@ struct GemmParams {
 
   int32_t tile;    // a row of the current GPU's table, or -1: chosen by its rules
   int32_t splits;  // blocks that share a tile's k, if the tile can; 0: chosen
+  // 1: a promise that whatever wrote w_q ended before the kernel before this one in the stream
+  // started, as weights that never change keep it. On Hopper, the GEMM for few tokens then requests
+  // them before that kernel has ended. 0 is always right.
+  int32_t w_constant;
 
   void* workspace;  // GemmPlan::workspace_bytes, aligned to 16; need not be cleared
   int64_t workspace_bytes;
+
+  // kQuantize: not gated. kSilu, kGelu, kGeluTanh: y_dtype is int8, and there is no residual or
+  // relu.
+  Producer activation;
+  DType gate_dtype;         // a float
+  const float* inv_smooth;  // [n / 2] or null
+  float* y_scale;           // [m]: *out_scale, or NaN where the row of u has a NaN or Inf
 };
+
+constexpr bool is_gated(const GemmParams& p) { return p.activation != Producer::kQuantize; }
+// The columns of y.
+constexpr int64_t columns_of_y(const GemmParams& p) { return is_gated(p) ? p.n / 2 : p.n; }
 
 // The architectures that have a table of tiles, and the names of the tables. This is the only list
 // of them; Python reads it from the library. `gemm/tiles/tables.h` must include the file of each.
@@ -73,14 +94,15 @@ constexpr const char* name(GemmTable table) { return kGemmTableNames[static_cast
 
 struct GemmPlan {
   GemmTable table;
-  int32_t tile;          // row of the table
-  int32_t splits;        // blocks that share a tile's k
-  int32_t launches;      // kernels; 0 for m = 0
-  int32_t overlap;       // 1: may start before the previous kernel in the stream has ended
-  int64_t tiles;         // of the output
+  int32_t tile;      // row of the table
+  int32_t splits;    // blocks that share a tile's k
+  int32_t launches;  // kernels; 0 for m = 0
+  int32_t overlap;   // 1: may start before the previous kernel in the stream has ended; it waits
+  int32_t weights_first;  // 1: and may request w_q before it waits
+  int64_t tiles;          // of the output
   int64_t blocks;        // tiles * splits: launched blocks, or units of work of a persistent kernel
   int64_t shared_bytes;  // dynamic, per block; 0 for streaming kernels, which use all there is
-  int64_t counter_bytes;  // for splits: at the start of the workspace, cleared before the launch
+  int64_t counter_bytes;  // for splits: at the start of the workspace, for streams without tickets
   int64_t workspace_bytes;
   double expected_clocks;  // an estimate, only for comparing tiles
 };

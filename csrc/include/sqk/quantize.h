@@ -114,7 +114,15 @@ struct QuantizeParams {
 
   void* workspace;  // quantize_workspace_bytes(), aligned to 4; need not be cleared
   int64_t workspace_bytes;
+
+  // 1: x and gate are the same [m, 2 k], the product of a gated GEMM (sqk/gemm.h), in which blocks
+  // of gate and up take turns. Activations only, and not on a CPU.
+  int32_t interleaved;
 };
+
+// The channels of gate, and then as many of up, in an interleaved row or weight. The last two
+// blocks are shorter if this does not divide k.
+constexpr int64_t kGateBlock = 8;
 
 struct QuantizePlan {
   QuantizePath path;

@@ -10,9 +10,10 @@ struct Options {
   std::string stats_file;
   int threads = 1;
   u64 spin_limit = 30000000;
-  u64 seed = 0;         // PTXSIM_SEED: random schedules; 0: the fixed one
-  bool weak = false;    // PTXSIM_WEAK: global stores stay in the CTA until fenced
-  int async_delay = 2;  // scheduler rounds by which TMA loads are delayed (0: immediate)
+  u64 seed = 0;          // PTXSIM_SEED: random schedules; 0: the fixed one
+  bool weak = false;     // PTXSIM_WEAK: global stores stay in the CTA until fenced
+  bool overlap = false;  // PTXSIM_OVERLAP: dependent launches start before the kernel before ends
+  int async_delay = 2;   // scheduler rounds by which TMA loads are delayed (0: immediate)
 };
 Options& options();
 }  // namespace ptxsim

@@ -53,6 +53,10 @@ API CUresult cuCtxGetCurrent(CUcontext* context) {
   *context = (CUcontext)&g_context;
   return CUDA_SUCCESS;
 }
+API CUresult cuCtxGetId(CUcontext, unsigned long long* id) {
+  *id = 1;
+  return CUDA_SUCCESS;
+}
 API CUresult cuCtxSetCurrent(CUcontext) { return CUDA_SUCCESS; }
 API CUresult cuCtxPushCurrent_v2(CUcontext) { return CUDA_SUCCESS; }
 API CUresult cuCtxPopCurrent_v2(CUcontext* context) {

@@ -3,6 +3,7 @@
 #include "instructions/access.h"
 
 #include "checks.h"
+#include "checks/overlap.h"
 #include "exec.h"
 
 namespace ptxsim {
@@ -56,6 +57,12 @@ static void global_init(Warp& warp, int lane, u64 address, u32 bytes, Access acc
   if (access & kWrite) memset(states, 1, bytes);
 }
 u8* global_pointer(Warp& warp, int lane, u64 address, u32 bytes, Access access) {
+  if (__builtin_expect(warp.launch->holding && (access & kWrite), 0))
+    warp.fail(
+        kErrorCheck, lane,
+        format("global %s of %u bytes before griddepcontrol.wait, while the kernel before may "
+               "still use the memory (PTXSIM_OVERLAP)",
+               access == kWrite ? "store" : "atomic", bytes));
   if (address & (bytes - 1))
     if ((bytes & (bytes - 1)) == 0) misaligned(warp, lane, kGlobal, address, bytes);
   u64 offset = address - warp.worker->cached_begin;
@@ -63,6 +70,8 @@ u8* global_pointer(Warp& warp, int lane, u64 address, u32 bytes, Access access) 
           offset >= warp.worker->cached_size || offset + bytes > warp.worker->cached_size, 0))
     global_slow(warp, lane, address, bytes, access);
   if (__builtin_expect(warp.launch->check_init, 0)) global_init(warp, lane, address, bytes, access);
+  if (__builtin_expect(options().overlap && (access & kWrite), 0))
+    note_written(*warp.launch, address, bytes);
   return (u8*)address;
 }
 

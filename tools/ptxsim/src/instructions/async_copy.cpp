@@ -28,6 +28,8 @@ static void check_source(Warp& warp, int lane, u64 source, u32 bytes, u32 size) 
     for (u32 k = 0; k < bytes; k++) global_pointer(warp, lane, source + k, 1, kRead);
 }
 
+void finish_async_copies(Warp& warp, u32 lanes, u32 keep, bool all);
+
 // Operands: destination, source, source size, predicate that ignores the source. imm: size, imm2:
 // whether the source size was given, aux: offset of the source.
 static void execute_cp_async(Warp& warp, const Instruction& instruction, u32 lanes) {
@@ -58,6 +60,8 @@ static void execute_cp_async(Warp& warp, const Instruction& instruction, u32 lan
                                  .source = sources[lane],
                                  .pc = instruction.line});
   });
+  // As early as it can be, so that what it reads before the wait is the old memory.
+  if (warp.launch->holding) finish_async_copies(warp, lanes, 0, true);
 }
 
 // Completes all but the newest `keep` committed groups of each lane.

@@ -55,6 +55,17 @@ static void lower_trap(Lowering& lowering, const Statement&) {
   lowering.emit(execute_trap, kClassControl, {}, 0);
 }
 
+static void execute_launch_dependents(Warp& warp, const Instruction&, u32 lanes) {
+  if (lanes & ~warp.grid_waited) warp.launch->triggered_early = true;
+}
+
+static void lower_grid_dependency(Lowering& lowering, const Statement& statement) {
+  bool waits = statement.has("wait");
+  Instruction& instruction =
+      lowering.emit(waits ? execute_nop : execute_launch_dependents, kClassControl, {}, 0);
+  if (waits) instruction.control = kGridWait;
+}
+
 static void lower_nothing(Lowering& lowering, const Statement&) {
   lowering.emit(execute_nop, kClassControl, {}, 0);
 }
@@ -68,6 +79,6 @@ static const Opcodes kOpcodes{{"bar.warp", lower_warp_barrier},
                               {"trap", lower_trap},
                               {"brkpt", lower_nothing},
                               {"pmevent", lower_nothing},
-                              {"griddepcontrol", lower_nothing},
+                              {"griddepcontrol", lower_grid_dependency},
                               {"setmaxnreg", lower_nothing}};
 }  // namespace ptxsim

@@ -1,4 +1,5 @@
 // Copies and fills.
+#include "checks/overlap.h"
 #include "runtime/runtime.h"
 
 using namespace ptxsim;
@@ -39,6 +40,7 @@ API cudaError_t cudaMemcpy(void* destination, const void* source, size_t bytes, 
   if (!destination || !source || !stays_inside(destination, bytes, "cudaMemcpy (destination)") ||
       !stays_inside(source, bytes, "cudaMemcpy (source)"))
     return runtime_error(cudaErrorInvalidValue);
+  forget_kernels();
   memmove(destination, source, bytes);
   if (options().check_init) warn_of_uninitialized(destination, source, bytes);
   memory_copy_init(destination, source, bytes);
@@ -77,6 +79,7 @@ API cudaError_t cudaMemset(void* destination, int value, size_t bytes) {
   if (!bytes) return cudaSuccess;
   if (!destination || !stays_inside(destination, bytes, "cudaMemset"))
     return runtime_error(cudaErrorInvalidValue);
+  forget_kernels();
   memset(destination, value, bytes);
   memory_mark_init(destination, bytes);
   return cudaSuccess;

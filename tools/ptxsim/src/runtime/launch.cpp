@@ -30,6 +30,8 @@ cudaError_t launch(const void* function, dim3 grid, dim3 block, void** arguments
       request.cluster[2] = value.clusterDim.z;
     } else if (attributes[i].id == cudaLaunchAttributeCooperative)
       request.cooperative = value.cooperative;
+    else if (attributes[i].id == cudaLaunchAttributeProgrammaticStreamSerialization)
+      request.overlap = value.programmaticStreamSerializationAllowed;
   }
   return (cudaError_t)launch_kernel(handle, request);
 }

@@ -79,6 +79,15 @@ API cudaError_t cudaStreamBeginCapture(cudaStream_t, cudaStreamCaptureMode) {
 API cudaError_t cudaStreamEndCapture(cudaStream_t, cudaGraph_t*) {
   return runtime_error(cudaErrorNotSupported);
 }
+API cudaError_t cudaUserObjectCreate(cudaUserObject_t*, void*, cudaHostFn_t, unsigned, unsigned) {
+  return runtime_error(cudaErrorNotSupported);
+}
+API cudaError_t cudaUserObjectRelease(cudaUserObject_t, unsigned) {
+  return runtime_error(cudaErrorNotSupported);
+}
+API cudaError_t cudaGraphRetainUserObject(cudaGraph_t, cudaUserObject_t, unsigned, unsigned) {
+  return runtime_error(cudaErrorNotSupported);
+}
 API cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode*) { return cudaSuccess; }
 API cudaError_t cudaStreamAddCallback(cudaStream_t stream, cudaStreamCallback_t callback,
                                       void* argument, unsigned) {

@@ -29,7 +29,8 @@ inline int highest_group(const Warp& warp) {
 // stay apart.
 inline void merge_current(Warp& warp) {
   GroupState state = warp.groups[warp.current_group].state;
-  if (state == kGroupAtBarrier || state == kGroupAtClusterBarrier) return;
+  if (state == kGroupAtBarrier || state == kGroupAtClusterBarrier || state == kGroupAtGridWait)
+    return;
   for (int k = 0; k < warp.group_count;) {
     Group& group = warp.groups[warp.current_group];
     Group& other = warp.groups[k];

@@ -3,6 +3,7 @@
 #include <numeric>
 #include <thread>
 
+#include "checks/overlap.h"
 #include "schedule/cluster.h"
 
 namespace ptxsim {
@@ -22,6 +23,33 @@ std::unique_ptr<RunningCluster> start_next(Launch& launch, Worker& worker) {
 int rounds_of_turn(const Launch& launch, Worker& worker) {
   if (options().seed) return 1 + (int)worker.random(40);
   return launch.params.cooperative ? 50 : 2000;
+}
+
+// PTXSIM_OVERLAP: what an early start does. Every cluster runs while memory is as it was before the
+// kernel before, until its warps wait for that kernel or for each other.
+void run_until_held(Launch& launch, Worker& worker,
+                    std::deque<std::unique_ptr<RunningCluster>>& resident) {
+  constexpr size_t kMostHeld = 1024;
+  constexpr int kRounds = 100000;
+  launch.holding = true;
+  {
+    EarlierMemory earlier(launch);
+    while (resident.size() < kMostHeld && !launch.failed.load()) {
+      auto started = start_next(launch, worker);
+      if (!started) break;
+      resident.push_back(std::move(started));
+      if (!run_cluster(*resident.back(), worker, false, kRounds)) continue;
+      check_waited(*resident.back()->cluster);
+      end_cluster(*resident.back(), worker);
+      resident.pop_back();
+    }
+  }
+  launch.holding = false;
+  for (auto& running : resident)
+    for (auto& cta : running->cluster->ctas)
+      for (auto& warp : cta.warps)
+        for (int k = 0; k < warp.group_count; k++)
+          if (warp.groups[k].state == kGroupAtGridWait) warp.groups[k].state = kGroupRunning;
 }
 
 // Runs clusters until none is left. A cluster that does not finish waits for others or takes long:
@@ -44,6 +72,7 @@ void run_clusters(Launch& launch, Worker& worker,
       for (auto& orphan : launch.orphans) weak_some(worker, orphan);
     }
     if (finished) {
+      if (!launch.failed.load()) check_waited(*first.cluster);
       end_cluster(first, worker);
       resident.pop_front();
       continue;
@@ -65,6 +94,7 @@ void record_failure(Launch& launch, ErrorKind kind, const char* message) {
 void run_worker(Launch& launch, Worker& worker) {
   std::deque<std::unique_ptr<RunningCluster>> resident;
   try {
+    if (starts_early(launch)) run_until_held(launch, worker, resident);
     run_clusters(launch, worker, resident);
   } catch (SimError& error) {
     record_failure(launch, error.kind, error.what());
@@ -113,7 +143,8 @@ void reset_worker(Worker& worker, u64 index, u64 launch_number) {
 }
 
 void run_workers(Launch& launch, u64 launch_number) {
-  u64 count = std::max<u64>(1, std::min<u64>((u64)options().threads, launch.total));
+  u64 most = starts_early(launch) ? 1 : (u64)options().threads;
+  u64 count = std::max<u64>(1, std::min<u64>(most, launch.total));
   auto& pool = worker_pool(count);
   for (u64 i = 0; i < count; i++) reset_worker(*pool[i], i, launch_number);
   std::vector<std::thread> threads;
@@ -145,5 +176,6 @@ void run_launch(Launch& launch) {
   run_workers(launch, launch_number);
   for (auto& orphan : launch.orphans) weak_apply(orphan);
   if (launch.failed) throw SimError(launch.error_kind, launch.error);
+  if (options().overlap) remember_written(launch);
 }
 }  // namespace ptxsim

@@ -12,6 +12,7 @@ std::string describe_state(const Cluster& cluster, const Cta& cta, const Group& 
   if (group.state == kGroupAtClusterBarrier)
     return format("waits at the cluster barrier (%u of %u threads arrived)",
                   cluster.barrier_arrived, cluster.total - cluster.exited);
+  if (group.state == kGroupAtGridWait) return "waits for the kernel before";
   if (group.state == kGroupCollecting) {
     bool barrier = cluster.launch->kernel->code[group.pc].control == kBarrier;
     return format("waits for lanes 0x%08x to converge%s", group.aux & ~group.mask,

@@ -136,7 +136,7 @@ bool run_cluster(RunningCluster& running, Worker& worker, bool alone, int max_ro
       launch.progress.fetch_add(1, std::memory_order_relaxed);
       continue;
     }
-    detect_deadlock(running, round, alone);
+    if (!launch.holding) detect_deadlock(running, round, alone);
     if (++idle > kIdleRounds) return false;
   }
   return false;

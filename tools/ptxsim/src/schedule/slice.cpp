@@ -112,6 +112,8 @@ void step(Slice& slice, const Instruction& instruction, u32 lanes) {
       return step_try_wait(slice, instruction, lanes);
     case kWgmmaWait:
       return step_wgmma_wait(slice, instruction, lanes);
+    case kGridWait:
+      return step_grid_wait(slice, instruction, lanes);
     case kYield:
       slice.group().pc++;
       return slice.yield_group();
@@ -143,6 +145,23 @@ void step_branch_indexed(Slice& slice, const Instruction& instruction, u32 lanes
   }
   // lanes whose guard is false go on
   if (lanes != group.mask && group.mask && (group.mask & lanes) == 0) group.pc = next;
+}
+
+// Held lanes stay at the instruction, and execute it again when they are let go.
+void step_grid_wait(Slice& slice, const Instruction&, u32 lanes) {
+  Warp& warp = slice.warp;
+  u32 others = slice.group().mask & ~lanes, next = slice.group().pc + 1;
+  if (!warp.launch->holding) {
+    warp.grid_waited |= lanes;
+    warp.cta->grid_waited = true;
+    slice.group().pc = next;
+    return;
+  }
+  if (others) split_group(warp, others, next);
+  slice.group().state = kGroupAtGridWait;
+  warp.cta->cluster->progress++;
+  slice.reschedule = true;
+  slice.keep_group = false;
 }
 
 void step_exit(Slice& slice, const Instruction&, u32 lanes) {

@@ -37,6 +37,7 @@ void step_collect(Slice& slice, const Instruction& instruction, u32 lanes);
 void step_wgmma_wait(Slice& slice, const Instruction& instruction, u32 lanes);
 void step_barrier(Slice& slice, const Instruction& instruction, u32 lanes);
 void step_cluster_arrive(Slice& slice, const Instruction& instruction, u32 lanes);
+void step_grid_wait(Slice& slice, const Instruction& instruction, u32 lanes);
 void step_cluster_wait(Slice& slice, const Instruction& instruction, u32 lanes);
 
 // Releases barriers that wait only for lanes that have exited.

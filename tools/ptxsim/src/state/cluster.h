@@ -28,7 +28,8 @@ struct Cta {
   std::vector<Warp> warps;
   Barrier barriers[16];
   u32 threads = 0, exited = 0;
-  bool done = false;  // every thread has exited
+  bool done = false;         // every thread has exited
+  bool grid_waited = false;  // a thread has passed griddepcontrol.wait
   SharedShadow* shadow = nullptr;
 };
 

@@ -21,7 +21,8 @@ enum Control : u8 {
   kWarpSync,   // bar.warp.sync: like kCollect, but lanes may stand at different pcs
   kTryWait,    // mbarrier.try_wait and test_wait: a false result ends the turn of the group
   kWgmmaWait,  // wgmma.wait_group: waits until every warp of the warpgroup has issued the groups
-  kYield       // nanosleep
+  kYield,      // nanosleep
+  kGridWait    // griddepcontrol.wait
 };
 
 // The classes in which the statistics count instructions.

@@ -13,6 +13,7 @@ struct LaunchParams {
   u32 grid[3], block[3], cluster[3] = {1, 1, 1};
   u32 dynamic_shared = 0;
   bool cooperative = false;
+  bool overlap = false;
   std::vector<u8> params;
 };
 
@@ -30,6 +31,9 @@ struct Launch {
   std::mutex mutex;
   std::vector<WeakMap> orphans;  // stores of CTAs that have exited
   u64 permute_factor = 1, permute_offset = 0;
+  bool holding = false;          // PTXSIM_OVERLAP: griddepcontrol.wait lets nobody pass
+  bool triggered_early = false;  // griddepcontrol.launch_dependents before the wait
+  std::map<u64, u8> written;     // PTXSIM_OVERLAP: bytes before the launch's first store to them
   Stats stats;
   bool stats_on = false, check_init = false, check_race = false;
   std::string error;

@@ -7,7 +7,13 @@ struct Cta;
 
 constexpr u32 kFullMask = 0xffffffffu;
 
-enum GroupState : u8 { kGroupRunning, kGroupAtBarrier, kGroupAtClusterBarrier, kGroupCollecting };
+enum GroupState : u8 {
+  kGroupRunning,
+  kGroupAtBarrier,
+  kGroupAtClusterBarrier,
+  kGroupCollecting,
+  kGroupAtGridWait  // griddepcontrol.wait
+};
 // Lanes that stand at the same pc.
 struct Group {
   u32 pc = 0, mask = 0;
@@ -56,6 +62,7 @@ struct Warp {
   u8* local = nullptr;
   const Instruction* current = nullptr;
   bool failed_wait = false;  // the last try_wait was false
+  u32 grid_waited = 0;       // lanes that have passed griddepcontrol.wait
   u32 rotate = 0;            // slices so far in which the warp was diverged
   u32 cluster_phase[32];     // phase of the cluster barrier at which each lane arrived
   u32 cluster_arrived = 0;   // lanes that have arrived and not waited
