@@ -40,7 +40,10 @@ STOCK = [name for name, runtime in RUNTIMES.items() if runtime.stock and not run
 
 
 @pytest.mark.parametrize("name", ["float32", "w8a8", "w8a8_fused"])
-@pytest.mark.parametrize("runtime", STOCK)
+@pytest.mark.parametrize(
+    "runtime",
+    [pytest.param(n, marks=[pytest.mark.slow] if RUNTIMES[n].compiled else []) for n in STOCK],
+)
 def test_decoding_is_greedy_and_can_be_repeated(name: str, runtime: str) -> None:
     if RUNTIMES[runtime].compiled:
         torch._dynamo.reset()
