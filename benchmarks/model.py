@@ -223,6 +223,8 @@ def measure(case: Case, models: Models, seconds: float, sample: gpu.Sampler = di
     """Checks, then times one case: every variant in turn, from the same tokens."""
     device, names, runtime = models.device, models.names, RUNTIMES[case.runtime]
     variants = models.variants(case.runtime)
+    if runtime.compiled:  # what was compiled for other cases counts towards a limit
+        torch.compiler.reset()
     generator = torch.Generator(device).manual_seed(0)
     size = (case.batch, case.start + case.tokens)
     limit = stacks.vocabulary(variants[INT8])

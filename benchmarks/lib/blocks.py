@@ -238,7 +238,8 @@ def fused(block: Block, x: Tensor, at: Situation) -> Block:
         WrongResult: a norm, the activation or a residual was not fused.
     """
     made = copy.deepcopy(block).eval()
-    optimize_for_inference(made, {"x": x, "at": at})  # type: ignore[dict-item]
+    sample: dict[str, Any] = {"x": x, "at": at}
+    optimize_for_inference(made, sample)
     norm, activation = ("rms_norm", "silu") if block.shape.gated else ("layer_norm", "relu")
     wanted = {
         "qkv": (norm, False), "o": ("quantize", True), "up": (norm, False), "down": (activation, True)

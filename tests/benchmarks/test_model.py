@@ -46,7 +46,7 @@ STOCK = [name for name, runtime in RUNTIMES.items() if runtime.stock and not run
 )
 def test_decoding_is_greedy_and_can_be_repeated(name: str, runtime: str) -> None:
     if RUNTIMES[runtime].compiled:
-        torch._dynamo.reset()
+        torch.compiler.reset()
     model: Any = stacks.stock_models(LLAMA, 2, ("float32",), CPU, 512)[name]
     ids = tokens(2, 6)
     case = dataclasses.replace(DECODE, runtime=runtime)
