@@ -244,9 +244,8 @@ def measure(case: Case, models: Models, seconds: float, sample: gpu.Sampler = di
         made = timer.record([call], device) if runtime.graph else timer.Recorded(call, 1)
         ready[name] = replace(made, calls=case.calls)
     timings, medians = timed(ready, device, seconds)
-    row = (
-        row_of(case, timings, names, errors[-1]) | medians | {"head": models.head_of(case.runtime)}
-    )
+    row = key_of(case) | {"head": models.head_of(case.runtime)}
+    row |= row_of(case, timings, names, errors[-1]) | medians
     row |= memory_columns(variants, working, names[0])
     return row | sample_under_load(ready[FUSED], row["us"], sample, device)
 
