@@ -3,9 +3,9 @@
     python -m benchmarks.block [--device cuda] [--json FILE] [--budget-seconds 30]
     python -m benchmarks.block --device cpu [--quick]
 
-Prefill (one prompt) and decode (a token for each of a batch, after 1,024 others). `us` is of the fused ops (a norm or
-an activation function together with the quantization, the residual in the GEMM); `unfused` is the block as
-`quantize_model` leaves it. On a CPU float32 takes the place of float16.
+Prefill (one prompt) and decode (a token for each of a batch, after 1,024 others). `us` is of the block that
+`optimize_for_inference` makes (a norm or an activation function together with the quantization, the residual in the
+GEMM); `unfused` is the block as `quantize_model` leaves it. On a CPU float32 takes the place of float16.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.lib import blocks, gpu, runner, timer
-from benchmarks.lib.blocks import Block, FusedBlock, Shape, Situation
+from benchmarks.lib.blocks import Block, Parts, Shape, Situation
 from benchmarks.lib.cases import sample_under_load
 from benchmarks.lib.runner import Row, WrongResult, baselines_of, first_line, group_means, ratios
 from benchmarks.lib.shapes import by_place
@@ -108,7 +108,7 @@ def make_sets(case: Case, names: Sequence[str], device: torch.device) -> tuple[l
         variants[name] = (copy.deepcopy(exact).to(dtype), x.to(dtype), at.to(dtype))
     del exact
     variants["unfused"] = (int8, x.to(main), at.to(main))
-    variants["fused"] = (FusedBlock(int8), x.to(main), at.to(main))
+    variants["fused"] = (blocks.fused(int8, x.to(main), at.to(main)), x.to(main), at.to(main))
     count = timer.input_sets(case.shape.parameters, device)  # bytes of int8 weights
     return [Set(variants), *(Set(copy.deepcopy(variants)) for _ in range(count - 1))], y
 
@@ -153,7 +153,7 @@ def measure(
     except Exception as failure:  # a baseline that cannot run must not hide the others
         missing = first_line(failure)
     compiler.seconds_left -= time.perf_counter() - start
-    parts = [FusedBlock.parts(*one.variants["fused"]) for one in sets]
+    parts = [Parts(module).calls(x, at) for module, x, at in (s.variants["fused"] for s in sets)]
     ready |= {part: timer.record([p[part] for p in parts], device) for part in PARTS}
     linears = [blocks.float_linears(*one.variants[main]) for one in sets]
     ready["linears"] = timer.record(linears, device)

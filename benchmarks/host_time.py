@@ -1,4 +1,4 @@
-"""What one call of the linear layer's ops costs the CPU, counted without a GPU.
+"""What one call of the linear layer's ops, and one decoder layer, cost the CPU, counted without a GPU.
 
     python -m benchmarks.host_time [--gpus h100 a100] [--seconds 30] [--library FILE] [--json FILE]
 
@@ -13,18 +13,23 @@ its CUDA allocator, in whose place stands malloc. The columns of each line:
     op      dispatcher, boxing, checks and allocation: the overload less the C entry
     plan    the C entry that only plans
     launch  the C entry that plans and launches, less the former
-    calls   of the CUDA runtime: a launches, b memsets (each of both is a node of a CUDA graph), c other calls
+    calls   of the CUDA runtime: launches, memset nodes, others; of a decoder layer also the kernels of torch itself
+
+A decoder layer is transformers' own for LLaMA in W8A8, as `quantize_model` leaves it ("unfused") and after
+`optimize_for_inference` ("fused"). torch's own operations run on the CPU: those of --layers small, which is timed, are
+so small that they cost what their dispatch does. The layers of other sizes are only counted.
 """
 
 from __future__ import annotations
 
 import ctypes
 import gc
+import itertools
 import os
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,7 +37,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.lib import runner
+from benchmarks.lib import host_layers, runner
 from benchmarks.lib.timer import Call, interleaved
 from smoothquant_kernels import W8A8Linear, ops
 from tests.support import c_gemm, c_interface, null_runtime
@@ -44,6 +49,7 @@ COUNTERS = (
 )  # fmt: skip
 CALLS = 100  # in one sample: the clock is read twice for all of them
 ROUNDS = 200  # at most
+MOST_TIMED = 16  # tokens of a timed layer
 
 
 # --- what is timed ----------------------------------------------------------------------------------------------------
@@ -59,6 +65,8 @@ class Case:
         overload: the op's overload with the same arguments; None if there is none, or several.
         entries: (op, its C params): what `sqk_<op>` and `sqk_<op>_plan` are called with.
         keep: what the params point into.
+        timed: whether its microseconds mean anything.
+        torch: kernels of torch itself -> how often the call launches them.
     """
 
     op: str
@@ -70,6 +78,8 @@ class Case:
     overload: Call | None = None
     entries: Sequence[tuple[str, ctypes.Structure]] = ()
     keep: Sequence[object] = field(default_factory=list)
+    timed: bool = True
+    torch: dict[str, int] = field(default_factory=dict)
 
 
 def make_cases(m: int, n: int, k: int, dtype: str) -> Iterator[Case]:
@@ -155,6 +165,20 @@ def bare_case() -> Case:
     return Case("_saturate_s8", 1, 16, 16, "fp32", lambda: call(x), lambda: call(x))
 
 
+def layer_cases(
+    layers: Mapping[str, Mapping[str, torch.nn.Module]], tokens: Sequence[int], dtype: str
+) -> Iterator[Case]:
+    """All layers by the name of their shape, which are made before the kernels are empty. N, K: hidden, mlp."""
+    for name, variants in layers.items():
+        shape = host_layers.SHAPES[name]
+        for m, (variant, layer) in itertools.product(tokens, variants.items()):
+            call = host_layers.call_of(layer, shape, m, DTYPES[dtype])
+            yield Case(
+                f"layer {name} {variant}", m, shape.hidden, shape.mlp, dtype, call,
+                timed=name == "small" and m <= MOST_TIMED, torch=host_layers.torch_launches(call),
+            )  # fmt: skip
+
+
 def counted(runtime: ctypes.CDLL, call: Call) -> dict[str, int]:
     """How often one call asks the CUDA runtime for what."""
     call()  # what is asked for once is not of interest
@@ -205,7 +229,8 @@ def measure(
     counts = []
     for i, case in enumerate(cases):
         counts.append(counted(runtime, case.call))
-        todo |= {f"{i} {name}": call for name, call in variants(case, library).items()}
+        if case.timed:
+            todo |= {f"{i} {name}": call for name, call in variants(case, library).items()}
     gc.collect()
     gc.disable()
     try:
@@ -218,14 +243,20 @@ def measure(
     middle = {name: statistics.median(values) for name, values in us.items()}
     rows = []
     for i, (case, count) in enumerate(zip(cases, counts, strict=True)):
-        sample = us[f"{i} call"]
-        ranks = statistics.quantiles(sample, n=20)
         row: dict[str, Any] = {
             "op": case.op, "M": case.m, "N": case.n, "K": case.k, "dtype": case.dtype, "gpu": gpu,
+            "calls": count, "torch": case.torch,
+        }  # fmt: skip
+        rows.append(row)
+        if not case.timed:
+            continue
+        sample = us[f"{i} call"]
+        ranks = statistics.quantiles(sample, n=20)
+        row |= {
             "us": middle[f"{i} call"] - middle["nothing"],
             "p5": ranks[0] - middle["nothing"], "p80": ranks[15] - middle["nothing"],
             "rounds": len(sample), "python_us": None, "op_us": None, "plan_us": None,
-            "launch_us": None, "calls": count,
+            "launch_us": None,
         }  # fmt: skip
         if case.overload is not None:
             row["python_us"] = middle[f"{i} call"] - middle[f"{i} overload"]
@@ -235,24 +266,37 @@ def measure(
             row["op_us"] = middle[f"{i} overload"] - middle["nothing"] - both
             if entries:
                 row |= {"plan_us": plan, "launch_us": both - plan}
-        rows.append(row)
     return rows
 
 
 def text_of(row: dict[str, Any]) -> str:
     """`linear_s8 M 64 N 4096 K 4096 fp16 h100 | 9.80 us, p5 9.61, p80 9.91 | ... | 2 launches, 0 memsets, 7 others`"""
-    parts = " ".join(
-        f"{name} {row[f'{name}_us']:5.2f}" if row[f"{name}_us"] is not None else f"{name}     -"
-        for name in ("python", "op", "plan", "launch")
-    )
-    launches = row["calls"]["launches"]
-    clears = row["calls"]["clears"]
+    launches, clears = row["calls"]["launches"], row["calls"]["clears"]
     other = sum(row["calls"].values()) - launches - clears
-    where = f"M {row['M']:4d} N {row['N']} K {row['K']} {row['dtype']} {row['gpu']}"
-    return (
-        f"{row['op']:23s} {where} | {row['us']:6.2f} us, p5 {row['p5']:6.2f}, p80 {row['p80']:6.2f} | {parts} | "
-        f"{launches} launches, {clears} memsets, {other} others"
-    )
+    text = f"{row['op']:24s} M {row['M']:4d} N {row['N']} K {row['K']} {row['dtype']} {row['gpu']}"
+    if "us" in row:
+        parts = " ".join(
+            f"{name} {row[f'{name}_us']:5.2f}" if row[f"{name}_us"] is not None else f"{name}     -"
+            for name in ("python", "op", "plan", "launch")
+        )
+        text += f" | {row['us']:6.2f} us, p5 {row['p5']:6.2f}, p80 {row['p80']:6.2f} | {parts}"
+    text += f" | {launches} launches, {clears} memsets, {other} others"
+    if row["torch"]:
+        each = ", ".join(f"{count} {name}" for name, count in sorted(row["torch"].items()))
+        text += f"; {sum(row['torch'].values())} of torch: {each}"
+    return text
+
+
+def shares(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """What a fused layer takes of the unfused one's time: by the medians, and on a machine at rest."""
+    timed = {(row["op"], row["M"], row["gpu"]): row for row in rows if "us" in row}
+    lines = []
+    for (op, m, gpu), row in timed.items():
+        if op.startswith("layer ") and op.endswith(" fused"):
+            other = timed[op.removesuffix("fused") + "unfused", m, gpu]
+            us, p5 = (row[name] / other[name] for name in ("us", "p5"))
+            lines.append(f"{op} M {m} {gpu}: {us:.2f} of the unfused layer's time (p5 {p5:.2f})")
+    return lines
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -262,11 +306,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--n", type=int, default=4096)
     parser.add_argument("--k", type=int, default=4096)
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="fp16")
+    parser.add_argument(
+        "--layers", nargs="*", choices=list(host_layers.SHAPES), default=("small", "LLaMA-7B")
+    )
+    parser.add_argument(
+        "--layer-tokens",
+        nargs="+",
+        type=int,
+        default=(1, 16, 64, 512),
+        help="sequences that decode",
+    )
     parser.add_argument("--seconds", type=float, default=30, help="about, for each GPU")
     parser.add_argument("--library", type=Path, help="the binding for CPU tensors; else built")
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []
+    layers = {
+        name: host_layers.make_layers(host_layers.SHAPES[name], DTYPES[given.dtype])
+        for name in given.layers
+    }
     try:
         path = given.library or null_runtime.simulator_library()
         with tempfile.TemporaryDirectory() as folder:
@@ -279,10 +337,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         cases = [bare_case()]
         for m in given.tokens:
             cases += make_cases(m, given.n, given.k, given.dtype)
+        cases += layer_cases(layers, given.layer_tokens, given.dtype)
         for gpu in given.gpus:
             found = measure(cases, gpu, runtime, library, given.seconds)
             rows += found
-            print("\n".join(map(text_of, found)), flush=True)
+            print("\n".join([*map(text_of, found), *shares(found)]), flush=True)
     print(f"load of the machine: {load_before:.1f} before, {os.getloadavg()[0]:.1f} after")
     facts = {"torch": torch.__version__, "load": [load_before, os.getloadavg()[0]]}
     runner.write_json(given.json, {**facts, "rows": rows})

@@ -17,8 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.lib.runner import WrongResult
 from benchmarks.lib.shapes import DECODERS, Decoder
 from smoothquant_kernels import W8A8Linear, ops
+from smoothquant_kernels.fusion.optimize import optimize_for_inference
+from smoothquant_kernels.fusion.record import fusion_info
 
 EPS = 1e-5
 LINEARS = ("qkv", "o", "up", "down")
@@ -103,9 +106,9 @@ class Situation:
         made = Situation(k, v, angles.cos(), angles.sin(), start)
         return made.to(like.dtype)
 
-    def to(self, dtype: torch.dtype) -> Situation:
-        """A copy, also where the type is the same: a block writes keys and values."""
-        parts = (t.to(dtype, copy=True) for t in (self.k, self.v, self.cos, self.sin))
+    def to(self, place: torch.dtype | torch.device) -> Situation:
+        """A copy, also where type and device are the same: a block writes keys and values."""
+        parts = (t.to(place, copy=True) for t in (self.k, self.v, self.cos, self.sin))
         return Situation(*parts, start=self.start)
 
 
@@ -149,6 +152,8 @@ class Block(nn.Module):
         for name, (n, k) in shape.sizes.items():
             bias = not shape.gated or (shape.qkv_bias and name == "qkv")
             self.add_module(name, nn.Linear(k, n, bias=bias, device=device))
+        self.activation = nn.SiLU() if shape.gated else nn.ReLU()
+        self.eval()
 
     @torch.no_grad()
     def randomize(self, generator: torch.Generator) -> Block:
@@ -173,9 +178,9 @@ class Block(nn.Module):
     def activate(self, y: Tensor) -> Tensor:
         """[..., 2 mlp] (gate, then up) or [..., mlp] -> [..., mlp]"""
         if not self.shape.gated:
-            return F.relu(y)
+            return self.activation(y)
         gate, up = y.chunk(2, dim=-1)
-        return F.silu(gate) * up
+        return self.activation(gate) * up
 
     def forward(self, x: Tensor, at: Situation) -> Tensor:
         x = x + self.o(attend(self.shape, self.qkv(self.norm1(x)), at))
@@ -226,11 +231,29 @@ def quantized(
     return made
 
 
-class FusedBlock(nn.Module):
-    """The same W8A8 block by fused ops: norm or activation function with the quantization, GEMM with the residual."""
+def fused(block: Block, x: Tensor, at: Situation) -> Block:
+    """A quantized block as users get it from `optimize_for_inference`; a copy.
+
+    Raises:
+        WrongResult: a norm, the activation or a residual was not fused.
+    """
+    made = copy.deepcopy(block).eval()
+    sample: dict[str, Any] = {"x": x, "at": at}
+    optimize_for_inference(made, sample)
+    norm, activation = ("rms_norm", "silu") if block.shape.gated else ("layer_norm", "relu")
+    wanted = {
+        "qkv": (norm, False), "o": ("quantize", True), "up": (norm, False), "down": (activation, True)
+    }  # fmt: skip
+    found = {layer.name: (layer.kind, layer.residual) for layer in fusion_info(made)}
+    if found != wanted:
+        raise WrongResult(f"fused are {found}, not {wanted}")
+    return made
+
+
+class Parts:
+    """The work of a fused block, part by part, in the ops that its calls are: a quantizer and a GEMM each."""
 
     def __init__(self, block: Block) -> None:
-        super().__init__()
         self.block = block
         self.kind = "silu_mul" if block.shape.gated else "relu"
 
@@ -247,33 +270,32 @@ class FusedBlock(nn.Module):
         return ops.rms_norm_quantize(x, norm.weight, EPS)
 
     def multiply(
-        self, name: str, x_q: Tensor, x_scale: Tensor, dtype: torch.dtype, residual: Tensor | None
+        self, name: str, int8: tuple[Tensor, ...], dtype: torch.dtype, residual: Tensor | None
     ) -> Tensor:
+        """A matrix times the int8 input and its scale."""
+        x_q, x_scale = int8
         layer: Any = self.block.get_submodule(name)
         more = {"bias": layer.bias, "residual": residual, "out_dtype": dtype}
         return ops.gemm_s8(x_q, layer.w_q, x_scale, layer.w_scale, **more)
 
-    def forward(self, x: Tensor, at: Situation) -> Tensor:
-        return self._run(x, at)[-1]
+    def calls(self, x: Tensor, at: Situation) -> dict[str, Any]:
+        """Three calls, each on what it reads in the whole: "gemm", "quantise", "attention"."""
+        int8: dict[str, tuple[Tensor, ...]] = {}
 
-    def _run(self, x: Tensor, at: Situation) -> tuple[Tensor, ...]:
-        """The result, last; before it qkv, attention's output, x + attention, and what `up` gives."""
-        dtype = x.dtype
-        qkv = self.multiply("qkv", *self.quantize("qkv", x), dtype, None)
+        def step(name: str, t: Tensor, residual: Tensor | None = None) -> Tensor:
+            int8[name] = self.quantize(name, t)
+            return self.multiply(name, int8[name], x.dtype, residual)
+
+        qkv = step("qkv", x)
         attended = attend(self.block.shape, qkv, at)
-        x2 = self.multiply("o", *self.quantize("o", attended), dtype, x)
-        up = self.multiply("up", *self.quantize("up", x2), dtype, None)
-        return qkv, attended, x2, up, self.multiply("down", *self.quantize("down", up), dtype, x2)
-
-    def parts(self, x: Tensor, at: Situation) -> dict[str, Any]:
-        """Its work in three calls, each on what it reads in the whole: "gemm", "quantise", "attention"."""
-        qkv, attended, x2, up, _ = self._run(x, at)
+        x2 = step("o", attended, x)
+        up = step("up", x2)
         read = dict(zip(LINEARS, (x, attended, x2, up), strict=True))
-        int8 = {name: self.quantize(name, t) for name, t in read.items()}
+        int8["down"] = self.quantize("down", up)
         added = {"o": x, "down": x2}
         return {
             "gemm": lambda: [
-                self.multiply(name, *int8[name], x.dtype, added.get(name)) for name in LINEARS
+                self.multiply(name, int8[name], x.dtype, added.get(name)) for name in LINEARS
             ],
             "quantise": lambda: [self.quantize(name, t) for name, t in read.items()],
             "attention": lambda: attend(self.block.shape, qkv, at),

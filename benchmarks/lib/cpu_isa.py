@@ -46,6 +46,7 @@ FLAGS = (
 PEAK_PER_CLOCK = {"avx512_vnni": 2 * 64, "vnni": 2 * 64, "amx": 1024}
 
 ROOT = Path(__file__).resolve().parents[2]
+_LEVEL = "SQK_BENCHMARK_ISA"  # in the environment of a program that runs at a level
 _X86 = platform.machine() in ("x86_64", "AMD64")
 _ARCH_PRCTL, _GET_XCOMP_PERM, _REQ_XCOMP_PERM, _XTILEDATA = 158, 0x1022, 0x1023, 18
 
@@ -188,6 +189,12 @@ class Clock:
         return STEPS * CLOCKS_PER_STEP / (time.perf_counter_ns() - start)
 
 
+def keep_to(isa: str) -> None:
+    """Starts this program anew at a level, unless it runs at that level already: libraries ask when they are loaded."""
+    if isa not in ("native", os.environ.get(_LEVEL)):
+        main([isa, sys.executable, *sys.orig_argv[1:]])
+
+
 def main(arguments: list[str]) -> None:
     """Runs a command at a level: a level, then the command."""
     if len(arguments) < 2 or arguments[0] not in ISAS:
@@ -196,7 +203,8 @@ def main(arguments: list[str]) -> None:
     if isa != "native":
         refuse_amx()
     native_kernels = (ROOT / "smoothquant_kernels" / "backends" / "cpu_native.py").exists()
-    os.execvpe(command[0], command, {**os.environ, **environment(isa, native_kernels)})
+    level = {**environment(isa, native_kernels), _LEVEL: isa}
+    os.execvpe(command[0], command, {**os.environ, **level})
 
 
 if __name__ == "__main__":

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.lib import blocks, smollm2
-from benchmarks.lib.blocks import EPS, SMOLLM2, Block, FusedBlock, Shape, Situation
+from benchmarks.lib.blocks import EPS, SMOLLM2, Block, Shape, Situation
 from smoothquant_kernels import SmoothQuantConfig, quantize_model, smooth_and_quantize
+from smoothquant_kernels.fusion.optimize import optimize_for_inference
 
-RUNTIMES = ("graph", "transformers")
 CALIBRATION = 4096  # tokens for the real model
 Models = dict[str, nn.Module]
-HEAD_OPTION = "quantize_head"
-#: The quantized models: with the output head in float, and in int8.
-INT8, INT8_HEAD = "w8a8", "w8a8_head"
+#: The quantized models: as `quantize_model` leaves one, and as `optimize_for_inference` makes it.
+INT8, FUSED = "w8a8", "w8a8_fused"
 
 
 def vocabulary(model: Any) -> int:
@@ -52,39 +50,36 @@ def random_llama(
 
 
 def stock_models(
-    shape: Shape, layers: int, names: Sequence[str], device: torch.device, words: int
+    shape: Shape,
+    layers: int,
+    names: Sequence[str],
+    device: torch.device,
+    words: int,
+    head: str = "float",
 ) -> Models:
-    """transformers' model in each type, and what `quantize_model` makes of it; the real one is smoothed first.
+    """transformers' model in each type, and what this package makes of it; the real one is smoothed first.
 
     A random model is not smoothed: a LLaMA's factors go into its weights, so that the kernels are the same.
     """
     main = getattr(torch, names[0])
+    config = SmoothQuantConfig(calibration_tokens=CALIBRATION, quantize_head=head == "int8")
     if shape is SMOLLM2:
         model, tokenizer = smollm2.load(main)
         model = model.to(device)
         ids = [window.to(device) for window in smollm2.calibration(tokenizer, CALIBRATION)]
-
-        def quantized(**changes: Any) -> nn.Module:
-            config = SmoothQuantConfig(calibration_tokens=CALIBRATION, **changes)
-            return smooth_and_quantize(copy.deepcopy(model), ids, config, progress=False)
-
+        int8 = smooth_and_quantize(copy.deepcopy(model), ids, config, progress=False)
     else:
         torch.manual_seed(0)
         model = random_llama(shape, layers, main, device, words)
-
-        def quantized(**changes: Any) -> nn.Module:
-            config = SmoothQuantConfig(**changes) if changes else None
-            return quantize_model(copy.deepcopy(model), config=config)
-
-    found: Models = {INT8: quantized()}
-    if device.type == "cpu" and HEAD_OPTION in {field.name for field in fields(SmoothQuantConfig)}:
-        found[INT8_HEAD] = quantized(**{HEAD_OPTION: True})
+        int8 = quantize_model(copy.deepcopy(model), config=config)
+    sample = torch.arange(16, device=device)[None]
+    found: Models = {INT8: int8, FUSED: optimize_for_inference(copy.deepcopy(int8), sample)}
     found[names[0]] = model
     return found | {name: copy.deepcopy(model).to(getattr(torch, name)) for name in names[1:]}
 
 
 class Stack(nn.Module):
-    """Embedding, blocks (float or fused W8A8), norm and head."""
+    """Embedding, blocks (float or W8A8), norm and head."""
 
     def __init__(self, shape: Shape, parts: Sequence[nn.Module], ends: Sequence[nn.Module]) -> None:
         super().__init__()
@@ -109,18 +104,22 @@ class Stack(nn.Module):
 def stack_models(
     shape: Shape, layers: int, names: Sequence[str], device: torch.device, words: int
 ) -> Models:
-    """The same random model in each type and in W8A8, whose embedding, norm and head are in the first float type."""
+    """The same random model in each type and in W8A8, unfused and fused.
+
+    Embedding, norm and head of the W8A8 models are in the first float type.
+    """
     generator = torch.Generator(device).manual_seed(0)
     dtypes = {name: getattr(torch, name) for name in names}
     main = dtypes[names[0]]
     x = torch.randn(1, 128, shape.hidden, generator=generator, device=device)
-    parts: dict[str, list[nn.Module]] = {name: [] for name in ("w8a8", *names)}
+    parts: dict[str, list[nn.Module]] = {name: [] for name in (INT8, FUSED, *names)}
     for _ in range(layers):  # one float32 block at a time
         exact = Block(shape, device).randomize(generator)
         at = Situation.make(shape, 1, 128, 0, x, generator)
         int8 = blocks.quantized(exact, x, at, dtype=main)
+        parts[INT8].append(int8)
+        parts[FUSED].append(blocks.fused(int8, x.to(main), at.to(main)))
         x = exact(x, at)
-        parts["w8a8"].append(FusedBlock(int8))
         for name, dtype in dtypes.items():
             parts[name].append(copy.deepcopy(exact).to(dtype))
     embedding = nn.Embedding(words, shape.hidden, device=device)

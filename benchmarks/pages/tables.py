@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmarks.pages import cpu_tables, result_tables
 from benchmarks.pages.result_tables import Table, markdown
-from benchmarks.prediction import compare, expected, gpus, planner, yardstick
+from benchmarks.prediction import compare, expected, gpus, layers, planner, yardstick
 from tools.build.plan import ROOT
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -204,6 +204,17 @@ def gemm_yardstick() -> str | None:
     return f"{summary}\n{markdown(header, rows, left=header.index('M'))}"
 
 
+def layer_prediction() -> str | None:
+    """Decoder layers: what is assumed, then the times. None without the compiler."""
+    if not planner.available():
+        return None
+    assumed = markdown(
+        ["what", "is assumed"], [list(pair) for pair in layers.ASSUMPTIONS.items()], 2
+    )
+    header, rows = layers.table()
+    return f"{assumed}\n{markdown(header, rows, left=header.index('sequences'))}"
+
+
 def command(machine: Data) -> str:
     """What repeats a run, without its folders. Older results name the scripts that are modules of `benchmarks` now."""
     recorded = re.sub(r" --python \S+", "", machine.get("command", "command unknown"))
@@ -225,6 +236,9 @@ def caption(data: Data) -> str:
     else:
         threads = machine.get("threads")
         facts = [machine["cpu"], *([f"{threads} thread"] if threads else [])]
+        facts += (
+            [cpu_tables.LEVELS[isa]] if (isa := machine.get("isa")) in cpu_tables.LEVELS else []
+        )
     facts += [f"torch {machine['torch']}", date]
     return f"{', '.join(facts)}; `{command(machine)}`.\n\n"
 
@@ -274,10 +288,13 @@ TABLES: dict[str, Callable[[], str | None]] = {
     "cpu_quantize": measured("quantize_cpu.json", captioned(cpu_tables.quantize)),
     "cpu_block": measured("block_cpu.json", ANYTHING),
     "cpu_model": measured("model_cpu.json", ANYTHING),
+    "cpu_model_avx512_vnni": measured("model_cpu_avx512_vnni.json", ANYTHING),
+    "cpu_model_avx2": measured("model_cpu_avx2.json", ANYTHING),
     "gemm_h100": lambda: gemm_prediction("H100"),
     "gemm_a100": lambda: gemm_prediction("A100"),
     "gemm_l40s": lambda: gemm_prediction("L40S"),
     "gemm_yardstick": gemm_yardstick,
+    "layers": layer_prediction,
     "gpu_targets": measured("gemm.json", gpu_targets, gpu=True),
     "gpu_gemm": measured("gemm.json", captioned(result_tables.means, result_tables.gemm), gpu=True),
     "gpu_predicted": measured("gemm.json", gpu_predicted, gpu=True),

@@ -2,6 +2,7 @@
 
     python -m benchmarks.prediction [--gpu H100] [--layers WORD ...] [--tokens 1 64 2048]
     python -m benchmarks.prediction --rotation                        # what rotated groups add to `quantize`
+    python -m benchmarks.prediction --blocks                          # decoder layers: fused, unfused, float16
     python -m benchmarks.prediction --yardstick                       # beside other people's measured times
     python -m benchmarks.prediction --compare results/.../gemm.json   # a run of ours, each row at its measured clock
 
@@ -20,7 +21,7 @@ from pathlib import Path
 
 from benchmarks.lib.shapes import LLM_LAYERS
 
-from . import compare, expected, planner, rotation, yardstick
+from . import compare, expected, layers, planner, rotation, yardstick
 from .gpus import GPUS
 
 
@@ -41,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--layers", nargs="*", default=list(expected.LAYERS), help="words of names")
     parser.add_argument("--tokens", type=int, nargs="*", default=list(expected.TOKENS))
     parser.add_argument("--compare", type=Path, metavar="gemm.json")
+    parser.add_argument("--blocks", action="store_true")
     parser.add_argument("--yardstick", action="store_true")
     parser.add_argument("--rotation", action="store_true")
     args = parser.parse_args(arguments)
@@ -50,7 +52,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if not planner.available():
         parser.error(f"{planner.cxx()} was not found; install a C++ compiler or set CXX.")
-    if args.yardstick:
+    if args.blocks:
+        if args.gpu not in (None, *layers.BEST_INT8):
+            parser.error(f"--blocks is for {', '.join(layers.BEST_INT8)}, not {args.gpu}.")
+        show(layers.table((args.gpu,) if args.gpu else tuple(layers.BEST_INT8)))
+        print("\n".join(f"{name}: {what}" for name, what in layers.ASSUMPTIONS.items()))
+    elif args.yardstick:
         pairs = yardstick.rows()
         show(yardstick.table(pairs))
         print()

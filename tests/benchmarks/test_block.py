@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from benchmarks import block as block_benchmark
 from benchmarks.block import Case
 from benchmarks.lib import blocks
-from benchmarks.lib.blocks import Block, FusedBlock, Shape, Situation
+from benchmarks.lib.blocks import Block, Parts, Shape, Situation
 from benchmarks.lib.runner import WrongResult
 from benchmarks.lib.timer import Timing
+from smoothquant_kernels.fusion.record import fusion_info, fusion_spills
 
 LLAMA, OPT = blocks.TOY_SHAPES
 QWEN = Shape("toy qwen", 64, 96, 4, 1, head_dim=16, qkv_bias=True)
@@ -136,7 +137,10 @@ def test_fused_and_unfused_agree_and_smoothing_helps(
     int8 = blocks.quantized(exact, sample, calibration)
     assert all(torch.equal(before[name], t) for name, t in exact.state_dict().items())
     y = exact(x, at.to(torch.float32))
-    unfused, fused = (f(x, at.to(torch.float32)) for f in (int8, FusedBlock(int8)))
+    optimized = blocks.fused(int8, sample, calibration)
+    unfused, fused = (f(x, at.to(torch.float32)) for f in (int8, optimized))
+    assert not fusion_spills(optimized)
+    assert not fusion_info(int8)  # what is compared with is still unfused
     # The fused norm rounds once, the unfused after every step: now and then an int8 differs by one, 1 % of its value.
     assert blocks.relative_error(fused, unfused, x) < 2e-3
     naive = copy.deepcopy(exact)
@@ -149,17 +153,29 @@ def test_fused_and_unfused_agree_and_smoothing_helps(
 def test_the_parts_are_the_whole() -> None:
     exact = random_block(LLAMA)
     x, at = situation(LLAMA, 1, 12, 0)
-    fused = FusedBlock(blocks.quantized(exact, x, at))
-    parts = fused.parts(x, at)
+    fused = blocks.fused(blocks.quantized(exact, x, at), x, at)
+    whole = fused(x, at)
+    of = Parts(fused)
+    parts = of.calls(x, at)
     assert set(parts) == set(block_benchmark.PARTS)
-    gemms, whole = parts["gemm"](), fused(x, at)
+    gemms = parts["gemm"]()
     assert torch.equal(gemms[-1], whole)
     assert torch.equal(parts["attention"](), blocks.attend(LLAMA, gemms[0], at))
     quantized = parts["quantise"]()
     assert [tuple(q.shape) for q, *_ in quantized] == [(1, 12, 64)] * 3 + [(1, 12, 160)]
     for place, name in ((0, "qkv"), (2, "up")):
-        x_q, x_scale = quantized[place]
-        assert torch.equal(fused.multiply(name, x_q, x_scale, x.dtype, None), gemms[place])
+        assert torch.equal(of.multiply(name, quantized[place], x.dtype, None), gemms[place])
+
+
+@pytest.mark.parametrize("name", ["norm1", "activation"])
+def test_a_block_that_is_not_fused_is_not_timed(name: str) -> None:
+    exact = random_block(LLAMA)
+    x, at = situation(LLAMA, 1, 12, 0)
+    int8 = blocks.quantized(exact, x, at)
+    # A hook must see the float output, so that the module keeps its forward.
+    int8.get_submodule(name).register_forward_hook(lambda *_: None)
+    with pytest.raises(WrongResult, match=r"fused are .*'quantize'.*, not"):
+        blocks.fused(int8, x, at)
 
 
 CASE = Case(LLAMA, "prefill", 1, 8, 0)
@@ -246,8 +262,8 @@ def test_the_cpu_form(tmp_path: Path, capsys: Any, packs: list[int]) -> None:
     command = ["--device", "cpu", "--quick", "--json", str(file), "--resume"]
     assert block_benchmark.run(block_benchmark.parse(command)) == 0
     rows = json.loads(file.read_text())["rows"]
-    # Four weights of two sets in four cases: not packed anew at every call.
-    assert len(packs) <= 4 * 2 * 4
+    # Four weights of two blocks of two sets in four cases: not packed anew at every call.
+    assert len(packs) <= 4 * 2 * 2 * 4
     assert [(r["model"], r["phase"]) for r in rows] == [
         (s.model, p) for s in blocks.TOY_SHAPES for p in ("prefill", "decode")
     ]

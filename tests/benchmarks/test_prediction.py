@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.prediction import compare, expected, rotation, yardstick
+from benchmarks.lib.blocks import GPU_SHAPES
+from benchmarks.prediction import compare, expected, layers, rotation, yardstick
 from benchmarks.prediction.gpus import GPUS, floor, gpu_of
 from benchmarks.prediction.planner import choose, machine_of, predict, tables
 from tests.benchmarks.programs import Done, python
@@ -134,6 +135,59 @@ def test_a_rotation_of_many_rows_hides_behind_memory() -> None:
         assert plain == rotated
     plain, rotated = (rotation.microseconds("H100", 1, 4096, group) for group in (0, 256))
     assert rotated - plain == pytest.approx(4096 * 5 / 32 / 1.83e3)
+
+
+LLAMA = GPU_SHAPES[0]
+
+
+def test_a_token_of_a_fused_layer_costs_its_weights() -> None:
+    """LLaMA-7B on an A100: 202 MB of int8 weights at 1,835 GB/s, 9 kernels, and 16.8 MB of keys and values."""
+    one = layers.Planned("A100", LLAMA, 1, 1, 1024).fused()
+    weights = 4 * 4096 * 4096 + 3 * 4096 * 11008
+    assert LLAMA.parameters == weights and one.kernels == 9
+    assert weights / 1835.1e3 + 4 < one.gemms < 1.05 * weights / 1835.1e3 + 4
+    assert one.quantizers == 3 * 2 and one.rest == pytest.approx(2 + 1 + 4 * 1025 * 4096 / 1835.1e3)
+
+
+def test_a_prompt_in_float16_by_hand() -> None:
+    """The yardstick's best rate on an H100 is that of M = 2048, N = K = 8192 in 351 us."""
+    one = layers.Planned("H100", LLAMA, 1, 2048, 0).compiled_float16()
+    best = 2e-6 * 2048 * 8192 * 8192 / 351
+    assert layers.best_bf16("H100") == pytest.approx(best)
+    assert one.gemms == pytest.approx(2e-6 * 2048 * LLAMA.parameters / best + 4)
+    moved = 2048 * (2 * 8 * 4096 + 6 * 11008 + 4 * 3 * 4096) / 3015e3
+    attention = 2 * 2048**2 * 4096 / (0.5 * 1979 / 2) / 1e6
+    assert one.rest == pytest.approx(moved + attention + 5)
+    # Neither int8 nor float16 is faster than what others measured.
+    fused = layers.Planned("H100", LLAMA, 1, 2048, 0).fused()
+    assert fused.gemms >= 2e-6 * 2048 * LLAMA.parameters / 1425
+
+
+@pytest.mark.parametrize(("sequences", "tokens"), [(1, 1), (16, 1), (1, 2048)])
+def test_the_gap_is_paid_by_every_kernel(
+    sequences: int, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = layers.Planned("H100", LLAMA, sequences, tokens, 0)
+    variants = (one.compiled_float16, one.unfused, one.fused)
+    before = [variant() for variant in variants]
+    monkeypatch.setattr(layers, "GAP", layers.GAP + 1)
+    added = [variant().us - layer.us for variant, layer in zip(variants, before, strict=True)]
+    # As host_time counts them; tests/benchmarks/test_host_time.py has the same numbers.
+    single = (sequences, tokens) == (1, 1)
+    assert added == pytest.approx([9, 7 + 31, 7 + 2] if single else [9, 14 + 31, 8 + 2])
+    assert added == pytest.approx([layer.kernels for layer in before])
+
+
+def test_layers_against_their_targets() -> None:
+    header, rows = layers.table(("H100", "L40S"), ("Llama 3 8B",))
+    assert all(len(row) == len(header) for row in rows) and len(rows) == 2 * len(layers.SITUATIONS)
+    column = header.index("target")
+    for row in rows:
+        ratio, target = float(row[column - 1].rstrip("x")), row[column].split()
+        assert target[1] == ("met" if ratio >= float(target[0].rstrip("x")) else "missed")
+    assert "Llama 3 8B" in printed("--blocks", "--gpu", "H100").stdout
+    other = printed("--blocks", "--gpu", "4090")
+    assert other.returncode == 2 and "--blocks is for A100, L40S, H100, not 4090" in other.stderr
 
 
 def test_the_command(tmp_path: Path) -> None:

@@ -92,7 +92,13 @@ def test_every_marked_table_is_known() -> None:
 
 def test_without_results_every_table_is_one_line(results: Path) -> None:
     for name in tables.TABLES:
-        if name not in ("gemm_h100", "gemm_a100", "gemm_l40s", "gemm_yardstick"):  # arithmetic
+        if name not in (
+            "gemm_h100",
+            "gemm_a100",
+            "gemm_l40s",
+            "gemm_yardstick",
+            "layers",
+        ):  # arithmetic
             assert table(name) == "Not measured yet.\n", name
 
 
@@ -188,6 +194,11 @@ def test_a_cpu_says_so(results: Path) -> None:
     write(results / "epyc_2026-11-30", "model_cpu.json", BLOCK, cuda=None, threads=1)
     assert table("cpu_model").startswith("a CPU, 1 thread, torch 2.11.0, 2026-11-30; `python")
     assert table("gpu_model") == "Not measured yet.\n"
+    row = BLOCK[0] | {"vs_float32": 2.875, "vs_unfused": 1.3125}
+    write(results / "epyc_2026-11-30", "model_cpu_avx2.json", [row], cuda=None, threads=1, isa="avx2")  # fmt: skip
+    assert table("cpu_model_avx2").startswith("a CPU, 1 thread, kept to AVX2, torch 2.11.0")
+    assert cells(table("cpu_model_avx2"))[1][-2:] == ["2.88x", "1.31x"]
+    assert table("cpu_model_avx512_vnni") == "Not measured yet.\n"
 
 
 def cpu_row(m: int, **more: Any) -> dict[str, Any]:
