@@ -163,4 +163,5 @@ def test_only_hooks_register_hooks() -> None:
     assert calls == {
         "modeling/hooks.py: register_forward_hook",
         "modeling/hooks.py: register_forward_pre_hook",
+        "fusion/merged.py: register_load_state_dict_post_hook",  # runs in no forward pass
     }
