@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -50,6 +50,7 @@ class Deferred:
 
     #: The tensor, once another operation has asked for it.
     _computed: Tensor | None = None
+    _versions: Sequence[tuple[Tensor, int]] = ()
 
     @property
     def site(self) -> Site:
@@ -89,8 +90,20 @@ class Deferred:
     def tensor(self) -> Tensor:
         """`compute`, once."""
         if self._computed is None:
+            self.check_sources()
             self._computed = self.compute()
         return self._computed
+
+    def watch_sources(self, *sources: Any) -> None:
+        """While the model is being examined, notes the versions of the tensors that the value will be computed from."""
+        if self.site.uses is not None:
+            tensors = [t for t in sources if isinstance(t, Tensor) and not t.is_inference()]
+            self._versions = [(t, t._version) for t in tensors]
+
+    def check_sources(self) -> None:
+        """Counts a spill if one of these tensors was changed in place: too late to compute the value from it."""
+        if self._versions and any(t._version != version for t, version in self._versions):
+            self.site.spills["after a change in place, something"] += 1
 
     def spill(self, reader: str) -> Tensor:
         """The tensor, for an operation that cannot use the value as it is."""

@@ -191,7 +191,7 @@ class Trial:
         return "no norm or activation function makes its input"
 
     def readers_of_one(self) -> list[list[str]]:
-        """Linears that read the same values in every call, in the order of their calls."""
+        """Linears that read the same values in every call, in the order of the model's modules."""
         groups: dict[tuple[tuple[int, int], ...], list[str]] = defaultdict(list)
         for name in self.linears:
             if keys := tuple(read.key for read in self.reads[name]):

@@ -23,6 +23,7 @@ class NormValue(Deferred):
         self.norm = norm
         self.x = x
         self.outputs: dict[Any, tuple[Tensor, ...]] = {}
+        self.watch_sources(x)
 
     @property
     def site(self) -> Site:
@@ -44,12 +45,14 @@ class NormValue(Deferred):
     def linear(self, w_q: Tensor, w_scale: Tensor, **rest: Any) -> Tensor:
         norm = self.norm
         norm.site.use("linear")
+        self.check_sources()
         return ops.fused_linear_s8(self.x, norm.kind, w_q, w_scale, **norm.parameters(), **rest)
 
     def quantized(self, **rest: Any) -> tuple[Tensor, Tensor]:
         """(x_q, x_scale) of the value; `rest` are further arguments of `ops.quantize`."""
         norm = self.norm
         norm.site.use("linear")
+        self.check_sources()
         rest |= norm.parameters()
         weight, bias, eps = rest.pop("norm_weight"), rest.pop("norm_bias", None), rest.pop("eps")
         if norm.kind == "rms_norm":
@@ -65,6 +68,7 @@ class LinearValue(Deferred):
     def __init__(self, fused: Any, x: Any) -> None:
         self.fused = fused
         self.x = x
+        self.watch_sources(x)
 
     @property
     def site(self) -> Site:
@@ -111,6 +115,7 @@ class LinearValue(Deferred):
         if other.requires_grad and torch.is_grad_enabled():
             return self.tensor() + other
         self.fused.site.use("residual")
+        self.check_sources()
         return self.fused.run(x, other)
 
     def times(self, other: Any) -> Any:
@@ -139,6 +144,7 @@ class ActivatedValue(Deferred):
         self.gate = source
         self.original = original
         self.up = up
+        self.watch_sources(source, up)
 
     @property
     def site(self) -> Site:
@@ -170,10 +176,12 @@ class ActivatedValue(Deferred):
             return self.tensor() * other
         if isinstance(other, LinearValue):
             other.site.use("gated")
+        self.check_sources()
         return ActivatedValue(self._site, self.kind, self.gate, self.original, other)
 
     def linear(self, w_q: Tensor, w_scale: Tensor, **rest: Any) -> Tensor:
         self._site.use("linear")
+        self.check_sources()
         if type(self.gate) is LinearValue and "scale" in rest:
             y = self._in_int8(w_q, w_scale, rest)
             if y is not None:

@@ -328,3 +328,33 @@ def test_hooks_and_replaced_forwards_stay_whole() -> None:
     gate, _, down = sorted(fusion_info(block), key=lambda layer: "gate up down".index(layer.name))
     assert "has forward hooks" in gate.reason and gate.merged == ("gate", "up")
     assert down.reason == "it has forward hooks"
+
+
+@pytest.mark.parametrize("place", ["norm", "gate", "down"])
+def test_an_input_that_is_changed_before_the_value_is_read(place: str) -> None:
+    """A value that waits would be computed from the changed tensor. The first pass sees that."""
+
+    class InPlace(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            x = x.clone()
+            h = self.norm(x)
+            if place == "norm":
+                x.mul_(2)
+            gate = self.gate(h) + 0.0
+            a = self.act(gate)
+            if place == "gate":
+                gate.zero_()
+            a = a * self.up(h) + 0.0 if place == "down" else a * self.up(h)
+            y = self.down(a)
+            if place == "down":
+                a.zero_()
+            return x + y
+
+    plain, fused = quantize_model(InPlace().eval()), quantize_model(InPlace().eval())
+    optimize_for_inference(fused, {"x": sample()})
+    with torch.no_grad():
+        assert close(fused(sample()), plain(sample()))
+        assert not fusion_spills(fused)
+    layers = {layer.name: layer for layer in fusion_info(fused)}
+    assert ("change in place" in layers["gate"].reason) == (place == "norm")
+    assert bool(layers["down"].producer) == (place == "norm")
