@@ -25,7 +25,7 @@ from smoothquant_kernels.fusion.norms import activation_kind, norm_form
 from smoothquant_kernels.fusion.values import ActivatedValue, NormValue
 from smoothquant_kernels.modeling.changes import Changes
 from smoothquant_kernels.modeling.hooks import Hooks
-from smoothquant_kernels.modeling.run import Batch, model_device, run
+from smoothquant_kernels.modeling.run import Batch, leaves_in, model_device, run
 from smoothquant_kernels.nn.linear import W8A8Linear
 
 _MOST_RUNS = 12
@@ -137,7 +137,7 @@ class Trial:
             for site in sites.values():
                 site.uses = set()
             for output in (run(self.model, batch), self.model(**inputs)):
-                for leaf in _values_in(output):
+                for leaf in leaves_in(output, Deferred):
                     leaf.site.spills["the model's output"] += 1
             changes.back_to(start)
         self._kept = kept
@@ -206,17 +206,3 @@ def own_forward(module: nn.Module) -> str | None:
     if module._forward_hooks or module._forward_pre_hooks:
         return "it has forward hooks"
     return None
-
-
-def _values_in(output: Any) -> list[Deferred]:
-    """The values in a model's output that are not computed."""
-    from torch.utils import _pytree as pytree
-
-    return [
-        leaf for leaf in pytree.tree_leaves(list(_leaves(output))) if isinstance(leaf, Deferred)
-    ]
-
-
-def _leaves(output: Any) -> list[Any]:
-    values = getattr(output, "values", None)
-    return list(values()) if callable(values) and not isinstance(output, Tensor) else [output]

@@ -9,7 +9,7 @@ import itertools
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from smoothquant_kernels.errors import SmoothQuantError
 
 Batch = Mapping[str, Tensor]
+Leaf = TypeVar("Leaf")
 
 
 def model_device(model: nn.Module) -> torch.device:
@@ -80,15 +81,20 @@ def run_changed(model: nn.Module, batch: Batch) -> Any:
         return None
 
 
-def tensors_in(tree: Any) -> Iterator[Tensor]:
-    """Yields all tensors of nested containers, including the mappings and dataclasses that pytree treats as leaves."""
+def leaves_in(tree: Any, kind: type[Leaf]) -> Iterator[Leaf]:
+    """Yields all objects of a class in nested containers, also in mappings and dataclasses that pytree does not know."""
     for leaf in pytree.tree_leaves(tree):
-        if isinstance(leaf, Tensor):
+        if isinstance(leaf, kind):
             yield leaf
         elif isinstance(leaf, Mapping):
-            yield from tensors_in(list(leaf.values()))
+            yield from leaves_in(list(leaf.values()), kind)
         elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
-            yield from tensors_in(list(vars(leaf).values()))
+            yield from leaves_in(list(vars(leaf).values()), kind)
+
+
+def tensors_in(tree: Any) -> Iterator[Tensor]:
+    """Yields all tensors of nested containers."""
+    return leaves_in(tree, Tensor)
 
 
 def output_tensors(output: Any) -> list[Tensor]:

@@ -358,3 +358,24 @@ def test_an_input_that_is_changed_before_the_value_is_read(place: str) -> None:
     layers = {layer.name: layer for layer in fusion_info(fused)}
     assert ("change in place" in layers["gate"].reason) == (place == "norm")
     assert bool(layers["down"].producer) == (place == "norm")
+
+
+@pytest.mark.parametrize("out", ["tensor", "tuple", "dict"])
+def test_the_models_output_is_a_tensor(out: str) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.norm, self.linear = nn.LayerNorm(K), nn.Linear(K, K)
+
+        def forward(self, x: Tensor) -> Any:
+            h = self.norm(x)
+            y = self.linear(h)
+            return {"tensor": y, "tuple": (y, [h]), "dict": {"y": y, "h": (h,)}}[out]
+
+    net = optimize_for_inference(quantize_model(Net().eval()), {"x": sample()})
+    with torch.no_grad():
+        found = torch.utils._pytree.tree_leaves(net(sample()))
+    assert found and all(isinstance(t, Tensor) for t in found)
+    (layer,) = fusion_info(net)
+    assert layer.kind == ("layer_norm" if out == "tensor" else "quantize")
