@@ -129,8 +129,8 @@ class Deferred:
     def __len__(self) -> int:
         return self.shape[0]
 
-    def contiguous(self) -> Any:
-        return self
+    def contiguous(self, **options: Any) -> Any:
+        return self.spill("contiguous").contiguous(**options) if options else self
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """Itself for its own type and device, else the converted tensor."""
@@ -141,8 +141,8 @@ class Deferred:
     def view(self, *shape: Any) -> Any:
         return self._reshaped("view", shape)
 
-    def reshape(self, *shape: Any) -> Any:
-        return self._reshaped("reshape", shape)
+    def reshape(self, *shape: Any, **options: Any) -> Any:
+        return self._reshaped("reshape", options.get("shape", shape))
 
     def _reshaped(self, name: str, shape: tuple[Any, ...]) -> Any:
         if len(shape) == 1 and not isinstance(shape[0], int):
@@ -187,6 +187,41 @@ class Deferred:
 
     def __pow__(self, other: Any) -> Any:
         return self.spill("pow") ** other
+
+    def __rpow__(self, other: Any) -> Any:
+        return other ** self.spill("pow")
+
+    def __floordiv__(self, other: Any) -> Any:
+        return self.spill("floordiv") // other
+
+    def __mod__(self, other: Any) -> Any:
+        return self.spill("mod") % other
+
+    def __abs__(self) -> Any:
+        return abs(self.spill("abs"))
+
+    def __lt__(self, other: Any) -> Any:
+        return self.spill("lt") < other
+
+    def __le__(self, other: Any) -> Any:
+        return self.spill("le") <= other
+
+    def __gt__(self, other: Any) -> Any:
+        return self.spill("gt") > other
+
+    def __ge__(self, other: Any) -> Any:
+        return self.spill("ge") >= other
+
+    def __eq__(self, other: Any) -> Any:
+        return self.spill("eq") == other
+
+    def __ne__(self, other: Any) -> Any:
+        return self.spill("ne") != other
+
+    __hash__ = object.__hash__
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.spill("an assignment")[index] = value
 
     def __neg__(self) -> Any:
         return -self.spill("neg")

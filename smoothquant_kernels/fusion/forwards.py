@@ -41,7 +41,6 @@ class FusedNorm(FusedForward):
         super().__init__(module, site)
         self.form = form
         self.kind = form.kind
-        self._kept: tuple[Any, int, dict[str, Any]] | None = None
 
     def original(self, x: Tensor) -> Tensor:
         """The norm of x by the module's own code."""
@@ -49,17 +48,8 @@ class FusedNorm(FusedForward):
         return y
 
     def parameters(self) -> dict[str, Any]:
-        """The arguments of `ops.fused_linear_s8` that describe the norm."""
-        if torch.compiler.is_compiling():
-            return self.form.arguments(self.module)
-        own: Any = self.module._parameters
-        weight = own[self.form.weight]
-        version = weight._version if self.form.one_plus and not weight.is_inference() else 0
-        kept = self._kept
-        if kept is None or kept[0] is not weight or kept[1] != version:
-            with torch.no_grad():
-                kept = self._kept = (weight, version, self.form.arguments(self.module))
-        return kept[2]
+        """The arguments of `ops.fused_linear_s8` that describe the norm. Made anew: its parameters may change."""
+        return self.form.arguments(self.module)
 
     def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         weight: Any = self.module._parameters[self.form.weight]
@@ -119,8 +109,7 @@ class FusedLinear(FusedForward):
         kind = type(input)
         if kind is NormValue:
             if not self.waits:
-                outputs = input.outputs.get(self.group)
-                return (outputs or self.group.of_norm(input))[self.index]
+                return self.group.of_norm(input, self.index)
         elif kind is Tensor:
             if input.requires_grad and torch.is_grad_enabled():
                 return W8A8Linear.forward(self.layer, input)
@@ -134,7 +123,7 @@ class FusedLinear(FusedForward):
         if group.is_single:
             return group.multiply(x, residual)
         if type(x) is NormValue:
-            y = (x.outputs.get(group) or group.of_norm(x))[self.index]
+            y = group.of_norm(x, self.index)
         else:
             y = group.of_tensor(x.tensor() if isinstance(x, Deferred) else x, self.index)
         return y if residual is None else y + residual

@@ -34,13 +34,13 @@ class LinearGroup:
         self.gated_indices = gated_indices
         self.is_single = len(self.layers) == 1
         self._sizes = [layer.out_features for layer in layers]
-        # The last float tensor that a layer has read, its version, all outputs, and which are still to be taken.
-        self._last: tuple[Tensor, int, tuple[Tensor, ...], set[int]] | None = None
+        # The last float tensor that a layer has read, its version, and the outputs that are still to be taken.
+        self._last: tuple[Tensor, int, list[Tensor | None]] | None = None
         self._merge()
-        self._loaded: set[int] = set()
+        self._loaded = False
         # Untyped in torch.
         watch: Any = [m.register_load_state_dict_post_hook for m in self.layers]
-        self._hooks = [] if self.is_single else [add(self._check_loaded) for add in watch]
+        self._hooks = [] if self.is_single else [add(self._note_load) for add in watch]
 
     def _merge(self) -> None:
         own = [layer._buffers for layer in self.layers]
@@ -87,19 +87,19 @@ class LinearGroup:
                     torch._dynamo.mark_static_address(t, guard=False)
         return w_q, w_scale, bias
 
-    def _check_loaded(self, layer: Any, _: Any) -> None:
+    def _note_load(self, *_: Any) -> None:
         """Called after the state of a layer was loaded. Only when all layers have theirs can they be compared."""
-        if self.gated_indices is not None:
-            self._merge()  # the interleaved weight is a copy
-        self._loaded.add(self.layers.index(layer))
-        if len(self._loaded) < len(self.layers):
-            return
-        self._loaded.clear()
+        self._loaded = True
+
+    def _check_loaded(self) -> None:
+        self._loaded = False
         if not all(can_merge(self.layers[0], other) for other in self.layers[1:]):
+            self._loaded = True  # until other state is loaded
             raise SmoothQuantError(
                 "the loaded state has different smoothing factors or scales for layers that optimize_for_inference "
                 "made one GEMM: call undo_optimization(model), load again, and optimize again."
             )
+        self._merge()
 
     def separate(self) -> None:
         """Gives each layer tensors of its own again."""
@@ -129,7 +129,9 @@ class LinearGroup:
         return packed_rows(w_q), w_scale, bias
 
     def _refresh(self) -> None:
-        """Merges again if a tensor of a layer was replaced."""
+        """Merges again if a tensor of a layer was replaced, or state was loaded."""
+        if self._loaded:
+            self._check_loaded()
         for buffers, name, seen in self._seen:
             if buffers[name] is not seen:
                 self._merge()
@@ -181,25 +183,43 @@ class LinearGroup:
         y: Tensor = x.linear(w_q, w_scale, **options)
         return y
 
-    def _outputs(self, x: Any) -> tuple[Tensor, ...]:
+    def _outputs(self, x: Any) -> list[Tensor | None]:
         y = self.multiply(x)
-        return (y,) if self.is_single else torch.split_with_sizes(y, self._sizes, -1)
+        return [y] if self.is_single else [*torch.split_with_sizes(y, self._sizes, -1)]
 
-    def of_norm(self, value: NormValue) -> tuple[Tensor, ...]:
-        """The outputs of all layers for what a norm makes, which the value keeps for the other layers."""
-        outputs = value.outputs[self] = self._outputs(value)
-        return outputs
+    def of_norm(self, value: NormValue, index: int) -> Tensor:
+        """The output of one layer for what a norm makes. The value keeps the others for their layers.
+
+        Each is handed out once, because a caller may change it in place.
+        """
+        outputs = value.outputs.get(self)
+        y = None if outputs is None else outputs[index]
+        if outputs is None or y is None:
+            outputs = value.outputs[self] = self._outputs(value)
+            y = outputs[index]
+            assert y is not None
+        outputs[index] = None
+        return y
 
     def of_tensor(self, x: Tensor, index: int) -> Tensor:
-        """The output of one layer for a float tensor. The outputs are dropped once every layer has read x."""
+        """The output of one layer for a float tensor, handed out once. The layer that reads first computes all."""
         version = -1 if torch.compiler.is_compiling() or x.is_inference() else x._version
         last = self._last
-        if last is None or last[0] is not x or last[1] != version or index not in last[3]:
-            last = self._last = (x, version, self._outputs(x), set(range(len(self.layers))))
-        last[3].discard(index)
-        if not last[3]:
+        # Inference tensors have no version. So the first layer never takes outputs of an earlier call.
+        if index == 0 or last is None or last[0] is not x or last[1] != version:
+            last = None
+        y = None if last is None else last[2][index]
+        if last is None or y is None:
+            last = self._last = (x, version, self._outputs(x))
+            y = last[2][index]
+            assert y is not None
+        last[2][index] = None
+        if all(t is None for t in last[2]):
             self._last = None
-        return last[2][index]
+        return y
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_last": None}
 
 
 def _read(x: Any) -> Any:

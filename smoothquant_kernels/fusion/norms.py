@@ -74,9 +74,13 @@ def norm_form(module: nn.Module) -> NormForm | None:
     try:
         with torch.no_grad():
             y = module(x)
+            # GroupNorm with one group takes other dimensions together than the last.
+            stacked = module(x.view(2, -1, x.shape[-1]))
     except Exception:  # a module of any kind may raise anything on this input
         return None
     if not isinstance(y, Tensor) or y.shape != x.shape or y.dtype != x.dtype:
+        return None
+    if not torch.allclose(stacked.view_as(y), y, equal_nan=True):
         return None
     tolerance = ROUNDINGS * torch.finfo(x.dtype).eps + FLOAT32
     bound = tolerance * y.float().abs().amax(-1, keepdim=True)
@@ -116,15 +120,20 @@ def activation_kind(module: nn.Module) -> str | None:
     """Which activation function of `act_quantize` a module without parameters computes; None for no such function."""
     if any(True for _ in module.children()) or any(True for _ in module.parameters()):
         return None
-    x = torch.linspace(-9, 9, 1801)
+    # Large values, too: some functions are clipped there.
+    large = torch.logspace(1, 4.5, 40)
+    x = torch.cat([torch.linspace(-9, 9, 1801), large, -large])
     device: Any = next((b.device for b in module.buffers()), None)
     try:
         with torch.no_grad():
-            y = module(x.to(device) if device else x.clone())
+            read = x.to(device, copy=True)
+            y = module(read)
     except Exception:
         return None
     if not isinstance(y, Tensor) or y.shape != x.shape or y.dtype != x.dtype:
         return None
+    if not torch.equal(read.cpu(), x):
+        return None  # it works in place, and others may read that
     # Float32 formulas of GELU err by some eps of the largest intermediate value. The two forms differ by 4e-4.
     bound = 32 * torch.finfo(torch.float32).eps * x.abs().clamp(min=1.0)
     for kind in reference.ACTIVATIONS:

@@ -20,7 +20,7 @@ from smoothquant_kernels.fusion.record import (
     fusion_info,
     fusion_spills,
 )
-from smoothquant_kernels.fusion.trial import WAITS, Trial, own_forward
+from smoothquant_kernels.fusion.trial import WAITS, Trial, fresh, own_forward
 from smoothquant_kernels.fusion.values import ActivatedValue, LinearValue
 from smoothquant_kernels.modeling.run import Batch, evaluating, output_tensors, run
 from smoothquant_kernels.modeling.sample_inputs import runnable_batch
@@ -76,29 +76,40 @@ def optimize_for_inference(
         )
     with evaluating(model):
         batch = _batch(model, sample)
-        before = [t.clone() for t in output_tensors(run(model, batch))]
+        before = [t.clone() for t in output_tensors(run(model, fresh(batch)))]
         trial = Trial(model, linears)
         trial.examine(batch)
-        groups: list[LinearGroup] = []
         try:
-            layers = _apply(trial, groups, gated=gated) + left
-            change = _change(before, output_tensors(run(model, batch)))
-            if not change <= MOST_CHANGE:
-                raise SmoothQuantError(
-                    f"optimize_for_inference would change the outputs of {type(model).__name__} by {change:.3g} of "
-                    f"their largest value, and roundings explain {MOST_CHANGE}; the model is unchanged. Please report "
-                    "this model."
-                )
-        except BaseException:
-            undo_optimization(model)
-            for group in groups:  # some may have no forward yet that refers to them
-                group.separate()
-            raise
+            layers = _fuse(model, trial, before, batch, gated=gated, merge=True)
+        except RuntimeError:
+            # The outputs of merged linears are not contiguous, which some code asks for.
+            layers = _fuse(model, trial, before, batch, gated=gated, merge=False)
         for forward in fused_forwards(model).values():
             forward.site.spills.clear()
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
-    attach_fusion(model, tuple(sorted(layers, key=lambda layer: order[layer.name])))
+    attach_fusion(model, tuple(sorted(layers + left, key=lambda layer: order[layer.name])))
     return model
+
+
+def _fuse(
+    model: nn.Module, trial: Trial, before: list[Tensor], batch: Batch, *, gated: bool, merge: bool
+) -> list[FusedLayer]:
+    """Applies what the trial found, and compares the outputs. Undoes it after any exception."""
+    groups: list[LinearGroup] = []
+    try:
+        layers = _apply(trial, groups, gated=gated, merge=merge)
+        change = _change(before, output_tensors(run(model, fresh(batch))))
+        if not change <= MOST_CHANGE:
+            raise SmoothQuantError(
+                f"optimize_for_inference would change the outputs of {type(model).__name__} by {change:.3g} of their "
+                f"largest value, and roundings explain {MOST_CHANGE}; the model is unchanged. Please report this model."
+            )
+    except BaseException:
+        undo_optimization(model)
+        for group in groups:  # some may have no forward yet that refers to them
+            group.separate()
+        raise
+    return layers
 
 
 def undo_optimization(model: nn.Module) -> nn.Module:
@@ -150,14 +161,14 @@ def _batch(model: nn.Module, sample: Batch | Tensor | None) -> Batch:
     return batch
 
 
-def _apply(trial: Trial, made: list[LinearGroup], *, gated: bool) -> list[FusedLayer]:
+def _apply(trial: Trial, made: list[LinearGroup], *, gated: bool, merge: bool) -> list[FusedLayer]:
     """Gives the modules their forwards, and returns what was done to each linear. Adds the merged groups to `made`."""
     for fused in (*trial.norms.values(), *trial.activations.values()):
         fused.module.__dict__["forward"] = fused
     groups: dict[str, LinearGroup] = {}
     names: dict[str, tuple[str, ...]] = {}
     chains = int8_chains(trial)
-    for readers in trial.readers_of_one():
+    for readers in trial.readers_of_one() if merge else ():
         for part in _mergeable(readers, trial.linears):
             pairs = [c for c in chains.values() if gated and sorted(c) == sorted(part)]
             indices = (part.index(pairs[0][0]), part.index(pairs[0][1])) if pairs else None

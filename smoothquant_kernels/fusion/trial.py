@@ -40,7 +40,8 @@ class Read:
     """What a linear has read in one call: a value, or a tensor and its version."""
 
     source: Any
-    version: int = 0
+    version: int
+    order: int
 
     @property
     def key(self) -> tuple[int, int]:
@@ -50,15 +51,19 @@ class Read:
 class _Listening(FusedLinear):
     """A linear that also notes what it reads."""
 
-    def __init__(self, layer: W8A8Linear, site: Site, reads: list[Read], waits: bool) -> None:
+    def __init__(
+        self, layer: W8A8Linear, site: Site, reads: list[Read], order: list[int], waits: bool
+    ) -> None:
         super().__init__(layer, site, LinearGroup([layer]), waits=waits)
         self.reads = reads
+        self.order = order  # how many reads there were, one counter for all
 
     def __call__(self, input: Any) -> Any:
         version = 0
         if isinstance(input, Tensor) and not input.is_inference():
             version = input._version
-        self.reads.append(Read(input, version))
+        self.order[0] += 1
+        self.reads.append(Read(input, version, self.order[0]))
         return super().__call__(input)
 
 
@@ -116,13 +121,14 @@ class Trial:
         self.made_by = {}
         kept: list[Tensor] = []
         sites = {name: Site(name) for name in self.linears}
-        # Once more as users call it: with a cache, some models read other values.
+        order = [0]
         device = model_device(self.model)
-        inputs = {name: t.to(device) for name, t in batch.items()}
+        inputs = {name: t.to(device, copy=True) for name, t in batch.items()}
         with Changes() as changes, Hooks(self.model) as hooks:
             start = changes.mark()
             for name, layer in self.linears.items():
-                forward = _Listening(layer, sites[name], self.reads[name], name in self.waiting)
+                waits = name in self.waiting
+                forward = _Listening(layer, sites[name], self.reads[name], order, waits)
                 changes.set_attribute(layer, "forward", forward)
             for name, fused in (*self.norms.items(), *self.activations.items()):
                 fused.site = sites[name] = Site(name)
@@ -136,7 +142,8 @@ class Trial:
                 hooks.on_output(name, note)
             for site in sites.values():
                 site.uses = set()
-            for output in (run(self.model, batch), self.model(**inputs)):
+            # Once more as users call it: with a cache, some models read other values.
+            for output in (run(self.model, fresh(batch)), self.model(**inputs)):
                 for leaf in leaves_in(output, Deferred):
                     leaf.site.spills["the model's output"] += 1
             changes.back_to(start)
@@ -191,12 +198,19 @@ class Trial:
         return "no norm or activation function makes its input"
 
     def readers_of_one(self) -> list[list[str]]:
-        """Linears that read the same values in every call, in the order of the model's modules."""
+        """Linears that read the same values in every call, the one that reads first before the others."""
         groups: dict[tuple[tuple[int, int], ...], list[str]] = defaultdict(list)
         for name in self.linears:
             if keys := tuple(read.key for read in self.reads[name]):
                 groups[keys].append(name)
+        for names in groups.values():
+            names.sort(key=lambda name: self.reads[name][0].order)
         return [names for names in groups.values() if len(names) > 1]
+
+
+def fresh(batch: Batch) -> Batch:
+    """A copy of a batch, because a model may change its inputs in place."""
+    return {name: t.clone() for name, t in batch.items()}
 
 
 def own_forward(module: nn.Module) -> str | None:

@@ -17,12 +17,13 @@ class NormValue(Deferred):
 
     Attributes:
         outputs: a group of merged linears -> what they make of this value, computed by the first that reads it.
+            None for what was handed out.
     """
 
     def __init__(self, norm: Any, x: Tensor) -> None:
         self.norm = norm
         self.x = x
-        self.outputs: dict[Any, tuple[Tensor, ...]] = {}
+        self.outputs: dict[Any, list[Tensor | None]] = {}
         self.watch_sources(x)
 
     @property

@@ -82,7 +82,7 @@ def run_changed(model: nn.Module, batch: Batch) -> Any:
 
 
 def leaves_in(tree: Any, kind: type[Leaf]) -> Iterator[Leaf]:
-    """Yields all objects of a class in nested containers, also in mappings and dataclasses that pytree does not know."""
+    """Yields all objects of a class in nested containers, mappings and dataclasses unknown to pytree included."""
     for leaf in pytree.tree_leaves(tree):
         if isinstance(leaf, kind):
             yield leaf

@@ -84,7 +84,9 @@ def test_modules_that_are_no_norms(how: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", [nn.BatchNorm1d(K), nn.GroupNorm(4, K), nn.Linear(K, 1), nn.PReLU(K)], ids=str
+    "module",
+    [nn.BatchNorm1d(K), nn.GroupNorm(1, K), nn.GroupNorm(4, K), nn.Linear(K, 1), nn.PReLU(K)],
+    ids=str,
 )
 def test_modules_of_torch_that_are_no_norms(module: Any) -> None:
     assert norm_form(module) is None
@@ -108,7 +110,9 @@ class _Call(nn.Module):
         (nn.Identity(), None), (nn.Dropout(), None), (nn.LeakyReLU(), None), (nn.Softplus(), None),
         (_Call(lambda x: F.relu(x).square()), None), (_Call(lambda x: F.silu(x)[:-1]), None),
         (_Call(lambda x: F.silu(x).double()), None), (_Call(lambda x: 1 / 0), None), (nn.Hardswish(), None),
-        (nn.CELU(), None), (_Call(lambda x: F.silu(x) * 1.0005), None),
+        (nn.CELU(), None), (nn.ReLU(inplace=True), None), (nn.Hardtanh(0, 20), None),
+        (_Call(lambda x: F.gelu(x).clamp(-10, 10)), None), (_Call(lambda x: F.silu(x).clamp(max=1e3)), None),
+        (_Call(lambda x: F.silu(x) * 1.0005), None),
     ],
 )  # fmt: skip
 def test_activations(module: nn.Module, kind: str | None) -> None:

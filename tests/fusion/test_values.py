@@ -379,3 +379,119 @@ def test_the_models_output_is_a_tensor(out: str) -> None:
     assert found and all(isinstance(t, Tensor) for t in found)
     (layer,) = fusion_info(net)
     assert layer.kind == ("layer_norm" if out == "tensor" else "quantize")
+
+
+def test_an_output_is_handed_out_once() -> None:
+    """A linear that is called twice makes two tensors, which may be changed in place."""
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.norm, self.a, self.b = nn.LayerNorm(K), nn.Linear(K, K), nn.Linear(K, K)
+            self.reads_norm = True
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.norm(x) if self.reads_norm else x * 1
+            one = self.a(h)
+            one = one.mul_(0.5) if isinstance(one, Tensor) else one * 0.5
+            return one * 3 + self.a(h) * 1 + self.b(h) * 1
+
+    for reads_norm in (True, False):
+        plain, fused = (quantize_model(Twice().eval()) for _ in range(2))
+        plain.reads_norm = fused.reads_norm = reads_norm
+        optimize_for_inference(fused, {"x": sample()})
+        with torch.inference_mode():
+            for _ in range(2):
+                assert close(fused(sample()), plain(sample()))
+
+
+def test_merged_outputs_of_an_inference_tensor_that_changes_between_calls() -> None:
+    """A static buffer is the same object in every call, and inference tensors have no version."""
+
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.b, self.both = nn.Linear(K, 8), nn.Linear(K, 8), True
+
+        def forward(self, x: Tensor) -> list[Tensor]:
+            return [self.a(x), self.b(x)] if self.both else [self.a(x)]
+
+    plain, fused = (quantize_model(Pair().eval()) for _ in range(2))
+    optimize_for_inference(fused, {"x": sample()})
+    with torch.inference_mode():
+        x = sample()
+        for both in (True, False, True, False, False, True):
+            plain.both = fused.both = both
+            x.mul_(-1.5)
+            for a, b in zip(plain(x), fused(x), strict=True):
+                assert torch.equal(a, b)
+
+
+def test_code_that_needs_contiguous_outputs_keeps_separate_linears() -> None:
+    class Flat(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.norm, self.a, self.b = nn.LayerNorm(K), nn.Linear(K, 8), nn.Linear(K, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.norm(x)
+            return self.a(h).view(x.shape[0], -1) + self.b(h).view(x.shape[0], -1)
+
+    plain, fused = (quantize_model(Flat().eval()) for _ in range(2))
+    optimize_for_inference(fused, {"x": sample()})
+    with torch.no_grad():
+        assert close(fused(sample()), plain(sample()))
+    assert [(layer.kind, layer.merged) for layer in fusion_info(fused)] == [("layer_norm", ())] * 2
+
+
+def test_state_of_one_merged_layer_is_checked_at_the_next_call() -> None:
+    block = optimized()[1]
+    state = block.gate.state_dict()
+    state["w_scale"] = state["w_scale"] * 2
+    with torch.no_grad():
+        before = block(sample())
+        block.gate.load_state_dict(state)
+        assert not torch.equal(block(sample()), before)
+        inverse = torch.ones(K)
+        block.gate.inv_smooth = inverse  # as if loaded: other factors than those of `up`
+        block.gate.load_state_dict({**state, "inv_smooth": inverse * 2}, strict=False)
+        with pytest.raises(SmoothQuantError, match="different smoothing factors"):
+            block(sample())
+
+
+@pytest.mark.parametrize("how", ["data", "copy", "replaced"])
+def test_a_norm_whose_parameters_change(how: str) -> None:
+    class OnePlus(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.eps = nn.Parameter(torch.zeros(K)), 1e-6
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * (1 + self.weight)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.norm, self.linear = OnePlus(), nn.Linear(K, K)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(self.norm(x)) * 1
+
+    plain, fused = (quantize_model(Net().eval()) for _ in range(2))
+    optimize_for_inference(fused, {"x": sample()})
+    assert fusion_info(fused)[0].kind == "rms_norm"
+    new = torch.linspace(-1, 1, K)
+    with torch.no_grad():
+        fused(sample())
+        for net in (plain, fused):
+            if how == "data":
+                net.norm.weight.data = new
+            elif how == "copy":
+                net.norm.weight.data.copy_(new)
+            else:
+                net.norm.weight = nn.Parameter(new)
+        assert close(fused(sample()), plain(sample()))
