@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from smoothquant_kernels.errors import SmoothQuantError
+
 #: Names of torch functions and methods -> kinds of `act_quantize`.
 _ACTIVATIONS = {"relu": "relu", "silu": "silu", "gelu": "gelu"}
 _PRODUCTS = ("mul", "__mul__", "__rmul__", "multiply")
@@ -274,6 +276,11 @@ class Deferred:
             return first.times(args[1]) if isinstance(first, Deferred) else args[1].times(first)
         if name in _ACTIVATIONS and isinstance(first, Deferred) and (kind := _kind(name, kwargs)):
             return first.activated(kind, lambda t: func(t, *args[1:], **kwargs))
+        if func is torch.Tensor.matmul and torch.compiler.is_compiling():
+            raise SmoothQuantError(
+                f"{args[-1] if isinstance(first, Tensor) else first} is an operand of @, and torch.compile does not say "
+                "on which side: optimize with a sample that takes this path, or write torch.matmul."
+            )
         args, kwargs = pytree.tree_map_only(Deferred, lambda d: d.spill(name), (args, kwargs))
         return func(*args, **kwargs)
 
