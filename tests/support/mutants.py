@@ -107,7 +107,7 @@ def run_all(
     simulator.require()
     simulator.library()
     wanted = {
-        item.callspec.params["mutant"]
+        item.callspec.params.get("mutant")
         for item in request.session.items
         if item.fspath == request.fspath
     }
