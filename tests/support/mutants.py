@@ -72,7 +72,7 @@ def build_and_test(mutant: Mutant, root: Path) -> subprocess.CompletedProcess[st
     shutil.copytree(ROOT / "csrc", root / "csrc")
     for file, text in mutant.planted(root / "csrc"):
         file.write_text(text)
-    library = simulator.library_with(root, [mutant.source])
+    library = simulator.library_with(root, [mutant.source], mutant.arch)
     arguments = (f"tests/kernels/{mutant.suite}", "-x", "-k", mutant.tests)
     if mutant.overlap:
         done = simulator.kernel_tests(library, *arguments, arch=mutant.arch)
@@ -107,7 +107,7 @@ def run_all(
     simulator.require()
     simulator.library()
     wanted = {
-        item.callspec.params["mutant"]
+        item.callspec.params.get("mutant")
         for item in request.session.items
         if item.fspath == request.fspath
     }
