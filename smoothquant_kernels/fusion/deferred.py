@@ -278,7 +278,8 @@ class Deferred:
             return first.activated(kind, lambda t: func(t, *args[1:], **kwargs))
         if func is torch.Tensor.matmul and torch.compiler.is_compiling():
             raise SmoothQuantError(
-                "a value that waits is an operand of @, and torch.compile does not say on which side: optimize with a sample that takes this path, or write torch.matmul."
+                "a value that waits is an operand of @, and torch.compile does not say on which side: optimize with a "
+                "sample that takes this path, or write torch.matmul."
             )
         args, kwargs = pytree.tree_map_only(Deferred, lambda d: d.spill(name), (args, kwargs))
         return func(*args, **kwargs)
