@@ -7,6 +7,7 @@ No class name and no list of architectures is involved.
 
 from __future__ import annotations
 
+import copy
 from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any
@@ -123,7 +124,7 @@ class Trial:
         sites = {name: Site(name) for name in self.linears}
         order = [0]
         device = model_device(self.model)
-        inputs = {name: t.to(device, copy=True) for name, t in batch.items()}
+        inputs = {name: t.to(device) for name, t in fresh(batch).items()}
         with Changes() as changes, Hooks(self.model) as hooks:
             start = changes.mark()
             for name, layer in self.linears.items():
@@ -210,7 +211,7 @@ class Trial:
 
 def fresh(batch: Batch) -> Batch:
     """A copy of a batch, because a model may change its inputs in place."""
-    return {name: t.clone() for name, t in batch.items()}
+    return {name: copy.deepcopy(value) for name, value in batch.items()}
 
 
 def own_forward(module: nn.Module) -> str | None:
