@@ -178,7 +178,8 @@ GATES = (
     Gate(
         "whole stores",
         undivided_stores,
-        "allowed: as many, and one for a ticket. nvcc splits the 16-byte stores of a 16-bit y: csrc/gemm/epilogue/tokens.cuh.",
+        "allowed: as many, and one for a ticket. nvcc splits the 16-byte stores of a 16-bit y: "
+        "csrc/gemm/epilogue/tokens.cuh.",
         kernels=r"\bmma_gemm_kernel<",
     ),
     Gate(
