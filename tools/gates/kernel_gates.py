@@ -163,8 +163,8 @@ GATES = (
     ),
     Gate(
         "size of the code",
-        at_most(256),
-        "allowed: 256 KiB, what the epilogue of 128 accumulators a thread takes today in all its types; wanted: 64. A "
+        at_most(288),
+        "allowed: 288 KiB, what the epilogue of 128 accumulators a thread takes today in all its types; wanted: 64. A "
         "plain 16-bit y runs through a small part of it.",
         kernels=GEMM,
     ),
@@ -178,7 +178,8 @@ GATES = (
     Gate(
         "whole stores",
         undivided_stores,
-        "allowed: as many. nvcc splits the 16-byte stores of a 16-bit y: csrc/gemm/epilogue/tokens.cuh.",
+        "allowed: one more, the reset of a ticket. nvcc splits the 16-byte stores of a 16-bit y: "
+        "csrc/gemm/epilogue/tokens.cuh.",
         kernels=r"\bmma_gemm_kernel<",
     ),
     Gate(
