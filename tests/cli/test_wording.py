@@ -25,7 +25,8 @@ PYTHON_ONLY = (
     "modeling/batches.py: ",  # about batches that users make
     "smoothing/entries.py: ",
     "nn/float_types.py: ",  # the command line chooses the type itself
-    "fusion/forwards.py: ",  # the command line neither trains nor loads states
+    "fusion/deferred.py: ",  # the command line does not compile
+    "fusion/forwards.py: ",  # it neither trains nor loads states
     "fusion/merged.py: ",
     "adapters/",  # no command reads adapters
     "checkpoint/hf_quantizer.py: ",

@@ -42,9 +42,9 @@ def no_loads(bits: int) -> Check:
 
 
 def undivided_stores(kernel: Kernel) -> str | None:
-    """A GEMM stores single float32 and single 16-bit results at as many places each, and resets a ticket.
+    """A GEMM stores single float32 and single 16-bit results at as many places each, and the ticket of a tile at one.
 
-    So additional 4-byte stores are pieces of 16-byte stores that nvcc has split.
+    So further 4-byte stores are pieces of 16-byte stores that nvcc has split.
     """
     wide, narrow = kernel.code.stores.get(32, 0), kernel.code.stores.get(16, 0)
     return f"{wide} stores of 4 bytes, {narrow} of 2" if wide > narrow + 1 else None

@@ -164,8 +164,8 @@ GATES = (
     Gate(
         "size of the code",
         at_most(288),
-        "allowed: 288 KiB, what stream-K and the epilogue of 128 accumulators a thread take today in all its types; "
-        "wanted: 64. A plain 16-bit y runs through a small part of it.",
+        "allowed: 288 KiB, what the epilogue of 128 accumulators a thread takes today in all its types; wanted: 64. A "
+        "plain 16-bit y runs through a small part of it.",
         kernels=GEMM,
     ),
     Gate(
@@ -178,7 +178,7 @@ GATES = (
     Gate(
         "whole stores",
         undivided_stores,
-        "allowed: as many, and one for a ticket. nvcc splits the 16-byte stores of a 16-bit y: "
+        "allowed: one more, the reset of a ticket. nvcc splits the 16-byte stores of a 16-bit y: "
         "csrc/gemm/epilogue/tokens.cuh.",
         kernels=r"\bmma_gemm_kernel<",
     ),
