@@ -26,7 +26,7 @@ from smoothquant_kernels.modeling.run import Batch, evaluating, output_tensors, 
 from smoothquant_kernels.modeling.sample_inputs import runnable_batch
 from smoothquant_kernels.nn.linear import W8A8Linear
 
-#: The largest change of the outputs, relative to their largest value, that roundings explain. A fused op rounds less
+#: The largest relative change of the outputs that roundings explain. A fused op rounds less
 #: often than the ops that it replaces, so a few int8 values differ by one step.
 MOST_CHANGE = 0.1
 
@@ -98,11 +98,11 @@ def _fuse(
     groups: list[LinearGroup] = []
     try:
         layers = _apply(trial, groups, gated=gated, merge=merge)
-        change = _change(before, output_tensors(run(model, fresh(batch))))
+        change = relative_change(before, output_tensors(run(model, fresh(batch))))
         if not change <= MOST_CHANGE:
             raise SmoothQuantError(
-                f"optimize_for_inference would change the outputs of {type(model).__name__} by {change:.3g} of their "
-                f"largest value, and roundings explain {MOST_CHANGE}; the model is unchanged. Please report this model."
+                f"optimize_for_inference would change the outputs of {type(model).__name__} by {change:.2%}, and "
+                f"roundings explain {MOST_CHANGE:.0%}; the model is unchanged. Please report this model."
             )
     except BaseException:
         undo_optimization(model)
@@ -238,12 +238,12 @@ def _mergeable(names: list[str], linears: dict[str, W8A8Linear]) -> list[list[st
     return [part for part in parts if len(part) > 1]
 
 
-def _change(before: list[Tensor], after: list[Tensor]) -> float:
-    """The largest change of the outputs, relative to the largest value of each."""
+def relative_change(before: list[Tensor], after: list[Tensor]) -> float:
+    """The largest relative change of an output, by the norm of the whole: one int8 value moves a few numbers far."""
     changes = [0.0]
     for a, b in zip(before, after, strict=True):
-        scale = a.float().abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
-        changes.append(float(((a - b).float().abs().amax() / scale).nan_to_num(torch.inf)))
+        size = a.double().norm().clamp(min=torch.finfo(torch.float32).tiny)
+        changes.append(float(((a.double() - b.double()).norm() / size).nan_to_num(torch.inf)))
     return max(changes)
 
 

@@ -46,7 +46,7 @@ def test_merged_outputs_belong_to_their_input() -> None:
     assert group.group._last is None  # nothing is kept alive
 
 
-@pytest.mark.parametrize("where", ["_change", "Site"])
+@pytest.mark.parametrize("where", ["relative_change", "Site"])
 def test_nothing_is_left_behind_by_a_failure(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from smoothquant_kernels.fusion import optimize
 
