@@ -26,6 +26,10 @@ class FusedForward:
         self.module = module
         self.site = site
 
+    def original(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module's own code computes."""
+        return type(self.module).forward(self.module, *args, **kwargs)
+
     def in_training(self) -> SmoothQuantError:
         """The error for a call in training mode."""
         return SmoothQuantError(
@@ -42,11 +46,6 @@ class FusedNorm(FusedForward):
         self.form = form
         self.kind = form.kind
 
-    def original(self, x: Tensor) -> Tensor:
-        """The norm of x by the module's own code."""
-        y: Tensor = type(self.module).forward(self.module, x)
-        return y
-
     def parameters(self) -> dict[str, Any]:
         """The arguments of `ops.fused_linear_s8` that describe the norm. Made anew: its parameters may change."""
         return self.form.arguments(self.module)
@@ -55,8 +54,7 @@ class FusedNorm(FusedForward):
         weight: Any = self.module._parameters[self.form.weight]
         plain = type(x) is Tensor and not args and not kwargs
         if not plain or x.dtype != weight.dtype or x.shape[-1] != weight.shape[0]:
-            x = x.spill("norm") if isinstance(x, Deferred) else x
-            return type(self.module).forward(self.module, x, *args, **kwargs)
+            return self.original(x.spill("norm") if isinstance(x, Deferred) else x, *args, **kwargs)
         if self.module.training:
             raise self.in_training()
         if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
@@ -71,17 +69,12 @@ class FusedActivation(FusedForward):
         super().__init__(module, site)
         self.kind = kind
 
-    def original(self, x: Tensor) -> Tensor:
-        """The function of x by the module's own code."""
-        y: Tensor = type(self.module).forward(self.module, x)
-        return y
-
     def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(x, LinearValue):
             x.site.use("activation")
         elif type(x) is not Tensor or args or kwargs or differentiable(x):
             x = x.spill("activation") if isinstance(x, Deferred) else x
-            return type(self.module).forward(self.module, x, *args, **kwargs)
+            return self.original(x, *args, **kwargs)
         if self.module.training:
             raise self.in_training()
         return ActivatedValue(self.site, self.kind, x, self.original)
@@ -112,9 +105,9 @@ class FusedLinear(FusedForward):
                 return self.group.of_norm(input, self.index)
         elif kind is Tensor:
             if input.requires_grad and torch.is_grad_enabled():
-                return W8A8Linear.forward(self.layer, input)
+                return self.original(input)
         elif not isinstance(input, Deferred):
-            return W8A8Linear.forward(self.layer, input)
+            return self.original(input)
         return LinearValue(self, input) if self.waits else self.run(input)
 
     def run(self, x: Any, residual: Tensor | None = None) -> Tensor:

@@ -139,15 +139,17 @@ class LinearGroup:
 
     def _quantized(self, x: Any) -> tuple[Tensor, Tensor]:
         """(x_q, x_scale) of what the layers read."""
+        first = self.layers[0]
+        if not isinstance(x, NormValue):
+            x_q, x_scale, _ = first.quantize_input(x)
+            return x_q, x_scale
         options = {k: v for k, v in self._options.items() if k != "bias"}
-        k = self.layers[0].in_features
-        if wants_aligned_rows(x.x if isinstance(x, NormValue) else x):
+        if wants_aligned_rows(x.x):
             options["k_multiple"] = ROW_ALIGNMENT
-        if isinstance(x, NormValue):
-            x_q, x_scale = x.quantized(**options)
-        else:
-            x_q, x_scale = ops.quantize(x, **options)
-        return (x_q if x_q.shape[-1] == k else x_q[..., :k]), x_scale
+        x_q, x_scale = x.quantized(**options)
+        return (
+            x_q if x_q.shape[-1] == first.in_features else x_q[..., : first.in_features]
+        ), x_scale
 
     def relu_quantized(self, x: Any, scale: Tensor) -> tuple[Tensor, Tensor]:
         """(y_q, y_scale): the ReLU of the output, quantized in the epilogue by a static scale."""

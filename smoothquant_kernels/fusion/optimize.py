@@ -18,7 +18,6 @@ from smoothquant_kernels.fusion.record import (
     detach_fusion,
     fused_forwards,
     fusion_info,
-    fusion_spills,
 )
 from smoothquant_kernels.fusion.trial import WAITS, Trial, fresh, own_forward
 from smoothquant_kernels.fusion.values import ActivatedValue, LinearValue
@@ -245,6 +244,3 @@ def relative_change(before: list[Tensor], after: list[Tensor]) -> float:
         size = a.double().norm().clamp(min=torch.finfo(torch.float32).tiny)
         changes.append(float(((a.double() - b.double()).norm() / size).nan_to_num(torch.inf)))
     return max(changes)
-
-
-__all__ = ["fusion_info", "fusion_spills", "optimize_for_inference", "undo_optimization"]

@@ -15,9 +15,8 @@ def rotated(v: Tensor, group: int) -> Tensor:
     if not group or not v.numel():
         return v
     if torch.compiler.is_compiling():
-        return reference.rotate(
-            v, group
-        )  # the compiler chooses the memory accesses, and refuses `out=`
+        # The compiler chooses the memory accesses, and refuses `out=`.
+        return reference.rotate(v, group)
     rows = v.reshape(-1, group)
     result = torch.empty(rows.shape, dtype=v.dtype, device=v.device)
     step = max(1, _CHUNK // group) if v.is_cpu else len(rows)

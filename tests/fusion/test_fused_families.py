@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from typing import Any
 
@@ -27,7 +28,6 @@ from tests.support.fusion import (
     TABLE,
     TREATMENTS,
     Call,
-    copy_of,
     layers_of,
     outputs,
     quantized,
@@ -101,7 +101,7 @@ def test_each_call_computes_what_the_model_does(family: str, treatment: str, sch
     """
     plain = quantized(family, treatment, scheme)
     before = outputs(plain, FAMILIES[family].inputs(0))
-    model = optimize_for_inference(copy_of(plain), FAMILIES[family].inputs(1))
+    model = optimize_for_inference(copy.deepcopy(plain), FAMILIES[family].inputs(1))
     assert same_state(plain, model)
     forwards = fused_forwards(model)
     assert forwards

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import sys
 from collections.abc import Iterator
@@ -127,10 +126,6 @@ def same_state(a: nn.Module, b: nn.Module) -> bool:
     """Whether two models have the same state, bit for bit."""
     x, y = a.state_dict(), b.state_dict()
     return x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x)
-
-
-def copy_of(model: nn.Module) -> nn.Module:
-    return copy.deepcopy(model)
 
 
 if __name__ == "__main__":
