@@ -116,6 +116,7 @@ def test_beams(family: str, scheme: str, how: str) -> None:
 @each
 def test_sampling_with_a_seed(family: str, scheme: str, how: str) -> None:
     def sample(seed: int) -> Any:
+        model(family, scheme)  # making it draws numbers too
         torch.manual_seed(seed)
         return generate(family, scheme, do_sample=True, top_k=20, **CACHES[how])
 
