@@ -16,6 +16,7 @@ from torch import nn
 from smoothquant_kernels import SmoothQuantConfig, W8A8Linear, quantize_model, smooth_lm
 from smoothquant_kernels.checkpoint.load import load_quantized
 from smoothquant_kernels.checkpoint.save import save_quantized
+from smoothquant_kernels.checkpoint.skeleton import QUANT_METHOD
 from smoothquant_kernels.nn.float_linear import pending_smooth
 from tests.support.checkpoints import (
     IDS,
@@ -188,8 +189,11 @@ def test_manually_untied_weights_stay_untied(tmp_path: Path) -> None:
     assert_same_bits(logits(after), logits(before))
 
 
-def test_transformers_reads_the_tokenizer_and_config(model: nn.Module, tmp_path: Path) -> None:
+def test_transformers_reads_the_tokenizer_and_config(
+    model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from tokenizers import Tokenizer, models
+    from transformers.quantizers import auto
 
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0"))
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0")
@@ -201,8 +205,11 @@ def test_transformers_reads_the_tokenizer_and_config(model: nn.Module, tmp_path:
     )
     config = transformers.AutoConfig.from_pretrained(folder)
     assert config.architectures == ["LlamaForCausalLM"]
-    assert config.quantization_config["quant_method"] == "smoothquant_kernels"
-    # transformers must fail, rather than warn and make random weights.
+    assert config.quantization_config["quant_method"] == QUANT_METHOD
+    # transformers must fail, rather than warn and make random weights. Other tests of this process may have registered
+    # the method.
+    for known in (auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING):
+        monkeypatch.delitem(known, QUANT_METHOD, raising=False)
     with pytest.raises(OSError, match=r"no file named (model|.*model\.safetensors)"):
         transformers.AutoModelForCausalLM.from_pretrained(folder)
     message = refusal(lambda: save_quantized(model, tmp_path / "other", tokenizer="gpt2"))
