@@ -154,7 +154,7 @@ class Mutant:
 RACE = "data race"
 MUTANTS = {
     "the excess of shifted activations stays in the sums": Mutant(
-        "panels.h",
+        "output.h",
         "read<Words>(sums + i) - read<Words>(excess + i)",
         "read<Words>(sums + i)",
         ("level_avx512_vnni",),
