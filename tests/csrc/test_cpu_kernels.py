@@ -1,7 +1,7 @@
 """The CPU kernels in C++ alone: with sanitizers, at every level of this processor, and with planted defects.
 
-cpu_kernels.cpp holds the problems and the specification that it compares with. Each build is made once; a planted
-defect compiles again only the sources that it changes.
+cpu_kernels.cpp runs the problems of cpu_problems.h and compares with its specification. Each build is made once; a
+planted defect compiles again only the sources that it changes.
 """
 
 from __future__ import annotations
@@ -109,6 +109,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Built]:
 def runs(program: Path, seed: int, problems: int, *level: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [str(program), str(seed), str(problems), *level],
+        env=os.environ | {"TSAN_OPTIONS": "halt_on_error=1"},  # else a report for each element
         capture_output=True,
         text=True,
         check=False,
@@ -150,6 +151,13 @@ class Mutant:
     level: str | None = None
     build: str = "plain"
 
+    def planted(self, csrc: Path) -> tuple[Path, str]:
+        """The changed file under `csrc`, and the text that it gets."""
+        path = csrc / "cpu" / self.file
+        text = path.read_text()
+        assert text.count(self.old) == 1, f"{self.file} does not contain this once: {self.old}"
+        return path, text.replace(self.old, self.new)
+
 
 RACE = "data race"
 MUTANTS = {
@@ -160,6 +168,48 @@ MUTANTS = {
         ("level_avx512_vnni",),
         "gemm_s8 at level avx512_vnni",
         "avx512_vnni",
+    ),
+    "the same before a gated activation": Mutant(
+        "gated.h",
+        "read<Words>(sums + i) - read<Words>(excess + i)",
+        "read<Words>(sums + i)",
+        ("level_avx512_vnni",),
+        "gemm_s8_gated at level avx512_vnni",
+        "avx512_vnni",
+    ),
+    "a value that stays NaN leaves its row's scale": Mutant(
+        "gated.h",
+        "  if (any == 0) return;",
+        "  return;",
+        ("level_portable",),
+        "y_scale at level portable",
+        "portable",
+    ),
+    "gate and up are not rounded": Mutant(
+        "gated.h",
+        "write(product + i, rounded_to(dtype, v));",
+        "write(product + i, v);",
+        ("level_avx2",),
+        "gemm_s8_gated at level avx2",
+        "avx2",
+    ),
+    "the last channels of a gated row are written as a whole block": Mutant(
+        "gated.h",
+        "rounded, static_cast<size_t>(rows));",
+        "rounded, sizeof rounded);",
+        ("level_portable",),
+        "AddressSanitizer",
+        "portable",
+        "address",
+    ),
+    "tasks mark a row at the same time": Mutant(
+        "gated.h",
+        "__atomic_store(y_scale, &nan, __ATOMIC_RELAXED);",
+        "*y_scale = nan;",
+        ("level_portable",),
+        RACE,
+        "portable",
+        "thread",
     ),
     "the same with vectors of 256 bits": Mutant(
         "level_avx_vnni.cpp",
@@ -265,10 +315,8 @@ def test_a_planted_defect_shows(build: Callable[[str], Built], name: str, tmp_pa
     assert sound.returncode == 0, sound.stdout + sound.stderr
 
     subprocess.run(["cp", "-r", str(ROOT / "csrc"), str(tmp_path / "csrc")], check=True)
-    changed = tmp_path / "csrc/cpu" / mutant.file
-    text = changed.read_text()
-    assert text.count(mutant.old) == 1, f"{mutant.file} does not contain this once: {mutant.old}"
-    changed.write_text(text.replace(mutant.old, mutant.new))
+    changed, text = mutant.planted(tmp_path / "csrc")
+    changed.write_text(text)
     replaced = {}
     for stem in mutant.sources:
         replaced[stem] = tmp_path / f"{stem}.o"
