@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 from torch import nn
-from transformers.quantizers import auto
 
 from smoothquant_kernels import save_quantized
 from smoothquant_kernels.checkpoint.compressed_tensors import hook
-from tests.support.checkpoints import quantized
+from tests.support.checkpoints import METHOD_MAPPINGS, quantized
 
 
 @pytest.fixture(scope="module")
@@ -28,12 +27,8 @@ def saved(model: nn.Module, tmp_path: Path) -> Path:
 @pytest.fixture
 def registered() -> Iterator[None]:
     """W8A8 folders of compressed-tensors load as int8 during the test only."""
-    mappings: tuple[dict[str, Any], ...] = (
-        auto.AUTO_QUANTIZATION_CONFIG_MAPPING,
-        auto.AUTO_QUANTIZER_MAPPING,
-    )
-    before = [mapping["compressed-tensors"] for mapping in mappings]
+    before = [mapping["compressed-tensors"] for mapping in METHOD_MAPPINGS]
     hook.register()
     yield
-    for mapping, value in zip(mappings, before, strict=True):
+    for mapping, value in zip(METHOD_MAPPINGS, before, strict=True):
         mapping["compressed-tensors"] = value

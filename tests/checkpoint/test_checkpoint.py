@@ -20,6 +20,7 @@ from smoothquant_kernels.checkpoint.skeleton import QUANT_METHOD
 from smoothquant_kernels.nn.float_linear import pending_smooth
 from tests.support.checkpoints import (
     IDS,
+    METHOD_MAPPINGS,
     WEIGHTS,
     assert_same_bits,
     assert_same_state,
@@ -193,7 +194,6 @@ def test_transformers_reads_the_tokenizer_and_config(
     model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from tokenizers import Tokenizer, models
-    from transformers.quantizers import auto
 
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0"))
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0")
@@ -208,7 +208,7 @@ def test_transformers_reads_the_tokenizer_and_config(
     assert config.quantization_config["quant_method"] == QUANT_METHOD
     # transformers must fail, rather than warn and make random weights. Other tests of this process may have registered
     # the method.
-    for known in (auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING):
+    for known in METHOD_MAPPINGS:
         monkeypatch.delitem(known, QUANT_METHOD, raising=False)
     with pytest.raises(OSError, match=r"no file named (model|.*model\.safetensors)"):
         transformers.AutoModelForCausalLM.from_pretrained(folder)

@@ -17,14 +17,16 @@ from smoothquant_kernels import load_quantized, register_transformers, save_quan
 from smoothquant_kernels.checkpoint.compressed_tensors import hook
 from smoothquant_kernels.nn.linear import W8A8Linear
 from tests.support import compressed_tensors as ct
-from tests.support.checkpoints import assert_same_bits, assert_same_state, logits, refusal
+from tests.support.checkpoints import (
+    METHOD_MAPPINGS,
+    assert_same_bits,
+    assert_same_state,
+    logits,
+    refusal,
+)
 
 METHOD = "compressed-tensors"
 from_pretrained: Any = AutoModelForCausalLM.from_pretrained  # carries no annotations
-MAPPINGS: tuple[dict[str, Any], ...] = (
-    auto.AUTO_QUANTIZATION_CONFIG_MAPPING,
-    auto.AUTO_QUANTIZER_MAPPING,
-)
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +122,7 @@ def test_other_formats_go_to_transformers_own_quantizer(monkeypatch: pytest.Monk
         def __init__(self, config: Any, **given: Any) -> None:
             self.config, self.given = config, given
 
-    for mapping, stub in zip(MAPPINGS, (Config, Quantizer), strict=True):
+    for mapping, stub in zip(METHOD_MAPPINGS, (Config, Quantizer), strict=True):
         monkeypatch.setitem(mapping, METHOD, stub)
     hook.register()
     hook.register()  # does nothing
@@ -141,11 +143,11 @@ def test_other_formats_go_to_transformers_own_quantizer(monkeypatch: pytest.Monk
 
 
 def test_a_later_call_registers_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    for mapping in MAPPINGS:
+    for mapping in METHOD_MAPPINGS:
         monkeypatch.setitem(mapping, METHOD, mapping[METHOD])
     register_transformers()
-    assert not hasattr(MAPPINGS[0][METHOD], "of_smoothquant_kernels")
+    assert not hasattr(METHOD_MAPPINGS[0][METHOD], "of_smoothquant_kernels")
     register_transformers(compressed_tensors=True)
-    assert MAPPINGS[0][METHOD].of_smoothquant_kernels
+    assert METHOD_MAPPINGS[0][METHOD].of_smoothquant_kernels
     register_transformers()
-    assert MAPPINGS[0][METHOD].of_smoothquant_kernels
+    assert METHOD_MAPPINGS[0][METHOD].of_smoothquant_kernels

@@ -8,7 +8,6 @@ transformers 5.17.0, and (without llm-compressor) with compressed-tensors 0.20.1
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
-from transformers.quantizers import auto
 
 from smoothquant_kernels import load_quantized
 from smoothquant_kernels.checkpoint.compressed_tensors import hook
@@ -32,19 +30,6 @@ from tests.support.command_line import word_tokenizer
 pytest.importorskip("compressed_tensors")
 METHOD = "compressed-tensors"
 from_pretrained: Any = AutoModelForCausalLM.from_pretrained  # carries no annotations
-
-
-@pytest.fixture
-def registered() -> Iterator[None]:
-    mappings: tuple[dict[str, Any], ...] = (
-        auto.AUTO_QUANTIZATION_CONFIG_MAPPING,
-        auto.AUTO_QUANTIZER_MAPPING,
-    )
-    before = [mapping[METHOD] for mapping in mappings]
-    hook.register()
-    yield
-    for mapping, value in zip(mappings, before, strict=True):
-        mapping[METHOD] = value
 
 
 def theirs(folder: Path) -> Any:

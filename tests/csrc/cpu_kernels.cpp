@@ -99,16 +99,17 @@ void compare(const char* what, const Problem& p, int level, int64_t threads,
   }
 }
 
-// Runs a product into `y`, with a workspace of the size that its plan names.
-template <typename T>
-void run_gemm(sqk::GemmParams gemm, std::vector<T>& y, const sqk::Threads& threads) {
-  gemm.y = y.data();
-  sqk::GemmPlan plan;
-  Status status = sqk::plan(gemm, &plan);
+// Runs a kernel with a workspace of the size that its plan names. `owner` is the part of the
+// parameters that has the workspace.
+template <typename Params, typename Owner, typename Plan>
+void run(Params& params, Owner& owner, Status (*launch)(const Params&, const Plan&, cudaStream_t),
+         const sqk::Threads& threads) {
+  Plan plan;
+  Status status = sqk::plan(params, &plan);
   std::vector<char> workspace(static_cast<size_t>(plan.workspace_bytes));
-  gemm.workspace = workspace.data();
-  gemm.workspace_bytes = plan.workspace_bytes;
-  if (status == Status::kSuccess) status = sqk::gemm_s8(gemm, plan, sqk::as_stream(&threads));
+  owner.workspace = workspace.data();
+  owner.workspace_bytes = plan.workspace_bytes;
+  if (status == Status::kSuccess) status = launch(params, plan, sqk::as_stream(&threads));
   failures += status != Status::kSuccess;
 }
 
@@ -116,22 +117,14 @@ template <typename T>
 void multiply(Problem& p, int level, const sqk::Threads& threads, const std::vector<float>& product,
               const std::vector<float>& layer) {
   std::vector<T> y(static_cast<size_t>(p.m * p.n));
-  const sqk::GemmParams gemm = gemm_params(p);
-  run_gemm(gemm, y, threads);
+  sqk::GemmParams gemm = gemm_params(p);
+  gemm.y = y.data();
+  run(gemm, gemm, sqk::gemm_s8, threads);
   compare("gemm_s8", p, level, threads.count, y, product);
 
   std::fill(y.begin(), y.end(), T{});
   sqk::LinearParams linear = {quantize_params(p), gemm};
-  linear.gemm.y = y.data();
-  sqk::LinearPlan linear_plan;
-  Status status = sqk::plan(linear, &linear_plan);
-  std::vector<char> own(static_cast<size_t>(linear_plan.workspace_bytes));
-  linear.gemm.workspace = own.data();
-  linear.gemm.workspace_bytes = linear_plan.workspace_bytes;
-  if (status == Status::kSuccess) {
-    status = sqk::linear_s8(linear, linear_plan, sqk::as_stream(&threads));
-  }
-  failures += status != Status::kSuccess;
+  run(linear, linear.gemm, sqk::linear_s8, threads);
   compare("linear_s8", p, level, threads.count, y, layer);
 }
 
@@ -140,6 +133,7 @@ void multiply_gated(const Problem& p, int level, const sqk::Threads& threads) {
   std::vector<int8_t> y(wanted.y.size());
   std::vector<float> y_scale(wanted.y_scale.size());
   sqk::GemmParams gemm = gemm_params(p);
+  gemm.y = y.data();
   gemm.y_stride = p.n / 2;
   gemm.relu = 0;
   gemm.activation = p.activation;
@@ -147,7 +141,7 @@ void multiply_gated(const Problem& p, int level, const sqk::Threads& threads) {
   gemm.inv_smooth = given(p.gate_smooth);
   gemm.out_scale = p.gate_scale.data();
   gemm.y_scale = y_scale.data();
-  run_gemm(gemm, y, threads);
+  run(gemm, gemm, sqk::gemm_s8, threads);
   compare("gemm_s8_gated", p, level, threads.count, y, wanted.y);
   compare("y_scale", p, level, threads.count, y_scale, wanted.y_scale);
 }
@@ -162,13 +156,7 @@ void check(Problem& p, int level, int64_t count) {
   q.x_q = found.x_q.data();
   q.x_q_stride = q.k_padded = p.k;
   q.x_scale = found.x_scale.data();
-  sqk::QuantizePlan plan;
-  Status status = sqk::plan(q, &plan);
-  std::vector<char> workspace(static_cast<size_t>(plan.workspace_bytes));
-  q.workspace = workspace.data();
-  q.workspace_bytes = plan.workspace_bytes;
-  if (status == Status::kSuccess) status = sqk::quantize(q, plan, sqk::as_stream(&threads));
-  failures += status != Status::kSuccess;
+  run(q, q, sqk::quantize, threads);
   compare("x_q", p, level, count, found.x_q, {wanted.x_q.begin(), wanted.x_q.end()});
   std::vector<float> scales = wanted.x_scale;
   scales.resize(std::min(scales.size(), found.x_scale.size()));

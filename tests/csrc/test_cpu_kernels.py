@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.mutants import with_replaced
 from tools.build import cpu
 from tools.build.plan import ROOT, BuildError, jobs
 from tools.build.sources import cpu_sources
@@ -154,9 +155,7 @@ class Mutant:
     def planted(self, csrc: Path) -> tuple[Path, str]:
         """The changed file under `csrc`, and the text that it gets."""
         path = csrc / "cpu" / self.file
-        text = path.read_text()
-        assert text.count(self.old) == 1, f"{self.file} does not contain this once: {self.old}"
-        return path, text.replace(self.old, self.new)
+        return path, with_replaced(path, self.old, self.new)
 
 
 RACE = "data race"

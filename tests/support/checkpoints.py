@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from transformers.quantizers import auto
 
 from smoothquant_kernels import (
     SmoothQuantConfig,
@@ -25,6 +26,11 @@ from tests.support import models
 
 WEIGHTS = "smoothquant.safetensors"
 IDS = models.token_batches(1)[0]
+#: Where transformers finds the classes of a quantization method by its name.
+METHOD_MAPPINGS: tuple[dict[str, Any], ...] = (
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING,
+    auto.AUTO_QUANTIZER_MAPPING,
+)
 
 
 def llama(**changed: Any) -> nn.Module:

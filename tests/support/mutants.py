@@ -62,9 +62,14 @@ class Mutant:
     def planted(self, csrc: Path) -> Iterator[tuple[Path, str]]:
         """Yields the changed files under `csrc` with the text that each gets, one change after the other."""
         for name, old, new in ((self.file, self.old, self.new), *self.cuts):
-            text = (csrc / name).read_text()
-            assert text.count(old) == 1, f"{name} does not contain this exactly once: {old}"
-            yield csrc / name, text.replace(old, new)
+            yield csrc / name, with_replaced(csrc / name, old, new)
+
+
+def with_replaced(file: Path, old: str, new: str) -> str:
+    """The text of a file that contains `old` exactly once, with `new` in its place."""
+    text = file.read_text()
+    assert text.count(old) == 1, f"{file.name} does not contain this exactly once: {old}"
+    return text.replace(old, new)
 
 
 def build_and_test(mutant: Mutant, root: Path) -> subprocess.CompletedProcess[str]:
