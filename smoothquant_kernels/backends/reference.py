@@ -17,6 +17,8 @@ from smoothquant_kernels.ops.registry import cpu, cpu_kernel
 
 cpu_kernel("quantize")(reference.quantize)
 cpu_kernel("gemm_s8")(reference.gemm_s8)
+cpu_kernel("kv_append")(reference.kv_append)
+cpu_kernel("decode_attention_s8")(reference.decode_attention_s8)
 
 
 @cpu_kernel("_gemm_s8_tile")

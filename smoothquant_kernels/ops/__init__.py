@@ -14,16 +14,20 @@ from smoothquant_kernels.ops.quantize import quantize
 from smoothquant_kernels.ops.producers import act_quantize, layer_norm_quantize, rms_norm_quantize
 from smoothquant_kernels.ops.gemm import gemm_s8, gemm_s8_gated, gemm_s8_requant
 from smoothquant_kernels.ops.linear import fused_linear_s8, linear_s8
+from smoothquant_kernels.ops.kv_cache import kv_append
+from smoothquant_kernels.ops.attention import decode_attention_s8
 from smoothquant_kernels.ops import registry
 # isort: on
 
 __all__ = [
     "OPS",
     "act_quantize",
+    "decode_attention_s8",
     "fused_linear_s8",
     "gemm_s8",
     "gemm_s8_gated",
     "gemm_s8_requant",
+    "kv_append",
     "layer_norm_quantize",
     "linear_s8",
     "quantize",

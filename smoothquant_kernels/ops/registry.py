@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import string
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
@@ -41,6 +42,7 @@ _SCHEMA_TYPES = {
     "Tensor | None": "Tensor?",
     "torch.dtype": "ScalarType",
     "tuple[Tensor, Tensor]": "(Tensor, Tensor)",
+    "None": "()",
     **{name: name for name in ("str", "int", "float", "bool")},
 }
 
@@ -61,13 +63,18 @@ def result(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def _made(described: Any) -> Any:
+    if described is None:
+        return None
     if isinstance(described, _Result):
         return described.like.new_empty(described.shape, dtype=described.dtype)
     return tuple(map(_made, described))
 
 
 def op(
-    *, shortcut: bool = False, optional_result: str | None = None
+    *,
+    shortcut: bool = False,
+    optional_result: str | None = None,
+    writes: tuple[str, ...] = (),
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Makes a torch op of a function that checks its arguments and describes its results.
 
@@ -77,6 +84,7 @@ def op(
             through it.
         optional_result: a keyword argument without which the last of three results is left out. The torch op itself
             returns an empty tensor there, because a schema has a fixed number of results.
+        writes: the arguments that the op changes. Such an op returns None: torch.compile can then make it functional.
 
     Returns:
         A decorator. The decorated function calls the op, with the signature and docstring of its description.
@@ -87,7 +95,7 @@ def op(
         signature = inspect.signature(describe)
         parameters = list(signature.parameters.values())
         LIBRARY.define(
-            _schema(name, signature, three_results=optional_result is not None),
+            _schema(name, signature, writes, three_results=optional_result is not None),
             tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
         )
         OPS.append(name)
@@ -184,7 +192,9 @@ def _raise_what_is_wrong(described: Callable[..., Any], *args: Any, **kwargs: An
         raise error from None
 
 
-def _schema(name: str, signature: inspect.Signature, *, three_results: bool) -> str:
+def _schema(
+    name: str, signature: inspect.Signature, writes: tuple[str, ...], *, three_results: bool
+) -> str:
     """The op's signature in torch's schema language, as the C++ kernels read their arguments."""
     parts: list[str] = []
     for p in signature.parameters.values():
@@ -194,7 +204,10 @@ def _schema(name: str, signature: inspect.Signature, *, three_results: bool) -> 
         elif p.default is not p.empty:
             value = f'"{p.default}"' if isinstance(p.default, str) else p.default
             default = f"={value}"
-        parts.append(f"{_SCHEMA_TYPES[p.annotation]} {p.name}{default}")
+        kind = _SCHEMA_TYPES[p.annotation]
+        if p.name in writes:  # each an alias of nothing else
+            kind = kind.replace("Tensor", f"Tensor({string.ascii_lowercase[len(parts)]}!)")
+        parts.append(f"{kind} {p.name}{default}")
     results = (
         "(Tensor, Tensor, Tensor)" if three_results else _SCHEMA_TYPES[signature.return_annotation]
     )

@@ -38,6 +38,12 @@ SCHEMAS = {
     "fused_linear_s8": "(Tensor x, str kind, Tensor w_q, Tensor w_scale, Tensor? norm_weight=None, "
     "Tensor? norm_bias=None, float eps=0., Tensor? gate=None, Tensor? bias=None, Tensor? residual=None, "
     'Tensor? inv_smooth=None, Tensor? scale=None, str granularity="token", int rotation=0) -> Tensor',
+    "kv_append": "(Tensor k, Tensor v, Tensor(c!) k_cache, Tensor(d!) v_cache, Tensor(e!)? k_scale=None, "
+    "Tensor(f!)? v_scale=None, Tensor? positions=None, Tensor? block_table=None, Tensor? k_inv_smooth=None, "
+    "Tensor? v_inv_smooth=None, Tensor? cos=None, Tensor? sin=None, int rotation=0, bool ring=False) -> ()",
+    "decode_attention_s8": "(Tensor q, Tensor k_cache, Tensor v_cache, float scale, Tensor? k_scale=None, "
+    "Tensor? v_scale=None, Tensor? lengths=None, Tensor? block_table=None, Tensor? mask=None, "
+    "Tensor? k_smooth=None, Tensor? v_smooth=None, int rotation=0, int window=0, bool ring=False) -> Tensor",
     "_gemm_s8_tile": f"({GEMM}, Tensor? bias=None, Tensor? residual=None, *, ScalarType out_dtype, "
     "int tile=-1, int splits=0) -> Tensor",
     "_saturate_s8": "(Tensor x) -> Tensor",
@@ -63,6 +69,8 @@ def test_ops_are_listed_in_the_order_of_the_documentation() -> None:
         "gemm_s8_gated",
         "linear_s8",
         "fused_linear_s8",
+        "kv_append",
+        "decode_attention_s8",
     ]
     assert all(getattr(ops, name).__doc__ for name in public)
 
