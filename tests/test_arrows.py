@@ -29,15 +29,15 @@ MAY_IMPORT = {
     "nn": "errors schemes reference config ops",
     "modeling": "errors reference nn",
     "adapters": "errors nn modeling",
-    "kv_cache": "errors reference config storage ops nn modeling",
+    "kv_cache": "reference",
     "fusion": "errors reference ops nn modeling",
-    "checkpoint": "errors config storage ops nn modeling fusion kv_cache",
+    "checkpoint": "errors config storage ops nn modeling fusion",
     "smoothing": "errors reference config storage ops nn modeling fusion checkpoint",
-    "evaluation": "errors storage modeling kv_cache checkpoint",
+    "evaluation": "errors storage modeling checkpoint",
     "search": "errors reference config storage ops nn modeling smoothing evaluation",
     "streaming": "errors config storage nn modeling checkpoint smoothing",
-    "report": "errors config storage ops nn modeling kv_cache smoothing evaluation",
-    "cli": "errors schemes config storage ops backends nn modeling fusion kv_cache checkpoint smoothing evaluation "
+    "report": "errors config storage ops nn modeling smoothing evaluation",
+    "cli": "errors schemes config storage ops backends nn modeling fusion checkpoint smoothing evaluation "
     "search streaming report",
 }
 
