@@ -115,7 +115,7 @@ __device__ inline Slot find_slot(const AppendParams& p, int sequence, int token)
 
 // kVectors: every row that is read, and every row of cos and sin, can be read 16 bytes at a time.
 template <typename T, bool kVectors>
-__global__ void __launch_bounds__(kAppendThreads)
+__global__ void __launch_bounds__(kAppendThreads, 8)  // at most 64 registers
     kv_append_kernel(const __grid_constant__ AppendParams p) {
   // Before anything else: k, v, cos, sin and the positions may come from the kernel before this
   // one, which may still read the cache.
