@@ -17,9 +17,8 @@ constexpr int64_t kMaxAppendRows = kMaxPositions - 1;
 
 bool is_half_valid(const KvHalf& half, const KvTokens& from, int64_t rotation) {
   return half.dim >= 1 && half.dim <= kMaxHead && fits_rotation(rotation, half.dim) &&
-         half.data != nullptr && from.data != nullptr &&
-         is_aligned(half.data, kAppendChannels) && half.block_stride % kAppendChannels == 0 &&
-         half.head_stride % kAppendChannels == 0 &&
+         half.data != nullptr && from.data != nullptr && is_aligned(half.data, kAppendChannels) &&
+         half.block_stride % kAppendChannels == 0 && half.head_stride % kAppendChannels == 0 &&
          (half.scale != nullptr || (from.inv_smooth != nullptr && rotation == 0));
 }
 

@@ -68,10 +68,10 @@ __device__ void apply_rope(const KvAppendParams& q, const T* row, int sequence, 
   }
   visit_float(q.rope_dtype, [&](auto type) {
     using R = Element<decltype(type)>;
-    const R* const cos = static_cast<const R*>(q.cos) + sequence * q.cos_batch_stride +
-                         token * q.cos_token_stride;
-    const R* const sin = static_cast<const R*>(q.sin) + sequence * q.sin_batch_stride +
-                         token * q.sin_token_stride;
+    const R* const cos =
+        static_cast<const R*>(q.cos) + sequence * q.cos_batch_stride + token * q.cos_token_stride;
+    const R* const sin =
+        static_cast<const R*>(q.sin) + sequence * q.sin_batch_stride + token * q.sin_token_stride;
     read_channels<R, kVectors>(cos, channel, turned, cosine);
     read_channels<R, kVectors>(sin, channel, turned, sine);
     return 0;
@@ -115,7 +115,7 @@ __device__ inline Slot find_slot(const AppendParams& p, int sequence, int token)
 
 // kVectors: every row that is read, and every row of cos and sin, can be read 16 bytes at a time.
 template <typename T, bool kVectors>
-__global__ void __launch_bounds__(kAppendThreads)
+__global__ void __launch_bounds__(kAppendThreads, 8)  // at most 64 registers
     kv_append_kernel(const __grid_constant__ AppendParams p) {
   // Before anything else: k, v, cos, sin and the positions may come from the kernel before this
   // one, which may still read the cache.
@@ -126,8 +126,8 @@ __global__ void __launch_bounds__(kAppendThreads)
   const KvTokens& from = values ? q.v : q.k;
   const KvHalf& to = values ? q.cache.v : q.cache.k;
   const int lane = static_cast<int>(threadIdx.x) & ((1 << p.shift) - 1);
-  const int64_t number = static_cast<int64_t>(blockIdx.x) * (kAppendThreads >> p.shift) +
-                         (threadIdx.x >> p.shift);
+  const int64_t number =
+      static_cast<int64_t>(blockIdx.x) * (kAppendThreads >> p.shift) + (threadIdx.x >> p.shift);
   const bool inside = number < p.rows;
   // No lane leaves early: all take part in the exchanges below.
   int token, head, sequence;
