@@ -99,6 +99,24 @@ def row_gates() -> tuple[Gate, ...]:
     )
 
 
+# The writer of an int8 cache: kv_append_kernel<type, reads 16 bytes at a time>.
+APPEND = r"\bkv_append_kernel<(?:{}), (?:\(bool\)1|true)>"
+
+
+def append_gates() -> tuple[Gate, ...]:
+    """A lane's 8 channels and their partners of the rope, cos and sin in each of three types, and the factors."""
+    tables, factors = 2 * (2 + 1 + 1), 2
+    return tuple(
+        Gate(
+            "16-byte loads",
+            loads(128, 2 * bits // 16 + tables + factors),
+            "the second template argument promises that rows are read 16 bytes at a time.",
+            kernels=APPEND.format(types),
+        )
+        for types, bits in ROW_TYPES
+    )
+
+
 # CUTLASS's GemmUniversal, mma_gemm_kernel and stream_gemm_kernel, which streams the weights through
 # mma.sync on every architecture.
 GEMM = r"(?i)gemm"
@@ -117,11 +135,12 @@ GATES = (
         "array is not in registers.",
     ),
     *row_gates(),
+    *append_gates(),
     Gate(
         "no 2-byte loads",
         no_loads(16),
         "allowed: none. The name promises that rows are read 16 bytes at a time.",
-        kernels=ROW_KERNEL.format(HALVES, "0-6", "0-35"),
+        kernels=f"{ROW_KERNEL.format(HALVES, '0-6', '0-35')}|{APPEND.format(HALVES)}",
     ),
     Gate(
         "tensor cores of Hopper",
@@ -144,7 +163,7 @@ GATES = (
         "waits for the kernel before",
         waits_first(),
         "allowed: none. The kernel is launched to overlap: csrc/common/memory_order.cuh.",
-        kernels=r"\b(wgmma_gemm_kernel|row_kernel)<",
+        kernels=r"\b(wgmma_gemm_kernel|row_kernel|kv_append_kernel)<",
         archs=r"sm_90a",
     ),
     Gate(
