@@ -35,7 +35,9 @@ def check(backend: Backend, **sizes: Any) -> Tensor:
 @pytest.mark.parametrize("dtype", cases.FLOATS, ids=str)
 def test_smoke_decode_attention(backend: Backend, dtype: torch.dtype) -> None:
     check(backend, dtype=dtype, lengths=[80, 33])
-    check(backend, dtype=dtype, lengths=[70, 5], group=3, tokens=2, dim=100, smooth=True, rotation=4)
+    check(
+        backend, dtype=dtype, lengths=[70, 5], group=3, tokens=2, dim=100, smooth=True, rotation=4
+    )
     check(backend, dtype=dtype, group=2, dim=128, static=True)
     check(backend, dtype=dtype, lengths=[70, 33], size=16, paged=5, rotation=64, window=40)
 
