@@ -286,6 +286,8 @@ TABLES: dict[str, Callable[[], str | None]] = {
     "cpu_linear_avx512_vnni_means": measured("linear_cpu_avx512_vnni.json", cpu_linear_means),
     "cpu_linear_avx2_means": measured("linear_cpu_avx2.json", cpu_linear_means),
     "cpu_quantize": measured("quantize_cpu.json", captioned(cpu_tables.quantize)),
+    "cpu_attention": measured("attention_cpu.json", captioned(cpu_tables.attention)),
+    "cpu_attention_avx2": measured("attention_cpu_avx2.json", captioned(cpu_tables.attention)),
     "cpu_block": measured("block_cpu.json", ANYTHING),
     "cpu_model": measured("model_cpu.json", ANYTHING),
     "cpu_model_avx512_vnni": measured("model_cpu_avx512_vnni.json", ANYTHING),

@@ -49,7 +49,7 @@ def decode_attention_s8(
         return t[block, :, slot].transpose(1, 2)
 
     def rows(t: Tensor) -> Tensor:  # [B, Hq, T, ...] as [B, H, Hq / H * T, ...]
-        return t.unflatten(1, (kv_heads, group)).flatten(2, 3)
+        return t.reshape(batch, kv_heads, group * tokens, t.shape[-1])
 
     allowed = reference.attendable(position, end, tokens, capacity, window, mask)
     allowed = rows(allowed.expand(batch, heads, tokens, used))
