@@ -139,7 +139,7 @@ stage_first_light() {
   "$python" -m benchmarks.on_gpu.first_light "${options[@]}" --resume --json "$results/first_light.json" || status=1
   if rehearsing; then
     short 12 simulated_within "$(budget 5)" -m benchmarks.on_gpu.first_light --device cpu --limit 120 --jobs 1 \
-      --json "$results/first_light_simulated.json" --rows "stream 8x16" "64x64x256 swap" quantize || simulation=$?
+      --json "$results/first_light_simulated.json" --rows "stream 8x16" "64x64x256 swap" quantize kv_append || simulation=$?
     if ((simulation != 0 && simulation != 77)); then status=1; fi
   fi
   return "$status"
@@ -225,6 +225,8 @@ stage_quantize() {
   benchmark quantize 40 "--device cpu --quick" 20 --compile-seconds $((most / 3)) \
     ${working[@]:+--producers "${working[@]}"}
 }
+
+stage_attention() { benchmark attention 30 "--device cpu" 10; }
 
 stage_linear() { benchmark linear 20 --rehearse 10; }
 
