@@ -17,9 +17,9 @@ constexpr int64_t most_resident(const DecodeShape& shape) { return shape.columns
 // A plan with fewer splits is preferred until another fills the GPU better by this factor.
 constexpr double kWorthSplitting = 1.1;
 
-bool is_half_valid(const KvHalf& half) {
+bool is_half_valid(const KvHalf& half, const float* smooth, int32_t rotation) {
   constexpr int64_t kPiece = 16;
-  return half.data != nullptr && is_aligned(half.data, kPiece) &&
+  return (half.scale != nullptr || (smooth != nullptr && rotation == 0)) && half.data != nullptr && is_aligned(half.data, kPiece) &&
          half.block_stride % kPiece == 0 && half.head_stride % kPiece == 0;
 }
 
@@ -30,14 +30,14 @@ Status check(const AttentionParams& p) {
       cache.block_size < 0 || cache.k.dim < 1 || cache.k.dim > kMaxHead ||
       cache.v.dim != cache.k.dim || !fits_rotation(p.rotation, cache.k.dim) || p.window < 0 ||
       (cache.ring != 0 && cache.table != nullptr) ||
-      (cache.table == nullptr && cache.blocks < p.batch) ||
-      (cache.k.scale == nullptr && (p.k_smooth == nullptr || p.rotation != 0)) ||
-      (cache.v.scale == nullptr && (p.v_smooth == nullptr || p.rotation != 0))) {
+      (cache.table == nullptr && cache.blocks < p.batch)) {
     return Status::kInvalidArgument;
   }
+  // Without elements a tensor may have no address.
   if (p.batch == 0 || p.tokens == 0) return Status::kSuccess;
   const bool holds = cache.blocks > 0 && capacity(cache) > 0;
-  if (holds && (!is_half_valid(cache.k) || !is_half_valid(cache.v))) {
+  if (holds && (!is_half_valid(cache.k, p.k_smooth, p.rotation) ||
+                !is_half_valid(cache.v, p.v_smooth, p.rotation))) {
     return Status::kInvalidArgument;
   }
   return capacity(cache) <= kMostPositions && cache.blocks < kMaxBlocks ? Status::kSuccess

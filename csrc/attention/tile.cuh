@@ -101,6 +101,7 @@ class DecodeSums {
   static constexpr int kBlocks = kD / 16;  // of channels
   static constexpr bool kNarrow = kTiles == 1;
   static constexpr int kRowTiles = kNarrow ? 1 : kTiles / 2;  // m16 of the scores
+  static constexpr bool kHeld = kNarrow && kD <= 128;  // the queries are kept in registers
 
   // queries: quantized, [8 * kTiles][kD] in shared memory. factor: of the scores of this lane's.
   __device__ DecodeSums(uint32_t queries, const float (&factor)[kTiles]) : queries_(queries) {
@@ -119,9 +120,9 @@ class DecodeSums {
         for (int i = 0; i < 4; ++i) values[b][n][i] = 0.0f;
       }
     }
-    if constexpr (kNarrow) {
+    if constexpr (kHeld) {
 #pragma unroll
-      for (int j = 0; j < kD / 64; ++j) load_matrices(query_[j], queries_ + (flat_ ^ (64 * j)));
+      for (int j = 0; j < kD / 64; ++j) load_matrices(held_[j], queries_ + (flat_ ^ (64 * j)));
     }
   }
 
@@ -189,6 +190,13 @@ class DecodeSums {
       uint32_t key[2][4];
       load_matrices(key[0], stage + (flat_ ^ (64 * j)));
       load_matrices(key[1], stage + 8 * kD + (flat_ ^ (64 * j)));
+      uint32_t narrow[4];  // of 8 queries, two steps
+      if constexpr (kHeld) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) narrow[i] = held_[j][i];
+      } else if constexpr (kNarrow) {
+        load_matrices(narrow, queries_ + (flat_ ^ (64 * j)));
+      }
 #pragma unroll
       for (int step = 0; step < 2; ++step) {
         const uint32_t first[2] = {key[0][2 * step], key[0][2 * step + 1]};
@@ -197,7 +205,7 @@ class DecodeSums {
         for (int m = 0; m < kRowTiles; ++m) {
           uint32_t query[4];
           if constexpr (kNarrow) {
-            query[0] = query_[j][2 * step], query[2] = query_[j][2 * step + 1];
+            query[0] = narrow[2 * step], query[2] = narrow[2 * step + 1];
             query[1] = query[3] = 0;
           } else {
             load_matrices(query, queries_ + 16 * m * kD + (square_ ^ (32 * (2 * j + step))));
@@ -323,7 +331,7 @@ class DecodeSums {
   int flat_, square_;  // where ldmatrix reads 8 rows of 64 bytes, and 16 rows of 32
   float factor_[kTiles];
   float largest_[kTiles];  // weight * scale of the values
-  uint32_t query_[kNarrow ? kD / 64 : 1][4];
+  uint32_t held_[kHeld ? kD / 64 : 1][4];
 };
 
 }  // namespace sqk

@@ -18,6 +18,8 @@ from benchmarks.on_gpu import cache_checks, kernel_checks
 from benchmarks.pages import result_tables
 from benchmarks.prediction import caches as prediction
 from smoothquant_kernels import ops
+from tests.benchmarks.programs import simulated
+from tests.support import simulator
 
 CPU = torch.device("cpu")
 TOY = Heads("toy", 4, 2, 32)
@@ -156,3 +158,17 @@ def test_the_prediction_is_that_of_the_bytes() -> None:
     best = max(float(row[header.index("vs float16")].rstrip("x")) for row in rows)
     assert 1.9 < best <= round(2 * 128 / (128 + 4), 2), "2 D bytes against D + 4"
     assert all(float(row[header.index("int8 us")]) >= prediction.LEAST for row in rows)
+
+
+@pytest.mark.simulator
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_the_benchmark_runs_the_kernels_in_the_simulator(arch: str, tmp_path: Path) -> None:
+    simulator.require()
+    file = tmp_path / "attention.json"
+    options = ["-m", "benchmarks.attention", "--device", "cpu", "--seconds", "0"]
+    options += ["--contexts", "130", "--batches", "2", "--json", str(file)]
+    done = simulated(arch, *options)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    rows = json.loads(file.read_text())["rows"]
+    assert len(rows) == 4 + 8 and all("us" in row for row in rows)
