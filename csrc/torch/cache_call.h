@@ -160,9 +160,14 @@ class CacheCall {
   KvHalf half(const char* name, const Tensor& cache, const char* scale_name,
               const MaybeTensor& scale, int64_t dim) {
     const int64_t width = padded_head(dim);
-    check_shape(op_, name, cache, ScalarType::Char,
-                {cache_.blocks, cache_.heads, cache_.block_size, width},
-                "heads of channels padded to a multiple of 16", x_);
+    SQK_CHECK(cache.scalar_type() == ScalarType::Char, op_, ": ", name, " must be int8, got ",
+              dtype_name(cache.scalar_type()), ".");
+    check_device(op_, name, cache, x_);
+    SQK_CHECK(has_shape(cache, {cache_.blocks, cache_.heads, cache_.block_size, width}), op_, ": ",
+              name, " must have shape ",
+              list_text({cache_.blocks, cache_.heads, cache_.block_size, width}), " (heads of ",
+              dim, " channels, padded to a multiple of ", kHeadMultiple, "), got ",
+              shape_text(cache), ".");
     const bool empty = cache_.blocks * cache_.heads * cache_.block_size == 0;
     SQK_CHECK(empty || (cache.stride(3) == 1 && cache.stride(2) == width), op_,
               ": the tokens of a head must be adjacent in ", name, " (strides [.., .., ", width,

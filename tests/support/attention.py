@@ -114,14 +114,17 @@ class Expected:
     bound: Tensor
 
 
-def expected(given: dict[str, Any]) -> Expected:
+def expected(given: dict[str, Any], weight: float = 2.0**-11, least: float = 2.0**-25) -> Expected:
     """The reference's outputs and the bound.
+
+    `weight` is the relative error of rounding a weight, `least` that of the smallest ones, as a part of the largest.
 
     A weight's relative error: 16 roundings of the score's factors, times the score, because it is an exponent; 2^-21
     for two exponentials; 2^-11 for float16. A weight below float16's normal range is off by 2^-25 of the largest one.
-    A sum over n tokens rounds n / 16 times in a product of 16 tokens, and as often when the maximum grows; merging warps
-    and splits adds fewer than 80 roundings; hardware may cut off instead of rounding. The denominator has the same
-    errors but for float16. A rotation adds up the bounds of its group.
+    On a GPU a sum over n tokens rounds n / 16 times in a product of 16 tokens, and as often when the maximum grows;
+    merging warps and splits adds fewer than 80 roundings; hardware may cut off instead of rounding. On a CPU 256 tokens
+    are added one by one, then tiles and parts, fewer than 100: less. The denominator has the same errors but for
+    float16. A rotation adds up the bounds of its group.
     """
     y = reference.decode_attention_s8(**{**given, "q": given["q"].float()})
     rotation, scale = given.get("rotation", 0), given["scale"]
@@ -147,8 +150,8 @@ def expected(given: dict[str, Any]) -> Expected:
     top = 1.0 if k_scale is None else min(1e3, float(k_scale.nan_to_num(0, 0, 0).abs().max()))
     finite = torch.where(dequantized.isfinite(), dequantized, 0.0).double()
     score = finite.abs().sum(-1, keepdim=True) * 128 * top * abs(scale) / groups
-    relative = 2.0**-11 + 2 * (16 * U * score + 2.0**-21) + 8 * U * (n / 16 + 80)
-    bound = relative * sums + n * 2.0**-25 * 127 * ones
+    relative = weight + 2 * (16 * U * score + 2.0**-21) + 8 * U * (n / 16 + 80)
+    bound = relative * sums + n * least * 127 * ones
     if rotation:
         wide = bound.unflatten(-1, (bound.shape[-1] // rotation, rotation)).sum(-1, keepdim=True)
         bound = (wide * (1 + 20 * U) / rotation).expand(*wide.shape[:-1], rotation).flatten(-2)
