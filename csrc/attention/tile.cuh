@@ -68,15 +68,14 @@ struct DecodeLimits {
     common_end = p.a.mask != nullptr ? 0 : min(range.last, range.length - tokens + 1);
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
-      const int column = min(first_column + 8 * n + static_cast<int>(threadIdx.x % 32) / 4,
-                             p.columns - 1);
+      const int column =
+          min(first_column + 8 * n + static_cast<int>(threadIdx.x % 32) / 4, p.columns - 1);
       const int head = column / tokens, token = column - head * tokens;
       newest[n] = range.length - tokens + token;
-      mask[n] = p.a.mask == nullptr
-                    ? nullptr
-                    : p.a.mask + sequence * p.a.mask_batch_stride +
-                          (first_head + head) * p.a.mask_head_stride +
-                          token * p.a.mask_token_stride;
+      mask[n] = p.a.mask == nullptr ? nullptr
+                                    : p.a.mask + sequence * p.a.mask_batch_stride +
+                                          (first_head + head) * p.a.mask_head_stride +
+                                          token * p.a.mask_token_stride;
     }
   }
 
@@ -101,7 +100,7 @@ class DecodeSums {
   static constexpr int kBlocks = kD / 16;  // of channels
   static constexpr bool kNarrow = kTiles == 1;
   static constexpr int kRowTiles = kNarrow ? 1 : kTiles / 2;  // m16 of the scores
-  static constexpr bool kHeld = kNarrow && kD <= 128;  // the queries are kept in registers
+  static constexpr bool kHeld = kNarrow && kD <= 128;         // the queries are kept in registers
 
   // queries: quantized, [8 * kTiles][kD] in shared memory. factor: of the scores of this lane's.
   __device__ DecodeSums(uint32_t queries, const float (&factor)[kTiles]) : queries_(queries) {
@@ -160,7 +159,7 @@ class DecodeSums {
 
   float maximum[kTiles];  // of the scores, of query 8 n + lane / 4
   float sum[kTiles];      // of exp2(score - maximum), this lane's share
-  uint32_t seen = 0;      // bits 4 n to 4 n + 3: whether it may attend to anything, this lane's share
+  uint32_t seen = 0;  // bits 4 n to 4 n + 3: whether it may attend to anything, this lane's share
   // Of channels 16 b + 2 (lane / 4) and the next one: queries 8 n + 2 (lane % 4) and the next one
   // of the first channel, then of the second.
   float values[kBlocks][kTiles][4];
