@@ -6,36 +6,8 @@ import ctypes
 from ctypes import POINTER, Structure, byref, c_int32, c_int64, c_void_p
 from typing import Any
 
+from tests.support.c_attention import Cache, Half
 from tests.support.c_interface import DTYPES
-
-
-class KvHalf(Structure):
-    """sqk::KvHalf."""
-
-    _fields_ = (
-        ("data", c_void_p),
-        ("block_stride", c_int64),
-        ("head_stride", c_int64),
-        ("scale", c_void_p),
-        ("scale_block_stride", c_int64),
-        ("scale_head_stride", c_int64),
-        ("dim", c_int64),
-    )
-
-
-class KvCache(Structure):
-    """sqk::KvCache."""
-
-    _fields_ = (
-        ("k", KvHalf),
-        ("v", KvHalf),
-        ("blocks", c_int64),
-        ("heads", c_int64),
-        ("block_size", c_int64),
-        ("table", c_void_p),
-        ("table_stride", c_int64),
-        ("ring", c_int32),
-    )
 
 
 class KvTokens(Structure):
@@ -59,7 +31,7 @@ class KvAppendParams(Structure):
         ("tokens", c_int64),
         ("k", KvTokens),
         ("v", KvTokens),
-        ("cache", KvCache),
+        ("cache", Cache),
         ("positions", c_void_p),
         ("cos", c_void_p),
         ("sin", c_void_p),
@@ -83,7 +55,7 @@ def params_of(call: dict[str, Any]) -> KvAppendParams:
         tokens = KvTokens(
             x.data_ptr(), *x.stride()[:3], inverse.data_ptr() if inverse is not None else None
         )
-        kept = KvHalf(cache.data_ptr(), *cache.stride()[:2], dim=x.shape[3])
+        kept = Half(cache.data_ptr(), *cache.stride()[:2], dim=x.shape[3])
         if scale is not None:
             kept.scale = scale.data_ptr()
             kept.scale_block_stride, kept.scale_head_stride = scale.stride()[:2]
