@@ -250,7 +250,7 @@ def captioned(*tables: Callable[[Data], Table]) -> Callable[[Data], str]:
 def gpu_targets(data: Data) -> str:
     """What the folder of the newest GEMM results has of the files that targets need."""
     files = {"gemm": data}
-    for name in ("linear", "quantize"):
+    for name in ("linear", "quantize", "attention"):
         path = data["path"].with_name(f"{name}.json")
         if path.exists():
             files[name] = json.loads(path.read_text())
@@ -304,6 +304,7 @@ TABLES: dict[str, Callable[[], str | None]] = {
     "gpu_linear": measured("linear.json", captioned(result_tables.linear), gpu=True),
     "gpu_block": measured("block.json", ANYTHING, gpu=True),
     "gpu_model": measured("model.json", ANYTHING, gpu=True),
+    "gpu_attention": measured("attention.json", captioned(result_tables.attention), gpu=True),
 }
 
 

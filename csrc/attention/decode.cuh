@@ -16,9 +16,9 @@ namespace sqk {
 // What the warps of a block know of its queries.
 template <int kColumns>
 struct DecodeStats {
-  float factor[kColumns];                // of the scores
-  float maximum[kDecodeWarps][kColumns]; // of the scores
-  float sum[kDecodeWarps][kColumns];     // of the weights, of 2 ^ (score - maximum)
+  float factor[kColumns];                 // of the scores
+  float maximum[kDecodeWarps][kColumns];  // of the scores
+  float sum[kDecodeWarps][kColumns];      // of the weights, of 2 ^ (score - maximum)
 
   struct Whole {
     float maximum, sum;
@@ -29,8 +29,8 @@ struct DecodeStats {
     for (int w = 0; w < kDecodeWarps; ++w) whole.maximum = fmaxf(whole.maximum, maximum[w][column]);
 #pragma unroll
     for (int w = 0; w < kDecodeWarps; ++w) {
-      const float share = exp2_approximately(
-          __fsub_rn(maximum[w][column], subtrahend(whole.maximum)));
+      const float share =
+          exp2_approximately(__fsub_rn(maximum[w][column], subtrahend(whole.maximum)));
       whole.sum = __fmaf_rn(sum[w][column], share, whole.sum);
     }
     return whole;
@@ -68,8 +68,7 @@ __device__ void merge_warps(DecodeSums<kD, kTiles>& sums, DecodeStats<8 * kTiles
 #pragma unroll
   for (int n = 0; n < kTiles; ++n) {
     const auto whole = stats.of_block(8 * n + lane / 4);
-    const float share =
-        exp2_approximately(__fsub_rn(sums.maximum[n], subtrahend(whole.maximum)));
+    const float share = exp2_approximately(__fsub_rn(sums.maximum[n], subtrahend(whole.maximum)));
     factor[n] = __fmul_rn(__fmul_rn(share, reciprocal_or_zero(whole.sum)), sums.unit(n));
   }
   const int from = 8 * (lane % 4);
@@ -85,7 +84,7 @@ __device__ void merge_warps(DecodeSums<kD, kTiles>& sums, DecodeStats<8 * kTiles
         for (int b = 0; b < kD / 16; ++b) {
           auto* const upper = reinterpret_cast<float2*>(row + 16 * b);
           auto* const lower = reinterpret_cast<float2*>(row + 16 * b + kMeanPitch<kD>);
-          const float(&v)[4] = sums.values[b][n];
+          const float (&v)[4] = sums.values[b][n];
           float2 x = {0.0f, 0.0f}, y = {0.0f, 0.0f};
           if (turn > 0) x = *upper, y = *lower;
           *upper = {__fmaf_rn(v[0], first, x.x), __fmaf_rn(v[2], first, x.y)};
@@ -99,9 +98,9 @@ __device__ void merge_warps(DecodeSums<kD, kTiles>& sums, DecodeStats<8 * kTiles
 
 // Whether this block is the last of those that share the group.
 __device__ inline bool is_last(uint32_t* ticket, int active) {
-  // The barrier orders the whole block's results before one thread's ticket, and that thread's fence
-  // makes them visible with it. The fence after the ticket does the same for the results of earlier
-  // blocks, and the second barrier passes this on to the other threads.
+  // The barrier orders the whole block's results before one thread's ticket, and that thread's
+  // fence makes them visible with it. The fence after the ticket does the same for the results of
+  // earlier blocks, and the second barrier passes this on to the other threads.
   __syncthreads();
   bool last = false;
   if (threadIdx.x == 0) {
@@ -128,15 +127,14 @@ __device__ float merge_splits(const DecodeParams& p, int64_t slot, int columns, 
 #pragma unroll 4
   for (int i = 0; i < active; ++i) {
     const int64_t from = slot + int64_t{i} * columns;
-    const float share = exp2_approximately(
-        __fsub_rn(load_fresh(stats + 2 * from), subtrahend(maximum)));
+    const float share =
+        exp2_approximately(__fsub_rn(load_fresh(stats + 2 * from), subtrahend(maximum)));
     const float weight = __fmul_rn(load_fresh(stats + 2 * from + 1), share);
     weights = __fadd_rn(weights, weight);
     const float* const mean = p.partials + from * kD;
 #pragma unroll
     for (int e = 0; e < HeadRow<kD>::kCount; ++e) {
-      row.v[0][e] =
-          __fmaf_rn(load_fresh(mean + HeadRow<kD>::channel(e)), weight, row.v[0][e]);
+      row.v[0][e] = __fmaf_rn(load_fresh(mean + HeadRow<kD>::channel(e)), weight, row.v[0][e]);
     }
   }
   const float inverse = reciprocal_or_zero(weights);
@@ -146,7 +144,9 @@ __device__ float merge_splits(const DecodeParams& p, int64_t slot, int columns, 
 }
 
 template <int kD, int kColumns>
-__global__ void __launch_bounds__(kDecodeThreads, kColumns > 8 ? 2 : kD == 256 ? 3 : 4)
+__global__ void __launch_bounds__(kDecodeThreads, kColumns > 8 ? 2
+                                                  : kD == 256  ? 3
+                                                               : 4)
     decode_attention_kernel(const __grid_constant__ DecodeParams p) {
   constexpr int kTiles = kColumns / 8;
   extern __shared__ uint4 decode_storage[];

@@ -9,18 +9,19 @@
 namespace sqk {
 namespace {
 
-constexpr int64_t kMaxSplits = 64;             // one block merges them
+constexpr int64_t kMaxSplits = 64;  // one block merges them
 constexpr int64_t kMaxBlocks = int64_t{1} << 31;
-constexpr int64_t kReservedOfBlock = 1024;     // shared memory that the driver keeps
+constexpr int64_t kReservedOfBlock = 1024;  // shared memory that the driver keeps
 // Blocks of 8 columns run at 4 to an SM, others at 2 (registers; the kernel's launch bounds).
 constexpr int64_t most_resident(const DecodeShape& shape) { return shape.columns == 8 ? 4 : 2; }
 // A plan with fewer splits is preferred until another fills the GPU better by this factor.
 constexpr double kWorthSplitting = 1.1;
 
-bool is_half_valid(const KvHalf& half) {
+bool is_half_valid(const KvHalf& half, const float* smooth, int32_t rotation) {
   constexpr int64_t kPiece = 16;
-  return half.data != nullptr && is_aligned(half.data, kPiece) &&
-         half.block_stride % kPiece == 0 && half.head_stride % kPiece == 0;
+  return (half.scale != nullptr || (smooth != nullptr && rotation == 0)) && half.data != nullptr &&
+         is_aligned(half.data, kPiece) && half.block_stride % kPiece == 0 &&
+         half.head_stride % kPiece == 0;
 }
 
 Status check(const AttentionParams& p) {
@@ -30,18 +31,18 @@ Status check(const AttentionParams& p) {
       cache.block_size < 0 || cache.k.dim < 1 || cache.k.dim > kMaxHead ||
       cache.v.dim != cache.k.dim || !fits_rotation(p.rotation, cache.k.dim) || p.window < 0 ||
       (cache.ring != 0 && cache.table != nullptr) ||
-      (cache.table == nullptr && cache.blocks < p.batch) ||
-      (cache.k.scale == nullptr && (p.k_smooth == nullptr || p.rotation != 0)) ||
-      (cache.v.scale == nullptr && (p.v_smooth == nullptr || p.rotation != 0))) {
+      (cache.table == nullptr && cache.blocks < p.batch)) {
     return Status::kInvalidArgument;
   }
+  // Without elements a tensor may have no address.
   if (p.batch == 0 || p.tokens == 0) return Status::kSuccess;
   const bool holds = cache.blocks > 0 && capacity(cache) > 0;
-  if (holds && (!is_half_valid(cache.k) || !is_half_valid(cache.v))) {
+  if (holds && (!is_half_valid(cache.k, p.k_smooth, p.rotation) ||
+                !is_half_valid(cache.v, p.v_smooth, p.rotation))) {
     return Status::kInvalidArgument;
   }
   return capacity(cache) <= kMostPositions && cache.blocks < kMaxBlocks ? Status::kSuccess
-                                                                       : Status::kUnsupportedShape;
+                                                                        : Status::kUnsupportedShape;
 }
 
 // The fewest splits with which the blocks fill the GPU's waves nearly as well as with any.
@@ -73,10 +74,9 @@ Status plan_attention(const AttentionParams& params, const Device& device, Atten
   plan->threads = kDecodeThreads;
   plan->shared_bytes = decode_shared_bytes(shape);
   if (plan->shared_bytes + kReservedOfBlock > device.shared_bytes) return Status::kUnsupportedArch;
-  const int64_t per_sm =
-      std::clamp<int64_t>((device.shared_bytes + kReservedOfBlock) /
-                              (plan->shared_bytes + 2 * kReservedOfBlock),
-                          1, most_resident(shape));
+  const int64_t per_sm = std::clamp<int64_t>(
+      (device.shared_bytes + kReservedOfBlock) / (plan->shared_bytes + 2 * kReservedOfBlock), 1,
+      most_resident(shape));
   const int64_t chunks = divide_up(capacity(params.cache), int64_t{kChunkTokens});
   plan->splits = static_cast<int32_t>(choose_splits(groups, chunks, per_sm * device.sms));
   plan->blocks = groups * plan->splits;
@@ -85,3 +85,14 @@ Status plan_attention(const AttentionParams& params, const Device& device, Atten
 }
 
 }  // namespace sqk
+
+extern "C" int32_t sqk_attention_plan(const sqk::AttentionParams* params,
+                                      const sqk::Device* device, sqk::AttentionPlan* plan) {
+  sqk::Device here;
+  if (device == nullptr) {
+    const sqk::Status status = sqk::current_device(&here);
+    if (status != sqk::Status::kSuccess) return static_cast<int32_t>(status);
+    device = &here;
+  }
+  return static_cast<int32_t>(sqk::plan_attention(*params, *device, plan));
+}

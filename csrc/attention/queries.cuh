@@ -1,5 +1,5 @@
-// A head's channels, spread over a warp: quantizes the queries, and stores the outputs. Kernel ring:
-// no torch.
+// A head's channels, spread over a warp: quantizes the queries, and stores the outputs. Kernel
+// ring: no torch.
 #pragma once
 
 #include <cstdint>

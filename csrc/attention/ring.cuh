@@ -1,6 +1,6 @@
 // How keys, values and their scales reach the warp that multiplies them: through a ring of tiles of
-// 16 tokens in shared memory, one ring for each warp. So the warps wait for no barrier. Kernel ring:
-// no torch.
+// 16 tokens in shared memory, one ring for each warp. So the warps wait for no barrier. Kernel
+// ring: no torch.
 #pragma once
 
 #include <cstdint>
@@ -13,10 +13,10 @@ namespace sqk {
 
 // The positions that a sequence's queries may attend to, and this block's part of them.
 struct DecodeRange {
-  int32_t length;  // tokens of the sequence
-  int32_t first;   // position; nothing before it is read
-  int32_t last;    // the position after the last
-  int32_t active;  // splits that have tokens
+  int32_t length;          // tokens of the sequence
+  int32_t first;           // position; nothing before it is read
+  int32_t last;            // the position after the last
+  int32_t active;          // splits that have tokens
   int32_t tile, end_tile;  // of 16 positions, of this block
 
   __device__ DecodeRange(const DecodeParams& p, int sequence, int split) {
@@ -29,11 +29,10 @@ struct DecodeRange {
       first = max(first, length - static_cast<int32_t>(p.a.tokens) + 1 - p.window);
     }
     const int32_t from = first / kTileTokens, to = divide_up(last, kTileTokens);
-    const auto chunks = static_cast<uint32_t>(last > first && holding > 0
-                                                  ? divide_up(to - from, kDecodeWarps)
-                                                  : 0);
-    // Parts differ by at most one chunk. They follow the length, which is the same for all blocks of
-    // a sequence, so they know of each other without a word.
+    const auto chunks =
+        static_cast<uint32_t>(last > first && holding > 0 ? divide_up(to - from, kDecodeWarps) : 0);
+    // Parts differ by at most one chunk. They follow the length, which is the same for all blocks
+    // of a sequence, so they know of each other without a word.
     active = static_cast<int32_t>(min(chunks, static_cast<uint32_t>(p.splits)));
     const auto begin = [&](uint32_t part) {
       return from + static_cast<int32_t>(kDecodeWarps * (uint64_t{part} * chunks / active));
@@ -75,7 +74,8 @@ class DecodeRing {
     for (int stage = 0; stage + 1 < kStages; ++stage) request();
   }
 
-  // The next tile's place in shared memory, when it has arrived. All lanes have read the one before.
+  // The next tile's place in shared memory, when it has arrived. All lanes have read the one
+  // before.
   __device__ uint32_t next() {
     __syncwarp();
     request();
@@ -128,8 +128,7 @@ class DecodeRing {
       if (scale_ != nullptr) {
         const bool exists = slot_ >= 0;
         copy_word_async(stage + kScales + 4 * lane_,
-                        exists ? scale_ + block_ * scale_stride_ + slot_ : scale_,
-                        exists ? 4 : 0);
+                        exists ? scale_ + block_ * scale_stride_ + slot_ : scale_, exists ? 4 : 0);
       }
       tile_ += kDecodeWarps;
       to_ = to_ + 1 == kStages ? 0 : to_ + 1;
@@ -147,9 +146,9 @@ class DecodeRing {
   const int8_t *keys_, *values_;
   const float* scale_;  // of keys in the lower half of the warp, of values in the upper
   int64_t scale_stride_;
-  int tile_;             // to request next
-  int to_ = 0;           // the stage for it
-  int turn_ = 0;         // the stage to multiply next
+  int tile_;      // to request next
+  int to_ = 0;    // the stage for it
+  int turn_ = 0;  // the stage to multiply next
   int block_ = 0, slot_ = -1;
 };
 

@@ -68,15 +68,14 @@ struct DecodeLimits {
     common_end = p.a.mask != nullptr ? 0 : min(range.last, range.length - tokens + 1);
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
-      const int column = min(first_column + 8 * n + static_cast<int>(threadIdx.x % 32) / 4,
-                             p.columns - 1);
+      const int column =
+          min(first_column + 8 * n + static_cast<int>(threadIdx.x % 32) / 4, p.columns - 1);
       const int head = column / tokens, token = column - head * tokens;
       newest[n] = range.length - tokens + token;
-      mask[n] = p.a.mask == nullptr
-                    ? nullptr
-                    : p.a.mask + sequence * p.a.mask_batch_stride +
-                          (first_head + head) * p.a.mask_head_stride +
-                          token * p.a.mask_token_stride;
+      mask[n] = p.a.mask == nullptr ? nullptr
+                                    : p.a.mask + sequence * p.a.mask_batch_stride +
+                                          (first_head + head) * p.a.mask_head_stride +
+                                          token * p.a.mask_token_stride;
     }
   }
 
@@ -101,6 +100,7 @@ class DecodeSums {
   static constexpr int kBlocks = kD / 16;  // of channels
   static constexpr bool kNarrow = kTiles == 1;
   static constexpr int kRowTiles = kNarrow ? 1 : kTiles / 2;  // m16 of the scores
+  static constexpr bool kHeld = kNarrow && kD <= 128;         // the queries are kept in registers
 
   // queries: quantized, [8 * kTiles][kD] in shared memory. factor: of the scores of this lane's.
   __device__ DecodeSums(uint32_t queries, const float (&factor)[kTiles]) : queries_(queries) {
@@ -119,9 +119,9 @@ class DecodeSums {
         for (int i = 0; i < 4; ++i) values[b][n][i] = 0.0f;
       }
     }
-    if constexpr (kNarrow) {
+    if constexpr (kHeld) {
 #pragma unroll
-      for (int j = 0; j < kD / 64; ++j) load_matrices(query_[j], queries_ + (flat_ ^ (64 * j)));
+      for (int j = 0; j < kD / 64; ++j) load_matrices(held_[j], queries_ + (flat_ ^ (64 * j)));
     }
   }
 
@@ -159,7 +159,7 @@ class DecodeSums {
 
   float maximum[kTiles];  // of the scores, of query 8 n + lane / 4
   float sum[kTiles];      // of exp2(score - maximum), this lane's share
-  uint32_t seen = 0;      // bits 4 n to 4 n + 3: whether it may attend to anything, this lane's share
+  uint32_t seen = 0;  // bits 4 n to 4 n + 3: whether it may attend to anything, this lane's share
   // Of channels 16 b + 2 (lane / 4) and the next one: queries 8 n + 2 (lane % 4) and the next one
   // of the first channel, then of the second.
   float values[kBlocks][kTiles][4];
@@ -189,6 +189,13 @@ class DecodeSums {
       uint32_t key[2][4];
       load_matrices(key[0], stage + (flat_ ^ (64 * j)));
       load_matrices(key[1], stage + 8 * kD + (flat_ ^ (64 * j)));
+      uint32_t narrow[4];  // of 8 queries, two steps
+      if constexpr (kHeld) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) narrow[i] = held_[j][i];
+      } else if constexpr (kNarrow) {
+        load_matrices(narrow, queries_ + (flat_ ^ (64 * j)));
+      }
 #pragma unroll
       for (int step = 0; step < 2; ++step) {
         const uint32_t first[2] = {key[0][2 * step], key[0][2 * step + 1]};
@@ -197,7 +204,7 @@ class DecodeSums {
         for (int m = 0; m < kRowTiles; ++m) {
           uint32_t query[4];
           if constexpr (kNarrow) {
-            query[0] = query_[j][2 * step], query[2] = query_[j][2 * step + 1];
+            query[0] = narrow[2 * step], query[2] = narrow[2 * step + 1];
             query[1] = query[3] = 0;
           } else {
             load_matrices(query, queries_ + 16 * m * kD + (square_ ^ (32 * (2 * j + step))));
@@ -323,7 +330,7 @@ class DecodeSums {
   int flat_, square_;  // where ldmatrix reads 8 rows of 64 bytes, and 16 rows of 32
   float factor_[kTiles];
   float largest_[kTiles];  // weight * scale of the values
-  uint32_t query_[kNarrow ? kD / 64 : 1][4];
+  uint32_t held_[kHeld ? kD / 64 : 1][4];
 };
 
 }  // namespace sqk

@@ -39,8 +39,8 @@ __device__ inline void load_matrices(uint32_t (&word)[4], uint32_t address) {
                : "memory");
 }
 
-// The same, but of each pair of bytes as one element of the transposed matrix: lane 4 g + t receives
-// bytes 2 g and 2 g + 1 of row 2 t in its low half, and of row 2 t + 1 in its high half.
+// The same, but of each pair of bytes as one element of the transposed matrix: lane 4 g + t
+// receives bytes 2 g and 2 g + 1 of row 2 t in its low half, and of row 2 t + 1 in its high half.
 __device__ inline void load_transposed(uint32_t (&word)[4], uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(word[0]), "=r"(word[1]), "=r"(word[2]), "=r"(word[3])

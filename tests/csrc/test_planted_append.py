@@ -112,15 +112,15 @@ MUTANTS = (
     append("rows after the last", "number < p.rows", "number <= p.rows", "test_many_rows", EITHER),
     append(
         "rows are read 16 bytes at a time wherever they start",
-        "are_rows_aligned(from.data, from.batch_stride * bytes, p.batch, 16)",
-        "is_aligned(from.data, 1)",
-        "test_views",
+        "are_rows_aligned(from.data, from.head_stride * bytes, p.cache.heads, 16)",
+        "true",
+        "unaligned_stride",
         "misaligned",
         file="attention/append.cu",
     ),
     append(
         "nothing is wrong", INVERSE, "float inverse = 1.00f;",
-        f"{SMOKE} or {NO_PLACE} or ring_keeps or test_blocks or many_rows or views or order_of or (edge_rows and 63)"
+        f"{SMOKE} or {NO_PLACE} or ring_keeps or test_blocks or many_rows or stride or order_of or (edge_rows and 63)"
         " or (test_rope and 50) or (test_every_head and (63 or 16))",
         None,
     ),

@@ -204,7 +204,7 @@ def test_many_splits(backend: Backend, dim: int) -> None:
     for length in (1, 64, 65, 500, 700):
         for tokens in (1, 3):
             sizes = {"batch": 1, "heads": 1, "size": 704, "dim": dim, "tokens": tokens}
-            check(backend, lengths=[length], group=4, **sizes, rotation=64)
+            check(backend, lengths=[length], group=dim // 32, **sizes, rotation=64)
 
 
 def test_the_same_bits_again(backend: Backend) -> None:

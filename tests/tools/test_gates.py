@@ -23,6 +23,8 @@ APPEND = "void sqk::kv_append_kernel<__half, (bool)1>(sqk::AppendParams)"
 WGMMA = "void sqk::wgmma_gemm_kernel<8, 128, 128, 128>(P)"
 STREAM = "void sqk::stream_gemm_kernel<float, 1>(P)"
 HOPPER = {"IGMMA": 4}
+DECODE = "void sqk::decode_attention_kernel<128, 8>(sqk::DecodeParams)"
+BOTH = {"IMMA": 8, "HMMA": 8}
 
 
 def kernel(name: str = "void sqk::f<1>(int)", arch: str = "sm_80", **changed: object) -> Kernel:
@@ -59,6 +61,14 @@ def row(bits: int = 16, path: int = 2, **loads: int) -> Kernel:
             kernel(APPEND, "sm_90a", code=Code(loads={128: 12}, overlaps=True, early={"LDG": 1})),
             "1 LDG can come before any wait; allowed: none.",
         ),
+        # 16 tokens of 128 channels, of keys and of values
+        (kernel(DECODE, code=Code(counts=BOTH, copies={128: 7})), "not 8x128 or more; a warp copies 16 tokens"),
+        (kernel(DECODE, code=Code(counts={"IMMA": 8}, copies={128: 8})), "no HMMA; wanted"),
+        (kernel(DECODE, code=Code(counts={"HMMA": 8}, copies={128: 8})), "no IMMA; wanted"),
+        (
+            kernel(DECODE, "sm_90a", code=Code(counts=BOTH, copies={128: 8}, overlaps=True)),
+            "no load from L2 of what others write (LDG.STRONG.GPU); wanted: load_fresh",
+        ),
         (kernel("gemm<int>(P)", "sm_90a", code=Code(counts={"IMMA": 4})), "no IGMMA; wanted"),
         (kernel("sqk::Gemm(P)", code=Code(counts={"IDP": 4})), "no IMMA; wanted"),
         (
@@ -80,7 +90,7 @@ def row(bits: int = 16, path: int = 2, **loads: int) -> Kernel:
             ),
             "1 LDG, 2 STG can come before any wait; allowed: none.",
         ),
-        (kernel(WGMMA, "sm_90a", code=Code(counts=HOPPER, overlaps=True)), "no load of x_scale from L2"),
+        (kernel(WGMMA, "sm_90a", code=Code(counts=HOPPER, overlaps=True)), "no load from L2 of what others write"),
         (kernel(WGMMA, "sm_90a", code=Code(counts=HOPPER, fresh_loads=1)), "no wait for the preceding kernel"),
         (kernel(ROW_NAME.format("int", 0, 4), "sm_90a"), "no wait for the preceding kernel"),
         (
@@ -106,6 +116,7 @@ def test_a_gate_fails_on_a_defect(bad: Kernel, sentence: str) -> None:
         row(path=4, _16=32),  # the path of single elements
         kernel(APPEND, code=Code(loads={128: 12, 32: 2})),
         kernel(APPEND.replace("(bool)1", "(bool)0"), code=Code(loads={16: 48})),
+        kernel(DECODE, code=Code(counts=BOTH, copies={128: 8})),
         kernel("gemm(P)", "sm_90a", code=Code(counts={"IGMMA": 4}, waiting_igmma=1)),
         kernel("gemm(P)", "sm_89", code=Code(counts={"IMMA": 4})),
         kernel(WGMMA, "sm_90a", code=Code(counts=HOPPER, overlaps=True, fresh_loads=4)),

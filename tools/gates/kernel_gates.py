@@ -117,6 +117,9 @@ def append_gates() -> tuple[Gate, ...]:
     )
 
 
+# The attention to an int8 cache: decode_attention_kernel<channels, columns>.
+DECODE = "decode_attention_kernel"
+
 # CUTLASS's GemmUniversal, mma_gemm_kernel and stream_gemm_kernel, which streams the weights through
 # mma.sync on every architecture.
 GEMM = r"(?i)gemm"
@@ -136,6 +139,15 @@ GATES = (
     ),
     *row_gates(),
     *append_gates(),
+    *(
+        Gate(
+            "16-byte copies",
+            loads(128, dim // 16),
+            "a warp copies 16 tokens of keys and of values, 16 bytes a lane: csrc/attention/ring.cuh.",
+            kernels=rf"\b{DECODE}<{dim}, ",
+        )
+        for dim in (64, 128, 256)
+    ),
     Gate(
         "no 2-byte loads",
         no_loads(16),
@@ -163,7 +175,7 @@ GATES = (
         "waits for the kernel before",
         waits_first(),
         "allowed: none. The kernel is launched to overlap: csrc/common/memory_order.cuh.",
-        kernels=r"\b(wgmma_gemm_kernel|row_kernel|kv_append_kernel)<",
+        kernels=rf"\b(wgmma_gemm_kernel|row_kernel|kv_append_kernel|{DECODE})<",
         archs=r"sm_90a",
     ),
     Gate(
@@ -176,8 +188,8 @@ GATES = (
     Gate(
         "results of the kernel before",
         fresh_loads,
-        "wanted: load_fresh (csrc/common/memory_order.cuh) for what the quantizer writes while this kernel starts.",
-        kernels=r"\bwgmma_gemm_kernel<",
+        "wanted: load_fresh (csrc/common/memory_order.cuh) for what another kernel or block has just written.",
+        kernels=rf"\b(wgmma_gemm_kernel|{DECODE})<",
         archs=r"sm_90a",
     ),
     Gate(
@@ -206,6 +218,10 @@ GATES = (
         uses("IMMA"),
         "wanted: int8 mma.sync.",
         kernels=STREAM,
+    ),
+    *(
+        Gate("tensor cores of attention", uses(name), "wanted: mma.sync.", kernels=rf"\b{DECODE}<")
+        for name in ("IMMA", "HMMA")
     ),
     Gate(
         "launch",
