@@ -9,8 +9,8 @@
 
 namespace sqk {
 
-// The files of the levels include this. What is inlined always cannot be linked with another level's
-// instructions.
+// The files of the levels include this. What is inlined always cannot be linked with another
+// level's instructions.
 #define SQK_INLINE inline __attribute__((always_inline))
 
 // Adjacent slots of a block, which hold adjacent positions of a sequence.
