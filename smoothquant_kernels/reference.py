@@ -317,6 +317,20 @@ def kv_append(
         cache[block, :, slot] = pad_k(x_q, HEAD_MULTIPLE)
 
 
+def attendable(
+    position: Tensor, end: Tensor, tokens: int, capacity: int, window: int, mask: Tensor | None
+) -> Tensor:
+    """Which slots, at `position` [B, slots], the last tokens before `end` [B, 1] read: [B, 1 or Hq, T, slots]."""
+    newest = end[..., None] - tokens + torch.arange(tokens, device=end.device)[:, None]  # [B, T, 1]
+    oldest = (newest - window + 1).clamp(min=0) if window else 0
+    allowed = ((position[:, None] >= oldest) & (position[:, None] <= newest))[:, None]
+    if mask is None:
+        return allowed
+    column = (position - (end - capacity).clamp(min=0)).clamp(min=0)[:, None, None]
+    mask = mask.expand(len(position), -1, -1, -1)
+    return allowed & mask.gather(3, column.expand(*mask.shape[:3], position.shape[1]))
+
+
 def decode_attention_s8(
     q: Tensor,
     k_cache: Tensor,
@@ -335,12 +349,10 @@ def decode_attention_s8(
 ) -> Tensor:
     """Attention of the newest T tokens q [B, Hq, T, D] to an int8 cache. See `ops.decode_attention_s8`.
 
-    Scores are exact sums of products of int8, times scales in float32. Softmax and the sum over tokens are float64.
-    A query that may attend to nothing gives zeros.
+    Scores are exact; softmax and the sum over tokens are float64.
     """
     batch, heads, tokens, dim = q.shape
-    capacity, device = kv_capacity(k_cache, block_table), q.device
-    group = heads // k_cache.shape[1]
+    capacity, device, group = kv_capacity(k_cache, block_table), q.device, heads // k_cache.shape[1]
     if lengths is None:
         lengths = torch.full((batch,), capacity, device=device)
     end = lengths.long()[:, None]
@@ -354,22 +366,12 @@ def decode_attention_s8(
     def of_cache(t: Tensor) -> Tensor:  # [B, Hq, capacity, ...]
         return t[block, :, slot].transpose(1, 2).repeat_interleave(group, 1)
 
-    newest = end[..., None] - tokens + torch.arange(tokens, device=device)[:, None]  # [B, T, 1]
-    allowed = (position[:, None] >= 0) & (position[:, None] <= newest)
-    if window:
-        allowed = allowed & (position[:, None] > newest - window)
-    allowed = allowed[:, None]
-    if mask is not None:
-        column = (position - (end - capacity).clamp(min=0)).clamp(min=0)[:, None, None]
-        mask = mask.expand(batch, -1, -1, -1)
-        allowed = allowed & mask.gather(3, column.expand(*mask.shape[:3], capacity))
+    allowed = attendable(position, end, tokens, capacity, window, mask)
     v = q.float()
     if k_smooth is not None:
         v = v * k_smooth.repeat_interleave(group, 0)[:, None]
-    q_q, q_scale = quantize(v, rotation=rotation)
-    groups = max(rotation, 1)
-    k_q = of_cache(k_cache)[..., :dim].double()
-    scores = (q_q.double() @ k_q.mT).float()  # exact
+    (q_q, q_scale), groups = quantize(v, rotation=rotation), max(rotation, 1)
+    scores = (q_q.double() @ of_cache(k_cache)[..., :dim].double().mT).float()
     if k_scale is not None:
         scores = scores * of_cache(k_scale)[:, :, None]
     scores = scores * (q_scale.view(*q.shape[:-1], 1) * (scale / groups))

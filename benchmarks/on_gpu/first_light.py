@@ -4,8 +4,8 @@
     python -m benchmarks.on_gpu.first_light --without first_light.json      # for SQK_WITHOUT_TILES; no GPU needed
     python -m benchmarks.on_gpu.first_light --producers first_light.json    # those that work
 
-A row is a tile of the GPU's GEMM table or a producer of int8 activations; kernel_checks.py makes its checks, under
-CUDA_LAUNCH_BLOCKING=1 and a limit of its own. Each row ends as one of
+A row is a tile of the GPU's GEMM table, a producer of int8 activations or an op with an int8 cache. kernel_checks.py
+and cache_checks.py make its checks, under CUDA_LAUNCH_BLOCKING=1 and a limit of its own. Each row ends as one of
     ok        every check passed
     refused   only the CUDA graph was refused; whatever ran was right
     wrong     a result is not the specification's
@@ -41,8 +41,8 @@ SEPARATOR = ","
 #: No row starts with less than this left of the time.
 LEAST_SECONDS = 3.0
 
-#: {"name", "id": as SQK_WITHOUT_TILES has it, "kind": "tile" or "producer", "candidate"}, and after its run also
-#: "status", "phases", "why" and "seconds".
+#: {"name", "id": as SQK_WITHOUT_TILES has it, "kind": "tile", "producer" or "cache", "candidate"}, and after its run
+#: also "status", "phases", "why" and "seconds".
 Row = dict[str, Any]
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.lib import cases, gpu, producers
+from benchmarks.lib import caches, cases, gpu, producers
 from benchmarks.lib.cases import Case, Expected, Operands
 from benchmarks.lib.runner import first_line
 from benchmarks.lib.shapes import Layer
@@ -33,6 +33,8 @@ from tests.support import c_gemm, c_interface
 REPEATS, IN_A_GRAPH = 1000, 20
 #: Of a layer after a producer: no streaming kernel serves so many tokens, so that the GEMM is a launch of its own.
 MANY_TOKENS = 40
+#: The ops of cache_checks.py.
+CACHE_OPS = (caches.APPEND, caches.ATTENTION)
 
 
 def say(**message: Any) -> None:
@@ -282,7 +284,7 @@ class ProducerRow(Row):
 
 
 def rows_here(device: torch.device) -> list[dict[str, Any]]:
-    """Shipped tiles, producers, then candidates: if the time runs out, those are missed first."""
+    """Shipped tiles, producers, ops with a cache, then candidates: if the time runs out, those are missed first."""
 
     def row(name: str, id: str, kind: str, candidate: bool = False) -> dict[str, Any]:
         return {"name": name, "id": id, "kind": kind, "candidate": candidate}
@@ -293,6 +295,7 @@ def rows_here(device: torch.device) -> list[dict[str, Any]]:
         id = f"{table['name']}/{tile['name'].replace(' ', '-')}"
         tiles.append(row(tile["name"], id, "tile", bool(tile.get("candidate"))))
     made = [row(name, name, "producer") for name in producers.PRODUCERS]
+    made += [row(name, name, "cache") for name in CACHE_OPS]
     return [t for t in tiles if not t["candidate"]] + made + [t for t in tiles if t["candidate"]]
 
 
@@ -300,6 +303,10 @@ def row_of(name: str, device: torch.device) -> Row:
     table = cases.current_table(device)  # in the simulator it binds the ops
     if name in producers.PRODUCERS:
         return ProducerRow(device, name)
+    if name in CACHE_OPS:
+        from benchmarks.on_gpu.cache_checks import CacheRow  # which needs this module
+
+        return CacheRow(device, name)
     if table is None:
         sys.exit(f"error: the GEMM table cannot be read: {cases.why_no_table()}")
     for tile in table["tiles"]:

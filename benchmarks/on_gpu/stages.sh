@@ -139,7 +139,7 @@ stage_first_light() {
   "$python" -m benchmarks.on_gpu.first_light "${options[@]}" --resume --json "$results/first_light.json" || status=1
   if rehearsing; then
     short 12 simulated_within "$(budget 5)" -m benchmarks.on_gpu.first_light --device cpu --limit 120 --jobs 1 \
-      --json "$results/first_light_simulated.json" --rows "stream 8x16" "64x64x256 swap" quantize || simulation=$?
+      --json "$results/first_light_simulated.json" --rows "stream 8x16" "64x64x256 swap" quantize kv_append decode_attention_s8 || simulation=$?
     if ((simulation != 0 && simulation != 77)); then status=1; fi
   fi
   return "$status"
@@ -224,6 +224,17 @@ stage_quantize() {
   fi
   benchmark quantize 40 "--device cpu --quick" 20 --compile-seconds $((most / 3)) \
     ${working[@]:+--producers "${working[@]}"}
+}
+
+stage_attention() {
+  local status=0 simulation=0
+  benchmark attention 30 "--device cpu" 10 || status=1
+  if rehearsing; then
+    short 12 simulated_within "$(budget 10)" -m benchmarks.attention \
+      --device cpu --contexts 130 --batches 2 --seconds 0 --json "$results/attention_simulated.json" || simulation=$?
+    if ((simulation != 0 && simulation != 77)); then status=1; fi
+  fi
+  return "$status"
 }
 
 stage_linear() { benchmark linear 20 --rehearse 10; }

@@ -113,3 +113,18 @@ def quantize(data: Mapping[str, Any]) -> Table:
         "vs without rotation": lambda row: times(row.get("vs_unrotated")),
     }
     return Table(list(columns), [[cell(row) for cell in columns.values()] for row in rows])
+
+
+def attention(data: Mapping[str, Any]) -> Table:
+    """One token's attention to an int8 cache, against PyTorch's on float keys and values."""
+    columns: dict[str, Column] = {
+        "heads of": lambda row: row["model"],
+        "tokens": lambda row: f"{row['context']:,}",
+        "us": lambda row: number(row["us"], 0),
+        "vs float32": lambda row: times(row.get("vs_float32")),
+        "vs bfloat16": lambda row: times(row.get("vs_bfloat16")),
+        "vs folded float32": lambda row: times(row.get("vs_folded")),
+        "vs without compiled kernels": lambda row: times(row.get("vs_plain")),
+    }
+    rows = sorted(good(data["rows"]), key=lambda row: row["context"])
+    return Table(list(columns), [[cell(row) for cell in columns.values()] for row in rows])

@@ -2,9 +2,10 @@
 
     python -m benchmarks.pages.report RESULTS_FOLDER [--out DIR]
 
-Reads whatever the folder has of info, first_light, probe, gemm, quantize, linear, block, model and tune .json (a CPU's
-results are named linear_cpu.json and so on). Writes report.txt, report.md, a CSV for each file with rows, and at most
-four pictures (matplotlib). A file that cannot be read is named, and the exit status is 1; without any it is 2.
+Reads whatever the folder has of info, first_light, probe, gemm, quantize, linear, block, model, attention and tune
+.json (a CPU's results are named linear_cpu.json and so on). Writes report.txt, report.md, a CSV for each file with
+rows, and at most four pictures (matplotlib). A file that cannot be read is named, and the exit status is 1; without any
+it is 2.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ TITLES = {
     "linear": "Layers with their quantization",
     "block": "Blocks",
     "model": "Models",
+    "attention": "The int8 cache of keys and values",
 }
 NAMES = (*TITLES, "tune")
 Data = dict[str, Any]
@@ -134,6 +136,8 @@ def section(name: str, data: Data) -> Section:
             made.tables.append(table(data, every=True))
     elif name == "quantize":
         made.tables.append(result_tables.quantize(data, every=True))
+    elif name == "attention":
+        made.tables.append(result_tables.attention(data))
     else:
         made.tables.append(result_tables.anything(data))
     return made

@@ -22,7 +22,7 @@ TARGET_MODELS = ("LLaMA-7B", "LLaMA-70B", "OPT-13B", "OPT-30B", "OPT-66B")
 ASIDE = ("rounds", "calls", "bytes", "sm_mhz", "memory_mhz", "watts", "celsius")
 
 #: Columns whose values say what they are.
-NAMED_BY_VALUE = ("model", "layer", "producer", "scheme", "dtype", "data", "phase")
+NAMED_BY_VALUE = ("op", "model", "layer", "producer", "scheme", "dtype", "data", "phase")
 
 
 @dataclass(frozen=True)
@@ -206,6 +206,25 @@ def linear(data: Mapping[str, Any], every: bool = False) -> Table:
     return table_of(rows, {"layer": layer_name, "N x K": shape, "scheme": scheme}, numbers)
 
 
+def attention(data: Mapping[str, Any]) -> Table:
+    """The int8 cache: attention to it, then its writer."""
+    rows = sorted(good(data["rows"]), key=lambda row: str(row["op"]))
+    words = {
+        "op": lambda row: str(row["op"]),
+        "model": lambda row: (
+            str(row["model"]) + (f", pages of {row['page']}" if row["page"] else "")
+        ),
+    }
+    numbers: dict[str, Column] = {
+        "B": lambda row: str(row["batch"]),
+        "T": lambda row: str(row["T"]),
+        "context": lambda row: str(row["context"]),
+        "us": lambda row: number(row["us"]),
+        "GB/s": lambda row: number(row["gb_per_s"]),
+    }
+    return table_of(rows, words, numbers)
+
+
 def anything(data: Mapping[str, Any]) -> Table:
     """Blocks and models: the columns as the file has them, words first.
 
@@ -261,15 +280,18 @@ def _of_models(rows: Sequence[Row]) -> list[Row]:
 
 
 def targets(files: Mapping[str, Mapping[str, Any]]) -> Table:
-    """The project's targets against what "gemm", "linear" and "quantize" measured.
+    """The project's targets against what "gemm", "linear", "quantize" and "attention" measured.
 
     Met is what every case meets; a target that only the geometric mean meets is "on average".
     """
-    rows = {n: list(files[n]["rows"]) if n in files else [] for n in ("gemm", "linear", "quantize")}
+    names = ("gemm", "linear", "quantize", "attention")
+    rows = {n: list(files[n]["rows"]) if n in files else [] for n in names}
     ops = [r for r in _of_models(rows["gemm"]) if r.get("data", "random") == "random"]
     large, small = [r for r in ops if r["M"] >= 2048], [r for r in ops if r["M"] <= 64]
     layers = [r for r in _of_models(rows["linear"]) if r.get("scheme") == "per_token"]
     many = [r for r in rows["quantize"] if r["M"] >= 2048]
+    caches = [r for r in rows["attention"] if r["op"] == "kv_append"]
+    long = [r for r in rows["attention"] if r["op"] != "kv_append" and r["context"] >= 8192]
     body = [
         _target("GEMM, M >= 2048, vs FP16", 1.7, large, "vs_fp16", times),
         _target("GEMM, M >= 2048, TOPS", 1300, large, "tops", lambda v: number(v, 0)),
@@ -277,6 +299,15 @@ def targets(files: Mapping[str, Mapping[str, Any]]) -> Table:
         _target("layer with its quantization, vs FP16", 1.6, layers, "vs_float16", times),
         _target("quantizers, speed of a copy", 0.9, rows["quantize"], "vs_copy", times),
         _target("the same, M >= 2048 only", 0.9, many, "vs_copy", times),
+        _target("attention to 8k and more int8 tokens, vs FP16", 1.6, long, "vs_float16", times),
+        _target("the same, speed of a copy", 0.8, long, "vs_copy", times),
+        _target(
+            "writer of prompts, speed of a copy",
+            0.8,
+            [r for r in caches if r["T"] > 1],
+            "vs_copy",
+            times,
+        ),
     ]
     return Table(["what", "met", "target", "measured", "least", "cases that meet it"], body, left=2)
 

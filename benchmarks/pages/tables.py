@@ -250,7 +250,7 @@ def captioned(*tables: Callable[[Data], Table]) -> Callable[[Data], str]:
 def gpu_targets(data: Data) -> str:
     """What the folder of the newest GEMM results has of the files that targets need."""
     files = {"gemm": data}
-    for name in ("linear", "quantize"):
+    for name in ("linear", "quantize", "attention"):
         path = data["path"].with_name(f"{name}.json")
         if path.exists():
             files[name] = json.loads(path.read_text())
@@ -286,6 +286,8 @@ TABLES: dict[str, Callable[[], str | None]] = {
     "cpu_linear_avx512_vnni_means": measured("linear_cpu_avx512_vnni.json", cpu_linear_means),
     "cpu_linear_avx2_means": measured("linear_cpu_avx2.json", cpu_linear_means),
     "cpu_quantize": measured("quantize_cpu.json", captioned(cpu_tables.quantize)),
+    "cpu_attention": measured("attention_cpu.json", captioned(cpu_tables.attention)),
+    "cpu_attention_avx2": measured("attention_cpu_avx2.json", captioned(cpu_tables.attention)),
     "cpu_block": measured("block_cpu.json", ANYTHING),
     "cpu_model": measured("model_cpu.json", ANYTHING),
     "cpu_model_avx512_vnni": measured("model_cpu_avx512_vnni.json", ANYTHING),
@@ -302,6 +304,7 @@ TABLES: dict[str, Callable[[], str | None]] = {
     "gpu_linear": measured("linear.json", captioned(result_tables.linear), gpu=True),
     "gpu_block": measured("block.json", ANYTHING, gpu=True),
     "gpu_model": measured("model.json", ANYTHING, gpu=True),
+    "gpu_attention": measured("attention.json", captioned(result_tables.attention), gpu=True),
 }
 
 

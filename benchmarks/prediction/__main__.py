@@ -2,6 +2,7 @@
 
     python -m benchmarks.prediction [--gpu H100] [--layers WORD ...] [--tokens 1 64 2048]
     python -m benchmarks.prediction --rotation                        # what rotated groups add to `quantize`
+    python -m benchmarks.prediction --cache                           # attention to an int8 cache, and its writer
     python -m benchmarks.prediction --blocks                          # decoder layers: fused, unfused, float16
     python -m benchmarks.prediction --yardstick                       # beside other people's measured times
     python -m benchmarks.prediction --compare results/.../gemm.json   # a run of ours, each row at its measured clock
@@ -21,7 +22,7 @@ from pathlib import Path
 
 from benchmarks.lib.shapes import LLM_LAYERS
 
-from . import compare, expected, layers, planner, rotation, yardstick
+from . import caches, compare, expected, layers, planner, rotation, yardstick
 from .gpus import GPUS
 
 
@@ -45,10 +46,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--blocks", action="store_true")
     parser.add_argument("--yardstick", action="store_true")
     parser.add_argument("--rotation", action="store_true")
+    parser.add_argument("--cache", action="store_true")
     args = parser.parse_args(arguments)
     if args.rotation:
         print("quantize, float16, K = 4096: arithmetic, not measured")
         show(rotation.table((args.gpu,) if args.gpu else ("A100", "L40S", "H100")))
+        return 0
+    if args.cache:
+        print("int8 keys and values: arithmetic, not measured")
+        show(caches.table((args.gpu,) if args.gpu else ("A100", "L40S", "H100")))
         return 0
     if not planner.available():
         parser.error(f"{planner.cxx()} was not found; install a C++ compiler or set CXX.")

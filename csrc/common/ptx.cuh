@@ -17,6 +17,11 @@ __device__ inline void copy_async(uint32_t to, const int8_t* from, int bytes) {
                "r"(bytes)
                : "memory");
 }
+// One word, through L1: cp.async.cg takes 16 bytes only. Filled with 0 if `bytes` is 0.
+__device__ inline void copy_word_async(uint32_t to, const void* from, int bytes) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(bytes)
+               : "memory");
+}
 __device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Waits until at most kPending of this thread's groups are in flight.
 template <int kPending>
@@ -34,11 +39,29 @@ __device__ inline void load_matrices(uint32_t (&word)[4], uint32_t address) {
                : "memory");
 }
 
+// The same, but of each pair of bytes as one element of the transposed matrix: lane 4 g + t
+// receives bytes 2 g and 2 g + 1 of row 2 t in its low half, and of row 2 t + 1 in its high half.
+__device__ inline void load_transposed(uint32_t (&word)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(word[0]), "=r"(word[1]), "=r"(word[2]), "=r"(word[3])
+               : "r"(address)
+               : "memory");
+}
+
 // acc[16 rows, 8 columns] += a[16 rows, 32 of k] * b[32 of k, 8 columns]
 __device__ inline void multiply_add(int32_t* acc, const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
       "{%8, %9}, {%0, %1, %2, %3};"
       : "+r"(acc[0]), "+r"(acc[1]), "+r"(acc[2]), "+r"(acc[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// acc[16 rows, 8 columns] += a[16 rows, 16 of k] * b[16 of k, 8 columns], float16 into float32.
+__device__ inline void multiply_add_halves(float (&acc)[4], const uint32_t (&a)[4],
+                                           const uint32_t (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 

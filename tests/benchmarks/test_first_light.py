@@ -240,7 +240,7 @@ def test_the_rows_of_the_real_kernels_in_the_simulator(tmp_path: Path) -> None:
     simulator.require()
     file = tmp_path / "first_light.json"
     rows = ["stream 8x16", "16x64x128", "quantize", "act_quantize:silu_mul"]
-    rows += ["rms_norm_quantize+residual"]
+    rows += ["rms_norm_quantize+residual", *kernel_checks.CACHE_OPS]
     options = ["-m", "benchmarks.on_gpu.first_light", "--device", "cpu", "--json", str(file)]
     options += ["--limit", "300", "--seconds", "900", "--jobs", "2", "--rows", *rows]
     done = simulated("sm_80", *options)

@@ -74,7 +74,17 @@ def test_a_failing_stage_stops_no_other(tmp_path: Path) -> None:
 @needs_bash
 @pytest.mark.slow
 def test_a_whole_rehearsal_writes_every_file_and_a_second_one_continues_it(tmp_path: Path) -> None:
-    names = ("gemm", "quantize", "tune", "linear", "block", "model", "report", "sanitizer")
+    names = (
+        "gemm",
+        "quantize",
+        "tune",
+        "linear",
+        "block",
+        "model",
+        "attention",
+        "report",
+        "sanitizer",
+    )
     first = ("setup", "info", "build", "first_light", "tests", "probe")
     limits = [f"{name}:300" for name in (*first, *names)]
     done = kit(tmp_path, "--dry-run", *limits, SQK_SECONDS="6000")  # the machine may be slow
@@ -82,12 +92,12 @@ def test_a_whole_rehearsal_writes_every_file_and_a_second_one_continues_it(tmp_p
     tools = [line.split()[4] for line in done.stdout.splitlines() if line.startswith("would run")]
     assert tools == ["memcheck", "racecheck", "initcheck", "synccheck"]
     results = tmp_path / "results"
-    for name in ("gemm", "quantize", "linear", "block", "model"):
+    for name in ("gemm", "quantize", "linear", "block", "model", "attention"):
         rows = json.loads((results / f"{name}.json").read_text())["rows"]
         assert rows and not any("failed" in row or "wrong" in row for row in rows)
     light = json.loads((results / "first_light.json").read_text())["rows"]
-    assert {row["status"] for row in light} == {"ok"} and len(light) == 3 + len(PRODUCERS)
-    written = {"report.md", "report.txt", *(f"{n}.csv" for n in names[:2] + names[3:6])}
+    assert {row["status"] for row in light} == {"ok"} and len(light) == 3 + len(PRODUCERS) + 2
+    written = {"report.md", "report.txt", *(f"{n}.csv" for n in names[:2] + names[3:7])}
     assert {path.name for path in (results / "report").iterdir()} >= written
     packed = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"summary.txt", "run.log", "results.tar.gz"} <= packed and len(packed) <= 8
@@ -118,8 +128,8 @@ def test_an_unknown_stage_is_refused_before_anything_runs(tmp_path: Path, word: 
     assert done.returncode == 2
     assert done.stderr == (
         f"There is no stage '{word}'; the stages are: "
-        "setup info truth build first_light tests gemm probe quantize tune linear block model report sanitizer; "
-        "with :SECONDS, if wanted.\n"
+        "setup info truth build first_light tests gemm probe quantize attention tune linear block model report "
+        "sanitizer; with :SECONDS, if wanted.\n"
     )
     assert not list(tmp_path.iterdir())
 

@@ -104,7 +104,7 @@ def test_without_results_every_table_is_one_line(results: Path) -> None:
 
 def test_a_rehearsal_is_no_gpu(results: Path) -> None:
     folder = results / "cpu_2099-01-01"
-    for name in ("gemm", "quantize", "linear", "block", "model"):
+    for name in ("gemm", "quantize", "linear", "block", "model", "attention"):
         write(folder, f"{name}.json", GEMM, cuda=None, device="cpu (a rehearsal)")
     assert [table(name) for name in GPU_TABLES] == ["Not measured yet.\n"] * len(GPU_TABLES)
 

@@ -25,6 +25,7 @@ CHAINS = {
     "test_linear_op.py": "smoke or every_number_of_tokens or long_rows",
     "test_chains.py": "",
     "test_norms.py": "smoke",
+    "test_kv_append.py": "smoke",
 }
 
 
@@ -80,6 +81,18 @@ MUTANTS = (
         CHAIN,
         "just_written",
         WRONG_VALUES,
+        arch="sm_90",
+        overlap=True,
+    ),
+    Mutant(
+        "the writer of a cache never waits",
+        "attention/append.cuh",
+        WAIT,
+        "",
+        "csrc/attention/append.cu",
+        CHAIN,
+        "keys_and_values",
+        TOO_EARLY,
         arch="sm_90",
         overlap=True,
     ),

@@ -56,7 +56,7 @@ def mma(
 def without_tickets(name: str, old: str, new: str, symptom: str | None) -> Mutant:
     """A mutant of the mma.sync kernel, on streams that have no tickets."""
     found = mma(name, "mma/kernel.cuh", old, new, ENTRY, "need_not_be_cleared", symptom)
-    return replace(found, cuts=(("gemm/tickets.h", "kTickets = 640", "kTickets = 0"),))
+    return replace(found, cuts=(("common/tickets.h", "kTickets = 640", "kTickets = 0"),))
 
 
 def stream(

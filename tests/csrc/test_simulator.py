@@ -41,7 +41,8 @@ def test_kernels(arch: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 #: Cooperation of blocks: splits with tickets, stream-K, clusters, scales of gated rows; every tile, in small shapes.
-TOGETHER = "(need_not_be_cleared and 127) or every_gated_tile"
+#: Then the int8 cache: tokens that share blocks, and parts of a sequence that the last block merges.
+TOGETHER = "(need_not_be_cleared and 127) or every_gated_tile or smoke_kv_append or smoke_decode"
 #: seed -> whether memory is weak too, without which the defects planted by test_planted_order.py do not show.
 ORDERS = {1: True, 2: False, 3: True}
 
@@ -56,6 +57,8 @@ def test_any_order_of_blocks_gives_the_same_bits(arch: str, seed: int) -> None:
         simulator.library(),
         "tests/kernels/test_gemm_c_entry.py",
         "tests/kernels/test_gated_c_entry.py",
+        "tests/kernels/test_kv_append.py",
+        "tests/kernels/test_decode_attention.py",
         "-k",
         TOGETHER,
         arch=arch,

@@ -1,4 +1,4 @@
-"""Tickets that need no memset (csrc/gemm/tickets.h): their owners, and what happens where there are none.
+"""Tickets that need no memset (csrc/common/tickets.h): their owners, and what happens where there are none.
 
 No kernel runs.
 """

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 from smoothquant_kernels import ops, reference
-from tests.support import cases
+from tests.support import cases, kv_calls
 from tests.support.backends import Backend
 from tests.support.compare import assert_bitwise_equal, count_result
 
@@ -72,3 +73,27 @@ def test_a_norm_after_a_gemm(backend: Backend, m: int) -> None:
     for a, b in zip(found, again, strict=True):
         assert_bitwise_equal(a, b, f"{m}")
     count_result()
+
+
+def test_keys_and_values_of_a_gemm(backend: Backend) -> None:
+    """A GEMM, the writer of the cache, then positions and keys that the next turn writes over."""
+    tokens, heads, dim = 3, 2, 64
+    layer = cases.gemm_operands(tokens, 2 * heads * dim, 96)
+    operands = [backend.put(t) for t in (layer.x_q, layer.w_q, layer.x_scale, layer.w_scale)]
+    y = reference.gemm_s8(layer.x_q, layer.w_q, layer.x_scale, layer.w_scale)
+    expected = kv_calls.problem(batch=1, heads=heads, tokens=tokens, dim=dim, rotation=64)
+    found = backend.move({n: t for n, t in expected.items() if n in kv_calls.WRITTEN})
+    found = {name: backend.put(t) for name, t in found.items()}
+    where = backend.put(kv_calls.positions(0))
+
+    def halves(t: Tensor) -> dict[str, Tensor]:  # as a projection of all heads writes them
+        k, v = t.view(1, tokens, 2 * heads, dim).transpose(1, 2).chunk(2, dim=1)
+        return {"k": k, "v": v}
+
+    for turn in range(3):
+        made = ops.gemm_s8(*operands, out_dtype=torch.float16)
+        ops.kv_append(**halves(made), **found, positions=where, rotation=64)
+        where += tokens
+        at = {"positions": kv_calls.positions(turn * tokens)}
+        reference.kv_append(**expected | halves(y) | at)
+    kv_calls.compare(found, expected)

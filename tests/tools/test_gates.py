@@ -19,9 +19,12 @@ from tools.gates.sass import Code, Kernel
 ROW_NAME = "void sqk::row_kernel<{}, (sqk::Producer){}, (sqk::QuantizePath){}>(sqk::RowParams)"
 
 
+APPEND = "void sqk::kv_append_kernel<__half, (bool)1>(sqk::AppendParams)"
 WGMMA = "void sqk::wgmma_gemm_kernel<8, 128, 128, 128>(P)"
 STREAM = "void sqk::stream_gemm_kernel<float, 1>(P)"
 HOPPER = {"IGMMA": 4}
+DECODE = "void sqk::decode_attention_kernel<128, 8>(sqk::DecodeParams)"
+BOTH = {"IMMA": 8, "HMMA": 8}
 
 
 def kernel(name: str = "void sqk::f<1>(int)", arch: str = "sm_80", **changed: object) -> Kernel:
@@ -51,6 +54,21 @@ def row(bits: int = 16, path: int = 2, **loads: int) -> Kernel:
         (row(32, _128=15), "15x128 loads (instructions x bits), not 16x128 or more"),
         (row(16, 3), "no loads (instructions x bits), not 18x128 or more"),
         (row(16, _128=12, _16=1), "1 loads of 16 bits; allowed: none."),
+        # two inputs, cos and sin in three types, and the factors
+        (kernel(APPEND, code=Code(loads={128: 11})), "11x128 loads (instructions x bits), not 12x128 or more"),
+        (kernel(APPEND, code=Code(loads={128: 12, 16: 8})), "8 loads of 16 bits; allowed: none."),
+        (
+            kernel(APPEND, "sm_90a", code=Code(loads={128: 12}, overlaps=True, early={"LDG": 1})),
+            "1 LDG can come before any wait; allowed: none.",
+        ),
+        # 16 tokens of 128 channels, of keys and of values
+        (kernel(DECODE, code=Code(counts=BOTH, copies={128: 7})), "not 8x128 or more; a warp copies 16 tokens"),
+        (kernel(DECODE, code=Code(counts={"IMMA": 8}, copies={128: 8})), "no HMMA; wanted"),
+        (kernel(DECODE, code=Code(counts={"HMMA": 8}, copies={128: 8})), "no IMMA; wanted"),
+        (
+            kernel(DECODE, "sm_90a", code=Code(counts=BOTH, copies={128: 8}, overlaps=True)),
+            "no load from L2 of what others write (LDG.STRONG.GPU); wanted: load_fresh",
+        ),
         (kernel("gemm<int>(P)", "sm_90a", code=Code(counts={"IMMA": 4})), "no IGMMA; wanted"),
         (kernel("sqk::Gemm(P)", code=Code(counts={"IDP": 4})), "no IMMA; wanted"),
         (
@@ -72,7 +90,7 @@ def row(bits: int = 16, path: int = 2, **loads: int) -> Kernel:
             ),
             "1 LDG, 2 STG can come before any wait; allowed: none.",
         ),
-        (kernel(WGMMA, "sm_90a", code=Code(counts=HOPPER, overlaps=True)), "no load of x_scale from L2"),
+        (kernel(WGMMA, "sm_90a", code=Code(counts=HOPPER, overlaps=True)), "no load from L2 of what others write"),
         (kernel(WGMMA, "sm_90a", code=Code(counts=HOPPER, fresh_loads=1)), "no wait for the preceding kernel"),
         (kernel(ROW_NAME.format("int", 0, 4), "sm_90a"), "no wait for the preceding kernel"),
         (
@@ -96,6 +114,9 @@ def test_a_gate_fails_on_a_defect(bad: Kernel, sentence: str) -> None:
         row(_32=3, _128=12),
         row(32, _32=3, _128=16),
         row(path=4, _16=32),  # the path of single elements
+        kernel(APPEND, code=Code(loads={128: 12, 32: 2})),
+        kernel(APPEND.replace("(bool)1", "(bool)0"), code=Code(loads={16: 48})),
+        kernel(DECODE, code=Code(counts=BOTH, copies={128: 8})),
         kernel("gemm(P)", "sm_90a", code=Code(counts={"IGMMA": 4}, waiting_igmma=1)),
         kernel("gemm(P)", "sm_89", code=Code(counts={"IMMA": 4})),
         kernel(WGMMA, "sm_90a", code=Code(counts=HOPPER, overlaps=True, fresh_loads=4)),

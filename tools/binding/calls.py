@@ -8,6 +8,7 @@ so that every result is exact.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +28,22 @@ GATED = torch.tensor(
 ONE, TWO = torch.ones(1), torch.tensor([2.0])
 PER_TOKEN, PER_CHANNEL = torch.tensor([1.0, 2.0, 0.5]), torch.tensor([0.5, 4.0])
 X_Q = X.to(torch.int8)
+# Two sequences of one head, two tokens each; every value is an integer and every scale 1 or 2.
+TOKENS = torch.stack([X, X.flip(1)])[:, None, :2]
+TABLE, SECOND = torch.tensor([[2, 0], [1, 3]]).int(), torch.tensor([3, 2]).int()
+# Scores are 0, so that the weights are halves and quarters.
+QUERY, MASK = torch.zeros(2, 2, 1, 4), torch.tensor([1, 0, 1, 1]).bool().expand(2, 1, 1, 4)
+
+
+def cache(blocks: int, size: int) -> dict[str, Any]:
+    """An int8 cache of 4 channels, between others in memory."""
+    made: dict[str, Any] = {}
+    for half in ("k", "v"):
+        numbers = torch.arange(blocks * 2 * size * 16).view(blocks, 2, size, 16) % 32
+        made[f"{half}_cache"] = (4 * numbers - 64).to(torch.int8)[:, 1:]
+        made[f"{half}_scale"] = torch.full((blocks, 2, size), 2.0)[:, 1:]
+    return made
+
 
 # op -> (positional arguments, keyword arguments), several calls each.
 CALLS: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
@@ -51,6 +68,12 @@ CALLS: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
     ("linear_s8", (X, W, ONE), {"residual": torch.ones(3, 2)}),
     ("fused_linear_s8", (X, "relu", W, ONE), {"scale": ONE, "residual": torch.ones(3, 2)}),
     ("fused_linear_s8", (SIGNS, "layer_norm", W, ONE), {"norm_weight": 127 * torch.ones(4)}),
+    ("kv_append", (TOKENS, 2 * TOKENS), {**cache(2, 4), "positions": SECOND - 1}),
+    ("kv_append", (TOKENS.mT.contiguous().mT, TOKENS),
+     {**cache(4, 2), "positions": SECOND - 2, "block_table": TABLE, "k_inv_smooth": torch.ones(1, 4)}),
+    ("decode_attention_s8", (QUERY,), {**cache(2, 4), "scale": 0.5}),
+    ("decode_attention_s8", (QUERY,), {**cache(2, 4), "scale": 0.5, "mask": MASK}),
+    ("decode_attention_s8", (QUERY,), {**cache(4, 2), "scale": 0.5, "lengths": SECOND - 1, "block_table": TABLE}),
     ("_gemm_s8_tile", (X_Q, W, ONE, ONE), {"out_dtype": torch.float32, "tile": -1, "splits": 0}),
 ]  # fmt: skip
 
@@ -71,9 +94,27 @@ def overload(name: str) -> Callable[..., Any]:
     return getattr(torch.ops.smoothquant_kernels, name).default  # type: ignore[no-any-return]
 
 
-def bound(name: str, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+def bound(name: str, *args: Any, **options: Any) -> Any:
     """What the library's kernel returns."""
     return overload(name).redispatch(KEYS, *args, **options)  # type: ignore[attr-defined]
+
+
+def copied(value: Any) -> Any:
+    """With copies of its tensors, which keep their strides."""
+    if isinstance(value, torch.Tensor):
+        whole = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
+        return whole.copy_(value) if 0 not in value.stride() else value
+    if isinstance(value, dict):
+        return {name: copied(item) for name, item in value.items()}
+    return tuple(map(copied, value)) if isinstance(value, tuple) else value
+
+
+def outcome(call: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    """The results, and the arguments, of which an op may change some."""
+    args, options = copied(args), copied(options)
+    results = call(*args, **options)
+    given = [value for value in (*args, *options.values()) if isinstance(value, torch.Tensor)]
+    return [] if results is None else results, given
 
 
 def same(got: Any, expected: Any) -> bool:
@@ -92,11 +133,12 @@ def main() -> None:
     for name in sorted({name for name, _, _ in CALLS}):
         assert cuda.has_cuda_kernel(name), f"the library has no kernel for {name}"
     for name, args, options in CALLS:
-        got, expected = bound(name, args, options), overload(name)(*args, **options)
+        got = outcome(partial(bound, name), args, options)
+        expected = outcome(overload(name), args, options)
         assert same(got, expected), f"{name} {options}: got {got}, expected {expected}"
     for name, args, options, words in REFUSED:
         try:
-            bound(name, args, options)
+            bound(name, *args, **options)
         except RuntimeError as error:
             assert re.search(words, str(error)), f"{name}: said '{error}', not '{words}'"
         else:

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <vector>
 
+#include "sqk/attention.h"
 #include "sqk/linear.h"
 #include "sqk/quantize.h"
 #include "sqk/saturate.h"
@@ -159,6 +160,99 @@ Status linear_s8(const LinearParams& p, const LinearPlan& plan, cudaStream_t str
   gemm.x_scale = p.quantize.x_scale;
   gemm.x_per_token = p.quantize.scheme != Scheme::kPerTensor;
   return gemm_s8(gemm, plan.gemm, stream);
+}
+
+// Where a position is, in tokens of one head.
+int64_t slot_of(const KvCache& cache, int64_t sequence, int64_t position, int64_t* block) {
+  *block = cache.table == nullptr
+               ? sequence
+               : cache.table[sequence * cache.table_stride + position / cache.block_size];
+  return position % cache.block_size;
+}
+
+int8_t* row_of(const KvHalf& half, int64_t block, int64_t head, int64_t slot) {
+  return half.data + block * half.block_stride + head * half.head_stride +
+         slot * padded_head(half.dim);
+}
+float* scale_of(const KvHalf& half, int64_t block, int64_t head, int64_t slot) {
+  return half.scale + block * half.scale_block_stride + head * half.scale_head_stride + slot;
+}
+
+void append(const KvAppendParams& p, const KvTokens& tokens, const KvHalf& half, int64_t sequence,
+            int64_t head, int64_t token) {
+  QuantizeParams q = {};
+  q.k = half.dim;
+  q.x = static_cast<const float*>(tokens.data) + sequence * tokens.batch_stride +
+        head * tokens.head_stride + token * tokens.token_stride;
+  if (tokens.inv_smooth != nullptr) q.inv_smooth = tokens.inv_smooth + head * half.dim;
+  q.rotation = p.rotation;
+  const std::vector<float> v = produce(q, 0);
+  float absmax = 0;
+  for (float value : v) absmax = std::max(absmax, std::fabs(value));
+  int64_t block = 0;
+  const int64_t position = (p.positions != nullptr ? p.positions[sequence] : 0) + token;
+  const int64_t slot = slot_of(p.cache, sequence, position, &block);
+  const float scale = half.scale != nullptr ? absmax / 127 : 1.0f;
+  if (half.scale != nullptr) *scale_of(half, block, head, slot) = scale;
+  int8_t* to = row_of(half, block, head, slot);
+  std::fill(to, to + padded_head(half.dim), int8_t{0});
+  for (int64_t i = 0; i < half.dim; ++i) to[i] = to_int8(v[i] / scale);
+}
+
+Status kv_append(const KvAppendParams& p, cudaStream_t) {
+  if (p.dtype != DType::kFloat32 || p.cos != nullptr) return Status::kUnsupportedShape;
+  for (int64_t b = 0; b < p.batch; ++b) {
+    for (int64_t head = 0; head < p.cache.heads; ++head) {
+      for (int64_t token = 0; token < p.tokens; ++token) {
+        append(p, p.k, p.cache.k, b, head, token);
+        append(p, p.v, p.cache.v, b, head, token);
+      }
+    }
+  }
+  return Status::kSuccess;
+}
+
+Status plan(const AttentionParams& p, AttentionPlan* plan) {
+  *plan = {};
+  const bool served = p.dtype == DType::kFloat32 && p.rotation == 0 && p.cache.k.scale != nullptr;
+  return served ? Status::kSuccess : Status::kUnsupportedShape;
+}
+
+// One token of one query head, with a query that is int8 already.
+void attend(const AttentionParams& p, int64_t sequence, int64_t head, int64_t token) {
+  const KvCache& cache = p.cache;
+  const int64_t dim = cache.k.dim, own = head / (p.heads / cache.heads);
+  const int64_t length = p.lengths != nullptr ? p.lengths[sequence] : capacity(cache);
+  const auto* q = static_cast<const float*>(p.q) + sequence * p.q_batch_stride +
+                  head * p.q_head_stride + token * p.q_token_stride;
+  std::vector<double> y(static_cast<size_t>(dim));
+  double total = 0;
+  for (int64_t i = 0; i <= length - p.tokens + token; ++i) {
+    if (p.mask != nullptr && p.mask[sequence * p.mask_batch_stride + head * p.mask_head_stride +
+                                    token * p.mask_token_stride + i * p.mask_column_stride] == 0) {
+      continue;
+    }
+    int64_t block = 0;
+    const int64_t slot = slot_of(cache, sequence, i, &block);
+    double score = 0;
+    for (int64_t c = 0; c < dim; ++c) score += q[c] * row_of(cache.k, block, own, slot)[c];
+    const double weight = std::exp(score * *scale_of(cache.k, block, own, slot) * p.scale);
+    total += weight;
+    for (int64_t c = 0; c < dim; ++c) {
+      y[c] += weight * row_of(cache.v, block, own, slot)[c] * *scale_of(cache.v, block, own, slot);
+    }
+  }
+  float* to = static_cast<float*>(p.y) + ((sequence * p.heads + head) * p.tokens + token) * dim;
+  for (int64_t c = 0; c < dim; ++c) to[c] = total > 0 ? static_cast<float>(y[c] / total) : 0.0f;
+}
+
+Status decode_attention_s8(const AttentionParams& p, const AttentionPlan&, cudaStream_t) {
+  for (int64_t b = 0; b < p.batch; ++b) {
+    for (int64_t head = 0; head < p.heads; ++head) {
+      for (int64_t token = 0; token < p.tokens; ++token) attend(p, b, head, token);
+    }
+  }
+  return Status::kSuccess;
 }
 
 }  // namespace sqk

@@ -99,6 +99,27 @@ def row_gates() -> tuple[Gate, ...]:
     )
 
 
+# The writer of an int8 cache: kv_append_kernel<type, reads 16 bytes at a time>.
+APPEND = r"\bkv_append_kernel<(?:{}), (?:\(bool\)1|true)>"
+
+
+def append_gates() -> tuple[Gate, ...]:
+    """A lane's 8 channels and their partners of the rope, cos and sin in each of three types, and the factors."""
+    tables, factors = 2 * (2 + 1 + 1), 2
+    return tuple(
+        Gate(
+            "16-byte loads",
+            loads(128, 2 * bits // 16 + tables + factors),
+            "the second template argument promises that rows are read 16 bytes at a time.",
+            kernels=APPEND.format(types),
+        )
+        for types, bits in ROW_TYPES
+    )
+
+
+# The attention to an int8 cache: decode_attention_kernel<channels, columns>.
+DECODE = "decode_attention_kernel"
+
 # CUTLASS's GemmUniversal, mma_gemm_kernel and stream_gemm_kernel, which streams the weights through
 # mma.sync on every architecture.
 GEMM = r"(?i)gemm"
@@ -117,11 +138,21 @@ GATES = (
         "array is not in registers.",
     ),
     *row_gates(),
+    *append_gates(),
+    *(
+        Gate(
+            "16-byte copies",
+            loads(128, dim // 16),
+            "a warp copies 16 tokens of keys and of values, 16 bytes a lane: csrc/attention/ring.cuh.",
+            kernels=rf"\b{DECODE}<{dim}, ",
+        )
+        for dim in (64, 128, 256)
+    ),
     Gate(
         "no 2-byte loads",
         no_loads(16),
         "allowed: none. The name promises that rows are read 16 bytes at a time.",
-        kernels=ROW_KERNEL.format(HALVES, "0-6", "0-35"),
+        kernels=f"{ROW_KERNEL.format(HALVES, '0-6', '0-35')}|{APPEND.format(HALVES)}",
     ),
     Gate(
         "tensor cores of Hopper",
@@ -144,7 +175,7 @@ GATES = (
         "waits for the kernel before",
         waits_first(),
         "allowed: none. The kernel is launched to overlap: csrc/common/memory_order.cuh.",
-        kernels=r"\b(wgmma_gemm_kernel|row_kernel)<",
+        kernels=rf"\b(wgmma_gemm_kernel|row_kernel|kv_append_kernel|{DECODE})<",
         archs=r"sm_90a",
     ),
     Gate(
@@ -157,8 +188,8 @@ GATES = (
     Gate(
         "results of the kernel before",
         fresh_loads,
-        "wanted: load_fresh (csrc/common/memory_order.cuh) for what the quantizer writes while this kernel starts.",
-        kernels=r"\bwgmma_gemm_kernel<",
+        "wanted: load_fresh (csrc/common/memory_order.cuh) for what another kernel or block has just written.",
+        kernels=rf"\b(wgmma_gemm_kernel|{DECODE})<",
         archs=r"sm_90a",
     ),
     Gate(
@@ -187,6 +218,10 @@ GATES = (
         uses("IMMA"),
         "wanted: int8 mma.sync.",
         kernels=STREAM,
+    ),
+    *(
+        Gate("tensor cores of attention", uses(name), "wanted: mma.sync.", kernels=rf"\b{DECODE}<")
+        for name in ("IMMA", "HMMA")
     ),
     Gate(
         "launch",

@@ -11,9 +11,9 @@ from tools.gates.sass import Kernel, base_name, widths
 
 COLUMNS = (
     "kernel", "arch", "registers", "threads", "shared", "stack", "local", "loads", "to shared",
-    "stores", "IMMA", "IGMMA", "IDP", "BAR", "blocks/SM", "warps/SM",
+    "stores", "IMMA", "IGMMA", "HMMA", "IDP", "BAR", "blocks/SM", "warps/SM",
 )  # fmt: skip
-OPTIONAL = ("to shared", "IMMA", "IGMMA", "IDP", "BAR")
+OPTIONAL = ("to shared", "IMMA", "IGMMA", "HMMA", "IDP", "BAR")
 
 
 def table_row(kernel: Kernel) -> tuple[str, ...]:

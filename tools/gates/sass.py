@@ -14,7 +14,8 @@ from typing import NamedTuple
 from tools.gates.occupancy import MAX_THREADS, SHARED_RESERVED
 
 WIDTHS = (256, 128, 64, 32, 16, 8)  # bits of one thread's access
-COUNTED = ("IMMA", "IGMMA", "IDP", "BAR")  # tensor cores of Ampere and of Hopper, dp4a, barriers
+#: Tensor cores of Ampere, of Hopper and for float16, dp4a, barriers.
+COUNTED = ("IMMA", "IGMMA", "HMMA", "IDP", "BAR")
 #: What lets a thread see another kernel's results: griddepcontrol.wait, or an mbarrier at which such a thread arrived.
 WAITS = re.compile(r"ACQBULK\b|SYNCS\.PHASECHK\b")
 FRESH_LOAD = re.compile(r"LDG\b.*\.STRONG\.GPU\b")  # ld.global.cg, and an acquire

@@ -12,9 +12,10 @@
 #include "common/launch.h"
 #include "common/memory_order.cuh"
 #include "common/ptx.cuh"
+#include "common/swizzle.cuh"
 #include "gemm/epilogue/gated_tokens.cuh"
 #include "gemm/splits.h"
-#include "gemm/tickets.h"
+#include "common/tickets.h"
 
 namespace sqk {
 
@@ -31,17 +32,6 @@ struct MmaParams {
   int4* partials;     // [splits, tiles, kM * kN / 4]; for splits > 1
   Epilogue epilogue;
 };
-
-// Where a piece of 16 bytes of a tile's row lies in shared memory. A row has kK bytes, and a line
-// across all banks 128. ldmatrix reads the same piece of eight adjacent rows at a time, and
-// cp.async writes whole lines: XORing the piece with the line's number spreads both over all banks.
-// Two rows of 64 bytes share a line, in different halves of it, so eight rows are four lines.
-template <int kK>
-__device__ constexpr int swizzled(int row, int piece) {
-  static_assert(kK == 64 || kK == 128);
-  constexpr int kPieces = kK / 16;
-  return row * kK + 16 * (piece ^ (row / (128 / kK) % kPieces));
-}
 
 // A thread's share of copying one operand's tiles: one piece of every kStep-th row.
 template <int kRows, int kK, int kThreads>

@@ -1,4 +1,4 @@
-// CUTLASS's stream-K schedule with tickets that are 0 after every launch (gemm/tickets.h), where
+// CUTLASS's stream-K schedule with tickets that are 0 after every launch (common/tickets.h), where
 // CUTLASS clears them before each launch. Kernel ring: no torch.
 #pragma once
 
@@ -9,7 +9,7 @@
 #include "cutlass/arch/barrier.h"
 #include "cutlass/barrier.h"
 #include "cutlass/gemm/kernel/tile_scheduler.hpp"
-#include "gemm/tickets.h"
+#include "common/tickets.h"
 
 namespace sqk {
 

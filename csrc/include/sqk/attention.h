@@ -15,7 +15,7 @@ namespace sqk {
 constexpr int64_t kMaxQueryTokens = 8;
 
 struct AttentionParams {
-  DType dtype;  // of q and y
+  DType dtype;                   // of q and y
   int64_t batch, heads, tokens;  // of q; cache.heads divides heads; tokens <= kMaxQueryTokens
   const void* q;                 // [batch, heads, tokens, cache.k.dim], adjacent channels
   int64_t q_batch_stride, q_head_stride, q_token_stride;  // elements
@@ -40,9 +40,9 @@ struct AttentionParams {
 
 // What a call does, from its sizes alone: never from lengths, so that one CUDA graph serves all.
 struct AttentionPlan {
-  int32_t splits;    // parts of the sequence, merged in a fixed order
-  int32_t threads;   // per block; on a CPU, tasks
-  int64_t blocks;    // of the launch
+  int32_t splits;   // parts of the sequence, merged in a fixed order
+  int32_t threads;  // per block; on a CPU, tasks
+  int64_t blocks;   // of the launch
   int64_t shared_bytes;
   int64_t workspace_bytes;
 };
@@ -64,3 +64,7 @@ Status decode_attention_s8(const AttentionParams& params, const AttentionPlan& p
 extern "C" SQK_EXPORT int32_t sqk_decode_attention_s8(const sqk::AttentionParams* params,
                                                       void* stream);
 extern "C" SQK_EXPORT int64_t sqk_attention_workspace_bytes(const sqk::AttentionParams* params);
+// On a described GPU, or with null on the current one. Not in the library of the CPU kernels.
+extern "C" SQK_EXPORT int32_t sqk_attention_plan(const sqk::AttentionParams* params,
+                                                 const sqk::Device* device,
+                                                 sqk::AttentionPlan* plan);

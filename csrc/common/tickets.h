@@ -23,9 +23,9 @@
 // and the caller clears tickets in its workspace.
 #pragma once
 
-#include <cuda_runtime.h>
-
 #include <cstdint>
+
+#include "sqk/status.h"
 
 namespace sqk {
 

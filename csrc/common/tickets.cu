@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "common/launch.h"
-#include "gemm/tickets.h"
+#include "common/tickets.h"
 
 namespace sqk {
 namespace {

@@ -1,0 +1,6 @@
+// Kernel ring: no torch.
+#include "attention/instances/decode.cuh"
+
+namespace sqk {
+template DecodeKernel decode_kernel_for<256>(int columns);
+}
