@@ -278,6 +278,19 @@ def test_a_window_buffer_does_not_grow() -> None:
     assert max(sizes) <= WINDOW + 126
     layer.update(tokens(300), tokens(300))
     assert layer.buffers.count <= WINDOW + 126
+    wide = make_layer("sliding", sliding_window=200)
+    for count in (190, 1, 150, 9, 300, 1, 1):
+        wide.update(tokens(count), tokens(count))
+    assert wide.buffers.count <= 200 + 126
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_tokens_of_inference_mode_can_go_on_without_it(name: str) -> None:
+    layer = make_layer(name)
+    with torch.inference_mode():
+        layer.update(tokens(5, seed=1), tokens(5, seed=2))
+    k, v = layer.update(tokens(1, seed=3), tokens(1, seed=4))
+    assert int(layer.get_seq_length()) == 6 and not k.is_inference() and not v.is_inference()
 
 
 def test_offload_moves_int8_and_scales() -> None:
@@ -293,6 +306,15 @@ def test_offload_moves_int8_and_scales() -> None:
     layer.offload()
     layer.prefetch()
     assert_bitwise_equal(layer.keys, kept)  # type: ignore[arg-type]
+
+
+def test_offload_leaves_the_length_of_a_fixed_size() -> None:
+    layer: Any = make_layer("static")
+    layer.update(tokens(3), tokens(3))
+    length = layer.lengths
+    layer.device = torch.device("meta")
+    layer.prefetch()
+    assert layer.lengths is length
 
 
 def test_more_tokens_than_a_fixed_size_holds() -> None:

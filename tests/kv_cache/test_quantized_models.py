@@ -38,6 +38,7 @@ def run(model: Any, cache: Any, prompt: torch.Tensor, new: int = 10) -> Any:
     )
 
 
+@pytest.mark.filterwarnings("ignore:the calibration data ended:UserWarning")
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("family", ["llama_gqa", "qwen3", "opt"])
 def test_int8_layers_and_an_int8_cache(
