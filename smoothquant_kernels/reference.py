@@ -317,6 +317,25 @@ def kv_append(
         cache[block, :, slot] = pad_k(x_q, HEAD_MULTIPLE)
 
 
+def attendable(
+    position: Tensor, end: Tensor, tokens: int, capacity: int, window: int, mask: Tensor | None
+) -> Tensor:
+    """Which slots the newest tokens may attend to: [B, 1 or Hq, T, slots].
+
+    `position` [B, slots] is that of each slot, negative for none; `end` [B, 1] the tokens of each sequence.
+    """
+    newest = end[..., None] - tokens + torch.arange(tokens, device=end.device)[:, None]  # [B, T, 1]
+    allowed = (position[:, None] >= 0) & (position[:, None] <= newest)
+    if window:
+        allowed = allowed & (position[:, None] > newest - window)
+    allowed = allowed[:, None]
+    if mask is not None:
+        column = (position - (end - capacity).clamp(min=0)).clamp(min=0)[:, None, None]
+        mask = mask.expand(len(position), -1, -1, -1)
+        allowed = allowed & mask.gather(3, column.expand(*mask.shape[:3], position.shape[1]))
+    return allowed
+
+
 def decode_attention_s8(
     q: Tensor,
     k_cache: Tensor,
@@ -354,15 +373,7 @@ def decode_attention_s8(
     def of_cache(t: Tensor) -> Tensor:  # [B, Hq, capacity, ...]
         return t[block, :, slot].transpose(1, 2).repeat_interleave(group, 1)
 
-    newest = end[..., None] - tokens + torch.arange(tokens, device=device)[:, None]  # [B, T, 1]
-    allowed = (position[:, None] >= 0) & (position[:, None] <= newest)
-    if window:
-        allowed = allowed & (position[:, None] > newest - window)
-    allowed = allowed[:, None]
-    if mask is not None:
-        column = (position - (end - capacity).clamp(min=0)).clamp(min=0)[:, None, None]
-        mask = mask.expand(batch, -1, -1, -1)
-        allowed = allowed & mask.gather(3, column.expand(*mask.shape[:3], capacity))
+    allowed = attendable(position, end, tokens, capacity, window, mask)
     v = q.float()
     if k_smooth is not None:
         v = v * k_smooth.repeat_interleave(group, 0)[:, None]

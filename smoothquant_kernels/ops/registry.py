@@ -24,7 +24,7 @@ from torch import Tensor
 NAMESPACE = "smoothquant_kernels"
 #: Modules that register kernels, imported by name once all ops are described. The first one with a CPU kernel for an op
 #: runs it; the reference comes last.
-BACKENDS = ("cpu_native", "onednn", "reference", "cuda")
+BACKENDS = ("cpu_native", "onednn", "attention", "reference", "cuda")
 
 # Kept alive for the life of the process: dropping a Library unregisters its ops.
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")

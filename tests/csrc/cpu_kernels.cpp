@@ -7,10 +7,15 @@
 #include <cstdlib>
 #include <string>
 #include <thread>
+#include <tuple>
 
 #include "cpu/levels.h"
 #include "cpu/threads.h"
+// Needs the one before it.
+// clang-format off
 #include "cpu_problems.h"
+#include "cpu_cache_problems.h"
+// clang-format on
 
 namespace {
 
@@ -171,6 +176,99 @@ void check(Problem& p, int level, int64_t count) {
   }
 }
 
+sqk::KvCache cache_of(CacheProblem& p) {
+  sqk::KvCache cache = {};
+  for (auto [half, data, scale] : {std::tuple{&cache.k, &p.k_cache, &p.k_scale},
+                                   std::tuple{&cache.v, &p.v_cache, &p.v_scale}}) {
+    half->data = data->data();
+    half->head_stride = p.size * p.width();
+    half->block_stride = p.heads * half->head_stride;
+    half->scale = scale->empty() ? nullptr : scale->data();
+    half->scale_head_stride = p.size;
+    half->scale_block_stride = p.heads * p.size;
+    half->dim = p.dim;
+  }
+  cache.blocks = p.blocks;
+  cache.heads = p.heads;
+  cache.block_size = p.size;
+  cache.table = given(p.table);
+  cache.table_stride = p.entries;
+  cache.ring = p.ring;
+  return cache;
+}
+
+void report(const char* what, const CacheProblem& p, int level, int64_t threads, int64_t element) {
+  if (++failures > 10) return;
+  std::printf("%s at level %s, %d threads, D %d, tokens %d, size %d, rotation %d: element %d\n",
+              what, sqk_cpu_level_name(level), static_cast<int>(threads), static_cast<int>(p.dim),
+              static_cast<int>(p.tokens), static_cast<int>(p.size), p.rotation,
+              static_cast<int>(element));
+}
+
+template <typename T>
+void compare_cache(const char* what, const CacheProblem& p, int level, int64_t threads,
+                   const std::vector<T>& found, const std::vector<T>& wanted) {
+  for (size_t i = 0; i < wanted.size(); ++i) {
+    if (same(found[i], wanted[i])) continue;
+    return report(what, p, level, threads, static_cast<int64_t>(i));
+  }
+}
+
+// Writes new tokens, and then attends to the cache that `wanted` holds as well.
+void check_cache(const CacheProblem& given_problem, int level, int64_t count) {
+  const sqk::Threads threads = {count, run_in_threads};
+  CacheProblem p = given_problem, wanted = given_problem;
+  sqk::KvAppendParams a = {};
+  a.dtype = a.rope_dtype = DType::kFloat32;
+  a.batch = p.batch;
+  a.tokens = p.tokens;
+  a.k = {p.k.data(), p.heads * p.tokens * p.dim, p.tokens * p.dim, p.dim, given(p.k_inverse)};
+  a.v = {p.v.data(), p.heads * p.tokens * p.dim, p.tokens * p.dim, p.dim, given(p.v_inverse)};
+  a.cache = cache_of(p);
+  a.positions = p.positions.data();
+  a.cos = given(p.cos);
+  a.sin = given(p.sin);
+  a.rope_dim = p.rope;
+  a.cos_token_stride = a.sin_token_stride = p.rope;
+  a.rotation = p.rotation;
+  failures += sqk::kv_append(a, sqk::as_stream(&threads)) != Status::kSuccess;
+  append_expected(wanted);
+  compare_cache("kv_append", p, level, count, p.k_cache, wanted.k_cache);
+  compare_cache("kv_append", p, level, count, p.v_cache, wanted.v_cache);
+  compare_cache("kv_append", p, level, count, p.k_scale, wanted.k_scale);
+  compare_cache("kv_append", p, level, count, p.v_scale, wanted.v_scale);
+
+  const Output expected = attention_expected(wanted);
+  std::vector<float> y(p.q.size());
+  sqk::AttentionParams d = {};
+  d.dtype = DType::kFloat32;
+  d.batch = p.batch;
+  d.heads = p.heads * p.group;
+  d.tokens = p.tokens;
+  d.q = p.q.data();
+  d.q_batch_stride = d.heads * p.tokens * p.dim;
+  d.q_head_stride = p.tokens * p.dim;
+  d.q_token_stride = p.dim;
+  d.y = y.data();
+  d.cache = cache_of(wanted);
+  d.lengths = p.lengths.data();
+  d.scale = p.score_scale;
+  d.k_smooth = given(p.k_factor);
+  d.v_smooth = given(p.v_factor);
+  d.rotation = p.rotation;
+  d.window = p.window;
+  d.mask = given(p.mask);
+  d.mask_token_stride = p.positions_of();
+  d.mask_batch_stride = p.tokens * p.positions_of();
+  d.mask_column_stride = 1;
+  run(d, d, sqk::decode_attention_s8, threads);
+  for (size_t i = 0; i < y.size(); ++i) {
+    const double far = std::fabs(y[i] - expected.y[i]);
+    if (far <= expected.bound[i] || (std::isnan(y[i]) && std::isnan(expected.y[i]))) continue;
+    return report("decode_attention_s8", p, level, count, static_cast<int64_t>(i));
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -179,12 +277,14 @@ int main(int argc, char** argv) {
   int problems = 0;
   for (int i = 0; i < std::atoi(argv[2]); ++i) {
     Problem p = make_problem();
+    const CacheProblem c = make_cache_problem();
     for (int level = 0; sqk_cpu_level_name(level) != nullptr; ++level) {
       const bool wanted = argc < 4 || std::string(argv[3]) == sqk_cpu_level_name(level);
       if (!wanted || !sqk_cpu_has_level(level)) continue;
       sqk_cpu_use_level(level);
       for (int64_t threads : {1, 3}) {
         check(p, level, threads);
+        check_cache(c, level, threads);
         ++problems;
       }
     }
