@@ -86,8 +86,8 @@ Status plan_attention(const AttentionParams& params, const Device& device, Atten
 
 }  // namespace sqk
 
-extern "C" int32_t sqk_attention_plan(const sqk::AttentionParams* params,
-                                      const sqk::Device* device, sqk::AttentionPlan* plan) {
+extern "C" int32_t sqk_attention_plan(const sqk::AttentionParams* params, const sqk::Device* device,
+                                      sqk::AttentionPlan* plan) {
   sqk::Device here;
   if (device == nullptr) {
     const sqk::Status status = sqk::current_device(&here);

@@ -72,7 +72,8 @@ def test_a_plan(
     resident = max(1, min(per_sm, RESIDENT[columns])) * device.sms
 
     def filled(splits: int) -> float:
-        return groups * splits / (-(-groups * splits // resident) * resident)
+        waves = -(-groups * splits // resident)
+        return float(groups * splits / (waves * resident))
 
     if groups <= TICKETS:
         most = max(filled(splits) for splits in range(1, min(MOST_SPLITS, chunks) + 1))

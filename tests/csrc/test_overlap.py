@@ -26,6 +26,7 @@ CHAINS = {
     "test_chains.py": "",
     "test_norms.py": "smoke",
     "test_kv_append.py": "smoke",
+    "test_decode_attention.py": "smoke or again",
 }
 
 
@@ -92,6 +93,18 @@ MUTANTS = (
         "csrc/attention/append.cu",
         CHAIN,
         "keys_and_values",
+        TOO_EARLY,
+        arch="sm_90",
+        overlap=True,
+    ),
+    Mutant(
+        "the attention never waits",
+        "attention/decode.cuh",
+        WAIT,
+        "",
+        "csrc/attention/instances/decode_64.cu",
+        "test_decode_attention.py",
+        "smoke",
         TOO_EARLY,
         arch="sm_90",
         overlap=True,

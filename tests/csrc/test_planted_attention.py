@@ -15,9 +15,9 @@ FAR = r"times the bound"
 NOT_FINITE = r"NaN or Inf in other places"
 WRONG = f"{FAR}|{NOT_FINITE}"
 EITHER = f"{WRONG}|{OUT_OF_BOUNDS}"
-TWICE = r"\d elements differ, first at \("
 #: Tests whose heads have 64 channels and whose heads of keys have 8 queries or fewer.
-LENGTHS, SPLITS, RING = "test_every_length", "many_splits and 64", "test_a_ring and 17"
+LENGTHS, SPLITS = "test_every_length", "many_splits and 64"
+TILES = "many_tiles and narrow and 64"
 EMPTY, MASKS = "every_length and 15 and 1-", "test_masks and ring"
 INFINITE, SCALES = "minus_infinity", "beyond_float16"
 
@@ -71,10 +71,6 @@ MUTANTS = (
         "wait_for_copies<kStages>();", symptom=f"{WRONG}|{UNINITIALIZED}|{RACE}",
     ),
     attention(
-        "a tile is overwritten while lanes read it", "ring.cuh", "    __syncwarp();\n    request();", "    request();",
-        SPLITS, RACE,
-    ),
-    attention(
         "a token after the last", "ring.cuh", "position >= range_.last) return;", "position > range_.last) return;",
         "test_blocks and 5", EITHER,
     ),
@@ -84,9 +80,17 @@ MUTANTS = (
     ),
     attention("scales of the values are the keys'", "tile.cuh", "load(64, value[0]", "load(0, value[0]"),
     attention("two channels change places", "tile.cuh", "0x64646464u, 0x4240", "0x64646464u, 0x4341"),
-    attention("the sum is not rescaled", "tile.cuh", "__fmaf_rn(sum[n], decay, tile_sum)", "__fadd_rn(sum[n], tile_sum)"),
-    attention("values are rescaled by the wrong queries", "tile.cuh", "const int from = 8 * (threadIdx.x % 4);",
-              "const int from = 0;"),
+    attention(
+        "the sum is not rescaled", "tile.cuh", "__fmaf_rn(sum[n], decay, tile_sum)",
+        "__fadd_rn(sum[n], tile_sum)", TILES,
+    ),
+    attention(
+        "values are rescaled by the wrong queries", "tile.cuh", "const int from = 8 * (threadIdx.x % 4);",
+        "const int from = 0;", TILES,
+    ),
+    attention(
+        "the table is read for the wrong tile", "ring.cuh", "      locate();\n    }", "    }", TILES, EITHER
+    ),
     attention(
         "weights keep their unit", "tile.cuh", "__uint_as_float((254u - exponent(largest_[n])) << 23)",
         "__uint_as_float((254u - exponent(unit_before)) << 23)", SCALES,
@@ -96,32 +100,57 @@ MUTANTS = (
     ),
     attention(
         "a hidden token's NaN counts", "tile.cuh", "(allowed >> i & 1) != 0 ? __fmul_rn(p, value_scale[i]) : 0.0f",
-        "__fmul_rn(p, value_scale[i])", symptom=NOT_FINITE,
+        "__fmul_rn(p, value_scale[i])", "not_finite_scales", NOT_FINITE,
     ),
     attention("a token of the future", "tile.cuh", "position > newest[n]", "position > newest[n] + 1"),
-    attention("the window is one token wider", "tile.cuh", "position <= newest[n] - p.window",
-              "position < newest[n] - p.window"),
-    attention("whole tiles hide nothing from the first token", "tile.cuh", "range.length - tokens + 1)", "range.length)"),
-    attention("whole tiles know no window", "tile.cuh", "p.window > 0 ? range.length - p.window : 0", "0",
-              "every_length or test_a_ring"),
-    attention("columns of a ring start at slot 0", "tile.cuh", "max(0, position - before)", "(before > 0 ? position % 80 : position)",
-              MASKS),
-    attention("only scores of -Inf are no scores", "decode.cuh", "(seen >> 4 * n & 15) != 0", "false", INFINITE, NOT_FINITE),
-    attention("warps add up without a barrier", "decode.cuh", "      }\n    }\n    __syncthreads();\n  }\n}", "      }\n    }\n  }\n  __syncthreads();\n}",
-              symptom=RACE),
-    attention("the warps' units differ", "decode.cuh", "reciprocal_or_zero(whole.sum)), sums.unit(n))",
-              "reciprocal_or_zero(whole.sum)), 1.0f)"),
-    attention("splits count alike", "decode.cuh", "__fmul_rn(load_fresh(stats + 2 * from + 1), share)",
-              "load_fresh(stats + 2 * from + 1)", SPLITS),
-    attention("a split too few", "decode.cuh", "for (int i = 0; i < active; ++i) {\n    const int64_t from",
-              "for (int i = 1; i < active; ++i) {\n    const int64_t from", SPLITS),
-    attention("the queries are rotated before they are smoothed", "queries.cuh",
-              "  row.turn(a.rotation);\n  AbsMax absmax;", "  AbsMax absmax;", "test_every_head and 64"),
-    attention("the outputs are not divided by the group", "queries.cuh", "__fmul_rn(row.v[0][e], inverse);\n  }\n  row",
-              "row.v[0][e];\n  }\n  row", SPLITS),
-    attention("a query's head is the first of its keys'", "queries.cuh",
-              "(int64_t{group.head} * p.group + head) * a.q_head_stride", "(int64_t{group.head} * p.group) * a.q_head_stride",
-              "test_views"),
+    attention(
+        "the window is one token wider", "tile.cuh", "position <= newest[n] - p.window",
+        "position < newest[n] - p.window",
+    ),
+    attention(
+        "whole tiles hide nothing from the first token", "tile.cuh", "range.length - tokens + 1)",
+        "range.length)",
+    ),
+    attention(
+        "whole tiles know no window", "tile.cuh", "p.window > 0 ? range.length - p.window : 0", "0", TILES
+    ),
+    attention(
+        "columns of a ring start at slot 0", "tile.cuh", "max(0, position - before)",
+        "(before > 0 ? position % 80 : position)", MASKS,
+    ),
+    attention(
+        "only scores of -Inf are no scores", "decode.cuh", "(seen >> 4 * n & 15) != 0", "false", INFINITE,
+        NOT_FINITE,
+    ),
+    attention(
+        "warps add up without a barrier", "decode.cuh", "      }\n    }\n    __syncthreads();\n  }\n}",
+        "      }\n    }\n  }\n  __syncthreads();\n}", symptom=RACE,
+    ),
+    attention(
+        "the warps' units differ", "decode.cuh", "reciprocal_or_zero(whole.sum)), sums.unit(n))",
+        "reciprocal_or_zero(whole.sum)), 1.0f)",
+    ),
+    attention(
+        "splits count alike", "decode.cuh", "__fmul_rn(load_fresh(stats + 2 * from + 1), share)",
+        "load_fresh(stats + 2 * from + 1)", SPLITS,
+    ),
+    attention(
+        "a split too few", "decode.cuh", "for (int i = 0; i < active; ++i) {\n    const int64_t from",
+        "for (int i = 1; i < active; ++i) {\n    const int64_t from", SPLITS,
+    ),
+    attention(
+        "the queries are not rotated", "queries.cuh", "  row.turn(a.rotation);\n  AbsMax absmax;",
+        "  AbsMax absmax;", "test_every_head and 64",
+    ),
+    attention(
+        "the outputs are not divided by the group", "queries.cuh",
+        "__fmul_rn(row.v[0][e], inverse);\n  }\n  row", "row.v[0][e];\n  }\n  row", SPLITS,
+    ),
+    attention(
+        "a query's head is the first of its keys'", "queries.cuh",
+        "(int64_t{group.head} * p.group + head) * a.q_head_stride",
+        "(int64_t{group.head} * p.group) * a.q_head_stride", "test_views",
+    ),
     ticket("the ticket is kept", TICKET.replace("    if (last) *ticket = 0;", "    //"), fixed=True),
     ticket("no fences", TICKET.replace("    fence_gpu();\n", "")),
     ticket("no barrier before the ticket", TICKET.removeprefix("  __syncthreads();\n")),
@@ -129,8 +158,8 @@ MUTANTS = (
     attention(
         "nothing is wrong elsewhere", "queries.cuh", "  row.turn(a.rotation);\n  AbsMax absmax;",
         "  row.turn(a.rotation);\n  AbsMax  absmax;",
-        f"{LENGTHS} or test_a_ring or test_masks or {INFINITE} or {SCALES} or test_views or (test_every_head and 64)"
-        " or test_blocks", None,
+        f"{LENGTHS} or ({MASKS}) or {INFINITE} or {SCALES} or test_views or not_finite_scales or ({TILES})"
+        " or (test_blocks and (5 or 24))", None,
     ),
 )  # fmt: skip
 

@@ -9,6 +9,7 @@ from tests.csrc import (
     test_overlap,
     test_planted,
     test_planted_append,
+    test_planted_attention,
     test_planted_gemm,
     test_planted_order,
 )
@@ -18,6 +19,7 @@ from tools.build.plan import ROOT
 MUTANTS = (
     *test_planted.MUTANTS,
     *test_planted_append.MUTANTS,
+    *test_planted_attention.MUTANTS,
     *test_planted_gemm.MUTANTS,
     *test_planted_order.MUTANTS,
     *test_overlap.MUTANTS,

@@ -46,7 +46,7 @@ class Call:
         self.params.workspace_bytes = self.bytes
 
     def run(self) -> int:
-        return self.entries.sqk_decode_attention_s8(byref(self.params), None)
+        return int(self.entries.sqk_decode_attention_s8(byref(self.params), None))
 
     def check(self) -> None:
         assert self.run() == SUCCESS
@@ -56,9 +56,7 @@ class Call:
 
 
 @pytest.mark.parametrize("dim", [64, 100, 128, 256])
-def test_workspaces_need_not_be_cleared(
-    backend: Backend, entries: ctypes.CDLL, dim: int
-) -> None:
+def test_workspaces_need_not_be_cleared(backend: Backend, entries: ctypes.CDLL, dim: int) -> None:
     call = Call(backend, entries, dim=dim)
     status, plan = c_attention.plan(entries, call.params)
     assert status == SUCCESS and plan.workspace_bytes == call.bytes

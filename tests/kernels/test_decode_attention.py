@@ -92,10 +92,10 @@ def masks(batch: int, heads: int, tokens: int, columns: int) -> Tensor:
 def test_masks(backend: Backend, ring: bool) -> None:
     """Of all sequences and heads, or of one for all; strides; left padding; a query that sees nothing."""
     length = 200 if ring else 80
-    for rows, heads in ((2, 6), (2, 1), (1, 6), (1, 1)):
+    for rows, heads in ((2, 4), (2, 1), (1, 4), (1, 1)):
         mask = masks(rows, heads, 3, 80)
-        check(backend, lengths=[length, 61], group=3, tokens=3, mask=mask, ring=ring)
-        check(backend, lengths=[length, 61], group=3, tokens=3, mask=mask, ring=ring, window=30)
+        check(backend, lengths=[length, 61], group=2, tokens=3, mask=mask, ring=ring)
+        check(backend, lengths=[length, 61], group=2, tokens=3, mask=mask, ring=ring, window=30)
     padding = torch.ones(2, 1, 1, 80, dtype=torch.bool)
     padding[0, ..., :70] = False
     padding[1] = False
@@ -181,19 +181,39 @@ def test_scales_beyond_float16(backend: Backend) -> None:
     assert_close(run(backend, given), expected(given), "large scores")
 
 
-def test_the_order_of_the_maxima(backend: Backend) -> None:
+@pytest.mark.parametrize("queries", [(2, 3), (3, 8)], ids=["narrow", "wide"])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_many_tiles(backend: Backend, dim: int, queries: tuple[int, int]) -> None:
+    """So many sequences and heads that a part of a sequence is longer than a ring of tiles."""
+    group, tokens = queries
+    sizes: dict[str, Any] = {"batch": 3, "heads": 4, "dim": dim, "group": group, "tokens": tokens}
+    lengths = [600, 1, 499]
+    check(backend, lengths=lengths, size=600, **sizes, rotation=64, smooth=True)
+    check(backend, lengths=lengths, size=24, paged=25, **sizes, window=407)
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_the_order_of_the_maxima(backend: Backend, dim: int) -> None:
     """Scores that grow or fall from token to token: the sums so far are rescaled at each step, or never."""
     for sign in (1, -1):
-        given = problem(lengths=[80, 80], dtype=torch.float32, dim=128)
+        size = 600
+        given = problem(batch=4, heads=4, size=size, dtype=torch.float32, dim=dim)
         given["q"][:] = 1.0
-        given["k_cache"][..., :128] = 127
-        steps = torch.arange(80) * 0.02 * sign
-        given["k_scale"][:] = (steps - steps.min()) / 100
+        given["k_cache"][..., :dim] = 127
+        steps = torch.arange(size) * 0.1 * sign  # of the scores
+        given["k_scale"][:] = (steps - steps.min()) / (127 * dim * given["scale"])
+        given["v_scale"] *= torch.logspace(-4, 4, size)[
+            torch.randperm(size, generator=cases.generator(3))
+        ]
         assert_close(run(backend, given), expected(given), str(sign))
 
 
 def test_nothing_to_do(backend: Backend) -> None:
-    for sizes in ({"lengths": [80, 80], "tokens": 0}, {"lengths": [], "batch": 0}):
+    nothing: tuple[dict[str, Any], ...] = (
+        {"lengths": [80, 80], "tokens": 0},
+        {"lengths": [], "batch": 0},
+    )
+    for sizes in nothing:
         given = problem(**sizes)
         assert run(backend, given).shape == given["q"].shape
 

@@ -31,7 +31,7 @@ CALLS = {
     "cudaGetErrorString",
     "cudaGetLastError",
     "cudaOccupancyMaxActiveClusters",
-    # Of tickets (csrc/common/tickets.cu), which a graph owns while it exists. The address is not asked for in a capture.
+    # Of tickets (csrc/common/tickets.cu), which a graph owns while it exists. No capture asks for the address.
     "cudaGetSymbolAddress",
     "cudaGraphRetainUserObject",
     "cudaStreamGetCaptureInfo",

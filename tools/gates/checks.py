@@ -85,7 +85,9 @@ def waits_first(*allowed: str) -> Check:
 
 
 def fresh_loads(kernel: Kernel) -> str | None:
-    return None if kernel.code.fresh_loads else "no load from L2 of what others write (LDG.STRONG.GPU)"
+    return (
+        None if kernel.code.fresh_loads else "no load from L2 of what others write (LDG.STRONG.GPU)"
+    )
 
 
 def at_most(kib: int) -> Check:
