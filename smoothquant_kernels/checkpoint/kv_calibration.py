@@ -81,12 +81,12 @@ def _layers(tensors: dict[str, Tensor]) -> dict[int, LayerMaxima]:
         if not bool((t.isfinite() & (t >= 0)).all()):
             raise ValueError(f"{name} has a value that is no magnitude")
         named.setdefault(int(number), {})[kind] = t
-    layers = {}
-    for number, parts in sorted(named.items()):
+    layers: dict[int, LayerMaxima] = {}
+    for layer, parts in sorted(named.items()):
         q, k, v = parts["q"], parts["k"], parts["v"]
         if q.shape != k.shape or k.shape[0] != v.shape[0]:
-            raise ValueError(f"q, k and v of layer {number} do not fit each other")
-        layers[number] = LayerMaxima(q, k, v)
+            raise ValueError(f"q, k and v of layer {layer} do not fit each other")
+        layers[layer] = LayerMaxima(q, k, v)
     if not layers:
         raise ValueError("it has no layer")
     return layers

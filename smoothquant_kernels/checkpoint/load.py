@@ -58,8 +58,8 @@ def load_quantized(
         optimize: also call `optimize_for_inference`, as the last step. Weights that it merges are copied into memory.
 
     Returns:
-        The model in eval mode, with `smoothquant_info` and, if one was saved, `smoothquant_kv_calibration`. Without `optimize`, it computes bit for bit what the saved one
-        does.
+        The model in eval mode, with `smoothquant_info` and, if it was saved, `smoothquant_kv_calibration`. Without
+        `optimize`, it computes bit for bit what the saved one does.
 
     Raises:
         SmoothQuantError: the folder is missing, is not a checkpoint, was altered, is incomplete, was written by a newer

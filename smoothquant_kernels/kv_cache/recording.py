@@ -35,10 +35,11 @@ class KVRecorder:
                 f"{name} is an encoder-decoder, whose cache has keys of its encoder as well: only decoders have an "
                 "int8 cache."
             )
-        # By identity: modules compare by it, and the attention function gets the module.
-        self._layers = {
-            m: m.layer_idx for m in model.modules() if type(getattr(m, "layer_idx", None)) is int
-        }
+        self._layers: dict[nn.Module, int] = {}
+        for module in model.modules():
+            layer: Any = getattr(module, "layer_idx", None)
+            if type(layer) is int:
+                self._layers[module] = layer
         if not self._layers:
             raise SmoothQuantError(
                 f"{name} has no attention layer of transformers that caches keys and values: only such decoders have "
@@ -57,7 +58,7 @@ class KVRecorder:
         """
         from transformers import AttentionInterface
 
-        registered: dict[str, Callable[..., Any]] = AttentionInterface._global_mapping
+        registered: dict[str, Any] = AttentionInterface._global_mapping
         before = dict(registered)
         try:
             for name in {_implementation(m) for m in self._layers}:
