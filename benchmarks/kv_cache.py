@@ -60,9 +60,7 @@ class Bench:
         self.model, self.tokenizer = smollm2.load()
         self.tokens, self.text = tokens, topics("evaluation")
         data = smollm2.calibration(self.tokenizer, calibration)
-        self.plain = calibrate_kv_cache(
-            self.model, data, max_tokens=calibration, progress=False
-        )
+        self.plain = calibrate_kv_cache(self.model, data, max_tokens=calibration, progress=False)
         recorder = RotatedRecorder(self.model)
         with evaluating(self.model), recorder.watching():
             for ids in data:
@@ -90,7 +88,9 @@ class Bench:
         yield self.faked("float16", Errors("float16"))
         for query in (False, True):
             for alpha, rotation in ((None, 0), (ALPHA, 0), (None, self.dim), (ALPHA, self.dim)):
-                yield self.faked("int8 per token and head", Errors("per_token", alpha, rotation, query))
+                yield self.faked(
+                    "int8 per token and head", Errors("per_token", alpha, rotation, query)
+                )
             for rotation in (0, self.dim):
                 yield self.faked("int8 static", Errors("static", None, rotation, query))
 
@@ -124,7 +124,12 @@ class Bench:
         if self._steps is None:
             self._steps = CacheReference(self.model, max_bytes=4 << 30)
         found = evaluate_cache(
-            self.model, self.text, self.tokenizer, make, reference=self._steps, max_tokens=self.tokens
+            self.model,
+            self.text,
+            self.tokenizer,
+            make,
+            reference=self._steps,
+            max_tokens=self.tokens,
         )
         return {"cache": name, **_row(name, found)}
 
@@ -169,8 +174,13 @@ class Bench:
             cache = make()
             with torch.no_grad():
                 for part in ids.split(512, 1):
-                    self.model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            sizes = [self.after_generation(make) for _ in range(GENERATIONS if name == "int8 per token and head" else 0)]
+                    self.model(
+                        input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1
+                    )
+            sizes = [
+                self.after_generation(make)
+                for _ in range(GENERATIONS if name == "int8 per token and head" else 0)
+            ]
             layers, heads = len(self.plain.layers), self.plain.layers[0].k.shape[0]
             float16 = layers * 2 * heads * self.dim * 2 * ids.shape[1]
             row = {

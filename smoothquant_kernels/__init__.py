@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from smoothquant_kernels.errors import SmoothQuantError
     from smoothquant_kernels.fusion.optimize import optimize_for_inference, undo_optimization
     from smoothquant_kernels.fusion.record import fusion_info, fusion_spills
+    from smoothquant_kernels.kv_cache.attention import use_int8_attention
+    from smoothquant_kernels.kv_cache.cache import Int8KVCache
     from smoothquant_kernels.kv_cache.calibration import KVCalibration
     from smoothquant_kernels.nn.linear import W8A8Linear
     from smoothquant_kernels.nn.operands import QuantizedActivation
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ActivationStatistics",
     "ColwiseW8A8",
+    "Int8KVCache",
     "KVCalibration",
     "QuantizedActivation",
     "RowwiseW8A8",
@@ -61,11 +64,13 @@ __all__ = [
     "smooth_and_quantize",
     "smooth_lm",
     "undo_optimization",
+    "use_int8_attention",
 ]
 
 _MODULES = {
     "ActivationStatistics": "smoothing.statistics",
     "ColwiseW8A8": "nn.parallel.model",
+    "Int8KVCache": "kv_cache.cache",
     "KVCalibration": "kv_cache.calibration",
     "QuantizedActivation": "nn.operands",
     "RowwiseW8A8": "nn.parallel.model",
@@ -90,6 +95,7 @@ _MODULES = {
     "smooth_and_quantize": "smoothing.convert",
     "smooth_lm": "smoothing.smooth",
     "undo_optimization": "fusion.optimize",
+    "use_int8_attention": "kv_cache.attention",
 }
 
 

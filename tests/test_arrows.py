@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "nn": "errors schemes reference config ops",
     "modeling": "errors reference nn",
     "adapters": "errors nn modeling",
-    "kv_cache": "errors reference",
+    "kv_cache": "errors schemes reference ops",
     "fusion": "errors reference ops nn modeling",
     "checkpoint": "errors config storage ops nn modeling kv_cache fusion",
     "smoothing": "errors reference config storage ops nn modeling kv_cache fusion checkpoint",

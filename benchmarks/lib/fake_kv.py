@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,7 +55,14 @@ class FakeAttention:
         self.errors, self.plain, self.rotated = Errors(), plain, rotated
 
     def __call__(
-        self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: Any = None, **_: Any
+        self,
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Any,
+        scaling: Any = None,
+        **_: Any,
     ) -> tuple[Tensor, None]:
         e, (q, k, v) = self.errors, (query.float(), key.float(), value.float())
         group = q.shape[1] // k.shape[1]
@@ -107,4 +114,7 @@ class FakeAttention:
         finally:
             model.set_attn_implementation(before)
             self.errors = Errors()
-            del AttentionInterface._global_mapping[NAME], AttentionMaskInterface._global_mapping[NAME]
+            del (
+                AttentionInterface._global_mapping[NAME],
+                AttentionMaskInterface._global_mapping[NAME],
+            )

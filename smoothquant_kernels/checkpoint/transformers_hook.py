@@ -19,8 +19,9 @@ def register_transformers(*, compressed_tensors: bool = False) -> None:
     It loads what `save_quantized` wrote, with the result of `load_quantized`, and what `save_pretrained` of a quantized
     model wrote. Any class of transformers will do, `device_map` may name several devices, and `dtype` converts the
     float tensors: without it, or with the checkpoint's own, every tensor keeps its type. The scales of int8 layers stay
-    float32. Attention runs as in the saved model unless the caller passes `attn_implementation`. Without this call,
-    transformers refuses both kinds of folders. A second call does nothing more.
+    float32. Attention runs as in the saved model unless the caller passes `attn_implementation`, of which there is one
+    more, ``"int8_kv"``: see `use_int8_attention`. Without this call, transformers refuses both kinds of folders. A
+    second call does nothing more.
 
     Args:
         compressed_tensors: also keep the int8 layers of W8A8 checkpoints of llm-compressor, which transformers would
@@ -47,10 +48,12 @@ def register_transformers(*, compressed_tensors: bool = False) -> None:
 
     from smoothquant_kernels.checkpoint.hf_config import Config
     from smoothquant_kernels.checkpoint.hf_quantizer import Quantizer, name_weights_early
+    from smoothquant_kernels.kv_cache.attention import register_attention
 
     register_quantization_config(QUANT_METHOD)(Config)
     register_quantizer(QUANT_METHOD)(Quantizer)
     name_weights_early()
+    register_attention()
     _done = True
 
 
