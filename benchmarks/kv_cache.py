@@ -30,7 +30,7 @@ from torch import Tensor
 from benchmarks.accuracy import with_change
 from benchmarks.lib import runner, smollm2
 from benchmarks.lib.fake_kv import Errors, FakeAttention
-from smoothquant_kernels import calibrate_kv_cache
+from smoothquant_kernels import Int8KVCache, calibrate_kv_cache, use_int8_attention
 from smoothquant_kernels.evaluation.kv_cache import CacheReference, cache_bytes, evaluate_cache
 from smoothquant_kernels.evaluation.perplexity import Reference, evaluate
 from smoothquant_kernels.evaluation.text import token_windows, topics
@@ -41,6 +41,7 @@ from smoothquant_kernels.reference import rotate
 
 PARTS = ("schemes", "prefill", "decode", "greedy", "memory", "peers")
 ALPHA = 0.5
+DEFAULT = "int8 per token and head"
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 64, 48, 32
 MEMORY_TOKENS, GENERATIONS = 4096, 100
 #: `QuantizedCache` of transformers: backend -> the package, the number of bits and the axis that its groups run along.
@@ -58,6 +59,7 @@ class RotatedRecorder(KVRecorder):
 class Bench:
     def __init__(self, tokens: int, calibration: int) -> None:
         self.model, self.tokenizer = smollm2.load()
+        use_int8_attention(self.model)
         self.tokens, self.text = tokens, topics("evaluation")
         data = smollm2.calibration(self.tokenizer, calibration)
         self.plain = calibrate_kv_cache(self.model, data, max_tokens=calibration, progress=False)
@@ -88,9 +90,7 @@ class Bench:
         yield self.faked("float16", Errors("float16"))
         for query in (False, True):
             for alpha, rotation in ((None, 0), (ALPHA, 0), (None, self.dim), (ALPHA, self.dim)):
-                yield self.faked(
-                    "int8 per token and head", Errors("per_token", alpha, rotation, query)
-                )
+                yield self.faked(DEFAULT, Errors("per_token", alpha, rotation, query))
             for rotation in (0, self.dim):
                 yield self.faked("int8 static", Errors("static", None, rotation, query))
 
@@ -100,21 +100,19 @@ class Bench:
         for steps in (255, 127):
             yield self.faked("float", Errors(steps=steps))
             full = Errors("per_token", None, self.dim, True, steps)
-            yield self.faked("int8 per token and head", full)
+            yield self.faked(DEFAULT, full)
             yield self.faked("int8 static", Errors("static", None, 0, True, steps))
 
     # --- the real cache ---
 
     def caches(self) -> dict[str, Callable[[], Any]]:
-        from smoothquant_kernels import Int8KVCache
-
         def make(**options: Any) -> Callable[[], Any]:
             return lambda: Int8KVCache(self.model, **options)
 
         return {
-            "int8 per token and head": make(),
-            "int8 per token and head, not rotated": make(rotation=0),
-            f"int8 per token and head, smoothed by {ALPHA}, not rotated": make(
+            DEFAULT: make(),
+            f"{DEFAULT}, not rotated": make(rotation=0),
+            f"{DEFAULT}, smoothed by {ALPHA}, not rotated": make(
                 rotation=0, alpha=ALPHA, calibration=self.plain
             ),
             "int8 static": make(scheme="static", calibration=self.plain),
@@ -177,10 +175,8 @@ class Bench:
                     self.model(
                         input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1
                     )
-            sizes = [
-                self.after_generation(make)
-                for _ in range(GENERATIONS if name == "int8 per token and head" else 0)
-            ]
+            repeats = GENERATIONS if name == DEFAULT else 0
+            sizes = [self.after_generation(make) for _ in range(repeats)]
             layers, heads = len(self.plain.layers), self.plain.layers[0].k.shape[0]
             float16 = layers * 2 * heads * self.dim * 2 * ids.shape[1]
             row = {
@@ -230,8 +226,8 @@ class Bench:
 def _row(name: str, found: Any) -> dict[str, Any]:
     row = with_change(found.to_dict())
     print(
-        f"{name:52s} perplexity {row['perplexity']:8.3f} | {row['change_percent']:+7.3f} ± {row['change_stderr']:.3f} % "
-        f"| KL {row['mean_kl']:.6f} ± {row['kl_stderr']:.6f} | top-1 {row['top1_agreement']:.4f}",
+        f"{name:52s} perplexity {row['perplexity']:8.3f} | {row['change_percent']:+7.3f} ± "
+        f"{row['change_stderr']:.3f} % | KL {row['mean_kl']:.6f} ± {row['kl_stderr']:.6f} | top-1 {row['top1_agreement']:.4f}",
         flush=True,
     )
     return row

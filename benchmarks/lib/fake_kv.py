@@ -1,4 +1,4 @@
-"""An attention that computes in float with the errors of an int8 cache: for whole windows, and for what has no kernel."""
+"""An attention in float that has the errors of an int8 cache: for whole windows, and for what has no kernel."""
 
 from __future__ import annotations
 
