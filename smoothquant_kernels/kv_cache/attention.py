@@ -114,12 +114,12 @@ def _take(
             unchanged
             and (mask is None or mask.dtype == torch.bool)
             and kwargs.get("position_bias") is None
-            and not changes_keys(type(module))
+            and not changes_keys(module)
         )
     elif not unchanged and not step.empty:
         raise SmoothQuantError(
             f"Int8KVCache: {type(module).__name__} changed keys or values between the cache and attention, so it "
-            "cannot read the cache as int8: call model.set_attn_implementation('sdpa') and start again with a new cache."
+            "cannot read the cache as int8: call model.set_attn_implementation('sdpa') and start again."
         )
 
 
@@ -133,7 +133,7 @@ def _kernel_can(
         return False
     if any(kwargs.get(name) is not None for name in (*_EAGER_ONLY, "position_bias")):
         return False
-    if not has_sdpa(type(module)):
+    if not has_sdpa(module):
         return False
     if torch.is_grad_enabled() and (q.requires_grad or step.k.requires_grad):
         return False
@@ -183,14 +183,14 @@ def _float_attention(
     kwargs: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None]:
     """SDPA, or the model's own attention where SDPA would leave something out."""
-    if has_sdpa(type(module)) and all(kwargs.get(name) is None for name in _EAGER_ONLY):
+    if has_sdpa(module) and all(kwargs.get(name) is None for name in _EAGER_ONLY):
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         result: tuple[Tensor, Tensor | None] = sdpa_attention_forward(
             module, query, key, value, mask, **kwargs
         )
         return result
-    eager = eager_attention(type(module))
+    eager = eager_attention(module)
     if eager is None:
         raise SmoothQuantError(
             f"attn_implementation={ATTENTION!r} needs the eager_attention_forward of {type(module).__name__}, which "

@@ -6,15 +6,15 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import nn
-from transformers.cache_utils import (
+
+from smoothquant_kernels.errors import SmoothQuantError
+from smoothquant_kernels.kv_cache.bases import (
     Cache,
     DummyLayer,
     DynamicCache,
     LinearAttentionLayer,
     get_layer_types_and_kwargs,
 )
-
-from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.kv_cache.calibration import SCHEMES, KVCalibration
 from smoothquant_kernels.kv_cache.hybrid_layers import (
     Int8HybridLayer,
@@ -40,7 +40,7 @@ _LINEAR = ("conv", "linear_attention")
 _NO_CACHE = "dummy"
 
 
-class Int8KVCache(DynamicCache):  # type: ignore[misc]
+class Int8KVCache(DynamicCache):
     """A cache of transformers that keeps keys and values in int8: about half the bytes of float16.
 
     `generate` and `forward` of a model take it as they take any cache. After `use_int8_attention(model)` each new token

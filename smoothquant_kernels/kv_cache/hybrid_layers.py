@@ -5,23 +5,23 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from transformers.cache_utils import LinearAttentionLayer
 
-from smoothquant_kernels.kv_cache.layers import Int8DynamicLayer, Int8Layer, Int8SlidingLayer
+from smoothquant_kernels.kv_cache.bases import LinearAttentionLayer
+from smoothquant_kernels.kv_cache.layers import Int8DynamicLayer, Int8SlidingLayer
 from smoothquant_kernels.kv_cache.static_layers import Int8StaticLayer, Int8StaticSlidingLayer
 
 
-class _Both(LinearAttentionLayer):  # type: ignore[misc]
+class _Both(LinearAttentionLayer):
     """Calls both halves. A subclass names its other half second."""
 
-    int8: type[Int8Layer]
+    int8: Any  # the class
 
     def __init__(self, *args: Any, number_of_states: int = 1, **kwargs: Any) -> None:
         self.int8.__init__(self, *args, **kwargs)
         LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
-        half = self.int8 if args else LinearAttentionLayer  # transformers names the linear states
+        half: Any = self.int8 if args else LinearAttentionLayer  # transformers names linear states
         half.lazy_initialization(self, *args, **kwargs)
 
     def offload(self) -> None:
@@ -44,15 +44,15 @@ class _Both(LinearAttentionLayer):  # type: ignore[misc]
 
     @property
     def is_croppable(self) -> bool:
-        linear = bool(LinearAttentionLayer.is_croppable.fget(self))
-        return linear and getattr(self, "never_leaves", True)
+        linear: Any = LinearAttentionLayer
+        return bool(linear.is_croppable.fget(self)) and getattr(self, "never_leaves", True)
 
     @property
     def is_compileable(self) -> bool:
-        return self.int8.is_compileable and not self.record_past
+        return bool(self.int8.fixed_size) and not self.record_past
 
     def get_max_length(self) -> int:
-        return self.int8.get_max_length(self)
+        return int(self.int8.get_max_length(self))
 
     def _call(self, name: str, *args: Any) -> None:
         for half in (LinearAttentionLayer, self.int8):

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
 
 from smoothquant_kernels.errors import SmoothQuantError
+from smoothquant_kernels.kv_cache.bases import CacheLayerMixin
 from smoothquant_kernels.kv_cache.step import STEP, Attention, Step
 from smoothquant_kernels.kv_cache.tokens import HeadQuantizer, Int8Tokens
 from smoothquant_kernels.ops.cache_checks import MAX_QUERY_TOKENS
@@ -19,11 +19,11 @@ from smoothquant_kernels.ops.cache_checks import MAX_QUERY_TOKENS
 GROWTH = 64
 
 
-class Int8Layer(CacheLayerMixin):  # type: ignore[misc]
+class Int8Layer(CacheLayerMixin):
     """What all layers share. `keys` and `values` are float copies, made at each access."""
 
     is_sliding = False
-    is_croppable = True
+    fixed_size = False
 
     def __init__(self, quantizer: HeadQuantizer, attention: Attention, **kwargs: Any) -> None:
         self.quantizer = quantizer
@@ -35,6 +35,14 @@ class Int8Layer(CacheLayerMixin):  # type: ignore[misc]
         self.direct: bool | None = None
         #: The step that attention has yet to take.
         self.waiting: Step | None = None
+
+    @property
+    def is_compileable(self) -> bool:
+        return self.fixed_size
+
+    @property
+    def is_croppable(self) -> bool:
+        return True
 
     @property
     def keys(self) -> Tensor | None:

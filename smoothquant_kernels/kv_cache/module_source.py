@@ -10,37 +10,48 @@ import textwrap
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 
-@functools.cache
-def has_sdpa(module: type[nn.Module]) -> bool:
+def has_sdpa(module: nn.Module) -> bool:
     """Whether the models of the module's file may run SDPA, which knows no soft cap and no attention sink."""
+    return bool(_has_sdpa(type(module).__module__))
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@functools.cache
+def _has_sdpa(file: str) -> bool:
     from transformers import PreTrainedModel
 
-    file = sys.modules.get(module.__module__)
     models = [
         c
-        for c in vars(file).values()
-        if isinstance(c, type) and issubclass(c, PreTrainedModel) and c is not PreTrainedModel
+        for c in vars(sys.modules[file]).values()
+        if isinstance(c, type) and issubclass(c, PreTrainedModel) and c.__module__ == file
     ]
-    return all(c._supports_sdpa for c in models if c.__module__ == module.__module__)
+    return all(
+        c._supports_sdpa for c in models
+    )  # false if one is not: its attention may be this one
 
 
-@functools.cache
-def eager_attention(module: type[nn.Module]) -> Callable[..., Any] | None:
+def eager_attention(module: nn.Module) -> Callable[..., Any] | None:
     """The eager attention function of the module's file."""
-    return getattr(sys.modules.get(module.__module__), "eager_attention_forward", None)
+    return getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
 
 
-@functools.cache
-def changes_keys(module: type[nn.Module]) -> bool:
+def changes_keys(module: nn.Module) -> bool:
     """Whether a module reads the keys or values that `Cache.update` returned, other than to pass them to attention.
 
     It would take the new tokens for all tokens: it shares them with other layers, or measures their length.
     """
+    kind: Any = type(module)
+    return _changes_keys(kind)
+
+
+@functools.cache
+def _changes_keys(kind: Any) -> bool:
     try:
-        source = inspect.getsource(inspect.unwrap(module.forward))
+        source = inspect.getsource(inspect.unwrap(kind.forward))
         tree = ast.parse(textwrap.dedent(source))
     except (OSError, TypeError, SyntaxError):
         return False  # `Int8Layer.update` still notices keys that are not the same
@@ -51,7 +62,8 @@ def changes_keys(module: type[nn.Module]) -> bool:
     ]
     if not updates:
         return False
-    names = {n.id for node in updates for t in node.targets for n in ast.walk(t) if _is_name(n)}
+    targets = [n for node in updates for t in node.targets for n in ast.walk(t)]
+    names = {n.id for n in targets if isinstance(n, ast.Name)}
     first = min(node.lineno for node in updates)
     inside = {id(n) for node in updates for n in ast.walk(node)}
     return any(
@@ -59,10 +71,6 @@ def changes_keys(module: type[nn.Module]) -> bool:
         for n in _outside_attention(tree)
         if isinstance(n, ast.Name)
     )
-
-
-def _is_name(node: ast.AST) -> bool:
-    return isinstance(node, ast.Name)
 
 
 def _called(node: ast.AST) -> str:

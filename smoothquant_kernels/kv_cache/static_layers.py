@@ -17,7 +17,7 @@ from smoothquant_kernels.kv_cache.tokens import HeadQuantizer
 class Int8StaticLayer(Int8Layer):
     """Room for `max_cache_len` tokens. How many there are is read on the device."""
 
-    is_compileable = True
+    fixed_size = True
     ring = False
 
     def __init__(
