@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "cpu/levels.h"
+#include "sqk/attention.h"
 #include "sqk/gemm.h"
 #include "sqk/quantize.h"
 
@@ -29,6 +30,37 @@ struct Block {
   int64_t first_column, last_column;
 };
 
+// Columns of a cache: the tokens of a sequence that are there, the oldest first. Attention takes
+// this many at a time.
+constexpr int64_t kTokenTile = 256;
+// A query's share of a part: the largest score, the sum of the weights, 14 unused numbers, and the
+// weighted sum of the values, [padded_head(dim)].
+constexpr int64_t kStateHead = 16;
+constexpr int64_t state_floats(int64_t dim) { return kStateHead + padded_head(dim); }
+
+// Some columns of a sequence, and all queries of one head of the cache: row r is token r % tokens
+// of query head r / tokens of the group.
+struct Part {
+  const AttentionParams* params;
+  int64_t sequence, head;
+  int64_t begin, end;  // columns
+  int64_t oldest;      // position of column 0
+  int64_t newest;      // column of the last query token; may be negative
+  int64_t rows;
+  const int8_t* q;  // [rows, kMaxHead], padded with zeros
+  const float* q_scale;
+  float* states;  // [rows, state_floats], written
+};
+
+// What one query's output is made of: the states of its parts, the oldest first.
+struct Merge {
+  const AttentionParams* params;
+  const float* states;
+  int64_t stride, parts;
+  int64_t head;  // of the cache
+  int64_t row;   // of y
+};
+
 // The kernels of a level. `interleaved`: the form of the packed rows, side by side in groups or one
 // after the other. Both calls must agree on it; a level that has only the latter ignores it.
 struct Kernels {
@@ -50,6 +82,9 @@ struct Kernels {
   bool (*interleaves)(int64_t rows, int64_t k);
   // Columns of a call are a multiple of this, except at the end.
   int64_t (*columns)(bool interleaved);
+  // Attention of a part, and the output of a query.
+  void (*attend)(const Part& part);
+  void (*merge)(const Merge& merge);
 };
 
 #define SQK_DECLARE(level, text) extern const Kernels kKernels##level;

@@ -25,6 +25,7 @@
 #include <utility>
 
 #include "common/arithmetic.h"
+#include "cpu/cache.h"
 #include "cpu/kernels.h"
 #include "cpu/scale.h"
 
@@ -58,6 +59,8 @@ namespace {
       },                                                                                       \
       kept,                                                                                    \
       [](bool interleaved) -> int64_t { return interleaved ? unit : int64_t{Dot::kColumns}; }, \
+      attend,                                                                                  \
+      merge_parts,                                                                             \
   };
 
 // The table of a level that packs rows in one form.

@@ -16,6 +16,8 @@ namespace {
 #include "cpu/interleaved.h"
 #include "cpu/tile_output.h"
 #include "cpu/tiles.h"
+#include "cpu/scores512.h"
+#include "cpu/attend.h"
 // clang-format on
 
 }  // namespace

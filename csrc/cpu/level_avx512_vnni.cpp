@@ -12,6 +12,8 @@ namespace {
 #include "cpu/panels.h"
 #include "cpu/interleaved.h"
 #include "cpu/wide512.h"
+#include "cpu/scores512.h"
+#include "cpu/attend.h"
 // clang-format on
 
 }  // namespace

@@ -35,7 +35,12 @@ struct Dot {
   }
 };
 
+// Each needs those before it.
+// clang-format off
 #include "cpu/panels.h"
+#include "cpu/scores.h"
+#include "cpu/attend.h"
+// clang-format on
 
 }  // namespace
 
