@@ -41,8 +41,8 @@ from smoothquant_kernels.reference import rotate
 
 PARTS = ("schemes", "prefill", "decode", "greedy", "memory", "peers")
 ALPHA = 0.5
-DEFAULT = "int8 per token and head"
-PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 64, 48, 32
+DEFAULT, STATIC = "int8 per token and head", "int8 static"
+PROMPTS, BATCH, PROMPT_TOKENS, NEW_TOKENS = 64, 16, 48, 32
 MEMORY_TOKENS, GENERATIONS = 4096, 100
 #: `QuantizedCache` of transformers: backend -> the package, the number of bits and the axis that its groups run along.
 PEERS = (("hqq", "hqq", 8, 1), ("quanto", "optimum", 4, 0), ("hqq", "hqq", 4, 1))
@@ -92,7 +92,7 @@ class Bench:
             for alpha, rotation in ((None, 0), (ALPHA, 0), (None, self.dim), (ALPHA, self.dim)):
                 yield self.faked(DEFAULT, Errors("per_token", alpha, rotation, query))
             for rotation in (0, self.dim):
-                yield self.faked("int8 static", Errors("static", None, rotation, query))
+                yield self.faked(STATIC, Errors("static", None, rotation, query))
 
     def prefill(self) -> Iterator[dict[str, Any]]:
         yield self.faked("float", Errors(query=True))
@@ -101,7 +101,7 @@ class Bench:
             yield self.faked("float", Errors(steps=steps))
             full = Errors("per_token", None, self.dim, True, steps)
             yield self.faked(DEFAULT, full)
-            yield self.faked("int8 static", Errors("static", None, 0, True, steps))
+            yield self.faked(STATIC, Errors("static", None, 0, True, steps))
 
     # --- the real cache ---
 
@@ -115,8 +115,13 @@ class Bench:
             f"{DEFAULT}, smoothed by {ALPHA}, not rotated": make(
                 rotation=0, alpha=ALPHA, calibration=self.plain
             ),
-            "int8 static": make(scheme="static", calibration=self.plain),
+            STATIC: make(scheme="static", calibration=self.plain),
         }
+
+    def main_caches(self) -> dict[str, Callable[[], Any]]:
+        """One of each scheme."""
+        found = self.caches()
+        return {DEFAULT: found[DEFAULT], STATIC: found[STATIC]}
 
     def stepped(self, name: str, make: Callable[[], Any]) -> dict[str, Any]:
         if self._steps is None:
@@ -138,15 +143,16 @@ class Bench:
     def greedy(self) -> Iterator[dict[str, Any]]:
         windows = token_windows(self.text, self.tokenizer, window=PROMPT_TOKENS + 1)
         step = len(windows) // PROMPTS
-        prompts = [w.input_ids[:, :PROMPT_TOKENS] for w in windows[:: max(1, step)]][:PROMPTS]
+        rows = [w.input_ids[:, :PROMPT_TOKENS] for w in windows[:: max(1, step)]][:PROMPTS]
+        prompts = torch.cat(rows).split(BATCH)  # of one length, so nothing is padded
         want = torch.cat([self.continued(ids, None) for ids in prompts])
-        for name, make in self.caches().items():
+        for name, make in self.main_caches().items():
             got = torch.cat([self.continued(ids, make()) for ids in prompts])
             same = got == want
             first = same.int().cumprod(1).sum(1)
             row = {
                 "cache": name,
-                "prompts": len(prompts),
+                "prompts": len(want),
                 "new_tokens": NEW_TOKENS,
                 "all_agree": same.all(1).double().mean().item(),
                 "tokens_agree": same.double().mean().item(),
@@ -156,7 +162,7 @@ class Bench:
             yield row
 
     def continued(self, ids: Tensor, cache: Any) -> Tensor:
-        """The next tokens, [1, NEW_TOKENS], past an end of text as well."""
+        """The next tokens, [B, NEW_TOKENS], past an end of text as well."""
         options = {} if cache is None else {"past_key_values": cache}
         out = self.model.generate(
             ids, attention_mask=torch.ones_like(ids), do_sample=False, eos_token_id=None, pad_token_id=0,
@@ -168,7 +174,7 @@ class Bench:
         from transformers import DynamicCache
 
         ids = token_windows(self.text, self.tokenizer, window=MEMORY_TOKENS)[0].input_ids
-        for name, make in {"float32 (DynamicCache)": DynamicCache, **self.caches()}.items():
+        for name, make in {"float32 (DynamicCache)": DynamicCache, **self.main_caches()}.items():
             cache = make()
             with torch.no_grad():
                 for part in ids.split(512, 1):
@@ -227,7 +233,8 @@ def _row(name: str, found: Any) -> dict[str, Any]:
     row = with_change(found.to_dict())
     print(
         f"{name:52s} perplexity {row['perplexity']:8.3f} | {row['change_percent']:+7.3f} ± "
-        f"{row['change_stderr']:.3f} % | KL {row['mean_kl']:.6f} ± {row['kl_stderr']:.6f} | top-1 {row['top1_agreement']:.4f}",
+        f"{row['change_stderr']:.3f} % | KL {row['mean_kl']:.6f} ± "
+        f"{row['kl_stderr']:.6f} | top-1 {row['top1_agreement']:.4f}",
         flush=True,
     )
     return row
