@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "search": "errors reference config storage ops nn modeling smoothing evaluation",
     "streaming": "errors config storage nn modeling checkpoint smoothing",
     "report": "errors config storage ops nn modeling smoothing evaluation",
-    "cli": "errors schemes config storage ops backends nn modeling fusion checkpoint smoothing evaluation "
+    "cli": "errors schemes config storage ops backends nn modeling kv_cache fusion checkpoint smoothing evaluation "
     "search streaming report",
 }
 

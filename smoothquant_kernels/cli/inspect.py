@@ -20,17 +20,20 @@ from rich.text import Text
 
 from smoothquant_kernels.checkpoint.compressed_tensors.scheme import QUANT_METHOD
 from smoothquant_kernels.checkpoint.foreign_folder import is_compressed_tensors
+from smoothquant_kernels.checkpoint.kv_calibration import KV_FILE
 from smoothquant_kernels.checkpoint.manifest import (
     MANIFEST,
     Manifest,
     check_files,
     is_checkpoint,
+    read_config,
     read_manifest,
 )
 from smoothquant_kernels.cli import fused
 from smoothquant_kernels.cli.console import MismatchError, general_name
 from smoothquant_kernels.config import PLAIN_ALPHA, ROTATED_ALPHA
 from smoothquant_kernels.errors import SmoothQuantError
+from smoothquant_kernels.kv_cache.size import cache_sizes
 from smoothquant_kernels.modeling.record import (
     HOWS,
     How,
@@ -51,6 +54,7 @@ _BYTES = {
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
 }  # fmt: skip
 
+_CACHE_TOKENS = (4096, 32768)  # for which the size of a cache is shown
 _PERCENT = re.compile(r"\d+\.\d+(?=%)")
 
 
@@ -143,6 +147,7 @@ def work(directory: Path, *, verify: bool = False, fusion: bool = False) -> Docu
         "config": record.config,
         "calibration_tokens": record.calibration_tokens,
         "verification": record.verification and record.verification.to_dict(),
+        "kv_cache": _cache_cost(directory),
         **summarize_layers(records, record.skipped),
         "layers": layers,
         "bytes": {
@@ -151,6 +156,22 @@ def work(directory: Path, *, verify: bool = False, fusion: bool = False) -> Docu
             "files": {name: entry["size"] for name, entry in manifest.files.items()},
         },
         **({"fusion": fused.work(directory, verify=not verify)} if fusion else {}),
+    }
+
+
+def _cache_cost(directory: Path) -> Document | None:
+    """Bytes of a cache of keys and values by kind, for one sequence; None if the configuration does not say it."""
+    try:
+        _, config = read_config(directory)
+    except SmoothQuantError:
+        return None
+    sizes = {tokens: cache_sizes(config, tokens) for tokens in (1, *_CACHE_TOKENS)}
+    if any(size is None for size in sizes.values()):
+        return None
+    return {
+        "calibrated": (directory / KV_FILE).is_file(),
+        "bytes_per_token": sizes.pop(1),
+        "bytes": {str(tokens): size for tokens, size in sizes.items()},
     }
 
 
@@ -364,6 +385,12 @@ def render(document: Document) -> Group:
         f"{readable_size(size['quantized_layers'])} in the int8 layers, "
         f"{readable_size(size['float_tensors'])} in float tensors",
     )
+    if (cache := document["kv_cache"]) is not None:
+        for tokens, by_kind in cache["bytes"].items():
+            kinds = ", ".join(f"{kind} {readable_size(n)}" for kind, n in by_kind.items())
+            facts.add_row(f"cache of {int(tokens):,} tokens", kinds)
+        if cache["calibrated"]:
+            facts.add_row("", "calibrated for int8-static")
     if document["files_verified"]:
         facts.add_row("digests", "every file is what was saved")
     files = ", ".join(f"{name} {readable_size(bytes_)}" for name, bytes_ in size["files"].items())
