@@ -1,6 +1,6 @@
 """What an int8 cache of keys and values costs a real model, and how much memory it takes.
 
-    python -m benchmarks.kv_cache [--tokens 3072] [--json FILE] [--parts schemes prefill decode greedy memory peers]
+    python -m benchmarks.kv_cache [--tokens 3072] [--json FILE] [--parts schemes prefill decode greedy memory]
 
 SmolLM2-135M-Instruct in float32, calibrated on one half of Python's documentation topics and evaluated on the other.
 
@@ -10,7 +10,6 @@ SmolLM2-135M-Instruct in float32, calibrated on one half of Python's documentati
 * decode: the real `Int8KVCache`, token by token, against the float cache, token by token.
 * greedy: how many of 64 prompts have the same next 32 tokens with the cache as without.
 * memory: the bytes that a cache of 4,096 tokens holds, and whether they grow over 100 generations.
-* peers: transformers' `QuantizedCache`, where its backends are installed (`pip install hqq optimum-quanto`).
 
 Perplexity changes are paired, with one standard error. A results file keeps the parts that this run leaves out.
 """
@@ -21,7 +20,8 @@ import copy
 import gc
 import json
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,18 +34,15 @@ from smoothquant_kernels import Int8KVCache, calibrate_kv_cache, use_int8_attent
 from smoothquant_kernels.evaluation.kv_cache import CacheReference, cache_bytes, evaluate_cache
 from smoothquant_kernels.evaluation.perplexity import Reference, evaluate
 from smoothquant_kernels.evaluation.text import token_windows, topics
-from smoothquant_kernels.kv_cache.calibration import KVCalibration
 from smoothquant_kernels.kv_cache.recording import KVRecorder
 from smoothquant_kernels.modeling.run import evaluating
 from smoothquant_kernels.reference import rotate
 
-PARTS = ("schemes", "prefill", "decode", "greedy", "memory", "peers")
+PARTS = ("schemes", "prefill", "decode", "greedy", "memory")
 ALPHA = 0.5
 DEFAULT, STATIC = "int8 per token and head", "int8 static"
 PROMPTS, BATCH, PROMPT_TOKENS, NEW_TOKENS = 64, 16, 48, 32
 MEMORY_TOKENS, GENERATIONS = 4096, 100
-#: `QuantizedCache` of transformers: backend -> the package, the number of bits and the axis that its groups run along.
-PEERS = (("hqq", "hqq", 8, 1), ("quanto", "optimum", 4, 0), ("hqq", "hqq", 4, 1))
 
 
 class RotatedRecorder(KVRecorder):
@@ -57,31 +54,37 @@ class RotatedRecorder(KVRecorder):
 
 
 class Bench:
-    def __init__(self, tokens: int, calibration: int) -> None:
-        self.model, self.tokenizer = smollm2.load()
+    def __init__(self, tokens: int, calibration: int, path: Path | None = None) -> None:
+        self.model, self.tokenizer = smollm2.load(path=path)
         use_int8_attention(self.model)
         self.tokens, self.text = tokens, topics("evaluation")
-        data = smollm2.calibration(self.tokenizer, calibration)
-        self.plain = calibrate_kv_cache(self.model, data, max_tokens=calibration, progress=False)
+        self.data = smollm2.calibration(self.tokenizer, calibration)
+        self.plain = calibrate_kv_cache(
+            self.model, self.data, max_tokens=calibration, progress=False
+        )
+        self.dim = self.plain.layers[0].k.shape[1]
+        self._steps: CacheReference | None = None
+
+    @cached_property
+    def attention(self) -> FakeAttention:
         recorder = RotatedRecorder(self.model)
         with evaluating(self.model), recorder.watching():
-            for ids in data:
+            for ids in self.data:
                 self.model(input_ids=ids, use_cache=False)
-        self.rotated: KVCalibration = recorder.calibration(self.plain.tokens)
-        self.dim = self.plain.layers[0].k.shape[1]
-        self.attention = FakeAttention(self.plain, self.rotated)
-        self._whole: Reference | None = None
-        self._steps: CacheReference | None = None
+        return FakeAttention(self.plain, recorder.calibration(self.plain.tokens))
+
+    @cached_property
+    def whole(self) -> Reference:
+        """The answers of a copy, whose attention stays in float."""
+        return Reference(copy.deepcopy(self.model), max_bytes=4 << 30)
 
     # --- whole windows ---
 
     def faked(self, name: str, errors: Errors) -> dict[str, Any]:
         """A row about the model with these errors in its attention."""
-        if self._whole is None:  # of a copy, whose attention stays in float
-            self._whole = Reference(copy.deepcopy(self.model), max_bytes=4 << 30)
         with self.attention.of(self.model, errors) as model:
             found = evaluate(
-                model, self.text, self.tokenizer, reference=self._whole, max_tokens=self.tokens
+                model, self.text, self.tokenizer, reference=self.whole, max_tokens=self.tokens
             )
         facts = {"alpha": errors.alpha, "rotation": errors.rotation, "query": errors.query}
         return {"cache": name, **facts, "steps": errors.steps, **_row(f"{name} {facts}", found)}
@@ -209,25 +212,6 @@ class Bench:
         gc.collect()
         return sum(t.nbytes for t in gc.get_objects() if type(t) is Tensor)
 
-    # --- peers ---
-
-    def peers(self) -> Iterator[dict[str, Any]]:
-        from transformers import QuantizedCache
-
-        for backend, package, bits, axis in PEERS:
-            name = f"transformers' QuantizedCache, {backend}, {bits} bits"
-            if find_spec(package) is None:
-                print(f"{name}: {package} is not installed", flush=True)
-                continue
-
-            def make(backend: str = backend, bits: int = bits, axis: int = axis) -> Any:
-                return QuantizedCache(
-                    backend, self.model.config, nbits=bits, axis_key=axis, axis_value=axis,
-                    q_group_size=64, residual_length=1,
-                )  # fmt: skip
-
-            yield self.stepped(name, make)
-
 
 def _row(name: str, found: Any) -> dict[str, Any]:
     row = with_change(found.to_dict())
@@ -245,8 +229,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=3072)
     parser.add_argument("--calibration", type=int, default=4096)
     parser.add_argument("--parts", nargs="*", default=PARTS, choices=PARTS)
+    parser.add_argument("--model", type=Path, help="a folder in which the model was saved")
     args = parser.parse_args()
-    bench = Bench(args.tokens, args.calibration)
+    bench = Bench(args.tokens, args.calibration, args.model)
     old = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}
     results = old | {"facts": smollm2.facts(args.tokens, args.calibration)}
     for part in args.parts:
