@@ -159,19 +159,20 @@ def _causal(step: Step, count: int, columns: int, device: torch.device) -> Tenso
     return (torch.arange(columns, device=device) <= last)[None, None]
 
 
-#: The mask of this forward pass, and whether it is causal: asked once for all layers.
+#: The mask that an earlier layer of this forward pass had, that layer, and whether the mask is causal.
 _asked: tuple[weakref.ref[Tensor], int, bool] | None = None
 
 
 def _hides_later_tokens(step: Step, mask: Tensor) -> bool:
-    """Whether a mask lets no token see a later one, as the kernel does."""
+    """Whether a mask lets no token see a later one, as the kernel does. Asked once for all layers: it stops a GPU."""
     global _asked
-    if _asked is not None and _asked[0]() is mask and _asked[1] == step.count:
-        return _asked[2]
-    causal = _causal(step, step.count, mask.shape[3], mask.device)
-    answer = not bool((mask & ~causal).any())
-    _asked = (weakref.ref(mask), step.count, answer)
-    return answer
+    layer = step.layer.quantizer.layer
+    if _asked is None or _asked[0]() is not mask or layer <= _asked[1]:
+        causal = _causal(step, step.count, mask.shape[3], mask.device)
+        _asked = (weakref.ref(mask), layer, not bool((mask & ~causal).any()))
+    else:
+        _asked = (_asked[0], layer, _asked[2])
+    return _asked[2]
 
 
 def _float_attention(

@@ -137,11 +137,15 @@ class Int8Layer(CacheLayerMixin):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._change(lambda t: t.index_select(0, beam_idx.to(t.device)))
 
+    def _change_sequences(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Changes the first dimension of all tensors."""
+        self._change(change)
+
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self._change(lambda t: t.repeat_interleave(repeats, dim=0))
+        self._change_sequences(lambda t: t.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self._change(lambda t: t[indices.to(t.device)])
+        self._change_sequences(lambda t: t[indices.to(t.device)])
 
     def removable(self, tokens_to_remove: int) -> int:
         """How many tokens `crop` removes."""
@@ -236,6 +240,7 @@ class Int8SlidingLayer(Int8DynamicLayer):
             # Most of these may leave the window at once. Attention does not read them from the buffer.
             past = self.quantizer.dequantize(self._newest(visible))
             stored = min(count, self.sliding_window - 1)
+            self._keep_newest(min(visible, self.sliding_window - 1 - stored))
         self._reserve(k, stored)
         end = self.start + self.length
         rest = count - stored
@@ -243,20 +248,18 @@ class Int8SlidingLayer(Int8DynamicLayer):
         tokens = self.buffers.narrow(end - visible, visible + count) if past is None else None
         self.length += stored
         if not self.record_past:
-            self._leave_window()
+            self._keep_newest(self.visible)
         return Step(self, k, v, empty, tokens, past, first=visible)
 
     def _newest(self, count: int) -> Int8Tokens:
         return self.buffers.narrow(self.start + self.length - count, count)
 
-    def _leave_window(self) -> None:
-        self.start, self.length = self.start + self.length - self.visible, self.visible
+    def _keep_newest(self, count: int) -> None:
+        self.start, self.length = self.start + self.length - count, count
 
     def _reserve(self, k: Tensor, added: int) -> None:
         if self.start + self.length + added <= self.buffers.count:
             return
-        if not self.record_past:
-            self._leave_window()
         kept = self._newest(self.length)
         needed = self.length + added
         if needed >= self.sliding_window:
@@ -289,7 +292,7 @@ class Int8SlidingLayer(Int8DynamicLayer):
         count = min(count, self.length)
         self.length -= count
         self.cumulative_length -= count
-        self._leave_window()
+        self._keep_newest(self.visible)
 
     def reset(self) -> None:
         super().reset()

@@ -19,9 +19,17 @@ def has_sdpa(module: nn.Module) -> bool:
     return bool(_has_sdpa(type(module).__module__))
 
 
+_WITH_SDPA: dict[str, bool] = {}  # torch.compile would look into functools.cache, and warn
+
+
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-@functools.cache
 def _has_sdpa(file: str) -> bool:
+    if file not in _WITH_SDPA:
+        _WITH_SDPA[file] = _all_models_run_sdpa(file)
+    return _WITH_SDPA[file]
+
+
+def _all_models_run_sdpa(file: str) -> bool:
     from transformers import PreTrainedModel
 
     models = [

@@ -11,7 +11,7 @@ from torch import Tensor
 from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.kv_cache.layers import Int8Layer
 from smoothquant_kernels.kv_cache.step import Attention, Step
-from smoothquant_kernels.kv_cache.tokens import HeadQuantizer
+from smoothquant_kernels.kv_cache.tokens import HeadQuantizer, writable_later
 
 
 class Int8StaticLayer(Int8Layer):
@@ -35,7 +35,8 @@ class Int8StaticLayer(Int8Layer):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
         self.batch_size = key_states.shape[0]
-        self.lengths = torch.zeros(self.batch_size, dtype=torch.int32, device=self.device)
+        with writable_later():
+            self.lengths = torch.zeros(self.batch_size, dtype=torch.int32, device=self.device)
         if not torch.compiler.is_compiling():
             for t in (*self.buffers.tensors(), self.lengths):
                 torch._dynamo.mark_static_address(t)
@@ -123,8 +124,8 @@ class Int8StaticLayer(Int8Layer):
             for t in self.tokens.tensors():
                 t.copy_(t.index_select(0, beam_idx.to(t.device)))
 
-    def _change(self, change: Callable[[Tensor], Tensor]) -> None:
-        super()._change(change)
+    def _change_sequences(self, change: Callable[[Tensor], Tensor]) -> None:
+        super()._change_sequences(change)
         if self.lengths is not None:
             self.lengths = change(self.lengths)
             self.batch_size = len(self.lengths)

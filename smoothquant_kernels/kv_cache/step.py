@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 #: The name of the attention implementation.
 ATTENTION = "int8_kv"
 #: The keyword argument with which a `Step` goes from `Cache.update` to the attention function.
-STEP = "int8_kv_step"
+STEP = "int8_kv"
 
 
 class Attention:

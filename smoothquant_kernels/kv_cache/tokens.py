@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -130,13 +131,13 @@ class HeadQuantizer:
     def allocate(self, k: Tensor, capacity: int) -> Int8Tokens:
         """Room for so many tokens, all zero."""
         batch, heads = k.shape[:2]
+        shape, device = (batch, heads, capacity), k.device
         sizes = [padded_k(d, HEAD_MULTIPLE) for d in (self.k_dim, self.v_dim)]
-        keys, values = (
-            torch.zeros(batch, heads, capacity, d, dtype=torch.int8, device=k.device) for d in sizes
-        )
-        if self.static:
-            return Int8Tokens(keys, values, None, None)
-        scales = [torch.zeros(batch, heads, capacity, device=k.device) for _ in sizes]
+        with writable_later():
+            keys, values = (torch.zeros(*shape, d, dtype=torch.int8, device=device) for d in sizes)
+            if self.static:
+                return Int8Tokens(keys, values, None, None)
+            scales = [torch.zeros(shape, device=device) for _ in sizes]
         return Int8Tokens(keys, values, *scales)
 
     def append(
@@ -203,6 +204,11 @@ class HeadQuantizer:
         if smooth is not None:
             x = x * smooth[:, None]
         return x.to(self.dtype)
+
+
+def writable_later() -> AbstractContextManager[object]:
+    """Tensors made inside may be written outside of the `torch.inference_mode` that is on."""
+    return nullcontext() if torch.compiler.is_compiling() else torch.inference_mode(False)
 
 
 def _channels_adjacent(x: Tensor) -> Tensor:

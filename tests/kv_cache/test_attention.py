@@ -183,11 +183,17 @@ def test_a_mask_is_asked_once_for_all_layers(monkeypatch: pytest.MonkeyPatch) ->
     asked: list[int] = []
     original = attention._causal
     monkeypatch.setattr(attention, "_causal", lambda *a: (asked.append(1), original(*a))[1])
-    for layer in (filled(), filled(), filled()):
+    layers = [filled() for _ in range(3)]
+    for index, layer in enumerate(layers):
+        layer.quantizer.layer = index
         attend(layer, q, k, v, mask)
     assert len(asked) == 1
-    attend(filled(), q, k, v, mask.clone())
+    attend(
+        filled(), q, k, v, mask
+    )  # the first layer of another forward pass, which may have changed it
     assert len(asked) == 2
+    attend(layers[1], q, k, v, torch.cat([mask, mask[..., :2]], 3).clone())
+    assert len(asked) == 3
 
 
 def test_modules_that_read_keys_on_the_way() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from smoothquant_kernels import SmoothQuantError
 from smoothquant_kernels.kv_cache import attention
@@ -94,14 +94,15 @@ def test_keys_and_values_are_the_contents(name: str) -> None:
         assert_bitwise_equal(layer.values, twin.values)
 
 
-def rounding_bound(layer: Int8Layer, q: Tensor, scale: float) -> Tensor:
+def rounding_bound(
+    layer: Int8Layer, q: Tensor, keys: Tensor, values: Tensor, scale: float
+) -> Tensor:
     """The most that rounding q to int8 changes an output.
 
     A score changes by at most d = scale * q_scale / 2 * |k|_1, where q_scale = max|q| / 127. q and k are rotated by a
     matrix of size g with entries 1 and -1, and the product is divided by g. A weight then changes by a factor of at
     most exp(2 d), so the output by at most (exp(2 d) - 1) * 2 max|v|. Float32 rounding adds less than 1e-5.
     """
-    keys, values = layer.contents()
     groups = layer.quantizer.groups
     q_max, k_sum = rotate(q, groups).abs().amax(), rotate(keys, groups).abs().sum(-1).amax()
     d = scale / max(groups, 1) * q_max / 127 / 2 * k_sum
@@ -120,18 +121,25 @@ def test_int8_attention_agrees_with_the_dequantized_cache(
         calls.append(can(*args))
         return bool(calls[-1])
 
-    layer, plain = make_layer(name), make_layer(name)
+    monkeypatch.setattr(attention, "_kernel_can", counted)
+    layer, plain = make_layer(name), make_layer(name, attention="sdpa")
     window = WINDOW if layer.is_sliding else None
     for seed, count in enumerate(RUNS[run]):
         k, v = (tokens(count, seed=seed + n) for n in (0, 50))
         q = tokens(count, heads=6, seed=seed + 99) / 8
         mask = mask_of(layer, count, window)
-        monkeypatch.setattr(attention, "_kernel_can", counted)
+        first = int(plain.get_seq_length()) - plain.get_mask_sizes(count)[1]
+        keys, values = plain.update(k, v)
         y = attend(layer, q, k, v, mask)
-        monkeypatch.setattr(attention, "_kernel_can", lambda *args: False)
-        expected = attend(plain, q, k, v, mask)
+        if seed and calls[-1]:  # the kernel reads the new tokens, too, from the cache
+            new = slice(first, first + count)
+            keys[:, :, new], values[:, :, new] = after_int8(layer, k, v)
+        expected = nn.functional.scaled_dot_product_attention(
+            q, keys, values, mask, enable_gqa=True
+        )
         if count:
-            assert (y - expected).abs().amax() <= rounding_bound(plain, q, 16**-0.5)
+            bound = rounding_bound(plain, q, keys, values, 16**-0.5)
+            assert (y.transpose(1, 2) - expected).abs().amax() <= bound
         assert_bitwise_equal(layer.keys, plain.keys)  # type: ignore[arg-type]
     # Every step of 1 to 8 tokens runs the kernel, but for the first tokens and chunks on a ring that wraps around.
     able = [count <= 8 for count in RUNS[run][1:]]
@@ -278,6 +286,30 @@ def test_a_window_buffer_does_not_grow() -> None:
     assert max(sizes) <= WINDOW + 126
     layer.update(tokens(300), tokens(300))
     assert layer.buffers.count <= WINDOW + 126
+    wide = make_layer("sliding", sliding_window=200)
+    for count in (190, 1, 150, 9, 300, 1, 1):
+        wide.update(tokens(count), tokens(count))
+    assert wide.buffers.count <= 200 + 126
+
+
+@pytest.mark.parametrize("name", ["static", "ring"])
+def test_an_exported_program_does_not_take_the_cache_for_empty(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
+    layer = make_layer(name)
+    kwargs: dict[str, Any] = {}
+    k, v = layer.update(tokens(1), tokens(1), kwargs=kwargs)
+    assert not kwargs and k.shape[2] == v.shape[2] == layer.get_max_length()
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_tokens_of_inference_mode_can_go_on_without_it(name: str) -> None:
+    layer = make_layer(name)
+    with torch.inference_mode():
+        layer.update(tokens(5, seed=1), tokens(5, seed=2))
+    k, v = layer.update(tokens(1, seed=3), tokens(1, seed=4))
+    assert int(layer.get_seq_length()) == 6 and not k.is_inference() and not v.is_inference()
 
 
 def test_offload_moves_int8_and_scales() -> None:
@@ -293,6 +325,15 @@ def test_offload_moves_int8_and_scales() -> None:
     layer.offload()
     layer.prefetch()
     assert_bitwise_equal(layer.keys, kept)  # type: ignore[arg-type]
+
+
+def test_offload_leaves_the_length_of_a_fixed_size() -> None:
+    layer: Any = make_layer("static")
+    layer.update(tokens(3), tokens(3))
+    length = layer.lengths
+    layer.device = torch.device("meta")
+    layer.prefetch()
+    assert layer.lengths is length
 
 
 def test_more_tokens_than_a_fixed_size_holds() -> None:

@@ -44,8 +44,12 @@ class Module(nn.Module):
         self.num_key_value_groups = groups
 
 
-def make_layer(name: str, attention: str = ATTENTION, **quantizer: Any) -> Int8Layer:
+def make_layer(
+    name: str, attention: str = ATTENTION, sliding_window: int = WINDOW, **quantizer: Any
+) -> Int8Layer:
     kind, _, arguments = LAYERS[name]
+    if "sliding_window" in arguments:
+        arguments = {**arguments, "sliding_window": sliding_window}
     options = {"rotation": None, **quantizer}
     layer: Int8Layer = kind(
         HeadQuantizer(0, **options),
