@@ -7,7 +7,8 @@ SmolLM2-135M-Instruct in float32, calibrated on one half of Python's documentati
 * schemes: every scheme with and without smoothing and rotation, by an attention in float that has the errors of the
   cache. All queries of a window read the cache, their own tokens included.
 * prefill: the errors of int8 queries and of int8 weights of the values (P), for which no kernel was built.
-* decode: the real `Int8KVCache`, token by token, against the float cache, token by token.
+* decode: the real `Int8KVCache` against the float cache, both token by token, or up to 8 tokens at a time (--step),
+  which read the cache in the same way, but for the first 8 of a window.
 * greedy: how many of 64 prompts have the same next 32 tokens with the cache as without.
 * memory: the bytes that a cache of 4,096 tokens holds, and whether they grow over 100 generations.
 
@@ -54,7 +55,10 @@ class RotatedRecorder(KVRecorder):
 
 
 class Bench:
-    def __init__(self, tokens: int, calibration: int, path: Path | None = None) -> None:
+    def __init__(
+        self, tokens: int, calibration: int, path: Path | None = None, step: int = 1
+    ) -> None:
+        self.step = step
         self.model, self.tokenizer = smollm2.load(path=path)
         use_int8_attention(self.model)
         self.tokens, self.text = tokens, topics("evaluation")
@@ -63,7 +67,6 @@ class Bench:
             self.model, self.data, max_tokens=calibration, progress=False
         )
         self.dim = self.plain.layers[0].k.shape[1]
-        self._steps: CacheReference | None = None
 
     @cached_property
     def attention(self) -> FakeAttention:
@@ -72,6 +75,11 @@ class Bench:
             for ids in self.data:
                 self.model(input_ids=ids, use_cache=False)
         return FakeAttention(self.plain, recorder.calibration(self.plain.tokens))
+
+    @cached_property
+    def stepwise(self) -> CacheReference:
+        """The answers of the float cache."""
+        return CacheReference(self.model, step=self.step, max_bytes=4 << 30)
 
     @cached_property
     def whole(self) -> Reference:
@@ -127,17 +135,16 @@ class Bench:
         return {DEFAULT: found[DEFAULT], STATIC: found[STATIC]}
 
     def stepped(self, name: str, make: Callable[[], Any]) -> dict[str, Any]:
-        if self._steps is None:
-            self._steps = CacheReference(self.model, max_bytes=4 << 30)
         found = evaluate_cache(
             self.model,
             self.text,
             self.tokenizer,
             make,
-            reference=self._steps,
+            reference=self.stepwise,
+            step=self.step,
             max_tokens=self.tokens,
         )
-        return {"cache": name, **_row(name, found)}
+        return {"cache": name, "step": self.step, **_row(name, found)}
 
     def decode(self) -> Iterator[dict[str, Any]]:
         for name, make in self.caches().items():
@@ -230,8 +237,9 @@ def main() -> None:
     parser.add_argument("--calibration", type=int, default=4096)
     parser.add_argument("--parts", nargs="*", default=PARTS, choices=PARTS)
     parser.add_argument("--model", type=Path, help="a folder in which the model was saved")
+    parser.add_argument("--step", type=int, default=1, help="of decode: tokens at a time, up to 8")
     args = parser.parse_args()
-    bench = Bench(args.tokens, args.calibration, args.model)
+    bench = Bench(args.tokens, args.calibration, args.model, args.step)
     old = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}
     results = old | {"facts": smollm2.facts(args.tokens, args.calibration)}
     for part in args.parts:

@@ -13,7 +13,9 @@ _MIB = 2**20
 
 
 def caption(facts: Row, rows: Sequence[Row], what: str) -> str:
-    tokens = f"{rows[0]['tokens']} tokens, " if "mean_kl" in rows[0] else ""
+    tokens = f"{rows[0]['tokens']} tokens " if "mean_kl" in rows[0] else ""
+    if (step := rows[0].get("step")) is not None:
+        what += ", one token at a time" if step == 1 else f", {step} tokens at a time"
     return (
         f"{facts['model']}, {tokens}{what}; calibrated on {facts['calibration_tokens']} tokens of other topics; torch "
         f"{facts['torch']}, CPU; ± is one standard error; `python -m benchmarks.kv_cache`.\n\n"
@@ -129,12 +131,13 @@ def memory(rows: Sequence[Row]) -> str:
     return markdown(["cache", "memory", "of float16's", "bytes a token"], body)
 
 
-_TOKEN = "of Python's documentation topics, one token at a time"
-_WINDOW = "of Python's documentation topics in whole windows"
+_TEXT = "of Python's documentation topics"
 TABLES: dict[str, Callable[[Row], str]] = {
-    "kv_schemes": part("schemes", f"{_WINDOW}, every query reads the cache", schemes),
-    "kv_prefill": part("prefill", _WINDOW, prefill),
-    "kv_decode": part("decode", _TOKEN, compared),
+    "kv_schemes": part(
+        "schemes", f"{_TEXT} in whole windows, every query reads the cache", schemes
+    ),
+    "kv_prefill": part("prefill", f"{_TEXT} in whole windows", prefill),
+    "kv_decode": part("decode", _TEXT, compared),
     "kv_greedy": part("greedy", "64 prompts of 48 tokens, greedy", greedy),
     "kv_memory": part("memory", "one sequence of 4,096 tokens", memory),
 }
