@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "evaluation": "errors storage modeling checkpoint",
     "search": "errors reference config storage ops nn modeling smoothing evaluation",
     "streaming": "errors config storage nn modeling checkpoint smoothing",
-    "report": "errors config storage ops nn modeling smoothing evaluation",
+    "report": "errors config storage ops nn modeling kv_cache smoothing evaluation",
     "cli": "errors schemes config storage ops backends nn modeling kv_cache fusion checkpoint smoothing evaluation "
     "search streaming report",
 }

@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group
@@ -33,7 +34,8 @@ from smoothquant_kernels.cli import fused
 from smoothquant_kernels.cli.console import MismatchError, general_name
 from smoothquant_kernels.config import PLAIN_ALPHA, ROTATED_ALPHA
 from smoothquant_kernels.errors import SmoothQuantError
-from smoothquant_kernels.kv_cache.size import cache_sizes
+from smoothquant_kernels.evaluation.architecture import is_causal
+from smoothquant_kernels.kv_cache.size import cache_costs
 from smoothquant_kernels.modeling.record import (
     HOWS,
     How,
@@ -54,7 +56,6 @@ _BYTES = {
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
 }  # fmt: skip
 
-_CACHE_TOKENS = (4096, 32768)  # for which the size of a cache is shown
 _PERCENT = re.compile(r"\d+\.\d+(?=%)")
 
 
@@ -147,7 +148,7 @@ def work(directory: Path, *, verify: bool = False, fusion: bool = False) -> Docu
         "config": record.config,
         "calibration_tokens": record.calibration_tokens,
         "verification": record.verification and record.verification.to_dict(),
-        "kv_cache": _cache_cost(directory),
+        "kv_cache": _cache_costs(directory),
         **summarize_layers(records, record.skipped),
         "layers": layers,
         "bytes": {
@@ -159,20 +160,14 @@ def work(directory: Path, *, verify: bool = False, fusion: bool = False) -> Docu
     }
 
 
-def _cache_cost(directory: Path) -> Document | None:
-    """Bytes of a cache of keys and values by kind, for one sequence; None if the configuration does not say it."""
+def _cache_costs(directory: Path) -> Document | None:
+    """What a cache of keys and values costs, and whether it was calibrated; None if config.json does not say it."""
     try:
-        _, config = read_config(directory)
+        config = read_config(directory)[1]
     except SmoothQuantError:
         return None
-    sizes = {tokens: cache_sizes(config, tokens) for tokens in (1, *_CACHE_TOKENS)}
-    if any(size is None for size in sizes.values()):
-        return None
-    return {
-        "calibrated": (directory / KV_FILE).is_file(),
-        "bytes_per_token": sizes.pop(1),
-        "bytes": {str(tokens): size for tokens, size in sizes.items()},
-    }
+    costs = cache_costs(config) if is_causal(SimpleNamespace(**config)) else None
+    return costs and {"calibrated": (directory / KV_FILE).is_file(), **costs}
 
 
 def _format_version(directory: Path) -> Any:

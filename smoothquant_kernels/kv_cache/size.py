@@ -9,6 +9,8 @@ from smoothquant_kernels.reference import HEAD_MULTIPLE, padded_k
 
 #: The caches that are compared; the second and third are `Int8KVCache` with its two schemes.
 KINDS = ("float16", "int8", "int8-static")
+#: For so many tokens the size is shown.
+TOKENS = (4096, 32768)
 _SCALE_BYTES = 4
 #: Configurations of different families name the same number differently.
 _LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
@@ -54,6 +56,17 @@ def cache_sizes(config: Mapping[str, Any], tokens: int) -> dict[str, int] | None
         "float16": halves * dim * 2,
         "int8": halves * (padded + _SCALE_BYTES),
         "int8-static": halves * padded,
+    }
+
+
+def cache_costs(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """`cache_sizes` of one token and of `TOKENS`, as JSON values; None if the configuration does not say it."""
+    one = cache_sizes(config, 1)
+    if one is None:
+        return None
+    return {
+        "bytes_per_token": one,
+        "bytes": {str(tokens): cache_sizes(config, tokens) for tokens in TOKENS},
     }
 
 
