@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from smoothquant_kernels.fusion.record import fusion_info, fusion_spills
     from smoothquant_kernels.kv_cache.attention import use_int8_attention
     from smoothquant_kernels.kv_cache.cache import Int8KVCache
+    from smoothquant_kernels.kv_cache.calibration import KVCalibration
     from smoothquant_kernels.nn.linear import W8A8Linear
     from smoothquant_kernels.nn.operands import QuantizedActivation
     from smoothquant_kernels.nn.parallel.model import ColwiseW8A8, RowwiseW8A8, parallelize_model
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from smoothquant_kernels.search.search import search_config
     from smoothquant_kernels.smoothing.calibrate import calibrate_model
     from smoothquant_kernels.smoothing.convert import quantize_model, smooth_and_quantize
+    from smoothquant_kernels.smoothing.kv_cache import calibrate_kv_cache
     from smoothquant_kernels.smoothing.smooth import smooth_lm
     from smoothquant_kernels.smoothing.statistics import ActivationStatistics
     from smoothquant_kernels.streaming.stream import quantize_streamed
@@ -37,12 +39,14 @@ __all__ = [
     "ActivationStatistics",
     "ColwiseW8A8",
     "Int8KVCache",
+    "KVCalibration",
     "QuantizedActivation",
     "RowwiseW8A8",
     "SearchResult",
     "SmoothQuantConfig",
     "SmoothQuantError",
     "W8A8Linear",
+    "calibrate_kv_cache",
     "calibrate_model",
     "fusion_info",
     "fusion_spills",
@@ -67,12 +71,14 @@ _MODULES = {
     "ActivationStatistics": "smoothing.statistics",
     "ColwiseW8A8": "nn.parallel.model",
     "Int8KVCache": "kv_cache.cache",
+    "KVCalibration": "kv_cache.calibration",
     "QuantizedActivation": "nn.operands",
     "RowwiseW8A8": "nn.parallel.model",
     "SearchResult": "search.result",
     "SmoothQuantConfig": "config",
     "SmoothQuantError": "errors",
     "W8A8Linear": "nn.linear",
+    "calibrate_kv_cache": "smoothing.kv_cache",
     "calibrate_model": "smoothing.calibrate",
     "fusion_info": "fusion.record",
     "fusion_spills": "fusion.record",

@@ -32,12 +32,12 @@ MAY_IMPORT = {
     "kv_cache": "errors schemes reference ops",
     "fusion": "errors reference ops nn modeling",
     "checkpoint": "errors config storage ops nn modeling kv_cache fusion",
-    "smoothing": "errors reference config storage ops nn modeling fusion checkpoint",
+    "smoothing": "errors reference config storage ops nn modeling kv_cache fusion checkpoint",
     "evaluation": "errors storage modeling checkpoint",
     "search": "errors reference config storage ops nn modeling smoothing evaluation",
     "streaming": "errors config storage nn modeling checkpoint smoothing",
-    "report": "errors config storage ops nn modeling smoothing evaluation",
-    "cli": "errors schemes config storage ops backends nn modeling fusion checkpoint smoothing evaluation "
+    "report": "errors config storage ops nn modeling kv_cache smoothing evaluation",
+    "cli": "errors schemes config storage ops backends nn modeling kv_cache fusion checkpoint smoothing evaluation "
     "search streaming report",
 }
 

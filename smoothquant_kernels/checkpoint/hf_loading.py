@@ -17,6 +17,7 @@ from transformers.quantizers.base import HfQuantizer
 from smoothquant_kernels.checkpoint import load
 from smoothquant_kernels.checkpoint import skeleton as skeletons
 from smoothquant_kernels.checkpoint.hf_config import Config
+from smoothquant_kernels.checkpoint.kv_calibration import KV_FILE, load_calibration
 from smoothquant_kernels.checkpoint.manifest import INDEX, Manifest, check_files, read_manifest
 from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.modeling.record import attach_info
@@ -209,6 +210,8 @@ class Loading:
             layer._apply(lambda t: t)  # makes the layout that the kernels of the device read
         if self.manifest is not None:
             self._read_exactly(model, self.manifest)
+            if KV_FILE in self.manifest.files:
+                load_calibration(self.folder, model)
         self._check_values()
         self._set_types(model)
         align_tensors(model)

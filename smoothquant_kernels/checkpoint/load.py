@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from smoothquant_kernels.checkpoint import skeleton as skeletons
 from smoothquant_kernels.checkpoint.foreign_folder import quant_method
+from smoothquant_kernels.checkpoint.kv_calibration import KV_FILE, load_calibration
 from smoothquant_kernels.checkpoint.manifest import (
     CONFIG,
     GENERATION_CONFIG,
@@ -57,8 +58,8 @@ def load_quantized(
         optimize: also call `optimize_for_inference`, as the last step. Weights that it merges are copied into memory.
 
     Returns:
-        The model in eval mode, with `smoothquant_info`. Without `optimize`, it computes bit for bit what the saved one
-        does.
+        The model in eval mode, with `smoothquant_info` and, if it was saved, `smoothquant_kv_calibration`. Without
+        `optimize`, it computes bit for bit what the saved one does.
 
     Raises:
         SmoothQuantError: the folder is missing, is not a checkpoint, was altered, is incomplete, was written by a newer
@@ -86,6 +87,8 @@ def load_quantized(
         skeletons.install(skeleton, modules)
         assign(skeleton, tensors, manifest, place)
         attach_info(skeleton, manifest.info)
+        if KV_FILE in manifest.files:
+            load_calibration(folder, skeleton)
         finish(skeleton, changes, optimize=optimize)
     return skeleton
 

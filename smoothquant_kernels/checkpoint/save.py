@@ -15,6 +15,7 @@ from smoothquant_kernels.checkpoint import skeleton as skeletons
 from smoothquant_kernels.checkpoint.compressed_tensors import export as exports
 from smoothquant_kernels.checkpoint.compressed_tensors.published import as_published
 from smoothquant_kernels.checkpoint.compressed_tensors.scheme import QUANT_METHOD
+from smoothquant_kernels.checkpoint.kv_calibration import write_calibration
 from smoothquant_kernels.checkpoint.manifest import (
     CONFIG,
     GENERATION_CONFIG,
@@ -59,7 +60,8 @@ def save_quantized(
     The folder appears when everything is on the disk. A crash, Ctrl-C or a full disk never leaves half of it.
 
     Args:
-        model: what `quantize_model` returned; not changed.
+        model: what `quantize_model` returned; not changed. Its `smoothquant_kv_calibration` is written too, if it has
+            one (`calibrate_kv_cache`).
         directory: the folder. Unless `overwrite`, it must be empty or not exist.
         tokenizer: its files are written too, so that the folder is self-contained.
         overwrite: replace an existing checkpoint, which is lost only after the new one is complete.
@@ -88,6 +90,7 @@ def save_quantized(
     texts = config_texts(model)
     manifest, tensors = _describe(model, texts, max_shard_bytes)
     with new_folder(path, markers=MARKERS, overwrite=overwrite) as folder:
+        manifest.files.update(write_calibration(folder, model))
         write_other_files(folder, manifest, texts, tokenizer)
         for shard in sorted({entry["file"] for entry in manifest.tensors.values()}):
             part = {n: tensors[n] for n, e in manifest.tensors.items() if e["file"] == shard}
@@ -117,6 +120,7 @@ def _export(
         for shard in sorted(set(files.values())):
             write_safetensors(folder / shard, {n: tensors[n] for n in files if files[n] == shard})
         exports.write_description(folder, model, scheme, texts, files, tokenizer)
+        write_calibration(folder, model)
 
 
 def _check_quantized(model: nn.Module) -> None:

@@ -29,6 +29,7 @@ from smoothquant_kernels.cli.options import (
     Dtype,
     Format,
     Json,
+    KVCache,
     Model,
     Optimize,
     QuantizeHead,
@@ -156,6 +157,15 @@ def quantize(
     restart: Annotated[
         bool, typer.Option("--restart", help="With --stream: drop unfinished work, start anew.")
     ] = False,
+    kv_cache: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="int8-static: also calibrate the static scales of an int8 cache of keys and values, on at most 4096 "
+            "tokens.",
+            show_default="none",
+        ),
+    ] = None,
     format: Format = "native",
     strict: Annotated[
         bool,
@@ -195,6 +205,7 @@ def evaluate(
     dtype: Dtype = "float32",
     device: Device = "auto",
     optimize: Optimize = False,
+    kv_cache: KVCache = None,
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
@@ -266,6 +277,7 @@ def generate(
     dtype: Dtype = "float32",
     device: Device = "auto",
     optimize: Optimize = False,
+    kv_cache: KVCache = None,
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:

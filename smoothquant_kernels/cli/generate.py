@@ -9,10 +9,13 @@ import torch
 
 from smoothquant_kernels.cli.console import quiet_stderr
 from smoothquant_kernels.cli.loading import (
+    check_kv_cache,
+    kv_cache_maker,
     load_any,
     load_tokenizer,
 )
 from smoothquant_kernels.errors import SmoothQuantError
+from smoothquant_kernels.evaluation.kv_cache import cache_bytes
 from smoothquant_kernels.evaluation.text import check_vocabulary
 from smoothquant_kernels.modeling.run import evaluating, model_device
 from smoothquant_kernels.storage.document import Document
@@ -27,17 +30,24 @@ def work(
     dtype: str,
     device: str,
     optimize: bool,
+    kv_cache: str | None,
 ) -> Document:
     """Loads the model and continues the prompt."""
+    check_kv_cache(kv_cache, source)
     model, quantized = load_any(
         source, dtype=dtype, device=device, causal="generate", optimize=optimize
     )
     tokenizer = load_tokenizer(source)
-    answer = complete(model, tokenizer, prompt, max_new_tokens=max_new_tokens, chat=chat)
+    cache = None if kv_cache is None else kv_cache_maker(model, kv_cache)()
+    answer = complete(
+        model, tokenizer, prompt, max_new_tokens=max_new_tokens, chat=chat, cache=cache
+    )
     return {
         "model": source,
         "quantized": quantized,
         "optimized": optimize,
+        "kv_cache": kv_cache,
+        "cache_bytes": None if cache is None else cache_bytes(cache),
         "prompt": prompt,
         "chat": chat,
         **answer,
@@ -51,8 +61,12 @@ def complete(
     *,
     max_new_tokens: int,
     chat: bool = False,
+    cache: Any = None,
 ) -> Document:
-    """Continues a prompt greedily; returns the text, the number of new tokens and the time."""
+    """Continues a prompt greedily, with a float cache unless another is given.
+
+    Returns the text, the number of new tokens and the time.
+    """
     from transformers import GenerationConfig
 
     if chat:
@@ -84,7 +98,10 @@ def complete(
     begin = time.perf_counter()
     with evaluating(model), quiet_stderr():
         output = model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=greedy
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            generation_config=greedy,
+            **({} if cache is None else {"past_key_values": cache}),
         )
     seconds = time.perf_counter() - begin
     new = output[0, ids.shape[1] :]

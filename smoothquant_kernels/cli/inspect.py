@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group
@@ -20,17 +21,21 @@ from rich.text import Text
 
 from smoothquant_kernels.checkpoint.compressed_tensors.scheme import QUANT_METHOD
 from smoothquant_kernels.checkpoint.foreign_folder import is_compressed_tensors
+from smoothquant_kernels.checkpoint.kv_calibration import KV_FILE
 from smoothquant_kernels.checkpoint.manifest import (
     MANIFEST,
     Manifest,
     check_files,
     is_checkpoint,
+    read_config,
     read_manifest,
 )
 from smoothquant_kernels.cli import fused
 from smoothquant_kernels.cli.console import MismatchError, general_name
 from smoothquant_kernels.config import PLAIN_ALPHA, ROTATED_ALPHA
 from smoothquant_kernels.errors import SmoothQuantError
+from smoothquant_kernels.evaluation.architecture import is_causal
+from smoothquant_kernels.kv_cache.size import cache_costs
 from smoothquant_kernels.modeling.record import (
     HOWS,
     How,
@@ -143,6 +148,7 @@ def work(directory: Path, *, verify: bool = False, fusion: bool = False) -> Docu
         "config": record.config,
         "calibration_tokens": record.calibration_tokens,
         "verification": record.verification and record.verification.to_dict(),
+        "kv_cache": _cache_costs(directory),
         **summarize_layers(records, record.skipped),
         "layers": layers,
         "bytes": {
@@ -152,6 +158,16 @@ def work(directory: Path, *, verify: bool = False, fusion: bool = False) -> Docu
         },
         **({"fusion": fused.work(directory, verify=not verify)} if fusion else {}),
     }
+
+
+def _cache_costs(directory: Path) -> Document | None:
+    """What a cache of keys and values costs, and whether it was calibrated; None if config.json does not say it."""
+    try:
+        config = read_config(directory)[1]
+    except SmoothQuantError:
+        return None
+    costs = cache_costs(config) if is_causal(SimpleNamespace(**config)) else None
+    return costs and {"calibrated": (directory / KV_FILE).is_file(), **costs}
 
 
 def _format_version(directory: Path) -> Any:
@@ -364,6 +380,12 @@ def render(document: Document) -> Group:
         f"{readable_size(size['quantized_layers'])} in the int8 layers, "
         f"{readable_size(size['float_tensors'])} in float tensors",
     )
+    if (cache := document["kv_cache"]) is not None:
+        for tokens, by_kind in cache["bytes"].items():
+            kinds = ", ".join(f"{kind} {readable_size(n)}" for kind, n in by_kind.items())
+            facts.add_row(f"cache of {int(tokens):,} tokens", kinds)
+        if cache["calibrated"]:
+            facts.add_row("", "calibrated for int8-static")
     if document["files_verified"]:
         facts.add_row("digests", "every file is what was saved")
     files = ", ".join(f"{name} {readable_size(bytes_)}" for name, bytes_ in size["files"].items())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -13,10 +13,11 @@ from torch import nn
 
 from smoothquant_kernels.backends.cuda import extension_status
 from smoothquant_kernels.checkpoint.foreign_folder import is_compressed_tensors
+from smoothquant_kernels.checkpoint.kv_calibration import KV_FILE
 from smoothquant_kernels.checkpoint.load import load_quantized
 from smoothquant_kernels.checkpoint.manifest import CONFIG, MARKERS, has_int8_config, is_checkpoint
 from smoothquant_kernels.cli.console import quiet_stderr
-from smoothquant_kernels.cli.options import DTYPES
+from smoothquant_kernels.cli.options import DTYPES, KV_CACHES
 from smoothquant_kernels.config import SmoothQuantConfig
 from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.evaluation import models
@@ -147,6 +148,35 @@ def load_any(
     with quiet_stderr():
         plain: Any = models.load_model(source, dtype=float_type)
     return plain.to(where), False
+
+
+def check_kv_cache(name: str | None, source: str) -> None:
+    """Raises SmoothQuantError, before the weights are read, unless there is such a cache for this model."""
+    if name is None:
+        return
+    if name not in KV_CACHES:
+        raise SmoothQuantError(f"--kv-cache must be {' or '.join(KV_CACHES)}; got {name!r}.")
+    if name == KV_CACHES[1] and not (Path(source) / KV_FILE).is_file():
+        what = "was quantized without" if holds_int8(source) else "is a float model, without"
+        raise SmoothQuantError(
+            f"{source} {what} the calibration that static scales come from: run `smoothquant-kernels quantize MODEL "
+            "--output DIR --kv-cache int8-static` and give DIR, or give --kv-cache int8."
+        )
+
+
+def kv_cache_maker(model: Any, name: str) -> Callable[[], Any]:
+    """Returns a function that makes empty caches of a kind. The model's attention reads them as int8 if it can."""
+    from smoothquant_kernels.kv_cache.attention import use_int8_attention
+    from smoothquant_kernels.kv_cache.cache import Int8KVCache
+
+    scheme = "per_token" if name == KV_CACHES[0] else "static"
+    Int8KVCache(model, scheme=scheme)  # raises early
+    try:
+        with quiet_stderr():
+            use_int8_attention(model)
+    except (SmoothQuantError, ValueError):
+        note(f"the attention of {type(model).__name__} reads the int8 cache as float tensors")
+    return lambda: Int8KVCache(model, scheme=scheme)
 
 
 def load_tokenizer(source: str, fallback: str | None = None) -> PreTrainedTokenizerBase:

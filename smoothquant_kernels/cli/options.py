@@ -95,6 +95,16 @@ Optimize = Annotated[
         help="Run whole blocks of a quantized model in fused ops: the same numbers, up to rounding.",
     ),
 ]
+KV_CACHES = ("int8", "int8-static")
+KVCache = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Keep keys and values in int8: int8, with a scale per token and head, or int8-static, with the scales "
+        "that quantize --kv-cache int8-static has stored.",
+        show_default="float",
+    ),
+]
 Window = Annotated[int, typer.Option(min=2, help="Tokens that the model reads at a time.")]
 
 # --- how a model is smoothed and quantized --------------------------------------------------------

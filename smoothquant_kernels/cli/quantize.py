@@ -30,19 +30,24 @@ from smoothquant_kernels.cli.loading import (
     check_output,
     choose_device,
     choose_dtype,
+    config_of,
     holds_int8,
     linear_bytes,
     read_config,
     tensor_bytes,
 )
+from smoothquant_kernels.cli.options import KV_CACHES
 from smoothquant_kernels.config import SmoothQuantConfig
 from smoothquant_kernels.errors import SmoothQuantError
+from smoothquant_kernels.evaluation.architecture import check_causal
 from smoothquant_kernels.evaluation.models import load_model
+from smoothquant_kernels.kv_cache.recording import KVRecorder
 from smoothquant_kernels.modeling.batches import count_tokens
 from smoothquant_kernels.modeling.record import ModelRecord
 from smoothquant_kernels.modeling.view import ModelView
 from smoothquant_kernels.smoothing.calibrate import calibrate_model, configured_batches
 from smoothquant_kernels.smoothing.convert import quantize_model
+from smoothquant_kernels.smoothing.kv_cache import calibrate_kv_cache
 from smoothquant_kernels.smoothing.smooth import check_finite_weights, smooth_lm
 from smoothquant_kernels.smoothing.statistics import ActivationStatistics
 from smoothquant_kernels.storage.document import Document, note, readable_size
@@ -69,11 +74,13 @@ def work(
     restart: bool,
     format: str,
     strict: bool,
+    kv_cache: str | None,
     **options: Any,
 ) -> Document:
     """Writes the checkpoint; `options` are the options that change settings."""
     begin = time.perf_counter()
     check_format(format)
+    _check_kv_cache(kv_cache, source, stream=stream)
     config = read_config(config_file, changed_settings(**options))
     if format != NATIVE:
         config = exportable(config, strict=strict)
@@ -105,11 +112,14 @@ def work(
         )  # fmt: skip
         return {**document, "seconds": time.perf_counter() - begin}
     inputs = calibration_inputs(source, calibration, config) if measured else None
-    processor = processor_of(source) if inputs is None else inputs.processor
+    cache_inputs = inputs or (calibration_inputs(source, calibration, config) if kv_cache else None)
+    processor = processor_of(source) if cache_inputs is None else cache_inputs.processor
     note(f"loading {source}")
     with quiet_stderr():
         plain: Any = load_model(source, dtype=float_type)
     model: nn.Module = plain.to(where)
+    if kv_cache is not None:
+        KVRecorder(model)  # raises early
     view = ModelView(model, config.skip, config.quantize_head)
     linears, skipped = view.linears, view.skipped
     if format != NATIVE:
@@ -128,6 +138,10 @@ def work(
             costs = _costs(model, statistics, inputs.batches, config)
         del statistics  # what GPTQ needs is large, and the linears have it
     quantize_model(model, config=config)
+    cache = None
+    if cache_inputs is not None and kv_cache is not None:  # the values of the quantized model
+        note("calibrating the cache")
+        cache = calibrate_kv_cache(model, cache_inputs.batches, progress=show_progress())
     after = {"model": tensor_bytes(model), "linears": linear_bytes(model, list(skipped))}
     note(f"saving {output}")
     save_quantized(model, output, tokenizer=processor, overwrite=force, format=format)
@@ -138,6 +152,7 @@ def work(
         "format": format,
         "config": record.config,
         "calibration": None if inputs is None else inputs.facts,
+        "kv_cache": cache and {"layers": len(cache.layers), "tokens": cache.tokens},
         **summarize_layers(record.layers, record.skipped, costs),
         "verification": record.verification and record.verification.to_dict(),
         "bytes": {
@@ -149,6 +164,26 @@ def work(
         },
         "seconds": time.perf_counter() - begin,
     }
+
+
+def _check_kv_cache(name: str | None, source: str, *, stream: bool) -> None:
+    """Raises SmoothQuantError, before anything is read, unless this cache can be calibrated."""
+    if name is None:
+        return
+    if name == KV_CACHES[0]:
+        raise SmoothQuantError(
+            "--kv-cache int8 needs no calibration, so a checkpoint stores nothing for it: leave it out here, and give "
+            "it to generate and evaluate."
+        )
+    if name not in KV_CACHES:
+        raise SmoothQuantError(f"--kv-cache must be {KV_CACHES[1]} here; got {name!r}.")
+    if stream:
+        raise SmoothQuantError(
+            "--kv-cache int8-static calibrates the quantized model as a whole, which --stream never has in memory: "
+            "leave out one of them; in Python, calibrate_kv_cache takes the loaded checkpoint."
+        )
+    if not holds_int8(source):
+        check_causal(config_of(source), source, "--kv-cache")
 
 
 def _quantize_streamed(
@@ -185,6 +220,7 @@ def _quantize_streamed(
         "format": format,
         "config": record.config,
         "calibration": inputs.facts,
+        "kv_cache": None,
         **summarize_layers(record.layers, record.skipped),
         "verification": record.verification and record.verification.to_dict(),
         "bytes": {
@@ -238,6 +274,8 @@ def render(document: Document) -> Group:
     facts.add_row("settings", describe_config(document))
     if (calibration := document["calibration"]) is not None:
         facts.add_row("calibrated on", describe_inputs(calibration))
+    if (cache := document["kv_cache"]) is not None:
+        facts.add_row("cache", f"{cache['layers']} layers calibrated on {cache['tokens']} tokens")
     facts.add_row("verified", describe_verification(document))
     # a streamed model was never in memory as a whole
     whole = f"{readable_size(size['model_before'])} -> " if size["model_before"] else ""

@@ -181,12 +181,21 @@ def _compare(
         log_p = reference.log_probs(window)  # so that the model runs once
     else:
         log_p = _log_probs(model, window)
+    return compare_log_probs(
+        log_p, window, None if reference is None else reference.log_probs(window)
+    )
+
+
+def compare_log_probs(
+    log_p: torch.Tensor, window: Window, log_r: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The four values of each scored token, from the log-probabilities [scored, vocabulary] of model and reference."""
     targets = window.input_ids[0, -window.scored :, None].to(log_p.device)
     nll = -log_p.gather(-1, targets)[:, 0].double().cpu()
-    if reference is None:
+    if log_r is None:
         nothing = nll.new_empty(0)
         return nll, nothing, nothing, nothing
-    log_r = reference.log_probs(window).to(log_p.device)
+    log_r = log_r.to(log_p.device)
     if log_r.shape != log_p.shape:
         raise SmoothQuantError(
             f"The model's vocabulary has {log_p.shape[-1]} tokens and the reference's "

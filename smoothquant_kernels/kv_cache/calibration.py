@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from smoothquant_kernels.reference import QMAX, smoothing_factors
 
 SCHEMES = ("per_token", "static")
+#: The attribute of a model that keeps its calibration. Checkpoints store it.
+ATTRIBUTE = "smoothquant_kv_calibration"
 #: Static scales leave so much room above the largest value of the calibration data.
 ROOM = 1.1
 
@@ -60,3 +62,14 @@ class KVCalibration:
 def static_scales(absmax: Tensor) -> Tensor:
     """absmax * ROOM / 127; 1 for a channel that was always zero, which then rounds small values to zero."""
     return torch.where(absmax > 0, absmax * (ROOM / QMAX), torch.ones_like(absmax))
+
+
+def calibration_of(model: nn.Module) -> KVCalibration | None:
+    """`model.smoothquant_kv_calibration`; None if the model was not calibrated."""
+    found: KVCalibration | None = vars(model).get(ATTRIBUTE)
+    return found
+
+
+def attach_calibration(model: nn.Module, calibration: KVCalibration) -> None:
+    """Makes this the calibration of a model, for `Int8KVCache` and for checkpoints."""
+    vars(model)[ATTRIBUTE] = calibration

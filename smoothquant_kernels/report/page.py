@@ -149,12 +149,28 @@ def _summary(document: Document) -> str:
                 )
             )
     facts += [_fact(what, *value) for what, value in _evaluation(document["evaluation"])]
+    facts += _cache(document["kv_cache"])
     held, data = document["held"], document["calibration"]
     remark = f"calibrated on {data['tokens']:,} tokens"
     remark += f" of {escape(data['source'])}" if data["source"] else ""
     source = f"{escape(held['source'])}; " if held["source"] else ""
     facts.append(_fact("Measured on", f"{held['tokens']:,} tokens", f"{source}{remark}"))
     return f"<section>\n<h2>Summary</h2>\n<dl>{''.join(facts)}</dl>\n</section>"
+
+
+def _cache(costs: Document | None) -> list[str]:
+    """What a cache of keys and values takes, for the longest text that is shown."""
+    if costs is None:
+        return []
+    tokens, sizes = list(costs["bytes"].items())[-1]
+    static = f"{readable_size(sizes['int8-static'])} with static scales, "
+    return [
+        _fact(
+            f"Cache of {int(tokens):,} tokens",
+            f"{readable_size(sizes['int8'])} in int8",
+            f"{static}{readable_size(sizes['float16'])} in float16",
+        )
+    ]
 
 
 def _verification(check: Document | None) -> tuple[str, str]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from smoothquant_kernels.config import SmoothQuantConfig
 from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.evaluation.perplexity import Reference, evaluate
+from smoothquant_kernels.kv_cache.size import cache_costs
 from smoothquant_kernels.modeling.record import HOWS, ModelRecord
 from smoothquant_kernels.modeling.run import Batch
 from smoothquant_kernels.nn.float_linear import weight_of
@@ -163,6 +164,7 @@ def make_report(
         "advice": advice,
         "figures": [_channels(model, named[n], statistics, settings_of(n)) for n in chosen],
         "evaluation": None,
+        "kv_cache": _cache_costs(model),
     }
     if text is not None:
         document["evaluation"] = _evaluate(
@@ -325,6 +327,12 @@ def _summary(layers: Sequence[Document], skipped: int) -> Document:
         "sqnr_naive": numbers("sqnr_naive"),
         "sqnr": numbers("sqnr"),
     }
+
+
+def _cache_costs(model: Any) -> Document | None:
+    """Bytes of a cache of keys and values; None if the model has none, or its configuration does not say it."""
+    generates = hasattr(model, "can_generate") and model.can_generate()
+    return cache_costs(model.config.to_dict()) if generates else None
 
 
 def _evaluate(

@@ -29,6 +29,7 @@ from smoothquant_kernels.checkpoint.compressed_tensors.weights import (
     zero_points,
 )
 from smoothquant_kernels.checkpoint.foreign_folder import refuse
+from smoothquant_kernels.checkpoint.kv_calibration import load_calibration
 from smoothquant_kernels.checkpoint.load import assign, finish, rebuild
 from smoothquant_kernels.checkpoint.manifest import (
     CONFIG,
@@ -181,6 +182,7 @@ def load_other(
         skeletons.install(skeleton, skeletons.make_modules(plan.modules, {}))
         assign(skeleton, tensors, plan.manifest(type(skeleton).__name__), device)
         plan.record.attach(skeleton)
+        load_calibration(folder, skeleton)
         finish(skeleton, changes, optimize=optimize)
     return skeleton
 
