@@ -55,7 +55,7 @@ class Int8Tokens:
         for mine, theirs in zip(
             self.narrow(first, other.count).tensors(), other.tensors(), strict=True
         ):
-            mine.copy_(theirs.clone())
+            mine.copy_(theirs.clone())  # a GPU copies in any order
 
 
 @dataclass

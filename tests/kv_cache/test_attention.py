@@ -19,7 +19,7 @@ from smoothquant_kernels.kv_cache import attention
 from smoothquant_kernels.kv_cache.module_source import changes_keys, has_sdpa
 from smoothquant_kernels.kv_cache.step import ATTENTION, STEP
 from tests.support.compare import assert_bitwise_equal
-from tests.support.kv_cache import Module, attend, make_layer, mask_of, tokens
+from tests.support.kv_cache import LAYERS, Module, attend, make_layer, mask_of, tokens
 from tests.support.models import make_model
 
 
@@ -52,6 +52,15 @@ def test_other_attention_gets_all_tokens(attention_name: str) -> None:
         assert layer.update(k, k, kwargs=kwargs)[0].shape[2] == total
     assert not kwargs
     assert filled().update(*new()[1:])[0].shape[2] == 7  # no kwargs: who knows what comes next
+
+
+def test_a_layer_that_was_filled_unseen_stays_plain() -> None:
+    """Only first tokens can tell what a module does with its keys without a risk."""
+    layer = make_layer("dynamic")
+    _, k, v = new(4)
+    layer.update(k, v)
+    kwargs: dict[str, Any] = {}
+    assert layer.update(k, v, kwargs=kwargs)[0].shape[2] == 8 and not kwargs
 
 
 def test_a_step_that_nobody_takes_is_an_error() -> None:
@@ -137,6 +146,37 @@ def test_what_the_kernel_cannot_do_reads_floats() -> None:
     q.requires_grad_()
     y = compare(filled(), q, k, v, mask_of(filled(), 3))
     assert y.requires_grad
+
+
+@pytest.mark.usefixtures("no_kernel")
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_mask_that_shows_one_later_token(name: str, count: int) -> None:
+    """The kernel would hide it."""
+    layer, plain = filled(name), filled(name)
+    q, k, v = new(count)
+    mask = mask_of(layer, count)
+    first = mask.shape[3] - count if name in ("dynamic", "sliding") else 6
+    mask[..., 0, first + 1] = True
+    assert mask[0, 0, 0].sum() == first + 2
+    plain.attention.config._attn_implementation = "sdpa"
+    keys, values = plain.update(k, v)
+    expected = nn.functional.scaled_dot_product_attention(q, keys, values, mask, enable_gqa=True)
+    y = attend(layer, q, k, v, mask)
+    torch.testing.assert_close(y, expected.transpose(1, 2), rtol=0, atol=1e-6)
+
+
+@pytest.mark.usefixtures("no_kernel")
+@pytest.mark.parametrize("name", LAYERS)
+def test_no_mask_is_a_causal_mask(name: str) -> None:
+    """9 new tokens, too many for the kernel, to 6 old ones. The window is so wide that it hides nothing."""
+    layers = [make_layer(name, sliding_window=40) for _ in range(2)]
+    for layer in layers:
+        attend(layer, tokens(6), tokens(6, seed=1), tokens(6, seed=2), None)
+    q, k, v = new(9)
+    masks = [None, mask_of(layers[0], 9)]
+    one, other = (attend(x, q, k, v, m) for x, m in zip(layers, masks, strict=True))
+    torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
 
 
 @pytest.mark.usefixtures("no_kernel")

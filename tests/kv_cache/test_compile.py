@@ -36,6 +36,7 @@ def sliding() -> Any:
     return t.MistralForCausalLM(t.MistralConfig(**GQA, sliding_window=8)).eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("family", ["full", "sliding"])
 def test_decoding_is_one_graph(family: str, backend: str) -> None:
@@ -88,6 +89,7 @@ def test_generate_compiles_by_its_own_rules() -> None:
     assert not Int8KVCache(model).is_compileable
 
 
+@pytest.mark.slow
 def test_a_compiled_prompt() -> None:
     """Nobody has seen whether this model can read int8, so the compiled prompt and its steps read floats."""
     torch._dynamo.reset()

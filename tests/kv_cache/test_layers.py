@@ -277,6 +277,17 @@ def test_nan_stays_in_its_sequence(name: str) -> None:
     assert y[1, :, :2].isnan().all() and not y[1, :, 2:].isnan().any()  # the query heads of head 0
 
 
+def test_a_wide_window_moves_onto_itself() -> None:
+    """The tokens that move to the front of the buffer lie where they go, too."""
+    layer, all_of_it = make_layer("sliding", sliding_window=200), make_layer("dynamic")
+    for seed, count in enumerate([250, *[2] * 70]):
+        k, v = tokens(count, seed=seed), tokens(count, seed=seed + 500)
+        layer.update(k, v)
+        all_of_it.update(k, v)
+    for one, other in zip(layer.contents(), all_of_it.contents(), strict=True):
+        assert_bitwise_equal(one, other[:, :, -199:])
+
+
 def test_a_window_buffer_does_not_grow() -> None:
     layer = make_layer("sliding")
     sizes = set()
