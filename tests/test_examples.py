@@ -31,7 +31,7 @@ real_model = [pytest.mark.real_model, pytest.mark.slow]
 
 
 def test_examples_stay_short() -> None:
-    assert len(EXAMPLES) == 6
+    assert len(EXAMPLES) == 7
     for script in EXAMPLES:
         text = script.read_text(encoding="utf-8")
         assert len(text.splitlines()) <= 60, script.name
@@ -118,6 +118,17 @@ class TestOnALanguageModel:
     def test_load_and_generate(self, quantized: Path, capsys: pytest.CaptureFixture[str]) -> None:
         said = run(capsys, "load_and_generate.py", quantized, "What is gravity?")
         assert "gravity" in said.lower()
+
+    def test_generate_with_int8_cache(
+        self, short: Path, smollm2: tuple[Any, Any], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        prompt = "Once upon a time"
+        said = run(capsys, "generate_with_int8_cache.py", short, prompt)
+        assert said.startswith(prompt)
+        tokens = len(smollm2[1](prompt).input_ids) + 48 - 1  # the last one is never read
+        heads, channels, scale = 3, 64, 4
+        each = LAYERS * 2 * heads * (channels + scale)
+        assert f"cache: {tokens} tokens, {each:,} bytes each" in said
 
     def test_streaming_gives_the_same_bits(
         self, short: Path, smollm2: tuple[Any, Any], capsys: pytest.CaptureFixture[str]
