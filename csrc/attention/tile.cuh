@@ -57,13 +57,19 @@ struct DecodeLimits {
   const DecodeParams& p;
   const DecodeRange& range;
   int common_first, common_end;  // between them all queries attend to everything
-  int newest[kTiles];            // position, of query 8 n + lane / 4
-  const uint8_t* mask[kTiles];   // or null
+  const uint8_t* mask;           // of the first head, or null
+  // Of query 8 n + lane / 4: the head, counted from that one, and the token, in the lowest 3 bits.
+  // Positions and addresses are made of it where they are needed, which saves registers.
+  int query[kTiles];
 
   __device__ DecodeLimits(const DecodeParams& params, const DecodeRange& r, int sequence,
                           int first_head, int first_column)
       : p(params), range(r) {
+    static_assert(kMaxQueryTokens <= 8);
     const int tokens = static_cast<int>(p.a.tokens);
+    mask = p.a.mask == nullptr
+               ? nullptr
+               : p.a.mask + sequence * p.a.mask_batch_stride + first_head * p.a.mask_head_stride;
     common_first = max(range.first, p.window > 0 ? range.length - p.window : 0);
     common_end = p.a.mask != nullptr ? 0 : min(range.last, range.length - tokens + 1);
 #pragma unroll
@@ -71,11 +77,7 @@ struct DecodeLimits {
       const int column =
           min(first_column + 8 * n + static_cast<int>(threadIdx.x % 32) / 4, p.columns - 1);
       const int head = column / tokens, token = column - head * tokens;
-      newest[n] = range.length - tokens + token;
-      mask[n] = p.a.mask == nullptr ? nullptr
-                                    : p.a.mask + sequence * p.a.mask_batch_stride +
-                                          (first_head + head) * p.a.mask_head_stride +
-                                          token * p.a.mask_token_stride;
+      query[n] = head << 3 | token;
     }
   }
 
@@ -83,13 +85,16 @@ struct DecodeLimits {
     return position >= common_first && position + kTileTokens <= common_end;
   }
   __device__ bool allows(int n, int position) const {
-    if (position < range.first || position >= range.last || position > newest[n] ||
-        (p.window > 0 && position <= newest[n] - p.window)) {
+    const int head = query[n] >> 3, token = query[n] & 7;
+    const int newest = range.length - static_cast<int>(p.a.tokens) + token;
+    if (position < range.first || position >= range.last || position > newest ||
+        (p.window > 0 && position <= newest - p.window)) {
       return false;
     }
-    if (mask[n] == nullptr) return true;
+    if (mask == nullptr) return true;
     const int before = max(0, range.length - static_cast<int>(p.holding));
-    return mask[n][max(0, position - before) * p.a.mask_column_stride] != 0;
+    return mask[head * p.a.mask_head_stride + token * p.a.mask_token_stride +
+                max(0, position - before) * p.a.mask_column_stride] != 0;
   }
 };
 
@@ -126,10 +131,13 @@ class DecodeSums {
   }
 
   __device__ void add(uint32_t stage, int position, const DecodeLimits<kTiles>& limits) {
+    // First, while the scores need no registers.
+    const uint32_t allowed = limits.all(position) ? kAll : allowed_scores(position, limits);
+    seen |= allowed;
     float score[kTiles][4];
     multiply_keys(stage, score);
-    float key_scale[4], value_scale[4];
-    load_scales(stage, key_scale, value_scale);
+    float key_scale[4];
+    load_scales(stage, key_scale);
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
@@ -137,11 +145,10 @@ class DecodeSums {
         score[n][i] = __fmul_rn(__fmul_rn(score[n][i], key_scale[i]), factor_[n]);
       }
     }
-    const bool all = limits.all(position);
-    uint32_t allowed = 0xffffffffu;
-    if (!all) allowed = mask_scores(position, limits, score);
-    seen |= allowed;
+    if (allowed != kAll) hide(allowed, score);
 
+    float value_scale[4];
+    load_scales(stage + 4 * kTileTokens, value_scale);
     uint32_t weight[kTiles][2];
     float factor[kTiles];
     bool scales = false;
@@ -225,7 +232,7 @@ class DecodeSums {
   }
 
   // Of tokens 2 t, 2 t + 1, 2 t + 8 and 2 t + 9, t = lane % 4.
-  __device__ static void load_scales(uint32_t stage, float (&key)[4], float (&value)[4]) {
+  __device__ static void load_scales(uint32_t stage, float (&scale)[4]) {
     const uint32_t from = stage + DecodeRing<kD>::kScales + 8 * (threadIdx.x % 4);
     const auto load = [&](int offset, float& low, float& high) {
       asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
@@ -233,29 +240,34 @@ class DecodeSums {
                    : "r"(from + offset)
                    : "memory");
     };
-    load(0, key[0], key[1]);
-    load(32, key[2], key[3]);
-    load(64, value[0], value[1]);
-    load(96, value[2], value[3]);
+    load(0, scale[0], scale[1]);
+    load(32, scale[2], scale[3]);
   }
 
-  // Returns a bit for each score, 4 for a query. The others become -Inf.
-  __device__ static uint32_t mask_scores(int position, const DecodeLimits<kTiles>& limits,
-                                         float (&score)[kTiles][4]) {
+  static constexpr uint32_t kAll = 0xffffffffu;
+
+  // Returns a bit for each score, 4 for a query.
+  __device__ static uint32_t allowed_scores(int position, const DecodeLimits<kTiles>& limits) {
     uint32_t allowed = 0;
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int token = 2 * static_cast<int>(threadIdx.x % 4) + i % 2 + 8 * (i / 2);
-        if (limits.allows(n, position + token)) {
-          allowed |= 1u << (4 * n + i);
-        } else {
-          score[n][i] = minus_infinity();
-        }
+        if (limits.allows(n, position + token)) allowed |= 1u << (4 * n + i);
       }
     }
     return allowed;
+  }
+
+  __device__ static void hide(uint32_t allowed, float (&score)[kTiles][4]) {
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if ((allowed >> (4 * n + i) & 1) == 0) score[n][i] = minus_infinity();
+      }
+    }
   }
 
   // From scores to weights in float16. weight * scale of the values may lie outside of float16's

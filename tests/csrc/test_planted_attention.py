@@ -102,10 +102,10 @@ MUTANTS = (
         "a hidden token's NaN counts", "tile.cuh", "(allowed >> i & 1) != 0 ? __fmul_rn(p, value_scale[i]) : 0.0f",
         "__fmul_rn(p, value_scale[i])", "not_finite_scales", NOT_FINITE,
     ),
-    attention("a token of the future", "tile.cuh", "position > newest[n]", "position > newest[n] + 1"),
+    attention("a token of the future", "tile.cuh", "position > newest", "position > newest + 1"),
     attention(
-        "the window is one token wider", "tile.cuh", "position <= newest[n] - p.window",
-        "position < newest[n] - p.window",
+        "the window is one token wider", "tile.cuh", "position <= newest - p.window",
+        "position < newest - p.window",
     ),
     attention(
         "whole tiles hide nothing from the first token", "tile.cuh", "range.length - tokens + 1)",
