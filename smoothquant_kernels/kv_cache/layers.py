@@ -82,6 +82,13 @@ class Int8Layer(CacheLayerMixin):
     def _stored(self, k: Tensor, v: Tensor) -> Step:
         if not self.is_initialized:
             self.lazy_initialization(k, v)
+        held = self.buffers.k.shape[:2]
+        if k.shape[:2] != held:  # growing would copy one sequence to all
+            raise SmoothQuantError(
+                f"Int8KVCache: layer {self.quantizer.layer} holds {held[0]} sequences of {held[1]} heads, got tokens "
+                f"of {k.shape[0]} sequences of {k.shape[1]} heads: make a new cache, or change its sequences with "
+                "batch_repeat_interleave or batch_select_indices."
+            )
         return self.append(k, v)
 
     def update(
