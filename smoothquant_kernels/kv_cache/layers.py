@@ -125,8 +125,9 @@ class Int8Layer(CacheLayerMixin):
         self.waiting = None
         if not step.empty:
             raise SmoothQuantError(
-                f"Int8KVCache: the attention of layer {self.quantizer.layer} did not read the cache at the last step, "
-                "so its results are wrong: call model.set_attn_implementation('sdpa') and start again with a new cache."
+                f"Int8KVCache: the attention of layer {self.quantizer.layer} did not read the cache at the last step. "
+                "If an exception stopped it, start again with cache.reset(). Otherwise its results are wrong: call "
+                "model.set_attn_implementation('sdpa') and start again with a new cache."
             )
         self.direct = False
 
@@ -153,6 +154,12 @@ class Int8Layer(CacheLayerMixin):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         self._change_sequences(lambda t: t[indices.to(t.device)])
+
+    def forget_steps(self) -> None:
+        """The part of `reset` beside the tokens."""
+        self.waiting = None
+        if self.direct is False:
+            self.direct = None  # it may have been an exception that kept attention from its first tokens
 
     def removable(self, tokens_to_remove: int) -> int:
         """How many tokens `crop` removes."""
@@ -207,7 +214,8 @@ class Int8DynamicLayer(Int8Layer):
         self.length = max(self.length - self.removable(tokens_to_remove), 0)
 
     def reset(self) -> None:
-        self.tokens = self.waiting = None
+        self.forget_steps()
+        self.tokens = None
         self.is_initialized = False
         self.length = 0
 

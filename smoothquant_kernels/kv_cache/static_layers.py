@@ -112,7 +112,7 @@ class Int8StaticLayer(Int8Layer):
             self.lengths.sub_(count).clamp_(min=0)
 
     def reset(self) -> None:
-        self.waiting = None
+        self.forget_steps()
         self.started = False
         if self.lengths is not None:
             for t in (*self.buffers.tensors(), self.lengths):
