@@ -159,7 +159,9 @@ class Int8Layer(CacheLayerMixin):
         """The part of `reset` beside the tokens."""
         self.waiting = None
         if self.direct is False:
-            self.direct = None  # it may have been an exception that kept attention from its first tokens
+            self.direct = (
+                None  # it may have been an exception that kept attention from its first tokens
+            )
 
     def removable(self, tokens_to_remove: int) -> int:
         """How many tokens `crop` removes."""
