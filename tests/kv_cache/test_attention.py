@@ -356,3 +356,20 @@ def test_a_reset_of_a_layer_whose_first_tokens_nobody_took() -> None:
     layer.reset()
     attend(layer, tokens(4, heads=4), k, k, None)
     assert layer.direct
+
+
+def test_another_thread_that_asks_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The answer for its mask is no answer for this one."""
+    layer = filled()
+    layer.quantizer.layer = 1
+    _, k, v = new(2)
+    kwargs: dict[str, Any] = {}
+    layer.update(k, v, kwargs=kwargs)
+    mask = torch.ones(1, 1, 2, 8, dtype=torch.bool)  # sees later tokens
+
+    def interleaved() -> Tensor:
+        monkeypatch.setattr(attention, "_asked", (lambda: None, 0, True))
+        return mask
+
+    monkeypatch.setattr(attention, "_asked", (interleaved, 0, False))
+    assert not attention._hides_later_tokens(kwargs[STEP], mask)
