@@ -101,7 +101,7 @@ def complete(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             generation_config=greedy,
-            **({} if cache is None else {"past_key_values": cache}),
+            **({} if cache is None else {"cache": cache}),
         )
     seconds = time.perf_counter() - begin
     new = output[0, ids.shape[1] :]

@@ -116,7 +116,7 @@ def evaluate_cache(
         SmoothQuantError: the text is missing or too short, a size is out of range, or the model takes no cache.
 
     Equivalent to:
-        for t in range(T): logits[t] = model(ids[:, t : t + 1], past_key_values=cache).logits[0, -1]
+        for t in range(T): logits[t] = model(ids[:, t : t + 1], cache=cache).logits[0, -1]
     """
     begin = time.perf_counter()
     if type(step) is not int or step < 1:
