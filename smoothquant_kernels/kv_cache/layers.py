@@ -12,7 +12,7 @@ from torch import Tensor
 from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.kv_cache.bases import CacheLayerMixin
 from smoothquant_kernels.kv_cache.step import STEP, Attention, Step
-from smoothquant_kernels.kv_cache.tokens import HeadQuantizer, Int8Tokens
+from smoothquant_kernels.kv_cache.tokens import HeadQuantizer, Int8Tokens, writable_later
 from smoothquant_kernels.ops.cache_checks import MAX_QUERY_TOKENS
 
 #: A layer grows by so many tokens, so that at most 63 stand empty, and copying costs 2 / 64 of what attention reads.
@@ -133,7 +133,8 @@ class Int8Layer(CacheLayerMixin):
 
     def _change(self, change: Callable[[Tensor], Tensor]) -> None:
         if self.tokens is not None:
-            self.tokens = self.tokens.map(change)
+            with writable_later():
+                self.tokens = self.tokens.map(change)
 
     def offload(self) -> None:
         self._change(lambda t: t.to("cpu", non_blocking=True))

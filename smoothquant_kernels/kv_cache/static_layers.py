@@ -127,7 +127,8 @@ class Int8StaticLayer(Int8Layer):
     def _change_sequences(self, change: Callable[[Tensor], Tensor]) -> None:
         super()._change_sequences(change)
         if self.lengths is not None:
-            self.lengths = change(self.lengths)
+            with writable_later():
+                self.lengths = change(self.lengths)
             self.batch_size = len(self.lengths)
 
 

@@ -370,3 +370,17 @@ def test_another_number_of_sequences_is_refused(name: str, count: int) -> None:
     assert int(layer.get_seq_length()) == count
     layer.batch_repeat_interleave(3)
     assert layer.update(other, other)[0].shape[0] == 3
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_sequences_that_change_in_inference_mode(name: str) -> None:
+    """What was made there could not be written outside of it."""
+    layer = make_layer(name)
+    k = tokens(3)
+    with torch.inference_mode():
+        layer.update(k, k)
+        layer.reorder_cache(torch.tensor([1, 0]))
+        layer.batch_repeat_interleave(2)
+        layer.batch_select_indices(torch.tensor([0, 3]))
+    assert not any(t.is_inference() for t in layer.buffers.tensors())
+    assert layer.update(k, k)[0].shape[2] >= 6
