@@ -127,7 +127,9 @@ class CacheCall {
 
   // Makes the table dense, when the device is current, and returns the whole.
   const KvCache& prepare() {
+    static const int32_t kNoBlocks = 0;  // an empty tensor has no address, and null means no table
     cache_.table = prepare(table_, kept_table_);
+    if (table_ && cache_.table == nullptr) cache_.table = &kNoBlocks;
     return cache_;
   }
 

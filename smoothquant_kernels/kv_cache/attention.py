@@ -166,13 +166,14 @@ _asked: tuple[weakref.ref[Tensor], int, bool] | None = None
 def _hides_later_tokens(step: Step, mask: Tensor) -> bool:
     """Whether a mask lets no token see a later one, as the kernel does. Asked once for all layers: it stops a GPU."""
     global _asked
-    layer = step.layer.quantizer.layer
-    if _asked is None or _asked[0]() is not mask or layer <= _asked[1]:
+    layer, asked = step.layer.quantizer.layer, _asked  # another thread may ask meanwhile
+    if asked is None or asked[0]() is not mask or layer <= asked[1]:
         causal = _causal(step, step.count, mask.shape[3], mask.device)
-        _asked = (weakref.ref(mask), layer, not bool((mask & ~causal).any()))
+        asked = (weakref.ref(mask), layer, not bool((mask & ~causal).any()))
     else:
-        _asked = (_asked[0], layer, _asked[2])
-    return _asked[2]
+        asked = (asked[0], layer, asked[2])
+    _asked = asked
+    return asked[2]
 
 
 def _float_attention(

@@ -194,17 +194,21 @@ def _check(
             f"Int8KVCache: static scales already even out the channels of the keys; drop alpha={alpha}, or choose "
             "scheme='per_token'."
         )
-    if alpha is not None and not 0 <= alpha <= 1:
-        raise SmoothQuantError(f"Int8KVCache: alpha must be from 0 to 1, got {alpha}.")
+    if alpha is not None and not (isinstance(alpha, (int, float)) and 0 <= alpha <= 1):
+        raise SmoothQuantError(f"Int8KVCache: alpha must be from 0 to 1, got {alpha!r}.")
+    if calibration is not None and not isinstance(calibration, KVCalibration):
+        raise SmoothQuantError(
+            f"Int8KVCache: calibration must be what calibrate_kv_cache returns, got {type(calibration).__name__}."
+        )
     if calibration is None and (scheme == "static" or alpha is not None):
         what = "scheme='static'" if scheme == "static" else f"alpha={alpha}"
         raise SmoothQuantError(
             f"Int8KVCache: {what} needs a calibration, and the model has none; pass calibration=, or choose "
             "scheme='per_token' without alpha."
         )
-    if max_cache_len is not None and max_cache_len < 1:
+    if max_cache_len is not None and (type(max_cache_len) is not int or max_cache_len < 1):
         raise SmoothQuantError(
-            f"Int8KVCache: max_cache_len must be at least 1, got {max_cache_len}."
+            f"Int8KVCache: max_cache_len must be at least 1, got {max_cache_len!r}; give a whole number of tokens."
         )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.kv_cache.bases import CacheLayerMixin
 from smoothquant_kernels.kv_cache.step import STEP, Attention, Step
-from smoothquant_kernels.kv_cache.tokens import HeadQuantizer, Int8Tokens
+from smoothquant_kernels.kv_cache.tokens import HeadQuantizer, Int8Tokens, writable_later
 from smoothquant_kernels.ops.cache_checks import MAX_QUERY_TOKENS
 
 #: A layer grows by so many tokens, so that at most 63 stand empty, and copying costs 2 / 64 of what attention reads.
@@ -82,6 +82,13 @@ class Int8Layer(CacheLayerMixin):
     def _stored(self, k: Tensor, v: Tensor) -> Step:
         if not self.is_initialized:
             self.lazy_initialization(k, v)
+        held = self.buffers.k.shape[:2]
+        if k.shape[:2] != held:  # growing would copy one sequence to all
+            raise SmoothQuantError(
+                f"Int8KVCache: layer {self.quantizer.layer} holds {held[0]} sequences of {held[1]} heads, got tokens "
+                f"of {k.shape[0]} sequences of {k.shape[1]} heads: make a new cache, or change its sequences with "
+                "batch_repeat_interleave or batch_select_indices."
+            )
         return self.append(k, v)
 
     def update(
@@ -118,14 +125,16 @@ class Int8Layer(CacheLayerMixin):
         self.waiting = None
         if not step.empty:
             raise SmoothQuantError(
-                f"Int8KVCache: the attention of layer {self.quantizer.layer} did not read the cache at the last step, "
-                "so its results are wrong: call model.set_attn_implementation('sdpa') and start again with a new cache."
+                f"Int8KVCache: the attention of layer {self.quantizer.layer} did not read the cache at the last step. "
+                "If an exception stopped it, start again with cache.reset(). Otherwise its results are wrong: call "
+                "model.set_attn_implementation('sdpa') and start again with a new cache."
             )
         self.direct = False
 
     def _change(self, change: Callable[[Tensor], Tensor]) -> None:
         if self.tokens is not None:
-            self.tokens = self.tokens.map(change)
+            with writable_later():
+                self.tokens = self.tokens.map(change)
 
     def offload(self) -> None:
         self._change(lambda t: t.to("cpu", non_blocking=True))
@@ -146,6 +155,14 @@ class Int8Layer(CacheLayerMixin):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         self._change_sequences(lambda t: t[indices.to(t.device)])
+
+    def forget_steps(self) -> None:
+        """The part of `reset` beside the tokens."""
+        self.waiting = None
+        if self.direct is False:
+            self.direct = (
+                None  # it may have been an exception that kept attention from its first tokens
+            )
 
     def removable(self, tokens_to_remove: int) -> int:
         """How many tokens `crop` removes."""
@@ -200,7 +217,8 @@ class Int8DynamicLayer(Int8Layer):
         self.length = max(self.length - self.removable(tokens_to_remove), 0)
 
     def reset(self) -> None:
-        self.tokens = self.waiting = None
+        self.forget_steps()
+        self.tokens = None
         self.is_initialized = False
         self.length = 0
 

@@ -59,13 +59,15 @@ class KVRecorder:
         from transformers import AttentionInterface
 
         registered: dict[str, Any] = AttentionInterface._global_mapping
-        before = dict(registered)
+        names = {_implementation(m) for m in self._layers}
+        before = {name: registered[name] for name in names & registered.keys()}
         try:
-            for name in {_implementation(m) for m in self._layers}:
+            for name in names:
                 AttentionInterface.register(name, self._recording(before.get(name)))
             yield
-        finally:
-            registered.clear()
+        finally:  # what others have registered meanwhile stays
+            for name in names:
+                registered.pop(name, None)
             registered.update(before)
 
     def start(self, mask: Tensor | None) -> None:

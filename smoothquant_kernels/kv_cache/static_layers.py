@@ -112,7 +112,7 @@ class Int8StaticLayer(Int8Layer):
             self.lengths.sub_(count).clamp_(min=0)
 
     def reset(self) -> None:
-        self.waiting = None
+        self.forget_steps()
         self.started = False
         if self.lengths is not None:
             for t in (*self.buffers.tensors(), self.lengths):
@@ -127,7 +127,8 @@ class Int8StaticLayer(Int8Layer):
     def _change_sequences(self, change: Callable[[Tensor], Tensor]) -> None:
         super()._change_sequences(change)
         if self.lengths is not None:
-            self.lengths = change(self.lengths)
+            with writable_later():
+                self.lengths = change(self.lengths)
             self.batch_size = len(self.lengths)
 
 

@@ -32,7 +32,8 @@ def calibrate_kv_cache(
 ) -> KVCalibration:
     """Measures keys, values and queries of a decoder, for an int8 cache with static scales or with smoothed keys.
 
-    Calibrate the model that will run: smoothing may fold factors into its values. Nothing else in the model changes.
+    Calibrate the model that will run: smoothing may fold factors into its values, so `smooth_lm` drops a calibration
+    that came before. Nothing else in the model changes.
 
     Args:
         model: a causal language model of transformers, float or quantized, also after `optimize_for_inference`. Its

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from smoothquant_kernels.config import SmoothQuantConfig
 from smoothquant_kernels.errors import SmoothQuantError
+from smoothquant_kernels.kv_cache.calibration import ATTRIBUTE as KV_CALIBRATION
+from smoothquant_kernels.kv_cache.calibration import calibration_of
 from smoothquant_kernels.modeling.changes import Changes, widened
 from smoothquant_kernels.modeling.float_layers import stays_in_float
 from smoothquant_kernels.modeling.groups import Group, find_groups
@@ -193,6 +195,8 @@ def smooth_into(
             f"the model's output differs by {change:.1e} relative from one call to the next, more than "
             f"{tolerance:.1e}: smoothing can only be checked on a model that gives the same output twice."
         )
+    if calibration_of(model) is not None:  # of values that factors may have been folded into
+        changes.set_attribute(model, KV_CALIBRATION, None)
     ModelRecord(
         config=config.to_dict(),
         layers=_describe(view, linears, groups, statistics, plan, outcomes | errors, config),

@@ -45,7 +45,15 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "alpha_alone": ({"alpha": 0.5}, "alpha=0.5 needs a calibration, and the model has none"),
     "alpha": ({"alpha": 1.5, "calibration": CALIBRATION}, "alpha must be from 0 to 1, got 1.5"),
+    "alpha_word": ({"alpha": "0.5", "calibration": CALIBRATION}, "from 0 to 1, got '0.5'"),
     "size": ({"max_cache_len": 0}, "max_cache_len must be at least 1, got 0"),
+    "size_word": ({"max_cache_len": "64"}, "max_cache_len must be at least 1, got '64'"),
+    "size_fraction": ({"max_cache_len": 64.5}, "got 64.5; give a whole number of tokens"),
+    "size_flag": ({"max_cache_len": True}, "got True; give a whole number of tokens"),
+    "calibration": (
+        {"scheme": "static", "calibration": {0: maxima()}},
+        "calibration must be what calibrate_kv_cache returns, got dict",
+    ),
     "layer": (
         {"alpha": 0.5, "calibration": KVCalibration({0: maxima()}, 9)},
         r"the calibration has the layers \[0\], but not layer 1",

@@ -314,3 +314,62 @@ def test_the_attention_can_change_between_steps() -> None:
         model.set_attn_implementation(ATTENTION)
         model(ids[:, :1], cache=cache)
     assert cache.get_seq_length() == 11
+
+
+@pytest.mark.parametrize("size", [{}, {"max_cache_len": 40}])
+@pytest.mark.parametrize("at_first", [False, True])
+def test_a_reset_after_an_exception_in_attention(
+    monkeypatch: pytest.MonkeyPatch, size: dict[str, int], at_first: bool
+) -> None:
+    """As after the first generation: the next ones read int8, and not float copies from then on."""
+    model = use_int8_attention(make_model("llama_gqa"))
+    prompt, token = torch.arange(5)[None], torch.tensor([[3]])
+    cache, fresh = Int8KVCache(model, **size), Int8KVCache(model, **size)
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with torch.no_grad():
+        if not at_first:
+            model(prompt, cache=cache)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setitem(t.AttentionInterface._global_mapping, ATTENTION, interrupted)
+            model(prompt, cache=cache)
+        if not at_first:
+            with pytest.raises(SmoothQuantError, match=r"start again with cache.reset\(\)"):
+                model(token, cache=cache)
+        cache.reset()
+        if at_first:  # what is not known yet, a reset asks again
+            assert [layer.direct for layer in cache.int8_layers] == [None, None]
+        for ids in (prompt, token):
+            y = model(ids, cache=cache).logits
+            assert_bitwise_equal(y, model(ids, cache=fresh).logits)
+        assert all(layer.direct for layer in cache.int8_layers)
+
+
+def test_a_reset_of_a_layer_whose_first_tokens_nobody_took() -> None:
+    layer = make_layer("dynamic")
+    k = tokens(4)
+    for _ in range(2):
+        layer.update(k, k, kwargs={})
+    assert layer.direct is False
+    layer.reset()
+    attend(layer, tokens(4, heads=4), k, k, None)
+    assert layer.direct
+
+
+def test_another_thread_that_asks_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The answer for its mask is no answer for this one."""
+    layer = filled()
+    layer.quantizer.layer = 1
+    _, k, v = new(2)
+    kwargs: dict[str, Any] = {}
+    layer.update(k, v, kwargs=kwargs)
+    mask = torch.ones(1, 1, 2, 8, dtype=torch.bool)  # sees later tokens
+
+    def interleaved() -> Tensor:
+        monkeypatch.setattr(attention, "_asked", (lambda: None, 0, True))
+        return mask
+
+    monkeypatch.setattr(attention, "_asked", (interleaved, 0, False))
+    assert not attention._hides_later_tokens(kwargs[STEP], mask)

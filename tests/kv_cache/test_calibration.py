@@ -11,11 +11,14 @@ import transformers as t
 from torch import Tensor, nn
 
 from smoothquant_kernels import (
+    Int8KVCache,
     SmoothQuantConfig,
     SmoothQuantError,
     calibrate_kv_cache,
     optimize_for_inference,
+    quantize_model,
     smooth_and_quantize,
+    smooth_lm,
 )
 from smoothquant_kernels.kv_cache import recording
 from smoothquant_kernels.kv_cache.calibration import KVCalibration, LayerMaxima, calibration_of
@@ -203,3 +206,34 @@ def test_factors() -> None:
     smooth, nothing = found.factors(3, "per_token", 0.5)
     assert smooth is not None and nothing is None
     torch.testing.assert_close(smooth, torch.tensor([[2.0, 0.5]]))
+
+
+def test_what_others_register_meanwhile_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The data may load a model that brings its own attention."""
+    monkeypatch.setattr(t.AttentionInterface, "_global_mapping", registered())
+    model = make_model("llama_gqa")
+    before = registered()
+
+    def data() -> Any:
+        yield token_batches()[0]
+        t.AttentionInterface.register("of_another_model", before["sdpa"])
+
+    calibrated(model, data())
+    assert registered() == {**before, "of_another_model": before["sdpa"]}
+
+
+def test_smoothing_drops_an_earlier_calibration() -> None:
+    """Values into which factors were folded are other values."""
+    model: Any = make_model("llama")
+    first = calibrated(model)
+    with pytest.raises(SmoothQuantError):
+        smooth_lm(model, [], progress=False)
+    assert calibration_of(model) is first
+    smooth_lm(model, token_batches(), progress=False)
+    assert calibration_of(model) is None
+    with pytest.raises(SmoothQuantError, match="needs a calibration, and the model has none"):
+        Int8KVCache(model, scheme="static")
+    second = calibrated(model)
+    assert (first.layers[0].v / second.layers[0].v).max() > 1.5
+    quantize_model(model)
+    assert calibration_of(model) is second

@@ -352,3 +352,35 @@ def test_more_tokens_than_a_fixed_size_holds() -> None:
     layer.update(tokens(CAPACITY), tokens(CAPACITY))
     with pytest.raises(ValueError, match=f"the cache holds 0 to {CAPACITY - 1}; make it larger"):
         layer.update(tokens(1), tokens(1))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("count", [9, GROWTH])
+def test_another_number_of_sequences_is_refused(name: str, count: int) -> None:
+    """A layer that must grow would copy its one sequence to all, and a layer that need not would not."""
+    layer = make_layer(name)
+    k = tokens(count, batch=1)
+    layer.update(k, k, kwargs={})
+    layer.waiting = None
+    other, heads = tokens(1, batch=3), tokens(1, batch=1, heads=4)
+    with pytest.raises(SmoothQuantError, match=r"layer 0 holds 1 sequences .* of 3 sequences"):
+        layer.update(other, other, kwargs={})
+    with pytest.raises(SmoothQuantError, match=r"of 2 heads, got tokens .* of 4 heads"):
+        layer.update(heads, heads, kwargs={})
+    assert int(layer.get_seq_length()) == count
+    layer.batch_repeat_interleave(3)
+    assert layer.update(other, other)[0].shape[0] == 3
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_sequences_that_change_in_inference_mode(name: str) -> None:
+    """What was made there could not be written outside of it."""
+    layer = make_layer(name)
+    k = tokens(3)
+    with torch.inference_mode():
+        layer.update(k, k)
+        layer.reorder_cache(torch.tensor([1, 0]))
+        layer.batch_repeat_interleave(2)
+        layer.batch_select_indices(torch.tensor([0, 3]))
+    assert not any(t.is_inference() for t in layer.buffers.tensors())
+    assert layer.update(k, k)[0].shape[2] >= 6

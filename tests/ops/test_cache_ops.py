@@ -124,3 +124,20 @@ def test_numbers_and_strides_that_do_not_fit_are_refused(
     in_cpp = way == "dispatcher" and call.name in registry.COMPILED
     with pytest.raises(RuntimeError if in_cpp else ValueError, match=re.escape(sentence)):
         function(*call.args, **call.kwargs)
+
+
+@pytest.mark.parametrize("python", [False, True])
+def test_a_table_without_entries_holds_no_token(python: bool) -> None:
+    """An empty tensor has no address, as if no table had been given."""
+    call = next(c for c in ATTENTIONS if "block_table" in c.kwargs and c.kwargs.get("mask") is None)
+    own = copied(call)
+    q = own.args[0]
+    own.kwargs.pop("lengths", None)
+    own.kwargs["block_table"] = torch.zeros(len(q), 0, dtype=torch.int32)
+    parameters = list(inspect.signature(call.function).parameters.values())[len(own.args) :]
+    if python:
+        rest = [own.kwargs.get(p.name, p.default) for p in parameters]
+        y = registry.cpu(call.name)(*own.args, *rest)
+    else:
+        y = call.function(*own.args, **own.kwargs)
+    assert_bitwise_equal(y, torch.zeros_like(q), "an empty cache")
