@@ -191,7 +191,7 @@ class Bench:
             with torch.no_grad():
                 for part in ids.split(512, 1):
                     self.model(
-                        input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1
+                        input_ids=part, cache=cache, use_cache=True, logits_to_keep=1
                     )
             repeats = GENERATIONS if name == DEFAULT else 0
             sizes = [self.after_generation(make) for _ in range(repeats)]
@@ -215,7 +215,7 @@ class Bench:
         cache = make()
         self.model.generate(
             ids, attention_mask=torch.ones_like(ids), do_sample=False, eos_token_id=None, pad_token_id=0,
-            min_new_tokens=2, max_new_tokens=2, past_key_values=cache,
+            min_new_tokens=2, max_new_tokens=2, cache=cache,
         )  # fmt: skip
         del cache
         gc.collect()

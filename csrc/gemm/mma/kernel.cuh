@@ -13,9 +13,9 @@
 #include "common/memory_order.cuh"
 #include "common/ptx.cuh"
 #include "common/swizzle.cuh"
+#include "common/tickets.h"
 #include "gemm/epilogue/gated_tokens.cuh"
 #include "gemm/splits.h"
-#include "common/tickets.h"
 
 namespace sqk {
 

@@ -6,10 +6,10 @@
 #include <cstdint>
 
 #include "common/memory_order.cuh"
+#include "common/tickets.h"
 #include "cutlass/arch/barrier.h"
 #include "cutlass/barrier.h"
 #include "cutlass/gemm/kernel/tile_scheduler.hpp"
-#include "common/tickets.h"
 
 namespace sqk {
 

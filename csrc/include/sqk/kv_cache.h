@@ -29,9 +29,9 @@ struct KvHalf {
   int64_t dim;  // channels of a head, 1 to kMaxHead
 };
 
-// Position p of sequence b is slot p % block_size of block table[b * table_stride + p / block_size],
-// or without a table slot p of block b. A ring (never with a table) has slot p % block_size: it
-// keeps the newest block_size tokens.
+// Position p of sequence b is slot p % block_size of block table[b * table_stride + p /
+// block_size], or without a table slot p of block b. A ring (never with a table) has slot p %
+// block_size: it keeps the newest block_size tokens.
 struct KvCache {
   KvHalf k, v;
   int64_t blocks, heads, block_size;
