@@ -175,7 +175,7 @@ class Bench:
 
     def continued(self, ids: Tensor, cache: Any) -> Tensor:
         """The next tokens, [B, NEW_TOKENS], past an end of text as well."""
-        options = {} if cache is None else {"past_key_values": cache}
+        options = {} if cache is None else {"cache": cache}
         out = self.model.generate(
             ids, attention_mask=torch.ones_like(ids), do_sample=False, eos_token_id=None, pad_token_id=0,
             min_new_tokens=NEW_TOKENS, max_new_tokens=NEW_TOKENS, **options,
