@@ -190,9 +190,7 @@ class Bench:
             cache = make()
             with torch.no_grad():
                 for part in ids.split(512, 1):
-                    self.model(
-                        input_ids=part, cache=cache, use_cache=True, logits_to_keep=1
-                    )
+                    self.model(input_ids=part, cache=cache, use_cache=True, logits_to_keep=1)
             repeats = GENERATIONS if name == DEFAULT else 0
             sizes = [self.after_generation(make) for _ in range(repeats)]
             layers, heads = len(self.plain.layers), self.plain.layers[0].k.shape[0]

@@ -4,8 +4,7 @@
 // Every level gives the same bits: each sum has a fixed order, and lanes are channels or, for the
 // sum of the weights, every 16th token.
 
-// --- exp
-// ------------------------------------------------------------------------------------------
+// --- exp ---------------------------------------------------------------------------------------
 
 // The larger of each two, and b where a is NaN.
 inline Floats larger_number(Floats a, Floats b) {
@@ -38,8 +37,7 @@ inline Floats exp_of(Floats x) {
 
 inline float exp_of(float x) { return exp_of(broadcast(x))[0]; }
 
-// --- weights
-// --------------------------------------------------------------------------------------
+// --- weights -----------------------------------------------------------------------------------
 
 constexpr float kLowest = -3.40282347e38f;
 constexpr int64_t kSums = 16;  // of the weights: token i of a tile belongs to sum i % 16
@@ -126,8 +124,7 @@ inline float make_weights(const Tile& tile, const Allowed& allowed, float most, 
   return of[0];
 }
 
-// --- values
-// ---------------------------------------------------------------------------------------
+// --- values ------------------------------------------------------------------------------------
 
 // Lanes of a row of values.
 inline Floats load_values(const int8_t* v) {
@@ -200,8 +197,7 @@ inline void add_values(int64_t rows, const int8_t* v, int64_t width, int64_t tok
   if (rows - r == 1) add_values<1>(v, width, tokens, weights, sums);
 }
 
-// --- parts
-// ----------------------------------------------------------------------------------------
+// --- parts -------------------------------------------------------------------------------------
 
 // The scales of a run of columns, or 1 where the scales are those of channels.
 inline void copy_scales(const float* scales, int64_t count, float* to) {
@@ -295,8 +291,7 @@ void attend(const Part& part) {
   }
 }
 
-// --- outputs
-// --------------------------------------------------------------------------------------
+// --- outputs -----------------------------------------------------------------------------------
 
 // Adds up the parts of a query, divides by the sum of the weights, and undoes rotation and factors.
 void merge_parts(const Merge& merge) {
