@@ -47,6 +47,7 @@ PYTHON_ONLY = (
     "smoothing/statistics.py: the statistics have no squares",
     "evaluation/models.py: dtype must be",
     "modeling/run.py: a batch",
+    "kv_cache/cache.py: Int8KVCache: calibration must be",
     "kv_cache/cache.py: Int8KVCache: static scales",  # it chooses neither rotation nor alpha
     "kv_cache/cache.py: Int8KVCache: ... needs a calibration",
     "kv_cache/tokens.py: Int8KVCache: rotation",

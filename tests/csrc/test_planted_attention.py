@@ -78,7 +78,10 @@ MUTANTS = (
         "a slot of another sequence's block", "ring.cuh", "sequence_ * p_.a.cache.table_stride + quotient",
         "quotient", "test_blocks and 24", EITHER,
     ),
-    attention("scales of the values are the keys'", "tile.cuh", "load(64, value[0]", "load(0, value[0]"),
+    attention(
+        "scales of the values are the keys'", "tile.cuh", "load_scales(stage + 4 * kTileTokens, value_scale)",
+        "load_scales(stage, value_scale)",
+    ),
     attention("two channels change places", "tile.cuh", "0x64646464u, 0x4240", "0x64646464u, 0x4341"),
     attention(
         "the sum is not rescaled", "tile.cuh", "__fmaf_rn(sum[n], decay, tile_sum)",

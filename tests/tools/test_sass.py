@@ -131,7 +131,7 @@ def test_the_output_of_cuobjdump_is_read() -> None:
         copies={128: 1},
         stores={8: 1},
         local=2,
-        counts={"IMMA": 1, "IGMMA": 0, "IDP": 1, "BAR": 1},
+        counts={"IMMA": 1, "IGMMA": 0, "HMMA": 0, "IDP": 1, "BAR": 1},
         size=ampere.code.size,
     )
     assert ampere == Kernel("_Z6callerPf", "caller(float*)", "sm_80", 32, 80, 0, 128, True, code)
