@@ -32,7 +32,7 @@ X_Q = X.to(torch.int8)
 TOKENS = torch.stack([X, X.flip(1)])[:, None, :2]
 TABLE, SECOND = torch.tensor([[2, 0], [1, 3]]).int(), torch.tensor([3, 2]).int()
 # Scores are 0, so that the weights are halves and quarters.
-QUERY, MASK = torch.zeros(2, 2, 1, 4), torch.tensor([1, 0, 1, 1]).bool().expand(2, 1, 1, 4)
+QUERY, MASK = torch.zeros(2, 2, 1, 4), torch.tensor([1, 0, 0, 1]).bool().expand(2, 1, 1, 4)
 
 
 def cache(blocks: int, size: int) -> dict[str, Any]:
