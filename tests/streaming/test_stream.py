@@ -231,7 +231,7 @@ stream.quantize_streamed(sys.argv[2], sys.argv[3], token_batches(3), progress=Fa
 
 
 def run_script(
-    code: str, *arguments: object, timeout: float = 120
+    code: str, *arguments: object, timeout: float = 300
 ) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", code, str(ROOT), *map(str, arguments)]
     # Makes malloc map large blocks, so that freed ones no longer count against the memory limit.
