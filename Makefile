@@ -46,7 +46,10 @@ HEAVY := simulator or compiler or real_model or slow
 
 BIN := $(VENV)/bin
 BIN_CUDA := $(VENV_CUDA)/bin
-# --no-compile halves the time: most modules are never imported, so their bytecode is not needed.
+# --no-compile halves the time: most modules are never imported, so their bytecode is not needed. That of the others is
+# kept, also where a container's environment says otherwise: without it each of some hundred processes of the tests
+# compiles torch again, for 4 seconds.
+export PYTHONDONTWRITEBYTECODE :=
 PIP := -m pip install --disable-pip-version-check --quiet --no-compile
 PYTHON_OK := import sys; sys.version_info >= (3, 10) or sys.exit("Python 3.10 or newer is needed, but $(PYTHON) is %d.%d; name another: make PYTHON=python3.12" % sys.version_info[:2])
 

@@ -73,28 +73,39 @@ def with_replaced(file: Path, old: str, new: str) -> str:
 
 
 def build_and_test(mutant: Mutant, root: Path) -> subprocess.CompletedProcess[str]:
-    """Runs the mutant's tests with a library that has the defect."""
+    """Runs the mutant's tests with a library that has the defect, and removes `root`.
+
+    A library has 100 MB and there are hundreds of mutants: pytest, which removes its folders at the end or later, would
+    fill a disk.
+    """
+    try:
+        return _built_and_tested(mutant, root)
+    finally:
+        shutil.rmtree(root)
+
+
+def _built_and_tested(mutant: Mutant, root: Path) -> subprocess.CompletedProcess[str]:
     shutil.copytree(ROOT / "csrc", root / "csrc")
     for file, text in mutant.planted(root / "csrc"):
         file.write_text(text)
     library = simulator.library_with(root, [mutant.source], mutant.arch)
     arguments = (f"tests/kernels/{mutant.suite}", "-x", "-k", mutant.tests)
     if mutant.overlap:
-        done = simulator.kernel_tests(library, *arguments, arch=mutant.arch)
+        done = simulator.few_kernel_tests(library, *arguments, arch=mutant.arch)
         assert done.returncode == 0, f"without overlap: {done.stdout}{done.stderr}"
-        return simulator.kernel_tests(
+        return simulator.few_kernel_tests(
             library, *arguments, arch=mutant.arch, environment=simulator.OVERLAP
         )
     if not mutant.orders:
-        return simulator.kernel_tests(library, *arguments, arch=mutant.arch)
+        return simulator.few_kernel_tests(library, *arguments, arch=mutant.arch)
     # One thread here too: with several threads, chance decides which block comes last.
-    done = simulator.kernel_tests(
+    done = simulator.few_kernel_tests(
         library, *arguments, arch=mutant.arch, environment={"PTXSIM_THREADS": "1"}
     )
     assert done.returncode == 0, f"the fixed order shows it: {done.stdout}{done.stderr}"
     for seed, weak in mutant.orders:
         order = simulator.adversarial(seed, weak=weak)
-        done = simulator.kernel_tests(library, *arguments, arch=mutant.arch, environment=order)
+        done = simulator.few_kernel_tests(library, *arguments, arch=mutant.arch, environment=order)
         if done.returncode != 0:
             break
     return done

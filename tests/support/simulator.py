@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.backends import LIBRARY_VARIABLE
+from tests.support.fork_server import ForkServer
 from tools.build import ninja
 from tools.build.commands import cuda_command, cxx_command
 from tools.build.module import module_steps
@@ -32,6 +33,7 @@ from tools.build.plan import (
 from tools.build.sources import sources, units
 
 LAUNCHER = ROOT / "tools" / "ptxsim" / "bin" / "ptxsim"
+_PYTEST = ("-q", "-p", "no:xdist", "-p", "no:cacheprovider", "--backend", "simulator")
 _BUILD = Path("build") / "simulator"
 # PTX only: the simulator ignores SASS, and leaving it out halves the compile time.
 _GENCODES = [f"-gencode=arch=compute_{a},code=compute_{a}" for a in ("80", "90a")]
@@ -122,6 +124,11 @@ def _link(folder: Path, objects: list[str]) -> ninja.Step:
     return ninja.Step(target, tuple(link), tuple(objects), compiles=False)
 
 
+def _launcher(checks: str, arch: str = "sm_80", stats: Path | None = None) -> list[str]:
+    command = [str(LAUNCHER), "--arch", arch, "--check", checks, "--torch"]
+    return [*command, *([] if stats is None else ["--stats", str(stats)]), "--"]
+
+
 def python(
     arguments: Sequence[str],
     *,
@@ -139,9 +146,7 @@ def python(
         stats: a file for one line of JSON per launch.
         environment: variables to set in addition to the existing ones.
     """
-    command = [str(LAUNCHER), "--arch", arch, "--check", checks, "--torch"]
-    command += [] if stats is None else ["--stats", str(stats)]
-    command += ["--", sys.executable, *arguments]
+    command = [*_launcher(checks, arch, stats), sys.executable, *arguments]
     # One thread, because the kernels take the time, and the simulator has its own threads.
     variables = {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}
     return subprocess.run(
@@ -172,12 +177,25 @@ def kernel_tests(
     environment: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Runs pytest in the simulator; the arguments select tests of tests/kernels and may add options."""
-    pytest_command = ["-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider"]
-    pytest_command += ["--backend", "simulator", *arguments]
+    pytest_command = ["-m", "pytest", *_PYTEST, *arguments]
     # With few multiprocessors, "many rows" are few enough to simulate, and blocks take several
     # rows.
     variables = {LIBRARY_VARIABLE: str(library), "PTXSIM_SMS": "8", **(environment or {})}
     return python(pytest_command, arch=arch, checks=checks, environment=variables)
+
+
+def few_kernel_tests(
+    library: Path,
+    *arguments: str,
+    arch: str = "sm_80",
+    environment: Mapping[str, str] | None = None,
+) -> subprocess.CompletedProcess[str]:
+    """`kernel_tests` in a fork of a process of this thread that has imported torch, which saves seconds."""
+    variables = {LIBRARY_VARIABLE: str(library), "PTXSIM_SMS": "8", **(environment or {})}
+    server = ForkServer.of_thread(
+        [*_launcher("init,race"), sys.executable], {**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    return server.run([*_PYTEST, *arguments], {**variables, "PTXSIM_ARCH": arch})
 
 
 def run(

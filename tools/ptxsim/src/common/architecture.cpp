@@ -20,7 +20,7 @@ const Architecture* find_architecture(std::string name) {
   return nullptr;
 }
 
-const Architecture* read_architecture() {
+Architecture read_architecture() {
   const char* name = getenv("PTXSIM_ARCH");
   const Architecture* found = find_architecture(name && *name ? name : "sm_90");
   if (!found) {
@@ -30,15 +30,19 @@ const Architecture* read_architecture() {
             name);
     found = find_architecture("sm_90");
   }
-  auto* result = new Architecture(*found);
+  Architecture result = *found;
   if (const char* sms = getenv("PTXSIM_SMS"))
-    if (atoi(sms) > 0) result->sms = atoi(sms);
+    if (atoi(sms) > 0) result.sms = atoi(sms);
   return result;
+}
+
+Architecture& current() {
+  static auto* architecture = new Architecture(read_architecture());
+  return *architecture;
 }
 }  // namespace
 
-const Architecture& architecture() {
-  static const Architecture* architecture = read_architecture();
-  return *architecture;
-}
+const Architecture& architecture() { return current(); }
+
+void read_architecture_again() { current() = read_architecture(); }
 }  // namespace ptxsim

@@ -10,4 +10,5 @@ struct Architecture {
   std::string name;  // "sm_90"
 };
 const Architecture& architecture();
+void read_architecture_again();
 }  // namespace ptxsim

@@ -1,4 +1,4 @@
-// Options, read once from the environment.
+// Options, read from the environment at their first use.
 #pragma once
 #include <string>
 
@@ -16,4 +16,5 @@ struct Options {
   int async_delay = 2;   // scheduler rounds by which TMA loads are delayed (0: immediate)
 };
 Options& options();
+void read_options_again();
 }  // namespace ptxsim

@@ -15,6 +15,13 @@ API const char* ptxsim_last_message() { return last_message().c_str(); }
 API void ptxsim_reset() { reset_errors(); }  // clears a sticky error
 API int ptxsim_version() { return 1; }
 
+// Reads the PTXSIM_* variables again, before the first call of CUDA: for forks of a process that
+// has allocated memory.
+API void ptxsim_read_environment() {
+  read_options_again();
+  read_architecture_again();
+}
+
 static bool read_file(const char* path, std::string& text) {
   FILE* file = fopen(path, "rb");
   if (!file) {
