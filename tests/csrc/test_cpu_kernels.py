@@ -30,6 +30,8 @@ BUILDS = {
     "address": ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
     "thread": ("-O1", "-g", "-fsanitize=thread"),
 }
+#: A planted defect shows with one of them: tasks that meet in a row of a random problem are rare.
+SEEDS = (5, 6, 7, 8, 9)
 
 
 @dataclass(frozen=True)
@@ -357,10 +359,9 @@ def test_a_planted_defect_shows(build: Callable[[str], Built], name: str, tmp_pa
     if mutant.level is not None and mutant.level not in levels():
         pytest.skip(f"{compiler().version} cannot compile {mutant.level}")
     base = build(mutant.build)
-    sound = runs(base.program(), 5, 60, *([mutant.level] if mutant.level else []))
-    if sound.stdout.startswith("0 runs"):
+    program, level = base.program(), [mutant.level] if mutant.level else []
+    if runs(program, SEEDS[0], 1, *level).stdout.startswith("0 runs"):
         pytest.skip(f"this processor lacks {mutant.level}")
-    assert sound.returncode == 0, sound.stdout + sound.stderr
 
     subprocess.run(["cp", "-r", str(ROOT / "csrc"), str(tmp_path / "csrc")], check=True)
     changed, text = mutant.planted(tmp_path / "csrc")
@@ -369,7 +370,12 @@ def test_a_planted_defect_shows(build: Callable[[str], Built], name: str, tmp_pa
     for stem in mutant.sources:
         replaced[stem] = tmp_path / f"{stem}.o"
         compile_source(f"csrc/cpu/{stem}.cpp", replaced[stem], base.flags, tmp_path)
-    program = base.program("mutant", **replaced)
-    done = runs(program, 5, 60, *([mutant.level] if mutant.level else []))
+    planted = base.program("mutant", **replaced)
+    for seed in SEEDS:
+        done = runs(planted, seed, 60, *level)
+        if done.returncode != 0:
+            break
+    sound = runs(program, seed, 60, *level)
+    assert sound.returncode == 0, sound.stdout + sound.stderr
     assert done.returncode != 0, f"nothing noticed: {done.stdout}"
     assert mutant.symptom in done.stdout + done.stderr, done.stdout + done.stderr
