@@ -37,8 +37,9 @@ def library(backend: backends.Backend) -> ctypes.CDLL:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Runs a test that takes `tile` for each tile of the GEMM table, and any test for each backend."""
-    names = backends.several(metafunc.config.getoption("--backend"))
-    if "backend" in metafunc.fixturenames and len(names) > 1:
+    option = metafunc.config.getoption("--backend")
+    names = backends.several(option)
+    if "backend" in metafunc.fixturenames and names not in ([], [option]):
         metafunc.parametrize("backend", names, indirect=True, scope="module")
     if "tile" in metafunc.fixturenames:
         rows = backends.gemm_tiles(metafunc.config.getoption("--backend"))
