@@ -42,7 +42,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "backend" in metafunc.fixturenames and names not in ([], [option]):
         metafunc.parametrize("backend", names, indirect=True, scope="module")
     if "tile" in metafunc.fixturenames:
-        rows = backends.gemm_tiles(metafunc.config.getoption("--backend"))
+        rows = backends.gemm_tiles(option)
         # SQK_WITHOUT_TILES excludes tiles that must not run.
         tiles = [tile for tile in rows if not tile.get("excluded")]
         names = [tile["name"].replace(" ", "_") for tile in tiles]

@@ -17,6 +17,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from tools.build.plan import ROOT
+
 
 class ForkServer:
     """The side that asks. One run at a time; each thread has its own server (`of_thread`)."""
@@ -30,12 +32,13 @@ class ForkServer:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=dict(environment),
+            cwd=ROOT,
             text=True,
         )
 
     @classmethod
     def of_thread(cls, command: Sequence[str], environment: Mapping[str, str]) -> ForkServer:
-        """The thread's server, which is started at its first use and ends with this process."""
+        """The thread's server, which is started at its first use and ends with the thread."""
         if not hasattr(cls._of_thread, "server"):
             cls._of_thread.server = cls(command, environment)
         server: ForkServer = cls._of_thread.server
@@ -74,9 +77,8 @@ def _serve() -> None:
         if child:
             print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
             continue
-        for stream in (1, 2):
-            name = request["stdout" if stream == 1 else "stderr"]
-            os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT), stream)
+        for stream, name in ((1, "stdout"), (2, "stderr")):
+            os.dup2(os.open(request[name], os.O_WRONLY | os.O_CREAT), stream)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.environ.update(request["environment"])
         # The imports made tensors, with which the simulator read its environment.

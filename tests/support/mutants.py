@@ -75,8 +75,8 @@ def with_replaced(file: Path, old: str, new: str) -> str:
 def build_and_test(mutant: Mutant, root: Path) -> subprocess.CompletedProcess[str]:
     """Runs the mutant's tests with a library that has the defect, and removes `root`.
 
-    A library has 100 MB and there are hundreds of mutants: pytest, which removes its folders at the end or later, would
-    fill a disk.
+    A library has 100 MB and there are more than a hundred mutants: pytest, which removes its folders at the end or
+    later, would fill a disk.
     """
     try:
         return _built_and_tested(mutant, root)

@@ -129,6 +129,11 @@ def _launcher(checks: str, arch: str = "sm_80", stats: Path | None = None) -> li
     return [*command, *([] if stats is None else ["--stats", str(stats)]), "--"]
 
 
+def _environment() -> dict[str, str]:
+    # One thread, because the kernels take the time, and the simulator has its own threads.
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
 def python(
     arguments: Sequence[str],
     *,
@@ -147,8 +152,7 @@ def python(
         environment: variables to set in addition to the existing ones.
     """
     command = [*_launcher(checks, arch, stats), sys.executable, *arguments]
-    # One thread, because the kernels take the time, and the simulator has its own threads.
-    variables = {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}
+    variables = {**_environment(), **(environment or {})}
     return subprocess.run(
         command, capture_output=True, text=True, cwd=ROOT, env=variables, check=False
     )
@@ -169,6 +173,12 @@ def adversarial(seed: int, *, weak: bool = False) -> dict[str, str]:
 OVERLAP = {"PTXSIM_OVERLAP": "1"}
 
 
+def _of_kernel_tests(library: Path, environment: Mapping[str, str] | None) -> dict[str, str]:
+    # With few multiprocessors, "many rows" are few enough to simulate, and blocks take several
+    # rows.
+    return {LIBRARY_VARIABLE: str(library), "PTXSIM_SMS": "8", **(environment or {})}
+
+
 def kernel_tests(
     library: Path,
     *arguments: str,
@@ -178,9 +188,7 @@ def kernel_tests(
 ) -> subprocess.CompletedProcess[str]:
     """Runs pytest in the simulator; the arguments select tests of tests/kernels and may add options."""
     pytest_command = ["-m", "pytest", *_PYTEST, *arguments]
-    # With few multiprocessors, "many rows" are few enough to simulate, and blocks take several
-    # rows.
-    variables = {LIBRARY_VARIABLE: str(library), "PTXSIM_SMS": "8", **(environment or {})}
+    variables = _of_kernel_tests(library, environment)
     return python(pytest_command, arch=arch, checks=checks, environment=variables)
 
 
@@ -191,11 +199,9 @@ def few_kernel_tests(
     environment: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """`kernel_tests` in a fork of a process of this thread that has imported torch, which saves seconds."""
-    variables = {LIBRARY_VARIABLE: str(library), "PTXSIM_SMS": "8", **(environment or {})}
-    server = ForkServer.of_thread(
-        [*_launcher("init,race"), sys.executable], {**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    return server.run([*_PYTEST, *arguments], {**variables, "PTXSIM_ARCH": arch})
+    variables = {**_of_kernel_tests(library, environment), "PTXSIM_ARCH": arch}
+    server = ForkServer.of_thread([*_launcher("init,race"), sys.executable], _environment())
+    return server.run([*_PYTEST, *arguments], variables)
 
 
 def run(
