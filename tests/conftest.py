@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from tests.support import mutants
 
 pytest_plugins = [
+    "tests.support.share",
     "tests.support.what_ran",
     "tools.ptxsim.notice",
     "pytester",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -33,7 +35,7 @@ def test_every_command_of_the_workflow_is_one_of_ours() -> None:
 
 def test_the_workflow_sets_variables_that_the_makefile_reads() -> None:
     names = {name for job in WORKFLOW["jobs"].values() for name in job.get("env", {})}
-    assert names == {"TORCH", "TRANSFORMERS"}
+    assert names == {"TORCH", "TRANSFORMERS", "SHARE"}
     for name in names:
         assert re.search(rf"^{name} \?=", MAKEFILE, re.MULTILINE), name
 
@@ -55,6 +57,26 @@ def test_an_unknown_step_is_refused_before_anything_runs() -> None:
     done = subprocess.run([ROOT / ".ci/run", "lint", "lnit"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("unknown step 'lnit'; the steps are: lint ")
+
+
+@pytest.mark.parametrize("share", [None, "0/1"])
+def test_a_commit_or_the_caller_chooses_the_share(tmp_path: Path, share: str | None) -> None:
+    stub = tmp_path / "make"
+    stub.write_text('#!/bin/sh\necho "make got $SHARE"\n')
+    stub.chmod(0o755)
+    environment = {name: value for name, value in os.environ.items() if name != "SHARE"}
+    environment["PATH"] = f"{tmp_path}{os.pathsep}{environment['PATH']}"
+    environment |= {"SHARE": share} if share else {}
+    outputs = {
+        subprocess.run(
+            [ROOT / ".ci/run", "lint"], capture_output=True, text=True, env=environment, check=True
+        ).stdout
+        for _ in range(2)
+    }
+    assert len(outputs) == 1  # the same commit, the same share
+    said = re.search(r"share of the long series of tests: (\S+)[^$]*make got (\S+)", outputs.pop())
+    assert said is not None and said[1] == said[2]
+    assert said[1] == share if share else re.fullmatch("[0-3]/4", said[1])
 
 
 def test_make_knows_every_target_that_its_head_lists() -> None:

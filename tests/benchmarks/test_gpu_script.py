@@ -73,6 +73,7 @@ def test_a_failing_stage_stops_no_other(tmp_path: Path) -> None:
 
 @needs_bash
 @pytest.mark.slow
+@pytest.mark.in_turn
 def test_a_whole_rehearsal_writes_every_file_and_a_second_one_continues_it(tmp_path: Path) -> None:
     names = (
         "gemm",

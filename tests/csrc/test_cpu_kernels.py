@@ -120,7 +120,12 @@ def runs(program: Path, seed: int, problems: int, *level: str) -> subprocess.Com
 
 
 @pytest.mark.parametrize(
-    ("name", "seed", "problems"), [("plain", 1, 300), ("address", 2, 60), ("thread", 3, 30)]
+    ("name", "seed", "problems"),
+    [
+        ("plain", 1, 300),
+        *(pytest.param("address", seed, 20, marks=pytest.mark.in_turn) for seed in (2, 3, 4)),
+        pytest.param("thread", 3, 30, marks=pytest.mark.in_turn),
+    ],
 )
 def test_all_levels_equal_the_specification(
     build: Callable[[str], Built], name: str, seed: int, problems: int
@@ -353,6 +358,7 @@ MUTANTS = {
 }
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_planted_defect_shows(build: Callable[[str], Built], name: str, tmp_path: Path) -> None:
     mutant = MUTANTS[name]

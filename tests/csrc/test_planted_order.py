@@ -53,6 +53,7 @@ MUTANTS = (
 )
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
 def test_a_planted_defect_is_caught(mutant: Mutant, planted_runs: mutants.Runs) -> None:
     mutants.assert_caught(mutant, planted_runs)

@@ -79,6 +79,7 @@ def test_smoothing_keeps_the_float_logits(setting: Setting) -> None:
             assert how.count("folded") == 180 and how.count("runtime") == 30  # o_proj: GQA
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize(
     ("scheme", "limit"), [("per_token", 0.015), ("static", 0.05), ("per_tensor", 0.05)]
 )
@@ -88,11 +89,13 @@ def test_smoothed_schemes_stay_close_to_float32(
     assert setting.increase(setting.quantized(scheme)) <= limit
 
 
+@pytest.mark.in_turn
 def test_massive_activations_ruin_naive_static_quantization(setting: Setting) -> None:
     """Without smoothing, one scale for a whole tensor about doubles the perplexity (docs/reference/accuracy.md)."""
     assert setting.increase(setting.quantized("static", smooth=False)) > 0.5
 
 
+@pytest.mark.in_turn
 def test_planted_outlier_channels(setting: Setting) -> None:
     """The paper's case: naive W8A8 increases perplexity by a third even per token, SmoothQuant by at most 2 %.
 

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from tests.support.backends import LIBRARY_VARIABLE
 from tests.support.fork_server import ForkServer
 from tools.build import ninja
 from tools.build.commands import cuda_command, cxx_command
+from tools.build.library import flat
 from tools.build.module import module_steps
 from tools.build.plan import (
     MODULE_NAME,
@@ -35,6 +37,9 @@ from tools.build.sources import sources, units
 LAUNCHER = ROOT / "tools" / "ptxsim" / "bin" / "ptxsim"
 _PYTEST = ("-q", "-p", "no:xdist", "-p", "no:cacheprovider", "--backend", "simulator")
 _BUILD = Path("build") / "simulator"
+#: Names the folder of a CUDA library's build whose kernels are taken instead of compiling them again. They must hold
+#: the PTX of `_GENCODES`, uncompressed. An object that is older than a source is not taken.
+OBJECTS_VARIABLE = "SQK_SIMULATOR_OBJECTS"
 # PTX only: the simulator ignores SASS, and leaving it out halves the compile time.
 _GENCODES = [f"-gencode=arch=compute_{a},code=compute_{a}" for a in ("80", "90a")]
 
@@ -56,8 +61,9 @@ def require() -> None:
 
 def library() -> Path:
     """Builds all kernels, their binding for the CPU key, and the module next to them, if sources changed."""
-    steps = [_step(unit, _BUILD) for unit in units(sources(), _BUILD)]
-    link = _link(_BUILD, [step.output for step in steps])
+    whole = units(sources(), _BUILD)
+    steps = [_step(unit, _BUILD) for unit in whole if _compiled_before(unit) is None]
+    link = _link(_BUILD, [_object_of_library(unit) for unit in whole])
     module = module_steps(_BUILD, find_python(), [])
     ninja.run([*steps, link, *module], _BUILD, os.environ)
     return ROOT / link.output
@@ -74,12 +80,33 @@ def library_with(root: Path, changed: Sequence[str], arch: str = "sm_80") -> Pat
     whole = units(sources(), _BUILD)
     assert set(changed) <= set(whole), changed
     steps = [_step(source, root, root, arch) for source in changed]
-    objects = [_object(unit, root if unit in changed else _BUILD) for unit in whole]
+    objects = [
+        _object(unit, root) if unit in changed else _object_of_library(unit) for unit in whole
+    ]
     link = _link(root, objects)
     ninja.run([*steps, link], root, os.environ)
     (module,) = (ROOT / _BUILD).glob(f"{MODULE_NAME}.*so")
     shutil.copyfile(module, root / module.name)
     return ROOT / link.output
+
+
+def _object_of_library(unit: str) -> str:
+    return _compiled_before(unit) or _object(unit, _BUILD)
+
+
+def _compiled_before(unit: str) -> str | None:
+    """The object of the folder that OBJECTS_VARIABLE names; C++ is compiled for another torch there."""
+    folder = os.environ.get(OBJECTS_VARIABLE)
+    if not folder or unit.endswith(".cpp"):
+        return None
+    path = Path(folder) / flat(unit, _BUILD)
+    made = (ROOT / path).stat().st_mtime
+    return str(path) if made > _newest_source() else None
+
+
+@cache
+def _newest_source() -> float:
+    return max(path.stat().st_mtime for path in (ROOT / "csrc").rglob("*") if path.is_file())
 
 
 def _object(source: str, folder: Path) -> str:

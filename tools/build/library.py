@@ -49,7 +49,7 @@ def compile_steps(plan: Plan, folder: Path) -> list[ninja.Step]:
     """One step for each source or unit that is compiled for some architecture of the plan."""
     macros, steps = _macros(plan), []
     for source in units(sources(tuning=plan.tuning), folder):
-        output = str(folder / (_flat(source, folder) + ".o"))
+        output = str(folder / (flat(source, folder) + ".o"))
         if source.endswith(".cpp"):
             include, flags = plan.torch.include, ["-DUSE_CUDA", *macros]
             command = cxx_command(source, output, include, flags)
@@ -62,7 +62,7 @@ def compile_steps(plan: Plan, folder: Path) -> list[ninja.Step]:
     return steps
 
 
-def _flat(source: str, folder: Path) -> str:
+def flat(source: str, folder: Path) -> str:
     """A file name without folders, such as csrc.gemm.launch.cu; a unit keeps its name."""
     return source.removeprefix(f"{folder.as_posix()}/").replace("/", ".")
 

@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -319,8 +320,8 @@ def read_kernels(path: Path, env: Mapping[str, str]) -> list[Kernel]:
     """Every kernel of a library, object or cubin, for each architecture; empty if the file has no GPU code."""
     cuobjdump, nvdisasm = find_tools(env)
     places = os.pathsep.join([str(Path(nvdisasm).parent), env.get("PATH", os.defpath)])
-    texts = []
-    for option in ("--dump-resource-usage", "--dump-elf", "--dump-sass"):
+
+    def dump(option: str) -> str | None:
         done = subprocess.run(
             [cuobjdump, option, str(path)],
             env={**env, "PATH": places},
@@ -329,11 +330,16 @@ def read_kernels(path: Path, env: Mapping[str, str]) -> list[Kernel]:
             check=False,
         )
         if "does not contain device code" in done.stderr + done.stdout:
-            return []
+            return None
         if done.returncode:
             raise GatesError(f"cuobjdump {option} failed on {path.name}: {done.stderr.strip()}")
-        texts.append(done.stdout)
-    resources, elf, sass = texts
+        return done.stdout
+
+    options = ("--dump-resource-usage", "--dump-elf", "--dump-sass")
+    with ThreadPoolExecutor(len(options)) as pool:
+        resources, elf, sass = pool.map(dump, options)
+    if resources is None or elf is None or sass is None:
+        return []
     mangled = sorted(set(re.findall(r"^ Function (\S+):$", resources, re.M)))
     return kernels_in(resources, elf, sass, demangle(mangled, env))
 
