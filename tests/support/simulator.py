@@ -99,7 +99,7 @@ def _compiled_before(unit: str) -> str | None:
     folder = os.environ.get(OBJECTS_VARIABLE)
     if not folder or unit.endswith(".cpp"):
         return None
-    path = Path(folder) / flat(unit, _BUILD)
+    path = Path(folder) / f"{flat(unit, _BUILD)}.o"
     made = (ROOT / path).stat().st_mtime
     return str(path) if made > _newest_source() else None
 
