@@ -1,6 +1,6 @@
 # Every target makes the environment that it needs; nothing is installed outside this folder.
 #   make demo       smooth, quantize and run a small real model on the CPU
-#   make test       all tests that need no GPU and start no compiler: 8 minutes of CPU time at most
+#   make test       all tests that need no GPU and start no compiler: 10 minutes on two cores
 #   make test-all   those, and the tests that take longer, start a compiler or load a real model
 #   make test-instructions  `make test` with simpler instructions of the processor, and the other levels of the CPU kernels
 #   make cpu-library  builds the compiled CPU kernels, if there is a C++ compiler; `make demo` and `make test` do it too

@@ -100,8 +100,8 @@ def _compiled_before(unit: str) -> str | None:
     if not folder or unit.endswith(".cpp"):
         return None
     path = Path(folder) / f"{flat(unit, _BUILD)}.o"
-    made = (ROOT / path).stat().st_mtime
-    return str(path) if made > _newest_source() else None
+    found = (ROOT / path).is_file() and (ROOT / path).stat().st_mtime > _newest_source()
+    return str(path) if found else None
 
 
 @cache
