@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import stat
 import subprocess
 from pathlib import Path
 
@@ -21,7 +20,7 @@ exit "${FAILS:-0}"
 def start(folder: Path, count: int, **environment: str) -> list[subprocess.Popen[str]]:
     make = folder / "make"
     make.write_text(MAKE)
-    make.chmod(make.stat().st_mode | stat.S_IXUSR)
+    make.chmod(0o755)
     variables = {
         **os.environ,
         "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}",
