@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,8 @@ from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.schemes import ACTIVATION_SCHEMES, MAX_ROTATION, WEIGHT_GRANULARITIES
 
 ROUNDINGS = ("auto", "power_of_two", "none")
+FORMATS = ("float", "w8a8", "w4a8")
+OUTLIERS = ("none", "static", "dynamic")
 FOLDINGS = ("auto", "never", "only", "required")
 WEIGHT_ROUNDINGS = ("nearest", "gptq")
 NORMS = ("auto", "max", "rms")
@@ -69,7 +72,16 @@ class SmoothQuantConfig:
         weight_granularity: ``"channel"`` or ``"tensor"``.
         weight_rounding: ``"nearest"``, or ``"gptq"``, which rounds the weights so that their errors cancel on the
             calibration data (Frantar et al., 2022). Calibration then also keeps [K, K] float32 for every layer.
-        w_bit, a_bit: bits of weights and activations. Only 8 is supported.
+        w_bit, a_bit: bits of weights and activations: 8 and 8 (W8A8), or 4 and 8 (W4A8, docs/guides/w4a8.md).
+        formats: layer -> format, for the layers that shall differ from `w_bit`: ``"w8a8"``, ``"w4a8"``, or ``"float"``,
+            which keeps a layer as `skip` does.
+        awq: searches the factors of groups of W4A8 layers for the smallest error of the 4-bit weights on the
+            calibration sample (Lin et al., 2023). Without effect where no layer is W4A8, and for layers in `alphas`.
+        outliers: what W8A8 layers do with outlier columns of their input: ``"none"``; ``"static"`` multiplies the
+            columns that calibration found beyond `outlier_threshold`, after smoothing, in the layer's float type;
+            ``"dynamic"`` finds them in each call, as LLM.int8() does (docs/guides/outliers.md).
+        outlier_threshold: see `outliers`; the paper's is 6.0.
+        outlier_layers: layer -> value of `outliers`, for the layers that shall differ.
         smooth_rounding: ``"power_of_two"`` rounds every factor to the nearest power of two, so that folding changes no
             bit of the float model in any dtype; ``"none"`` uses the formula's value, which balances a little better
             and costs float roundings; ``"auto"`` is ``"none"`` for float32 models and ``"power_of_two"`` for others.
@@ -104,6 +116,11 @@ class SmoothQuantConfig:
     weight_rounding: str = "nearest"
     w_bit: int = 8
     a_bit: int = 8
+    formats: Mapping[str, str] = field(default_factory=dict)
+    awq: bool = True
+    outliers: str = "none"
+    outlier_threshold: float = 6.0
+    outlier_layers: Mapping[str, str] = field(default_factory=dict)
     smooth_rounding: str = "auto"
     folding: str = "auto"
     only_where_better: bool = True
@@ -128,15 +145,20 @@ class SmoothQuantConfig:
             ("activation_norm", NORMS),
             ("weight_norm", NORMS),
             ("folding", FOLDINGS),
+            ("outliers", OUTLIERS),
         ):
             if getattr(self, name) not in allowed:
                 fail(name, f"one of {', '.join(allowed)}")
-        for name in ("smooth", "only_where_better", "quantize_head"):
+        for name in ("smooth", "only_where_better", "quantize_head", "awq"):
             if not isinstance(getattr(self, name), bool):
                 fail(name, "true or false")
-        for name in ("w_bit", "a_bit"):
-            if type(getattr(self, name)) is not int or getattr(self, name) != 8:
-                fail(name, "8 (int8 weights and activations; other widths are not supported yet)")
+        if type(self.w_bit) is not int or self.w_bit not in (4, 8):
+            fail("w_bit", "4 or 8")
+        if type(self.a_bit) is not int or self.a_bit != 8:
+            fail("a_bit", "8 (activations are int8; no other width is supported)")
+        threshold = self.outlier_threshold
+        if not (_is_number(threshold) and 0.0 < threshold < math.inf):
+            fail("outlier_threshold", "a number above 0")
         if not _is_rotation(self.rotation):
             fail("rotation", ROTATIONS)
         tolerance = self.verify_tolerance
@@ -167,6 +189,25 @@ class SmoothQuantConfig:
     def divides(self) -> bool:
         """Whether factors that cannot be folded divide at run time."""
         return self.folding in ("auto", "never")
+
+    def format_of(self, name: str) -> str:
+        """The layer's entry in `formats`, or the format of `w_bit`."""
+        own: str | None = first_match(self.formats, name)
+        return own or ("w4a8" if self.w_bit == 4 else "w8a8")
+
+    def float_pattern(self, name: str) -> str | None:
+        """The name or pattern in `skip` or `formats` that keeps a layer in float; None for a quantized layer."""
+        patterns = list(self.skip)
+        if self.format_of(name) == "float":
+            patterns += [name] if name in self.formats else self.formats
+        return next((p for p in patterns if p == name or fnmatch.fnmatchcase(name, p)), None)
+
+    def outliers_of(self, name: str) -> str:
+        """The layer's entry in `outlier_layers`, or `outliers`; ``"none"`` for a layer that is not W8A8."""
+        if self.format_of(name) != "w8a8":
+            return "none"
+        own: str | None = first_match(self.outlier_layers, name)
+        return own or self.outliers
 
     def scheme_of(self, x_peak: float | None, name: str = "") -> str:
         """The activation scheme of a layer whose largest token is `x_peak` times its median one."""
@@ -207,10 +248,15 @@ class SmoothQuantConfig:
     def for_head(self, name: str) -> SmoothQuantConfig:
         """The settings of an int8 output head: a scale per token and per channel, whatever other layers have.
 
-        A scale for the whole tensor would blur the small differences between logits that decide on the next token.
+        A scale for the whole tensor, or 4 bits, would blur the small differences between logits that decide on the
+        next token. An entry of the head's own name in `formats` or `outlier_layers` counts.
         """
-        schemes = {**self.schemes, name: "per_token"}
-        return self.replace(schemes=schemes, weight_granularity="channel")
+        return self.replace(
+            schemes={**self.schemes, name: "per_token"},
+            formats={**self.formats, name: self.formats.get(name, "w8a8")},
+            outlier_layers={**self.outlier_layers, name: self.outlier_layers.get(name, "none")},
+            weight_granularity="channel",
+        )
 
     def clip_of(self, name: str) -> float:
         """The part of the layer's calibrated range that its static scale covers."""
@@ -283,6 +329,8 @@ _MAPS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("rotations", _is_rotation, ROTATIONS),
     ("schemes", lambda v: v in ACTIVATION_SCHEMES, f"one of {', '.join(ACTIVATION_SCHEMES)}"),
     ("clips", lambda v: _is_number(v) and 0.0 < v <= 1.0, "numbers in (0, 1]"),
+    ("formats", lambda v: v in FORMATS, f"one of {', '.join(FORMATS)}"),
+    ("outlier_layers", lambda v: v in OUTLIERS, f"one of {', '.join(OUTLIERS)}"),
 )
 #: The settings that give values by layer.
 BY_LAYER = tuple(name for name, _, _ in _MAPS)

@@ -13,7 +13,7 @@ import smoothquant_kernels
 
 PACKAGE = Path(smoothquant_kernels.__file__).parent
 MOST_FILES = 15
-ROOT_FILES = {"errors", "schemes", "config", "reference"}
+ROOT_FILES = {"errors", "schemes", "config"}
 COMPILED = {"_kernels"}  # of csrc/python, where the CUDA library was built
 
 #: Part (a folder, or a file of the root) -> the parts that it may import. A part imports only from parts above it.

@@ -16,9 +16,11 @@ from smoothquant_kernels import SmoothQuantConfig, SmoothQuantError
 from smoothquant_kernels.config import (
     AUTO_ROTATION,
     FOLDINGS,
+    FORMATS,
     MASSIVE_CHOICES,
     MASSIVE_PEAK,
     NORMS,
+    OUTLIERS,
     PLAIN_ALPHA,
     ROTATED_ALPHA,
     ROTATED_NORMS,
@@ -50,6 +52,12 @@ configs = st.builds(
     verify_tolerance=st.none() | st.floats(0, 1, exclude_max=True),
     skip=st.lists(st.text(max_size=8), max_size=3),
     quantize_head=st.booleans(),
+    w_bit=st.sampled_from([4, 8]),
+    formats=st.dictionaries(st.text(max_size=8), st.sampled_from(FORMATS), max_size=3),
+    awq=st.booleans(),
+    outliers=st.sampled_from(OUTLIERS),
+    outlier_threshold=st.floats(0, 1e9, exclude_min=True),
+    outlier_layers=st.dictionaries(st.text(max_size=8), st.sampled_from(OUTLIERS), max_size=3),
     calibration_tokens=st.integers(1, 2**60),
     calibration_window=st.integers(1, 2**20),
 )
@@ -77,7 +85,7 @@ REFUSED: list[tuple[str, Any, str]] = [
     *[("alpha", v, "alpha must be a number in [0, 1]") for v in ("0.5", True, [0.5])],
     *[
         (name, v, f"{name} must be true or false")
-        for name in ("smooth", "only_where_better", "quantize_head")
+        for name in ("smooth", "only_where_better", "quantize_head", "awq")
         for v in ("yes", None, 1)
     ],
     *[
@@ -114,8 +122,21 @@ REFUSED: list[tuple[str, Any, str]] = [
     *[("weight_rounding", v, "must be one of nearest, gptq") for v in ("GPTQ", None, True)],
     *[("smooth_rounding", v, f"must be one of {', '.join(ROUNDINGS)}") for v in ("nearest", None)],
     *[("folding", v, f"must be one of {', '.join(FOLDINGS)}") for v in ("always", None, False)],
-    *[("w_bit", v, "w_bit must be 8 (int8 weights and") for v in (4, 16, "8", 8.0, True, None)],
-    *[("a_bit", v, "a_bit must be 8 (int8 weights and") for v in (4, 16, "8", 8.0, None)],
+    *[("w_bit", v, "w_bit must be 4 or 8") for v in (2, 16, "8", 8.0, True, None)],
+    *[("a_bit", v, "a_bit must be 8 (activations are int8") for v in (4, 16, "8", 8.0, None)],
+    *[
+        ("formats", v, "formats must be a mapping of layer names or patterns to one of float, w8a8")
+        for v in ("w4a8", {"a": "int4"}, {"a": None}, {1: "float"})
+    ],
+    *[("outliers", v, "must be one of none, static, dynamic") for v in ("auto", None, True)],
+    *[
+        ("outlier_threshold", v, "outlier_threshold must be a number above 0")
+        for v in (0, -1.0, math.inf, math.nan, "6", True, None)
+    ],
+    *[
+        ("outlier_layers", v, "outlier_layers must be a mapping of layer names or patterns to one")
+        for v in ("static", {"a": "6.0"}, {"a": None}, {1: "none"})
+    ],
     *[
         ("verify_tolerance", v, "verify_tolerance must be a number in [0, 1)")
         for v in (-1e-9, 1.0, math.nan, "small", False)
@@ -258,3 +279,23 @@ def test_equal_configurations_have_equal_hashes() -> None:
     pairs = [("a", 0.0), ("b", 1.0)]
     one = SmoothQuantConfig(alpha=1, alphas=dict(pairs))
     assert hash(one) == hash(SmoothQuantConfig(alpha=1.0, alphas=dict(reversed(pairs))))
+
+
+def test_formats_of_layers() -> None:
+    """A full name counts before patterns; `skip` counts before `formats`; outliers are a part of W8A8."""
+    config = SmoothQuantConfig(
+        w_bit=4,
+        skip=("*.v",),
+        formats={"*.q": "w8a8", "a.q": "float", "*.v": "w8a8", "b.*": "float"},
+        outliers="static",
+        outlier_layers={"c.q": "dynamic"},
+    )
+    assert [config.format_of(n) for n in ("a.q", "b.q", "a.k")] == ["float", "w8a8", "w4a8"]
+    patterns = [config.float_pattern(n) for n in ("a.q", "b.q", "a.v", "b.k", "a.k")]
+    assert patterns == ["a.q", None, "*.v", "b.*", None]
+    outliers = [config.outliers_of(n) for n in ("b.q", "c.q", "a.k", "a.q")]
+    assert outliers == ["static", "dynamic", "none", "none"]
+    head = config.for_head("b.k")
+    assert (head.format_of("b.k"), head.outliers_of("b.k")) == ("w8a8", "none")
+    own = config.replace(formats={"b.k": "w4a8"}).for_head("b.k")
+    assert own.format_of("b.k") == "w4a8"

@@ -68,8 +68,12 @@ inline Status check(const GemmParams& p, int64_t alignment) {
     return Status::kInvalidArgument;
   }
   if (!is_gate_valid(p)) return Status::kInvalidArgument;
+  if (is_w4(p) && (is_gated(p) || int8 || !is_aligned(p.w_group, alignment))) {
+    return Status::kInvalidArgument;
+  }
+  const int64_t w_row = is_w4(p) ? kW4Bytes * w4_groups(p.k) : p.k;
   if (p.x_q_stride >= kMaxStride || p.w_q_stride >= kMaxStride) return Status::kInvalidArgument;
-  if ((p.m > 1 && p.x_q_stride < p.k) || (p.n > 1 && p.w_q_stride < p.k) ||
+  if ((p.m > 1 && p.x_q_stride < p.k) || (p.n > 1 && p.w_q_stride < w_row) ||
       (p.m > 1 && p.y_stride < columns_of_y(p)) ||
       !are_rows_aligned(p.x_q, p.x_q_stride, p.m, alignment) ||
       !are_rows_aligned(p.w_q, p.w_q_stride, p.n, alignment)) {

@@ -169,6 +169,7 @@ Status run(const GemmParams& p, const GemmPlan& plan, const QuantizeParams* quan
 Status check_gemm(const GemmParams& p) {
   const Status status = check(p, 1);
   if (status != Status::kSuccess) return status;
+  if (is_w4(p)) return Status::kUnsupportedShape;
   // There is no table of tiles to choose from.
   return p.tile >= 0 || p.splits > 1 ? Status::kUnsupportedShape : Status::kSuccess;
 }

@@ -131,6 +131,7 @@ Status make_plan(const GemmParams& params, const Device& device, const GemmMeasu
   *plan = {};
   const Status status = check(params, kGemmAlignment);
   if (status != Status::kSuccess) return status;
+  if (is_w4(params)) return Status::kUnsupportedShape;
   plan->table = table_of(device);
   const GemmTableView& table = gemm_table(plan->table);
   if (params.tile >= table.tile_count) return Status::kInvalidArgument;

@@ -9,9 +9,10 @@ namespace {
 
 Tensor gemm(const char* op, const Tensor& x_q, const Tensor& w_q, const Tensor& x_scale,
             const Tensor& w_scale, const MaybeTensor& bias, const MaybeTensor& residual,
-            ScalarType out_dtype, int64_t tile, int64_t splits) {
+            ScalarType out_dtype, int64_t tile, int64_t splits,
+            const MaybeTensor& w_group = std::nullopt) {
   check_int8(op, "x_q", x_q);
-  Gemm gemm(op, x_q, channels(x_q), w_q, w_scale, bias, residual, out_dtype);
+  Gemm gemm(op, x_q, channels(x_q), w_q, w_scale, bias, residual, out_dtype, w_group);
   check_activation(op, x_q, x_scale);
   SQK_CHECK(is_float(out_dtype), op, ": out_dtype must be float16, bfloat16 or float32, got ",
             dtype_name(out_dtype), ".");
@@ -25,6 +26,12 @@ Tensor gemm(const char* op, const Tensor& x_q, const Tensor& w_q, const Tensor& 
   gemm.params().tile = static_cast<int32_t>(tile);
   gemm.params().splits = static_cast<int32_t>(splits);
   return gemm.run(launch);
+}
+
+[[maybe_unused]] Tensor gemm_w4a8_op(const Tensor& x_q, const Tensor& w_q4, const Tensor& w_group,
+                    const Tensor& x_scale, const Tensor& w_scale, const MaybeTensor& bias,
+                    const MaybeTensor& residual, ScalarType out_dtype) {
+  return gemm("gemm_w4a8", x_q, w_q4, x_scale, w_scale, bias, residual, out_dtype, -1, 0, w_group);
 }
 
 Tensor gemm_s8_op(const Tensor& x_q, const Tensor& w_q, const Tensor& x_scale,
@@ -62,6 +69,9 @@ Tensor gemm_s8_requant_op(const Tensor& x_q, const Tensor& w_q, const Tensor& x_
 
 STABLE_TORCH_LIBRARY_IMPL(smoothquant_kernels, SQK_DISPATCH_KEY, m) {
   m.impl("gemm_s8", TORCH_BOX(&sqk::gemm_s8_op));
+#ifndef SQK_CPU  // W4: not yet
+  m.impl("gemm_w4a8", TORCH_BOX(&sqk::gemm_w4a8_op));
+#endif
   m.impl("gemm_s8_requant", TORCH_BOX(&sqk::gemm_s8_requant_op));
 #ifndef SQK_CPU
   m.impl("_gemm_s8_tile", TORCH_BOX(&sqk::gemm_s8_tile_op));

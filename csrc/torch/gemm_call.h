@@ -55,17 +55,40 @@ inline void check_weight(const char* op, const Tensor& x, int64_t x_k, const Ten
             "] so that an int32 sum cannot overflow, got ", k, "; split the layer over K.");
 }
 
+// A weight of 4 bits, and the steps and offsets of its groups.
+inline void check_w4_weight(const char* op, const Tensor& x, int64_t k, const Tensor& w_q4,
+                            const Tensor& w_group) {
+  SQK_CHECK(w_q4.scalar_type() == ScalarType::Byte, op, ": w_q4 must be uint8, got ",
+            dtype_name(w_q4.scalar_type()), ". Pack it first (reference.pack_w4).");
+  check_device(op, "w_q4", w_q4, x);
+  const int64_t groups = w4_groups(k);
+  SQK_CHECK(k >= 1 && w_q4.dim() == 2 && w_q4.size(0) >= 1 && w_q4.size(1) == kW4Bytes * groups, op,
+            ": x_q must be [..., K] and w_q4 [N, ", kW4Bytes, " * ceil(K / ", kW4Group,
+            ")] with N >= 1, got ", tuple_text(x), " and ", tuple_text(w_q4), ".");
+  SQK_CHECK(k <= kMaxGemmK, op, ": K must be in [1, ", kMaxGemmK,
+            "] so that an int32 sum cannot overflow, got ", k, "; split the layer over K.");
+  check_int8(op, "w_group", w_group);
+  check_device(op, "w_group", w_group, x);
+  SQK_CHECK(w_group.dim() == 3 && w_group.size(0) == groups && w_group.size(1) == w_q4.size(0) &&
+                w_group.size(2) == 2,
+            op, ": w_group must have shape (", groups, ", ", w_q4.size(0),
+            ", 2), a step and an offset for each group of ", kW4Group, " channels, got ",
+            tuple_text(w_group), ".");
+}
+
 // The arguments that all GEMM ops have besides their activation. Keeps the tensors alive during the
 // call.
 class Gemm {
  public:
+  // With `w_group`, w_q has 4 bits.
   Gemm(const char* op, const Tensor& x, int64_t x_k, const Tensor& w_q, const Tensor& w_scale,
-       const MaybeTensor& bias, const MaybeTensor& residual, ScalarType y_dtype)
+       const MaybeTensor& bias, const MaybeTensor& residual, ScalarType y_dtype,
+       const MaybeTensor& w_group = std::nullopt)
       : op_(op), x_(x) {
-    check_weight(op, x, x_k, w_q);
+    w_group ? check_w4_weight(op, x, x_k, w_q, *w_group) : check_weight(op, x, x_k, w_q);
     params_.m = Rows::count(x);
     params_.n = w_q.size(0);
-    params_.k = w_q.size(1);
+    params_.k = x_k;
     check_scale(op, "w_scale", w_scale, x, params_.n, "per output channel or per tensor");
     if (bias) {
       check_float(op, "bias", *bias);
@@ -77,6 +100,7 @@ class Gemm {
     params_.y_dtype = to_dtype(y_dtype);
     params_.tile = -1;
     w_q_ = w_q;
+    w_group_ = w_group;
     w_scale_ = w_scale;
     bias_ = bias;
     residual_ = residual ? &*residual : nullptr;
@@ -86,7 +110,11 @@ class Gemm {
 
   // May copy tensors: call it when all arguments have been checked and the device is current.
   void prepare() {
-    params_.w_q = rows_of(*w_q_, params_.w_q_stride, w_rows_);
+    params_.w_q = rows_of(*w_q_, w_q_->size(1), params_.w_q_stride, w_rows_);
+    if (w_group_) {
+      w_group_ = aligned(dense(*w_group_));
+      params_.w_group = static_cast<const int8_t*>(w_group_->const_data_ptr());
+    }
     w_scale_ = dense(*w_scale_);
     params_.w_scale = floats(*w_scale_);
     params_.w_per_channel = w_scale_->size(0) > 1;
@@ -103,7 +131,7 @@ class Gemm {
   }
 
   void set_activation(const Tensor& x_q, const Tensor& x_scale) {
-    params_.x_q = rows_of(x_q, params_.x_q_stride, x_rows_);
+    params_.x_q = rows_of(x_q, params_.k, params_.x_q_stride, x_rows_);
     x_scale_ = dense(x_scale);
     params_.x_scale = floats(*x_scale_);
     params_.x_per_token = x_scale_->size(0) > 1;
@@ -146,22 +174,28 @@ class Gemm {
   // The tensor itself if one stride leads from each row to the next, else a copy. CUDA kernels load
   // 16 bytes at a time, so for them rows must also be aligned (as with k_multiple = 16 and in
   // packed weights), and a copy is padded.
-  const int8_t* rows_of(const Tensor& t, int64_t& stride, std::optional<Rows>& keep) {
+  const int8_t* rows_of(const Tensor& t, int64_t width, int64_t& stride,
+                        std::optional<Rows>& keep) {
     if (Rows::uniform(t)) {
       const Rows& rows = keep.emplace(t);
       const int64_t count = Rows::count(t);
-      const bool apart = count <= 1 || rows.stride >= params_.k;
+      const bool apart = count <= 1 || rows.stride >= width;
       if (apart && are_rows_aligned(rows.data, rows.stride, count, kRowAlignment)) {
         stride = rows.stride;
         return static_cast<const int8_t*>(rows.data);
       }
     }
     const int64_t last = t.dim() - 1;
-    stride = padded(params_.k);
-    Tensor copy = new_rows(t, stride, ScalarType::Char);
-    Tensor columns = torch::stable::narrow(copy, last, 0, params_.k);
+    stride = padded(width);
+    Tensor copy = new_rows(t, stride, t.scalar_type());
+    Tensor columns = torch::stable::narrow(copy, last, 0, width);
     torch::stable::copy_(columns, t);
     return static_cast<const int8_t*>(keep.emplace(copy).data);
+  }
+
+  // A copy starts at an aligned address.
+  static Tensor aligned(const Tensor& t) {
+    return is_aligned(t.const_data_ptr(), kRowAlignment) ? t : torch::stable::clone(t);
   }
 
   static Tensor as_float32(const Tensor& t) {
@@ -183,7 +217,7 @@ class Gemm {
   const char* op_;
   const Tensor& x_;
   GemmParams params_ = {};
-  MaybeTensor w_q_, w_scale_, x_scale_, bias_;
+  MaybeTensor w_q_, w_group_, w_scale_, x_scale_, bias_;
   const Tensor* residual_;
   std::optional<Rows> x_rows_, w_rows_, residual_rows_;
 };

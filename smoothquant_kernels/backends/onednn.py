@@ -1,4 +1,4 @@
-"""CPU kernels on oneDNN: the bits of `reference.py`, as fast as PyTorch's building blocks allow.
+"""CPU kernels on oneDNN: the bits of `reference`, as fast as PyTorch's building blocks allow.
 
 oneDNN computes the int8 product (`onednn.qlinear_pointwise`, with float32 output). The processor decides which way of
 calling it is exact. A process measures that once, on data that would saturate or round:

@@ -1,4 +1,4 @@
-"""The last resort: CPU kernels in the words of `reference.py`, for ops that no other backend has a kernel for.
+"""The last resort: CPU kernels in the words of the package `reference`, for ops that no other backend has a kernel for.
 
 Ops that consist of others call those of whichever backend has them: a norm or an activation is the reference's, and its
 result goes to the CPU's quantizer; a linear layer is the CPU's quantizer, or a norm or an activation, and its GEMM.
@@ -63,6 +63,20 @@ def _linear_s8(
     *options, rotation = quantizer
     x_q, x_scale = cpu("quantize")(x, *options, 1, rotation)
     y: Tensor = cpu("gemm_s8")(x_q, w_q, x_scale, w_scale, bias, residual, x.dtype)
+    return y
+
+
+@cpu_kernel("gemm_w4a8")
+def _gemm_w4a8(x_q: Tensor, w_q4: Tensor, w_group: Tensor, *rest: Any) -> Tensor:
+    w_q = reference.w4_weight(w_q4, w_group, x_q.shape[-1])
+    y: Tensor = cpu("gemm_s8")(x_q, w_q, *rest)
+    return y
+
+
+@cpu_kernel("linear_w4a8")
+def _linear_w4a8(x: Tensor, w_q4: Tensor, w_group: Tensor, w_scale: Tensor, *rest: Any) -> Tensor:
+    w_q = reference.w4_weight(w_q4, w_group, x.shape[-1])
+    y: Tensor = cpu("linear_s8")(x, w_q, w_scale, *rest)
     return y
 
 

@@ -120,7 +120,7 @@ def work(
     model: nn.Module = plain.to(where)
     if kv_cache is not None:
         KVRecorder(model)  # raises early
-    view = ModelView(model, config.skip, config.quantize_head)
+    view = ModelView(model, config.float_pattern, config.quantize_head)
     linears, skipped = view.linears, view.skipped
     if format != NATIVE:
         check_originals(linears)

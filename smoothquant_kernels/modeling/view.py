@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -29,7 +29,8 @@ class ModelView:
     """What one operation knows about a model. Each part is computed on first use and kept.
 
     Attributes:
-        skip: patterns for the names of layers that stay in float.
+        skip: patterns for the names of layers that stay in float; or a function that returns the pattern of a name, or
+            None (`SmoothQuantConfig.float_pattern`).
         quantize_head: whether output heads are among the linears to quantize.
 
     Raises:
@@ -38,7 +39,7 @@ class ModelView:
     """
 
     model: nn.Module
-    skip: tuple[str, ...] = ()
+    skip: tuple[str, ...] | Callable[[str], str | None] = ()
     quantize_head: bool = False
 
     @property
@@ -107,7 +108,7 @@ def _partition(view: ModelView) -> tuple[dict[str, nn.Module], dict[str, str]]:
             elif getattr(module, "original_name", "") == "Linear":  # a torch.jit.ScriptModule
                 skipped[name] = Reason.TORCHSCRIPT()
             continue
-        pattern = next((p for p in view.skip if fnmatch.fnmatchcase(name, p)), None)
+        pattern = _pattern_of(view.skip, name)
         if pattern is not None:
             skipped[name] = Reason.SKIP_PATTERN(pattern)
         elif name in heads and not view.quantize_head:
@@ -134,6 +135,12 @@ def _partition(view: ModelView) -> tuple[dict[str, nn.Module], dict[str, str]]:
             + (f"; {len(skipped)} were skipped." if skipped else ".")
         )
     return chosen, skipped
+
+
+def _pattern_of(skip: tuple[str, ...] | Callable[[str], str | None], name: str) -> str | None:
+    if callable(skip):
+        return skip(name)
+    return next((p for p in skip if fnmatch.fnmatchcase(name, p)), None)
 
 
 def holds_matrices(module: nn.Module) -> bool:

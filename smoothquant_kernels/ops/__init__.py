@@ -1,7 +1,8 @@
 """The public ops, named by what they compute.
 
 Each is a `torch.library` op (`torch.ops.smoothquant_kernels.*`) with a fake kernel, so it works under `torch.compile
-(fullgraph=True)` and `torch.export`. The functions here are what users call. The numbers are those of `reference.py`.
+(fullgraph=True)` and `torch.export`. The functions here are what users call. The numbers are those of the package
+`reference`.
 
 Shapes: `M` is the number of tokens, the product of all leading dimensions of `x` [..., K].
 """
@@ -14,6 +15,7 @@ from smoothquant_kernels.ops.quantize import quantize
 from smoothquant_kernels.ops.producers import act_quantize, layer_norm_quantize, rms_norm_quantize
 from smoothquant_kernels.ops.gemm import gemm_s8, gemm_s8_gated, gemm_s8_requant
 from smoothquant_kernels.ops.linear import fused_linear_s8, linear_s8
+from smoothquant_kernels.ops.gemm_w4 import gemm_w4a8, linear_w4a8
 from smoothquant_kernels.ops.kv_cache import kv_append
 from smoothquant_kernels.ops.attention import decode_attention_s8
 from smoothquant_kernels.ops import registry
@@ -27,9 +29,11 @@ __all__ = [
     "gemm_s8",
     "gemm_s8_gated",
     "gemm_s8_requant",
+    "gemm_w4a8",
     "kv_append",
     "layer_norm_quantize",
     "linear_s8",
+    "linear_w4a8",
     "quantize",
     "rms_norm_quantize",
 ]

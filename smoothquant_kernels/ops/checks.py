@@ -7,7 +7,14 @@ import math
 import torch
 from torch import Tensor
 
-from smoothquant_kernels.reference import ACTIVATIONS, FUSED_KINDS, MAX_K, MAX_ROTATION
+from smoothquant_kernels.reference import (
+    ACTIVATIONS,
+    FUSED_KINDS,
+    MAX_K,
+    MAX_ROTATION,
+    W4_GROUP,
+    w4_groups,
+)
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 GRANULARITIES = ("token", "tensor")
@@ -167,7 +174,12 @@ def _gemm_weight(
             f"{op}: x_q must be [..., K] and w_q [N, K] with the same K and N >= 1, "
             f"got {shape} and {_shape(w_q)}."
         )
-    n, k = w_q.shape
+    _channel_parameters(op, x, w_q.shape[0], w_q.shape[1], w_scale, bias)
+
+
+def _channel_parameters(
+    op: str, x: Tensor, n: int, k: int, w_scale: Tensor, bias: Tensor | None
+) -> None:
     if not 1 <= k <= MAX_K:
         raise ValueError(
             f"{op}: K must be in [1, {MAX_K}] so that an int32 sum cannot overflow, got {k}; split the layer over K."
@@ -192,10 +204,73 @@ def gemm(
     """Checks the operands of an int8 GEMM."""
     _require_dtype(op, "x_q", x_q, (torch.int8,), _QUANTIZE_FIRST)
     _gemm_weight(op, x_q, x_q.shape[-1] if x_q.dim() else 0, w_q, w_scale, bias)
+    _activation(op, x_q, x_scale, out_dtype)
+
+
+def _activation(op: str, x_q: Tensor, x_scale: Tensor, out_dtype: torch.dtype) -> None:
     m = math.prod(x_q.shape[:-1])
     _require_vector(op, "x_scale", x_scale, x_q, (m, 1), "per token or per tensor")
     if out_dtype not in FLOATS:
         raise TypeError(f"{op}: out_dtype must be float16, bfloat16 or float32, got {out_dtype}.")
+
+
+def w4_gemm(
+    op: str,
+    x_q: Tensor,
+    w_q4: Tensor,
+    w_group: Tensor,
+    x_scale: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> None:
+    """Checks the operands of a GEMM with a 4-bit weight."""
+    _require_dtype(op, "x_q", x_q, (torch.int8,), _QUANTIZE_FIRST)
+    _w4_weight(op, x_q, w_q4, w_group, w_scale, bias)
+    _activation(op, x_q, x_scale, out_dtype)
+
+
+def _w4_weight(
+    op: str, x: Tensor, w_q4: Tensor, w_group: Tensor, w_scale: Tensor, bias: Tensor | None
+) -> None:
+    _require_dtype(op, "w_q4", w_q4, (torch.uint8,), " Pack it first (reference.pack_w4).")
+    _require_device(op, "w_q4", w_q4, x)
+    k = x.shape[-1] if x.dim() else 0
+    width = w4_groups(k) * (W4_GROUP // 2)
+    if k < 1 or w_q4.dim() != 2 or w_q4.shape[0] < 1 or w_q4.shape[1] != width:
+        raise ValueError(
+            f"{op}: x_q must be [..., K] and w_q4 [N, {W4_GROUP // 2} * ceil(K / {W4_GROUP})] with N >= 1, "
+            f"got {_shape(x)} and {_shape(w_q4)}."
+        )
+    _require_dtype(op, "w_group", w_group, (torch.int8,))
+    _require_device(op, "w_group", w_group, x)
+    n = w_q4.shape[0]
+    if w_group.shape != (w4_groups(k), n, 2):
+        raise ValueError(
+            f"{op}: w_group must have shape ({w4_groups(k)}, {n}, 2), a step and an offset for each group of "
+            f"{W4_GROUP} channels, got {_shape(w_group)}."
+        )
+    _channel_parameters(op, x, n, k, w_scale, bias)
+
+
+def w4_linear(
+    op: str,
+    x: Tensor,
+    w_q4: Tensor,
+    w_group: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    inv_smooth: Tensor | None,
+    scale: Tensor | None,
+    granularity: str,
+    rotation: int,
+) -> None:
+    """Checks the operands of a whole linear layer with a 4-bit weight."""
+    activation_input(op, x)
+    _w4_weight(op, x, w_q4, w_group, w_scale, bias)
+    gemm_residual(op, residual, x, w_q4)
+    quantizer(op, x, x.shape[-1], inv_smooth, scale, granularity, 1, rotation)
 
 
 def linear(

@@ -147,7 +147,7 @@ class Plan:
 
 def settings_by_layer(model: nn.Module, config: SmoothQuantConfig) -> SettingsOf:
     """The settings of each layer of a float model by its name: the configuration, or that of an int8 output head."""
-    heads = ModelView(model, config.skip, config.quantize_head).int8_heads
+    heads = ModelView(model, config.float_pattern, config.quantize_head).int8_heads
     own = {name: config.for_head(name) for name in heads}
     return lambda name: own.get(name, config)
 

@@ -105,7 +105,7 @@ def search_config(
     if per_token_share == 0.0:
         config = config.replace(massive_activations="keep")
     check_patterns(model, config)
-    view = ModelView(model, config.skip, config.quantize_head)
+    view = ModelView(model, config.float_pattern, config.quantize_head)
     check_finite_weights(view.linears)
     batches = list(configured_batches(model, data, config, tokenizer))
     warn_if_short(sum(map(PositionCounter(model), batches)), config.calibration_tokens)

@@ -270,7 +270,7 @@ def calibrate_model(
     Source: SmoothQuant (Xiao et al., 2022), section 3.2 ("we use the calibration samples to estimate the scale").
     """
     config = config or SmoothQuantConfig()
-    view = ModelView(model, config.skip, config.quantize_head)
+    view = ModelView(model, config.float_pattern, config.quantize_head)
     return calibrate_view(view, data, config, tokenizer=tokenizer, progress=progress)
 
 

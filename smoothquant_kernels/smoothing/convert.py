@@ -32,8 +32,8 @@ from smoothquant_kernels.storage.safetensors import align_tensors
 
 def quantize_model(
     model: nn.Module,
-    w_bit: int = 8,
-    a_bit: int = 8,
+    w_bit: int | None = None,
+    a_bit: int | None = None,
     *,
     config: SmoothQuantConfig | None = None,
     optimize: bool = False,
@@ -42,7 +42,7 @@ def quantize_model(
 
     Args:
         model: the result of `smooth_lm`; or any float model, which is then only rotated, without calibration.
-        w_bit, a_bit: 8.
+        w_bit, a_bit: bits of weights (8, or 4 for W4A8) and activations (8). None takes those of the configuration.
         config: schemes and patterns to skip. The default is the configuration that the model was smoothed with, else
             the package's. The static scheme needs the ranges that `smooth_lm` measured (`smooth=False` only measures).
         optimize: also call `optimize_for_inference`, as the last step.
@@ -52,7 +52,7 @@ def quantize_model(
         `model.smoothquant_info` lists every layer.
 
     Raises:
-        SmoothQuantError: bits other than 8, no linears, NaN or Inf in a weight (the message names the layer), no
+        SmoothQuantError: other bits, no linears, NaN or Inf in a weight (the message names the layer), no
             ranges for the static scheme, no moments for GPTQ, or the reasons of `optimize_for_inference`. After any
             exception the model is unchanged.
 
@@ -67,9 +67,12 @@ def quantize_model(
     """
     if config is None:
         config = SmoothQuantConfig.from_dict(ModelRecord.of(model).config)
-    config = config.replace(w_bit=w_bit, a_bit=a_bit)
+    bits = {"w_bit": w_bit, "a_bit": a_bit}
+    config = config.replace(**{name: n for name, n in bits.items() if n is not None})
     with Changes() as changes:
-        _quantize_into(ModelView(model, config.skip, config.quantize_head), config, changes)
+        _quantize_into(
+            ModelView(model, config.float_pattern, config.quantize_head), config, changes
+        )
         if optimize:
             optimize_for_inference(model)
     return model
@@ -221,7 +224,7 @@ def smooth_and_quantize(
     Source: SmoothQuant (Xiao et al., 2022).
     """
     config = config or SmoothQuantConfig()
-    view = ModelView(model, config.skip, config.quantize_head)
+    view = ModelView(model, config.float_pattern, config.quantize_head)
     check_float_types(view.linears)  # fail before the slow smoothing
     with Changes() as changes:
         smooth_into(view, calibration_data, config, changes, tokenizer=tokenizer, progress=progress)

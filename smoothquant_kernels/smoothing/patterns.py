@@ -58,8 +58,10 @@ def _check_heads(model: nn.Module, config: SmoothQuantConfig, linears: Collectio
             "or one named lm_head), so the setting would reach nothing: leave it out."
         )
     for name in heads:
-        kept = any(fnmatch.fnmatchcase(name, pattern) for pattern in config.skip)
-        if not kept and config.schemes.get(name, "per_token") != "per_token":
+        if (
+            config.float_pattern(name) is None
+            and config.schemes.get(name, "per_token") != "per_token"
+        ):
             raise SmoothQuantError(
                 f"schemes: {name!r} is {config.schemes[name]}, but an int8 output head always has a scale per token: "
                 "leave the head out of schemes, or leave out quantize_head."

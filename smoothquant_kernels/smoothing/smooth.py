@@ -96,7 +96,7 @@ def smooth_lm(
     if alpha is not None:
         config = config.replace(alpha=alpha)
     with Changes() as changes:
-        view = ModelView(model, config.skip, config.quantize_head)
+        view = ModelView(model, config.float_pattern, config.quantize_head)
         smooth_into(view, calibration_data, config, changes, tokenizer=tokenizer, progress=progress)
     return model
 

@@ -135,7 +135,7 @@ def quantize_streamed(
     warn_if_short(sum(map(count_tokens, batches)), config.calibration_tokens)
     hidden = sum(b["input_ids"].numel() for b in batches if "input_ids" in b) * hidden_size(model)
     # Twice the hidden states, before and after a block, and the largest weight file while files are joined.
-    linears = ModelView(model, config.skip, config.quantize_head).linears
+    linears = ModelView(model, config.float_pattern, config.quantize_head).linears
     if format != NATIVE:
         exports.check_originals(linears)
     whole = checkpoint_bytes(model, linears, config)
@@ -188,7 +188,7 @@ class _Stream:
         self.names = match_names(model, weights)
         self.order = [name for name, _ in model.named_modules()]
         # Raises early if there is nothing to quantize. What a layer computes is tested once it has its weights.
-        whole = ModelView(model, config.skip, config.quantize_head)
+        whole = ModelView(model, config.float_pattern, config.quantize_head)
         self.skipped_at_first, self.heads = whole.skipped, whole.heads
         self.chain = BlockChain(model)
         if tied := owned_outside(model, self.chain.empty):
@@ -299,7 +299,7 @@ class _Stream:
         return patterns_within(self.config, [n for n, _ in part.named_modules()], self.heads)
 
     def _view(self, part: nn.Module) -> ModelView:
-        return ModelView(part, self.config.skip, self._config_of(part).quantize_head)
+        return ModelView(part, self.config.float_pattern, self._config_of(part).quantize_head)
 
     def _statistics(self, linears: Mapping[str, nn.Module]) -> ActivationStatistics:
         return ActivationStatistics(

@@ -190,6 +190,8 @@ CALLS: dict[str, tuple[Any, ...]] = {
     "gemm_s8_gated": (X, X, X, X, X),
     "linear_s8": (X, X, X),
     "fused_linear_s8": (X, "relu", X, X),
+    "gemm_w4a8": (X, X, X, X, X),
+    "linear_w4a8": (X, X, X, X),
     "kv_append": (X, X, X, X),
     "decode_attention_s8": (X, X, X, 1.0),
     "_gemm_s8_tile": (X, X, X, X),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from smoothquant_kernels import W8A8Linear
-from smoothquant_kernels.nn import linear, operands
+from smoothquant_kernels.nn import operands, quantized_linear
 from smoothquant_kernels.schemes import ACTIVATION_SCHEMES, WEIGHT_GRANULARITIES
 from tests.support import cases
 from tests.support.compare import assert_bitwise_equal, assert_same_buffers
@@ -216,7 +216,7 @@ def test_compile_with_a_shared_quantization() -> None:
 def test_a_weight_with_aligned_rows_behaves_like_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU, w_q is a view of a wider tensor if K is not a multiple of 16. The test enables this on the CPU."""
     expected, x = every_buffer(), cases.activations(5, 6)
-    for module in (linear, operands):
+    for module in (quantized_linear, operands):
         monkeypatch.setattr(module, "wants_aligned_rows", lambda t: True)
     stream = io.BytesIO()
     torch.save(every_buffer().state_dict(), stream)
@@ -241,7 +241,7 @@ def test_a_weight_with_aligned_rows_behaves_like_any_other(monkeypatch: pytest.M
         assert_bitwise_equal(layer.dequantized_weight(), expected.dequantized_weight())
     # If K is a multiple of 16, the weight is never copied.
     w_q = cases.random_int8(3, 32)
-    assert linear.packed_rows(w_q) is w_q
+    assert operands.packed_rows(w_q) is w_q
 
 
 def loaded_with_assign() -> W8A8Linear:

@@ -38,6 +38,10 @@ SCHEMAS = {
     "fused_linear_s8": "(Tensor x, str kind, Tensor w_q, Tensor w_scale, Tensor? norm_weight=None, "
     "Tensor? norm_bias=None, float eps=0., Tensor? gate=None, Tensor? bias=None, Tensor? residual=None, "
     'Tensor? inv_smooth=None, Tensor? scale=None, str granularity="token", int rotation=0) -> Tensor',
+    "gemm_w4a8": "(Tensor x_q, Tensor w_q4, Tensor w_group, Tensor x_scale, Tensor w_scale, Tensor? bias=None, "
+    "Tensor? residual=None, *, ScalarType out_dtype) -> Tensor",
+    "linear_w4a8": "(Tensor x, Tensor w_q4, Tensor w_group, Tensor w_scale, Tensor? bias=None, Tensor? residual=None, "
+    'Tensor? inv_smooth=None, Tensor? scale=None, str granularity="token", int rotation=0) -> Tensor',
     "kv_append": "(Tensor k, Tensor v, Tensor(c!) k_cache, Tensor(d!) v_cache, Tensor(e!)? k_scale=None, "
     "Tensor(f!)? v_scale=None, Tensor? positions=None, Tensor? block_table=None, Tensor? k_inv_smooth=None, "
     "Tensor? v_inv_smooth=None, Tensor? cos=None, Tensor? sin=None, int rotation=0, bool ring=False) -> ()",
@@ -69,6 +73,8 @@ def test_ops_are_listed_in_the_order_of_the_documentation() -> None:
         "gemm_s8_gated",
         "linear_s8",
         "fused_linear_s8",
+        "gemm_w4a8",
+        "linear_w4a8",
         "kv_append",
         "decode_attention_s8",
     ]

@@ -2,7 +2,7 @@
 
 The tests in tests/kernels are the same for all backends: the compiled CPU kernels, the CPU kernels in Python on oneDNN,
 the CUDA kernels' PTX on a simulator (tests/csrc/test_simulator.py starts pytest inside it), and the CUDA kernels on a
-GPU. Each is compared with `reference.py`. `cpu`, the default, is what serves a CPU here and oneDNN beside it; `levels`
+GPU. Each is compared with `reference`. `cpu`, the default, is what serves a CPU here and oneDNN beside it; `levels`
 is every other instruction set of the compiled kernels that this processor has.
 """
 

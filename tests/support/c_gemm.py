@@ -59,6 +59,7 @@ class Params(Structure):
         ("gate_dtype", c_int32),
         ("inv_smooth", c_void_p),
         ("y_scale", c_void_p),
+        ("w_group", c_void_p),
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from smoothquant_kernels import W8A8Linear
+from smoothquant_kernels import W8A8Linear, reference
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -182,6 +182,32 @@ def gemm_operands(
         torch.randn(n, generator=g).to(dtype),
         torch.randn(m, n, generator=g).to(dtype),
     )
+
+
+class W4Gemm(NamedTuple):
+    """The operands of `gemm_w4a8`, in the order of its arguments."""
+
+    x_q: Tensor
+    w_q4: Tensor
+    w_group: Tensor
+    x_scale: Tensor
+    w_scale: Tensor
+    bias: Tensor
+    residual: Tensor
+
+
+def w4_operands(m: int, n: int, k: int, *, seed: int = 0, **options: Any) -> W4Gemm:
+    """As `gemm_operands`: all values and steps, and offsets with which every weight is an int8."""
+    x_q, _, x_scale, w_scale, bias, residual = gemm_operands(m, n, k, seed=seed, **options)
+    g = generator(seed + 3)
+    groups = reference.w4_groups(k)
+    q = torch.randint(0, reference.W4_MAX + 1, (n, groups * reference.W4_GROUP), generator=g)
+    step = torch.randint(0, reference.W4_MAX + 1, (groups, n), generator=g)
+    place = torch.rand(groups, n, generator=g)
+    offset = ((255.0 - reference.W4_MAX * step) * place).round() - 128
+    w_group = torch.stack([step, offset], -1).to(torch.int8)
+    # Values beyond K, which no kernel may read as anything but 0 times something.
+    return W4Gemm(x_q, reference.pack_w4(q), w_group, x_scale, w_scale, bias, residual)
 
 
 def covering(count: int, seed: int, **dimensions: Sequence[Any]) -> list[dict[str, Any]]:

@@ -45,6 +45,8 @@ def calls(m: int = M) -> list[Call]:
     scalar = cases.gemm_operands(m, N, K, per_token=False, per_channel=False)
     gated = cases.gemm_operands(m, 2 * (N + 1), K)
     every: dict[str, Any] = {"bias": gemm.bias, "residual": gemm.residual}
+    w4 = cases.w4_operands(m, N, K)
+    w4_weight = (w4.w_q4, w4.w_group, w4.w_scale)
 
     def fused(kind: str) -> tuple[Any, ...]:
         return x, kind, gemm.w_q, gemm.w_scale
@@ -99,6 +101,11 @@ def calls(m: int = M) -> list[Call]:
             (x, gemm.w_q, gemm.w_scale),
             {**smooth, "rotation": 2, "residual": gemm.residual},
         ),
+        Call("gemm_w4a8", w4[:5], {"out_dtype": torch.float16}),
+        Call("gemm_w4a8", w4[:5], {**every, "out_dtype": torch.float32}),
+        Call("linear_w4a8", (x, *w4_weight), {"granularity": "tensor"}),
+        Call("linear_w4a8", (x, *w4_weight), {"bias": gemm.bias, **smooth, "scale": static}),
+        Call("linear_w4a8", (x, *w4_weight), {**smooth, "rotation": 2, "residual": gemm.residual}),
         Call(
             "fused_linear_s8",
             fused("rms_norm"),

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 torch.version.cuda = "13.0"  # so that the package accepts the library for this torch
-from smoothquant_kernels import ops  # noqa: E402
+from smoothquant_kernels import ops, reference  # noqa: E402
 from smoothquant_kernels.backends import cuda  # noqa: E402
 
 KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
@@ -25,6 +25,8 @@ W = torch.tensor([[1, 2, 3, 4], [-5, 6, -7, 8]], dtype=torch.int8)
 GATED = torch.tensor(
     [[100, 0, 0, 100], [-5, 6, -7, 8], [1, 0, 0, 0], [0, 0, 0, 1]], dtype=torch.int8
 )
+W4 = reference.pack_w4(torch.tensor([[1, 2, 3, 4], [15, 0, 7, 8]]))
+GROUP = torch.tensor([[[2, -3], [15, -100]]], dtype=torch.int8)
 ONE, TWO = torch.ones(1), torch.tensor([2.0])
 PER_TOKEN, PER_CHANNEL = torch.tensor([1.0, 2.0, 0.5]), torch.tensor([0.5, 4.0])
 X_Q = X.to(torch.int8)
@@ -62,6 +64,9 @@ CALLS: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
     ("gemm_s8", (X_Q, W, ONE, ONE), {"out_dtype": torch.float32, "residual": torch.ones(3, 2)}),
     ("gemm_s8_requant", (X_Q, W, ONE, ONE, 16 * TWO), {"relu": True}),
     ("gemm_s8_gated", (X_Q, GATED, ONE, ONE, 2048 * TWO), {"dtype": torch.float32}),
+    ("gemm_w4a8", (X_Q, W4, GROUP, ONE, ONE), {"out_dtype": torch.float32}),
+    ("gemm_w4a8", (X_Q, W4, GROUP, PER_TOKEN, PER_CHANNEL), {"out_dtype": torch.float32, "bias": PER_CHANNEL}),
+    ("linear_w4a8", (X, W4, GROUP, ONE), {"scale": ONE, "residual": torch.ones(3, 2)}),
     ("linear_s8", (X, W, PER_CHANNEL), {}),
     ("linear_s8", (X, W, ONE), {"bias": PER_CHANNEL, "scale": TWO / 2, "inv_smooth": torch.ones(4)}),
     ("linear_s8", (X, W, ONE), {"granularity": "tensor"}),

@@ -69,7 +69,19 @@ struct GemmParams {
   DType gate_dtype;         // a float
   const float* inv_smooth;  // [n / 2] or null
   float* y_scale;           // [m]: *out_scale, or NaN where the row of u has a NaN or Inf
+
+  // W4A8, if not null: [groups, n, 2], a step in [0, 15] and an offset for each group of kW4Group
+  // elements of k. w_q is then [n, kW4Bytes * groups], two values in [0, 15] a byte, and w_q_stride
+  // is in bytes; the int8 weight is value * step + offset (smoothquant_kernels/reference/w4.py has
+  // the order of the values). Missing elements of the last group count as 0, whatever lies there.
+  // Dense, aligned to kGemmAlignment. Not gated, and y_dtype is a float.
+  const int8_t* w_group;
 };
+
+constexpr bool is_w4(const GemmParams& p) { return p.w_group != nullptr; }
+// Elements of k that share a step and an offset, and their bytes.
+constexpr int64_t kW4Group = 128, kW4Bytes = kW4Group / 2;
+constexpr int64_t w4_groups(int64_t k) { return (k + kW4Group - 1) / kW4Group; }
 
 constexpr bool is_gated(const GemmParams& p) { return p.activation != Producer::kQuantize; }
 // The columns of y.

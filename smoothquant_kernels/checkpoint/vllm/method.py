@@ -35,8 +35,9 @@ from smoothquant_kernels.checkpoint.vllm.parts import (
 )
 from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.nn.kinds import describe
-from smoothquant_kernels.nn.linear import MARKER, W8A8Linear
+from smoothquant_kernels.nn.linear import W8A8Linear
 from smoothquant_kernels.nn.operands import packed_rows
+from smoothquant_kernels.nn.quantized_linear import MARKER
 from smoothquant_kernels.ops.checks import FLOATS
 
 #: The parts of vLLM's merged layers that go by a name; others go by a number.
