@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from smoothquant_kernels.nn.linear import W8A8Linear
     from smoothquant_kernels.nn.operands import QuantizedActivation
     from smoothquant_kernels.nn.parallel.model import ColwiseW8A8, RowwiseW8A8, parallelize_model
+    from smoothquant_kernels.plan import apply_plan, read_plan
     from smoothquant_kernels.report.report import make_report
+    from smoothquant_kernels.search.plan_search import PlanSearch, search_plan
     from smoothquant_kernels.search.result import SearchResult
     from smoothquant_kernels.search.search import search_config
     from smoothquant_kernels.smoothing.calibrate import calibrate_model
@@ -40,12 +42,14 @@ __all__ = [
     "ColwiseW8A8",
     "Int8KVCache",
     "KVCalibration",
+    "PlanSearch",
     "QuantizedActivation",
     "RowwiseW8A8",
     "SearchResult",
     "SmoothQuantConfig",
     "SmoothQuantError",
     "W8A8Linear",
+    "apply_plan",
     "calibrate_kv_cache",
     "calibrate_model",
     "fusion_info",
@@ -57,10 +61,12 @@ __all__ = [
     "parallelize_model",
     "quantize_model",
     "quantize_streamed",
+    "read_plan",
     "register_peft",
     "register_transformers",
     "save_quantized",
     "search_config",
+    "search_plan",
     "smooth_and_quantize",
     "smooth_lm",
     "undo_optimization",
@@ -72,12 +78,14 @@ _MODULES = {
     "ColwiseW8A8": "nn.parallel.model",
     "Int8KVCache": "kv_cache.cache",
     "KVCalibration": "kv_cache.calibration",
+    "PlanSearch": "search.plan_search",
     "QuantizedActivation": "nn.operands",
     "RowwiseW8A8": "nn.parallel.model",
     "SearchResult": "search.result",
     "SmoothQuantConfig": "config",
     "SmoothQuantError": "errors",
     "W8A8Linear": "nn.linear",
+    "apply_plan": "plan",
     "calibrate_kv_cache": "smoothing.kv_cache",
     "calibrate_model": "smoothing.calibrate",
     "fusion_info": "fusion.record",
@@ -88,10 +96,12 @@ _MODULES = {
     "parallelize_model": "nn.parallel.model",
     "quantize_model": "smoothing.convert",
     "quantize_streamed": "streaming.stream",
+    "read_plan": "plan",
     "register_peft": "adapters.peft_hook",
     "register_transformers": "checkpoint.transformers_hook",
     "save_quantized": "checkpoint.save",
     "search_config": "search.search",
+    "search_plan": "search.plan_search",
     "smooth_and_quantize": "smoothing.convert",
     "smooth_lm": "smoothing.smooth",
     "undo_optimization": "fusion.optimize",

@@ -13,7 +13,7 @@ import smoothquant_kernels
 
 PACKAGE = Path(smoothquant_kernels.__file__).parent
 MOST_FILES = 15
-ROOT_FILES = {"errors", "schemes", "config"}
+ROOT_FILES = {"errors", "schemes", "config", "plan"}
 COMPILED = {"_kernels"}  # of csrc/python, where the CUDA library was built
 
 #: Part (a folder, or a file of the root) -> the parts that it may import. A part imports only from parts above it.
@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "_kernels": "",
     "reference": "schemes",
     "config": "errors schemes",
+    "plan": "errors config",
     "storage": "errors",
     "ops": "reference",
     "backends": "errors reference ops _kernels",
@@ -34,11 +35,11 @@ MAY_IMPORT = {
     "checkpoint": "errors config storage ops nn modeling kv_cache fusion",
     "smoothing": "errors reference config storage ops nn modeling kv_cache fusion checkpoint",
     "evaluation": "errors storage modeling checkpoint",
-    "search": "errors reference config storage ops nn modeling smoothing evaluation",
+    "search": "errors reference config plan storage ops nn modeling smoothing evaluation",
     "streaming": "errors config storage nn modeling checkpoint smoothing",
     "report": "errors config storage ops nn modeling kv_cache smoothing evaluation",
-    "cli": "errors schemes config storage ops backends nn modeling kv_cache fusion checkpoint smoothing evaluation "
-    "search streaming report",
+    "cli": "errors schemes config plan storage ops backends nn modeling kv_cache fusion checkpoint smoothing "
+    "evaluation search streaming report",
 }
 
 

@@ -212,13 +212,16 @@ def summarize_layers(
     costs: Mapping[str, LayerCost] | None = None,
 ) -> Document:
     """Counts of layers; those that differ only in their number form one group, whose costs are added up."""
-    groups: dict[tuple[str, How, str, str | None, int, int, int], list[LayerRecord]] = {}
+    groups: dict[
+        tuple[str, How, str, str | None, str | None, int, int, int], list[LayerRecord]
+    ] = {}
     for layer in layers:
         key = (
             general_name(layer.name),
             layer.smoothing,
             _PERCENT.sub("", general_name(layer.reason)),
             layer.activation_scheme,
+            layer.format,
             layer.rotation,
             layer.out_features,
             layer.in_features,
@@ -236,12 +239,13 @@ def summarize_layers(
                 "out_features": n,
                 "in_features": k,
                 "activation_scheme": scheme,
+                **({} if form is None else {"format": form}),
                 "rotation": rotation,
                 "smoothing": smoothing,
                 "reason": _with_ranges([general_name(layer.reason) for layer in members]),
                 **_group_cost([costs[m.name] for m in members if m.name in costs]),
             }
-            for (name, smoothing, _, scheme, rotation, n, k), members in groups.items()
+            for (name, smoothing, _, scheme, form, rotation, n, k), members in groups.items()
         ],
         "skipped": [
             {"layers": name, "count": count, "reason": reason}
@@ -288,7 +292,7 @@ def render_layers(document: Document) -> Group:
             group["layers"],
             f"{group['count']}",
             f"{group['out_features']} x {group['in_features']}",
-            group["activation_scheme"],
+            f"{group.get('format', '')} {group['activation_scheme']}".strip(),
             str(group["rotation"] or "none"),
             group["smoothing"],
             group["reason"] + _compared(group),

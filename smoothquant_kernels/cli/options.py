@@ -11,6 +11,7 @@ import typer
 import typer.core
 
 from smoothquant_kernels.config import (
+    OUTLIERS,
     PLAIN_ALPHA,
     ROTATED_ALPHA,
     ROTATIONS,
@@ -155,6 +156,45 @@ SmoothRounding = Annotated[
         help=f"Rounding of smoothing factors: {_choices(ROUNDINGS)}; powers of two fold without changing a bit, auto "
         "takes them for half precision.",
         show_default="auto",
+    ),
+]
+WBit = Annotated[
+    int | None,
+    typer.Option(
+        help="Bits of the weights: 8, or 4 in groups of 128 (W4A8).", show_default="8", metavar="N"
+    ),
+]
+Outliers = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help=f"Outlier columns in float beside int8: {_choices(OUTLIERS)}.",
+        show_default="none",
+    ),
+]
+PlanFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--plan",
+        metavar="FILE.json",
+        help="Format, scheme, rotation and outliers of each layer or pattern (docs/guides/plan.md).",
+    ),
+]
+MaxBytes = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        metavar="N",
+        help="Search the plan of least error whose quantized layers take N bytes; kept in OUTPUT.plan.json.",
+    ),
+]
+MaxKL = Annotated[
+    float | None,
+    typer.Option(
+        "--max-kl",
+        min=0.0,
+        metavar="X",
+        help="Search the smallest plan whose layers cost a KL divergence of X; kept in OUTPUT.plan.json.",
     ),
 ]
 Skip = Annotated[

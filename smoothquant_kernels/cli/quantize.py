@@ -45,12 +45,14 @@ from smoothquant_kernels.kv_cache.recording import KVRecorder
 from smoothquant_kernels.modeling.batches import count_tokens
 from smoothquant_kernels.modeling.record import ModelRecord
 from smoothquant_kernels.modeling.view import ModelView
+from smoothquant_kernels.plan import apply_plan, read_plan
 from smoothquant_kernels.smoothing.calibrate import calibrate_model, configured_batches
 from smoothquant_kernels.smoothing.convert import quantize_model
 from smoothquant_kernels.smoothing.kv_cache import calibrate_kv_cache
 from smoothquant_kernels.smoothing.smooth import check_finite_weights, smooth_lm
 from smoothquant_kernels.smoothing.statistics import ActivationStatistics
-from smoothquant_kernels.storage.document import Document, note, readable_size
+from smoothquant_kernels.storage.document import Document, json_text, note, readable_size
+from smoothquant_kernels.storage.folder import replace_file
 from smoothquant_kernels.storage.safetensors import stored_sizes
 from smoothquant_kernels.storage.space import check_space
 
@@ -65,6 +67,9 @@ def work(
     output: Path,
     *,
     config_file: Path | None,
+    plan_file: Path | None,
+    max_bytes: int | None,
+    max_kl: float | None,
     calibration: str,
     dtype: str,
     device: str,
@@ -82,6 +87,12 @@ def work(
     check_format(format)
     _check_kv_cache(kv_cache, source, stream=stream)
     config = read_config(config_file, changed_settings(**options))
+    if plan_file is not None:
+        config = apply_plan(config, read_plan(plan_file))
+    budget = {"max_bytes": max_bytes, "max_kl": max_kl}
+    planned = any(value is not None for value in budget.values())
+    if planned:
+        _check_budget(budget, plan_file, search=search, stream=stream, smooth=config.smooth)
     if format != NATIVE:
         config = exportable(config, strict=strict)
     elif strict:
@@ -131,6 +142,8 @@ def work(
     if inputs is not None:
         if search:
             config = _search(model, inputs.batches, config, output)
+        elif planned:
+            config = _plan(model, inputs.batches, config, output, budget)
         note(f"calibrating on {inputs}")
         statistics = calibrate_model(model, inputs.batches, config, progress=show_progress())
         smooth_lm(model, statistics, config=config)
@@ -164,6 +177,50 @@ def work(
         },
         "seconds": time.perf_counter() - begin,
     }
+
+
+def _check_budget(
+    budget: dict[str, Any], plan_file: Path | None, *, search: bool, stream: bool, smooth: bool
+) -> None:
+    """Raises SmoothQuantError, before anything is read, unless a plan can be searched."""
+    given = [f"--{name.replace('_', '-')}" for name, value in budget.items() if value is not None]
+    others = {"--plan": plan_file is not None, "--search": search, "--stream": stream}
+    clash = [*given[1:], *(name for name, is_given in others.items() if is_given)]
+    if clash:
+        raise SmoothQuantError(
+            f"{given[0]} searches a plan, which excludes {clash[0]}: search first, then give "
+            "the plan that it found (--plan)."
+        )
+    if not smooth:
+        raise SmoothQuantError(f"{given[0]} measures smoothed layers: leave out --no-smooth.")
+
+
+def _plan(
+    model: nn.Module,
+    windows: list[Any],
+    config: SmoothQuantConfig,
+    output: Path,
+    budget: dict[str, Any],
+) -> SmoothQuantConfig:
+    """The settings with the plan that a search finds, which a file next to the future checkpoint keeps."""
+    from smoothquant_kernels.search.plan_search import describe, search_plan
+
+    note("searching the format of each layer")
+    found = search_plan(model, windows, config, **budget, progress=show_progress())
+    path = output.absolute().with_name(f"{output.name}.plan.json")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replace_file(path) as part:
+            part.write_text(json_text(found.plan) + "\n", "utf-8")
+    except OSError as error:
+        raise SmoothQuantError(f"{path} cannot be written: {error.strerror}.") from error
+    for sentence in describe(found):
+        note(sentence)
+    note(
+        f"{readable_size(found.nbytes)} in these layers, an estimated KL divergence of {found.kl:.4f}; the plan is "
+        f"kept in {path}"
+    )
+    return found.config
 
 
 def _check_kv_cache(name: str | None, source: str, *, stream: bool) -> None:

@@ -100,6 +100,7 @@ class LayerRecord:
         x_absmax: the largest input seen, after smoothing and rotation. The static scale comes from it.
         x_peak: the largest token divided by the median one, likewise.
         activation_scheme: the scheme of the int8 layer; None in a float model.
+        format: the format of the quantized layer (`nn.kinds.Kind.label`); None for W8A8, and in a float model.
         more: what another release or a user has added.
     """
 
@@ -114,6 +115,7 @@ class LayerRecord:
     x_absmax: float | None = None
     x_peak: float | None = None
     activation_scheme: str | None = None
+    format: str | None = None
     more: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -137,6 +139,8 @@ class LayerRecord:
         rotation = info.pop("rotation")
         scheme = info.pop("activation_scheme")
         own = {} if scheme is None else {"activation_scheme": scheme}
+        kind = info.pop("format")
+        own |= {} if kind is None else {"format": kind}
         if not self.group:
             info = {key: info[key] for key in ("name", "smoothing", "reason")} | own
             info |= {"in_features": self.in_features, "out_features": self.out_features}

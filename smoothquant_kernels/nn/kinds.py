@@ -74,6 +74,10 @@ class Kind(ABC, Generic[Layer]):
         Tables show three of them, so every kind has `activation_scheme`, `in_features` and `out_features`.
         """
 
+    def label(self, layer: Layer) -> str:
+        """The format in a few words, for tables; empty for W8A8."""
+        return ""
+
     def part(self, layer: Layer) -> str:
         """Which part of a layer this process holds, in words; empty for a whole layer. Checkpoints hold whole ones."""
         return ""
@@ -140,9 +144,12 @@ def describe(layer: nn.Module) -> dict[str, Any]:
 
 
 def shown(layer: nn.Module) -> dict[str, Any]:
-    """The scheme, the sizes and the rotation of a quantized layer, for tables. A kind may have no rotation."""
-    arguments = describe(layer)
-    return {key: arguments[key] for key in _SHOWN} | {"rotation": arguments.get("rotation", 0)}
+    """The scheme, the sizes, the rotation and the format of a quantized layer, for tables. A kind may lack rotation."""
+    kind = kind_of(layer)
+    assert kind is not None
+    arguments, label = kind.arguments(layer), kind.label(layer) or None
+    own = {"rotation": arguments.get("rotation", 0), "format": label}
+    return {key: arguments[key] for key in _SHOWN} | own
 
 
 def make(arguments: Mapping[str, Any]) -> nn.Module | None:

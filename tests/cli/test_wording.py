@@ -39,6 +39,7 @@ PYTHON_ONLY = (
     "checkpoint/transformers_hook.py: ",
     "smoothing/calibrate.py: ",  # about data that users make
     "checkpoint/save.py: max_shard_bytes",
+    "search/plan_search.py: give one of max_bytes",
     "checkpoint/save.py: the model has no quantized layer",
     "checkpoint/save.py: tokenizer must",
     "smoothing/convert.py: layer ... was smoothed as a part",

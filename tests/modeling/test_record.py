@@ -98,6 +98,7 @@ def test_new_records_have_the_keys_of_an_earlier_release(name: str) -> None:
     for layer in got["layers"]:
         assert layer.pop("rotation") in (32, 8)  # which an earlier release did not have
     new = ("rotation", "rotations", "activation_norm", "weight_norm", "weight_rounding")
+    new += ("formats", "awq", "outliers", "outlier_threshold", "outlier_layers")
     for setting in (*new, "quantize_head"):
         del got["config"][setting]
     for layer in (*got["layers"], *expected["layers"]):

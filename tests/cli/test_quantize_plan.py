@@ -1,0 +1,67 @@
+"""`quantize --plan`, `--max-bytes` and `--max-kl`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.support.command_line import QUANTIZE, Result, refused
+
+
+def test_a_plan_by_hand(tiny: Path, text: Path, tmp_path: Path) -> None:
+    plan = {
+        "*.down_proj": {"format": "float"},
+        "*.q_proj": {"scheme": "static", "rotation": "none"},
+    }
+    file = tmp_path / "plan.json"
+    file.write_text(json.dumps(plan))
+    options = ("--plan", file, "--calibration", text, *QUANTIZE)
+    refusal = refused("quantize", tiny, *options, "-o", tmp_path / "q")
+    assert "rotation" in refusal  # layers that read one tensor must agree
+    plan["*.[qkv]_proj"] = plan.pop("*.q_proj")
+    file.write_text(json.dumps(plan))
+    done = Result("quantize", tiny, *options, "-o", tmp_path / "q", "--json").json
+    seen = Result("inspect", tmp_path / "q", "--json").json
+    assert done["groups"] == seen["groups"]
+    schemes = {g["layers"].split(".")[-1]: g["activation_scheme"] for g in seen["groups"]}
+    assert (schemes["q_proj"], schemes["o_proj"]) == ("static", "per_token")
+    assert "down_proj" not in schemes
+    reasons = {s["layers"].split(".")[-1]: s["reason"] for s in seen["skipped"]}
+    assert "*.down_proj" in reasons["down_proj"]
+
+
+def test_a_searched_plan(tiny: Path, text: Path, tmp_path: Path) -> None:
+    settings = tmp_path / "settings.json"
+    settings.write_text(json.dumps({"calibration_window": 32}))
+    common = ("quantize", tiny, "--calibration", text, "--config", settings, *QUANTIZE)
+    done = Result(*common, "-o", tmp_path / "q", "--max-kl", "0", "--json")
+    assert done.code == 2 and "no linear layer to quantize" in done.err  # all of them in float
+    kept = json.loads((tmp_path / "q.plan.json").read_text())
+    assert {entry["format"] for entry in kept.values()} == {"float"}
+    large = Result(*common, "-o", tmp_path / "r", "--max-kl", "1000", "--json").json
+    plan = json.loads((tmp_path / "r.plan.json").read_text())
+    again = ("--plan", tmp_path / "r.plan.json", "-o", tmp_path / "s")
+    by_hand = Result(*common, *again, "--json").json
+    assert by_hand["config"] == large["config"] and by_hand["groups"] == large["groups"]
+    assert len(plan) == large["quantized"]
+    assert "fits into 7 bytes" in refused(*common, "-o", tmp_path / "t", "--max-bytes", "7")
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (("--max-bytes", "1", "--max-kl", "1"), "--max-bytes searches a plan, which excludes --max-kl"),
+        (("--max-kl", "1", "--search"), "--max-kl searches a plan, which excludes --search"),
+        (("--max-kl", "1", "--stream"), "excludes --stream: search first, then give the plan"),
+        (("--max-kl", "1", "--no-smooth"), "--max-kl measures smoothed layers"),
+        (("--plan", "absent.json"), "absent.json cannot be read"),
+        (("--w-bit", "3"), "w_bit must be 4 or 8; got 3"),
+        (("--outliers", "6.0"), "outliers must be one of none, static, dynamic; got '6.0'"),
+    ],
+)  # fmt: skip
+def test_refusals(tiny: Path, tmp_path: Path, options: tuple[str, ...], sentence: str) -> None:
+    said = " ".join(refused("quantize", tiny, "-o", tmp_path / "q", *options).split())
+    assert sentence in said
+    assert not list(tmp_path.iterdir())
