@@ -27,6 +27,7 @@ constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;
 // plan assumed.
 bool serves(const GemmTile& tile, const GemmParams& p, const Device& device) {
   if (device.part && tile.schedule == Schedule::kStreamK) return false;
+  if (is_w4(p) ? !tile.w4 : tile.w4_only) return false;
   // A shorter last block of gate would be in another thread than its block of up.
   if (is_gated(p) && (!serves_gated(tile) || p.n % (2 * kGateBlock) != 0)) return false;
   return shared_bytes(tile) <= device.shared_bytes &&
@@ -63,7 +64,7 @@ Choice choose(GemmTable index, const GemmParams& p, const Device& device,
   while (p.m > rule->most_m) ++rule;
   Choice best;
   const auto try_row = [&](int32_t row) { consider(index, row, p, device, excluded, best); };
-  if (is_gated(p)) {
+  if (is_gated(p) || is_w4(p)) {
     for (int32_t row = 0; row < table.shipped; ++row) try_row(row);
     return best;
   }
@@ -110,7 +111,7 @@ bool sound(const GemmTableView& table, const GemmMeasured& row) {
     return false;
   }
   const GemmTile& tile = table.tiles[row.tile];
-  return row.splits >= 1 && row.splits <= tile.most_splits &&
+  return !tile.w4_only && row.splits >= 1 && row.splits <= tile.most_splits &&
          (tile.kernel != GemmKernel::kStream || row.m <= tile.m);
 }
 
@@ -131,7 +132,6 @@ Status make_plan(const GemmParams& params, const Device& device, const GemmMeasu
   *plan = {};
   const Status status = check(params, kGemmAlignment);
   if (status != Status::kSuccess) return status;
-  if (is_w4(params)) return Status::kUnsupportedShape;
   plan->table = table_of(device);
   const GemmTableView& table = gemm_table(plan->table);
   if (params.tile >= table.tile_count) return Status::kInvalidArgument;
@@ -206,7 +206,8 @@ const GemmMeasured* find_measured(GemmTable table, int32_t sms, int64_t m, int64
 
 Status plan_gemm(const GemmParams& params, const Device& device, GemmPlan* plan) {
   const GemmMeasured* found = nullptr;
-  if (has_measured() && params.tile < 0 && params.splits == 0) {
+  // What was measured are int8 weights.
+  if (has_measured() && !is_w4(params) && params.tile < 0 && params.splits == 0) {
     found = find_measured(table_of(device), device.sms, params.m, params.n, params.k);
   }
   return make_plan(params, device, found, plan);
