@@ -257,7 +257,7 @@ def other_library(name: str, what: str, module: str, function: str) -> Baseline:
     return Baseline(name, what, refusal, calls, beyond_one_step)
 
 
-# --- weights of 4 bits: another product of the same sizes --------------------------------------------------------------
+# --- weights of 4 bits: another product of the same sizes -------------------------------------------------------------
 
 
 def w4_weight(a: Operands) -> tuple[Tensor, Tensor]:
