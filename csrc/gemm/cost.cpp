@@ -32,14 +32,20 @@ double stream_k_tiles(double tiles, double k_tiles, double sms) {
   return whole + shared / std::max(1.0, std::min(sms, shared * k_tiles / kLeastSteps));
 }
 
-// The main loop of one tile: as long as its scarcest resource takes.
-GemmCost main_loop(const GemmTile& tile, const GemmMachine& machine, double k, double busy_share) {
+// The bytes of a weight, with its share of the step and the offset.
+double weight_bytes(const GemmParams& p) {
+  return is_w4(p) ? static_cast<double>(kW4Bytes + 2) / kW4Group : 1.0;
+}
+
+// The main loop of one tile: as long as its scarcest resource takes. `weight`: the bytes of one.
+GemmCost main_loop(const GemmTile& tile, const GemmMachine& machine, double k, double weight,
+                   double busy_share) {
   // A cluster draws what it shares from L2 once; each of its SMs still takes in all of it.
-  const double drawn = 1.0 * tile.m / tile.cluster_n + 1.0 * tile.n / tile.cluster_m;
+  const double drawn = 1.0 * tile.m / tile.cluster_n + weight * tile.n / tile.cluster_m;
   const GemmCost resources[] = {
       {k * tile.m * tile.n / (machine.macs * tile.rate / 100.0), "tensor cores"},
       {k * drawn * busy_share / machine.l2_bytes, "L2"},
-      {k * (tile.m + tile.n) / machine.sm_bytes, "SM intake"},
+      {k * (tile.m + weight * tile.n) / machine.sm_bytes, "SM intake"},
   };
   return *std::max_element(
       std::begin(resources), std::end(resources),
@@ -63,11 +69,12 @@ GemmCost expected_cost(const GemmTile& tile, const GemmMachine& machine, const G
   const double sms = device.sms, area = 1.0 * tile.m * tile.n, each = static_cast<double>(splits);
   const bool stream_k = tile.schedule == Schedule::kStreamK;
   const double busy = stream_k ? sms : std::min(sms, tiles * each);
-  GemmCost work = main_loop(tile, machine, k, busy / sms);
+  const double weight = weight_bytes(p);
+  GemmCost work = main_loop(tile, machine, k, weight, busy / sms);
   double rest = machine.overhead;
   if (tile.kernel == GemmKernel::kStream) {
     // The reads go on while the tile before is stored; the tokens stay in shared memory.
-    work = {tiles / sms * k * tile.n / machine.l2_bytes, "L2"};
+    work = {tiles / sms * k * weight * tile.n / machine.l2_bytes, "L2"};
   } else if (stream_k) {
     // Partial sums go through the workspace, whose counters are cleared first.
     work.clocks *= stream_k_tiles(tiles, k / tile.k, sms);
@@ -78,7 +85,7 @@ GemmCost expected_cost(const GemmTile& tile, const GemmMachine& machine, const G
     rest += (blocks - 1) * machine.overhead * (hides_overhead(tile) ? kShown : 1.0);
     if (splits > 1) rest += each * 4.0 * area / machine.l2_bytes + machine.launch;
   }
-  const double bytes = 1.0 * p.n * p.k + 1.0 * p.m * p.k + 2.0 * p.m * p.n;
+  const double bytes = weight * p.n * p.k + 1.0 * p.m * p.k + 2.0 * p.m * p.n;
   const double memory = bytes / machine.memory_bytes + machine.overhead;
   if (memory >= work.clocks + rest) return {memory, "memory"};
   return {work.clocks + rest, rest > work.clocks ? "latency" : work.bound_by};

@@ -1,7 +1,6 @@
 // Finds the compiled kernels of a table's row. Kernel ring: no torch.
 #pragma once
 
-#include <type_traits>
 #include <utility>
 
 #include "gemm/kernels.h"
@@ -9,10 +8,12 @@
 
 namespace sqk {
 
-// The kinds of kernels, for find_entry.
+// The kinds of kernels, for find_entry: `has` tells which rows have one.
 struct StreamKind {
   using Entry = StreamKernels;
-  static constexpr GemmKernel kKernel = GemmKernel::kStream;
+  static constexpr bool has(const GemmTile& tile) {
+    return tile.kernel == GemmKernel::kStream && !tile.w4_only;
+  }
   template <TileKey kTile>
   static Entry entry() {
     return stream_entry<kTile>();
@@ -20,7 +21,9 @@ struct StreamKind {
 };
 struct MmaKind {
   using Entry = GemmLaunch;
-  static constexpr GemmKernel kKernel = GemmKernel::kMma;
+  static constexpr bool has(const GemmTile& tile) {
+    return tile.kernel == GemmKernel::kMma && !tile.w4_only;
+  }
   template <TileKey kTile>
   static Entry entry() {
     return mma_entry<kTile>();
@@ -28,7 +31,9 @@ struct MmaKind {
 };
 struct WgmmaKind {
   using Entry = WgmmaEntry;
-  static constexpr GemmKernel kKernel = GemmKernel::kWgmma;
+  static constexpr bool has(const GemmTile& tile) {
+    return tile.kernel == GemmKernel::kWgmma && !tile.w4_only;
+  }
   template <TileKey kTile>
   static Entry entry() {
     return wgmma_entry<kTile>();
@@ -37,25 +42,56 @@ struct WgmmaKind {
 
 // Of the tiles that have a gated kernel besides.
 struct GatedMmaKind : MmaKind {
+  static constexpr bool has(const GemmTile& tile) { return MmaKind::has(tile) && tile.gated; }
   template <TileKey kTile>
   static Entry entry() {
     return gated_mma_entry<kTile>();
   }
 };
 struct GatedWgmmaKind : WgmmaKind {
+  static constexpr bool has(const GemmTile& tile) { return WgmmaKind::has(tile) && tile.gated; }
   template <TileKey kTile>
   static Entry entry() {
     return gated_wgmma_entry<kTile>();
   }
 };
-template <typename Kind>
-constexpr bool kIsGated =
-    std::is_same_v<Kind, GatedMmaKind> || std::is_same_v<Kind, GatedWgmmaKind>;
+
+// Of the tiles that have a kernel for weights of 4 bits.
+struct W4StreamKind {
+  using Entry = StreamKernels;
+  static constexpr bool has(const GemmTile& tile) {
+    return tile.kernel == GemmKernel::kStream && tile.w4;
+  }
+  template <TileKey kTile>
+  static Entry entry() {
+    return w4_stream_entry<kTile>();
+  }
+};
+struct W4MmaKind {
+  using Entry = GemmLaunch;
+  static constexpr bool has(const GemmTile& tile) {
+    return tile.kernel == GemmKernel::kMma && tile.w4;
+  }
+  template <TileKey kTile>
+  static Entry entry() {
+    return w4_mma_entry<kTile>();
+  }
+};
+struct W4WgmmaKind {
+  using Entry = WgmmaEntry;
+  static constexpr bool has(const GemmTile& tile) {
+    return tile.kernel == GemmKernel::kWgmma && tile.w4;
+  }
+  template <TileKey kTile>
+  static Entry entry() {
+    return w4_wgmma_entry<kTile>();
+  }
+};
 
 template <typename Kind, typename Table, size_t kRow>
 typename Kind::Entry entry_of_row() {
   constexpr GemmTile kTile = Table::kTiles[kRow];
-  if constexpr (kTile.kernel == Kind::kKernel && (kTile.gated || !kIsGated<Kind>)) {
+  if constexpr (Kind::has(kTile)) {
     return Kind::template entry<key_of(kTile)>();
   } else {
     return {};

@@ -27,6 +27,10 @@ struct WgmmaEntry {
 template <TileKey kTile>
 StreamKernels stream_entry();
 
+// instances/w4_stream_*.cu, for rows that say .w4() or .w4_only().
+template <TileKey kTile>
+StreamKernels w4_stream_entry();
+
 // instances/mma_*_sm80.cu, if the build has an architecture without wgmma (SQK_WITH_SM80).
 template <TileKey kTile>
 GemmLaunch mma_entry();
@@ -35,6 +39,10 @@ GemmLaunch mma_entry();
 template <TileKey kTile>
 GemmLaunch gated_mma_entry();
 
+// instances/w4_mma_*_sm80.cu, for rows that say .w4() or .w4_only().
+template <TileKey kTile>
+GemmLaunch w4_mma_entry();
+
 // instances/wgmma_*_sm90.cu, if the build has 9.0a (SQK_WITH_SM90).
 template <TileKey kTile>
 WgmmaEntry wgmma_entry();
@@ -42,6 +50,10 @@ WgmmaEntry wgmma_entry();
 // instances/gated_wgmma_*_sm90.cu, for rows that say .gated().
 template <TileKey kTile>
 WgmmaEntry gated_wgmma_entry();
+
+// instances/w4_wgmma_*_sm90.cu, for rows that say .w4() or .w4_only().
+template <TileKey kTile>
+WgmmaEntry w4_wgmma_entry();
 
 // stream/launch.cu. The plan's tile is of kind kStream, and `kernels` are its kernels. With
 // `quantize`, the kernel quantizes quantize->x itself and does not read params.x_q and x_scale.

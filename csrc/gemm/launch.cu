@@ -24,6 +24,7 @@ bool has_gated_kernel(const GemmParams& params, const GemmPlan& plan) {
 WgmmaEntry wgmma_of([[maybe_unused]] const GemmParams& params,
                     [[maybe_unused]] const GemmPlan& plan) {
 #if SQK_WITH_SM90
+  if (is_w4(params)) return find_entry<W4WgmmaKind>(plan.table, plan.tile);
   return has_gated_kernel(params, plan) ? find_entry<GatedWgmmaKind>(plan.table, plan.tile)
                                         : find_entry<WgmmaKind>(plan.table, plan.tile);
 #else
@@ -35,6 +36,7 @@ WgmmaEntry wgmma_of([[maybe_unused]] const GemmParams& params,
 GemmLaunch mma_of([[maybe_unused]] const GemmParams& params,
                   [[maybe_unused]] const GemmPlan& plan) {
 #if SQK_WITH_SM80
+  if (is_w4(params)) return find_entry<W4MmaKind>(plan.table, plan.tile);
   return has_gated_kernel(params, plan) ? find_entry<GatedMmaKind>(plan.table, plan.tile)
                                         : find_entry<MmaKind>(plan.table, plan.tile);
 #else
@@ -105,7 +107,8 @@ Status launch(const GemmParams& params, const GemmPlan& plan, const QuantizePara
   }
   const GemmTile& tile = tile_of(plan);
   if (tile.kernel == GemmKernel::kStream) {
-    const StreamKernels kernels = find_entry<StreamKind>(plan.table, plan.tile);
+    const StreamKernels kernels = is_w4(params) ? find_entry<W4StreamKind>(plan.table, plan.tile)
+                                                : find_entry<StreamKind>(plan.table, plan.tile);
     return launch_stream(params, fused, device, plan, kernels, stream);
   }
   const bool wgmma = tile.kernel == GemmKernel::kWgmma;

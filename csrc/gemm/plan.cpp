@@ -4,6 +4,8 @@
 #include <atomic>
 #include <memory>
 #include <mutex>
+#include <numeric>
+#include <string_view>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -27,6 +29,7 @@ constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;
 // plan assumed.
 bool serves(const GemmTile& tile, const GemmParams& p, const Device& device) {
   if (device.part && tile.schedule == Schedule::kStreamK) return false;
+  if (is_w4(p) ? !tile.w4 : tile.w4_only) return false;
   // A shorter last block of gate would be in another thread than its block of up.
   if (is_gated(p) && (!serves_gated(tile) || p.n % (2 * kGateBlock) != 0)) return false;
   return shared_bytes(tile) <= device.shared_bytes &&
@@ -54,6 +57,19 @@ void consider(GemmTable index, int32_t candidate, const GemmParams& p, const Dev
   if (best.tile < 0 || clocks < kClearlyLess * best.clocks) best = {candidate, clocks};
 }
 
+// The shipped rows from the simplest kernel and the smallest tile to the largest one: what no rule
+// says for problems that few rows serve. The order of the rows has no meaning.
+std::vector<int32_t> by_size(const GemmTableView& table) {
+  std::vector<int32_t> rows(table.shipped);
+  std::iota(rows.begin(), rows.end(), 0);
+  const auto size = [&](int32_t row) {
+    const GemmTile& tile = table.tiles[row];
+    return std::make_tuple(tile.kernel, tile.m * tile.n, std::string_view(tile.name));
+  };
+  std::sort(rows.begin(), rows.end(), [&](int32_t a, int32_t b) { return size(a) < size(b); });
+  return rows;
+}
+
 // `excluded` holds the rows that must not be taken, or is nullptr. If it rules out all candidates
 // of the rule, those of every rule are considered.
 Choice choose(GemmTable index, const GemmParams& p, const Device& device,
@@ -63,8 +79,8 @@ Choice choose(GemmTable index, const GemmParams& p, const Device& device,
   while (p.m > rule->most_m) ++rule;
   Choice best;
   const auto try_row = [&](int32_t row) { consider(index, row, p, device, excluded, best); };
-  if (is_gated(p)) {
-    for (int32_t row = 0; row < table.shipped; ++row) try_row(row);
+  if (is_gated(p) || is_w4(p)) {
+    for (int32_t row : by_size(table)) try_row(row);
     return best;
   }
   for (int32_t candidate : rule->candidates) try_row(candidate);
@@ -110,7 +126,7 @@ bool sound(const GemmTableView& table, const GemmMeasured& row) {
     return false;
   }
   const GemmTile& tile = table.tiles[row.tile];
-  return row.splits >= 1 && row.splits <= tile.most_splits &&
+  return !tile.w4_only && row.splits >= 1 && row.splits <= tile.most_splits &&
          (tile.kernel != GemmKernel::kStream || row.m <= tile.m);
 }
 
@@ -131,7 +147,6 @@ Status make_plan(const GemmParams& params, const Device& device, const GemmMeasu
   *plan = {};
   const Status status = check(params, kGemmAlignment);
   if (status != Status::kSuccess) return status;
-  if (is_w4(params)) return Status::kUnsupportedShape;
   plan->table = table_of(device);
   const GemmTableView& table = gemm_table(plan->table);
   if (params.tile >= table.tile_count) return Status::kInvalidArgument;
@@ -206,7 +221,8 @@ const GemmMeasured* find_measured(GemmTable table, int32_t sms, int64_t m, int64
 
 Status plan_gemm(const GemmParams& params, const Device& device, GemmPlan* plan) {
   const GemmMeasured* found = nullptr;
-  if (has_measured() && params.tile < 0 && params.splits == 0) {
+  // What was measured are int8 weights.
+  if (has_measured() && !is_w4(params) && params.tile < 0 && params.splits == 0) {
     found = find_measured(table_of(device), device.sms, params.m, params.n, params.k);
   }
   return make_plan(params, device, found, plan);

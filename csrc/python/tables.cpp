@@ -54,6 +54,8 @@ py::dict tile_dict(const GemmTableView& table, int32_t row, bool excluded) {
   found["cluster"] = cluster;
   found["most_splits"] = tile.most_splits;
   found["gated"] = tile.gated;
+  found["w4"] = tile.w4;
+  found["w4_only"] = tile.w4_only;
   found["rate"] = tile.rate;
   found["shared_bytes"] = shared_bytes(tile);
   found["candidate"] = row >= table.shipped;

@@ -30,8 +30,8 @@ class TileText {
 };
 
 // What a kernel is compiled for, packed into an integer: C++17 does not allow a struct as a
-// template argument. It leaves out the rate, the splits, the name, and the warps of a streaming
-// tile.
+// template argument. It leaves out the rate, the splits, the name, the flags for gated GEMMs
+// and 4 bits, and the warps of a streaming tile.
 enum class TileKey : uint64_t {};
 
 constexpr int kKeyParts = 11;
@@ -105,6 +105,18 @@ class TileBuilder {
     changed.tile_.gated = true;
     return changed;
   }
+  // Adds an instance for weights of 4 bits.
+  constexpr TileBuilder w4() const {
+    TileBuilder changed = *this;
+    changed.tile_.w4 = true;
+    return changed;
+  }
+  // Only an instance for weights of 4 bits: int8 weights do not take this tile.
+  constexpr TileBuilder w4_only() const {
+    TileBuilder changed = w4();
+    changed.tile_.w4_only = true;
+    return changed;
+  }
   constexpr TileBuilder rate(int percent) const {
     TileBuilder changed = *this;
     changed.tile_.rate = percent;
@@ -138,7 +150,11 @@ class TileBuilder {
   constexpr TileText name() const {
     TileText name;
     const bool stream = tile_.kernel == GemmKernel::kStream;
-    name.add(stream ? "stream " : "").add(tile_.m).add("x").add(tile_.n);
+    name.add(tile_.w4_only ? "w4 " : "")
+        .add(stream ? "stream " : "")
+        .add(tile_.m)
+        .add("x")
+        .add(tile_.n);
     if (!stream) name.add("x").add(tile_.k);
     if (tile_.swap_ab) name.add(" swap");
     if (tile_.schedule == Schedule::kStreamK) name.add(" stream-K");

@@ -41,11 +41,16 @@ struct GemmTile {
   int32_t cluster_m, cluster_n;  // blocks along m and n that share their loads
   int32_t most_splits;           // kMma: blocks that may share a tile's k through the workspace
   bool gated;                    // has a gated kernel besides; see serves_gated
+  bool w4;                       // has a kernel for weights of 4 bits
+  bool w4_only;                  // and no other one; the name starts with "w4"
   int32_t rate;                  // percent of the tensor cores' peak in the main loop: an estimate
 };
 
+// Where int8 weights take the tile too, theirs are the most bytes. Weights of 4 bits come with a
+// step and an offset.
 constexpr int64_t stage_bytes(const GemmTile& tile) {
-  return int64_t{tile.stages} * (tile.m + tile.n) * tile.k;
+  const int64_t row = tile.w4_only ? (kW4Bytes + 2) * tile.k / kW4Group : tile.k;
+  return tile.stages * (int64_t{tile.m} * tile.k + tile.n * row);
 }
 
 // An upper bound of a block's dynamic shared memory. CUTLASS keeps barriers and the scheduler's
@@ -117,6 +122,7 @@ constexpr bool tile_holds(const GemmTile& tile, int64_t shared_limit) {
   const bool mma = tile.kernel == GemmKernel::kMma, wgmma = tile.kernel == GemmKernel::kWgmma;
   const bool for_wgmma =
       tile.schedule != Schedule::kNone || tile.swap_ab || tile.cluster_m * tile.cluster_n != 1;
+  if ((tile.w4 && tile.k % kW4Group != 0) || (tile.w4_only && tile.gated)) return false;
   if (tile.m < 8 || tile.n < 16 || tile.rate < 1 || tile.rate > 100 || tile.most_splits < 1 ||
       shared_bytes(tile) > shared_limit || (for_wgmma && !wgmma) ||
       (tile.most_splits > 1 && !mma)) {
@@ -145,6 +151,7 @@ constexpr bool table_holds(const GemmTableView& t, int64_t shared_limit) {
     if (t.rules[i].candidates[0] < 0) return false;
     for (int candidate : t.rules[i].candidates) {
       if (candidate >= t.shipped) return false;
+      if (candidate >= 0 && t.tiles[candidate].w4_only) return false;  // rules are for int8
       // A streaming kernel takes no more tokens than its tile has.
       if (candidate >= 0 && t.tiles[candidate].kernel == GemmKernel::kStream &&
           t.rules[i].most_m > t.tiles[candidate].m) {
