@@ -39,17 +39,15 @@ struct StreamChunk<kGroups, true> {
   uint32_t pair[2];  // step and offset
 
   __device__ void multiply(int32_t* acc) const {
-    const W4Step step[2] = {make_w4_step(pair[0]), make_w4_step(pair[1])};
+    constexpr uint32_t kSign = 0x8000;  // adds 128 to the offset
+    const W4Scale scale[2] = {W4Scale::of<0>(pair[0] ^ kSign), W4Scale::of<0>(pair[1] ^ kSign)};
     const uint32_t words[4][2] = {
         {w[0].x, w[1].x}, {w[0].y, w[1].y}, {w[0].z, w[1].z}, {w[0].w, w[1].w}};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       uint32_t a[4];
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        a[h] = unpack_low(words[i][h], step[h]);
-        a[2 + h] = unpack_high(words[i][h], step[h]);
-      }
+      for (int h = 0; h < 2; ++h) unpack_w4(words[i][h], scale[h], a[h], a[2 + h]);
 #pragma unroll
       for (int group = 0; group < kGroups; ++group) {
         const uint4& v = x[i / 2][group];

@@ -1,40 +1,40 @@
-// Weights of 4 bits become int8 in registers: three instructions for four weights. Kernel ring: no
-// torch.
-//
-// A weight is q * step + offset. Four of them are computed in one word, because none of
-// q * step + offset + 128 leaves its byte: they are in [0, 255]. The last step subtracts the 128.
+// Weights of 4 bits to int8, in registers. Kernel ring: no torch.
 #pragma once
 
 #include <cstdint>
 
 namespace sqk {
 
-// The step and the offset of a channel and a group of k, as the products need them.
-struct W4Step {
-  uint32_t step;     // in [0, 15]
-  uint32_t shifted;  // step << 28
-  uint32_t offset;   // offset + 128 in each byte
+// What the integer multiply-adds of `unpack_w4` take of a channel's group.
+struct W4Scale {
+  uint64_t addend;     // offset + 128 in each of the four upper bytes, and the step
+  uint32_t high_step;  // the step in the highest 4 bits
+
+  // From a step in byte kPlace of a word and an offset + 128 in the byte above it.
+  template <int kPlace>
+  __device__ static W4Scale of(uint32_t word) {
+    const uint32_t step = __byte_perm(word, 0, 0x4440 + kPlace);
+    const uint64_t offsets = __byte_perm(word, 0, 0x1111 * (kPlace + 1));
+    return {offsets << 32 | step, step << 28};
+  }
 };
 
-// `pair` has a step in its low byte and an offset in the next one, as w_group has them. What the
-// upper half holds does not matter.
-__device__ inline W4Step make_w4_step(uint32_t pair) {
-  return {pair & 15, pair << 28, __byte_perm(pair, 0, 0x1111) ^ 0x80808080u};
-}
-
-// The weights of the low halves of a word's bytes.
-__device__ inline uint32_t unpack_low(uint32_t word, const W4Step& s) {
-  return ((word & 0x0f0f0f0fu) * s.step + s.offset) ^ 0x80808080u;
-}
-
-// Of the high halves. Their product with the step has 36 bits. The upper 32 bits of that with
-// step << 28 are it, shifted right by 4; the lower 32 bits are 0.
-__device__ inline uint32_t unpack_high(uint32_t word, const W4Step& s) {
-  uint32_t sum;
-  asm("mad.hi.u32 %0, %1, %2, %3;"
-      : "=r"(sum)
-      : "r"(word & 0xf0f0f0f0u), "r"(s.shifted), "r"(s.offset));
-  return sum ^ 0x80808080u;
+// Eight weights: `low` has those of the low halves of the bytes of `word`, `high` the others.
+//
+// value * step + offset + 128 is in [0, 255], so one multiply-add computes four of them: nothing
+// carries into the next byte. Less 128 is a change of the highest bit. The high halves are 16 times
+// as large; times step << 28, the upper word of the product is what it should be, and the lower one
+// is 0. So four weights take three instructions, LOP3, IMAD, LOP3, which the gates count. The
+// multiply-add for an upper word takes two registers as its addend; the lower one could be
+// anything, and being the step saves a register and a move.
+__device__ inline void unpack_w4(uint32_t word, const W4Scale& scale, uint32_t& low,
+                                 uint32_t& high) {
+  constexpr uint32_t kLow = 0x0f0f0f0f, kSigns = 0x80808080;
+  const auto step = static_cast<uint32_t>(scale.addend);
+  const auto offsets = static_cast<uint32_t>(scale.addend >> 32);
+  low = ((word & kLow) * step + offsets) ^ kSigns;
+  const uint64_t wide = uint64_t{word & ~kLow} * scale.high_step + scale.addend;
+  high = static_cast<uint32_t>(wide >> 32) ^ kSigns;
 }
 
 }  // namespace sqk
