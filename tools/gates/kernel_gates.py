@@ -183,7 +183,7 @@ GATES = (
         "weights before the wait",
         waits_first("LDGSTS"),
         "wanted: copies of weights before the wait, and nothing else (csrc/gemm/stream/kernel.cuh).",
-        kernels=rf"\b{STREAM}<",
+        kernels=rf"\b(?:w4_)?{STREAM}<",
         archs=r"sm_90a",
     ),
     Gate(
