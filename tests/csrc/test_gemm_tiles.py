@@ -294,7 +294,7 @@ def test_a_row_without_a_file_does_not_link(sources: Sources) -> None:
         ("wgmma_128x256x128_sm90.cu", ".cluster(2, 1)", "", "tiles/sm90.h has no row with this tile"),
         # a candidate, in the file of a shipped tile
         ("wgmma_256x128x128_sm90.cu", "cooperative", "stream_k", "tiles/sm90.h has no row with this tile"),
-        ("w4_mma_16x64x128_warps_1x4_stages_8_sm80.cu", ".stages(8)", ".stages(9)", "no table has a row with this tile"),
+        ("w4_mma_16x64x128_warps_1x4_stages_8_sm80.cu", "(8)", "(9)", "no table has a row with this tile"),
         ("stream_8x16.cu", "stream(8, 16)", "stream(8, 32)", "no table has a row with this tile"),
         ("stream_8x16.cu", "stream(8, 16)", "mma(8, 16, 128)", "no table has a row with this tile"),
     ],

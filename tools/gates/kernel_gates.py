@@ -32,6 +32,7 @@ from tools.gates.checks import (
     no_local,
     no_stack,
     undivided_stores,
+    unpacks,
     uses,
     waits_first,
     wgmma_in_flight,
@@ -212,7 +213,13 @@ GATES = (
         undivided_stores,
         "allowed: one more, the reset of a ticket. nvcc splits the 16-byte stores of a 16-bit y: "
         "csrc/gemm/epilogue/tokens.cuh.",
-        kernels=r"\bmma_gemm_kernel<",
+        kernels=r"\b(w4_)?mma_gemm_kernel<",
+    ),
+    Gate(
+        "unpacking of 4 bits",
+        unpacks(3),
+        "allowed: 3 for 4 weights, a mask, a multiply-add and a change of signs (csrc/gemm/w4/unpack.cuh).",
+        kernels=r"\bw4_(mma|stream)_gemm_kernel<",
     ),
     Gate(
         "tensor cores for few tokens",
