@@ -22,6 +22,7 @@ from torch import Tensor
 from benchmarks.lib import cases
 from benchmarks.lib.cases import OUT_DTYPE, Case, Expected, Operands
 from benchmarks.lib.runner import first_line
+from smoothquant_kernels import ops, reference
 
 Call = Callable[[], Tensor]
 FP8 = torch.float8_e4m3fn
@@ -256,6 +257,45 @@ def other_library(name: str, what: str, module: str, function: str) -> Baseline:
     return Baseline(name, what, refusal, calls, beyond_one_step)
 
 
+# --- weights of 4 bits: another product of the same sizes --------------------------------------------------------------
+
+
+def w4_weight(a: Operands) -> tuple[Tensor, Tensor]:
+    """w_q4 and w_group of a's N and K: bits of w_q, and all steps from 1 with offsets around which the weights lie."""
+    n, k = a.w_q.shape
+    groups = reference.w4_groups(k)
+    padded = F.pad(a.w_q, (0, groups * reference.W4_GROUP - k))
+    bits = padded.view(n, groups, 2, -1)[:, :, 0].reshape(n, -1).view(torch.uint8)
+    places = [torch.arange(size, device=bits.device) for size in (groups, n)]
+    step = 1 + (places[0][:, None] + places[1]) % reference.W4_MAX
+    return bits, torch.stack([step, -(reference.W4_MAX * step) // 2], -1).to(torch.int8)
+
+
+def w4_calls(sets: Sequence[Operands]) -> list[Call]:
+    def call(a: Operands, w_q4: Tensor, w_group: Tensor) -> Tensor:
+        return ops.gemm_w4a8(a.x_q, w_q4, w_group, a.x_scale, a.w_scale, out_dtype=OUT_DTYPE)
+
+    return [functools.partial(call, a, *w4_weight(a)) for a in sets]
+
+
+def not_equal_w4(expected: Expected, a: Operands, y: Tensor) -> str:
+    """As for int8, where `expected` looks."""
+    case = expected.case
+    if y.dtype != OUT_DTYPE or tuple(y.shape) != (case.m, case.n):
+        return f"y is {y.dtype} {tuple(y.shape)}, not {OUT_DTYPE} {(case.m, case.n)}"
+    w_q4, w_group = w4_weight(a)
+    for rows, columns, _ in expected.parts:
+        x_q, x_scale = a.x_q[rows], a.x_scale[rows]
+        for some in columns.split(4096):
+            right = reference.gemm_w4a8(
+                x_q, w_q4[some], w_group[:, some], x_scale, a.w_scale[some], out_dtype=OUT_DTYPE
+            )
+            actual = y[rows][:, some]
+            if not torch.equal(actual, right):
+                return cases.differences(actual, right, rows, some)
+    return ""
+
+
 # --- all of them ------------------------------------------------------------------------------------------------------
 
 #: Half a step, relative: of 11, 8 and 4 significant bits. float32 accumulates with less than the rounding of y; FP8's
@@ -292,6 +332,9 @@ ALL = (
         "vllm", "vLLM's cutlass_scaled_mm", "vllm._custom_ops", "cutlass_scaled_mm"
     ),
     other_library("sgl", "sgl-kernel's int8_scaled_mm", "sgl_kernel", "int8_scaled_mm"),
+    Baseline(
+        "w4a8", "gemm_w4a8, weights of 4 bits and of the same sizes", anywhere, w4_calls, not_equal_w4, usual=False
+    ),
 )  # fmt: skip
 NAMES = tuple(baseline.name for baseline in ALL)
 USUAL = tuple(baseline.name for baseline in ALL if baseline.usual)

@@ -74,6 +74,29 @@ def test_the_float_operands_are_the_int8_ones_dequantized() -> None:
     assert bool(((x8.float() * x_scale - exact).abs() <= 1.001 * UNITS[FP8] * exact.abs()).all())
 
 
+@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 96, 2048), (70, 33, 300)])
+def test_weights_of_4_bits_are_checked_as_what_they_are(
+    monkeypatch: pytest.MonkeyPatch, sampled: bool, m: int, n: int, k: int
+) -> None:
+    """Another product of the same sizes, whose weights are int8 and take all values and steps."""
+    if sampled:
+        monkeypatch.setattr(cases, "FULL_CHECK", 0)
+    operands, expected = problem(Case(Layer("toy", "up", n, k), m))
+    w_q4, w_group = baselines.w4_weight(operands)
+    assert len(reference.unpack_w4(w_q4, k).unique()) == 16
+    assert w_group[..., 0].unique().tolist() == list(range(1, 16))
+    step, offset = w_group.int().unbind(-1)
+    assert int(offset.min()) >= -128 and int((15 * step + offset).max()) <= 127
+    w4 = BY_NAME["w4a8"]
+    assert w4.refusal(expected.case, CPU) == "" and not w4.usual
+    y = w4.calls([operands])[0]()
+    assert w4.wrong(expected, operands, y) == ""
+    assert "elements differ" in w4.wrong(expected, operands, y + 1)
+    assert "elements differ" in w4.wrong(expected, operands, cases.dispatched(operands))
+    assert "y is torch" in w4.wrong(expected, operands, y[:, 1:])
+
+
 def test_one_step_is_allowed_where_the_scales_come_in_another_order() -> None:
     case = Case(TOY_LAYERS[0], 33)
     a, expected = problem(case)
@@ -96,7 +119,7 @@ def test_every_baseline_that_cannot_run_here_says_why() -> None:
     for case in (Case(layer, m) for layer in TOY_LAYERS for m in (1, 32)):
         for baseline in baselines.ALL:
             reason = baseline.refusal(case, CPU)
-            assert bool(reason) or baseline.name in ("fp16", "bf16", "int_mm", "triton")
+            assert bool(reason) or baseline.name in ("fp16", "bf16", "int_mm", "triton", "w4a8")
     assert "8.9" in BY_NAME["fp8"].refusal(Case(TOY_LAYERS[0], 32), CPU)
 
 

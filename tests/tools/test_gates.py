@@ -322,16 +322,20 @@ def test_good_kernels_are_green(
     assert "no compiled kernel whose name matches 'gemm'" in capsys.readouterr().out
 
 
+PAIR = """asm("mov.b64 %0, {%1, %2};" : "=l"(addend) : "r"(step), "r"(offsets));"""
+HIGH = "high = static_cast<uint32_t>(wide >> 32) ^ kSigns;"
+
+
 @pytest.mark.parametrize(
     ("old", "new", "instructions"),
     [
         ("", "", 48),
         # ptxas then adds the upper half of the step, which is 0
-        ("""asm("mov.b64 %0, {%1, %2};" : "=l"(addend) : "r"(step), "r"(offsets));""", "addend = uint64_t{offsets} << 32 | step;", 56),
+        (PAIR, "addend = uint64_t{offsets} << 32 | step;", 56),
         # a shift besides
-        ("high = static_cast<uint32_t>(wide >> 32) ^ kSigns;", "high = (((word >> 4) & kLow) * step + offsets) ^ kSigns;", 56),
+        (HIGH, "high = (((word >> 4) & kLow) * step + offsets) ^ kSigns;", 56),
     ],
-)  # fmt: skip
+)
 @pytest.mark.compiler
 def test_a_fourth_instruction_for_four_weights_is_found(
     compiled: Callable[..., Path], tmp_path: Path, old: str, new: str, instructions: int

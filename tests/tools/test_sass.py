@@ -240,7 +240,7 @@ UNPACK = """
         (UNPACK.replace("0020 IMAD", "0018 IADD3 R78, RZ, R8, RZ\n0020 IMAD"), 2, 8),
         (UNPACK.replace("0020 IMAD", "0018 IMAD.MOV.U32 R80, RZ, RZ, RZ\n0020 IMAD"), 2, 7),
         # a shift before a mask, instead of the multiplication for the upper word
-        (UNPACK.replace("0000 LOP3.LUT R49, R20.reuse", "0000 SHF.R.U32.HI R9, RZ, 0x4, R20\n0008 LOP3.LUT R49, R9"), 2, 8),
+        (UNPACK.replace("0000 LOP3.LUT R49, R20.reuse", "0000 SHF.R.U32.HI R9, RZ, 4, R20\n0008 LOP3 R49, R9"), 2, 8),
         # put into a place of memory in the end
         (UNPACK.replace("0070 IMMA.16832.S8.S8 R36, R32.ROW, R14.COL, R36", "0070 STS [R36], R14"), 2, 7),
         # no weights of 4 bits
