@@ -16,6 +16,7 @@
 #include "gemm/excluded.h"
 #include "gemm/measured.h"
 #include "gemm/splits.h"
+#include "gemm/stream/layout.h"
 #include "gemm/tiles/tables.h"
 
 namespace sqk {
@@ -33,7 +34,7 @@ bool serves(const GemmTile& tile, const GemmParams& p, const Device& device) {
   // A shorter last block of gate would be in another thread than its block of up.
   if (is_gated(p) && (!serves_gated(tile) || p.n % (2 * kGateBlock) != 0)) return false;
   return shared_bytes(tile) <= device.shared_bytes &&
-         (tile.kernel != GemmKernel::kStream || p.m <= tile.m);
+         (tile.kernel != GemmKernel::kStream || stream_serves(tile.m, p, device));
 }
 
 // A later candidate must be 3 % cheaper: the estimate is no more precise than that, and the rules

@@ -178,6 +178,8 @@ constexpr int kStreamChannels = 16, kGroupTokens = 8;
 struct StreamParams {};
 template <typename, int>
 void stream_gemm_kernel(StreamParams) {}
+template <typename, int>
+void w4_stream_gemm_kernel(StreamParams) {}
 }
 """,
     "csrc/common/dtype.cuh": """#pragma once

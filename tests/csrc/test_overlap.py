@@ -22,6 +22,7 @@ pytestmark = [pytest.mark.simulator, pytest.mark.slow, pytest.mark.xdist_group("
 #: each other with tickets (stream-K), and weights that the kernel before has just written.
 CHAINS = {
     "test_gemm_c_entry.py": "layer or need_not_be_cleared",
+    "test_gemm_w4_stream.py": "smoke or chain or edge_rows or longest or several_tiles",
     "test_linear_op.py": "smoke or every_number_of_tokens or long_rows",
     "test_chains.py": "",
     "test_norms.py": "smoke",
@@ -51,7 +52,7 @@ WAIT = "  wait_for_previous_kernel();\n  allow_next_kernel();\n"
 TOO_EARLY = r"(before|without) griddepcontrol\.wait"
 START = "  if (p.weights_first) ring.start();\n"
 ROWS = """  } else if (p.weights_first) {
-    load_rows(p, activations);
+    load_rows<kW4>(p, activations);
   } else {"""
 
 
@@ -70,9 +71,9 @@ MUTANTS = (
     stream(
         "activations are loaded before the wait",
         START,
-        f"{START}  if (!kQuantizes && p.weights_first) load_rows(p, activations);\n",
+        f"{START}  if (!kQuantizes && p.weights_first) load_rows<kW4>(p, activations);\n",
         WRONG_VALUES,
-        ("gemm/stream/kernel.cuh", ROWS, ROWS.replace("    load_rows(p, activations);\n", "")),
+        ("gemm/stream/kernel.cuh", ROWS, ROWS.replace("    load_rows<kW4>(p, activations);\n", "")),
     ),
     Mutant(
         "weights are requested early although nobody promised that they are there",

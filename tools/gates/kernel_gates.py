@@ -184,7 +184,7 @@ GATES = (
         "weights before the wait",
         waits_first("LDGSTS"),
         "wanted: copies of weights before the wait, and nothing else (csrc/gemm/stream/kernel.cuh).",
-        kernels=rf"\b{STREAM}<",
+        kernels=rf"\b(?:w4_)?{STREAM}<",
         archs=r"sm_90a",
     ),
     Gate(
@@ -219,7 +219,7 @@ GATES = (
         "unpacking of 4 bits",
         unpacks(3),
         "allowed: 3 for 4 weights, a mask, a multiply-add and a change of signs (csrc/gemm/w4/unpack.cuh).",
-        kernels=r"\bw4_mma_gemm_kernel<",
+        kernels=r"\bw4_(mma|stream)_gemm_kernel<",
     ),
     Gate(
         "tensor cores for few tokens",

@@ -27,16 +27,15 @@ __device__ inline void prefetch_channels(const Epilogue& e, int channel0) {
 }
 
 // T: the type of x, which each block quantizes for itself; int8_t if x_q is given.
-template <typename T, int kGroups>
-__global__ void __launch_bounds__(32 * kStreamWarps, 1)
-    stream_gemm_kernel(const __grid_constant__ StreamParams p) {
+template <typename T, int kGroups, bool kW4>
+__device__ __forceinline__ void stream_gemm(const StreamParams& p) {
   constexpr bool kQuantizes = !std::is_same_v<T, int8_t>;
-  using Ring = StreamRing<kGroups, kQuantizes>;
+  using Ring = StreamRing<kGroups, kQuantizes, kW4>;
   using Sums = StreamSums<kGroups>;
   extern __shared__ uint4 stream_storage[];
   auto* const storage = reinterpret_cast<uint8_t*>(stream_storage);
   const int warp = threadIdx.x / 32, warps = blockDim.x / 32, lane = threadIdx.x % 32;
-  uint8_t* const activations = storage + warps * kWarpRing;
+  uint8_t* const activations = storage + warps * kWarpRing<kW4>;
   auto& sums = *reinterpret_cast<Sums*>(activations + p.activation_bytes);
   for (int i = threadIdx.x; i < 2 * 4 * kGroups * 32; i += blockDim.x) sums.sum[0][0][i] = 0;
 
@@ -51,16 +50,17 @@ __global__ void __launch_bounds__(32 * kStreamWarps, 1)
   };
   if constexpr (kQuantizes) {
     if (p.wide) {
-      RowQuantizer<T, true>(p, activations, sums.x_scale, sums.maxima).run(start);
+      RowQuantizer<T, true, kW4>(p, activations, sums.x_scale, sums.maxima).run(start);
     } else {
-      RowQuantizer<T, false>(p, activations, sums.x_scale, sums.maxima).run(start);
+      RowQuantizer<T, false, kW4>(p, activations, sums.x_scale, sums.maxima).run(start);
     }
   } else if (p.weights_first) {
-    load_rows(p, activations);
+    load_rows<kW4>(p, activations);
   } else {
-    if (p.resident) copy_rows(p, activations);
+    if (kW4 || p.resident) copy_rows<kW4>(p, activations);
     start();
     wait_for_copies<kStreamStages>();
+    if constexpr (kW4) transpose_rows(p, activations);
   }
   __syncthreads();
 
@@ -74,15 +74,7 @@ __global__ void __launch_bounds__(32 * kStreamWarps, 1)
       typename Ring::Chunk chunk[2];
       ring.next(stage, chunk);
 #pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        const uint4(&w)[2] = chunk[c].w;
-#pragma unroll
-        for (int group = 0; group < kGroups; ++group) {
-          const uint4& x = chunk[c].x[group];
-          multiply_add(acc + 4 * group, {w[0].x, w[1].x, w[0].y, w[1].y}, {x.x, x.y});
-          multiply_add(acc + 4 * group, {w[0].z, w[1].z, w[0].w, w[1].w}, {x.z, x.w});
-        }
-      }
+      for (int c = 0; c < 2; ++c) chunk[c].multiply(acc);
     }
     if (warp < p.stages) {
 #pragma unroll
@@ -103,6 +95,19 @@ __global__ void __launch_bounds__(32 * kStreamWarps, 1)
     i = i + 1 == warps ? 0 : i + 1;
   }
   wait_for_copies<0>();  // only empty groups, but no copy may be pending at the end
+}
+
+template <typename T, int kGroups>
+__global__ void __launch_bounds__(32 * kStreamWarps, 1)
+    stream_gemm_kernel(const __grid_constant__ StreamParams p) {
+  stream_gemm<T, kGroups, false>(p);
+}
+
+// The same for weights of 4 bits, which are in k in the order of mma.sync.
+template <typename T, int kGroups>
+__global__ void __launch_bounds__(32 * kStreamWarps, 1)
+    w4_stream_gemm_kernel(const __grid_constant__ StreamParams p) {
+  stream_gemm<T, kGroups, true>(p);
 }
 
 }  // namespace sqk

@@ -4,6 +4,7 @@
 #include "common/arithmetic.h"
 #include "common/launch.h"
 #include "gemm/kernels.h"
+#include "gemm/stream/layout.h"
 #include "gemm/stream/params.cuh"
 #include "gemm/tiles/tile.h"
 
@@ -29,20 +30,23 @@ struct StreamLaunch {
 
 StreamLaunch choose_launch(const GemmParams& params, bool quantizes, int groups, int most_warps,
                            const Device& device) {
-  const int64_t sums = groups == 1 ? sizeof(StreamSums<1>) : sizeof(StreamSums<2>);
+  const bool w4 = is_w4(params);
   StreamLaunch launch = {};
   const auto fits = [&](int warps, bool resident) {
     launch.warps = warps;
     launch.resident = resident;
-    launch.activation_bytes = activation_bytes(params.m, params.k, groups, warps, resident);
-    launch.shared_bytes = int64_t{warps} * kWarpRing + launch.activation_bytes + sums;
+    launch.activation_bytes = activation_bytes(params.m, params.k, groups, warps, resident, w4);
+    launch.shared_bytes = stream_shared_bytes(launch.activation_bytes, groups, warps, w4);
     return launch.shared_bytes <= device.shared_bytes;
   };
   // First as many warps as fit. Then, if there is room, resident activations, which are read once
-  // per block instead of once per tile; activations that the block quantizes must be resident.
+  // per block instead of once per tile; activations that the block quantizes must be resident, and
+  // those that meet weights of 4 bits.
+  const int fewest = w4 ? kFewestW4Warps : 1;
   bool found = false;
-  for (int warps = std::clamp(most_warps, 1, kStreamWarps); !found && warps > 0; --warps) {
-    found = fits(warps, true) || (!quantizes && fits(warps, false));
+  for (int warps = std::clamp(most_warps, fewest, kStreamWarps); !found && warps >= fewest;
+       --warps) {
+    found = fits(warps, true) || (!quantizes && !w4 && fits(warps, false));
   }
   if (!found) return {};
   // As many blocks as run at a time. Each takes tile after tile, so its ring never runs empty and
@@ -68,7 +72,8 @@ Status launch_stream(const GemmParams& params, const QuantizeParams* quantize, c
                      const GemmPlan& plan, StreamKernels kernels, cudaStream_t stream) {
   const GemmTile& tile = gemm_table(plan.table).tiles[plan.tile];
   const int groups = tile.m > kGroupTokens ? 2 : 1;
-  if (params.m > kGroupTokens * groups) return Status::kUnsupportedShape;
+  const bool w4 = is_w4(params);
+  if (!stream_serves(kGroupTokens * groups, params, device)) return Status::kUnsupportedShape;
   const bool quantizes = quantize != nullptr;
   if (quantizes && !stream_quantizes(*quantize, params)) return Status::kUnsupportedShape;
   const StreamLaunch launch = choose_launch(params, quantizes, groups, tile.warps_n, device);
@@ -80,7 +85,7 @@ Status launch_stream(const GemmParams& params, const QuantizeParams* quantize, c
   // A single row may have any stride, but lanes beyond it still need an aligned address.
   p.w_q_stride = params.n > 1 ? params.w_q_stride : 0;
   p.k = static_cast<int32_t>(params.k);
-  p.stages = static_cast<int32_t>(stream_stages(params.k));
+  p.stages = static_cast<int32_t>(stream_stages(params.k, w4));
   p.tiles = static_cast<int32_t>(divide_up(params.n, kStreamChannels));
   p.activation_bytes = static_cast<int32_t>(launch.activation_bytes);
   p.resident = launch.resident;
@@ -100,6 +105,12 @@ Status launch_stream(const GemmParams& params, const QuantizeParams* quantize, c
     p.x_q_stride = params.m > 1 ? params.x_q_stride : 0;
   }
 
+  if (w4) {
+    p.w_group = params.w_group;
+    p.w_group_end = params.w_group + 2 * w4_groups(params.k) * params.n;
+    p.w_bytes = static_cast<int32_t>(kW4Bytes * w4_groups(params.k));
+  }
+
   const DType type = quantizes ? quantize->dtype : DType::kInt8;
   const StreamKernel kernel = kernels(type);
   KernelLaunch config = {};
@@ -111,9 +122,9 @@ Status launch_stream(const GemmParams& params, const QuantizeParams* quantize, c
   config.overlap = plan.overlap;
   // One entry per kernel, because all kernels are launched here. choose_launch fills the shared
   // memory with one block or several.
-  static DevicesSeen seen[2][kDTypes];
+  static DevicesSeen seen[2][2][kDTypes];
   const Status status = allow_shared_memory(config.function, device.shared_bytes, 1,
-                                            seen[groups - 1][static_cast<int>(type)]);
+                                            seen[w4][groups - 1][static_cast<int>(type)]);
   return status == Status::kSuccess ? launch_kernel(config, &p) : status;
 }
 

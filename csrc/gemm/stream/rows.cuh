@@ -17,25 +17,52 @@
 namespace sqk {
 
 // Where element `at` of a token lies: chunk after chunk, and within a chunk token after token, so a
-// warp reads a chunk of 8 tokens from 512 adjacent bytes.
+// warp reads a chunk of 8 tokens from 512 adjacent bytes. kW4: the weights have k in the order of
+// mma.sync, so the 4x4 words of a chunk are transposed: a lane reads its four words at once.
+template <bool kW4>
 __device__ inline int resident_offset(int token, int at, int m) {
-  return (at / kChunk * m + token) * kChunk + at % kChunk;
+  const int chunk = (at / kChunk * m + token) * kChunk;
+  return kW4 ? chunk + at / 4 % 4 * 16 + at / 16 % 4 * 4 + at % 4 : chunk + at % kChunk;
 }
 
-// Each thread commits one group of copies.
+// Each thread commits one group of copies. kW4: transpose_rows must follow.
+template <bool kW4>
 __device__ inline void copy_rows(const StreamParams& p, uint8_t* to) {
-  const int m = p.epilogue.m, pieces = p.stages * (kStage / kPiece);
+  const int m = p.epilogue.m, pieces = p.stages * (kStageK<kW4> / kPiece);
   for (int i = threadIdx.x; i < m * pieces; i += blockDim.x) {
     const int token = i / pieces, at = (i - token * pieces) * kPiece;
-    copy_piece(to + resident_offset(token, at, m), p.x_q + token * p.x_q_stride + at, p.k - at);
+    copy_piece(to + resident_offset<false>(token, at, m), p.x_q + token * p.x_q_stride + at,
+               p.k - at);
   }
   commit_copies();
 }
 
-// The same through registers, when the ring has been filled before: a wait for copies would wait
-// for the ring's too.
+// Transposes the words of each chunk in place. Four lanes take one: they have copied it.
+__device__ inline void transpose_rows(const StreamParams& p, uint8_t* to) {
+  const int m = p.epilogue.m, pieces = p.stages * (kStageK<true> / kPiece), lane = threadIdx.x % 32;
+  for (int first = threadIdx.x - lane; first < m * pieces; first += blockDim.x) {
+    const int i = first + lane, token = i / pieces, at = (i - token * pieces) * kPiece;
+    const bool inside = i < m * pieces;  // the same for the four lanes
+    uint8_t* const chunk = to + resident_offset<false>(token, at / kChunk * kChunk, m);
+    uint32_t word[4] = {};
+    __syncwarp();
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      if (inside) word[j] = *reinterpret_cast<const uint32_t*>(chunk + 16 * j + lane % 4 * 4);
+    }
+    __syncwarp();
+    if (inside) {
+      *reinterpret_cast<uint4*>(chunk + lane % 4 * 16) =
+          make_uint4(word[0], word[1], word[2], word[3]);
+    }
+  }
+}
+
+// Without copies, when the ring has been filled before: a wait for copies would wait for the ring's
+// too. Nothing must follow.
+template <bool kW4>
 __device__ inline void load_rows(const StreamParams& p, uint8_t* to) {
-  const int m = p.epilogue.m, pieces = p.stages * (kStage / kPiece);
+  const int m = p.epilogue.m, pieces = p.stages * (kStageK<kW4> / kPiece);
 #pragma unroll 4  // loads in flight
   for (int i = threadIdx.x; i < m * pieces; i += blockDim.x) {
     const int token = i / pieces, at = (i - token * pieces) * kPiece;
@@ -51,7 +78,14 @@ __device__ inline void load_rows(const StreamParams& p, uint8_t* to) {
       }
       std::memcpy(&piece, bytes, sizeof piece);
     }
-    *reinterpret_cast<int4*>(to + resident_offset(token, at, m)) = piece;
+    uint8_t* const place = to + resident_offset<kW4>(token, at, m);
+    if constexpr (kW4) {
+      const int word[4] = {piece.x, piece.y, piece.z, piece.w};
+#pragma unroll
+      for (int j = 0; j < 4; ++j) *reinterpret_cast<int*>(place + 16 * j) = word[j];
+    } else {
+      *reinterpret_cast<int4*>(place) = piece;
+    }
   }
 }
 
@@ -65,7 +99,7 @@ struct Single {
 // (quantize/row_kernel.cuh). One or several warps take a row. They go through its batches twice:
 // forward for the maximum, backward to write, so the last batch, usually the only one, is read
 // once. kWide: loads 16 bytes at a time; else one element, at any alignment.
-template <typename T, bool kWide>
+template <typename T, bool kWide, bool kW4>
 class RowQuantizer {
  public:
   __device__ RowQuantizer(const StreamParams& p, uint8_t* to, float* x_scale, uint32_t* maxima)
@@ -75,7 +109,7 @@ class RowQuantizer {
     at_once_ = warps / parts_;
     part_ = warp % parts_;
     row_ = warp / parts_;
-    batches_ = divide_up(p.stages * kStage, kBatch * parts_);
+    batches_ = divide_up(p.stages * kStageK<kW4>, kBatch * parts_);
     steps_ = divide_up(m, at_once_) * batches_;
   }
 
@@ -125,7 +159,7 @@ class RowQuantizer {
 
   // Whether vector i has data for any lane: short rows do not fill a batch.
   __device__ bool warp_has(int first, int i) const {
-    return first + i * 32 * kV < p_.stages * kStage;
+    return first + i * 32 * kV < p_.stages * kStageK<kW4>;
   }
 
   // Requests a batch. Elements after the end of the row are +0.
@@ -199,7 +233,7 @@ class RowQuantizer {
 
   // Also writes 0 after the end of the row, up to the end of its last stage.
   __device__ void store(int row, int first, float inverse) const {
-    const int m = p_.epilogue.m, end = p_.stages * kStage;
+    const int m = p_.epilogue.m, end = p_.stages * kStageK<kW4>;
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
       if (!warp_has(first, i)) continue;
@@ -207,13 +241,20 @@ class RowQuantizer {
 #pragma unroll
         for (int e = 0; e < kV; ++e) {
           if (first + at(i, e) >= end) continue;
-          to_[resident_offset(row, first + at(i, e), m)] = to_int8(__fmul_rn(v_[i][e], inverse));
+          to_[resident_offset<kW4>(row, first + at(i, e), m)] =
+              to_int8(__fmul_rn(v_[i][e], inverse));
         }
         continue;
       }
       if (first + at(i, 0) >= end) continue;
       const Int8Vector<kV> packed = to_int8_vector(v_[i], inverse);
-      *reinterpret_cast<Int8Vector<kV>*>(to_ + resident_offset(row, first + at(i, 0), m)) = packed;
+      uint8_t* const place = to_ + resident_offset<kW4>(row, first + at(i, 0), m);
+      if constexpr (kW4 && kV == 8) {  // words of different lanes
+        *reinterpret_cast<uint32_t*>(place) = packed.x;
+        *reinterpret_cast<uint32_t*>(place + 16) = packed.y;
+      } else {
+        *reinterpret_cast<Int8Vector<kV>*>(place) = packed;
+      }
     }
   }
 

@@ -13,9 +13,9 @@ namespace sqk {
 
 constexpr TileBuilder kSm80Shipped[] = {
     // 96 KiB of weights in flight per SM, in rings that continue from tile to tile.
-    stream(8, 16).warps(16).rate(50),
+    stream(8, 16).warps(16).rate(50).w4(),
     // Two groups of 8 tokens: the weights are still read once.
-    stream(16, 16).warps(16).rate(50),
+    stream(16, 16).warps(16).rate(50).w4(),
     // 60 KiB in flight per block, two blocks per SM: enough for the memory's latency.
     mma(16, 64, 128).warps(1, 4).stages(6).splits(8).rate(40),
     // 72 KiB, two blocks per SM; each weight is used for 32 tokens.

@@ -13,9 +13,9 @@ namespace sqk {
 
 constexpr TileBuilder kSm89Shipped[] = {
     // 48 KiB of weights in flight per SM, in rings that continue from tile to tile.
-    stream(8, 16).warps(8).rate(50),
+    stream(8, 16).warps(8).rate(50).w4(),
     // Two groups of 8 tokens: the weights are still read once.
-    stream(16, 16).warps(8).rate(50),
+    stream(16, 16).warps(8).rate(50).w4(),
     // 48 KiB, two blocks per SM; each weight is used for 32 tokens.
     mma(32, 64, 128).warps(1, 4).stages(4).splits(8).rate(60),
     // 48 KiB, two blocks per SM: for narrow layers.

@@ -13,9 +13,9 @@ namespace sqk {
 
 constexpr TileBuilder kSm90Shipped[] = {
     // 96 KiB of weights in flight per SM, in rings that continue from tile to tile.
-    stream(8, 16).warps(16).rate(50),
+    stream(8, 16).warps(16).rate(50).w4(),
     // Two groups of 8 tokens: the weights are still read once.
-    stream(16, 16).warps(16).rate(50),
+    stream(16, 16).warps(16).rate(50).w4(),
     // wgmma's 64 rows take channels, so 16 tokens waste nothing; 220 KiB in flight.
     wgmma(16, 64, 256).swap_ab().pingpong().stages(11).rate(25),
     // The same for 32 tokens.

@@ -55,9 +55,9 @@ struct GemmParams {
 
   int32_t tile;    // a row of the current GPU's table, or -1: chosen by its rules
   int32_t splits;  // blocks that share a tile's k, if the tile can; 0: chosen
-  // 1: a promise that whatever wrote w_q ended before the kernel before this one in the stream
-  // started, as weights that never change keep it. On Hopper, the GEMM for few tokens then requests
-  // them before that kernel has ended. 0 is always right.
+  // 1: a promise that whatever wrote w_q and w_group ended before the kernel before this one in the
+  // stream started, as weights that never change keep it. On Hopper, the GEMM for few tokens then
+  // requests them before that kernel has ended. 0 is always right.
   int32_t w_constant;
 
   void* workspace;  // GemmPlan::workspace_bytes, aligned to 16; need not be cleared

@@ -1,0 +1,6 @@
+// Kernel ring: no torch.
+#include "gemm/instances/w4_stream.cuh"
+
+namespace sqk {
+template StreamKernels w4_stream_entry<stream(8, 16)>();
+}
