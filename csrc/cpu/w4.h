@@ -69,7 +69,10 @@ inline void pack_for_nibbles(const int8_t* x_q, int64_t stride, int64_t rows, in
 
 // --- the values in place -------------------------------------------------------------------------
 
-constexpr int kNibbleColumns = 2;
+// Columns of a micro-kernel: with one or two rows the memory sets the pace, and four columns keep
+// more of it busy.
+constexpr int nibble_columns(int rows) { return rows <= 2 ? 4 : 2; }
+constexpr int64_t kNibbleColumns = nibble_columns(1);
 static_assert(kPanel % kNibbleColumns == 0);
 // Groups whose steps are read at a time: all of a usual k if the block has few rows. Otherwise as
 // many as keep a panel of the weight in the L2 cache and the rows of a micro-kernel in the L1
@@ -188,7 +191,8 @@ inline void multiply_nibble_corner(const NibbleCorner& c, int32_t* sums) {
   }
 }
 
-// Up to kRows rows, and all columns of a panel. `between(n)` is called before column n.
+// Up to kRows rows, and all columns of a panel. `between` is called before some columns,
+// with the first and the end of them.
 template <int kRows, typename F>
 inline void multiply_nibble_columns(int64_t rows, NibbleCorner c, int64_t columns, int64_t left,
                                     int32_t* sums, const F& between) {
@@ -197,19 +201,20 @@ inline void multiply_nibble_columns(int64_t rows, NibbleCorner c, int64_t column
       return multiply_nibble_columns<kRows - 1>(rows, c, columns, left, sums, between);
     }
   }
-  const int64_t ahead = divide_up(kAheadBytes, kNibbleColumns * kW4Bytes * c.groups);
-  c.ahead = c.w + ahead * kNibbleColumns * c.w_stride;
+  constexpr int kColumns = nibble_columns(kRows);
+  const int64_t ahead = divide_up(kAheadBytes, kColumns * kW4Bytes * c.groups);
+  c.ahead = c.w + ahead * kColumns * c.w_stride;
   int64_t n = 0;
-  for (; n + kNibbleColumns <= columns; n += kNibbleColumns) {
-    between(n);
-    if (n + (ahead + 1) * kNibbleColumns <= left) {
-      multiply_nibble_corner<kRows, kNibbleColumns, true>(c, sums + n);
+  for (; n + kColumns <= columns; n += kColumns) {
+    between(n, n + kColumns);
+    if (n + (ahead + 1) * kColumns <= left) {
+      multiply_nibble_corner<kRows, kColumns, true>(c, sums + n);
     } else {
-      multiply_nibble_corner<kRows, kNibbleColumns, false>(c, sums + n);
+      multiply_nibble_corner<kRows, kColumns, false>(c, sums + n);
     }
-    c.w += kNibbleColumns * c.w_stride;
-    c.ahead += kNibbleColumns * c.w_stride;
-    c.steps += kNibbleColumns;
+    c.w += kColumns * c.w_stride;
+    c.ahead += kColumns * c.w_stride;
+    c.steps += kColumns;
   }
   for (; n < columns; ++n, c.w += c.w_stride, ++c.steps) {
     multiply_nibble_corner<kRows, 1, false>(c, sums + n);
@@ -242,10 +247,10 @@ inline void multiply_nibbles(const Block& block) {
       }
       for (int64_t row = 0; row < block.rows; row += Nibbles::kRows) {
         // The next panel's steps and offsets come with the columns of this one.
-        const auto between = [&](int64_t n) {
+        const auto between = [&](int64_t n, int64_t end) {
           if (row > 0 || left < 2 * kPanel) return;
-          prefetch_groups(p, done + c.groups * n / kPanel,
-                          done + c.groups * (n + kNibbleColumns) / kPanel, first + kPanel);
+          prefetch_groups(p, done + c.groups * n / kPanel, done + c.groups * end / kPanel,
+                          first + kPanel);
         };
         c.x = reinterpret_cast<const int8_t*>(row_of_x(row)) + done * kW4Group;
         multiply_nibble_columns<Nibbles::kRows>(block.rows - row, c, columns, left,
