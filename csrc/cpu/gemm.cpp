@@ -14,25 +14,25 @@ namespace sqk {
 namespace {
 
 // A block's packed rows stay in the L2 cache while all of the weight passes by. The more rows, the
-// fewer bytes of the weight for each product. Interleaved ones leave room for two panels of it.
-int64_t block_bytes(bool interleaved) { return l2_bytes() / 8 * (interleaved ? 5 : 6); }
+// fewer bytes of the weight for each product. The other forms leave room for two panels of it.
+int64_t block_bytes(Form form) { return l2_bytes() / 8 * (form == Form::kRows ? 6 : 5); }
 // Packed rows that wait for the multiplication at the same time.
 constexpr int64_t kWaitingBytes = 8 << 20;
 
 // The sizes and buffers of a call. All are functions of the problem, not of the threads.
 struct Division {
-  bool interleaved;
+  Form form;
   int64_t group_bytes;  // of kGroup packed rows
   int64_t block_rows;   // a multiple of kGroup
   int64_t batch_rows;   // rows that are packed before they are multiplied; a multiple of the above
   int64_t tasks;        // at most, that pack
   int64_t scratch_bytes;
 
-  Division(const Kernels& kernels, int64_t m, int64_t k) {
+  Division(const Kernels& kernels, int64_t m, int64_t k, bool w4) {
     const int64_t most = std::min(round_up(m, kGroup), kMostRows);
-    interleaved = kernels.interleaves(std::min(m, most), k);
-    group_bytes = kernels.packed_bytes(k);
-    const int64_t fit = block_bytes(interleaved) / group_bytes;
+    form = kernels.form(std::min(m, most), k, w4);
+    group_bytes = kernels.packed_bytes(k, form);
+    const int64_t fit = block_bytes(form) / group_bytes;
     const int64_t groups = std::clamp(fit, int64_t{1}, most / kGroup);
     const int64_t blocks = divide_up(m, groups * kGroup);
     block_rows = round_up(divide_up(m, blocks), kGroup);
@@ -75,7 +75,7 @@ struct Source {
         std::memset(to + k, 0, static_cast<size_t>(scratch.stride - k));
       }
     }
-    kernels.pack(x_q, stride, rows, k, division.interleaved, packed);
+    kernels.pack(x_q, stride, rows, k, division.form, packed);
   }
 };
 
@@ -91,8 +91,7 @@ void multiply_batch(const GemmParams& p, const Kernels& kernels, const Division&
   const int64_t blocks = divide_up(rows, division.block_rows);
   const int64_t threads = thread_count(stream);
   // A channel's gate and up belong to one task.
-  const int64_t unit =
-      std::lcm(kernels.columns(division.interleaved), is_gated(p) ? 2 * kGateBlock : 1);
+  const int64_t unit = std::lcm(kernels.columns(division.form), is_gated(p) ? 2 * kGateBlock : 1);
   const int64_t most = divide_up(p.n, unit);
   const int64_t ranges = std::min(threads / std::gcd(blocks, threads), most);
   const float inverse = inverse_of_output(p);
@@ -108,7 +107,7 @@ void multiply_batch(const GemmParams& p, const Kernels& kernels, const Division&
     block.out_inverse = inverse;
     block.first_column = columns.begin;
     block.last_column = columns.end;
-    kernels.multiply(block, division.interleaved);
+    kernels.multiply(block, division.form);
   });
 }
 
@@ -119,7 +118,7 @@ Status run(const GemmParams& p, const GemmPlan& plan, const QuantizeParams* quan
   const Kernels* const planned = kernels_of(plan.tile);
   if (planned == nullptr) return Status::kInvalidArgument;
   const Kernels& level = *planned;
-  const Division division(level, p.m, p.k);
+  const Division division(level, p.m, p.k, is_w4(p));
   if (p.workspace_bytes < division.workspace_bytes()) return Status::kWorkspaceTooSmall;
   const bool has_x = quantize != nullptr || (p.x_q != nullptr && p.x_scale != nullptr);
   if (!has_x || p.w_q == nullptr || p.w_scale == nullptr || p.y == nullptr ||
@@ -169,7 +168,6 @@ Status run(const GemmParams& p, const GemmPlan& plan, const QuantizeParams* quan
 Status check_gemm(const GemmParams& p) {
   const Status status = check(p, 1);
   if (status != Status::kSuccess) return status;
-  if (is_w4(p)) return Status::kUnsupportedShape;
   // There is no table of tiles to choose from.
   return p.tile >= 0 || p.splits > 1 ? Status::kUnsupportedShape : Status::kSuccess;
 }
@@ -181,7 +179,7 @@ void fill(const GemmParams& p, GemmPlan* plan) {
   plan->splits = 1;
   if (p.m == 0) return;
   plan->launches = 1;
-  plan->workspace_bytes = Division(*kernels_of(plan->tile), p.m, p.k).workspace_bytes();
+  plan->workspace_bytes = Division(*kernels_of(plan->tile), p.m, p.k, is_w4(p)).workspace_bytes();
 }
 
 }  // namespace

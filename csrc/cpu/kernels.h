@@ -19,6 +19,13 @@ constexpr int64_t kPanel = 48;
 // The most rows of a block, which the sums of a panel on the stack are for.
 constexpr int64_t kMostRows = 256;
 
+// How a group of packed rows lies in memory.
+enum class Form : int32_t {
+  kRows,         // one after the other
+  kInterleaved,  // side by side
+  kNibbles,      // one after the other, in the order of the values of a weight of 4 bits
+};
+
 // Packed activations: `rows` rows of `k` channels, which one call multiplies by some columns.
 struct Block {
   const GemmParams* gemm;
@@ -61,8 +68,7 @@ struct Merge {
   int64_t row;   // of y
 };
 
-// The kernels of a level. `interleaved`: the form of the packed rows, side by side in groups or one
-// after the other. Both calls must agree on it; a level that has only the latter ignores it.
+// The kernels of a level. `form`: that of the packed rows, on which all calls must agree.
 struct Kernels {
   // Reads row `row`, and computes v before quantization, smoothed and rotated: [k] floats, padded
   // with zeros to a multiple of kVector. Returns the bits of the largest |v|, which are ordered
@@ -71,17 +77,17 @@ struct Kernels {
   // clamp(rint(v * inverse), -127, 127) for `count` values, padded as above; NaN becomes 0.
   // `ordinary`: no value is NaN or rounds beyond 127, which saves two operations.
   void (*round)(const float* v, int64_t count, float inverse, bool ordinary, int8_t* x_q);
-  // Bytes of a packed group of kGroup rows, in either form.
-  int64_t (*packed_bytes)(int64_t k);
+  // Bytes of a packed group of kGroup rows.
+  int64_t (*packed_bytes)(int64_t k, Form form);
   // Packs up to kGroup rows of k bytes. Every row is readable up to a multiple of kVector.
-  void (*pack)(const int8_t* x_q, int64_t stride, int64_t rows, int64_t k, bool interleaved,
+  void (*pack)(const int8_t* x_q, int64_t stride, int64_t rows, int64_t k, Form form,
                uint8_t* packed);
   // y for the rows of a block and the columns [first_column, last_column).
-  void (*multiply)(const Block& block, bool interleaved);
-  // Whether blocks of this many rows are faster in that form.
-  bool (*interleaves)(int64_t rows, int64_t k);
+  void (*multiply)(const Block& block, Form form);
+  // The form in which blocks of this many rows are fastest.
+  Form (*form)(int64_t rows, int64_t k, bool w4);
   // Columns of a call are a multiple of this, except at the end.
-  int64_t (*columns)(bool interleaved);
+  int64_t (*columns)(Form form);
   // Attention of a part, and the output of a query.
   void (*attend)(const Part& part);
   void (*merge)(const Merge& merge);

@@ -1,5 +1,5 @@
 // The beginning of a level's file: `#define SQK_LEVEL kKernels...`, this header, a struct Dot and
-// cpu/panels.h in namespace sqk { namespace { ... } }, and the table of kernels.
+// cpu/panels.h and cpu/w4.h in namespace sqk { namespace { ... } }, and the table of kernels.
 //
 // All code is in an anonymous namespace. An inline function that two levels share by its name would
 // be linked once, perhaps with instructions that the processor lacks. For the same reason a level
@@ -45,20 +45,36 @@ namespace {
 }  // namespace sqk
 
 // The table of a level. `pack` and `multiply` are for interleaved rows, `kept(rows, k)` says when
-// they are faster, and `unit` is their columns.
+// they are faster, and `unit` is their columns. Where they are not, a weight of 4 bits is
+// multiplied as it is if there are few enough rows, and otherwise unpacked.
 #define SQK_LEVEL_TABLE(pack, multiply, kept, unit)                                            \
   extern const Kernels SQK_LEVEL;                                                              \
   const Kernels SQK_LEVEL = {                                                                  \
       values,                                                                                  \
       round_values,                                                                            \
-      group_bytes,                                                                             \
-      [](const int8_t* x_q, int64_t stride, int64_t rows, int64_t k, bool interleaved,         \
-         uint8_t* to) { (interleaved ? pack : pack_rows)(x_q, stride, rows, k, to); },         \
-      [](const Block& block, bool interleaved) {                                               \
-        (interleaved ? multiply : multiply_rows)(block);                                       \
+      [](int64_t k, Form form) -> int64_t {                                                    \
+        return form == Form::kNibbles ? kGroup * nibble_row(k) : group_bytes(k);               \
       },                                                                                       \
-      kept,                                                                                    \
-      [](bool interleaved) -> int64_t { return interleaved ? unit : int64_t{Dot::kColumns}; }, \
+      [](const int8_t* x_q, int64_t stride, int64_t rows, int64_t k, Form form, uint8_t* to) { \
+        form == Form::kNibbles ? pack_for_nibbles(x_q, stride, rows, k, to)                    \
+        : form == Form::kRows  ? pack_rows(x_q, stride, rows, k, to)                           \
+                               : pack(x_q, stride, rows, k, to);                               \
+      },                                                                                       \
+      [](const Block& block, Form form) {                                                      \
+        form == Form::kNibbles ? multiply_nibbles(block)                                       \
+        : form == Form::kRows  ? multiply_by_rows(block)                                       \
+                               : multiply(block);                                              \
+      },                                                                                       \
+      [](int64_t rows, int64_t k, bool w4) {                                                   \
+        return kept(rows, k)                             ? Form::kInterleaved                  \
+               : w4 && rows <= Nibbles::kMostRowsInPlace ? Form::kNibbles                      \
+                                                         : Form::kRows;                        \
+      },                                                                                       \
+      [](Form form) -> int64_t {                                                               \
+        return form == Form::kNibbles ? kNibbleColumns                                         \
+               : form == Form::kRows  ? int64_t{Dot::kColumns}                                 \
+                                      : int64_t{unit};                                         \
+      },                                                                                       \
       attend,                                                                                  \
       merge_parts,                                                                             \
   };

@@ -12,7 +12,9 @@ namespace {
 // Each needs those before it.
 // clang-format off
 #include "cpu/dot512.h"
+#include "cpu/nibbles512.h"
 #include "cpu/panels.h"
+#include "cpu/w4.h"
 #include "cpu/interleaved.h"
 #include "cpu/tile_output.h"
 #include "cpu/tiles.h"

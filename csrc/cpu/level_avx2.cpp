@@ -9,6 +9,7 @@
 namespace sqk {
 namespace {
 
+#include "cpu/nibbles256.h"
 #include "cpu/totals256.h"
 
 struct Dot {
@@ -37,9 +38,30 @@ struct Dot {
   }
 };
 
+struct Nibbles {
+  static constexpr int64_t kMostRowsInPlace = kMostRows;
+  static constexpr int kRows = 4;
+  static constexpr bool kStepTwice = true;
+  using Values = Nibbles256;
+  using Step = __m256i;
+  static Values read(const uint8_t* w) { return read_nibbles256(w); }
+  static Step read_step(const int32_t* step) { return _mm256_set1_epi32(*step); }
+  // vpmaddubsw never saturates here: the sum of two products is at most 2 * 15 * 128.
+  static Dot::Sum add(Dot::Sum sum, const int8_t* x, const Values& values, Step step) {
+    __m256i products = _mm256_maddubs_epi16(values.of[0], read_x(x, 0));
+    for (int i = 1; i < 4; ++i) {
+      products = _mm256_add_epi16(products, _mm256_maddubs_epi16(values.of[i], read_x(x, i)));
+    }
+    __asm__("vpaddd %1, %0, %0" : "+x"(sum) : "x"(_mm256_madd_epi16(products, step)));
+    return sum;
+  }
+  static __m256i read_x(const int8_t* x, int i) { return ::sqk::read<__m256i>(x + 32 * i); }
+};
+
 // Each needs those before it.
 // clang-format off
 #include "cpu/panels.h"
+#include "cpu/w4.h"
 #include "cpu/scores.h"
 #include "cpu/attend.h"
 // clang-format on

@@ -9,7 +9,9 @@ namespace {
 // Each needs those before it.
 // clang-format off
 #include "cpu/dot512.h"
+#include "cpu/nibbles512.h"
 #include "cpu/panels.h"
+#include "cpu/w4.h"
 #include "cpu/interleaved.h"
 #include "cpu/wide512.h"
 #include "cpu/scores512.h"

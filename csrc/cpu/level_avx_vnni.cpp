@@ -6,6 +6,7 @@
 namespace sqk {
 namespace {
 
+#include "cpu/nibbles256.h"
 #include "cpu/totals256.h"
 
 struct Dot {
@@ -35,9 +36,36 @@ struct Dot {
   }
 };
 
+struct Nibbles {
+  // Beyond that, what unpacking costs is less than a step for each row and group.
+  static constexpr int64_t kMostRowsInPlace = 8;
+  static constexpr int kRows = 4;
+  static constexpr bool kStepTwice = false;
+  using Values = Nibbles256;
+  using Step = __m256i;
+  static Values read(const uint8_t* w) { return read_nibbles256(w); }
+  static Step read_step(const int32_t* step) { return _mm256_set1_epi32(*step); }
+  // Sums of products fit 16 bits, so that the step is a factor of 16 bits as well, with 0 for the
+  // upper halves: vpdpwssd multiplies and adds.
+  static Dot::Sum add(Dot::Sum sum, const int8_t* x, const Values& values, Step step) {
+    __m256i products = _mm256_setzero_si256();
+    for (int i = 0; i < 4; ++i) {
+      __asm__("%{vex%} vpdpbusd %2, %1, %0"
+              : "+x"(products)
+              : "x"(values.of[i]), "x"(::sqk::read<__m256i>(x + 32 * i)));
+    }
+    __asm__("%{vex%} vpdpwssd %2, %1, %0" : "+x"(sum) : "x"(products), "x"(step));
+    return sum;
+  }
+  static void unpack(const uint8_t* w, const int8_t* group, int8_t* to) {
+    unpack_nibbles256(w, group, to);
+  }
+};
+
 // Each needs those before it.
 // clang-format off
 #include "cpu/panels.h"
+#include "cpu/w4.h"
 #include "cpu/scores.h"
 #include "cpu/attend.h"
 // clang-format on

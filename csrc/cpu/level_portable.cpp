@@ -25,15 +25,48 @@ struct Dot {
   template <int kCount>
   static void totals(const Sum* sums, int32_t* to) {
     for (int n = 0; n < kCount; ++n) {
-      to[n] = 0;
-      for (int lane = 0; lane < kStep; ++lane) to[n] += sums[n][lane];
+      uint32_t total = 0;  // wraps around
+      for (int lane = 0; lane < kStep; ++lane) total += static_cast<uint32_t>(sums[n][lane]);
+      to[n] = static_cast<int32_t>(total);
     }
+  }
+};
+
+struct Nibbles {
+  static constexpr int64_t kMostRowsInPlace = kMostRows;
+  static constexpr int kRows = 2;
+  static constexpr bool kStepTwice = false;
+  static constexpr int kParts = kW4Bytes / Dot::kStep;
+  using Bytes16 = VectorOf<uint8_t, Dot::kStep>::Type;
+  using Products = VectorOf<int16_t, Dot::kStep>::Type;
+  struct Values {
+    Bytes16 of[2 * kParts];
+  };
+  using Step = int32_t;
+  static Values read(const uint8_t* w) {
+    Values values;
+    for (int i = 0; i < kParts; ++i) {
+      const auto both = ::sqk::read<Bytes16>(w + i * Dot::kStep);
+      values.of[i] = both & 15;
+      values.of[kParts + i] = both >> 4;
+    }
+    return values;
+  }
+  static Step read_step(const int32_t* step) { return *step; }
+  static Dot::Sum add(Dot::Sum sum, const int8_t* x, const Values& values, Step step) {
+    Products products = {};
+    for (int i = 0; i < 2 * kParts; ++i) {
+      products += __builtin_convertvector(Dot::read_x(x + i * Dot::kStep), Products) *
+                  __builtin_convertvector(values.of[i], Products);
+    }
+    return sum + __builtin_convertvector(products, Dot::Sum) * step;
   }
 };
 
 // Each needs those before it.
 // clang-format off
 #include "cpu/panels.h"
+#include "cpu/w4.h"
 #include "cpu/scores.h"
 #include "cpu/attend.h"
 // clang-format on

@@ -96,13 +96,45 @@ inline void multiply_rest(int64_t rows, const Corner& c, int32_t* sums, bool add
   if (rows > 0) multiply_corner<kRows, kColumns, false, 0>(c, sums, nullptr, add);
 }
 
+// All rows of the block and c.depth channels of kColumns columns of the weight.
+template <int kColumns>
+inline void multiply_depth(int64_t rows, Corner c, bool prefetch, bool add, int32_t* sums,
+                           int32_t* excess) {
+  constexpr bool kExcess = Dot::kX != 0;
+  constexpr int kShare = kColumns > 1 ? 2 : 1;
+  int64_t row = 0;
+  const auto advance = [&](int64_t count) {
+    row += count;
+    c.x += count * c.x_stride;
+  };
+  // With few rows the memory sets the pace, and the first corner prefetches everything. It has
+  // two rows, which leaves registers for the excess.
+  int64_t wanted = prefetch ? kColumns : 0;
+  if (rows == 1) {
+    multiply_corner<1, kColumns, kExcess, kColumns>(c, sums, excess, add);
+  } else if (rows <= 2 * Dot::kRows) {
+    multiply_corner<2, kColumns, kExcess, kColumns>(c, sums, excess, add);
+    wanted = 0;
+  } else {
+    multiply_corner<2, kColumns, kExcess, 0>(c, sums, excess, add);
+  }
+  advance(rows == 1 ? 1 : 2);
+  // With more, the next corners share the prefetch, so that none of them waits for it.
+  for (; wanted >= kShare && row + Dot::kRows <= rows; wanted -= kShare, advance(Dot::kRows)) {
+    multiply_corner<Dot::kRows, kColumns, false, kShare>(c, sums + row * kPanel, nullptr, add);
+    c.ahead += kShare * c.w_stride;
+  }
+  for (; row + Dot::kRows <= rows; advance(Dot::kRows)) {
+    multiply_corner<Dot::kRows, kColumns, false, 0>(c, sums + row * kPanel, nullptr, add);
+  }
+  multiply_rest<Dot::kRows - 1, kColumns>(rows - row, c, sums + row * kPanel, add);
+}
+
 // kColumns columns of the weight and all rows of the block, and the prefetch of later columns, of
 // which `left` remain.
 template <int kColumns>
 inline void multiply_columns(int64_t rows, const Corner& start, int64_t left, int32_t* sums,
                              int32_t* excess) {
-  constexpr bool kExcess = Dot::kX != 0;
-  constexpr int kShare = kColumns > 1 ? 2 : 1;
   const int64_t ahead = divide_up(kAheadBytes, kColumns * start.depth) * kColumns;
   const bool prefetch = ahead + kColumns <= left;
   for (int64_t done = 0; done < start.depth; done += kDepth) {
@@ -112,32 +144,7 @@ inline void multiply_columns(int64_t rows, const Corner& start, int64_t left, in
     c.depth = start.depth - done < kDepth ? start.depth - done : kDepth;
     c.ahead = c.w + (prefetch ? ahead : 0) * c.w_stride;
     const bool add = done > 0;
-    int64_t row = 0;
-    const auto advance = [&](int64_t count) {
-      row += count;
-      c.x += count * c.x_stride;
-    };
-    // With few rows the memory sets the pace, and the first corner prefetches everything. It has
-    // two rows, which leaves registers for the excess.
-    int64_t wanted = prefetch ? kColumns : 0;
-    if (rows == 1) {
-      multiply_corner<1, kColumns, kExcess, kColumns>(c, sums, excess, add);
-    } else if (rows <= 2 * Dot::kRows) {
-      multiply_corner<2, kColumns, kExcess, kColumns>(c, sums, excess, add);
-      wanted = 0;
-    } else {
-      multiply_corner<2, kColumns, kExcess, 0>(c, sums, excess, add);
-    }
-    advance(rows == 1 ? 1 : 2);
-    // With more, the next corners share the prefetch, so that none of them waits for it.
-    for (; wanted >= kShare && row + Dot::kRows <= rows; wanted -= kShare, advance(Dot::kRows)) {
-      multiply_corner<Dot::kRows, kColumns, false, kShare>(c, sums + row * kPanel, nullptr, add);
-      c.ahead += kShare * c.w_stride;
-    }
-    for (; row + Dot::kRows <= rows; advance(Dot::kRows)) {
-      multiply_corner<Dot::kRows, kColumns, false, 0>(c, sums + row * kPanel, nullptr, add);
-    }
-    multiply_rest<Dot::kRows - 1, kColumns>(rows - row, c, sums + row * kPanel, add);
+    multiply_depth<kColumns>(rows, c, prefetch, add, sums, excess);
   }
 }
 

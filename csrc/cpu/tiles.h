@@ -1,5 +1,5 @@
 // The GEMM of a block of packed rows on the tile registers. Included by level_amx.cpp only, in an
-// anonymous namespace, after tile_output.h.
+// anonymous namespace, after tile_output.h and w4.h.
 
 constexpr int64_t kTileBytes = 64;  // channels of a tile
 constexpr int64_t kTileColumns = kTilesWide * kTileRows;
@@ -56,20 +56,29 @@ struct TileOperands {
   int64_t w_stride;
   const WeightTail* tail;
   const uint8_t* x;
-  int64_t k;
+  int64_t x_group;      // bytes from a group of rows to the next
+  int64_t k;            // channels
   const int8_t* ahead;  // rows of the weight to bring into the L2 cache meanwhile
+  bool add;             // to the sums of other channels
 };
 
-// kWeights x kTokens tiles of sums over all of k, in registers, then in `sums`, once the finisher
-// has read those before. kAhead: how many rows it prefetches.
+// kWeights x kTokens tiles of sums over o.k channels, in registers, then in `sums`, once the
+// finisher has read those before. kAhead: how many rows it prefetches.
 template <int kWeights, int kTokens, int kAhead>
 inline void multiply_tile_corner(const TileOperands& o, TileSums& sums, TileFinisher& finisher) {
   constexpr bool kAll = kWeights > 1 && kTokens > 1;
-  _tile_zero(0);
-  if constexpr (kTokens > 1) _tile_zero(1);
-  if constexpr (kWeights > 1) _tile_zero(2);
-  if constexpr (kAll) _tile_zero(3);
-  const uint8_t* const x_next = o.x + group_bytes(o.k);
+  if (o.add) {
+    _tile_loadd(0, sums.of[0], 64);
+    if constexpr (kTokens > 1) _tile_loadd(1, sums.of[1], 64);
+    if constexpr (kWeights > 1) _tile_loadd(2, sums.of[2], 64);
+    if constexpr (kAll) _tile_loadd(3, sums.of[3], 64);
+  } else {
+    _tile_zero(0);
+    if constexpr (kTokens > 1) _tile_zero(1);
+    if constexpr (kWeights > 1) _tile_zero(2);
+    if constexpr (kAll) _tile_zero(3);
+  }
+  const uint8_t* const x_next = o.x + o.x_group;
   const auto step = [&](const int8_t* weight, int64_t stride, int64_t at) {
     _tile_loadd(6, o.x + at * kTileRows, 64);
     _tile_loadd(4, weight, stride);
@@ -113,9 +122,15 @@ inline void multiply_tile_columns(const Block& block, const int8_t* w, int64_t f
     if (!finisher.streams()) prefetch_y(block, row, rows, first, columns);
     const auto corner = [&](auto tokens, auto ahead) {
       constexpr int kAhead = decltype(ahead)::value;
-      const TileOperands operands = {w,     p.w_q_stride,
-                                     &tail, block.x + row / kGroup * group_bytes(p.k),
-                                     p.k,   w + (kTileColumns + index * kAhead) * p.w_q_stride};
+      const int64_t x_group = group_bytes(p.k);
+      const TileOperands operands = {w,
+                                     p.w_q_stride,
+                                     &tail,
+                                     block.x + row / kGroup * x_group,
+                                     x_group,
+                                     p.k,
+                                     w + (kTileColumns + index * kAhead) * p.w_q_stride,
+                                     false};
       multiply_tile_corner<kWeights, decltype(tokens)::value, kAhead>(operands, sums, finisher);
     };
     // The corners of these columns share the prefetch of the next ones.
@@ -135,10 +150,47 @@ inline void multiply_tile_columns(const Block& block, const int8_t* w, int64_t f
   }
 }
 
-inline void multiply_tiles(const Block& block) {
+// Channels of a weight of 4 bits that are unpacked for all rows of a block, before the next ones.
+constexpr int64_t kUnpackedTileDepth = 2048;
+
+// The same for a weight of 4 bits. All corners of these columns keep their sums meanwhile.
+struct UnpackedTiles {
+  Unpacked<kTileColumns, kUnpackedTileDepth> w;
+  TileSums sums[kMostRows / (2 * kTileRows)];
+};
+
+template <int kWeights>
+inline void multiply_unpacked_tile_columns(const Block& block, int64_t first, int64_t columns,
+                                           UnpackedTiles& tiles, TileFinisher& finisher) {
   const GemmParams& p = *block.gemm;
-  TileSums sums;
-  TileFinisher finisher(block);
+  const int64_t x_group = group_bytes(p.k);
+  for (int64_t done = 0; done < p.k; done += kUnpackedTileDepth) {
+    const int64_t rest = p.k - done, depth = rest < kUnpackedTileDepth ? rest : kUnpackedTileDepth;
+    // Nor does the compiler see that tile loads read `w`, before this and after WeightTail.
+    __asm__ volatile("" ::: "memory");
+    tiles.w.fill<Nibbles>(p, first, columns, done, depth);
+    const WeightTail tail(tiles.w.of, tiles.w.kStride, columns, depth);
+    for (int64_t row = 0; row < block.rows; row += 2 * kTileRows) {
+      const int64_t left = block.rows - row, rows = left < 2 * kTileRows ? left : 2 * kTileRows;
+      TileSums& sums = tiles.sums[row / (2 * kTileRows)];
+      if (done == 0 && !finisher.streams()) prefetch_y(block, row, rows, first, columns);
+      const TileOperands operands = {
+          tiles.w.of, tiles.w.kStride, &tail,   block.x + row / kGroup * x_group + done * kTileRows,
+          x_group,    depth,           nullptr, done > 0};
+      if (rows <= kTileRows) {
+        multiply_tile_corner<kWeights, 1, 0>(operands, sums, finisher);
+      } else {
+        multiply_tile_corner<kWeights, 2, 0>(operands, sums, finisher);
+      }
+      if (rest <= kUnpackedTileDepth) finisher.start({&sums, row, rows, first, columns});
+    }
+  }
+}
+
+// Calls f(weights, first, columns, prefetch) for the columns of a block, 32 at a time. `weights`:
+// how many tiles hold them. The tile registers are configured then.
+template <typename F>
+inline void for_tile_columns(const Block& block, const F& f) {
   int64_t configured = -1;
   for (int64_t first = block.first_column; first < block.last_column; first += kTileColumns) {
     const int64_t left = block.last_column - first;
@@ -150,13 +202,32 @@ inline void multiply_tiles(const Block& block) {
       _tile_loadconfig(&shapes);
       configured = columns;
     }
-    const int8_t* w = p.w_q + first * p.w_q_stride;
     if (second > 0) {
-      multiply_tile_columns<2>(block, w, first, columns, prefetch, sums, finisher);
+      f(std::integral_constant<int, 2>{}, first, columns, prefetch);
     } else {
-      multiply_tile_columns<1>(block, w, first, columns, prefetch, sums, finisher);
+      f(std::integral_constant<int, 1>{}, first, columns, prefetch);
     }
   }
-  finisher.end();
+}
+
+inline void multiply_tiles(const Block& block) {
+  const GemmParams& p = *block.gemm;
+  TileFinisher finisher(block);
+  if (is_w4(p)) {
+    UnpackedTiles tiles;
+    for_tile_columns(block, [&](auto weights, int64_t first, int64_t columns, bool) {
+      multiply_unpacked_tile_columns<decltype(weights)::value>(block, first, columns, tiles,
+                                                               finisher);
+    });
+    finisher.end();
+  } else {
+    TileSums sums;
+    for_tile_columns(block, [&](auto weights, int64_t first, int64_t columns, bool prefetch) {
+      const int8_t* w = p.w_q + first * p.w_q_stride;
+      multiply_tile_columns<decltype(weights)::value>(block, w, first, columns, prefetch, sums,
+                                                      finisher);
+    });
+    finisher.end();
+  }
   _tile_release();
 }

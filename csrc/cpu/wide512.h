@@ -1,5 +1,5 @@
 // The GEMM of many rows by 8-bit dot products. Included by level_avx512_vnni.cpp only, in an
-// anonymous namespace, after interleaved.h.
+// anonymous namespace, after interleaved.h and w4.h.
 //
 // Adding up lanes costs as much for a short k as for a long one. With many rows it is cheaper to
 // pack a panel of the weight as well, so that each lane is a column, and the panel serves all rows.
@@ -20,9 +20,11 @@ struct WidePanel {
   alignas(64) uint8_t of[kWideDepth * kPanel];
 };
 
-// Packs `depth` channels of up to kPanel columns, and adds kX times their sums to `excess`.
-inline void pack_panel(const int8_t* w, int64_t stride, int64_t columns, int64_t depth,
-                       WidePanel& panel, int32_t* excess) {
+// Packs `depth` channels of up to kPanel columns, and adds kX times their sums to `excess`. All
+// start at `first` and at `channel`, a multiple of kWideDepth.
+template <bool kW4>
+inline void pack_panel(const GemmParams& p, int64_t first, int64_t columns, int64_t channel,
+                       int64_t depth, WidePanel& panel, int32_t* excess) {
   for (int64_t vector = 0; vector < kWideVectors; ++vector) {
     __m512i sums = _mm512_loadu_si512(excess + 16 * vector);
     for (int64_t at = 0; at < depth; at += kPackedStep) {
@@ -32,7 +34,17 @@ inline void pack_panel(const int8_t* w, int64_t stride, int64_t columns, int64_t
       const auto row = [&](int64_t i) {
         const int64_t n = 16 * vector + i;
         const __mmask64 own = n < columns ? mask : 0;
-        return _mm512_maskz_loadu_epi8(own, w + (n < columns ? n : 0) * stride + at);
+        const int64_t column = first + (n < columns ? n : 0), begin = channel + at;
+        const int8_t* const w = p.w_q + column * p.w_q_stride;
+        if constexpr (kW4) {
+          const int64_t group = begin / kW4Group;
+          const auto* const values = reinterpret_cast<const uint8_t*>(w) + group * kW4Bytes;
+          return _mm512_maskz_mov_epi8(
+              own, Nibbles::weights(Nibbles::read(values), group_of(p, group, column),
+                                    begin % kW4Group != 0));
+        } else {
+          return _mm512_maskz_loadu_epi8(own, w + begin);
+        }
       };
       transpose(row, channels);
       for (int64_t i = 0; i < 16; ++i) {
@@ -78,8 +90,10 @@ inline void prefetch_part(const int8_t* w, int64_t stride, int64_t rows, int64_t
   }
 }
 
-inline void multiply_wide_block(const Block& block) {
+template <bool kW4>
+inline void multiply_wide_panels(const Block& block) {
   const GemmParams& p = *block.gemm;
+  constexpr int64_t kChannels = kW4 ? 2 : 1;  // of a byte of the weight
   Sums sums;
   WidePanel panel;
   const int64_t parts = divide_up(block.rows, int64_t{kWideRows});
@@ -90,12 +104,13 @@ inline void multiply_wide_block(const Block& block) {
     std::memset(sums.excess, 0, sizeof sums.excess);
     for (int64_t done = 0; done < p.k; done += kWideDepth) {
       const int64_t depth = p.k - done < kWideDepth ? p.k - done : kWideDepth;
-      pack_panel(w + done, p.w_q_stride, columns, depth, panel, sums.excess);
+      pack_panel<kW4>(p, first, columns, done, depth, panel, sums.excess);
       for (int64_t part = 0; part < parts; ++part) {
         const int64_t row = part * kWideRows;
         const int64_t rest = block.rows - row;
         if (done == 0) prefetch_y(block, row, rest < kWideRows ? rest : kWideRows, first, columns);
-        prefetch_part(w + kPanel * p.w_q_stride + done, p.w_q_stride, after, depth, part, parts);
+        prefetch_part(w + kPanel * p.w_q_stride + done / kChannels, p.w_q_stride, after,
+                      depth / kChannels, part, parts);
         multiply_wide(
             block.x + row / kGroup * group_bytes(p.k) + done * kGroup + row % kGroup * kFour, panel,
             depth, sums.of + row * kPanel, done > 0);
@@ -103,4 +118,8 @@ inline void multiply_wide_block(const Block& block) {
     }
     finish_rows(block, sums.of, sums.excess, 0, block.rows, first, columns);
   }
+}
+
+inline void multiply_wide_block(const Block& block) {
+  (is_w4(*block.gemm) ? multiply_wide_panels<true> : multiply_wide_panels<false>)(block);
 }

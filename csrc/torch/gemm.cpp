@@ -28,7 +28,7 @@ Tensor gemm(const char* op, const Tensor& x_q, const Tensor& w_q, const Tensor& 
   return gemm.run(launch);
 }
 
-[[maybe_unused]] Tensor gemm_w4a8_op(const Tensor& x_q, const Tensor& w_q4, const Tensor& w_group,
+Tensor gemm_w4a8_op(const Tensor& x_q, const Tensor& w_q4, const Tensor& w_group,
                     const Tensor& x_scale, const Tensor& w_scale, const MaybeTensor& bias,
                     const MaybeTensor& residual, ScalarType out_dtype) {
   return gemm("gemm_w4a8", x_q, w_q4, x_scale, w_scale, bias, residual, out_dtype, -1, 0, w_group);
@@ -69,9 +69,7 @@ Tensor gemm_s8_requant_op(const Tensor& x_q, const Tensor& w_q, const Tensor& x_
 
 STABLE_TORCH_LIBRARY_IMPL(smoothquant_kernels, SQK_DISPATCH_KEY, m) {
   m.impl("gemm_s8", TORCH_BOX(&sqk::gemm_s8_op));
-#ifndef SQK_CPU  // W4: not yet
   m.impl("gemm_w4a8", TORCH_BOX(&sqk::gemm_w4a8_op));
-#endif
   m.impl("gemm_s8_requant", TORCH_BOX(&sqk::gemm_s8_requant_op));
 #ifndef SQK_CPU
   m.impl("_gemm_s8_tile", TORCH_BOX(&sqk::gemm_s8_tile_op));

@@ -56,7 +56,7 @@ Tensor linear_s8_op(const Tensor& x, const Tensor& w_q, const Tensor& w_scale,
   return run(quantizer, gemm);
 }
 
-[[maybe_unused]] Tensor linear_w4a8_op(const Tensor& x, const Tensor& w_q4, const Tensor& w_group,
+Tensor linear_w4a8_op(const Tensor& x, const Tensor& w_q4, const Tensor& w_group,
                       const Tensor& w_scale, const MaybeTensor& bias, const MaybeTensor& residual,
                       const MaybeTensor& inv_smooth, const MaybeTensor& scale,
                       StringHandle granularity_handle, int64_t rotation) {
@@ -117,8 +117,6 @@ Tensor fused_linear_s8_op(const Tensor& x, StringHandle kind_handle, const Tenso
 
 STABLE_TORCH_LIBRARY_IMPL(smoothquant_kernels, SQK_DISPATCH_KEY, m) {
   m.impl("linear_s8", TORCH_BOX(&sqk::linear_s8_op));
-#ifndef SQK_CPU  // W4: not yet
   m.impl("linear_w4a8", TORCH_BOX(&sqk::linear_w4a8_op));
-#endif
   m.impl("fused_linear_s8", TORCH_BOX(&sqk::fused_linear_s8_op));
 }

@@ -89,6 +89,7 @@ def test_the_level_may_change_while_others_compute() -> None:
     """A workspace that was sized for one level is large enough for every other."""
     x, w = torch.ones(100, 256), torch.ones(64, 256, dtype=torch.int8)
     scale = torch.full((64,), 0.5)
+    w4 = torch.zeros(64, 128, dtype=torch.uint8), torch.ones(2, 64, 2, dtype=torch.int8)
     done = threading.Event()
 
     def change() -> None:
@@ -102,6 +103,7 @@ def test_the_level_may_change_while_others_compute() -> None:
     try:
         for _ in range(3000):
             assert float(ops.linear_s8(x, w, scale)[0, 0]) == 128.0
+            assert float(ops.linear_w4a8(x, *w4, scale)[0, 0]) == 128.0
     finally:
         done.set()
         worker.join()
@@ -154,10 +156,16 @@ def test_the_ops_have_the_kernels_of_the_library() -> None:
         "registry._CPU_KERNELS.clear()\n"
         "one = torch.ones(1, 4); w = one.char(); s = one[0, :1]\n"
         "print(ops.linear_s8(one, w, s).item(), ops.gemm_s8(w, w, s, s).item(), ops.quantize(one)[0].tolist())\n"
-        "print(ops.rms_norm_quantize(one, one[0], 0.0)[0].tolist(), ops.act_quantize(one, 'relu')[0].tolist())"
+        "print(ops.rms_norm_quantize(one, one[0], 0.0)[0].tolist(), ops.act_quantize(one, 'relu')[0].tolist())\n"
+        "w4 = torch.full((1, 64), 0x11).byte(), torch.tensor([[[2, -1]]]).char()\n"
+        "print(ops.linear_w4a8(one, *w4, s).item(), ops.gemm_w4a8(w, *w4, s, s).item())"
     )
     largest = "[[127, 127, 127, 127]]"
-    assert done.stdout.splitlines() == [f"4.0 4.0 {largest}", f"{largest} {largest}"]
+    assert done.stdout.splitlines() == [
+        f"4.0 4.0 {largest}",
+        f"{largest} {largest}",
+        "4.0 4.0",
+    ]
     assert not done.stderr, "torch warns of a kernel that replaces another"
 
 

@@ -131,6 +131,19 @@ void multiply(Problem& p, int level, const sqk::Threads& threads, const std::vec
   sqk::LinearParams linear = {quantize_params(p), gemm};
   run(linear, linear.gemm, sqk::linear_s8, threads);
   compare("linear_s8", p, level, threads.count, y, layer);
+  if (p.w_group.empty()) return;
+
+  gemm.w_q = p.w_q4.data();
+  gemm.w_q_stride = sqk::kW4Bytes * sqk::w4_groups(p.k);
+  gemm.w_group = p.w_group.data();
+  std::fill(y.begin(), y.end(), T{});
+  run(gemm, gemm, sqk::gemm_s8, threads);
+  compare("gemm_w4a8", p, level, threads.count, y, product);
+
+  std::fill(y.begin(), y.end(), T{});
+  linear = {quantize_params(p), gemm};
+  run(linear, linear.gemm, sqk::linear_s8, threads);
+  compare("linear_w4a8", p, level, threads.count, y, layer);
 }
 
 void multiply_gated(const Problem& p, int level, const sqk::Threads& threads) {

@@ -66,10 +66,36 @@ struct Problem {
   std::vector<float> x, other, sum, weight, bias, inv_smooth, scale;
   std::vector<float> w_scale, y_bias, residual, x_scale, out_scale;
   std::vector<int8_t> w_q, x_q;
+  // The weight once more in 4 bits, as GemmParams has it, if it is made of such.
+  std::vector<int8_t> w_q4, w_group;
   Producer activation;  // of the gated product of the same operands; kQuantize: there is none
   DType gate_dtype;
   std::vector<float> gate_smooth, gate_scale;
 };
+
+// Makes w_q of values 0 to 15 with a step and an offset for each group. Values beyond k are random.
+void make_w4(Problem& p) {
+  const int64_t groups = sqk::w4_groups(p.k);
+  const bool largest = chance(20);
+  p.w_q4 = filled<int8_t>(p.n * groups * sqk::kW4Bytes, any_int8);
+  if (largest) std::fill(p.w_q4.begin(), p.w_q4.end(), static_cast<int8_t>(-1));
+  for (int64_t i = 0; i < groups * p.n; ++i) {
+    const int64_t step = largest ? 15 : static_cast<int64_t>(random_bits() % 16);
+    p.w_group.push_back(static_cast<int8_t>(step));
+    p.w_group.push_back(static_cast<int8_t>(
+        static_cast<int64_t>(random_bits() % static_cast<unsigned>(256 - 15 * step)) - 128));
+  }
+  for (int64_t n = 0; n < p.n; ++n) {
+    for (int64_t k = 0; k < p.k; ++k) {
+      const int64_t group = k / sqk::kW4Group, i = k % 128 / 32, t = k % 16 / 4, j = k % 4;
+      const auto byte =
+          static_cast<uint8_t>(p.w_q4[(n * groups + group) * sqk::kW4Bytes + 16 * t + 4 * i + j]);
+      const int value = k % 32 < 16 ? byte % 16 : byte / 16;
+      const int8_t* const own = &p.w_group[2 * (group * p.n + n)];
+      p.w_q[n * p.k + k] = static_cast<int8_t>(value * own[0] + own[1]);
+    }
+  }
+}
 
 Problem make_problem() {
   Problem p = {};
@@ -131,6 +157,7 @@ Problem make_problem() {
     p.gate_scale = {0.01f};
     p.out_scale = {0.05f};
   }
+  if (p.y_dtype != DType::kInt8 && chance(60)) make_w4(p);
   return p;
 }
 

@@ -1,13 +1,17 @@
-"""The CPU kernels in C++ alone: with sanitizers, at every level of this processor, and with planted defects.
+"""The CPU kernels in C++ alone: with sanitizers, at every level, and with planted defects.
 
 cpu_kernels.cpp runs the problems of cpu_problems.h and compares with its specification. Each build is made once; a
-planted defect compiles again only the sources that it changes.
+planted defect compiles again only the sources that it changes. Levels that this processor lacks run in plain C++, for
+which emulated.h replaces their intrinsics, and `emulate` their assembly, in a copy.
 """
 
 from __future__ import annotations
 
 import functools
 import os
+import platform
+import re
+import shutil
 import subprocess
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +20,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.csrc.cpu_mutants import MUTANTS, Mutant
 from tests.support.mutants import with_replaced
 from tools.build import cpu
 from tools.build.plan import ROOT, BuildError, jobs
@@ -29,7 +34,15 @@ BUILDS = {
     "plain": (),
     "address": ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
     "thread": ("-O1", "-g", "-fsanitize=thread"),
+    "emulated": ("-O1", "-Wno-psabi"),
 }
+EMULATED = ("avx_vnni", "avx512_vnni", "amx")
+#: An instruction in assembly that adds to its first operand: (name, sum, factor, factor).
+ASSEMBLY = re.compile(
+    r'__asm__\(\s*"(?:%\{vex%\} )?(vpdp\w+) %2, %1, %0"\s*:\s*"\+[vx]"\((\w+)\)'
+    r'\s*:\s*"[vx]"\(([^;]*?)\),\s*"[vx]"\(([^;]*?)\)\);'
+)
+FOUR_CHANNELS = re.compile(r'__asm__\("vpdpbusd %2%\{1to16%\}[^;]*;')
 #: A planted defect shows with one of them: tasks that meet in a row of a random problem are rare.
 SEEDS = (5, 6, 7, 8, 9)
 
@@ -38,9 +51,13 @@ SEEDS = (5, 6, 7, 8, 9)
 class Built:
     """The objects of a build in a folder, by their sources."""
 
+    name: str
     folder: Path
-    flags: tuple[str, ...]
     objects: dict[str, Path]
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        return BUILDS[self.name]
 
     def program(self, name: str = "program", **replaced: Path) -> Path:
         """Links the program, with other objects for some sources (by their stems)."""
@@ -69,15 +86,38 @@ def levels() -> list[str]:
     return [name for name, why in cpu.usable_levels(compiler()).items() if not why]
 
 
-def compile_source(source: str, target: Path, flags: tuple[str, ...], root: Path = ROOT) -> None:
-    level = cpu.level_of_source(source)
-    macros = [f"-DSQK_CPU_HAS_{name.upper()}={int(name in levels())}" for name in cpu.LEVELS]
-    own = cpu.LEVELS[level] if level else ()
+def emulate(csrc: Path) -> None:
+    """Replaces the assembly of a copy, and makes it run the emulated levels."""
+    found = 0
+    for file in sorted((csrc / "cpu").iterdir()):
+        text, count = ASSEMBLY.subn(r"emulated::\1(\2, \3, \4);", file.read_text())
+        text, more = FOUR_CHANNELS.subn(
+            "emulated::vpdpbusd(sum, keys, _mm512_set1_epi32(read<int32_t>(q)));", text
+        )
+        found += count + more
+        file.write_text(text)
+    assert found == 6, f"{found} instructions in assembly are emulated; adapt ASSEMBLY"
+    levels_file, first = csrc / "cpu/levels.cpp", "bool runs(Level level) {\n  constexpr"
+    run_all = "bool runs(Level level) {\n  if (level > Level::kAvx2) return true;\n  constexpr"
+    levels_file.write_text(with_replaced(levels_file, first, run_all))
+
+
+def compile_source(source: str, target: Path, build: str, root: Path) -> None:
+    """Compiles a source of `root`, or the program."""
+    level, emulated = cpu.level_of_source(source), build == "emulated"
+    macros = [
+        f"-DSQK_CPU_HAS_{name.upper()}={int(emulated or name in levels())}" for name in cpu.LEVELS
+    ]
+    own: tuple[str, ...] = cpu.LEVELS[level] if level else ()
+    if emulated and level in EMULATED:
+        own = (*cpu.LEVELS["avx2"], "-include", str(ROOT / "tests/csrc/emulated.h"))
+        own += ("-DEMULATED_512",) if level != "avx_vnni" else ()
     includes = [f"-I{root / 'csrc/include'}", f"-I{root / 'csrc'}"]
+    path = (ROOT if source == PROGRAM else root) / source
     run(
         [
-            *(compiler().path, "-c", str(root / source), "-o", str(target)),
-            *(*cpu.FLAGS, "-Wno-psabi", *own, *macros, *includes, *flags),
+            *(compiler().path, "-c", str(path), "-o", str(target)),
+            *(*cpu.FLAGS, "-Wno-psabi", *own, *macros, *includes, *BUILDS[build]),
         ]
     )
 
@@ -90,20 +130,25 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Built]:
     def get(name: str) -> Built:
         if name not in made:
             folder = tmp_path_factory.mktemp(name)
+            root, known = ROOT, levels()
+            if name == "emulated":
+                root, known = folder, list(cpu.LEVELS)
+                shutil.copytree(ROOT / "csrc", root / "csrc")
+                emulate(root / "csrc")
             wanted = [
                 source
                 for source in cpu_sources()
-                if (level := cpu.level_of_source(source)) is None or level in levels()
+                if (level := cpu.level_of_source(source)) is None or level in known
             ]
             objects = {source: folder / (Path(source).stem + ".o") for source in [*wanted, PROGRAM]}
             with ThreadPoolExecutor(jobs(os.environ)) as pool:
                 list(
                     pool.map(
-                        lambda item: compile_source(item[0], item[1], BUILDS[name]),
+                        lambda item: compile_source(item[0], item[1], name, root),
                         objects.items(),
                     )
                 )
-            made[name] = Built(folder, BUILDS[name], objects)
+            made[name] = Built(name, folder, objects)
         return made[name]
 
     return get
@@ -137,245 +182,42 @@ def test_all_levels_equal_the_specification(
     print(f"{name}: {done.stdout.strip()}")
 
 
-@dataclass(frozen=True)
-class Mutant:
-    """A defect, planted in a copy.
-
-    Attributes:
-        file: the changed file in csrc/cpu.
-        old: text that occurs in it exactly once.
-        new: the text that replaces it.
-        sources: the stems of the sources that are compiled with the change.
-        symptom: what the program prints.
-        level: the level that is run; None: all.
-        build: the build that shows it.
-    """
-
-    file: str
-    old: str
-    new: str
-    sources: tuple[str, ...]
-    symptom: str
-    level: str | None = None
-    build: str = "plain"
-
-    def planted(self, csrc: Path) -> tuple[Path, str]:
-        """The changed file under `csrc`, and the text that it gets."""
-        path = csrc / "cpu" / self.file
-        return path, with_replaced(path, self.old, self.new)
+@pytest.mark.parametrize("level", EMULATED)
+def test_emulated_levels_equal_the_specification(build: Callable[[str], Built], level: str) -> None:
+    """Their code but not their instructions, also where the processor has those."""
+    require_emulation()
+    done = runs(build("emulated").program(), 1, 100, level)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.startswith("200 runs"), done.stdout  # with one thread and with three
 
 
-RACE = "data race"
-MUTANTS = {
-    "the excess of shifted activations stays in the sums": Mutant(
-        "output.h",
-        "read<Words>(sums + i) - read<Words>(excess + i)",
-        "read<Words>(sums + i)",
-        ("level_avx512_vnni",),
-        "gemm_s8 at level avx512_vnni",
-        "avx512_vnni",
-    ),
-    "the same before a gated activation": Mutant(
-        "gated.h",
-        "read<Words>(sums + i) - read<Words>(excess + i)",
-        "read<Words>(sums + i)",
-        ("level_avx512_vnni",),
-        "gemm_s8_gated at level avx512_vnni",
-        "avx512_vnni",
-    ),
-    "a value that stays NaN leaves its row's scale": Mutant(
-        "gated.h",
-        "  if (any == 0) return;",
-        "  return;",
-        ("level_portable",),
-        "y_scale at level portable",
-        "portable",
-    ),
-    "gate and up are not rounded": Mutant(
-        "gated.h",
-        "write(product + i, rounded_to(dtype, v));",
-        "write(product + i, v);",
-        ("level_avx2",),
-        "gemm_s8_gated at level avx2",
-        "avx2",
-    ),
-    "the last channels of a gated row are written as a whole block": Mutant(
-        "gated.h",
-        "rounded, static_cast<size_t>(rows));",
-        "rounded, sizeof rounded);",
-        ("level_portable",),
-        "AddressSanitizer",
-        "portable",
-        "address",
-    ),
-    "tasks mark a row at the same time": Mutant(
-        "gated.h",
-        "__atomic_store(y_scale, &nan, __ATOMIC_RELAXED);",
-        "*y_scale = nan;",
-        ("level_portable",),
-        RACE,
-        "portable",
-        "thread",
-    ),
-    "the same with vectors of 256 bits": Mutant(
-        "level_avx_vnni.cpp",
-        "_mm256_set1_epi8(static_cast<char>(kX))",
-        "_mm256_set1_epi8(static_cast<char>(kX - 1))",
-        ("level_avx_vnni",),
-        "gemm_s8 at level avx_vnni",
-        "avx_vnni",
-    ),
-    "a single last channel is left out": Mutant(
-        "panels.h",
-        "if (at < c.depth) {",
-        "if (at + 1 < c.depth) {",
-        ("level_avx2",),
-        "linear_s8 at level avx2",
-        "avx2",
-    ),
-    "the first part of a long k is forgotten": Mutant(
-        "panels.h",
-        "const bool add = done > 0;",
-        "const bool add = false;",
-        ("level_portable",),
-        "linear_s8 at level portable",
-        "portable",
-    ),
-    "a tile of the weight ends with other channels": Mutant(
-        "tiles.h",
-        "w + row * stride + at, static_cast<size_t>(k - at)",
-        "w + row * stride, static_cast<size_t>(k - at)",
-        ("level_amx",),
-        "gemm_s8 at level amx",
-        "amx",
-    ),
-    "the last tiles of a block never reach y": Mutant(
-        "tile_output.h",
-        "    finish();\n    if (streams_) _mm_sfence();",
-        "    if (streams_) _mm_sfence();",
-        ("level_amx",),
-        "level amx",
-        "amx",
-    ),
-    "sums are overwritten before they are read": Mutant(
-        "tiles.h",
-        "  finisher.finish();\n\n",
-        "",
-        ("level_amx",),
-        "level amx",
-        "amx",
-    ),
-    "half of a group is subtracted the wrong way": Mutant(
-        "rows.h",
-        "r[i + h] = low - high;",
-        "r[i + h] = high - low;",
-        ("level_portable",),
-        "x_q at level portable",
-        "portable",
-    ),
-    "negative values round elsewhere": Mutant(
-        "simd.h",
-        "v + 12582912.0f",
-        "v + 8388608.0f",
-        ("level_avx2",),
-        "x_q at level avx2",
-        "avx2",
-    ),
-    "a static scale hides NaN": Mutant(
-        "layer.h",
-        "if (!is_finite_bits(absmax)) scale = float_of(kNanBits);",
-        "",
-        ("quantize", "gemm"),
-        "x_scale at level portable",
-    ),
-    "two tasks take the same columns": Mutant(
-        "layer.h",
-        "return {at(part), at(part + 1)};",
-        "return {at(part), at(part + 2 < parts ? part + 2 : parts)};",
-        ("quantize", "gemm"),
-        RACE,
-        "portable",
-        "thread",
-    ),
-    "the sums before a larger score keep their size": Mutant(
-        "attend.h",
-        "factors[r] = state[0] == most ? 1.0f : exp_of(state[0] - most);",
-        "factors[r] = 1.0f;",
-        ("level_portable",),
-        "decode_attention_s8 at level portable",
-        "portable",
-    ),
-    "a wrong coefficient of exp": Mutant(
-        "attend.h",
-        "1.0f / 6.0f",
-        "1.0f / 7.0f",
-        ("level_avx2",),
-        "decode_attention_s8 at level avx2",
-        "avx2",
-    ),
-    "the excess of shifted keys stays in the scores": Mutant(
-        "scores512.h",
-        "_mm512_set1_epi32(-q.excess[first + r])",
-        "_mm512_setzero_si512()",
-        ("level_avx512_vnni",),
-        "decode_attention_s8 at level avx512_vnni",
-        "avx512_vnni",
-    ),
-    "the last tokens of a run are read beyond it": Mutant(
-        "scores.h",
-        "(t + n < tokens ? t + n : tokens - 1) * width",
-        "(t + n) * width",
-        ("level_portable",),
-        "AddressSanitizer",
-        "portable",
-        "address",
-    ),
-    "the parts of a sequence share their sums": Mutant(
-        "attention.cpp",
-        "states + (pair * division.parts + part) * stride",
-        "states + (pair * division.parts + parts.first) * stride",
-        ("attention",),
-        "decode_attention_s8 at level portable",
-        "portable",
-    ),
-    "the second half of a rotary embedding turns the other way": Mutant(
-        "kv_cache.cpp",
-        "high * cos.of[i + half] + low * sin.of[i + half]",
-        "high * cos.of[i + half] - low * sin.of[i + half]",
-        ("kv_cache",),
-        "kv_append at level portable",
-        "portable",
-    ),
-    "all tasks share one scratch": Mutant(
-        "gemm.cpp",
-        "const RowScratch own(scratch + task * division.scratch_bytes, p.k);",
-        "const RowScratch own(scratch, p.k);",
-        ("gemm",),
-        RACE,
-        "portable",
-        "thread",
-    ),
-}
+def require_emulation() -> None:
+    if platform.machine() not in ("x86_64", "AMD64") or "avx2" not in levels():
+        pytest.skip("emulation needs AVX2")
+    if "clang" in compiler().version:
+        pytest.skip("emulated.h is written for g++")
 
 
 @pytest.mark.in_turn
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_planted_defect_shows(build: Callable[[str], Built], name: str, tmp_path: Path) -> None:
     mutant = MUTANTS[name]
-    if mutant.level is not None and mutant.level not in levels():
-        pytest.skip(f"{compiler().version} cannot compile {mutant.level}")
-    base = build(mutant.build)
-    program, level = base.program(), [mutant.level] if mutant.level else []
-    if runs(program, SEEDS[0], 1, *level).stdout.startswith("0 runs"):
-        pytest.skip(f"this processor lacks {mutant.level}")
+    kind, level = mutant.build, [mutant.level] if mutant.level else []
+    if mutant.level is not None and not runs_here(build, mutant):
+        require_emulation()
+        kind = "emulated"
+    base = build(kind)
+    program = base.program()
 
-    subprocess.run(["cp", "-r", str(ROOT / "csrc"), str(tmp_path / "csrc")], check=True)
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
     changed, text = mutant.planted(tmp_path / "csrc")
     changed.write_text(text)
+    if kind == "emulated":
+        emulate(tmp_path / "csrc")
     replaced = {}
     for stem in mutant.sources:
         replaced[stem] = tmp_path / f"{stem}.o"
-        compile_source(f"csrc/cpu/{stem}.cpp", replaced[stem], base.flags, tmp_path)
+        compile_source(f"csrc/cpu/{stem}.cpp", replaced[stem], kind, tmp_path)
     planted = base.program("mutant", **replaced)
     for seed in SEEDS:
         done = runs(planted, seed, 60, *level)
@@ -385,3 +227,10 @@ def test_a_planted_defect_shows(build: Callable[[str], Built], name: str, tmp_pa
     assert sound.returncode == 0, sound.stdout + sound.stderr
     assert done.returncode != 0, f"nothing noticed: {done.stdout}"
     assert mutant.symptom in done.stdout + done.stderr, done.stdout + done.stderr
+
+
+def runs_here(build: Callable[[str], Built], mutant: Mutant) -> bool:
+    """Whether the compiler and the processor have the level of a defect."""
+    if mutant.level not in levels():
+        return False
+    return not runs(build(mutant.build).program(), 0, 1, mutant.level).stdout.startswith("0 runs")
