@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from smoothquant_kernels.nn.linear import add_int8_weight, rounded_input
 from smoothquant_kernels.nn.operands import QuantizedActivation, packed_rows
 from smoothquant_kernels.nn.quantized_linear import MARKER, QuantizedLinear, read_linear
 from smoothquant_kernels.nn.rounding import int8_weight
-from smoothquant_kernels.ops.checks import FLOATS, fits_rotation, type_name
+from smoothquant_kernels.ops.checks import FLOATS, type_name
 from smoothquant_kernels.ops.rotate import rotated
 
 if TYPE_CHECKING:
@@ -335,7 +335,6 @@ class _Outlier(Kind[OutlierLinear]):
     weight_scales = ("w_scale",)
     markers = (MARKER,)
     floats = ("w_columns",)
-    defaults: ClassVar = {}
 
     def takes(self, name: str, linear: nn.Module, config: SmoothQuantConfig) -> bool:
         return config.outliers_of(name) != "none"
@@ -371,12 +370,12 @@ class _Outlier(Kind[OutlierLinear]):
 
     def make(self, arguments: dict[str, Any]) -> OutlierLinear | None:
         dtype = next((t for t in FLOATS if type_name(t) == arguments["dtype"]), None)
-        static = arguments["outliers"] == "static"
-        if dtype is None or not fits_rotation(arguments["rotation"], arguments["in_features"]):
+        if dtype is None or (arguments["outliers"] == "static" and not arguments["smooth"]):
             return None
-        if static and not arguments["smooth"]:
+        try:
+            return OutlierLinear(**{**arguments, "dtype": dtype}, device="meta")
+        except SmoothQuantError:
             return None
-        return OutlierLinear(**{**arguments, "dtype": dtype}, device="meta")
 
     def smallest(self) -> OutlierLinear:
         return OutlierLinear(1, 1, device="meta")
@@ -393,7 +392,10 @@ class _Outlier(Kind[OutlierLinear]):
     def rounded_input(self, layer: OutlierLinear, x: Tensor) -> Tensor:
         columns = layer.find_columns(x)
         z = rounded_input(layer, x.index_fill(-1, columns, 0.0))
-        return z.index_copy(-1, columns, x.index_select(-1, columns).float())
+        exact = x.index_select(-1, columns).float()
+        if layer.columns is None:  # a rotation spreads rounding errors to the columns, too
+            return z.index_add(-1, columns, exact)
+        return z.index_copy(-1, columns, exact)  # there the int8 weight is only such errors
 
 
 register(_Outlier())
