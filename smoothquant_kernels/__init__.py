@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from smoothquant_kernels.kv_cache.calibration import KVCalibration
     from smoothquant_kernels.nn.linear import W8A8Linear
     from smoothquant_kernels.nn.operands import QuantizedActivation
+    from smoothquant_kernels.nn.outlier_linear import OutlierLinear
     from smoothquant_kernels.nn.parallel.model import ColwiseW8A8, RowwiseW8A8, parallelize_model
     from smoothquant_kernels.plan import apply_plan, read_plan
     from smoothquant_kernels.report.report import make_report
@@ -42,6 +43,7 @@ __all__ = [
     "ColwiseW8A8",
     "Int8KVCache",
     "KVCalibration",
+    "OutlierLinear",
     "PlanSearch",
     "QuantizedActivation",
     "RowwiseW8A8",
@@ -78,6 +80,7 @@ _MODULES = {
     "ColwiseW8A8": "nn.parallel.model",
     "Int8KVCache": "kv_cache.cache",
     "KVCalibration": "kv_cache.calibration",
+    "OutlierLinear": "nn.outlier_linear",
     "PlanSearch": "search.plan_search",
     "QuantizedActivation": "nn.operands",
     "RowwiseW8A8": "nn.parallel.model",

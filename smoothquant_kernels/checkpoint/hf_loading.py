@@ -23,6 +23,7 @@ from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.modeling.record import attach_info
 from smoothquant_kernels.nn import kinds
 from smoothquant_kernels.nn.float_linear import is_float_linear
+from smoothquant_kernels.ops.checks import FLOATS
 from smoothquant_kernels.storage.safetensors import NAMES, align_tensors, read, read_header
 
 #: The attribute of a transformers model with patterns of tensors in the files that need no warning.
@@ -191,6 +192,11 @@ class Loading:
             want = _own(self.layers[owner]).get(leaf) if owner in self.layers else None
             if want is None:
                 continue
+            kind = kinds.kind_of(self.layers[owner])
+            if kind and leaf in kind.floats and entry["dtype"] in map(NAMES.get, FLOATS):
+                want = want.to(
+                    next(t for t in FLOATS if NAMES[t] == entry["dtype"])
+                )  # converted later
             wanted = f"{NAMES[want.dtype]} {list(want.shape)}"
             found = f"{entry['dtype']} {entry['shape']}"
             if found != wanted:

@@ -282,7 +282,10 @@ def install(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
 
 
 def check_scales(tensors: Mapping[str, Tensor], modules: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raises SmoothQuantError unless every scale and factor is positive and finite, or 0 for a weight's channel."""
+    """Raises SmoothQuantError unless every scale and factor is positive and finite, or 0 for a weight's channel.
+
+    Other tensors are checked by their kind, too.
+    """
     scales = {
         f"{name}.{scale}": scale in kind.weight_scales
         for name, arguments in modules.items()
@@ -296,3 +299,12 @@ def check_scales(tensors: Mapping[str, Tensor], modules: Mapping[str, Mapping[st
             raise SmoothQuantError(
                 f"{name} has a value that is NaN, infinite or {wrong}: quantize the model again."
             )
+    own: dict[str, dict[str, Tensor]] = {name: {} for name in modules}
+    for full, t in tensors.items():
+        name, _, leaf = full.rpartition(".")
+        if name in own:
+            own[name][leaf] = t
+    for name, arguments in modules.items():
+        kind = kinds.named(arguments["class"])
+        if kind is not None and (problem := kind.problem(own[name], arguments)) is not None:
+            raise SmoothQuantError(f"{name}.{problem}: quantize the model again.")

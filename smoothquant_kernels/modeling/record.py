@@ -101,6 +101,8 @@ class LayerRecord:
         x_peak: the largest token divided by the median one, likewise.
         activation_scheme: the scheme of the int8 layer; None in a float model.
         format: the format of the quantized layer (`nn.kinds.Kind.label`); None for W8A8, and in a float model.
+        outlier_columns: the number of its input channels that are multiplied in float, 0 if each call finds them; None
+            for a layer without outlier columns.
         more: what another release or a user has added.
     """
 
@@ -116,6 +118,7 @@ class LayerRecord:
     x_peak: float | None = None
     activation_scheme: str | None = None
     format: str | None = None
+    outlier_columns: int | None = None
     more: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -137,10 +140,11 @@ class LayerRecord:
         info: dict[str, Any] = asdict(self) | {"group": list(self.group)}
         more: dict[str, Any] = info.pop("more")
         rotation = info.pop("rotation")
-        scheme = info.pop("activation_scheme")
+        scheme, columns = info.pop("activation_scheme"), info.pop("outlier_columns")
         own = {} if scheme is None else {"activation_scheme": scheme}
         kind = info.pop("format")
         own |= {} if kind is None else {"format": kind}
+        own |= {} if columns is None else {"outlier_columns": columns}
         if not self.group:
             info = {key: info[key] for key in ("name", "smoothing", "reason")} | own
             info |= {"in_features": self.in_features, "out_features": self.out_features}

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from smoothquant_kernels.nn.float_linear import FOLDED, PENDING
+from smoothquant_kernels.nn.float_linear import FOLDED, MAXIMA, PENDING
 from smoothquant_kernels.nn.kinds import KINDS
 from smoothquant_kernels.nn.rounding import MOMENTS
 
@@ -36,7 +36,7 @@ _STAYS = {
     "_load_state_dict_post_hooks": _STATE,
 }
 #: Attributes of a linear that a plain module does not have.
-_OWN = {"in_features", "out_features", "nf", "nx", PENDING, FOLDED, MOMENTS}
+_OWN = {"in_features", "out_features", "nf", "nx", PENDING, FOLDED, MOMENTS, MAXIMA}
 #: Where torch keeps the compiled form of a module. The new module needs its own.
 _DROPPED = {"_compiled_call_impl"}
 

@@ -14,6 +14,9 @@ PENDING = "_smoothquant_pending"
 #: A plain attribute as well. It marks a weight that contains the factors.
 FOLDED = "_smoothquant_folded"
 
+#: A plain attribute as well: the largest input of each channel that calibration saw, for static outlier columns.
+MAXIMA = "_smoothquant_maxima"
+
 
 def pending_smooth(module: nn.Module) -> Tensor | None:
     """s [K] float32 of a float linear that is smoothed at run time; `W8A8Linear.from_linear` applies it.

@@ -29,15 +29,18 @@ class StraightThrough(Function):
         scale: Tensor | None,
         granularity: str,
         rotation: int,
+        residual: Tensor | None = None,
     ) -> Tensor:
         """Runs `linear_s8`; the arguments are in its order."""
         ctx.save_for_backward(w_q, w_scale, inv_smooth)
         ctx.rotation = rotation
+        ctx.residual_type = None if residual is None else residual.dtype
         return ops.linear_s8(
             x,
             w_q,
             w_scale,
             bias=bias,
+            residual=residual,
             inv_smooth=inv_smooth,
             scale=scale,
             granularity=granularity,
@@ -47,11 +50,12 @@ class StraightThrough(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """dL/dx = dL/dy w."""
+        """dL/dx = dL/dy w; that of the residual is dL/dy."""
         (grad,) = grads
         w_q, w_scale, inv_smooth = ctx.saved_tensors
         w = dequantized_weight(w_q, w_scale, inv_smooth, ctx.rotation)
-        return grad @ w.to(grad.dtype), None, None, None, None, None, None, None
+        of_residual = None if ctx.residual_type is None else grad.to(ctx.residual_type)
+        return grad @ w.to(grad.dtype), None, None, None, None, None, None, None, of_residual
 
 
 def through(x: Tensor, *rest: Any) -> Tensor:

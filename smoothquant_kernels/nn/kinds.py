@@ -30,6 +30,10 @@ class Settings:
         x_scale: the scale of the smoothed and rotated input if the scheme is ``"static"``, else None.
         smooth: [K] factors to apply in addition to the layer's own pending ones (`pending_smooth`).
         moments: [K, K] of the smoothed and rotated input, to round the weight by GPTQ; None for the nearest values.
+        columns: [C] int64 outlier channels that calibration found and that are multiplied in float. `x_scale` and
+            `moments` are then those of the input without them. None where nothing was asked for or each call finds its
+            own.
+        threshold: the smoothed magnitude at which a channel is an outlier.
     """
 
     activation_scheme: str
@@ -38,6 +42,8 @@ class Settings:
     x_scale: float | None = None
     smooth: Tensor | None = None
     moments: Tensor | None = None
+    columns: Tensor | None = None
+    threshold: float = 6.0
 
 
 class Kind(ABC, Generic[Layer]):
@@ -50,6 +56,7 @@ class Kind(ABC, Generic[Layer]):
         weight_scales: those of them that may be 0, for a channel of zeros (padding of a vocabulary, for example).
         markers: entries that the state dict adds to the layer's tensors. Checkpoints omit them, and a layer on the
             meta device adds none.
+        floats: entries that have the layer's float type, `dtype`, and that loading converts with it.
         defaults: arguments that manifests of earlier releases lack, with their values.
     """
 
@@ -57,6 +64,7 @@ class Kind(ABC, Generic[Layer]):
     scales: tuple[str, ...] = ()
     weight_scales: tuple[str, ...] = ()
     markers: tuple[str, ...] = ()
+    floats: tuple[str, ...] = ()
     defaults: ClassVar[Mapping[str, Any]] = {}
 
     @abstractmethod
@@ -96,6 +104,15 @@ class Kind(ABC, Generic[Layer]):
     @abstractmethod
     def nbytes(self, n: int, k: int) -> int:
         """The approximate bytes of a layer's state for a weight [N, K], without the bias."""
+
+    def problem(self, tensors: Mapping[str, Tensor], arguments: Mapping[str, Any]) -> str | None:
+        """What else than a scale is wrong with a layer's tensors, as a phrase that starts with the name of one.
+
+        Args:
+            tensors: entries of the layer's state dict, possibly not all.
+            arguments: those of `arguments`.
+        """
+        return None
 
     @abstractmethod
     def rounded_weight(self, layer: Layer) -> Tensor:
@@ -144,11 +161,15 @@ def describe(layer: nn.Module) -> dict[str, Any]:
 
 
 def shown(layer: nn.Module) -> dict[str, Any]:
-    """The scheme, the sizes, the rotation and the format of a quantized layer, for tables. A kind may lack rotation."""
+    """The scheme, the sizes, the format and, if the kind has them, the rotation and columns of a layer, for tables."""
     kind = kind_of(layer)
     assert kind is not None
-    arguments, label = kind.arguments(layer), kind.label(layer) or None
-    own = {"rotation": arguments.get("rotation", 0), "format": label}
+    arguments = kind.arguments(layer)
+    own = {
+        "rotation": arguments.get("rotation", 0),
+        "format": kind.label(layer) or None,
+        "outlier_columns": arguments.get("columns"),
+    }
     return {key: arguments[key] for key in _SHOWN} | own
 
 

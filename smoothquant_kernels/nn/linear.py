@@ -67,15 +67,8 @@ class W8A8Linear(QuantizedLinear):
         super().__init__(
             in_features, out_features, bias, activation_scheme, smooth, rotation, device, dtype
         )
-        if weight_granularity not in WEIGHT_GRANULARITIES:
-            raise SmoothQuantError(
-                f"weight_granularity must be channel or tensor; got {weight_granularity!r}."
-            )
         self.weight_granularity = weight_granularity
-        w_q = torch.zeros(out_features, in_features, dtype=torch.int8, device=device)
-        self.register_buffer("w_q", packed_rows(w_q))
-        scales = out_features if weight_granularity == "channel" else 1
-        self.register_buffer("w_scale", torch.zeros(scales, device=device).float())
+        add_int8_weight(self, weight_granularity, device)
 
     @classmethod
     def from_linear(
@@ -162,6 +155,32 @@ class W8A8Linear(QuantizedLinear):
         return f", weight_granularity={self.weight_granularity}"
 
 
+def add_int8_weight(
+    layer: QuantizedLinear, granularity: str, device: torch.device | str | None
+) -> None:
+    """Gives a new layer the buffers w_q [N, K] int8 and w_scale [N] or [1] float32.
+
+    Raises:
+        SmoothQuantError: the granularity is unknown.
+    """
+    if granularity not in WEIGHT_GRANULARITIES:
+        raise SmoothQuantError(
+            f"weight_granularity must be channel or tensor; got {granularity!r}."
+        )
+    n, k = layer.out_features, layer.in_features
+    layer.register_buffer("w_q", packed_rows(torch.zeros(n, k, dtype=torch.int8, device=device)))
+    scales = n if granularity == "channel" else 1
+    layer.register_buffer("w_scale", torch.zeros(scales, device=device).float())
+
+
+def rounded_input(layer: QuantizedLinear, x: Tensor) -> Tensor:
+    """[..., K] float32: x as the int8 GEMM of a layer reads it, without rotation and smoothing factors."""
+    x_q, scale, _ = QuantizedLinear.quantize_input(layer, x)
+    z = x_q.float() * (scale if scale.numel() == 1 else scale.reshape(*x.shape[:-1], 1))
+    z = rotated_weight(z, layer.rotation)  # undoes the rotation
+    return z if layer.inv_smooth is None else z / layer.inv_smooth
+
+
 class _W8A8(Kind[W8A8Linear]):
     """Takes every layer that no other kind takes."""
 
@@ -178,7 +197,15 @@ class _W8A8(Kind[W8A8Linear]):
         return True
 
     def from_linear(self, linear: nn.Module, settings: Settings) -> W8A8Linear:
-        return W8A8Linear.from_linear(linear, **vars(settings))
+        return W8A8Linear.from_linear(
+            linear,
+            activation_scheme=settings.activation_scheme,
+            weight_granularity=settings.weight_granularity,
+            smooth=settings.smooth,
+            rotation=settings.rotation,
+            x_scale=settings.x_scale,
+            moments=settings.moments,
+        )
 
     def arguments(self, layer: W8A8Linear) -> dict[str, Any]:
         return {
@@ -212,10 +239,7 @@ class _W8A8(Kind[W8A8Linear]):
         return layer.dequantized_weight()
 
     def rounded_input(self, layer: W8A8Linear, x: Tensor) -> Tensor:
-        x_q, scale, _ = layer.quantize_input(x)
-        z = x_q.float() * (scale if scale.numel() == 1 else scale.reshape(*x.shape[:-1], 1))
-        z = rotated_weight(z, layer.rotation)  # undoes the rotation
-        return z if layer.inv_smooth is None else z / layer.inv_smooth
+        return rounded_input(layer, x)
 
 
 register(_W8A8(), fallback=True)

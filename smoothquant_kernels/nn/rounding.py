@@ -36,13 +36,21 @@ class Moments:
     raw: Tensor
     smooth: Tensor | None = None
 
-    def quantized(self, rotation: int, more: Tensor | None = None) -> Tensor:
-        """[K, K] float32: those of the input as it is quantized, if it is divided by `more` [K] too, and rotated."""
+    def quantized(
+        self, rotation: int, more: Tensor | None = None, without: Tensor | None = None
+    ) -> Tensor:
+        """[K, K] float32: those of the input as it is quantized, if it is divided by `more` [K] too, and rotated.
+
+        The channels `without` [C] are zeros before the rotation.
+        """
         result = self.raw
         for smooth in (self.smooth, more):
             if smooth is not None:
                 inverse = 1.0 / smooth.to(result.device)
                 result = result * inverse * inverse[:, None]
+        if without is not None:
+            at = without.to(result.device)
+            result = result.index_fill(0, at, 0.0).index_fill(1, at, 0.0)
         return rotated(rotated(result, rotation).t().contiguous(), rotation)
 
 

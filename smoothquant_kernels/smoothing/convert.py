@@ -24,6 +24,7 @@ from smoothquant_kernels.nn.float_types import check_float_types
 from smoothquant_kernels.nn.rounding import moments_of
 from smoothquant_kernels.smoothing.calibrate import CalibrationData
 from smoothquant_kernels.smoothing.int8_error import static_scale
+from smoothquant_kernels.smoothing.outliers import check_maxima, maxima_of
 from smoothquant_kernels.smoothing.patterns import check_patterns
 from smoothquant_kernels.smoothing.smooth import check_finite_weights, smooth_into
 from smoothquant_kernels.smoothing.statistics import ActivationStatistics
@@ -127,6 +128,8 @@ def _quantize_into(view: ModelView, config: SmoothQuantConfig, changes: Changes)
                 "weight_rounding='gptq' needs what calibration keeps for it: run smooth_lm with the same "
                 "weight_rounding first, or pass weight_rounding='nearest'."
             )
+    reached = {name: layer.x_absmax is not None for name, layer in layers.items()}
+    check_maxima(linears, own, reached, schemes, rotations)
     made: dict[str, nn.Module] = {}
     # Layers quantized by an earlier call, which left other layers in float.
     earlier = [layer for name, layer in described.items() if _is_quantized(model, name)]
@@ -178,13 +181,34 @@ def quantize_linear(
     Raises:
         SmoothQuantError: the kind refuses the weight or the factors.
     """
+    columns = None
+    if config.outliers_of(name) == "static":
+        maxima = maxima_of(linear)
+        if maxima is not None:
+            columns = maxima.columns(config.outlier_threshold, smooth).to(weight_of(linear).device)
+        if maxima is None or columns is None or not len(columns):  # an int8 layer like others
+            layers = {**config.outlier_layers, name: "none"}
+            columns, config = None, config.replace(outlier_layers=layers)
+        elif scheme == "static":
+            x_absmax = maxima.range_without(columns, rotation, smooth)
     x_scale = None
     if scheme == "static":
         assert x_absmax is not None
+        if config.outliers_of(name) == "dynamic" and not rotation:
+            x_absmax = min(x_absmax, config.outlier_threshold)  # no call leaves more to int8
         x_scale = static_scale(x_absmax, config.clip_of(name))
     found = moments_of(linear) if config.weight_rounding == "gptq" else None
-    moments = None if found is None else found.quantized(rotation, smooth)
-    settings = kinds.Settings(scheme, config.weight_granularity, rotation, x_scale, smooth, moments)
+    moments = None if found is None else found.quantized(rotation, smooth, columns)
+    settings = kinds.Settings(
+        scheme,
+        config.weight_granularity,
+        rotation,
+        x_scale,
+        smooth,
+        moments,
+        columns=columns,
+        threshold=float(config.outlier_threshold),
+    )
     made: nn.Module = kinds.choose(name, linear, config).from_linear(linear, settings)
     return made
 

@@ -29,12 +29,13 @@ from smoothquant_kernels.modeling.record import (
 )
 from smoothquant_kernels.modeling.run import Batch, evaluating, output_tensor, run
 from smoothquant_kernels.modeling.view import ModelView, check_present
-from smoothquant_kernels.nn.float_linear import is_float_linear, is_smoothed, weight_of
+from smoothquant_kernels.nn.float_linear import MAXIMA, is_float_linear, is_smoothed, weight_of
 from smoothquant_kernels.nn.float_types import check_float_type
 from smoothquant_kernels.nn.kinds import count_quantized
 from smoothquant_kernels.nn.rounding import MOMENTS, Moments
 from smoothquant_kernels.smoothing.calibrate import CalibrationData, calibrate_view
 from smoothquant_kernels.smoothing.factors import Plan, group_alpha, smoothable_linears
+from smoothquant_kernels.smoothing.outliers import maxima_in
 from smoothquant_kernels.smoothing.patterns import check_patterns
 from smoothquant_kernels.smoothing.statistics import ActivationStatistics
 
@@ -190,6 +191,9 @@ def smooth_into(
             changes.set_attribute(linear, MOMENTS, moments)
         elif MOMENTS in linear.__dict__:  # of an earlier call that only measured
             changes.set_attribute(linear, MOMENTS, None)
+        maxima = maxima_in(statistics, name, plan.smooth.get(name), plan.settings(name))
+        if maxima is not None or MAXIMA in linear.__dict__:
+            changes.set_attribute(linear, MAXIMA, maxima)
     if not change <= tolerance:
         raise SmoothQuantError(
             f"the model's output differs by {change:.1e} relative from one call to the next, more than "

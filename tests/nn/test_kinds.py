@@ -15,6 +15,7 @@ from torch import nn
 
 import smoothquant_kernels
 from smoothquant_kernels import (
+    OutlierLinear,
     SmoothQuantConfig,
     SmoothQuantError,
     W8A8Linear,
@@ -225,7 +226,7 @@ def test_the_kind_registered_last_is_asked_first(half: HalfKind) -> None:
 
 
 def test_without_other_kinds_every_layer_is_w8a8() -> None:
-    assert [kind.layer for kind in kinds.KINDS] == [W8A8Linear]
+    assert [kind.layer for kind in kinds.KINDS] == [W8A8Linear, OutlierLinear]
     model = quantize_model(make_model("llama_gqa"))
     assert kinds.count_quantized(model) == "14 W8A8Linear"
     assert kinds.count_quantized(make_model("llama_gqa")) == ""

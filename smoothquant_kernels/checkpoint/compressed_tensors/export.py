@@ -64,6 +64,13 @@ def exportable(config: SmoothQuantConfig, *, strict: bool = False) -> SmoothQuan
         )
     if wrong := {config.activation_scheme, *config.schemes.values()} - set(_SCHEMES):
         _refuse_scheme(wrong.pop())
+    if wanted := {config.outliers, *config.outlier_layers.values()} - {"none"}:
+        patterns = [n for n, outliers in config.outlier_layers.items() if outliers != "none"]
+        where = "" if config.outliers != "none" else f" for {', '.join(patterns[:3])}"
+        raise SmoothQuantError(
+            f"{QUANT_METHOD} has no outlier columns, and the settings ask for {min(wanted)} ones{where}: pass "
+            "outliers='none', or save the native format."
+        )
     if config.quantize_head:
         raise SmoothQuantError(
             f"readers of {QUANT_METHOD} keep the output head in float: leave out quantize_head, or save "
@@ -106,10 +113,17 @@ def quantization_config(model: nn.Module, again: nn.Module | None) -> dict[str, 
         for name, layer in model.named_modules(remove_duplicate=False)
         if isinstance(layer, W8A8Linear)
     }
-    others = {n for n in skeletons.describe_modules(model)[0] if n not in layers}
-    if not layers or others:
-        what = f"{min(others)} is of another kind" if others else "the model has none"
-        raise SmoothQuantError(f"{QUANT_METHOD} holds layers of the class W8A8Linear, and {what}.")
+    others = [n for n in skeletons.describe_modules(model)[0] if n not in layers]
+    if others:
+        names = ", ".join(others[:3]) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
+        raise SmoothQuantError(
+            f"{QUANT_METHOD} holds layers of the class W8A8Linear, and these are of another kind: {names}; quantize "
+            "them as W8A8 without outlier columns (`formats`, `outlier_layers`), or save the native format."
+        )
+    if not layers:
+        raise SmoothQuantError(
+            f"{QUANT_METHOD} holds layers of the class W8A8Linear, and the model has none."
+        )
     if again is None:
         raise SmoothQuantError(
             f"{QUANT_METHOD} is for models that transformers makes from config.json, and {type(model).__name__} is not "

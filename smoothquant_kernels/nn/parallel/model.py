@@ -27,6 +27,7 @@ from smoothquant_kernels.nn.parallel.linear import (
     check_become_colwise,
     check_become_rowwise,
 )
+from smoothquant_kernels.nn.quantized_linear import QuantizedLinear
 
 
 @dataclass
@@ -305,6 +306,11 @@ def _plain(module: nn.Module, name: str) -> W8A8Linear:
     """The module as a W8A8Linear; a subclass of someone else's may not be one after its class changes."""
     if isinstance(module, W8A8Linear) and (module.part or type(module) is W8A8Linear):
         return module
+    if isinstance(module, QuantizedLinear) and not isinstance(module, W8A8Linear):
+        raise SmoothQuantError(
+            f"{name} is a {type(module).__name__}, which ranks cannot share: pass plan= without it, or quantize it as "
+            "a W8A8Linear (`formats`, `outlier_layers`)."
+        )
     raise SmoothQuantError(
         f"{name} is a {type(module).__name__} and this style is for a W8A8Linear: quantize the model first, or use "
         "torch's style for float layers."
