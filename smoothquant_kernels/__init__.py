@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from smoothquant_kernels.nn.linear import W8A8Linear
     from smoothquant_kernels.nn.operands import QuantizedActivation
     from smoothquant_kernels.nn.parallel.model import ColwiseW8A8, RowwiseW8A8, parallelize_model
+    from smoothquant_kernels.nn.w4a8_linear import W4A8Linear
     from smoothquant_kernels.report.report import make_report
     from smoothquant_kernels.search.result import SearchResult
     from smoothquant_kernels.search.search import search_config
@@ -45,6 +46,7 @@ __all__ = [
     "SearchResult",
     "SmoothQuantConfig",
     "SmoothQuantError",
+    "W4A8Linear",
     "W8A8Linear",
     "calibrate_kv_cache",
     "calibrate_model",
@@ -77,6 +79,7 @@ _MODULES = {
     "SearchResult": "search.result",
     "SmoothQuantConfig": "config",
     "SmoothQuantError": "errors",
+    "W4A8Linear": "nn.w4a8_linear",
     "W8A8Linear": "nn.linear",
     "calibrate_kv_cache": "smoothing.kv_cache",
     "calibrate_model": "smoothing.calibrate",

@@ -24,6 +24,7 @@ from smoothquant_kernels.fusion.values import ActivatedValue, LinearValue
 from smoothquant_kernels.modeling.run import Batch, evaluating, output_tensors, run
 from smoothquant_kernels.modeling.sample_inputs import runnable_batch
 from smoothquant_kernels.nn.linear import W8A8Linear
+from smoothquant_kernels.nn.quantized_linear import QuantizedLinear
 
 #: The largest relative change of the outputs that roundings explain. A fused op rounds less
 #: often than the ops that it replaces, so a few int8 values differ by one step.
@@ -134,17 +135,17 @@ def _linears(model: nn.Module) -> tuple[dict[str, W8A8Linear], list[FusedLayer]]
     """The linears that can be fused, and the others with the reason."""
     linears, left = {}, []
     for name, module in model.named_modules():
-        if not isinstance(module, W8A8Linear):
+        if not isinstance(module, QuantizedLinear):
             continue
         reason = own_forward(module)
         if module.part:
             reason = f"it holds {module.part} of a layer"
         elif type(module) is not W8A8Linear:
             reason = f"it is a {type(module).__name__}"
-        if reason is None:
+        if reason is None and isinstance(module, W8A8Linear):
             linears[name] = module
         else:
-            left.append(FusedLayer(name, reason=reason))
+            left.append(FusedLayer(name, reason=reason or ""))
     return linears, left
 
 

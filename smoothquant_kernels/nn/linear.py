@@ -14,10 +14,14 @@ from smoothquant_kernels.nn.gradient import through
 from smoothquant_kernels.nn.kinds import Kind, Settings, register
 from smoothquant_kernels.nn.lazy_weight import dequantized_weight
 from smoothquant_kernels.nn.operands import QuantizedActivation, packed_rows
-from smoothquant_kernels.nn.quantized_linear import MARKER, QuantizedLinear, read_linear
+from smoothquant_kernels.nn.quantized_linear import (
+    MARKER,
+    QuantizedLinear,
+    read_linear,
+    rounded_input,
+)
 from smoothquant_kernels.nn.rounding import int8_weight
 from smoothquant_kernels.ops.checks import FLOATS, fits_rotation, type_name
-from smoothquant_kernels.ops.rotate import rotated_weight
 from smoothquant_kernels.schemes import WEIGHT_GRANULARITIES
 
 
@@ -212,10 +216,7 @@ class _W8A8(Kind[W8A8Linear]):
         return layer.dequantized_weight()
 
     def rounded_input(self, layer: W8A8Linear, x: Tensor) -> Tensor:
-        x_q, scale, _ = layer.quantize_input(x)
-        z = x_q.float() * (scale if scale.numel() == 1 else scale.reshape(*x.shape[:-1], 1))
-        z = rotated_weight(z, layer.rotation)  # undoes the rotation
-        return z if layer.inv_smooth is None else z / layer.inv_smooth
+        return rounded_input(layer, x)
 
 
 register(_W8A8(), fallback=True)
