@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from smoothquant_kernels import reference
+from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.nn.float_linear import in_parts
 from smoothquant_kernels.nn.rounding import (
     Column,
@@ -73,10 +74,11 @@ def int4_weight(
     k = weight.shape[1]
     importance = None
     if moments is not None:
-        check_moments(moments, k)
         moments = moments.to(weight.device)
-        if moments.dim() == 2:
+        if moments.dim() != 1:
+            check_moments(moments, k)
             return round_w4(prepared_weight(weight, smooth, rotation), moments)
+        _check_squares(moments, k)
         importance = _relative(moments)
     made = []
     for part in in_parts(weight):
@@ -198,6 +200,14 @@ def _relative(squares: Tensor) -> Tensor | None:
     """Mean squares over their mean; None if all are 0. A channel that was always 0 keeps a little importance."""
     mean = squares.mean()
     return (squares / mean).clamp(min=1e-6) if bool(mean > 0) else None
+
+
+def _check_squares(squares: Tensor, k: int) -> None:
+    if squares.shape != (k,) or not bool((squares.isfinite() & (squares >= 0)).all()):
+        wrong = "negative or not all finite" if squares.shape == (k,) else "of another shape"
+        raise SmoothQuantError(
+            f"moments must be finite and of shape [{k}, {k}] or [{k}]; got {list(squares.shape)}, {wrong}."
+        )
 
 
 def _packed(q: Tensor, step: Tensor, offset: Tensor, w_scale: Tensor) -> W4Weight:

@@ -251,6 +251,8 @@ class Plan:
             and first_match(config.alphas, group.linears[0]) is None
             and any(self.settings(n).format_of(n) == "w4a8" for n in group.linears)
         }
+        if not balances:
+            return
         candidates = {
             group: [self._factors[group], *(self._factors_of(group, b) for b in tried[1:])]
             for group, tried in balances.items()

@@ -1,4 +1,4 @@
-"""The errors of a group of linears on the sample with several factors: whether smoothing helps, and which helps most."""
+"""The errors of a group of linears on the sample with several factors: whether smoothing helps, and which ones most."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Int8Error:
 
 @dataclass(frozen=True)
 class InputSettings:
-    """How a layer's input is quantized: the scheme, the scale if that is static, the rotation; and the layer's format."""
+    """How a layer's input is quantized: scheme, scale if that is static, and rotation; and the layer's format."""
 
     scheme: str
     scale: float
