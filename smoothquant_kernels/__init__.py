@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from smoothquant_kernels.nn.operands import QuantizedActivation
     from smoothquant_kernels.nn.outlier_linear import OutlierLinear
     from smoothquant_kernels.nn.parallel.model import ColwiseW8A8, RowwiseW8A8, parallelize_model
+    from smoothquant_kernels.nn.w4a8_linear import W4A8Linear
     from smoothquant_kernels.plan import apply_plan, read_plan
     from smoothquant_kernels.report.report import make_report
     from smoothquant_kernels.search.plan_search import PlanSearch, search_plan
@@ -50,6 +51,7 @@ __all__ = [
     "SearchResult",
     "SmoothQuantConfig",
     "SmoothQuantError",
+    "W4A8Linear",
     "W8A8Linear",
     "apply_plan",
     "calibrate_kv_cache",
@@ -87,6 +89,7 @@ _MODULES = {
     "SearchResult": "search.result",
     "SmoothQuantConfig": "config",
     "SmoothQuantError": "errors",
+    "W4A8Linear": "nn.w4a8_linear",
     "W8A8Linear": "nn.linear",
     "apply_plan": "plan",
     "calibrate_kv_cache": "smoothing.kv_cache",

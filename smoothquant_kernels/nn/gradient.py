@@ -9,6 +9,7 @@ from torch.autograd.function import Function, once_differentiable
 
 from smoothquant_kernels import ops
 from smoothquant_kernels.nn.lazy_weight import dequantized_weight
+from smoothquant_kernels.reference import w4_weight
 
 
 class StraightThrough(Function):
@@ -58,7 +59,55 @@ class StraightThrough(Function):
         return grad @ w.to(grad.dtype), None, None, None, None, None, None, None, of_residual
 
 
+class StraightThroughW4(Function):
+    """The same for `ops.linear_w4a8`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        w_q4: Tensor,
+        w_group: Tensor,
+        w_scale: Tensor,
+        bias: Tensor | None,
+        inv_smooth: Tensor | None,
+        scale: Tensor | None,
+        granularity: str,
+        rotation: int,
+    ) -> Tensor:
+        """Runs `linear_w4a8`; the arguments are in its order."""
+        ctx.save_for_backward(w_q4, w_group, w_scale, inv_smooth)
+        ctx.rotation, ctx.k = rotation, x.shape[-1]
+        return ops.linear_w4a8(
+            x,
+            w_q4,
+            w_group,
+            w_scale,
+            bias=bias,
+            inv_smooth=inv_smooth,
+            scale=scale,
+            granularity=granularity,
+            rotation=rotation,
+        )
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """dL/dx = dL/dy w."""
+        (grad,) = grads
+        w_q4, w_group, w_scale, inv_smooth = ctx.saved_tensors
+        w_q = w4_weight(w_q4, w_group, ctx.k)
+        w = dequantized_weight(w_q, w_scale, inv_smooth, ctx.rotation)
+        return grad @ w.to(grad.dtype), *(None,) * 8
+
+
 def through(x: Tensor, *rest: Any) -> Tensor:
     """Applies `StraightThrough` to x and the other arguments."""
     y: Tensor = StraightThrough.apply(x, *rest)  # type: ignore[no-untyped-call]
+    return y
+
+
+def through_w4(x: Tensor, *rest: Any) -> Tensor:
+    """Applies `StraightThroughW4` to x and the other arguments."""
+    y: Tensor = StraightThroughW4.apply(x, *rest)  # type: ignore[no-untyped-call]
     return y

@@ -41,6 +41,21 @@ def packed_rows(w_q: Tensor) -> Tensor:
     return padded[:, :k]
 
 
+def packed_words(t: Tensor) -> Tensor:
+    """The tensors of a 4-bit weight as kernels load them: dense, on a GPU at a multiple of 16 bytes.
+
+    On a CPU, returns a normal tensor, as `packed_rows` does.
+    """
+    if t.is_meta:
+        return t
+    if t.is_inference() and not wants_aligned_rows(t):
+        with torch.inference_mode(False):
+            return t.clone(memory_format=torch.contiguous_format)
+    if wants_aligned_rows(t) and t.storage_offset() * t.element_size() % ROW_ALIGNMENT:
+        return t.clone(memory_format=torch.contiguous_format)
+    return t.contiguous()
+
+
 def check_rotation(rotation: int, k: int) -> None:
     """Raises SmoothQuantError unless K input channels can be rotated in groups of this size."""
     if type(rotation) is not int or not fits_rotation(rotation, k):

@@ -21,6 +21,7 @@ from smoothquant_kernels.nn.operands import (
     wants_aligned_rows,
 )
 from smoothquant_kernels.nn.own_weight import OwnWeight
+from smoothquant_kernels.ops.rotate import rotated_weight
 from smoothquant_kernels.schemes import ACTIVATION_SCHEMES
 
 if TYPE_CHECKING:
@@ -259,3 +260,11 @@ def read_linear(linear: nn.Module, smooth: Tensor | None) -> FloatSource:
             f"smooth must be positive and finite, and so must be its reciprocals; got {s[~usable][0].item()}."
         )
     return FloatSource(weight, bias, s, inverse)
+
+
+def rounded_input(layer: QuantizedLinear, x: Tensor) -> Tensor:
+    """[..., K] float32: x as the layer reads it, rounded, without rotation and smoothing factors."""
+    x_q, scale, _ = layer.quantize_input(x)
+    z = x_q.float() * (scale if scale.numel() == 1 else scale.reshape(*x.shape[:-1], 1))
+    z = rotated_weight(z, layer.rotation)  # undoes the rotation
+    return z if layer.inv_smooth is None else z / layer.inv_smooth

@@ -5,6 +5,7 @@ GPTQ rounds so that the errors of the columns cancel on the inputs that calibrat
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +22,10 @@ MOMENTS = "_smoothquant_moments"
 #: that fits the calibration text too closely: other text diverges more than with the nearest values
 #: (docs/reference/accuracy.md). With 1.0 it does not, and text like the calibration's gains as much.
 DAMPING = 1.0
-_BLOCK = 128  # columns whose errors reach the columns after the block in one product
+#: Columns whose errors reach the columns after the block in one product. They are a group of a 4-bit weight as well.
+_BLOCK = reference.W4_GROUP
+#: Rounds a column [N]: the stored values, and the weights that these represent.
+Column = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -81,26 +85,39 @@ def int8_weight(
     Raises:
         SmoothQuantError: the result is too large for float32, or the moments have another shape or are not finite.
     """
-
-    def prepared(part: Tensor) -> Tensor:
-        w = part.float() if smooth is None else part.float() * smooth
-        w = rotated_weight(w, rotation)
-        if not bool(w.isfinite().all()):
-            raise SmoothQuantError("the weight (times smooth, rotated) is too large for float32.")
-        return w
-
     if moments is None:
         parts = in_parts(weight) if granularity == "channel" else (weight,)
-        made = [reference.quantize_weight(prepared(part), granularity) for part in parts]
+        made = [
+            reference.quantize_weight(prepared_weight(part, smooth, rotation), granularity)
+            for part in parts
+        ]
         w_q, w_scale = (torch.cat(tensors) for tensors in zip(*made, strict=True))
         return w_q, w_scale
-    k = weight.shape[1]
+    check_moments(moments, weight.shape[1])
+    w = prepared_weight(weight, smooth, rotation)
+    return round_weight(w, moments.to(weight.device), granularity)
+
+
+def prepared_weight(part: Tensor, smooth: Tensor | None, rotation: int) -> Tensor:
+    """Some rows [n, K] of a weight as they are rounded: float32, smoothed and rotated.
+
+    Raises:
+        SmoothQuantError: the result is too large for float32.
+    """
+    w = part.float() if smooth is None else part.float() * smooth
+    w = rotated_weight(w, rotation)
+    if not bool(w.isfinite().all()):
+        raise SmoothQuantError("the weight (times smooth, rotated) is too large for float32.")
+    return w
+
+
+def check_moments(moments: Tensor, k: int) -> None:
+    """Raises SmoothQuantError unless the moments of K channels are finite and have their shape."""
     if moments.shape != (k, k) or not bool(moments.isfinite().all()):
         finite = "finite" if bool(moments.isfinite().all()) else "not all finite"
         raise SmoothQuantError(
             f"moments must be finite and of shape [{k}, {k}]; got {list(moments.shape)}, {finite}."
         )
-    return round_weight(prepared(weight), moments.to(weight.device), granularity)
 
 
 def round_weight(
@@ -135,28 +152,47 @@ def round_weight(
 
 def _round(w: Tensor, moments: Tensor, granularity: str, damping: float) -> tuple[Tensor, Tensor]:
     nearest, w_scale = reference.quantize_weight(w, granularity)
-    upper = _inverse_factor(moments, damping)
+    upper = inverse_factor(moments, damping)
     if upper is None:
         return nearest, w_scale
     inverse = reference.inverse_scale(w_scale).expand(len(w))
     scale = w_scale.expand(len(w))
+
+    def column(values: Tensor) -> tuple[Tensor, Tensor]:
+        rounded = (values * inverse).round().clamp(-reference.QMAX, reference.QMAX)
+        return rounded, rounded * scale
+
+    return compensated(w, upper, lambda block, start: column).to(torch.int8), w_scale
+
+
+def compensated(w: Tensor, upper: Tensor, rounder: Callable[[Tensor, int], Column]) -> Tensor:
+    """Rounds a weight [N, K] column by column, and moves the error of each to the columns after it.
+
+    Args:
+        upper: `inverse_factor` of the moments.
+        rounder: for a block of columns [N, at most 128] that have all errors of earlier blocks, and its first column:
+            the function that rounds each of its columns.
+
+    Returns:
+        [N, K] float32: the stored values.
+    """
     w = w.clone()
-    w_q = torch.empty_like(nearest)
+    result = torch.empty_like(w)
     k = w.shape[1]
     for start in range(0, k, _BLOCK):
         end = min(start + _BLOCK, k)
         block, own = w[:, start:end], upper[start:end, start:end]
         errors = torch.empty_like(block)
+        column = rounder(block, start)
         for i in range(end - start):
-            rounded = (block[:, i] * inverse).round().clamp(-reference.QMAX, reference.QMAX)
-            errors[:, i] = (block[:, i] - rounded * scale) / own[i, i]
+            result[:, start + i], value = column(block[:, i])
+            errors[:, i] = (block[:, i] - value) / own[i, i]
             block[:, i + 1 :] -= errors[:, i : i + 1] * own[i, i + 1 :]
-            w_q[:, start + i] = rounded.to(torch.int8)
         w[:, end:] -= errors @ upper[start:end, end:]
-    return w_q, w_scale
+    return result
 
 
-def _inverse_factor(moments: Tensor, damping: float) -> Tensor | None:
+def inverse_factor(moments: Tensor, damping: float) -> Tensor | None:
     """The upper triangular U with U^T U = inverse(moments + damping); None if the input was always zero."""
     mean = moments.diagonal().mean()
     if not bool(mean > 0):

@@ -28,10 +28,13 @@ from smoothquant_kernels.smoothing.int8_error import (
     InputSettings,
     Int8Error,
     int8_errors,
+    output_errors,
     static_scale,
 )
 from smoothquant_kernels.smoothing.statistics import ActivationStatistics
 
+#: The alphas that the search for W4A8 layers tries, beside the usual one (docs/guides/w4a8.md).
+AWQ_ALPHAS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
 _FOLDS_AT_ONCE = 16  # the most groups whose folds are verified together
 _FOLD_BYTES = 1 << 26  # the most bytes of their weights, unless one group alone has more
 
@@ -177,6 +180,7 @@ class Plan:
 
     Attributes:
         rotations: layer -> group size, 0 for none.
+        alphas: layer -> the migration strength of its factors.
         peaks: layer -> the largest token of its input over the median one, as it is quantized.
         smooth: layer -> the factors that `apply` has applied.
     """
@@ -192,9 +196,11 @@ class Plan:
         self._model, self._statistics, self._config = model, statistics, config
         self._heads = heads
         self.rotations = {n: config.rotation_of(a.numel(), n) for n, a in statistics.absmax.items()}
+        self.alphas: dict[str, float] = {}
         self.peaks: dict[str, float] = {}
         self.smooth: dict[str, Tensor] = {}
         self._factors: dict[Group, Tensor] = {}
+        self._balances: dict[Group, Balance] = {}
         self._undivided: list[Group] = []
         for group in groups:
             if group.producer is None and not config.divides:
@@ -214,6 +220,8 @@ class Plan:
             if smooth is None or balance != usual:
                 smooth = self._factors_of(group, balance)
             self._factors[group] = smooth
+            self._balances[group] = balance
+            self.alphas |= dict.fromkeys(group.linears, balance.alpha)
         for name in statistics.absmax.keys() - self.peaks.keys():
             self.peaks[name] = statistics.peak(name, None, self.rotations[name])
 
@@ -226,6 +234,36 @@ class Plan:
 
     def foldable(self) -> list[Group]:
         return [group for group in self._factors if group.producer is not None]
+
+    def search_for_w4(self, batch: Batch, run_sample: Callable[[Batch], Any]) -> None:
+        """Gives groups with W4A8 layers the factors of least error on the sample, if the configuration asks for that.
+
+        The usual factors stay in case of a tie. Other groups and layers in `alphas` keep theirs.
+
+        Source: AWQ (Lin et al., 2023), section 3.2, for the search; here for int8 activations, and with the norms of
+            the weights in the factors.
+        """
+        config = self._config
+        balances = {
+            group: [usual, *(usual._replace(alpha=a) for a in AWQ_ALPHAS if a != usual.alpha)]
+            for group, usual in self._balances.items()
+            if config.awq
+            and first_match(config.alphas, group.linears[0]) is None
+            and any(self.settings(n).format_of(n) == "w4a8" for n in group.linears)
+        }
+        if not balances:
+            return
+        candidates = {
+            group: [self._factors[group], *(self._factors_of(group, b) for b in tried[1:])]
+            for group, tried in balances.items()
+        }
+        errors = output_errors(
+            self._model, candidates, self._trial_of, batch, run_sample, config.weight_granularity
+        )
+        for group, found in errors.items():
+            best = found.index(min(found))
+            self._factors[group] = candidates[group][best]
+            self.alphas |= dict.fromkeys(group.linears, balances[group][best].alpha)
 
     def leave_out_what_does_not_gain(
         self, batch: Batch, run_sample: Callable[[Batch], Any]
@@ -259,7 +297,8 @@ class Plan:
         rotation = self.rotations[name]
         scheme = self.settings(name).scheme_of(self.peaks[name], name)
         largest = self._statistics.range_of(name, smooth, rotation) if scheme == "static" else 0.0
-        return InputSettings(scheme, static_scale(largest, self._config.clip_of(name)), rotation)
+        scale = static_scale(largest, self._config.clip_of(name))
+        return InputSettings(scheme, scale, rotation, self.settings(name).format_of(name))
 
     def apply(
         self, same_output: Callable[[], bool], changes: Changes

@@ -1,8 +1,8 @@
-"""Whether smoothing helps a group of linears, judged by its int8 error on the sample with and without factors."""
+"""The errors of a group of linears on the sample with several factors: whether smoothing helps, and which ones most."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,6 +16,7 @@ from smoothquant_kernels.modeling.groups import Group
 from smoothquant_kernels.modeling.hooks import Hooks
 from smoothquant_kernels.modeling.run import Batch, unpadded_rows
 from smoothquant_kernels.nn.float_linear import in_parts, weight_of
+from smoothquant_kernels.nn.rounding_w4 import rounded_w4
 from smoothquant_kernels.ops.rotate import rotated_weight
 from smoothquant_kernels.smoothing.padding import Padding
 
@@ -37,11 +38,12 @@ class Int8Error:
 
 @dataclass(frozen=True)
 class InputSettings:
-    """How a layer's input is quantized: the scheme, the scale if that is static, and the rotation."""
+    """How a layer's input is quantized: scheme, scale if that is static, and rotation; and the layer's format."""
 
     scheme: str
     scale: float
     rotation: int
+    format: str = "w8a8"
 
 
 def static_scale(absmax: float, clip: float) -> float:
@@ -57,20 +59,38 @@ def int8_errors(
     run_sample: Callable[[Batch], Any],
     weight_granularity: str,
 ) -> dict[Group, Int8Error]:
-    """Returns the errors of every group that the sample reaches, in the configured scheme.
+    """Returns the errors of every group that the sample reaches, without its factors and with them.
+
+    The arguments are those of `output_errors`, with one candidate for each group.
+    """
+    both = {group: (None, s) for group, s in factors.items()}
+    found = output_errors(model, both, settings_of, batch, run_sample, weight_granularity)
+    return {group: Int8Error(*errors) for group, errors in found.items()}
+
+
+def output_errors(
+    model: nn.Module,
+    candidates: Mapping[Group, Sequence[Tensor | None]],
+    settings_of: Callable[[str, Tensor | None], InputSettings],
+    batch: Batch,
+    run_sample: Callable[[Batch], Any],
+    weight_granularity: str,
+) -> dict[Group, list[float]]:
+    """Returns the relative error of every group that the sample reaches, by candidate, in the configured scheme.
 
     A token counts by the absolute size of its error, as it does in the residual stream that most outputs are added to.
     By relative errors per token, a layer with massive activations would seem better without smoothing, and the model
     would get worse.
 
     Args:
-        factors: s [K] of each group.
+        candidates: the factors s [K] to try for each group; None for none.
         settings_of: the settings of a layer, from its name and its factors, or None without.
         batch: the calibration sample. Its padding does not count.
         run_sample: runs the float model on the sample.
+        weight_granularity: that of layers of the format ``"w8a8"``.
     """
     squares: dict[Group, Tensor] = {}
-    padding = Padding(model, {g.linears[0]: model.get_submodule(g.linears[0]) for g in factors})
+    padding = Padding(model, {g.linears[0]: model.get_submodule(g.linears[0]) for g in candidates})
     padding.start(batch, run_sample)
 
     def parts_of(name: str) -> tuple[Tensor, ...]:
@@ -82,33 +102,34 @@ def int8_errors(
         for name, part in ((n, part) for n in group.linears for part in parts_of(n)):
             weight = part.float()
             exact = F.linear(rows, weight)
-            products = [
-                _int8_product(rows, weight, s, settings_of(name, s), weight_granularity)
-                for s in (None, factors[group])
-            ]
-            found = torch.stack([*(y - exact for y in products), exact]).double()
-            sums = found.square().sum((1, 2))
-            squares[group] = squares.get(group, torch.zeros_like(sums)) + sums
+            products = (
+                _product(rows, weight, s, settings_of(name, s), weight_granularity)
+                for s in candidates[group]
+            )
+            found = torch.stack(
+                [y.double().square().sum() for y in (*(p - exact for p in products), exact)]
+            )
+            squares[group] = squares.get(group, torch.zeros_like(found)) + found
 
     with Hooks(model) as hooks:
-        for group in factors:
+        for group in candidates:
             hooks.on_input(group.linears[0], partial(measure, group))
         run_sample(batch)
     tiny = torch.finfo(torch.float64).tiny
     return {
-        group: Int8Error(*(float((e / y.clamp_min(tiny)).sqrt()) for e in (naive, smoothed)))
-        for group, (naive, smoothed, y) in squares.items()
+        group: (found[:-1] / found[-1].clamp_min(tiny)).sqrt().tolist()
+        for group, found in squares.items()
     }
 
 
-def _int8_product(
+def _product(
     rows: Tensor,
     weight: Tensor,
     smooth: Tensor | None,
     settings: InputSettings,
     weight_granularity: str,
 ) -> Tensor:
-    """Returns rows @ weight.T as a `W8A8Linear` of this scheme computes it, in float32, so it needs no kernels."""
+    """Returns rows @ weight.T as a quantized layer of this scheme computes it, in float32, so it needs no kernels."""
     inv_smooth = None
     if smooth is not None:
         weight, inv_smooth = weight * smooth, 1.0 / smooth
@@ -118,6 +139,9 @@ def _int8_product(
         rows, inv_smooth, scale, granularity, rotation=settings.rotation
     )
     weight = rotated_weight(weight, settings.rotation)
-    w_q, w_scale = reference.quantize_weight(weight, weight_granularity)
+    if settings.format == "w4a8":
+        w_q, w_scale = rounded_w4(weight)
+    else:
+        w_q, w_scale = reference.quantize_weight(weight, weight_granularity)
     # float32 sums are accurate to about 1e-7, which is enough for a comparison.
     return F.linear(x_q.float(), w_q.float()) * w_scale * x_scale[:, None]

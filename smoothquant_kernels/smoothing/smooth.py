@@ -34,7 +34,7 @@ from smoothquant_kernels.nn.float_types import check_float_type
 from smoothquant_kernels.nn.kinds import count_quantized
 from smoothquant_kernels.nn.rounding import MOMENTS, Moments
 from smoothquant_kernels.smoothing.calibrate import CalibrationData, calibrate_view
-from smoothquant_kernels.smoothing.factors import Plan, group_alpha, smoothable_linears
+from smoothquant_kernels.smoothing.factors import Plan, smoothable_linears
 from smoothquant_kernels.smoothing.outliers import maxima_in
 from smoothquant_kernels.smoothing.patterns import check_patterns
 from smoothquant_kernels.smoothing.statistics import ActivationStatistics
@@ -165,9 +165,9 @@ def smooth_into(
         groups += [Group((n,), reason=Reason.HEAD()) for n in heads if n in statistics.absmax]
     plan = Plan(model, groups, statistics, config, heads)
     with evaluating(model):
-        errors = plan.leave_out_what_does_not_gain(
-            sample or small, run_sample or functools.partial(run, model)
-        )
+        whole = (sample or small, run_sample or functools.partial(run, model))
+        plan.search_for_w4(*whole)
+        errors = plan.leave_out_what_does_not_gain(*whole)
         before = output_tensor(run(model, small)).clone()
         tolerance = config.verify_tolerance
         if tolerance is None:
@@ -295,8 +295,7 @@ def _describe(
         members: tuple[str, ...] = (name,)
         if (group := group_of.get(name)) and how != "none":
             members = group.linears
-            rotated = plan.rotations[name] > 0
-            alpha = group_alpha(group, plan.peaks[name], plan.settings(name), rotated=rotated)
+            alpha = plan.alphas[name]
         n, k = weight_of(module).shape
         seen = name in statistics.absmax
         rotation = plan.rotations[name] if seen else config.rotation_of(k, name)

@@ -76,6 +76,13 @@ def exportable(config: SmoothQuantConfig, *, strict: bool = False) -> SmoothQuan
             f"readers of {QUANT_METHOD} keep the output head in float: leave out quantize_head, or save "
             "the native format."
         )
+    if "w4a8" in (config.format_of(""), *config.formats.values()):
+        patterns = [n for n, format in config.formats.items() if format == "w4a8"]
+        where = f"formats of {', '.join(patterns[:3])}" if patterns else "w_bit=4"
+        raise SmoothQuantError(
+            f"{QUANT_METHOD} holds layers with int8 weights, and the settings ask for W4A8 ({where}): pass w_bit=8, or "
+            "save the native format."
+        )
     folding = "required" if strict else "only"
     return config.replace(folding=folding, rotation="none", rotations={})
 

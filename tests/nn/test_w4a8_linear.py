@@ -1,0 +1,429 @@
+"""`W4A8Linear`: its bits, its gradient, its state, and what becomes of a model of such layers."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import smoothquant_kernels
+from smoothquant_kernels import (
+    QuantizedActivation,
+    SmoothQuantConfig,
+    SmoothQuantError,
+    W4A8Linear,
+    W8A8Linear,
+    load_quantized,
+    make_report,
+    optimize_for_inference,
+    quantize_model,
+    quantize_streamed,
+    reference,
+    save_quantized,
+    smooth_and_quantize,
+    smooth_lm,
+    undo_optimization,
+)
+from smoothquant_kernels.nn.kinds import count_quantized, kind_of
+from smoothquant_kernels.nn.parallel.model import ColwiseW8A8, RowwiseW8A8, check
+from smoothquant_kernels.schemes import ACTIVATION_SCHEMES
+from tests.support import cases
+from tests.support.checkpoints import assert_same_bits, logits, manifest_of, refusal
+from tests.support.command_line import Result
+from tests.support.compare import assert_bitwise_equal, assert_same_buffers
+from tests.support.models import layers_of, make_model, token_batches
+
+BATCHES = token_batches(3)
+CONFIG = SmoothQuantConfig(w_bit=4)
+SIZES = ((1, 1), (5, 3), (128, 7), (130, 17), (300, 9))
+
+pytestmark = pytest.mark.filterwarnings("ignore:the calibration data ended")
+
+
+def layer_of(
+    k: int,
+    n: int,
+    scheme: str = "per_token",
+    *,
+    bias: bool = True,
+    smooth: bool = False,
+    **more: Any,
+) -> W4A8Linear:
+    return W4A8Linear.from_linear(
+        cases.float_linear(k, n, bias),
+        activation_scheme=scheme,
+        smooth=cases.inverse_smooth(k) if smooth else None,
+        x_scale=0.02 if scheme == "static" else None,
+        **more,
+    )
+
+
+# --- the numbers ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("k_n", SIZES, ids=str)
+@pytest.mark.parametrize("scheme", ACTIVATION_SCHEMES)
+def test_forward_equals_the_reference(k_n: tuple[int, int], scheme: str) -> None:
+    k, n = k_n
+    for bias, smooth, rotation in ((True, False, 0), (False, True, k & -k if k % 2 == 0 else 0)):
+        rotation = min(rotation, 64)
+        layer = layer_of(k, n, scheme, bias=bias, smooth=smooth, rotation=rotation)
+        w_q = reference.w4_weight(layer.w_q4, layer.w_group, k)
+        for dtype in cases.FLOATS:
+            for m in (0, 1, 17):
+                x = cases.activations(m, k, dtype) if m else torch.empty(0, k, dtype=dtype)
+                x_q, x_scale = reference.quantize(
+                    x,
+                    layer.inv_smooth,
+                    layer.x_scale,
+                    "tensor" if scheme == "per_tensor" else "token",
+                    rotation=rotation,
+                )
+                expected = reference.gemm_s8(
+                    x_q, w_q, x_scale, layer.w_scale, layer.bias, out_dtype=dtype
+                )
+                assert_bitwise_equal(layer(x), expected, f"{dtype} {m}")
+                shared = layer.quantize_input(x)
+                assert_bitwise_equal(layer(shared), expected, f"{dtype} {m}, quantized before")
+        assert layer(torch.zeros(2, 3, k)).shape == (2, 3, n)
+
+
+def test_the_weight_represents_that_of_the_float_layer() -> None:
+    """Even values: a step is at most a 15th of the range plus a unit, so the root mean square of the error is below
+
+    (1 / 15 + 1 / 224) / sqrt(12) = 2.1 % of the range, which is sqrt(12) times that of the values: 7.1 %. Factors and
+    rotations make the values less even. A normal distribution's 128 values span 5.4 root mean squares: 11.1 %.
+    """
+    linear = nn.Linear(256, 8)
+    with torch.no_grad():
+        linear.weight.copy_(torch.rand(8, 256, generator=torch.Generator().manual_seed(0)) - 0.5)
+    weight = linear.weight.detach()
+    for smooth, rotation, limit in (
+        (None, 0, 0.071),
+        (cases.inverse_smooth(256), 0, 0.111),
+        (None, 64, 0.111),
+        (cases.inverse_smooth(256), 64, 0.111),
+    ):
+        layer = W4A8Linear.from_linear(linear, smooth=smooth, rotation=rotation)
+        s = torch.ones(256) if smooth is None else smooth
+        error = (layer.dequantized_weight() - weight) * s
+        assert error.norm() < limit * (weight * s).norm()
+        assert_bitwise_equal(layer.weight * 1, layer.dequantized_weight())
+
+
+def test_a_nonfinite_token_spoils_only_its_own_output() -> None:
+    layer, x = layer_of(130, 6), cases.activations(5, 130)
+    before = layer(x)
+    for value in (torch.nan, torch.inf):
+        broken = x.clone()
+        broken[2, 7] = value
+        after = layer(broken)
+        assert not after[2].isfinite().any()
+        assert_bitwise_equal(after[[0, 1, 3, 4]], before[[0, 1, 3, 4]])
+
+
+@pytest.mark.parametrize("smooth", [False, True])
+@pytest.mark.parametrize("scheme", ACTIVATION_SCHEMES)
+def test_the_gradient_equals_that_of_the_float_product(scheme: str, smooth: bool) -> None:
+    layer = layer_of(136, 10, scheme, smooth=smooth, rotation=8 if smooth else 0)
+    x = cases.activations(6, 136).view(2, 3, 136).requires_grad_()
+    weights = torch.randn(2, 3, 10, generator=torch.Generator().manual_seed(4))
+    y = layer(x)
+    assert_bitwise_equal(y.detach(), layer(x.detach()))
+    (y * weights).sum().backward()
+    float_x = x.detach().clone().requires_grad_()
+    (F.linear(float_x, layer.dequantized_weight()) * weights).sum().backward()
+    assert x.grad is not None and float_x.grad is not None
+    # Both are sums of 10 products, possibly in another order.
+    assert torch.allclose(
+        x.grad, float_x.grad, rtol=1e-5, atol=1e-5 * float(float_x.grad.abs().max())
+    )
+
+
+# --- the module -------------------------------------------------------------------------------------------------------
+
+
+def through_torch_save(layer: W4A8Linear) -> W4A8Linear:
+    file = io.BytesIO()
+    torch.save(layer.state_dict(), file)
+    file.seek(0)
+    fresh = empty_like(layer)
+    fresh.load_state_dict(torch.load(file, weights_only=True))
+    return fresh
+
+
+def empty_like(layer: W4A8Linear, device: str = "cpu") -> W4A8Linear:
+    return W4A8Linear(
+        layer.in_features,
+        layer.out_features,
+        layer.bias is not None,
+        activation_scheme=layer.activation_scheme,
+        smooth=layer.inv_smooth is not None,
+        rotation=layer.rotation,
+        device=device,
+        dtype=layer.dtype,
+    )
+
+
+def loaded(layer: W4A8Linear, device: str) -> W4A8Linear:
+    fresh = empty_like(layer, device)
+    fresh.load_state_dict(layer.state_dict(), strict=True, assign=device == "meta")
+    return fresh
+
+
+def in_inference_mode(layer: W4A8Linear) -> W4A8Linear:
+    with torch.inference_mode():
+        made = copy.deepcopy(layer)
+    assert not made.w_q4.is_inference() and not made.w_group.is_inference()
+    return made
+
+
+COPIES: dict[str, Callable[[W4A8Linear], W4A8Linear]] = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda layer: pickle.loads(pickle.dumps(layer)),
+    "torch.save": through_torch_save,
+    "load": lambda layer: loaded(layer, "cpu"),
+    "assign to meta": lambda layer: loaded(layer, "meta"),
+    "inference mode": in_inference_mode,
+    "half and back": lambda layer: copy.deepcopy(layer).half().bfloat16().double().float(),
+}
+
+
+@pytest.mark.parametrize("way", COPIES)
+def test_copies_compute_the_same(way: str) -> None:
+    x = cases.activations(4, 130)
+    for scheme in ACTIVATION_SCHEMES:
+        for bias, smooth, rotation in ((True, False, 0), (False, True, 2)):
+            layer = layer_of(130, 5, scheme, bias=bias, smooth=smooth, rotation=rotation)
+            made = COPIES[way](layer)
+            assert repr(made) == repr(layer)
+            assert_same_buffers(made, layer)
+            assert_bitwise_equal(made(x), layer(x))
+
+
+def test_the_dtype_follows_casts_and_the_state() -> None:
+    layer = layer_of(6, 5).half()
+    assert layer.weight.dtype == torch.float16 and layer.w_scale.dtype == torch.float32
+    fresh = empty_like(layer_of(6, 5))
+    fresh.load_state_dict(layer.state_dict())
+    assert fresh.weight.dtype == torch.float16
+    assert "activation_scheme=per_token" in repr(layer) and "W4A8Linear(in_features=6" in repr(
+        layer
+    )
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_the_state_of_another_layer_is_refused(strict: bool) -> None:
+    layer = layer_of(6, 5)
+    with pytest.raises(RuntimeError, match="is a float weight and this layer is quantized"):
+        layer.load_state_dict(cases.float_linear(6, 5).state_dict(), strict=strict)
+    with pytest.raises(RuntimeError, match=r"size mismatch|Missing key"):
+        layer.load_state_dict(layer_of(300, 5).state_dict(), strict=True)
+
+
+@pytest.mark.compiler
+@pytest.mark.parametrize("scheme", ACTIVATION_SCHEMES)
+def test_compile_and_export(scheme: str) -> None:
+    layer = nn.Sequential(layer_of(130, 8, scheme, smooth=True, rotation=2)).eval()
+    x = cases.activations(6, 130)
+    exported = torch.export.export(layer, (x,), dynamic_shapes=({0: torch.export.Dim("m")},))
+    for m in (6, 3):
+        assert_bitwise_equal(exported.module()(x[:m]), layer(x[:m]))
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True)
+    for m in (6, 3):
+        assert_bitwise_equal(compiled(x[:m]), layer(x[:m]))
+
+
+REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
+    "K": (lambda: W4A8Linear(0, 4), "in_features must be in"),
+    "scheme": (lambda: W4A8Linear(4, 4, activation_scheme="token"), "activation_scheme must be"),
+    "rotation": (lambda: W4A8Linear(12, 4, rotation=8), "divides in_features = 12"),
+    "dtype": (lambda: W4A8Linear(4, 4, dtype=torch.float64), "float64"),
+    "NaN": (lambda: W4A8Linear.from_linear(_with(torch.nan)), "NaN or Inf"),
+    "double": (lambda: W4A8Linear.from_linear(nn.Linear(4, 4).double()), "float64"),
+    "x_scale": (lambda: W4A8Linear.from_linear(nn.Linear(4, 4), x_scale=1.0), "static scheme"),
+    "smooth": (lambda: W4A8Linear.from_linear(nn.Linear(4, 4), smooth=torch.zeros(4)), "positive"),
+    "moments": (
+        lambda: W4A8Linear.from_linear(nn.Linear(4, 4), moments=torch.eye(3)),
+        "moments must be",
+    ),
+    "weight": (lambda: setattr(layer_of(4, 4), "weight", torch.ones(4, 4)), "cannot be replaced"),
+    "granularity": (
+        lambda: quantize_model(nn.Sequential(nn.Linear(4, 4)), config=CONFIG.replace(weight_granularity="tensor")),
+        "scale per channel",
+    ),
+}  # fmt: skip
+
+
+def _with(value: float) -> nn.Module:
+    linear = nn.Linear(4, 4)
+    with torch.no_grad():
+        linear.weight[1, 2] = value
+    return linear
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_refusals(what: str) -> None:
+    make, said = REFUSED[what]
+    with pytest.raises(SmoothQuantError, match=said):
+        make()
+
+
+def test_a_wrong_input_is_refused_by_the_op() -> None:
+    with pytest.raises(ValueError, match="linear_w4a8"):
+        layer_of(6, 5)(torch.ones(3, 200))
+    with pytest.raises(TypeError, match="float64"):
+        layer_of(6, 5)(torch.ones(3, 6).double())
+
+
+# --- a model ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def quantized() -> Any:
+    return smooth_and_quantize(make_model("llama_gqa"), BATCHES, CONFIG, progress=False)
+
+
+def test_w_bit_and_formats_choose_the_kind(quantized: Any) -> None:
+    assert count_quantized(quantized) == "14 W4A8Linear"
+    made = quantize_model(make_model("llama_gqa"), 4)
+    assert count_quantized(made) == "14 W4A8Linear"
+    config = SmoothQuantConfig(formats={"*.down_proj": "w4a8", "*.o_proj": "float"})
+    made = quantize_model(make_model("llama_gqa"), config=config)
+    assert count_quantized(made) == "10 W8A8Linear, 2 W4A8Linear"
+    config = CONFIG.replace(formats={"*.down_proj": "w8a8"}, quantize_head=True)
+    made = quantize_model(make_model("llama_gqa"), config=config)
+    assert isinstance(made.lm_head, W8A8Linear)  # 4 bits would blur the logits
+    assert count_quantized(made) == "12 W4A8Linear, 3 W8A8Linear"
+    shown = layers_of(quantized)
+    assert all(la["activation_scheme"] == "per_token" for la in shown.values())
+
+
+@pytest.mark.parametrize(
+    "setting", [{}, {"weight_rounding": "gptq", "activation_scheme": "static"}], ids=str
+)
+def test_saved_loaded_and_streamed_models_have_the_same_bits(setting: Any, tmp_path: Path) -> None:
+    config = CONFIG.replace(**setting)
+    source = tmp_path / "float"
+    make_model("llama_gqa").save_pretrained(source)
+    made = smooth_and_quantize(make_model("llama_gqa"), BATCHES, config, progress=False)
+    folder = save_quantized(made, tmp_path / "saved")
+    again = load_quantized(folder)
+    assert count_quantized(again) == "14 W4A8Linear"
+    assert_same_bits(logits(again), logits(made))
+    streamed = quantize_streamed(source, tmp_path / "streamed", BATCHES, config, progress=False)
+    assert manifest_of(streamed)["modules"] == manifest_of(folder)["modules"]
+    assert_same_bits(logits(load_quantized(streamed)), logits(made))
+
+
+def test_from_pretrained_and_transformers_saver(quantized: Any, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    smoothquant_kernels.register_transformers()
+    folder = save_quantized(quantized, tmp_path / "saved")
+    again = AutoModelForCausalLM.from_pretrained(folder)
+    assert count_quantized(again) == "14 W4A8Linear"
+    assert_same_bits(logits(again), logits(quantized))
+    again.save_pretrained(tmp_path / "again")
+    once_more = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    assert_same_bits(logits(once_more), logits(quantized))
+
+
+def test_inspect_and_size(quantized: Any, tmp_path: Path) -> None:
+    folder = save_quantized(quantized, tmp_path / "saved")
+    seen = Result("inspect", folder, "--json").json
+    assert seen["quantized"] == 14
+    assert {layer["class"] for layer in seen["layers"]} == {"W4A8Linear"}
+    layer = quantized.model.layers[0].self_attn.q_proj
+    kind = kind_of(layer)
+    assert kind is not None
+    # 32 channels take one group of 64 bytes, a step and an offset; then the scale and the factors in float32.
+    assert kind.nbytes(32, 32) == 32 * 66 + 4 * 64
+
+
+def test_the_report_measures_them(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    document = make_report(
+        make_model("llama_gqa"), BATCHES, tmp_path / "report", CONFIG, held=BATCHES[:1]
+    )
+    # 4 bits give about 20 dB, int8 about 40.
+    assert all(12 < layer["sqnr"] < 30 for layer in document["layers"])
+
+
+def test_fusion_leaves_them_as_they_are(quantized: Any) -> None:
+    config = SmoothQuantConfig(formats={"*.mlp.*": "w4a8"})
+    mixed = smooth_and_quantize(make_model("llama_gqa"), BATCHES, config, progress=False)
+    for made in (copy.deepcopy(quantized), mixed):
+        before, kinds = logits(made), count_quantized(made)
+        optimize_for_inference(made)
+        assert count_quantized(made) == kinds
+        if "W8A8" in kinds:  # a fused norm is rounded once
+            assert (logits(made) - before).norm() < 0.02 * before.norm()
+        else:
+            assert_same_bits(logits(made), before)
+        undo_optimization(made)
+        assert_same_bits(logits(made), before)
+
+
+def test_a_shared_quantization(quantized: Any) -> None:
+    attention = quantized.model.layers[0].self_attn
+    x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
+    once = attention.q_proj.quantize_input(x)
+    assert isinstance(once, QuantizedActivation)
+    for layer in (attention.q_proj, attention.k_proj, attention.v_proj):
+        assert_bitwise_equal(layer(once), layer(x))
+
+
+def test_tensor_parallelism_refuses_before_any_change(quantized: Any) -> None:
+    name = "model.layers.1.mlp.down_proj"
+    before = copy.deepcopy(quantized)
+    for styles in ({name: RowwiseW8A8()}, {name: ColwiseW8A8()}):
+        with pytest.raises(SmoothQuantError, match=f"{re.escape(name)} is a W4A8Linear"):
+            check(quantized, styles, 2)
+    assert_same_buffers(quantized, before)
+
+
+def test_other_formats_refuse_them(quantized: Any, tmp_path: Path) -> None:
+    said = refusal(lambda: save_quantized(quantized, tmp_path / "a", format="compressed-tensors"))
+    assert "model.layers.0.mlp.down_proj" in said and not (tmp_path / "a").exists()
+    from smoothquant_kernels.checkpoint.compressed_tensors.export import exportable
+
+    for config, what in (
+        (CONFIG, "w_bit=4"),
+        (SmoothQuantConfig(formats={"*.o_proj": "w4a8"}), r"formats of \*.o_proj"),
+    ):
+        with pytest.raises(SmoothQuantError, match=f"ask for W4A8 .{what}"):
+            exportable(config)
+    from smoothquant_kernels.checkpoint.vllm.parts import parts_of
+
+    modules = manifest_of(save_quantized(quantized, tmp_path / "saved"))["modules"]
+    with pytest.raises(SmoothQuantError, match="W4A8Linear, which vLLM cannot serve yet"):
+        parts_of("model.layers.0.self_attn.o_proj", modules, {})
+
+
+def test_smoothing_refuses_a_quantized_model(quantized: Any) -> None:
+    assert "(14 W4A8Linear)" in refusal(lambda: smooth_lm(quantized, BATCHES, progress=False))
+
+
+def test_lora_trains_around_them() -> None:
+    peft = pytest.importorskip("peft")
+    smoothquant_kernels.register_peft()
+    model = peft.get_peft_model(
+        quantize_model(make_model("llama_gqa"), 4),
+        peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False),
+    )
+    ids: Tensor = BATCHES[0] if isinstance(BATCHES[0], Tensor) else BATCHES[0]["input_ids"]
+    model(input_ids=ids.view(1, -1), labels=ids.view(1, -1)).loss.backward()
+    grads = [p.grad for n, p in model.named_parameters() if "lora_" in n]
+    assert len(grads) == 4 and all(g is not None and bool(g.isfinite().all()) for g in grads)
+    assert any(bool((g != 0).any()) for g in grads if g is not None)
