@@ -177,14 +177,6 @@ def add_int8_weight(
     layer.register_buffer("w_scale", torch.zeros(scales, device=device).float())
 
 
-def rounded_input(layer: QuantizedLinear, x: Tensor) -> Tensor:
-    """[..., K] float32: x as the int8 GEMM of a layer reads it, without rotation and smoothing factors."""
-    x_q, scale, _ = QuantizedLinear.quantize_input(layer, x)
-    z = x_q.float() * (scale if scale.numel() == 1 else scale.reshape(*x.shape[:-1], 1))
-    z = rotated_weight(z, layer.rotation)  # undoes the rotation
-    return z if layer.inv_smooth is None else z / layer.inv_smooth
-
-
 class _W8A8(Kind[W8A8Linear]):
     """Takes every layer that no other kind takes."""
 

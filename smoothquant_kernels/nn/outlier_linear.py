@@ -16,9 +16,14 @@ from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.nn.gradient import through
 from smoothquant_kernels.nn.kinds import Kind, Settings, register
 from smoothquant_kernels.nn.lazy_weight import dequantized_weight
-from smoothquant_kernels.nn.linear import add_int8_weight, rounded_input
+from smoothquant_kernels.nn.linear import add_int8_weight
 from smoothquant_kernels.nn.operands import QuantizedActivation, packed_rows
-from smoothquant_kernels.nn.quantized_linear import MARKER, QuantizedLinear, read_linear
+from smoothquant_kernels.nn.quantized_linear import (
+    MARKER,
+    QuantizedLinear,
+    read_linear,
+    rounded_input,
+)
 from smoothquant_kernels.nn.rounding import int8_weight
 from smoothquant_kernels.ops.checks import FLOATS, type_name
 from smoothquant_kernels.ops.rotate import rotated

@@ -263,8 +263,8 @@ def read_linear(linear: nn.Module, smooth: Tensor | None) -> FloatSource:
 
 
 def rounded_input(layer: QuantizedLinear, x: Tensor) -> Tensor:
-    """[..., K] float32: x as the layer reads it, rounded, without rotation and smoothing factors."""
-    x_q, scale, _ = layer.quantize_input(x)
+    """[..., K] float32: x as the integer GEMM of a layer reads it, without rotation and smoothing factors."""
+    x_q, scale, _ = QuantizedLinear.quantize_input(layer, x)
     z = x_q.float() * (scale if scale.numel() == 1 else scale.reshape(*x.shape[:-1], 1))
     z = rotated_weight(z, layer.rotation)  # undoes the rotation
     return z if layer.inv_smooth is None else z / layer.inv_smooth
