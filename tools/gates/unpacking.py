@@ -20,6 +20,7 @@ _MASK = re.compile(r"\b0xf0f0f0f0?\b")
 _SINKS = ("IMMA", "IGMMA", "HMMA", "STS", "STG", "STL", "LDGSTS")
 _LOADS = ("LDS", "LDSM", "LDG", "LDL", "LDC", "IMMA", "IGMMA", "HMMA")
 _NO_RESULT = (*_SINKS[3:], "BRA", "EXIT", "BAR", "RED", "DEPBAR", "NOP")
+_LEAVE = ("BRA", "EXIT", "RET")
 _PREDICATE = re.compile(r"\s*!?U?P[T\d]")
 #: Multiply-adds whose addend is two registers.
 _WIDE = ("IMAD.HI", "IMAD.WIDE")
@@ -97,11 +98,18 @@ class _Scan:
 def unpacking(code: Sequence[Instruction]) -> Unpacking:
     """Counts what lies between the loads of weights and the tensor cores, once per instruction.
 
-    The instructions are followed in their order, twice: at the start of a loop some registers hold what its end has
-    put there.
+    The instructions are followed in their order, twice, because a branch back brings registers to the start of a loop.
+    What follows an instruction that always leaves has only what branches bring.
     """
     scan = _Scan()
+    brought: dict[int, set[int]] = {}  # address -> registers that hold weights there
     if any(_MASK.search(one.operands) for one in code):
         for one in (*code, *code):
+            scan.holds |= brought.get(one.address, set())
             scan.step(one)
+            name, targets = one.opcode.split(".")[0], re.findall(r"\b0x[0-9a-f]+", one.operands)
+            if name == "BRA" and targets:
+                brought.setdefault(int(targets[-1], 16), set()).update(scan.holds)
+            if name in _LEAVE and not one.guard and "," not in one.operands:
+                scan.holds.clear()
     return Unpacking(len(scan.masks), len(scan.used))
