@@ -139,6 +139,29 @@ __device__ bool combine_splits(const MmaParams& p, uint32_t tile, uint32_t split
   return true;
 }
 
+// Stores a warp's kRows x 16 tokens from `token0`, of 8 kBlocks channels from `channel0`: the sums
+// that each 16 tokens have in a lane, one after the other.
+template <int kRows, int kBlocks, bool kGated>
+__device__ inline void store_rows(const Epilogue& epilogue, int32_t* acc, int token0,
+                                  int channel0) {
+  constexpr int kWords = 4 * kBlocks;
+  // Registers cannot be indexed at run time, and unrolling would repeat the long epilogue for every
+  // i. So the rows move up instead.
+#pragma unroll 1
+  for (int i = 0; i < kRows; ++i) {
+    // Pretends that channel0 changes. Otherwise the compiler moves the loads per channel out of the
+    // loop and spills them.
+    asm volatile("" : "+r"(channel0));
+    if constexpr (kGated) {
+      store_gated_tokens<kBlocks>(epilogue, acc, token0 + 16 * i, channel0);
+    } else {
+      store_tokens<kBlocks>(epilogue, acc, token0 + 16 * i, channel0);
+    }
+#pragma unroll
+    for (int word = 0; word < (kRows - 1) * kWords; ++word) acc[word] = acc[word + kWords];
+  }
+}
+
 // Two blocks of 128 threads can use 255 registers a thread. Without the second bound, ptxas aims
 // for more blocks and spills.
 constexpr int mma_blocks_per_sm(int threads) { return threads <= 128 ? 2 : 1; }
@@ -245,38 +268,19 @@ __global__ void __launch_bounds__(32 * kWarpsM * kWarpsN, mma_blocks_per_sm(32 *
   if (p.splits > 1 && !combine_splits<kRows * kColumns * 2, kThreads>(p, tile, split, acc[0][0])) {
     return;
   }
-  // Registers cannot be indexed at run time, and unrolling would repeat the long epilogue for every
-  // i. So the rows move up instead.
-  int channel0 = position.n * kN + warp_n;
-#pragma unroll 1
-  for (int i = 0; i < kRows; ++i) {
-    // Pretends that channel0 changes. Otherwise the compiler moves the loads per channel out of the
-    // loop and spills them.
-    asm volatile("" : "+r"(channel0));
-    const int token0 = position.m * kM + warp_m + 16 * i;
-    if constexpr (kGated) {
-      store_gated_tokens<2 * kColumns>(p.epilogue, acc[0][0], token0, channel0);
-    } else {
-      store_tokens<2 * kColumns>(p.epilogue, acc[0][0], token0, channel0);
-    }
-#pragma unroll
-    for (int row = 1; row < kRows; ++row) {
-#pragma unroll
-      for (int j = 0; j < kColumns; ++j) {
-#pragma unroll
-        for (int word = 0; word < 8; ++word) acc[row - 1][j][word] = acc[row][j][word];
-      }
-    }
-  }
+  store_rows<kRows, 2 * kColumns, kGated>(p.epilogue, acc[0][0], position.m * kM + warp_m,
+                                          position.n * kN + warp_n);
 }
 
 // How many tokens the tiles of a group cover. An A100 or an RTX 4090 runs 200 to 300 blocks of some
 // 128 x 128 at a time: as a square they are 2048 tokens high, which at K = 8192 take 16 MiB of L2.
 constexpr int32_t kRasterTokens = 2048;
 
-template <int kM, int kN, int kK, int kWarpsM, int kWarpsN, int kStages, bool kGated>
-Status launch_mma(const GemmParams& params, const Device&, const GemmPlan& plan,
-                  cudaStream_t stream) {
+// Fills in the parameters of a kernel with this tile, and clears the tickets if the stream has
+// none.
+template <int kM, int kN, int kK>
+Status make_mma_params(const GemmParams& params, const GemmPlan& plan, cudaStream_t stream,
+                       MmaParams& p) {
   const int64_t m_tiles = divide_up(params.m, kM), n_tiles = divide_up(params.n, kN);
   const int64_t k_tiles = divide_up(params.k, kK), tiles = m_tiles * n_tiles;
   const int64_t splits = plan.splits < 1 ? 1 : plan.splits < k_tiles ? plan.splits : k_tiles;
@@ -285,7 +289,7 @@ Status launch_mma(const GemmParams& params, const Device&, const GemmPlan& plan,
     return Status::kUnsupportedShape;
   }
 
-  MmaParams p = {};
+  p = {};
   p.x_q = params.x_q;
   p.w_q = params.w_q;
   p.x_q_stride = params.x_q_stride;
@@ -310,12 +314,15 @@ Status launch_mma(const GemmParams& params, const Device&, const GemmPlan& plan,
       if (status != Status::kSuccess) return status;
     }
   }
+  return Status::kSuccess;
+}
 
-  constexpr int kThreads = 32 * kWarpsM * kWarpsN, kSharedBytes = kStages * (kM + kN) * kK;
+// Launches a kernel for mma.sync. kKernel has one type for all tiles, so `seen` is one per kernel.
+template <auto kKernel, int kThreads, int kSharedBytes, typename Params>
+Status launch_mma_kernel(Params p, cudaStream_t stream) {
   KernelLaunch launch = {};
-  launch.function = reinterpret_cast<const void*>(
-      &mma_gemm_kernel<kM, kN, kK, kWarpsM, kWarpsN, kStages, kGated>);
-  launch.grid = dim3(static_cast<unsigned>(tiles * splits));
+  launch.function = reinterpret_cast<const void*>(kKernel);
+  launch.grid = dim3(static_cast<unsigned>(p.m_tiles) * p.n_tiles * p.splits);
   launch.block = dim3(kThreads);
   launch.shared_bytes = kSharedBytes;
   launch.stream = stream;
@@ -323,6 +330,16 @@ Status launch_mma(const GemmParams& params, const Device&, const GemmPlan& plan,
   const Status status =
       allow_shared_memory(launch.function, kSharedBytes, mma_blocks_per_sm(kThreads), seen);
   return status == Status::kSuccess ? launch_kernel(launch, &p) : status;
+}
+
+template <int kM, int kN, int kK, int kWarpsM, int kWarpsN, int kStages, bool kGated>
+Status launch_mma(const GemmParams& params, const Device&, const GemmPlan& plan,
+                  cudaStream_t stream) {
+  MmaParams p;
+  const Status status = make_mma_params<kM, kN, kK>(params, plan, stream, p);
+  if (status != Status::kSuccess) return status;
+  constexpr auto* kKernel = &mma_gemm_kernel<kM, kN, kK, kWarpsM, kWarpsN, kStages, kGated>;
+  return launch_mma_kernel<kKernel, 32 * kWarpsM * kWarpsN, kStages*(kM + kN) * kK>(p, stream);
 }
 
 }  // namespace sqk
