@@ -74,17 +74,16 @@ class W4Consumer {
     const int stage = ring_.stage;
     wait_for_barrier(barriers_ + 16 * stage, ring_.parity);
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {  // the lane's channels: 8 apart
-      const W4Scale scale = w4_scale(
-          *reinterpret_cast<const uint16_t*>(groups_ + stage * Tile::kGroupBytes + 16 * h));
+    for (int h = 0; h < 2; ++h) {         // the lane's channels: 8 apart
+      constexpr uint32_t kSign = 0x8000;  // adds 128 to the offset
+      const uint32_t element =
+          *reinterpret_cast<const uint16_t*>(groups_ + stage * Tile::kGroupBytes + 16 * h);
+      const W4Scale scale = W4Scale::of<0>(element ^ kSign);
       const uint4 v = *reinterpret_cast<const uint4*>(weights_ + stage * Tile::kWBytes +
                                                       8 * static_cast<int>(kW4Bytes) * h);
       const uint32_t words[] = {v.x, v.y, v.z, v.w};
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        a[i][h] = unpack_low(words[i], scale);
-        a[i][2 + h] = unpack_high(words[i], scale);
-      }
+      for (int i = 0; i < 4; ++i) unpack_w4(words[i], scale, a[i][h], a[i][2 + h]);
     }
   }
 
