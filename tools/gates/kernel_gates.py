@@ -187,10 +187,17 @@ GATES = (
         archs=r"sm_90a",
     ),
     Gate(
+        "weights before the wait",
+        waits_first("UTMALDG"),
+        "wanted: copies of weights before the wait, and nothing else (csrc/gemm/w4/wgmma_load.cuh).",
+        kernels=r"\bw4_wgmma_gemm_kernel<",
+        archs=r"sm_90a",
+    ),
+    Gate(
         "results of the kernel before",
         fresh_loads,
         "wanted: load_fresh (csrc/common/memory_order.cuh) for what another kernel or block has just written.",
-        kernels=rf"\b(wgmma_gemm_kernel|{DECODE})<",
+        kernels=rf"\b((?:w4_)?wgmma_gemm_kernel|{DECODE})<",
         archs=r"sm_90a",
     ),
     Gate(

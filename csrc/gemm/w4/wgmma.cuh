@@ -11,6 +11,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <atomic>
 
 #include "common/arithmetic.h"
 #include "common/launch.h"
@@ -23,7 +24,7 @@ namespace sqk {
 
 template <class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
-    w4_wgmma_kernel(const __grid_constant__ W4WgmmaParams p) {
+    w4_wgmma_gemm_kernel(const __grid_constant__ W4WgmmaParams p) {
   extern __shared__ __align__(1024) uint8_t w4_stages[];
   const uint32_t shared = shared_address(w4_stages);
   if (threadIdx.x == 0) {
@@ -42,9 +43,15 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   }
   const uint32_t units = static_cast<uint32_t>(p.m_tiles) * p.n_clusters * p.splits;
   if (threadIdx.x < Tile::kConsumers) {
+    if constexpr (Tile::kGivesRegisters) {
+      asm volatile("setmaxnreg.inc.sync.aligned.u32 240;" ::: "memory");
+    }
     W4Consumer<Tile>(p, shared, w4_stages).run(units);
-  } else if (threadIdx.x == Tile::kConsumers) {
-    W4Loader<Tile>(p, shared).run(units);
+  } else {
+    if constexpr (Tile::kGivesRegisters) {
+      asm volatile("setmaxnreg.dec.sync.aligned.u32 24;" ::: "memory");
+    }
+    if (threadIdx.x == Tile::kConsumers) W4Loader<Tile>(p, shared).run(units);
   }
   if constexpr (Tile::kCluster > 1) {
     __syncwarp();
@@ -70,7 +77,9 @@ class W4WgmmaGemm {
   // As in mma/kernel.cuh: these tokens at K = 8192 take 16 MiB of L2.
   static constexpr int32_t kRasterTokens = 2048;
 
-  static const void* function() { return reinterpret_cast<const void*>(&w4_wgmma_kernel<Tile>); }
+  static const void* function() {
+    return reinterpret_cast<const void*>(&w4_wgmma_gemm_kernel<Tile>);
+  }
 
   // A single row may have any stride, but a map needs one that is at least as long as the row.
   static int64_t stride(int64_t rows, int64_t columns, int64_t given) {
@@ -91,6 +100,27 @@ class W4WgmmaGemm {
       status = encode_vector(&p->group, params.w_group, groups * params.n, Tile::kChannels);
     }
     return status;
+  }
+
+  // How many clusters the GPU runs at a time: fewer than its multiprocessors could hold if a GPC
+  // has an odd number of them. A block that starts only when another one ends would double the
+  // time.
+  static int64_t at_a_time(KernelLaunch launch, const Device& device) {
+    const int64_t most = std::max(1, device.sms / Tile::kCluster);
+    if constexpr (Tile::kCluster > 1) {
+      static std::atomic<int32_t> known[kMaxDevices];  // 0: not asked yet
+      int index = 0;
+      if (cudaGetDevice(&index) != cudaSuccess || index >= kMaxDevices) return most;
+      int32_t found = known[index].load(std::memory_order_relaxed);
+      if (found == 0) {
+        launch.grid = launch.cluster;
+        found = max_active_clusters(launch);
+        if (found == 0) found = static_cast<int32_t>(most);
+        known[index].store(found, std::memory_order_relaxed);
+      }
+      return std::min<int64_t>(found, most);
+    }
+    return most;
   }
 
  public:
@@ -129,11 +159,8 @@ class W4WgmmaGemm {
         if (status != Status::kSuccess) return status;
       }
     }
-    const int64_t running = std::max(1, device.sms / Tile::kCluster);
     KernelLaunch launch = {};
     launch.function = function();
-    launch.grid =
-        dim3(static_cast<unsigned>(std::min(clusters * splits, running) * Tile::kCluster));
     launch.block = dim3(Tile::kThreads);
     launch.shared_bytes = Tile::kShared;
     launch.stream = stream;
@@ -141,7 +168,10 @@ class W4WgmmaGemm {
     launch.overlap = plan.overlap && !clears;  // only kernels are sure to overlap with kernels
     static DevicesSeen seen;
     status = allow_shared_memory(launch.function, Tile::kShared, 1, seen);
-    return status == Status::kSuccess ? launch_kernel(launch, &p) : status;
+    if (status != Status::kSuccess) return status;
+    const int64_t blocks = std::min(clusters * splits, at_a_time(launch, device)) * Tile::kCluster;
+    launch.grid = dim3(static_cast<unsigned>(blocks));
+    return launch_kernel(launch, &p);
   }
 };
 

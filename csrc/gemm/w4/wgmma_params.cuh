@@ -27,7 +27,11 @@ struct W4WgmmaTile {
   static constexpr int kTokens = kTokensOfTile, kStages = kStagesOfRing;
   static constexpr int kCluster = kBlocksOfCluster;  // along n: they share the tokens
   static constexpr int kWarpgroups = 2, kChannels = 64 * kWarpgroups;
-  static constexpr int kConsumers = 128 * kWarpgroups, kThreads = kConsumers + 32;
+  static constexpr int kConsumers = 128 * kWarpgroups;
+  // A warp loads. If the sums need more registers than three warps in a quarter of an SM can have,
+  // it takes a whole warpgroup with it, which gives its registers to the others.
+  static constexpr bool kGivesRegisters = kTokens > 128;
+  static constexpr int kThreads = kConsumers + (kGivesRegisters ? 128 : 32);
   static constexpr int kXBytes = kTokens * kW4Group, kWBytes = kChannels * kW4Bytes;
   static constexpr int kGroupBytes = 2 * kChannels;
   static constexpr int kStageBytes = kXBytes + kWBytes + kGroupBytes;
