@@ -292,6 +292,8 @@ def rows_here(device: torch.device) -> list[dict[str, Any]]:
     table = cases.current_table(device) or {"name": "", "tiles": []}
     tiles = []
     for tile in table["tiles"]:
+        if tile.get("w4_only"):
+            continue
         id = f"{table['name']}/{tile['name'].replace(' ', '-')}"
         tiles.append(row(tile["name"], id, "tile", bool(tile.get("candidate"))))
     made = [row(name, name, "producer") for name in producers.PRODUCERS]

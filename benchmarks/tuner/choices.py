@@ -190,6 +190,8 @@ def cpp_row(row: dict[str, Any]) -> str:
         calls += [f"cluster({cluster.replace('x', ', ')})"] * (in_name != "" or cluster != "1x1")
         calls += [f"stages({row['stages']})"]
     calls += [f"rate({row['rate']})", *["gated()"] * row.get("gated", False)]
+    w4 = "w4_only()" if row.get("w4_only") else "w4()"
+    calls += [w4] * row.get("w4", False)
     calls += [f"{in_name}_in_name()"] * bool(in_name)
     return "    " + ".".join(calls) + ","
 

@@ -16,13 +16,14 @@ from typing import Any
 
 import pytest
 
-from tests.csrc.test_gemm_plan import GPUS, LAYERS, compiled, params
+from tests.csrc.test_gemm_plan import GPUS, LAYERS, compiled, forced, params, w4
 from tests.support import c_gemm
 from tests.support.c_interface import SUCCESS
 from tools.build.plan import ROOT, BuildError, find_nvcc, find_torch
 
 pytestmark = pytest.mark.compiler
 
+Tile = dict[str, Any]
 INSTANCES = ROOT / "csrc" / "gemm" / "instances"
 ROW = re.compile(r"    (?:stream|mma|wgmma)\(.*\),")
 
@@ -41,7 +42,8 @@ def file_of(tile: dict[str, Any]) -> str:
     if tile["kernel"] == "stream":
         return f"stream_{tile['m']}x{tile['n']}.cu"
     if tile["kernel"] == "wgmma":
-        return f"{'tuning' if tile['candidate'] else 'wgmma'}_{name}_sm90.cu"
+        kind = "tuning" if tile["candidate"] else "wgmma"
+        return f"{kind}_{name.removeprefix('w4_')}_sm90.cu"
     shape = "x".join(str(tile[side]) for side in "mnk")
     warps = f"{tile['warps_m']}x{tile['warps_n']}"
     kind = "tuning_mma" if tile["candidate"] else "mma"
@@ -51,14 +53,18 @@ def file_of(tile: dict[str, Any]) -> str:
 def test_every_tile_has_a_file_of_its_own(library: ctypes.CDLL) -> None:
     """One tile per file, so that a build uses every core; its name holds its arguments.
 
-    A tile that says .gated() has another one for gated GEMMs.
+    A tile that says .gated() has another one for gated GEMMs, and one that says .w4() or .w4_only() one for weights of
+    4 bits.
     """
     expected = {}
     for table in c_gemm.tables(library).values():
         for tile in table["tiles"]:
             sizes = [tile["m"], tile["n"], *[tile["k"]] * (tile["kernel"] != "stream")]
             argument = f"{tile['kernel']}({', '.join(map(str, sizes))})"
-            expected[file_of(tile)] = argument
+            if not tile["w4_only"]:
+                expected[file_of(tile)] = argument
+            if tile["w4"]:
+                expected[f"w4_{file_of(tile)}"] = argument
             if tile["gated"]:
                 expected[f"gated_{file_of(tile)}"] = argument
     found = {}
@@ -66,7 +72,8 @@ def test_every_tile_has_a_file_of_its_own(library: ctypes.CDLL) -> None:
         text = source.read_text()
         assert len(text.splitlines()) <= 12
         (found[source.name],) = re.findall(r"_entry<(\w+\([\d, ]+\)).*>\(\);", text)
-        assert ("gated_" in text) == source.name.startswith("gated_")
+        for kind in ("gated_", "w4_"):
+            assert (kind in text) == source.name.startswith(kind)
     assert found == expected
 
 
@@ -97,9 +104,12 @@ def plans(library: ctypes.CDLL) -> dict[tuple[object, ...], tuple[object, ...]]:
     found: dict[tuple[object, ...], tuple[object, ...]] = {}
     tables = c_gemm.tables(library)
 
-    def ask(problem: tuple[int, int, int], gpu: str, what: str, tile: int = -1) -> None:
+    def ask(problem: tuple[int, int, int], gpu: str, what: str, tile: Tile | None = None) -> None:
         device, table = GPUS[gpu]
-        status, plan = c_gemm.plan(library, params(*problem, tile=tile), device)
+        p = params(*problem) if tile is None else forced(tile, *problem)
+        if what == "w4":
+            p = w4(*problem)
+        status, plan = c_gemm.plan(library, p, device)
         name = tables[table]["tiles"][plan.tile]["name"] if status == SUCCESS else ""
         facts = (plan.splits, plan.blocks, plan.workspace_bytes, plan.expected_clocks)
         found[problem, gpu, what] = (status, name, *facts)
@@ -109,8 +119,9 @@ def plans(library: ctypes.CDLL) -> dict[tuple[object, ...], tuple[object, ...]]:
         for n, k in LAYERS[::3]:
             for m in tokens:
                 ask((m, n, k), gpu, "")
+                ask((m, n, k), gpu, "w4")
             for tile in tables[table]["tiles"]:
-                ask((8, n, k), gpu, tile["name"], tile["tile"])
+                ask((8, n, k), gpu, tile["name"], tile)
     for gpu in ("A100", "L40S", "H100"):
         for tile in tables[GPUS[gpu][1]]["tiles"]:
             assert library.sqk_gemm_without_tiles(tile["id"].encode()) == SUCCESS
@@ -141,6 +152,13 @@ STAND_INS = {
 namespace sqk {
 template <int, int, int, int, int, int, bool>
 Status launch_mma(const GemmParams&, const Device&, const GemmPlan&, cudaStream_t) { return {}; }
+}
+""",
+    "csrc/gemm/w4/mma.cuh": """#pragma once
+#include "gemm/kernels.h"
+namespace sqk {
+template <int, int, int, int, int>
+Status launch_w4_mma(const GemmParams&, const Device&, const GemmPlan&, cudaStream_t) { return {}; }
 }
 """,
     "csrc/gemm/wgmma/kernel.cuh": """#pragma once
@@ -255,6 +273,7 @@ FORGOTTEN = (
     ("sm89", "mma(128, 64, 64).warps(2, 2).stages(4).rate(50)"),
     ("sm90", "wgmma(128, 192, 128).cooperative().stages(4).rate(50)"),
     ("sm90", "stream(8, 32).warps(4).rate(50)"),
+    ("sm89", "mma(64, 64, 128).warps(2, 2).stages(4).rate(50).w4_only()"),
 )
 
 
@@ -263,7 +282,7 @@ def test_a_row_without_a_file_does_not_link(sources: Sources) -> None:
         begin = f"constexpr TileBuilder k{table.capitalize()}Shipped[] = {{\n"
         sources.change(f"gemm/tiles/{table}.h", begin, f"{begin}    {row},\n")
     missing = re.findall(r"undefined reference to `.*\b(\w+)_entry<", sources.link())
-    assert sorted(missing) == ["mma", "mma", "stream", "wgmma"]
+    assert sorted(missing) == ["mma", "mma", "stream", "w4_mma", "wgmma"]
 
 
 @pytest.mark.parametrize(
@@ -273,6 +292,7 @@ def test_a_row_without_a_file_does_not_link(sources: Sources) -> None:
         ("wgmma_128x256x128_sm90.cu", ".cluster(2, 1)", "", "tiles/sm90.h has no row with this tile"),
         # a candidate, in the file of a shipped tile
         ("wgmma_256x128x128_sm90.cu", "cooperative", "stream_k", "tiles/sm90.h has no row with this tile"),
+        ("w4_mma_16x64x128_warps_1x4_stages_8_sm80.cu", ".stages(8)", ".stages(9)", "no table has a row with this tile"),
         ("stream_8x16.cu", "stream(8, 16)", "stream(8, 32)", "no table has a row with this tile"),
         ("stream_8x16.cu", "stream(8, 16)", "mma(8, 16, 128)", "no table has a row with this tile"),
     ],
@@ -296,6 +316,7 @@ def test_a_file_without_a_row_does_not_compile(
         (".stages(11)", ".stages(11).splits(2)", "a row of the table breaks a rule of tile.h"),
         ("warps(16)", "warps(16).cluster(2, 1)", "a row of the table breaks a rule of tile.h"),
         ("wgmma(16, 64, 256)", "wgmma(32, 64, 256)", "a rule names a tile that its table does not ship"),
+        (".stages(11)", ".stages(11).w4_only()", "a rule names a tile that its table does not ship"),
         ("wgmma(64, 256, 128)", "wgmma(1024, 256, 128)", "a row of the table breaks a rule of tile.h"),
     ],
 )  # fmt: skip
@@ -306,6 +327,22 @@ def test_a_wrong_table_does_not_compile(sources: Sources, old: str, new: str, sa
     file.write_text(text.replace(old, new, 1))
     done = sources.compile(["csrc/gemm/plan.cpp"], "-fsyntax-only", "-DSQK_TUNING=1")
     assert done.returncode != 0 and said in done.stderr
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        "mma(64, 64, 64).warps(2, 2).stages(4).rate(50).w4_only()",  # half a group
+        "mma(64, 64, 64).warps(2, 2).stages(4).rate(50).w4().stages_in_name()",
+        "mma(64, 64, 128).warps(2, 2).stages(2).rate(50).gated().w4_only()",
+        "mma(64, 64, 128).warps(2, 2).stages(13).rate(50).w4_only()",  # 161 KiB, where 99 are there
+    ],
+)
+def test_a_wrong_row_for_4_bits_does_not_compile(sources: Sources, row: str) -> None:
+    begin = "constexpr TileBuilder kSm89Shipped[] = {\n"
+    sources.change("gemm/tiles/sm89.h", begin, f"{begin}    {row},\n")
+    done = sources.compile(["csrc/gemm/plan.cpp"], "-fsyntax-only")
+    assert done.returncode != 0 and "a row of the table breaks a rule of tile.h" in done.stderr
 
 
 def test_two_rows_with_one_name_do_not_compile(sources: Sources) -> None:

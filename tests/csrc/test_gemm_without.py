@@ -11,7 +11,16 @@ from typing import Any
 
 import pytest
 
-from tests.csrc.test_gemm_plan import GPUS, LAYERS, assert_can_be_launched, compiled, params, plan
+from tests.csrc.test_gemm_plan import (
+    GPUS,
+    LAYERS,
+    assert_can_be_launched,
+    compiled,
+    for_int8,
+    forced,
+    params,
+    plan,
+)
 from tests.support import c_gemm
 from tests.support.c_gemm import Measured, Plan
 from tests.support.c_interface import EXCLUDED_TILE, SUCCESS, UNKNOWN_TILE, UNSUPPORTED_SHAPE
@@ -76,7 +85,7 @@ def test_other_rows_replace_an_excluded_one(library: ctypes.CDLL, gpu: str) -> N
     tiles = tiles_of(library, table)
     before = {size: plan(library, params(*size), device) for size in sizes}
     moved = set()
-    for tile in tiles:
+    for tile in for_int8(tiles):
         assert without(library, tile["id"]) == SUCCESS
         assert excluded(library) == {tile["id"]}
         for size in sizes:
@@ -88,8 +97,8 @@ def test_other_rows_replace_an_excluded_one(library: ctypes.CDLL, gpu: str) -> N
                 assert bytes(found) == bytes(before[size])
             else:
                 moved.add(tile["tile"])
-        forced = params(min(8, tile["m"]), 4096, 4096, tile=tile["tile"])
-        assert c_gemm.plan(library, forced, device)[0] == EXCLUDED_TILE
+        p = forced(tile, min(8, tile["m"]), 4096, 4096)
+        assert c_gemm.plan(library, p, device)[0] == EXCLUDED_TILE
     assert moved == {found.tile for found in before.values()}
     assert without(library, "") == SUCCESS
     for size in sizes:
@@ -100,7 +109,7 @@ def test_other_rows_replace_an_excluded_one(library: ctypes.CDLL, gpu: str) -> N
 def test_any_one_tile_is_enough(library: ctypes.CDLL, gpu: str) -> None:
     """A streaming tile is enough for the tokens that it holds. Beyond, and without any tile, the plan says why."""
     device, table = GPUS[gpu]
-    tiles = tiles_of(library, table)
+    tiles = for_int8(tiles_of(library, table))
     for left in tiles:
         names = ",".join(tile["id"] for tile in tiles if tile is not left)
         assert without(library, names) == SUCCESS

@@ -36,17 +36,22 @@ def library(backend: backends.Backend) -> ctypes.CDLL:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Runs a test that takes `tile` for each tile of the GEMM table, and any test for each backend."""
+    """Runs a test that takes `tile` for each tile of the GEMM table, and any test for each backend.
+
+    `w4_tile`: for each tile that serves weights of 4 bits.
+    """
     option = metafunc.config.getoption("--backend")
     names = backends.several(option)
     if "backend" in metafunc.fixturenames and names not in ([], [option]):
         metafunc.parametrize("backend", names, indirect=True, scope="module")
-    if "tile" in metafunc.fixturenames:
-        rows = backends.gemm_tiles(option)
+    for argument, w4 in (("tile", False), ("w4_tile", True)):
+        if argument not in metafunc.fixturenames:
+            continue
+        rows = backends.gemm_tiles(option, w4)
         # SQK_WITHOUT_TILES excludes tiles that must not run.
         tiles = [tile for tile in rows if not tile.get("excluded")]
         names = [tile["name"].replace(" ", "_") for tile in tiles]
-        metafunc.parametrize("tile", tiles, ids=names)
+        metafunc.parametrize(argument, tiles, ids=names)
 
 
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> None:

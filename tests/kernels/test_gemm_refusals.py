@@ -89,10 +89,13 @@ def test_tiles_that_do_not_exist_or_do_not_fit_are_refused(
 ) -> None:
     tiles = c_gemm.tiles(library)
     shape = "M 4, N 3, K 6"
-    change = {"tile": len(tiles)}
-    refused(
-        compiled, "_gemm_s8_tile", change, f"an argument is invalid; {shape}, tile {len(tiles)}"
-    )
+    beyond = len(c_gemm.all_tiles(library))
+    said = f"an argument is invalid; {shape}, tile {beyond}"
+    refused(compiled, "_gemm_s8_tile", {"tile": beyond}, said)
+    for tile in c_gemm.all_tiles(library):
+        if tile["w4_only"]:
+            said = f"no tile covers this shape; {shape}, tile {tile['tile']}"
+            refused(compiled, "_gemm_s8_tile", {"tile": tile["tile"]}, said)
     for tile in tiles:
         change = {"tile": tile["tile"], "splits": tile["most_splits"] + 1}
         refused(compiled, "_gemm_s8_tile", change, f"no tile covers this shape; {shape}, tile")

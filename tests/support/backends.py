@@ -128,8 +128,10 @@ def _cuda(name: str) -> Backend:
     return Backend("cuda", "cuda", cuda.FOLDER / cuda.LIBRARY_NAME, compiled=True)
 
 
-def gemm_tiles(name: str) -> list[dict[str, Any]]:
+def gemm_tiles(name: str, w4: bool = False) -> list[dict[str, Any]]:
     """The GEMM tiles of the backend's GPU: one placeholder for the CPU, none if the backend is unavailable.
+
+    Those for weights of 4 bits, or those for int8.
 
     pytest's collection needs them before a Backend exists.
     """
@@ -140,7 +142,9 @@ def gemm_tiles(name: str) -> list[dict[str, Any]]:
     else:
         available = torch.cuda.is_available() and cuda.extension_status().available
         path = str(cuda.FOLDER / cuda.LIBRARY_NAME) if available else None
-    return [] if path is None else c_gemm.tiles(c_gemm.declare(ctypes.CDLL(path)))
+    if path is None:
+        return []
+    return (c_gemm.w4_tiles if w4 else c_gemm.tiles)(c_gemm.declare(ctypes.CDLL(path)))
 
 
 def require_gpu() -> None:

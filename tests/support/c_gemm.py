@@ -148,11 +148,21 @@ def current_device(library: ctypes.CDLL) -> Device:
     return device
 
 
-def tiles(library: ctypes.CDLL) -> list[dict[str, Any]]:
+def all_tiles(library: ctypes.CDLL) -> list[dict[str, Any]]:
     """The rows of the current GPU's table."""
     table = choice(library, 64, 64, 64, current_device(library))["table"]
     rows: list[dict[str, Any]] = tables(library)[table]["tiles"]
     return rows
+
+
+def tiles(library: ctypes.CDLL) -> list[dict[str, Any]]:
+    """The rows that serve int8 weights."""
+    return [tile for tile in all_tiles(library) if not tile["w4_only"]]
+
+
+def w4_tiles(library: ctypes.CDLL) -> list[dict[str, Any]]:
+    """The rows that serve weights of 4 bits."""
+    return [tile for tile in all_tiles(library) if tile["w4"]]
 
 
 def plan(library: ctypes.CDLL, params: Params, device: Device | None = None) -> tuple[int, Plan]:
@@ -179,14 +189,19 @@ def params_of(
     residual: Tensor | None = None,
     out_scale: Tensor | None = None,
     relu: bool = False,
+    w_group: Tensor | None = None,
     tile: int = -1,
     splits: int = 0,
 ) -> Params:
     """For two-dimensional tensors with adjacent columns, and bias in float32.
 
-    x_q and x_scale are None in a linear layer. The struct holds only addresses, so the tensors must outlive it.
+    x_q and x_scale are None in a linear layer. With w_group, w_q has 4 bits, and K is that of x_q. The struct holds
+    only addresses, so the tensors must outlive it.
     """
-    p = Params(m=y.shape[0], n=w_q.shape[0], k=w_q.shape[1], tile=tile, splits=splits)
+    k = w_q.shape[1] if w_group is None or x_q is None else x_q.shape[1]
+    p = Params(m=y.shape[0], n=w_q.shape[0], k=k, tile=tile, splits=splits)
+    if w_group is not None:
+        p.w_group = w_group.data_ptr()
     p.w_q, p.w_q_stride = w_q.data_ptr(), row_stride(w_q)
     p.w_scale, p.w_per_channel = w_scale.data_ptr(), w_scale.numel() > 1
     if x_q is not None and x_scale is not None:
