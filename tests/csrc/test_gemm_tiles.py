@@ -161,6 +161,14 @@ template <int, int, int, int, int>
 Status launch_w4_mma(const GemmParams&, const Device&, const GemmPlan&, cudaStream_t) { return {}; }
 }
 """,
+    "csrc/gemm/w4/wgmma.cuh": """#pragma once
+#include "gemm/kernels.h"
+namespace sqk {
+template <TileKey> struct W4WgmmaGemm {
+  static Status launch(const GemmParams&, const Device&, const GemmPlan&, cudaStream_t) { return {}; }
+};
+}
+""",
     "csrc/gemm/wgmma/kernel.cuh": """#pragma once
 #include "gemm/kernels.h"
 namespace sqk {
@@ -274,6 +282,7 @@ FORGOTTEN = (
     ("sm90", "wgmma(128, 192, 128).cooperative().stages(4).rate(50)"),
     ("sm90", "stream(8, 32).warps(4).rate(50)"),
     ("sm89", "mma(64, 64, 128).warps(2, 2).stages(4).rate(50).w4_only()"),
+    ("sm90", "wgmma(32, 256, 128).swap_ab().cooperative().stages(4).rate(50).w4_only()"),
 )
 
 
@@ -282,7 +291,7 @@ def test_a_row_without_a_file_does_not_link(sources: Sources) -> None:
         begin = f"constexpr TileBuilder k{table.capitalize()}Shipped[] = {{\n"
         sources.change(f"gemm/tiles/{table}.h", begin, f"{begin}    {row},\n")
     missing = re.findall(r"undefined reference to `.*\b(\w+)_entry<", sources.link())
-    assert sorted(missing) == ["mma", "mma", "stream", "w4_mma", "wgmma"]
+    assert sorted(missing) == ["mma", "mma", "stream", "w4_mma", "w4_wgmma", "wgmma"]
 
 
 @pytest.mark.parametrize(
@@ -293,6 +302,7 @@ def test_a_row_without_a_file_does_not_link(sources: Sources) -> None:
         # a candidate, in the file of a shipped tile
         ("wgmma_256x128x128_sm90.cu", "cooperative", "stream_k", "tiles/sm90.h has no row with this tile"),
         ("w4_mma_16x64x128_warps_1x4_stages_8_sm80.cu", ".stages(8)", ".stages(9)", "no table has a row with this tile"),
+        ("w4_wgmma_16x128x128_swap_sm90.cu", ".stages(22)", ".stages(21)", "tiles/sm90.h has no row with this tile"),
         ("stream_8x16.cu", "stream(8, 16)", "stream(8, 32)", "no table has a row with this tile"),
         ("stream_8x16.cu", "stream(8, 16)", "mma(8, 16, 128)", "no table has a row with this tile"),
     ],

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import pytest
 
+from tests.csrc.test_overlap import TOO_EARLY
 from tests.support import mutants
-from tests.support.mutants import RACE, WRONG_VALUES, Mutant
+from tests.support.mutants import WRONG_VALUES, Mutant
 
 pytestmark = [pytest.mark.simulator, pytest.mark.slow, pytest.mark.xdist_group("planted")]
 
 SOURCE = "csrc/gemm/instances/w4_wgmma_16x128x128_swap_sm90.cu"
 MULTIPLY, LOAD = "gemm/w4/wgmma_multiply.cuh", "gemm/w4/wgmma_load.cuh"
+EVERY_ROW, OWN = "test_gemm_w4_tiles.py", "test_gemm_w4_wgmma.py"
 TILE = "w4_16x128x128_swap"
 WEAK = tuple((seed, True) for seed in (1, 2, 3))
 TICKET = """      fence_gpu();
@@ -27,6 +29,7 @@ def mutant(
     file: str,
     old: str,
     new: str,
+    suite: str,
     tests: str,
     symptom: str,
     *,
@@ -39,7 +42,7 @@ def mutant(
         old,
         new,
         SOURCE,
-        "test_gemm_w4_wgmma.py",
+        suite,
         f"{TILE} and {tests}",
         symptom,
         arch="sm_90",
@@ -54,14 +57,16 @@ MUTANTS = (
         MULTIPLY,
         "cute::warpgroup_wait<kInFlight>();",
         "cute::warpgroup_wait<kInFlight + 1>();",
-        "ring_goes_round",
-        RACE,
+        EVERY_ROW,
+        "go_round",
+        r"overwritten before wgmma\.wait_group",
     ),
     mutant(
         "no fences around the ticket",
         MULTIPLY,
         TICKET,
         TICKET.replace("      fence_gpu();\n", ""),
+        EVERY_ROW,
         "need_not_be_cleared and 127",
         WRONG_VALUES,
         orders=WEAK,
@@ -71,8 +76,9 @@ MUTANTS = (
         LOAD,
         WAIT,
         "".join(reversed(WAIT.splitlines(keepends=True))),
+        OWN,
         "chain",
-        WRONG_VALUES,
+        TOO_EARLY,
         overlap=True,
     ),
 )

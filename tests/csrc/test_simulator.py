@@ -62,7 +62,6 @@ def test_any_order_of_blocks_gives_the_same_bits(arch: str, seed: int) -> None:
     done = simulator.kernel_tests(
         simulator.library(),
         "tests/kernels/test_gemm_c_entry.py",
-        "tests/kernels/test_gemm_w4_wgmma.py",
         "tests/kernels/test_gated_c_entry.py",
         "tests/kernels/test_gemm_w4_tiles.py",
         "tests/kernels/test_kv_append.py",
