@@ -209,7 +209,10 @@ def choices(table: Table, m: int) -> list[Choice]:
 
 
 def serves(tile: dict[str, Any], m: int) -> bool:
-    """A streaming kernel takes no more tokens than its tile has. A row may be ruled out (SQK_WITHOUT_TILES) or for 4 bits."""
+    """A streaming kernel takes no more tokens than its tile has.
+
+    A row may be ruled out (SQK_WITHOUT_TILES), or serve weights of 4 bits only.
+    """
     if tile.get("excluded") or tile.get("w4_only"):
         return False
     return bool(tile["kernel"] != "stream" or m <= tile["m"])

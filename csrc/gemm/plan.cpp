@@ -4,6 +4,8 @@
 #include <atomic>
 #include <memory>
 #include <mutex>
+#include <numeric>
+#include <string_view>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -55,6 +57,19 @@ void consider(GemmTable index, int32_t candidate, const GemmParams& p, const Dev
   if (best.tile < 0 || clocks < kClearlyLess * best.clocks) best = {candidate, clocks};
 }
 
+// The shipped rows from the simplest kernel and the smallest tile to the largest one: what no rule
+// says for problems that few rows serve. The order of the rows has no meaning.
+std::vector<int32_t> by_size(const GemmTableView& table) {
+  std::vector<int32_t> rows(table.shipped);
+  std::iota(rows.begin(), rows.end(), 0);
+  const auto size = [&](int32_t row) {
+    const GemmTile& tile = table.tiles[row];
+    return std::make_tuple(tile.kernel, tile.m * tile.n, std::string_view(tile.name));
+  };
+  std::sort(rows.begin(), rows.end(), [&](int32_t a, int32_t b) { return size(a) < size(b); });
+  return rows;
+}
+
 // `excluded` holds the rows that must not be taken, or is nullptr. If it rules out all candidates
 // of the rule, those of every rule are considered.
 Choice choose(GemmTable index, const GemmParams& p, const Device& device,
@@ -65,7 +80,7 @@ Choice choose(GemmTable index, const GemmParams& p, const Device& device,
   Choice best;
   const auto try_row = [&](int32_t row) { consider(index, row, p, device, excluded, best); };
   if (is_gated(p) || is_w4(p)) {
-    for (int32_t row = 0; row < table.shipped; ++row) try_row(row);
+    for (int32_t row : by_size(table)) try_row(row);
     return best;
   }
   for (int32_t candidate : rule->candidates) try_row(candidate);

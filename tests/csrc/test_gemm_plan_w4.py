@@ -1,4 +1,4 @@
-"""The plans of GEMMs with weights of 4 bits, compiled without CUDA: which rows serve, what they cost, what is refused."""
+"""The plans of GEMMs with weights of 4 bits, without CUDA: which rows serve, what they cost, what is refused."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_int8_takes_the_same_rows_as_ever(library: ctypes.CDLL, gpu: str) -> Non
 
 
 def test_a_row_for_4_bits_has_the_shared_memory_of_its_stages(library: ctypes.CDLL) -> None:
-    """Tokens of 128 bytes, channels of 64 and two for the step and the offset; two blocks per SM of the large tiles."""
+    """Tokens of 128 bytes, channels of 64 and two for the step and the offset; two blocks fit an SM."""
     for table, per_sm in (("sm80", 164), ("sm89", 100)):
         for tile in c_gemm.tables(library)[table]["tiles"]:
             if tile["kernel"] != "mma" or not tile["w4_only"]:
@@ -124,7 +124,8 @@ def test_measured_rows_are_for_int8(library: ctypes.CDLL) -> None:
 
     def use(tile: int) -> int:
         row = c_gemm.Measured(4096, 4096, 64, tile, 1)
-        status: int = library.sqk_gemm_use_measured(index, device.sms, ctypes.byref(row), ctypes.c_int64(1))  # fmt: skip
+        one = (ctypes.byref(row), ctypes.c_int64(1))
+        status: int = library.sqk_gemm_use_measured(index, device.sms, *one)
         return status
 
     before = bytes(plan(library, w4(64, 4096, 4096), device))

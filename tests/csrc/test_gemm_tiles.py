@@ -53,8 +53,7 @@ def file_of(tile: dict[str, Any]) -> str:
 def test_every_tile_has_a_file_of_its_own(library: ctypes.CDLL) -> None:
     """One tile per file, so that a build uses every core; its name holds its arguments.
 
-    A tile that says .gated() has another one for gated GEMMs, and one that says .w4() or .w4_only() one for weights of
-    4 bits.
+    A tile that says .gated() has another one for gated GEMMs; .w4() and .w4_only() mean one for weights of 4 bits.
     """
     expected = {}
     for table in c_gemm.tables(library).values():
@@ -162,12 +161,8 @@ Status launch_w4_mma(const GemmParams&, const Device&, const GemmPlan&, cudaStre
 }
 """,
     "csrc/gemm/w4/wgmma.cuh": """#pragma once
-#include "gemm/kernels.h"
-namespace sqk {
-template <TileKey> struct W4WgmmaGemm {
-  static Status launch(const GemmParams&, const Device&, const GemmPlan&, cudaStream_t) { return {}; }
-};
-}
+#include "gemm/wgmma/kernel.cuh"
+namespace sqk { template <TileKey kTile> using W4WgmmaGemm = WgmmaGemm<kTile>; }
 """,
     "csrc/gemm/wgmma/kernel.cuh": """#pragma once
 #include "gemm/kernels.h"
@@ -301,8 +296,8 @@ def test_a_row_without_a_file_does_not_link(sources: Sources) -> None:
         ("wgmma_128x256x128_sm90.cu", ".cluster(2, 1)", "", "tiles/sm90.h has no row with this tile"),
         # a candidate, in the file of a shipped tile
         ("wgmma_256x128x128_sm90.cu", "cooperative", "stream_k", "tiles/sm90.h has no row with this tile"),
-        ("w4_mma_16x64x128_warps_1x4_stages_8_sm80.cu", ".stages(8)", ".stages(9)", "no table has a row with this tile"),
-        ("w4_wgmma_16x128x128_swap_sm90.cu", ".stages(22)", ".stages(21)", "tiles/sm90.h has no row with this tile"),
+        ("w4_mma_16x64x128_warps_1x4_stages_8_sm80.cu", "(8)", "(9)", "no table has a row with this tile"),
+        ("w4_wgmma_16x128x128_swap_sm90.cu", "(22)", "(21)", "tiles/sm90.h has no row with this tile"),
         ("stream_8x16.cu", "stream(8, 16)", "stream(8, 32)", "no table has a row with this tile"),
         ("stream_8x16.cu", "stream(8, 16)", "mma(8, 16, 128)", "no table has a row with this tile"),
     ],

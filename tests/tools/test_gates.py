@@ -8,13 +8,16 @@ import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tools.build import plan as build_plan
+from tools.build.plan import ROOT
 from tools.gates import kernel_gates, kernel_tables
 from tools.gates.kernel_gates import GATES, Gate, GatesError, failures_of
 from tools.gates.sass import Code, Kernel
+from tools.gates.unpacking import Unpacking
 
 ROW_NAME = "void sqk::row_kernel<{}, (sqk::Producer){}, (sqk::QuantizePath){}>(sqk::RowParams)"
 
@@ -25,6 +28,7 @@ STREAM = "void sqk::stream_gemm_kernel<float, 1>(P)"
 HOPPER = {"IGMMA": 4}
 DECODE = "void sqk::decode_attention_kernel<128, 8>(sqk::DecodeParams)"
 BOTH = {"IMMA": 8, "HMMA": 8}
+W4 = "void sqk::w4_mma_gemm_kernel<16, 64, 1, 4, 8>(sqk::W4MmaParams)"
 
 
 def kernel(name: str = "void sqk::f<1>(int)", arch: str = "sm_80", **changed: object) -> Kernel:
@@ -39,6 +43,18 @@ def row(bits: int = 16, path: int = 2, **loads: int) -> Kernel:
     name = ROW_NAME.format("__half" if bits == 16 else "float", 0, path)
     widths = {int(width.strip("_")): number for width, number in loads.items()}
     return kernel(name, code=Code(loads=widths))
+
+
+def w4_hopper(**changed: object) -> Kernel:
+    """A good kernel of Hopper for weights of 4 bits, apart from what is changed."""
+    good: dict[str, Any] = {
+        "fresh_loads": 4,
+        "early": {"UTMALDG": 3},
+        "unpacking": Unpacking(48, 144),
+    }
+    code = Code(counts=HOPPER, overlaps=True, **{**good, **changed})
+    name = "void sqk::w4_wgmma_gemm_kernel<sqk::W4WgmmaTile<16, 22, 1>>(sqk::W4WgmmaParams)"
+    return kernel(name, "sm_90a", code=code)
 
 
 @pytest.mark.parametrize(
@@ -99,6 +115,19 @@ def row(bits: int = 16, path: int = 2, **loads: int) -> Kernel:
         ),
         (kernel(STREAM, "sm_90a", code=Code(counts={"IMMA": 4}, overlaps=True)), "no LDGSTS before the wait"),
         (kernel(STREAM, code=Code(counts={"IMMA": 4}, size=300 << 10)), "300.0 KiB of code; allowed: 288"),
+        (kernel(W4, code=Code(counts={"IMMA": 4})), "no mask of half a byte, with which"),
+        (
+            kernel(W4, code=Code(counts={"IMMA": 4}, unpacking=Unpacking(16, 49))),
+            "49 instructions unpack 16 times 4 weights; allowed: 3 for 4 weights",
+        ),
+        (
+            kernel(W4, code=Code(counts={"IMMA": 4}, unpacking=Unpacking(1, 3), stores={32: 34, 16: 32})),
+            "34 stores of 4 bytes, 32 of 2; allowed: one more",
+        ),
+        (w4_hopper(early={}), "no UTMALDG before the wait; wanted: copies of weights before the wait"),
+        (w4_hopper(early={"UTMALDG": 3, "LDG": 1}), "1 LDG can come before any wait"),
+        (w4_hopper(unpacking=Unpacking(48, 145)), "145 instructions unpack 48 times 4 weights"),
+        (w4_hopper(fresh_loads=0), "no load from L2 of what others write"),
     ],
 )  # fmt: skip
 def test_a_gate_fails_on_a_defect(bad: Kernel, sentence: str) -> None:
@@ -122,6 +151,8 @@ def test_a_gate_fails_on_a_defect(bad: Kernel, sentence: str) -> None:
         kernel(WGMMA, "sm_90a", code=Code(counts=HOPPER, overlaps=True, fresh_loads=4)),
         kernel(STREAM, "sm_90a", code=Code(counts={"IMMA": 4}, overlaps=True, early={"LDGSTS": 8})),
         kernel(STREAM, "sm_89", code=Code(counts={"IMMA": 4})),
+        kernel(W4, "sm_89", code=Code(counts={"IMMA": 4}, unpacking=Unpacking(16, 48))),
+        w4_hopper(),
         kernel(
             "sqk::mma_gemm_kernel<256>(P)",
             code=Code(counts={"IMMA": 4}, stores={128: 40, 32: 32, 16: 32}),
@@ -307,6 +338,39 @@ def test_good_kernels_are_green(
     assert "4x128" in said and "IGMMA" not in said
     assert kernel_gates.main([str(file), "--only", "gemm"]) == 1
     assert "no compiled kernel whose name matches 'gemm'" in capsys.readouterr().out
+
+
+PAIR = """asm("mov.b64 %0, {%1, %2};" : "=l"(addend) : "r"(step), "r"(offsets));"""
+HIGH = "high = static_cast<uint32_t>(wide >> 32) ^ kSigns;"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "instructions"),
+    [
+        ("", "", 48),
+        # ptxas then adds the upper half of the step, which is 0
+        (PAIR, "addend = uint64_t{offsets} << 32 | step;", 56),
+        # a shift besides
+        (HIGH, "high = (((word >> 4) & kLow) * step + offsets) ^ kSigns;", 56),
+    ],
+)
+@pytest.mark.compiler
+def test_a_fourth_instruction_for_four_weights_is_found(
+    compiled: Callable[..., Path], tmp_path: Path, old: str, new: str, instructions: int
+) -> None:
+    """The kernel of a tile, with a changed copy of the header that unpacks."""
+    text = (ROOT / "csrc/gemm/w4/unpack.cuh").read_text()
+    assert old in text
+    (tmp_path / "gemm/w4").mkdir(parents=True)
+    (tmp_path / "gemm/w4/unpack.cuh").write_text(text.replace(old, new) if old else text)
+    includes = [f"-I{folder}" for folder in (tmp_path, ROOT / "csrc", ROOT / "csrc/include")]
+    flags = ["-cubin", "-arch=sm_80", "-O3", "-DNDEBUG", "--expt-relaxed-constexpr"]
+    instance = ROOT / "csrc/gemm/instances/w4_mma_16x64x128_warps_1x4_stages_8_sm80.cu"
+    file = compiled(instance.read_text(), *flags, *includes)
+    (found,) = kernel_gates.read_kernels(file, os.environ)
+    assert found.code.unpacking == (16, instructions)
+    failed = [text for text in failures_of([found], whole=False) if "unpack" in text]
+    assert bool(failed) == (instructions > 48)
 
 
 @pytest.mark.parametrize("serial", [False, True])

@@ -204,6 +204,54 @@ def test_accesses_that_can_come_before_a_wait(code: str, early: int) -> None:
     assert found.fresh_loads == code.count("STRONG") - code.count("@!PT")
 
 
+# A turn of a loop of the mma.sync kernel: R20 and R21 come from shared memory, R78 and R79 are a step and an offset.
+UNPACK = """
+0000 LOP3.LUT R49, R20.reuse, 0xf0f0f0f0, RZ, 0xc0, !PT
+0010 LOP3.LUT R20, R20, 0xf0f0f0f, RZ, 0xc0, !PT
+0020 IMAD.HI.U32 R15, R24, R49, R78
+0030 LDSM.16.M88.4 R48, [R21]
+0040 IMAD R14, R78, R20, R79.reuse
+0050 LOP3.LUT R15, R15, 0x80808080, RZ, 0x3c, !PT
+0060 LOP3.LUT R14, R14, 0x80808080, RZ, 0x3c, !PT
+0070 IMMA.16832.S8.S8 R36, R32.ROW, R14.COL, R36
+0080 LDS.128 R20, [R57+UR5+0x1000]
+0090 LDS R74, [R60+UR5+0x2000]
+00a0 PRMT R78, R74, 0x4440, RZ
+00b0 PRMT R79, R74, 0x1111, RZ
+00c0 IMAD.SHL.U32 R24, R78, 0x10000000, RZ
+00d0 IADD3 R15, R14, R15, RZ
+00e0 ISETP.GE.AND P0, PT, R36, 0x5, PT
+00f0 @!P0 BRA 0x0
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "fours", "instructions"),
+    [
+        # what follows the tensor cores, and what sets up a step and an offset, is no part of it
+        (UNPACK.replace("00d0 IADD3 R15, R14, R15, RZ\n", ""), 2, 6),
+        (UNPACK.replace("00d0 IADD3 R15, R14, R15, RZ", "00d0 IADD3 R9, R8, 0x1, RZ"), 2, 6),
+        # a use of weights that are there already
+        (UNPACK, 2, 7),
+        # the upper half of the addend is added once more, as 0
+        (UNPACK.replace("0050 LOP3", "0048 IADD3 R15, R15, UR5, RZ\n0050 LOP3"), 2, 8),
+        # moves that make a pair of the addend; the same as IADD3; of another register, which is no addend
+        (UNPACK.replace("0020 IMAD", "0018 IMAD.MOV.U32 R78, RZ, RZ, RZ\n001c MOV R79, R9\n0020 IMAD"), 2, 9),
+        (UNPACK.replace("0020 IMAD", "0018 IADD3 R78, RZ, R8, RZ\n0020 IMAD"), 2, 8),
+        (UNPACK.replace("0020 IMAD", "0018 IMAD.MOV.U32 R80, RZ, RZ, RZ\n0020 IMAD"), 2, 7),
+        # a shift before a mask, instead of the multiplication for the upper word
+        (UNPACK.replace("0000 LOP3.LUT R49, R20.reuse", "0000 SHF.R.U32.HI R9, RZ, 4, R20\n0008 LOP3 R49, R9"), 2, 8),
+        # put into a place of memory in the end
+        (UNPACK.replace("0070 IMMA.16832.S8.S8 R36, R32.ROW, R14.COL, R36", "0070 STS [R36], R14"), 2, 7),
+        # no weights of 4 bits
+        (UNPACK.replace("0xf0f0f0f", "0xff0ff0f"), 0, 0),
+        (CONSUMER, 0, 0),
+    ],
+)  # fmt: skip
+def test_the_price_of_unpacking(code: str, fours: int, instructions: int) -> None:
+    assert sass.count(sass_of(code)).unpacking == (fours, instructions)
+
+
 @pytest.mark.parametrize(
     ("opcode", "bits"),
     [("LDG.E", 32), ("LDG.E.128", 128), ("LDG.E.LTC128B.64", 64), ("STG.E.U16", 16),

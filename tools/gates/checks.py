@@ -100,6 +100,20 @@ def at_most(kib: int) -> Check:
     return check
 
 
+def unpacks(most: int) -> Check:
+    """At most `most` instructions for four weights of 4 bits."""
+
+    def check(kernel: Kernel) -> str | None:
+        fours, instructions = kernel.code.unpacking
+        if fours == 0:
+            return "no mask of half a byte, with which weights of 4 bits are unpacked"
+        if instructions <= most * fours:
+            return None
+        return f"{instructions} instructions unpack {fours} times 4 weights"
+
+    return check
+
+
 def launchable(kernel: Kernel) -> str | None:
     """A block of the largest size fits every GPU of the table that may run this code."""
     for device in LIMITS:

@@ -32,6 +32,7 @@ from tools.gates.checks import (
     no_local,
     no_stack,
     undivided_stores,
+    unpacks,
     uses,
     waits_first,
     wgmma_in_flight,
@@ -179,19 +180,18 @@ GATES = (
         kernels=rf"\b(wgmma_gemm_kernel|row_kernel|kv_append_kernel|{DECODE})<",
         archs=r"sm_90a",
     ),
-    Gate(
-        "weights before the wait",
-        waits_first("LDGSTS"),
-        "wanted: copies of weights before the wait, and nothing else (csrc/gemm/stream/kernel.cuh).",
-        kernels=rf"\b{STREAM}<",
-        archs=r"sm_90a",
-    ),
-    Gate(
-        "weights before the wait",
-        waits_first("UTMALDG"),
-        "wanted: copies of weights before the wait, and nothing else (csrc/gemm/w4/wgmma_load.cuh).",
-        kernels=r"\bw4_wgmma_gemm_kernel<",
-        archs=r"sm_90a",
+    *(
+        Gate(
+            "weights before the wait",
+            waits_first(copy),
+            f"wanted: copies of weights before the wait, and nothing else (csrc/gemm/{file}).",
+            kernels=rf"\b{kernel}<",
+            archs=r"sm_90a",
+        )
+        for copy, kernel, file in (
+            ("LDGSTS", STREAM, "stream/kernel.cuh"),
+            ("UTMALDG", "w4_wgmma_gemm_kernel", "w4/wgmma_load.cuh"),
+        )
     ),
     Gate(
         "results of the kernel before",
@@ -219,14 +219,15 @@ GATES = (
         undivided_stores,
         "allowed: one more, the reset of a ticket. nvcc splits the 16-byte stores of a 16-bit y: "
         "csrc/gemm/epilogue/tokens.cuh.",
-        kernels=r"\bmma_gemm_kernel<",
+        kernels=r"\b(w4_)?mma_gemm_kernel<",
     ),
     Gate(
-        "tensor cores for few tokens",
-        uses("IMMA"),
-        "wanted: int8 mma.sync.",
-        kernels=STREAM,
+        "unpacking of 4 bits",
+        unpacks(3),
+        "allowed: 3 for 4 weights, a mask, a multiply-add and a change of signs (csrc/gemm/w4/unpack.cuh).",
+        kernels=r"\bw4_(mma|wgmma)_gemm_kernel<",
     ),
+    Gate("tensor cores for few tokens", uses("IMMA"), "wanted: int8 mma.sync.", kernels=STREAM),
     *(
         Gate("tensor cores of attention", uses(name), "wanted: mma.sync.", kernels=rf"\b{DECODE}<")
         for name in ("IMMA", "HMMA")

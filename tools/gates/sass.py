@@ -9,9 +9,9 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from tools.gates.occupancy import MAX_THREADS, SHARED_RESERVED
+from tools.gates.unpacking import Instruction, Unpacking, unpacking
 
 WIDTHS = (256, 128, 64, 32, 16, 8)  # bits of one thread's access
 #: Tensor cores of Ampere, of Hopper and for float16, dp4a, barriers.
@@ -51,6 +51,7 @@ class Code:
         default_factory=dict
     )  # if it overlaps: of GLOBAL, what needs none of WAITS
     size: int = 0  # bytes of instructions
+    unpacking: Unpacking = field(default_factory=lambda: Unpacking(0, 0))  # of weights of 4 bits
 
 
 @dataclass(frozen=True)
@@ -167,13 +168,6 @@ def parse_arch(chunk: str) -> str:
     """``cuobjdump --dump-sass``"""
     found = re.search(r"^arch = (\w+)$", chunk, re.M) or re.search(r"code for (\w+)", chunk)
     return found[1] if found else "sm_?"
-
-
-class Instruction(NamedTuple):
-    address: int
-    guard: str  # "!P0"; "" for none
-    opcode: str  # with its modifiers
-    operands: str
 
 
 _INSTRUCTION = re.compile(
@@ -330,4 +324,5 @@ def count(instructions: list[Instruction]) -> Code:
         fresh_loads=sum(bool(FRESH_LOAD.match(op)) for op in opcodes),
         early=early_accesses(instructions) if plain["ACQBULK"] else {},
         size=16 * len(instructions),
+        unpacking=unpacking(instructions),
     )

@@ -29,8 +29,7 @@ constexpr TileBuilder kSm80Shipped[] = {
     mma(128, 128, 64).warps(2, 2).stages(5).splits(4).rate(95).gated(),
     // Reads a quarter less from L2 than 128x128; one block of 8 warps per SM.
     mma(128, 256, 64).warps(2, 4).stages(4).rate(95),
-
-    // 49 KiB: 28 KiB of weights in flight per block, as 56 KiB of int8.
+    // Weights of 4 bits. 49 KiB: 28 KiB of weights in flight per block, as 56 KiB of int8.
     mma(16, 64, 128).warps(1, 4).stages(8).splits(8).rate(40).w4_only(),
     // 49 KiB, two blocks per SM or three.
     mma(32, 64, 128).warps(1, 4).stages(6).splits(8).rate(55).w4_only(),

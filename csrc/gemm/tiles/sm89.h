@@ -27,8 +27,7 @@ constexpr TileBuilder kSm89Shipped[] = {
     mma(128, 128, 64).warps(2, 2).stages(3).splits(4).rate(95).gated(),
     // 72 KiB, one block of 8 warps; reads a quarter less from L2 than 128x128.
     mma(256, 128, 64).warps(4, 2).stages(3).rate(95),
-
-    // 49 KiB, two blocks per SM: 28 KiB of weights in flight per block.
+    // Weights of 4 bits. 49 KiB, two blocks per SM: 28 KiB of weights in flight per block.
     mma(16, 64, 128).warps(1, 4).stages(8).splits(8).rate(45).w4_only(),
     // 49 KiB, two blocks per SM; each weight is used for 32 tokens.
     mma(32, 64, 128).warps(1, 4).stages(6).splits(8).rate(60).w4_only(),

@@ -14,8 +14,11 @@ struct W4Scale {
   template <int kPlace>
   __device__ static W4Scale of(uint32_t word) {
     const uint32_t step = __byte_perm(word, 0, 0x4440 + kPlace);
-    const uint64_t offsets = __byte_perm(word, 0, 0x1111 * (kPlace + 1));
-    return {offsets << 32 | step, step << 28};
+    const uint32_t offsets = __byte_perm(word, 0, 0x1111 * (kPlace + 1));
+    uint64_t addend;
+    // With a shift and an OR, ptxas adds the upper half of `step`, which is 0, to every product.
+    asm("mov.b64 %0, {%1, %2};" : "=l"(addend) : "r"(step), "r"(offsets));
+    return {addend, step << 28};
   }
 };
 
