@@ -1,6 +1,4 @@
-// Asks the runtime about the GPU and the driver about the context. The runtime looks up the
-// driver's functions, because the library does not link libcuda and older drivers lack some of
-// them. Kernel ring: no torch.
+// Asks the runtime about the GPU and the driver about the context. Kernel ring: no torch.
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 
@@ -9,27 +7,12 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "common/driver.h"
 #include "common/launch.h"
 #include "sqk/device.h"
 
 namespace sqk {
 namespace {
-
-// nullptr if the driver has no such function. `version`: the CUDA release that has this signature.
-template <typename Function>
-Function driver_function(const char* name, [[maybe_unused]] unsigned version) {
-  void* function = nullptr;
-  cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
-#if CUDART_VERSION >= 12050
-  const cudaError_t error =
-      cudaGetDriverEntryPointByVersion(name, &function, version, cudaEnableDefault, &found);
-#else
-  const cudaError_t error = cudaGetDriverEntryPoint(name, &function, cudaEnableDefault, &found);
-#endif
-  if (error != cudaSuccess) (void)cudaGetLastError();
-  const bool usable = error == cudaSuccess && found == cudaDriverEntryPointSuccess;
-  return usable ? reinterpret_cast<Function>(function) : nullptr;
-}
 
 // MPS: what CUDA_MPS_ACTIVE_THREAD_PERCENTAGE or an execution affinity leaves.
 int32_t sms_by_affinity(int32_t all) {

@@ -26,9 +26,6 @@ from tests.support.c_interface import EXCLUDED_TILE, INVALID_ARGUMENT, SUCCESS, 
 
 pytestmark = pytest.mark.compiler
 
-#: GPUs whose table has rows for any number of tokens.
-each_gpu_of_mma = pytest.mark.parametrize("gpu", [gpu for gpu, (_, own) in GPUS.items() if own != "sm90"])  # fmt: skip
-
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
@@ -56,7 +53,7 @@ def test_every_layer_takes_a_row_for_4_bits(library: ctypes.CDLL, gpu: str) -> N
     assert taken or not any(tile["w4"] for tile in tiles)
 
 
-@pytest.mark.parametrize("table", ["sm80", "sm89"])
+@pytest.mark.parametrize("table", ["sm80", "sm89", "sm90"])
 def test_every_row_for_4_bits_is_used(library: ctypes.CDLL, table: str) -> None:
     tiles = c_gemm.tables(library)[table]["tiles"]
     taken = set()
@@ -94,7 +91,7 @@ def test_a_row_for_4_bits_has_the_shared_memory_of_its_stages(library: ctypes.CD
             assert 2 * (tile["shared_bytes"] + 1024) <= per_sm * 1024, tile["name"]
 
 
-@each_gpu_of_mma
+@each_gpu
 def test_few_tokens_cost_half_of_int8(library: ctypes.CDLL, gpu: str) -> None:
     """Reading the weights takes the time: 66 bytes for 128 of them."""
     device = GPUS[gpu][0]
@@ -106,7 +103,7 @@ def test_few_tokens_cost_half_of_int8(library: ctypes.CDLL, gpu: str) -> None:
         assert 0.95 < many[0] / many[1] < 1.3, (n, k, many)
 
 
-@each_gpu_of_mma
+@each_gpu
 def test_no_cliff(library: ctypes.CDLL, gpu: str) -> None:
     """As for int8."""
     device = GPUS[gpu][0]

@@ -53,8 +53,7 @@ def file_of(tile: dict[str, Any]) -> str:
 def test_every_tile_has_a_file_of_its_own(library: ctypes.CDLL) -> None:
     """One tile per file, so that a build uses every core; its name holds its arguments.
 
-    A tile that says .gated() has another one for gated GEMMs, and one that says .w4() or .w4_only() one for weights of
-    4 bits.
+    A tile that says .gated() has another one for gated GEMMs; .w4() and .w4_only() mean one for weights of 4 bits.
     """
     expected = {}
     for table in c_gemm.tables(library).values():
@@ -160,6 +159,10 @@ namespace sqk {
 template <int, int, int, int, int>
 Status launch_w4_mma(const GemmParams&, const Device&, const GemmPlan&, cudaStream_t) { return {}; }
 }
+""",
+    "csrc/gemm/w4/wgmma.cuh": """#pragma once
+#include "gemm/wgmma/kernel.cuh"
+namespace sqk { template <TileKey kTile> using W4WgmmaGemm = WgmmaGemm<kTile>; }
 """,
     "csrc/gemm/wgmma/kernel.cuh": """#pragma once
 #include "gemm/kernels.h"
@@ -276,6 +279,7 @@ FORGOTTEN = (
     ("sm90", "wgmma(128, 192, 128).cooperative().stages(4).rate(50)"),
     ("sm90", "stream(8, 32).warps(4).rate(50)"),
     ("sm89", "mma(64, 64, 128).warps(2, 2).stages(4).rate(50).w4_only()"),
+    ("sm90", "wgmma(32, 256, 128).swap_ab().cooperative().stages(4).rate(50).w4_only()"),
 )
 
 
@@ -284,7 +288,7 @@ def test_a_row_without_a_file_does_not_link(sources: Sources) -> None:
         begin = f"constexpr TileBuilder k{table.capitalize()}Shipped[] = {{\n"
         sources.change(f"gemm/tiles/{table}.h", begin, f"{begin}    {row},\n")
     missing = re.findall(r"undefined reference to `.*\b(\w+)_entry<", sources.link())
-    assert sorted(missing) == ["mma", "mma", "stream", "w4_mma", "wgmma"]
+    assert sorted(missing) == ["mma", "mma", "stream", "w4_mma", "w4_wgmma", "wgmma"]
 
 
 @pytest.mark.parametrize(
@@ -295,6 +299,7 @@ def test_a_row_without_a_file_does_not_link(sources: Sources) -> None:
         # a candidate, in the file of a shipped tile
         ("wgmma_256x128x128_sm90.cu", "cooperative", "stream_k", "tiles/sm90.h has no row with this tile"),
         ("w4_mma_16x64x128_warps_1x4_stages_8_sm80.cu", "(8)", "(9)", "no table has a row with this tile"),
+        ("w4_wgmma_16x128x128_swap_sm90.cu", "(22)", "(21)", "tiles/sm90.h has no row with this tile"),
         ("stream_8x16.cu", "stream(8, 16)", "stream(8, 32)", "no table has a row with this tile"),
         ("stream_8x16.cu", "stream(8, 16)", "mma(8, 16, 128)", "no table has a row with this tile"),
     ],

@@ -8,6 +8,7 @@ import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -42,6 +43,18 @@ def row(bits: int = 16, path: int = 2, **loads: int) -> Kernel:
     name = ROW_NAME.format("__half" if bits == 16 else "float", 0, path)
     widths = {int(width.strip("_")): number for width, number in loads.items()}
     return kernel(name, code=Code(loads=widths))
+
+
+def w4_hopper(**changed: object) -> Kernel:
+    """A good kernel of Hopper for weights of 4 bits, apart from what is changed."""
+    good: dict[str, Any] = {
+        "fresh_loads": 4,
+        "early": {"UTMALDG": 3},
+        "unpacking": Unpacking(48, 144),
+    }
+    code = Code(counts=HOPPER, overlaps=True, **{**good, **changed})
+    name = "void sqk::w4_wgmma_gemm_kernel<sqk::W4WgmmaTile<16, 22, 1>>(sqk::W4WgmmaParams)"
+    return kernel(name, "sm_90a", code=code)
 
 
 @pytest.mark.parametrize(
@@ -111,6 +124,10 @@ def row(bits: int = 16, path: int = 2, **loads: int) -> Kernel:
             kernel(W4, code=Code(counts={"IMMA": 4}, unpacking=Unpacking(1, 3), stores={32: 34, 16: 32})),
             "34 stores of 4 bytes, 32 of 2; allowed: one more",
         ),
+        (w4_hopper(early={}), "no UTMALDG before the wait; wanted: copies of weights before the wait"),
+        (w4_hopper(early={"UTMALDG": 3, "LDG": 1}), "1 LDG can come before any wait"),
+        (w4_hopper(unpacking=Unpacking(48, 145)), "145 instructions unpack 48 times 4 weights"),
+        (w4_hopper(fresh_loads=0), "no load from L2 of what others write"),
     ],
 )  # fmt: skip
 def test_a_gate_fails_on_a_defect(bad: Kernel, sentence: str) -> None:
@@ -135,6 +152,7 @@ def test_a_gate_fails_on_a_defect(bad: Kernel, sentence: str) -> None:
         kernel(STREAM, "sm_90a", code=Code(counts={"IMMA": 4}, overlaps=True, early={"LDGSTS": 8})),
         kernel(STREAM, "sm_89", code=Code(counts={"IMMA": 4})),
         kernel(W4, "sm_89", code=Code(counts={"IMMA": 4}, unpacking=Unpacking(16, 48))),
+        w4_hopper(),
         kernel(
             "sqk::mma_gemm_kernel<256>(P)",
             code=Code(counts={"IMMA": 4}, stores={128: 40, 32: 32, 16: 32}),

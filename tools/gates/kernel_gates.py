@@ -180,18 +180,24 @@ GATES = (
         kernels=rf"\b(wgmma_gemm_kernel|row_kernel|kv_append_kernel|{DECODE})<",
         archs=r"sm_90a",
     ),
-    Gate(
-        "weights before the wait",
-        waits_first("LDGSTS"),
-        "wanted: copies of weights before the wait, and nothing else (csrc/gemm/stream/kernel.cuh).",
-        kernels=rf"\b(?:w4_)?{STREAM}<",
-        archs=r"sm_90a",
+    *(
+        Gate(
+            "weights before the wait",
+            waits_first(copy),
+            f"wanted: copies of weights before the wait, and nothing else (csrc/gemm/{file}).",
+            kernels=rf"\b{kernel}<",
+            archs=r"sm_90a",
+        )
+        for copy, kernel, file in (
+            ("LDGSTS", rf"(?:w4_)?{STREAM}", "stream/kernel.cuh"),
+            ("UTMALDG", "w4_wgmma_gemm_kernel", "w4/wgmma_load.cuh"),
+        )
     ),
     Gate(
         "results of the kernel before",
         fresh_loads,
         "wanted: load_fresh (csrc/common/memory_order.cuh) for what another kernel or block has just written.",
-        kernels=rf"\b(wgmma_gemm_kernel|{DECODE})<",
+        kernels=rf"\b((?:w4_)?wgmma_gemm_kernel|{DECODE})<",
         archs=r"sm_90a",
     ),
     Gate(
@@ -219,14 +225,9 @@ GATES = (
         "unpacking of 4 bits",
         unpacks(3),
         "allowed: 3 for 4 weights, a mask, a multiply-add and a change of signs (csrc/gemm/w4/unpack.cuh).",
-        kernels=r"\bw4_(mma|stream)_gemm_kernel<",
+        kernels=r"\bw4_(mma|stream|wgmma)_gemm_kernel<",
     ),
-    Gate(
-        "tensor cores for few tokens",
-        uses("IMMA"),
-        "wanted: int8 mma.sync.",
-        kernels=STREAM,
-    ),
+    Gate("tensor cores for few tokens", uses("IMMA"), "wanted: int8 mma.sync.", kernels=STREAM),
     *(
         Gate("tensor cores of attention", uses(name), "wanted: mma.sync.", kernels=rf"\b{DECODE}<")
         for name in ("IMMA", "HMMA")

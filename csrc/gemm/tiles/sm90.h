@@ -38,6 +38,17 @@ constexpr TileBuilder kSm90Shipped[] = {
     wgmma(256, 128, 128).cooperative().cluster(1, 2).stages(4).rate(90),
     // 128x256 where its last wave would be mostly empty: shared over k.
     wgmma(128, 256, 128).stream_k().cluster(2, 1).stages(4).rate(88),
+    // Weights of 4 bits: channels are the rows, and 176 KiB of weights are in flight; blocks share
+    // the k of narrow layers.
+    wgmma(16, 128, 128).swap_ab().cooperative().stages(22).splits(8).rate(25).w4_only(),
+    // The same for 32 tokens.
+    wgmma(32, 128, 128).swap_ab().cooperative().stages(18).splits(8).rate(40).w4_only(),
+    // The same for 64 tokens: from here on the tensor cores take longer than the unpacking.
+    wgmma(64, 128, 128).swap_ab().cooperative().stages(13).splits(8).rate(60).w4_only(),
+    // Reads 24 bytes a clock from L2 at the tensor cores' peak.
+    wgmma(128, 128, 128).swap_ab().cooperative().stages(9).splits(4).rate(75).w4_only(),
+    // Fewer bytes of weights for each token; a cluster of two shares the tokens.
+    wgmma(256, 128, 128).swap_ab().cooperative().cluster(1, 2).stages(5).rate(80).w4_only(),
 };
 
 // Only a tuning build compiles these. No rule names one until a measurement on a GPU shows that it

@@ -39,11 +39,11 @@ struct GemmTile {
   Schedule schedule;         // kWgmma
   bool swap_ab;              // kWgmma: w_q on the instruction's 64-row side, tokens on the other
   int32_t cluster_m, cluster_n;  // blocks along m and n that share their loads
-  int32_t most_splits;           // kMma: blocks that may share a tile's k through the workspace
-  bool gated;                    // has a gated kernel besides; see serves_gated
-  bool w4;                       // has a kernel for weights of 4 bits
-  bool w4_only;                  // and no other one; the name starts with "w4"
-  int32_t rate;                  // percent of the tensor cores' peak in the main loop: an estimate
+  int32_t most_splits;  // kMma, w4_only: blocks that may share a tile's k through the workspace
+  bool gated;           // has a gated kernel besides; see serves_gated
+  bool w4;              // has a kernel for weights of 4 bits
+  bool w4_only;         // and no other one; the name starts with "w4"
+  int32_t rate;         // percent of the tensor cores' peak in the main loop: an estimate
 };
 
 // Where int8 weights take the tile too, theirs are the most bytes. Weights of 4 bits come with a
@@ -125,7 +125,7 @@ constexpr bool tile_holds(const GemmTile& tile, int64_t shared_limit) {
   if ((tile.w4 && tile.k % kW4Group != 0) || (tile.w4_only && tile.gated)) return false;
   if (tile.m < 8 || tile.n < 16 || tile.rate < 1 || tile.rate > 100 || tile.most_splits < 1 ||
       shared_bytes(tile) > shared_limit || (for_wgmma && !wgmma) ||
-      (tile.most_splits > 1 && !mma)) {
+      (tile.most_splits > 1 && !mma && !(wgmma && tile.w4_only))) {
     return false;
   }
   return mma ? mma_holds(tile) : wgmma ? wgmma_holds(tile) : true;
