@@ -223,7 +223,7 @@ def main() -> None:
     facts["instructions"] = torch.backends.cpu.get_cpu_capability()
     facts["threshold"] = args.threshold
     result: dict[str, Any] = {"facts": facts, "shares": [], "rows": [bench.row("float32", model)]}
-    for smoothing in SMOOTHINGS:
+    for smoothing in (s for s in SMOOTHINGS if any(row.startswith(s) for row in args.rows)):
         found = bench.shares(smoothing)
         print({k: f"{v:.4%}" if isinstance(v, float) else v for k, v in found.items()}, flush=True)
         result["shares"].append(found)

@@ -296,9 +296,7 @@ def _product(x: Tensor, columns: Tensor, weight: Tensor) -> Tensor:
 
 def _ascending(columns: Tensor | Sequence[int], k: int) -> Tensor:
     """[C] int64, ascending. Raises SmoothQuantError unless all are different and channels of K."""
-    given = torch.as_tensor(columns)
-    if not given.numel():
-        given = given.long()
+    given = torch.as_tensor(columns, dtype=None if len(columns) else torch.int64)
     if given.dim() != 1 or given.is_floating_point() or given.dtype == torch.bool:
         raise SmoothQuantError(
             f"columns must be whole numbers in one dimension; got {given.dtype} {list(given.shape)}."
