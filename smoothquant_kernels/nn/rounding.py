@@ -181,14 +181,16 @@ def compensated(w: Tensor, upper: Tensor, rounder: Callable[[Tensor, int], Colum
     k = w.shape[1]
     for start in range(0, k, _BLOCK):
         end = min(start + _BLOCK, k)
-        block, own = w[:, start:end], upper[start:end, start:end]
-        errors = torch.empty_like(block)
-        column = rounder(block, start)
+        own = upper[start:end, start:end]
+        column = rounder(w[:, start:end], start)
+        block = w[:, start:end].t().contiguous()  # its columns as rows, which are read much faster
+        errors, stored = torch.empty_like(block), torch.empty_like(block)
         for i in range(end - start):
-            result[:, start + i], value = column(block[:, i])
-            errors[:, i] = (block[:, i] - value) / own[i, i]
-            block[:, i + 1 :] -= errors[:, i : i + 1] * own[i, i + 1 :]
-        w[:, end:] -= errors @ upper[start:end, end:]
+            stored[i], value = column(block[i])
+            errors[i] = (block[i] - value) / own[i, i]
+            block[i + 1 :] -= own[i, i + 1 :, None] * errors[i]
+        result[:, start:end] = stored.t()
+        w[:, end:] -= errors.t() @ upper[start:end, end:]
     return result
 
 

@@ -18,6 +18,7 @@ from smoothquant_kernels import (
     OutlierLinear,
     SmoothQuantConfig,
     SmoothQuantError,
+    W4A8Linear,
     W8A8Linear,
     load_quantized,
     make_report,
@@ -226,7 +227,7 @@ def test_the_kind_registered_last_is_asked_first(half: HalfKind) -> None:
 
 
 def test_without_other_kinds_every_layer_is_w8a8() -> None:
-    assert [kind.layer for kind in kinds.KINDS] == [W8A8Linear, OutlierLinear]
+    assert [k.layer for k in kinds.KINDS] == [W8A8Linear, OutlierLinear, W4A8Linear]
     model = quantize_model(make_model("llama_gqa"))
     assert kinds.count_quantized(model) == "14 W8A8Linear"
     assert kinds.count_quantized(make_model("llama_gqa")) == ""
@@ -248,7 +249,9 @@ def names_of_kinds(code: str) -> set[str]:
             found.add(node.attr)
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             found.add(node.value)
-    return {n for n in found if n.rpartition(".")[2] == "W8A8Linear" or ".nn.linear" in n}
+    own = {kind.layer.__name__ for kind in kinds.KINDS}
+    files = (".nn.linear", ".nn.w4a8_linear")
+    return {n for n in found if n.rpartition(".")[2] in own or any(f in n for f in files)}
 
 
 #: Others' formats of W8A8 layers: what they read and write is this kind and no other.
@@ -262,6 +265,8 @@ def test_the_package_names_no_kind() -> None:
         "from smoothquant_kernels.nn.linear import MARKER",
         "import smoothquant_kernels.nn.linear as l",
         "kind == 'W8A8Linear'",
+        "isinstance(m, W4A8Linear)",
+        "from smoothquant_kernels.nn.w4a8_linear import W4A8Linear",
     ):
         assert names_of_kinds(code), code
     assert not names_of_kinds('"""A `W8A8Linear`."""\nraise ValueError("or use W8A8Linear.f(x).")')
