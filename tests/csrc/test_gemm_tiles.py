@@ -1,7 +1,4 @@
-"""Each tile has a name and a file in csrc/gemm/instances; a forgotten file, row or type does not compile or link.
-
-g++ compiles the instances, with stand-ins of the same names for the kernels that they include.
-"""
+"""Each tile has a name and a file in csrc/gemm/instances; a forgotten file, row or type does not compile or link."""
 
 from __future__ import annotations
 
