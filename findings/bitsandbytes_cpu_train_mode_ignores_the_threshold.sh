@@ -5,9 +5,9 @@
 #
 # In eval mode, LLM.int8() runs as documented: activations become int8, and columns in which a value reaches the threshold
 # are multiplied in float. After `.train()`, the same layer with frozen int8 weights multiplies the float input by the
-# dequantized weight, so the threshold has no effect and the output is another one. Nothing is said. On a GPU both modes
-# take the int8 path. A loss that is watched while training (peft leaves the model in train mode) is therefore not that
-# of the model that is evaluated afterwards.
+# dequantized weight, so the threshold has no effect and the output is another one. Nothing is said. By its source, this
+# is so on a CPU and on Intel's XPU, not on a GPU. A loss that is watched in train mode is therefore not that of the
+# model that is evaluated afterwards.
 #
 # Output seen:
 #   eval: distance to the product with the dequantized weight 0.1249, outlier columns [7]
