@@ -26,12 +26,12 @@ from smoothquant_kernels.checkpoint.manifest import (
     MANIFEST,
     Manifest,
     check_files,
-    is_checkpoint,
     read_config,
     read_manifest,
 )
 from smoothquant_kernels.cli import fused
-from smoothquant_kernels.cli.console import MismatchError, general_name
+from smoothquant_kernels.cli.console import general_name
+from smoothquant_kernels.cli.loading import verify_checkpoint
 from smoothquant_kernels.config import PLAIN_ALPHA, ROTATED_ALPHA
 from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.evaluation.architecture import is_causal
@@ -44,7 +44,6 @@ from smoothquant_kernels.modeling.record import (
     Reason,
     SkippedLayer,
 )
-from smoothquant_kernels.storage.digests import file_entry
 from smoothquant_kernels.storage.document import Document, readable_size
 
 if TYPE_CHECKING:
@@ -57,37 +56,6 @@ _BYTES = {
 }  # fmt: skip
 
 _PERCENT = re.compile(r"\d+\.\d+(?=%)")
-
-
-def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a checkpoint."""
-    return sorted(directory.glob("*.safetensors"))
-
-
-def verify_checkpoint(directory: Path) -> None:
-    """Compares the size and digest of every file with the manifest.
-
-    Raises:
-        MismatchError: a file is missing or differs from what was saved; the message names each one.
-        SmoothQuantError: it is not a checkpoint.
-    """
-    if not is_checkpoint(directory):
-        read_manifest(directory)  # raises the reason
-    try:
-        manifest = read_manifest(directory)
-    except SmoothQuantError as error:
-        raise MismatchError(str(error)) from error
-    wrong = []
-    for name, entry in manifest.files.items():
-        path = directory / name
-        if not path.is_file():
-            wrong.append(f"{path} is missing")
-        elif (size := path.stat().st_size) != entry["size"]:
-            wrong.append(f"{path} has {size} bytes and was saved with {entry['size']}")
-        elif file_entry(path)["sha256"] != entry["sha256"]:
-            wrong.append(f"{path} is not what was saved (its SHA-256 differs)")
-    if wrong:
-        raise MismatchError(f"{'; '.join(wrong)}: copy or download the checkpoint again.")
 
 
 def work(directory: Path, *, verify: bool = False, fusion: bool = False) -> Document:
@@ -240,6 +208,7 @@ def summarize_layers(
                 "in_features": k,
                 "activation_scheme": scheme,
                 **({} if form is None else {"format": form}),
+                **_columns(members),
                 "rotation": rotation,
                 "smoothing": smoothing,
                 "reason": _with_ranges([general_name(layer.reason) for layer in members]),
@@ -252,6 +221,12 @@ def summarize_layers(
             for (name, reason), count in left_out.items()
         ],
     }
+
+
+def _columns(layers: Sequence[LayerRecord]) -> Document:
+    """The outlier columns of a group's layers, added up; empty if they have none."""
+    found = [layer.outlier_columns for layer in layers if layer.outlier_columns is not None]
+    return {"outlier_columns": sum(found)} if found else {}
 
 
 def _group_cost(costs: Sequence[LayerCost]) -> Document:
@@ -292,7 +267,7 @@ def render_layers(document: Document) -> Group:
             group["layers"],
             f"{group['count']}",
             f"{group['out_features']} x {group['in_features']}",
-            f"{group.get('format', '')} {group['activation_scheme']}".strip(),
+            _scales(group),
             str(group["rotation"] or "none"),
             group["smoothing"],
             group["reason"] + _compared(group),
@@ -313,6 +288,14 @@ def render_layers(document: Document) -> Group:
             + (f"; a KL divergence of about {total:.4f} in all" if costs else "")
         ),
     )
+
+
+def _scales(group: Document) -> str:
+    """The scheme, and the format if it is another one than W8A8."""
+    words = [group["format"]] if "format" in group else []
+    if group.get("outlier_columns"):
+        words.append(f"({group['outlier_columns']})")
+    return " ".join([*words, group["activation_scheme"]])
 
 
 def _compared(group: Document) -> str:

@@ -15,8 +15,14 @@ from smoothquant_kernels.backends.cuda import extension_status
 from smoothquant_kernels.checkpoint.foreign_folder import is_compressed_tensors
 from smoothquant_kernels.checkpoint.kv_calibration import KV_FILE
 from smoothquant_kernels.checkpoint.load import load_quantized
-from smoothquant_kernels.checkpoint.manifest import CONFIG, MARKERS, has_int8_config, is_checkpoint
-from smoothquant_kernels.cli.console import quiet_stderr
+from smoothquant_kernels.checkpoint.manifest import (
+    CONFIG,
+    MARKERS,
+    has_int8_config,
+    is_checkpoint,
+    read_manifest,
+)
+from smoothquant_kernels.cli.console import MismatchError, quiet_stderr
 from smoothquant_kernels.cli.options import DTYPES, KV_CACHES
 from smoothquant_kernels.config import SmoothQuantConfig
 from smoothquant_kernels.errors import SmoothQuantError
@@ -24,6 +30,7 @@ from smoothquant_kernels.evaluation import models
 from smoothquant_kernels.evaluation.architecture import check_causal
 from smoothquant_kernels.nn.float_linear import is_float_linear
 from smoothquant_kernels.nn.kinds import is_quantized
+from smoothquant_kernels.storage.digests import file_entry
 from smoothquant_kernels.storage.document import Document, note
 from smoothquant_kernels.storage.folder import check_writable, occupant
 
@@ -203,3 +210,34 @@ def linear_bytes(model: nn.Module, skipped: Sequence[str] = ()) -> int:
         for name, module in model.named_modules()
         if (is_quantized(module) or is_float_linear(module)) and name not in skipped
     )
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of a checkpoint."""
+    return sorted(directory.glob("*.safetensors"))
+
+
+def verify_checkpoint(directory: Path) -> None:
+    """Compares the size and digest of every file with the manifest.
+
+    Raises:
+        MismatchError: a file is missing or differs from what was saved; the message names each one.
+        SmoothQuantError: it is not a checkpoint.
+    """
+    if not is_checkpoint(directory):
+        read_manifest(directory)  # raises the reason
+    try:
+        manifest = read_manifest(directory)
+    except SmoothQuantError as error:
+        raise MismatchError(str(error)) from error
+    wrong = []
+    for name, entry in manifest.files.items():
+        path = directory / name
+        if not path.is_file():
+            wrong.append(f"{path} is missing")
+        elif (size := path.stat().st_size) != entry["size"]:
+            wrong.append(f"{path} has {size} bytes and was saved with {entry['size']}")
+        elif file_entry(path)["sha256"] != entry["sha256"]:
+            wrong.append(f"{path} is not what was saved (its SHA-256 differs)")
+    if wrong:
+        raise MismatchError(f"{'; '.join(wrong)}: copy or download the checkpoint again.")

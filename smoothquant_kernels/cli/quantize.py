@@ -23,7 +23,6 @@ from smoothquant_kernels.cli.inspect import (
     describe_verification,
     render_layers,
     summarize_layers,
-    weight_files,
 )
 from smoothquant_kernels.cli.loading import (
     changed_settings,
@@ -35,6 +34,7 @@ from smoothquant_kernels.cli.loading import (
     linear_bytes,
     read_config,
     tensor_bytes,
+    weight_files,
 )
 from smoothquant_kernels.cli.options import KV_CACHES
 from smoothquant_kernels.config import SmoothQuantConfig

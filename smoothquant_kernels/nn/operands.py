@@ -1,7 +1,8 @@
-"""The operands of int8 layers: aligned int8 weights, activations quantized once, and groups that can be rotated."""
+"""The operands of int8 layers: aligned weights, activations quantized once, rotated groups, outlier columns."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -75,3 +76,43 @@ class QuantizedActivation(NamedTuple):
     x_q: Tensor
     x_scale: Tensor
     dtype: torch.dtype
+
+
+#: The tensors of a layer with outlier columns that could be wrong without a wrong shape.
+COLUMN_TENSORS = ("columns", "inv_smooth", "w_columns")
+
+
+def ascending_columns(columns: Tensor | Sequence[int], k: int) -> Tensor:
+    """[C] int64, ascending. Raises SmoothQuantError unless all are different and channels of K."""
+    given = torch.as_tensor(columns, dtype=None if len(columns) else torch.int64)
+    if given.dim() != 1 or given.is_floating_point() or given.dtype == torch.bool:
+        raise SmoothQuantError(
+            f"columns must be whole numbers in one dimension; got {given.dtype} {list(given.shape)}."
+        )
+    found = given.long().sort().values
+    if wrong := column_problem({"columns": found}, k, "static"):
+        raise SmoothQuantError(f"{wrong}.")
+    return found
+
+
+def column_problem(tensors: Mapping[str, Tensor], k: int, outliers: str) -> str | None:
+    """What is wrong with a layer's tensors `COLUMN_TENSORS`, as far as they are given; None if nothing is."""
+    columns, inverse, floats = (tensors.get(name) for name in COLUMN_TENSORS)
+    if floats is not None and not bool(floats.isfinite().all()):
+        return "w_columns has a value that is NaN or infinite"
+    if columns is not None:
+        if not bool(((columns >= 0) & (columns < k)).all()):
+            return f"columns has a channel outside [0, {k - 1}]"
+        if not bool((columns.diff() > 0).all()):
+            return "columns has channels that are repeated or not in ascending order"
+    if inverse is None:
+        return None
+    if not bool(((inverse >= 0) & inverse.isfinite()).all()):
+        return "inv_smooth has a value that is NaN, infinite or negative"
+    if outliers == "dynamic":
+        columns = torch.empty(0, dtype=torch.int64, device=inverse.device)
+    if columns is not None:
+        zero = torch.zeros_like(inverse, dtype=torch.bool).index_fill(0, columns, True)
+        if not torch.equal(inverse == 0, zero):
+            return "inv_smooth must be 0 at the outlier columns and positive elsewhere, and is not"
+    return None

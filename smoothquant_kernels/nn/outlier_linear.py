@@ -17,7 +17,13 @@ from smoothquant_kernels.nn.gradient import through
 from smoothquant_kernels.nn.kinds import Kind, Settings, register
 from smoothquant_kernels.nn.lazy_weight import dequantized_weight
 from smoothquant_kernels.nn.linear import add_int8_weight
-from smoothquant_kernels.nn.operands import QuantizedActivation, packed_rows
+from smoothquant_kernels.nn.operands import (
+    COLUMN_TENSORS,
+    QuantizedActivation,
+    ascending_columns,
+    column_problem,
+    packed_rows,
+)
 from smoothquant_kernels.nn.quantized_linear import (
     MARKER,
     QuantizedLinear,
@@ -33,8 +39,6 @@ if TYPE_CHECKING:
 
 #: How the columns are chosen.
 MODES = tuple(mode for mode in OUTLIERS if mode != "none")
-#: The tensors of a layer that could be wrong without a wrong shape.
-_CHECKED = ("columns", "inv_smooth", "w_columns")
 
 
 class OutlierLinear(QuantizedLinear):
@@ -143,7 +147,7 @@ class OutlierLinear(QuantizedLinear):
             )
         source = read_linear(linear, smooth)
         n, k = source.weight.shape
-        chosen = None if columns is None else _ascending(columns, k).to(source.weight.device)
+        chosen = None if columns is None else ascending_columns(columns, k).to(source.weight.device)
         new = cls(
             k,
             n,
@@ -275,13 +279,13 @@ class OutlierLinear(QuantizedLinear):
         given = state_dict.get(f"{prefix}w_columns")
         if self.w_columns is not None and isinstance(given, Tensor) and given.dtype in FLOATS:
             self.w_columns = self.w_columns.to(given.dtype)  # no copy rounds, then
-        own = {name: state_dict.get(prefix + name) for name in _CHECKED}
+        own = {name: state_dict.get(prefix + name) for name in COLUMN_TENSORS}
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         self._columns_follow()
         found = {name: t for name, t in own.items() if isinstance(t, Tensor) and not t.is_meta}
-        if wrong := _problem(found, self.in_features, self.outliers):
+        if wrong := column_problem(found, self.in_features, self.outliers):
             error_msgs.append(f"{prefix}{wrong}.")
 
     def _repr_of_weight(self) -> str:
@@ -292,42 +296,6 @@ class OutlierLinear(QuantizedLinear):
 def _product(x: Tensor, columns: Tensor, weight: Tensor) -> Tensor:
     """x[..., columns] @ weight.T in x's type, or in that of autocast."""
     return F.linear(x.index_select(-1, columns), weight.to(x.dtype))
-
-
-def _ascending(columns: Tensor | Sequence[int], k: int) -> Tensor:
-    """[C] int64, ascending. Raises SmoothQuantError unless all are different and channels of K."""
-    given = torch.as_tensor(columns, dtype=None if len(columns) else torch.int64)
-    if given.dim() != 1 or given.is_floating_point() or given.dtype == torch.bool:
-        raise SmoothQuantError(
-            f"columns must be whole numbers in one dimension; got {given.dtype} {list(given.shape)}."
-        )
-    found = given.long().sort().values
-    if wrong := _problem({"columns": found}, k, "static"):
-        raise SmoothQuantError(f"{wrong}.")
-    return found
-
-
-def _problem(tensors: Mapping[str, Tensor], k: int, outliers: str) -> str | None:
-    """What is wrong with a layer's tensors `_CHECKED`, as far as they are given; None if nothing is."""
-    columns, inverse, floats = (tensors.get(name) for name in _CHECKED)
-    if floats is not None and not bool(floats.isfinite().all()):
-        return "w_columns has a value that is NaN or infinite"
-    if columns is not None:
-        if not bool(((columns >= 0) & (columns < k)).all()):
-            return f"columns has a channel outside [0, {k - 1}]"
-        if not bool((columns.diff() > 0).all()):
-            return "columns has channels that are repeated or not in ascending order"
-    if inverse is None:
-        return None
-    if not bool(((inverse >= 0) & inverse.isfinite()).all()):
-        return "inv_smooth has a value that is NaN, infinite or negative"
-    if outliers == "dynamic":
-        columns = torch.empty(0, dtype=torch.int64, device=inverse.device)
-    if columns is not None:
-        zero = torch.zeros_like(inverse, dtype=torch.bool).index_fill(0, columns, True)
-        if not torch.equal(inverse == 0, zero):
-            return "inv_smooth must be 0 at the outlier columns and positive elsewhere, and is not"
-    return None
 
 
 class _Outlier(Kind[OutlierLinear]):
@@ -371,6 +339,9 @@ class _Outlier(Kind[OutlierLinear]):
             "dtype": type_name(layer.dtype),
         }
 
+    def label(self, layer: OutlierLinear) -> str:
+        return f"w8a8, {layer.outliers} outliers"
+
     def make(self, arguments: dict[str, Any]) -> OutlierLinear | None:
         dtype = next((t for t in FLOATS if type_name(t) == arguments["dtype"]), None)
         if dtype is None or (arguments["outliers"] == "static" and not arguments["smooth"]):
@@ -387,7 +358,7 @@ class _Outlier(Kind[OutlierLinear]):
         return n * k + 4 * (n + k)  # the number of columns is known only after calibration
 
     def problem(self, tensors: Mapping[str, Tensor], arguments: Mapping[str, Any]) -> str | None:
-        return _problem(tensors, arguments["in_features"], arguments["outliers"])
+        return column_problem(tensors, arguments["in_features"], arguments["outliers"])
 
     def rounded_weight(self, layer: OutlierLinear) -> Tensor:
         return layer.dequantized_weight()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -185,6 +186,9 @@ class _W4A8(Kind[W4A8Linear]):
             "dtype": type_name(layer.dtype),
         }
 
+    def label(self, layer: W4A8Linear) -> str:
+        return "w4a8"
+
     def part(self, layer: W4A8Linear) -> str:
         return layer.part
 
@@ -200,6 +204,16 @@ class _W4A8(Kind[W4A8Linear]):
     def nbytes(self, n: int, k: int) -> int:
         groups = reference.w4_groups(k)
         return groups * n * (reference.W4_GROUP // 2 + 2) + 4 * (n + k)  # assumes factors
+
+    def problem(self, tensors: Mapping[str, Tensor], arguments: Mapping[str, Any]) -> str | None:
+        if (w_group := tensors.get("w_group")) is None:
+            return None
+        step, offset = w_group.int().unbind(-1)
+        if not bool(((step >= 0) & (step <= reference.W4_MAX)).all()):
+            return f"w_group has a step outside [0, {reference.W4_MAX}]"
+        if not bool((offset + reference.W4_MAX * step < 128).all()):
+            return "w_group has an offset with which a weight is no int8"
+        return None
 
     def rounded_weight(self, layer: W4A8Linear) -> Tensor:
         return layer.dequantized_weight()
