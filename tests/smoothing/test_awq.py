@@ -19,13 +19,14 @@ from smoothquant_kernels import (
     smooth_lm,
 )
 from smoothquant_kernels.modeling.groups import Group
+from smoothquant_kernels.modeling.record import LayerRecord, ModelRecord
 from smoothquant_kernels.modeling.run import Batch, evaluating
 from smoothquant_kernels.nn.float_linear import pending_smooth
 from smoothquant_kernels.nn.rounding_w4 import int4_weight
 from smoothquant_kernels.reference import w4_weight
 from smoothquant_kernels.schemes import ACTIVATION_SCHEMES
 from smoothquant_kernels.smoothing import int8_error
-from smoothquant_kernels.smoothing.factors import AWQ_ALPHAS, Plan, group_factors
+from smoothquant_kernels.smoothing.factors import AWQ_ALPHAS, AWQ_NORMS, Plan, group_factors
 from smoothquant_kernels.smoothing.int8_error import InputSettings, output_errors
 from tests.support.models import layers_of, make_model, token_batches
 
@@ -120,13 +121,16 @@ def test_only_the_groups_in_question_change(monkeypatch: pytest.MonkeyPatch) -> 
     assert spy.changed and spy.changed <= {*layers, "model.layers.0.mlp.down_proj"}
 
 
-def test_the_record_has_the_alpha_of_the_factors() -> None:
+@pytest.mark.parametrize("rotation", [None, "none"])
+def test_the_record_has_what_made_the_factors(rotation: str | None) -> None:
     config = CONFIG.replace(folding="never", only_where_better=False)
+    if rotation is not None:
+        config = config.replace(rotation=rotation)
     model: Any = make_model("llama_gqa")
     original = copy.deepcopy(model)
     statistics = calibrate_model(model, DATA, progress=False)
     smooth_lm(model, statistics, config=config)
-    layers, alphas = layers_of(model), set()
+    layers, alphas, norms = layers_of(model), set(), set()
     for name, layer in layers.items():
         alphas.add(layer["alpha"])
         factors = group_factors(
@@ -134,12 +138,16 @@ def test_the_record_has_the_alpha_of_the_factors() -> None:
             Group(tuple(layer["group"])),
             statistics,
             layer["alpha"],
-            config.norms_of("per_token", rotated=True),
+            layer.get("norms") or config.norms_of("per_token", rotated=rotation is None),
             config,
         )
+        norms.add(tuple(layer.get("norms") or ()))
         pending = pending_smooth(model.get_submodule(name))
         assert pending is not None and torch.equal(pending, factors)
     assert len(alphas) > 1 and alphas <= {*AWQ_ALPHAS, 0.5}
+    assert norms == {()} if rotation is None else AWQ_NORMS in norms
+    records = ModelRecord.of(model).layers
+    assert [LayerRecord.from_dict(record.to_dict()) for record in records] == list(records)
     made = quantize_model(model)
     assert all(isinstance(made.get_submodule(name), W4A8Linear) for name in layers)
 
