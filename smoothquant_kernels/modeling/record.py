@@ -96,6 +96,8 @@ class LayerRecord:
         alpha: migration strength; None without smoothing.
         group: the layers that read the same tensor and share its factors. Empty if `smooth_lm` has not seen the layer;
             then nothing was measured.
+        norms: the norms of activations and weights that the factors balance, where a search chose others than
+            `SmoothQuantConfig.norms_of`; the weights' is then ``"none"``.
         rotation: the size of the groups of channels that the quantizer rotates; 0 for none.
         x_absmax: the largest input seen, after smoothing and rotation. The static scale comes from it.
         x_peak: the largest token divided by the median one, likewise.
@@ -113,6 +115,7 @@ class LayerRecord:
     group: tuple[str, ...] = ()
     in_features: int = 0
     out_features: int = 0
+    norms: tuple[str, str] | None = None
     rotation: int = 0
     x_absmax: float | None = None
     x_peak: float | None = None
@@ -133,7 +136,9 @@ class LayerRecord:
     def from_dict(cls, values: Mapping[str, Any]) -> LayerRecord:
         """The layer that `to_dict` described."""
         known = _arguments(cls, values)
-        return cls(**known | {"group": tuple(known.get("group") or ())})
+        norms = known.get("norms")
+        known |= {"group": tuple(known.get("group") or ()), "norms": norms and tuple(norms)}
+        return cls(**known)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns JSON values."""
@@ -141,6 +146,7 @@ class LayerRecord:
         more: dict[str, Any] = info.pop("more")
         rotation = info.pop("rotation")
         scheme, columns = info.pop("activation_scheme"), info.pop("outlier_columns")
+        norms = info.pop("norms")
         own = {} if scheme is None else {"activation_scheme": scheme}
         kind = info.pop("format")
         own |= {} if kind is None else {"format": kind}
@@ -149,6 +155,7 @@ class LayerRecord:
             info = {key: info[key] for key in ("name", "smoothing", "reason")} | own
             info |= {"in_features": self.in_features, "out_features": self.out_features}
         own |= {"rotation": rotation} if rotation else {}
+        own |= {"norms": list(norms)} if norms else {}
         return info | own | more
 
 

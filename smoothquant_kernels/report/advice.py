@@ -107,7 +107,9 @@ def _stands(
     now = None
     for trial in trials:
         norms = layer_norms(config, members, layers[name]["x_peak"], rotation)
-        if trial.scheme != trials[0].scheme:  # of all members
+        if trial is trials[0]:
+            norms = layers[name].get("norms") or norms  # those of the factors in the model
+        elif trial.scheme != trials[0].scheme:  # of all members
             norms = config.norms_of(trial.scheme, rotated=rotation > 0)
         factors = layer_factors(original, members, statistics, trial.alpha, norms, config)
         now = factors if now is None else now

@@ -249,7 +249,7 @@ def _layers(
         }
         if name in statistics.absmax:
             absmax = statistics.absmax[name]
-            norms = layer_norms(config, layer.group, peak, layer.rotation)
+            norms = layer.norms or layer_norms(config, layer.group, peak, layer.rotation)
             factors = layer_factors(model, layer.group, statistics, layer.alpha, norms, config)
             entry["channel_peak"] = peak_to_median(absmax)
             entry["channel_peak_smoothed"] = peak_to_median(absmax / factors)
@@ -294,6 +294,7 @@ def _channels(
     """The maxima per channel over the calibration tokens, to six digits; rotated ones over the tokens that it kept."""
     absmax = statistics.absmax[layer["name"]]
     norms = layer_norms(config, layer["group"], layer["x_peak"], layer["rotation"])
+    norms = layer.get("norms") or norms
     factors = layer_factors(model, layer["group"], statistics, layer["alpha"], norms, config)
 
     def digits(values: Tensor) -> list[float]:

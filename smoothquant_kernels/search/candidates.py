@@ -14,6 +14,7 @@ from smoothquant_kernels import ops, reference
 from smoothquant_kernels.config import LEAST_ROTATION, SmoothQuantConfig, first_match
 from smoothquant_kernels.modeling.groups import Group
 from smoothquant_kernels.nn.float_linear import weight_of
+from smoothquant_kernels.nn.rounding_w4 import rounded_w4
 from smoothquant_kernels.ops.rotate import rotated, rotated_weight
 from smoothquant_kernels.reference import MAX_ROTATION
 from smoothquant_kernels.search.result import Choice, GroupResult
@@ -147,8 +148,18 @@ class _Trial:
             rotation,
             None if smooth is None else 1.0 / smooth,
             space.statistics.range_of(name, smooth, rotation),
-            [reference.quantize_weight(w, granularity) for w in weights],
+            [
+                self._rounded(name, w, granularity)
+                for name, w in zip(self.group.linears, weights, strict=True)
+            ],
         )
+
+    def _rounded(self, name: str, w: Tensor, granularity: str) -> tuple[Tensor, Tensor]:
+        """The int8 weight that the layer's format has, and its scale."""
+        if self.space.config.format_of(name) == "w4a8":
+            w_q, w_scale = rounded_w4(w)
+            return w_q.to(torch.int8), w_scale
+        return reference.quantize_weight(w, granularity)
 
     def choice(self, made: _Quantized, scheme: str, clip: float = 1.0) -> Choice:
         x_q, x_scale = self._quantize(made, scheme, clip)

@@ -35,6 +35,10 @@ from smoothquant_kernels.smoothing.statistics import ActivationStatistics
 
 #: The alphas that the search for W4A8 layers tries, beside the usual one (docs/guides/w4a8.md).
 AWQ_ALPHAS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
+#: The norms of AWQ's own factors, which come from the activations alone. A common factor of all channels has no effect.
+AWQ_NORMS = ("rms", "none")
+#: On so few tokens, errors within this ratio of each other are a tie.
+_CLEARLY = 1.02
 _FOLDS_AT_ONCE = 16  # the most groups whose folds are verified together
 _FOLD_BYTES = 1 << 26  # the most bytes of their weights, unless one group alone has more
 
@@ -96,8 +100,12 @@ def _check_agreement(
 def weight_norms(model: nn.Module, group: Group, norm: str) -> Tensor:
     """Returns the largest |w| or the root mean square of each input channel over all linears of the group.
 
-    [K] float32. `norm` is ``"max"`` or ``"rms"``.
+    [K] float32. `norm` is ``"max"``, ``"rms"``, or ``"none"`` for ones: AWQ's factors do not look at the weights.
     """
+    if norm == "none":
+        return torch.ones_like(
+            weight_of(model.get_submodule(group.linears[0]))[0], dtype=torch.float32
+        )
     weights = [
         part for n in group.linears for part in in_parts(weight_of(model.get_submodule(n)).detach())
     ]
@@ -181,6 +189,7 @@ class Plan:
     Attributes:
         rotations: layer -> group size, 0 for none.
         alphas: layer -> the migration strength of its factors.
+        norms: layer -> the norms of its factors, where they are not those of the configuration.
         peaks: layer -> the largest token of its input over the median one, as it is quantized.
         smooth: layer -> the factors that `apply` has applied.
     """
@@ -197,6 +206,7 @@ class Plan:
         self._heads = heads
         self.rotations = {n: config.rotation_of(a.numel(), n) for n, a in statistics.absmax.items()}
         self.alphas: dict[str, float] = {}
+        self.norms: dict[str, tuple[str, str]] = {}
         self.peaks: dict[str, float] = {}
         self.smooth: dict[str, Tensor] = {}
         self._factors: dict[Group, Tensor] = {}
@@ -238,14 +248,13 @@ class Plan:
     def search_for_w4(self, batch: Batch, run_sample: Callable[[Batch], Any]) -> None:
         """Gives groups with W4A8 layers the factors of least error on the sample, if the configuration asks for that.
 
-        The usual factors stay in case of a tie. Other groups and layers in `alphas` keep theirs.
+        The usual factors stay unless others are clearly better. Other groups, and layers in `alphas`, keep theirs.
 
-        Source: AWQ (Lin et al., 2023), section 3.2, for the search; here for int8 activations, and with the norms of
-            the weights in the factors.
+        Source: AWQ (Lin et al., 2023), section 3.2.
         """
         config = self._config
         balances = {
-            group: [usual, *(usual._replace(alpha=a) for a in AWQ_ALPHAS if a != usual.alpha)]
+            group: [usual, *self._others(group, usual)]
             for group, usual in self._balances.items()
             if config.awq
             and first_match(config.alphas, group.linears[0]) is None
@@ -262,8 +271,19 @@ class Plan:
         )
         for group, found in errors.items():
             best = found.index(min(found))
+            if not found[best] * _CLEARLY < found[0]:
+                continue
+            chosen = balances[group][best]
             self._factors[group] = candidates[group][best]
-            self.alphas |= dict.fromkeys(group.linears, balances[group][best].alpha)
+            self.alphas |= dict.fromkeys(group.linears, chosen.alpha)
+            if chosen.norms != balances[group][0].norms:
+                self.norms |= dict.fromkeys(group.linears, chosen.norms)
+
+    def _others(self, group: Group, usual: Balance) -> Iterator[Balance]:
+        """What the search tries beside the usual balance."""
+        yield from (usual._replace(alpha=a) for a in AWQ_ALPHAS if a != usual.alpha)
+        if not self.rotations[group.linears[0]]:  # a rotated group gains nothing from them
+            yield from (Balance(a, AWQ_NORMS) for a in AWQ_ALPHAS)
 
     def leave_out_what_does_not_gain(
         self, batch: Batch, run_sample: Callable[[Batch], Any]

@@ -306,6 +306,7 @@ def _describe(
                 reason=why,
                 alpha=alpha,
                 group=members,
+                norms=plan.norms.get(name) if alpha is not None else None,
                 in_features=k,
                 out_features=n,
                 rotation=rotation,

@@ -14,18 +14,22 @@ from torch.nn import functional as F
 from smoothquant_kernels import (
     SmoothQuantConfig,
     W4A8Linear,
+    W8A8Linear,
     calibrate_model,
     quantize_model,
     smooth_lm,
 )
 from smoothquant_kernels.modeling.groups import Group
+from smoothquant_kernels.modeling.record import LayerRecord, ModelRecord
 from smoothquant_kernels.modeling.run import Batch, evaluating
 from smoothquant_kernels.nn.float_linear import pending_smooth
 from smoothquant_kernels.nn.rounding_w4 import int4_weight
 from smoothquant_kernels.reference import w4_weight
 from smoothquant_kernels.schemes import ACTIVATION_SCHEMES
+from smoothquant_kernels.search import candidates
+from smoothquant_kernels.search.sensitivity import record
 from smoothquant_kernels.smoothing import int8_error
-from smoothquant_kernels.smoothing.factors import AWQ_ALPHAS, Plan, group_factors
+from smoothquant_kernels.smoothing.factors import AWQ_ALPHAS, AWQ_NORMS, Plan, group_factors
 from smoothquant_kernels.smoothing.int8_error import InputSettings, output_errors
 from tests.support.models import layers_of, make_model, token_batches
 
@@ -35,15 +39,17 @@ CONFIG = SmoothQuantConfig(w_bit=4)
 pytestmark = pytest.mark.filterwarnings("ignore:the calibration data ended")
 
 
+def as_in_layers(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`rounded_w4` by the longer search that the layers' weights come from."""
+    made = int4_weight(w, None, 0)
+    return w4_weight(made.w_q4, made.w_group, w.shape[1]).float(), made.w_scale
+
+
 @pytest.mark.parametrize("rotation", [0, 16])
 @pytest.mark.parametrize("scheme", ACTIVATION_SCHEMES)
 def test_errors_equal_those_of_the_real_layers(
     scheme: str, rotation: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def as_in_layers(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        made = int4_weight(w, None, 0)
-        return w4_weight(made.w_q4, made.w_group, w.shape[1]).float(), made.w_scale
-
     monkeypatch.setattr(int8_error, "rounded_w4", as_in_layers)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(144, 20, bias=False)).eval()
@@ -120,13 +126,16 @@ def test_only_the_groups_in_question_change(monkeypatch: pytest.MonkeyPatch) -> 
     assert spy.changed and spy.changed <= {*layers, "model.layers.0.mlp.down_proj"}
 
 
-def test_the_record_has_the_alpha_of_the_factors() -> None:
+@pytest.mark.parametrize("rotation", [None, "none"])
+def test_the_record_has_what_made_the_factors(rotation: str | None) -> None:
     config = CONFIG.replace(folding="never", only_where_better=False)
+    if rotation is not None:
+        config = config.replace(rotation=rotation)
     model: Any = make_model("llama_gqa")
     original = copy.deepcopy(model)
     statistics = calibrate_model(model, DATA, progress=False)
     smooth_lm(model, statistics, config=config)
-    layers, alphas = layers_of(model), set()
+    layers, alphas, norms = layers_of(model), set(), set()
     for name, layer in layers.items():
         alphas.add(layer["alpha"])
         factors = group_factors(
@@ -134,12 +143,16 @@ def test_the_record_has_the_alpha_of_the_factors() -> None:
             Group(tuple(layer["group"])),
             statistics,
             layer["alpha"],
-            config.norms_of("per_token", rotated=True),
+            layer.get("norms") or config.norms_of("per_token", rotated=rotation is None),
             config,
         )
+        norms.add(tuple(layer.get("norms") or ()))
         pending = pending_smooth(model.get_submodule(name))
         assert pending is not None and torch.equal(pending, factors)
     assert len(alphas) > 1 and alphas <= {*AWQ_ALPHAS, 0.5}
+    assert norms == {()} if rotation is None else AWQ_NORMS in norms
+    records = ModelRecord.of(model).layers
+    assert [LayerRecord.from_dict(record.to_dict()) for record in records] == list(records)
     made = quantize_model(model)
     assert all(isinstance(made.get_submodule(name), W4A8Linear) for name in layers)
 
@@ -175,3 +188,27 @@ def test_a_model_whose_weights_need_it_gains() -> None:
             errors[name] = float((quantize_model(model)(fresh) - exact).norm() / exact.norm())
     assert errors["awq"] <= 1.01 * errors["plain"]
     assert errors["awq"] < 0.5 * errors["naive"]
+
+
+def test_candidates_of_search_config_cost_what_the_layers_will(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(candidates, "rounded_w4", as_in_layers)
+    model: Any = make_model("llama_gqa")
+    config = SmoothQuantConfig(formats={"*.k_proj": "w4a8"})
+    statistics = calibrate_model(model, DATA, progress=False)
+    group = Group(tuple(f"model.layers.1.self_attn.{n}_proj" for n in "qk"))
+    recording = record(model, [group], [{"input_ids": batch} for batch in DATA])
+    found = candidates.Space(model, statistics, config).explore(group, ["per_token"], recording)
+    x = recording.x[group.linears[0]]
+    for choice in found.tried[:3]:
+        assert choice.alpha is not None
+        norms = config.norms_of("per_token", rotated=choice.rotation > 0)
+        s = group_factors(model, group, statistics, choice.alpha, norms, config)
+        cost = 0.0
+        for name, kind in zip(group.linears, (W8A8Linear, W4A8Linear), strict=True):
+            linear = model.get_submodule(name)
+            layer = kind.from_linear(linear, smooth=s, rotation=choice.rotation)
+            with torch.no_grad():
+                cost += recording.cost(name, layer(x) - linear(x))
+        assert choice.cost == pytest.approx(cost, rel=1e-4)  # float32 sums in another order
