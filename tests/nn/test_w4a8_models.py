@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import smoothquant_kernels
@@ -30,7 +31,14 @@ from smoothquant_kernels import (
 from smoothquant_kernels.nn.kinds import count_quantized, kind_of
 from smoothquant_kernels.nn.parallel.model import ColwiseW8A8, RowwiseW8A8, check
 from tests.nn.test_w4a8_linear import BATCHES, CONFIG
-from tests.support.checkpoints import assert_same_bits, logits, manifest_of, refusal
+from tests.support.checkpoints import (
+    WEIGHTS,
+    assert_same_bits,
+    logits,
+    manifest_of,
+    refusal,
+    rewrite,
+)
 from tests.support.command_line import Result
 from tests.support.compare import assert_bitwise_equal, assert_same_buffers
 from tests.support.models import layers_of, make_model
@@ -96,11 +104,38 @@ def test_inspect_and_size(quantized: Any, tmp_path: Path) -> None:
     seen = Result("inspect", folder, "--json").json
     assert seen["quantized"] == 14
     assert {layer["class"] for layer in seen["layers"]} == {"W4A8Linear"}
+    assert {group["format"] for group in seen["groups"]} == {"w4a8"}
+    assert "w4a8 per_token" in " ".join(Result("inspect", folder).out.split())
     layer = quantized.model.layers[0].self_attn.q_proj
     kind = kind_of(layer)
     assert kind is not None
     # 32 channels take one group of 64 bytes, a step and an offset; then the scale and the factors in float32.
     assert kind.nbytes(32, 32) == 32 * 66 + 4 * 64
+
+
+@pytest.mark.parametrize(
+    ("pair", "said"),
+    [
+        ((16, -128), "a step outside [0, 15]"),
+        ((-1, 0), "a step outside [0, 15]"),
+        ((15, -97), "an offset with which a weight is no int8"),
+    ],
+)
+def test_damaged_groups_are_refused(
+    quantized: Any, pair: tuple[int, int], said: str, tmp_path: Path
+) -> None:
+    folder = save_quantized(quantized, tmp_path / "saved")
+    name = "model.layers.0.mlp.up_proj"
+    tensors = load_file(folder / WEIGHTS)
+    tensors[f"{name}.w_group"][0, 3] = torch.tensor(pair)
+    save_file(tensors, folder / WEIGHTS)
+    rewrite(folder, lambda values: None)
+    text = refusal(lambda: load_quantized(folder))
+    assert text.startswith(f"{name}.w_group has") and said in text
+    tensors[f"{name}.w_group"][0, 3] = torch.tensor([15, -98])  # the largest weight is 127
+    save_file(tensors, folder / WEIGHTS)
+    rewrite(folder, lambda values: None)
+    load_quantized(folder)
 
 
 def test_the_report_measures_them(tmp_path: Path) -> None:

@@ -147,6 +147,9 @@ def test_inspect_and_the_report_take_the_layers(tmp_path: Path) -> None:
     counts = {la["name"]: la.get("columns") for la in seen["layers"]}
     for name, layer in outlier_layers(model).items():
         assert counts[name] == len(layer.columns)  # type: ignore[arg-type]
+    total = sum(group.get("outlier_columns", 0) for group in seen["groups"])
+    assert total == sum(count for count in counts.values() if count)
+    assert {g.get("format") for g in seen["groups"]} == {None, "w8a8, static outliers"}
     pytest.importorskip("matplotlib")
     config = SmoothQuantConfig(**STATIC)
     document = make_report(
