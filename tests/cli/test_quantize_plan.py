@@ -49,6 +49,22 @@ def test_a_searched_plan(tiny: Path, text: Path, tmp_path: Path) -> None:
     assert "fits into 7 bytes" in refused(*common, "-o", tmp_path / "t", "--max-bytes", "7")
 
 
+def test_formats_by_options(tiny: Path, text: Path, tmp_path: Path) -> None:
+    """Static columns are calibrated for without smoothing, too."""
+    settings = tmp_path / "settings.json"
+    settings.write_text(json.dumps({"outlier_threshold": 1e-3}))
+    common = ("quantize", tiny, "--calibration", text, "--config", settings, *QUANTIZE)
+    made = Result(*common, "-o", tmp_path / "q", "--w-bit", "4", "--json").json
+    assert {g["format"] for g in made["groups"]} == {"w4a8"}
+    columns = ("--outliers", "static", "--no-smooth")
+    made = Result(*common, *columns, "-o", tmp_path / "r", "--json").json
+    assert {g["format"] for g in made["groups"]} == {"w8a8, static outliers"}
+    every = sum(g["count"] * g["in_features"] for g in made["groups"])
+    assert sum(g["outlier_columns"] for g in made["groups"]) == every
+    shown = " ".join(Result("inspect", tmp_path / "r").out.split())
+    assert "static outliers" in shown
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
@@ -57,8 +73,13 @@ def test_a_searched_plan(tiny: Path, text: Path, tmp_path: Path) -> None:
         (("--max-kl", "1", "--stream"), "excludes --stream: search first, then give the plan"),
         (("--max-kl", "1", "--no-smooth"), "--max-kl measures smoothed layers"),
         (("--plan", "absent.json"), "absent.json cannot be read"),
-        (("--w-bit", "3"), "w_bit must be 4 or 8; got 3"),
-        (("--outliers", "6.0"), "outliers must be one of none, static, dynamic; got '6.0'"),
+        (("--w-bit", "3"), "--w-bit must be 4 or 8; got 3"),
+        (("--outliers", "6.0"), "--outliers must be one of none, static, dynamic; got '6.0'"),
+        (
+            ("--w-bit", "4", "--format", "compressed-tensors"),
+            "the settings ask for W4A8 (w_bit=4): leave out --w-bit, or --format.",
+        ),
+        (("--outliers", "static", "--format", "compressed-tensors"), "leave out --outliers, or --format."),
     ],
 )  # fmt: skip
 def test_refusals(tiny: Path, tmp_path: Path, options: tuple[str, ...], sentence: str) -> None:
