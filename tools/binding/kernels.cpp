@@ -121,13 +121,19 @@ Status plan(const GemmParams& p, GemmPlan* plan) {
   return served ? Status::kSuccess : Status::kUnsupportedShape;
 }
 
+// Element i of a row of the weight. Of 4 bits, the calls have the first group's first four.
+int32_t weight(const GemmParams& p, int64_t column, int64_t i) {
+  const int8_t value = p.w_q[column * p.w_q_stride + i];
+  return is_w4(p) ? (value & 15) * p.w_group[2 * column] + p.w_group[2 * column + 1] : value;
+}
+
 Status gemm_s8(const GemmParams& p, const GemmPlan&, cudaStream_t) {
   for (int64_t row = 0; row < p.m; ++row) {
     std::vector<float> products;
     for (int64_t column = 0; column < p.n; ++column) {
       int32_t sum = 0;
       for (int64_t i = 0; i < p.k; ++i) {
-        sum += p.x_q[row * p.x_q_stride + i] * p.w_q[column * p.w_q_stride + i];
+        sum += p.x_q[row * p.x_q_stride + i] * weight(p, column, i);
       }
       float y = static_cast<float>(sum) * p.w_scale[p.w_per_channel ? column : 0] *
                 p.x_scale[p.x_per_token ? row : 0];
