@@ -37,8 +37,8 @@ from smoothquant_kernels.smoothing.statistics import ActivationStatistics
 AWQ_ALPHAS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
 #: The norms of AWQ's own factors, which come from the activations alone. A common factor of all channels has no effect.
 AWQ_NORMS = ("rms", "none")
-#: On so few tokens, errors within this ratio of each other are a tie. Smaller gains, as most rotated groups have, do not
-#: hold for other text (docs/guides/w4a8.md).
+#: On so few tokens, errors within this ratio of each other are a tie. Smaller gains, as most rotated groups have, do
+#: not hold for other text (docs/guides/w4a8.md).
 _CLEARLY = 1.05
 _FOLDS_AT_ONCE = 16  # the most groups whose folds are verified together
 _FOLD_BYTES = 1 << 26  # the most bytes of their weights, unless one group alone has more
