@@ -179,8 +179,6 @@ def cpp_row(row: dict[str, Any]) -> str:
         calls = [f"stream({m}, {n})", f"warps({row['warps_n']})"]
     elif row["kernel"] == "mma":
         calls = [f"mma({m}, {n}, {k})", f"warps({row['warps_m']}, {row['warps_n']})"]
-        calls += [f"stages({row['stages']})"]
-        calls += [f"splits({row['most_splits']})"] * (row["most_splits"] > 1)
     else:
         cluster = "{}x{}".format(*row["cluster"])
         if row["name"].endswith(f" {cluster}"):
@@ -188,7 +186,9 @@ def cpp_row(row: dict[str, Any]) -> str:
         calls = [f"wgmma({m}, {n}, {k})", *["swap_ab()"] * row["swap_ab"]]
         calls += [row["schedule"].lower().replace("-", "_") + "()"]
         calls += [f"cluster({cluster.replace('x', ', ')})"] * (in_name != "" or cluster != "1x1")
+    if row["kernel"] != "stream":
         calls += [f"stages({row['stages']})"]
+        calls += [f"splits({row['most_splits']})"] * (row["most_splits"] > 1)
     calls += [f"rate({row['rate']})", *["gated()"] * row.get("gated", False)]
     w4 = "w4_only()" if row.get("w4_only") else "w4()"
     calls += [w4] * row.get("w4", False)
