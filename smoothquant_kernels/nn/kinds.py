@@ -45,6 +45,12 @@ class Settings:
     columns: Tensor | None = None
     threshold: float = 6.0
 
+    @property
+    def common(self) -> dict[str, Any]:
+        """The settings that `from_linear` of every layer takes, by name."""
+        names = ("activation_scheme", "smooth", "rotation", "x_scale", "moments")
+        return {name: getattr(self, name) for name in names}
+
 
 class Kind(ABC, Generic[Layer]):
     """One kind of quantized layer, which replaces a float linear.

@@ -21,7 +21,7 @@ from smoothquant_kernels.nn.quantized_linear import (
     rounded_input,
 )
 from smoothquant_kernels.nn.rounding import int8_weight
-from smoothquant_kernels.ops.checks import FLOATS, fits_rotation, type_name
+from smoothquant_kernels.ops.checks import fits_rotation, float_named, type_name
 from smoothquant_kernels.schemes import WEIGHT_GRANULARITIES
 
 
@@ -194,13 +194,7 @@ class _W8A8(Kind[W8A8Linear]):
 
     def from_linear(self, linear: nn.Module, settings: Settings) -> W8A8Linear:
         return W8A8Linear.from_linear(
-            linear,
-            activation_scheme=settings.activation_scheme,
-            weight_granularity=settings.weight_granularity,
-            smooth=settings.smooth,
-            rotation=settings.rotation,
-            x_scale=settings.x_scale,
-            moments=settings.moments,
+            linear, weight_granularity=settings.weight_granularity, **settings.common
         )
 
     def arguments(self, layer: W8A8Linear) -> dict[str, Any]:
@@ -219,7 +213,7 @@ class _W8A8(Kind[W8A8Linear]):
         return layer.part
 
     def make(self, arguments: dict[str, Any]) -> W8A8Linear | None:
-        dtype = next((t for t in FLOATS if type_name(t) == arguments["dtype"]), None)
+        dtype = float_named(arguments["dtype"])
         k = arguments["in_features"]
         if dtype is None or not fits_rotation(arguments["rotation"], k):
             return None

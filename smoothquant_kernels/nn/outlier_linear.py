@@ -31,7 +31,7 @@ from smoothquant_kernels.nn.quantized_linear import (
     rounded_input,
 )
 from smoothquant_kernels.nn.rounding import int8_weight
-from smoothquant_kernels.ops.checks import FLOATS, type_name
+from smoothquant_kernels.ops.checks import FLOATS, float_named, type_name
 from smoothquant_kernels.ops.rotate import rotated
 
 if TYPE_CHECKING:
@@ -316,12 +316,8 @@ class _Outlier(Kind[OutlierLinear]):
             outliers="dynamic" if settings.columns is None else "static",
             columns=settings.columns,
             threshold=settings.threshold,
-            activation_scheme=settings.activation_scheme,
             weight_granularity=settings.weight_granularity,
-            smooth=settings.smooth,
-            rotation=settings.rotation,
-            x_scale=settings.x_scale,
-            moments=settings.moments,
+            **settings.common,
         )
 
     def arguments(self, layer: OutlierLinear) -> dict[str, Any]:
@@ -343,7 +339,7 @@ class _Outlier(Kind[OutlierLinear]):
         return f"w8a8, {layer.outliers} outliers"
 
     def make(self, arguments: dict[str, Any]) -> OutlierLinear | None:
-        dtype = next((t for t in FLOATS if type_name(t) == arguments["dtype"]), None)
+        dtype = float_named(arguments["dtype"])
         if dtype is None or (arguments["outliers"] == "static" and not arguments["smooth"]):
             return None
         try:

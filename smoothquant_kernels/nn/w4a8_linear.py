@@ -22,7 +22,7 @@ from smoothquant_kernels.nn.quantized_linear import (
     rounded_input,
 )
 from smoothquant_kernels.nn.rounding_w4 import int4_weight
-from smoothquant_kernels.ops.checks import FLOATS, fits_rotation, type_name
+from smoothquant_kernels.ops.checks import fits_rotation, float_named, type_name
 
 
 class W4A8Linear(QuantizedLinear):
@@ -166,14 +166,7 @@ class _W4A8(Kind[W4A8Linear]):
                 "W4A8 layers have a scale per channel and a step per group of 128 channels: pass "
                 f"weight_granularity='channel', not {settings.weight_granularity!r}."
             )
-        return W4A8Linear.from_linear(
-            linear,
-            activation_scheme=settings.activation_scheme,
-            smooth=settings.smooth,
-            rotation=settings.rotation,
-            x_scale=settings.x_scale,
-            moments=settings.moments,
-        )
+        return W4A8Linear.from_linear(linear, **settings.common)
 
     def arguments(self, layer: W4A8Linear) -> dict[str, Any]:
         return {
@@ -193,7 +186,7 @@ class _W4A8(Kind[W4A8Linear]):
         return layer.part
 
     def make(self, arguments: dict[str, Any]) -> W4A8Linear | None:
-        dtype = next((t for t in FLOATS if type_name(t) == arguments["dtype"]), None)
+        dtype = float_named(arguments["dtype"])
         if dtype is None or not fits_rotation(arguments["rotation"], arguments["in_features"]):
             return None
         return W4A8Linear(**{**arguments, "dtype": dtype}, device="meta")

@@ -31,6 +31,11 @@ def type_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def float_named(name: object) -> torch.dtype | None:
+    """The type of `FLOATS` with this `type_name`; None if there is none."""
+    return next((dtype for dtype in FLOATS if type_name(dtype) == name), None)
+
+
 def _require_dtype(
     op: str, name: str, t: Tensor, allowed: tuple[torch.dtype, ...], hint: str = ""
 ) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -243,19 +242,6 @@ def _hull(tried: Iterable[Option]) -> list[Option]:
             hull.pop()
         hull.append(option)
     return hull
-
-
-def to_dict(found: PlanSearch) -> dict[str, Any]:
-    """Returns plain values that JSON can store."""
-    return {
-        "plan": found.plan,
-        "nbytes": found.nbytes,
-        "kl": found.kl,
-        "options": [
-            {"layers": list(group), "tried": [dataclasses.asdict(option) for option in tried]}
-            for group, tried in found.options.items()
-        ],
-    }
 
 
 def describe(found: PlanSearch) -> Iterator[str]:

@@ -17,6 +17,7 @@ from smoothquant_kernels.nn import operands, quantized_linear
 from smoothquant_kernels.schemes import ACTIVATION_SCHEMES, WEIGHT_GRANULARITIES
 from tests.support import cases
 from tests.support.compare import assert_bitwise_equal, assert_same_buffers
+from tests.support.copies import ways_to_copy
 
 
 def every_buffer() -> W8A8Linear:
@@ -68,15 +69,6 @@ def test_meta_and_back_keeps_types_and_shapes() -> None:
         assert_same_layer(layer, expected)
 
 
-def through_torch_save(layer: W8A8Linear) -> W8A8Linear:
-    file = io.BytesIO()
-    torch.save(layer.state_dict(), file)
-    file.seek(0)
-    fresh = empty_like(layer)
-    fresh.load_state_dict(torch.load(file, weights_only=True))
-    return fresh
-
-
 def empty_like(layer: W8A8Linear, device: str = "cpu") -> W8A8Linear:
     return W8A8Linear(
         layer.in_features,
@@ -90,20 +82,7 @@ def empty_like(layer: W8A8Linear, device: str = "cpu") -> W8A8Linear:
     )
 
 
-def loaded(layer: W8A8Linear, device: str, assign: bool) -> W8A8Linear:
-    fresh = empty_like(layer, device)
-    fresh.load_state_dict(layer.state_dict(), strict=True, assign=assign)
-    return fresh
-
-
-COPIES: dict[str, Callable[[W8A8Linear], W8A8Linear]] = {
-    "deepcopy": copy.deepcopy,
-    "pickle": lambda layer: pickle.loads(pickle.dumps(layer)),
-    "torch.save": through_torch_save,
-    "load": lambda layer: loaded(layer, "cpu", assign=False),
-    "assign": lambda layer: loaded(layer, "cpu", assign=True),
-    "assign to meta": lambda layer: loaded(layer, "meta", assign=True),
-}
+COPIES = ways_to_copy(empty_like)
 
 
 @pytest.mark.parametrize("way", COPIES)

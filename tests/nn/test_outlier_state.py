@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
-import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +18,7 @@ from smoothquant_kernels.schemes import ACTIVATION_SCHEMES
 from tests.support import cases
 from tests.support.checkpoints import refusal
 from tests.support.compare import assert_bitwise_equal, assert_same_buffers
+from tests.support.copies import ways_to_copy
 
 COLUMNS = [0, 4]
 
@@ -92,29 +91,7 @@ def test_casts_round_the_float_columns_alone(cast: str) -> None:
     assert_bitwise_equal(layer(x), wanted(x), "x of another type takes the rounded columns")
 
 
-def through_torch_save(layer: OutlierLinear) -> OutlierLinear:
-    file = io.BytesIO()
-    torch.save(layer.state_dict(), file)
-    file.seek(0)
-    fresh = empty_like(layer)
-    fresh.load_state_dict(torch.load(file, weights_only=True))
-    return fresh
-
-
-def loaded(layer: OutlierLinear, device: str, assign: bool) -> OutlierLinear:
-    fresh = empty_like(layer, device)
-    fresh.load_state_dict(layer.state_dict(), strict=True, assign=assign)
-    return fresh
-
-
-COPIES: dict[str, Callable[[OutlierLinear], OutlierLinear]] = {
-    "deepcopy": copy.deepcopy,
-    "pickle": lambda layer: pickle.loads(pickle.dumps(layer)),
-    "torch.save": through_torch_save,
-    "load": lambda layer: loaded(layer, "cpu", assign=False),
-    "assign": lambda layer: loaded(layer, "cpu", assign=True),
-    "assign to meta": lambda layer: loaded(layer, "meta", assign=True),
-}
+COPIES = ways_to_copy(empty_like)
 
 
 @pytest.mark.parametrize("way", COPIES)

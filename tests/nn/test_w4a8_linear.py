@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
-import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +21,7 @@ from smoothquant_kernels import (
 from smoothquant_kernels.schemes import ACTIVATION_SCHEMES
 from tests.support import cases
 from tests.support.compare import assert_bitwise_equal, assert_same_buffers
+from tests.support.copies import ways_to_copy
 from tests.support.models import token_batches
 
 BATCHES = token_batches(3)
@@ -135,15 +134,6 @@ def test_the_gradient_equals_that_of_the_float_product(scheme: str, smooth: bool
 # --- the module -------------------------------------------------------------------------------------------------------
 
 
-def through_torch_save(layer: W4A8Linear) -> W4A8Linear:
-    file = io.BytesIO()
-    torch.save(layer.state_dict(), file)
-    file.seek(0)
-    fresh = empty_like(layer)
-    fresh.load_state_dict(torch.load(file, weights_only=True))
-    return fresh
-
-
 def empty_like(layer: W4A8Linear, device: str = "cpu") -> W4A8Linear:
     return W4A8Linear(
         layer.in_features,
@@ -157,12 +147,6 @@ def empty_like(layer: W4A8Linear, device: str = "cpu") -> W4A8Linear:
     )
 
 
-def loaded(layer: W4A8Linear, device: str) -> W4A8Linear:
-    fresh = empty_like(layer, device)
-    fresh.load_state_dict(layer.state_dict(), strict=True, assign=device == "meta")
-    return fresh
-
-
 def in_inference_mode(layer: W4A8Linear) -> W4A8Linear:
     with torch.inference_mode():
         made = copy.deepcopy(layer)
@@ -171,11 +155,7 @@ def in_inference_mode(layer: W4A8Linear) -> W4A8Linear:
 
 
 COPIES: dict[str, Callable[[W4A8Linear], W4A8Linear]] = {
-    "deepcopy": copy.deepcopy,
-    "pickle": lambda layer: pickle.loads(pickle.dumps(layer)),
-    "torch.save": through_torch_save,
-    "load": lambda layer: loaded(layer, "cpu"),
-    "assign to meta": lambda layer: loaded(layer, "meta"),
+    **ways_to_copy(empty_like),
     "inference mode": in_inference_mode,
     "half and back": lambda layer: copy.deepcopy(layer).half().bfloat16().double().float(),
 }
