@@ -6,6 +6,7 @@ result goes to the CPU's quantizer; a linear layer is the CPU's quantizer, or a 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -78,6 +79,47 @@ def _linear_w4a8(x: Tensor, w_q4: Tensor, w_group: Tensor, w_scale: Tensor, *res
     w_q = reference.w4_weight(w_q4, w_group, x.shape[-1])
     y: Tensor = cpu("linear_s8")(x, w_q, w_scale, *rest)
     return y
+
+
+@cpu_kernel("grouped_gemm_s8")
+def _grouped_gemm_s8(
+    x_q: Tensor,
+    w_q: Tensor,
+    x_scale: Tensor,
+    w_scale: Tensor,
+    offsets: Tensor,
+    rows: Tensor | None,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    s = len(x_q) if rows is None else len(rows)
+    y = x_q.new_zeros(s, w_q.shape[1], dtype=out_dtype)
+    bounds = offsets.tolist()
+    _check_range("grouped_gemm_s8: offsets", offsets, s + 1)
+    if bounds != sorted(bounds):
+        raise ValueError(f"grouped_gemm_s8: offsets must ascend, got {bounds}.")
+    if rows is not None:
+        _check_range("grouped_gemm_s8: rows", rows, len(x_q))
+    for e, (first, last) in enumerate(itertools.pairwise(bounds)):
+        if first == last:
+            continue
+        own = slice(first, last)
+        x = x_q[own] if rows is None else x_q[rows[own].long()]
+        scale = x_scale if len(x_scale) == 1 else x_scale[own]
+        b = None if bias is None else bias[e]
+        y[own] = cpu("gemm_s8")(x, w_q[e], scale, w_scale[e], b, None, out_dtype)
+    return y
+
+
+def _check_range(what: str, values: Tensor, end: int) -> None:
+    if values.numel() and (wrong := values[(values < 0) | (values >= end)]).numel():
+        raise ValueError(f"{what} must be in [0, {end}), got {int(wrong[0])}.")
+
+
+@cpu_kernel("combine_experts")
+def _combine_experts(y: Tensor, position: Tensor, weights: Tensor) -> Tensor:
+    _check_range("combine_experts: position", position, len(y))
+    return reference.combine_experts(y, position, weights)
 
 
 @cpu_kernel("fused_linear_s8")

@@ -16,6 +16,7 @@ from smoothquant_kernels.ops.producers import act_quantize, layer_norm_quantize,
 from smoothquant_kernels.ops.gemm import gemm_s8, gemm_s8_gated, gemm_s8_requant
 from smoothquant_kernels.ops.linear import fused_linear_s8, linear_s8
 from smoothquant_kernels.ops.gemm_w4 import gemm_w4a8, linear_w4a8
+from smoothquant_kernels.ops.experts import combine_experts, grouped_gemm_s8
 from smoothquant_kernels.ops.kv_cache import kv_append
 from smoothquant_kernels.ops.attention import decode_attention_s8
 from smoothquant_kernels.ops import registry
@@ -24,12 +25,14 @@ from smoothquant_kernels.ops import registry
 __all__ = [
     "OPS",
     "act_quantize",
+    "combine_experts",
     "decode_attention_s8",
     "fused_linear_s8",
     "gemm_s8",
     "gemm_s8_gated",
     "gemm_s8_requant",
     "gemm_w4a8",
+    "grouped_gemm_s8",
     "kv_append",
     "layer_norm_quantize",
     "linear_s8",

@@ -22,7 +22,8 @@ KINDS = (*ACTIVATIONS, *FUSED_KINDS)
 NORMS = ("rms_norm", "layer_norm")
 
 
-def _shape(t: Tensor) -> str:
+def shape_of(t: Tensor) -> str:
+    """The shape as Python writes a tuple."""
     return str(tuple(t.shape))
 
 
@@ -36,7 +37,7 @@ def float_named(name: object) -> torch.dtype | None:
     return next((dtype for dtype in FLOATS if type_name(dtype) == name), None)
 
 
-def _require_dtype(
+def require_dtype(
     op: str, name: str, t: Tensor, allowed: tuple[torch.dtype, ...], hint: str = ""
 ) -> None:
     if t.dtype not in allowed:
@@ -44,23 +45,23 @@ def _require_dtype(
         raise TypeError(f"{op}: {name} must be {names}, got {type_name(t.dtype)}.{hint}")
 
 
-def _require_device(op: str, name: str, t: Tensor, like: Tensor) -> None:
+def require_device(op: str, name: str, t: Tensor, like: Tensor) -> None:
     if t.device != like.device:
         raise ValueError(
             f"{op}: {name} is on {t.device}, but the activation is on {like.device}; move them to one device."
         )
 
 
-def _require_vector(
+def require_vector(
     op: str, name: str, t: Tensor | None, like: Tensor, sizes: tuple[int, ...], what: str
 ) -> None:
     if t is None:
         return
-    _require_dtype(op, name, t, (torch.float32,), " Scales and smoothing factors stay in float32.")
-    _require_device(op, name, t, like)
+    require_dtype(op, name, t, (torch.float32,), " Scales and smoothing factors stay in float32.")
+    require_device(op, name, t, like)
     if t.dim() != 1 or t.shape[0] not in sizes:
         allowed = " or ".join(f"[{s}]" for s in dict.fromkeys(sizes))
-        raise ValueError(f"{op}: {name} must have shape {allowed} ({what}), got {_shape(t)}.")
+        raise ValueError(f"{op}: {name} must have shape {allowed} ({what}), got {shape_of(t)}.")
 
 
 def fits_rotation(rotation: int, k: int) -> bool:
@@ -71,9 +72,9 @@ def fits_rotation(rotation: int, k: int) -> bool:
 
 def activation_input(op: str, x: Tensor) -> None:
     """Requires x [..., K] to be a float tensor with at least one channel."""
-    _require_dtype(op, "x", x, FLOATS)
+    require_dtype(op, "x", x, FLOATS)
     if x.dim() < 1 or x.shape[-1] < 1:
-        raise ValueError(f"{op}: x must have shape [..., K] with K >= 1, got {_shape(x)}.")
+        raise ValueError(f"{op}: x must have shape [..., K] with K >= 1, got {shape_of(x)}.")
 
 
 def quantizer(
@@ -88,8 +89,8 @@ def quantizer(
 ) -> None:
     """Checks the arguments that every producer of int8 takes."""
     activation_input(op, x)
-    _require_vector(op, "inv_smooth", inv_smooth, x, (k,), "one factor per channel of x")
-    _require_vector(op, "scale", scale, x, (1,), "a static scale for the whole tensor")
+    require_vector(op, "inv_smooth", inv_smooth, x, (k,), "one factor per channel of x")
+    require_vector(op, "scale", scale, x, (1,), "a static scale for the whole tensor")
     if granularity not in GRANULARITIES:
         raise ValueError(
             f"{op}: granularity must be 'token' or 'tensor', got {granularity!r}; give `scale` for the static scheme."
@@ -107,20 +108,20 @@ def same_as_x(op: str, name: str, t: Tensor | None, x: Tensor) -> None:
     """Checks a tensor that is combined with x elementwise (residual, gate)."""
     if t is None:
         return
-    _require_dtype(op, name, t, (x.dtype,))
-    _require_device(op, name, t, x)
+    require_dtype(op, name, t, (x.dtype,))
+    require_device(op, name, t, x)
     if t.shape != x.shape:
-        raise ValueError(f"{op}: {name} must have x's shape {_shape(x)}, got {_shape(t)}.")
+        raise ValueError(f"{op}: {name} must have x's shape {shape_of(x)}, got {shape_of(t)}.")
 
 
 def norm_parameter(op: str, name: str, t: Tensor | None, x: Tensor) -> None:
     """Checks a norm's weight or bias [K]."""
     if t is None:
         return
-    _require_dtype(op, name, t, FLOATS)
-    _require_device(op, name, t, x)
+    require_dtype(op, name, t, FLOATS)
+    require_device(op, name, t, x)
     if t.shape != x.shape[-1:]:
-        raise ValueError(f"{op}: {name} must have shape [{x.shape[-1]}], got {_shape(t)}.")
+        raise ValueError(f"{op}: {name} must have shape [{x.shape[-1]}], got {shape_of(t)}.")
 
 
 def norm(
@@ -160,24 +161,24 @@ def activation_kind(op: str, x: Tensor, kind: str, gate: Tensor | None) -> int:
             f"{op}: kind {kind!r} reads gate and up from one x [..., 2K]; drop `gate`."
         )
     if x.shape[-1] % 2:
-        raise ValueError(f"{op}: kind {kind!r} needs x [..., 2K], got an odd size: {_shape(x)}.")
+        raise ValueError(f"{op}: kind {kind!r} needs x [..., 2K], got an odd size: {shape_of(x)}.")
     return int(x.shape[-1]) // 2
 
 
-_QUANTIZE_FIRST = " Quantize it first (ops.quantize)."
+QUANTIZE_FIRST = " Quantize it first (ops.quantize)."
 
 
 def _gemm_weight(
     op: str, x: Tensor, x_k: int, w_q: Tensor, w_scale: Tensor, bias: Tensor | None
 ) -> None:
     """Checks a GEMM's weight, scale and bias against its activation, which has x's rows and x_k channels."""
-    _require_dtype(op, "w_q", w_q, (torch.int8,), _QUANTIZE_FIRST)
-    _require_device(op, "w_q", w_q, x)
+    require_dtype(op, "w_q", w_q, (torch.int8,), QUANTIZE_FIRST)
+    require_device(op, "w_q", w_q, x)
     if x.dim() < 1 or w_q.dim() != 2 or w_q.shape[0] < 1 or x_k != w_q.shape[1]:
         shape = (*x.shape[:-1], x_k) if x.dim() else ()
         raise ValueError(
             f"{op}: x_q must be [..., K] and w_q [N, K] with the same K and N >= 1, "
-            f"got {shape} and {_shape(w_q)}."
+            f"got {shape} and {shape_of(w_q)}."
         )
     _channel_parameters(op, x, w_q.shape[0], w_q.shape[1], w_scale, bias)
 
@@ -189,12 +190,12 @@ def _channel_parameters(
         raise ValueError(
             f"{op}: K must be in [1, {MAX_K}] so that an int32 sum cannot overflow, got {k}; split the layer over K."
         )
-    _require_vector(op, "w_scale", w_scale, x, (n, 1), "per output channel or per tensor")
+    require_vector(op, "w_scale", w_scale, x, (n, 1), "per output channel or per tensor")
     if bias is not None:
-        _require_dtype(op, "bias", bias, FLOATS)
-        _require_device(op, "bias", bias, x)
+        require_dtype(op, "bias", bias, FLOATS)
+        require_device(op, "bias", bias, x)
         if bias.shape != (n,):
-            raise ValueError(f"{op}: bias must have shape [{n}], got {_shape(bias)}.")
+            raise ValueError(f"{op}: bias must have shape [{n}], got {shape_of(bias)}.")
 
 
 def gemm(
@@ -207,14 +208,14 @@ def gemm(
     out_dtype: torch.dtype = torch.float32,
 ) -> None:
     """Checks the operands of an int8 GEMM."""
-    _require_dtype(op, "x_q", x_q, (torch.int8,), _QUANTIZE_FIRST)
+    require_dtype(op, "x_q", x_q, (torch.int8,), QUANTIZE_FIRST)
     _gemm_weight(op, x_q, x_q.shape[-1] if x_q.dim() else 0, w_q, w_scale, bias)
     _activation(op, x_q, x_scale, out_dtype)
 
 
 def _activation(op: str, x_q: Tensor, x_scale: Tensor, out_dtype: torch.dtype) -> None:
     m = math.prod(x_q.shape[:-1])
-    _require_vector(op, "x_scale", x_scale, x_q, (m, 1), "per token or per tensor")
+    require_vector(op, "x_scale", x_scale, x_q, (m, 1), "per token or per tensor")
     if out_dtype not in FLOATS:
         raise TypeError(f"{op}: out_dtype must be float16, bfloat16 or float32, got {out_dtype}.")
 
@@ -230,7 +231,7 @@ def w4_gemm(
     out_dtype: torch.dtype,
 ) -> None:
     """Checks the operands of a GEMM with a 4-bit weight."""
-    _require_dtype(op, "x_q", x_q, (torch.int8,), _QUANTIZE_FIRST)
+    require_dtype(op, "x_q", x_q, (torch.int8,), QUANTIZE_FIRST)
     _w4_weight(op, x_q, w_q4, w_group, w_scale, bias)
     _activation(op, x_q, x_scale, out_dtype)
 
@@ -238,22 +239,22 @@ def w4_gemm(
 def _w4_weight(
     op: str, x: Tensor, w_q4: Tensor, w_group: Tensor, w_scale: Tensor, bias: Tensor | None
 ) -> None:
-    _require_dtype(op, "w_q4", w_q4, (torch.uint8,), " Pack it first (reference.pack_w4).")
-    _require_device(op, "w_q4", w_q4, x)
+    require_dtype(op, "w_q4", w_q4, (torch.uint8,), " Pack it first (reference.pack_w4).")
+    require_device(op, "w_q4", w_q4, x)
     k = x.shape[-1] if x.dim() else 0
     width = w4_groups(k) * (W4_GROUP // 2)
     if k < 1 or w_q4.dim() != 2 or w_q4.shape[0] < 1 or w_q4.shape[1] != width:
         raise ValueError(
             f"{op}: x_q must be [..., K] and w_q4 [N, {W4_GROUP // 2} * ceil(K / {W4_GROUP})] with N >= 1, "
-            f"got {_shape(x)} and {_shape(w_q4)}."
+            f"got {shape_of(x)} and {shape_of(w_q4)}."
         )
-    _require_dtype(op, "w_group", w_group, (torch.int8,))
-    _require_device(op, "w_group", w_group, x)
+    require_dtype(op, "w_group", w_group, (torch.int8,))
+    require_device(op, "w_group", w_group, x)
     n = w_q4.shape[0]
     if w_group.shape != (w4_groups(k), n, 2):
         raise ValueError(
             f"{op}: w_group must have shape ({w4_groups(k)}, {n}, 2), a step and an offset for each group of "
-            f"{W4_GROUP} channels, got {_shape(w_group)}."
+            f"{W4_GROUP} channels, got {shape_of(w_group)}."
         )
     _channel_parameters(op, x, n, k, w_scale, bias)
 
@@ -341,11 +342,11 @@ def gemm_residual(op: str, residual: Tensor | None, x_q: Tensor, w_q: Tensor) ->
     """Checks a residual [..., N] that the epilogue adds."""
     if residual is None:
         return
-    _require_dtype(op, "residual", residual, FLOATS)
-    _require_device(op, "residual", residual, x_q)
+    require_dtype(op, "residual", residual, FLOATS)
+    require_device(op, "residual", residual, x_q)
     expected = (*x_q.shape[:-1], w_q.shape[0])
     if tuple(residual.shape) != expected:
-        raise ValueError(f"{op}: residual must have shape {expected}, got {_shape(residual)}.")
+        raise ValueError(f"{op}: residual must have shape {expected}, got {shape_of(residual)}.")
 
 
 def gated(
@@ -366,7 +367,7 @@ def gated(
             f"{op}: w_q must have an even number of rows, those of gate and up (reference.interleave_gate_up), got {n}."
         )
     requant_scale(op, out_scale, x_q)
-    _require_vector(op, "inv_smooth", inv_smooth, x_q, (n // 2,), "one factor per output channel")
+    require_vector(op, "inv_smooth", inv_smooth, x_q, (n // 2,), "one factor per output channel")
     if dtype not in FLOATS:
         raise TypeError(f"{op}: dtype must be float16, bfloat16 or float32, got {dtype}.")
     return n // 2
@@ -374,4 +375,4 @@ def gated(
 
 def requant_scale(op: str, out_scale: Tensor, x_q: Tensor) -> None:
     """Checks the static scale [1] of an int8 output."""
-    _require_vector(op, "out_scale", out_scale, x_q, (1,), "the scale of the int8 output")
+    require_vector(op, "out_scale", out_scale, x_q, (1,), "the scale of the int8 output")

@@ -19,6 +19,12 @@ from smoothquant_kernels.reference.attention import (
     kv_slots,
     rope,
 )
+from smoothquant_kernels.reference.experts import (
+    MAX_EXPERTS,
+    combine_experts,
+    grouped_gemm_s8,
+    sort_by_expert,
+)
 from smoothquant_kernels.reference.gemm import (
     GATE_BLOCK,
     fma,
@@ -66,6 +72,7 @@ __all__ = [
     "FUSED_KINDS",
     "GATE_BLOCK",
     "HEAD_MULTIPLE",
+    "MAX_EXPERTS",
     "MAX_K",
     "MAX_ROTATION",
     "MIN_SCALE",
@@ -75,6 +82,7 @@ __all__ = [
     "activation",
     "add_residual",
     "attendable",
+    "combine_experts",
     "decode_attention_s8",
     "fma",
     "gate_up_order",
@@ -82,6 +90,7 @@ __all__ = [
     "gemm_s8_gated",
     "gemm_s8_requant",
     "gemm_w4a8",
+    "grouped_gemm_s8",
     "interleave_gate_up",
     "inverse_scale",
     "kv_append",
@@ -101,6 +110,7 @@ __all__ = [
     "scale_from_absmax",
     "separate_gate_up",
     "smoothing_factors",
+    "sort_by_expert",
     "unpack_w4",
     "w4_groups",
     "w4_weight",

@@ -42,6 +42,9 @@ SCHEMAS = {
     "Tensor? residual=None, *, ScalarType out_dtype) -> Tensor",
     "linear_w4a8": "(Tensor x, Tensor w_q4, Tensor w_group, Tensor w_scale, Tensor? bias=None, Tensor? residual=None, "
     'Tensor? inv_smooth=None, Tensor? scale=None, str granularity="token", int rotation=0) -> Tensor',
+    "grouped_gemm_s8": f"({GEMM}, Tensor offsets, Tensor? rows=None, Tensor? bias=None, *, "
+    "ScalarType out_dtype) -> Tensor",
+    "combine_experts": "(Tensor y, Tensor position, Tensor weights) -> Tensor",
     "kv_append": "(Tensor k, Tensor v, Tensor(c!) k_cache, Tensor(d!) v_cache, Tensor(e!)? k_scale=None, "
     "Tensor(f!)? v_scale=None, Tensor? positions=None, Tensor? block_table=None, Tensor? k_inv_smooth=None, "
     "Tensor? v_inv_smooth=None, Tensor? cos=None, Tensor? sin=None, int rotation=0, bool ring=False) -> ()",

@@ -210,6 +210,62 @@ def w4_operands(m: int, n: int, k: int, *, seed: int = 0, **options: Any) -> W4G
     return W4Gemm(x_q, reference.pack_w4(q), w_group, x_scale, w_scale, bias, residual)
 
 
+class ExpertGemm(NamedTuple):
+    """The operands of `grouped_gemm_s8`, in the order of its arguments, and those of `combine_experts`."""
+
+    x_q: Tensor
+    w_q: Tensor
+    x_scale: Tensor
+    w_scale: Tensor
+    offsets: Tensor
+    rows: Tensor
+    bias: Tensor
+    position: Tensor
+    weights: Tensor
+
+
+def expert_operands(
+    tokens: int,
+    experts: int,
+    n: int,
+    k: int,
+    *,
+    choices: int = 2,
+    counts: Sequence[int] | None = None,
+    elsewhere: int = 0,
+    seed: int = 0,
+) -> ExpertGemm:
+    """Tokens that choose experts at random, or so that expert e has `counts[e]` of them.
+
+    Args:
+        elsewhere: how many of the choices name an expert of another process. `counts` leaves them out.
+    """
+    g = generator(seed + 5)
+    if counts is None:
+        chosen = torch.randint(0, experts, (tokens * choices,), generator=g)
+        chosen[torch.randperm(len(chosen), generator=g)[:elsewhere]] = experts
+    else:
+        chosen = torch.repeat_interleave(
+            torch.arange(len(counts) + 1), torch.tensor([*counts, elsewhere])
+        )
+        chosen = chosen[torch.randperm(len(chosen), generator=g)]
+        tokens = len(chosen) // choices
+    order, position, offsets = reference.sort_by_expert(chosen.view(tokens, choices), experts)
+    rows = tokens * choices
+    weights = [gemm_operands(1, n, k, seed=seed + 7 * e) for e in range(experts)]
+    return ExpertGemm(
+        gemm_operands(tokens, 1, k, seed=seed).x_q,
+        torch.stack([w.w_q for w in weights]),
+        gemm_operands(rows, 1, k, seed=seed + 1).x_scale,
+        torch.stack([w.w_scale for w in weights]),
+        offsets,
+        order // choices,
+        torch.stack([w.bias for w in weights]),
+        position,
+        torch.rand(tokens, choices, generator=g),
+    )
+
+
 def covering(count: int, seed: int, **dimensions: Sequence[Any]) -> list[dict[str, Any]]:
     """`count` cases in which each value of a dimension occurs equally often, in a reproducible shuffled order."""
     g = generator(seed)

@@ -46,6 +46,9 @@ def calls(m: int = M) -> list[Call]:
     gated = cases.gemm_operands(m, 2 * (N + 1), K)
     every: dict[str, Any] = {"bias": gemm.bias, "residual": gemm.residual}
     w4 = cases.w4_operands(m, N, K)
+    experts = cases.expert_operands(m, 3, N, K, elsewhere=min(m, 2))
+    x_sorted = experts.x_q[experts.rows.long()]
+    y_sorted = cases.activations(len(experts.rows), N, torch.bfloat16, 4)
     w4_weight = (w4.w_q4, w4.w_group, w4.w_scale)
 
     def fused(kind: str) -> tuple[Any, ...]:
@@ -123,6 +126,18 @@ def calls(m: int = M) -> list[Call]:
             (torch.cat([x, other], -1), *fused("gelu_tanh_mul")[1:]),
             {"residual": every["residual"], "granularity": "tensor", "rotation": 2},
         ),
+        Call(
+            "grouped_gemm_s8",
+            experts[:5],
+            {"rows": experts.rows, "bias": experts.bias, "out_dtype": torch.bfloat16},
+        ),
+        Call(
+            "grouped_gemm_s8",
+            (x_sorted, experts.w_q, static, experts.w_scale, experts.offsets),
+            {"out_dtype": torch.float32},
+        ),
+        Call("combine_experts", (y_sorted, experts.position, experts.weights), {}),
+        Call("combine_experts", (y_sorted, experts.position, experts.weights.bfloat16()), {}),
     ]
 
 
