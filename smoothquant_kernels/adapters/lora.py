@@ -16,7 +16,7 @@ from torch import nn
 
 from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.modeling.record import rescaled_layers
-from smoothquant_kernels.nn.kinds import is_quantized, kind_of
+from smoothquant_kernels.nn.kinds import is_quantized_linear, kind_of
 
 #: Initializations of peft that replace the float weight of the layer by what the adapter leaves of it.
 _CHANGES_WEIGHT = ("pissa", "corda", "olora", "loftq", "lora_ga")
@@ -62,7 +62,7 @@ class LoraModel(peft_model.LoraModel):  # type: ignore[misc]
         layers = {
             name: module
             for name, module in model.named_modules()
-            if is_quantized(_base(module)) and not name.endswith(".base_layer")
+            if is_quantized_linear(_base(module)) and not name.endswith(".base_layer")
         }
         if layers:
             config = self.peft_config[adapter_name]
@@ -117,7 +117,7 @@ class LoraModel(peft_model.LoraModel):  # type: ignore[misc]
     def _create_new_module(
         lora_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any
     ) -> Any:
-        if is_quantized(_base(target)):
+        if is_quantized_linear(_base(target)):
             return Linear(target, adapter_name, config=lora_config, **kwargs)
         return peft_model.LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)
 
@@ -127,7 +127,8 @@ class LoraModel(peft_model.LoraModel):  # type: ignore[misc]
         names = [
             name
             for name, module in self.model.named_modules()
-            if isinstance(module, tuners_utils.BaseTunerLayer) and is_quantized(_base(module))
+            if isinstance(module, tuners_utils.BaseTunerLayer)
+            and is_quantized_linear(_base(module))
         ]
         if names:
             raise SmoothQuantError(

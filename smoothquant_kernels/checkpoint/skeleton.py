@@ -196,7 +196,11 @@ def module_mismatches(model: nn.Module, modules: Mapping[str, nn.Module]) -> Ite
         if old is None:
             yield f"it has no module {name}"
             continue
-        if not is_float_linear(old) and not kinds.is_quantized(old):
+        kind = kinds.kind_of(new)
+        if kind is not None and not kind.is_linear:
+            if (problem := kind.mismatch(new, old)) is not None:
+                yield f"{name} {problem}"
+        elif not is_float_linear(old) and not kinds.is_quantized_linear(old):
             yield f"{name} is a {type(old).__name__}"
         elif (sizes := _sizes(old)) != _sizes(new):
             yield f"{name} maps {sizes[0]} to {sizes[1]} features, not {_sizes(new)}"

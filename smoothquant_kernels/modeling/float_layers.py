@@ -231,7 +231,7 @@ def _own_methods(kind: type) -> tuple[str, ...]:
         for name, value in vars(base).items()
         if inspect.isfunction(value)
         and not name.startswith("__")
-        and not all(hasattr(other.layer, name) for other in KINDS)
+        and not all(hasattr(other.layer, name) for other in KINDS if other.is_linear)
     )
 
 

@@ -50,6 +50,17 @@ class Hooks:
         module = self._module(where)
         self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 
+    def on_arguments(
+        self, where: nn.Module | str, note: Callable[[tuple[Any, ...], dict[str, Any]], None]
+    ) -> None:
+        """Calls `note` with all arguments of each call of the module."""
+
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            note(args, kwargs)
+
+        module = self._module(where)
+        self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+
     def on_output(self, where: nn.Module | str, change: Callable[[Tensor], Tensor | None]) -> None:
         """Calls `change` with the module's output. A result other than None replaces the output.
 

@@ -35,6 +35,10 @@ class Reason(Enum):
     HEAD = "the output head is never folded"
     SMOOTHING_OFF = "smoothing is switched off"
     NOT_SMOOTHED = "not smoothed"
+    EXPERTS = (
+        "all experts share the factors of their input, and each has its own for its second product"
+    )
+    NO_FACTORS = "int8 is nearer to float without factors on the tokens that were kept"
     NOT_DIVIDED = "nothing divides at run time, and {}"
     IMPORTED = "from a checkpoint of compressed-tensors"
     # For a layer whose group has no producer.
@@ -160,6 +164,51 @@ class LayerRecord:
 
 
 @dataclass(frozen=True)
+class ExpertsRecord:
+    """Experts of a mixture, in one module, that are quantized, or would be.
+
+    Attributes:
+        smoothing, reason: as in `LayerRecord`.
+        alphas: the migration strengths of the first and the second product; None without factors, empty if nothing was
+            measured.
+        num_experts: how many there are.
+        hidden, inner: the channels of the input and the output, and those between the two products.
+        unseen: the experts that no token of the calibration reached. They share the factors of the input and the static
+            scales with all others, and have no factors for the second product.
+        schemes, rotations: of both products of the int8 layer; empty in a float model.
+        more: what another release or a user has added.
+    """
+
+    name: str
+    smoothing: How = "none"
+    reason: str = ""
+    alphas: tuple[float | None, ...] = ()
+    num_experts: int = 0
+    hidden: int = 0
+    inner: int = 0
+    unseen: int = 0
+    schemes: tuple[str, ...] = ()
+    rotations: tuple[int, ...] = ()
+    more: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ExpertsRecord:
+        """The experts that `to_dict` described."""
+        known = _arguments(cls, values)
+        pairs = {name: tuple(known.get(name) or ()) for name in ("alphas", "schemes", "rotations")}
+        return cls(**(known | pairs))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns JSON values."""
+        info: dict[str, Any] = asdict(self)
+        more: dict[str, Any] = info.pop("more")
+        for name in ("alphas", "schemes", "rotations"):
+            values = list(info.pop(name))
+            info |= {name: values} if values else {}
+        return info | more
+
+
+@dataclass(frozen=True)
 class SkippedLayer:
     """A layer left in float, and the sentence that says why."""
 
@@ -202,6 +251,7 @@ class ModelRecord:
         config: `SmoothQuantConfig.to_dict`; empty if nothing was done.
         layers: the quantized layers; for a float model, the layers to quantize.
         skipped: the layers left in float.
+        experts: the experts of mixtures, likewise.
         verification, calibration_tokens: None if `smooth_lm` has not seen the model.
         more: what another release or a user has added.
     """
@@ -209,6 +259,7 @@ class ModelRecord:
     config: dict[str, Any] = field(default_factory=dict)
     layers: tuple[LayerRecord, ...] = ()
     skipped: tuple[SkippedLayer, ...] = ()
+    experts: tuple[ExpertsRecord, ...] = ()
     verification: Verification | None = None
     calibration_tokens: int | None = None
     more: dict[str, Any] = field(default_factory=dict)
@@ -225,6 +276,7 @@ class ModelRecord:
         check = known.get("verification")
         known |= {
             "layers": tuple(map(LayerRecord.from_dict, known.get("layers", ()))),
+            "experts": tuple(map(ExpertsRecord.from_dict, known.get("experts", ()))),
             "skipped": tuple(
                 SkippedLayer(entry["name"], entry["reason"]) for entry in known.get("skipped", ())
             ),
@@ -244,6 +296,8 @@ class ModelRecord:
             "layers": [layer.to_dict() for layer in self.layers],
             "skipped": [layer.to_dict() for layer in self.skipped],
         }
+        if self.experts:
+            info["experts"] = [experts.to_dict() for experts in self.experts]
         if self.verification is not None:
             info["verification"] = self.verification.to_dict()
         if self.calibration_tokens is not None:
@@ -297,7 +351,8 @@ def rescaled_layers(model: nn.Module) -> dict[str, str]:
 
 
 def _arguments(
-    record: type[LayerRecord | ModelRecord | Verification], values: Mapping[str, Any]
+    record: type[LayerRecord | ExpertsRecord | ModelRecord | Verification],
+    values: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The values for the fields of a record, with all others under `more`."""
     names = {f.name for f in fields(record)}

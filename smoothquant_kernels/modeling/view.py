@@ -19,6 +19,7 @@ from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.modeling.foreign import check_float_model
 from smoothquant_kernels.modeling.record import Reason
 from smoothquant_kernels.nn.attached import keeps_float
+from smoothquant_kernels.nn.experts.source import FloatExperts, read_experts
 from smoothquant_kernels.nn.float_linear import is_conv1d, is_float_linear, weight_of
 from smoothquant_kernels.nn.kinds import count_quantized
 from smoothquant_kernels.reference import MAX_K
@@ -52,6 +53,11 @@ class ModelView:
         """The layers left in float, each with its reason."""
         return self._parts[1]
 
+    @property
+    def experts(self) -> Mapping[str, FloatExperts]:
+        """The float experts to quantize, whose weights are matrices in one 3-D parameter."""
+        return self._parts[2]
+
     @cached_property
     def heads(self) -> set[str]:
         """Names of the modules that turn hidden states into logits: `get_output_embeddings`, or named lm_head.
@@ -79,12 +85,14 @@ class ModelView:
         return {n: [other for other in group if other != n] for group in several for n in group}
 
     @cached_property
-    def _parts(self) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    def _parts(self) -> tuple[dict[str, nn.Module], dict[str, str], dict[str, FloatExperts]]:
         return _partition(self)
 
 
-def _partition(view: ModelView) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """The linears and the skipped layers of a view."""
+def _partition(
+    view: ModelView,
+) -> tuple[dict[str, nn.Module], dict[str, str], dict[str, FloatExperts]]:
+    """The linears, the skipped layers and the experts of a view."""
     model = view.model
     check_float_model(model)
     if is_float_linear(model):
@@ -96,15 +104,18 @@ def _partition(view: ModelView) -> tuple[dict[str, nn.Module], dict[str, str]]:
     heads = view.heads
     chosen: dict[str, nn.Module] = {}
     skipped: dict[str, str] = {}
+    experts: dict[str, FloatExperts] = {}
     for name, module in model.named_modules():
         if not is_float_linear(module):
             if holds_matrices(module):
-                what = (
-                    "expert weights"
-                    if "expert" in f"{name}.{type(module).__name__}".lower()
-                    else "weights"
-                )
-                skipped[name] = Reason.MATRICES(what)
+                pattern = _pattern_of(view.skip, name)
+                if pattern is not None:
+                    skipped[name] = Reason.SKIP_PATTERN(pattern)
+                elif name and (found := read_experts(module)) is not None:
+                    experts[name] = found
+                else:
+                    is_named = "expert" in f"{name}.{type(module).__name__}".lower()
+                    skipped[name] = Reason.MATRICES("expert weights" if is_named else "weights")
             elif getattr(module, "original_name", "") == "Linear":  # a torch.jit.ScriptModule
                 skipped[name] = Reason.TORCHSCRIPT()
             continue
@@ -127,14 +138,14 @@ def _partition(view: ModelView) -> tuple[dict[str, nn.Module], dict[str, str]]:
             skipped[name] = Reason.NOT_LINEAR(type(module).__name__)
         else:
             chosen[name] = module
-    if not chosen:
+    if not chosen and not experts:
         if quantized := count_quantized(model):
             raise SmoothQuantError(f"the model is quantized already ({quantized}).")
         raise SmoothQuantError(
             f"no linear layer to quantize in {type(model).__name__}: expected nn.Linear or Conv1D modules"
             + (f"; {len(skipped)} were skipped." if skipped else ".")
         )
-    return chosen, skipped
+    return chosen, skipped, experts
 
 
 def _pattern_of(skip: tuple[str, ...] | Callable[[str], str | None], name: str) -> str | None:

@@ -73,7 +73,7 @@ def _reasons(linear: nn.Module) -> Iterator[str]:
             yield f"it has a tensor of its own, {name}"
         elif _bound_to(value, linear):
             yield f"its attribute {name} is bound to the float layer"
-        elif any(hasattr(kind.smallest(), name) for kind in KINDS):
+        elif any(hasattr(kind.smallest(), name) for kind in KINDS if kind.is_linear):
             yield f"its attribute {name} means something else for an int8 layer"
 
 

@@ -64,6 +64,8 @@ class Kind(ABC, Generic[Layer]):
             meta device adds none.
         floats: entries that have the layer's float type, `dtype`, and that loading converts with it.
         defaults: arguments that manifests of earlier releases lack, with their values.
+        is_linear: whether the layer replaces a linear. Others have arguments of their own, and no table shows them as
+            linears.
     """
 
     layer: type[Layer]
@@ -72,6 +74,7 @@ class Kind(ABC, Generic[Layer]):
     markers: tuple[str, ...] = ()
     floats: tuple[str, ...] = ()
     defaults: ClassVar[Mapping[str, Any]] = {}
+    is_linear: bool = True
 
     @abstractmethod
     def takes(self, name: str, linear: nn.Module, config: SmoothQuantConfig) -> bool:
@@ -110,6 +113,13 @@ class Kind(ABC, Generic[Layer]):
     @abstractmethod
     def nbytes(self, n: int, k: int) -> int:
         """The approximate bytes of a layer's state for a weight [N, K], without the bias."""
+
+    def mismatch(self, layer: Layer, old: nn.Module) -> str | None:
+        """Why a layer cannot replace a module of a model, as a phrase without its subject; None if it can.
+
+        Only for kinds that replace no linear.
+        """
+        return None
 
     def problem(self, tensors: Mapping[str, Tensor], arguments: Mapping[str, Any]) -> str | None:
         """What else than a scale is wrong with a layer's tensors, as a phrase that starts with the name of one.
@@ -151,6 +161,12 @@ def kind_of(module: nn.Module | None) -> Kind[Any] | None:
 def is_quantized(module: nn.Module | None) -> bool:
     """Whether this is a quantized layer of any kind."""
     return kind_of(module) is not None
+
+
+def is_quantized_linear(module: nn.Module | None) -> bool:
+    """Whether this is a quantized layer in the place of a linear."""
+    kind = kind_of(module)
+    return kind is not None and kind.is_linear
 
 
 def count_quantized(model: nn.Module) -> str:

@@ -23,7 +23,9 @@ from smoothquant_kernels.modeling.batches import (
 from smoothquant_kernels.modeling.hooks import Hooks
 from smoothquant_kernels.modeling.run import Batch, evaluating
 from smoothquant_kernels.modeling.view import ModelView, check_present
+from smoothquant_kernels.nn.experts.source import FloatExperts
 from smoothquant_kernels.smoothing.entries import tensors_of
+from smoothquant_kernels.smoothing.experts.observe import ExpertRecorder, watched_names
 from smoothquant_kernels.smoothing.padding import Padding
 from smoothquant_kernels.smoothing.patterns import check_patterns
 from smoothquant_kernels.smoothing.statistics import ActivationStatistics, warn_if_short
@@ -163,10 +165,16 @@ class Recorder:
     """
 
     def __init__(
-        self, statistics: ActivationStatistics, linears: Mapping[str, nn.Module], model: nn.Module
+        self,
+        statistics: ActivationStatistics,
+        linears: Mapping[str, nn.Module],
+        model: nn.Module,
+        experts: Mapping[str, FloatExperts] | None = None,
     ) -> None:
         self._statistics, self._linears, self._model = statistics, linears, model
-        self._padding = Padding(model, linears)
+        experts = experts or {}
+        self._padding = Padding(model, linears, {name: e.module for name, e in experts.items()})
+        self._experts = ExpertRecorder(statistics, experts, self._padding)
         self.rows = 0
 
     def measure(self, batch: Batch, run: Callable[[Batch], Any]) -> Any:
@@ -176,6 +184,7 @@ class Recorder:
         with Hooks(self._model) as hooks:
             for name, module in self._linears.items():
                 hooks.on_input(module, partial(self._record, name))
+            self._experts.watch(hooks)
             return run(batch)
 
     def _record(self, name: str, x: Tensor) -> None:
@@ -205,6 +214,7 @@ def collect_statistics(
     max_tokens: int | None = None,
     logits: bool = False,
     progress: bool = True,
+    experts: Mapping[str, FloatExperts] | None = None,
 ) -> ActivationStatistics:
     """Runs the model over the batches and returns the statistics of the inputs of `linears`.
 
@@ -213,6 +223,7 @@ def collect_statistics(
         config: its rotations decide which tokens are kept; the default configuration if None.
         max_tokens: the length of the progress bar; nothing else depends on it.
         logits: whether the output head must read every token, because it is among the linears.
+        experts: experts to measure, too.
 
     Raises:
         SmoothQuantError: there is no data, the model refuses a batch, or an input holds NaN or Inf (the message names
@@ -222,8 +233,10 @@ def collect_statistics(
     def forward(batch: Batch) -> Any:
         return run_checked(model, batch, logits=logits)
 
-    statistics = ActivationStatistics(watched=tuple(linears), config=config or SmoothQuantConfig())
-    recorder = Recorder(statistics, linears, model)
+    statistics = ActivationStatistics(
+        watched=(*linears, *watched_names(experts or {})), config=config or SmoothQuantConfig()
+    )
+    recorder = Recorder(statistics, linears, model, experts)
     with evaluating(model), calibration_bar(progress) as bar:
         task = bar.add_task("calibrating (tokens)", total=max_tokens)
         for batch in batches:
@@ -295,6 +308,7 @@ def calibrate_view(
         max_tokens=config.calibration_tokens,
         logits=bool(view.int8_heads),
         progress=progress,
+        experts=view.experts,
     )
     statistics.asked = config.calibration_tokens
     warn_if_short(statistics.tokens, statistics.asked, stacklevel=4)

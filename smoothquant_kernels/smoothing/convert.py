@@ -23,6 +23,7 @@ from smoothquant_kernels.nn.float_linear import is_smoothed, weight_of
 from smoothquant_kernels.nn.float_types import check_float_types
 from smoothquant_kernels.nn.rounding import moments_of
 from smoothquant_kernels.smoothing.calibrate import CalibrationData
+from smoothquant_kernels.smoothing.experts.convert import check_finite_experts, quantize_experts
 from smoothquant_kernels.smoothing.int8_error import static_scale
 from smoothquant_kernels.smoothing.outliers import check_maxima, maxima_of
 from smoothquant_kernels.smoothing.patterns import check_patterns
@@ -88,6 +89,7 @@ def _quantize_into(view: ModelView, config: SmoothQuantConfig, changes: Changes)
     skipped = dict(view.skipped)
     check_float_types(linears)
     check_finite_weights(linears)
+    check_finite_experts(view.experts)
     described = record.described
     for name, linear in linears.items():
         if name not in described and is_smoothed(linear):
@@ -141,6 +143,9 @@ def _quantize_into(view: ModelView, config: SmoothQuantConfig, changes: Changes)
         move_attached(linear, new)
         layers[name] = dataclasses.replace(layers[name], **kinds.shown(new))
     before = {layer.name: layer.reason for layer in record.skipped if layer.name not in made}
+    experts = {record.name: record for record in record.experts}
+    for name, of_float in view.experts.items():
+        made[name], experts[name] = quantize_experts(name, of_float, config)
     for name, new in made.items():
         changes.replace_module(model, name, new)
     for module, attribute, ties in keep_heads_apart(model):
@@ -150,6 +155,7 @@ def _quantize_into(view: ModelView, config: SmoothQuantConfig, changes: Changes)
         config=config.to_dict(),
         layers=(*earlier, *layers.values()),
         skipped=skipped_layers(before | skipped),
+        experts=tuple(experts.values()),
     ).attach(model, changes)
     for owner, attribute, value in quantizers(model):
         changes.set_attribute(owner, attribute, value)

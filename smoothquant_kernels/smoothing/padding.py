@@ -37,10 +37,17 @@ class Padding:
     Args:
         model: the model. Its configuration names tokens that stand for images.
         linears: the layers whose inputs `keep` is called for.
+        whole: modules that read the tokens before any routing; `keep` is called for their inputs, too.
     """
 
-    def __init__(self, model: nn.Module, linears: Mapping[str, nn.Module]) -> None:
-        self._model, self._linears = model, linears
+    def __init__(
+        self,
+        model: nn.Module,
+        linears: Mapping[str, nn.Module],
+        whole: Mapping[str, nn.Module] | None = None,
+    ) -> None:
+        self._model, self._whole = model, whole or {}
+        self._linears = {**linears, **self._whole}
         self._masks: dict[str, Tensor] = {}
         # mask -> layer -> the order of its rows: "bt" (rows of the batch first) or "tb" (positions first)
         self._orders: dict[str, dict[str, str]] = {}
@@ -94,7 +101,7 @@ class Padding:
         if "tb" in orders.values():
             orders = {n: order for n, order in orders.items() if order != "flat"}
         # A router's experts take rows in their own order, even when one of them gets all rows.
-        routed = {n for n in orders if "expert" in n and "shared" not in n}
+        routed = {n for n in orders if "expert" in n and "shared" not in n} - self._whole.keys()
         orders = {n: o for n, o in orders.items() if not (o == "flat" and n in routed)}
         return {n: "bt" if o == "flat" else o for n, o in orders.items() if o is not None}
 

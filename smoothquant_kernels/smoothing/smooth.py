@@ -34,6 +34,12 @@ from smoothquant_kernels.nn.float_types import check_float_type
 from smoothquant_kernels.nn.kinds import count_quantized
 from smoothquant_kernels.nn.rounding import MOMENTS, Moments
 from smoothquant_kernels.smoothing.calibrate import CalibrationData, calibrate_view
+from smoothquant_kernels.smoothing.experts.convert import (
+    are_smoothed,
+    check_finite_experts,
+    factors_of,
+    smooth_experts,
+)
 from smoothquant_kernels.smoothing.factors import Plan, smoothable_linears
 from smoothquant_kernels.smoothing.outliers import maxima_in
 from smoothquant_kernels.smoothing.patterns import check_patterns
@@ -125,6 +131,7 @@ def smooth_into(
     check_patterns(model, config)
     linears, skipped = dict(view.linears), dict(view.skipped)
     check_finite_weights(linears)
+    check_finite_experts(view.experts)
     if isinstance(calibration_data, ActivationStatistics):
         statistics = dataclasses.replace(
             calibration_data,
@@ -135,6 +142,10 @@ def smooth_into(
         statistics = calibrate_view(
             view, calibration_data, config, tokenizer=tokenizer, progress=progress
         )
+    of_experts = statistics
+    statistics = dataclasses.replace(
+        statistics, absmax={n: t for n, t in statistics.absmax.items() if n in linears}
+    )
     small = statistics.sample
     found = stays_in_float(view, linears, small, part=run_sample is not None)
     linears = {name: linear for name, linear in linears.items() if name not in found}
@@ -199,12 +210,14 @@ def smooth_into(
             f"the model's output differs by {change:.1e} relative from one call to the next, more than "
             f"{tolerance:.1e}: smoothing can only be checked on a model that gives the same output twice."
         )
+    experts = smooth_experts(view.experts, of_experts, config, changes)
     if calibration_of(model) is not None:  # of values that factors may have been folded into
         changes.set_attribute(model, KV_CALIBRATION, None)
     ModelRecord(
         config=config.to_dict(),
         layers=_describe(view, linears, groups, statistics, plan, outcomes | errors, config),
         skipped=skipped_layers(skipped),
+        experts=experts,
         verification=Verification.of(change),
         calibration_tokens=statistics.tokens,
     ).attach(model, changes)
@@ -223,7 +236,11 @@ def refuse_smoothed(model: nn.Module) -> None:
     layers = layers_within(model)
     smoothed, total = sum(layer.smoothing != "none" for layer in layers), len(layers)
     if not smoothed:  # the model may be a part of a smoothed one
-        marks = [is_smoothed(m) for m in model.modules() if is_float_linear(m)]
+        marks = [
+            is_smoothed(m) or are_smoothed(m)
+            for m in model.modules()
+            if is_float_linear(m) or factors_of(m) is not None
+        ]
         smoothed, total = sum(marks), len(marks)
     if smoothed:
         raise SmoothQuantError(

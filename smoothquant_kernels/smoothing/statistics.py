@@ -71,22 +71,19 @@ class ActivationStatistics:
     asked: int = 0
     config: SmoothQuantConfig = field(default_factory=SmoothQuantConfig)
 
-    def update(self, name: str, x: Tensor, keep: Tensor | None) -> int:
+    def update(self, name: str, x: Tensor, keep: Tensor | None, *, moments: bool = True) -> int:
         """Merges the input x [..., K] of one call and returns the number of merged rows.
 
-        `keep` (bool, one value per row) is False at padding, which is left out. None keeps all rows.
+        Args:
+            keep: [rows] bool, False at padding, which is left out. None keeps all rows.
+            moments: whether the layer can be rounded by GPTQ, which needs `moments`.
         """
         rows = unpadded_rows(x.detach(), keep)
         if not len(rows):
             return 0
         magnitude = rows.abs()
-        absmax = magnitude.amax(0).float()  # exact, because a maximum does not round
-        old = self.absmax.get(name)
-        self.absmax[name] = absmax if old is None else torch.maximum(old, absmax)
-        squares = torch.linalg.vector_norm(rows, dim=0, dtype=torch.float64).square()
-        add_to(self.square_sums, name, squares)
-        self.counts[name] = self.counts.get(name, 0) + len(rows)
-        if self.config.weight_rounding == "gptq":
+        absmax = self._add_channels(name, rows, magnitude)
+        if moments and self.config.weight_rounding == "gptq":
             with torch.autocast(rows.device.type, enabled=False):
                 whole = rows.float()
                 products = whole.t() @ whole
@@ -98,6 +95,28 @@ class ActivationStatistics:
         kept = self.rows.get(name, Rows.none(rows))
         self.rows[name] = kept.with_more(rows, self.absmax[name], self.rotation(name))
         return len(rows)
+
+    def update_channels(self, name: str, rows: Tensor) -> None:
+        """Merges rows [M, K] whose channels alone matter: no token of them is kept."""
+        absmax = self._add_channels(name, rows, rows.abs())
+        self.token_absmax.setdefault(name, absmax.new_empty(0))
+
+    def _add_channels(self, name: str, rows: Tensor, magnitude: Tensor) -> Tensor:
+        absmax = magnitude.amax(0).float()  # exact, because a maximum does not round
+        old = self.absmax.get(name)
+        self.absmax[name] = absmax if old is None else torch.maximum(old, absmax)
+        squares = torch.linalg.vector_norm(rows, dim=0, dtype=torch.float64).square()
+        add_to(self.square_sums, name, squares)
+        self.counts[name] = self.counts.get(name, 0) + len(rows)
+        return absmax
+
+    def kept(self, name: str) -> Tensor:
+        """[rows, K]: the tokens that are kept of a layer's input.
+
+        Raises:
+            SmoothQuantError: statistics of an earlier release have no rows.
+        """
+        return self._kept(name).both()
 
     def norms(self, name: str, norm: str) -> Tensor:
         """The largest |x| (``"max"``) or the root mean square (``"rms"``) of each channel, [K] float32.
