@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from smoothquant_kernels.errors import SmoothQuantError
+from smoothquant_kernels.nn.experts.layer import W8A8Experts
 
 
 def float_placements(model: Any) -> dict[str, Any]:
@@ -34,10 +35,16 @@ def finish(model: Any, spread: dict[str, Any]) -> None:
         spread: what `float_placements` returned before.
 
     Raises:
-        SmoothQuantError: as `parallelize_model`, or the installed transformers hooks modules in another way.
+        SmoothQuantError: as `parallelize_model`, or the installed transformers hooks modules in another way, or the
+            model has int8 experts, whose sums transformers' hooks would add up once for each process.
     """
     if (getattr(model, "_tp_size", None) or 1) < 2:
         return
+    if whole_experts := [n for n, m in model.named_modules() if isinstance(m, W8A8Experts)]:
+        raise SmoothQuantError(
+            f"{whole_experts[0]} holds int8 experts, which no tp_plan of transformers can spread: load the model with "
+            "load_quantized on every process and call parallelize_model, where experts stay whole, or skip them."
+        )
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     from smoothquant_kernels.nn.parallel.model import apply, check, group_of, plan_of, resolve

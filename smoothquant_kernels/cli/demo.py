@@ -23,8 +23,8 @@ from smoothquant_kernels.checkpoint.save import save_quantized
 from smoothquant_kernels.cli.console import quiet_stderr
 from smoothquant_kernels.cli.generate import complete
 from smoothquant_kernels.cli.inputs import text_windows
-from smoothquant_kernels.cli.inspect import summarize_layers
 from smoothquant_kernels.cli.loading import linear_bytes
+from smoothquant_kernels.cli.tables.layers import summarize_layers
 from smoothquant_kernels.config import SmoothQuantConfig
 from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.evaluation.models import builtin_demo_model, load_model, load_tokenizer

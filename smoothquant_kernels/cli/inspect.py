@@ -8,16 +8,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import re
-from collections import Counter
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Group
 from rich.table import Table
-from rich.text import Text
 
 from smoothquant_kernels.checkpoint.compressed_tensors.scheme import QUANT_METHOD
 from smoothquant_kernels.checkpoint.foreign_folder import is_compressed_tensors
@@ -30,32 +26,24 @@ from smoothquant_kernels.checkpoint.manifest import (
     read_manifest,
 )
 from smoothquant_kernels.cli import fused
-from smoothquant_kernels.cli.console import general_name
 from smoothquant_kernels.cli.loading import verify_checkpoint
+from smoothquant_kernels.cli.tables.layers import render_layers, summarize_layers
 from smoothquant_kernels.config import PLAIN_ALPHA, ROTATED_ALPHA
 from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.evaluation.architecture import is_causal
 from smoothquant_kernels.kv_cache.size import cache_costs
 from smoothquant_kernels.modeling.record import (
-    HOWS,
-    How,
     LayerRecord,
     ModelRecord,
     Reason,
-    SkippedLayer,
 )
 from smoothquant_kernels.storage.document import Document, readable_size
-
-if TYPE_CHECKING:
-    from smoothquant_kernels.search.costs import LayerCost
 
 # Bytes per element, by the type names in safetensors headers.
 _BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
 }  # fmt: skip
-
-_PERCENT = re.compile(r"\d+\.\d+(?=%)")
 
 
 def work(directory: Path, *, verify: bool = False, fusion: bool = False) -> Document:
@@ -86,6 +74,7 @@ def work(directory: Path, *, verify: bool = False, fusion: bool = False) -> Docu
     sizes = _tensor_bytes(directory, manifest)
     record = ModelRecord.from_dict(manifest.info)
     described = record.described
+    experts = {e.name: e for e in record.experts if e.name in manifest.modules}
     records = [
         dataclasses.replace(
             described.get(name, LayerRecord(name)),
@@ -94,6 +83,7 @@ def work(directory: Path, *, verify: bool = False, fusion: bool = False) -> Docu
             out_features=module["out_features"],
         )
         for name, module in manifest.modules.items()
+        if name not in experts
     ]
     layers = [
         {
@@ -105,7 +95,9 @@ def work(directory: Path, *, verify: bool = False, fusion: bool = False) -> Docu
         }
         for layer in records
     ]
-    in_layers = sum(layer["bytes"] for layer in layers)
+    inside = tuple(f"{name}." for name in experts)
+    of_experts = sum(size for key, size in sizes.items() if inside and key.startswith(inside))
+    in_layers = sum(layer["bytes"] for layer in layers) + of_experts
     return {
         "directory": str(directory),
         "files_verified": verify,
@@ -117,7 +109,7 @@ def work(directory: Path, *, verify: bool = False, fusion: bool = False) -> Docu
         "calibration_tokens": record.calibration_tokens,
         "verification": record.verification and record.verification.to_dict(),
         "kv_cache": _cache_costs(directory),
-        **summarize_layers(records, record.skipped),
+        **summarize_layers(records, record.skipped, experts=list(experts.values())),
         "layers": layers,
         "bytes": {
             "quantized_layers": in_layers,
@@ -172,136 +164,6 @@ def _tensor_bytes(directory: Path, manifest: Manifest) -> dict[str, int]:
                 f"{directory / file} is damaged or of another checkpoint ({error}): copy it again."
             ) from error
     return sizes
-
-
-def summarize_layers(
-    layers: Sequence[LayerRecord],
-    skipped: Sequence[SkippedLayer],
-    costs: Mapping[str, LayerCost] | None = None,
-) -> Document:
-    """Counts of layers; those that differ only in their number form one group, whose costs are added up."""
-    groups: dict[
-        tuple[str, How, str, str | None, str | None, int, int, int], list[LayerRecord]
-    ] = {}
-    for layer in layers:
-        key = (
-            general_name(layer.name),
-            layer.smoothing,
-            _PERCENT.sub("", general_name(layer.reason)),
-            layer.activation_scheme,
-            layer.format,
-            layer.rotation,
-            layer.out_features,
-            layer.in_features,
-        )
-        groups.setdefault(key, []).append(layer)
-    costs = costs or {}
-    left_out = Counter((general_name(layer.name), layer.reason) for layer in skipped)
-    return {
-        "quantized": len(layers),
-        "smoothing": {how: sum(layer.smoothing == how for layer in layers) for how in HOWS},
-        "groups": [
-            {
-                "layers": name,
-                "count": len(members),
-                "out_features": n,
-                "in_features": k,
-                "activation_scheme": scheme,
-                **({} if form is None else {"format": form}),
-                **_columns(members),
-                "rotation": rotation,
-                "smoothing": smoothing,
-                "reason": _with_ranges([general_name(layer.reason) for layer in members]),
-                **_group_cost([costs[m.name] for m in members if m.name in costs]),
-            }
-            for (name, smoothing, _, scheme, form, rotation, n, k), members in groups.items()
-        ],
-        "skipped": [
-            {"layers": name, "count": count, "reason": reason}
-            for (name, reason), count in left_out.items()
-        ],
-    }
-
-
-def _columns(layers: Sequence[LayerRecord]) -> Document:
-    """The outlier columns of a group's layers, added up; empty if they have none."""
-    found = [layer.outlier_columns for layer in layers if layer.outlier_columns is not None]
-    return {"outlier_columns": sum(found)} if found else {}
-
-
-def _group_cost(costs: Sequence[LayerCost]) -> Document:
-    """The costs of a group's layers, added up; empty if they were not measured."""
-    if not costs:
-        return {}
-    divided = [c.divided for c in costs if c.divided is not None]
-    return {"kl": sum(c.kl for c in costs), "kl_divided": sum(divided) if divided else None}
-
-
-def _with_ranges(reasons: Sequence[str]) -> str:
-    """One reason for several that differ only in percentages, with the smallest and the largest of each."""
-    rows = [_PERCENT.findall(reason) for reason in reasons]
-    ranges = iter([sorted(column, key=float) for column in zip(*rows, strict=True)])
-
-    def put(_: re.Match[str]) -> str:
-        column = next(ranges)
-        return f"{column[0]}" if column[0] == column[-1] else f"{column[0]} to {column[-1]}"
-
-    return _PERCENT.sub(put, reasons[0])
-
-
-def render_layers(document: Document) -> Group:
-    """The table of `summarize_layers`, and one line of totals."""
-    table = Table()
-    table.add_column("layers", overflow="fold")
-    table.add_column("no.", justify="right")
-    table.add_column("out x in", justify="right")
-    table.add_column("scales")
-    table.add_column("rotation", justify="right")
-    table.add_column("smoothing")
-    table.add_column("how, why", overflow="fold")
-    costs = any("kl" in group for group in document["groups"])
-    if costs:
-        table.add_column("KL", justify="right")
-    for group in document["groups"]:
-        table.add_row(
-            group["layers"],
-            f"{group['count']}",
-            f"{group['out_features']} x {group['in_features']}",
-            _scales(group),
-            str(group["rotation"] or "none"),
-            group["smoothing"],
-            group["reason"] + _compared(group),
-            *([f"{group['kl']:.4f}" if "kl" in group else ""] if costs else []),
-        )
-    for skipped in document["skipped"]:
-        table.add_row(
-            skipped["layers"], f"{skipped['count']}", "", "", "", "left out", skipped["reason"]
-        )
-    smoothing = document["smoothing"]
-    skips = sum(skipped["count"] for skipped in document["skipped"])
-    total = sum(group.get("kl", 0.0) for group in document["groups"])
-    return Group(
-        table,
-        Text(
-            f"{document['quantized']} layers in int8: {smoothing['folded']} smoothed by folding, "
-            f"{smoothing['runtime']} at run time, {smoothing['none']} not; {skips} left in float"
-            + (f"; a KL divergence of about {total:.4f} in all" if costs else "")
-        ),
-    )
-
-
-def _scales(group: Document) -> str:
-    """The scheme, and the format if it is another one than W8A8."""
-    words = [group["format"]] if "format" in group else []
-    if group.get("outlier_columns"):
-        words.append(f"({group['outlier_columns']})")
-    return " ".join([*words, group["activation_scheme"]])
-
-
-def _compared(group: Document) -> str:
-    """What the layers would cost if they divided at run time."""
-    divided = group.get("kl_divided")
-    return "" if divided is None else f" (KL if they divided: {divided:.4f})"
 
 
 def describe_verification(document: Document) -> str:

@@ -28,6 +28,7 @@ from smoothquant_kernels.config import SmoothQuantConfig
 from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.evaluation import models
 from smoothquant_kernels.evaluation.architecture import check_causal
+from smoothquant_kernels.modeling.view import holds_matrices
 from smoothquant_kernels.nn.float_linear import is_float_linear
 from smoothquant_kernels.nn.kinds import is_quantized
 from smoothquant_kernels.storage.digests import file_entry
@@ -204,11 +205,12 @@ def tensor_bytes(module: nn.Module) -> int:
 
 
 def linear_bytes(model: nn.Module, skipped: Sequence[str] = ()) -> int:
-    """Bytes of the linears that are or will be quantized: all but those named in `skipped`."""
+    """Bytes of the linears and experts that are or will be quantized: all but those named in `skipped`."""
     return sum(
         tensor_bytes(module)
         for name, module in model.named_modules()
-        if (is_quantized(module) or is_float_linear(module)) and name not in skipped
+        if (is_quantized(module) or is_float_linear(module) or holds_matrices(module))
+        and name not in skipped
     )
 
 

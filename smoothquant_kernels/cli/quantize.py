@@ -21,8 +21,6 @@ from smoothquant_kernels.cli.inputs import calibration_inputs, describe_inputs, 
 from smoothquant_kernels.cli.inspect import (
     describe_config,
     describe_verification,
-    render_layers,
-    summarize_layers,
 )
 from smoothquant_kernels.cli.loading import (
     changed_settings,
@@ -37,6 +35,7 @@ from smoothquant_kernels.cli.loading import (
     weight_files,
 )
 from smoothquant_kernels.cli.options import KV_CACHES
+from smoothquant_kernels.cli.tables.layers import render_layers, summarize_layers
 from smoothquant_kernels.config import SmoothQuantConfig
 from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.evaluation.architecture import check_causal
@@ -138,7 +137,7 @@ def work(
         check_originals(linears)
     check_finite_weights(linears)  # before the calibration, which can take a long time
     before = {"model": tensor_bytes(model), "linears": linear_bytes(model, list(skipped))}
-    check_space(output, checkpoint_bytes(model, linears, config))
+    check_space(output, checkpoint_bytes(model, linears, config, view.experts))
     costs: dict[str, LayerCost] = {}
     if inputs is not None:
         if search:
@@ -167,7 +166,7 @@ def work(
         "config": record.config,
         "calibration": None if inputs is None else inputs.facts,
         "kv_cache": cache and {"layers": len(cache.layers), "tokens": cache.tokens},
-        **summarize_layers(record.layers, record.skipped, costs),
+        **summarize_layers(record.layers, record.skipped, costs, record.experts),
         "verification": record.verification and record.verification.to_dict(),
         "bytes": {
             "model_before": before["model"],
@@ -271,7 +270,9 @@ def _quantize_streamed(
     sizes = stored_sizes(weight_files(output))
     # The whole float model is never loaded, so this counts the weights of its linears, without any bias.
     linears = sum(layer.out_features * layer.in_features for layer in record.layers)
-    inside = tuple(f"{layer.name}." for layer in record.layers)
+    linears += sum(experts.weights for experts in record.experts)
+    names = [layer.name for layer in record.layers] + [e.name for e in record.experts]
+    inside = tuple(f"{name}." for name in names)
     return {
         "model": source,
         "output": str(output),
@@ -279,7 +280,7 @@ def _quantize_streamed(
         "config": record.config,
         "calibration": inputs.facts,
         "kv_cache": None,
-        **summarize_layers(record.layers, record.skipped),
+        **summarize_layers(record.layers, record.skipped, experts=record.experts),
         "verification": record.verification and record.verification.to_dict(),
         "bytes": {
             "model_before": None,

@@ -173,6 +173,7 @@ class ExpertsRecord:
             measured.
         num_experts: how many there are.
         hidden, inner: the channels of the input and the output, and those between the two products.
+        weights: how many weights the float experts have.
         unseen: the experts that no token of the calibration reached. They share the factors of the input and the static
             scales with all others, and have no factors for the second product.
         schemes, rotations: of both products of the int8 layer; empty in a float model.
@@ -186,6 +187,7 @@ class ExpertsRecord:
     num_experts: int = 0
     hidden: int = 0
     inner: int = 0
+    weights: int = 0
     unseen: int = 0
     schemes: tuple[str, ...] = ()
     rotations: tuple[int, ...] = ()

@@ -24,6 +24,7 @@ from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.modeling.batches import count_tokens, explained, small_batch
 from smoothquant_kernels.modeling.changes import Changes
 from smoothquant_kernels.modeling.record import (
+    ExpertsRecord,
     LayerRecord,
     ModelRecord,
     Verification,
@@ -31,6 +32,7 @@ from smoothquant_kernels.modeling.record import (
 )
 from smoothquant_kernels.modeling.run import Batch, evaluating
 from smoothquant_kernels.modeling.view import ModelView
+from smoothquant_kernels.nn.experts.source import FloatExperts
 from smoothquant_kernels.smoothing.calibrate import (
     CalibrationData,
     Recorder,
@@ -38,6 +40,7 @@ from smoothquant_kernels.smoothing.calibrate import (
     configured_batches,
 )
 from smoothquant_kernels.smoothing.convert import quantize_model
+from smoothquant_kernels.smoothing.experts.observe import watched_names
 from smoothquant_kernels.smoothing.patterns import check_patterns, patterns_within
 from smoothquant_kernels.smoothing.smooth import relative_difference, smooth_into
 from smoothquant_kernels.smoothing.statistics import ActivationStatistics, warn_if_short
@@ -135,10 +138,11 @@ def quantize_streamed(
     warn_if_short(sum(map(count_tokens, batches)), config.calibration_tokens)
     hidden = sum(b["input_ids"].numel() for b in batches if "input_ids" in b) * hidden_size(model)
     # Twice the hidden states, before and after a block, and the largest weight file while files are joined.
-    linears = ModelView(model, config.float_pattern, config.quantize_head).linears
+    view = ModelView(model, config.float_pattern, config.quantize_head)
+    linears, experts = view.linears, view.experts
     if format != NATIVE:
         exports.check_originals(linears)
-    whole = checkpoint_bytes(model, linears, config)
+    whole = checkpoint_bytes(model, linears, config, experts)
     done = partial_folder(target)
     there = sum(f.stat().st_size for f in done.rglob("*") if f.is_file())
     check_space(target, whole + min(whole, max_shard_bytes) + 2 * hidden - there)
@@ -239,13 +243,14 @@ class _Stream:
             return self.chain.output_after(index, block, batch, original)
 
         view = BlockView(self.chain.names[index], block, output)
-        linears, skipped = self._linears(self._view(view))
-        self.original, self.smoothed = self._measure(index, block, view, linears)
+        linears, skipped, experts = self._linears(self._view(view))
+        self.original, self.smoothed = self._measure(index, block, view, linears, experts)
         skipped |= {layer.name: layer.reason for layer in ModelRecord.of(view).skipped}
-        if linears:
+        if linears or experts:
             quantize_model(view, config=self._config_of(view))
         record = {
             "layers": [layer.to_dict() for layer in ModelRecord.of(view).layers],
+            "experts": [experts.to_dict() for experts in ModelRecord.of(view).experts],
             "skipped": skipped,
             "tuples": self.chain.tuples,
             **self.writer.write(index, view),
@@ -256,19 +261,26 @@ class _Stream:
         self.work.finish_block(index, record, states)
         self.records.append(record)
 
-    def _linears(self, view: ModelView) -> tuple[dict[str, nn.Module], dict[str, str]]:
-        """Returns the linears of a part to quantize (possibly none), and those that stay in float with the reasons."""
+    def _linears(
+        self, view: ModelView
+    ) -> tuple[dict[str, nn.Module], dict[str, str], dict[str, FloatExperts]]:
+        """Returns the linears of a part to quantize (possibly none), what stays in float and why, and the experts."""
         try:
-            return dict(view.linears), dict(view.skipped)
+            return dict(view.linears), dict(view.skipped), dict(view.experts)
         except SmoothQuantError:
             names = {name for name, _ in view.model.named_modules()}
-            return {}, {n: r for n, r in self.skipped_at_first.items() if n in names}
+            return {}, {n: r for n, r in self.skipped_at_first.items() if n in names}, {}
 
     def _measure(
-        self, index: int, block: nn.Module, view: nn.Module, linears: Mapping[str, nn.Module]
+        self,
+        index: int,
+        block: nn.Module,
+        view: nn.Module,
+        linears: Mapping[str, nn.Module],
+        experts: Mapping[str, FloatExperts],
     ) -> tuple[Tensor, Tensor]:
         """Calibrates and smooths the block. Returns the sample's hidden states after it, original and smoothed."""
-        statistics = self._statistics(linears)
+        statistics = self._statistics(linears, experts)
 
         def step(batch: Batch) -> Tensor:
             result: Tensor = explained(
@@ -276,12 +288,12 @@ class _Stream:
             )
             return result
 
-        recorder = Recorder(statistics, linears, self.model)
+        recorder = Recorder(statistics, linears, self.model, experts)
         for i, batch in enumerate(self.batches):
             self.hidden[i] = recorder.measure(joined(batch, self.hidden[i]), step).cpu()
         statistics.check_finite()
         original = self.chain.step(index, block, self.sample, self.original).cpu()
-        if linears:
+        if linears or experts:
             statistics.check_not_empty()
             self._smooth(self._view(view), statistics, step)
         return original, self.chain.step(index, block, self.sample, self.smoothed).cpu()
@@ -301,9 +313,12 @@ class _Stream:
     def _view(self, part: nn.Module) -> ModelView:
         return ModelView(part, self.config.float_pattern, self._config_of(part).quantize_head)
 
-    def _statistics(self, linears: Mapping[str, nn.Module]) -> ActivationStatistics:
+    def _statistics(
+        self, linears: Mapping[str, nn.Module], experts: Mapping[str, FloatExperts]
+    ) -> ActivationStatistics:
+        watched = (*linears, *watched_names(experts))
         return ActivationStatistics(
-            tokens=self.tokens, sample=self.sample, watched=tuple(linears), config=self.config
+            tokens=self.tokens, sample=self.sample, watched=watched, config=self.config
         )
 
     # --- the rest ---
@@ -313,17 +328,16 @@ class _Stream:
         model = self.model
         before = self.chain.finish(self.sample, known(self.original))
         view = self._view(model)
-        linears, skipped = self._linears(
-            view
-        )  # usually none but the output head, if that is asked for
+        # Usually none but the output head, if that is asked for.
+        linears, skipped, experts = self._linears(view)
         if linears:
-            statistics = self._statistics(linears)
+            statistics = self._statistics(linears, experts)
 
             def around(batch: Batch) -> Tensor:
                 batch, hidden = split(batch)
                 return self.chain.finish(batch, known(hidden), logits=bool(view.int8_heads))
 
-            recorder = Recorder(statistics, linears, model)
+            recorder = Recorder(statistics, linears, model, experts)
             for batch, hidden in zip(self.batches, self.hidden, strict=True):
                 recorder.measure(joined(batch, hidden), around)
             statistics.check_finite()
@@ -341,8 +355,10 @@ class _Stream:
     def finish(self, tokenizer: Any) -> None:
         """Does the rest of the model, and writes the folder."""
         layers, skipped, change = self._do_rest()
+        experts: list[ExpertsRecord] = []
         for record in self.records:
             layers += map(LayerRecord.from_dict, record["layers"])
+            experts += map(ExpertsRecord.from_dict, record["experts"])
             skipped = skipped | record["skipped"]
         place = {name: i for i, name in enumerate(self.order)}
         rest = self.writer.part(self.model)
@@ -350,6 +366,7 @@ class _Stream:
             config=self.config.to_dict(),
             layers=tuple(sorted(layers, key=lambda layer: place[layer.name])),
             skipped=skipped_layers(dict(sorted(skipped.items(), key=lambda s: place[s[0]]))),
+            experts=tuple(experts),
             verification=Verification.of(change),
             calibration_tokens=self.tokens,
         ).attach(self.model)

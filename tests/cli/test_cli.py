@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from smoothquant_kernels.backends import onednn
-from smoothquant_kernels.cli import console, doctor, inspect
+from smoothquant_kernels.cli import console, doctor
+from smoothquant_kernels.cli.tables.layers import summarize_layers
 from smoothquant_kernels.modeling.record import LayerRecord
 from smoothquant_kernels.storage.document import json_text, readable_size
 from tests.support.command_line import QUANTIZE, TEXT, Result, refused
@@ -178,7 +179,7 @@ def test_like_reasons_are_grouped_and_numbers_become_ranges() -> None:
         layer(n, said.format(*p)) for n, p in enumerate([("0.52", "9.70"), ("0.50", "10.10")])
     ]
     layers.append(layer(2, "model.layers.2.norm is read by something else"))
-    groups = [(g["count"], g["reason"]) for g in inspect.summarize_layers(layers, [])["groups"]]
+    groups = [(g["count"], g["reason"]) for g in summarize_layers(layers, [])["groups"]]
     assert groups == [
         (2, said.format("0.50 to 0.52", "9.70 to 10.10")),
         (1, "model.layers.*.norm is read by something else"),

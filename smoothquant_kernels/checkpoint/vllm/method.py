@@ -101,11 +101,11 @@ class Config(QuantizationConfig):  # type: ignore[misc]
                 return Method(prefix, parts, has_markers=self.has_markers)
             return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
         if _EXPERTS & {cls.__name__ for cls in type(layer).__mro__}:
-            expert = next((name for name in modules if name.startswith(f"{prefix}.")), None)
+            expert = next((n for n in modules if n == prefix or n.startswith(f"{prefix}.")), None)
             if expert is not None:
                 raise SmoothQuantError(
                     f"vLLM computes all experts of {prefix} in one kernel, and {expert} is int8: quantize with "
-                    f'skip=("{prefix}.*",) to serve this model in vLLM.'
+                    f'skip=("{expert if expert == prefix else f"{prefix}.*"}",) to serve this model in vLLM.'
                 )
         return None
 

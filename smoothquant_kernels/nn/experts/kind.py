@@ -10,7 +10,7 @@ from smoothquant_kernels.config import SmoothQuantConfig
 from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.nn.experts.gates import Gate
 from smoothquant_kernels.nn.experts.layer import MARKER, W8A8Experts
-from smoothquant_kernels.nn.experts.source import read_experts
+from smoothquant_kernels.nn.experts.source import FloatExperts, read_experts
 from smoothquant_kernels.nn.kinds import Kind, Settings, register
 from smoothquant_kernels.ops.checks import fits_rotation, float_named, type_name
 
@@ -100,11 +100,8 @@ class _Experts(Kind[W8A8Experts]):
         raise SmoothQuantError("experts read several inputs.")
 
 
-def experts_bytes(module: nn.Module) -> int | None:
-    """The approximate bytes of the int8 experts that a float module becomes; None for any other module."""
-    experts = read_experts(module)
-    if experts is None:
-        return None
+def experts_bytes(experts: FloatExperts) -> int:
+    """The approximate bytes of the int8 experts that float ones become."""
     rows = experts.up_rows + experts.hidden
     weights = experts.up_rows * experts.hidden + experts.hidden * experts.inner
     return experts.count * (weights + 8 * rows + 4 * experts.inner) + 4 * experts.hidden

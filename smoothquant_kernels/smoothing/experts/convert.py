@@ -130,6 +130,7 @@ def _record(
         num_experts=experts.count,
         hidden=experts.hidden,
         inner=experts.inner,
+        weights=experts.count * experts.hidden * (experts.up_rows + experts.inner),
         unseen=experts.count if factors is None else factors.unseen,
         schemes=() if made is None else made.schemes,
         rotations=() if made is None else made.rotations,
