@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from smoothquant_kernels.kv_cache.attention import use_int8_attention
     from smoothquant_kernels.kv_cache.cache import Int8KVCache
     from smoothquant_kernels.kv_cache.calibration import KVCalibration
+    from smoothquant_kernels.nn.experts.layer import W8A8Experts
     from smoothquant_kernels.nn.linear import W8A8Linear
     from smoothquant_kernels.nn.operands import QuantizedActivation
     from smoothquant_kernels.nn.outlier_linear import OutlierLinear
@@ -52,6 +53,7 @@ __all__ = [
     "SmoothQuantConfig",
     "SmoothQuantError",
     "W4A8Linear",
+    "W8A8Experts",
     "W8A8Linear",
     "apply_plan",
     "calibrate_kv_cache",
@@ -90,6 +92,7 @@ _MODULES = {
     "SmoothQuantConfig": "config",
     "SmoothQuantError": "errors",
     "W4A8Linear": "nn.w4a8_linear",
+    "W8A8Experts": "nn.experts.layer",
     "W8A8Linear": "nn.linear",
     "apply_plan": "plan",
     "calibrate_kv_cache": "smoothing.kv_cache",

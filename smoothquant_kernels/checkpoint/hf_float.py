@@ -12,9 +12,6 @@ from smoothquant_kernels.checkpoint import skeleton as skeletons
 from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.modeling.changes import replace_module
 from smoothquant_kernels.nn import kinds
-from smoothquant_kernels.nn.experts.layer import W8A8Experts
-from smoothquant_kernels.nn.experts.represented import write_float
-from smoothquant_kernels.nn.experts.source import read_experts
 from smoothquant_kernels.nn.float_linear import is_conv1d
 
 
@@ -53,17 +50,15 @@ def dequantized(model: Any, dtype: torch.dtype | None = None) -> Any:
 def _float_layer(name: str, layer: nn.Module, plain: nn.Module) -> nn.Module:
     """The layer `name` of the float model `plain`, with the weight of a quantized one."""
     linear: Any = plain.get_submodule(name)
-    if isinstance(layer, W8A8Experts):
-        experts = read_experts(linear)
-        if experts is not None:
-            return write_float(layer, experts)
+    kind: Any = kinds.kind_of(layer)
+    if not kind.is_linear and (made := kind.as_float(layer, linear)) is not None:
+        return made  # type: ignore[no-any-return]
     if type(linear) is not nn.Linear and not is_conv1d(linear):
         raise SmoothQuantError(
             f"{name} was a {type(linear).__name__} before it was quantized, which cannot be made again: load the float "
             "model instead."
         )
     quantized: Any = layer
-    kind: Any = kinds.kind_of(layer)
     shown: torch.dtype = quantized.weight.dtype
     weight = kind.rounded_weight(layer).to(shown)
     linear.weight = nn.Parameter(weight.t().contiguous() if is_conv1d(linear) else weight)

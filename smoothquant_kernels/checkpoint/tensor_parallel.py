@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from smoothquant_kernels.errors import SmoothQuantError
-from smoothquant_kernels.nn.experts.layer import W8A8Experts
+from smoothquant_kernels.nn.kinds import are_quantized_experts
 
 
 def float_placements(model: Any) -> dict[str, Any]:
@@ -40,7 +40,7 @@ def finish(model: Any, spread: dict[str, Any]) -> None:
     """
     if (getattr(model, "_tp_size", None) or 1) < 2:
         return
-    if whole_experts := [n for n, m in model.named_modules() if isinstance(m, W8A8Experts)]:
+    if whole_experts := [n for n, m in model.named_modules() if are_quantized_experts(m)]:
         raise SmoothQuantError(
             f"{whole_experts[0]} holds int8 experts, which no tp_plan of transformers can spread: load the model with "
             "load_quantized on every process and call parallelize_model, where experts stay whole, or skip them."

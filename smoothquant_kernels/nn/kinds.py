@@ -121,6 +121,13 @@ class Kind(ABC, Generic[Layer]):
         """
         return None
 
+    def as_float(self, layer: Layer, plain: nn.Module) -> nn.Module | None:
+        """Gives `plain`, the float module that the layer replaced, the weights that it represents; returns it.
+
+        Only for kinds that replace no linear. None if it is another module.
+        """
+        return None
+
     def problem(self, tensors: Mapping[str, Tensor], arguments: Mapping[str, Any]) -> str | None:
         """What else than a scale is wrong with a layer's tensors, as a phrase that starts with the name of one.
 
@@ -167,6 +174,12 @@ def is_quantized_linear(module: nn.Module | None) -> bool:
     """Whether this is a quantized layer in the place of a linear."""
     kind = kind_of(module)
     return kind is not None and kind.is_linear
+
+
+def are_quantized_experts(module: nn.Module | None) -> bool:
+    """Whether this is a quantized layer in the place of a module of experts."""
+    kind = kind_of(module)
+    return kind is not None and not kind.is_linear
 
 
 def count_quantized(model: nn.Module) -> str:

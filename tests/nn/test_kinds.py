@@ -19,6 +19,7 @@ from smoothquant_kernels import (
     SmoothQuantConfig,
     SmoothQuantError,
     W4A8Linear,
+    W8A8Experts,
     W8A8Linear,
     load_quantized,
     make_report,
@@ -227,7 +228,7 @@ def test_the_kind_registered_last_is_asked_first(half: HalfKind) -> None:
 
 
 def test_without_other_kinds_every_layer_is_w8a8() -> None:
-    assert [k.layer for k in kinds.KINDS] == [W8A8Linear, OutlierLinear, W4A8Linear]
+    assert [k.layer for k in kinds.KINDS] == [W8A8Linear, W8A8Experts, OutlierLinear, W4A8Linear]
     model = quantize_model(make_model("llama_gqa"))
     assert kinds.count_quantized(model) == "14 W8A8Linear"
     assert kinds.count_quantized(make_model("llama_gqa")) == ""

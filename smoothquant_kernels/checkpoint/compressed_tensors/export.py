@@ -32,7 +32,7 @@ from smoothquant_kernels.config import SmoothQuantConfig
 from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.modeling.record import info_of
 from smoothquant_kernels.modeling.view import ModelView, holds_matrices
-from smoothquant_kernels.nn.experts.layer import W8A8Experts
+from smoothquant_kernels.nn.kinds import are_quantized_experts
 from smoothquant_kernels.nn.linear import W8A8Linear
 from smoothquant_kernels.storage.safetensors import stored_sizes
 from smoothquant_kernels.storage.versions import package_version
@@ -122,7 +122,7 @@ def quantization_config(model: nn.Module, again: nn.Module | None) -> dict[str, 
         if isinstance(layer, W8A8Linear)
     }
     others = [n for n in skeletons.describe_modules(model)[0] if n not in layers]
-    if of_experts := [n for n in others if isinstance(model.get_submodule(n), W8A8Experts)]:
+    if of_experts := [n for n in others if are_quantized_experts(model.get_submodule(n))]:
         raise SmoothQuantError(
             f"{QUANT_METHOD} has no int8 experts in one tensor, and {of_experts[0]} holds them ({len(of_experts)} such "
             f"modules): skip them with a pattern such as '*.{of_experts[0].rpartition('.')[2]}', or save the native "

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from smoothquant_kernels.config import SmoothQuantConfig
 from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.nn.experts.gates import Gate
+from smoothquant_kernels.nn.experts.inputs import Input
 from smoothquant_kernels.nn.experts.layer import MARKER, W8A8Experts
+from smoothquant_kernels.nn.experts.represented import write_float
 from smoothquant_kernels.nn.experts.source import FloatExperts, read_experts
 from smoothquant_kernels.nn.kinds import Kind, Settings, register
 from smoothquant_kernels.ops.checks import fits_rotation, float_named, type_name
@@ -93,11 +95,22 @@ class _Experts(Kind[W8A8Experts]):
             return f"has {'a' if has_bias else 'no'} bias"
         return None
 
+    def as_float(self, layer: W8A8Experts, plain: nn.Module) -> nn.Module | None:
+        experts = read_experts(plain)
+        return None if experts is None else write_float(layer, experts)
+
     def rounded_weight(self, layer: W8A8Experts) -> Tensor:
         raise SmoothQuantError("experts have several weights: use W8A8Experts.dequantized.")
 
     def rounded_input(self, layer: W8A8Experts, x: Tensor) -> Tensor:
         raise SmoothQuantError("experts read several inputs.")
+
+
+def quantized_experts(
+    experts: FloatExperts, first: Input, second: Input, granularity: str
+) -> W8A8Experts:
+    """Quantizes float experts: `W8A8Experts.from_experts`."""
+    return W8A8Experts.from_experts(experts, first, second, granularity)
 
 
 def experts_bytes(experts: FloatExperts) -> int:

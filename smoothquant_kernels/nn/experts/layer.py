@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from smoothquant_kernels import ops, reference
 from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.nn.experts.gates import Gate
+from smoothquant_kernels.nn.experts.inputs import Input
 from smoothquant_kernels.nn.experts.represented import choices_of, represented
 from smoothquant_kernels.nn.experts.source import FloatExperts
 from smoothquant_kernels.nn.float_types import check_float_type, float_type
@@ -30,23 +30,6 @@ if TYPE_CHECKING:
 
 #: The entry of the state dict that keeps the float type. Its value has no meaning.
 MARKER = "float_type"
-
-
-@dataclass(frozen=True)
-class Input:
-    """How one of the two products quantizes its input.
-
-    Attributes:
-        scheme: as `activation_scheme` of `W8A8Linear`.
-        rotation: the size of the groups of channels that the quantizer rotates; 0 for none.
-        smooth: [K] factors for all experts, or [E, K] for each; None for none.
-        x_scale: the static scale, > 0, for the scheme ``"static"`` only.
-    """
-
-    scheme: str = "per_token"
-    rotation: int = 0
-    smooth: Tensor | None = None
-    x_scale: float | None = None
 
 
 class W8A8Experts(nn.Module):

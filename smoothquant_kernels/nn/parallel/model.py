@@ -18,7 +18,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from smoothquant_kernels.errors import SmoothQuantError
-from smoothquant_kernels.nn.kinds import is_quantized, is_quantized_linear
+from smoothquant_kernels.nn.kinds import are_quantized_experts, is_quantized
 from smoothquant_kernels.nn.linear import W8A8Linear
 from smoothquant_kernels.nn.parallel.collectives import Group
 from smoothquant_kernels.nn.parallel.linear import (
@@ -237,7 +237,7 @@ def _pattern(key: str) -> re.Pattern[str]:
 
 def _style(name: str, module: nn.Module, named: str, scales: str) -> ParallelStyle | None:
     """The style of one module; None if it stays whole."""
-    if named in _WHOLE or (is_quantized(module) and not is_quantized_linear(module)):
+    if named in _WHOLE or are_quantized_experts(module):
         return None  # int8 experts: each process computes all of them
     if named in (*_SHARDED, *_INSIDE) and is_quantized(module):
         if named.startswith("colwise"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import nn
 
@@ -11,8 +12,10 @@ from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.modeling.changes import Changes
 from smoothquant_kernels.modeling.record import ExpertsRecord, Reason
 from smoothquant_kernels.modeling.view import check_present
-from smoothquant_kernels.nn.experts.layer import Input, W8A8Experts
+from smoothquant_kernels.nn.experts.inputs import Input
+from smoothquant_kernels.nn.experts.kind import quantized_experts
 from smoothquant_kernels.nn.experts.source import FACTORS, FloatExperts
+from smoothquant_kernels.nn.kinds import describe
 from smoothquant_kernels.smoothing.experts.factors import ExpertFactors, Product, expert_factors
 from smoothquant_kernels.smoothing.int8_error import static_scale
 from smoothquant_kernels.smoothing.statistics import ActivationStatistics
@@ -67,7 +70,7 @@ def are_smoothed(module: nn.Module) -> bool:
 
 def quantize_experts(
     name: str, experts: FloatExperts, config: SmoothQuantConfig
-) -> tuple[W8A8Experts, ExpertsRecord]:
+) -> tuple[nn.Module, ExpertsRecord]:
     """The int8 layer for a module of experts, and its record. Changes nothing.
 
     Raises:
@@ -80,10 +83,10 @@ def quantize_experts(
         for product, k in zip(products, (experts.hidden, experts.inner), strict=True)
     )
     try:
-        made = W8A8Experts.from_experts(experts, first, second, config.weight_granularity)
+        made = quantized_experts(experts, first, second, config.weight_granularity)
     except SmoothQuantError as error:
         raise SmoothQuantError(f"{name}: {error}") from error
-    return made, _record(name, experts, factors, config, made)
+    return made, _record(name, experts, factors, config, describe(made))
 
 
 def _input(name: str, product: Product | None, k: int, config: SmoothQuantConfig) -> Input:
@@ -112,7 +115,7 @@ def _record(
     experts: FloatExperts,
     factors: ExpertFactors | None,
     config: SmoothQuantConfig,
-    made: W8A8Experts | None = None,
+    made: Mapping[str, Any] | None = None,
 ) -> ExpertsRecord:
     alphas = () if factors is None else (factors.first.alpha, factors.second.alpha)
     smoothed = any(alpha is not None for alpha in alphas)
@@ -132,6 +135,6 @@ def _record(
         inner=experts.inner,
         weights=experts.count * experts.hidden * (experts.up_rows + experts.inner),
         unseen=experts.count if factors is None else factors.unseen,
-        schemes=() if made is None else made.schemes,
-        rotations=() if made is None else made.rotations,
+        schemes=() if made is None else tuple(made["schemes"]),
+        rotations=() if made is None else tuple(made["rotations"]),
     )
