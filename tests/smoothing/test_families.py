@@ -12,7 +12,13 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from smoothquant_kernels import SmoothQuantConfig, W8A8Linear, quantize_model, smooth_lm
+from smoothquant_kernels import (
+    SmoothQuantConfig,
+    W8A8Experts,
+    W8A8Linear,
+    quantize_model,
+    smooth_lm,
+)
 from smoothquant_kernels.modeling.groups import Group
 from smoothquant_kernels.modeling.run import evaluating, output_tensors, run
 from smoothquant_kernels.nn.float_linear import is_float_linear, pending_smooth
@@ -98,15 +104,15 @@ def test_every_linear_is_recorded(family: str) -> None:
         for n, p in outcome.model.named_parameters()
         if p.dim() == 3 and "experts" in n
     }
+    experts = {e["name"]: e for e in outcome.info.get("experts", ())}
     assert not layers.keys() & skipped.keys()
-    assert layers.keys() | skipped.keys() == linears | matrices
-    assert all(e["reason"] for e in (*layers.values(), *skipped.values()))
+    assert layers.keys() | skipped.keys() == linears and experts.keys() == matrices
+    assert all(e["reason"] for e in (*layers.values(), *skipped.values(), *experts.values()))
     for name, entry in layers.items():
         assert entry["smoothing"] in ("folded", "runtime"), entry
         divides = pending_smooth(outcome.smoothed.get_submodule(name)) is not None
         assert divides == (entry["smoothing"] == "runtime")
-    for name in matrices:
-        assert skipped[name]["reason"] == "expert weights in one 3-D parameter: stay in float"
+    assert {entry["smoothing"] for entry in experts.values()} <= {"runtime"}
     assert bool(matrices) == (family in MIXTURES)
 
 
@@ -116,8 +122,9 @@ def test_the_int8_model_is_close_to_the_float_model(family: str) -> None:
         pytest.xfail("T5 reads the dtype of wo.weight, which W8A8Linear does not have")
     outcome = smoothed(family)
     model = quantize_model(copy.deepcopy(outcome.smoothed))
-    quantized = {n for n, m in model.named_modules() if isinstance(m, W8A8Linear)}
-    assert quantized == {e["name"] for e in outcome.info["layers"]}
+    quantized = {n for n, m in model.named_modules() if isinstance(m, (W8A8Linear, W8A8Experts))}
+    named = (*outcome.info["layers"], *outcome.info.get("experts", ()))
+    assert quantized == {e["name"] for e in named}
     assert model.smoothquant_info["skipped"] == outcome.info["skipped"]
     after = outputs(model, unseen(family))
     assert all(bool(t.isfinite().all()) for t in after)

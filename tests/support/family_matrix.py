@@ -24,7 +24,7 @@ GROUPS = {
     r"|(self_attention|attention|self_attn)\.dense)",
     "queries, keys, values": rf"({_QKV}(_proj|_lin)?|query_key_value|c_attn|Wqkv|kv_a_proj_with_mqa|in_proj_\w+)",
 }
-COLUMNS = [*reversed(GROUPS), "other linears", "left in float"]
+COLUMNS = [*reversed(GROUPS), "other linears", "experts", "left in float"]
 
 _INTRO = """# Architectures
 
@@ -39,7 +39,7 @@ modules can absorb their factors ([smoothing](../guides/smoothing.md)). A model 
 "aten.add reads it": a residual branch reads the same tensor, so folding would change what it reads. "aten.mm reads it":
 a router or an expert reads it too. A test checks every row. The smoothed model's outputs must equal the float model's
 bit for bit (with factors that are powers of two; relative 1e-5 without that rounding). Every linear must be in one of
-the columns. The routers of mixtures of experts must give the same logits. The int8 model must stay near the float one.
+the columns. *Experts* are those whose matrices are one parameter ([mixtures](../guides/experts.md)). The routers of mixtures of experts must give the same logits. The int8 model must stay near the float one.
 
 Written by `python -m tests.support.family_table --write`, with transformers {version}.
 """
@@ -85,6 +85,9 @@ def _cells(family: str, notes: Footnotes) -> list[str]:
         outcomes[
             f"`{'.'.join(name.split('.')[-2:])}`: {text}" if column == "other linears" else text
         ] = None
+    for entry in outcome.info.get("experts", ()):
+        last = role(entry["name"]).split(".")[-1]
+        found["experts"][f"`{last}`: {_outcome(entry, outcome.model, notes)}"] = None
     for entry in outcome.info["skipped"]:
         last = role(entry["name"]).split(".")[-1]
         found["left in float"][f"`{last}`{notes.mark(entry['reason'])}"] = None

@@ -63,6 +63,7 @@ def _outcomes(info: dict[str, Any], short: Callable[[str], str]) -> list[Row]:
         together = layer["group"] if layer["smoothing"] == "folded" else [name]
         why = " ".join(short(word) for word in layer["reason"].split(" "))
         rows.append(Row(tuple(dict.fromkeys(map(short, together))), layer["smoothing"], why))
+    rows += [Row((short(e["name"]),), e["smoothing"], e["reason"]) for e in info.get("experts", ())]
     rows += [Row((short(s["name"]),), "float", s["reason"]) for s in info["skipped"]]
     return list(dict.fromkeys(rows))
 
@@ -72,7 +73,8 @@ def rows(family: str) -> list[Row]:
     outcome = smoothed(family)
     names = {n for n, _ in outcome.model.named_modules() if n}
     info = outcome.info
-    listed = [entry["name"] for entry in (*info["layers"], *info["skipped"])]
+    every = (*info["layers"], *info.get("experts", ()), *info["skipped"])
+    listed = [entry["name"] for entry in every]
     for length in range(1, 9):
 
         def short(word: str, length: int = length) -> str:
@@ -100,8 +102,8 @@ def rows(family: str) -> list[Row]:
 
 def _only(info: dict[str, Any], wanted: str) -> dict[str, Any]:
     return {
-        key: [entry for entry in info[key] if role(entry["name"]) == wanted]
-        for key in ("layers", "skipped")
+        key: [entry for entry in info.get(key, ()) if role(entry["name"]) == wanted]
+        for key in ("layers", "experts", "skipped")
     }
 
 

