@@ -48,7 +48,7 @@ def smooth_experts(
         if config.folding == "required" and config.smooth:
             raise SmoothQuantError(
                 f"{name} would stay unsmoothed, which folding='required' forbids: the factors of experts are divided "
-                "at run time; pass folding='only', or name these experts in skip."
+                "at run time; pass folding='only', or name these layers in skip."
             )
         if factors is not None or FACTORS in found.module.__dict__:
             changes.set_attribute(found.module, FACTORS, factors)
@@ -95,8 +95,8 @@ def _input(name: str, product: Product | None, k: int, config: SmoothQuantConfig
     if product is None:
         if scheme == "static":
             raise SmoothQuantError(
-                f"the static scheme needs a calibrated range for {name}: run smooth_lm on calibration data first "
-                "(smooth=False only measures), or skip these experts."
+                f"the static scheme needs a calibrated range for the experts {name}: run smooth_lm on calibration data "
+                "first (smooth=False only measures), or skip them."
             )
         return Input(scheme, rotation)
     if scheme == "static":
