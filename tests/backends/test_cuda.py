@@ -209,10 +209,9 @@ def test_an_op_without_a_cuda_kernel_has_one_that_explains(op: str) -> None:
     if not cuda.has_cuda_kernel(op):
         keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
         overload = getattr(torch.ops.smoothquant_kernels, op).default
-        wants = {argument.name for argument in overload._schema.arguments}
-        options = dict.fromkeys(wants & {"out_dtype", "dtype"}, torch.float16)
+        wants = {a.name for a in overload._schema.arguments} & {"out_dtype", "dtype"}
         with pytest.raises(RuntimeError, match=f"no CUDA kernel for {op}: "):
-            overload.redispatch(keys, *CALLS[op], **options)
+            overload.redispatch(keys, *CALLS[op], **dict.fromkeys(wants, torch.float16))
 
 
 # A library with a CUDA kernel for one op only.
