@@ -3,21 +3,14 @@
 #include "sqk/gemm.h"
 
 #include <algorithm>
-#include <cstring>
 #include <numeric>
 
 #include "common/entry.h"
 #include "common/valid.h"
-#include "cpu/layer.h"
+#include "cpu/blocks.h"
 
 namespace sqk {
 namespace {
-
-// A block's packed rows stay in the L2 cache while all of the weight passes by. The more rows, the
-// fewer bytes of the weight for each product. The other forms leave room for two panels of it.
-int64_t block_bytes(Form form) { return l2_bytes() / 8 * (form == Form::kRows ? 6 : 5); }
-// Packed rows that wait for the multiplication at the same time.
-constexpr int64_t kWaitingBytes = 8 << 20;
 
 // The sizes and buffers of a call. All are functions of the problem, not of the threads.
 struct Division {
@@ -29,15 +22,11 @@ struct Division {
   int64_t scratch_bytes;
 
   Division(const Kernels& kernels, int64_t m, int64_t k, bool w4) {
-    const int64_t most = std::min(round_up(m, kGroup), kMostRows);
-    form = kernels.form(std::min(m, most), k, w4);
+    form = kernels.form(std::min(m, kMostRows), k, w4);
     group_bytes = kernels.packed_bytes(k, form);
-    const int64_t fit = block_bytes(form) / group_bytes;
-    const int64_t groups = std::clamp(fit, int64_t{1}, most / kGroup);
-    const int64_t blocks = divide_up(m, groups * kGroup);
-    block_rows = round_up(divide_up(m, blocks), kGroup);
+    block_rows = rows_of_blocks(form, group_bytes, m);
     const int64_t waiting = kWaitingBytes / (block_rows / kGroup * group_bytes);
-    batch_rows = block_rows * std::clamp(waiting, int64_t{1}, blocks);
+    batch_rows = block_rows * std::clamp(waiting, int64_t{1}, divide_up(m, block_rows));
     tasks = quantizer_tasks(divide_up(batch_rows, kGroup), batch_rows * k, kMostThreads);
     scratch_bytes = RowScratch::bytes(k, kGroup);
   }
@@ -58,24 +47,17 @@ struct Source {
   // Packs up to kGroup rows, and writes the scale of each if they are quantized.
   void pack(const Kernels& kernels, const Division& division, int64_t first, int64_t rows,
             int64_t k, const RowScratch& scratch, float* scales, uint8_t* packed) const {
-    const int8_t* x_q = scratch.x_q;
-    int64_t stride = scratch.stride;
-    if (quantizer != nullptr) {
-      for (int64_t i = 0; i < rows; ++i) {
-        scales[i] =
-            quantizer->quantize(kernels, first + i, scratch.v, scratch.x_q + i * scratch.stride);
-      }
-    } else if (k % kVector == 0) {
-      x_q = given->x_q + first * given->x_q_stride;
-      stride = given->x_q_stride;
-    } else {
-      for (int64_t i = 0; i < rows; ++i) {
-        int8_t* to = scratch.x_q + i * scratch.stride;
-        std::memcpy(to, given->x_q + (first + i) * given->x_q_stride, static_cast<size_t>(k));
-        std::memset(to + k, 0, static_cast<size_t>(scratch.stride - k));
-      }
+    if (quantizer == nullptr) {
+      const int64_t stride = given->x_q_stride;
+      const auto row_at = [&](int64_t i) { return given->x_q + (first + i) * stride; };
+      pack_group(kernels, division.form, k, rows, true, stride, row_at, scratch, packed);
+      return;
     }
-    kernels.pack(x_q, stride, rows, k, division.form, packed);
+    for (int64_t i = 0; i < rows; ++i) {
+      scales[i] =
+          quantizer->quantize(kernels, first + i, scratch.v, scratch.x_q + i * scratch.stride);
+    }
+    kernels.pack(scratch.x_q, scratch.stride, rows, k, division.form, packed);
   }
 };
 

@@ -6,6 +6,7 @@
 #include "cpu/levels.h"
 #include "sqk/attention.h"
 #include "sqk/gemm.h"
+#include "sqk/grouped.h"
 #include "sqk/quantize.h"
 
 namespace sqk {
@@ -91,6 +92,8 @@ struct Kernels {
   // Attention of a part, and the output of a query.
   void (*attend)(const Part& part);
   void (*merge)(const Merge& merge);
+  // A token's weighted sum of the results of its experts.
+  void (*combine)(const CombineParams& params, int64_t token);
 };
 
 #define SQK_DECLARE(level, text) extern const Kernels kKernels##level;

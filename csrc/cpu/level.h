@@ -39,6 +39,7 @@ namespace {
 #include "cpu/rows.h"
 #include "cpu/output.h"
 #include "cpu/gated.h"
+#include "cpu/combine.h"
 // clang-format on
 
 }  // namespace
@@ -77,6 +78,7 @@ namespace {
       },                                                                                       \
       attend,                                                                                  \
       merge_parts,                                                                             \
+      combine_token,                                                                           \
   };
 
 // The table of a level that packs rows in one form.

@@ -27,6 +27,7 @@ BUILD_COMMAND = (
 _OPS = (
     "quantize", "rms_norm_quantize", "layer_norm_quantize", "act_quantize", "gemm_s8", "gemm_s8_requant",
     "gemm_s8_gated", "gemm_w4a8", "linear_s8", "fused_linear_s8", "linear_w4a8", "kv_append", "decode_attention_s8",
+    "grouped_gemm_s8", "combine_experts",
 )  # fmt: skip
 
 

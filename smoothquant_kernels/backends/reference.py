@@ -93,13 +93,15 @@ def _grouped_gemm_s8(
     out_dtype: torch.dtype,
 ) -> Tensor:
     s = len(x_q) if rows is None else len(rows)
-    y = x_q.new_zeros(s, w_q.shape[1], dtype=out_dtype)
     bounds = offsets.tolist()
-    _check_range("grouped_gemm_s8: offsets", offsets, s + 1)
-    if bounds != sorted(bounds):
-        raise ValueError(f"grouped_gemm_s8: offsets must ascend, got {bounds}.")
+    for before, bound in itertools.pairwise([0, *bounds]):
+        if not before <= bound <= s:
+            raise ValueError(
+                f"grouped_gemm_s8: offsets must ascend from 0 or more to at most {s}, got {bound} after {before}."
+            )
     if rows is not None:
         _check_range("grouped_gemm_s8: rows", rows, len(x_q))
+    y = x_q.new_zeros(s, w_q.shape[1], dtype=out_dtype)
     for e, (first, last) in enumerate(itertools.pairwise(bounds)):
         if first == last:
             continue
@@ -112,7 +114,8 @@ def _grouped_gemm_s8(
 
 
 def _check_range(what: str, values: Tensor, end: int) -> None:
-    if values.numel() and (wrong := values[(values < 0) | (values >= end)]).numel():
+    wrong = values[(values < 0) | (values >= end)]
+    if wrong.numel():
         raise ValueError(f"{what} must be in [0, {end}), got {int(wrong[0])}.")
 
 

@@ -56,7 +56,7 @@ def grouped(
     if rows is not None:
         s = rows.shape[0] if rows.dim() == 1 else s
         _indices(op, "rows", rows, x_q, (s,), "the row of x_q for each result")
-        if s and not len(x_q):
+        if s and not x_q.shape[0]:  # `len` would make a symbolic size a number
             raise ValueError(f"{op}: x_q has no rows, but rows has {s}.")
     _indices(op, "offsets", offsets, x_q, (experts + 1,), "one more than experts")
     require_vector(op, "x_scale", x_scale, x_q, (s, 1), "per result or for all")
@@ -88,5 +88,5 @@ def combine(y: Tensor, position: Tensor, weights: Tensor) -> None:
     require_dtype(op, "weights", weights, FLOATS)
     require_device(op, "weights", weights, y)
     _indices(op, "position", position, y, tuple(weights.shape), "the shape of weights")
-    if len(weights) and not len(y):
-        raise ValueError(f"{op}: y has no rows, but position has {len(weights)}.")
+    if weights.shape[0] and not y.shape[0]:
+        raise ValueError(f"{op}: y has no rows, but position has {weights.shape[0]}.")

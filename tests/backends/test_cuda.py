@@ -191,6 +191,8 @@ CALLS: dict[str, tuple[Any, ...]] = {
     "fused_linear_s8": (X, "relu", X, X),
     "gemm_w4a8": (X, X, X, X, X),
     "linear_w4a8": (X, X, X, X),
+    "grouped_gemm_s8": (X, X, X, X, X),
+    "combine_experts": (X, X, X),
     "kv_append": (X, X, X, X),
     "decode_attention_s8": (X, X, X, 1.0),
     "_gemm_s8_tile": (X, X, X, X),
@@ -206,12 +208,10 @@ def test_an_op_without_a_cuda_kernel_has_one_that_explains(op: str) -> None:
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"smoothquant_kernels::{op}", "CUDA")
     if not cuda.has_cuda_kernel(op):
         keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
-        schema = getattr(torch.ops.smoothquant_kernels, op).default._schema
-        wants = {argument.name for argument in schema.arguments}
-        options = {name: torch.float16 for name in wants & {"out_dtype", "dtype"}}
         overload = getattr(torch.ops.smoothquant_kernels, op).default
+        wants = {a.name for a in overload._schema.arguments} & {"out_dtype", "dtype"}
         with pytest.raises(RuntimeError, match=f"no CUDA kernel for {op}: "):
-            overload.redispatch(keys, *CALLS[op], **options)
+            overload.redispatch(keys, *CALLS[op], **dict.fromkeys(wants, torch.float16))
 
 
 # A library with a CUDA kernel for one op only.

@@ -15,6 +15,7 @@
 // clang-format off
 #include "cpu_problems.h"
 #include "cpu_cache_problems.h"
+#include "cpu_expert_problems.h"
 // clang-format on
 
 namespace {
@@ -282,6 +283,79 @@ void check_cache(const CacheProblem& given_problem, int level, int64_t count) {
   }
 }
 
+void compare_experts(const char* what, const ExpertProblem& p, int level, int64_t threads,
+                     const std::vector<float>& found, const std::vector<float>& wanted) {
+  for (size_t i = 0; i < wanted.size(); ++i) {
+    if (same(found[i], wanted[i]) && std::signbit(found[i]) == std::signbit(wanted[i])) continue;
+    if (std::isnan(found[i]) && std::isnan(wanted[i])) continue;
+    if (++failures > 10) return;
+    std::printf(
+        "%s at level %s, %d threads, M %d N %d K %d, %d experts: element %d is %g, not %g\n", what,
+        sqk_cpu_level_name(level), static_cast<int>(threads), static_cast<int>(p.m),
+        static_cast<int>(p.n), static_cast<int>(p.k), static_cast<int>(p.experts),
+        static_cast<int>(i), static_cast<double>(found[i]), static_cast<double>(wanted[i]));
+    return;
+  }
+}
+
+// What a caller may pass by mistake: undefined results, but nothing beyond the arrays is touched.
+std::vector<int32_t> spoiled(std::vector<int32_t> values) {
+  for (int32_t& value : values) {
+    if (chance(30)) value = static_cast<int32_t>(chance(50) ? random_bits() : random_bits() % 50);
+  }
+  return values;
+}
+
+void check_experts(const ExpertProblem& p, int level, int64_t count) {
+  const sqk::Threads threads = {count, run_in_threads};
+  std::vector<float> y(static_cast<size_t>(p.m * p.n), 7.0f);
+  sqk::GroupedParams g = {};
+  g.m = p.m;
+  g.n = p.n;
+  g.k = p.k;
+  g.experts = p.experts;
+  g.x_q = p.x_q.data();
+  g.x_rows = p.x_rows;
+  g.x_q_stride = p.k;
+  g.rows = given(p.rows);
+  g.offsets = p.offsets.data();
+  g.w_q = p.w_q.data();
+  g.w_q_stride = p.k;
+  g.w_q_expert_stride = p.n * p.k;
+  g.x_scale = p.x_scale.data();
+  g.x_per_token = p.x_scale.size() > 1;
+  g.w_scale = p.w_scale.data();
+  g.bias = given(p.bias);
+  g.y = y.data();
+  g.y_stride = p.n;
+  g.y_dtype = DType::kFloat32;
+  g.tile = -1;
+  run(g, g, sqk::grouped_gemm_s8, threads);
+  compare_experts("grouped_gemm_s8", p, level, count, y, grouped_expected(p));
+
+  std::vector<float> out(static_cast<size_t>(p.tokens * p.n));
+  sqk::CombineParams c = {};
+  c.tokens = p.tokens;
+  c.choices = p.choices;
+  c.n = c.y_stride = c.out_stride = p.n;
+  c.y_rows = p.m;
+  c.y = p.y.data();
+  c.position = p.position.data();
+  c.weights = p.weights.data();
+  c.out = out.data();
+  c.dtype = c.weights_dtype = DType::kFloat32;
+  failures += sqk::combine_experts(c, sqk::as_stream(&threads)) != Status::kSuccess;
+  compare_experts("combine_experts", p, level, count, out, combined_expected(p));
+
+  const std::vector<int32_t> offsets = spoiled(p.offsets), rows = spoiled(p.rows),
+                             position = spoiled(p.position);
+  g.offsets = offsets.data();
+  g.rows = given(rows);
+  c.position = position.data();
+  run(g, g, sqk::grouped_gemm_s8, threads);
+  failures += sqk::combine_experts(c, sqk::as_stream(&threads)) != Status::kSuccess;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -291,6 +365,7 @@ int main(int argc, char** argv) {
   for (int i = 0; i < std::atoi(argv[2]); ++i) {
     Problem p = make_problem();
     const CacheProblem c = make_cache_problem();
+    const ExpertProblem e = make_expert_problem();
     for (int level = 0; sqk_cpu_level_name(level) != nullptr; ++level) {
       const bool wanted = argc < 4 || std::string(argv[3]) == sqk_cpu_level_name(level);
       if (!wanted || !sqk_cpu_has_level(level)) continue;
@@ -298,6 +373,7 @@ int main(int argc, char** argv) {
       for (int64_t threads : {1, 3}) {
         check(p, level, threads);
         check_cache(c, level, threads);
+        check_experts(e, level, threads);
         ++problems;
       }
     }

@@ -78,6 +78,8 @@ def test_ops_are_listed_in_the_order_of_the_documentation() -> None:
         "fused_linear_s8",
         "gemm_w4a8",
         "linear_w4a8",
+        "grouped_gemm_s8",
+        "combine_experts",
         "kv_append",
         "decode_attention_s8",
     ]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from smoothquant_kernels import reference
-from tests.support import cache_calls, cases
+from tests.support import cache_calls, cases, expert_calls
 from tests.support.op_calls import Call
 
 KINDS = (*reference.ACTIVATIONS, *reference.FUSED_KINDS)
@@ -198,4 +198,5 @@ REFUSED: list[tuple[Call, type[Exception], str]] = [
     (fused(rotation=4), ValueError, "that divides K = 6, got 4."),
     (fused(granularity="row"), ValueError, "must be 'token' or 'tensor', got 'row'; give"),
     *cache_calls.REFUSED,
+    *expert_calls.REFUSED,
 ]

@@ -30,6 +30,11 @@ GROUP = torch.tensor([[[2, -3], [15, -100]]], dtype=torch.int8)
 ONE, TWO = torch.ones(1), torch.tensor([2.0])
 PER_TOKEN, PER_CHANNEL = torch.tensor([1.0, 2.0, 0.5]), torch.tensor([0.5, 4.0])
 X_Q = X.to(torch.int8)
+# Two experts: results 1 and 2 are the first's, result 3 is the second's, and result 0 is nobody's.
+EXPERTS = torch.stack([W, W.flip(0)])
+OFFSETS, ROWS = torch.tensor([1, 3, 4]).int(), torch.tensor([0, 2, 1, 2]).int()
+EXPERT_SCALE = torch.stack([PER_CHANNEL, TWO.expand(2)])
+RESULTS, PLACES = X[:, ::2], torch.tensor([[2, 0], [1, 1]]).int()
 # Two sequences of one head, two tokens each; every value is an integer and every scale 1 or 2.
 TOKENS = torch.stack([X, X.flip(1)])[:, None, :2]
 TABLE, SECOND = torch.tensor([[2, 0], [1, 3]]).int(), torch.tensor([3, 2]).int()
@@ -73,6 +78,11 @@ CALLS: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
     ("linear_s8", (X, W, ONE), {"residual": torch.ones(3, 2)}),
     ("fused_linear_s8", (X, "relu", W, ONE), {"scale": ONE, "residual": torch.ones(3, 2)}),
     ("fused_linear_s8", (SIGNS, "layer_norm", W, ONE), {"norm_weight": 127 * torch.ones(4)}),
+    ("grouped_gemm_s8", (X_Q, EXPERTS, PER_CHANNEL[1:], EXPERT_SCALE, OFFSETS),
+     {"rows": ROWS, "bias": EXPERT_SCALE.half(), "out_dtype": torch.float32}),
+    ("grouped_gemm_s8", (X_Q, EXPERTS.mT.contiguous().mT, PER_TOKEN, EXPERT_SCALE.t().contiguous().t(), OFFSETS - 1),
+     {"out_dtype": torch.float32}),
+    ("combine_experts", (RESULTS, PLACES, EXPERT_SCALE), {}),
     ("kv_append", (TOKENS, 2 * TOKENS), {**cache(2, 4), "positions": SECOND - 1}),
     ("kv_append", (TOKENS.mT.contiguous().mT, TOKENS),
      {**cache(4, 2), "positions": SECOND - 2, "block_table": TABLE, "k_inv_smooth": torch.ones(1, 4)}),
@@ -90,6 +100,9 @@ REFUSED: list[tuple[str, tuple[Any, ...], dict[str, Any], str]] = [
     ("quantize", (X,), {"granularity": "row"}, "granularity must be 'token' or 'tensor', got 'row'"),
     ("act_quantize", (X, "cube"), {}, "kind must be one of relu, gelu"),
     ("gemm_s8", (X, W, ONE, ONE), {"out_dtype": torch.float32}, "x_q must be int8, got float32"),
+    ("grouped_gemm_s8", (X_Q, EXPERTS, ONE, EXPERT_SCALE, OFFSETS[1:]), {"out_dtype": torch.float32},
+     r"offsets must have shape \(3,\) \(one more than experts\), got \(2,\)"),
+    ("combine_experts", (RESULTS, PLACES.long(), EXPERT_SCALE), {}, "position must be int32, got int64"),
     ("quantize", (ENDLESS,), {"k_multiple": 2**20},
      "aoti_torch_empty_strided failed: .*(allocate memory|standard error)"),
 ]  # fmt: skip

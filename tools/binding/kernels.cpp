@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "sqk/attention.h"
+#include "sqk/grouped.h"
 #include "sqk/linear.h"
 #include "sqk/quantize.h"
 #include "sqk/saturate.h"
@@ -256,6 +257,46 @@ Status decode_attention_s8(const AttentionParams& p, const AttentionPlan&, cudaS
   for (int64_t b = 0; b < p.batch; ++b) {
     for (int64_t head = 0; head < p.heads; ++head) {
       for (int64_t token = 0; token < p.tokens; ++token) attend(p, b, head, token);
+    }
+  }
+  return Status::kSuccess;
+}
+
+Status plan(const GroupedParams& p, GroupedPlan* plan) {
+  *plan = {};
+  return p.y_dtype == DType::kFloat32 ? Status::kSuccess : Status::kUnsupportedShape;
+}
+
+Status grouped_gemm_s8(const GroupedParams& p, const GroupedPlan&, cudaStream_t) {
+  float* const y = static_cast<float*>(p.y);
+  std::fill(y, y + p.m * p.n, 0.0f);
+  for (int64_t e = 0; e < p.experts; ++e) {
+    for (int64_t row = p.offsets[e]; row < p.offsets[e + 1]; ++row) {
+      const int8_t* x = p.x_q + (p.rows != nullptr ? p.rows[row] : row) * p.x_q_stride;
+      for (int64_t n = 0; n < p.n; ++n) {
+        const int8_t* w = p.w_q + e * p.w_q_expert_stride + n * p.w_q_stride;
+        int32_t sum = 0;
+        for (int64_t i = 0; i < p.k; ++i) sum += x[i] * w[i];
+        float v = static_cast<float>(sum) * p.w_scale[e * p.n + n];
+        v *= p.x_scale[p.x_per_token ? row : 0];
+        y[row * p.y_stride + n] = p.bias != nullptr ? v + p.bias[e * p.n + n] : v;
+      }
+    }
+  }
+  return Status::kSuccess;
+}
+
+Status combine_experts(const CombineParams& p, cudaStream_t) {
+  const bool served = p.dtype == DType::kFloat32 && p.weights_dtype == DType::kFloat32;
+  if (!served) return Status::kUnsupportedShape;
+  for (int64_t token = 0; token < p.tokens; ++token) {
+    for (int64_t n = 0; n < p.n; ++n) {
+      float sum = 0;
+      for (int64_t at = token * p.choices; at < (token + 1) * p.choices; ++at) {
+        sum +=
+            static_cast<const float*>(p.weights)[at] * row_of(p.y, p.position[at], p.y_stride)[n];
+      }
+      static_cast<float*>(p.out)[token * p.out_stride + n] = sum;
     }
   }
   return Status::kSuccess;

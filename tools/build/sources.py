@@ -14,7 +14,7 @@ MODULE_FOLDER = "csrc/python/"
 TORCH_FOLDER = "csrc/torch/"
 CPU_FOLDER = "csrc/cpu/"
 #: The binding of ops that have a compiled CPU kernel.
-CPU_BINDING = ("quantize", "gemm", "gated", "linear", "kv_cache", "attention")
+CPU_BINDING = ("quantize", "gemm", "gated", "linear", "kv_cache", "attention", "grouped")
 #: CUTLASS's headers take 30 of the 40 seconds that a wgmma kernel takes to compile, so some files share them. The
 #: number is fixed: if it depended on the number of processors, two machines would build different libraries. Kernels
 #: for weights of 4 bits need few of these headers.
