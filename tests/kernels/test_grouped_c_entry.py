@@ -357,7 +357,7 @@ def test_statuses_of_wrong_sums(compiled: Backend, entries: ctypes.CDLL) -> None
     position = compiled.put(torch.zeros(3, 2, dtype=torch.int32))
     weights = compiled.put(torch.ones(3, 2))
     wrong: dict[str, tuple[Any, ...]] = {
-        "tokens": (-1,), "choices": (0, -1), "n": (0, -1), "y_rows": (0, -1), "y": (None,), "y_stride": (4,),
+        "tokens": (-1,), "choices": (0, -1), "n": (0, -1), "y_rows": (0, -1), "y": (None,), "y_stride": (-5,),
         "position": (None,), "weights": (None,), "out": (None,), "out_stride": (4,), "dtype": (-1, 3, 4),
         "weights_dtype": (-1, 3, 4),
     }  # fmt: skip
