@@ -4,6 +4,7 @@
 #include "common/memory_order.cuh"
 #include "common/tma.cuh"
 #include "gemm/epilogue/params.cuh"
+#include "gemm/grouped/kernels.h"
 #include "sqk/grouped.h"
 
 namespace sqk {
@@ -18,9 +19,6 @@ struct GroupedWgmmaParams {
   int32_t raster;     // tiles along m that are computed before the next ones along n
   Epilogue epilogue;  // m, w_scale and bias are those of all experts
 };
-
-// Of a block's shared memory, for what it knows of the experts. The plan counts them too.
-constexpr int64_t expert_bytes(int64_t experts) { return 8 * (experts + 1); }
 
 // One operand is the rows of the instruction: two warpgroups take 64 each. With kSwap these are
 // channels, so that few tokens waste nothing.
