@@ -38,7 +38,7 @@ COUNTS = (
 
 
 @pytest.fixture(params=TILES, ids=lambda tile: tile.name)
-def tile(request: pytest.FixtureRequest) -> Tile:
+def own(request: pytest.FixtureRequest) -> Tile:
     found: Tile = request.param
     return found
 
@@ -135,19 +135,19 @@ def run(library: ctypes.CDLL, backend: Backend, params: c_grouped.Params, **memo
 
 @pytest.mark.parametrize("gathered", [False, True])
 def test_smoke_grouped_wgmma(
-    compiled: Backend, hopper: ctypes.CDLL, tile: Tile, gathered: bool
+    compiled: Backend, hopper: ctypes.CDLL, own: Tile, gathered: bool
 ) -> None:
     problem = Problem(compiled, (1, 0, 19, 4), 35, 300, head=2, tail=3, gathered=gathered)
-    problem.check(hopper, tile)
+    problem.check(hopper, own)
 
 
 @pytest.mark.parametrize("dtype", cases.FLOATS, ids=str)
-def test_every_tile(compiled: Backend, hopper: ctypes.CDLL, tile: Tile, dtype: torch.dtype) -> None:
+def test_every_tile(compiled: Backend, hopper: ctypes.CDLL, own: Tile, dtype: torch.dtype) -> None:
     for case in cases.covering(
         6,
-        cases.FLOATS.index(dtype) + 3 * tile.row,
+        cases.FLOATS.index(dtype) + 3 * own.row,
         counts=COUNTS,
-        n=(1, 7, 35, tile.n, tile.n + 1, tile.n - 2),
+        n=(1, 7, 35, own.n, own.n + 1, own.n - 2),
         k=(1, 100, 128, 129, 300, 16),
         head=(0, 3),
         tail=(0, 20, 1),
@@ -157,44 +157,44 @@ def test_every_tile(compiled: Backend, hopper: ctypes.CDLL, tile: Tile, dtype: t
         aligned=(True, False),
         extra=(0, 1, 2),
     ):
-        Problem(compiled, dtype=dtype, **case).check(hopper, tile, case)
+        Problem(compiled, dtype=dtype, **case).check(hopper, own, case)
 
 
 def test_the_ring_goes_on_from_tile_to_tile(
-    compiled: Backend, hopper: ctypes.CDLL, tile: Tile
+    compiled: Backend, hopper: ctypes.CDLL, own: Tile
 ) -> None:
     """A block computes tiles of several experts, which begin and end anywhere in the ring."""
     blocks = c_gemm.current_device(hopper).sms
-    for steps in (1, 2, tile.stages + 1):
+    for steps in (1, 2, own.stages + 1):
         counts = [1 + e % 3 for e in range(2 * blocks + 1)]
         problem = Problem(compiled, counts, 9, 128 * steps - 5, tail=1)
-        problem.check(hopper, tile, steps)
+        problem.check(hopper, own, steps)
 
 
-def test_tiles_in_groups_along_m(compiled: Backend, hopper: ctypes.CDLL, tile: Tile) -> None:
+def test_tiles_in_groups_along_m(compiled: Backend, hopper: ctypes.CDLL, own: Tile) -> None:
     """More than 2048 tokens of one expert: the last group of tiles is smaller."""
-    problem = Problem(compiled, (1, 2048 + tile.m + 1, 2), 2 * tile.n + 1, 20)
-    problem.check(hopper, tile)
+    problem = Problem(compiled, (1, 2048 + own.m + 1, 2), 2 * own.n + 1, 20)
+    problem.check(hopper, own)
 
 
-def test_most_experts(compiled: Backend, hopper: ctypes.CDLL, tile: Tile) -> None:
+def test_most_experts(compiled: Backend, hopper: ctypes.CDLL, own: Tile) -> None:
     counts = [int(e in (0, 511, 1023)) for e in range(1024)]
-    Problem(compiled, counts, 3, 17, head=1).check(hopper, tile)
+    Problem(compiled, counts, 3, 17, head=1).check(hopper, own)
 
 
-def test_experts_without_rows(compiled: Backend, hopper: ctypes.CDLL, tile: Tile) -> None:
+def test_experts_without_rows(compiled: Backend, hopper: ctypes.CDLL, own: Tile) -> None:
     """All of y is zeros."""
     for head, tail, gathered in ((0, 5, False), (5, 0, True), (3, 4, False)):
         problem = Problem(compiled, (0, 0), 20, 40, head=head, tail=tail, gathered=gathered)
         assert not problem.expected.any()
-        problem.check(hopper, tile, (head, tail))
+        problem.check(hopper, own, (head, tail))
 
 
 def test_equal_to_the_gemm_of_each_expert(
-    compiled: Backend, hopper: ctypes.CDLL, tile: Tile
+    compiled: Backend, hopper: ctypes.CDLL, own: Tile
 ) -> None:
     problem = Problem(compiled, (5, 18, 2), 70, 260, dtype=torch.float32)
-    assert run(hopper, compiled, problem.params(tile.row)) == SUCCESS
+    assert run(hopper, compiled, problem.params(own.row)) == SUCCESS
     bounds = problem.offsets.tolist()
     for e, (first, last) in enumerate(itertools.pairwise(bounds)):
         assert problem.bias is not None
@@ -203,11 +203,11 @@ def test_equal_to_the_gemm_of_each_expert(
             *(problem.w_scale[e], problem.bias[e]),
             out_dtype=torch.float32,
         )
-        assert_bitwise_equal(problem.output.y[first:last], single, f"{tile.name} {e}")
+        assert_bitwise_equal(problem.output.y[first:last], single, f"{own.name} {e}")
         count_result()
 
 
-def test_scales_that_are_not_finite(compiled: Backend, hopper: ctypes.CDLL, tile: Tile) -> None:
+def test_scales_that_are_not_finite(compiled: Backend, hopper: ctypes.CDLL, own: Tile) -> None:
     """They stay in their row and their channel."""
     problem = Problem(compiled, (2, 5), 12, 50)
     problem.x_scale[1], problem.x_scale[4] = float("nan"), float("inf")
@@ -217,13 +217,13 @@ def test_scales_that_are_not_finite(compiled: Backend, hopper: ctypes.CDLL, tile
     ]
     assert problem.bias is not None
     problem.expected = reference.grouped_gemm_s8(*cpu, bias=problem.bias.cpu())
-    problem.check(hopper, tile)
+    problem.check(hopper, own)
 
 
-def test_one_row_may_have_any_stride(compiled: Backend, hopper: ctypes.CDLL, tile: Tile) -> None:
+def test_one_row_may_have_any_stride(compiled: Backend, hopper: ctypes.CDLL, own: Tile) -> None:
     for counts, n in (((1,), 1), ((1, 0, 0), 1), ((5,), 20), ((0, 1), 5)):
         problem = Problem(compiled, counts, n, 100)
-        params = problem.params(tile.row)
+        params = problem.params(own.row)
         if problem.m == 1:
             params.x_q_stride, params.y_stride = 1, 0
         if n == 1:
@@ -231,7 +231,7 @@ def test_one_row_may_have_any_stride(compiled: Backend, hopper: ctypes.CDLL, til
         if len(counts) == 1:
             params.w_q_expert_stride = -5
         assert run(hopper, compiled, params) == SUCCESS
-        problem.output.check(problem.expected, f"{tile.name} {counts} {n}")
+        problem.output.check(problem.expected, f"{own.name} {counts} {n}")
 
 
 @pytest.mark.parametrize("counts", [(2, 0, 3), (40, 50), (100,), (300, 1)], ids=str)
@@ -251,7 +251,7 @@ def test_the_op(compiled: Backend, hopper: ctypes.CDLL, counts: tuple[int, ...])
 
 @pytest.mark.parametrize("gathered", [False, True])
 def test_a_chain_of_kernels(
-    compiled: Backend, hopper: ctypes.CDLL, tile: Tile, gathered: bool
+    compiled: Backend, hopper: ctypes.CDLL, own: Tile, gathered: bool
 ) -> None:
     """The kernel before writes x_q and x_scale; the GEMM may start before it has ended (tests/csrc/test_overlap.py)."""
     m, k = 40, 300
@@ -266,8 +266,8 @@ def test_a_chain_of_kernels(
     for turn in range(2):
         found, problem.x_scale = ops.quantize(x, k_multiple=16)
         problem.x = found[:, :k]
-        assert run(hopper, compiled, problem.params(tile.row)) == SUCCESS
-        problem.output.check(expected, f"{tile.name}, turn {turn}")
+        assert run(hopper, compiled, problem.params(own.row)) == SUCCESS
+        problem.output.check(expected, f"{own.name}, turn {turn}")
 
 
 # --- nothing outside the arrays ---------------------------------------------------------------------
@@ -289,7 +289,7 @@ BAD = 2**31 - 1
     ids=str,
 )
 def test_bad_offsets_stay_inside(
-    compiled: Backend, hopper: ctypes.CDLL, tile: Tile, offsets: tuple[int, ...]
+    compiled: Backend, hopper: ctypes.CDLL, own: Tile, offsets: tuple[int, ...]
 ) -> None:
     """The simulator stops at any access outside of an array, and the garbage around y stays."""
     for gathered in (False, True):
@@ -298,17 +298,17 @@ def test_bad_offsets_stay_inside(
         problem.offsets.copy_(torch.tensor(offsets, dtype=torch.int32))
         if problem.rows is not None:
             problem.rows[::3], problem.rows[1::3] = -BAD, BAD
-        assert run(hopper, compiled, problem.params(tile.row)) == SUCCESS
+        assert run(hopper, compiled, problem.params(own.row)) == SUCCESS
         problem.output.y.fill_(77)
         problem.output.check_untouched()
 
 
 def test_offsets_out_of_range_are_clamped(
-    compiled: Backend, hopper: ctypes.CDLL, tile: Tile
+    compiled: Backend, hopper: ctypes.CDLL, own: Tile
 ) -> None:
     problem = Problem(compiled, (10, 0, 20), 35, 100)
     problem.offsets[0], problem.offsets[-1] = -9, BAD
-    problem.check(hopper, tile)
+    problem.check(hopper, own)
 
 
 # --- plans and statuses -----------------------------------------------------------------------------
@@ -330,24 +330,24 @@ def test_the_plan_chooses_by_the_mean(compiled: Backend, hopper: ctypes.CDLL) ->
         assert plan.workspace_bytes == 3 * rows * 128
 
 
-def test_weights_without_a_map(compiled: Backend, hopper: ctypes.CDLL, tile: Tile) -> None:
+def test_weights_without_a_map(compiled: Backend, hopper: ctypes.CDLL, own: Tile) -> None:
     """A distance between experts that is no multiple of that between channels: other kernels serve."""
     problem = Problem(compiled, (3, 4), 5, 40, extra=1)
     wide = compiled.put(torch.zeros(2, 6 * 64 + 16, dtype=torch.int8))
     w_q = wide.as_strided((2, 5, 40), (wide.stride(0), 64, 1))
     w_q.copy_(problem.w_q)
     problem.w_q = w_q
-    assert c_grouped.plan(hopper, problem.params(tile.row))[0] == UNSUPPORTED_SHAPE
+    assert c_grouped.plan(hopper, problem.params(own.row))[0] == UNSUPPORTED_SHAPE
     status, plan = c_grouped.plan(hopper, problem.params())
     assert status == SUCCESS and plan.tile not in [row.row for row in TILES]
     assert run(hopper, compiled, problem.params()) == SUCCESS
     problem.output.check(problem.expected)
 
 
-def test_statuses(compiled: Backend, hopper: ctypes.CDLL, tile: Tile) -> None:
+def test_statuses(compiled: Backend, hopper: ctypes.CDLL, own: Tile) -> None:
     """A refused call must not launch."""
     problem = Problem(compiled, (3, 4), 20, 64, gathered=True)
-    params = problem.params(tile.row)
+    params = problem.params(own.row)
     size = c_grouped.plan(hopper, params)[1].workspace_bytes
     with workspace_of(compiled, params, size):  # type: ignore[arg-type]
         params.workspace_bytes -= 1
@@ -359,8 +359,8 @@ def test_statuses(compiled: Backend, hopper: ctypes.CDLL, tile: Tile) -> None:
         params.workspace = kept
         for _ in range(2):  # what the last launch left in the workspace does not matter
             assert hopper.sqk_grouped_gemm_s8(byref(params), None) == SUCCESS
-            problem.output.check(problem.expected, tile.name)
+            problem.output.check(problem.expected, own.name)
     empty = c_grouped.Params(
-        n=8, k=8, experts=2, w_q_stride=16, w_q_expert_stride=128, y_dtype=1, tile=tile.row
+        n=8, k=8, experts=2, w_q_stride=16, w_q_expert_stride=128, y_dtype=1, tile=own.row
     )
     assert hopper.sqk_grouped_gemm_s8(byref(empty), None) == SUCCESS

@@ -173,7 +173,9 @@ class GroupedConsumer {
   // Tokens of no expert are zeros; the blocks share them.
   __device__ void clear(int32_t first, int32_t last) const {
     const Epilogue& e = p_.epilogue;
-    const int64_t size = size_in_bytes(e.y_dtype), bytes = e.n * size;
+    const auto size = visit_float(
+        e.y_dtype, [](auto type) { return static_cast<int64_t>(sizeof(Element<decltype(type)>)); });
+    const int64_t bytes = e.n * size;
     const int64_t whole = e.wide ? bytes / 16 * 16 : 0;
     for (int64_t token = first + int64_t{blockIdx.x}; token < last; token += gridDim.x) {
       int8_t* const row = static_cast<int8_t*>(e.y) + token * e.y_stride * size;
