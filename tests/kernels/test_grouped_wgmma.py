@@ -200,7 +200,8 @@ def test_equal_to_the_gemm_of_each_expert(
         assert problem.bias is not None
         single = ops.gemm_s8(
             *(problem.x[first:last], problem.w_q[e], problem.x_scale[first:last]),
-            *(problem.w_scale[e], problem.bias[e]),
+            problem.w_scale[e],
+            bias=problem.bias[e],
             out_dtype=torch.float32,
         )
         assert_bitwise_equal(problem.output.y[first:last], single, f"{own.name} {e}")
@@ -341,7 +342,7 @@ def test_weights_without_a_map(compiled: Backend, hopper: ctypes.CDLL, own: Tile
     status, plan = c_grouped.plan(hopper, problem.params())
     assert status == SUCCESS and plan.tile not in [row.row for row in TILES]
     assert run(hopper, compiled, problem.params()) == SUCCESS
-    problem.output.check(problem.expected)
+    problem.output.check(problem.expected, own.name)
 
 
 def test_statuses(compiled: Backend, hopper: ctypes.CDLL, own: Tile) -> None:
