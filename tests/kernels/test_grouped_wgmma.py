@@ -25,7 +25,7 @@ from tests.support.c_interface import (
 )
 from tests.support.compare import assert_bitwise_equal, count_result
 
-TILES = c_grouped.tiles("wgmma")
+TILES = c_grouped.wgmma_tiles()
 #: Rows of each expert.
 COUNTS = (
     (0, 1, 7, 129),
@@ -123,7 +123,7 @@ def run(library: ctypes.CDLL, backend: Backend, params: c_grouped.Params, **memo
     status, plan = c_grouped.plan(library, params)
     if status != SUCCESS:
         return status
-    with workspace_of(backend, params, max(plan.workspace_bytes, 1), **memory):  # type: ignore[arg-type]
+    with workspace_of(backend, params, max(plan.workspace_bytes, 1), **memory):
         status = library.sqk_grouped_gemm_s8(byref(params), None)
         if backend.device == "cuda":
             torch.cuda.synchronize()
@@ -350,7 +350,7 @@ def test_statuses(compiled: Backend, hopper: ctypes.CDLL, own: Tile) -> None:
     problem = Problem(compiled, (3, 4), 20, 64, gathered=True)
     params = problem.params(own.row)
     size = c_grouped.plan(hopper, params)[1].workspace_bytes
-    with workspace_of(compiled, params, size):  # type: ignore[arg-type]
+    with workspace_of(compiled, params, size):
         params.workspace_bytes -= 1
         assert hopper.sqk_grouped_gemm_s8(byref(params), None) == WORKSPACE_TOO_SMALL
         params.workspace_bytes += 1
