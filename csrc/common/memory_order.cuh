@@ -19,6 +19,14 @@ __device__ inline float load_fresh(const float* from) {
                : "memory");
   return value;
 }
+__device__ inline int32_t load_fresh(const int32_t* from) {
+  int32_t value;
+  asm volatile("ld.global.cg.s32 %0, [%1];"
+               : "=r"(value)
+               : "l"(__cvta_generic_to_global(from))
+               : "memory");
+  return value;
+}
 __device__ inline int8_t load_fresh(const int8_t* from) {
   int16_t value;
   asm volatile("ld.global.cg.s8 %0, [%1];"

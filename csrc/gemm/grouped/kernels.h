@@ -18,6 +18,10 @@ using GroupedLaunch = Status (*)(const GroupedParams&, const Device&, const Grou
 template <TileKey kTile>
 GroupedLaunch grouped_mma_entry();
 
+// instances/grouped_wgmma_*_sm90.cu, if the build has 9.0a (SQK_WITH_SM90).
+template <TileKey kTile>
+GroupedLaunch grouped_wgmma_entry();
+
 struct GroupedMmaKind {
   using Entry = GroupedLaunch;
   static constexpr bool has(const GemmTile& tile) { return tile.kernel == GemmKernel::kMma; }
@@ -26,6 +30,24 @@ struct GroupedMmaKind {
     return grouped_mma_entry<kTile>();
   }
 };
+
+struct GroupedWgmmaKind {
+  using Entry = GroupedLaunch;
+  static constexpr bool has(const GemmTile& tile) { return tile.kernel == GemmKernel::kWgmma; }
+  template <TileKey kTile>
+  static Entry entry() {
+    return grouped_wgmma_entry<kTile>();
+  }
+};
+
+// Whether a tensor map describes w_q. By the driver's manual, each stride must be a multiple of the
+// one before.
+constexpr bool has_map(const GroupedParams& params) {
+  return params.experts == 1 || params.n == 1 || params.w_q_expert_stride % params.w_q_stride == 0;
+}
+
+// Of the shared memory of a wgmma kernel: where each expert's rows and tiles start.
+constexpr int64_t expert_bytes(int64_t experts) { return 8 * (experts + 1); }
 
 // The plan for a GPU, without asking which one is current.
 Status plan_grouped(const GroupedParams& params, const Device& device, GroupedPlan* plan);

@@ -22,12 +22,28 @@ Status check_addresses(const GroupedParams& params, const GroupedPlan& plan) {
                                                        : Status::kSuccess;
 }
 
+bool is_wgmma(const GroupedPlan& plan) {
+  return GroupedWgmmaKind::has(GroupedTiles::kTiles[plan.tile]);
+}
+
+// nullptr if the build has no kernel of the row.
+GroupedLaunch launch_of(const GroupedPlan& plan) {
+#if SQK_WITH_SM90
+  if (is_wgmma(plan)) return find_entry<GroupedWgmmaKind, GroupedTiles>(plan.tile);
+#endif
+  return find_entry<GroupedMmaKind, GroupedTiles>(plan.tile);
+}
+
 }  // namespace
 
 Status plan(const GroupedParams& params, GroupedPlan* plan) {
   Device device;
-  const Status status = current_device(&device);
-  return status == Status::kSuccess ? plan_grouped(params, device, plan) : status;
+  Status status = current_device(&device);
+  if (status == Status::kSuccess) status = plan_grouped(params, device, plan);
+  if (status == Status::kSuccess && plan->launches > 0) {
+    plan->overlap = is_wgmma(*plan) && may_overlap(device);
+  }
+  return status;
 }
 
 Status grouped_gemm_s8(const GroupedParams& params, const GroupedPlan& plan, cudaStream_t stream) {
@@ -36,7 +52,7 @@ Status grouped_gemm_s8(const GroupedParams& params, const GroupedPlan& plan, cud
   if (status != Status::kSuccess || plan.launches == 0) return status;
   status = check_addresses(params, plan);
   if (status != Status::kSuccess) return status;
-  const GroupedLaunch launch_tile = find_entry<GroupedMmaKind, GroupedTiles>(plan.tile);
+  const GroupedLaunch launch_tile = launch_of(plan);
   return launch_tile == nullptr ? Status::kUnsupportedArch
                                 : launch_tile(params, device, plan, stream);
 }
