@@ -27,6 +27,14 @@ __device__ inline int8_t load_fresh(const int8_t* from) {
                : "memory");
   return static_cast<int8_t>(value);
 }
+__device__ inline int32_t load_fresh(const int32_t* from) {
+  int32_t value;
+  asm volatile("ld.global.cg.s32 %0, [%1];"
+               : "=r"(value)
+               : "l"(__cvta_generic_to_global(from))
+               : "memory");
+  return value;
+}
 __device__ inline int4 load_fresh(const int4* from) {
   int4 value;
   asm volatile("ld.global.cg.v4.s32 {%0, %1, %2, %3}, [%4];"
