@@ -46,12 +46,18 @@ class TileCopy {
   // Out-of-range rows are clamped to the last row, so the loop needs no predicate and a warp reads
   // that row once; their results are never stored.
   __device__ TileCopy(const int8_t* base, int64_t stride, uint32_t row0, uint32_t rows)
+      : TileCopy(base, stride, row0, rows, [](uint32_t row) { return row; }) {}
+
+  // The same, but place(row) says where each row is.
+  template <typename Place>
+  __device__ TileCopy(const int8_t* base, int64_t stride, uint32_t row0, uint32_t rows,
+                      const Place& place)
       : piece_(threadIdx.x % kPieces) {
     const uint32_t row = threadIdx.x / kPieces;
     to_ = swizzled<kK>(row, piece_);
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
-      from_[i] = base + min(row0 + row + i * kStep, rows - 1) * stride + 16 * piece_;
+      from_[i] = base + place(min(row0 + row + i * kStep, rows - 1)) * stride + 16 * piece_;
     }
   }
 
@@ -88,14 +94,17 @@ class TileCopy {
 struct TilePosition {
   uint32_t m, n;
 };
-__device__ inline TilePosition tile_position(const MmaParams& p, uint32_t tile) {
-  if (p.m_tiles == 1) return {0, tile};  // with few tokens, divisions would take too long
-  const uint32_t in_group = static_cast<uint32_t>(p.group) * p.n_tiles;
-  const uint32_t first = tile / in_group * p.group;
-  const uint32_t rows =
-      min(static_cast<uint32_t>(p.group), p.m_tiles - first);  // the last group may be smaller
+__device__ inline TilePosition tile_position(uint32_t m_tiles, uint32_t n_tiles, uint32_t group,
+                                             uint32_t tile) {
+  if (m_tiles == 1) return {0, tile};  // with few tokens, divisions would take too long
+  const uint32_t in_group = group * n_tiles;
+  const uint32_t first = tile / in_group * group;
+  const uint32_t rows = min(group, m_tiles - first);  // the last group may be smaller
   const uint32_t rest = tile % in_group;
   return {first + rest % rows, rest / rows};
+}
+__device__ inline TilePosition tile_position(const MmaParams& p, uint32_t tile) {
+  return tile_position(p.m_tiles, p.n_tiles, p.group, tile);
 }
 
 // Adds up the sums of the blocks that share a tile; true for the one block that then has the total.
@@ -166,31 +175,37 @@ __device__ inline void store_rows(const Epilogue& epilogue, int32_t* acc, int to
 // for more blocks and spills.
 constexpr int mma_blocks_per_sm(int threads) { return threads <= 128 ? 2 : 1; }
 
-template <int kM, int kN, int kK, int kWarpsM, int kWarpsN, int kStages, bool kGated>
-__global__ void __launch_bounds__(32 * kWarpsM * kWarpsN, mma_blocks_per_sm(32 * kWarpsM * kWarpsN))
-    mma_gemm_kernel(const __grid_constant__ MmaParams p) {
-  constexpr int kThreads = 32 * kWarpsM * kWarpsN;
-  constexpr int kWarpM = kM / kWarpsM, kWarpN = kN / kWarpsN;
-  constexpr int kRows = kWarpM / 16, kColumns = kWarpN / 16;  // of 16 tokens, 16 channels
-  constexpr int kSteps = kK / 32;
-  constexpr int kStageBytes = (kM + kN) * kK;
+// How the warps of a block share its tile, and what a thread has of it.
+template <int kM, int kN, int kK, int kWarpsM, int kWarpsN, int kStages>
+struct MmaTile {
+  static constexpr int kThreads = 32 * kWarpsM * kWarpsN;
+  static constexpr int kWarpM = kM / kWarpsM, kWarpN = kN / kWarpsN;
+  static constexpr int kRows = kWarpM / 16, kColumns = kWarpN / 16;  // of 16 tokens, 16 channels
+  static constexpr int kSteps = kK / 32;
+  static constexpr int kStageBytes = (kM + kN) * kK;
   static_assert(kWarpM % 16 == 0 && kWarpN % 16 == 0 && kSteps % 2 == 0 && kStages >= 2);
+  using XCopy = TileCopy<kM, kK, kThreads>;
+  using WCopy = TileCopy<kN, kK, kThreads>;
+  using Sums = int32_t[kRows][kColumns][8];
+
+  // The first token and channel of this thread's warp.
+  static __device__ int warp_m() { return threadIdx.x / 32 / kWarpsN * kWarpM; }
+  static __device__ int warp_n() { return threadIdx.x / 32 % kWarpsN * kWarpN; }
+
+  // Adds the products of `range`, a part of k in tiles, to acc.
+  static __device__ void multiply(XCopy& x, WCopy& w, int32_t k, SplitRange range, Sums& acc);
+};
+
+template <int kM, int kN, int kK, int kWarpsM, int kWarpsN, int kStages>
+__device__ __forceinline__ void MmaTile<kM, kN, kK, kWarpsM, kWarpsN, kStages>::multiply(
+    XCopy& x, WCopy& w, int32_t k, SplitRange range, Sums& acc) {
   extern __shared__ __align__(128) int8_t stages[];
-
-  const uint32_t tiles = static_cast<uint32_t>(p.m_tiles) * p.n_tiles;
-  const uint32_t split = p.splits > 1 ? blockIdx.x / tiles : 0;
-  const uint32_t tile = blockIdx.x - split * tiles;
-  const TilePosition position = tile_position(p, tile);
-  const SplitRange range = split_range(p.k_tiles, p.splits, split);
-
   const auto shared = static_cast<uint32_t>(__cvta_generic_to_shared(stages));
-  TileCopy<kM, kK, kThreads> x(p.x_q, p.x_q_stride, position.m * kM, p.epilogue.m);
-  TileCopy<kN, kK, kThreads> w(p.w_q, p.w_q_stride, position.n * kN, p.epilogue.n);
 
   // The last tile of the range comes first. Only it may be partial, which needs byte counts; the
   // loop then sees whole tiles only. Integer sums do not depend on the order.
   const int64_t k_first = int64_t{range.first} * kK, k_last = k_first + (range.count - 1) * kK;
-  const int valid = static_cast<int>(min(int64_t{kK}, p.k - k_last));
+  const int valid = static_cast<int>(min(int64_t{kK}, k - k_last));
   x.copy_part(shared, k_last, valid);
   w.copy_part(shared + kM * kK, k_last, valid);
   commit_copies();
@@ -210,12 +225,10 @@ __global__ void __launch_bounds__(32 * kWarpsM * kWarpsN, mma_blocks_per_sm(32 *
   // Lane 8 i + r reads row r of matrix i. For x_q, tokens 0-7 and 8-15 of the first 16 bytes, then
   // of the second: the order of the four words in mma.sync. For w_q, both pieces of channels 0-7,
   // then of channels 8-15.
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int warp_m = warp / kWarpsN * kWarpM, warp_n = warp % kWarpsN * kWarpN;
-  const uint32_t x_lane = swizzled<kK>(warp_m + lane % 16, lane / 16);
-  const uint32_t w_lane = kM * kK + swizzled<kK>(warp_n + lane / 16 * 8 + lane % 8, lane / 8 % 2);
+  const int lane = threadIdx.x % 32;
+  const uint32_t x_lane = swizzled<kK>(warp_m() + lane % 16, lane / 16);
+  const uint32_t w_lane = kM * kK + swizzled<kK>(warp_n() + lane / 16 * 8 + lane % 8, lane / 8 % 2);
 
-  int32_t acc[kRows][kColumns][8] = {};
   uint32_t a[2][kRows][4], b[2][kColumns][4];
   const auto load_step = [&](uint32_t stage, int step) {
     // Two pieces further: XOR works because the swizzle is an XOR and nothing else sets these bits.
@@ -264,12 +277,25 @@ __global__ void __launch_bounds__(32 * kWarpsM * kWarpsN, mma_blocks_per_sm(32 *
       }
     }
   }
+}
 
-  if (p.splits > 1 && !combine_splits<kRows * kColumns * 2, kThreads>(p, tile, split, acc[0][0])) {
-    return;
-  }
-  store_rows<kRows, 2 * kColumns, kGated>(p.epilogue, acc[0][0], position.m * kM + warp_m,
-                                          position.n * kN + warp_n);
+template <int kM, int kN, int kK, int kWarpsM, int kWarpsN, int kStages, bool kGated>
+__global__ void __launch_bounds__(32 * kWarpsM * kWarpsN, mma_blocks_per_sm(32 * kWarpsM * kWarpsN))
+    mma_gemm_kernel(const __grid_constant__ MmaParams p) {
+  using Tile = MmaTile<kM, kN, kK, kWarpsM, kWarpsN, kStages>;
+  const uint32_t tiles = static_cast<uint32_t>(p.m_tiles) * p.n_tiles;
+  const uint32_t split = p.splits > 1 ? blockIdx.x / tiles : 0;
+  const uint32_t tile = blockIdx.x - split * tiles;
+  const TilePosition position = tile_position(p, tile);
+  typename Tile::XCopy x(p.x_q, p.x_q_stride, position.m * kM, p.epilogue.m);
+  typename Tile::WCopy w(p.w_q, p.w_q_stride, position.n * kN, p.epilogue.n);
+  typename Tile::Sums acc = {};
+  Tile::multiply(x, w, p.k, split_range(p.k_tiles, p.splits, split), acc);
+
+  constexpr int kWords = Tile::kRows * Tile::kColumns * 2;
+  if (p.splits > 1 && !combine_splits<kWords, Tile::kThreads>(p, tile, split, acc[0][0])) return;
+  store_rows<Tile::kRows, 2 * Tile::kColumns, kGated>(
+      p.epilogue, acc[0][0], position.m * kM + Tile::warp_m(), position.n * kN + Tile::warp_n());
 }
 
 // How many tokens the tiles of a group cover. An A100 or an RTX 4090 runs 200 to 300 blocks of some

@@ -1,0 +1,40 @@
+// Declares the entries of the compiled GEMMs by experts, and their plan. Kernel ring: no torch.
+//
+// Each tile of the table has a file in gemm/instances/, which names the tile as the table does. A
+// row without a file does not link; a file without a row does not compile.
+#pragma once
+
+#include "gemm/grouped/tiles.h"
+#include "sqk/device.h"
+#include "sqk/grouped.h"
+
+namespace sqk {
+
+// Launches the plan's kernels on the current GPU. The plan was made for these params.
+using GroupedLaunch = Status (*)(const GroupedParams&, const Device&, const GroupedPlan&,
+                                 cudaStream_t);
+
+// instances/grouped_mma_*.cu, for all architectures.
+template <TileKey kTile>
+GroupedLaunch grouped_mma_entry();
+
+struct GroupedMmaKind {
+  using Entry = GroupedLaunch;
+  static constexpr bool has(const GemmTile& tile) { return tile.kernel == GemmKernel::kMma; }
+  template <TileKey kTile>
+  static Entry entry() {
+    return grouped_mma_entry<kTile>();
+  }
+};
+
+// The plan for a GPU, without asking which one is current.
+Status plan_grouped(const GroupedParams& params, const Device& device, GroupedPlan* plan);
+
+// An upper bound of the tiles along m, of which each holds rows of one expert, or rows of none
+// before the first or after the last one. Only the GPU knows how many rows each has.
+constexpr int64_t most_grouped_tiles(const GroupedParams& params, int64_t tile_m) {
+  const int64_t groups = params.experts + 2 < params.m ? params.experts + 2 : params.m;
+  return (params.m - groups) / tile_m + groups;
+}
+
+}  // namespace sqk

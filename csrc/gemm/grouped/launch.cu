@@ -1,0 +1,52 @@
+// Launches the GEMMs by experts by plan. Kernel ring: no torch.
+#include <cuda_runtime.h>
+
+#include "common/arithmetic.h"
+#include "common/entry.h"
+#include "common/launch.h"
+#include "gemm/find.h"
+#include "gemm/grouped/kernels.h"
+
+namespace sqk {
+namespace {
+
+Status check_addresses(const GroupedParams& params, const GroupedPlan& plan) {
+  constexpr int64_t kAlignment = 16;
+  if (params.x_q == nullptr || params.x_scale == nullptr || params.w_q == nullptr ||
+      params.w_scale == nullptr || params.offsets == nullptr || params.y == nullptr ||
+      (plan.workspace_bytes > 0 &&
+       (params.workspace == nullptr || !is_aligned(params.workspace, kAlignment)))) {
+    return Status::kInvalidArgument;
+  }
+  return params.workspace_bytes < plan.workspace_bytes ? Status::kWorkspaceTooSmall
+                                                       : Status::kSuccess;
+}
+
+}  // namespace
+
+Status plan(const GroupedParams& params, GroupedPlan* plan) {
+  Device device;
+  const Status status = current_device(&device);
+  return status == Status::kSuccess ? plan_grouped(params, device, plan) : status;
+}
+
+Status grouped_gemm_s8(const GroupedParams& params, const GroupedPlan& plan, cudaStream_t stream) {
+  Device device;
+  Status status = current_device(&device);
+  if (status != Status::kSuccess || plan.launches == 0) return status;
+  status = check_addresses(params, plan);
+  if (status != Status::kSuccess) return status;
+  const GroupedLaunch launch_tile = find_entry<GroupedMmaKind, GroupedTiles>(plan.tile);
+  return launch_tile == nullptr ? Status::kUnsupportedArch
+                                : launch_tile(params, device, plan, stream);
+}
+
+}  // namespace sqk
+
+extern "C" int32_t sqk_grouped_gemm_s8(const sqk::GroupedParams* params, void* stream) {
+  return sqk::plan_and_run(*params, stream, &sqk::grouped_gemm_s8);
+}
+
+extern "C" int32_t sqk_grouped_plan(const sqk::GroupedParams* params, sqk::GroupedPlan* plan) {
+  return static_cast<int32_t>(sqk::plan(*params, plan));
+}

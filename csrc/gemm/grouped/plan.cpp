@@ -1,0 +1,55 @@
+// Chooses the tile of a GEMM by experts. Kernel ring: no torch; this file needs no CUDA compiler
+// and no GPU.
+#include <algorithm>
+
+#include "common/arithmetic.h"
+#include "common/valid.h"
+#include "gemm/grouped/kernels.h"
+
+namespace sqk {
+namespace {
+
+constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;
+
+bool serves(const GemmTile& tile, const Device& device) {
+  if (tile.kernel == GemmKernel::kWgmma && !device.wgmma) return false;
+  return shared_bytes(tile) <= device.shared_bytes;
+}
+
+// -1: none.
+int32_t choose(const GroupedParams& params, const Device& device) {
+  const int64_t rows = divide_up(params.m, std::min(params.experts, params.m));
+  for (size_t i = 0; i < std::size(kGroupedRules); ++i) {
+    const int32_t tile = GroupedTiles::kOfRules[i];
+    if (rows <= kGroupedRules[i].most_rows &&
+        device.shared_bytes >= kGroupedRules[i].least_shared &&
+        serves(GroupedTiles::kTiles[tile], device)) {
+      return tile;
+    }
+  }
+  return -1;
+}
+
+}  // namespace
+
+Status plan_grouped(const GroupedParams& params, const Device& device, GroupedPlan* plan) {
+  *plan = {};
+  const Status status = check(params, kGemmAlignment);
+  if (status != Status::kSuccess) return status;
+  if (params.tile >= static_cast<int32_t>(GroupedTiles::kTiles.size())) {
+    return Status::kInvalidArgument;
+  }
+  if (device.capability < 80) return Status::kUnsupportedArch;
+  if (params.m == 0) return Status::kSuccess;
+  plan->tile = params.tile >= 0 ? params.tile : choose(params, device);
+  if (plan->tile < 0) return Status::kUnsupportedShape;
+  const GemmTile& tile = GroupedTiles::kTiles[plan->tile];
+  if (!serves(tile, device)) return Status::kUnsupportedShape;
+  const int64_t n_tiles = divide_up(params.n, tile.n);
+  plan->launches = 1;
+  plan->blocks = most_grouped_tiles(params, tile.m) * n_tiles;
+  plan->shared_bytes = shared_bytes(tile);
+  return plan->blocks <= kMaxBlocks ? Status::kSuccess : Status::kUnsupportedShape;
+}
+
+}  // namespace sqk

@@ -1,0 +1,6 @@
+// Kernel ring: no torch.
+#include "gemm/instances/grouped_mma.cuh"
+
+namespace sqk {
+template GroupedLaunch grouped_mma_entry<mma(64, 128, 64).warps(2, 2).stages(4)>();
+}
