@@ -19,14 +19,6 @@ __device__ inline float load_fresh(const float* from) {
                : "memory");
   return value;
 }
-__device__ inline int8_t load_fresh(const int8_t* from) {
-  int16_t value;
-  asm volatile("ld.global.cg.s8 %0, [%1];"
-               : "=h"(value)
-               : "l"(__cvta_generic_to_global(from))
-               : "memory");
-  return static_cast<int8_t>(value);
-}
 __device__ inline int32_t load_fresh(const int32_t* from) {
   int32_t value;
   asm volatile("ld.global.cg.s32 %0, [%1];"
@@ -34,6 +26,14 @@ __device__ inline int32_t load_fresh(const int32_t* from) {
                : "l"(__cvta_generic_to_global(from))
                : "memory");
   return value;
+}
+__device__ inline int8_t load_fresh(const int8_t* from) {
+  int16_t value;
+  asm volatile("ld.global.cg.s8 %0, [%1];"
+               : "=h"(value)
+               : "l"(__cvta_generic_to_global(from))
+               : "memory");
+  return static_cast<int8_t>(value);
 }
 __device__ inline int4 load_fresh(const int4* from) {
   int4 value;

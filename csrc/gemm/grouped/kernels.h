@@ -14,10 +14,22 @@ namespace sqk {
 using GroupedLaunch = Status (*)(const GroupedParams&, const Device&, const GroupedPlan&,
                                  cudaStream_t);
 
+// instances/grouped_stream_*.cu, for all architectures.
+template <TileKey kTile>
+GroupedLaunch grouped_stream_entry();
+
 // instances/grouped_mma_*.cu, for all architectures.
 template <TileKey kTile>
 GroupedLaunch grouped_mma_entry();
 
+struct GroupedStreamKind {
+  using Entry = GroupedLaunch;
+  static constexpr bool has(const GemmTile& tile) { return tile.kernel == GemmKernel::kStream; }
+  template <TileKey kTile>
+  static Entry entry() {
+    return grouped_stream_entry<kTile>();
+  }
+};
 struct GroupedMmaKind {
   using Entry = GroupedLaunch;
   static constexpr bool has(const GemmTile& tile) { return tile.kernel == GemmKernel::kMma; }
@@ -26,6 +38,11 @@ struct GroupedMmaKind {
     return grouped_mma_entry<kTile>();
   }
 };
+
+// Whether a streaming tile can compute the problem: one expert may have all rows.
+constexpr bool grouped_stream_serves(int64_t tile_m, const GroupedParams& params) {
+  return params.m <= tile_m;
+}
 
 // The plan for a GPU, without asking which one is current.
 Status plan_grouped(const GroupedParams& params, const Device& device, GroupedPlan* plan);

@@ -10,6 +10,8 @@
 namespace sqk {
 namespace {
 
+const GemmTile& tile_of(const GroupedPlan& plan) { return GroupedTiles::kTiles[plan.tile]; }
+
 Status check_addresses(const GroupedParams& params, const GroupedPlan& plan) {
   constexpr int64_t kAlignment = 16;
   if (params.x_q == nullptr || params.x_scale == nullptr || params.w_q == nullptr ||
@@ -26,8 +28,12 @@ Status check_addresses(const GroupedParams& params, const GroupedPlan& plan) {
 
 Status plan(const GroupedParams& params, GroupedPlan* plan) {
   Device device;
-  const Status status = current_device(&device);
-  return status == Status::kSuccess ? plan_grouped(params, device, plan) : status;
+  Status status = current_device(&device);
+  if (status == Status::kSuccess) status = plan_grouped(params, device, plan);
+  if (status == Status::kSuccess && plan->launches > 0) {
+    plan->overlap = tile_of(*plan).kernel == GemmKernel::kStream && may_overlap(device);
+  }
+  return status;
 }
 
 Status grouped_gemm_s8(const GroupedParams& params, const GroupedPlan& plan, cudaStream_t stream) {
@@ -36,7 +42,9 @@ Status grouped_gemm_s8(const GroupedParams& params, const GroupedPlan& plan, cud
   if (status != Status::kSuccess || plan.launches == 0) return status;
   status = check_addresses(params, plan);
   if (status != Status::kSuccess) return status;
-  const GroupedLaunch launch_tile = find_entry<GroupedMmaKind, GroupedTiles>(plan.tile);
+  const bool streams = tile_of(plan).kernel == GemmKernel::kStream;
+  const GroupedLaunch launch_tile = streams ? find_entry<GroupedStreamKind, GroupedTiles>(plan.tile)
+                                            : find_entry<GroupedMmaKind, GroupedTiles>(plan.tile);
   return launch_tile == nullptr ? Status::kUnsupportedArch
                                 : launch_tile(params, device, plan, stream);
 }

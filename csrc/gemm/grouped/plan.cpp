@@ -11,7 +11,8 @@ namespace {
 
 constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;
 
-bool serves(const GemmTile& tile, const Device& device) {
+bool serves(const GemmTile& tile, const GroupedParams& params, const Device& device) {
+  if (tile.kernel == GemmKernel::kStream && !grouped_stream_serves(tile.m, params)) return false;
   if (tile.kernel == GemmKernel::kWgmma && !device.wgmma) return false;
   return shared_bytes(tile) <= device.shared_bytes;
 }
@@ -23,7 +24,7 @@ int32_t choose(const GroupedParams& params, const Device& device) {
     const int32_t tile = GroupedTiles::kOfRules[i];
     if (rows <= kGroupedRules[i].most_rows &&
         device.shared_bytes >= kGroupedRules[i].least_shared &&
-        serves(GroupedTiles::kTiles[tile], device)) {
+        serves(GroupedTiles::kTiles[tile], params, device)) {
       return tile;
     }
   }
@@ -44,10 +45,13 @@ Status plan_grouped(const GroupedParams& params, const Device& device, GroupedPl
   plan->tile = params.tile >= 0 ? params.tile : choose(params, device);
   if (plan->tile < 0) return Status::kUnsupportedShape;
   const GemmTile& tile = GroupedTiles::kTiles[plan->tile];
-  if (!serves(tile, device)) return Status::kUnsupportedShape;
+  if (!serves(tile, params, device)) return Status::kUnsupportedShape;
   const int64_t n_tiles = divide_up(params.n, tile.n);
   plan->launches = 1;
-  plan->blocks = most_grouped_tiles(params, tile.m) * n_tiles;
+  // Streaming blocks write the zeros of rows of no expert besides.
+  const int64_t m_tiles = tile.kernel == GemmKernel::kStream ? std::min(params.experts, params.m)
+                                                             : most_grouped_tiles(params, tile.m);
+  plan->blocks = m_tiles * n_tiles;
   plan->shared_bytes = shared_bytes(tile);
   return plan->blocks <= kMaxBlocks ? Status::kSuccess : Status::kUnsupportedShape;
 }

@@ -35,7 +35,7 @@ struct ExpertStream : StreamParams {
   __device__ const int8_t* x_row(int token) const { return x_q + row[token] * x_q_stride; }
 };
 
-// Where the rows of an expert begin; of kMaxExperts or more experts the last one ends there.
+// Where the rows of an expert begin, and those of the one before it end.
 __device__ inline int load_offset(const GroupedStreamParams& p, int expert) {
   return max(0, min(load_fresh(p.offsets + expert), p.all.epilogue.m));
 }
@@ -189,7 +189,7 @@ inline StreamLaunch choose_grouped_launch(const GroupedParams& params, int group
 template <int kGroups>
 Status launch_grouped_stream(const GroupedParams& params, const Device& device,
                              const GroupedPlan& plan, cudaStream_t stream) {
-  if (params.m > kGroupTokens * kGroups) return Status::kUnsupportedShape;
+  if (!grouped_stream_serves(kGroupTokens * kGroups, params)) return Status::kUnsupportedShape;
   const int most_warps = GroupedTiles::kTiles[plan.tile].warps_n;
   const StreamLaunch launch = choose_grouped_launch(params, kGroups, most_warps, device);
   if (launch.blocks == 0) return Status::kUnsupportedShape;
@@ -210,7 +210,7 @@ Status launch_grouped_stream(const GroupedParams& params, const Device& device,
   p.w_q_expert_stride = params.w_q_expert_stride;
   p.y_row_bytes = params.y_stride * size_in_bytes(params.y_dtype);
   p.experts = static_cast<int32_t>(params.experts);
-  p.x_rows = static_cast<int32_t>(std::min<int64_t>(params.x_rows, INT32_MAX));
+  p.x_rows = static_cast<int32_t>(params.x_rows);
 
   KernelLaunch config = {};
   config.function = reinterpret_cast<const void*>(&grouped_stream_gemm_kernel<kGroups>);
