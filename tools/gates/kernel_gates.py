@@ -122,8 +122,7 @@ def append_gates() -> tuple[Gate, ...]:
 # The attention to an int8 cache: decode_attention_kernel<channels, columns>.
 DECODE = "decode_attention_kernel"
 
-# CUTLASS's GemmUniversal, mma_gemm_kernel and stream_gemm_kernel, which streams the weights through
-# mma.sync on every architecture.
+# CUTLASS's GemmUniversal, and our own kernels; those that stream use mma.sync on every architecture.
 GEMM = r"(?i)gemm"
 STREAM = "stream_gemm_kernel"
 
@@ -150,6 +149,7 @@ GATES = (
         )
         for dim in (64, 128, 256)
     ),
+    Gate("16-byte copies", loads(128, 8), "wanted: weights, 16 bytes a lane.", kernels=STREAM),
     Gate(
         "no 2-byte loads",
         no_loads(16),
@@ -177,7 +177,7 @@ GATES = (
         "waits for the kernel before",
         waits_first(),
         "allowed: none. The kernel is launched to overlap: csrc/common/memory_order.cuh.",
-        kernels=rf"\b(wgmma_gemm_kernel|row_kernel|kv_append_kernel|{DECODE})<",
+        kernels=rf"\b(wgmma_gemm_kernel|grouped_{STREAM}|row_kernel|kv_append_kernel|{DECODE})<",
         archs=r"sm_90a",
     ),
     *(
@@ -197,7 +197,7 @@ GATES = (
         "results of the kernel before",
         fresh_loads,
         "wanted: load_fresh (csrc/common/memory_order.cuh) for what another kernel or block has just written.",
-        kernels=rf"\b((?:w4_)?wgmma_gemm_kernel|{DECODE})<",
+        kernels=rf"\b((?:w4_)?wgmma_gemm_kernel|grouped_{STREAM}|{DECODE})<",
         archs=r"sm_90a",
     ),
     Gate(
