@@ -184,16 +184,11 @@ CALLS: dict[str, tuple[Any, ...]] = {
     "rms_norm_quantize": (X, X, 1e-5),
     "layer_norm_quantize": (X, None, None, 1e-5),
     "act_quantize": (X, "relu"),
-    "gemm_s8": (X, X, X, X),
-    "gemm_s8_requant": (X, X, X, X, X),
-    "gemm_s8_gated": (X, X, X, X, X),
-    "linear_s8": (X, X, X),
+    **dict.fromkeys(("linear_s8", "combine_experts"), (X,) * 3),
+    **dict.fromkeys(("gemm_s8", "_gemm_s8_tile", "linear_w4a8", "kv_append"), (X,) * 4),
+    **dict.fromkeys(("gemm_s8_requant", "gemm_s8_gated", "gemm_w4a8", "grouped_gemm_s8"), (X,) * 5),
     "fused_linear_s8": (X, "relu", X, X),
-    "gemm_w4a8": (X, X, X, X, X),
-    "linear_w4a8": (X, X, X, X),
-    "kv_append": (X, X, X, X),
     "decode_attention_s8": (X, X, X, 1.0),
-    "_gemm_s8_tile": (X, X, X, X),
 }
 
 

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from smoothquant_kernels import reference
 from tests.kernels.test_gemm_c_entry import POISON, Output, with_garbage
-from tests.support import c_gemm, c_grouped, c_interface, cases
+from tests.kernels.test_grouped_c_entry import cubes_with_garbage
+from tests.support import c_grouped, c_interface, cases
 from tests.support.backends import Backend
 from tests.support.c_interface import SUCCESS, UNSUPPORTED_SHAPE
 
@@ -44,18 +45,6 @@ def tiles_for(library: ctypes.CDLL, m: int) -> list[int]:
         found.append(plan.tile)
     assert len(set(found)) == 2
     return found[0 if m <= 8 else 1 :]
-
-
-def experts_with_garbage(backend: Backend, w_q: Tensor, extra: int) -> Tensor:
-    """A copy of [experts, n, k] int8 with garbage between aligned rows and experts; its memory ends with it."""
-    experts, n, k = w_q.shape
-    stride = (-(-k // c_gemm.ALIGNMENT) + extra) * c_gemm.ALIGNMENT
-    apart = n * stride + 2 * extra * c_gemm.ALIGNMENT
-    size = (experts - 1) * apart + (n - 1) * stride + k
-    view = backend.put(torch.full((size,), POISON, dtype=torch.int8))
-    view = view.as_strided((experts, n, k), (apart, stride, 1))
-    view.copy_(w_q)
-    return view
 
 
 class Problem:
@@ -107,7 +96,7 @@ class Problem:
         """Also copies the operands to the device."""
         put = self.backend.put
         x_q = with_garbage(self.backend, self.x_q, self.extra)
-        w_q = experts_with_garbage(self.backend, self.w_q, self.extra)
+        w_q = cubes_with_garbage(self.backend, self.w_q, self.extra)
         x_scale, w_scale, offsets = map(put, (self.x_scale, self.w_scale, self.offsets))
         rows, bias = (None if t is None else put(t) for t in (self.rows, self.bias))
         self.kept = (x_q, w_q, x_scale, w_scale, offsets, rows, bias)

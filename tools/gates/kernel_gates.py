@@ -18,12 +18,11 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 from tools.build.plan import BUILD_INFO_NAME, LIBRARY_NAME, PACKAGE, ROOT
 from tools.gates.checks import (
-    Check,
     at_most,
     fresh_loads,
     launchable,
@@ -37,7 +36,9 @@ from tools.gates.checks import (
     waits_first,
     wgmma_in_flight,
 )
+from tools.gates.gate import Gate
 from tools.gates.kernel_tables import markdown, print_table
+from tools.gates.row_gates import APPEND, HALVES, ROW_KERNEL, append_gates, combine_gates, row_gates
 from tools.gates.sass import Kernel, kernels_in
 
 TOOLS_PYPI = "nvidia-cuda-cuobjdump==13.5.37 nvidia-cuda-nvdisasm==13.5.37"
@@ -50,81 +51,14 @@ class GatesError(Exception):
 # ------------------------------------------------------------------------------------------- gates
 
 
-@dataclass(frozen=True)
-class Gate:
-    name: str
-    check: Check
-    allowed: str  # what is allowed, and what to do about a failure
-    kernels: str = ""  # a regex searched for in the demangled name, "void sqk::f<(sqk::E)1>(A)"
-    but: str = r"(?!)"  # another regex: the kernels that the gate leaves out
-    archs: str = ""  # a regex searched for in the architecture
-    optional: bool = False  # True: there may be no such kernel
-
-    def guards(self, kernel: Kernel) -> bool:
-        return bool(
-            re.search(self.kernels, kernel.name)
-            and not re.search(self.but, kernel.name)
-            and re.search(self.archs, kernel.arch)
-        )
-
-
-# The quantizers' kernels: row_kernel<type, (sqk::Producer)number, (sqk::QuantizePath)number, ...>.
-ROW_KERNEL = r"\brow_kernel<(?:{}), \(sqk::Producer\)[{}], \(sqk::QuantizePath\)[{}][,>]"
-HALVES = "__half|__nv_bfloat16"
-ROW_TYPES = (("float", 32), (HALVES, 16))  # bits of an element
-# Producers, with their number of inputs and of parameters other than the smoothing factors. From 3 on
-# they are activation functions.
-ROW_PRODUCERS = (("0", 1, 0), ("1", 2, 1), ("2", 2, 2), ("3-9", 2, 0))
-# Paths, with the elements in a thread's registers by their bits (csrc/quantize/table.h), and an
-# architecture. QuantizePath 4 is left out, because it reads one element at a time.
-ROW_PATHS = (
-    ("1", {16: 8, 32: 8}, ""),
-    ("02", {16: 32, 32: 32}, ""),
-    ("3", {16: 48, 32: 32}, ""),
-    ("5", {16: 8, 32: 8}, "sm_90a"),
-)
-
-
-def row_gates() -> tuple[Gate, ...]:
-    """All that a thread keeps in registers is read in 16-byte loads. Parameters are float32."""
-    return tuple(
-        Gate(
-            "16-byte loads",
-            loads(128, inputs * floats[bits] * bits // 128 + (1 + parameters) * floats[bits] // 4),
-            "the name promises that rows are read 16 bytes at a time.",
-            kernels=ROW_KERNEL.format(types, producers, paths),
-            archs=archs,
-        )
-        for types, bits in ROW_TYPES
-        for producers, inputs, parameters in ROW_PRODUCERS
-        for paths, floats, archs in ROW_PATHS
-    )
-
-
-# The writer of an int8 cache: kv_append_kernel<type, reads 16 bytes at a time>.
-APPEND = r"\bkv_append_kernel<(?:{}), (?:\(bool\)1|true)>"
-
-
-def append_gates() -> tuple[Gate, ...]:
-    """A lane's 8 channels and their partners of the rope, cos and sin in each of three types, and the factors."""
-    tables, factors = 2 * (2 + 1 + 1), 2
-    return tuple(
-        Gate(
-            "16-byte loads",
-            loads(128, 2 * bits // 16 + tables + factors),
-            "the second template argument promises that rows are read 16 bytes at a time.",
-            kernels=APPEND.format(types),
-        )
-        for types, bits in ROW_TYPES
-    )
-
-
 # The attention to an int8 cache: decode_attention_kernel<channels, columns>.
 DECODE = "decode_attention_kernel"
 
-# CUTLASS's GemmUniversal, and our own kernels; those that stream use mma.sync on every architecture.
+# CUTLASS's GemmUniversal, mma_gemm_kernel, and those that use mma.sync on every architecture:
+# stream_gemm_kernel, which streams the weights through it, and two kernels of the GEMMs by experts.
 GEMM = r"(?i)gemm"
 STREAM = "stream_gemm_kernel"
+GROUPED = "grouped_mma_gemm_kernel"
 
 GATES = (
     Gate(
@@ -140,6 +74,7 @@ GATES = (
     ),
     *row_gates(),
     *append_gates(),
+    *combine_gates(),
     *(
         Gate(
             "16-byte copies",
@@ -149,7 +84,12 @@ GATES = (
         )
         for dim in (64, 128, 256)
     ),
-    Gate("16-byte copies", loads(128, 8), "wanted: weights, 16 bytes a lane.", kernels=STREAM),
+    Gate(
+        "16-byte copies",
+        loads(128, 8),
+        "a lane copies four pieces of a stage of weights, whole ones or the last of a row: csrc/gemm/stream/ring.cuh.",
+        kernels=STREAM,
+    ),
     Gate(
         "no 2-byte loads",
         no_loads(16),
@@ -161,7 +101,7 @@ GATES = (
         uses("IGMMA"),
         "wanted: int8 wgmma. The tile's schedule or its data types chose other instructions.",
         kernels=GEMM,
-        but=STREAM,
+        but=rf"{STREAM}|{GROUPED}",
         archs=r"sm_90a",
     ),
     Gate(
@@ -170,7 +110,7 @@ GATES = (
         "wanted: several per wait. ptxas made wgmma serial (it says why: C7510 to C7518); kernels "
         "are compiled with -DNDEBUG, and nothing may touch accumulators between two wgmma.",
         kernels=GEMM,
-        but=STREAM,
+        but=rf"{STREAM}|{GROUPED}",
         archs=r"sm_90a",
     ),
     Gate(
@@ -219,7 +159,7 @@ GATES = (
         undivided_stores,
         "allowed: one more, the reset of a ticket. nvcc splits the 16-byte stores of a 16-bit y: "
         "csrc/gemm/epilogue/tokens.cuh.",
-        kernels=r"\b(w4_)?mma_gemm_kernel<",
+        kernels=r"\b(w4_|grouped_)?mma_gemm_kernel<",
     ),
     Gate(
         "unpacking of 4 bits",
@@ -228,6 +168,7 @@ GATES = (
         kernels=r"\bw4_(mma|stream|wgmma)_gemm_kernel<",
     ),
     Gate("tensor cores for few tokens", uses("IMMA"), "wanted: int8 mma.sync.", kernels=STREAM),
+    Gate("tensor cores for experts", uses("IMMA"), "wanted: int8 mma.sync.", kernels=GROUPED),
     *(
         Gate("tensor cores of attention", uses(name), "wanted: mma.sync.", kernels=rf"\b{DECODE}<")
         for name in ("IMMA", "HMMA")
