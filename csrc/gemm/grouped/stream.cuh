@@ -70,8 +70,8 @@ __device__ inline uint32_t experts_with_rows(const GroupedStreamParams& p) {
 // The number of experts that have rows, and the turn-th of them.
 class ExpertsWithRows {
  public:
-  __device__ explicit ExpertsWithRows(const GroupedStreamParams& p)
-      : mine_(experts_with_rows(p)), until_(__popc(mine_)) {
+  __device__ explicit ExpertsWithRows(const GroupedStreamParams& p) : mine_(experts_with_rows(p)) {
+    until_ = __popc(mine_);
 #pragma unroll
     for (int distance = 1; distance < 32; distance *= 2) {
       const int before = __shfl_up_sync(kFullWarp, until_, distance);
