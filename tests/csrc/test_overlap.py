@@ -26,6 +26,7 @@ CHAINS = {
     "test_linear_op.py": "smoke or every_number_of_tokens or long_rows",
     "test_chains.py": "",
     "test_gemm_w4_wgmma.py": "chain",
+    "test_grouped_stream.py": "smoke or chain",
     "test_norms.py": "smoke",
     "test_kv_append.py": "smoke",
     "test_decode_attention.py": "smoke or again",
