@@ -31,7 +31,7 @@ MUTANTS = (
         "return max(0, min(load_fresh(p.offsets + expert), p.all.epilogue.m));",
         "return load_fresh(p.offsets + expert);",
         "bad_offsets and 3",
-        f"{OUT_OF_BOUNDS}|{OUTSIDE_SHARED}",
+        f"{OUT_OF_BOUNDS}|{OUTSIDE_SHARED}|{UNINITIALIZED}",
     ),
     defect(
         "rows are not clamped",
