@@ -39,7 +39,8 @@ modules can absorb their factors ([smoothing](../guides/smoothing.md)). A model 
 "aten.add reads it": a residual branch reads the same tensor, so folding would change what it reads. "aten.mm reads it":
 a router or an expert reads it too. A test checks every row. The smoothed model's outputs must equal the float model's
 bit for bit (with factors that are powers of two; relative 1e-5 without that rounding). Every linear must be in one of
-the columns. *Experts* are those whose matrices are one parameter ([mixtures](../guides/experts.md)). The routers of mixtures of experts must give the same logits. The int8 model must stay near the float one.
+the columns. *Experts* are those whose matrices are one parameter ([mixtures](../guides/experts.md)). The routers of
+mixtures of experts must give the same logits. The int8 model must stay near the float one.
 
 Written by `python -m tests.support.family_table --write`, with transformers {version}.
 """

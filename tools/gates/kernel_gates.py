@@ -55,7 +55,7 @@ class GatesError(Exception):
 DECODE = "decode_attention_kernel"
 
 # CUTLASS's GemmUniversal, mma_gemm_kernel, and those that use mma.sync on every architecture:
-# stream_gemm_kernel, which streams the weights through it, and a kernel of the GEMMs by experts.
+# stream_gemm_kernel, which streams the weights through it, and two kernels of the GEMMs by experts.
 GEMM = r"(?i)gemm"
 STREAM = "stream_gemm_kernel"
 GROUPED = "grouped_mma_gemm_kernel"
@@ -85,6 +85,12 @@ GATES = (
         for dim in (64, 128, 256)
     ),
     Gate(
+        "16-byte copies",
+        loads(128, 8),
+        "a lane copies four pieces of a stage of weights, whole ones or the last of a row: csrc/gemm/stream/ring.cuh.",
+        kernels=STREAM,
+    ),
+    Gate(
         "no 2-byte loads",
         no_loads(16),
         "allowed: none. The name promises that rows are read 16 bytes at a time.",
@@ -111,7 +117,8 @@ GATES = (
         "waits for the kernel before",
         waits_first(),
         "allowed: none. The kernel is launched to overlap: csrc/common/memory_order.cuh.",
-        kernels=rf"\b((grouped_)?wgmma_gemm_kernel|row_kernel|kv_append_kernel|{DECODE})<|\bgather_rows_kernel\b",
+        kernels=rf"\b((grouped_)?wgmma_gemm_kernel|grouped_{STREAM}|row_kernel|kv_append_kernel|{DECODE})<"
+        r"|\bgather_rows_kernel\b",
         archs=r"sm_90a",
     ),
     *(
@@ -131,7 +138,7 @@ GATES = (
         "results of the kernel before",
         fresh_loads,
         "wanted: load_fresh (csrc/common/memory_order.cuh) for what another kernel or block has just written.",
-        kernels=rf"\b((?:w4_|grouped_)?wgmma_gemm_kernel|{DECODE})<|\bgather_rows_kernel\b",
+        kernels=rf"\b((?:w4_|grouped_)?wgmma_gemm_kernel|grouped_{STREAM}|{DECODE})<|\bgather_rows_kernel\b",
         archs=r"sm_90a",
     ),
     Gate(

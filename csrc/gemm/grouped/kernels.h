@@ -14,6 +14,10 @@ namespace sqk {
 using GroupedLaunch = Status (*)(const GroupedParams&, const Device&, const GroupedPlan&,
                                  cudaStream_t);
 
+// instances/grouped_stream_*.cu, for all architectures.
+template <TileKey kTile>
+GroupedLaunch grouped_stream_entry();
+
 // instances/grouped_mma_*.cu, for all architectures.
 template <TileKey kTile>
 GroupedLaunch grouped_mma_entry();
@@ -22,6 +26,14 @@ GroupedLaunch grouped_mma_entry();
 template <TileKey kTile>
 GroupedLaunch grouped_wgmma_entry();
 
+struct GroupedStreamKind {
+  using Entry = GroupedLaunch;
+  static constexpr bool has(const GemmTile& tile) { return tile.kernel == GemmKernel::kStream; }
+  template <TileKey kTile>
+  static Entry entry() {
+    return grouped_stream_entry<kTile>();
+  }
+};
 struct GroupedMmaKind {
   using Entry = GroupedLaunch;
   static constexpr bool has(const GemmTile& tile) { return tile.kernel == GemmKernel::kMma; }
@@ -48,6 +60,11 @@ constexpr bool has_map(const GroupedParams& params) {
 
 // Of the shared memory of a wgmma kernel: where each expert's rows and tiles start.
 constexpr int64_t expert_bytes(int64_t experts) { return 8 * (experts + 1); }
+
+// Whether a streaming tile can compute the problem: one expert may have all rows.
+constexpr bool grouped_stream_serves(int64_t tile_m, const GroupedParams& params) {
+  return params.m <= tile_m;
+}
 
 // The plan for a GPU, without asking which one is current.
 Status plan_grouped(const GroupedParams& params, const Device& device, GroupedPlan* plan);

@@ -10,6 +10,8 @@
 namespace sqk {
 namespace {
 
+const GemmTile& tile_of(const GroupedPlan& plan) { return GroupedTiles::kTiles[plan.tile]; }
+
 Status check_addresses(const GroupedParams& params, const GroupedPlan& plan) {
   constexpr int64_t kAlignment = 16;
   if (params.x_q == nullptr || params.x_scale == nullptr || params.w_q == nullptr ||
@@ -22,15 +24,16 @@ Status check_addresses(const GroupedParams& params, const GroupedPlan& plan) {
                                                        : Status::kSuccess;
 }
 
-bool is_wgmma(const GroupedPlan& plan) {
-  return GroupedWgmmaKind::has(GroupedTiles::kTiles[plan.tile]);
-}
-
 // nullptr if the build has no kernel of the row.
 GroupedLaunch launch_of(const GroupedPlan& plan) {
 #if SQK_WITH_SM90
-  if (is_wgmma(plan)) return find_entry<GroupedWgmmaKind, GroupedTiles>(plan.tile);
+  if (GroupedWgmmaKind::has(tile_of(plan))) {
+    return find_entry<GroupedWgmmaKind, GroupedTiles>(plan.tile);
+  }
 #endif
+  if (GroupedStreamKind::has(tile_of(plan))) {
+    return find_entry<GroupedStreamKind, GroupedTiles>(plan.tile);
+  }
   return find_entry<GroupedMmaKind, GroupedTiles>(plan.tile);
 }
 
@@ -41,7 +44,7 @@ Status plan(const GroupedParams& params, GroupedPlan* plan) {
   Status status = current_device(&device);
   if (status == Status::kSuccess) status = plan_grouped(params, device, plan);
   if (status == Status::kSuccess && plan->launches > 0) {
-    plan->overlap = is_wgmma(*plan) && may_overlap(device);
+    plan->overlap = tile_of(*plan).kernel != GemmKernel::kMma && may_overlap(device);
   }
   return status;
 }

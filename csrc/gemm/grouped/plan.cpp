@@ -18,6 +18,7 @@ int64_t shared_bytes_of(const GroupedParams& params, const GemmTile& tile) {
 }
 
 bool serves(const GroupedParams& params, const GemmTile& tile, const Device& device) {
+  if (tile.kernel == GemmKernel::kStream && !grouped_stream_serves(tile.m, params)) return false;
   if (tile.kernel == GemmKernel::kWgmma && !(device.wgmma && has_map(params))) return false;
   return shared_bytes_of(params, tile) <= device.shared_bytes;
 }
@@ -61,7 +62,10 @@ Status plan_grouped(const GroupedParams& params, const Device& device, GroupedPl
   if (!serves(params, tile, device)) return Status::kUnsupportedShape;
   const int64_t n_tiles = divide_up(params.n, tile.n);
   plan->launches = 1;
-  plan->blocks = most_grouped_tiles(params, tile.m) * n_tiles;
+  // Streaming blocks write the zeros of rows of no expert besides.
+  const int64_t m_tiles = tile.kernel == GemmKernel::kStream ? std::min(params.experts, params.m)
+                                                             : most_grouped_tiles(params, tile.m);
+  plan->blocks = m_tiles * n_tiles;
   plan->shared_bytes = shared_bytes_of(params, tile);
   if (plan->blocks > kMaxBlocks) return Status::kUnsupportedShape;
   if (tile.kernel == GemmKernel::kWgmma) plan_wgmma(params, device, plan);

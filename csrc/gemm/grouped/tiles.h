@@ -9,6 +9,10 @@ namespace sqk {
 
 // Rows of a tile belong to one expert.
 constexpr TileBuilder kGroupedShipped[] = {
+    // All of y has at most 8 rows: one group of mma.sync's columns. A full ring for each warp.
+    stream(8, 16).warps(16).rate(50),
+    // The same with two groups.
+    stream(16, 16).warps(16).rate(50),
     // 60 KiB of weights in flight per block, as the tile of the same size in sm80.h.
     mma(16, 64, 128).warps(1, 4).stages(6).rate(40),
     // 48 KiB, two blocks per SM on every GPU.
@@ -37,6 +41,8 @@ struct GroupedRule {
 };
 
 constexpr GroupedRule kGroupedRules[] = {
+    {8, 0, "stream 8x16", "few rows in all: weights are read once, in 16-byte loads"},
+    {16, 0, "stream 16x16", "the same; serves only if all experts together have so few rows"},
     {16, 0, "16x128x128 swap", "few rows: the weights are read once, and nothing else matters"},
     {64, 0, "64x128x128 swap", "one tile holds an expert's rows: its weights are read once"},
     {128, 0, "128x128x128", "one tile holds an expert's rows, in twice as many tiles as 128x256"},

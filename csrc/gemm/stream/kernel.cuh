@@ -27,10 +27,10 @@ __device__ inline void prefetch_channels(const Epilogue& e, int channel0) {
 }
 
 // T: the type of x, which each block quantizes for itself; int8_t if x_q is given.
-template <typename T, int kGroups, bool kW4>
-__device__ __forceinline__ void stream_gemm(const StreamParams& p) {
+template <typename T, int kGroups, bool kW4, typename Params>
+__device__ __forceinline__ void stream_gemm(const Params& p) {
   constexpr bool kQuantizes = !std::is_same_v<T, int8_t>;
-  using Ring = StreamRing<kGroups, kQuantizes, kW4>;
+  using Ring = StreamRing<kGroups, kQuantizes, kW4, Params>;
   using Sums = StreamSums<kGroups>;
   extern __shared__ uint4 stream_storage[];
   auto* const storage = reinterpret_cast<uint8_t*>(stream_storage);
@@ -65,7 +65,7 @@ __device__ __forceinline__ void stream_gemm(const StreamParams& p) {
   __syncthreads();
 
   int turn = 0;
-  for (int tile = blockIdx.x, i = 0; tile < p.tiles; tile += gridDim.x) {
+  for (int tile = p.first_tile(), i = 0; tile < p.tiles; tile += p.tile_step()) {
     const int channel0 = tile * kStreamChannels;
     if (warp == i) prefetch_channels(p.epilogue, channel0);
     int32_t acc[4 * kGroups] = {};

@@ -34,6 +34,11 @@ struct StreamParams {
   const int8_t* w_group;
   const int8_t* w_group_end;
   int32_t w_bytes;  // of a row of w_q
+
+  // What the GEMMs of experts have otherwise (gemm/grouped/stream.cuh).
+  __device__ int first_tile() const { return blockIdx.x; }  // of this block
+  __device__ int tile_step() const { return gridDim.x; }    // to its next one
+  __device__ const int8_t* x_row(int token) const { return x_q + token * x_q_stride; }
 };
 
 }  // namespace sqk

@@ -30,16 +30,16 @@ __device__ inline void copy_piece(void* to, const int8_t* from, int bytes) {
 // so adjacent warps read adjacent memory. Lane 4 g + t takes channels g and g + 8 of the tile,
 // tokens g and g + 8, and bytes 16 t to 16 t + 15 of each chunk. kQuantized: the block quantizes x
 // itself, into shared memory.
-template <int kGroups, bool kQuantized, bool kW4>
+template <int kGroups, bool kQuantized, bool kW4, typename Params>
 class StreamRing {
  public:
   using Chunk = StreamChunk<kGroups, kW4>;
 
-  __device__ StreamRing(const StreamParams& p, uint8_t* shared)
+  __device__ StreamRing(const Params& p, uint8_t* shared)
       : p_(p),
         warps_(blockDim.x / 32),
         lane_(threadIdx.x % 32),
-        tile_(blockIdx.x),
+        tile_(p.first_tile()),
         stage_(threadIdx.x / 32) {
     const int warp = threadIdx.x / 32;
     weights_ = shared + warp * kWarpRing<kW4> + lane_ * kPiece;
@@ -153,7 +153,7 @@ class StreamRing {
       stage_ += warps_;
       if (stage_ >= p_.stages) {
         stage_ = threadIdx.x / 32;
-        tile_ += gridDim.x;
+        tile_ += p_.tile_step();
         find_row();
       }
     }
@@ -179,7 +179,7 @@ class StreamRing {
 #pragma unroll
     for (int i = 0; i < kGroups; ++i) {
       if (token(i) >= p_.epilogue.m) continue;
-      const int8_t* const from = p_.x_q + token(i) * p_.x_q_stride + offset;
+      const int8_t* const from = p_.x_row(token(i)) + offset;
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
         copy_piece(activation_place(c, i), from + c * kChunk, p_.k - offset - c * kChunk);
@@ -187,7 +187,7 @@ class StreamRing {
     }
   }
 
-  const StreamParams& p_;
+  const Params& p_;
   const int warps_, lane_;
   uint8_t* weights_;      // this lane's place in slot 0
   uint8_t* activations_;  // the same for activations, or its place in the resident ones

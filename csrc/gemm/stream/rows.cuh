@@ -26,13 +26,12 @@ __device__ inline int resident_offset(int token, int at, int m) {
 }
 
 // Each thread commits one group of copies. kW4: transpose_rows must follow.
-template <bool kW4>
-__device__ inline void copy_rows(const StreamParams& p, uint8_t* to) {
+template <bool kW4, typename Params>
+__device__ inline void copy_rows(const Params& p, uint8_t* to) {
   const int m = p.epilogue.m, pieces = p.stages * (kStageK<kW4> / kPiece);
   for (int i = threadIdx.x; i < m * pieces; i += blockDim.x) {
     const int token = i / pieces, at = (i - token * pieces) * kPiece;
-    copy_piece(to + resident_offset<false>(token, at, m), p.x_q + token * p.x_q_stride + at,
-               p.k - at);
+    copy_piece(to + resident_offset<false>(token, at, m), p.x_row(token) + at, p.k - at);
   }
   commit_copies();
 }
@@ -60,13 +59,13 @@ __device__ inline void transpose_rows(const StreamParams& p, uint8_t* to) {
 
 // Without copies, when the ring has been filled before: a wait for copies would wait for the ring's
 // too. Nothing must follow.
-template <bool kW4>
-__device__ inline void load_rows(const StreamParams& p, uint8_t* to) {
+template <bool kW4, typename Params>
+__device__ inline void load_rows(const Params& p, uint8_t* to) {
   const int m = p.epilogue.m, pieces = p.stages * (kStageK<kW4> / kPiece);
 #pragma unroll 4  // loads in flight
   for (int i = threadIdx.x; i < m * pieces; i += blockDim.x) {
     const int token = i / pieces, at = (i - token * pieces) * kPiece;
-    const int8_t* const from = p.x_q + token * p.x_q_stride + at;
+    const int8_t* const from = p.x_row(token) + at;
     int4 piece = make_int4(0, 0, 0, 0);
     if (at + kPiece <= p.k) {
       piece = load_fresh(reinterpret_cast<const int4*>(from));
