@@ -5,7 +5,7 @@
 
 #include "common/arithmetic.h"
 #include "common/launch.h"
-#include "common/valid.h"
+#include "common/valid_grouped.h"
 #include "common/vector.cuh"
 #include "sqk/grouped.h"
 

@@ -4,6 +4,7 @@
 #include "common/arithmetic.h"
 #include "common/entry.h"
 #include "common/launch.h"
+#include "common/valid_grouped.h"
 #include "gemm/find.h"
 #include "gemm/grouped/kernels.h"
 
@@ -14,8 +15,7 @@ const GemmTile& tile_of(const GroupedPlan& plan) { return GroupedTiles::kTiles[p
 
 Status check_addresses(const GroupedParams& params, const GroupedPlan& plan) {
   constexpr int64_t kAlignment = 16;
-  if (params.x_q == nullptr || params.x_scale == nullptr || params.w_q == nullptr ||
-      params.w_scale == nullptr || params.offsets == nullptr || params.y == nullptr ||
+  if (!has_operands(params) ||
       (plan.workspace_bytes > 0 &&
        (params.workspace == nullptr || !is_aligned(params.workspace, kAlignment)))) {
     return Status::kInvalidArgument;

@@ -3,7 +3,7 @@
 #include <algorithm>
 
 #include "common/arithmetic.h"
-#include "common/valid.h"
+#include "common/valid_grouped.h"
 #include "gemm/grouped/gather.h"
 #include "gemm/grouped/kernels.h"
 
