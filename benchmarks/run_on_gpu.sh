@@ -8,12 +8,12 @@ set -euo pipefail
 # name:seconds, in the order in which they run, the most telling first. A new stage is one word here and one function
 # stage_<name> below, which prints its short table, sends details through `short`, and returns 77 when there was nothing
 # for it to do.
-STAGES=(setup:60 info:30 truth:60 build:240 first_light:45 tests:80 gemm:80 probe:20 quantize:35 attention:35 tune:40 linear:20
+STAGES=(setup:60 info:30 truth:60 build:240 first_light:45 tests:80 gemm:80 probe:20 quantize:35 attention:35 experts:25 tune:40 linear:20
   block:35 model:30 report:20 sanitizer:180)
 # What runs where no stage is named: the first call on a machine. A rehearsal goes through all of them.
 FIRST=(setup info truth build first_light tests:150 gemm:120 probe report)
 # Stages that load the CUDA library.
-NEEDS_LIBRARY=" first_light tests gemm quantize attention tune linear block model sanitizer "
+NEEDS_LIBRARY=" first_light tests gemm quantize attention experts tune linear block model sanitizer "
 
 self=$(realpath "${BASH_SOURCE[0]}")
 root=$(dirname "$(dirname "$self")")

@@ -237,6 +237,17 @@ stage_attention() {
   return "$status"
 }
 
+stage_experts() {
+  local status=0 simulation=0
+  benchmark experts 20 "--device cpu" 10 || status=1
+  if rehearsing; then
+    short 12 simulated_within "$(budget 10)" -m benchmarks.experts \
+      --device cpu --seconds 0 --json "$results/experts_simulated.json" || simulation=$?
+    if ((simulation != 0 && simulation != 77)); then status=1; fi
+  fi
+  return "$status"
+}
+
 stage_linear() { benchmark linear 20 --rehearse 10; }
 
 stage_tune() {

@@ -83,6 +83,7 @@ def test_a_whole_rehearsal_writes_every_file_and_a_second_one_continues_it(tmp_p
         "block",
         "model",
         "attention",
+        "experts",
         "report",
         "sanitizer",
     )
@@ -93,7 +94,7 @@ def test_a_whole_rehearsal_writes_every_file_and_a_second_one_continues_it(tmp_p
     tools = [line.split()[4] for line in done.stdout.splitlines() if line.startswith("would run")]
     assert tools == ["memcheck", "racecheck", "initcheck", "synccheck"]
     results = tmp_path / "results"
-    for name in ("gemm", "quantize", "linear", "block", "model", "attention"):
+    for name in ("gemm", "quantize", "linear", "block", "model", "attention", "experts"):
         rows = json.loads((results / f"{name}.json").read_text())["rows"]
         assert rows and not any("failed" in row or "wrong" in row for row in rows)
     light = json.loads((results / "first_light.json").read_text())["rows"]
@@ -129,7 +130,7 @@ def test_an_unknown_stage_is_refused_before_anything_runs(tmp_path: Path, word: 
     assert done.returncode == 2
     assert done.stderr == (
         f"There is no stage '{word}'; the stages are: "
-        "setup info truth build first_light tests gemm probe quantize attention tune linear block model report "
+        "setup info truth build first_light tests gemm probe quantize attention experts tune linear block model report "
         "sanitizer; with :SECONDS, if wanted.\n"
     )
     assert not list(tmp_path.iterdir())

@@ -114,8 +114,8 @@ MUTANTS = (
     mma(
         "the last bytes of k are left out",
         "mma/kernel.cuh",
-        "const int valid = static_cast<int>(min(int64_t{kK}, p.k - k_last));",
-        "const int valid = static_cast<int>(min(int64_t{kK}, p.k - k_last)) / 16 * 16;",
+        "const int valid = static_cast<int>(min(int64_t{kK}, k - k_last));",
+        "const int valid = static_cast<int>(min(int64_t{kK}, k - k_last)) / 16 * 16;",
         OPS,
         "smoke_gemm",
         WRONG_VALUES,

@@ -10,6 +10,8 @@ from tests.support.mutants import OUT_OF_BOUNDS, WRONG_VALUES, WROTE_OUTSIDE, Mu
 pytestmark = [pytest.mark.simulator, pytest.mark.slow, pytest.mark.xdist_group("planted")]
 
 TILE = "csrc/gemm/instances/grouped_mma_16x64x128_warps_1x4_stages_6.cu"
+#: A tile whose channels are many enough for the epilogue's fast path.
+WIDE = "csrc/gemm/instances/grouped_mma_64x128x64_warps_2x2_stages_4.cu"
 COMBINE = "csrc/gemm/grouped/combine.cu"
 SUITE = "test_grouped_c_entry.py"
 SMOKE, RANGE = "smoke_grouped", "out_of_range"
@@ -25,10 +27,11 @@ def grouped(
     tests: str = SMOKE,
     symptom: str | None = WRONG_VALUES,
     orders: tuple[tuple[int, bool], ...] = (),
+    source: str = TILE,
 ) -> Mutant:
-    """A mutant of the smallest tile."""
+    """A mutant of one tile, by default of the smallest."""
     return Mutant(
-        name, f"gemm/grouped/{file}", old, new, TILE, SUITE, tests, symptom, orders=orders
+        name, f"gemm/grouped/{file}", old, new, source, SUITE, tests, symptom, orders=orders
     )
 
 
@@ -52,6 +55,7 @@ MUTANTS = (
     grouped(
         "epilogue.cuh", "scales of an odd expert are read in pairs",
         "epilogue.plain && (p.n % 2 == 0 || p.experts == 1)", "epilogue.plain", "test_odd_channels", "misaligned",
+        source=WIDE,
     ),
     grouped("mma.cuh", "every expert has the first one's weights", "found.expert * p.w_q_expert_stride", "0"),
     grouped("mma.cuh", "rows are ignored", "return p.rows == nullptr ? row", "return true ? row", symptom=EITHER),
