@@ -64,9 +64,7 @@ def test_every_tile_has_a_file_of_its_own(library: ctypes.CDLL) -> None:
             if tile["gated"]:
                 expected[f"gated_{file_of(tile)}"] = argument
     found = {}
-    for source in {*INSTANCES.glob("*.cu")} - {
-        *INSTANCES.glob("grouped_*")
-    }:  # test_grouped_tiles.py
+    for source in set(INSTANCES.glob("*.cu")).difference(INSTANCES.glob("grouped_*")):
         text = source.read_text()
         assert len(text.splitlines()) <= 12
         (found[source.name],) = re.findall(r"_entry<(\w+\([\d, ]+\)).*>\(\);", text)
