@@ -179,9 +179,11 @@ class GroupedConsumer {
     const int64_t whole = e.wide ? bytes / 16 * 16 : 0;
     for (int64_t token = first + int64_t{blockIdx.x}; token < last; token += gridDim.x) {
       int8_t* const row = static_cast<int8_t*>(e.y) + token * e.y_stride * size;
+#pragma unroll 1
       for (int64_t at = 16 * threadIdx.x; at < whole; at += 16 * Tile::kConsumers) {
         *reinterpret_cast<int4*>(row + at) = make_int4(0, 0, 0, 0);
       }
+#pragma unroll 1
       for (int64_t at = whole + 2 * threadIdx.x; at < bytes; at += 2 * Tile::kConsumers) {
         *reinterpret_cast<int16_t*>(row + at) = 0;
       }

@@ -1,0 +1,27 @@
+"""Each row of the table of tiles for experts has a file in csrc/gemm/instances, named after it."""
+
+from __future__ import annotations
+
+import re
+
+from tools.build.plan import ROOT
+
+
+def file_of(row: str) -> str:
+    kernel, *numbers = re.findall(r"^\w+|\d+", row.partition(".rate")[0])
+    name = f"grouped_{kernel}_{'x'.join(numbers[:3])}"
+    if kernel == "wgmma":
+        return f"{name}{'_swap' * ('swap_ab' in row)}_sm90.cu"
+    warps_m, warps_n, stages = numbers[3:]
+    return f"{name}_warps_{warps_m}x{warps_n}_stages_{stages}.cu"
+
+
+def test_every_tile_has_a_file_of_its_own() -> None:
+    table = (ROOT / "csrc/gemm/grouped/tiles.h").read_text()
+    rows = re.findall(r"^    (w?g?mma\(.*)\.rate\(\d+\).*,$", table, re.M)
+    found = {}
+    for source in (ROOT / "csrc/gemm/instances").glob("grouped_*.cu"):
+        text = " ".join(source.read_text().split())
+        (found[source.name],) = re.findall(r"_entry< ?(.*?) ?>\(\);", text)
+    assert len(rows) >= 8
+    assert found == {file_of(row): row for row in rows}
