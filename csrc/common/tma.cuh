@@ -63,6 +63,19 @@ __device__ inline void wait_for_barrier(uint32_t barrier, uint32_t parity) {
   }
 }
 
+// Which stage of a ring is next. The parity is that of the phase in which it becomes full.
+template <int kStages>
+struct StageRing {
+  int stage = 0;
+  uint32_t parity = 0;
+  __device__ void step() {
+    if (++stage == kStages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
 // All threads of the cluster.
 __device__ inline void sync_cluster() {
   asm volatile(
@@ -94,7 +107,16 @@ __device__ inline void copy_box(uint32_t to, const CUtensorMap& map, int32_t x, 
       "l"(reinterpret_cast<uint64_t>(&map)), "r"(x), "r"(y), "r"(barrier)
       : "memory");
 }
-// The same to all blocks of the cluster in `mask`, where each block's barrier counts the bytes.
+__device__ inline void copy_box(uint32_t to, const CUtensorMap& map, int32_t x, int32_t y,
+                                int32_t z, uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, "
+      "{%2, %3, %4}], [%5];" ::"r"(to),
+      "l"(reinterpret_cast<uint64_t>(&map)), "r"(x), "r"(y), "r"(z), "r"(barrier)
+      : "memory");
+}
+// A box of a matrix to all blocks of the cluster in `mask`, where each block's barrier counts the
+// bytes.
 __device__ inline void copy_box_to(uint16_t mask, uint32_t to, const CUtensorMap& map, int32_t x,
                                    int32_t y, uint32_t barrier) {
   asm volatile(
@@ -118,7 +140,7 @@ inline CUresult encode_map(CUtensorMap* map, CUtensorMapDataType type, const voi
   using Encode = decltype(&cuTensorMapEncodeTiled);
   static const auto encode = driver_function<Encode>("cuTensorMapEncodeTiled", 12000);
   if (encode == nullptr) return CUDA_ERROR_NOT_SUPPORTED;
-  const cuuint32_t every[] = {1, 1};
+  const cuuint32_t every[] = {1, 1, 1};
   return encode(map, type, rank, const_cast<void*>(base), size, stride, box, every,
                 CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
                 CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
@@ -133,6 +155,21 @@ inline Status encode_matrix(CUtensorMap* map, const ByteMatrix& matrix, uint32_t
   const cuuint32_t box[] = {columns, rows};
   const CUresult result =
       encode_map(map, CU_TENSOR_MAP_DATA_TYPE_UINT8, matrix.base, 2, size, stride, box, swizzle);
+  return result == CUDA_SUCCESS ? Status::kSuccess : Status::kInvalidArgument;
+}
+
+// The same for `count` matrices, each `distance` bytes after the one before: a multiple of their
+// stride. What a box has beyond the last row of its matrix becomes 0.
+inline Status encode_matrices(CUtensorMap* map, const ByteMatrix& first, int64_t count,
+                              int64_t distance, uint32_t rows, uint32_t columns,
+                              CUtensorMapSwizzle swizzle) {
+  const cuuint64_t size[] = {static_cast<cuuint64_t>(first.columns),
+                             static_cast<cuuint64_t>(first.rows), static_cast<cuuint64_t>(count)};
+  const cuuint64_t stride[] = {static_cast<cuuint64_t>(first.stride),
+                               static_cast<cuuint64_t>(distance)};
+  const cuuint32_t box[] = {columns, rows, 1};
+  const CUresult result =
+      encode_map(map, CU_TENSOR_MAP_DATA_TYPE_UINT8, first.base, 3, size, stride, box, swizzle);
   return result == CUDA_SUCCESS ? Status::kSuccess : Status::kInvalidArgument;
 }
 

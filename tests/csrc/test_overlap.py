@@ -27,6 +27,7 @@ CHAINS = {
     "test_chains.py": "",
     "test_gemm_w4_wgmma.py": "chain",
     "test_grouped_stream.py": "smoke or chain",
+    "test_grouped_wgmma.py": "chain",
     "test_norms.py": "smoke",
     "test_kv_append.py": "smoke",
     "test_decode_attention.py": "smoke or again",

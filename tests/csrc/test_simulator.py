@@ -47,10 +47,11 @@ def test_kernels(
 
 #: Cooperation of blocks: splits with tickets, stream-K, clusters, scales of gated rows; every tile, in small shapes.
 #: Then the int8 cache: tokens that share blocks, and parts of a sequence that the last block merges.
-#: Rings of 4-bit weights whose lanes share steps. Blocks that share the experts which have rows.
+#: Rings of 4-bit weights whose lanes share steps. Blocks that find their tiles in the offsets of experts, or
+#: share the experts which have rows.
 TOGETHER = (
     "(need_not_be_cleared and 127) or every_gated_tile or smoke_kv_append or smoke_decode"
-    " or smoke_w4_stream or smoke_grouped_stream"
+    " or smoke_w4_stream or smoke_grouped_wgmma or smoke_grouped_stream"
 )
 #: seed -> whether memory is weak too, without which the defects planted by test_planted_order.py do not show.
 ORDERS = {1: True, 2: False, 3: True}
@@ -70,6 +71,7 @@ def test_any_order_of_blocks_gives_the_same_bits(arch: str, seed: int) -> None:
         "tests/kernels/test_gemm_w4_stream.py",
         "tests/kernels/test_gemm_w4_tiles.py",
         "tests/kernels/test_grouped_stream.py",
+        "tests/kernels/test_grouped_wgmma.py",
         "tests/kernels/test_kv_append.py",
         "tests/kernels/test_decode_attention.py",
         "-k",

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import re
 from ctypes import POINTER, Structure, byref, c_int32, c_int64, c_void_p
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from tests.support.c_interface import DTYPES, INVALID_ARGUMENT, row_stride
+from tools.build.plan import ROOT
 
 
 class Params(Structure):
@@ -71,6 +74,31 @@ class CombineParams(Structure):
         ("dtype", c_int32),
         ("weights_dtype", c_int32),
     )
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A row of csrc/gemm/grouped/tiles.h."""
+
+    row: int
+    kernel: str
+    m: int
+    n: int
+    stages: int
+    name: str
+
+
+def wgmma_tiles() -> list[Tile]:
+    """Hopper's rows, from the text of the table: pytest's collection needs them before there is a library."""
+    text = (ROOT / "csrc/gemm/grouped/tiles.h").read_text()
+    found = []
+    for row, line in enumerate(re.findall(r"^    (w?g?mma\(.*\),)$", text, re.M)):
+        kernel, *sizes = re.findall(r"^\w+|\d+", line)
+        m, n, k = map(int, sizes[:3])
+        stages = int(line.partition(".stages(")[2].partition(")")[0])
+        name = f"{m}x{n}x{k}" + ("_swap" if "swap_ab" in line else "")
+        found.append(Tile(row, kernel, m, n, stages, name))
+    return [tile for tile in found if tile.kernel == "wgmma"]
 
 
 def declare(library: ctypes.CDLL) -> ctypes.CDLL:

@@ -17,9 +17,9 @@ CPU_FOLDER = "csrc/cpu/"
 CPU_BINDING = ("quantize", "gemm", "gated", "linear", "kv_cache", "attention")
 #: CUTLASS's headers take 30 of the 40 seconds that a wgmma kernel takes to compile, so some files share them. The
 #: number is fixed: if it depended on the number of processors, two machines would build different libraries. Kernels
-#: for weights of 4 bits need few of these headers.
+#: for weights of 4 bits and for experts need few of these headers.
 FILES_OF_A_UNIT = 4
-_SHARES_HEADERS = re.compile(r"csrc/gemm/instances/(?!w4_)\w+_sm90\.cu")
+_SHARES_HEADERS = re.compile(r"csrc/gemm/instances/(?!w4_|grouped_)\w+_sm90\.cu")
 
 
 def _found(root: Path, *suffixes: str) -> list[str]:

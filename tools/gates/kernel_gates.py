@@ -117,7 +117,8 @@ GATES = (
         "waits for the kernel before",
         waits_first(),
         "allowed: none. The kernel is launched to overlap: csrc/common/memory_order.cuh.",
-        kernels=rf"\b(wgmma_gemm_kernel|grouped_{STREAM}|row_kernel|kv_append_kernel|{DECODE})<",
+        kernels=rf"\b((grouped_)?wgmma_gemm_kernel|grouped_{STREAM}|row_kernel|kv_append_kernel|{DECODE})<"
+        r"|\bgather_rows_kernel\b",
         archs=r"sm_90a",
     ),
     *(
@@ -137,7 +138,7 @@ GATES = (
         "results of the kernel before",
         fresh_loads,
         "wanted: load_fresh (csrc/common/memory_order.cuh) for what another kernel or block has just written.",
-        kernels=rf"\b((?:w4_)?wgmma_gemm_kernel|grouped_{STREAM}|{DECODE})<",
+        kernels=rf"\b((?:w4_|grouped_)?wgmma_gemm_kernel|grouped_{STREAM}|{DECODE})<|\bgather_rows_kernel\b",
         archs=r"sm_90a",
     ),
     Gate(

@@ -41,7 +41,9 @@ __device__ inline Epilogue epilogue_of(const Epilogue& whole, int32_t expert, ui
 template <int kM, int kN, int kThreads>
 __device__ inline void store_zeros(const Epilogue& e, uint32_t row0, uint32_t last,
                                    uint32_t channel0) {
-  const int bytes = static_cast<int>(size_in_bytes(e.y_dtype)), step = 16 / bytes;
+  const int bytes = visit_float(
+      e.y_dtype, [](auto type) { return static_cast<int>(sizeof(Element<decltype(type)>)); });
+  const int step = 16 / bytes;
   const int pieces = kN / step;
   for (int i = threadIdx.x; i < kM * pieces; i += kThreads) {
     const uint32_t row = row0 + i / pieces;

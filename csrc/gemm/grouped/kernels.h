@@ -22,6 +22,10 @@ GroupedLaunch grouped_stream_entry();
 template <TileKey kTile>
 GroupedLaunch grouped_mma_entry();
 
+// instances/grouped_wgmma_*_sm90.cu, if the build has 9.0a (SQK_WITH_SM90).
+template <TileKey kTile>
+GroupedLaunch grouped_wgmma_entry();
+
 struct GroupedStreamKind {
   using Entry = GroupedLaunch;
   static constexpr bool has(const GemmTile& tile) { return tile.kernel == GemmKernel::kStream; }
@@ -38,6 +42,24 @@ struct GroupedMmaKind {
     return grouped_mma_entry<kTile>();
   }
 };
+
+struct GroupedWgmmaKind {
+  using Entry = GroupedLaunch;
+  static constexpr bool has(const GemmTile& tile) { return tile.kernel == GemmKernel::kWgmma; }
+  template <TileKey kTile>
+  static Entry entry() {
+    return grouped_wgmma_entry<kTile>();
+  }
+};
+
+// Whether a tensor map describes w_q. By the driver's manual, each stride must be a multiple of the
+// one before.
+constexpr bool has_map(const GroupedParams& params) {
+  return params.experts == 1 || params.n == 1 || params.w_q_expert_stride % params.w_q_stride == 0;
+}
+
+// Of the shared memory of a wgmma kernel: where each expert's rows and tiles start.
+constexpr int64_t expert_bytes(int64_t experts) { return 8 * (experts + 1); }
 
 // Whether a streaming tile can compute the problem: one expert may have all rows.
 constexpr bool grouped_stream_serves(int64_t tile_m, const GroupedParams& params) {

@@ -21,6 +21,15 @@ constexpr TileBuilder kGroupedShipped[] = {
     mma(128, 128, 64).warps(2, 2).stages(3).rate(90),
     // 80 KiB: two blocks per SM where it has 160 KiB.
     mma(128, 128, 64).warps(2, 2).stages(5).rate(95).stages_in_name(),
+    // Hopper: channels are the instruction's 64 rows, so few tokens waste nothing; 192 KiB of
+    // weights in flight.
+    wgmma(16, 128, 128).swap_ab().cooperative().stages(12).rate(25),
+    // The same for more tokens: one tile holds an expert's, so its weights are read once.
+    wgmma(64, 128, 128).swap_ab().cooperative().stages(9).rate(60),
+    // Tokens are the rows.
+    wgmma(128, 128, 128).cooperative().stages(6).rate(75),
+    // Reads 48 bytes a clock from L2 at the tensor cores' peak, not 64.
+    wgmma(128, 256, 128).cooperative().stages(4).rate(85),
 };
 
 // The first rule that holds and whose tile serves is taken.
@@ -34,6 +43,10 @@ struct GroupedRule {
 constexpr GroupedRule kGroupedRules[] = {
     {8, 0, "stream 8x16", "few rows in all: weights are read once, in 16-byte loads"},
     {16, 0, "stream 16x16", "the same; serves only if all experts together have so few rows"},
+    {16, 0, "16x128x128 swap", "few rows: the weights are read once, and nothing else matters"},
+    {64, 0, "64x128x128 swap", "one tile holds an expert's rows: its weights are read once"},
+    {128, 0, "128x128x128", "one tile holds an expert's rows, in twice as many tiles as 128x256"},
+    {kAnyM, 0, "128x256x128", "reads the least from L2"},
     {16, 0, "16x64x128", "few rows: the weights are read once, and nothing else matters"},
     {64, 0, "64x128x64", "one tile holds an expert's rows: its weights are read once"},
     {kAnyM, 160 * 1024, "128x128x64 5 stages", "the largest tile, two blocks per SM"},

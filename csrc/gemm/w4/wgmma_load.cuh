@@ -18,7 +18,7 @@ class W4Loader {
     prefetch_map(p_.w);
     prefetch_map(p_.group);
     const uint32_t clusters = gridDim.x / Tile::kCluster;
-    W4Ring<Tile::kStages> ring;
+    StageRing<Tile::kStages> ring;
     uint32_t unit = blockIdx.x / Tile::kCluster;
     // The weights of the first stages do not depend on the kernel before this one.
     W4Unit now = w4_unit<Tile>(p_, unit);

@@ -217,7 +217,7 @@ class W4Consumer {
   const uint8_t* weights_;
   const uint8_t* groups_;
   int warp_channel_;
-  W4Ring<Tile::kStages> ring_;
+  StageRing<Tile::kStages> ring_;
   int done_ = 0;  // the oldest stage that was not given back
 };
 

@@ -42,19 +42,6 @@ struct W4WgmmaTile {
   static_assert(kTokens % (8 * kCluster) == 0 && kTokens <= 256);
 };
 
-// Which stage of the ring is next. The parity is that of the phase in which it becomes full.
-template <int kStages>
-struct W4Ring {
-  int stage = 0;
-  uint32_t parity = 0;
-  __device__ void step() {
-    if (++stage == kStages) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
-};
-
 // What a block computes at a time: a tile, or the part of its k from group `first` on.
 struct W4Unit {
   int32_t token0, channel0;
