@@ -91,7 +91,8 @@ inline Status check(const GroupedParams& p, int64_t alignment) {
       p.tile < -1) {
     return Status::kInvalidArgument;
   }
-  if (p.rows == nullptr ? p.x_rows != p.m : p.x_rows < (p.m > 0 ? 1 : 0)) {
+  // Without elements `rows` may have no address.
+  if (p.x_rows < 0 || (p.m > 0 && (p.rows == nullptr ? p.x_rows != p.m : p.x_rows < 1))) {
     return Status::kInvalidArgument;
   }
   if (p.x_q_stride >= kMaxStride || p.w_q_stride >= kMaxStride ||
@@ -118,7 +119,8 @@ inline Status check(const CombineParams& p) {
                        p.weights == nullptr || p.out == nullptr)) {
     return Status::kInvalidArgument;
   }
-  if ((p.y_rows > 1 && p.y_stride < p.n) || (p.tokens > 1 && p.out_stride < p.n)) {
+  // Rows that are only read may overlap.
+  if ((p.y_rows > 1 && p.y_stride < 0) || (p.tokens > 1 && p.out_stride < p.n)) {
     return Status::kInvalidArgument;
   }
   return p.tokens <= kMaxRows && p.y_rows <= kMaxSide && p.n <= kMaxChannels &&

@@ -115,6 +115,37 @@ print("parts")
 """
 )
 
+#: The null runtime has no function that waits: a call of one would end the program.
+EXPERTS = (
+    START
+    + """
+from tests.support import c_grouped, cases
+c_grouped.declare(library)
+launches = ctypes.c_long.in_dll(runtime, "null_launches")
+for index in (0, 1):
+    runtime.null_use_device(index)
+    tiles = set()
+    for tokens in (1, 40, 300, 2000):
+        e = cases.expert_operands(tokens, 4, 64, 64)
+        calls = (
+            lambda: ops.grouped_gemm_s8(*e[:5], rows=e.rows, bias=e.bias),
+            lambda: ops.combine_experts(torch.zeros(2 * tokens, 64), e.position, e.weights),
+        )
+        for call in calls:
+            call()
+            before = launches.value
+            assert not any(asked(call).values())
+            assert launches.value == before + 1, launches.value - before
+        y = torch.empty(2 * tokens, 64)
+        p = c_grouped.params_of(e.x_q, e.w_q, e.x_scale, e.w_scale, e.offsets, y, rows=e.rows)
+        status, plan = c_grouped.plan(library, p)
+        assert status == SUCCESS and plan.launches == 1
+        tiles.add(plan.tile)
+    assert len(tiles) >= 3, "each number of rows has the same tile"
+print("experts")
+"""
+)
+
 
 def test_a_kernel_is_set_up_once_for_each_gpu(null_library: Path) -> None:
     assert "once" in null_runtime.python("-c", ONCE, str(null_library))
@@ -123,3 +154,8 @@ def test_a_kernel_is_set_up_once_for_each_gpu(null_library: Path) -> None:
 def test_a_part_of_a_gpu_is_recognized_and_runs_no_stream_k(null_library: Path) -> None:
     """The part comes from a green context or from MPS."""
     assert "parts" in null_runtime.python("-c", PARTS, str(null_library))
+
+
+def test_the_rows_of_experts_are_not_waited_for(null_library: Path) -> None:
+    """One launch, whatever the experts have."""
+    assert "experts" in null_runtime.python("-c", EXPERTS, str(null_library))

@@ -136,6 +136,13 @@ def test_smoke_grouped(compiled: Backend, entries: ctypes.CDLL, gather: bool) ->
         check_every_tile(compiled, entries, problem, f"{case} {dtype}")
 
 
+def test_odd_channels_of_aligned_rows(compiled: Backend, entries: ctypes.CDLL) -> None:
+    """The scales of every second expert start at an odd position."""
+    case = {"counts": (3, 2, 5), "n": 65, "k": 40}
+    problem = Problem(compiled, case, torch.float16)
+    check_every_tile(compiled, entries, problem, f"{case}")
+
+
 @pytest.mark.parametrize("dtype", cases.FLOATS, ids=str)
 def test_every_tile_of_experts(compiled: Backend, entries: ctypes.CDLL, dtype: torch.dtype) -> None:
     for i, case in enumerate(
@@ -245,6 +252,7 @@ def test_descending_offsets_count_as_the_largest_before(
         ((0, 30, 10, 60), (0, 30, 30, 60)),
         ((-7, 20, 99, 5), (0, 20, 60, 60)),
         ((50, 0, 0, 0), (50, 50, 50, 50)),
+        ((20, 0, 0, 40), (20, 20, 20, 40)),
     ):
         problem.offsets = compiled.put(torch.tensor(wild).int())
         problem.expected = reference.grouped_gemm_s8(
@@ -357,7 +365,7 @@ def test_statuses_of_wrong_sums(compiled: Backend, entries: ctypes.CDLL) -> None
     position = compiled.put(torch.zeros(3, 2, dtype=torch.int32))
     weights = compiled.put(torch.ones(3, 2))
     wrong: dict[str, tuple[Any, ...]] = {
-        "tokens": (-1,), "choices": (0, -1), "n": (0, -1), "y_rows": (0, -1), "y": (None,), "y_stride": (4,),
+        "tokens": (-1,), "choices": (0, -1), "n": (0, -1), "y_rows": (0, -1), "y": (None,), "y_stride": (-5,),
         "position": (None,), "weights": (None,), "out": (None,), "out_stride": (4,), "dtype": (-1, 3, 4),
         "weights_dtype": (-1, 3, 4),
     }  # fmt: skip
