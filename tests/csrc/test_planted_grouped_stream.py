@@ -24,7 +24,7 @@ def defect(name: str, old: str, new: str, tests: str, symptom: str | None) -> Mu
 
 
 WAIT = "  wait_for_previous_kernel();\n  allow_next_kernel();\n"
-OFFSETS = "  const int first = load_offset(p, 0), last = load_offset(p, p.experts);\n"
+EXPERTS = "  const ExpertsWithRows experts(p);\n"
 MUTANTS = (
     defect(
         "offsets are not clamped",
@@ -44,7 +44,7 @@ MUTANTS = (
         "rows are used before all of them are there",
         "  __syncthreads();  // `row` is there\n",
         "",
-        "smoke and 5",
+        "bad_rows",
         f"{RACE}|{UNINITIALIZED}",
     ),
     defect(
@@ -99,13 +99,14 @@ MUTANTS = (
     replace(
         defect(
             "offsets are read before the wait",
-            WAIT + OFFSETS,
-            OFFSETS + WAIT,
+            WAIT,
+            "",
             "chain and 6",
             WRONG_VALUES,
         ),
         arch="sm_90",
         overlap=True,
+        cuts=((FILE, EXPERTS, EXPERTS + WAIT),),
     ),
     # The same tests with unchanged sources must pass, so the failures above are due to the defects.
     defect(

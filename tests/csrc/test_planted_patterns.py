@@ -12,6 +12,7 @@ from tests.csrc import (
     test_planted_attention,
     test_planted_gemm,
     test_planted_grouped,
+    test_planted_grouped_stream,
     test_planted_order,
 )
 from tests.support.mutants import Mutant
@@ -23,6 +24,7 @@ MUTANTS = (
     *test_planted_attention.MUTANTS,
     *test_planted_gemm.MUTANTS,
     *test_planted_grouped.MUTANTS,
+    *test_planted_grouped_stream.MUTANTS,
     *test_planted_order.MUTANTS,
     *test_overlap.MUTANTS,
 )

@@ -47,8 +47,8 @@ def test_kernels(
 
 #: Cooperation of blocks: splits with tickets, stream-K, clusters, scales of gated rows; every tile, in small shapes.
 #: Then the int8 cache: tokens that share blocks, and parts of a sequence that the last block merges.
-#: Rings of 4-bit weights whose lanes share steps. Experts, whose tiles share the rows of a block's height, and blocks
-#: that share the experts which have rows.
+#: Rings of 4-bit weights whose lanes share steps. Blocks that find their tiles in the offsets of experts, or
+#: share the experts which have rows.
 TOGETHER = (
     "(need_not_be_cleared and 127) or every_gated_tile or smoke_kv_append or smoke_decode"
     " or smoke_w4_stream or smoke_grouped"
@@ -70,8 +70,8 @@ def test_any_order_of_blocks_gives_the_same_bits(arch: str, seed: int) -> None:
         "tests/kernels/test_gated_c_entry.py",
         "tests/kernels/test_gemm_w4_stream.py",
         "tests/kernels/test_gemm_w4_tiles.py",
-        "tests/kernels/test_grouped_wgmma.py",
         "tests/kernels/test_grouped_stream.py",
+        "tests/kernels/test_grouped_wgmma.py",
         "tests/kernels/test_kv_append.py",
         "tests/kernels/test_decode_attention.py",
         "tests/kernels/test_grouped_c_entry.py",

@@ -24,16 +24,18 @@ Status check_addresses(const GroupedParams& params, const GroupedPlan& plan) {
                                                        : Status::kSuccess;
 }
 
+bool is_mma(const GroupedPlan& plan) { return GroupedMmaKind::has(tile_of(plan)); }
+
 // nullptr if the build has no kernel of the row.
 GroupedLaunch launch_of(const GroupedPlan& plan) {
+  if (GroupedStreamKind::has(tile_of(plan))) {
+    return find_entry<GroupedStreamKind, GroupedTiles>(plan.tile);
+  }
 #if SQK_WITH_SM90
   if (GroupedWgmmaKind::has(tile_of(plan))) {
     return find_entry<GroupedWgmmaKind, GroupedTiles>(plan.tile);
   }
 #endif
-  if (GroupedStreamKind::has(tile_of(plan))) {
-    return find_entry<GroupedStreamKind, GroupedTiles>(plan.tile);
-  }
   return find_entry<GroupedMmaKind, GroupedTiles>(plan.tile);
 }
 
@@ -44,7 +46,8 @@ Status plan(const GroupedParams& params, GroupedPlan* plan) {
   Status status = current_device(&device);
   if (status == Status::kSuccess) status = plan_grouped(params, device, plan);
   if (status == Status::kSuccess && plan->launches > 0) {
-    plan->overlap = tile_of(*plan).kernel != GemmKernel::kMma && may_overlap(device);
+    // The mma.sync kernels do not wait for the kernel before them.
+    plan->overlap = !is_mma(*plan) && may_overlap(device);
   }
   return status;
 }
