@@ -103,8 +103,9 @@ void pack_group_of(const Kernels& kernels, const Division& division, const Group
         p.rows == nullptr ? first + i : std::clamp<int64_t>(p.rows[first + i], 0, p.x_rows - 1);
     return p.x_q + row * p.x_q_stride;
   };
-  pack_group(kernels, block.form, p.k, rows, p.rows == nullptr, p.x_q_stride, row_at, scratch,
-             packed + (block.group + group) * division.group_bytes);
+  pack_group(
+      kernels, block.form, p.k, rows, p.rows == nullptr, p.x_q_stride, row_at, scratch,
+      packed + block.group * division.group_bytes + group * kernels.packed_bytes(p.k, block.form));
 }
 
 void pack_batch(const Kernels& kernels, const Division& division, const GroupedParams& p,
