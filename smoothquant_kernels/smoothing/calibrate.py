@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,11 @@ from smoothquant_kernels.modeling.view import ModelView, check_present
 from smoothquant_kernels.smoothing.entries import tensors_of
 from smoothquant_kernels.smoothing.padding import Padding
 from smoothquant_kernels.smoothing.patterns import check_patterns
-from smoothquant_kernels.smoothing.statistics import ActivationStatistics, warn_if_short
+from smoothquant_kernels.smoothing.statistics import (
+    ActivationStatistics,
+    of_heads,
+    warn_if_short,
+)
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -203,16 +207,17 @@ def collect_statistics(
     *,
     config: SmoothQuantConfig | None = None,
     max_tokens: int | None = None,
-    logits: bool = False,
+    heads: Collection[str] = (),
     progress: bool = True,
 ) -> ActivationStatistics:
     """Runs the model over the batches and returns the statistics of the inputs of `linears`.
 
     Args:
         batches: as `calibration_batches` yields them. Padding (attention_mask 0) does not count (`Padding`).
-        config: its rotations decide which tokens are kept; the default configuration if None.
+        config: its rotations decide which tokens are kept, and its formats and rounding which layers get moments; the
+            default configuration if None.
         max_tokens: the length of the progress bar; nothing else depends on it.
-        logits: whether the output head must read every token, because it is among the linears.
+        heads: the output heads among the linears. They read every token, and have their own settings.
 
     Raises:
         SmoothQuantError: there is no data, the model refuses a batch, or an input holds NaN or Inf (the message names
@@ -220,9 +225,11 @@ def collect_statistics(
     """
 
     def forward(batch: Batch) -> Any:
-        return run_checked(model, batch, logits=logits)
+        return run_checked(model, batch, logits=bool(heads))
 
-    statistics = ActivationStatistics(watched=tuple(linears), config=config or SmoothQuantConfig())
+    statistics = ActivationStatistics(
+        watched=tuple(linears), config=of_heads(config or SmoothQuantConfig(), heads)
+    )
     recorder = Recorder(statistics, linears, model)
     with evaluating(model), calibration_bar(progress) as bar:
         task = bar.add_task("calibrating (tokens)", total=max_tokens)
@@ -252,8 +259,9 @@ def calibrate_model(
         model: a float model; left unchanged.
         data: an iterable of token-id tensors [T] or [B, T], dicts of tensors, or strings (with `tokenizer`). It may be
             endless, because reading stops after `calibration_tokens`.
-        config: only `skip`, `quantize_head`, `weight_rounding`, `calibration_tokens`, `calibration_window` and the
-            rotations are used. The rotations decide which tokens are kept.
+        config: only `skip`, `quantize_head`, `weight_rounding`, `calibration_tokens`, `calibration_window`, the formats
+            and the rotations are used. The rotations decide which tokens are kept; the formats and `weight_rounding`,
+            which layers GPTQ can round.
         tokenizer: turns strings into token ids.
         progress: whether to show a progress bar.
 
@@ -293,7 +301,7 @@ def calibrate_view(
         batches,
         config=config,
         max_tokens=config.calibration_tokens,
-        logits=bool(view.int8_heads),
+        heads=view.int8_heads,
         progress=progress,
     )
     statistics.asked = config.calibration_tokens

@@ -40,7 +40,11 @@ from smoothquant_kernels.smoothing.calibrate import (
 from smoothquant_kernels.smoothing.convert import quantize_model
 from smoothquant_kernels.smoothing.patterns import check_patterns, patterns_within
 from smoothquant_kernels.smoothing.smooth import relative_difference, smooth_into
-from smoothquant_kernels.smoothing.statistics import ActivationStatistics, warn_if_short
+from smoothquant_kernels.smoothing.statistics import (
+    ActivationStatistics,
+    of_heads,
+    warn_if_short,
+)
 from smoothquant_kernels.storage.folder import check_folder, put, seal
 from smoothquant_kernels.storage.space import check_space
 from smoothquant_kernels.storage.versions import package_version
@@ -303,7 +307,10 @@ class _Stream:
 
     def _statistics(self, linears: Mapping[str, nn.Module]) -> ActivationStatistics:
         return ActivationStatistics(
-            tokens=self.tokens, sample=self.sample, watched=tuple(linears), config=self.config
+            tokens=self.tokens,
+            sample=self.sample,
+            watched=tuple(linears),
+            config=of_heads(self.config, self.heads),
         )
 
     # --- the rest ---
