@@ -18,6 +18,7 @@ much that is above the memory before. One thread.
 from __future__ import annotations
 
 import argparse
+import copy
 import hashlib
 import json
 import os
@@ -40,7 +41,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from benchmarks.accuracy import with_change
-from benchmarks.lib import runner, smollm2
+from benchmarks.lib import runner, smollm2, w4_peers
 from benchmarks.lib.smollm2 import WINDOW
 from smoothquant_kernels import SmoothQuantConfig, ops, smooth_and_quantize
 from smoothquant_kernels.evaluation.perplexity import Reference, evaluate
@@ -195,10 +196,12 @@ TOOLS: dict[str, Tool] = {
     "smoothquant_kernels": ours,
     "llm-compressor": llm_compressor,
     "torchao": torchao,
+    **w4_peers.TOOLS,
 }
 DISTRIBUTIONS = {
     "llm-compressor": ("llmcompressor", "compressed-tensors"),
     "torchao": ("torchao",),
+    **w4_peers.DISTRIBUTIONS,
 }
 
 
@@ -253,10 +256,18 @@ def run_tool(args: argparse.Namespace) -> None:
     # Weights are mapped and read at their first use: read them now, outside of the measured phase.
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
-    work = TOOLS[args.tool](model, smollm2.calibration(tokenizer, args.calibration), args.options)
+    windows = smollm2.calibration(tokenizer, args.calibration)
+    four_bits = args.tool in w4_peers.TOOLS
+    original = copy.deepcopy(model) if four_bits else None
+    options = {**args.options, "model": args.model} if four_bits else args.options
+    work = TOOLS[args.tool](model, windows, options)
     facts: dict[str, Any] = {}
     with measured(facts):
         model = work()
+    if original is not None:
+        facts |= w4_peers.decode_ratio(model, original, windows[0])
+        facts["linear_bytes"] = w4_peers.linear_bytes(model)
+        original = None
     torch.set_num_threads(os.cpu_count() or 1)
     if args.tool == "torchao":
         exact_int8_products()
@@ -269,16 +280,19 @@ def run_tool(args: argparse.Namespace) -> None:
         store_reference(reference, token_windows(texts, tokenizer, **sizes), stored)
     names = ("torch", "transformers", *DISTRIBUTIONS.get(args.tool, ()))
     versions = {name: metadata.version(name) for name in names}
-    runner.write_json(args.json, {**facts, **result.to_dict(), "versions": versions})
+    found = {**facts, **result.to_dict(), "versions": versions}
+    runner.write_json(args.json, found)
+    if four_bits and args.tool != "torchao W4":  # last: it changes the model, and may fail
+        runner.write_json(
+            args.json, {**found, "saved_bytes": w4_peers.saved_bytes(args.tool, model)}
+        )
 
 
 # --- the comparison ---------------------------------------------------------------------------------------------------
 
 
-def run_case(
-    case: Case, python: str, folder: Path, args: argparse.Namespace
-) -> dict[str, Any] | None:
-    """The row of a case, or None and a line on stderr if its process failed."""
+def run_case(case: Case, python: str, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """The row of a case; `failed` is the last line that its process printed if it failed, and more is on stderr."""
     tool, label, options = case
     out = folder / "row.json"
     out.unlink(missing_ok=True)
@@ -286,18 +300,23 @@ def run_case(
     command += ["--model", str(folder / "model"), "--json", str(out)]
     command += ["--tokens", str(args.tokens), "--calibration", str(args.calibration)]
     # llm-compressor writes its logs to the working directory
-    done = subprocess.run(
-        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env={**os.environ, **ENVIRONMENT},
-    )  # fmt: skip
+    patience = getattr(args, "patience", None)
+    row = {"tool": tool, "label": label, "options": options}
+    try:
+        done = subprocess.run(
+            command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env={**os.environ, **ENVIRONMENT}, timeout=patience,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return {**row, "failed": f"it had not ended after {patience:.0f} s"}
     if args.logs is not None:
         name = re.sub(r"\W", "_", f"{tool} {label}")
         runner.write_text(args.logs / f"{name}.log", done.stdout)
-    if done.returncode or not out.exists():
+    if done.returncode:
         print(f"{tool} {label} failed:\n{done.stdout[-2000:]}", file=sys.stderr, flush=True)
-        return None
-    found = json.loads(out.read_text())
-    return with_change({"tool": tool, "label": label, "options": options, **found})
+    if not out.exists():
+        return {**row, "failed": (done.stdout.strip().splitlines() or ["it printed nothing"])[-1]}
+    return with_change({**row, **json.loads(out.read_text())})
 
 
 def line(row: dict[str, Any]) -> str:
@@ -333,7 +352,7 @@ def compare(args: argparse.Namespace) -> int:
                 print(f"{case[0]} {case[1]}: no --python {case[0]}=PATH, left out", flush=True)
                 continue
             row = run_case(case, pythons[case[0]], folder, args)
-            if row is None:
+            if "failed" in row:
                 failed += 1
                 continue
             rows.append(row)

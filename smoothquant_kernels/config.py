@@ -17,7 +17,7 @@ ROUNDINGS = ("auto", "power_of_two", "none")
 FORMATS = ("float", "w8a8", "w4a8")
 OUTLIERS = ("none", "static", "dynamic")
 FOLDINGS = ("auto", "never", "only", "required")
-WEIGHT_ROUNDINGS = ("nearest", "gptq")
+WEIGHT_ROUNDINGS = ("auto", "nearest", "gptq")
 NORMS = ("auto", "max", "rms")
 MASSIVE_CHOICES = ("per_token", "keep")
 #: A layer has massive activations if the largest element of some token is this many times that of the median token. The
@@ -70,8 +70,9 @@ class SmoothQuantConfig:
             activations (a token many times larger than the others, see `MASSIVE_PEAK`), which no smoothing of channels
             can balance: ``"per_token"`` gives that layer a scale per token, ``"keep"`` leaves it in the scheme.
         weight_granularity: ``"channel"`` or ``"tensor"``.
-        weight_rounding: ``"nearest"``, or ``"gptq"``, which rounds the weights so that their errors cancel on the
-            calibration data (Frantar et al., 2022). Calibration then also keeps [K, K] float32 for every layer.
+        weight_rounding: ``"nearest"``; ``"gptq"``, which rounds the weights so that their errors cancel on the
+            calibration data (Frantar et al., 2022); or ``"auto"``, which is GPTQ for W4A8 layers and the nearest values
+            for all others. Calibration also keeps [K, K] float32 for each layer that GPTQ rounds.
         w_bit, a_bit: bits of weights and activations: 8 and 8 (W8A8), or 4 and 8 (W4A8, docs/guides/w4a8.md).
         formats: layer -> format, for the layers that shall differ from `w_bit`: ``"w8a8"``, ``"w4a8"``, or ``"float"``,
             which keeps a layer as `skip` does.
@@ -113,7 +114,7 @@ class SmoothQuantConfig:
     clips: Mapping[str, float] = field(default_factory=dict)
     massive_activations: str = "per_token"
     weight_granularity: str = "channel"
-    weight_rounding: str = "nearest"
+    weight_rounding: str = "auto"
     w_bit: int = 8
     a_bit: int = 8
     formats: Mapping[str, str] = field(default_factory=dict)
@@ -194,6 +195,19 @@ class SmoothQuantConfig:
         """The layer's entry in `formats`, or the format of `w_bit`."""
         own: str | None = first_match(self.formats, name)
         return own or ("w4a8" if self.w_bit == 4 else "w8a8")
+
+    def rounding_of(self, name: str) -> str:
+        """How the layer's weight is rounded: ``"nearest"`` or ``"gptq"``."""
+        if self.weight_rounding != "auto":
+            return self.weight_rounding
+        return "gptq" if self.format_of(name) == "w4a8" else "nearest"
+
+    @property
+    def rounds_by_gptq(self) -> bool:
+        """Whether `rounding_of` may be ``"gptq"`` for some layer."""
+        if self.weight_rounding != "auto":
+            return self.weight_rounding == "gptq"
+        return self.w_bit == 4 or "w4a8" in self.formats.values()
 
     def float_pattern(self, name: str) -> str | None:
         """The name or pattern in `skip` or `formats` that keeps a layer in float; None for a quantized layer."""

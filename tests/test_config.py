@@ -119,7 +119,7 @@ REFUSED: list[tuple[str, Any, str]] = [
     ],
     *[("massive_activations", v, "must be one of per_token, keep") for v in ("static", None)],
     *[("weight_granularity", v, "must be one of channel, tensor") for v in ("row", None)],
-    *[("weight_rounding", v, "must be one of nearest, gptq") for v in ("GPTQ", None, True)],
+    *[("weight_rounding", v, "must be one of auto, nearest, gptq") for v in ("GPTQ", None, True)],
     *[("smooth_rounding", v, f"must be one of {', '.join(ROUNDINGS)}") for v in ("nearest", None)],
     *[("folding", v, f"must be one of {', '.join(FOLDINGS)}") for v in ("always", None, False)],
     *[("w_bit", v, "w_bit must be 4 or 8") for v in (2, 16, "8", 8.0, True, None)],
@@ -299,3 +299,25 @@ def test_formats_of_layers() -> None:
     assert (head.format_of("b.k"), head.outliers_of("b.k")) == ("w8a8", "none")
     own = config.replace(formats={"b.k": "w4a8"}).for_head("b.k")
     assert own.format_of("b.k") == "w4a8"
+
+
+def test_rounding_of_layers() -> None:
+    """GPTQ by default where weights have 4 bits, and nowhere else; other values hold for every layer."""
+    config = SmoothQuantConfig(formats={"*.q": "w4a8", "*.v": "float"})
+    assert config.weight_rounding == "auto" and not SmoothQuantConfig().rounds_by_gptq
+    assert [config.rounding_of(n) for n in ("a.q", "a.k", "a.v")] == ["gptq", "nearest", "nearest"]
+    four = SmoothQuantConfig(w_bit=4, formats={"*.k": "w8a8"})
+    assert [four.rounding_of(n) for n in ("a.q", "a.k")] == ["gptq", "nearest"]
+    assert config.rounds_by_gptq and four.rounds_by_gptq
+    for rounding in ("nearest", "gptq"):
+        own = config.replace(weight_rounding=rounding)
+        assert {own.rounding_of(n) for n in ("a.q", "a.k")} == {rounding}
+        assert own.rounds_by_gptq == (rounding == "gptq")
+    head = four.for_head("lm_head")
+    assert head.rounding_of("lm_head") == "nearest" and head.rounding_of("a.q") == "gptq"
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "gptq"])
+def test_configurations_from_before_auto_load(rounding: str) -> None:
+    values = SmoothQuantConfig(weight_rounding=rounding, w_bit=4).to_dict()
+    assert SmoothQuantConfig.from_dict(values).rounding_of("a") == rounding

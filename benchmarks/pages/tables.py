@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.pages import cache_tables, cpu_tables, result_tables
+from benchmarks.pages import cache_tables, cpu_tables, result_tables, w4_tables
 from benchmarks.pages.result_tables import Table, markdown
 from benchmarks.prediction import compare, expected, gpus, layers, planner, yardstick
 from tools.build.plan import ROOT
@@ -280,6 +280,7 @@ TABLES: dict[str, Callable[[], str | None]] = {
     "search": measured("search.json", search),
     "sentence": measured("sentence.json", sentence),
     "peers": measured("peers.json", peers),
+    "w4a8": measured("w4a8.json", w4_tables.formats),
     **{name: measured("kv_cache.json", write) for name, write in cache_tables.TABLES.items()},
     "cpu_linear": measured("linear_cpu.json", cpu_linear),
     "cpu_linear_means": measured("linear_cpu.json", cpu_linear_means),

@@ -181,6 +181,10 @@ def _is_imported(document: Document) -> bool:
     return any(Reason.of(group["reason"]) is Reason.IMPORTED for group in document["groups"])
 
 
+def _has_w4a8(document: Document) -> bool:
+    return any(group.get("format") == "w4a8" for group in document["groups"])
+
+
 def describe_config(document: Document) -> str:
     """The settings that decide accuracy, in words."""
     config, smoothing = document["config"], document["smoothing"]
@@ -188,6 +192,8 @@ def describe_config(document: Document) -> str:
     text = f"activations {scheme}, weights per {config.get('weight_granularity')}"
     if config.get("weight_rounding") == "gptq":
         text += " by GPTQ"
+    elif config.get("weight_rounding") == "auto" and _has_w4a8(document):
+        text += ", those of 4 bits by GPTQ"
     if config.get("quantize_head"):
         text += ", output head too"
     sizes = sorted({g["rotation"] for g in document["groups"] if g["rotation"]})

@@ -145,8 +145,9 @@ WeightRounding = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
-        help=f"Rounding of weights: {_choices(WEIGHT_ROUNDINGS)}; gptq fits it to the calibration text, in minutes.",
-        show_default="nearest",
+        help=f"Rounding of weights: {_choices(WEIGHT_ROUNDINGS)}; gptq fits it to the calibration text, in minutes; "
+        "auto is gptq for W4A8 layers and nearest for others.",
+        show_default="auto",
     ),
 ]
 SmoothRounding = Annotated[

@@ -102,7 +102,7 @@ def work(
     check_output(output, force=force)
     searchable = config.smooth or config.activation_scheme == "static"
     columns = "static" in (config.outliers, *config.outlier_layers.values())
-    measured = searchable or columns or config.weight_rounding == "gptq"
+    measured = searchable or columns or config.rounds_by_gptq
     if search and stream:
         raise SmoothQuantError(
             "--search needs the whole model in memory: search first, then stream with the settings it found (--config)."

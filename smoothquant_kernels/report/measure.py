@@ -167,7 +167,7 @@ def stand_in(plan: Plan, name: str, config: SmoothQuantConfig) -> Stand:
         )
 
     # GPTQ takes longer than the products of many windows.
-    return cache(make) if config.weight_rounding == "gptq" else make
+    return cache(make) if config.rounding_of(name) == "gptq" else make
 
 
 def half_stand_in(make: Stand, *, weights: bool) -> Stand:

@@ -98,6 +98,8 @@ def search_plan(
         tokens: how many tokens to hold back, at most a quarter of the batches.
         progress: whether to show progress bars.
 
+    Memory: as `weight_rounding` says; where W4A8 is a candidate, GPTQ keeps [K, K] float32 of every layer.
+
     Returns:
         A `PlanSearch`. The same model, data and settings give the same result.
 
@@ -126,22 +128,35 @@ def search_plan(
     batches = list(configured_batches(model, data, config, tokenizer))
     warn_if_short(sum(map(PositionCounter(model), batches)), config.calibration_tokens)
     seen, held = _split(model, batches, tokens)
+    # What GPTQ needs, of all layers: each is tried as a W4A8 layer.
+    four = any(own.format_of("") == "w4a8" for own in settings)
+    kept = config.replace(formats={"*": "w4a8"}) if four else config
     statistics = collect_statistics(
-        model, view.linears, seen, config=config, logits=bool(view.int8_heads), progress=progress
+        model, view.linears, seen, config=kept, heads=view.int8_heads, progress=progress
     )
-    options: dict[tuple[str, ...], list[Option]] = {}
+    measured: list[tuple[Mapping[str, Any], dict[str, tuple[int, float]]]] = []
+    groups: list[tuple[str, ...]] = []
     for entry, own in zip(candidates, settings, strict=True):
         if own.format_of("") == "float":
             continue
         smoothed = smooth_lm(copy.deepcopy(model), statistics, config=own, progress=False)
         costs = layer_costs(smoothed, statistics, held, own)
-        groups = [layer.group for layer in ModelRecord.of(smoothed).layers if layer.group]
-        for group in dict.fromkeys(groups):
-            if not set(group).isdisjoint(view.int8_heads):
-                continue  # the settings of an int8 head are its own
-            nbytes = sum(_bytes(name, smoothed.get_submodule(name), own) for name in group)
-            kl = sum(costs[name].kl for name in group if name in costs)
-            options.setdefault(group, []).append(Option(entry, nbytes, kl))
+        layers = [layer for layer in ModelRecord.of(smoothed).layers if layer.group]
+        # The settings of an int8 head are its own.
+        groups += [la.group for la in layers if view.int8_heads.isdisjoint(la.group)]
+        found = {}
+        for name in (layer.name for layer in layers):
+            kl = costs[name].kl if name in costs else 0.0
+            found[name] = (_bytes(name, smoothed.get_submodule(name), own), kl)
+        measured.append((entry, found))
+    # A candidate that leaves a group unsmoothed has its layers apart. Each layer must be in one group only.
+    options: dict[tuple[str, ...], list[Option]] = {
+        group: [
+            Option(entry, sum(of[n][0] for n in group), sum(of[n][1] for n in group))
+            for entry, of in measured
+        ]
+        for group in joined(groups)
+    }
     floats = [
         e for e, own in zip(candidates, settings, strict=True) if own.format_of("") == "float"
     ]
@@ -162,6 +177,18 @@ def search_plan(
 
 def _groups(view: ModelView) -> list[tuple[str, ...]]:
     return [(name,) for name in view.linears if name not in view.int8_heads]
+
+
+def joined(groups: Iterable[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """The groups, those that share a layer as one, in the order of their first layers."""
+    found: list[tuple[str, ...]] = []
+    for group in dict.fromkeys(groups):
+        touching = [other for other in found if not set(other).isdisjoint(group)]
+        whole = tuple(dict.fromkeys(name for part in (*touching, group) for name in part))
+        at = found.index(touching[0]) if touching else len(found)
+        found[at : at + 1] = [whole]
+        found = [other for other in found if other not in touching or other == whole]
+    return found
 
 
 def _bytes(name: str, linear: nn.Module, config: SmoothQuantConfig) -> int:

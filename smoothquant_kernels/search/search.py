@@ -115,7 +115,7 @@ def search_config(
     if file.result is not None:
         return file.result
     statistics = collect_statistics(
-        model, view.linears, seen, config=config, logits=bool(view.int8_heads), progress=progress
+        model, view.linears, seen, config=config, heads=view.int8_heads, progress=progress
     )
     names = smoothable_linears(view, view.linears, statistics)
     groups = find_groups(view, names, statistics.sample, fold=False)

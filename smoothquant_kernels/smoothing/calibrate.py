@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,11 @@ from smoothquant_kernels.smoothing.entries import tensors_of
 from smoothquant_kernels.smoothing.experts.observe import ExpertRecorder, watched_names
 from smoothquant_kernels.smoothing.padding import Padding
 from smoothquant_kernels.smoothing.patterns import check_patterns
-from smoothquant_kernels.smoothing.statistics import ActivationStatistics, warn_if_short
+from smoothquant_kernels.smoothing.statistics import (
+    ActivationStatistics,
+    of_heads,
+    warn_if_short,
+)
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -212,7 +216,7 @@ def collect_statistics(
     *,
     config: SmoothQuantConfig | None = None,
     max_tokens: int | None = None,
-    logits: bool = False,
+    heads: Collection[str] = (),
     progress: bool = True,
     experts: Mapping[str, FloatExperts] | None = None,
 ) -> ActivationStatistics:
@@ -220,9 +224,10 @@ def collect_statistics(
 
     Args:
         batches: as `calibration_batches` yields them. Padding (attention_mask 0) does not count (`Padding`).
-        config: its rotations decide which tokens are kept; the default configuration if None.
+        config: its rotations decide which tokens are kept, and its formats and rounding which layers get moments; the
+            default configuration if None.
         max_tokens: the length of the progress bar; nothing else depends on it.
-        logits: whether the output head must read every token, because it is among the linears.
+        heads: the output heads among the linears. They read every token, and have their own settings.
         experts: experts to measure, too.
 
     Raises:
@@ -231,10 +236,11 @@ def collect_statistics(
     """
 
     def forward(batch: Batch) -> Any:
-        return run_checked(model, batch, logits=logits)
+        return run_checked(model, batch, logits=bool(heads))
 
     statistics = ActivationStatistics(
-        watched=(*linears, *watched_names(experts or {})), config=config or SmoothQuantConfig()
+        watched=(*linears, *watched_names(experts or {})),
+        config=of_heads(config or SmoothQuantConfig(), heads),
     )
     recorder = Recorder(statistics, linears, model, experts)
     with evaluating(model), calibration_bar(progress) as bar:
@@ -265,8 +271,9 @@ def calibrate_model(
         model: a float model; left unchanged.
         data: an iterable of token-id tensors [T] or [B, T], dicts of tensors, or strings (with `tokenizer`). It may be
             endless, because reading stops after `calibration_tokens`.
-        config: only `skip`, `quantize_head`, `weight_rounding`, `calibration_tokens`, `calibration_window` and the
-            rotations are used. The rotations decide which tokens are kept.
+        config: only `skip`, `quantize_head`, `weight_rounding`, `calibration_tokens`, `calibration_window`, the formats
+            and the rotations are used. The rotations decide which tokens are kept; the formats and `weight_rounding`,
+            which layers GPTQ can round.
         tokenizer: turns strings into token ids.
         progress: whether to show a progress bar.
 
@@ -306,7 +313,7 @@ def calibrate_view(
         batches,
         config=config,
         max_tokens=config.calibration_tokens,
-        logits=bool(view.int8_heads),
+        heads=view.int8_heads,
         progress=progress,
         experts=view.experts,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from typing import Any
 
 from torch import Tensor, nn
@@ -47,6 +48,8 @@ def quantize_model(
         w_bit, a_bit: bits of weights (8, or 4 for W4A8) and activations (8). None takes those of the configuration.
         config: schemes and patterns to skip. The default is the configuration that the model was smoothed with, else
             the package's. The static scheme needs the ranges that `smooth_lm` measured (`smooth=False` only measures).
+            ``"auto"`` rounds W4A8 layers to the nearest values if `smooth_lm` kept nothing for GPTQ, and warns if it
+            was called without these layers' format.
         optimize: also call `optimize_for_inference`, as the last step.
 
     Returns:
@@ -121,16 +124,25 @@ def _quantize_into(view: ModelView, config: SmoothQuantConfig, changes: Changes)
                 f"the range of {name} was measured with rotation {layers[name].rotation} and the configuration asks "
                 f"for {rotations[name]}: pass the same `rotation` to smooth_lm and quantize_model."
             )
-    if config.weight_rounding == "gptq":
-        lacking = any(
-            layers[n].x_absmax is not None and moments_of(m) is None for n, m in linears.items()
-        )
-        if lacking or record.calibration_tokens is None:
-            raise SmoothQuantError(
-                "weight_rounding='gptq' needs what calibration keeps for it: run smooth_lm with the same "
-                "weight_rounding first, or pass weight_rounding='nearest'."
-            )
     reached = {name: layer.x_absmax is not None for name, layer in layers.items()}
+    by_gptq = [n for n in linears if own[n].rounding_of(n) == "gptq"]
+    lacking = [n for n in by_gptq if reached[n] and moments_of(linears[n]) is None]
+    uncalibrated = record.calibration_tokens is None
+    if config.weight_rounding == "gptq" and (lacking or uncalibrated):
+        raise SmoothQuantError(
+            "weight_rounding='gptq' needs what calibration keeps for it: run smooth_lm with the same "
+            "weight_rounding first, or pass weight_rounding='nearest'."
+        )
+    if lacking:
+        warnings.warn(
+            f"calibration kept nothing for GPTQ of {lacking[0]} ({len(lacking)} of {len(by_gptq)} W4A8 layers), so "
+            "these weights are rounded to the nearest values and lose accuracy: calibrate with the same w_bit and "
+            "formats, or pass weight_rounding='nearest' if that is wanted.",
+            stacklevel=3,
+        )
+    if lacking or (by_gptq and uncalibrated):  # "auto", all alike, and the record says so
+        config = config.replace(weight_rounding="nearest")
+        own = {name: c.replace(weight_rounding="nearest") for name, c in own.items()}
     check_maxima(linears, own, reached, schemes, rotations)
     made: dict[str, nn.Module] = {}
     # Layers quantized by an earlier call, which left other layers in float.
@@ -203,7 +215,7 @@ def quantize_linear(
         if config.outliers_of(name) == "dynamic" and not rotation:
             x_absmax = min(x_absmax, config.outlier_threshold)  # no call leaves more to int8
         x_scale = static_scale(x_absmax, config.clip_of(name))
-    found = moments_of(linear) if config.weight_rounding == "gptq" else None
+    found = moments_of(linear) if config.rounding_of(name) == "gptq" else None
     moments = None if found is None else found.quantized(rotation, smooth, columns)
     settings = kinds.Settings(
         scheme,

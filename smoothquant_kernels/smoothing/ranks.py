@@ -17,8 +17,6 @@ from smoothquant_kernels.smoothing.rows import Rows
 from smoothquant_kernels.smoothing.statistics import (
     ActivationStatistics,
     add_to,
-    check_alike,
-    summary_of,
 )
 
 
@@ -135,3 +133,49 @@ class _Merge:
             n: Rows.merged(parts, statistics.absmax[n], statistics.rotation(n))
             for n, parts in found.items()
         }
+
+
+def summary_of(statistics: ActivationStatistics) -> dict[str, Any]:
+    """What the ranks must agree on, and the sizes of what each one sends."""
+    return {
+        "watched": sorted(statistics.watched or statistics.absmax),
+        "sizes": {n: t.numel() for n, t in statistics.absmax.items()},
+        "rows": {n: rows.shape() for n, rows in statistics.rows.items()},
+        "counts": dict(statistics.counts),
+        "moments": list(statistics.moments),
+        "peaks": {n: len(t) for n, t in statistics.token_absmax.items()},
+        "tokens": statistics.tokens,
+        "sample": bool(statistics.sample),
+    }
+
+
+def check_alike(summaries: list[dict[str, Any]], what: str) -> None:
+    """Raises SmoothQuantError unless all that measured anything measured the same layers, of the same sizes."""
+    used = [(i, s) for i, s in enumerate(summaries) if s["watched"]]
+    sizes: dict[str, int] = {}
+    for i, summary in used:
+        first, reference = used[0]
+        if different := set(summary["watched"]) ^ set(reference["watched"]):
+            raise SmoothQuantError(
+                f"{what} {first} and {i} measured different layers ({len(different)} differ, first "
+                f"{min(different)}): calibrate the same model with the same `skip` everywhere."
+            )
+        sizes |= summary["sizes"]
+    for entry, instead in (
+        ("counts", "calibrate with this release"),
+        ("moments", "calibrate with the same weight_rounding and formats"),
+    ):
+        kept = {name for _, summary in used for name in summary[entry]}
+        for lacking, summary in used:
+            if (kept & summary["sizes"].keys()) <= set(summary[entry]):
+                continue
+            raise SmoothQuantError(
+                f"{what} {lacking} lack {entry}, which others have: {instead} everywhere."
+            )
+    for i, summary in used:
+        wrong = next((n for n, k in summary["sizes"].items() if sizes[n] != k), None)
+        if wrong is not None:
+            raise SmoothQuantError(
+                f"layer {wrong} has {summary['sizes'][wrong]} input channels in {what} {i} and {sizes[wrong]} in "
+                "another: calibrate the same model everywhere."
+            )

@@ -162,8 +162,8 @@ def smooth_into(
         for tensors in (statistics.absmax, statistics.square_sums):
             if name in tensors:  # earlier releases' files have no squares
                 tensors[name] = tensors[name].to(device)
-    gptq = config.weight_rounding == "gptq"
-    if gptq and not (statistics.absmax.keys() & linears.keys()) <= statistics.moments.keys():
+    reached = statistics.absmax.keys() & linears.keys()
+    if config.weight_rounding == "gptq" and not reached <= statistics.moments.keys():
         raise SmoothQuantError(
             "the statistics were collected without weight_rounding='gptq', which needs more of the calibration data: "
             "calibrate with the same weight_rounding."
@@ -197,7 +197,7 @@ def smooth_into(
             f"{why}; pass folding='only', or name these layers in skip."
         )
     for name, linear in linears.items():
-        if gptq and name in statistics.moments:
+        if name in statistics.moments and plan.settings(name).rounding_of(name) == "gptq":
             moments = Moments(statistics.moments[name], plan.smooth.get(name))
             changes.set_attribute(linear, MOMENTS, moments)
         elif MOMENTS in linear.__dict__:  # of an earlier call that only measured

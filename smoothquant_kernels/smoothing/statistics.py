@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ class ActivationStatistics:
         absmax: module name -> [K] float32 largest |x| per channel over all tokens except padding.
         square_sums: module name -> [K] float64 sum of the squares of each channel.
         counts: module name -> the number of those tokens.
-        moments: module name -> [K, K] float32, X^T X over those tokens X; only if `config` rounds weights by GPTQ.
+        moments: module name -> [K, K] float32, X^T X over those tokens X, of the layers that `config` rounds by GPTQ.
         token_absmax: module name -> float32 largest |x| of each of the first few thousand tokens.
         rows: module name -> some tokens, from which the range of rotated inputs comes, for any factors and rotation.
         tokens: the number of tokens seen, without padding. A batch without text counts the positions that the model
@@ -56,7 +57,8 @@ class ActivationStatistics:
         sample: a small batch of the data, used to find the model's structure and to verify folds.
         watched: names of all measured layers, including those that no token reached (unused experts).
         asked: the calibration's `calibration_tokens`; 0 if unknown (statistics from a file).
-        config: the configuration whose rotations decide which `rows` are kept.
+        config: the configuration whose rotations decide which `rows` are kept, and whose formats and rounding decide
+            which `moments`. `of_heads` makes it for a model with quantized output heads.
     """
 
     absmax: dict[str, Tensor] = field(default_factory=dict)
@@ -83,7 +85,7 @@ class ActivationStatistics:
             return 0
         magnitude = rows.abs()
         absmax = self._add_channels(name, rows, magnitude)
-        if moments and self.config.weight_rounding == "gptq":
+        if moments and self.config.rounding_of(name) == "gptq":
             with torch.autocast(rows.device.type, enabled=False):
                 whole = rows.float()
                 products = whole.t() @ whole
@@ -211,6 +213,8 @@ class ActivationStatistics:
             absmax = torch.maximum(absmax, other.absmax) for each layer; tokens += other.tokens
             square_sums += other.square_sums; moments += other.moments; counts += other.counts
         """
+        from smoothquant_kernels.smoothing.ranks import check_alike, summary_of
+
         check_alike([summary_of(self), summary_of(other)], "statistics")
         for name, new in other.absmax.items():
             old = self.absmax.get(name)
@@ -353,51 +357,13 @@ def _check_facts(source: Path, facts: Any) -> None:
         raise ValueError("its number of tokens is not a whole number")
 
 
+def of_heads(config: SmoothQuantConfig, heads: Iterable[str]) -> SmoothQuantConfig:
+    """The configuration for the statistics of a model with these quantized output heads, which have own settings."""
+    for name in heads:
+        config = config.for_head(name)
+    return config
+
+
 def add_to(sums: dict[str, Tensor], name: str, more: Tensor) -> None:
     """Adds to a layer's sum, or starts it with a copy."""
     sums[name] = sums[name] + more.to(sums[name].device) if name in sums else more.clone()
-
-
-def summary_of(statistics: ActivationStatistics) -> dict[str, Any]:
-    """What the ranks must agree on, and the sizes of what each one sends."""
-    return {
-        "watched": sorted(statistics.watched or statistics.absmax),
-        "sizes": {n: t.numel() for n, t in statistics.absmax.items()},
-        "rows": {n: rows.shape() for n, rows in statistics.rows.items()},
-        "counts": dict(statistics.counts),
-        "moments": list(statistics.moments),
-        "peaks": {n: len(t) for n, t in statistics.token_absmax.items()},
-        "tokens": statistics.tokens,
-        "sample": bool(statistics.sample),
-    }
-
-
-def check_alike(summaries: list[dict[str, Any]], what: str) -> None:
-    """Raises SmoothQuantError unless all that measured anything measured the same layers, of the same sizes."""
-    used = [(i, s) for i, s in enumerate(summaries) if s["watched"]]
-    sizes: dict[str, int] = {}
-    for i, summary in used:
-        first, reference = used[0]
-        if different := set(summary["watched"]) ^ set(reference["watched"]):
-            raise SmoothQuantError(
-                f"{what} {first} and {i} measured different layers ({len(different)} differ, first "
-                f"{min(different)}): calibrate the same model with the same `skip` everywhere."
-            )
-        sizes |= summary["sizes"]
-    for entry, instead in (
-        ("counts", "calibrate with this release"),
-        ("moments", "calibrate with the same weight_rounding"),
-    ):
-        whole = {i: s["sizes"].keys() <= set(s[entry]) for i, s in used if s["sizes"]}
-        if len(set(whole.values())) > 1:
-            lacking = min(i for i, has in whole.items() if not has)
-            raise SmoothQuantError(
-                f"{what} {lacking} lack {entry}, which others have: {instead} everywhere."
-            )
-    for i, summary in used:
-        wrong = next((n for n, k in summary["sizes"].items() if sizes[n] != k), None)
-        if wrong is not None:
-            raise SmoothQuantError(
-                f"layer {wrong} has {summary['sizes'][wrong]} input channels in {what} {i} and {sizes[wrong]} in "
-                "another: calibrate the same model everywhere."
-            )

@@ -43,7 +43,11 @@ from smoothquant_kernels.smoothing.convert import quantize_model
 from smoothquant_kernels.smoothing.experts.observe import watched_names
 from smoothquant_kernels.smoothing.patterns import check_patterns, patterns_within
 from smoothquant_kernels.smoothing.smooth import relative_difference, smooth_into
-from smoothquant_kernels.smoothing.statistics import ActivationStatistics, warn_if_short
+from smoothquant_kernels.smoothing.statistics import (
+    ActivationStatistics,
+    of_heads,
+    warn_if_short,
+)
 from smoothquant_kernels.storage.folder import check_folder, put, seal
 from smoothquant_kernels.storage.space import check_space
 from smoothquant_kernels.storage.versions import package_version
@@ -318,7 +322,10 @@ class _Stream:
     ) -> ActivationStatistics:
         watched = (*linears, *watched_names(experts))
         return ActivationStatistics(
-            tokens=self.tokens, sample=self.sample, watched=watched, config=self.config
+            tokens=self.tokens,
+            sample=self.sample,
+            watched=watched,
+            config=of_heads(self.config, self.heads),
         )
 
     # --- the rest ---

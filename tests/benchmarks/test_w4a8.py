@@ -1,13 +1,21 @@
-"""The benchmark of 4-bit weights: settings that exist, every row in the file, and the table."""
+"""The benchmark of 4-bit weights: settings that exist, every row in the file, bytes, times, and the table."""
 
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from benchmarks import w4a8
-from smoothquant_kernels import SmoothQuantConfig
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import peers, w4a8
+from benchmarks.lib import w4_peers
+from benchmarks.pages import w4_tables
+from smoothquant_kernels import SmoothQuantConfig, quantize_model
+from tests.support.models import make_model, token_batches
 
 FOUND = {
     "perplexity": 15.25,
@@ -15,35 +23,116 @@ FOUND = {
     "change_stderr": 0.25,
     "mean_kl": 0.0625,
     "kl_stderr": 0.001,
-    "top1_agreement": 0.875,
+    "tokens": 1023,
 }
+FACTS = {"model": "M", "cpu": "a CPU", "calibration_tokens": 9, "libraries": {"torch": "2"}}
 
 
 class Fake:
-    """Stands in for `accuracy.Bench`."""
+    """Stands in for `W4Bench`."""
 
-    model = object()
+    model = nn.Linear(2, 2)
 
     def row(self, name: str, model: object) -> dict[str, Any]:
         assert model is self.model
         return {"model": name, **FOUND}
 
-    def quantized(self, name: str, **settings: Any) -> dict[str, Any]:
+    def made(self, name: str, settings: dict[str, Any]) -> dict[str, Any]:
         SmoothQuantConfig(**settings)  # refuses unknown names and values
         return {"model": name, **FOUND}
 
 
 def test_rows_have_settings_and_reach_the_file(tmp_path: Path) -> None:
     file = tmp_path / "w4a8.json"
-    rows = w4a8.measure(Fake(), list(w4a8.ROWS), {"cpu": "a CPU"}, file)
+    rows = w4a8.measure(Fake(), list(w4a8.ROWS), [], Namespace(json=file, resume=False), FACTS)
     assert [row["model"] for row in rows] == ["float32", *w4a8.ROWS]
     found = json.loads(file.read_text("utf-8"))
-    assert found["facts"] == {"cpu": "a CPU"} and found["rows"] == rows
-    formats = {SmoothQuantConfig(**s).format_of("a") for n, s in w4a8.ROWS.items() if "W4A8" in n}
-    assert formats == {"w4a8"}
+    assert found["facts"] == FACTS and found["rows"] == rows
+    configs = {name: SmoothQuantConfig(**settings) for name, settings in w4a8.ROWS.items()}
+    for name, config in configs.items():
+        assert config.format_of("a") == ("w4a8" if "W4A8" in name else "w8a8")
+        assert (config.rounding_of("a") == "gptq") == ("GPTQ" in name)
+        assert (config.rotation == "none") == ("rotated" not in name and "W4A8" in name) or (
+            "W8A8" in name and (config.rotation == "none") == ("no rotation" in name)
+        )
+    assert len(set(map(str, w4a8.ROWS.values()))) == len(w4a8.ROWS)
+
+
+def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
+    """Rows of the file are not measured again, whatever the order, and another machine's are refused."""
+    file, (first, second, *_) = tmp_path / "w4a8.json", w4a8.ROWS
+    w4a8.measure(Fake(), [second], [], Namespace(json=file, resume=False), FACTS)
+
+    class Once(Fake):
+        def row(self, name: str, model: object) -> dict[str, Any]:
+            raise AssertionError(name)
+
+        def made(self, name: str, settings: dict[str, Any]) -> dict[str, Any]:
+            assert name == first
+            return super().made(name, settings)
+
+    resumed = Namespace(json=file, resume=True)
+    rows = w4a8.measure(Once(), [first, second], [], resumed, FACTS)
+    assert [row["model"] for row in rows] == ["float32", first, second]
+    assert json.loads(file.read_text("utf-8"))["rows"] == rows
+    with pytest.raises(SystemExit, match="start a new file"):
+        w4a8.measure(Once(), [first], [], resumed, {**FACTS, "cpu": "another"})
+
+
+def test_peers_are_tools_of_the_other_benchmark() -> None:
+    assert {tool for tool, _, _ in w4a8.PEERS} == set(w4_peers.TOOLS) <= set(peers.TOOLS)
+    assert set(w4_peers.DISTRIBUTIONS) == set(w4_peers.TOOLS)
+    labels = [label for _, label, _ in w4a8.PEERS]
+    assert len(set(labels)) == len(labels)
+
+
+def test_a_peer_that_fails_or_hangs_says_so(tmp_path: Path) -> None:
+    """Its interpreter is a script here: one prints an error and ends, the other never does."""
+    script = tmp_path / "python"
+    args = Namespace(tokens=8, calibration=8, logs=None, patience=0.5)
+    for text, said in (
+        ("echo first; echo 'ValueError: no'; exit 1", "ValueError: no"),
+        ("exit 1", "it printed nothing"),
+        ("exec sleep 60", "it had not ended after 0 s"),
+    ):
+        script.write_text(f"#!/bin/sh\n{text}\n")
+        script.chmod(0o755)
+        args.patience = 0.5 if "sleep" in text else 60.0
+        row = peers.run_case(w4a8.PEERS[0], str(script), tmp_path, args)
+        assert row["failed"] == said and row["label"] == w4a8.PEERS[0][1]
+
+
+def test_bytes_of_the_linears() -> None:
+    """Those of the quantized layers, in memory: 4 bits, a step, an offset and a scale; the head does not count."""
+    model = make_model("llama_gqa")
+    weights = {n: m.weight for n, m in model.named_modules() if n.endswith("_proj")}
+    assert w4_peers.linear_bytes(model) == 4 * sum(w.numel() for w in weights.values())
+    quantize_model(model, config=SmoothQuantConfig(w_bit=4, rotation="none"))
+    expected = sum(len(w) * (-(-w.shape[1] // 128) * 66 + 4) for w in weights.values())
+    assert w4_peers.linear_bytes(model) == expected
+
+
+def test_the_decode_ratio(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, threads = make_model("llama_gqa"), torch.get_num_threads()
+    clock = iter(range(1000))
+    monkeypatch.setattr(w4_peers.time, "process_time", lambda: next(clock))
+    found = w4_peers.decode_ratio(model, model, token_batches(1)[0][:1])
+    assert found["decode_ratio"] == found["decode_ratio_least"] == found["decode_ratio_most"] == 1
+    assert found["decode_cpu_s"] == 1 / w4_peers.STEPS
+    assert torch.get_num_threads() == threads
 
 
 def test_the_table() -> None:
-    lines = w4a8.table([{"model": "float32", **FOUND}, {"model": "W8A8", **FOUND, "seconds": 3.4}])
-    row = "15.250 | -1.50 ± 0.25 % | 0.0625 ± 0.0010 | 0.875 |"
-    assert lines.splitlines()[2:] == [f"| float32 | {row}  |", f"| W8A8 | {row} 3 |"]
+    rows = [
+        {"model": "float32", **FOUND, "decode_ratio": 1.0, "linear_bytes": 424_000_000},
+        {"model": "A", **FOUND, "linear_bytes": 9_000_000, "saved_bytes": 2_000_000}
+        | {"versions": {"torch": "2", "peer": "1.5"}},
+        {"model": "B", "failed": "ValueError: no"},
+    ]
+    lines = w4_tables.formats({"facts": FACTS, "rows": rows}).splitlines()
+    assert "M, 1023 tokens, the same for every row; calibrated on 9 tokens" in lines[0]
+    assert "a CPU; torch 2, peer 1.5" in lines[0]
+    shared = "15.250 | -1.50 ± 0.25 % | 0.0625 ± 0.0010"
+    assert f"| float32 | {shared} | 424.0 | 1.00 |" in lines
+    assert f"| A | {shared} | 2.0 |  |" in lines
+    assert lines[-1] == "* B does not run: `ValueError: no`"

@@ -6,7 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from tests.support.checkpoints import WEIGHTS
 from tests.support.command_line import QUANTIZE, Result, refused
 
 
@@ -49,6 +52,21 @@ def test_a_searched_plan(tiny: Path, text: Path, tmp_path: Path) -> None:
     assert "fits into 7 bytes" in refused(*common, "-o", tmp_path / "t", "--max-bytes", "7")
 
 
+def test_four_bits_are_calibrated_for(tiny: Path, text: Path, tmp_path: Path) -> None:
+    """Without smoothing as well: by default they are rounded by GPTQ."""
+    weights = {}
+    for name in ("default", "gptq", "nearest"):
+        options = () if name == "default" else ("--weight-rounding", name)
+        common = ("quantize", tiny, "--calibration", text, *QUANTIZE, "--w-bit", "4", "--no-smooth")
+        Result(*common, *options, "-o", tmp_path / name)
+        layers = load_file(tmp_path / name / WEIGHTS)
+        weights[name] = torch.cat([v.flatten() for k, v in layers.items() if k.endswith("w_q4")])
+        shown = " ".join(Result("inspect", tmp_path / name).out.split())
+        assert ("by GPTQ" in shown) == (name != "nearest")
+    assert torch.equal(weights["default"], weights["gptq"])
+    assert not torch.equal(weights["default"], weights["nearest"])
+
+
 def test_formats_by_options(tiny: Path, text: Path, tmp_path: Path) -> None:
     """Static columns are calibrated for without smoothing, too."""
     settings = tmp_path / "settings.json"
@@ -56,6 +74,7 @@ def test_formats_by_options(tiny: Path, text: Path, tmp_path: Path) -> None:
     common = ("quantize", tiny, "--calibration", text, "--config", settings, *QUANTIZE)
     made = Result(*common, "-o", tmp_path / "q", "--w-bit", "4", "--json").json
     assert {g["format"] for g in made["groups"]} == {"w4a8"}
+    assert "those of 4 bits by GPTQ" in " ".join(Result("inspect", tmp_path / "q").out.split())
     columns = ("--outliers", "static", "--no-smooth")
     made = Result(*common, *columns, "-o", tmp_path / "r", "--json").json
     assert {g["format"] for g in made["groups"]} == {"w8a8, static outliers"}

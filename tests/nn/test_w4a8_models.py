@@ -70,7 +70,9 @@ def test_w_bit_and_formats_choose_the_kind(quantized: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "setting", [{}, {"weight_rounding": "gptq", "activation_scheme": "static"}], ids=str
+    "setting",
+    [{"weight_rounding": "nearest"}, {"weight_rounding": "gptq", "activation_scheme": "static"}],
+    ids=str,
 )
 def test_saved_loaded_and_streamed_models_have_the_same_bits(setting: Any, tmp_path: Path) -> None:
     config = CONFIG.replace(**setting)

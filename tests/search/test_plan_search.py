@@ -11,7 +11,7 @@ import torch
 
 from smoothquant_kernels import SmoothQuantConfig, SmoothQuantError, quantize_model, smooth_lm
 from smoothquant_kernels.nn.kinds import kind_of
-from smoothquant_kernels.search.plan_search import Option, PlanSearch, allocate, search_plan
+from smoothquant_kernels.search.plan_search import Option, PlanSearch, allocate, joined, search_plan
 from tests.support.models import make_model, token_batches
 
 TWO = ({"format": "w8a8"}, {"format": "float"})
@@ -56,6 +56,16 @@ def test_impossible_budgets() -> None:
         allocate(options, max_bytes=9)
     with pytest.raises(SmoothQuantError, match=r"divergence of 1.0: the best one has 2\."):
         allocate(options, max_kl=1.0)
+
+
+def test_groups_of_several_candidates_are_joined() -> None:
+    """One candidate has q, k and v smoothed together, another apart; no layer may count twice."""
+    q, k, v, o = "qkvo"
+    assert joined([(q, k, v), (o,), (q,), (k,), (v,), (o,)]) == [(q, k, v), (o,)]
+    assert joined([(q,), (o,), (k,), (v,), (q, k, v)]) == [(q, k, v), (o,)]
+    assert joined([(q, k), (o,), (k, v)]) == [(q, k, v), (o,)]
+    assert joined([(q, k), (v, o), (k, v)]) == [(q, k, v, o)]
+    assert joined([]) == []
 
 
 def search(model: Any, **budget: Any) -> PlanSearch:

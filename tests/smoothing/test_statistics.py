@@ -128,6 +128,17 @@ def test_merging_refuses_a_part_that_lacks_sums(lacking: str) -> None:
     assert_equal_sums(one, before)
 
 
+def test_merging_refuses_moments_of_other_layers() -> None:
+    """Each part lacks those of some layer, so none has all."""
+    parts = [measured(BATCHES[:1]), measured(BATCHES[1:])]
+    first, second, *_ = parts[0].watched
+    del parts[0].moments[first], parts[1].moments[first], parts[1].moments[second]
+    assert "statistics 1 lack moments" in refusal(lambda: parts[0].merge(parts[1]))
+    del parts[0].moments[second]
+    parts[0].merge(parts[1])
+    assert set(parts[0].moments) == set(parts[0].watched) - {first, second}
+
+
 def test_damaged_sums_are_refused(tmp_path: Path) -> None:
     name = measured(BATCHES[:1]).watched[0]
     for part, value in (

@@ -83,6 +83,8 @@ CASES = [
     ("qwen3", "per_token", {"folding": "never"}),
     ("gemma2", "per_token", {}),
     ("llama_gqa", "static", {"weight_rounding": "gptq"}),
+    ("llama_gqa", "static", {"formats": {"*.mlp.*": "w4a8"}}),
+    ("llama", "per_token", {"w_bit": 4, "quantize_head": True, "formats": {"*.o_proj": "w8a8"}}),
     ("tied", "static", {"quantize_head": True}),
     ("opt", "per_tensor", {"quantize_head": True, "weight_granularity": "tensor"}),
     ("llama", "per_token", {"quantize_head": True, "skip": ("model.*",)}),
