@@ -32,3 +32,16 @@ def check_float_types(linears: Mapping[str, nn.Module]) -> None:
 def float_type(t: Tensor, otherwise: torch.dtype) -> torch.dtype:
     """The type of `t` if it is in `FLOATS`, else `otherwise`."""
     return t.dtype if t.dtype in FLOATS else otherwise
+
+
+def keep_types(module: nn.Module, before: Mapping[str, Tensor | None]) -> None:
+    """Gives buffers that were converted to another type their old values again, on their new device.
+
+    Args:
+        module: what was moved or converted.
+        before: its buffers before that.
+    """
+    for name, old in before.items():
+        new = module._buffers[name]
+        if old is not None and new is not None and new.dtype != old.dtype:
+            module._buffers[name] = old.to(new.device)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from smoothquant_kernels import ops, reference
 from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.nn.float_linear import pending_smooth, weight_of
-from smoothquant_kernels.nn.float_types import check_float_type, float_type
+from smoothquant_kernels.nn.float_types import check_float_type, float_type, keep_types
 from smoothquant_kernels.nn.lazy_weight import LazyWeight
 from smoothquant_kernels.nn.operands import (
     ROW_ALIGNMENT,
@@ -113,12 +113,9 @@ class QuantizedLinear(OwnWeight):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Moves the buffers like any module, but never rounds the float32 buffers to another type."""
         self.dtype = float_type(fn(self.w_scale.new_empty(0, dtype=self.dtype)), self.dtype)
-        before = {name: b for name, b in self._buffers.items() if b is not None}
+        before = dict(self._buffers)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, old in before.items():
-            new = self._buffers[name]
-            if new is not None and new.dtype != old.dtype:
-                self._buffers[name] = old.to(new.device)
+        keep_types(self, before)
         self._align()  # moving a view makes it dense
         return self
 

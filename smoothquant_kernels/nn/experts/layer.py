@@ -14,7 +14,7 @@ from smoothquant_kernels.nn.experts.gates import Gate
 from smoothquant_kernels.nn.experts.inputs import Input
 from smoothquant_kernels.nn.experts.represented import choices_of, represented
 from smoothquant_kernels.nn.experts.source import FloatExperts
-from smoothquant_kernels.nn.float_types import check_float_type, float_type
+from smoothquant_kernels.nn.float_types import check_float_type, float_type, keep_types
 from smoothquant_kernels.nn.lazy_weight import dequantized_weight
 from smoothquant_kernels.nn.operands import (
     ROW_ALIGNMENT,
@@ -289,12 +289,9 @@ class W8A8Experts(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Moves the buffers like any module, but never rounds the float32 ones to another type."""
         self.dtype = float_type(fn(self.up_scale.new_empty(0, dtype=self.dtype)), self.dtype)
-        before = {name: b for name, b in self._buffers.items() if b is not None}
+        before = dict(self._buffers)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, old in before.items():
-            new = self._buffers[name]
-            if new is not None and new.dtype != old.dtype:
-                self._buffers[name] = old.to(new.device)
+        keep_types(self, before)
         self._align()
         return self
 
