@@ -275,6 +275,18 @@ def test_the_graph_is_whole() -> None:
         assert_bitwise_equal(compiled(x, index, weights), layer(x, index, weights))
 
 
+@pytest.mark.parametrize("routed", [True, False])
+def test_nothing_reads_a_value(routed: bool) -> None:
+    """A CUDA graph can hold the layer: tensors on the meta device have no values, so reading one fails."""
+    layer = W8A8Experts.from_experts(
+        read(ToyExperts() if routed else SortedExperts()), Input(), Input()
+    )
+    x = tokens(8, 16).to("meta")
+    index, weights = (t.to("meta") for t in routing(8, 4))
+    y = layer.to("meta")(*((x, index, weights) if routed else (x,)))
+    assert y.is_meta and y.shape == x.shape
+
+
 def test_gradients_are_those_of_the_represented_weights() -> None:
     module = ToyExperts(bias=True)
     found = read(module)
