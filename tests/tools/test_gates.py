@@ -26,6 +26,7 @@ APPEND = "void sqk::kv_append_kernel<__half, (bool)1>(sqk::AppendParams)"
 WGMMA = "void sqk::wgmma_gemm_kernel<8, 128, 128, 128>(P)"
 STREAM = "void sqk::stream_gemm_kernel<float, 1>(P)"
 HOPPER = {"IGMMA": 4}
+STREAMS: dict[str, Any] = {"counts": {"IMMA": 4}, "copies": {128: 8}}
 DECODE = "void sqk::decode_attention_kernel<128, 8>(sqk::DecodeParams)"
 BOTH = {"IMMA": 8, "HMMA": 8}
 W4 = "void sqk::w4_mma_gemm_kernel<16, 64, 1, 4, 8>(sqk::W4MmaParams)"
@@ -110,11 +111,12 @@ def w4_hopper(**changed: object) -> Kernel:
         (kernel(WGMMA, "sm_90a", code=Code(counts=HOPPER, fresh_loads=1)), "no wait for the preceding kernel"),
         (kernel(ROW_NAME.format("int", 0, 4), "sm_90a"), "no wait for the preceding kernel"),
         (
-            kernel(STREAM, "sm_90a", code=Code(counts={"IMMA": 4}, overlaps=True, early={"LDGSTS": 8, "LDG": 1})),
+            kernel(STREAM, "sm_90a", code=Code(**STREAMS, overlaps=True, early={"LDGSTS": 8, "LDG": 1})),
             "1 LDG can come before any wait; wanted: copies of weights",
         ),
-        (kernel(STREAM, "sm_90a", code=Code(counts={"IMMA": 4}, overlaps=True)), "no LDGSTS before the wait"),
-        (kernel(STREAM, code=Code(counts={"IMMA": 4}, size=300 << 10)), "300.0 KiB of code; allowed: 288"),
+        (kernel(STREAM, "sm_90a", code=Code(**STREAMS, overlaps=True)), "no LDGSTS before the wait"),
+        (kernel(STREAM, code=Code(**STREAMS, size=300 << 10)), "300.0 KiB of code; allowed: 288"),
+        (kernel(STREAM, code=Code(**{**STREAMS, "copies": {128: 7}})), "not 8x128 or more; a lane"),
         (kernel(W4, code=Code(counts={"IMMA": 4})), "no mask of half a byte, with which"),
         (
             kernel(W4, code=Code(counts={"IMMA": 4}, unpacking=Unpacking(16, 49))),
@@ -149,8 +151,12 @@ def test_a_gate_fails_on_a_defect(bad: Kernel, sentence: str) -> None:
         kernel("gemm(P)", "sm_90a", code=Code(counts={"IGMMA": 4}, waiting_igmma=1)),
         kernel("gemm(P)", "sm_89", code=Code(counts={"IMMA": 4})),
         kernel(WGMMA, "sm_90a", code=Code(counts=HOPPER, overlaps=True, fresh_loads=4)),
-        kernel(STREAM, "sm_90a", code=Code(counts={"IMMA": 4}, overlaps=True, early={"LDGSTS": 8})),
-        kernel(STREAM, "sm_89", code=Code(counts={"IMMA": 4})),
+        kernel(
+            STREAM,
+            "sm_90a",
+            code=Code(**STREAMS, overlaps=True, early={"LDGSTS": 8}),
+        ),
+        kernel(STREAM, "sm_89", code=Code(**STREAMS)),
         kernel(W4, "sm_89", code=Code(counts={"IMMA": 4}, unpacking=Unpacking(16, 48))),
         w4_hopper(),
         kernel(
