@@ -322,12 +322,13 @@ def test_smoke_combine(compiled: Backend, entries: ctypes.CDLL, dtype: torch.dty
             n=(1, 7, 8, 130, 1100),
             weights=cases.FLOATS,
             aligned=(True, False),
+            y_aligned=(True, False, False),
         )
     ):
         g = cases.generator(i)
         tokens, choices, n = case["tokens"], case["choices"], case["n"]
         y_rows = tokens * choices + 2
-        y = Output(compiled, y_rows, n, dtype, case["aligned"]).y
+        y = Output(compiled, y_rows, n, dtype, case["y_aligned"]).y
         y.copy_(cases.activations(y_rows, n, dtype, seed=i))
         y[0, 0], y[1, -1] = torch.nan, torch.inf
         position = torch.randint(0, y_rows, (tokens, choices), generator=g).int()

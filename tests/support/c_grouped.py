@@ -92,13 +92,15 @@ def wgmma_tiles() -> list[Tile]:
     """Hopper's rows, from the text of the table: pytest's collection needs them before there is a library."""
     text = (ROOT / "csrc/gemm/grouped/tiles.h").read_text()
     found = []
-    for row, line in enumerate(re.findall(r"^    (w?g?mma\(.*\),)$", text, re.M)):
+    for row, line in enumerate(re.findall(r"^    ((?:stream|mma|wgmma)\(.*\),)$", text, re.M)):
         kernel, *sizes = re.findall(r"^\w+|\d+", line)
+        if kernel != "wgmma":
+            continue
         m, n, k = map(int, sizes[:3])
         stages = int(line.partition(".stages(")[2].partition(")")[0])
         name = f"{m}x{n}x{k}" + ("_swap" if "swap_ab" in line else "")
         found.append(Tile(row, kernel, m, n, stages, name))
-    return [tile for tile in found if tile.kernel == "wgmma"]
+    return found
 
 
 def declare(library: ctypes.CDLL) -> ctypes.CDLL:
