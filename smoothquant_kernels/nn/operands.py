@@ -66,6 +66,17 @@ def check_rotation(rotation: int, k: int) -> None:
         )
 
 
+def inverse_factors(smooth: Tensor) -> Tensor:
+    """1 / smooth. Raises SmoothQuantError unless all factors are positive and finite, and so are the results."""
+    inverse = 1.0 / smooth
+    usable = (smooth > 0) & smooth.isfinite() & inverse.isfinite()
+    if not bool(usable.all()):
+        raise SmoothQuantError(
+            f"smooth must be positive and finite, and so must be its reciprocals; got {smooth[~usable][0].item()}."
+        )
+    return inverse
+
+
 class QuantizedActivation(NamedTuple):
     """An activation quantized once for several linears that read it (q, k and v; gate and up).
 

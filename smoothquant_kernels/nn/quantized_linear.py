@@ -18,6 +18,7 @@ from smoothquant_kernels.nn.operands import (
     ROW_ALIGNMENT,
     QuantizedActivation,
     check_rotation,
+    inverse_factors,
     wants_aligned_rows,
 )
 from smoothquant_kernels.nn.own_weight import OwnWeight
@@ -250,13 +251,7 @@ def read_linear(linear: nn.Module, smooth: Tensor | None) -> FloatSource:
     k = weight.shape[1]
     if s.shape != (k,):
         raise SmoothQuantError(f"smooth must have shape [{k}], got {tuple(s.shape)}.")
-    inverse = 1.0 / s
-    usable = (s > 0) & s.isfinite() & inverse.isfinite()
-    if not bool(usable.all()):
-        raise SmoothQuantError(
-            f"smooth must be positive and finite, and so must be its reciprocals; got {s[~usable][0].item()}."
-        )
-    return FloatSource(weight, bias, s, inverse)
+    return FloatSource(weight, bias, s, inverse_factors(s))
 
 
 def rounded_input(layer: QuantizedLinear, x: Tensor) -> Tensor:

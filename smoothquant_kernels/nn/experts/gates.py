@@ -57,8 +57,8 @@ class Gate:
             return torch.relu(y).square()
         if self.kind in reference.FUSED_KINDS:
             gate, up = y.chunk(2, dim=-1)
-            return _TORCH[reference.FUSED_KINDS[self.kind]](gate) * up
-        return _TORCH[self.kind](y)
+            return reference.ACTIVATIONS[reference.FUSED_KINDS[self.kind]](gate) * up
+        return reference.ACTIVATIONS[self.kind](y)
 
     def quantized(self, y: Tensor, **quantizer: Any) -> tuple[Tensor, Tensor]:
         """The activation of y, quantized as by `ops.quantize`."""
@@ -77,9 +77,6 @@ class Gate:
         wrong = values["kind"] not in kinds
         wrong |= values["kind"] == _CLAMPED and not (0 < values["limit"] < float("inf"))
         return None if wrong else cls(**values)
-
-
-_TORCH: dict[str, Callable[[Tensor], Tensor]] = reference.ACTIVATIONS
 
 
 def find_gate(

@@ -12,13 +12,14 @@ from smoothquant_kernels import ops, reference
 from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.nn.experts.gates import Gate
 from smoothquant_kernels.nn.experts.inputs import Input
-from smoothquant_kernels.nn.experts.represented import choices_of, represented
-from smoothquant_kernels.nn.experts.source import FloatExperts
+from smoothquant_kernels.nn.experts.represented import represented
+from smoothquant_kernels.nn.experts.source import FloatExperts, choices_of
 from smoothquant_kernels.nn.float_types import check_float_type, float_type, keep_types
 from smoothquant_kernels.nn.lazy_weight import dequantized_weight
 from smoothquant_kernels.nn.operands import (
     ROW_ALIGNMENT,
     check_rotation,
+    inverse_factors,
     packed_rows,
     wants_aligned_rows,
 )
@@ -347,9 +348,5 @@ def _checked(smooth: Tensor | None, device: torch.device) -> Tensor | None:
     if smooth is None:
         return None
     s = smooth.detach().to(device, torch.float32)
-    usable = (s > 0) & s.isfinite() & (1.0 / s).isfinite()
-    if not bool(usable.all()):
-        raise SmoothQuantError(
-            f"smooth must be positive and finite, and so must be its reciprocals; got {s[~usable][0].item()}."
-        )
+    inverse_factors(s)  # raises its error
     return s

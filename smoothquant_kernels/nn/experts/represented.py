@@ -8,15 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from smoothquant_kernels.nn.experts.source import FloatExperts
+from smoothquant_kernels.nn.experts.source import FloatExperts, choices_of
 
 if TYPE_CHECKING:
     from smoothquant_kernels.nn.experts.layer import W8A8Experts
-
-
-def choices_of(t: Tensor) -> Tensor:
-    """[T, choices] of a tensor with any leading dimensions."""
-    return t.reshape(-1, t.shape[-1])
 
 
 def represented(

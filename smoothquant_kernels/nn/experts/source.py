@@ -144,13 +144,18 @@ class Routing:
     @classmethod
     def of_choices(cls, x: Tensor, top_k_index: Tensor, experts: int) -> Routing:
         """For the choices [T, k] of each token."""
-        index = top_k_index.reshape(-1, top_k_index.shape[-1])
+        index = choices_of(top_k_index)
         order, _, offsets = sort_by_expert(index, experts)
         return cls(x, order.long() // index.shape[1], offsets.tolist())
 
     def of(self, e: int) -> Tensor:
         """The rows of x that expert e takes."""
         return self.rows[self.bounds[e] : self.bounds[e + 1]]
+
+
+def choices_of(t: Tensor) -> Tensor:
+    """[T, choices] of a tensor with any leading dimensions."""
+    return t.reshape(-1, t.shape[-1])
 
 
 def read_experts(module: nn.Module) -> FloatExperts | None:
