@@ -11,10 +11,8 @@ from torch import Tensor
 
 from smoothquant_kernels import ops, reference
 
-#: gate-then-up [S, 2 I] -> [S, I], by the name that a manifest holds.
-_CLAMPED = "clamped_swiglu"
-#: Without a gate: [S, I] -> [S, I].
-_SQUARED = "relu_squared"
+#: Kinds that no op computes, one of gate and up [S, 2 I] and one of [S, I], by the names that a manifest holds.
+_CLAMPED, _SQUARED = "clamped_swiglu", "relu_squared"
 
 
 @dataclass(frozen=True)

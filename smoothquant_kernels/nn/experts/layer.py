@@ -210,16 +210,15 @@ class W8A8Experts(nn.Module):
                 step: Tensor = self(x.detach(), index, weights) - in_float
             return in_float + step
         rows = x.reshape(-1, self.hidden)
+        x_q, x_scale = self._quantized(rows)
         if not self.routed:
             each = torch.arange(self.num_experts + 1, device=x.device, dtype=torch.int32)
             offsets = each * (len(rows) // self.num_experts)
-            x_q, x_scale = self._quantized(rows, "up")
             return self._products(x_q, x_scale, offsets, None, x.dtype).reshape(x.shape)
         assert index is not None and weights is not None
         index, weights = choices_of(index), choices_of(weights)
         order, position, offsets = reference.sort_by_expert(index, self.num_experts)
         taken = order // index.shape[1]
-        x_q, x_scale = self._quantized(rows, "up")
         if self.schemes[0] != "per_tensor":
             x_scale = x_scale[taken]
         y = self._products(x_q, x_scale, offsets, taken, x.dtype)
@@ -227,8 +226,9 @@ class W8A8Experts(nn.Module):
             weights = weights.float()
         return ops.combine_experts(y, position, weights).reshape(x.shape)
 
-    def _quantized(self, x: Tensor, name: str) -> tuple[Tensor, Tensor]:
-        inverse = self._buffers[f"{name}_inv_smooth"]
+    def _quantized(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The input of the first product."""
+        inverse = self._buffers["up_inv_smooth"]
         x_q, x_scale = ops.quantize(x, inv_smooth=inverse, **self._quantizer(x, 0))
         return x_q[..., : x.shape[-1]], x_scale
 
