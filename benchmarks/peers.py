@@ -292,7 +292,7 @@ def run_tool(args: argparse.Namespace) -> None:
 
 
 def run_case(case: Case, python: str, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """The row of a case; `failed` is the last line that its process printed if it failed, and more is on stderr."""
+    """The row of a case; `failed` is the error of its process if it failed, and more is on stderr."""
     tool, label, options = case
     out = folder / "row.json"
     out.unlink(missing_ok=True)
@@ -315,8 +315,15 @@ def run_case(case: Case, python: str, folder: Path, args: argparse.Namespace) ->
     if done.returncode:
         print(f"{tool} {label} failed:\n{done.stdout[-2000:]}", file=sys.stderr, flush=True)
     if not out.exists():
-        return {**row, "failed": (done.stdout.strip().splitlines() or ["it printed nothing"])[-1]}
+        return {**row, "failed": _error(done.stdout)}
     return with_change({**row, **json.loads(out.read_text())})
+
+
+def _error(printed: str) -> str:
+    """The first sentence of the last error that a process printed, else its last line."""
+    lines = printed.strip().splitlines() or ["it printed nothing"]
+    errors = [text for text in lines if re.match(r"[\w.]*(Error|Exception)\b", text)]
+    return re.split(r"(?<=\.) ", (errors or lines)[-1])[0]
 
 
 def line(row: dict[str, Any]) -> str:

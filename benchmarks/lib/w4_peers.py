@@ -33,6 +33,7 @@ def llm_compressor(model: nn.Module, windows: list[Tensor], options: dict[str, A
     from llmcompressor.modifiers.gptq import GPTQModifier
     from llmcompressor.modifiers.quantization import QuantizationModifier
     from llmcompressor.modifiers.transform.awq import AWQModifier
+    from llmcompressor.pipelines.cache import IntermediatesCache
 
     weights = QuantizationArgs(
         num_bits=4, type="int", strategy="group", group_size=options["group"], symmetric=True
@@ -48,6 +49,8 @@ def llm_compressor(model: nn.Module, windows: list[Tensor], options: dict[str, A
     modifier = GPTQModifier if options.get("gptq") else QuantizationModifier
     recipe: list[Any] = [modifier(ignore=["lm_head"], config_groups={"group_0": scheme})]
     if options.get("awq"):
+        # It pins activations in memory, which torch refuses without an accelerator.
+        IntermediatesCache._pin_intermediate = classmethod(lambda cls, value: None)
         recipe.insert(0, AWQModifier())
     rows = {
         "input_ids": [w[0].tolist() for w in windows],

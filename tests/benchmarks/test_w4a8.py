@@ -92,6 +92,8 @@ def test_a_peer_that_fails_or_hangs_says_so(tmp_path: Path) -> None:
     args = Namespace(tokens=8, calibration=8, logs=None, patience=0.5)
     for text, said in (
         ("echo first; echo 'ValueError: no'; exit 1", "ValueError: no"),
+        ("echo 'lib.BadError: no. Do'; echo '  - a'; exit 1", "lib.BadError: no."),
+        ("echo a; echo b; exit 1", "b"),
         ("exit 1", "it printed nothing"),
         ("exec sleep 60", "it had not ended after 0 s"),
     ):

@@ -43,8 +43,8 @@ ASSEMBLY = re.compile(
     r'\s*:\s*"[vx]"\(([^;]*?)\),\s*"[vx]"\(([^;]*?)\)\);'
 )
 FOUR_CHANNELS = re.compile(r'__asm__\("vpdpbusd %2%\{1to16%\}[^;]*;')
-#: A planted defect shows with one of them: tasks that meet in a row of a random problem are rare.
-SEEDS = (5, 6, 7, 8, 9)
+#: A planted defect shows with one of them: some need a rare shape, or tasks that meet in a row of a random problem.
+SEEDS = range(5, 30)
 
 
 @dataclass(frozen=True)
@@ -221,12 +221,12 @@ def test_a_planted_defect_shows(build: Callable[[str], Built], name: str, tmp_pa
     planted = base.program("mutant", **replaced)
     for seed in SEEDS:
         done = runs(planted, seed, 60, *level)
-        if done.returncode != 0:
+        if done.returncode != 0 and mutant.symptom in done.stdout + done.stderr:
             break
+    else:
+        pytest.fail(f"no seed shows {mutant.symptom}; the last: {done.stdout}{done.stderr}")
     sound = runs(program, seed, 60, *level)
     assert sound.returncode == 0, sound.stdout + sound.stderr
-    assert done.returncode != 0, f"nothing noticed: {done.stdout}"
-    assert mutant.symptom in done.stdout + done.stderr, done.stdout + done.stderr
 
 
 def runs_here(build: Callable[[str], Built], mutant: Mutant) -> bool:
