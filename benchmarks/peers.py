@@ -42,6 +42,7 @@ from torch import Tensor, nn
 
 from benchmarks.accuracy import with_change
 from benchmarks.lib import runner, smollm2, w4_peers
+from benchmarks.lib.llm_compressor import one_shot, spin_quant
 from benchmarks.lib.smollm2 import WINDOW
 from smoothquant_kernels import SmoothQuantConfig, ops, smooth_and_quantize
 from smoothquant_kernels.evaluation.perplexity import Reference, evaluate
@@ -94,17 +95,13 @@ def ours(model: nn.Module, windows: list[Tensor], options: dict[str, Any]) -> Wo
 def llm_compressor(model: nn.Module, windows: list[Tensor], options: dict[str, Any]) -> Work:
     """Its W8A8 recipe: a scale per token (its default), or the same with one calibrated scale per tensor.
 
-    Before it, SmoothQuant or a rotation: SpinQuant with the rotations that need nothing at run time and the one of
-    down_proj, or QuIP with those of the inputs. Blocks of 64 channels, the largest power of two that divides all.
+    Before it, SmoothQuant or a rotation: SpinQuant, or QuIP with those of the inputs, in blocks of 64 channels as well.
     """
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-    from datasets import Dataset
-    from llmcompressor import oneshot
     from llmcompressor.modifiers.gptq import GPTQModifier
     from llmcompressor.modifiers.quantization import QuantizationModifier
     from llmcompressor.modifiers.transform.quip import QuIPModifier
     from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
-    from llmcompressor.modifiers.transform.spinquant import SpinQuantModifier
 
     modifier = {"rtn": QuantizationModifier, "gptq": GPTQModifier}[options["weights"]]
     if options["scheme"] == "static":
@@ -118,24 +115,12 @@ def llm_compressor(model: nn.Module, windows: list[Tensor], options: dict[str, A
     if "rotate" not in options:
         first: Any = SmoothQuantModifier(smoothing_strength=options["alpha"])
     elif options["rotate"] == "spin":
-        rotations = {"rotations": ["R1", "R2", "R4"], "transform_type": "hadamard"}
-        first = SpinQuantModifier(transform_block_size=64, **rotations)
+        first = spin_quant()
     else:
         rotations = {"rotations": ["v"], "transform_type": "hadamard"}
         first = QuIPModifier(transform_block_size=64, **rotations)
     recipe = [first, modifier(ignore=["lm_head"], **chosen)]
-    rows = {
-        "input_ids": [w[0].tolist() for w in windows],
-        "attention_mask": [[1] * w.shape[1] for w in windows],
-    }
-    data = Dataset.from_dict(rows)
-
-    def work() -> nn.Module:
-        sizes = {"num_calibration_samples": len(windows), "max_seq_length": WINDOW}
-        oneshot(model=model, dataset=data, recipe=recipe, **sizes)
-        return model
-
-    return work
+    return one_shot(model, windows, recipe)
 
 
 def torchao(model: nn.Module, windows: list[Tensor], options: dict[str, Any]) -> Work:

