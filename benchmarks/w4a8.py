@@ -113,7 +113,11 @@ class W4Bench(Bench):
             for name, linear in self.model.named_modules()
             if w4_peers.is_projection(name)
         )
-        found = search_plan(self.model, self.data, max_bytes=int(max_bytes * w8a8), progress=False)
+        tokens = sum(window.numel() for window in self.data)
+        found = search_plan(
+            self.model, self.data, SmoothQuantConfig(calibration_tokens=tokens),
+            max_bytes=int(max_bytes * w8a8), progress=False,
+        )  # fmt: skip
         return found.config
 
     def made(self, name: str, settings: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from argparse import Namespace
 from pathlib import Path
@@ -38,7 +39,8 @@ class Fake:
         return {"model": name, **FOUND}
 
     def made(self, name: str, settings: dict[str, Any]) -> dict[str, Any]:
-        SmoothQuantConfig(**settings)  # refuses unknown names and values
+        if "max_bytes" not in settings:
+            SmoothQuantConfig(**settings)  # refuses unknown names and values
         return {"model": name, **FOUND}
 
 
@@ -48,7 +50,12 @@ def test_rows_have_settings_and_reach_the_file(tmp_path: Path) -> None:
     assert [row["model"] for row in rows] == ["float32", *w4a8.ROWS]
     found = json.loads(file.read_text("utf-8"))
     assert found["facts"] == FACTS and found["rows"] == rows
-    configs = {name: SmoothQuantConfig(**settings) for name, settings in w4a8.ROWS.items()}
+    configs = {
+        name: SmoothQuantConfig(**settings)
+        for name, settings in w4a8.ROWS.items()
+        if "max_bytes" not in settings
+    }
+    assert set(w4a8.ROWS) - set(configs) == {f"plan of {n} % of W8A8's bytes" for n in (60, 75)}
     for name, config in configs.items():
         assert config.format_of("a") == ("w4a8" if "W4A8" in name else "w8a8")
         assert (config.rounding_of("a") == "gptq") == ("GPTQ" in name)
@@ -56,6 +63,18 @@ def test_rows_have_settings_and_reach_the_file(tmp_path: Path) -> None:
             "W8A8" in name and (config.rotation == "none") == ("no rotation" in name)
         )
     assert len(set(map(str, w4a8.ROWS.values()))) == len(w4a8.ROWS)
+
+
+def test_the_bytes_of_a_plan() -> None:
+    """The quantized layers of a searched plan stay within the part of W8A8's bytes."""
+    bench = object.__new__(w4a8.W4Bench)
+    bench.model, bench.data = make_model("llama_gqa"), token_batches(4)
+    sizes = []
+    for config in (bench.planned(0.97), SmoothQuantConfig()):
+        model = copy.deepcopy(bench.model)
+        quantize_model(model, config=config.replace(rotation="none", rotations={}))
+        sizes.append(w4_peers.linear_bytes(model))
+    assert sizes[0] <= 0.97 * sizes[1]
 
 
 def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
