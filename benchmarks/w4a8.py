@@ -69,6 +69,11 @@ PEERS: list[peers.Case] = [
     ("torchao W4", "torchao W4A8, group 64", {"group": 64, "a_bit": 8}),
     ("torchao W4", "torchao W4A8, group 128", {"group": 128, "a_bit": 8}),
     ("torchao W4", "torchao W4A16, group 64", {"group": 64, "a_bit": 16}),
+    (
+        "torchao W4",
+        "torchao W4A16, asymmetric, group 64",
+        {"group": 64, "a_bit": 16, "symmetric": False},
+    ),
     ("llm-compressor W4", "llm-compressor W4A8 GPTQ, group 64", {"group": 64, "a_bit": 8, "gptq": True}),
     ("llm-compressor W4", "llm-compressor W4A8 GPTQ, group 128", {"group": 128, "a_bit": 8, "gptq": True}),
     (

@@ -61,13 +61,14 @@ def llm_compressor(model: nn.Module, windows: list[Tensor], options: dict[str, A
 
 
 def torchao(model: nn.Module, windows: list[Tensor], options: dict[str, Any]) -> Work:
-    """Nearest values. Activations, where quantized, have a scale and a zero point per token."""
+    """Nearest values, of a range that is symmetric, its default, or not. Int8 activations have a zero point per token."""
     from torchao.quantization import (
         Int8DynamicActivationIntxWeightConfig,
         IntxWeightOnlyConfig,
         PerGroup,
         quantize_,
     )
+    from torchao.quantization.quant_primitives import MappingType
 
     group = PerGroup(options["group"])
     if options["a_bit"] == 8:
@@ -75,7 +76,12 @@ def torchao(model: nn.Module, windows: list[Tensor], options: dict[str, Any]) ->
             weight_dtype=torch.int4, weight_granularity=group
         )
     else:
-        config = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=group)
+        mapping = (
+            MappingType.SYMMETRIC if options.get("symmetric", True) else MappingType.ASYMMETRIC
+        )
+        config = IntxWeightOnlyConfig(
+            weight_dtype=torch.int4, granularity=group, mapping_type=mapping
+        )
 
     def work() -> nn.Module:
         quantize_(model, config, lambda m, name: isinstance(m, nn.Linear) and name != "lm_head")
