@@ -61,7 +61,7 @@ def llm_compressor(model: nn.Module, windows: list[Tensor], options: dict[str, A
 
 
 def torchao(model: nn.Module, windows: list[Tensor], options: dict[str, Any]) -> Work:
-    """Nearest values, of a range that is symmetric, its default, or not. Int8 activations have a zero point per token."""
+    """Nearest values in a symmetric range, its default, or any; int8 activations with a zero point per token."""
     from torchao.quantization import (
         Int8DynamicActivationIntxWeightConfig,
         IntxWeightOnlyConfig,
