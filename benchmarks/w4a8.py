@@ -91,6 +91,7 @@ PEERS: list[peers.Case] = [
         "llm-compressor W4A16 AWQ, asymmetric, group 64",
         {"group": 64, "a_bit": 16, "awq": True, "symmetric": False},
     ),
+    ("auto-round", "auto-round W4A8, group 128, 25 steps", {"group": 128, "a_bit": 8, "iters": 25}),
     ("auto-round", "auto-round W4A16, group 128, 25 steps", {"group": 128, "a_bit": 16, "iters": 25}),
     ("auto-round", "auto-round W4A16, group 128, 200 steps", {"group": 128, "a_bit": 16, "iters": 200}),
 ]  # fmt: skip

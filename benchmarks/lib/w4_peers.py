@@ -95,12 +95,15 @@ def auto_round(model: nn.Module, windows: list[Tensor], options: dict[str, Any])
     from auto_round import AutoRound
 
     tokenizer = load_tokenizer(Path(options["model"]))
+    inputs: dict[str, Any] = {}
+    if options["a_bit"] == 8:
+        inputs = {"act_bits": 8, "act_group_size": -1, "act_sym": True, "act_dynamic": True}
 
     def work() -> nn.Module:
         rounding = AutoRound(
             model, tokenizer, bits=4, group_size=options["group"], sym=True, iters=options["iters"],
             nsamples=len(windows), seqlen=WINDOW, batch_size=1, dataset=windows,
-            device_map="cpu", amp=False,
+            device_map="cpu", amp=False, **inputs,
         )  # fmt: skip
         found = rounding.quantize()
         made: nn.Module = found[0] if isinstance(found, tuple) else found

@@ -32,7 +32,9 @@ def formats(data: Row) -> str:
 
 
 def _cells(row: Row) -> list[str]:
-    nbytes = row.get("saved_bytes") or row.get("linear_bytes")
+    # Other peers compute with unpacked weights: what those take in memory says nothing.
+    packed = row.get("tool") in (None, "torchao W4")
+    nbytes = row.get("linear_bytes") if packed else row.get("saved_bytes")
     ratio = row.get("decode_ratio")
     return [
         row["model"],

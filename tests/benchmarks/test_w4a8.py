@@ -147,7 +147,9 @@ def test_the_table() -> None:
     rows = [
         {"model": "float32", **FOUND, "decode_ratio": 1.0, "linear_bytes": 424_000_000},
         {"model": "A", **FOUND, "linear_bytes": 9_000_000, "saved_bytes": 2_000_000}
-        | {"versions": {"torch": "2", "peer": "1.5"}},
+        | {"tool": "auto-round", "versions": {"torch": "2", "peer": "1.5"}},
+        {"model": "C", **FOUND, "linear_bytes": 9_000_000, "tool": "auto-round"},
+        {"model": "D", **FOUND, "linear_bytes": 9_000_000, "tool": "torchao W4"},
         {"model": "B", "failed": "ValueError: no"},
     ]
     lines = w4_tables.formats({"facts": FACTS, "rows": rows}).splitlines()
@@ -155,5 +157,6 @@ def test_the_table() -> None:
     assert "a CPU; torch 2, peer 1.5" in lines[0]
     shared = "15.250 | -1.50 ± 0.25 % | 0.0625 ± 0.0010"
     assert f"| float32 | {shared} | 424.0 | 1.00 |" in lines
-    assert f"| A | {shared} | 2.0 |  |" in lines
+    for name, megabytes in (("A", "2.0"), ("C", ""), ("D", "9.0")):
+        assert f"| {name} | {shared} | {megabytes} |  |" in lines
     assert lines[-1] == "* B does not run: `ValueError: no`"
