@@ -12,14 +12,14 @@ from torch import nn
 
 from smoothquant_kernels.config import SmoothQuantConfig
 from smoothquant_kernels.errors import SmoothQuantError
-from smoothquant_kernels.modeling.batches import PositionCounter, rows_of
+from smoothquant_kernels.modeling.batches import PositionCounter
 from smoothquant_kernels.modeling.record import ModelRecord
-from smoothquant_kernels.modeling.run import Batch
 from smoothquant_kernels.modeling.view import ModelView
 from smoothquant_kernels.nn.float_linear import weight_of
 from smoothquant_kernels.nn.kinds import choose
 from smoothquant_kernels.plan import apply_plan
 from smoothquant_kernels.search.costs import layer_costs
+from smoothquant_kernels.search.held import hold_back
 from smoothquant_kernels.smoothing.calibrate import (
     CalibrationData,
     collect_statistics,
@@ -127,7 +127,7 @@ def search_plan(
     check_finite_weights(view.linears)
     batches = list(configured_batches(model, data, config, tokenizer))
     warn_if_short(sum(map(PositionCounter(model), batches)), config.calibration_tokens)
-    seen, held = _split(model, batches, tokens)
+    seen, (held,) = hold_back(model, batches, tokens)
     # What GPTQ needs, of all layers: each is tried as a W4A8 layer.
     four = any(own.format_of("") == "w4a8" for own in settings)
     kept = config.replace(formats={"*": "w4a8"}) if four else config
@@ -194,25 +194,6 @@ def joined(groups: Iterable[tuple[str, ...]]) -> list[tuple[str, ...]]:
 def _bytes(name: str, linear: nn.Module, config: SmoothQuantConfig) -> int:
     n, k = weight_of(linear).shape
     return choose(name, linear, config).nbytes(n, k)
-
-
-def _split(
-    model: nn.Module, batches: Sequence[Batch], tokens: int
-) -> tuple[list[Batch], list[Batch]]:
-    """The batches for the ranges and those to measure on, from the end, at most a quarter."""
-    left = list(batches)
-    if len(left) < 4:
-        left = [row for batch in batches for row in rows_of(batch, model)]
-    if len(left) < 2:
-        raise SmoothQuantError(
-            f"a search needs at least two sequences of calibration data, got {len(left)}: some for the ranges, some to "
-            "measure on; give more data, or shorter windows (calibration_window)."
-        )
-    held: list[Batch] = []
-    size = PositionCounter(model)
-    while len(held) < max(1, len(left) // 4) and sum(map(size, held)) < tokens:
-        held.append(left.pop())
-    return left, held[::-1]
 
 
 def allocate(

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from smoothquant_kernels.config import SmoothQuantConfig
 from smoothquant_kernels.errors import SmoothQuantError
 from smoothquant_kernels.evaluation.perplexity import stderr_of_mean
-from smoothquant_kernels.modeling.batches import PositionCounter, rows_of
+from smoothquant_kernels.modeling.batches import PositionCounter
 from smoothquant_kernels.modeling.groups import Group, find_groups
 from smoothquant_kernels.modeling.run import Batch, evaluating, run
 from smoothquant_kernels.modeling.view import ModelView
 from smoothquant_kernels.search.candidates import ALPHAS, Space, own_scheme
+from smoothquant_kernels.search.held import hold_back
 from smoothquant_kernels.search.result import (
     Choice,
     GroupResult,
@@ -109,7 +110,7 @@ def search_config(
     check_finite_weights(view.linears)
     batches = list(configured_batches(model, data, config, tokenizer))
     warn_if_short(sum(map(PositionCounter(model), batches)), config.calibration_tokens)
-    seen, held, unseen = _split(model, batches, tokens, validation_tokens)
+    seen, (held, unseen) = hold_back(model, batches, tokens, validation_tokens)
     asked = [config.to_dict(), tokens, validation_tokens, per_token_share]
     file = SearchFile.open(path, fingerprint(model, batches, asked))
     if file.result is not None:
@@ -146,34 +147,6 @@ def search_config(
             validation,
         )
     )
-
-
-# --- data -------------------------------------------------------------------------------------------------------------
-
-
-def _split(
-    model: nn.Module, batches: Sequence[Batch], tokens: int, validation_tokens: int
-) -> tuple[list[Batch], list[Batch], list[Batch]]:
-    """Splits the batches: ranges, search, validation. The last two come from the end, at most a quarter each."""
-    left = list(batches)
-    if len(left) < 8:
-        left = [row for batch in batches for row in rows_of(batch, model)]
-    quarter, size = max(1, len(left) // 4), PositionCounter(model)
-    if len(left) < (3 if validation_tokens else 2):
-        raise SmoothQuantError(
-            f"a search needs at least three sequences of calibration data, got {len(left)}: some for the ranges, some "
-            "to try candidates on, some to check the outcome; give more data, or shorter windows (calibration_window)."
-        )
-
-    def hold_back(wanted: int) -> list[Batch]:
-        held: list[Batch] = []
-        while len(held) < quarter and sum(map(size, held)) < wanted:
-            held.append(left.pop())
-        return held[::-1]
-
-    unseen = hold_back(validation_tokens)
-    held = hold_back(tokens)
-    return left, held, unseen
 
 
 # --- candidates -------------------------------------------------------------------------------------------------------

@@ -107,8 +107,12 @@ def test_budgets_of_bytes() -> None:
         ({"max_bytes": 1, "candidates": ()}, "and 0 candidates"),
         ({"max_bytes": 1, "candidates": ({"format": "int3"},)}, "formats must be a mapping"),
         ({"max_bytes": 1, "candidates": TWO}, "fits into 1 bytes: the smallest one takes"),
+        (
+            {"max_bytes": 1, "data": [token_batches()[0][:1]]},
+            "at least two sequences of calibration data, got 1: some for the ranges, some to try candidates on; give",
+        ),
     ],
 )
 def test_refusals(given: dict[str, Any], sentence: str) -> None:
     with pytest.raises(SmoothQuantError, match=sentence):
-        search_plan(make_model("llama"), token_batches(), progress=False, **given)
+        search_plan(make_model("llama"), progress=False, **{"data": token_batches(), **given})
