@@ -38,7 +38,13 @@ from benchmarks import peers
 from benchmarks.accuracy import Bench
 from benchmarks.lib import runner, smollm2, w4_peers
 from benchmarks.pages import w4_tables
-from smoothquant_kernels import SmoothQuantConfig, quantize_model, search_plan, smooth_lm
+from smoothquant_kernels import (
+    PlanSearch,
+    SmoothQuantConfig,
+    quantize_model,
+    search_plan,
+    smooth_lm,
+)
 from smoothquant_kernels.evaluation.text import token_windows
 from smoothquant_kernels.nn.kinds import choose
 
@@ -112,29 +118,29 @@ class W4Bench(Bench):
             self._kept = (config, model)
         return copy.deepcopy(self._kept[1])
 
-    def planned(self, max_bytes: float) -> SmoothQuantConfig:
-        """The configuration of a plan that was searched on the calibration windows."""
+    def planned(self, max_bytes: float) -> PlanSearch:
+        """A plan that is searched on the calibration windows."""
         w8a8 = sum(
             choose(name, linear, SmoothQuantConfig()).nbytes(*linear.weight.shape)
             for name, linear in self.model.named_modules()
             if w4_peers.is_projection(name)
         )
         tokens = sum(window.numel() for window in self.data)
-        found = search_plan(
+        return search_plan(
             self.model, self.data, SmoothQuantConfig(calibration_tokens=tokens),
             max_bytes=int(max_bytes * w8a8), progress=False,
         )  # fmt: skip
-        return found.config
 
     def made(self, name: str, settings: dict[str, Any]) -> dict[str, Any]:
         """The row of one of `ROWS`."""
-        start = time.perf_counter()
-        config = (
-            self.planned(**settings) if "max_bytes" in settings else SmoothQuantConfig(**settings)
-        )
+        start, facts = time.perf_counter(), dict[str, Any](settings=settings)
+        if "max_bytes" in settings:
+            plan = self.planned(**settings)
+            config, facts["estimated_kl"] = plan.config, plan.kl
+        else:
+            config = SmoothQuantConfig(**settings)
         model = quantize_model(self.smoothed(config), config=config)
-        facts = {
-            "settings": settings,
+        facts |= {
             "seconds": time.perf_counter() - start,
             **w4_peers.decode_ratio(model, self.model, self.data[0]),
             "linear_bytes": w4_peers.linear_bytes(model),

@@ -70,7 +70,7 @@ def test_the_bytes_of_a_plan() -> None:
     bench = object.__new__(w4a8.W4Bench)
     bench.model, bench.data = make_model("llama_gqa"), token_batches(4)
     sizes = []
-    for config in (bench.planned(0.97), SmoothQuantConfig()):
+    for config in (bench.planned(0.97).config, SmoothQuantConfig()):
         model = copy.deepcopy(bench.model)
         quantize_model(model, config=config.replace(rotation="none", rotations={}))
         sizes.append(w4_peers.linear_bytes(model))
