@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import sys
 import tempfile
 import time
@@ -222,7 +223,8 @@ def main() -> None:
     parser.add_argument("--logs", type=Path, help="folder for what each peer prints")
     args = parser.parse_args()
     facts = smollm2.facts(args.tokens, args.calibration) | runner.machine_facts(torch.device("cpu"))
-    facts["command"] = " ".join(["python", *(a for a in sys.orig_argv[1:] if "=/" not in a)])
+    said = [re.sub("=/.*", "=PATH", argument) for argument in sys.orig_argv[1:]]
+    facts["command"] = " ".join(["python", *said])
     facts["libraries"] = {name: version(name) for name in _LIBRARIES}
     bench = W4Bench(*smollm2.load(), args.tokens, args.calibration)
     others = [case for case in PEERS if case[1] in args.peers]
