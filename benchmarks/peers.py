@@ -267,7 +267,7 @@ def run_tool(args: argparse.Namespace) -> None:
     versions = {name: metadata.version(name) for name in names}
     found = {**facts, **result.to_dict(), "versions": versions}
     runner.write_json(args.json, found)
-    if four_bits and args.tool != "torchao W4":  # last: it changes the model, and may fail
+    if four_bits and args.tool != w4_peers.PACKED:  # last: it changes the model, and may fail
         runner.write_json(
             args.json, {**found, "saved_bytes": w4_peers.saved_bytes(args.tool, model)}
         )

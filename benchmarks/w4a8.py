@@ -86,7 +86,7 @@ PEERS: list[peers.Case] = [
     (
         "llm-compressor W4",
         "llm-compressor W4A8 SpinQuant, GPTQ, group 64",
-        {"group": 64, "a_bit": 8, "gptq": True, "rotate": True},
+        {"group": 64, "a_bit": 8, "gptq": True, "rotate": "spin"},
     ),
     (
         "llm-compressor W4",

@@ -55,7 +55,7 @@ def llm_compressor(model: nn.Module, windows: list[Tensor], options: dict[str, A
         # It pins activations in memory, which torch refuses without an accelerator.
         IntermediatesCache._pin_intermediate = classmethod(lambda cls, value: None)
         recipe.insert(0, AWQModifier())
-    if options.get("rotate"):
+    if options.get("rotate") == "spin":
         recipe.insert(0, spin_quant())
     return one_shot(model, windows, recipe)
 
@@ -71,14 +71,12 @@ def torchao(model: nn.Module, windows: list[Tensor], options: dict[str, Any]) ->
     from torchao.quantization.quant_primitives import MappingType
 
     group = PerGroup(options["group"])
+    mapping = MappingType.SYMMETRIC if options.get("symmetric", True) else MappingType.ASYMMETRIC
     if options["a_bit"] == 8:
         config: Any = Int8DynamicActivationIntxWeightConfig(
-            weight_dtype=torch.int4, weight_granularity=group
+            weight_dtype=torch.int4, weight_granularity=group, weight_mapping_type=mapping
         )
     else:
-        mapping = (
-            MappingType.SYMMETRIC if options.get("symmetric", True) else MappingType.ASYMMETRIC
-        )
         config = IntxWeightOnlyConfig(
             weight_dtype=torch.int4, granularity=group, mapping_type=mapping
         )
@@ -124,6 +122,9 @@ DISTRIBUTIONS = {
     "auto-round": ("auto-round",),
 }
 
+
+#: The tool whose layers are in memory what they are in a checkpoint; the others compute with unpacked weights.
+PACKED = "torchao W4"
 
 # --- bytes ------------------------------------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from benchmarks.lib import w4_peers
 from benchmarks.pages.result_tables import markdown
 
 Row = Mapping[str, Any]
@@ -32,8 +33,7 @@ def formats(data: Row) -> str:
 
 
 def _cells(row: Row) -> list[str]:
-    # Other peers compute with unpacked weights: what those take in memory says nothing.
-    packed = row.get("tool") in (None, "torchao W4")
+    packed = row.get("tool") in (None, w4_peers.PACKED)  # no tool: a row of this package
     nbytes = row.get("linear_bytes") if packed else row.get("saved_bytes")
     ratio = row.get("decode_ratio")
     return [
